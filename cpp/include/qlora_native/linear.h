@@ -1,0 +1,59 @@
+// The linear layer over a quantized weight, with a low-rank adapter inside the same product:
+//
+//   Y[M,N]  = [ X | U ] . [ W | s*B ]^T + bias      U = drop(X) . A^T / (1-p)       linear_forward
+//   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
+//   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U    dbias[N] = sum_m dY        lora_gradients
+//
+// W is decoded in tiles on the way into the multiply, rounded once to the dtype of X; A, B, U and V are rounded to
+// that dtype too; every sum is fp32. Results do not depend on the number of threads. All functions are safe to
+// call from several threads at once. Extra memory of a call: at most 8 MB and 1 MB a thread, kept for the next call.
+#pragma once
+
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+
+// The low-rank adapter (LoRA, Hu et al. 2021). rank 0: none.
+struct LoraView {
+  std::int64_t rank = 0;
+  DType dtype = DType::f32;
+  const void* a = nullptr;  // [rank, K], contiguous
+  const void* b = nullptr;  // [N, rank], contiguous
+  float scaling = 1.0f;     // s; any finite value
+  // Dropout on the adapter's input. Element (m,k) is dropped where a hash of (seed, m, k) falls below the
+  // probability (common/philox.h), so that the backward pass recomputes the mask instead of storing it.
+  float dropout = 0.0f;  // p in [0, 1), in steps of 1/65536
+  std::uint64_t seed = 0;
+};
+
+struct LinearForwardArgs {
+  QuantizedWeightView weight;
+  LoraView lora;
+  ConstMatrix x;               // [M, K]
+  const void* bias = nullptr;  // [N] in x's dtype, or null
+  Matrix y;                    // out, [M, N] in x's dtype
+  Matrix u;                    // out, [M, rank] in x's dtype; null data: not wanted
+};
+void linear_forward(const LinearForwardArgs& args, const Stream& stream = {});
+
+struct LinearBackwardInputArgs {
+  QuantizedWeightView weight;
+  LoraView lora;
+  ConstMatrix dy;  // [M, N]
+  Matrix dx;       // out, [M, K] in dy's dtype; null data: only v is wanted
+  Matrix v;        // out, [M, rank] in dy's dtype; null data: not wanted
+};
+void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
+
+struct LoraGradientsArgs {
+  LoraView lora;     // a and b are not read
+  ConstMatrix x;     // [M, K]
+  ConstMatrix dy;    // [M, N] in x's dtype
+  ConstMatrix u;     // [M, rank] as linear_forward gave it
+  ConstMatrix v;     // [M, rank] as linear_backward_input gave it
+  void* da = nullptr;  // out, [rank, K] in lora.dtype, contiguous; or null
+  void* db = nullptr;  // out, [N, rank] in lora.dtype, contiguous; or null
+};
+void lora_gradients(const LoraGradientsArgs& args, const Stream& stream = {});
+
+}  // namespace qlora_native

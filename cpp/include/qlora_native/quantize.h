@@ -1,0 +1,53 @@
+// Blockwise quantization of a weight, and its inverse. The layout of the result is documented on
+// QuantizedWeightView (types.h).
+#pragma once
+
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+
+// How many elements of the input were NaN or infinite, and the flat index of the first (-1: none).
+struct NonFinite {
+  std::int64_t count = 0;
+  std::int64_t first = -1;
+};
+
+// weight -> codes, absmax (and the double-quantized form of absmax).
+//
+// A block's absmax is the largest |w| in it; its elements become the nearest level of w * (1 / absmax), a tie the
+// lower one; an all-zero block becomes the level of 0. Differs from bitsandbytes' CPU quantizer on exact ties only.
+struct QuantizeArgs {
+  const void* weight = nullptr;  // [elements], contiguous
+  DType dtype = DType::f32;
+  std::int64_t elements = 0;
+  int bits = 4;                   // 4: nearest of code[16]; 8: round(127 * w / absmax), half to even
+  int blocksize = 64;             // a power of two, 32 ... 4096
+  const float* code = nullptr;    // [16], ascending or "fp4"'s; not used with 8 bits
+  std::uint8_t* codes = nullptr;  // out, [ceil(elements * bits / 8)]
+  float* absmax = nullptr;        // out, [ceil(elements / blocksize)]
+  NonFinite* non_finite = nullptr;  // out. If it reports any, codes and absmax are not to be used.
+};
+void quantize(const QuantizeArgs& args, const Stream& stream = {});
+
+// absmax -> its double-quantized form (QLoRA, section 3): offset = mean(absmax); absmax - offset in blocks of
+// nested_blocksize, each the nearest of nested_code[256] after division by the block's absmax.
+struct QuantizeAbsmaxArgs {
+  const float* absmax = nullptr;  // [blocks]
+  std::int64_t blocks = 0;
+  int nested_blocksize = 256;
+  const float* nested_code = nullptr;  // [256], ascending
+  std::uint8_t* codes = nullptr;       // out, [blocks]
+  float* nested_absmax = nullptr;      // out, [ceil(blocks / nested_blocksize)]
+  float* offset = nullptr;             // out, [1]
+};
+void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream = {});
+
+// codes -> w, each element fp32 level * scale, rounded once to `dtype`. Bit-identical to bitsandbytes.
+struct DequantizeArgs {
+  QuantizedWeightView weight;
+  DType dtype = DType::f32;
+  void* out = nullptr;  // [N, K], contiguous
+};
+void dequantize(const DequantizeArgs& args, const Stream& stream = {});
+
+}  // namespace qlora_native

@@ -1,0 +1,34 @@
+// What the library found on this machine, and the two things a host program may set: threads and the thread pool.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace qlora_native {
+
+// Runs body(context, begin, end) over pieces that cover [0, tasks), and returns when all are done.
+using ParallelFor = void (*)(std::int64_t tasks, void (*body)(void* context, std::int64_t begin, std::int64_t end),
+                             void* context);
+
+// Replaces the thread pool (OpenMP's by default, where the library was built with it). `threads` says how many
+// threads that pool has at the moment. Not to be called while an operation runs.
+void set_thread_pool(ParallelFor parallel_for, int (*threads)());
+
+// Threads an operation would use now.
+int num_threads();
+
+// The instruction sets the cpu backend was built with and this machine runs, best first: of "avx512_bf16",
+// "avx512", "avx2", "scalar".
+std::vector<std::string> available_isas();
+
+// The one in use: the best, or the one that the environment variable QLN_FORCE_ISA names. Chosen at first use;
+// throws Unavailable if that one cannot run here.
+std::string current_isa();
+
+// Why device "cuda" cannot be used, or empty if it can.
+std::string cuda_unavailable_reason();
+
+std::string version();
+
+}  // namespace qlora_native

@@ -1,0 +1,65 @@
+// The vocabulary of the library: element types, devices, and views over the caller's memory.
+// Nothing here owns memory. Every matrix is row-major; a stride counts elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qlora_native {
+
+enum class DType : std::int8_t { f32, bf16, f16 };
+
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr const char* name_of(DType dtype) {
+  return dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16";
+}
+
+enum class Device : std::int8_t { cpu, cuda };
+
+// Where and in which order an operation runs. `handle` is a cudaStream_t on cuda, unused on cpu.
+struct Stream {
+  Device device = Device::cpu;
+  int index = 0;
+  void* handle = nullptr;
+};
+
+// A matrix [rows, cols] in the caller's memory; element (i,j) is data[i * stride + j].
+template <class Pointer>
+struct BasicMatrix {
+  Pointer data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;  // elements from one row to the next, >= cols
+};
+using ConstMatrix = BasicMatrix<const void*>;
+using Matrix = BasicMatrix<void*>;
+
+// A quantized weight W[N,K]. The layout is bitsandbytes': elements are numbered e = n*K + k, and block
+// e / blocksize shares one scale, so blocks straddle rows where K is not a multiple of the blocksize.
+//
+//   bits == 4   codes[e/2] holds element e in its high nibble if e is even, in its low one if e is odd;
+//               w = code[nibble] * scale
+//   bits == 8   codes[e] is a signed byte; w = byte * (scale / 127)
+//
+// The scale of block b is absmax[b] (float) or, double-quantized (QLoRA, section 3),
+//   nested_code[absmax[b]] * nested_absmax[b / nested_blocksize] + offset        (absmax[b] a byte)
+// All of it is fp32 arithmetic, each operation rounded by itself.
+struct QuantizedWeightView {
+  std::int64_t N = 0;
+  std::int64_t K = 0;
+  int bits = 4;
+  int blocksize = 64;                       // a power of two, 32 ... 4096
+  const std::uint8_t* codes = nullptr;      // [ceil(N*K * bits / 8)]
+  const void* absmax = nullptr;             // [blocks] float, or uint8 when nested_absmax is given
+  const float* code = nullptr;              // [16]; not used with 8 bits
+  const float* nested_absmax = nullptr;     // [ceil(blocks / nested_blocksize)] or null
+  const float* nested_code = nullptr;       // [256], with nested_absmax
+  const float* offset = nullptr;            // [1], with nested_absmax
+  int nested_blocksize = 256;
+
+  std::int64_t elements() const { return N * K; }
+  std::int64_t blocks() const { return (elements() + blocksize - 1) / blocksize; }
+};
+
+}  // namespace qlora_native

@@ -1,0 +1,23 @@
+// The table that every backend fills. Arguments have been checked when a function here is called.
+#pragma once
+
+#include "qlora_native/linear.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native {
+
+struct Backend {
+  void (*quantize)(const QuantizeArgs&, const Stream&);
+  void (*quantize_absmax)(const QuantizeAbsmaxArgs&, const Stream&);
+  void (*dequantize)(const DequantizeArgs&, const Stream&);
+  void (*linear_forward)(const LinearForwardArgs&, const Stream&);
+  void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
+  void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
+};
+
+const Backend& cpu_backend();   // cpu/isa.cpp
+const Backend& cuda_backend();  // cuda/backend.cu, or cuda/no_cuda.cpp, which throws Unavailable
+
+const Backend& backend_for(const Stream& stream);  // runtime.cpp
+
+}  // namespace qlora_native
