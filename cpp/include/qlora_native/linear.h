@@ -2,7 +2,7 @@
 //
 //   Y[M,N]  = [ X | U ] . [ W | s*B ]^T + bias      U = drop(X) . A^T / (1-p)       linear_forward
 //   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
-//   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U    dbias[N] = sum_m dY        lora_gradients
+//   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
 // W is decoded in tiles on the way into the multiply, rounded once to the dtype of X; A, B, U and V are rounded to
 // that dtype too; every sum is fp32. Results do not depend on the number of threads. All functions are safe to

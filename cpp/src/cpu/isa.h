@@ -1,0 +1,13 @@
+// The instruction sets: each is a whole Backend over the same algorithms (generic/*-inl.h).
+#pragma once
+
+#include "backend.h"
+
+namespace qlora_native {
+
+const Backend& reference_backend();    // reference.cpp: scalar, the oracle of the others
+const Backend& avx2_backend();         // avx2/backend.cpp: AVX2, FMA, F16C
+const Backend& avx512_backend();       // avx512/backend.cpp: AVX-512 F, BW, DQ, VL
+const Backend& avx512_bf16_backend();  // avx512/backend.cpp: the same and AVX512_BF16
+
+}  // namespace qlora_native
