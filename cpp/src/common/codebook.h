@@ -1,0 +1,116 @@
+// The tables behind every format, each defined once: the 16 levels of nf4, fp4 and int4, the dynamic map of the
+// double-quantized scales, and the sorted form in which a quantizer searches 16 levels.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+namespace qlora_native {
+
+// Quantiles of a normal distribution (QLoRA, appendix E); level 7 is 0.
+inline constexpr std::array<float, 16> kNf4 = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// bitsandbytes' 4-bit float in bit-pattern order: bit 3 is the sign, so code 8 is a second zero.
+inline constexpr std::array<float, 16> kFp4 = [] {
+  constexpr float magnitude[8] = {0.0f, 0.0625f, 8.0f, 12.0f, 4.0f, 6.0f, 2.0f, 3.0f};
+  std::array<float, 16> code{};
+  for (int i = 0; i < 8; ++i) {
+    code[i] = magnitude[i] / 12.0f;
+    code[8 + i] = -code[i];
+  }
+  code[8] = 0.0f;  // bitsandbytes' table has no negative zero
+  return code;
+}();
+
+// Sixteen equal steps that include 0 and 1, as GGML's and GPTQ's symmetric formats have them.
+inline constexpr std::array<float, 16> kInt4 = [] {
+  std::array<float, 16> code{};
+  for (int i = 0; i < 16; ++i) code[i] = static_cast<float>(i - 8) / 7.0f;
+  return code;
+}();
+
+// bitsandbytes' create_dynamic_map(), bit for bit. Decade 10^(i-6) is split into 2^i equal intervals whose midpoints
+// are the levels, of both signs; 0 and 1 complete the 256.
+inline constexpr std::array<float, 256> kDynamicMap = [] {
+  constexpr int kDecades = 7;
+  constexpr float decade[kDecades] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  std::array<float, 256> map{};
+  int size = 0;
+  for (int i = 0; i < kDecades; ++i) {
+    const int intervals = 1 << i;
+    const float step = (1.0f - 0.1f) / static_cast<float>(intervals);
+    // torch.linspace(0.1, 1, intervals + 1): from the nearer end, a fused multiply-add an element. The double sum is
+    // exact, so its conversion to float is the one rounding of the fma.
+    const auto boundary = [&](int j) {
+      return j < (intervals + 1) / 2 ? static_cast<float>(double{0.1f} + double{step} * j)
+                                     : static_cast<float>(1.0 - double{step} * (intervals - j));
+    };
+    for (int j = 0; j < intervals; ++j) {
+      const float level = decade[i] * ((boundary(j) + boundary(j + 1)) / 2.0f);
+      map[size++] = level;
+      map[size++] = -level;
+    }
+  }
+  map[size++] = 0.0f;
+  map[size++] = 1.0f;
+  std::sort(map.begin(), map.end());
+  return map;
+}();
+
+// A 16-value codebook in ascending order, for a quantizer: the nearest level of t is the one whose index is the number
+// of midpoints strictly below t (a tie takes the lower level), and order[index] is its code.
+struct SortedCodebook {
+  float value[16];
+  float midpoint[15];  // (value[i] + value[i+1]) / 2 in fp32
+  std::uint8_t order[16];
+};
+
+// `code` may be in any order. Of equal values the lowest code is used: fp4's zero is code 0, never 8.
+constexpr SortedCodebook sort_codebook(const float* code) {
+  SortedCodebook sorted{};
+  for (int c = 0; c < 16; ++c) {
+    int at = c;
+    for (; at > 0 && sorted.value[at - 1] > code[c]; --at) {
+      sorted.value[at] = sorted.value[at - 1];
+      sorted.order[at] = sorted.order[at - 1];
+    }
+    sorted.value[at] = code[c];
+    sorted.order[at] = static_cast<std::uint8_t>(c);
+  }
+  for (int i = 0; i < 15; ++i) {
+    if (sorted.value[i + 1] == sorted.value[i]) sorted.order[i + 1] = sorted.order[i];
+    sorted.midpoint[i] = (sorted.value[i] + sorted.value[i + 1]) / 2.0f;
+  }
+  return sorted;
+}
+
+// The code of t: four comparisons would do, fifteen say what is meant.
+constexpr std::uint8_t nearest_code(const SortedCodebook& codebook, float t) {
+  int index = 0;
+  for (float midpoint : codebook.midpoint) index += midpoint < t;
+  return codebook.order[index];
+}
+
+// What a block's elements are multiplied by before the search. The floor keeps an all-zero block finite: it becomes
+// the level of 0.
+constexpr float inverse_absmax(float absmax) { return 1.0f / std::max(absmax, 1e-38f); }
+
+}  // namespace qlora_native

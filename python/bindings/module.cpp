@@ -1,0 +1,26 @@
+// The Python module qlora_native._C. Importing it registers the torch ops (ops.cpp) and installs torch's thread pool.
+#include "ops.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "qlora_native/qlora_native.h"
+
+namespace qn = qlora_native;
+
+PYBIND11_MODULE(_C, module) {
+  qn::install_torch_thread_pool();
+
+  // Error is a std::invalid_argument and becomes a ValueError; Unavailable becomes a RuntimeError.
+  module.def("version", &qn::version);
+  module.def("available_isas", &qn::available_isas, "Instruction sets of this build and machine, best first.");
+  module.def("current_isa", &qn::current_isa, "The one in use; QLN_FORCE_ISA forces one.");
+  module.def("num_threads", &qn::num_threads, "Threads an operation would use now: torch's.");
+  module.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason, "Empty if device \"cuda\" can be used.");
+  module.def(
+      "codebook", [](const std::string& format) { return qn::codebook(format); }, pybind11::arg("format"),
+      "The 16 levels of \"nf4\", \"fp4\" or \"int4\".");
+  module.def("dynamic_map", &qn::dynamic_map, "The 256 ascending levels of the double-quantized scales.");
+}

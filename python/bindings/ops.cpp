@@ -1,0 +1,367 @@
+// The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
+// Checked here is what memory safety needs; friendly messages come from python/qlora_native/functional.py.
+// Fakes and autograd formulas are in python/qlora_native/_ops.py.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "qlora_native/qlora_native.h"
+
+namespace qlora_native {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int kNestedBlocksize = 256;
+
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+void check(bool ok, const char* argument, const std::string& expected, const std::string& got) {
+  if (!ok) throw Error(argument, expected, got);
+}
+
+std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
+
+DType dtype_of(ScalarType type, const char* argument) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      throw Error(argument, "float32, bfloat16 or float16", name_of_type(type));
+  }
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// The data of a contiguous tensor with `numel` elements of `type` beside `like`.
+void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const char* argument) {
+  check(tensor.scalar_type() == type, argument, name_of_type(type), name_of_type(tensor.scalar_type()));
+  check(tensor.numel() == numel, argument, std::to_string(numel) + " elements", std::to_string(tensor.numel()));
+  check(tensor.is_contiguous(), argument, "a contiguous tensor", "other strides");
+  check(same_device(tensor, like), argument, "the device of the other tensors", "another device");
+  return tensor.data_ptr();
+}
+
+Stream stream_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return {};
+  return {.device = Device::cuda, .index = tensor.get_device_index(), .handle = nullptr};
+}
+
+// ---- tensors to views ----------------------------------------------------------------------------------------------
+
+// The arguments that describe a quantized weight, in the order of the schemas.
+struct WeightTensors {
+  Tensor codes, absmax;
+  OptionalTensor nested_absmax, nested_code, offset, code;
+  std::int64_t N, K, bits, blocksize;
+};
+
+QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 31;
+  check(w.bits == 4 || w.bits == 8, "bits", "4 or 8", std::to_string(w.bits));
+  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 32 ... 4096",
+        std::to_string(w.blocksize));
+  check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", std::to_string(w.N));
+  check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", std::to_string(w.K));
+
+  QuantizedWeightView view;
+  view.N = w.N;
+  view.K = w.K;
+  view.bits = static_cast<int>(w.bits);
+  view.blocksize = static_cast<int>(w.blocksize);
+  view.nested_blocksize = kNestedBlocksize;
+  const std::int64_t bytes = w.bits == 8 ? view.elements() : (view.elements() + 1) / 2;
+  const auto f32 = [&](const OptionalTensor& tensor, std::int64_t numel, const char* argument) {
+    check(tensor.has_value(), argument, "a tensor", "None");
+    return static_cast<const float*>(data_of(*tensor, ScalarType::Float, numel, like, argument));
+  };
+  view.codes = static_cast<const std::uint8_t*>(data_of(w.codes, ScalarType::Byte, bytes, like, "codes"));
+  const ScalarType absmax_type = w.nested_absmax ? ScalarType::Byte : ScalarType::Float;
+  view.absmax = data_of(w.absmax, absmax_type, view.blocks(), like, "absmax");
+  if (w.nested_absmax) {
+    const std::int64_t nested_blocks = (view.blocks() + kNestedBlocksize - 1) / kNestedBlocksize;
+    view.nested_absmax = f32(w.nested_absmax, nested_blocks, "nested_absmax");
+    view.nested_code = f32(w.nested_code, 256, "nested_code");
+    view.offset = f32(w.offset, 1, "offset");
+  }
+  if (w.bits == 4) view.code = f32(w.code, 16, "code");
+  return view;
+}
+
+struct LoraTensors {
+  OptionalTensor a, b;
+  double scaling, dropout;
+  OptionalTensor seed;
+};
+
+std::uint64_t seed_of(const OptionalTensor& seed, double dropout) {
+  if (dropout == 0.0) return 0;
+  check(seed.has_value(), "seed", "a tensor where dropout is above 0", "None");
+  check(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", "one int64 on the CPU",
+        name_of_type(seed->scalar_type()));
+  return static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(seed->data_ptr()));
+}
+
+// A view without its pointers where there is no adapter.
+LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Tensor& like) {
+  LoraView view;
+  view.scaling = static_cast<float>(lora.scaling);
+  if (!lora.a && !lora.b) return view;
+  check(lora.a.has_value(), "lora_a", "a tensor beside lora_b", "None");
+  check(lora.b.has_value(), "lora_b", "a tensor beside lora_a", "None");
+  check(lora.a->dim() == 2, "lora_a", "[rank, K]", std::to_string(lora.a->dim()) + " dimensions");
+  const ScalarType type = lora.a->scalar_type();
+  view.rank = lora.a->size(0);
+  view.dtype = dtype_of(type, "lora_a");
+  view.a = data_of(*lora.a, type, view.rank * w.K, like, "lora_a");
+  view.b = data_of(*lora.b, type, w.N * view.rank, like, "lora_b");
+  view.dropout = static_cast<float>(lora.dropout);
+  view.seed = seed_of(lora.seed, lora.dropout);
+  return view;
+}
+
+// A [..., cols] tensor as a matrix. It is copied if its last stride is not 1 or its leading dimensions do not
+// collapse into one; `storage` keeps the copy.
+struct Rows {
+  Tensor storage;
+  ConstMatrix matrix;
+};
+
+std::optional<std::int64_t> row_stride(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const std::int64_t last = tensor.dim() - 1;
+  const std::int64_t cols = sizes[last];
+  if (cols > 1 && strides[last] != 1) return std::nullopt;
+  std::int64_t stride = cols, next = 0;  // `next`: what the stride of the dimension to the left must be
+  for (std::int64_t i = last - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (next == 0) {
+      stride = strides[i];
+      if (stride < cols) return std::nullopt;  // an expanded tensor
+    } else if (strides[i] != next) {
+      return std::nullopt;
+    }
+    next = strides[i] * sizes[i];
+  }
+  return stride;
+}
+
+Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
+  check(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == cols, argument,
+        "a last dimension of " + std::to_string(cols),
+        tensor.dim() < 1 ? "no dimension" : std::to_string(tensor.size(tensor.dim() - 1)));
+  const DType dtype = dtype_of(tensor.scalar_type(), argument);
+  const std::int64_t rows = cols == 0 ? 0 : tensor.numel() / cols;
+  const std::optional<std::int64_t> stride = rows == 0 ? cols : row_stride(tensor);
+  Tensor storage = stride ? tensor : torch::stable::contiguous(tensor);
+  const void* data = storage.data_ptr();
+  return {std::move(storage), {data, dtype, rows, cols, stride.value_or(cols)}};
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+}
+
+// A new [..., cols] tensor with the leading dimensions of `like`, and its matrix.
+std::tuple<Tensor, Matrix> new_rows(const Tensor& like, const ConstMatrix& rows, std::int64_t cols) {
+  std::vector<std::int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = cols;
+  Tensor tensor = torch::stable::new_empty(like, {sizes.data(), sizes.size()}, like.scalar_type());
+  return {tensor, {tensor.data_ptr(), rows.dtype, rows.rows, cols, cols}};
+}
+
+// A new [M, rank] tensor and its matrix; an empty tensor and no matrix where rank is 0.
+std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& rows, std::int64_t rank) {
+  if (rank == 0) return {new_tensor(like, {0}, like.scalar_type()), Matrix{}};
+  Tensor tensor = new_tensor(like, {rows.rows, rank}, like.scalar_type());
+  return {tensor, {tensor.data_ptr(), rows.dtype, rows.rows, rank, rank}};
+}
+
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& weight, const OptionalTensor& code,
+                                                               std::int64_t bits, std::int64_t blocksize,
+                                                               bool double_quant) {
+  check(bits == 4 || bits == 8, "bits", "4 or 8", std::to_string(bits));
+  check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", std::to_string(blocksize));
+  const Tensor source = torch::stable::contiguous(weight);
+  const Stream stream = stream_of(weight);
+  const std::int64_t elements = source.numel();
+  const std::int64_t blocks = (elements + blocksize - 1) / blocksize;
+
+  Tensor codes = new_tensor(weight, {bits == 8 ? elements : (elements + 1) / 2}, ScalarType::Byte);
+  Tensor absmax = new_tensor(weight, {blocks}, ScalarType::Float);
+  Tensor non_finite = new_tensor(weight, {2}, ScalarType::Long);
+  static_assert(sizeof(NonFinite) == 2 * sizeof(std::int64_t));
+  QuantizeArgs args;
+  args.weight = source.data_ptr();
+  args.dtype = dtype_of(weight.scalar_type(), "weight");
+  args.elements = elements;
+  args.bits = static_cast<int>(bits);
+  args.blocksize = static_cast<int>(blocksize);
+  if (bits == 4) {
+    check(code.has_value(), "code", "a tensor", "None");
+    args.code = static_cast<const float*>(data_of(*code, ScalarType::Float, 16, weight, "code"));
+  }
+  args.codes = static_cast<std::uint8_t*>(codes.data_ptr());
+  args.absmax = static_cast<float*>(absmax.data_ptr());
+  args.non_finite = static_cast<NonFinite*>(non_finite.data_ptr());
+  quantize(args, stream);
+
+  Tensor offset = torch::stable::new_zeros(weight, {}, ScalarType::Float);
+  if (!double_quant) return {codes, absmax, new_tensor(weight, {0}, ScalarType::Float), offset, non_finite};
+
+  Tensor nested_codes = new_tensor(weight, {blocks}, ScalarType::Byte);
+  Tensor nested_absmax = new_tensor(weight, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
+  QuantizeAbsmaxArgs nested;
+  nested.absmax = args.absmax;
+  nested.blocks = blocks;
+  nested.nested_blocksize = kNestedBlocksize;
+  nested.nested_code = dynamic_map().data();
+  nested.codes = static_cast<std::uint8_t*>(nested_codes.data_ptr());
+  nested.nested_absmax = static_cast<float*>(nested_absmax.data_ptr());
+  nested.offset = static_cast<float*>(offset.data_ptr());
+  quantize_absmax(nested, stream);
+  return {codes, nested_codes, nested_absmax, offset, non_finite};
+}
+
+Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                     const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
+                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype) {
+  DequantizeArgs args;
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
+  args.dtype = dtype_of(dtype, "dtype");
+  Tensor out = new_tensor(codes, {N, K}, dtype);
+  args.out = out.data_ptr();
+  dequantize(args, stream_of(codes));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& x, const Tensor& codes, const Tensor& absmax,
+                                             const OptionalTensor& nested_absmax, const OptionalTensor& nested_code,
+                                             const OptionalTensor& offset, const OptionalTensor& code, std::int64_t N,
+                                             std::int64_t K, std::int64_t bits, std::int64_t blocksize,
+                                             const OptionalTensor& bias, const OptionalTensor& lora_a,
+                                             const OptionalTensor& lora_b, double lora_scaling, double lora_dropout,
+                                             const OptionalTensor& seed) {
+  LinearForwardArgs args;
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, x);
+  args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, x);
+  const Rows rows = rows_of(x, K, "x");
+  args.x = rows.matrix;
+  if (bias) args.bias = data_of(*bias, x.scalar_type(), N, x, "bias");
+  Tensor y, u;
+  std::tie(y, args.y) = new_rows(x, args.x, N);
+  std::tie(u, args.u) = new_low_rank(x, args.x, args.lora.rank);
+  linear_forward(args, stream_of(x));
+  return {y, u};
+}
+
+std::tuple<Tensor, Tensor> linear_backward_input_op(
+    const Tensor& dy, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+    const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code, std::int64_t N,
+    std::int64_t K, std::int64_t bits, std::int64_t blocksize, const OptionalTensor& lora_a,
+    const OptionalTensor& lora_b, double lora_scaling, double lora_dropout, const OptionalTensor& seed, bool need_dx) {
+  LinearBackwardInputArgs args;
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, dy);
+  args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, dy);
+  const Rows rows = rows_of(dy, N, "dy");
+  args.dy = rows.matrix;
+  Tensor dx, v;
+  if (need_dx) {
+    std::tie(dx, args.dx) = new_rows(dy, args.dy, K);
+  } else {
+    dx = new_tensor(dy, {0}, dy.scalar_type());
+  }
+  std::tie(v, args.v) = new_low_rank(dy, args.dy, args.lora.rank);
+  linear_backward_input(args, stream_of(dy));
+  return {dx, v};
+}
+
+std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, const Tensor& u, const Tensor& v,
+                                             double lora_scaling, double lora_dropout, const OptionalTensor& seed,
+                                             ScalarType dtype) {
+  check(x.dim() >= 1, "x", "[..., K]", "no dimension");
+  check(dy.dim() >= 1, "dy", "[..., N]", "no dimension");
+  check(u.dim() == 2, "u", "[M, rank]", std::to_string(u.dim()) + " dimensions");
+  const std::int64_t N = dy.size(dy.dim() - 1), K = x.size(x.dim() - 1), rank = u.size(1);
+  for (const Tensor* tensor : {&dy, &u, &v}) {
+    check(same_device(*tensor, x), "dy, u and v", "the device of x", "another device");
+  }
+  const Rows x_rows = rows_of(x, K, "x"), dy_rows = rows_of(dy, N, "dy");
+  const Rows u_rows = rows_of(u, rank, "u"), v_rows = rows_of(v, rank, "v");
+  LoraGradientsArgs args;
+  args.lora.rank = rank;
+  args.lora.dtype = dtype_of(dtype, "dtype");
+  args.lora.scaling = static_cast<float>(lora_scaling);
+  args.lora.dropout = static_cast<float>(lora_dropout);
+  args.lora.seed = seed_of(seed, lora_dropout);
+  args.x = x_rows.matrix;
+  args.dy = dy_rows.matrix;
+  args.u = u_rows.matrix;
+  args.v = v_rows.matrix;
+  Tensor da = new_tensor(x, {rank, K}, dtype), db = new_tensor(x, {N, rank}, dtype);
+  args.da = da.data_ptr();
+  args.db = db.data_ptr();
+  lora_gradients(args, stream_of(x));
+  return {da, db};
+}
+
+template <class Library>
+void implement(Library& library) {
+  library.impl("quantize", TORCH_BOX(&quantize_op));
+  library.impl("dequantize", TORCH_BOX(&dequantize_op));
+  library.impl("linear_forward", TORCH_BOX(&linear_forward_op));
+  library.impl("linear_backward_input", TORCH_BOX(&linear_backward_input_op));
+  library.impl("lora_gradients", TORCH_BOX(&lora_gradients_op));
+}
+
+}  // namespace
+
+void install_torch_thread_pool() {
+  set_thread_pool(
+      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
+        torch::stable::parallel_for(0, tasks, /*grain_size=*/1,
+                                    [=](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
+      },
+      [] { return static_cast<int>(torch::stable::get_num_threads()); });
+}
+
+}  // namespace qlora_native
+
+#define QLN_WEIGHT                                                                                          \
+  "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, Tensor? code, " \
+  "int N, int K, int bits, int blocksize"
+#define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
+
+STABLE_TORCH_LIBRARY(qlora_native, library) {
+  library.def(
+      "quantize(Tensor weight, Tensor? code, int bits, int blocksize, bool double_quant) -> "
+      "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");
+  library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
+  library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ") -> (Tensor y, Tensor u)");
+  library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx) -> (Tensor dx, Tensor v)");
+  library.def(
+      "lora_gradients(Tensor x, Tensor dy, Tensor u, Tensor v, float lora_scaling, float lora_dropout, Tensor? seed, "
+      "ScalarType dtype) -> (Tensor da, Tensor db)");
+}
+
+// The same functions for both: the core picks the backend by the stream's device.
+STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(qlora_native, CUDA, library) { qlora_native::implement(library); }
