@@ -1,0 +1,153 @@
+// How a product multiplies: bfloat16 pairs with AVX512_BF16, twice the rate of fp32. See generic/dot_f32-inl.h for
+// what a chunk and a unit are; here a unit is two bfloat16. Vector 0 of a chunk holds its 32 even elements, vector 1
+// the odd ones. The instruction treats subnormal inputs and results as zero, whatever the control register says.
+#pragma once
+
+#include "cpu/avx512/simd.h"
+
+namespace qlora_native {
+namespace {
+
+struct DotBf16 {
+  static constexpr DType kActivation = DType::bf16;
+  static constexpr int kElementsPerUnit = 2;
+  static constexpr int kUnits = kChunk / kElementsPerUnit;
+  static constexpr int kVectors = kUnits / kLanes;
+  static constexpr std::int64_t kRestart = 1024;  // see DotF32; the rounding of the result hides a longer chain
+
+  struct Chunk {
+    F32 v[kVectors];
+  };
+  struct Table {
+    __m512i level;  // the 16 levels twice, so that the fifth bit of an index does not matter
+  };
+
+  static F32 dot(F32 sum, F32 x, F32 w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+
+  static Table table(Table16 code, float scale) {
+    const __m256bh levels = _mm512_cvtneps_pbh(mul(code.level, set1(scale)));
+    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(levels))};
+  }
+
+  template <bool kOdd>
+  static Chunk decode4(const std::uint8_t* bytes, Table table) {
+    const __m512i first = load_words(bytes);
+    const __m512i second = kOdd ? load_words(bytes + 1) : first;
+    const __m512i high = _mm512_srli_epi16(kOdd ? second : first, 4);
+    const F32 from_high = _mm512_castsi512_ps(_mm512_permutexvar_epi16(high, table.level));
+    const F32 from_low = _mm512_castsi512_ps(_mm512_permutexvar_epi16(first, table.level));
+    return kOdd ? Chunk{{from_low, from_high}} : Chunk{{from_high, from_low}};
+  }
+
+  static Chunk decode8(const std::uint8_t* bytes, float step) {
+    F32 even[2], odd[2];
+    for (int g = 0; g < 2; ++g) {
+      load_signed_byte_pairs(bytes + g * 32, even[g], odd[g]);
+      even[g] = mul(even[g], set1(step));
+      odd[g] = mul(odd[g], set1(step));
+    }
+    return {{to_bf16(even), to_bf16(odd)}};
+  }
+
+  template <DType kFrom>
+  static Chunk dense(const void* p, float scale) {
+    F32 even[2], odd[2];
+    for (int g = 0; g < 2; ++g) {
+      load_pairs<kFrom>(static_cast<const char*>(p) + g * 32 * size_of(kFrom), even[g], odd[g]);
+      even[g] = mul(even[g], set1(scale));
+      odd[g] = mul(odd[g], set1(scale));
+    }
+    return {{to_bf16(even), to_bf16(odd)}};
+  }
+  template <DType kFrom>
+  static Chunk dense_natural(const void* p, float scale) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) {
+      F32 part[2];
+      for (int half = 0; half < 2; ++half)
+        part[half] = mul(load_as_f32<kFrom>(static_cast<const char*>(p) + (2 * i + half) * kLanes * size_of(kFrom)),
+                         set1(scale));
+      chunk.v[i] = to_bf16(part);
+    }
+    return chunk;
+  }
+
+  static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
+    // Lane i of the even vector is element 2i, of the odd one 2i + 1.
+    const std::uint64_t from = boundary < 64 ? ~0ull << boundary : 0;
+    return {{blend_words(a.v[0], b.v[0], _pext_u64(from, kEven)), blend_words(a.v[1], b.v[1], _pext_u64(from, kOdd64))}};
+  }
+
+  static void keep(Chunk& chunk, std::uint64_t bits) {
+    chunk.v[0] = keep_words(chunk.v[0], _pext_u64(bits, kEven));
+    chunk.v[1] = keep_words(chunk.v[1], _pext_u64(bits, kOdd64));
+  }
+
+  // dX = dY . W: a unit holds the elements of rows n and n+1 in one column.
+  static constexpr int kColumnVectors = 4;
+  struct Columns {
+    F32 v[kColumnVectors];
+  };
+  // Interleaves two rows. The 128-bit lanes stay apart, so vector 0 holds columns 16j + {0,2,4,6}, vector 1
+  // 16j + {8,10,12,14}, vectors 2 and 3 the odd ones after them (j = 0 ... 3).
+  static Columns columns(const Chunk& n0, const Chunk& n1) {
+    return {{unpack_low(n0.v[0], n1.v[0]), unpack_high(n0.v[0], n1.v[0]), unpack_low(n0.v[1], n1.v[1]),
+             unpack_high(n0.v[1], n1.v[1])}};
+  }
+  static Columns columns_natural(const Chunk& n0, const Chunk& n1) {
+    alignas(64) static constexpr std::uint16_t kInterleave[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                                  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kInterleave);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    Columns result;
+    for (int i = 0; i < kColumnVectors; ++i)
+      result.v[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(
+          _mm512_castps_si512(n0.v[i / 2]), i % 2 ? high : low, _mm512_castps_si512(n1.v[i / 2])));
+    return result;
+  }
+  static void to_natural(F32 (&sums)[kColumnVectors]) {
+    // Columns 16j ... 16j+15 are lanes 4j ... 4j+3 of the four vectors.
+    F32 even[2], odd[2];  // 32 even columns in order, 32 odd ones
+    join_lanes(sums[0], sums[1], even);
+    join_lanes(sums[2], sums[3], odd);
+    for (int g = 0; g < 2; ++g) interleave(even[g], odd[g], sums[2 * g], sums[2 * g + 1]);
+  }
+  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
+    constexpr std::uint64_t kColumns[kColumnVectors] = {0x0055005500550055, 0x5500550055005500, 0x00AA00AA00AA00AA,
+                                                        0xAA00AA00AA00AA00};
+    return keep_lanes(sums, static_cast<std::uint32_t>(_pext_u64(bits, kColumns[vector])));
+  }
+
+ private:
+  static constexpr std::uint64_t kEven = 0x5555555555555555, kOdd64 = 0xAAAAAAAAAAAAAAAA;
+
+  static __m512i load_words(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F32 to_bf16(const F32 (&x)[2]) { return reinterpret_cast<F32>(_mm512_cvtne2ps_pbh(x[1], x[0])); }
+  static F32 blend_words(F32 a, F32 b, std::uint64_t from_b) {
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(static_cast<__mmask32>(from_b), _mm512_castps_si512(a),
+                                                       _mm512_castps_si512(b)));
+  }
+  static F32 keep_words(F32 a, std::uint64_t keep) {
+    return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(static_cast<__mmask32>(keep), _mm512_castps_si512(a)));
+  }
+  static F32 unpack_low(F32 a, F32 b) {
+    return _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static F32 unpack_high(F32 a, F32 b) {
+    return _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  // Four-float lanes of low and high in turn: low 0, high 0, low 1, ...
+  static void join_lanes(F32 low, F32 high, F32 (&out)[2]) {
+    const I32 order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    out[0] = _mm512_permutex2var_ps(low, order, high);
+    out[1] = _mm512_permutex2var_ps(low, _mm512_add_epi32(order, _mm512_set1_epi32(8)), high);
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native

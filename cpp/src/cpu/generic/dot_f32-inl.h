@@ -1,0 +1,136 @@
+// How a product multiplies: fp32 multiply-add over any element type of x.
+//
+// A product sees the inner dimension in chunks of 64 elements, and a chunk as units of 32 bits: here a unit is one
+// float. Decoding yields the even and the odd elements apart, and no sum cares for its order, so that this *is* the
+// order inside a chunk: vector 2g holds the even ones, vector 2g+1 the odd ones, of elements 2L*g ... 2L*(g+1)-1
+// (L lanes). Activations are put in the same order when they are packed.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+constexpr int kChunk = 64;  // elements of the inner dimension that are decoded together
+
+template <DType kType>
+struct DotF32 {
+  static constexpr DType kActivation = kType;  // of x; weights and adapters are rounded to it
+  static constexpr int kElementsPerUnit = 1;
+  static constexpr int kUnits = kChunk / kElementsPerUnit;  // of a chunk
+  static constexpr int kVectors = kUnits / kLanes;
+  static constexpr int kGroup = 2 * kLanes;  // elements that share an even and an odd vector
+  // Sums start afresh after so many elements: a long chain of fp32 additions would lose what a blocked one keeps.
+  static constexpr std::int64_t kRestart = 256;
+
+  struct Chunk {
+    F32 v[kVectors];
+  };
+  using Table = Table16;
+
+  static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
+
+  // One block's 16 levels as the product uses them.
+  static Table table(Table16 code, float scale) { return round_table<kType>(map_table(code, mul, set1(scale))); }
+
+  // 64 weights from 32 bytes of codes. `kOdd`: the first weight sits in the low nibble of bytes[0] (33 bytes then).
+  template <bool kOdd>
+  static Chunk decode4(const std::uint8_t* bytes, Table table) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; ++g) {
+      const I32 first = load_bytes(bytes + g * kLanes);
+      if constexpr (kOdd) {
+        chunk.v[2 * g] = lookup(table, first);
+        chunk.v[2 * g + 1] = lookup(table, shift_right<4>(load_bytes(bytes + g * kLanes + 1)));
+      } else {
+        chunk.v[2 * g] = lookup(table, shift_right<4>(first));
+        chunk.v[2 * g + 1] = lookup(table, first);
+      }
+    }
+    return chunk;
+  }
+
+  // 64 weights from 64 signed bytes; `step` is what a byte of 1 stands for.
+  static Chunk decode8(const std::uint8_t* bytes, float step) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; ++g) {
+      load_signed_byte_pairs(bytes + g * kGroup, chunk.v[2 * g], chunk.v[2 * g + 1]);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(step)));
+    }
+    return chunk;
+  }
+
+  // 64 elements of a dense row, times `scale`, rounded.
+  template <DType kFrom>
+  static Chunk dense(const void* p, float scale) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; ++g) {
+      const char* group = static_cast<const char*>(p) + g * kGroup * size_of(kFrom);
+      load_pairs<kFrom>(group, chunk.v[2 * g], chunk.v[2 * g + 1]);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(scale)));
+    }
+    return chunk;
+  }
+  // The same in natural order.
+  template <DType kFrom>
+  static Chunk dense_natural(const void* p, float scale) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) {
+      const char* vector = static_cast<const char*>(p) + i * kLanes * size_of(kFrom);
+      chunk.v[i] = round_to<kType>(mul(load_as_f32<kFrom>(vector), set1(scale)));
+    }
+    return chunk;
+  }
+
+  // Elements below `boundary` from a, the others from b.
+  static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) {
+      alignas(64) std::uint8_t element[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        element[lane] = static_cast<std::uint8_t>((i / 2) * kGroup + 2 * lane + i % 2);
+      chunk.v[i] = blend_from(a.v[i], b.v[i], element, boundary);
+    }
+    return chunk;
+  }
+
+  // Clears the elements whose bit is not set.
+  static void keep(Chunk& chunk, std::uint64_t bits) {
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = keep_lanes(chunk.v[i], vector_bits(bits, i));
+  }
+
+  // --- A unit of the other product, dX = dY . W, lies across W's rows: here one row a unit. ---
+
+  static constexpr int kColumnVectors = kChunk / kLanes;  // accumulators that hold 64 columns
+  struct Columns {
+    F32 v[kColumnVectors];
+  };
+  static Columns columns(const Chunk& row) {
+    Columns result;
+    for (int i = 0; i < kColumnVectors; ++i) result.v[i] = row.v[i];
+    return result;
+  }
+  static Columns columns_natural(const Chunk& row) { return columns(row); }
+  // 64 accumulators of decoded columns -> natural order.
+  static void to_natural(F32 (&sums)[kColumnVectors]) {
+    for (int i = 0; i < kColumnVectors; i += 2) {
+      F32 a, b;
+      interleave(sums[i], sums[i + 1], a, b);
+      sums[i] = a;
+      sums[i + 1] = b;
+    }
+  }
+  // Clears the accumulators whose column's bit is not set.
+  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
+    return keep_lanes(sums, vector_bits(bits, vector));
+  }
+
+ private:
+  // The bits of vector i's elements, lane by lane.
+  static std::uint32_t vector_bits(std::uint64_t bits, int i) {
+    const std::uint64_t group = bits >> ((i / 2) * kGroup);
+    const std::uint64_t lanes = 0x5555555555555555ull >> (64 - kGroup) << (i % 2);
+    return static_cast<std::uint32_t>(_pext_u64(group, lanes));
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native

@@ -1,0 +1,281 @@
+// linear_forward: few rows of x through dot products along K, many through ProductNt.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+// The adapter's dropped-out input: mask o x. The factor 1/(1-p) is applied to the sums.
+inline Dropout dropout_of(const LoraView& lora) {
+  return lora.dropout > 0.0f ? Dropout{dropout_threshold(lora.dropout), lora.seed} : Dropout{};
+}
+inline float dropout_scale(const LoraView& lora) { return lora.dropout > 0.0f ? 1.0f / (1.0f - lora.dropout) : 1.0f; }
+
+inline ConstMatrix lora_a(const LoraView& lora, std::int64_t K) { return {lora.a, lora.dtype, lora.rank, K, K}; }
+inline ConstMatrix lora_b(const LoraView& lora, std::int64_t N) { return {lora.b, lora.dtype, N, lora.rank, lora.rank}; }
+
+template <class Pointer>
+inline BasicMatrix<Pointer> rows_of(BasicMatrix<Pointer> m, std::int64_t first, std::int64_t count) {
+  using Byte = std::conditional_t<std::is_same_v<Pointer, const void*>, const char*, char*>;
+  if (m.data != nullptr)
+    m.data = static_cast<Byte>(m.data) + first * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
+  m.rows = count;
+  return m;
+}
+inline ConstMatrix readable(Matrix m) { return {m.data, m.dtype, m.rows, m.cols, m.stride}; }
+
+// Up to kFewRows rows of x: lanes along K, so that a decoded chunk is used where it was made.
+template <class Dot>
+struct FewRows {
+  using Chunk = typename Dot::Chunk;
+  static constexpr int kMost = 8;
+
+  // x as [chunk][row][unit].
+  template <class Rows>
+  static void pack(const Rows& x, int rows, float* out) {
+    const std::int64_t chunks = ceil_div(x.cols(), kChunk);
+    for (int m = 0; m < rows; ++m)
+      x.template chunks<1>(m, 1, 0, chunks, 0, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+        for (int i = 0; i < Dot::kVectors; ++i) store(out + (c * rows + m) * Dot::kUnits + i * kLanes, chunk[0].v[i]);
+      });
+  }
+
+  // The low-rank part for row n of B: `u` is [row][padded rank], in floats.
+  struct LowRank {
+    ConstMatrix b;
+    float scaling = 0.0f;
+    const float* u = nullptr;
+    std::int64_t padded_rank = 0;
+
+    F32 row(std::int64_t n, std::int64_t r) const {
+      return with_dtype(b.dtype, [&](auto dtype) {
+        constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
+        const char* p = static_cast<const char*>(b.data) + (n * b.stride + r) * kSize;
+        char copy[kLanes * kSize];
+        if (b.cols - r < kLanes) {
+          __builtin_memset(copy, 0, sizeof(copy));
+          __builtin_memcpy(copy, p, static_cast<std::size_t>((b.cols - r) * kSize));
+          p = copy;
+        }
+        return round_to<Dot::kActivation>(mul(load_as_f32<dtype()>(p), set1(scaling)));
+      });
+    }
+  };
+
+  // out[m][n] = scale * (sum of products) + bias[n] for rows n ... n+count-1 of W, kRows of them at a time.
+  template <int kM, int kRows, class Rows, class Write>
+  static void dot_rows(const Rows& w, std::int64_t n, int count, const float* x, const LowRank* lora, Write&& write) {
+    F32 sum[kRows][kM];
+#pragma GCC unroll 8
+    for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) sum[j][m] = zero();
+    w.template chunks<kRows>(n, count, 0, ceil_div(w.cols(), kChunk), kRows * w.row_bytes(),
+                             [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
+                               const float* units = x + c * kM * Dot::kUnits;
+#pragma GCC unroll 8
+                               for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+                                 for (int i = 0; i < Dot::kVectors; ++i) {
+                                   const F32 value = load(units + m * Dot::kUnits + i * kLanes);
+#pragma GCC unroll 8
+                                   for (int j = 0; j < kRows; ++j)
+                                     sum[j][m] = Dot::dot(sum[j][m], value, chunk[j].v[i]);
+                                 }
+                             });
+    if (lora != nullptr)
+      for (int j = 0; j < count; ++j)
+        for (std::int64_t r = 0; r < lora->b.cols; r += kLanes) {
+          const F32 b = lora->row(n + j, r);
+          for (int m = 0; m < kM; ++m) sum[j][m] = fma(b, load(lora->u + m * lora->padded_rank + r), sum[j][m]);
+        }
+    for (int j = 0; j < count; ++j)
+      for (int m = 0; m < kM; ++m) write(m, n + j, reduce_add(sum[j][m]));
+  }
+
+  // All rows of W, in tasks.
+  template <int kM, class Rows, class Write>
+  static void multiply(const Rows& w, const float* x, const LowRank* lora, Write&& write) {
+    constexpr int kRows = kM * 4 <= kRegisters / 2 ? 4 : kM * 2 <= kRegisters / 2 ? 2 : 1;
+    constexpr std::int64_t kTaskRows = 32;
+    parallel_for(ceil_div(w.rows(), kTaskRows), [&](std::int64_t task) {
+      const std::int64_t end = smaller((task + 1) * kTaskRows, w.rows());
+      for (std::int64_t n = task * kTaskRows; n < end; n += kRows)
+        dot_rows<kM, kRows>(w, n, static_cast<int>(smaller<std::int64_t>(kRows, end - n)), x, lora, write);
+    });
+  }
+  template <class Rows, class Write>
+  static void multiply(int rows, const Rows& w, const float* x, const LowRank* lora, Write&& write) {
+    switch (rows) {
+      case 1: return multiply<1>(w, x, lora, write);
+      case 2: return multiply<2>(w, x, lora, write);
+      case 3: return multiply<3>(w, x, lora, write);
+      case 4: return multiply<4>(w, x, lora, write);
+      case 5: return multiply<5>(w, x, lora, write);
+      case 6: return multiply<6>(w, x, lora, write);
+      case 7: return multiply<7>(w, x, lora, write);
+      default: return multiply<8>(w, x, lora, write);
+    }
+  }
+
+  template <class Rows>
+  static void forward(const Rows& w, const LinearForwardArgs& args) {
+    const int rows = static_cast<int>(args.x.rows);
+    const std::int64_t chunks = ceil_div(args.x.cols, kChunk), rank = args.lora.rank;
+    const std::int64_t padded_rank = ceil_div(rank, kLanes) * kLanes;
+    const std::int64_t x_floats = chunks * rows * Dot::kUnits;
+    const Dropout dropout = dropout_of(args.lora);
+    float* x = reinterpret_cast<float*>(scratch(
+        Slot::call, static_cast<std::size_t>(x_floats * (dropout ? 2 : 1) + rows * padded_rank) * sizeof(float)));
+    pack(DenseRows<Dot, false>(args.x), rows, x);
+    LowRank lora{lora_b(args.lora, args.weight.N), args.lora.scaling, nullptr, padded_rank};
+    if (rank > 0) {
+      float* dropped = x;
+      float* u = x + x_floats;
+      if (dropout) {
+        dropped = x + x_floats;
+        u = dropped + x_floats;
+        pack(DenseRows<Dot, false>(args.x, 1.0f, dropout), rows, dropped);
+      }
+      __builtin_memset(u, 0, static_cast<std::size_t>(rows * padded_rank) * sizeof(float));
+      const float scale = dropout_scale(args.lora);
+      multiply(rows, DenseRows<Dot, false>(lora_a(args.lora, args.x.cols)), dropped, nullptr,
+               [&](int m, std::int64_t r, float sum) {
+                 // U is rounded like any operand of a product.
+                 const F32 value = round_to<Dot::kActivation>(set1(sum * scale));
+                 store_from_f32<DType::f32>(u + m * padded_rank + r, value, 1);
+                 if (args.u.data != nullptr) store_element(args.u, m, r, value);
+               });
+      lora.u = u;
+    }
+    multiply(rows, w, x, rank > 0 ? &lora : nullptr, [&](int m, std::int64_t n, float sum) {
+      store_element(args.y, m, n, add(set1(sum), bias(args, n)));
+    });
+  }
+
+ private:
+  static void store_element(Matrix out, std::int64_t row, std::int64_t col, F32 value) {
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + col) * kSize, value, 1);
+  }
+  static F32 bias(const LinearForwardArgs& args, std::int64_t n) {
+    if (args.bias == nullptr) return zero();
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    char copy[kLanes * kSize] = {};
+    __builtin_memcpy(copy, static_cast<const char*>(args.bias) + n * kSize, kSize);
+    return load_as_f32<Dot::kActivation>(copy);
+  }
+};
+
+// Many rows of x.
+template <class Dot>
+struct ManyRows {
+  using Product = ProductNt<Dot>;
+  static constexpr std::int64_t kNarrowestTile = 16;  // the tallest register tile
+  static constexpr std::int64_t kFewestStrips = 3;    // about 128 rows: below, decoding again would show
+
+  template <class Rows>
+  static void forward(const Rows& w, const LinearForwardArgs& args) {
+    const LoraView& lora = args.lora;
+    const std::int64_t units = Product::padded_units(w);
+    const std::int64_t u_units = ceil_div(lora.rank, Dot::kElementsPerUnit);
+    const std::int64_t block = rows_per_block(args.x.rows, (units + 2 * u_units) * 4, 3 * kLanes);
+    for (std::int64_t m = 0; m < args.x.rows; m += block) {
+      const std::int64_t rows = smaller(block, args.x.rows - m);
+      LinearForwardArgs part = args;
+      part.x = rows_of(args.x, m, rows);
+      part.y = rows_of(args.y, m, rows);
+      part.u = rows_of(args.u, m, rows);
+      forward_block(w, part, m, units, u_units);
+    }
+  }
+
+ private:
+  template <class Rows>
+  static void forward_block(const Rows& w, LinearForwardArgs args, std::int64_t first_row, std::int64_t units,
+                            std::int64_t u_units) {
+    const LoraView& lora = args.lora;
+    const std::int64_t vectors = ceil_div(args.x.rows, kLanes), rows = vectors * kLanes;
+    const Strips strips(vectors);
+    float* x = reinterpret_cast<float*>(
+        scratch(Slot::call, static_cast<std::size_t>(rows * (units + 2 * u_units)) * sizeof(float)));
+    float* u = x + rows * units;
+    if (lora.rank > 0 && args.u.data == nullptr)
+      args.u = {u + rows * u_units, Dot::kActivation, args.x.rows, lora.rank, lora.rank};
+
+    parallel_for(strips.count(), [&](std::int64_t strip) {
+      const DenseRows<Dot, false> dense(args.x);
+      Product::pack_strip(dense, strips.first(strip) * kLanes, strips.width(strip), 0, ceil_div(args.x.cols, kChunk),
+                          x + strips.first(strip) * units * kLanes);
+      if (lora.rank > 0) low_rank(args, first_row, strips, strip, x, units, u, u_units);
+    });
+
+    const std::int64_t N = args.weight.N;
+    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, Product::kWidestTile, kNarrowestTile,
+                                num_threads());
+    parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
+      const std::int64_t first = task % grid.row_parts * grid.row_part;
+      const std::int64_t last = smaller(first + grid.row_part, strips.count());
+      const std::int64_t n = task / grid.row_parts * grid.column_tile;
+      const std::int64_t count = smaller(grid.column_tile, N - n);
+      const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
+      const std::int64_t width = strips.first(last) - strips.first(first);
+      float* panel = reinterpret_cast<float*>(scratch(
+          Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + width * kLanes * tile_rows) * sizeof(float)));
+      float* sums = panel + Product::kPanelFloats;
+      Product::multiply(w, n, count, tile_rows, strips, first, last, x, units, panel, sums, false);
+      if (lora.rank > 0)
+        Product::multiply(DenseRows<Dot, true>(lora_b(lora, N), lora.scaling), n, count, tile_rows, strips, first,
+                          last, u, u_units, panel, sums, true);
+      for (std::int64_t s = first; s < last; ++s)
+        Product::write(sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, strips.width(s), tile_rows,
+                       1.0f, args.bias, args.y, strips.first(s) * kLanes, n);
+    });
+  }
+
+  // U = drop(X) . A^T / (1-p) for one strip: to args.u, and packed as more units of x.
+  static void low_rank(const LinearForwardArgs& args, std::int64_t first_row, const Strips& strips, std::int64_t strip,
+                       const float* x, std::int64_t units, float* u, std::int64_t u_units) {
+    const LoraView& lora = args.lora;
+    const Dropout dropout = dropout_of(lora);
+    const std::int64_t first = strips.first(strip), chunks = ceil_div(args.x.cols, kChunk);
+    const int width = strips.width(strip);
+    const DenseRows<Dot, false> a(lora_a(lora, args.x.cols));
+    const DenseRows<Dot, false> dropped(args.x, 1.0f, dropout, first_row);
+    constexpr std::int64_t kMaskedFloats = kWidestStrip * kLanes * Product::kBlockUnits;
+    float* panel = reinterpret_cast<float*>(
+        scratch(Slot::thread,
+                static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats +
+                                         Product::kWidestTile * kWidestStrip * kLanes) * sizeof(float)));
+    float* masked = panel + Product::kPanelFloats;
+    float* sums = masked + kMaskedFloats;
+    for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
+      const std::int64_t count = smaller(Product::kWidestTile, lora.rank - r);
+      const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
+      for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
+        const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
+        const float* block = x + (first * units + c * Dot::kUnits * width) * kLanes;
+        if (dropout) {
+          Product::pack_strip(dropped, first * kLanes, width, c, end, masked);
+          block = masked;
+        }
+        Product::decode_panel(a, r, count, tile_rows, c, end, panel);
+        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0);
+      }
+      Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, args.u, first * kLanes, r);
+    }
+    Product::pack_strip(DenseRows<Dot, true>(readable(args.u)), first * kLanes, width, 0, ceil_div(lora.rank, kChunk),
+                        u + first * u_units * kLanes);
+  }
+};
+
+template <class Dot, class Rows>
+inline void forward(const Rows& w, const LinearForwardArgs& args) {
+  if (args.x.rows == 0) return;
+  if (args.x.rows <= FewRows<Dot>::kMost)
+    FewRows<Dot>::forward(w, args);
+  else
+    ManyRows<Dot>::forward(w, args);
+}
+
+}  // namespace
+}  // namespace qlora_native

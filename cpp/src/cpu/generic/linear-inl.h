@@ -1,0 +1,28 @@
+// The three functions of linear.h for one Dot.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+template <class Dot>
+struct Linear {
+  static void forward(const LinearForwardArgs& args) {
+    with_rows(args.weight, [&](const auto& rows) { qlora_native::forward<Dot>(rows, args); });
+  }
+  static void backward_input(const LinearBackwardInputArgs& args) {
+    with_rows(args.weight, [&](const auto& rows) { Backward<Dot>::input(rows, args); });
+  }
+  static void lora_gradients(const LoraGradientsArgs& args) { Backward<Dot>::gradients(args); }
+
+ private:
+  template <class F>
+  static void with_rows(const QuantizedWeightView& weight, F&& f) {
+    if (weight.bits == 4)
+      f(QuantizedRows<Dot, 4>(weight));
+    else
+      f(QuantizedRows<Dot, 8>(weight));
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native

@@ -1,0 +1,249 @@
+// quantize, quantize_absmax, dequantize.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+// How many of 15 ascending midpoints (and a 16th, infinite) lie below t: four steps of bisection.
+inline I32 count_below(Table16 midpoints, F32 t) {
+  I32 position = set1_i32(0);
+  for (int step = 8; step > 0; step /= 2)
+    position = add_where_above(position, t, lookup(midpoints, add_i32(position, set1_i32(step - 1))), step);
+  return position;
+}
+
+inline Table16 midpoint_table(const SortedCodebook& codebook) {
+  float midpoints[16];
+  for (int i = 0; i < 15; ++i) midpoints[i] = codebook.midpoint[i];
+  midpoints[15] = __builtin_inff();
+  return table16(midpoints);
+}
+// Codes as the bits of floats, so that one kind of table serves.
+inline Table16 order_table(const SortedCodebook& codebook) {
+  float order[16];
+  for (int i = 0; i < 16; ++i) {
+    const std::uint32_t code = codebook.order[i];
+    __builtin_memcpy(&order[i], &code, sizeof(code));
+  }
+  return table16(order);
+}
+
+constexpr std::uint32_t kAbsMask = 0x7FFFFFFF;
+constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
+
+// One block, `blocksize` elements from p. Returns its absmax; writes codes unless an element is NaN or infinite.
+template <DType kType, int kBits>
+inline float quantize_block(const char* p, int blocksize, Table16 midpoints, Table16 order, std::uint8_t* codes) {
+  constexpr int kGroup = 2 * kLanes;
+  constexpr auto kSize = static_cast<int>(size_of(kType));
+  I32 most = set1_i32(0);
+  for (int i = 0; i < blocksize; i += kGroup) {
+    F32 even, odd;
+    load_pairs<kType>(p + i * kSize, even, odd);
+    most = max_i32(most, max_i32(as_i32(abs(even)), as_i32(abs(odd))));
+  }
+  const auto bits = static_cast<std::uint32_t>(reduce_max_i32(most));
+  float absmax;
+  __builtin_memcpy(&absmax, &bits, sizeof(absmax));
+  if (bits >= kInfinity) return absmax;
+  const F32 inverse = set1(inverse_absmax(absmax));
+  for (int i = 0; i < blocksize; i += kGroup) {
+    F32 even, odd;
+    load_pairs<kType>(p + i * kSize, even, odd);
+    even = mul(even, inverse);
+    odd = mul(odd, inverse);
+    if constexpr (kBits == 4) {
+      const I32 even_code = as_i32(lookup(order, count_below(midpoints, even)));
+      const I32 odd_code = as_i32(lookup(order, count_below(midpoints, odd)));
+      store_nibble_pairs(codes + i / 2, even_code, odd_code);
+    } else {
+      store_byte_pairs(codes + i, round_to_i32(mul(even, set1(127.0f))), round_to_i32(mul(odd, set1(127.0f))));
+    }
+  }
+  return absmax;
+}
+
+template <DType kType>
+inline NonFinite count_non_finite(const char* p, std::int64_t first, std::int64_t count) {
+  NonFinite found;
+  for (std::int64_t i = 0; i < count; ++i) {
+    alignas(64) float value[kLanes];
+    char copy[kLanes * sizeof(float)] = {};
+    __builtin_memcpy(copy, p + i * static_cast<std::int64_t>(size_of(kType)), size_of(kType));
+    store(value, load_as_f32<kType>(copy));
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, value, sizeof(bits));
+    if ((bits & kAbsMask) < kInfinity) continue;
+    if (found.count++ == 0) found.first = first + i;
+  }
+  return found;
+}
+
+template <DType kType, int kBits>
+inline void quantize_as(const QuantizeArgs& args) {
+  constexpr std::int64_t kTaskElements = 64 << 10;
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  Table16 midpoints{}, order{};
+  if constexpr (kBits == 4) {
+    const SortedCodebook codebook = sort_codebook(args.code);
+    midpoints = midpoint_table(codebook);
+    order = order_table(codebook);
+  }
+  const std::int64_t tasks = ceil_div(args.elements, kTaskElements);
+  NonFinite* found = reinterpret_cast<NonFinite*>(
+      scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(NonFinite)));
+  parallel_for(tasks, [&](std::int64_t task) {
+    found[task] = NonFinite{};
+    const std::int64_t end = smaller((task + 1) * kTaskElements, args.elements);
+    for (std::int64_t e = task * kTaskElements; e < end; e += args.blocksize) {
+      const std::int64_t count = smaller<std::int64_t>(args.blocksize, end - e);
+      const char* p = static_cast<const char*>(args.weight) + e * kSize;
+      std::uint8_t* codes = args.codes + e * kBits / 8;
+      float absmax;
+      if (count == args.blocksize) {
+        absmax = quantize_block<kType, kBits>(p, args.blocksize, midpoints, order, codes);
+      } else {  // the last block: zeros change neither its absmax nor another's code
+        char copy[4096 * kSize];
+        std::uint8_t padded[4096];
+        __builtin_memset(copy, 0, static_cast<std::size_t>(args.blocksize * kSize));
+        __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
+        absmax = quantize_block<kType, kBits>(copy, args.blocksize, midpoints, order, padded);
+        __builtin_memcpy(codes, padded, static_cast<std::size_t>((count * kBits + 7) / 8));
+      }
+      args.absmax[e / args.blocksize] = absmax;
+      std::uint32_t bits;
+      __builtin_memcpy(&bits, &absmax, sizeof(bits));
+      if (bits >= kInfinity) {
+        const NonFinite block = count_non_finite<kType>(p, e, count);
+        if (found[task].count == 0) found[task].first = block.first;
+        found[task].count += block.count;
+      }
+    }
+  });
+  NonFinite total;
+  for (std::int64_t task = 0; task < tasks; ++task) {
+    if (total.count == 0) total.first = found[task].first;
+    total.count += found[task].count;
+  }
+  *args.non_finite = total;
+}
+
+inline void quantize_weight(const QuantizeArgs& args, const Stream&) {
+  with_dtype(args.dtype, [&](auto dtype) {
+    if (args.bits == 4)
+      quantize_as<dtype(), 4>(args);
+    else
+      quantize_as<dtype(), 8>(args);
+  });
+}
+
+// The 255 midpoints of an ascending map, each rounded down: t > midpoint then decides exactly for every float t.
+struct MapMidpoints {
+  float every16th[16];
+  float all[256];
+
+  explicit MapMidpoints(const float* map) {
+    for (int i = 0; i < 255; ++i) {
+      const double exact = (double{map[i]} + double{map[i + 1]}) / 2.0;
+      float rounded = static_cast<float>(exact);
+      if (double{rounded} > exact) rounded = __builtin_nextafterf(rounded, -__builtin_inff());
+      all[i] = rounded;
+    }
+    all[255] = __builtin_inff();
+    for (int i = 0; i < 16; ++i) every16th[i] = all[16 * i + 15];
+  }
+
+  I32 count_below(F32 t) const {
+    I32 position = set1_i32(0);
+    const Table16 coarse = table16(every16th);
+    for (int step = 8; step > 0; step /= 2)
+      position = add_where_above(position, t, lookup(coarse, add_i32(position, set1_i32(step - 1))), step);
+    position = shift_left<4>(position);
+    for (int step = 8; step > 0; step /= 2)
+      position = add_where_above(position, t, gather(all, add_i32(position, set1_i32(step - 1))), step);
+    return position;
+  }
+};
+
+// In tasks of fixed size, so that the mean does not depend on the threads.
+inline float mean(const float* values, std::int64_t count) {
+  constexpr std::int64_t kTaskValues = 4096;
+  const std::int64_t tasks = ceil_div(count, kTaskValues);
+  double* sums = reinterpret_cast<double*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(double)));
+  parallel_for(tasks, [&](std::int64_t task) {
+    const std::int64_t end = smaller((task + 1) * kTaskValues, count);
+    double part[8] = {};
+    for (std::int64_t i = task * kTaskValues; i < end; ++i) part[i % 8] += double{values[i]};
+    sums[task] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+  });
+  double sum = 0.0;
+  for (std::int64_t task = 0; task < tasks; ++task) sum += sums[task];
+  return count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+}
+
+inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
+  const float offset = mean(args.absmax, args.blocks);
+  *args.offset = offset;
+  const MapMidpoints midpoints(args.nested_code);
+  parallel_for(ceil_div(args.blocks, args.nested_blocksize), [&](std::int64_t nested) {
+    const std::int64_t first = nested * args.nested_blocksize;
+    const std::int64_t end = smaller<std::int64_t>(first + args.nested_blocksize, args.blocks);
+    const auto centred = [&](std::int64_t i) {  // zeros past the end
+      float copy[kLanes] = {};
+      const float* p = args.absmax + i;
+      if (end - i < kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) copy[lane] = i + lane < end ? p[lane] : offset;
+        p = copy;
+      }
+      return add(load(p), set1(-offset));
+    };
+    F32 most = zero();
+    for (std::int64_t i = first; i < end; i += kLanes) most = max(most, abs(centred(i)));
+    const float absmax = reduce_max(most);
+    args.nested_absmax[nested] = absmax;
+    const F32 divisor = set1(larger(absmax, 1e-38f));
+    for (std::int64_t i = first; i < end; i += kLanes) {
+      std::uint8_t codes[kLanes];
+      store_bytes(codes, midpoints.count_below(divide(centred(i), divisor)));
+      __builtin_memcpy(args.codes + i, codes, static_cast<std::size_t>(smaller<std::int64_t>(kLanes, end - i)));
+    }
+  });
+}
+
+constexpr std::int64_t kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
+
+template <DType kType, int kBits>
+inline void dequantize_as(const DequantizeArgs& args) {
+  using Dot = DotF32<kType>;
+  constexpr std::int64_t kTaskChunks = 1024;
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  QuantizedWeightView flat = args.weight;  // rows do not matter here
+  flat.K = args.weight.elements();
+  flat.N = 1;
+  const QuantizedRows<Dot, kBits> rows(flat);
+  const std::int64_t chunks = ceil_div(flat.K, kChunk);
+  parallel_for(ceil_div(chunks, kTaskChunks), [&](std::int64_t task) {
+    const std::int64_t first = task * kTaskChunks, last = smaller(first + kTaskChunks, chunks);
+    rows.template chunks<1>(0, 1, first, last, kAheadBytes, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
+      const std::int64_t count = smaller<std::int64_t>(kChunk, flat.K - c * kChunk);
+      char* out = static_cast<char*>(args.out) + c * kChunk * kSize;
+      char copy[kChunk * kSize];
+      char* to = count == kChunk ? out : copy;
+      for (int g = 0; g < Dot::kVectors / 2; ++g)
+        store_pairs<kType>(to + g * Dot::kGroup * kSize, chunk[0].v[2 * g], chunk[0].v[2 * g + 1]);
+      if (to != out) __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+    });
+  });
+}
+
+inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
+  with_dtype(args.dtype, [&](auto dtype) {
+    if (args.weight.bits == 4)
+      dequantize_as<dtype(), 4>(args);
+    else
+      dequantize_as<dtype(), 8>(args);
+  });
+}
+
+}  // namespace
+}  // namespace qlora_native

@@ -1,0 +1,169 @@
+// Where the rows of an inner product come from: a quantized weight or a dense matrix. Both hand out chunks of 64
+// elements in the order of the Dot (dot_f32-inl.h), zeros past the end of the row.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+template <class T>
+inline T smaller(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T larger(T a, T b) { return a < b ? b : a; }
+
+// Calls f with the element type as a compile-time constant.
+template <class F>
+inline auto with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(std::integral_constant<DType, DType::bf16>{});
+    case DType::f16: return f(std::integral_constant<DType, DType::f16>{});
+    default: return f(std::integral_constant<DType, DType::f32>{});
+  }
+}
+
+template <class Dot, int kBits>
+class QuantizedRows {
+ public:
+  static constexpr bool kNatural = false;
+  explicit QuantizedRows(const QuantizedWeightView& w)
+      : w_(w),
+        shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
+        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N == 1)) {
+    if constexpr (kBits == 4) code_ = table16(w.code);
+  }
+
+  std::int64_t rows() const { return w_.N; }
+  std::int64_t cols() const { return w_.K; }
+
+  // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero. Asks
+  // for the codes `ahead` bytes further on: those of the tile that is decoded next.
+  template <int kRows, class Sink>
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, std::int64_t ahead, Sink&& sink) const {
+    float scales[kRows][kSegment * kChunk / 32 + 2];
+    std::int64_t first_block[kRows] = {}, element[kRows] = {}, last[kRows] = {};
+    for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
+      const std::int64_t end = smaller(begin + kSegment, c1);
+      for (int i = 0; i < count; ++i) {
+        element[i] = (n + i) * w_.K + begin * kChunk;
+        last[i] = (n + i) * w_.K + smaller(end * kChunk, w_.K);
+        first_block[i] = element[i] >> shift_;
+        decode_scales(w_, first_block[i], ((last[i] - 1) >> shift_) + 1 - first_block[i], scales[i]);
+      }
+      for (std::int64_t c = begin; c < end; ++c) {
+        typename Dot::Chunk chunk[kRows];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) {
+            chunk[i] = typename Dot::Chunk{};
+            continue;
+          }
+          const std::uint8_t* codes = codes_of(element[i]);
+          __builtin_prefetch(codes + ahead, 0, 2);
+          const std::int64_t left = last[i] - element[i];
+          if (aligned_ && left >= kChunk)
+            chunk[i] = decode<false>(codes, scales[i][(element[i] >> shift_) - first_block[i]]);
+          else
+            chunk[i] = decode_ragged(element[i], static_cast<int>(smaller<std::int64_t>(kChunk, left)), scales[i],
+                                     first_block[i]);
+          element[i] += kChunk;
+        }
+        sink(c, chunk);
+      }
+    }
+  }
+
+  std::int64_t row_bytes() const { return w_.K * kBits / 8; }
+
+ private:
+  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
+
+  const std::uint8_t* codes_of(std::int64_t element) const { return w_.codes + (element * kBits >> 3); }
+
+  template <bool kOdd>
+  typename Dot::Chunk decode(const std::uint8_t* codes, float scale) const {
+    if constexpr (kBits == 4)
+      return Dot::template decode4<kOdd>(codes, Dot::table(code_, scale));
+    else
+      return Dot::decode8(codes, scale / 127.0f);
+  }
+
+  // A chunk anywhere: it may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
+  [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const float* scales,
+                                                    std::int64_t first_block) const {
+    const std::uint8_t* codes = codes_of(element);
+    const bool odd = kBits == 4 && element % 2 != 0;
+    std::uint8_t copy[kChunk + 16];
+    if (count < kChunk) {
+      const std::int64_t bytes = kBits == 8 ? count : (count + (odd ? 2 : 1)) / 2;
+      __builtin_memset(copy, 0, sizeof(copy));
+      __builtin_memcpy(copy, codes, static_cast<std::size_t>(bytes));
+      codes = copy;
+    }
+    std::int64_t block = element >> shift_;
+    const auto part = [&](float scale) { return odd ? decode<true>(codes, scale) : decode<false>(codes, scale); };
+    typename Dot::Chunk chunk = part(scales[block - first_block]);
+    for (std::int64_t boundary = ((block + 1) << shift_) - element; boundary < count; boundary += w_.blocksize)
+      chunk = Dot::blend(chunk, part(scales[++block - first_block]), static_cast<int>(boundary));
+    if (count < kChunk) chunk = Dot::blend(chunk, typename Dot::Chunk{}, count);
+    return chunk;
+  }
+
+  QuantizedWeightView w_;
+  int shift_;
+  bool aligned_;  // a chunk lies in one block and begins in a high nibble
+  Table16 code_{};
+};
+
+// A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.
+template <class Dot, bool kNaturalOrder>
+class DenseRows {
+ public:
+  static constexpr bool kNatural = kNaturalOrder;
+  DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)
+      : matrix_(matrix), scale_(scale), dropout_(dropout), first_row_(first_row) {}
+
+  std::int64_t rows() const { return matrix_.rows; }
+  std::int64_t cols() const { return matrix_.cols; }
+
+  template <int kRows, class Sink>
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, std::int64_t /*ahead*/, Sink&& sink) const {
+    with_dtype(matrix_.dtype, [&](auto dtype) {
+      for (std::int64_t c = c0; c < c1; ++c) {
+        typename Dot::Chunk chunk[kRows];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i)
+          chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};
+        sink(c, chunk);
+      }
+    });
+  }
+  std::int64_t row_bytes() const { return 0; }
+
+ private:
+  template <DType kFrom>
+  typename Dot::Chunk one(std::int64_t n, std::int64_t c) const {
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(kFrom));
+    const char* p = static_cast<const char*>(matrix_.data) + (n * matrix_.stride + c * kChunk) * kSize;
+    char copy[kChunk * sizeof(float)];
+    const std::int64_t count = matrix_.cols - c * kChunk;
+    if (count < kChunk) {
+      __builtin_memset(copy, 0, sizeof(copy));
+      __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
+      p = copy;
+    }
+    if constexpr (kNatural) {
+      return Dot::template dense_natural<kFrom>(p, scale_);
+    } else {
+      typename Dot::Chunk chunk = Dot::template dense<kFrom>(p, scale_);
+      if (dropout_) Dot::keep(chunk, dropout_.keep_bits(first_row_ + n, c));
+      return chunk;
+    }
+  }
+
+  ConstMatrix matrix_;
+  float scale_;
+  Dropout dropout_;
+  std::int64_t first_row_;
+};
+
+}  // namespace
+}  // namespace qlora_native

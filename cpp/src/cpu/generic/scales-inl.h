@@ -1,0 +1,30 @@
+// The scales of consecutive blocks.
+#pragma once
+
+namespace qlora_native {
+namespace {
+
+// out[i] = scale of block first + i, for i < count.
+inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std::int64_t count, float* out) {
+  if (w.nested_absmax == nullptr) {
+    __builtin_memcpy(out, static_cast<const float*>(w.absmax) + first, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  const std::uint8_t* absmax = static_cast<const std::uint8_t*>(w.absmax);
+  const F32 offset = set1(*w.offset);
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t block = first + i;
+    const std::int64_t nested = block / w.nested_blocksize;
+    const std::int64_t left_in_nested = (nested + 1) * w.nested_blocksize - block;
+    std::int64_t lanes = count - i < kLanes ? count - i : kLanes;
+    if (left_in_nested < lanes) lanes = left_in_nested;
+    const F32 levels = gather_bytes(w.nested_code, absmax + block, static_cast<int>(lanes));
+    // Two roundings, as bitsandbytes': not a fused multiply-add.
+    const F32 scales = add(mul(levels, set1(w.nested_absmax[nested])), offset);
+    store_from_f32<DType::f32>(out + i, scales, static_cast<int>(lanes));
+    i += lanes;
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native
