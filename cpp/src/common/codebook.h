@@ -83,7 +83,8 @@ struct SortedCodebook {
   std::uint8_t order[16];
 };
 
-// `code` may be in any order. Of equal values the lowest code is used: fp4's zero is code 0, never 8.
+// `code` may be in any order. Equal values stay in the order of their codes. So fp4's two zeros, whose midpoint is 0,
+// split what is near 0 by sign as bitsandbytes' CPU quantizer does: t <= 0 becomes code 0, t > 0 code 8.
 constexpr SortedCodebook sort_codebook(const float* code) {
   SortedCodebook sorted{};
   for (int c = 0; c < 16; ++c) {
@@ -95,10 +96,7 @@ constexpr SortedCodebook sort_codebook(const float* code) {
     sorted.value[at] = code[c];
     sorted.order[at] = static_cast<std::uint8_t>(c);
   }
-  for (int i = 0; i < 15; ++i) {
-    if (sorted.value[i + 1] == sorted.value[i]) sorted.order[i + 1] = sorted.order[i];
-    sorted.midpoint[i] = (sorted.value[i] + sorted.value[i + 1]) / 2.0f;
-  }
+  for (int i = 0; i < 15; ++i) sorted.midpoint[i] = (sorted.value[i] + sorted.value[i + 1]) / 2.0f;
   return sorted;
 }
 
