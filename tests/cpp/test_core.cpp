@@ -1,0 +1,407 @@
+// The core without torch or Python: what it promises whatever backend is current. Run by ctest; exits 1 on a failure.
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/codebook.h"
+#include "common/float16.h"
+#include "common/philox.h"
+#include "qlora_native/qlora_native.h"
+
+namespace qn = qlora_native;
+
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
+  } while (false)
+
+// ---- a small layer, its quantized weight and every result of it
+// ------------------------------------------------------
+
+struct Random {
+  std::uint64_t state = 1;
+  float next() {  // in [-1, 1)
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
+  }
+  std::vector<float> floats(std::int64_t count) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    for (float& value : values) value = next();
+    return values;
+  }
+};
+
+struct Weight {
+  std::int64_t N, K;
+  int blocksize;
+  std::vector<std::uint8_t> codes, absmax_codes;
+  std::vector<float> absmax, nested_absmax;
+  float offset = 0.0f;
+
+  Weight(const std::vector<float>& values, std::int64_t N, std::int64_t K, int blocksize)
+      : N(N), K(K), blocksize(blocksize) {
+    const std::size_t blocks =
+        (values.size() + static_cast<std::size_t>(blocksize) - 1) / static_cast<std::size_t>(blocksize);
+    codes.resize((values.size() + 1) / 2);
+    absmax.resize(blocks);
+    absmax_codes.resize(blocks);
+    nested_absmax.resize((blocks + 255) / 256);
+    qn::NonFinite non_finite;
+    qn::quantize({.weight = values.data(),
+                  .elements = static_cast<std::int64_t>(values.size()),
+                  .blocksize = blocksize,
+                  .code = qn::codebook("nf4").data(),
+                  .codes = codes.data(),
+                  .absmax = absmax.data(),
+                  .non_finite = &non_finite});
+    EXPECT(non_finite.count == 0 && non_finite.first == -1);
+    qn::quantize_absmax({.absmax = absmax.data(),
+                         .blocks = static_cast<std::int64_t>(blocks),
+                         .nested_code = qn::dynamic_map().data(),
+                         .codes = absmax_codes.data(),
+                         .nested_absmax = nested_absmax.data(),
+                         .offset = &offset});
+  }
+
+  qn::QuantizedWeightView view() const {
+    return {.N = N,
+            .K = K,
+            .blocksize = blocksize,
+            .codes = codes.data(),
+            .absmax = absmax_codes.data(),
+            .code = qn::codebook("nf4").data(),
+            .nested_absmax = nested_absmax.data(),
+            .nested_code = qn::dynamic_map().data(),
+            .offset = &offset};
+  }
+};
+
+// A layer whose shapes are all ragged: blocks straddle rows, K is odd.
+struct Layer {
+  static constexpr std::int64_t M = 37, N = 53, K = 131, rank = 5;
+  std::vector<float> w, x, a, b, bias, dy;
+  Weight weight;
+
+  Layer() : Layer(Random{}) {}
+  explicit Layer(Random random)
+      : w(random.floats(N * K)),
+        x(random.floats(M * K)),
+        a(random.floats(rank * K)),
+        b(random.floats(N * rank)),
+        bias(random.floats(N)),
+        dy(random.floats(M * N)),
+        weight(w, N, K, 32) {}
+
+  qn::LoraView lora() const {
+    return {.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = 0.25f, .seed = 77};
+  }
+
+  // Everything the library computes from this layer, in one vector.
+  std::vector<float> results() const {
+    const Weight again(w, N, K, 32);
+    EXPECT(again.codes == weight.codes && again.absmax_codes == weight.absmax_codes && again.offset == weight.offset);
+    std::vector<float> dense(N * K), y(M * N), u(M * rank), dx(M * K), v(M * rank), da(rank * K), db(N * rank);
+    const auto in = [](const std::vector<float>& data, std::int64_t cols) {
+      return qn::ConstMatrix{data.data(), qn::DType::f32, static_cast<std::int64_t>(data.size()) / cols, cols, cols};
+    };
+    const auto out = [](std::vector<float>& data, std::int64_t cols) {
+      return qn::Matrix{data.data(), qn::DType::f32, static_cast<std::int64_t>(data.size()) / cols, cols, cols};
+    };
+    qn::dequantize({.weight = again.view(), .out = dense.data()});
+    qn::linear_forward({.weight = again.view(),
+                        .lora = lora(),
+                        .x = in(x, K),
+                        .bias = bias.data(),
+                        .y = out(y, N),
+                        .u = out(u, rank)});
+    qn::linear_backward_input(
+        {.weight = again.view(), .lora = lora(), .dy = in(dy, N), .dx = out(dx, K), .v = out(v, rank)});
+    qn::lora_gradients({.lora = lora(),
+                        .x = in(x, K),
+                        .dy = in(dy, N),
+                        .u = in(u, rank),
+                        .v = in(v, rank),
+                        .da = da.data(),
+                        .db = db.data()});
+    std::vector<float> all;
+    for (const auto* part : {&dense, &y, &u, &dx, &v, &da, &db}) all.insert(all.end(), part->begin(), part->end());
+    return all;
+  }
+};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// ---- cases
+// -----------------------------------------------------------------------------------------------------------
+
+void codebooks() {
+  EXPECT(qn::codebook("nf4")[0] == -1.0f && qn::codebook("nf4")[7] == 0.0f && qn::codebook("nf4")[15] == 1.0f);
+  EXPECT(qn::codebook("int4")[8] == 0.0f && qn::codebook("int4")[15] == 1.0f);
+  EXPECT(qn::codebook("fp4")[3] == 1.0f && qn::codebook("fp4")[11] == -1.0f && qn::codebook("fp4")[1] == 0.0625f / 12);
+  const auto& map = qn::dynamic_map();
+  for (int i = 0; i < 255; ++i) EXPECT(map[i] < map[i + 1]);
+  EXPECT(map[127] == 0.0f && map[255] == 1.0f && map[0] == -map[254]);
+
+  for (const char* format : {"nf4", "fp4", "int4"}) {
+    const float* code = qn::codebook(format).data();
+    const qn::SortedCodebook sorted = qn::sort_codebook(code);
+    for (int c = 0; c < 16; ++c) EXPECT(code[qn::nearest_code(sorted, code[c])] == code[c]);
+    for (int i = 0; i < 15; ++i) EXPECT(code[qn::nearest_code(sorted, sorted.midpoint[i])] == sorted.value[i]);  // ties
+  }
+  EXPECT(qn::nearest_code(qn::sort_codebook(qn::codebook("nf4").data()), 0.0f) == 7);
+  EXPECT(qn::nearest_code(qn::sort_codebook(qn::codebook("fp4").data()), 0.0f) == 0);
+}
+
+void conversions() {
+  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    const float f = qn::f32_from_f16(half), b = qn::f32_from_bf16(half);
+    EXPECT(f != f ? std::isnan(qn::f32_from_f16(qn::f16_from_f32(f))) : qn::f16_from_f32(f) == half);
+    EXPECT(b != b ? std::isnan(qn::f32_from_bf16(qn::bf16_from_f32(b))) : qn::bf16_from_f32(b) == half);
+    if ((half & 0x7FFF) >= 0x7BFF) continue;  // the last finite one and above have no neighbour
+    const float above = qn::f32_from_f16(static_cast<std::uint16_t>(half + 1)), middle = (f + above) / 2;
+    EXPECT(qn::f16_from_f32(middle) == half + (half & 1));  // a tie goes to the even one
+    EXPECT(qn::f16_from_f32(std::nextafterf(middle, f)) == half);
+    EXPECT(qn::f16_from_f32(std::nextafterf(middle, above)) == half + 1);
+  }
+  EXPECT(qn::f16_from_f32(65519.996f) == 0x7BFF && qn::f16_from_f32(65520.0f) == 0x7C00);
+}
+
+void known_values() {
+  // Three elements, so that the last low nibble is the code of 0; all-zero block; NaN and Inf are counted.
+  std::vector<float> w = {0.5f, -0.5f, 0.0f};
+  std::uint8_t codes[2];
+  float absmax;
+  qn::NonFinite non_finite;
+  qn::QuantizeArgs args{.weight = w.data(),
+                        .elements = 3,
+                        .code = qn::codebook("nf4").data(),
+                        .codes = codes,
+                        .absmax = &absmax,
+                        .non_finite = &non_finite};
+  qn::quantize(args);
+  EXPECT(codes[0] == 0xF0 && codes[1] == 0x77 && absmax == 0.5f);
+  w = {0.0f, 0.0f, 0.0f};
+  qn::quantize(args);
+  EXPECT(codes[0] == 0x77 && codes[1] == 0x77 && absmax == 0.0f);
+  w = {1.0f, NAN, INFINITY};
+  qn::quantize(args);
+  EXPECT(non_finite.count == 2 && non_finite.first == 1);
+
+  std::int8_t bytes[3];
+  w = {2.0f, -1.0f, 2.0f / 127 * 2.5f};
+  args.bits = 8;
+  args.codes = reinterpret_cast<std::uint8_t*>(bytes);
+  qn::quantize(args);
+  EXPECT(bytes[0] == 127 && bytes[1] == -64 && (bytes[2] == 2 || bytes[2] == 3));
+
+  qn::QuantizedWeightView view{.N = 1, .K = 3, .bits = 8, .codes = args.codes, .absmax = &absmax};
+  float out[3];
+  qn::dequantize({.weight = view, .out = out});
+  EXPECT(out[0] == 127.0f * (2.0f / 127.0f) && out[1] == -64.0f * (2.0f / 127.0f));
+
+  // No rows: nothing is read or written.
+  const Layer layer;
+  qn::linear_forward({.weight = layer.weight.view(),
+                      .x = {nullptr, qn::DType::bf16, 0, Layer::K, Layer::K},
+                      .y = {nullptr, qn::DType::bf16, 0, Layer::N, Layer::N}});
+}
+
+// The results against plain sums over the dequantized weight.
+void matches_plain_sums() {
+  constexpr std::int64_t M = Layer::M, N = Layer::N, K = Layer::K, R = Layer::rank;
+  const Layer layer;
+  const std::vector<float> all = layer.results();
+  const float* w = all.data();
+  const float* y = w + N * K;
+  const float* u = y + M * N;
+  const float* dx = u + M * R;
+  const auto kept = [](std::int64_t m, std::int64_t k) {
+    return qn::dropout_keeps(77, m, k, qn::dropout_threshold(0.25f)) ? 1.0 : 0.0;
+  };
+  double worst = 0.0;
+  for (std::int64_t m = 0; m < M; ++m) {
+    for (std::int64_t n = 0; n < N; ++n) {
+      double sum = layer.bias[n];
+      for (std::int64_t k = 0; k < K; ++k) sum += double{layer.x[m * K + k]} * w[n * K + k];
+      for (std::int64_t r = 0; r < R; ++r) sum += 0.5 * u[m * R + r] * layer.b[n * R + r];
+      worst = std::max(worst, std::fabs(sum - y[m * N + n]));
+    }
+    for (std::int64_t k = 0; k < K; ++k) {
+      double sum = 0.0;
+      for (std::int64_t n = 0; n < N; ++n) {
+        sum += double{layer.dy[m * N + n]} * w[n * K + k];
+        for (std::int64_t r = 0; r < R; ++r) {
+          sum += kept(m, k) * (0.5 / 0.75) * layer.dy[m * N + n] * layer.b[n * R + r] * layer.a[r * K + k];
+        }
+      }
+      worst = std::max(worst, std::fabs(sum - dx[m * K + k]));
+    }
+  }
+  EXPECT(worst < 1e-4);  // sums of about 500 products below 1, in fp32
+  if (worst >= 1e-4) std::printf("  worst error %g\n", worst);
+}
+
+void expect_error(const std::string& argument, const std::function<void()>& call) {
+  try {
+    call();
+    std::printf("no error about %s\n", argument.c_str());
+    ++failures;
+  } catch (const qn::Error& error) {
+    EXPECT(error.argument() == argument);
+    EXPECT(std::string(error.what()).rfind(argument + ": expected ", 0) == 0);
+  }
+}
+
+void errors_name_the_argument() {
+  const Layer layer;
+  std::vector<float> y(Layer::M * Layer::N);
+  const qn::LinearForwardArgs good{.weight = layer.weight.view(),
+                                   .lora = layer.lora(),
+                                   .x = {layer.x.data(), qn::DType::f32, Layer::M, Layer::K, Layer::K},
+                                   .y = {y.data(), qn::DType::f32, Layer::M, Layer::N, Layer::N}};
+  const auto forward_with = [&](const std::function<void(qn::LinearForwardArgs&)>& change) {
+    return [&good, change] {
+      qn::LinearForwardArgs args = good;
+      change(args);
+      qn::linear_forward(args);
+    };
+  };
+  using Args = qn::LinearForwardArgs;
+  expect_error("weight.N", forward_with([](Args& args) { args.weight.N = 0; }));
+  expect_error("weight.bits", forward_with([](Args& args) { args.weight.bits = 3; }));
+  expect_error("weight.blocksize", forward_with([](Args& args) { args.weight.blocksize = 48; }));
+  expect_error("weight.blocksize", forward_with([](Args& args) { args.weight.blocksize = 8192; }));
+  expect_error("weight.codes", forward_with([](Args& args) { args.weight.codes = nullptr; }));
+  expect_error("weight.code", forward_with([](Args& args) { args.weight.code = nullptr; }));
+  expect_error("weight.offset", forward_with([](Args& args) { args.weight.offset = nullptr; }));
+  expect_error("x", forward_with([](Args& args) { args.x.cols = Layer::K + 1; }));
+  expect_error("x.stride", forward_with([](Args& args) { args.x.stride = Layer::K - 1; }));
+  expect_error("x.data", forward_with([](Args& args) { args.x.data = nullptr; }));
+  expect_error("y", forward_with([](Args& args) { args.y.rows = Layer::M - 1; }));
+  expect_error("y.dtype", forward_with([](Args& args) { args.y.dtype = qn::DType::f16; }));
+  expect_error("lora.a", forward_with([](Args& args) { args.lora.a = nullptr; }));
+  expect_error("lora.scaling", forward_with([](Args& args) { args.lora.scaling = NAN; }));
+  expect_error("lora.dropout", forward_with([](Args& args) { args.lora.dropout = 1.0f; }));
+  expect_error("format", [] { qn::codebook("nf5"); });
+  expect_error("non_finite", [&] {
+    std::uint8_t code;
+    float absmax;
+    qn::quantize({.weight = layer.w.data(),
+                  .elements = 1,
+                  .code = qn::codebook("nf4").data(),
+                  .codes = &code,
+                  .absmax = &absmax});
+  });
+  for (float value : y) EXPECT(value == 0.0f);  // nothing was written
+}
+
+void cuda_says_why() {
+  if (qn::cuda_unavailable_reason().empty()) return;
+  const Layer layer;
+  std::vector<float> out(Layer::N * Layer::K);
+  try {
+    qn::dequantize({.weight = layer.weight.view(), .out = out.data()}, {.device = qn::Device::cuda});
+    EXPECT(false);
+  } catch (const qn::Unavailable& error) {
+    EXPECT(qn::cuda_unavailable_reason() == error.what());
+  }
+}
+
+// A pool of as many threads as the test asks for.
+int pool_threads = 1;
+void use_pool(int threads) {
+  pool_threads = threads;
+  qn::set_thread_pool(
+      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
+        std::vector<std::thread> threads;
+        for (std::int64_t task = 1; task < tasks; ++task) threads.emplace_back(body, context, task, task + 1);
+        body(context, 0, 1);
+        for (std::thread& thread : threads) thread.join();
+      },
+      [] { return pool_threads; });
+}
+
+void same_bits_for_any_number_of_threads() {
+  const Layer layer;
+  use_pool(1);
+  const std::vector<float> one = layer.results();
+  for (int threads : {2, 3}) {
+    use_pool(threads);
+    EXPECT(qn::num_threads() == threads);
+    EXPECT(same_bits(layer.results(), one));
+  }
+}
+
+void same_bits_for_concurrent_callers() {
+  const Layer layer;
+  const std::vector<float> alone = layer.results();
+  std::vector<std::vector<float>> results(3);
+  std::vector<std::thread> callers;
+  for (auto& result : results) {
+    callers.emplace_back([&] {
+      for (int repeat = 0; repeat < 5; ++repeat) result = layer.results();
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (const auto& result : results) EXPECT(same_bits(result, alone));
+}
+
+// Run in a process of its own: the instruction set is chosen once.
+int with_forced_isa() {
+  const std::string isa = std::getenv("QLN_FORCE_ISA");
+  try {
+    return qn::current_isa() == isa ? 0 : 1;
+  } catch (const qn::Unavailable& error) {
+    const bool names_both = std::string(error.what()).find(isa) != std::string::npos &&
+                            std::string(error.what()).find("scalar") != std::string::npos;
+    return names_both ? 2 : 1;
+  }
+}
+
+void forced_isas(const char* program) {
+  const auto forced = [&](const std::string& isa) {
+    const int status = std::system(("QLN_FORCE_ISA=" + isa + " " + program + " --forced-isa").c_str());
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  for (const std::string& isa : qn::available_isas()) EXPECT(forced(isa) == 0);
+  EXPECT(forced("no_such_isa") == 2);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1) return with_forced_isa();
+  std::printf("qlora_native %s on %s, %d threads\n", qn::version().c_str(), qn::current_isa().c_str(),
+              qn::num_threads());
+  codebooks();
+  conversions();
+  known_values();
+  matches_plain_sums();
+  errors_name_the_argument();
+  cuda_says_why();
+  same_bits_for_concurrent_callers();
+  same_bits_for_any_number_of_threads();
+  same_bits_for_concurrent_callers();
+  // Not under an emulator, where a program cannot start itself by its own name.
+  if (std::getenv("QLN_TEST_EMULATED") == nullptr) forced_isas(arguments[0]);
+  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
