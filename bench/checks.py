@@ -1,0 +1,135 @@
+"""Whether a result is right. Every contestant's is checked before it is timed.
+
+The oracle is plain torch in float64, over a decoding of the codes of its own, and looks at a sample of rows (of
+blocks, for `quantize`): all of 4096x14336 at M=2048 in float64 would take longer than the measurement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 16
+# Times the error of torch's dense product on the same rows. The tests hold 1.1 for qlora_native; here a wrong result is
+# to be told from a right one.
+SLACK = 2.0
+# A peer that quantized for itself has other scales where an 8-bit scale was a near tie; `packed` rounds them to bf16.
+PEER_ERROR = 0.02
+
+
+class WrongResult(Exception):
+    """A contestant computed something else: its time would mean nothing."""
+
+
+def decode(quantized: Any, dtype: torch.dtype) -> Tensor:
+    """Our QuantizedWeight as [N, K]: fp32 code x fp32 scale, rounded once to `dtype`."""
+    codes = quantized.codes.reshape(-1)
+    nibbles = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[: quantized.shape[0] * quantized.shape[1]]
+    values = quantized.code[nibbles.int()]
+    values = values.reshape(-1, quantized.blocksize) * scales(quantized)[:, None]
+    return values.reshape(quantized.shape).to(dtype)
+
+
+def scales(quantized: Any) -> Tensor:
+    """The fp32 scale of each block."""
+    if quantized.nested_absmax is None:
+        return quantized.absmax
+    nested = quantized.nested_absmax.repeat_interleave(256)[: quantized.absmax.numel()]
+    return quantized.nested_code[quantized.absmax.int()] * nested + quantized.offset
+
+
+def rows_of(M: int) -> Tensor:
+    """Indices of the rows to look at: first, last and some between."""
+    return torch.linspace(0, M - 1, min(M, ROWS)).round().long()
+
+
+def product(
+    name: str,
+    result: Tensor,
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype,
+    low_rank: Tensor | None = None,
+    ours: bool = True,
+) -> float:
+    """Check rows of Y or dX against left @ right.
+
+    Args:
+        result: [rows, N] that a contestant computed.
+        left, right: [rows, K] in the dtype of the activations, [K, N] in float64.
+        low_rank: float64 [rows, N], what the adapter adds.
+        ours: held to the dense product's error, not to PEER_ERROR.
+
+    Returns:
+        The relative RMS error.
+
+    Raises:
+        WrongResult: it is too large.
+    """
+    wanted = left.double() @ right
+    if low_rank is not None:
+        wanted = wanted + low_rank
+    error = _error(result, wanted)
+    allowed = PEER_ERROR
+    if ours:
+        dense = left @ right.to(dtype)
+        allowed = SLACK * _error(dense, wanted - low_rank if low_rank is not None else wanted)
+    if not error <= allowed:  # also a NaN
+        raise WrongResult(f"{name}: relative RMS error {error:.2e}, at most {allowed:.2e} expected")
+    return error
+
+
+def dropout(name: str, dropped: Tensor, plain: Tensor, low_rank: Tensor, p: float) -> float:
+    """Check that dropout on the adapter's input changes the adapter's part as much as it should, on average.
+
+    Of independent inputs, a share p set to zero and the others scaled by 1/(1-p), the sum moves by √(p/(1-p)) of its
+    size. `dropped`, `plain`, `low_rank`: [rows, N] with dropout, without, and the adapter's part alone.
+    """
+    moved = ((dropped.double() - plain.double()).norm() / low_rank.norm()).item()
+    expected = (p / (1 - p)) ** 0.5
+    if not 0.5 * expected < moved < 2 * expected:
+        raise WrongResult(
+            f"{name}: dropout {p:g} moved the adapter's part by {moved:.3f}, about {expected:.3f} expected"
+        )
+    return moved
+
+
+def quantized(name: str, quantized_weight: Any, weight: Tensor) -> float:
+    """Check codes and scales against `weight` [N, K]; returns the relative RMS error of the decoded weight."""
+    blocks = weight.reshape(-1, quantized_weight.blocksize).float()
+    absmax = blocks.abs().amax(dim=1)
+    stored = scales(quantized_weight)
+    if not _error(stored, absmax) < 0.02:
+        raise WrongResult(f"{name}: scales differ from the largest magnitudes of their blocks")
+    some = rows_of(len(blocks))
+    scaled = blocks[some] * (1.0 / absmax[some])[:, None]
+    code = quantized_weight.code
+    wanted = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2)  # of a tie the lower: strictly greater counts
+    codes = quantized_weight.codes.reshape(-1, quantized_weight.blocksize // 2)[some]
+    found = torch.stack((codes >> 4, codes & 15), dim=2).reshape(wanted.shape)
+    if not torch.equal(found.long(), wanted):
+        raise WrongResult(f"{name}: {int((found != wanted).sum())} of {wanted.numel()} codes are not the nearest")
+    return _error(decode(quantized_weight, torch.float32), weight)
+
+
+def equal(name: str, result: Tensor, wanted: Tensor) -> float:
+    """Check that every bit is equal."""
+    if result.dtype != wanted.dtype or not torch.equal(result, wanted):
+        raise WrongResult(f"{name}: not bit-identical to the decoded weight")
+    return 0.0
+
+
+def close(name: str, result: Tensor, wanted: Tensor, allowed: float = PEER_ERROR) -> float:
+    """Check the relative RMS error."""
+    error = _error(result, wanted)
+    if not error <= allowed:
+        raise WrongResult(f"{name}: relative RMS error {error:.2e}, at most {allowed:.2e} expected")
+    return error
+
+
+def _error(result: Tensor, wanted: Tensor) -> float:
+    difference = F.mse_loss(result.to(wanted.dtype), wanted, reduction="sum").sqrt()
+    return (difference / wanted.norm()).item()

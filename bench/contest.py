@@ -1,0 +1,185 @@
+"""From a case to contestants: functions to be timed, with their results checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checks
+import machine
+from cases import LORA_SCALING, Case
+from peers import ours
+
+Contestants = dict[str, Callable[[int], Any]]
+WITHOUT_LORA = "without LoRA"
+# The copies of a weight that take turns are together this many times the last-level cache.
+CACHE_MULTIPLE = 2
+
+
+class Weights:
+    """One weight of a shape in every form that the cases need, each in several copies."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        """Random normal values of a size that keeps activations near 1, and their quantization."""
+        torch.manual_seed(0)
+        self.shape = shape
+        self.weight = torch.randn(shape).mul_(shape[1] ** -0.5).bfloat16()
+        self.quantized = ours.quantize(self.weight)
+        self._dense: dict[torch.dtype, Tensor] = {}
+        self._exact: dict[torch.dtype, Tensor] = {}
+        self._copies: dict[tuple[str, torch.dtype], list[Any]] = {}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """What was quantized, decoded to `dtype`."""
+        if dtype not in self._dense:
+            self._dense[dtype] = checks.decode(self.quantized, dtype)
+        return self._dense[dtype]
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        """The same, then in float64."""
+        if dtype not in self._exact:
+            self._exact = {dtype: self.dense(dtype).double()}  # one at a time: it is large
+        return self._exact[dtype]
+
+    def copies(self, adapter: ModuleType, dtype: torch.dtype) -> list[Any]:
+        """The weight as `adapter` holds it, often enough that no cache holds them all."""
+        key = (adapter.NAME, dtype)
+        if key not in self._copies:
+            held = adapter.hold(self.weight, self.dense(dtype), dtype)
+            count = copies_needed(adapter.nbytes(held))
+            self._copies[key] = [held] + [adapter.copy(held) for _ in range(count - 1)]
+        return self._copies[key]
+
+
+def copies_needed(nbytes: int) -> int:
+    """How many copies of so many bytes exceed the last-level cache CACHE_MULTIPLE times; two at least."""
+    return max(2, -(-CACHE_MULTIPLE * machine.l3_bytes() // nbytes))
+
+
+def contestants(
+    case: Case, weights: Weights, adapters: Mapping[str, ModuleType]
+) -> tuple[Contestants, dict[str, float]]:
+    """(what to time by name, the relative error of each): qlora_native first, then the peers that take part.
+
+    Raises:
+        checks.WrongResult: a contestant's result is wrong.
+    """
+    peers = [adapter for adapter in adapters.values() if adapter.supports(case)]
+    make = {
+        "quantize": _quantize,
+        "dequantize": _dequantize,
+        "forward": _product,
+        "dx": _product,
+        "lora_gradients": _lora_gradients,
+    }[case.operation]
+    return make(case, weights, peers)
+
+
+def _quantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+    sources = [weights.weight] + [weights.weight.clone() for _ in range(copies_needed(weights.weight.nbytes) - 1)]
+    errors = {ours.NAME: checks.quantized(ours.NAME, ours.quantize(weights.weight), weights.weight)}
+    for peer in peers:
+        decoded = peer.dequantize(peer.quantize(weights.weight), torch.float32)
+        errors[peer.NAME] = checks.close(peer.NAME, decoded, weights.dense(torch.float32))
+
+    def call(adapter: ModuleType) -> Callable[[int], Any]:
+        return lambda i: adapter.quantize(sources[i % len(sources)])
+
+    return {adapter.NAME: call(adapter) for adapter in (ours, *peers)}, errors
+
+
+def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+    dtype = getattr(torch, case.dtype)
+    wanted = weights.dense(dtype)
+    errors = {ours.NAME: checks.equal(ours.NAME, ours.dequantize(weights.quantized, dtype), wanted)}
+
+    def call(adapter: ModuleType, held: list[Any]) -> Callable[[int], Tensor]:
+        return lambda i: adapter.dequantize(held[i % len(held)], dtype)
+
+    found = {}
+    for adapter in (ours, *peers):
+        # Its weight was made for 16 bits: no second set of copies only because the result is wider.
+        found[adapter.NAME] = call(adapter, weights.copies(adapter, torch.bfloat16))
+        if adapter is not ours:
+            errors[adapter.NAME] = checks.close(adapter.NAME, found[adapter.NAME](0), wanted)
+    return found, errors
+
+
+def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+    """forward and dx, in every form of `via`, with an adapter or without."""
+    dtype = getattr(torch, case.dtype)
+    N, K = case.shape
+    forward = case.operation == "forward"
+    left = torch.randn(case.M, K if forward else N).to(dtype)
+    lora = _adapter(case) if case.rank else {}
+
+    def call(adapter: ModuleType, held: list[Any], **lora: Any) -> Callable[[int], Tensor]:
+        if case.via == "layer":
+            layer = ours.layer(weights.weight)
+            layers = [layer] + [ours.copy(layer) for _ in range(len(held) - 1)]
+            return lambda i: layers[i % len(layers)](left)
+        if case.via == "autograd":
+            x = torch.zeros(case.M, K, dtype=dtype, requires_grad=True)
+            with torch.enable_grad():
+                graphs = [adapter.forward(one, x) for one in held]
+            return lambda i: torch.autograd.grad(graphs[i % len(graphs)], x, left, retain_graph=True)[0]
+        if case.via == "op":
+            return lambda i: adapter.forward_op(held[i % len(held)], left)
+        function = adapter.forward if forward else adapter.backward_input
+        return lambda i: function(held[i % len(held)], left, **lora)
+
+    found = {ours.NAME: call(ours, weights.copies(ours, dtype), **lora)}
+    if case.rank:
+        found[WITHOUT_LORA] = call(ours, weights.copies(ours, dtype))
+    for peer in peers:
+        found[peer.NAME] = call(peer, weights.copies(peer, dtype))
+
+    rows = checks.rows_of(case.M)
+    right = weights.exact(dtype).t() if forward else weights.exact(dtype)
+    errors = {}
+    for name, function in found.items():
+        added = _low_rank(case, left[rows], lora) if case.rank and name == ours.NAME else None
+        result = function(0)[rows]
+        if added is not None and case.dropout:
+            plain = ours.forward(weights.quantized, left, **lora | {"lora_dropout": 0.0})[rows]
+            errors[name] = checks.dropout(name, result, plain, added, case.dropout)
+        else:
+            is_ours = name in (ours.NAME, WITHOUT_LORA)
+            errors[name] = checks.product(name, result, left[rows], right, dtype, added, ours=is_ours)
+    return found, errors
+
+
+def _adapter(case: Case) -> dict[str, Any]:
+    """A LoRA adapter of normal size, fp32 as PEFT keeps it, as arguments of qn.linear."""
+    N, K = case.shape
+    return {
+        "lora_a": torch.randn(case.rank, K) * K**-0.5,
+        "lora_b": torch.randn(N, case.rank) * 0.1,
+        "lora_scaling": LORA_SCALING,
+        "lora_dropout": case.dropout,
+    }
+
+
+def _low_rank(case: Case, left: Tensor, lora: dict[str, Any]) -> Tensor:
+    a, b = lora["lora_a"].double(), lora["lora_b"].double() * lora["lora_scaling"]
+    return left.double() @ a.t() @ b.t() if case.operation == "forward" else left.double() @ b @ a
+
+
+def _lora_gradients(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+    dtype = getattr(torch, case.dtype)
+    N, K = case.shape
+    sizes = ((case.M, K), (case.M, N), (case.M, case.rank), (case.M, case.rank))
+    arguments = tuple(torch.randn(size).to(dtype) for size in sizes)
+    x, dy, u, v = (argument.double() for argument in arguments)
+    wanted = torch.cat(((v.t() @ x).flatten(), (LORA_SCALING * dy.t() @ u).flatten()))
+
+    def call(adapter: ModuleType) -> Callable[[int], Any]:
+        return lambda i: adapter.lora_gradients(*arguments, LORA_SCALING)
+
+    found = {adapter.NAME: call(adapter) for adapter in (ours, *peers)}
+    results = {name: torch.cat([part.flatten() for part in function(0)]) for name, function in found.items()}
+    return found, {name: checks.close(name, result, wanted) for name, result in results.items()}

@@ -1,0 +1,116 @@
+"""The machine: what it is, and its limits, measured by torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+
+# What changes which kernels run; a report names them all.
+VARIABLES = (
+    "QLN_FORCE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS",
+    "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE",
+)  # fmt: skip
+PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers")
+PROBE_BYTES = 64 << 20  # twice the largest last-level cache we know of within one core complex
+SQUARES = 4096
+
+
+def describe() -> dict[str, object]:
+    """What a reader needs to judge the figures: processor, threads, instruction sets, versions, variables, load."""
+    import qlora_native._C as native
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": native.current_isa(),
+        "isas": native.available_isas(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "l3_bytes": l3_bytes(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "load_average": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def file_name(description: dict[str, object]) -> str:
+    """A file name that says which machine and instruction set: `amd-epyc-2-threads-avx512_bf16.json`."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", str(description["cpu"]).lower())).strip("-")
+    return f"{cpu}-{description['threads']}-threads-{description['isa']}.json"
+
+
+def l3_bytes() -> int:
+    """Size of the last-level cache; 32 MB where the system does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes]
+    return max(found, default=32 << 20)
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        match = None
+    return match.group(1) if match else platform.processor() or platform.machine()
+
+
+class Probes:
+    """Bandwidth probes, over memory that no cache holds. Each call moves PROBE_BYTES (`copy`: in, and as many out)."""
+
+    def __init__(self) -> None:
+        """Take the memory and touch it."""
+        # Several buffers in turn: of the one read last, part would still be in the cache.
+        self._sources = [torch.ones(PROBE_BYTES // 8, dtype=torch.int64) for _ in range(3)]
+        self._target = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
+        self._turn = 0
+
+    def _next(self) -> torch.Tensor:
+        self._turn = (self._turn + 1) % len(self._sources)
+        return self._sources[self._turn]
+
+    def read(self) -> torch.Tensor:
+        """A sum of 64-bit integers: of torch's reductions the one with the least work a byte."""
+        return self._next().sum()
+
+    def copy(self) -> torch.Tensor:
+        """A copy by torch."""
+        return self._target.copy_(self._next())
+
+
+def limits(probes: Probes, dtypes: list[str], rounds: int = 3) -> dict[str, float]:
+    """The best of a few: `read` and `copy` (read + written) in bytes/s, and the matrix rate of each dtype in flop/s.
+
+    The matrix rate is torch.matmul's on squares of 4096.
+    """
+
+    def best(function: object, count: int) -> float:
+        times = []
+        for _ in range(count):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    found = {
+        "read": PROBE_BYTES / best(probes.read, 4 * rounds),
+        "copy": 2 * PROBE_BYTES / best(probes.copy, 4 * rounds),
+    }
+    for dtype in dtypes:
+        left, right = (torch.randn(SQUARES, SQUARES).to(getattr(torch, dtype)) for _ in range(2))
+        found[dtype] = 2 * SQUARES**3 / best(lambda left=left, right=right: left @ right, rounds)
+    return found

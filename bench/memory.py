@@ -1,0 +1,83 @@
+"""The extra memory of one call: how far the resident set rises above what it was, beyond the result itself.
+
+Each measurement is a process of its own, because scratch memory stays with its thread: only the first call shows it.
+
+    python bench/memory.py forward 4096 4096 2048 16      one measurement: operation N K M rank; bytes on stdout
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cases import LORA_RANK, SQUARE
+
+FIXED_BOUND, THREAD_BOUND = 8 << 20, 1 << 20  # bytes, and bytes a thread
+
+# operation, M, rank
+CALLS = (
+    ("quantize", 0, 0),
+    ("dequantize", 0, 0),
+    ("forward", 1, 0),
+    ("forward", 2048, LORA_RANK),
+    ("dx", 2048, LORA_RANK),
+)
+
+
+def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
+    """One row for each of CALLS on a weight [N, K]: operation, M, rank, extra bytes, bound. Linux only."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    for operation, M, rank in CALLS:
+        command = [sys.executable, __file__, operation, *map(str, (*shape, M, rank))]
+        extra, threads = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        bound = FIXED_BOUND + threads * THREAD_BOUND
+        yield {"operation": operation, "shape": shape, "M": M, "rank": rank, "bytes": extra, "bound": bound}
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main() -> None:
+    """One measurement, printed as extra bytes and threads."""
+    import torch
+
+    from peers import ours
+
+    operation = sys.argv[1]
+    N, K, M, rank = map(int, sys.argv[2:])
+
+    def call(N: int, K: int, M: int) -> object:
+        """A function that runs the operation on inputs that exist."""
+        weight = torch.randn(N, K).bfloat16()
+        if operation == "quantize":
+            return lambda: ours.quantize(weight).nbytes
+        held = ours.quantize(weight)
+        if operation == "dequantize":
+            return lambda: ours.dequantize(held, torch.bfloat16).nbytes
+        lora = {"lora_a": torch.randn(rank, K), "lora_b": torch.randn(N, rank)} if rank else {}
+        left = torch.randn(M, K if operation == "forward" else N).bfloat16()
+        function = ours.forward if operation == "forward" else ours.backward_input
+        return lambda: function(held, left, **lora).nbytes
+
+    call(64, 64, 4)()  # loads code and starts the threads
+    function = call(N, K, M)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could live on what the preparation freed
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    before = _status("VmRSS")
+    with torch.no_grad():
+        result_bytes = function()
+    print(_status("VmHWM") - before - result_bytes, torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

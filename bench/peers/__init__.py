@@ -1,0 +1,43 @@
+"""Adapters: one file for each contestant, the same few functions in each.
+
+NAME                          as it stands in the table
+missing() -> str | None       why it cannot take part here, or None
+supports(case) -> bool        whether it takes part in a case
+hold(weight, dense, dtype)    its resident form of `weight` [N, K] bf16; `dense` is the same weight after our
+                              quantization, decoded to the dtype of the activations
+copy(held)                    the same in other memory
+nbytes(held)                  of the weight, for the number of copies
+quantize(weight)              weight [N, K] -> something
+dequantize(held, dtype)       -> [N, K]
+forward(held, x)              x [M, K] -> [M, N], differentiable in x
+backward_input(held, dy)      dy [M, N] -> [M, K]
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+DEFAULT = ("torch_dense", "bitsandbytes", "bitsandbytes_packed")
+
+
+def load(names: tuple[str, ...] | list[str]) -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """(the adapters by name, why the others of `names` are missing).
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    found, missing = {}, {}
+    for name in names:
+        try:
+            adapter = importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name == f"{__name__}.{name}":
+                raise ValueError(f"peers: expected a file of bench/peers, got {name!r}") from None
+            raise
+        reason = adapter.missing()
+        if reason is None:
+            found[name] = adapter
+        else:
+            missing[name] = reason
+    return found, missing

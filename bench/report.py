@@ -1,0 +1,203 @@
+"""What run.py found, as text and as the Markdown table of the goals.
+
+python bench/report.py bench/results/*.json      the goals over reports that were written earlier
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from cases import GOALS, PUBLISHED_US, Goal
+
+# Column heads of the contestants, in the order of the table.
+PEERS = {"torch dense": "dense", "bitsandbytes": "bnb", "bitsandbytes packed": "bnb packed", "without LoRA": "no LoRA"}
+OURS = "qlora_native"
+# The adapters' files, as goals name them, to their names in the table.
+FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes"}
+LEFT_OUT = "–"
+
+
+def heading(result: dict) -> str:
+    """The machine and its limits."""
+    m, limits = result["machine"], result["limits"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    rates = ", ".join(f"{name} {limits[name] / 1e9:.0f} GFLOP/s" for name in ("bfloat16", "float32") if name in limits)
+    lines = [
+        f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}",
+        versions,
+        f"limits: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s (in and out), {rates}",
+    ]
+    lines += [f"{name}={value}" for name, value in m["variables"].items()]
+    lines += [f"no {name}: {reason}" for name, reason in result["missing_peers"].items()]
+    if m["load_average"] > 0.5:
+        lines.append(f"NOT QUIET: the load was {m['load_average']:.1f} before the first measurement")
+    return "\n".join(lines)
+
+
+class Table:
+    """The rows as they come, under a heading for each shape."""
+
+    def __init__(self) -> None:
+        """No row yet."""
+        self._shape: list[int] | None = None
+
+    def line(self, row: dict) -> str:
+        """One row as text, after a heading where a new shape begins."""
+        us = row["times"][OURS]["us"]
+        memory = row["bound"] == "memory"
+        rate = f"{row['bytes' if memory else 'flops'] / us / 1e3:8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
+        peers = [f"{row['times'][n]['us'] / us:9.2f}x" if n in row["times"] else f"{'':10}" for n in PEERS]
+        text = (
+            f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {us:10.0f} {rate} "
+            f"{100 * row['limit_us'] / us:5.0f} % {''.join(peers)}"
+        )
+        if tuple(row["shape"]) == self._shape:
+            return text
+        self._shape = tuple(row["shape"])
+        head = (
+            f"{self._shape[0]}x{self._shape[1]:<17} {'M':>11} {'dtype':<8} {'µs':>10} {'rate':>16} {'limit':>7} "
+            f"{''.join(f'{head:>10}' for head in PEERS.values())}"
+        )
+        return f"\n{head}\n{text}"
+
+
+def memory_line(row: dict) -> str:
+    """A row of memory.measure()."""
+    lora = f" + LoRA r={row['rank']}" if row["rank"] else ""
+    return (
+        f"extra memory, {row['operation']}{lora} M={row['M']} {row['shape'][0]}x{row['shape'][1]}: "
+        f"{row['bytes'] / 2**20:.1f} MB (bound {row['bound'] / 2**20:.0f} MB)"
+    )
+
+
+def step_lines(step: dict) -> str:
+    """The result of step.measure()."""
+    lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, LoRA r={step['rank']}, {step['dtype']}"]
+    for name, found in step["contestants"].items():
+        lines.append(
+            f"  {name:<24} {found['seconds']:6.2f} s  {found['tokens_per_s']:6.0f} tokens/s  loss {found['losses']}"
+        )
+    if step.get("ratio"):
+        lines.append(f"  {step['ratio']:.2f} x bitsandbytes + PEFT")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- goals
+
+
+def targets(results: list[dict]) -> str:
+    """Markdown: each goal with what was measured, one column a shape; ranges go over the values of M.
+
+    Where a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
+    """
+    shapes = sorted({tuple(row["shape"]) for result in results for row in result["rows"]})
+    head = ["", "against", "must", "aim", *(f"{N}×{K}" for N, K in shapes)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for goal in GOALS:
+        cells = [
+            _cell(goal, [values for result in results for values in _values(goal, result, shape)]) for shape in shapes
+        ]
+        if any(cell != LEFT_OUT for cell in cells):
+            aims = [LEFT_OUT if value is None else _format(goal, value) for value in (goal.must, goal.aim)]
+            if goal.figure == "memory":
+                aims = ["8 MB + 1 MB a thread", LEFT_OUT]
+            lines.append("| " + " | ".join([goal.label, _against(goal), *aims, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _against(goal: Goal) -> str:
+    kept = ", kept memory" if goal.memory == "kept" else ""
+    names = {
+        "limit": "the machine's limit", "lora": "without", "step": "bitsandbytes + PEFT", "memory": LEFT_OUT,
+        "published": "its published time", "torch_dense": "dense",
+    }  # fmt: skip
+    return names.get(goal.figure, goal.figure) + kept
+
+
+def _values(goal: Goal, result: dict, shape: tuple[int, int]) -> Iterable[float]:
+    """The figures of a goal in a report. An instruction set that has goals of its own counts for those alone."""
+    special = {other.isa for other in GOALS if other.isa}
+    isa = result["machine"]["isa"]
+    if goal.isa != (isa if isa in special else None):
+        return
+    if goal.figure == "step":
+        if result.get("step", {}).get("ratio") and shape == min(tuple(row["shape"]) for row in result["rows"]):
+            yield result["step"]["ratio"]
+        return
+    if goal.figure == "memory":
+        yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)
+        return
+    for row in result["rows"]:
+        plain = row["via"] == "function" and not row["dropout"] and tuple(row["shape"]) == shape
+        same = all(row[field] == getattr(goal, field) for field in ("operation", "dtype", "rank", "memory"))
+        if plain and same and row["M"] in goal.Ms:
+            value = _value(goal, row)
+            if value is not None:
+                yield value
+
+
+def _value(goal: Goal, row: dict) -> float | None:
+    times = {name: found["us"] for name, found in row["times"].items()}
+    if goal.figure == "limit":
+        return row["limit_us"] / times[OURS]
+    if goal.figure == "lora":
+        return times[OURS] / times["without LoRA"] - 1
+    if goal.figure == "published":
+        published = PUBLISHED_US.get(tuple(row["shape"]))
+        return published / times[OURS] if published else None
+    peer = FIGURES[goal.figure]
+    return times[peer] / times[OURS] if peer in times else None
+
+
+def _cell(goal: Goal, values: list[float]) -> str:
+    if not values:
+        return LEFT_OUT
+    less_is_better = goal.figure in ("lora", "memory")
+    low, high = min(values), max(values)
+    worst = high if less_is_better else low
+
+    def reached(aim: float | None) -> bool:
+        return aim is not None and (worst <= aim if less_is_better else worst >= aim)
+
+    must = goal.must
+    if goal.figure == "memory":
+        return f"up to {_format(goal, high)}"
+    mark = (
+        "✔"
+        if reached(goal.aim) or (goal.aim is None and reached(must))
+        else "○"
+        if reached(must) or must is None
+        else "✘"
+    )
+    shown = (
+        _format(goal, low)
+        if _format(goal, low) == _format(goal, high)
+        else f"{_format(goal, low)} … {_format(goal, high)}"
+    )
+    return f"{shown} {mark}"
+
+
+def _format(goal: Goal, value: float) -> str:
+    if goal.figure == "limit":
+        return f"{100 * value:.0f} %"
+    if goal.figure == "lora":
+        return f"{100 * value:+.1f} %"
+    if goal.figure == "memory":
+        return f"{value / 2**20:.1f} MB"
+    return f"{value:.2f} ×" if value < 10 else f"{value:.0f} ×"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    print(targets([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))

@@ -1,0 +1,163 @@
+"""How fast, against torch's dense product, bitsandbytes and the machine's limits, all measured in the same process.
+
+    python bench/run.py                              the whole table, in about four minutes on two cores
+    python bench/run.py --quick                      a few rows, in seconds
+    python bench/run.py --targets --output           also the goals, as Markdown, and JSON under bench/results/
+    python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
+    python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
+    python bench/run.py --operations step            a training step of SmolLM2 (step.py)
+
+A row: microseconds; GB/s where memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
+bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. How a figure comes about is
+in timing.py, what is compared in cases.py. Leave the machine alone while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cases as data
+
+OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "memory", "step")
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS[:-1]), help="default: all but step")
+    add("--shapes", nargs="+", type=_shape, default=[data.SQUARE, data.DOWN, data.UP], metavar="NxK")
+    add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
+    add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    add("--peers", nargs="*", help="files of bench/peers (default: all)")
+    add("--quick", action="store_true", help="4096x4096, few cases, short")
+    add("--budget", type=float, metavar="SECONDS", help="a case, shared by its contestants (default: 1; quick: 0.3)")
+    add("--isa", help="hold qlora_native to this instruction set (QLN_FORCE_ISA), and torch too if it is avx2")
+    add("--threads", type=int, help="OMP_NUM_THREADS")
+    add("--targets", action="store_true", help="also a Markdown table of the goals and what was measured")
+    add("--output", nargs="?", const="", metavar="FILE", help="write JSON (default file: results/MACHINE.json)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes = [data.SQUARE]
+    args.budget = args.budget or (0.3 if args.quick else 1.0)
+    return args
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or int(match[2]) % data.BLOCKSIZE:
+        raise argparse.ArgumentTypeError(f"expected NxK with K a multiple of {data.BLOCKSIZE}, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def set_environment(args: argparse.Namespace) -> None:
+    """Variables that libraries read when they are loaded: hence before torch is imported."""
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.isa:
+        os.environ["QLN_FORCE_ISA"] = args.isa
+    if args.isa == "avx2":
+        os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+
+
+def selected(args: argparse.Namespace, shape: tuple[int, int]) -> list[data.Case]:
+    """The cases of a shape that the command line asks for."""
+    return [
+        case
+        for case in (data.quick(shape) if args.quick else data.cases(shape))
+        if case.operation in args.operations and case.dtype in args.dtypes and (not args.m or case.M in (0, *args.m))
+    ]
+
+
+def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits: dict[str, float]) -> dict:
+    """A row of the report. `bandwidth` in bytes/s, as it was while the case ran."""
+    memory_s, arithmetic_s = case.bytes / bandwidth, case.flops / limits[case.dtype] if case.M else 0.0
+    return {
+        **dataclasses.asdict(case),
+        "name": case.name,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "bound": "memory" if memory_s >= arithmetic_s else "arithmetic",
+        "bandwidth": bandwidth,
+        "limit_us": 1e6 * max(memory_s, arithmetic_s),
+        "times": {
+            name: {"us": 1e6 * t.median, "best_us": 1e6 * t.best, "calls": t.calls, "error": errors.get(name)}
+            for name, t in times.items()
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Returns the number of wrong results."""
+    args = arguments(argv)
+    set_environment(args)
+    import torch
+
+    import machine
+    import memory
+    import report
+    from checks import WrongResult
+    from contest import Weights, contestants
+    from peers import DEFAULT, load
+    from timing import alternate, keep_freed_memory
+
+    torch.set_grad_enabled(False)
+    adapters, missing = load(DEFAULT if args.peers is None else args.peers)
+    result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
+    probes = machine.Probes()
+    result["limits"] = machine.limits(probes, args.dtypes)
+    print(report.heading(result), flush=True)
+    table = report.Table()
+
+    # The allocator can be changed once, one way: first every case that runs with it as it comes.
+    for kept in (False, True):
+        chosen = {
+            shape: [case for case in selected(args, shape) if (case.memory == "kept") == kept] for shape in args.shapes
+        }
+        if kept and any(chosen.values()) and not keep_freed_memory():
+            print("this C library cannot keep freed memory: those cases are left out", file=sys.stderr)
+            break
+        for shape, shape_cases in chosen.items():
+            weights = Weights(shape) if shape_cases else None
+            for case in shape_cases:
+                copying = case.operation in ("quantize", "dequantize")
+                try:
+                    found, errors = contestants(case, weights, adapters)
+                except WrongResult as error:
+                    result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
+                    print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
+                    continue
+                times, probe = alternate(found, probes.copy if copying else probes.read, args.budget)
+                moved = machine.PROBE_BYTES * (2 if copying else 1)
+                result["rows"].append(row_of(case, times, moved / probe.median, errors, result["limits"]))
+                print(table.line(result["rows"][-1]), flush=True)
+
+    if "memory" in args.operations and not args.quick:
+        for row in memory.measure():
+            result["memory"].append(row)
+            print(report.memory_line(row), flush=True)
+    if "step" in args.operations:
+        import step
+
+        result["step"] = step.measure()
+        print(report.step_lines(result["step"]), flush=True)
+    if args.targets:
+        print("\n" + report.targets([result]))
+    if args.output is not None:
+        path = Path(args.output) if args.output else RESULTS / machine.file_name(result["machine"])
+        report.write(path, json.dumps(result, indent=1))
+        print(f"\nwrote {path}")
+    return len(result["wrong"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

