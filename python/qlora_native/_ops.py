@@ -1,0 +1,117 @@
+"""Fakes and autograd formulas of the torch ops. Schemas and implementations: python/bindings/ops.cpp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers the ops)
+
+_ops = torch.ops.qlora_native
+_NESTED_BLOCKSIZE = 256
+
+# Where the arguments stand, from the schema: the formulas below need a few of many.
+_FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
+_WEIGHT = slice(_FORWARD["codes"], _FORWARD["blocksize"] + 1)
+_WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
+
+
+# ---- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
+
+
+def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
+    """A new [M, rank] tensor; empty where there is no adapter."""
+    if lora_a is None or lora_a.shape[0] == 0:
+        return rows.new_empty((0,))
+    return rows.new_empty((math.prod(rows.shape[:-1]), lora_a.shape[0]))
+
+
+@torch.library.register_fake("qlora_native::quantize")
+def _(weight, code, bits, blocksize, double_quant):
+    elements = weight.numel()
+    blocks = (elements + blocksize - 1) // blocksize
+    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE if double_quant else 0
+    return (
+        weight.new_empty((elements if bits == 8 else (elements + 1) // 2,), dtype=torch.uint8),
+        weight.new_empty((blocks,), dtype=torch.uint8 if double_quant else torch.float32),
+        weight.new_empty((nested_blocks,), dtype=torch.float32),
+        weight.new_empty((), dtype=torch.float32),
+        weight.new_empty((2,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("qlora_native::dequantize")
+def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype):
+    return codes.new_empty((N, K), dtype=dtype)
+
+
+@torch.library.register_fake("qlora_native::linear_forward")
+def _(
+    x, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    bias, lora_a, lora_b, lora_scaling, lora_dropout, seed,
+):  # fmt: skip
+    return x.new_empty((*x.shape[:-1], N)), _low_rank(x, lora_a)
+
+
+@torch.library.register_fake("qlora_native::linear_backward_input")
+def _(
+    dy, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    lora_a, lora_b, lora_scaling, lora_dropout, seed, need_dx,
+):  # fmt: skip
+    return dy.new_empty((*dy.shape[:-1], K) if need_dx else (0,)), _low_rank(dy, lora_a)
+
+
+@torch.library.register_fake("qlora_native::lora_gradients")
+def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype):
+    rank = u.shape[1]
+    return x.new_empty((rank, x.shape[-1]), dtype=dtype), x.new_empty((dy.shape[-1], rank), dtype=dtype)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, lora_a, lora_b = inputs[0], inputs[_FORWARD["lora_a"]], inputs[_FORWARD["lora_b"]]
+    u = output[1]
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    # x and u serve the adapter's gradients alone; without one they may go.
+    adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
+    kept = (x, u) if adapter else (None, None)
+    ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]])
+    ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
+    ctx.lora_scaling, ctx.lora_dropout = inputs[_FORWARD["lora_scaling"]], inputs[_FORWARD["lora_dropout"]]
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * len(_FORWARD)
+    if dy is None:
+        return tuple(gradients)
+    x, u, *weight, lora_a, lora_b, seed = ctx.saved_tensors
+    need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], x is not None
+    lora = (ctx.lora_scaling, ctx.lora_dropout, seed)
+    if need_dx or need_adapter:
+        dx, v = _ops.linear_backward_input(dy, *weight, *ctx.weight_sizes, lora_a, lora_b, *lora, need_dx)
+        if need_dx:
+            gradients[_FORWARD["x"]] = dx
+    if need_adapter:
+        if lora_a.shape[0] == 0:
+            da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
+        else:
+            da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype)
+        gradients[_FORWARD["lora_a"]], gradients[_FORWARD["lora_b"]] = da, db
+    if ctx.needs_input_grad[_FORWARD["bias"]]:
+        gradients[_FORWARD["bias"]] = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return tuple(gradients)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("qlora_native.linear: expected to be differentiated once, got a second derivative")
+
+
+torch.library.register_autograd("qlora_native::linear_forward", _backward, setup_context=_save)
+for _name in ("linear_backward_input", "lora_gradients"):
+    torch.library.register_autograd(f"qlora_native::{_name}", _no_second_derivative)

@@ -1,0 +1,257 @@
+"""`QuantizedWeight`, the container that everything else passes around, and its form in bitsandbytes' files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C, _ops  # noqa: F401  (_ops: fakes and autograd of the ops that _C registers)
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+
+NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
+FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
+CODEBOOKS = {name: torch.tensor(_C.codebook(name)) for name in ("nf4", "fp4", "int4")}
+DYNAMIC_MAP = torch.tensor(_C.dynamic_map())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def check_format(format: Any) -> None:
+    """Raise ValueError unless `format` is one of FORMATS."""
+    if format not in FORMATS:
+        raise bad("format", "one of " + ", ".join(FORMATS), repr(format))
+
+
+def codes_shape(N: int, K: int, bits: int) -> tuple[int, int]:
+    """The shape of the codes of W [N, K]: a row of bytes a row of W, or one column where a byte would straddle rows."""
+    if bits == 8:
+        return N, K
+    return (N, K // 2) if K % 2 == 0 else (ceil_div(N * K, 2), 1)
+
+
+@dataclass(slots=True, eq=False)
+class QuantizedWeight:
+    """A quantized weight W [N, K]: codes, scales and what they mean. A plain container; its tensors are never copied.
+
+    Elements are numbered e = n * K + k, and block e // blocksize shares one scale, as in bitsandbytes.
+
+    Attributes:
+        codes: uint8, contiguous. 4 bits: [N, K/2] (any K odd: [ceil(N*K/2), 1]), element e in the high half of byte
+            e // 2 if e is even, else in the low half. "int8": [N, K], a signed byte an element.
+        absmax: fp32 [blocks], the scales; or uint8 [blocks], double-quantized.
+        nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
+        nested_code: fp32 [256], what the bytes of `absmax` mean, with `nested_absmax`.
+        offset: fp32, one element, added to every decoded scale, with `nested_absmax`.
+        code: fp32 [16], what the codes mean; None for "int8", where an element is its byte * (scale / 127).
+        shape: (N, K).
+        blocksize: elements that share a scale, a power of two in 32 ... 4096.
+        format: "nf4", "fp4", "int4", "int8" or "codebook" (16 values of the user's own).
+        dtype: what the weight was, and what `dequantize()` gives.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong dtype, length, layout or device. Nothing here is trained: a
+            field that requires gradients is refused too.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
+    shape: tuple[int, int]
+    blocksize: int
+    format: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_format(self.format)
+        check_blocksize(self.blocksize)
+        check_float_dtype("dtype", self.dtype)
+        if len(self.shape) != 2 or self.shape[0] < 1 or self.shape[1] < 1:
+            raise bad("shape", "(N, K) with N >= 1 and K >= 1", tuple(self.shape))
+        elements = self.shape[0] * self.shape[1]
+        blocks = ceil_div(elements, self.blocksize)
+        nested = self.nested_absmax is not None
+        self._check("codes", torch.uint8, elements if self.format == "int8" else ceil_div(elements, 2))
+        self._check("absmax", torch.uint8 if nested else torch.float32, blocks)
+        self._check("nested_absmax", torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE) if nested else None)
+        self._check("nested_code", torch.float32, 256 if nested else None)
+        self._check("offset", torch.float32, 1 if nested else None)
+        self._check("code", torch.float32, None if self.format == "int8" else 16)
+
+    def _check(self, name: str, dtype: torch.dtype, numel: int | None) -> None:
+        tensor = getattr(self, name)
+        if tensor is None and numel is None:
+            return
+        if numel is None:
+            needs = "a 4-bit format" if name == "code" else "nested_absmax"
+            raise bad(name, f"None without {needs}", f"{tuple(tensor.shape)}")
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor", type(tensor).__name__)
+        if tensor.dtype != dtype:
+            raise bad_type(name, f"{dtype}", tensor.dtype)
+        if tensor.numel() != numel:
+            raise bad(name, f"{numel} elements", f"{tensor.numel()}")
+        if not tensor.is_contiguous():
+            raise bad(name, "a contiguous tensor", f"strides {tensor.stride()}")
+        if tensor.device != self.codes.device:
+            raise bad(name, f"a tensor on {self.codes.device}, where codes is", tensor.device)
+        if tensor.requires_grad:
+            raise bad(name, "a tensor that does not require gradients", "requires_grad=True")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 4 or 8."""
+        return 8 if self.format == "int8" else 4
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, the tables included (at most 1.1 KB of them)."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored an element of W, scales and tables included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def op_arguments(self) -> tuple[Any, ...]:
+        """The weight as the torch ops take it: codes ... code, N, K, bits, blocksize."""
+        return (
+            self.codes,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_code,
+            self.offset,
+            self.code,
+            *self.shape,
+            self.bits,
+            self.blocksize,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [N, K] in `dtype` (default: `self.dtype`): fp32 code * fp32 scale, rounded once. Not differentiable.
+
+        Raises:
+            TypeError: `dtype` is not fp32, bf16 or fp16.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        check_float_dtype("dtype", dtype)
+        return torch.ops.qlora_native.dequantize(*self.op_arguments(), dtype)
+
+    def to(self, device: torch.device | str | int) -> QuantizedWeight:
+        """The same weight on `device`; tensors that are there already are shared, not copied."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
+        """The entries of a state dict that bitsandbytes' Linear4bit writes, byte for byte.
+
+        Args:
+            prefix: in front of every key, as in `nn.Module.state_dict`: "model.layers.0.mlp.up_proj.".
+
+        Returns:
+            `weight` uint8 [ceil(N*K/2), 1], `weight.absmax`, `weight.quant_map`, with double quantization
+            `weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4` (or
+            `__fp4`), the bytes of a JSON object. Tables are copies: safetensors refuses shared memory.
+
+        Raises:
+            ValueError: bitsandbytes has no such format, or would decode other values: it uses its own codebook.
+        """
+        if self.format not in ("nf4", "fp4"):
+            raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
+        if not torch.equal(self.code.cpu(), CODEBOOKS[self.format]):
+            raise bad("code", f"the codebook of {self.format}", "another, which bitsandbytes would not use")
+        state: dict[str, Any] = {
+            "quant_type": self.format,
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        tensors = {"": self.codes.reshape(-1, 1), ".absmax": self.absmax, ".quant_map": self.code.clone()}
+        if self.nested_absmax is not None:
+            tensors[".nested_absmax"] = self.nested_absmax
+            tensors[".nested_quant_map"] = self.nested_code.clone()
+            state["nested_blocksize"] = NESTED_BLOCKSIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = self.offset.item()
+        text = bytearray(json.dumps(state).encode())
+        tensors[f".quant_state.bitsandbytes__{self.format}"] = torch.frombuffer(text, dtype=torch.uint8)
+        return {f"{prefix}weight{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
+        """The weight that bitsandbytes' Linear4bit wrote under `prefix` (see `to_bitsandbytes`); shares its tensors.
+
+        Any `quant_storage` dtype is read. The stored maps and offset are used, never recomputed.
+
+        Raises:
+            ValueError, TypeError: an entry is missing, or its length, dtype or content is wrong.
+        """
+        name = f"{prefix}weight"
+
+        def entry(suffix: str) -> Tensor:
+            if name + suffix not in state_dict:
+                raise bad("state_dict", f"the key {name + suffix!r}", "none")
+            return state_dict[name + suffix]
+
+        packed = [key for key in state_dict if key.startswith(f"{name}.quant_state.bitsandbytes__")]
+        if len(packed) != 1:
+            raise bad("state_dict", f"one key {name + '.quant_state.bitsandbytes__nf4'!r} or __fp4", f"{len(packed)}")
+        state = _read_state(packed[0], state_dict[packed[0]])
+        nested = f"{name}.nested_absmax" in state_dict
+        if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
+            raise bad(f"{packed[0]}: nested_blocksize", f"{NESTED_BLOCKSIZE}", state.get("nested_blocksize"))
+        codes = entry("").detach().contiguous().view(torch.uint8)
+        shape = tuple(state["shape"])
+        if codes.numel() == ceil_div(shape[0] * shape[1], 2):  # else the constructor says what is wrong
+            codes = codes.reshape(codes_shape(*shape, bits=4))
+        offset = torch.tensor(float(state["nested_offset"]), device=codes.device) if nested else None
+        return cls(
+            codes=codes,
+            absmax=entry(".absmax"),
+            nested_absmax=entry(".nested_absmax") if nested else None,
+            nested_code=entry(".nested_quant_map") if nested else None,
+            offset=offset,
+            code=entry(".quant_map"),
+            shape=shape,
+            blocksize=state["blocksize"],
+            format=state["quant_type"],
+            dtype=getattr(torch, state["dtype"]),
+        )
+
+
+def _read_state(key: str, packed: Tensor) -> dict[str, Any]:
+    """The JSON object of bitsandbytes' quant_state, with the fields that matter checked."""
+    try:
+        state = json.loads(bytes(packed.tolist()))
+    except (TypeError, ValueError) as error:
+        raise bad(key, "the bytes of a JSON object", f"other bytes ({error})") from error
+    missing = {"quant_type", "blocksize", "dtype", "shape"} - state.keys() if isinstance(state, dict) else "all"
+    if missing:
+        raise bad(key, "quant_type, blocksize, dtype and shape", f"no {', '.join(sorted(missing))}")
+    shape = state["shape"]
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise bad(f"{key}: shape", "[N, K]", shape)
+    if state["quant_type"] not in ("nf4", "fp4"):
+        raise bad(f"{key}: quant_type", "nf4 or fp4", state["quant_type"])
+    if state["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]:
+        raise bad(f"{key}: dtype", "float32, bfloat16 or float16", state["dtype"])
+    return state

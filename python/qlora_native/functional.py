@@ -1,0 +1,213 @@
+"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._weight import CODEBOOKS, DYNAMIC_MAP, QuantizedWeight, check_format, codes_shape
+
+__all__ = ["QuantizedWeight", "dequantize", "linear", "quantize"]
+
+_linear_forward = torch.ops.qlora_native.linear_forward.default
+
+
+def quantize(
+    weight: Tensor,
+    format: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    codebook: Tensor | Sequence[float] | None = None,
+) -> QuantizedWeight:
+    """Quantize a weight in blocks, each element to the nearest level of its block's scale.
+
+    Args:
+        weight: [N, K] in fp32, bf16 or fp16, any strides.
+        format: "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1), "int4" (16 linear levels), "int8" (255 linear
+            levels) or "codebook".
+        blocksize: elements that share a scale, a power of two in 32 ... 4096. Blocks run over the flat weight.
+        double_quant: keep the scales in 8 bits (QLoRA, section 3): 4.127 bits an element at blocksize 64, else 4.5.
+        codebook: 16 ascending finite values, which a scale multiplies; makes the format "codebook".
+
+    Returns:
+        The quantized weight, on the weight's device. Not differentiable.
+
+    Raises:
+        TypeError: `weight` is no tensor of those dtypes, or `blocksize` no int.
+        ValueError: another rank, an empty weight, NaN or Inf in it (how many, and where the first is), an unknown
+            format, another blocksize or a codebook that is not 16 ascending finite values.
+    """
+    if not isinstance(weight, Tensor):
+        raise bad_type("weight", "a tensor", type(weight).__name__)
+    check_float_dtype("weight", weight.dtype)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise bad("weight", "[N, K] with N >= 1 and K >= 1", list(weight.shape))
+    check_format(format)
+    check_blocksize(blocksize)
+    if codebook is not None:
+        if format not in ("codebook", "nf4"):  # "nf4" is the default: it was not asked for
+            raise bad("codebook", f"None with format {format!r}", "a codebook")
+        format = "codebook"
+    bits = 8 if format == "int8" else 4
+    code = None if bits == 8 else code_tensor(format, codebook, weight.device)
+
+    codes, absmax, nested_absmax, offset, non_finite = torch.ops.qlora_native.quantize(
+        weight.detach(), code, bits, blocksize, double_quant
+    )
+    N, K = weight.shape
+    if not weight.is_meta:
+        count, first = non_finite.tolist()
+        if count:
+            raise bad("weight", "finite values", f"{count} NaN or Inf, the first at [{first // K}, {first % K}]")
+    return QuantizedWeight(
+        codes=codes.view(codes_shape(N, K, bits)),
+        absmax=absmax,
+        nested_absmax=nested_absmax if double_quant else None,
+        nested_code=DYNAMIC_MAP.to(weight.device, copy=True) if double_quant else None,
+        offset=offset if double_quant else None,
+        code=code,
+        shape=(N, K),
+        blocksize=blocksize,
+        format=format,
+        dtype=weight.dtype,
+    )
+
+
+def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: torch.device) -> Tensor:
+    """The 16 levels, as a tensor of their own on `device`."""
+    if format != "codebook":
+        return CODEBOOKS[format].to(device, copy=True)
+    if codebook is None:
+        raise bad("codebook", "16 values with format 'codebook'", None)
+    code = torch.as_tensor(codebook, dtype=torch.float32).detach()
+    if code.shape != (16,):
+        raise bad("codebook", "16 values", f"shape {list(code.shape)}")
+    if not code.isfinite().all():
+        raise bad("codebook", "finite values", code.tolist())
+    if not (code[1:] >= code[:-1]).all():
+        raise bad("codebook", "ascending values", code.tolist())
+    return code.to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """W [N, K] in `dtype` (default: the dtype of the weight that was quantized): fp32 code * fp32 scale, rounded once.
+
+    Bit-identical to bitsandbytes for its formats. Not differentiable.
+
+    Raises:
+        TypeError: `q` is no QuantizedWeight, or `dtype` not fp32, bf16 or fp16.
+    """
+    if not isinstance(q, QuantizedWeight):
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    return q.dequantize(dtype)
+
+
+def linear(
+    x: Tensor,
+    q: QuantizedWeight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scaling: float = 1.0,
+    lora_dropout: float = 0.0,
+) -> Tensor:
+    """x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, as one product that never decodes W whole.
+
+    Differentiable in x, bias, lora_a and lora_b, once. W and the adapter are rounded to the dtype of x on their way
+    into the product, sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.
+    bf16 products on processors with AVX512_BF16 flush denormal operands and results to zero, as torch's do.
+
+    Args:
+        x: [..., K] in fp32, bf16 or fp16, any strides; leading dimensions may be 0.
+        q: W [N, K].
+        bias: [N], any floating dtype.
+        lora_a: [rank, K] in fp32, bf16 or fp16, with `lora_b`. Rank 0 is no adapter.
+        lora_b: [N, rank], the dtype of `lora_a`.
+        lora_scaling: any finite factor.
+        lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the
+            adapter; the others are scaled by 1/(1-p). Applied whenever above 0: a layer decides about training and
+            evaluation. The mask follows from one draw of torch's CPU generator, and is not stored for backward.
+
+    Returns:
+        y [..., N] in the dtype of x.
+
+    Raises:
+        TypeError: a wrong dtype, or no tensor or QuantizedWeight.
+        ValueError: a wrong shape, device, scaling or probability.
+    """
+    device = q.codes.device if isinstance(q, QuantizedWeight) else None
+    if device is None:
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    if not isinstance(x, Tensor):
+        raise bad_type("x", "a tensor", type(x).__name__)
+    if torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device.type))
+    N, K = q.shape
+    if x.dtype not in FLOAT_DTYPES:
+        check_float_dtype("x", x.dtype)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise bad("x", f"[..., {K}] for a weight [{N}, {K}]", list(x.shape))
+    if x.device != device:
+        raise bad("x", f"a tensor on {device}, where the weight is", x.device)
+    if bias is not None:
+        bias = _checked_bias(bias, N, x)
+    seed = None
+    if lora_a is not None or lora_b is not None:
+        lora_a, lora_b = _checked_adapter(lora_a, lora_b, N, K, device)
+        if not math.isfinite(lora_scaling):
+            raise bad("lora_scaling", "a finite number", lora_scaling)
+        if not 0 <= lora_dropout < 1:
+            raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
+        if lora_dropout > 0:
+            seed = draw_seed()
+    elif not 0 <= lora_dropout < 1:
+        raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
+    arguments = (x, *q.op_arguments(), bias, lora_a, lora_b, lora_scaling, lora_dropout, seed)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(x, bias, lora_a, lora_b)):
+        return _linear_forward(*arguments)[0]
+    # Past the autograd formula, which is Python: 10 us a call even where no gradient is wanted.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear_forward(*arguments)[0]
+
+
+def draw_seed() -> Tensor:
+    """The seed of one dropout mask, int64 []: drawn on the CPU on every device, where checkpointing restores it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _checked_bias(bias: Tensor, N: int, x: Tensor) -> Tensor:
+    """`bias` as the op takes it: contiguous, in the dtype of x."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise bad_type("bias", "a floating-point tensor", getattr(bias, "dtype", type(bias).__name__))
+    if bias.shape != (N,):
+        raise bad("bias", f"[{N}]", list(bias.shape))
+    if bias.device != x.device:
+        raise bad("bias", f"a tensor on {x.device}, where x is", bias.device)
+    return bias.to(x.dtype).contiguous()
+
+
+def _checked_adapter(
+    lora_a: Tensor | None, lora_b: Tensor | None, N: int, K: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`lora_a` and `lora_b` as the op takes them: contiguous."""
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor, as lora_a and lora_b come together", type(tensor).__name__)
+        check_float_dtype(name, tensor.dtype)
+        if tensor.device != device:
+            raise bad(name, f"a tensor on {device}, where the weight is", tensor.device)
+    if lora_a.dim() != 2 or lora_a.shape[1] != K:
+        raise bad("lora_a", f"[rank, {K}]", list(lora_a.shape))
+    if lora_b.shape != (N, lora_a.shape[0]):
+        raise bad("lora_b", f"[{N}, {lora_a.shape[0]}], the rank of lora_a", list(lora_b.shape))
+    if lora_b.dtype != lora_a.dtype:
+        raise bad_type("lora_b", f"{lora_a.dtype}, the dtype of lora_a", lora_b.dtype)
+    return lora_a.contiguous(), lora_b.contiguous()

@@ -1,0 +1,295 @@
+"""`Linear4bit`, an `nn.Linear` whose weight stays in 4 bits, and `quantize_model`, which puts it into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._weight import (
+    CODEBOOKS,
+    DYNAMIC_MAP,
+    NESTED_BLOCKSIZE,
+    QuantizedWeight,
+    ceil_div,
+    check_format,
+    codes_shape,
+)
+
+__all__ = ["Linear4bit", "quantize_model"]
+
+# The tensors of a layer that are the quantized weight: `weight` holds the codes.
+_STATE = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "code")
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer over a quantized weight, for `qlora_native.linear`.
+
+    A layer made by the constructor multiplies by zero until a state dict is loaded; `from_linear` and
+    `from_quantized` make one with values. What is stored, under the names of the state dict:
+
+        weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for "int8" and odd K)
+        absmax         uint8 [blocks], frozen parameter: double-quantized scales; fp32 [blocks], buffer, without that
+        nested_absmax, nested_code, offset     fp32 buffers of the double quantization, else None
+        code           fp32 [16], buffer: what the codes mean; None for "int8"
+        bias           [N], parameter, or None
+
+    Bytes are parameters, so that FSDP shards them; fp32 values are buffers, so that its mixed precision leaves them
+    alone. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and `compute_dtype`, never a scale.
+
+    Attributes:
+        compute_dtype: the dtype `dequantize` gives, and PEFT an adapter. The product is computed in the dtype of x.
+        format, blocksize: as in `qlora_native.quantize`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        format: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        codebook: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Make a layer of zeros. `dtype` is that of bias and `compute_dtype` (default: torch's default dtype).
+
+        Raises:
+            TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
+        """
+        check_format(format)
+        check_blocksize(blocksize)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        device = torch.get_default_device() if device is None else torch.device(device)
+        check_float_dtype("dtype", dtype)
+        if in_features < 1 or out_features < 1:
+            raise bad("in_features, out_features", "numbers above 0", f"{in_features}, {out_features}")
+        bits = 8 if format == "int8" else 4
+        blocks = ceil_div(in_features * out_features, blocksize)
+        zeros = QuantizedWeight(
+            codes=torch.zeros(codes_shape(out_features, in_features, bits), dtype=torch.uint8, device=device),
+            absmax=torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
+            nested_absmax=torch.zeros(ceil_div(blocks, NESTED_BLOCKSIZE), device=device) if double_quant else None,
+            nested_code=DYNAMIC_MAP.to(device, copy=True) if double_quant else None,
+            offset=torch.zeros((), device=device) if double_quant else None,
+            code=None if bits == 8 else functional.code_tensor(format, codebook, device),
+            shape=(out_features, in_features),
+            blocksize=blocksize,
+            format=format,
+            dtype=dtype,
+        )
+        self._set(zeros, nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+
+    def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
+        """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = q.shape
+        self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
+        self.weight = _frozen(q.codes)
+        if q.nested_absmax is None:
+            self.register_buffer("absmax", q.absmax)
+        else:
+            self.absmax = _frozen(q.absmax)
+        for name in _STATE[2:]:
+            self.register_buffer(name, getattr(q, name))
+        self.bias = bias
+
+    @classmethod
+    def from_quantized(cls, q: QuantizedWeight, bias: nn.Parameter | None = None) -> Linear4bit:
+        """A layer over `q` [N, K] and `bias` [N]; shares their tensors.
+
+        Raises:
+            TypeError, ValueError: `q` is no QuantizedWeight; `bias` no floating-point parameter [N] beside it.
+        """
+        if not isinstance(q, QuantizedWeight):
+            raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            raise bad_type("bias", "an nn.Parameter", type(bias).__name__)
+        if bias is not None and (bias.shape != (q.shape[0],) or bias.device != q.device):
+            raise bad("bias", f"[{q.shape[0]}] on {q.device}", f"{list(bias.shape)} on {bias.device}")
+        layer = cls.__new__(cls)
+        layer._set(q, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        format: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        codebook: Tensor | Sequence[float] | None = None,
+    ) -> Linear4bit:
+        """A layer with the quantized weight of `linear`, and its very bias. Arguments as `qlora_native.quantize`.
+
+        Raises:
+            TypeError, ValueError: as `qlora_native.quantize`; `linear` is no nn.Linear or is quantized already.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
+            raise bad_type("linear", "an nn.Linear that is not quantized", type(linear).__name__)
+        q = functional.quantize(linear.weight, format, blocksize, double_quant, codebook)
+        return cls.from_quantized(q, linear.bias).train(linear.training)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as a container over the layer's own tensors."""
+        # Past nn.Module.__getattr__, which costs as much as the rest of this: it is on the way of every forward.
+        parameters, buffers = self._parameters, self._buffers
+        absmax = parameters.get("absmax")
+        return QuantizedWeight(
+            parameters["weight"],
+            buffers["absmax"] if absmax is None else absmax,
+            buffers["nested_absmax"],
+            buffers["nested_code"],
+            buffers["offset"],
+            buffers["code"],
+            (self.out_features, self.in_features),
+            self.blocksize,
+            self.format,
+            self.compute_dtype,
+        )
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The codes, under the name by which PEFT knows a weight that `dequantize()` decodes."""
+        return self.weight
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
+        return self.nested_absmax is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in the dtype of x."""
+        return functional.linear(x, self.quantized_weight, self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype` (default: `compute_dtype`)."""
+        return self.quantized_weight.dequantize(dtype)
+
+    def reset_parameters(self) -> None:
+        """Make it a layer of zeros, as the constructor does: for a layer that left the meta device empty."""
+        with torch.no_grad():
+            for tensor in (self.weight, self.absmax, self.nested_absmax, self.offset, self.bias):
+                if tensor is not None:
+                    tensor.zero_()
+            if self.nested_code is not None:
+                self.nested_code.copy_(DYNAMIC_MAP)
+            if self.format in CODEBOOKS:
+                self.code.copy_(CODEBOOKS[self.format])
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        ours = f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        return f"{super().extra_repr()}, {ours}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        """Move or cast: the quantized weight moves and is never cast."""
+        weight = {id(tensor) for tensor in (getattr(self, name) for name in _STATE) if tensor is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if id(tensor) not in weight or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if dtype in FLOAT_DTYPES:
+            self.compute_dtype = dtype
+        return self
+
+
+def quantize_model(
+    model: nn.Module,
+    skip: Iterable[str] = ("lm_head",),
+    format: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    codebook: Tensor | Sequence[float] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace every `nn.Linear` in `model`, in place, by a `Linear4bit` over its quantized weight.
+
+    Subclasses of nn.Linear stay: who wrote one has a reason. So does a layer whose weight belongs to something that
+    stays too, such as an output layer tied to the embedding. A module or weight that appears several times is
+    quantized once and stays shared. All of it or nothing: layers are replaced when every one has been quantized.
+
+    Args:
+        skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name
+            matches wherever its dotted parts appear in a module's path.
+        format, blocksize, double_quant, codebook: as `qlora_native.quantize`.
+        progress: show a progress bar, where tqdm is installed.
+
+    Returns:
+        `model`. Warns if it has nothing to quantize.
+
+    Raises:
+        TypeError, ValueError: as `qlora_native.quantize`, with the name of the layer; the model is as it was. Or
+            `model` is itself an nn.Linear, which cannot be replaced in place, or `skip` a string.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "an nn.Module", type(model).__name__)
+    if isinstance(model, nn.Linear):
+        raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
+    if isinstance(skip, str):
+        raise bad_type("skip", "a sequence of names", "a string")
+    names = _to_quantize(model, tuple(skip))
+    if not names:
+        warnings.warn("quantize_model: found no nn.Linear to quantize", stacklevel=2)
+    layers: dict[int, Linear4bit] = {}  # by id of the nn.Linear
+    weights: dict[int, QuantizedWeight] = {}  # by id of its weight
+    for name in _with_progress(names, progress):
+        linear = model.get_submodule(name)
+        if id(linear) in layers:
+            continue
+        try:
+            if id(linear.weight) not in weights:
+                weights[id(linear.weight)] = functional.quantize(
+                    linear.weight, format, blocksize, double_quant, codebook
+                )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}.{error}" if str(error).startswith("weight") else str(error)) from None
+        layer = Linear4bit.from_quantized(weights[id(linear.weight)], linear.bias)
+        layers[id(linear)] = layer.train(linear.training)
+        weights[id(linear.weight)] = layer.quantized_weight  # its parameters: the next layer with it shares them
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[id(model.get_submodule(name))])
+    return model
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def _to_quantize(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
+    """Paths of the linear layers to replace, every path of a shared one."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Linear and not any(f".{part}." in f".{name}." for part in skip)
+    ]
+    chosen = {id(module) for _, module in found}
+    staying = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in chosen
+        for parameter in module.parameters(recurse=False)
+    }
+    return [name for name, module in found if id(module.weight) not in staying]
+
+
+def _with_progress(names: list[str], progress: bool) -> Iterable[str]:
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return names
+        return tqdm(names, desc="quantize", unit="layer")
+    return names
