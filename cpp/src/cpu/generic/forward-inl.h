@@ -34,7 +34,7 @@ struct FewRows {
   static void pack(const Rows& x, int rows, float* out) {
     const std::int64_t chunks = ceil_div(x.cols(), kChunk);
     for (int m = 0; m < rows; ++m)
-      x.template chunks<1>(m, 1, 0, chunks, 0, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+      x.template chunks<1>(m, 1, 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
         for (int i = 0; i < Dot::kVectors; ++i) store(out + (c * rows + m) * Dot::kUnits + i * kLanes, chunk[0].v[i]);
       });
   }
@@ -69,19 +69,19 @@ struct FewRows {
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) sum[j][m] = zero();
-    w.template chunks<kRows>(n, count, 0, ceil_div(w.cols(), kChunk), kRows * w.row_bytes(),
-                             [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
-                               const float* units = x + c * kM * Dot::kUnits;
+    const auto multiply = [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
+      const float* units = x + c * kM * Dot::kUnits;
 #pragma GCC unroll 8
-                               for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
-                                 for (int i = 0; i < Dot::kVectors; ++i) {
-                                   const F32 value = load(units + m * Dot::kUnits + i * kLanes);
+        for (int i = 0; i < Dot::kVectors; ++i) {
+          const F32 value = load(units + m * Dot::kUnits + i * kLanes);
 #pragma GCC unroll 8
-                                   for (int j = 0; j < kRows; ++j)
-                                     sum[j][m] = Dot::dot(sum[j][m], value, chunk[j].v[i]);
-                                 }
-                             });
+          for (int j = 0; j < kRows; ++j) sum[j][m] = Dot::dot(sum[j][m], value, chunk[j].v[i]);
+        }
+    };
+    // The rows after these are next in memory, and next to be read.
+    w.template chunks<kRows, 1>(n, count, 0, ceil_div(w.cols(), kChunk), multiply, kRows * w.row_bytes());
     if (lora != nullptr)
       for (int j = 0; j < count; ++j)
         for (std::int64_t r = 0; r < lora->b.cols; r += kLanes) {
@@ -170,6 +170,7 @@ struct FewRows {
 template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
+  static constexpr std::int64_t kWidestTask = 512;    // rows of W
   static constexpr std::int64_t kNarrowestTile = 16;  // the tallest register tile
   static constexpr std::int64_t kFewestStrips = 3;    // about 128 rows: below, decoding again would show
 
@@ -210,25 +211,29 @@ struct ManyRows {
     });
 
     const std::int64_t N = args.weight.N;
-    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, Product::kWidestTile, kNarrowestTile,
-                                num_threads());
+    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, kWidestTask, kNarrowestTile, num_threads());
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;
       const std::int64_t last = smaller(first + grid.row_part, strips.count());
-      const std::int64_t n = task / grid.row_parts * grid.column_tile;
-      const std::int64_t count = smaller(grid.column_tile, N - n);
-      const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
-      const std::int64_t width = strips.first(last) - strips.first(first);
+      const std::int64_t begin = task / grid.row_parts * grid.column_tile;
+      const std::int64_t end = smaller(begin + grid.column_tile, N);
+      const std::int64_t vectors = strips.first(last) - strips.first(first);
       float* panel = reinterpret_cast<float*>(scratch(
-          Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + width * kLanes * tile_rows) * sizeof(float)));
+          Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
+                            sizeof(float)));
       float* sums = panel + Product::kPanelFloats;
-      Product::multiply(w, n, count, tile_rows, strips, first, last, x, units, panel, sums, false);
-      if (lora.rank > 0)
-        Product::multiply(DenseRows<Dot, true>(lora_b(lora, N), lora.scaling), n, count, tile_rows, strips, first,
-                          last, u, u_units, panel, sums, true);
-      for (std::int64_t s = first; s < last; ++s)
-        Product::write(sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, strips.width(s), tile_rows,
-                       1.0f, args.bias, args.y, strips.first(s) * kLanes, n);
+      for (std::int64_t n = begin; n < end; n += Product::kWidestTile) {
+        const std::int64_t count = smaller(Product::kWidestTile, end - n);
+        const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
+        Product::multiply(w, n, count, tile_rows, strips, first, last, x, units, panel, sums, false,
+                          n + tile_rows < end);
+        if (lora.rank > 0)
+          Product::multiply(DenseRows<Dot, true>(lora_b(lora, N), lora.scaling), n, count, tile_rows, strips, first,
+                            last, u, u_units, panel, sums, true, false);
+        for (std::int64_t s = first; s < last; ++s)
+          Product::write(sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, strips.width(s),
+                         tile_rows, 1.0f, args.bias, args.y, strips.first(s) * kLanes, n);
+      }
     });
   }
 
@@ -259,7 +264,7 @@ struct ManyRows {
           block = masked;
         }
         Product::decode_panel(a, r, count, tile_rows, c, end, panel);
-        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0);
+        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, {});
       }
       Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, args.u, first * kLanes, r);
     }

@@ -40,7 +40,7 @@ struct ProductNn {
     parallel_for(groups.count, [&](std::int64_t group) {
       float* packed = out + group * units * kGroupRows;
       for (int row = 0; row < groups.size(group); ++row)
-        rows.template chunks<1>(groups.first(group) + row, 1, 0, chunks, 0, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+        rows.template chunks<1>(groups.first(group) + row, 1, 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
           alignas(64) float natural[Dot::kUnits];
           for (int i = 0; i < Dot::kVectors; ++i) store(natural + i * kLanes, chunk[0].v[i]);
           const std::int64_t count = smaller<std::int64_t>(Dot::kUnits, units - c * Dot::kUnits);
@@ -55,10 +55,9 @@ struct ProductNn {
   static void decode_panel(const Rows& w, std::int64_t u0, std::int64_t u1, std::int64_t c0, std::int64_t c1,
                            float* panel) {
     constexpr int kRows = Dot::kElementsPerUnit;
-    const std::int64_t ahead = (u1 - u0) * kRows * w.row_bytes();
     for (std::int64_t unit = u0; unit < u1; ++unit) {
       const int count = static_cast<int>(smaller<std::int64_t>(kRows, w.rows() - unit * kRows));
-      w.template chunks<kRows>(unit * kRows, count, c0, c1, ahead, [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
+      w.template chunks<kRows>(unit * kRows, count, c0, c1, [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
         const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
         float* out = panel + ((c - c0) * (u1 - u0) + (unit - u0)) * kChunk;
         for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
@@ -66,15 +65,22 @@ struct ProductNn {
     }
   }
 
+  // The codes of the next panel, asked for while this one multiplies.
+  struct Ahead {
+    const std::uint8_t* codes = nullptr;  // null: nothing
+    std::int64_t row_bytes = 0;
+  };
+
   // One register tile: kRows rows of L times kVectors vectors of columns.
   template <int kRows, int kVectors>
-  static void tile(const float* left, const float* panel, std::int64_t units, float* sums, bool accumulate) {
+  static void tile(const float* left, const float* panel, std::int64_t units, float* sums, bool accumulate,
+                   const Ahead& ahead) {
     F32 sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[i][j] = zero();
-    for (std::int64_t unit = 0; unit < units; ++unit) {
+    const auto step = [&](std::int64_t unit) {
       F32 columns[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) columns[j] = load(panel + unit * kChunk + j * kLanes);
@@ -84,6 +90,15 @@ struct ProductNn {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], value, columns[j]);
       }
+    };
+    if (ahead.codes != nullptr) {
+      const std::uint8_t* row = ahead.codes;
+      for (std::int64_t unit = 0; unit < units; ++unit) {
+        for (int i = 0; i < Dot::kElementsPerUnit; ++i, row += ahead.row_bytes) __builtin_prefetch(row, 0, 2);
+        step(unit);
+      }
+    } else {
+      for (std::int64_t unit = 0; unit < units; ++unit) step(unit);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -96,28 +111,29 @@ struct ProductNn {
 
   template <int kRows>
   static void group(const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate) {
+                    bool accumulate, Ahead ahead) {
     for (int j = 0; j < vectors; j += kColumnStep) {
       const float* columns = panel + j * kLanes;
       float* out = sums + j * kLanes;
       if (vectors - j == 1)
-        tile<kRows, 1>(left, columns, units, out, accumulate);
+        tile<kRows, 1>(left, columns, units, out, accumulate, ahead);
       else if (vectors - j == 2 || kColumnStep == 2)
-        tile<kRows, 2>(left, columns, units, out, accumulate);
+        tile<kRows, 2>(left, columns, units, out, accumulate, ahead);
       else
-        tile<kRows, kColumnStep>(left, columns, units, out, accumulate);
+        tile<kRows, kColumnStep>(left, columns, units, out, accumulate, ahead);
+      ahead.codes = nullptr;
     }
   }
   static void group(int rows, const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate) {
+                    bool accumulate, Ahead ahead) {
     static_assert(kGroupRows == 6);
     switch (rows) {
-      case 1: return group<1>(left, panel, units, vectors, sums, accumulate);
-      case 2: return group<2>(left, panel, units, vectors, sums, accumulate);
-      case 3: return group<3>(left, panel, units, vectors, sums, accumulate);
-      case 4: return group<4>(left, panel, units, vectors, sums, accumulate);
-      case 5: return group<5>(left, panel, units, vectors, sums, accumulate);
-      default: return group<6>(left, panel, units, vectors, sums, accumulate);
+      case 1: return group<1>(left, panel, units, vectors, sums, accumulate, ahead);
+      case 2: return group<2>(left, panel, units, vectors, sums, accumulate, ahead);
+      case 3: return group<3>(left, panel, units, vectors, sums, accumulate, ahead);
+      case 4: return group<4>(left, panel, units, vectors, sums, accumulate, ahead);
+      case 5: return group<5>(left, panel, units, vectors, sums, accumulate, ahead);
+      default: return group<6>(left, panel, units, vectors, sums, accumulate, ahead);
     }
   }
 
@@ -135,9 +151,14 @@ struct ProductNn {
         const std::int64_t columns = smaller<std::int64_t>(kChunk, w.cols() - c * kChunk);
         const int vectors =
             Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : static_cast<int>(Dot::kColumnVectors);
-        for (std::int64_t g = g0; g < g1; ++g)
+        // Two chunks of codes share a cache line, as a rule.
+        Ahead ahead{nullptr, w.row_bytes()};
+        if (end < units && (c - c0) % 2 == 0) ahead.codes = w.codes_at(end * Dot::kElementsPerUnit, c);
+        for (std::int64_t g = g0; g < g1; ++g) {
           group(groups.size(g), left + (g * units + u) * kGroupRows, panel + (c - c0) * (end - u) * kChunk, end - u,
-                vectors, sums_of(sums, g - g0, c - c0, width), accumulate || u != 0);
+                vectors, sums_of(sums, g - g0, c - c0, width), accumulate || u != 0, ahead);
+          ahead.codes = nullptr;
+        }
       }
     }
   }

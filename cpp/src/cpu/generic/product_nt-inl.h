@@ -54,7 +54,7 @@ struct ProductNt {
       for (int vector = 0; vector < width; ++vector) {
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = first + vector * kLanes + lane;
-          x.template chunks<1>(row, row < x.rows(), c, c + 1, 0, [&](std::int64_t, const Chunk(&chunk)[1]) {
+          x.template chunks<1>(row, row < x.rows(), c, c + 1, [&](std::int64_t, const Chunk(&chunk)[1]) {
             for (int i = 0; i < Dot::kVectors; ++i) store(&rows[lane][i * kLanes], chunk[0].v[i]);
           });
         }
@@ -75,24 +75,32 @@ struct ProductNt {
   template <class Rows>
   static void decode_panel(const Rows& w, std::int64_t n, std::int64_t count, std::int64_t rows, std::int64_t c0,
                            std::int64_t c1, float* panel) {
-    const std::int64_t ahead = w.row_bytes() / larger<std::int64_t>(1, ceil_div(w.cols(), kBlockChunks * kChunk));
     for (std::int64_t row = 0; row < rows; ++row) {
       float* out = panel + row * kPanelStride;
-      w.template chunks<1>(n + row, row < count, c0, c1, ahead, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+      w.template chunks<1>(n + row, row < count, c0, c1, [&](std::int64_t c, const Chunk(&chunk)[1]) {
         for (int i = 0; i < Dot::kVectors; ++i) store(out + (c - c0) * Dot::kUnits + i * kLanes, chunk[0].v[i]);
       });
     }
   }
 
+  // The codes that the next panel will be decoded from, asked for while this one multiplies: memory is then busy all
+  // the time, instead of in bursts.
+  struct Ahead {
+    const std::uint8_t* codes = nullptr;  // null: nothing
+    std::int64_t row_bytes = 0;
+    std::int64_t units_per_line = 1;  // units of a panel that 64 bytes of codes stand for
+  };
+
   // One register tile: kWidth vectors of rows of x times kRows rows of W.
   template <int kWidth, int kRows>
-  static void tile(const float* x, const float* panel, std::int64_t units, float* sums, bool accumulate) {
+  static void tile(const float* x, const float* panel, std::int64_t units, float* sums, bool accumulate,
+                   const Ahead& ahead) {
     F32 sum[kRows][kWidth];
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) sum[j][i] = zero();
-    for (std::int64_t unit = 0; unit < units; ++unit) {
+    const auto step = [&](std::int64_t unit) {
       F32 rows[kWidth];
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) rows[i] = load(x + i * kLanes);
@@ -103,7 +111,15 @@ struct ProductNt {
 #pragma GCC unroll 4
         for (int i = 0; i < kWidth; ++i) sum[j][i] = Dot::dot(sum[j][i], rows[i], weight);
       }
+    };
+    std::int64_t unit = 0;
+    if (ahead.codes != nullptr) {
+      for (const std::uint8_t* line = ahead.codes; unit + ahead.units_per_line <= units; line += 64) {
+        for (int j = 0; j < kRows; ++j) __builtin_prefetch(line + j * ahead.row_bytes, 0, 2);
+        for (const std::int64_t end = unit + ahead.units_per_line; unit < end; ++unit) step(unit);
+      }
     }
+    for (; unit < units; ++unit) step(unit);
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 4
@@ -115,36 +131,44 @@ struct ProductNt {
 
   template <int kWidth>
   static void strip(const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate) {
+                    bool accumulate, Ahead ahead) {
     constexpr int kRows = kRowsOfStrip[kWidth];
-    for (std::int64_t n = 0; n < rows; n += kRows)
-      tile<kWidth, kRows>(x, panel + n * kPanelStride, units, sums + n * kWidth * kLanes, accumulate);
+    for (std::int64_t n = 0; n < rows; n += kRows) {
+      tile<kWidth, kRows>(x, panel + n * kPanelStride, units, sums + n * kWidth * kLanes, accumulate, ahead);
+      ahead.codes += ahead.codes != nullptr ? kRows * ahead.row_bytes : 0;
+    }
   }
   static void strip(int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate) {
+                    bool accumulate, const Ahead& ahead) {
     switch (width) {
-      case 1: return strip<1>(x, panel, rows, units, sums, accumulate);
-      case 2: return strip<2>(x, panel, rows, units, sums, accumulate);
-      case 3: return strip<3>(x, panel, rows, units, sums, accumulate);
-      default: return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate);
+      case 1: return strip<1>(x, panel, rows, units, sums, accumulate, ahead);
+      case 2: return strip<2>(x, panel, rows, units, sums, accumulate, ahead);
+      case 3: return strip<3>(x, panel, rows, units, sums, accumulate, ahead);
+      default: return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, ahead);
     }
   }
 
-  // Rows n ... of W times the strips first ... last-1; x is packed with `x_units` units a row.
-  // sums: [strip][tile_rows][vector][lane].
+  // Rows n ... n+count-1 of W times the strips first ... last-1; x is packed with `x_units` units a row. `more`: the
+  // caller goes on with the rows after these. sums: [strip][tile_rows][vector][lane].
   template <class Rows>
   static void multiply(const Rows& w, std::int64_t n, std::int64_t count, std::int64_t tile_rows, const Strips& strips,
                        std::int64_t first, std::int64_t last, const float* x, std::int64_t x_units, float* panel,
-                       float* sums, bool accumulate) {
+                       float* sums, bool accumulate, bool more) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
     for (std::int64_t c = 0; c < chunks; c += kBlockChunks) {
       const std::int64_t end = smaller(c + kBlockChunks, chunks);
       const std::int64_t unit = c * Dot::kUnits, units = smaller(end * Dot::kUnits, x_units) - unit;
       decode_panel(w, n, count, tile_rows, c, end, panel);
+      Ahead ahead{nullptr, w.row_bytes(), 64 * w.cols() / larger<std::int64_t>(1, w.row_bytes()) / Dot::kElementsPerUnit};
+      if (end < chunks)
+        ahead.codes = w.codes_at(n, end);
+      else if (more)
+        ahead.codes = w.codes_at(n + tile_rows, 0);
       for (std::int64_t s = first; s < last; ++s) {
         const int width = strips.width(s);
         strip(width, x + (strips.first(s) * x_units + unit * width) * kLanes, panel, tile_rows, units,
-              sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, accumulate || c != 0);
+              sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, accumulate || c != 0, ahead);
+        ahead.codes = nullptr;
       }
     }
   }

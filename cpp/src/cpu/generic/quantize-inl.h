@@ -210,7 +210,7 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
   });
 }
 
-constexpr std::int64_t kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
+constexpr int kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
 
 template <DType kType, int kBits>
 inline void dequantize_as(const DequantizeArgs& args) {
@@ -224,7 +224,7 @@ inline void dequantize_as(const DequantizeArgs& args) {
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
   parallel_for(ceil_div(chunks, kTaskChunks), [&](std::int64_t task) {
     const std::int64_t first = task * kTaskChunks, last = smaller(first + kTaskChunks, chunks);
-    rows.template chunks<1>(0, 1, first, last, kAheadBytes, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
+    rows.template chunks<1, kAheadBytes>(0, 1, first, last, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
       const std::int64_t count = smaller<std::int64_t>(kChunk, flat.K - c * kChunk);
       char* out = static_cast<char*>(args.out) + c * kChunk * kSize;
       char copy[kChunk * kSize];

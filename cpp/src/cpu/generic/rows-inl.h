@@ -34,47 +34,68 @@ class QuantizedRows {
   std::int64_t rows() const { return w_.N; }
   std::int64_t cols() const { return w_.K; }
 
-  // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero. Asks
-  // for the codes `ahead` bytes further on: those of the tile that is decoded next.
-  template <int kRows, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, std::int64_t ahead, Sink&& sink) const {
+  // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero.
+  // kAhead: asks for the codes so many bytes further on.
+  template <int kRows, int kAhead = 0, class Sink>
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink,
+              std::int64_t ahead = kAhead) const {
     float scales[kRows][kSegment * kChunk / 32 + 2];
-    std::int64_t first_block[kRows] = {}, element[kRows] = {}, last[kRows] = {};
     for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
       const std::int64_t end = smaller(begin + kSegment, c1);
+      const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
+      std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
-        element[i] = (n + i) * w_.K + begin * kChunk;
-        last[i] = (n + i) * w_.K + smaller(end * kChunk, w_.K);
-        first_block[i] = element[i] >> shift_;
-        decode_scales(w_, first_block[i], ((last[i] - 1) >> shift_) + 1 - first_block[i], scales[i]);
+        const std::int64_t first = (n + i) * w_.K + begin * kChunk;
+        first_block[i] = first >> shift_;
+        decode_scales(w_, first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
       }
-      for (std::int64_t c = begin; c < end; ++c) {
-        typename Dot::Chunk chunk[kRows];
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
-          if (i >= count) {
-            chunk[i] = typename Dot::Chunk{};
-            continue;
-          }
-          const std::uint8_t* codes = codes_of(element[i]);
-          __builtin_prefetch(codes + ahead, 0, 2);
-          const std::int64_t left = last[i] - element[i];
-          if (aligned_ && left >= kChunk)
-            chunk[i] = decode<false>(codes, scales[i][(element[i] >> shift_) - first_block[i]]);
-          else
-            chunk[i] = decode_ragged(element[i], static_cast<int>(smaller<std::int64_t>(kChunk, left)), scales[i],
-                                     first_block[i]);
-          element[i] += kChunk;
-        }
+      const bool fast = aligned_ && count == kRows;
+      const std::int64_t whole = fast ? elements / kChunk : 0;
+      if (fast) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink, ahead);
+      for (std::int64_t c = begin + whole; c < end; ++c) {
+        typename Dot::Chunk chunk[kRows] = {};
+        const std::int64_t left = elements - (c - begin) * kChunk;
+        for (int i = 0; i < count; ++i)
+          chunk[i] = decode_ragged((n + i) * w_.K + c * kChunk, static_cast<int>(smaller<std::int64_t>(kChunk, left)),
+                                   scales[i], first_block[i]);
         sink(c, chunk);
       }
     }
   }
 
+  // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
+  const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(n * w_.K + c * kChunk); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
   static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
+
+  // The chunks of aligned rows, where everything that varies is a pointer.
+  template <int kRows, int kAhead, class Scales, class Sink>
+  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, const Scales& scales, Sink&& sink,
+                    std::int64_t ahead) const {
+    constexpr std::int64_t kBytes = kChunk * kBits / 8;
+    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
+    const std::int64_t in_block = (std::int64_t{1} << shift) - 1;
+    const std::uint8_t* codes[kRows];
+    std::int64_t phase[kRows];  // chunks between the first block's begin and ours
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t element = (n + i) * w_.K + begin * kChunk;
+      codes[i] = codes_of(element);
+      phase[i] = (element / kChunk) & in_block;
+    }
+#pragma GCC unroll 2
+    for (std::int64_t j = 0; j < count; ++j) {
+      typename Dot::Chunk chunk[kRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const std::uint8_t* p = codes[i] + j * kBytes;
+        if (kAhead != 0) __builtin_prefetch(p + ahead, 0, 2);
+        chunk[i] = decode<false>(p, scales[i][(phase[i] + j) >> shift]);
+      }
+      sink(begin + j, chunk);
+    }
+  }
 
   const std::uint8_t* codes_of(std::int64_t element) const { return w_.codes + (element * kBits >> 3); }
 
@@ -124,8 +145,8 @@ class DenseRows {
   std::int64_t rows() const { return matrix_.rows; }
   std::int64_t cols() const { return matrix_.cols; }
 
-  template <int kRows, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, std::int64_t /*ahead*/, Sink&& sink) const {
+  template <int kRows, int kAhead = 0, class Sink>
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink, std::int64_t = 0) const {
     with_dtype(matrix_.dtype, [&](auto dtype) {
       for (std::int64_t c = c0; c < c1; ++c) {
         typename Dot::Chunk chunk[kRows];
@@ -136,6 +157,7 @@ class DenseRows {
       }
     });
   }
+  const std::uint8_t* codes_at(std::int64_t, std::int64_t) const { return nullptr; }
   std::int64_t row_bytes() const { return 0; }
 
  private:

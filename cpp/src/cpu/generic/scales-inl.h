@@ -12,13 +12,14 @@ inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std:
   }
   const std::uint8_t* absmax = static_cast<const std::uint8_t*>(w.absmax);
   const F32 offset = set1(*w.offset);
+  const int shift = __builtin_ctz(static_cast<unsigned>(w.nested_blocksize));
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t block = first + i;
-    const std::int64_t nested = block / w.nested_blocksize;
-    const std::int64_t left_in_nested = (nested + 1) * w.nested_blocksize - block;
+    const std::int64_t nested = block >> shift;
+    const std::int64_t left_in_nested = ((nested + 1) << shift) - block;
     std::int64_t lanes = count - i < kLanes ? count - i : kLanes;
     if (left_in_nested < lanes) lanes = left_in_nested;
-    const F32 levels = gather_bytes(w.nested_code, absmax + block, static_cast<int>(lanes));
+    const F32 levels = lookup_bytes(w.nested_code, absmax + block, static_cast<int>(lanes));
     // Two roundings, as bitsandbytes': not a fused multiply-add.
     const F32 scales = add(mul(levels, set1(w.nested_absmax[nested])), offset);
     store_from_f32<DType::f32>(out + i, scales, static_cast<int>(lanes));
