@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -159,6 +160,9 @@ void codebooks() {
   const auto& map = qn::dynamic_map();
   for (int i = 0; i < 255; ++i) EXPECT(map[i] < map[i + 1]);
   EXPECT(map[127] == 0.0f && map[255] == 1.0f && map[0] == -map[254]);
+  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a over the bits, as of bitsandbytes' create_dynamic_map()
+  for (float level : map) hash = (hash ^ std::bit_cast<std::uint32_t>(level)) * 0x100000001b3;
+  EXPECT(hash == 0x690ca6ad558a2475);
 
   for (const char* format : {"nf4", "fp4", "int4"}) {
     const float* code = qn::codebook(format).data();
