@@ -28,6 +28,8 @@ struct DotF32 {
 
   static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
 
+  static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
+
   // One block's 16 levels as the product uses them.
   static Table table(Table16 code, float scale) { return round_table<kType>(map_table(code, mul, set1(scale))); }
 

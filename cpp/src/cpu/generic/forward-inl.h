@@ -171,7 +171,6 @@ template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;    // rows of W
-  static constexpr std::int64_t kNarrowestTile = 16;  // the tallest register tile
   static constexpr std::int64_t kFewestStrips = 3;    // about 128 rows: below, decoding again would show
 
   template <class Rows>
@@ -211,29 +210,32 @@ struct ManyRows {
     });
 
     const std::int64_t N = args.weight.N;
-    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, kWidestTask, kNarrowestTile, num_threads());
+    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, kWidestTask, Product::kNarrowestTile, num_threads());
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;
       const std::int64_t last = smaller(first + grid.row_part, strips.count());
       const std::int64_t begin = task / grid.row_parts * grid.column_tile;
       const std::int64_t end = smaller(begin + grid.column_tile, N);
       const std::int64_t vectors = strips.first(last) - strips.first(first);
-      float* panel = reinterpret_cast<float*>(scratch(
-          Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
+      float* panels = reinterpret_cast<float*>(scratch(
+          Slot::thread, static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
                             sizeof(float)));
-      float* sums = panel + Product::kPanelFloats;
-      for (std::int64_t n = begin; n < end; n += Product::kWidestTile) {
-        const std::int64_t count = smaller(Product::kWidestTile, end - n);
-        const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
-        Product::multiply(w, n, count, tile_rows, strips, first, last, x, units, panel, sums, false,
-                          n + tile_rows < end);
-        if (lora.rank > 0)
-          Product::multiply(DenseRows<Dot, true>(lora_b(lora, N), lora.scaling), n, count, tile_rows, strips, first,
-                            last, u, u_units, panel, sums, true, false);
+      float* sums = panels + 2 * Product::kPanelFloats;
+      const typename Product::Packed packed_x{x, units, strips, first, last}, packed_u{u, u_units, strips, first, last};
+      const DenseRows<Dot, true> b(lora_b(lora, N), lora.scaling);
+      Product::multiply(w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
+        typename Product::NoDecoder none;
+        for (std::int64_t c = 0; c < ceil_div(lora.rank, kChunk); c += Product::kBlockChunks) {
+          const std::int64_t unit = c * Dot::kUnits;
+          Product::decode_panel(b, n, smaller(rows, end - n), rows, c,
+                                smaller(c + Product::kBlockChunks, ceil_div(lora.rank, kChunk)), panel);
+          Product::multiply_panel(packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel, rows, sums,
+                                  true, none);
+        }
         for (std::int64_t s = first; s < last; ++s)
-          Product::write(sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, strips.width(s),
-                         tile_rows, 1.0f, args.bias, args.y, strips.first(s) * kLanes, n);
-      }
+          Product::write(sums + packed_x.sums(s, rows), strips.width(s), rows, 1.0f, args.bias, args.y,
+                         strips.first(s) * kLanes, n);
+      });
     });
   }
 
@@ -255,7 +257,7 @@ struct ManyRows {
     float* sums = masked + kMaskedFloats;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
       const std::int64_t count = smaller(Product::kWidestTile, lora.rank - r);
-      const std::int64_t tile_rows = ceil_div(count, kNarrowestTile) * kNarrowestTile;
+      const std::int64_t tile_rows = Product::whole_tiles(count);
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
         const float* block = x + (first * units + c * Dot::kUnits * width) * kLanes;
@@ -264,7 +266,8 @@ struct ManyRows {
           block = masked;
         }
         Product::decode_panel(a, r, count, tile_rows, c, end, panel);
-        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, {});
+        typename Product::NoDecoder none;
+        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, none);
       }
       Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, args.u, first * kLanes, r);
     }

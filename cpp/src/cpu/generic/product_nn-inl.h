@@ -15,12 +15,20 @@ struct ProductNn {
   static constexpr std::int64_t kPanelFloats = kPanelBytes / 4;
   static constexpr std::int64_t kMostSums = 160 << 10;  // floats; with the panel below 1 MB a thread
 
-  // Rows of L go in groups whose sizes differ by at most one.
+  // Rows of L go in groups. The first one is small, for it multiplies while the next panel is decoded; the sizes of
+  // the others differ by at most one.
   struct Groups {
-    explicit Groups(std::int64_t rows) : rows(rows), count(ceil_div(rows, kGroupRows)) {}
-    std::int64_t first(std::int64_t group) const { return group * (rows / count) + smaller(group, rows % count); }
-    int size(std::int64_t group) const { return static_cast<int>(first(group + 1) - first(group)); }
-    std::int64_t rows, count;
+    explicit Groups(std::int64_t rows)
+        : rows(rows), head(smaller<std::int64_t>(kDecodingGroupRows, rows)), count(1 + ceil_div(rows - head, kGroupRows)) {}
+    std::int64_t first(std::int64_t group) const {
+      if (group == 0) return 0;
+      const std::int64_t rest = rows - head, groups = larger<std::int64_t>(1, count - 1);
+      return head + (group - 1) * (rest / groups) + smaller(group - 1, rest % groups);
+    }
+    int size(std::int64_t group) const {
+      return static_cast<int>((group + 1 < count ? first(group + 1) : rows) - first(group));
+    }
+    std::int64_t rows, head, count;
   };
 
   // An adapter's part of the sums, added before the product's own: mask o (V . A).
@@ -65,41 +73,101 @@ struct ProductNn {
     }
   }
 
-  // The codes of the next panel, asked for while this one multiplies.
-  struct Ahead {
-    const std::uint8_t* codes = nullptr;  // null: nothing
-    std::int64_t row_bytes = 0;
+  // Decodes a panel a little at a time while another one multiplies, as ProductNt's.
+  template <class Rows>
+  class Decoder {
+   public:
+    Decoder(const Rows& w, std::int64_t u0, std::int64_t u1, std::int64_t c0, std::int64_t c1, bool more, float* panel)
+        : w_(w), u0_(u0), units_(u1 - u0), c0_(c0), width_(c1 - c0), panel_(panel) {
+      const std::int64_t rows = smaller(units_ * kUnitRows, w.rows() - u0 * kUnitRows);
+      stepwise_ = w.aligned() && rows == units_ * kUnitRows;
+      if (!stepwise_) return;
+      codes_ = w.codes_at(u0 * kUnitRows, c0);
+      ahead_ = more ? units_ * kUnitRows * w.row_bytes() : 0;
+      for (std::int64_t row = 0; row < rows; ++row)
+        w.chunk_scales(u0 * kUnitRows + row, c0, c1, scales_ + row * width_);
+    }
+
+    // Two chunks of one unit: of 4-bit codes a cache line a row.
+    void step() {
+      if (chunk_ >= width_ || !stepwise_) return;
+      put(chunk_);
+      if (chunk_ + 1 < width_) put(chunk_ + 1);
+      if (++unit_ == units_) {
+        unit_ = 0;
+        chunk_ += 2;
+      }
+    }
+    void finish() {
+      if (!stepwise_) return decode_panel(w_, u0_, u0_ + units_, c0_, c0_ + width_, panel_);
+      while (chunk_ < width_) step();
+    }
+
+   private:
+    static constexpr int kUnitRows = Dot::kElementsPerUnit;
+
+    void put(std::int64_t c) {
+      Chunk chunk[kUnitRows];
+#pragma GCC unroll 2
+      for (int i = 0; i < kUnitRows; ++i) {
+        const std::int64_t row = unit_ * kUnitRows + i;
+        const std::uint8_t* codes = codes_ + row * w_.row_bytes() + c * Rows::kChunkBytes;
+        if (c % 2 == 0) __builtin_prefetch(codes + ahead_, 0, 2);
+        chunk[i] = w_.chunk(codes, scales_[row * width_ + c]);
+      }
+      const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
+      float* out = panel_ + (c * units_ + unit_) * kChunk;
+      for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
+    }
+
+    const Rows& w_;
+    std::int64_t u0_, units_, c0_, width_;
+    float* panel_;
+    bool stepwise_;
+    const std::uint8_t* codes_ = nullptr;
+    std::int64_t ahead_ = 0, unit_ = 0, chunk_ = 0;
+    float scales_[kPanelFloats / kChunk * kUnitRows];
+  };
+  struct NoDecoder {
+    void step() {}
   };
 
-  // One register tile: kRows rows of L times kVectors vectors of columns.
-  template <int kRows, int kVectors>
-  static void tile(const float* left, const float* panel, std::int64_t units, float* sums, bool accumulate,
-                   const Ahead& ahead) {
+  // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
+  template <int kRows, int kVectors, class Decoding>
+  [[gnu::noinline]] static void tile(const float* left, const float* panel, std::int64_t units, float* sums,
+                                     bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[i][j] = zero();
-    const auto step = [&](std::int64_t unit) {
+    const auto multiply = [&](std::int64_t unit) {
       F32 columns[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) columns[j] = load(panel + unit * kChunk + j * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const F32 value = set1(left[unit * kGroupRows + i]);
+        const float* unit_of_row = left + unit * kGroupRows + i;
+        if constexpr (kVectors == 1) {
+          sum[i][0] = Dot::dot_broadcast(sum[i][0], columns[0], unit_of_row);
+        } else {
+          const F32 value = set1(*unit_of_row);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], value, columns[j]);
+          for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], value, columns[j]);
+        }
       }
     };
-    if (ahead.codes != nullptr) {
-      const std::uint8_t* row = ahead.codes;
-      for (std::int64_t unit = 0; unit < units; ++unit) {
-        for (int i = 0; i < Dot::kElementsPerUnit; ++i, row += ahead.row_bytes) __builtin_prefetch(row, 0, 2);
-        step(unit);
+    std::int64_t unit = 0;
+    if constexpr (!std::is_same_v<Decoding, NoDecoder>) {
+      // A group has a tile for every kColumnStep vectors of a chunk, and a step decodes two chunks of a unit.
+      constexpr std::int64_t kStep = 2 * kColumnStep * kLanes / kChunk;
+      static_assert(kStep >= 1);
+      for (; unit + kStep <= units; unit += kStep) {
+        decoding.step();
+        for (std::int64_t i = 0; i < kStep; ++i) multiply(unit + i);
       }
-    } else {
-      for (std::int64_t unit = 0; unit < units; ++unit) step(unit);
     }
+    for (; unit < units; ++unit) multiply(unit);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -109,56 +177,77 @@ struct ProductNn {
       }
   }
 
-  template <int kRows>
+  template <int kRows, class Decoding>
   static void group(const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate, Ahead ahead) {
+                    bool accumulate, Decoding& decoding) {
     for (int j = 0; j < vectors; j += kColumnStep) {
       const float* columns = panel + j * kLanes;
       float* out = sums + j * kLanes;
       if (vectors - j == 1)
-        tile<kRows, 1>(left, columns, units, out, accumulate, ahead);
+        tile<kRows, 1>(left, columns, units, out, accumulate, decoding);
       else if (vectors - j == 2 || kColumnStep == 2)
-        tile<kRows, 2>(left, columns, units, out, accumulate, ahead);
+        tile<kRows, 2>(left, columns, units, out, accumulate, decoding);
       else
-        tile<kRows, kColumnStep>(left, columns, units, out, accumulate, ahead);
-      ahead.codes = nullptr;
+        tile<kRows, kColumnStep>(left, columns, units, out, accumulate, decoding);
     }
   }
+  template <class Decoding>
   static void group(int rows, const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate, Ahead ahead) {
+                    bool accumulate, Decoding& decoding) {
     static_assert(kGroupRows == 6);
     switch (rows) {
-      case 1: return group<1>(left, panel, units, vectors, sums, accumulate, ahead);
-      case 2: return group<2>(left, panel, units, vectors, sums, accumulate, ahead);
-      case 3: return group<3>(left, panel, units, vectors, sums, accumulate, ahead);
-      case 4: return group<4>(left, panel, units, vectors, sums, accumulate, ahead);
-      case 5: return group<5>(left, panel, units, vectors, sums, accumulate, ahead);
-      default: return group<6>(left, panel, units, vectors, sums, accumulate, ahead);
+      case 1: return group<1>(left, panel, units, vectors, sums, accumulate, decoding);
+      case 2: return group<2>(left, panel, units, vectors, sums, accumulate, decoding);
+      case 3: return group<3>(left, panel, units, vectors, sums, accumulate, decoding);
+      case 4: return group<4>(left, panel, units, vectors, sums, accumulate, decoding);
+      case 5: return group<5>(left, panel, units, vectors, sums, accumulate, decoding);
+      default: return group<6>(left, panel, units, vectors, sums, accumulate, decoding);
     }
   }
 
-  // All units of `left` times the columns c0 ... c1-1 of w, for the groups g0 ... g1-1.
+  // What a task computes: the groups g0 ... g1-1 and the chunks c0 ... c1-1.
+  struct Part {
+    const Groups& groups;
+    std::int64_t g0, g1, c0, c1;
+    float* panels;  // two
+    float* sums;
+
+    std::int64_t width() const { return c1 - c0; }
+    float* sums_of(std::int64_t group, std::int64_t chunk) const {
+      return sums + ((group - g0) * width() + (chunk - c0)) * kGroupRows * kChunk;
+    }
+  };
+
+  // Adds all units of `left` times w to the part's sums, or sets them.
   template <class Rows>
-  static void multiply(const Rows& w, const Groups& groups, std::int64_t g0, std::int64_t g1, std::int64_t c0,
-                       std::int64_t c1, const float* left, float* panel, float* sums, bool accumulate) {
-    const std::int64_t units = units_of(w.rows()), width = c1 - c0;
+  static void multiply(const Rows& w, const float* left, const Part& part, bool accumulate) {
+    const std::int64_t units = units_of(w.rows());
     const std::int64_t step =
-        smaller<std::int64_t>(kPanelFloats / kChunk / width, Dot::kRestart / Dot::kElementsPerUnit);
-    for (std::int64_t u = 0; u < units; u += step) {
-      const std::int64_t end = smaller(u + step, units);
-      decode_panel(w, u, end, c0, c1, panel);
-      for (std::int64_t c = c0; c < c1; ++c) {
-        const std::int64_t columns = smaller<std::int64_t>(kChunk, w.cols() - c * kChunk);
-        const int vectors =
-            Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : static_cast<int>(Dot::kColumnVectors);
-        // Two chunks of codes share a cache line, as a rule.
-        Ahead ahead{nullptr, w.row_bytes()};
-        if (end < units && (c - c0) % 2 == 0) ahead.codes = w.codes_at(end * Dot::kElementsPerUnit, c);
-        for (std::int64_t g = g0; g < g1; ++g) {
-          group(groups.size(g), left + (g * units + u) * kGroupRows, panel + (c - c0) * (end - u) * kChunk, end - u,
-                vectors, sums_of(sums, g - g0, c - c0, width), accumulate || u != 0, ahead);
-          ahead.codes = nullptr;
+        smaller<std::int64_t>(kPanelFloats / kChunk / part.width(), Dot::kRestart / Dot::kElementsPerUnit);
+    const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
+    const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
+    const auto multiply_with = [&](std::int64_t u, auto& decoding) {
+      multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0, decoding);
+    };
+    NoDecoder none;
+    if constexpr (Rows::kQuantized) {
+      const auto decoder = [&](std::int64_t u) {
+        return Decoder<Rows>(w, u, end_of(u), part.c0, part.c1, end_of(u) < units, panel_of(u));
+      };
+      decoder(0).finish();
+      for (std::int64_t u = 0; u < units; u += step) {
+        if (end_of(u) == units) {
+          multiply_with(u, none);
+        } else {
+          auto next = decoder(end_of(u));
+          multiply_with(u, next);
+          next.finish();
         }
+      }
+    } else {
+      for (std::int64_t u = 0; u < units; u += step) {
+        decode_panel(w, u, end_of(u), part.c0, part.c1, panel_of(u));
+        multiply_with(u, none);
       }
     }
   }
@@ -181,20 +270,20 @@ struct ProductNn {
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
       const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
-      float* panel = reinterpret_cast<float*>(
-          scratch(Slot::thread, static_cast<std::size_t>(kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) *
+      float* panels = reinterpret_cast<float*>(
+          scratch(Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) *
                                     sizeof(float)));
-      float* sums = panel + kPanelFloats;
+      const Part part{groups, g0, g1, c0, c1, panels, panels + 2 * kPanelFloats};
       if (lora != nullptr) {
-        multiply(lora->a, groups, g0, g1, c0, c1, lora->v, panel, sums, false);
-        if (lora->dropout) drop(*lora, groups, g0, g1, c0, c1, sums);
+        multiply(lora->a, lora->v, part, false);
+        if (lora->dropout) drop(*lora, part);
       }
-      multiply(w, groups, g0, g1, c0, c1, left, panel, sums, lora != nullptr);
+      multiply(w, left, part, lora != nullptr);
       for (std::int64_t g = g0; g < g1; ++g)
         for (int row = 0; row < groups.size(g); ++row)
           for (std::int64_t c = c0; c < c1; ++c) {
             F32 natural[Dot::kColumnVectors];
-            const float* from = sums_of(sums, g - g0, c - c0, width) + row * kChunk;
+            const float* from = part.sums_of(g, c) + row * kChunk;
             for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
             if (!Rows::kNatural) Dot::to_natural(natural);
             write(groups.first(g) + row, c * kChunk, natural);
@@ -203,8 +292,22 @@ struct ProductNn {
   }
 
  private:
-  static float* sums_of(float* sums, std::int64_t group, std::int64_t chunk, std::int64_t width) {
-    return sums + (group * width + chunk) * kGroupRows * kChunk;
+  template <class Rows, class Decoding>
+  static void multiply_panel(std::int64_t cols, const float* left, std::int64_t units, std::int64_t u, std::int64_t end,
+                             const float* panel, const Part& part, bool accumulate, Decoding& decoding) {
+    NoDecoder none;
+    for (std::int64_t c = part.c0; c < part.c1; ++c) {
+      const std::int64_t columns = smaller<std::int64_t>(kChunk, cols - c * kChunk);
+      const int vectors = Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : Dot::kColumnVectors;
+      const float* from = panel + (c - part.c0) * (end - u) * kChunk;
+      for (std::int64_t g = part.g0; g < part.g1; ++g) {
+        const float* rows = left + (g * units + u) * kGroupRows;
+        if (g == part.g0)
+          group(part.groups.size(g), rows, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
+        else
+          group(part.groups.size(g), rows, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
+      }
+    }
   }
 
   template <bool kNatural, int kRows>
@@ -215,13 +318,12 @@ struct ProductNn {
       return kNatural ? Dot::columns_natural(chunk[0], chunk[1]) : Dot::columns(chunk[0], chunk[1]);
   }
 
-  static void drop(const LowRank& lora, const Groups& groups, std::int64_t g0, std::int64_t g1, std::int64_t c0,
-                   std::int64_t c1, float* sums) {
-    for (std::int64_t g = g0; g < g1; ++g)
-      for (int row = 0; row < groups.size(g); ++row)
-        for (std::int64_t c = c0; c < c1; ++c) {
-          const std::uint64_t keep = lora.dropout.keep_bits(lora.first_row + groups.first(g) + row, c);
-          float* p = sums_of(sums, g - g0, c - c0, c1 - c0) + row * kChunk;
+  static void drop(const LowRank& lora, const Part& part) {
+    for (std::int64_t g = part.g0; g < part.g1; ++g)
+      for (int row = 0; row < part.groups.size(g); ++row)
+        for (std::int64_t c = part.c0; c < part.c1; ++c) {
+          const std::uint64_t keep = lora.dropout.keep_bits(lora.first_row + part.groups.first(g) + row, c);
+          float* p = part.sums_of(g, c) + row * kChunk;
           for (int i = 0; i < Dot::kColumnVectors; ++i)
             store(p + i * kLanes, Dot::keep_columns(load(p + i * kLanes), i, keep));
         }

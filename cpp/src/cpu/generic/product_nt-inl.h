@@ -37,6 +37,7 @@ struct ProductNt {
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
   static constexpr std::int64_t kWidestTile = 64;                 // rows of W
+  static constexpr std::int64_t kNarrowestTile = 16;              // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
 
   template <class Rows>
@@ -83,43 +84,96 @@ struct ProductNt {
     }
   }
 
-  // The codes that the next panel will be decoded from, asked for while this one multiplies: memory is then busy all
-  // the time, instead of in bursts.
-  struct Ahead {
-    const std::uint8_t* codes = nullptr;  // null: nothing
-    std::int64_t row_bytes = 0;
-    std::int64_t units_per_line = 1;  // units of a panel that 64 bytes of codes stand for
+  // Decodes a panel a little at a time, between the multiplications of another one, so that decoding, multiplying and
+  // reading memory overlap.
+  template <class Rows>
+  class Decoder {
+   public:
+    // `next`: the codes that are wanted after these ones, or null; asked for meanwhile.
+    Decoder(const Rows& w, std::int64_t n, std::int64_t count, std::int64_t rows, std::int64_t c0, std::int64_t c1,
+            const std::uint8_t* next, float* panel)
+        : w_(w), n_(n), count_(count), rows_(rows), c0_(c0), c1_(c1), panel_(panel) {
+      if (!w.aligned()) return;
+      codes_ = w.codes_at(n, c0);
+      ahead_ = next != nullptr ? next - codes_ : 0;
+      for (std::int64_t row = 0; row < count; ++row) w.chunk_scales(n + row, c0, c1, scales_ + row * kBlockChunks);
+      for (std::int64_t row = count; row < rows; ++row)
+        __builtin_memset(panel + row * kPanelStride, 0, static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));
+    }
+
+    // Two chunks, one cache line of 4-bit codes.
+    void step() {
+      if (row_ == count_ || codes_ == nullptr) return;
+      const std::uint8_t* codes = codes_ + row_ * w_.row_bytes() + chunk_ * Rows::kChunkBytes;
+      float* out = panel_ + row_ * kPanelStride + chunk_ * Dot::kUnits;
+      const float* scales = scales_ + row_ * kBlockChunks + chunk_;
+      __builtin_prefetch(codes + ahead_, 0, 2);
+      put(w_.chunk(codes, scales[0]), out);
+      if (chunk_ + 1 < c1_ - c0_) put(w_.chunk(codes + Rows::kChunkBytes, scales[1]), out + Dot::kUnits);
+      chunk_ += 2;
+      if (chunk_ >= c1_ - c0_) {
+        chunk_ = 0;
+        ++row_;
+      }
+    }
+    void finish() {
+      if (codes_ == nullptr) return decode_panel(w_, n_, count_, rows_, c0_, c1_, panel_);
+      while (row_ < count_) step();
+    }
+
+   private:
+    static void put(const Chunk& chunk, float* out) {
+      for (int i = 0; i < Dot::kVectors; ++i) store(out + i * kLanes, chunk.v[i]);
+    }
+
+    const Rows& w_;
+    std::int64_t n_, count_, rows_, c0_, c1_;
+    float* panel_;
+    const std::uint8_t* codes_ = nullptr;
+    std::int64_t ahead_ = 0, row_ = 0, chunk_ = 0;
+    float scales_[kWidestTile * kBlockChunks];
+  };
+  struct NoDecoder {
+    void step() {}
   };
 
-  // One register tile: kWidth vectors of rows of x times kRows rows of W.
-  template <int kWidth, int kRows>
-  static void tile(const float* x, const float* panel, std::int64_t units, float* sums, bool accumulate,
-                   const Ahead& ahead) {
+  // One register tile: kWidth vectors of rows of x times kRows rows of W, and its share of another panel's decoding.
+  template <int kWidth, int kRows, class Decoding>
+  [[gnu::noinline]] static void tile(const float* x, const float* panel, std::int64_t units, float* sums,
+                                     bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kWidth];
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) sum[j][i] = zero();
-    const auto step = [&](std::int64_t unit) {
+    const auto multiply = [&](std::int64_t unit) {
       F32 rows[kWidth];
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) rows[i] = load(x + i * kLanes);
       x += kWidth * kLanes;
 #pragma GCC unroll 16
       for (int j = 0; j < kRows; ++j) {
-        const F32 weight = set1(panel[j * kPanelStride + unit]);
+        const float* weight = panel + j * kPanelStride + unit;
+        if constexpr (kWidth == 1) {
+          sum[j][0] = Dot::dot_broadcast(sum[j][0], rows[0], weight);
+        } else {
+          const F32 weights = set1(*weight);
 #pragma GCC unroll 4
-        for (int i = 0; i < kWidth; ++i) sum[j][i] = Dot::dot(sum[j][i], rows[i], weight);
+          for (int i = 0; i < kWidth; ++i) sum[j][i] = Dot::dot(sum[j][i], rows[i], weights);
+        }
       }
     };
     std::int64_t unit = 0;
-    if (ahead.codes != nullptr) {
-      for (const std::uint8_t* line = ahead.codes; unit + ahead.units_per_line <= units; line += 64) {
-        for (int j = 0; j < kRows; ++j) __builtin_prefetch(line + j * ahead.row_bytes, 0, 2);
-        for (const std::int64_t end = unit + ahead.units_per_line; unit < end; ++unit) step(unit);
+    if constexpr (!std::is_same_v<Decoding, NoDecoder>) {
+      // The strip's tiles have kWidestTile / kRows * units between them, the panel kWidestTile * units / (2 * kUnits)
+      // pairs of chunks.
+      constexpr std::int64_t kStep = larger(2 * Dot::kUnits / kRows, 1);
+      for (; unit + kStep <= units; unit += kStep) {
+        decoding.step();
+        for (std::int64_t i = 0; i < kStep; ++i) multiply(unit + i);
       }
     }
-    for (; unit < units; ++unit) step(unit);
+    for (; unit < units; ++unit) multiply(unit);
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 4
@@ -129,49 +183,87 @@ struct ProductNt {
       }
   }
 
-  template <int kWidth>
+  template <int kWidth, class Decoding>
   static void strip(const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate, Ahead ahead) {
-    constexpr int kRows = kRowsOfStrip[kWidth];
-    for (std::int64_t n = 0; n < rows; n += kRows) {
-      tile<kWidth, kRows>(x, panel + n * kPanelStride, units, sums + n * kWidth * kLanes, accumulate, ahead);
-      ahead.codes += ahead.codes != nullptr ? kRows * ahead.row_bytes : 0;
-    }
+                    bool accumulate, Decoding& decoding) {
+    constexpr int kRows = std::is_same_v<Decoding, NoDecoder> ? kRowsOfStrip[kWidth] : kRowsOfDecodingStrip[kWidth];
+    for (std::int64_t n = 0; n < rows; n += kRows)
+      tile<kWidth, kRows>(x, panel + n * kPanelStride, units, sums + n * kWidth * kLanes, accumulate, decoding);
   }
+  template <class Decoding>
   static void strip(int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate, const Ahead& ahead) {
+                    bool accumulate, Decoding& decoding) {
     switch (width) {
-      case 1: return strip<1>(x, panel, rows, units, sums, accumulate, ahead);
-      case 2: return strip<2>(x, panel, rows, units, sums, accumulate, ahead);
-      case 3: return strip<3>(x, panel, rows, units, sums, accumulate, ahead);
-      default: return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, ahead);
+      case 1: return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
+      case 2: return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
+      case 3: return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
+      default: return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
     }
   }
 
-  // Rows n ... n+count-1 of W times the strips first ... last-1; x is packed with `x_units` units a row. `more`: the
-  // caller goes on with the rows after these. sums: [strip][tile_rows][vector][lane].
-  template <class Rows>
-  static void multiply(const Rows& w, std::int64_t n, std::int64_t count, std::int64_t tile_rows, const Strips& strips,
-                       std::int64_t first, std::int64_t last, const float* x, std::int64_t x_units, float* panel,
-                       float* sums, bool accumulate, bool more) {
-    const std::int64_t chunks = ceil_div(w.cols(), kChunk);
-    for (std::int64_t c = 0; c < chunks; c += kBlockChunks) {
-      const std::int64_t end = smaller(c + kBlockChunks, chunks);
-      const std::int64_t unit = c * Dot::kUnits, units = smaller(end * Dot::kUnits, x_units) - unit;
-      decode_panel(w, n, count, tile_rows, c, end, panel);
-      Ahead ahead{nullptr, w.row_bytes(), 64 * w.cols() / larger<std::int64_t>(1, w.row_bytes()) / Dot::kElementsPerUnit};
-      if (end < chunks)
-        ahead.codes = w.codes_at(n, end);
-      else if (more)
-        ahead.codes = w.codes_at(n + tile_rows, 0);
-      for (std::int64_t s = first; s < last; ++s) {
-        const int width = strips.width(s);
-        strip(width, x + (strips.first(s) * x_units + unit * width) * kLanes, panel, tile_rows, units,
-              sums + (strips.first(s) - strips.first(first)) * tile_rows * kLanes, accumulate || c != 0, ahead);
-        ahead.codes = nullptr;
-      }
+  // Packed rows of x: the strips first ... last-1 of `strips`, each row `units` units.
+  struct Packed {
+    const float* data;
+    std::int64_t units;
+    const Strips& strips;
+    std::int64_t first, last;
+
+    const float* strip(std::int64_t s, std::int64_t unit) const {
+      return data + (strips.first(s) * units + unit * strips.width(s)) * kLanes;
+    }
+    // Where strip s has its sums, in a buffer [strip][tile_rows][vector][lane].
+    std::int64_t sums(std::int64_t s, std::int64_t tile_rows) const {
+      return (strips.first(s) - strips.first(first)) * tile_rows * kLanes;
+    }
+  };
+
+  template <class Decoding>
+  static void multiply_panel(const Packed& x, std::int64_t unit, std::int64_t units, const float* panel,
+                             std::int64_t tile_rows, float* sums, bool accumulate, Decoding& decoding) {
+    NoDecoder none;
+    for (std::int64_t s = x.first; s < x.last; ++s) {
+      float* out = sums + x.sums(s, tile_rows);
+      if (s == x.first)
+        strip(x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, out, accumulate, decoding);
+      else
+        strip(x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, out, accumulate, none);
     }
   }
+
+  // All rows `begin` ... end-1 of W, tile by tile; done(n, tile_rows, sums) after each.
+  template <class Rows, class Done>
+  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const Packed& x, float* panels,
+                       float* sums, Done&& done) {
+    const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
+    const std::int64_t total = ceil_div(end - begin, kWidestTile) * blocks;
+    const auto tile_of = [&](std::int64_t i) { return begin + i / blocks * kWidestTile; };
+    const auto chunk_of = [&](std::int64_t i) { return i % blocks * kBlockChunks; };
+    const auto rows_of_tile = [&](std::int64_t i) { return smaller(kWidestTile, end - tile_of(i)); };
+    const auto decoder = [&](std::int64_t i) {
+      const std::int64_t count = rows_of_tile(i);
+      return Decoder<Rows>(w, tile_of(i), count, whole_tiles(count), chunk_of(i),
+                           smaller(chunk_of(i) + kBlockChunks, chunks),
+                           i + 1 < total ? w.codes_at(tile_of(i + 1), chunk_of(i + 1)) : nullptr,
+                           panels + i % 2 * kPanelFloats);
+    };
+    decoder(0).finish();
+    for (std::int64_t i = 0; i < total; ++i) {
+      const std::int64_t tile_rows = whole_tiles(rows_of_tile(i)), unit = chunk_of(i) * Dot::kUnits;
+      const std::int64_t units = smaller(kBlockUnits, x.units - unit);
+      float* panel = panels + i % 2 * kPanelFloats;
+      if (i + 1 < total) {
+        auto next = decoder(i + 1);
+        multiply_panel(x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, next);
+        next.finish();
+      } else {
+        NoDecoder none;
+        multiply_panel(x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, none);
+      }
+      if (i % blocks == blocks - 1) done(tile_of(i), tile_rows, panel);
+    }
+  }
+
+  static std::int64_t whole_tiles(std::int64_t rows) { return ceil_div(rows, kNarrowestTile) * kNarrowestTile; }
 
   // The sums of one strip, times `scale`, plus bias, to rows m ... and columns n ... of `out`.
   static void write(const float* sums, int width, std::int64_t tile_rows, float scale, const void* bias, Matrix out,

@@ -6,9 +6,9 @@ namespace qlora_native {
 namespace {
 
 template <class T>
-inline T smaller(T a, T b) { return b < a ? b : a; }
+constexpr T smaller(T a, T b) { return b < a ? b : a; }
 template <class T>
-inline T larger(T a, T b) { return a < b ? b : a; }
+constexpr T larger(T a, T b) { return a < b ? b : a; }
 
 // Calls f with the element type as a compile-time constant.
 template <class F>
@@ -23,7 +23,9 @@ inline auto with_dtype(DType dtype, F&& f) {
 template <class Dot, int kBits>
 class QuantizedRows {
  public:
+  static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
+  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
   explicit QuantizedRows(const QuantizedWeightView& w)
       : w_(w),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
@@ -43,15 +45,15 @@ class QuantizedRows {
     for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
       const std::int64_t end = smaller(begin + kSegment, c1);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
+      const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
+      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink, ahead);
+      if (begin + whole == end) continue;
       std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
         const std::int64_t first = (n + i) * w_.K + begin * kChunk;
         first_block[i] = first >> shift_;
         decode_scales(w_, first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
       }
-      const bool fast = aligned_ && count == kRows;
-      const std::int64_t whole = fast ? elements / kChunk : 0;
-      if (fast) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink, ahead);
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
         const std::int64_t left = elements - (c - begin) * kChunk;
@@ -63,37 +65,45 @@ class QuantizedRows {
     }
   }
 
+  // --- Aligned rows can also be decoded a chunk at a time, in any order ---
+
+  // Every chunk of 64 lies in one block and begins in a high nibble.
+  bool aligned() const { return aligned_; }
+  // The scales of the chunks c0 ... c1-1 (at most kSegment) of row n.
+  void chunk_scales(std::int64_t n, std::int64_t c0, std::int64_t c1, float* out) const {
+    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
+    const std::int64_t first = n * w_.K / kChunk + c0, first_block = first >> shift, count = c1 - c0;
+    if (shift == 0) return decode_scales(w_, first_block, count, out);
+    float blocks[kSegment];
+    decode_scales(w_, first_block, ((first + count - 1) >> shift) + 1 - first_block, blocks);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = blocks[((first + i) >> shift) - first_block];
+  }
+  typename Dot::Chunk chunk(const std::uint8_t* codes, float scale) const { return decode<false>(codes, scale); }
+  static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(n * w_.K + c * kChunk); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
-  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
-
-  // The chunks of aligned rows, where everything that varies is a pointer.
+  // `count` chunks of aligned rows, where nothing varies but pointers.
   template <int kRows, int kAhead, class Scales, class Sink>
-  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, const Scales& scales, Sink&& sink,
+  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, Scales& scales, Sink&& sink,
                     std::int64_t ahead) const {
-    constexpr std::int64_t kBytes = kChunk * kBits / 8;
-    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
-    const std::int64_t in_block = (std::int64_t{1} << shift) - 1;
     const std::uint8_t* codes[kRows];
-    std::int64_t phase[kRows];  // chunks between the first block's begin and ours
     for (int i = 0; i < kRows; ++i) {
-      const std::int64_t element = (n + i) * w_.K + begin * kChunk;
-      codes[i] = codes_of(element);
-      phase[i] = (element / kChunk) & in_block;
+      codes[i] = codes_at(n + i, begin);
+      chunk_scales(n + i, begin, begin + count, scales[i]);
     }
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
-      typename Dot::Chunk chunk[kRows];
+      typename Dot::Chunk chunks[kRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        const std::uint8_t* p = codes[i] + j * kBytes;
+        const std::uint8_t* p = codes[i] + j * kChunkBytes;
         if (kAhead != 0) __builtin_prefetch(p + ahead, 0, 2);
-        chunk[i] = decode<false>(p, scales[i][(phase[i] + j) >> shift]);
+        chunks[i] = chunk(p, scales[i][j]);
       }
-      sink(begin + j, chunk);
+      sink(begin + j, chunks);
     }
   }
 
@@ -138,6 +148,7 @@ class QuantizedRows {
 template <class Dot, bool kNaturalOrder>
 class DenseRows {
  public:
+  static constexpr bool kQuantized = false;
   static constexpr bool kNatural = kNaturalOrder;
   DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)
       : matrix_(matrix), scale_(scale), dropout_(dropout), first_row_(first_row) {}
@@ -157,7 +168,7 @@ class DenseRows {
       }
     });
   }
-  const std::uint8_t* codes_at(std::int64_t, std::int64_t) const { return nullptr; }
+
   std::int64_t row_bytes() const { return 0; }
 
  private:
