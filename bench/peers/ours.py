@@ -54,22 +54,15 @@ def layer(weight: Tensor) -> qn.nn.Linear4bit:
 
 
 def forward_op(held: qn.QuantizedWeight, x: Tensor) -> Tensor:
-    return torch.ops.qlora_native.linear_forward(x, *weight_arguments(held), None, *_lora_arguments())[0]
+    return torch.ops.qlora_native.linear_forward(x, *held.op_arguments(), None, *_lora_arguments())[0]
 
 
 def backward_input(held: qn.QuantizedWeight, dy: Tensor, **lora: Any) -> Tensor:
-    return torch.ops.qlora_native.linear_backward_input(dy, *weight_arguments(held), *_lora_arguments(**lora), True)[0]
+    return torch.ops.qlora_native.linear_backward_input(dy, *held.op_arguments(), *_lora_arguments(**lora), True)[0]
 
 
 def lora_gradients(x: Tensor, dy: Tensor, u: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return torch.ops.qlora_native.lora_gradients(x, dy, u, v, scaling, 0.0, None, torch.float32)
-
-
-def weight_arguments(held: qn.QuantizedWeight) -> tuple[Any, ...]:
-    """`held` as the ops take it."""
-    bits = 8 if held.format == "int8" else 4
-    tensors = (held.codes, held.absmax, held.nested_absmax, held.nested_code, held.offset, held.code)
-    return (*tensors, *held.shape, bits, held.blocksize)
 
 
 def _lora_arguments(
