@@ -67,6 +67,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
     if not 0 <= args.dropout < 1:
         parser.error(f"--dropout: expected a number in [0, 1), got {args.dropout}")
+    if args.data is not None and not args.data.is_file():
+        parser.error(f"--data: no file {args.data}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     if args.target_modules == ["all-linear"]:
@@ -273,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix=".partial-") as folder:
         staged = Path(folder)
-        model.save_pretrained(staged / "adapter")
+        model.save_pretrained(staged / "adapter", save_embedding_layers=False)
         del model
         fresh = load_quantized(args)[1]
         fresh = PeftModel.from_pretrained(fresh, staged / "adapter", config=lora_config(args))

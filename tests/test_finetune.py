@@ -1,0 +1,170 @@
+"""examples/finetune.py on a model and data small enough for seconds, and the pieces that prepare its data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import docstrings  # noqa: E402
+import finetune  # noqa: E402
+import pairs  # noqa: E402
+
+DATA = [{"prompt": f"What is {i} plus 1?", "response": f"It is {i + 1}.", "group": str(i // 4)} for i in range(40)]
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny Llama and its tokenizer under model/, and pairs in data.jsonl."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("finetune")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([f"{d['prompt']} {d['response']}" for d in DATA], 300, special_tokens=["<s>", "</s>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(pair) for pair in DATA) + "\n")
+    return folder
+
+
+def run(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "finetune.py", "--model", folder / "model", *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--format", "int4", "--no-double-quant", "--target-modules", "q_proj", "v_proj", "--dropout", "0"]]
+)
+def test_run_on_own_data_leaves_something_out(folder, options):
+    output = folder / f"out-{len(options)}"
+    shown = run(folder, "--data", folder / "data.jsonl", "--steps", "15", "--output", output, *options)
+    assert shown.returncode == 0, shown.stderr
+    assert "15/15" in shown.stderr and "tokens/s" in shown.stderr, "no progress bar"
+    figures = json.loads((output / "figures.json").read_text())
+    loss = figures["held_out_loss"]
+    assert loss["reloaded"] == pytest.approx(loss["after"], rel=1e-6)
+    assert loss["after"] < loss["before"]
+    assert len(figures["losses"]) == 15
+    assert len(figures["generations"]) == 3
+    sixteen, quantized = figures["base_weight_bytes"].values()
+    shapes = LAYERS * [64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 96, 64 * 96, 96 * 64]
+    linears = sum(shapes)
+    assert sixteen == 2 * linears
+    # Codes, a scale for each 64 of them, and the table of levels; double quantization has a table of 256 and an offset.
+    scales = [4 * n // 64 if options else n // 64 + 4 * -(-n // 64 // 256) + 4 * 256 + 4 for n in shapes]
+    assert quantized == sum(n // 2 + 4 * 16 for n in shapes) + sum(scales)
+    assert (
+        figures["parameters"]["all"]
+        == linears + 2 * len(pairs_vocabulary(folder)) * 64 + 5 * 64 + (figures["parameters"]["trainable"])
+    )
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (output / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert not list(output.glob(".partial*")), "unfinished files stay behind"
+
+
+def pairs_vocabulary(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "data.jsonl:2: not JSON"),
+        ('["a", "b"]', 'data.jsonl:2: expected an object with a non-empty text "prompt", got ["a", "b"]'),
+        ('{"prompt": "a"}', 'data.jsonl:2: expected an object with a non-empty text "response"'),
+        ('{"prompt": " ", "response": "b"}', 'data.jsonl:2: expected an object with a non-empty text "prompt"'),
+        ('{"prompt": "a", "response": 3}', 'data.jsonl:2: expected an object with a non-empty text "response"'),
+    ],
+)
+def test_bad_line_is_not_named(tmp_path, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    with pytest.raises(SystemExit) as error:
+        pairs.read_pairs(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dropout", "1"], "--dropout: expected a number in [0, 1), got 1.0"),
+        (["--steps", "0"], "--steps: expected a positive number, got 0"),
+        (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
+        (["--format", "nf5"], "invalid choice: 'nf5'"),
+    ],
+)
+def test_bad_argument_is_found_after_minutes(options, message, capsys):
+    with pytest.raises(SystemExit):
+        finetune.arguments(options)
+    assert message in capsys.readouterr().err
+
+
+def test_group_stands_on_both_sides():
+    training, held = pairs.split(DATA, seed=0)
+    assert len(held) == len(DATA) / 10 and len(training) + len(held) == len(DATA)
+    assert {pair["group"] for pair in training}.isdisjoint(pair["group"] for pair in held)
+    with pytest.raises(SystemExit, match="cannot hold anything out"):
+        pairs.split(DATA[:4], seed=0)
+
+
+def test_prompt_is_learned_or_the_end_of_the_response_is_not(folder):
+    tokenizer = pairs_vocabulary(folder)
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        (example,) = pairs.encode(tokenizer, DATA[:1], 256)
+        assert tokenizer.decode(example.ids[example.start :]) == "It is 1.</s>"
+        assert tokenizer.decode(example.ids).count("What is 0 plus 1?") == 1
+        (cut,) = pairs.encode(tokenizer, DATA[:1], example.start + 2)
+        assert cut.ids == example.ids[: example.start + 2]
+
+
+def test_batches_leave_pairs_out():
+    examples = [pairs.Example([0] * (1 + i % 7), 1) for i in range(50)]
+    made = list(pairs.batches(examples, 14, 8, seed=0))
+    assert len(made) == 14
+    seen = [id(example) for batch in made for example in batch]
+    assert len(seen) == 100 and all(seen.count(id(example)) == 2 for example in examples)
+
+
+def test_standard_library_gives_too_few_pairs_or_twins():
+    found = docstrings.pairs()
+    assert len(found) == 5000
+    assert found == docstrings.pairs()
+    training, held = pairs.split(found, seed=0)
+    assert 450 <= len(held) <= 500
+    words = [{frozenset(pair["response"].lower().split()) for pair in side} for side in (training, held)]
+    assert words[0].isdisjoint(words[1])
