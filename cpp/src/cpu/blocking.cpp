@@ -18,17 +18,16 @@ std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::
 }
 
 Grid make_grid(std::int64_t rows, std::int64_t row_multiple, std::int64_t fewest_rows, std::int64_t columns,
-               std::int64_t widest_tile, std::int64_t narrowest_tile, std::int64_t threads) {
-  const std::int64_t wanted = threads > 1 ? threads * kTasksPerThread : 1;
+               std::int64_t widest_tile, std::int64_t narrowest_tile, std::int64_t tasks) {
   Grid grid{round_up(rows, row_multiple), widest_tile, 1, ceil_div(columns, widest_tile)};
   const auto split_columns = [&](std::int64_t narrowest) {
-    while (grid.row_parts * grid.column_tiles < wanted && grid.column_tile / 2 >= narrowest) {
+    while (grid.row_parts * grid.column_tiles < tasks && grid.column_tile / 2 >= narrowest) {
       grid.column_tile /= 2;
       grid.column_tiles = ceil_div(columns, grid.column_tile);
     }
   };
   const auto split_rows = [&](std::int64_t fewest) {
-    while (grid.row_parts * grid.column_tiles < wanted && grid.row_part / 2 >= fewest) {
+    while (grid.row_parts * grid.column_tiles < tasks && grid.row_part / 2 >= fewest) {
       grid.row_part = round_up(grid.row_part / 2, row_multiple);
       grid.row_parts = ceil_div(rows, grid.row_part);
     }

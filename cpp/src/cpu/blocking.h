@@ -8,8 +8,6 @@ namespace qlora_native {
 
 // Bytes of packed activations that a call keeps for all its threads.
 constexpr std::int64_t kPackedBytes = 6 << 20;
-// Bytes of decoded weights that a task works on: half of a 512 KB second-level cache, a quarter of a 1 MB one.
-constexpr std::int64_t kPanelBytes = 128 << 10;
 // A thread is given at least so many tasks where the shape allows it, so that threads end together.
 constexpr std::int64_t kTasksPerThread = 4;
 
@@ -24,8 +22,8 @@ struct Grid {
   std::int64_t column_tiles;
 };
 // Prefers wide tiles (they are decoded once for all rows), then splits columns down to `narrowest_tile`, then rows
-// down to `fewest_rows`, until there are enough tasks. Dimensions in elements.
+// down to `fewest_rows`, until there are so many tasks. Dimensions in elements.
 Grid make_grid(std::int64_t rows, std::int64_t row_multiple, std::int64_t fewest_rows, std::int64_t columns,
-               std::int64_t widest_tile, std::int64_t narrowest_tile, std::int64_t threads);
+               std::int64_t widest_tile, std::int64_t narrowest_tile, std::int64_t tasks);
 
 }  // namespace qlora_native

@@ -12,8 +12,21 @@ namespace {
 template <class Dot>
 struct ProductNn {
   using Chunk = typename Dot::Chunk;
-  static constexpr std::int64_t kPanelFloats = kPanelBytes / 4;
-  static constexpr std::int64_t kMostSums = 160 << 10;  // floats; with the panel below 1 MB a thread
+  // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; their sums are
+  // small, and a larger panel makes up for its fewer units. Many rows: many units, so that the sums are added to
+  // rarely. Two panels and the sums stay below 1 MB.
+  struct Tiling {
+    std::int64_t chunks;        // of a tile, at most
+    std::int64_t panel_floats;
+    std::int64_t tasks_per_thread;
+  };
+  static constexpr Tiling tiling(std::int64_t rows) {
+    if (rows <= 32) return {32, kMostPanelFloats, 1};
+    if (rows < 128) return {16, kMostPanelFloats, 2};
+    return {rows < 320 ? 8 : 4, kMostPanelFloats * 3 / 4, kTasksPerThread};
+  }
+  static constexpr std::int64_t kMostPanelFloats = 64 << 10;
+  static constexpr std::int64_t kMostSums = 132 << 10;  // floats
 
   // Rows of L go in groups. The first one is small, for it multiplies while the next panel is decoded; the sizes of
   // the others differ by at most one.
@@ -83,40 +96,51 @@ struct ProductNn {
       stepwise_ = w.aligned() && rows == units_ * kUnitRows;
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
-      ahead_ = more ? units_ * kUnitRows * w.row_bytes() : 0;
+      if (more) after_ = codes_ + rows * w.row_bytes();
       for (std::int64_t row = 0; row < rows; ++row)
         w.chunk_scales(u0 * kUnitRows + row, c0, c1, scales_ + row * width_);
+      start(0);
     }
 
     // Two chunks of one unit: of 4-bit codes a cache line a row.
     void step() {
-      if (chunk_ >= width_ || !stepwise_) return;
-      put(chunk_);
-      if (chunk_ + 1 < width_) put(chunk_ + 1);
-      if (++unit_ == units_) {
-        unit_ = 0;
-        chunk_ += 2;
-      }
+      if (left_ == 0) return;
+      put(from_, scale_, out_);
+      if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + units_ * kChunk);
+      from_ += kUnitRows * w_.row_bytes();
+      scale_ += kUnitRows * width_;
+      out_ += kChunk;
+      if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
+    }
+    // Asks for part i of n of the codes after these ones. Evenly over all groups: the first one alone would ask for
+    // more than memory gives.
+    void prefetch(std::int64_t i, std::int64_t n) const {
+      if (after_ == nullptr) return;
+      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64), lines = units_ * kUnitRows * lines_of_row;
+      for (std::int64_t line = lines * i / n; line < lines * (i + 1) / n; ++line)
+        __builtin_prefetch(after_ + line / lines_of_row * w_.row_bytes() + line % lines_of_row * 64, 0, 2);
     }
     void finish() {
       if (!stepwise_) return decode_panel(w_, u0_, u0_ + units_, c0_, c0_ + width_, panel_);
-      while (chunk_ < width_) step();
+      while (left_ > 0) step();
     }
 
    private:
     static constexpr int kUnitRows = Dot::kElementsPerUnit;
 
-    void put(std::int64_t c) {
+    void start(std::int64_t chunk) {
+      chunk_ = chunk;
+      left_ = units_;
+      from_ = codes_ + chunk * Rows::kChunkBytes;
+      scale_ = scales_ + chunk;
+      out_ = panel_ + chunk * units_ * kChunk;
+    }
+
+    void put(const std::uint8_t* codes, const float* scales, float* out) const {
       Chunk chunk[kUnitRows];
 #pragma GCC unroll 2
-      for (int i = 0; i < kUnitRows; ++i) {
-        const std::int64_t row = unit_ * kUnitRows + i;
-        const std::uint8_t* codes = codes_ + row * w_.row_bytes() + c * Rows::kChunkBytes;
-        if (c % 2 == 0) __builtin_prefetch(codes + ahead_, 0, 2);
-        chunk[i] = w_.chunk(codes, scales_[row * width_ + c]);
-      }
+      for (int i = 0; i < kUnitRows; ++i) chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales[i * width_]);
       const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
-      float* out = panel_ + (c * units_ + unit_) * kChunk;
       for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
     }
 
@@ -125,11 +149,17 @@ struct ProductNn {
     float* panel_;
     bool stepwise_;
     const std::uint8_t* codes_ = nullptr;
-    std::int64_t ahead_ = 0, unit_ = 0, chunk_ = 0;
-    float scales_[kPanelFloats / kChunk * kUnitRows];
+    const std::uint8_t* after_ = nullptr;
+    // The next step: chunks chunk_ and chunk_ + 1 of a unit; so many units are left of these chunks.
+    std::int64_t chunk_ = 0, left_ = 0;
+    const std::uint8_t* from_ = nullptr;
+    const float* scale_ = nullptr;
+    float* out_ = nullptr;
+    float scales_[kMostPanelFloats / kChunk * kUnitRows];
   };
   struct NoDecoder {
     void step() {}
+    void prefetch(std::int64_t, std::int64_t) const {}
   };
 
   // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
@@ -209,6 +239,7 @@ struct ProductNn {
   struct Part {
     const Groups& groups;
     std::int64_t g0, g1, c0, c1;
+    std::int64_t panel_floats;
     float* panels;  // two
     float* sums;
 
@@ -223,9 +254,9 @@ struct ProductNn {
   static void multiply(const Rows& w, const float* left, const Part& part, bool accumulate) {
     const std::int64_t units = units_of(w.rows());
     const std::int64_t step =
-        smaller<std::int64_t>(kPanelFloats / kChunk / part.width(), Dot::kRestart / Dot::kElementsPerUnit);
+        smaller<std::int64_t>(part.panel_floats / kChunk / part.width(), Dot::kRestart / Dot::kElementsPerUnit);
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
-    const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
+    const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * part.panel_floats; };
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
       multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0, decoding);
     };
@@ -256,14 +287,13 @@ struct ProductNn {
   template <class Rows, class Write>
   static void run(const float* left, const Groups& groups, const Rows& w, const LowRank* lora, Write&& write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
-    // Few rows: wide tiles, so that each row of W is read in long stretches.
-    const std::int64_t widest = groups.rows >= 256 ? 4 : groups.rows >= 64 ? 8 : 16;
-    const std::int64_t most_groups = kMostSums / (widest * kChunk * kGroupRows);
+    const Tiling tiles = tiling(groups.rows);
+    const std::int64_t most_groups = kMostSums / (tiles.chunks * kChunk * kGroupRows);
     const std::int64_t fewest_groups = 128 / kGroupRows;
-    Grid grid = make_grid(groups.count, 1, fewest_groups, chunks, widest, 1, num_threads());
+    Grid grid = make_grid(groups.count, 1, fewest_groups, chunks, tiles.chunks, 1, num_threads() * tiles.tasks_per_thread);
     if (grid.row_part > most_groups) {
-      grid.row_part = most_groups;
       grid.row_parts = ceil_div(groups.count, most_groups);
+      grid.row_part = ceil_div(groups.count, grid.row_parts);
     }
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t g0 = task % grid.row_parts * grid.row_part;
@@ -271,9 +301,9 @@ struct ProductNn {
       const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
       float* panels = reinterpret_cast<float*>(
-          scratch(Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) *
+          scratch(Slot::thread, static_cast<std::size_t>(2 * tiles.panel_floats + (g1 - g0) * width * kGroupRows * kChunk) *
                                     sizeof(float)));
-      const Part part{groups, g0, g1, c0, c1, panels, panels + 2 * kPanelFloats};
+      const Part part{groups, g0, g1, c0, c1, tiles.panel_floats, panels, panels + 2 * tiles.panel_floats};
       if (lora != nullptr) {
         multiply(lora->a, lora->v, part, false);
         if (lora->dropout) drop(*lora, part);
@@ -302,6 +332,7 @@ struct ProductNn {
       const float* from = panel + (c - part.c0) * (end - u) * kChunk;
       for (std::int64_t g = part.g0; g < part.g1; ++g) {
         const float* rows = left + (g * units + u) * kGroupRows;
+        decoding.prefetch((c - part.c0) * (part.g1 - part.g0) + g - part.g0, part.width() * (part.g1 - part.g0));
         if (g == part.g0)
           group(part.groups.size(g), rows, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
         else
