@@ -190,8 +190,7 @@ struct ProductNn {
     std::int64_t unit = 0;
     if constexpr (!std::is_same_v<Decoding, NoDecoder>) {
       // A group has a tile for every kColumnStep vectors of a chunk, and a step decodes two chunks of a unit.
-      constexpr std::int64_t kStep = 2 * kColumnStep * kLanes / kChunk;
-      static_assert(kStep >= 1);
+      constexpr std::int64_t kStep = 2 * Dot::kColumnVectors / kColumnStep;
       for (; unit + kStep <= units; unit += kStep) {
         decoding.step();
         for (std::int64_t i = 0; i < kStep; ++i) multiply(unit + i);
