@@ -1,0 +1,12 @@
+// The backend for AVX2.
+#include "cpu/isa.h"
+
+#include "cpu/avx2/simd.h"
+
+#include "cpu/generic/backend_f32-inl.h"
+
+namespace qlora_native {
+
+const Backend& avx2_backend() { return kBackendF32; }
+
+}  // namespace qlora_native

@@ -1,0 +1,289 @@
+// The primitives of the generic algorithms in AVX2, FMA and F16C. Same names as avx512/simd.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+namespace {
+
+constexpr int kLanes = 8;
+using F32 = __m256;
+using I32 = __m256i;
+
+constexpr int kRegisters = 16;
+// Register tiles: see avx512/simd.h. Twelve sums, and what multiplies them, fill the sixteen registers.
+constexpr int kWidestStrip = 3;
+constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 8, 4, 4};
+constexpr int kGroupRows = 6;
+constexpr int kColumnStep = 2;
+// The same where a tile shares its registers with the decoding of the next panel.
+constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 8, 4, 4};
+constexpr int kDecodingGroupRows = 4;
+
+inline F32 zero() { return _mm256_setzero_ps(); }
+inline F32 set1(float x) { return _mm256_set1_ps(x); }
+inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline float reduce_max(F32 a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// The sum of the lanes, in a fixed order.
+inline float reduce_add(F32 a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+// The low half of each 32-bit lane, in order.
+inline __m128i low_halves(I32 x) {
+  const I32 in_order = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(in_order, 0b1000));
+}
+
+// x as bfloat16 in the upper half of each lane, rounded to nearest even; NaN stays NaN.
+inline I32 bf16_bits_high(F32 x) {
+  const I32 bits = _mm256_castps_si256(x);
+  const I32 odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const I32 rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const I32 quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const F32 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));
+}
+
+// x rounded to the precision of `dtype`.
+template <DType kType>
+inline F32 round_to(F32 x) {
+  if constexpr (kType == DType::bf16)
+    return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits_high(x), _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  else if constexpr (kType == DType::f16)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  else
+    return x;
+}
+
+// 8 consecutive elements as floats.
+template <DType kType>
+inline F32 load_as_f32(const void* p) {
+  if constexpr (kType == DType::f32)
+    return _mm256_loadu_ps(static_cast<const float*>(p));
+  else if constexpr (kType == DType::f16)
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  else
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
+}
+
+// The first `count` lanes of x, rounded, to consecutive elements.
+template <DType kType>
+inline void store_from_f32(void* p, F32 x, int count = kLanes) {
+  // Not a masked store: on some processors it takes tens of cycles.
+  const auto bytes = static_cast<std::size_t>(count) * size_of(kType);
+  if constexpr (kType == DType::f32) {
+    if (count == kLanes) return _mm256_storeu_ps(static_cast<float*>(p), x);
+    __builtin_memcpy(p, &x, bytes);
+  } else {
+    __m128i halves;
+    if constexpr (kType == DType::f16)
+      halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    else
+      halves = low_halves(_mm256_srli_epi32(bf16_bits_high(x), 16));
+    if (count == kLanes) return _mm_storeu_si128(static_cast<__m128i*>(p), halves);
+    __builtin_memcpy(p, &halves, bytes);
+  }
+}
+
+// Natural order <-> even elements and odd elements apart.
+inline void deinterleave(F32 a, F32 b, F32& even, F32& odd) {
+  const auto in_order = [](F32 x) {  // the middle two pairs of lanes change places
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0b11011000));
+  };
+  even = in_order(_mm256_shuffle_ps(a, b, 0b10001000));
+  odd = in_order(_mm256_shuffle_ps(a, b, 0b11011101));
+}
+inline void interleave(F32 even, F32 odd, F32& a, F32& b) {
+  const F32 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+// The even and the odd ones of 16 consecutive elements.
+template <DType kType>
+inline void load_pairs(const void* p, F32& even, F32& odd) {
+  if constexpr (kType == DType::bf16) {
+    const I32 pairs = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  } else {
+    const char* bytes = static_cast<const char*>(p);
+    deinterleave(load_as_f32<kType>(bytes), load_as_f32<kType>(bytes + kLanes * size_of(kType)), even, odd);
+  }
+}
+
+// Even and odd elements, rounded, to 16 consecutive elements.
+template <DType kType>
+inline void store_pairs(void* p, F32 even, F32 odd) {
+  if constexpr (kType == DType::f32) {
+    F32 a, b;
+    interleave(even, odd, a, b);
+    store(static_cast<float*>(p), a);
+    store(static_cast<float*>(p) + kLanes, b);
+  } else if constexpr (kType == DType::f16) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m128i evens = _mm256_cvtps_ph(even, kNearest), odds = _mm256_cvtps_ph(odd, kNearest);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_unpacklo_epi16(evens, odds));
+    _mm_storeu_si128(static_cast<__m128i*>(p) + 1, _mm_unpackhi_epi16(evens, odds));
+  } else {
+    // Words of 16 bits: the even ones from the low halves, the odd ones from the high halves.
+    const I32 pairs = _mm256_blend_epi16(_mm256_srli_epi32(bf16_bits_high(even), 16), bf16_bits_high(odd), 0xAA);
+    _mm256_storeu_si256(static_cast<__m256i*>(p), pairs);
+  }
+}
+
+// a[i] lane j <-> a[j] lane i.
+inline void transpose(F32 (&a)[kLanes]) {
+  F32 b[kLanes];
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0b01000100);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0b11101110);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0b01000100);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0b11101110);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
+// A table of 16 floats, looked up by the low four bits of each lane; the rest of the lane does not matter.
+struct Table16 {
+  F32 low, high;
+};
+inline Table16 table16(const float* levels) { return {load(levels), load(levels + kLanes)}; }
+inline Table16 map_table(Table16 t, F32 (*f)(F32, F32), F32 x) { return {f(t.low, x), f(t.high, x)}; }
+template <DType kType>
+inline Table16 round_table(Table16 t) {
+  return {round_to<kType>(t.low), round_to<kType>(t.high)};
+}
+inline F32 lookup(Table16 t, I32 index) {
+  const F32 bit3_as_sign = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
+                          bit3_as_sign);
+}
+
+inline I32 load_bytes(const std::uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+template <int kBits>
+inline I32 shift_left(I32 x) {
+  return _mm256_slli_epi32(x, kBits);
+}
+template <int kBits>
+inline I32 shift_right(I32 x) {
+  return _mm256_srli_epi32(x, kBits);
+}
+
+// 8 pairs of signed bytes: the even and the odd ones as floats.
+inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
+  const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+  odd = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 24));
+}
+
+// --- Integers: indices and codes ---
+inline I32 set1_i32(int x) { return _mm256_set1_epi32(x); }
+inline I32 add_i32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+inline I32 as_i32(F32 a) { return _mm256_castps_si256(a); }
+inline F32 as_f32(I32 a) { return _mm256_castsi256_ps(a); }
+inline I32 max_i32(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline int reduce_max_i32(I32 a) {
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0b10110001)));
+}
+inline I32 round_to_i32(F32 a) { return _mm256_cvtps_epi32(a); }
+// position + step where t > limit.
+inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
+  const I32 above = as_i32(_mm256_cmp_ps(t, limit, _CMP_GT_OQ));
+  return _mm256_add_epi32(position, _mm256_and_si256(above, _mm256_set1_epi32(step)));
+}
+inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
+inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline void store_bytes(std::uint8_t* p, I32 a) {
+  const __m128i halves = low_halves(_mm256_and_si256(a, _mm256_set1_epi32(0xFF)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+// Bytes (even << 4 | odd) of nibbles.
+inline void store_nibble_pairs(std::uint8_t* p, I32 even, I32 odd) {
+  store_bytes(p, _mm256_or_si256(_mm256_slli_epi32(even, 4), odd));
+}
+// Bytes even, odd, even, odd, ...
+inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
+  const I32 pairs = _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi32(0xFF)), _mm256_slli_epi32(odd, 8));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(pairs));
+}
+
+// The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
+inline F32 keep_lanes(F32 x, std::uint32_t keep) {
+  const I32 bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const I32 kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), bit), bit);
+  return _mm256_and_ps(x, as_f32(kept));
+}
+// Lane i from b where i's element number, element[i], is at least `boundary`, else from a.
+inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
+  const I32 below = _mm256_cmpgt_epi32(_mm256_set1_epi32(boundary), load_bytes(element));
+  return _mm256_blendv_ps(b, a, as_f32(below));
+}
+
+// table[index[i]] of a table of 256, for `count` <= 8 bytes.
+inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count) {
+  std::uint8_t copy[kLanes] = {};
+  if (count < kLanes) {
+    __builtin_memcpy(copy, bytes, static_cast<std::size_t>(count));
+    bytes = copy;
+  }
+  return gather(table, load_bytes(bytes));
+}
+
+// 64-bit lanes for Philox: four counters at a time.
+constexpr int kLanes64 = 4;
+using U64 = __m256i;
+inline U64 set1_u64(std::uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
+inline U64 add_u64(U64 a, U64 b) { return _mm256_add_epi64(a, b); }
+inline U64 iota_u64() { return _mm256_setr_epi64x(0, 1, 2, 3); }
+inline U64 mul_u32(U64 a, U64 b) { return _mm256_mul_epu32(a, b); }
+inline U64 high_u32(U64 a) { return _mm256_srli_epi64(a, 32); }
+inline U64 xor_u64(U64 a, U64 b) { return _mm256_xor_si256(a, b); }
+// Each 64-bit lane holds one counter's four words (in the low halves of w0 ... w3), that is eight 16-bit numbers in
+// order; bit 8 * lane + i says whether number i is at least `threshold`.
+inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
+  const I32 limit = _mm256_set1_epi16(static_cast<short>(threshold));
+  const I32 first = _mm256_or_si256(w0, _mm256_slli_epi64(w1, 32)),
+            last = _mm256_or_si256(w2, _mm256_slli_epi64(w3, 32));
+  const auto reaches = [&](I32 numbers) { return _mm256_cmpeq_epi16(_mm256_max_epu16(numbers, limit), numbers); };
+  // All eight numbers of a counter side by side, then a byte for each.
+  const I32 even_counters = reaches(_mm256_unpacklo_epi64(first, last));
+  const I32 odd_counters = reaches(_mm256_unpackhi_epi64(first, last));
+  return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(even_counters, odd_counters)));
+}
+inline U64 low_u32(U64 a) { return _mm256_and_si256(a, set1_u64(0xFFFFFFFFull)); }
+
+}  // namespace
+}  // namespace qlora_native
