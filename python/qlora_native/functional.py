@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._ops import LinearFunction
 from ._weight import CODEBOOKS, DYNAMIC_MAP, QuantizedWeight, check_format, codes_shape
 
 __all__ = ["QuantizedWeight", "dequantize", "linear", "quantize"]
@@ -139,12 +140,12 @@ def linear(
         TypeError: a wrong dtype, or no tensor or QuantizedWeight.
         ValueError: a wrong shape, device, scaling or probability.
     """
-    device = q.codes.device if isinstance(q, QuantizedWeight) else None
-    if device is None:
+    if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if not isinstance(x, Tensor):
         raise bad_type("x", "a tensor", type(x).__name__)
-    if torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
+    device = q.codes.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device.type))
     N, K = q.shape
     if x.dtype not in FLOAT_DTYPES:
@@ -167,9 +168,11 @@ def linear(
     elif not 0 <= lora_dropout < 1:
         raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
     arguments = (x, *q.op_arguments(), bias, lora_a, lora_b, lora_scaling, lora_dropout, seed)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _any_requires_grad(x, bias, lora_a, lora_b)):
+    if torch.compiler.is_compiling():
         return _linear_forward(*arguments)[0]
-    # Past the autograd formula, which is Python: 10 us a call even where no gradient is wanted.
+    if torch.is_grad_enabled() and _any_requires_grad(x, bias, lora_a, lora_b):
+        return LinearFunction.apply(*arguments)[0]
+    # Past the registered autograd formula, which is Python: 10 us a call even where no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
         return _linear_forward(*arguments)[0]
 

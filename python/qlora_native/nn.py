@@ -143,7 +143,7 @@ class Linear4bit(nn.Linear):
         # Past nn.Module.__getattr__, which costs as much as the rest of this: it is on the way of every forward.
         parameters, buffers = self._parameters, self._buffers
         absmax = parameters.get("absmax")
-        return QuantizedWeight(
+        return QuantizedWeight.unchecked(
             parameters["weight"],
             buffers["absmax"] if absmax is None else absmax,
             buffers["nested_absmax"],

@@ -1,0 +1,66 @@
+"""The conformance cases, as data: each runs over every instruction set that this machine has (test_isas.py)."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Of the user's own: no level is 0, two are equal, and none of the distances is another's.
+CODEBOOK = (-1.0, -0.83, -0.61, -0.47, -0.36, -0.21, -0.13, -0.04, 0.02, 0.09, 0.17, 0.29, 0.29, 0.52, 0.71, 1.0)
+
+# [N, K] that straddle: one element, less than a block, one more and one less than 64, odd sizes (a byte in two rows),
+# rows of one element, a K that no power of two divides beyond 4.
+WEIGHTS = ((1, 1), (1, 64), (5, 63), (3, 65), (7, 1), (48, 96), (65, 128), (33, 3420))
+ROWS = (0, 1, 7, 8, 9, 129)
+# [M, N, K] around the edges of what a kernel takes at a time: 16 lanes, 64 rows of W, 512 of X, 1024 of K, and one off.
+BLOCKED = ((2, 64, 1024), (4, 66, 1025), (16, 129, 1023), (64, 63, 2049), (257, 130, 96), (513, 66, 1100))
+RANKS = (0, 1, 16, 70)  # 70: above K in the smaller shapes
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product, its adapter and its gradients."""
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    format: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    bias: bool = False
+    rank: int | None = None  # None: no adapter
+    dropout: float = 0.0
+    lora_dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        adapter = "" if self.rank is None else f"-r{self.rank}-p{self.dropout}-{_short(self.lora_dtype)}"
+        quantization = f"{self.format}-{self.blocksize}{'-dq' if self.double_quant else ''}"
+        return f"{self.M}x{self.N}x{self.K}-{_short(self.dtype)}-{quantization}{'-bias' * self.bias}{adapter}"
+
+
+def _short(dtype):
+    return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+
+
+def products():
+    """Every shape; every format with every blocksize; every rank with and without dropout. Each in every dtype."""
+    for dtype in DTYPES:
+        for M, (N, K) in itertools.product(ROWS, WEIGHTS):
+            yield Product(M, N, K, dtype, bias=K % 2 == 1)
+        for M, N, K in BLOCKED:
+            yield Product(M, N, K, dtype, bias=True, rank=16, dropout=0.125)
+            yield Product(M, N, K, dtype, format="int8", blocksize=128, double_quant=False)
+        for format, blocksize, double_quant in itertools.product(FORMATS, BLOCKSIZES, (False, True)):
+            for M, N, K in ((1, 34, 190), (9, 37, 333), (40, 64, 256)):
+                yield Product(M, N, K, dtype, format, blocksize, double_quant)
+        for rank, dropout, (M, N, K) in itertools.product(
+            RANKS, (0.0, 0.3), ((0, 5, 9), (1, 80, 96), (9, 3, 65), (129, 80, 200))
+        ):
+            case = Product(M, N, K, dtype, bias=M == 9, rank=rank, dropout=dropout)
+            yield case
+            if dtype != torch.float32:
+                yield replace(case, lora_dtype=dtype)

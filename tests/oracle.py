@@ -1,0 +1,125 @@
+"""What the operations should give: plain torch in float64 from their definitions, nothing of ours but the container.
+
+Beside each result stands the error it may have, from the norms of the operands (qlora_native.testing says why). The
+low-rank parts go through one more rounding to the dtype of x than a plain product, of U or V, and A and B are rounded
+to it too: by Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|, so what these roundings add is in terms of norms again.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from qlora_native.testing import SUM_FACTOR, product_tolerance, unit_roundoff
+
+U32 = unit_roundoff(torch.float32)
+# Roundings of the low-rank part to the dtype of x: of A, of s*B, of U (or of B and V).
+LOW_RANK_ROUNDINGS = 3
+
+
+def scales(q):
+    """The fp32 scale of each block: types.h, each operation rounded by itself."""
+    if q.nested_absmax is None:
+        return q.absmax
+    nested = q.nested_absmax.repeat_interleave(256)[: q.absmax.numel()]
+    return q.nested_code[q.absmax.long()] * nested + q.offset.reshape(())
+
+
+def decode(q, dtype):
+    """W [N, K]: fp32 code * fp32 scale, rounded once to `dtype`."""
+    elements = q.shape[0] * q.shape[1]
+    scale = scales(q).repeat_interleave(q.blocksize)[:elements]
+    codes = q.codes.reshape(-1)
+    if q.format == "int8":
+        return (codes.view(torch.int8).float() * (scale / 127)).to(dtype).view(q.shape)
+    nibbles = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[:elements]
+    return (q.code[nibbles.long()] * scale).to(dtype).view(q.shape)
+
+
+def dropout_mask(seed, M, K, p):
+    """[M, K] of 0 and 1: Philox4x32-10 as common/philox.h lays it out."""
+    threshold = min(round(p * 65536), 65535)
+    m, block = np.meshgrid(np.arange(M, dtype=np.uint64), np.arange(-(-K // 8), dtype=np.uint64), indexing="ij")
+    low = np.uint64(0xFFFFFFFF)
+    words = [block & low, m & low, m >> np.uint64(32), np.zeros_like(m)]
+    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        products = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
+        words = [
+            (products[1] >> np.uint64(32)) ^ words[1] ^ np.uint64(key[0]),
+            products[1] & low,
+            (products[0] >> np.uint64(32)) ^ words[3] ^ np.uint64(key[1]),
+            products[0] & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    halves = np.stack([word >> np.uint64(shift) & np.uint64(0xFFFF) for word in words for shift in (0, 16)], axis=-1)
+    kept = halves.reshape(M, 8 * halves.shape[1])[:, :K] >= threshold
+    return torch.from_numpy(kept.astype(np.float64))
+
+
+def distance_to_nearest(levels, values):
+    """How far each value is from the nearest of `levels`, in float64."""
+    levels = levels.double().sort().values
+    above = torch.searchsorted(levels, values).clamp(1, len(levels) - 1)
+    return torch.minimum((levels[above] - values).abs(), (levels[above - 1] - values).abs())
+
+
+class Linear:
+    """One product with its gradients, three ways: in float64, as torch's dense operations give it, and how far off
+    an element may be. Everything is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N]."""
+
+    def __init__(self, x, w, dy, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout=0.0, seed=0):
+        self.x, self.w, self.dy, self.bias = x, w, dy, bias
+        self.a, self.b, self.scaling = lora_a, lora_b, scaling
+        self.keep = 1 / (1 - dropout)
+        self.mask = dropout_mask(seed, *x.shape, dropout) if dropout else torch.ones(x.shape, dtype=torch.float64)
+
+    def exact(self):
+        """{"y", "dx", "dbias", "da", "db"} in float64, of the operands as they came (w rounded, the rest not)."""
+        return self._run(*(None if t is None else t.double() for t in (self.x, self.w, self.dy, self.bias)), float)
+
+    def dense(self):
+        """The same by torch in the dtype of x, as PEFT computes it."""
+        return self._run(self.x, self.w, self.dy, None if self.bias is None else self.bias.to(self.x.dtype), None)
+
+    def _run(self, x, w, dy, bias, exact):
+        dtype = torch.float64 if exact else x.dtype
+        leaves = {"dx": x, "dbias": bias, "da": self.a, "db": self.b}
+        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+        y = F.linear(leaves["dx"], w, leaves.get("dbias"))
+        if self.a is not None:
+            dropped = leaves["dx"] * (self.mask * self.keep).to(dtype)
+            low_rank = F.linear(F.linear(dropped, leaves["da"].to(dtype)), leaves["db"].to(dtype))
+            y = y + low_rank * self.scaling
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+        return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    def tolerance(self, exact):
+        """The error each element of each result may have."""
+        x, w, dy = self.x.double(), self.w.double(), self.dy.double()
+        dtype = self.x.dtype
+        tolerance = {
+            "y": product_tolerance(x, w, exact["y"], dtype),
+            "dx": product_tolerance(dy, w.t(), exact["dx"], dtype),
+        }
+        if self.bias is not None:
+            ones = torch.ones(1, len(dy), dtype=torch.float64)
+            tolerance["dbias"] = product_tolerance(ones, dy.t(), exact["dbias"][None], dtype)[0]
+            tolerance["y"] += unit_roundoff(dtype) * self.bias.double().abs()  # it is rounded to that dtype first
+        if self.a is None or self.a.shape[0] == 0:
+            return tolerance | ({} if self.a is None else {"da": torch.zeros(0), "db": torch.zeros(0)})
+        a, b, s = self.a.double(), self.b.double(), abs(self.scaling)
+        (M, K), N = x.shape, len(w)
+        u = self.keep * x.norm(dim=1)[:, None] * a.norm(dim=1)  # >= |U|, [M, rank]
+        v = s * self.keep * dy.norm(dim=1)[:, None] * b.norm(dim=0)  # >= |V|
+        roundings = LOW_RANK_ROUNDINGS * unit_roundoff(dtype)
+
+        def sums(*lengths):
+            return roundings + SUM_FACTOR * U32 * sum(length**0.5 for length in lengths)
+
+        tolerance["y"] += sums(K) * u @ (s * b.abs()).t()
+        tolerance["dx"] += sums(N) * v @ a.abs()
+        smallest = torch.finfo(dtype).smallest_normal * (1 + len(x))
+        rounded = unit_roundoff(self.a.dtype)
+        tolerance["da"] = rounded * exact["da"].abs() + sums(M, N) * v.t() @ x.abs() + smallest
+        tolerance["db"] = rounded * exact["db"].abs() + sums(M, K) * s * dy.abs().t() @ u + smallest
+        return tolerance

@@ -1,0 +1,142 @@
+"""Every operation against its definition, over cases.py. Run for each instruction set by test_isas.py."""
+
+import cases
+import oracle
+import pytest
+import torch
+
+import qlora_native as qn
+from qlora_native.testing import assert_close_by_norm, assert_error_ratio
+
+SCALING = 1.7
+
+
+def random_weight(N, K, dtype=torch.float32, seed=0):
+    """Normal values, each row of its own size, with an outlier here and there: scales that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.05 * torch.randn(N, K, generator=generator) * (0.3 + torch.rand(N, 1, generator=generator))
+    weight.view(-1)[:: max(1, N * K // 7)] *= 4
+    return weight.to(dtype)
+
+
+def quantize(N, K, format, blocksize, double_quant, dtype=torch.float32, seed=0):
+    codebook = cases.CODEBOOK if format == "codebook" else None
+    return qn.quantize(random_weight(N, K, dtype, seed), format, blocksize, double_quant, codebook)
+
+
+# ---- quantize, dequantize --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
+@pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
+@pytest.mark.parametrize("format", cases.FORMATS)
+def test_decoded_weight_is_not_code_times_scale_rounded_once(format, blocksize, double_quant):
+    for N, K in cases.WEIGHTS:
+        q = quantize(N, K, format, blocksize, double_quant)
+        for dtype in cases.DTYPES:
+            assert_same_bits(q.dequantize(dtype), oracle.decode(q, dtype), f"[{N}, {K}] {dtype}")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
+@pytest.mark.parametrize("format", cases.FORMATS)
+def test_code_is_not_the_nearest(format, blocksize, dtype):
+    for N, K in cases.WEIGHTS:
+        weight = random_weight(N, K, dtype)
+        q = quantize(N, K, format, blocksize, double_quant=False, dtype=dtype)
+        blocks = torch.nn.functional.pad(weight.reshape(-1).float(), (0, -weight.numel() % blocksize))
+        blocks = blocks.view(-1, blocksize)
+        assert torch.equal(q.absmax, blocks.abs().amax(dim=1))
+        scaled = (blocks * (1 / q.absmax)[:, None]).reshape(-1)[: weight.numel()].double()
+        levels = torch.arange(-127, 128) / 127.0 if format == "int8" else q.code
+        chosen = oracle.decode(with_scales_of_one(q), torch.float32).reshape(-1).double()
+        distance = (chosen - scaled).abs()
+        nearest = oracle.distance_to_nearest(levels, scaled)
+        # A near tie may fall either way: the midpoint is rounded to fp32.
+        assert (distance <= nearest + 2**-23).all(), f"[{N}, {K}]: off by {(distance - nearest).max():.3g}"
+
+
+def with_scales_of_one(q):
+    return qn.QuantizedWeight(
+        q.codes, torch.ones_like(q.absmax), None, None, None, q.code, q.shape, q.blocksize, q.format, q.dtype
+    )
+
+
+def test_tie_takes_the_upper_level():
+    levels = torch.tensor(cases.CODEBOOK[:8] + (0.25, 0.5, 0.625, 0.75, 0.8125, 0.875, 0.9375, 1.0))
+    ties = torch.tensor([1.0, 0.375, 0.5625, 0.6875, 0.78125, 0.84375, 0.90625, 0.96875])  # 1 is the block's scale
+    q = qn.quantize(ties[None], codebook=levels, double_quant=False)
+    assert q.codes.reshape(-1).tolist() == [0xF8, 0x9A, 0xBC, 0xDE]
+
+
+@pytest.mark.parametrize("format", cases.FORMATS)
+def test_block_of_zeros_becomes_something_else(format):
+    q = qn.quantize(torch.zeros(3, 64), format, codebook=cases.CODEBOOK if format == "codebook" else None)
+    assert torch.equal(q.dequantize(torch.float32), torch.zeros(3, 64))
+    expected = {"nf4": 0x77, "fp4": 0x00, "int4": 0x88, "int8": 0x00, "codebook": 0x88}[format]
+    if format != "int4":  # whose zero is level 8 or 7
+        assert q.codes.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 65), (48, 96), (130, 512)])
+def test_scale_in_8_bits_is_not_the_nearest(N, K):
+    plain = quantize(N, K, "nf4", 32, double_quant=False)
+    q = quantize(N, K, "nf4", 32, double_quant=True)
+    assert torch.equal(q.codes, plain.codes)
+    assert q.offset.item() == pytest.approx(plain.absmax.double().mean().item(), rel=2**-22)
+    centered = plain.absmax - q.offset
+    blocks = torch.nn.functional.pad(centered, (0, -len(centered) % 256)).view(-1, 256)
+    assert torch.equal(q.nested_absmax, blocks.abs().amax(dim=1))
+    inverse = torch.where(q.nested_absmax > 0, 1 / q.nested_absmax, 0.0)
+    scaled = (blocks * inverse[:, None]).reshape(-1)[: len(centered)].double()
+    distance = (q.nested_code[q.absmax.long()].double() - scaled).abs()
+    nearest = oracle.distance_to_nearest(q.nested_code, scaled)
+    assert (distance <= nearest + 2**-24).all()
+
+
+def assert_same_bits(actual, expected, name):
+    bits = {4: torch.int32, 2: torch.int16}[expected.element_size()]
+    differ = actual.view(bits) != expected.view(bits)
+    assert not differ.any(), (
+        f"{name}: {int(differ.sum())} of {differ.numel()} differ, first {actual[differ][0]} and {expected[differ][0]}"
+    )
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", list(cases.products()), ids=str)
+def test_product_or_gradient_is_wrong(case):
+    generator = torch.Generator().manual_seed(case.M + 1000 * case.N + case.K)
+
+    def randn(*size, dtype=case.dtype, scale=1.0):
+        return (scale * torch.randn(*size, generator=generator)).to(dtype)
+
+    q = quantize(case.N, case.K, case.format, case.blocksize, case.double_quant)
+    x, dy = randn(case.M, case.K), randn(case.M, case.N)
+    bias = randn(case.N, dtype=torch.float32) if case.bias else None
+    adapter = {}
+    if case.rank is not None:
+        adapter = {
+            "lora_a": randn(case.rank, case.K, dtype=case.lora_dtype, scale=case.K**-0.5),
+            "lora_b": randn(case.N, case.rank, dtype=case.lora_dtype, scale=0.1),
+        }
+    leaves = {"dx": x, "dbias": bias, "da": adapter.get("lora_a"), "db": adapter.get("lora_b")}
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    torch.manual_seed(1)
+    y = qn.linear(leaves["dx"], q, leaves.get("dbias"), leaves.get("da"), leaves.get("db"), SCALING, case.dropout)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    actual = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    torch.manual_seed(1)
+    seed = qn.functional.draw_seed().item()
+    reference = oracle.Linear(
+        x, q.dequantize(case.dtype), dy, bias, *adapter.values(), scaling=SCALING, dropout=case.dropout, seed=seed
+    )
+    exact, dense = reference.exact(), reference.dense()
+    tolerance = reference.tolerance(exact)
+    assert actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
+        assert_close_by_norm(name, result, exact[name], tolerance[name])
+        assert_error_ratio(name, result, dense[name], exact[name])

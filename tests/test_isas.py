@@ -1,0 +1,54 @@
+"""The tests that depend on kernels, once more for each other instruction set that this machine runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_native import _C
+
+TESTS = Path(__file__).parent
+FILES = ("test_conformance.py", "test_bitsandbytes.py", "test_determinism.py", "test_inputs.py")
+
+
+def run(command, isa):
+    environment = {**os.environ, "QLN_FORCE_ISA": isa}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in _C.available_isas() if isa != _C.current_isa()])
+def test_other_instruction_set_computes_something_else(isa):
+    shown = run(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *FILES], isa)
+    assert shown.returncode == 0, f"QLN_FORCE_ISA={isa}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_forced_instruction_set_is_not_used(isa):
+    shown = run(["-c", "import qlora_native._C as c; print(c.current_isa())"], isa)
+    assert shown.stdout.split() == [isa], shown.stderr
+
+
+def test_unknown_instruction_set_is_ignored():
+    shown = run(["-c", "import torch, qlora_native as qn; qn.quantize(torch.ones(2, 2))"], "avx1024")
+    assert shown.returncode != 0
+    assert 'QLN_FORCE_ISA: "avx1024" is not in this build or not on this machine, which has' in shown.stderr
+    assert "scalar" in shown.stderr
+
+
+def test_report_does_not_say_what_a_bug_report_needs():
+    shown = run(["-m", "qlora_native"], "scalar")
+    assert shown.returncode == 0, shown.stderr
+    lines = dict(line.split("  ", 1) for line in shown.stdout.splitlines())
+    assert lines.keys() >= {
+        "qlora_native",
+        "instruction sets found",
+        "threads",
+        "CUDA backend",
+        "CUDA devices",
+        "torch",
+    }
+    assert lines["instruction set used"].strip() == "scalar (QLN_FORCE_ISA=scalar)"
+    assert lines["instruction sets found"].strip().endswith("scalar")
+    assert run(["-m", "qlora_native"], "avx1024").returncode == 0, "the report is wanted most where something is wrong"
