@@ -8,22 +8,24 @@ namespace qlora_native {
 
 // Bytes of packed activations that a call keeps for all its threads.
 constexpr std::int64_t kPackedBytes = 6 << 20;
-// A thread is given at least so many tasks where the shape allows it, so that threads end together.
-constexpr std::int64_t kTasksPerThread = 4;
+// A thread is given about so many tasks where the shape allows it, so that threads end together.
+constexpr std::int64_t kTasksPerThread = 8;
 
-// Rows of activations that are packed at once: what fits kPackedBytes, a multiple of `multiple`, at most 512.
+// Rows of activations that are packed at once: what fits kPackedBytes, a multiple of `multiple`.
 std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::int64_t multiple);
 
-// A product's output is cut into a grid of parts of its rows x tiles of its columns.
+// A product's output is cut into a grid of parts of its rows x tiles of its columns, all of about one size.
 struct Grid {
-  std::int64_t row_part;  // rows of activations a task takes; a multiple of `row_multiple`
-  std::int64_t column_tile;
-  std::int64_t row_parts;
-  std::int64_t column_tiles;
+  std::int64_t row_part, row_parts;
+  std::int64_t column_tile, column_tiles;
 };
-// Prefers wide tiles (they are decoded once for all rows), then splits columns down to `narrowest_tile`, then rows
-// down to `fewest_rows`, until there are so many tasks. Dimensions in elements.
-Grid make_grid(std::int64_t rows, std::int64_t row_multiple, std::int64_t fewest_rows, std::int64_t columns,
-               std::int64_t widest_tile, std::int64_t narrowest_tile, std::int64_t tasks);
+struct GridLimits {
+  std::int64_t most_rows, fewest_rows;    // of a part
+  std::int64_t widest_tile, narrow_tile;  // columns are split down to narrow_tile before rows are,
+  std::int64_t narrowest_tile;            // and down to this if that is not enough; each divides the one before
+};
+// Splits no further than it takes to have `tasks` parts x tiles: a weight is decoded once for every part of the rows,
+// and activations are read once for every tile of the columns.
+Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t tasks);
 
 }  // namespace qlora_native

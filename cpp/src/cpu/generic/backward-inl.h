@@ -14,18 +14,19 @@ struct Backward {
   static void input(const Rows& w, const LinearBackwardInputArgs& args) {
     const LoraView& lora = args.lora;
     const std::int64_t N = args.weight.N, K = args.weight.K;
-    const std::int64_t units = Product::units_of(N), v_units = Product::units_of(lora.rank);
-    const std::int64_t block = rows_per_block(args.dy.rows, (units + 2 * v_units) * 4, kGroupRows);
+    const std::int64_t stride = Product::packed_stride(Product::units_of(N)), v_units = Product::units_of(lora.rank);
+    const std::int64_t v_stride = lora.rank > 0 ? Product::packed_stride(v_units) : 0;
+    const std::int64_t block = rows_per_block(args.dy.rows, (stride + 2 * v_stride) * 4, kGroupRows);
     for (std::int64_t m = 0; m < args.dy.rows; m += block) {
       const Groups groups(smaller(block, args.dy.rows - m));
-      float* dy = packed_rows(groups.count * (units + 2 * v_units) * kGroupRows);
-      float* v = dy + groups.count * units * kGroupRows;
+      float* dy = packed_rows(groups.rows * (stride + 2 * v_stride));
+      float* v = dy + groups.rows * stride;
       Product::pack(rows_of(args.dy, m, groups.rows), groups, dy);
       typename Product::LowRank low_rank{v, v_units, DenseRows<Dot, false>(lora_a(lora, K)), dropout_of(lora), m};
       if (lora.rank > 0) {
         Matrix v_out = rows_of(args.v, m, groups.rows);
         if (v_out.data == nullptr)
-          v_out = {v + groups.count * v_units * kGroupRows, Dot::kActivation, groups.rows, lora.rank, lora.rank};
+          v_out = {v + groups.rows * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
         const float scale = lora.scaling * dropout_scale(lora);
         Product::run(dy, groups, DenseRows<Dot, true>(lora_b(lora, N)), nullptr,
                      [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
@@ -74,11 +75,11 @@ struct Backward {
   // left[M, rank]^T . right[M, cols], over blocks of ranks.
   template <class Rows, class Write>
   static void transposed_times(ConstMatrix left, const Rows& right, Write&& write) {
-    const std::int64_t M = left.rows, units = Product::units_of(M);
-    const std::int64_t block = rows_per_block(left.cols, units * 4 + M * kSize, kGroupRows);
+    const std::int64_t M = left.rows, stride = Product::packed_stride(Product::units_of(M));
+    const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, kGroupRows);
     for (std::int64_t first = 0; first < left.cols; first += block) {
       const Groups groups(smaller(block, left.cols - first));
-      const std::int64_t packed_floats = groups.count * units * kGroupRows;
+      const std::int64_t packed_floats = groups.rows * stride;
       const std::int64_t copy_floats = ceil_div(groups.rows * M * kSize, 4);
       float* packed = packed_rows(packed_floats + copy_floats);
       char* copy = reinterpret_cast<char*>(packed + packed_floats);

@@ -171,6 +171,7 @@ template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;    // rows of W
+  static constexpr std::int64_t kMostStrips = 11;     // about 512 rows, whose sums stay in the second-level cache
   static constexpr std::int64_t kFewestStrips = 3;    // about 128 rows: below, decoding again would show
 
   template <class Rows>
@@ -210,8 +211,9 @@ struct ManyRows {
     });
 
     const std::int64_t N = args.weight.N;
-    const Grid grid = make_grid(strips.count(), 1, kFewestStrips, N, kWidestTask, Product::kNarrowestTile,
-                                num_threads() * kTasksPerThread);
+    const Grid grid = make_grid(
+        strips.count(), N, {kMostStrips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
+        num_threads() * kTasksPerThread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;
       const std::int64_t last = smaller(first + grid.row_part, strips.count());

@@ -1,7 +1,7 @@
 // C[M,K] = L[M,N] . W[N,K]: lanes along the columns of W, units of L broadcast. A unit spans kElementsPerUnit rows of
 // W (two bfloat16, one float).
 //
-//   packed L   groups of kGroupRows rows; a group is [unit][row]
+//   packed L   [row][unit], packed_stride(units) apart
 //   panel      the decoded columns of W, [chunk][unit][64 columns]
 //   sums       fp32, [group][chunk][row of the group][64 columns], in the order that decoding left (Dot::to_natural)
 #pragma once
@@ -55,18 +55,18 @@ struct ProductNn {
 
   static std::int64_t units_of(std::int64_t inner) { return ceil_div(inner, Dot::kElementsPerUnit); }
 
+  // Whole chunks, and not a power of two: rows a power of two apart would share few cache sets.
+  static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
+
   static void pack(ConstMatrix left, const Groups& groups, float* out) {
     const DenseRows<Dot, true> rows(left);
     const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
     parallel_for(groups.count, [&](std::int64_t group) {
-      float* packed = out + group * units * kGroupRows;
-      for (int row = 0; row < groups.size(group); ++row)
-        rows.template chunks<1>(groups.first(group) + row, 1, 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
-          alignas(64) float natural[Dot::kUnits];
-          for (int i = 0; i < Dot::kVectors; ++i) store(natural + i * kLanes, chunk[0].v[i]);
-          const std::int64_t count = smaller<std::int64_t>(Dot::kUnits, units - c * Dot::kUnits);
-          for (std::int64_t unit = 0; unit < count; ++unit)
-            packed[(c * Dot::kUnits + unit) * kGroupRows + row] = natural[unit];
+      const std::int64_t first = groups.first(group);
+      for (std::int64_t row = first; row < first + groups.size(group); ++row)
+        rows.template chunks<1>(row, 1, 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+          float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
+          for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
         });
     });
   }
@@ -164,8 +164,8 @@ struct ProductNn {
 
   // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
   template <int kRows, int kVectors, class Decoding>
-  [[gnu::noinline]] static void tile(const float* left, const float* panel, std::int64_t units, float* sums,
-                                     bool accumulate, Decoding& decoding) {
+  [[gnu::noinline]] static void tile(const float* left, std::int64_t stride, const float* panel,
+                                     std::int64_t units, float* sums, bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -177,7 +177,7 @@ struct ProductNn {
       for (int j = 0; j < kVectors; ++j) columns[j] = load(panel + unit * kChunk + j * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const float* unit_of_row = left + unit * kGroupRows + i;
+        const float* unit_of_row = left + i * stride + unit;
         if constexpr (kVectors == 1) {
           sum[i][0] = Dot::dot_broadcast(sum[i][0], columns[0], unit_of_row);
         } else {
@@ -207,30 +207,30 @@ struct ProductNn {
   }
 
   template <int kRows, class Decoding>
-  static void group(const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
+  static void group(const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors, float* sums,
                     bool accumulate, Decoding& decoding) {
     for (int j = 0; j < vectors; j += kColumnStep) {
       const float* columns = panel + j * kLanes;
       float* out = sums + j * kLanes;
       if (vectors - j == 1)
-        tile<kRows, 1>(left, columns, units, out, accumulate, decoding);
+        tile<kRows, 1>(left, stride, columns, units, out, accumulate, decoding);
       else if (vectors - j == 2 || kColumnStep == 2)
-        tile<kRows, 2>(left, columns, units, out, accumulate, decoding);
+        tile<kRows, 2>(left, stride, columns, units, out, accumulate, decoding);
       else
-        tile<kRows, kColumnStep>(left, columns, units, out, accumulate, decoding);
+        tile<kRows, kColumnStep>(left, stride, columns, units, out, accumulate, decoding);
     }
   }
   template <class Decoding>
-  static void group(int rows, const float* left, const float* panel, std::int64_t units, int vectors, float* sums,
+  static void group(int rows, const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors, float* sums,
                     bool accumulate, Decoding& decoding) {
     static_assert(kGroupRows == 6);
     switch (rows) {
-      case 1: return group<1>(left, panel, units, vectors, sums, accumulate, decoding);
-      case 2: return group<2>(left, panel, units, vectors, sums, accumulate, decoding);
-      case 3: return group<3>(left, panel, units, vectors, sums, accumulate, decoding);
-      case 4: return group<4>(left, panel, units, vectors, sums, accumulate, decoding);
-      case 5: return group<5>(left, panel, units, vectors, sums, accumulate, decoding);
-      default: return group<6>(left, panel, units, vectors, sums, accumulate, decoding);
+      case 1: return group<1>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 2: return group<2>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 3: return group<3>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 4: return group<4>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 5: return group<5>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      default: return group<6>(left, stride, panel, units, vectors, sums, accumulate, decoding);
     }
   }
 
@@ -289,11 +289,8 @@ struct ProductNn {
     const Tiling tiles = tiling(groups.rows);
     const std::int64_t most_groups = kMostSums / (tiles.chunks * kChunk * kGroupRows);
     const std::int64_t fewest_groups = 128 / kGroupRows;
-    Grid grid = make_grid(groups.count, 1, fewest_groups, chunks, tiles.chunks, 1, num_threads() * tiles.tasks_per_thread);
-    if (grid.row_part > most_groups) {
-      grid.row_parts = ceil_div(groups.count, most_groups);
-      grid.row_part = ceil_div(groups.count, grid.row_parts);
-    }
+    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, tiles.chunks, 1, 1},
+                                num_threads() * tiles.tasks_per_thread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t g0 = task % grid.row_parts * grid.row_part;
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
@@ -330,12 +327,13 @@ struct ProductNn {
       const int vectors = Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : Dot::kColumnVectors;
       const float* from = panel + (c - part.c0) * (end - u) * kChunk;
       for (std::int64_t g = part.g0; g < part.g1; ++g) {
-        const float* rows = left + (g * units + u) * kGroupRows;
+        const std::int64_t stride = packed_stride(units);
+        const float* rows = left + part.groups.first(g) * stride + u;
         decoding.prefetch((c - part.c0) * (part.g1 - part.g0) + g - part.g0, part.width() * (part.g1 - part.g0));
         if (g == part.g0)
-          group(part.groups.size(g), rows, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
+          group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
         else
-          group(part.groups.size(g), rows, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
+          group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
       }
     }
   }
