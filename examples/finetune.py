@@ -21,6 +21,7 @@ import os
 import resource
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.peft import register
+
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
 
 IGNORED = -100  # the label of a token that is context, not something to learn
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,7 +56,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
     add("--format", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
-    add("--steps", type=int, default=70)
+    add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8, help="pairs a step")
     add("--seq-len", type=int, default=256, help="tokens; longer responses are cut, longer prompts left out")
     add("--lr", type=float, default=1e-3)
@@ -268,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     peak = peak_memory(args.device)
     after = held_out_loss(model, held, args.batch_size)
     answers_after = answers(model, tokenizer, prompts)
-    print(f"held-out loss after:  {after:.4f}   ({rate:.0f} tokens/s, peak memory {peak / 2**20:,.0f} MiB)", flush=True)
+    print(
+        f"held-out loss after:  {after:.4f}   ({rate:.0f} tokens/s, peak memory in training {peak / 2**20:,.0f} MiB)",
+        flush=True,
+    )
     for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True):
         print(f"\n{prompt}\n  before: {old}\n  after:  {new}")
 
