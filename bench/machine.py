@@ -43,7 +43,6 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "load_average": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -67,6 +66,33 @@ def _cpu_model() -> str:
     except OSError:
         match = None
     return match.group(1) if match else platform.processor() or platform.machine()
+
+
+class Others:
+    """What else ran on the processors since this was made: the reason to distrust a run. Linux only, else zeros."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self._began = self._now()
+
+    def shares(self) -> dict[str, float]:
+        """Of all processor time: `others`, of other programs; `stolen`, by other guests of the host."""
+        elapsed, busy, stolen, own = (now - began for now, began in zip(self._now(), self._began, strict=True))
+        available = elapsed * (os.cpu_count() or 1)
+        return {"others": max(0.0, busy - own) / available, "stolen": stolen / available}
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        """Seconds: of the clock, of work on any processor, stolen, and of this process and its children."""
+        own = sum(os.times()[:4])
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return time.perf_counter(), own, 0.0, own
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (
+            int(f) / os.sysconf("SC_CLK_TCK") for f in fields[:8]
+        )
+        return time.perf_counter(), user + nice + system + irq + softirq, steal, own
 
 
 class Probes:

@@ -18,24 +18,34 @@ PEERS = {"torch dense": "dense", "bitsandbytes": "bnb", "bitsandbytes packed": "
 OURS = "qlora_native"
 # The adapters' files, as goals name them, to their names in the table.
 FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes"}
+NOISY = 0.02  # of the processors, used by others: above it the figures are not to be trusted
 LEFT_OUT = "–"
 
 
 def heading(result: dict) -> str:
     """The machine and its limits."""
-    m, limits = result["machine"], result["limits"]
+    m = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
-    rates = ", ".join(f"{name} {limits[name] / 1e9:.0f} GFLOP/s" for name in ("bfloat16", "float32") if name in limits)
     lines = [
         f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}",
         versions,
-        f"limits: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s (in and out), {rates}",
+        limits(result["limits"], "limits"),
     ]
     lines += [f"{name}={value}" for name, value in m["variables"].items()]
     lines += [f"no {name}: {reason}" for name, reason in result["missing_peers"].items()]
-    if m["load_average"] > 0.5:
-        lines.append(f"NOT QUIET: the load was {m['load_average']:.1f} before the first measurement")
     return "\n".join(lines)
+
+
+def limits(found: dict[str, float], title: str) -> str:
+    """What machine.limits() returned."""
+    rates = ", ".join(f"{name} {found[name] / 1e9:.0f} GFLOP/s" for name in ("bfloat16", "float32") if name in found)
+    return f"{title}: read {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (in and out), {rates}"
+
+
+def load_line(load: dict[str, float]) -> str:
+    """What machine.Others found."""
+    noisy = "NOT QUIET: " if load["others"] + load["stolen"] > NOISY else ""
+    return f"{noisy}other programs used {load['others']:.1%} of the processors, other guests {load['stolen']:.1%}"
 
 
 class Table:

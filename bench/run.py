@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_grad_enabled(False)
     adapters, missing = load(DEFAULT if args.peers is None else args.peers)
     result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
+    others = machine.Others()
     probes = machine.Probes()
     result["limits"] = machine.limits(probes, args.dtypes)
     print(report.heading(result), flush=True)
@@ -141,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result["rows"].append(row_of(case, times, moved / probe.median, errors, result["limits"]))
                 print(table.line(result["rows"][-1]), flush=True)
 
+    result["limits_after"] = machine.limits(probes, args.dtypes)  # how much the machine itself changed meanwhile
+    print("\n" + report.limits(result["limits_after"], "limits at the end"))
+
     if "memory" in args.operations and not args.quick:
         for row in memory.measure():
             result["memory"].append(row)
@@ -150,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result["step"] = step.measure()
         print(report.step_lines(result["step"]), flush=True)
+    result["load"] = others.shares()
+    print("\n" + report.load_line(result["load"]))
     if args.targets:
         print("\n" + report.targets([result]))
     if args.output is not None:

@@ -4,7 +4,12 @@
 
 The same model (bf16), tokens (batch 4 x 256), adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
 makes it) and optimizer (torch's AdamW, fused) for all. The contestants take turns step by step in one process; a step
-is forward, backward, optimizer. They begin with the same numbers, so their losses must agree: that is the check.
+is forward, backward, optimizer. They begin with the same numbers, so their first losses must be equal: that is the check.
+
+The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
+so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
+the fp32 accumulator. Measured over three steps: 3.489, 3.453, 3.416 here; 3.488, 3.482, 3.463 with bitsandbytes; 3.487,
+3.449, 3.411 with everything in fp32.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from torch import Tensor, nn
 BATCH, SEQUENCE, RANK = 4, 256, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Relative difference of the losses, over a few steps in bf16 with differently rounded products.
-LOSS_TOLERANCE = 0.02
+# Relative difference of the first losses: bf16 with differently rounded products gave 0.0001.
+LOSS_TOLERANCE = 0.005
 
 
 def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
@@ -35,7 +40,7 @@ def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
         over bitsandbytes'. The bitsandbytes entry is missing where it is not installed.
 
     Raises:
-        RuntimeError: the losses of the contestants differ.
+        RuntimeError: the first losses differ, or a loss does not fall.
     """
     with torch.enable_grad():
         model = _load()
@@ -74,11 +79,11 @@ def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
 
 
 def _compare(losses: dict[str, list[float]]) -> None:
-    first = losses["qlora_native"]
-    for name in losses.keys() - {"bf16 + PEFT"}:  # which is not quantized, so it begins elsewhere
-        for ours, theirs in zip(first, losses[name], strict=True):
-            if not abs(ours - theirs) <= LOSS_TOLERANCE * theirs:
-                raise RuntimeError(f"the losses of qlora_native and {name} differ: {first} and {losses[name]}")
+    first = losses["qlora_native"][0]
+    for name, found in losses.items():
+        same = name == "bf16 + PEFT" or abs(found[0] - first) <= LOSS_TOLERANCE * first  # which is not quantized
+        if not (same and found[-1] < found[0]):
+            raise RuntimeError(f"{name}: expected losses that fall from {first:.4f}, got {found}")
 
 
 def _load() -> nn.Module:
