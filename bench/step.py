@@ -4,7 +4,7 @@
 
 The same model (bf16), tokens (batch 4 x 256), adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
 makes it) and optimizer (torch's AdamW, fused) for all. The contestants take turns step by step in one process; a step
-is forward, backward, optimizer. They begin with the same numbers, so their first losses must be equal: that is the check.
+is forward, backward, optimizer. They begin with the same numbers, so their first losses must be equal: the check.
 
 The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
 so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
