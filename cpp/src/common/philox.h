@@ -25,10 +25,9 @@ constexpr PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) {
   for (int round = 0; round < philox::kRounds; ++round) {
     const std::uint64_t product0 = std::uint64_t{philox::kMultiplier0} * counter.word[0];
     const std::uint64_t product1 = std::uint64_t{philox::kMultiplier1} * counter.word[2];
-    counter = {{static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
-                static_cast<std::uint32_t>(product1),
-                static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
-                static_cast<std::uint32_t>(product0)}};
+    counter = {
+        {static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<std::uint32_t>(product1),
+         static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<std::uint32_t>(product0)}};
     key0 += philox::kWeyl0;
     key1 += philox::kWeyl1;
   }

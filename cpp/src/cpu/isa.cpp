@@ -22,16 +22,9 @@ std::vector<Isa> find_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if QLN_HAVE_AVX512_BF16
   if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", avx512_bf16_backend});
-#endif
-#if QLN_HAVE_AVX512
   if (avx512) isas.push_back({"avx512", avx512_backend});
-#endif
-#if QLN_HAVE_AVX2
   if (avx2) isas.push_back({"avx2", avx2_backend});
-#endif
-  (void)avx512;
 #endif
   isas.push_back({"scalar", reference_backend});
   return isas;

@@ -5,6 +5,8 @@
 
 #include "cpu/avx512/simd.h"
 
+#include "cpu/generic/dot_f32-inl.h"
+
 namespace qlora_native {
 namespace {
 
@@ -84,7 +86,8 @@ struct DotBf16 {
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     // Lane i of the even vector is element 2i, of the odd one 2i + 1.
     const std::uint64_t from = boundary < 64 ? ~0ull << boundary : 0;
-    return {{blend_words(a.v[0], b.v[0], _pext_u64(from, kEven)), blend_words(a.v[1], b.v[1], _pext_u64(from, kOdd64))}};
+    return {
+        {blend_words(a.v[0], b.v[0], _pext_u64(from, kEven)), blend_words(a.v[1], b.v[1], _pext_u64(from, kOdd64))}};
   }
 
   static void keep(Chunk& chunk, std::uint64_t bits) {
@@ -111,8 +114,8 @@ struct DotBf16 {
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     Columns result;
     for (int i = 0; i < kColumnVectors; ++i)
-      result.v[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(
-          _mm512_castps_si512(n0.v[i / 2]), i % 2 ? high : low, _mm512_castps_si512(n1.v[i / 2])));
+      result.v[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(_mm512_castps_si512(n0.v[i / 2]), i % 2 ? high : low,
+                                                                  _mm512_castps_si512(n1.v[i / 2])));
     return result;
   }
   static void to_natural(F32 (&sums)[kColumnVectors]) {
@@ -136,8 +139,8 @@ struct DotBf16 {
   }
   static F32 to_bf16(const F32 (&x)[2]) { return reinterpret_cast<F32>(_mm512_cvtne2ps_pbh(x[1], x[0])); }
   static F32 blend_words(F32 a, F32 b, std::uint64_t from_b) {
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(static_cast<__mmask32>(from_b), _mm512_castps_si512(a),
-                                                       _mm512_castps_si512(b)));
+    return _mm512_castsi512_ps(
+        _mm512_mask_blend_epi16(static_cast<__mmask32>(from_b), _mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
   static F32 keep_words(F32 a, std::uint64_t keep) {
     return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(static_cast<__mmask32>(keep), _mm512_castps_si512(a)));

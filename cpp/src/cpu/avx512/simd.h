@@ -172,16 +172,22 @@ struct Table16 {
 inline Table16 table16(const float* levels) { return {_mm512_loadu_ps(levels)}; }
 inline Table16 map_table(Table16 t, F32 (*f)(F32, F32), F32 x) { return {f(t.level, x)}; }
 template <DType kType>
-inline Table16 round_table(Table16 t) { return {round_to<kType>(t.level)}; }
+inline Table16 round_table(Table16 t) {
+  return {round_to<kType>(t.level)};
+}
 inline F32 lookup(Table16 t, I32 index) { return _mm512_permutexvar_ps(index, t.level); }
 
 inline I32 load_bytes(const std::uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 template <int kBits>
-inline I32 shift_left(I32 x) { return _mm512_slli_epi32(x, kBits); }
+inline I32 shift_left(I32 x) {
+  return _mm512_slli_epi32(x, kBits);
+}
 template <int kBits>
-inline I32 shift_right(I32 x) { return _mm512_srli_epi32(x, kBits); }
+inline I32 shift_right(I32 x) {
+  return _mm512_srli_epi32(x, kBits);
+}
 
 // 16 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
@@ -228,8 +234,7 @@ inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
 inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count) {
   const I32 index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), bytes));
   F32 part[8];  // by the low five bits, for each value of the upper three
-  for (int i = 0; i < 8; ++i)
-    part[i] = _mm512_permutex2var_ps(load(table + 32 * i), index, load(table + 32 * i + 16));
+  for (int i = 0; i < 8; ++i) part[i] = _mm512_permutex2var_ps(load(table + 32 * i), index, load(table + 32 * i + 16));
   for (int bit = 32, parts = 4; parts > 0; bit *= 2, parts /= 2) {
     const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit));
     for (int i = 0; i < parts; ++i) part[i] = _mm512_mask_mov_ps(part[2 * i], upper, part[2 * i + 1]);

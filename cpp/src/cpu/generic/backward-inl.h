@@ -1,6 +1,9 @@
 // linear_backward_input and lora_gradients, all of them through ProductNn.
 #pragma once
 
+#include "cpu/generic/forward-inl.h"
+#include "cpu/generic/product_nn-inl.h"
+
 namespace qlora_native {
 namespace {
 
@@ -88,10 +91,9 @@ struct Backward {
         for (std::int64_t r = 0; r < groups.rows; ++r)
           __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
       Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed);
-      Product::run(packed, groups, right, nullptr,
-                   [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
-                     write(first + row, col, sums);
-                   });
+      Product::run(
+          packed, groups, right, nullptr,
+          [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) { write(first + row, col, sums); });
     }
   }
 

@@ -6,6 +6,8 @@
 // (L lanes). Activations are put in the same order when they are packed.
 #pragma once
 
+#include "qlora_native/types.h"
+
 namespace qlora_native {
 namespace {
 

@@ -1,6 +1,12 @@
 // linear_forward: few rows of x through dot products along K, many through ProductNt.
 #pragma once
 
+#include "cpu/blocking.h"
+#include "cpu/generic/product_nt-inl.h"
+#include "cpu/parallel.h"
+#include "qlora_native/linear.h"
+#include "qlora_native/runtime.h"
+
 namespace qlora_native {
 namespace {
 
@@ -11,7 +17,9 @@ inline Dropout dropout_of(const LoraView& lora) {
 inline float dropout_scale(const LoraView& lora) { return lora.dropout > 0.0f ? 1.0f / (1.0f - lora.dropout) : 1.0f; }
 
 inline ConstMatrix lora_a(const LoraView& lora, std::int64_t K) { return {lora.a, lora.dtype, lora.rank, K, K}; }
-inline ConstMatrix lora_b(const LoraView& lora, std::int64_t N) { return {lora.b, lora.dtype, N, lora.rank, lora.rank}; }
+inline ConstMatrix lora_b(const LoraView& lora, std::int64_t N) {
+  return {lora.b, lora.dtype, N, lora.rank, lora.rank};
+}
 
 template <class Pointer>
 inline BasicMatrix<Pointer> rows_of(BasicMatrix<Pointer> m, std::int64_t first, std::int64_t count) {
@@ -106,14 +114,22 @@ struct FewRows {
   template <class Rows, class Write>
   static void multiply(int rows, const Rows& w, const float* x, const LowRank* lora, Write&& write) {
     switch (rows) {
-      case 1: return multiply<1>(w, x, lora, write);
-      case 2: return multiply<2>(w, x, lora, write);
-      case 3: return multiply<3>(w, x, lora, write);
-      case 4: return multiply<4>(w, x, lora, write);
-      case 5: return multiply<5>(w, x, lora, write);
-      case 6: return multiply<6>(w, x, lora, write);
-      case 7: return multiply<7>(w, x, lora, write);
-      default: return multiply<8>(w, x, lora, write);
+      case 1:
+        return multiply<1>(w, x, lora, write);
+      case 2:
+        return multiply<2>(w, x, lora, write);
+      case 3:
+        return multiply<3>(w, x, lora, write);
+      case 4:
+        return multiply<4>(w, x, lora, write);
+      case 5:
+        return multiply<5>(w, x, lora, write);
+      case 6:
+        return multiply<6>(w, x, lora, write);
+      case 7:
+        return multiply<7>(w, x, lora, write);
+      default:
+        return multiply<8>(w, x, lora, write);
     }
   }
 
@@ -147,9 +163,8 @@ struct FewRows {
                });
       lora.u = u;
     }
-    multiply(rows, w, x, rank > 0 ? &lora : nullptr, [&](int m, std::int64_t n, float sum) {
-      store_element(args.y, m, n, add(set1(sum), bias(args, n)));
-    });
+    multiply(rows, w, x, rank > 0 ? &lora : nullptr,
+             [&](int m, std::int64_t n, float sum) { store_element(args.y, m, n, add(set1(sum), bias(args, n))); });
   }
 
  private:
@@ -170,9 +185,9 @@ struct FewRows {
 template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
-  static constexpr std::int64_t kWidestTask = 512;    // rows of W
-  static constexpr std::int64_t kMostStrips = 11;     // about 512 rows, whose sums stay in the second-level cache
-  static constexpr std::int64_t kFewestStrips = 3;    // about 128 rows: below, decoding again would show
+  static constexpr std::int64_t kWidestTask = 512;  // rows of W
+  static constexpr std::int64_t kMostStrips = 11;   // about 512 rows, whose sums stay in the second-level cache
+  static constexpr std::int64_t kFewestStrips = 3;  // about 128 rows: below, decoding again would show
 
   template <class Rows>
   static void forward(const Rows& w, const LinearForwardArgs& args) {
@@ -252,10 +267,10 @@ struct ManyRows {
     const DenseRows<Dot, false> a(lora_a(lora, args.x.cols));
     const DenseRows<Dot, false> dropped(args.x, 1.0f, dropout, first_row);
     constexpr std::int64_t kMaskedFloats = kWidestStrip * kLanes * Product::kBlockUnits;
-    float* panel = reinterpret_cast<float*>(
-        scratch(Slot::thread,
-                static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats +
-                                         Product::kWidestTile * kWidestStrip * kLanes) * sizeof(float)));
+    float* panel = reinterpret_cast<float*>(scratch(
+        Slot::thread,
+        static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats + Product::kWidestTile * kWidestStrip * kLanes) *
+            sizeof(float)));
     float* masked = panel + Product::kPanelFloats;
     float* sums = masked + kMaskedFloats;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {

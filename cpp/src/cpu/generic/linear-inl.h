@@ -1,6 +1,9 @@
 // The three functions of linear.h for one Dot.
 #pragma once
 
+#include "cpu/generic/backward-inl.h"
+#include "cpu/generic/forward-inl.h"
+
 namespace qlora_native {
 namespace {
 

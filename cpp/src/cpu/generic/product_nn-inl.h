@@ -6,6 +6,11 @@
 //   sums       fp32, [group][chunk][row of the group][64 columns], in the order that decoding left (Dot::to_natural)
 #pragma once
 
+#include "cpu/blocking.h"
+#include "cpu/generic/rows-inl.h"
+#include "cpu/parallel.h"
+#include "qlora_native/runtime.h"
+
 namespace qlora_native {
 namespace {
 
@@ -16,7 +21,7 @@ struct ProductNn {
   // small, and a larger panel makes up for its fewer units. Many rows: many units, so that the sums are added to
   // rarely. Two panels and the sums stay below 1 MB.
   struct Tiling {
-    std::int64_t chunks;        // of a tile, at most
+    std::int64_t chunks;  // of a tile, at most
     std::int64_t panel_floats;
     std::int64_t tasks_per_thread;
   };
@@ -32,7 +37,9 @@ struct ProductNn {
   // the others differ by at most one.
   struct Groups {
     explicit Groups(std::int64_t rows)
-        : rows(rows), head(smaller<std::int64_t>(kDecodingGroupRows, rows)), count(1 + ceil_div(rows - head, kGroupRows)) {}
+        : rows(rows),
+          head(smaller<std::int64_t>(kDecodingGroupRows, rows)),
+          count(1 + ceil_div(rows - head, kGroupRows)) {}
     std::int64_t first(std::int64_t group) const {
       if (group == 0) return 0;
       const std::int64_t rest = rows - head, groups = larger<std::int64_t>(1, count - 1);
@@ -116,7 +123,8 @@ struct ProductNn {
     // more than memory gives.
     void prefetch(std::int64_t i, std::int64_t n) const {
       if (after_ == nullptr) return;
-      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64), lines = units_ * kUnitRows * lines_of_row;
+      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64),
+                         lines = units_ * kUnitRows * lines_of_row;
       for (std::int64_t line = lines * i / n; line < lines * (i + 1) / n; ++line)
         __builtin_prefetch(after_ + line / lines_of_row * w_.row_bytes() + line % lines_of_row * 64, 0, 2);
     }
@@ -164,8 +172,8 @@ struct ProductNn {
 
   // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
   template <int kRows, int kVectors, class Decoding>
-  [[gnu::noinline]] static void tile(const float* left, std::int64_t stride, const float* panel,
-                                     std::int64_t units, float* sums, bool accumulate, Decoding& decoding) {
+  [[gnu::noinline]] static void tile(const float* left, std::int64_t stride, const float* panel, std::int64_t units,
+                                     float* sums, bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
@@ -207,8 +215,8 @@ struct ProductNn {
   }
 
   template <int kRows, class Decoding>
-  static void group(const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate, Decoding& decoding) {
+  static void group(const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors,
+                    float* sums, bool accumulate, Decoding& decoding) {
     for (int j = 0; j < vectors; j += kColumnStep) {
       const float* columns = panel + j * kLanes;
       float* out = sums + j * kLanes;
@@ -221,16 +229,22 @@ struct ProductNn {
     }
   }
   template <class Decoding>
-  static void group(int rows, const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors, float* sums,
-                    bool accumulate, Decoding& decoding) {
+  static void group(int rows, const float* left, std::int64_t stride, const float* panel, std::int64_t units,
+                    int vectors, float* sums, bool accumulate, Decoding& decoding) {
     static_assert(kGroupRows == 6);
     switch (rows) {
-      case 1: return group<1>(left, stride, panel, units, vectors, sums, accumulate, decoding);
-      case 2: return group<2>(left, stride, panel, units, vectors, sums, accumulate, decoding);
-      case 3: return group<3>(left, stride, panel, units, vectors, sums, accumulate, decoding);
-      case 4: return group<4>(left, stride, panel, units, vectors, sums, accumulate, decoding);
-      case 5: return group<5>(left, stride, panel, units, vectors, sums, accumulate, decoding);
-      default: return group<6>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 1:
+        return group<1>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 2:
+        return group<2>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 3:
+        return group<3>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 4:
+        return group<4>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      case 5:
+        return group<5>(left, stride, panel, units, vectors, sums, accumulate, decoding);
+      default:
+        return group<6>(left, stride, panel, units, vectors, sums, accumulate, decoding);
     }
   }
 
@@ -296,9 +310,9 @@ struct ProductNn {
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
       const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
-      float* panels = reinterpret_cast<float*>(
-          scratch(Slot::thread, static_cast<std::size_t>(2 * tiles.panel_floats + (g1 - g0) * width * kGroupRows * kChunk) *
-                                    sizeof(float)));
+      float* panels = reinterpret_cast<float*>(scratch(
+          Slot::thread,
+          static_cast<std::size_t>(2 * tiles.panel_floats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
       const Part part{groups, g0, g1, c0, c1, tiles.panel_floats, panels, panels + 2 * tiles.panel_floats};
       if (lora != nullptr) {
         multiply(lora->a, lora->v, part, false);

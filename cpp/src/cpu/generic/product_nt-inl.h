@@ -7,6 +7,8 @@
 // Decoding leaves a row of W contiguous, and a broadcast wants just that; so W is never transposed.
 #pragma once
 
+#include "cpu/generic/rows-inl.h"
+
 namespace qlora_native {
 namespace {
 
@@ -20,9 +22,7 @@ class Strips {
   }
   std::int64_t count() const { return count_; }
   std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * 3 : vectors_; }
-  int width(std::int64_t strip) const {
-    return static_cast<int>(strip + 1 < count_ ? 3 : vectors_ - strip * 3);
-  }
+  int width(std::int64_t strip) const { return static_cast<int>(strip + 1 < count_ ? 3 : vectors_ - strip * 3); }
 
  private:
   std::int64_t vectors_, count_;
@@ -98,7 +98,8 @@ struct ProductNt {
       ahead_ = next != nullptr ? next - codes_ : 0;
       for (std::int64_t row = 0; row < count; ++row) w.chunk_scales(n + row, c0, c1, scales_ + row * kBlockChunks);
       for (std::int64_t row = count; row < rows; ++row)
-        __builtin_memset(panel + row * kPanelStride, 0, static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));
+        __builtin_memset(panel + row * kPanelStride, 0,
+                         static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));
     }
 
     // Two chunks, one cache line of 4-bit codes.
@@ -194,10 +195,14 @@ struct ProductNt {
   static void strip(int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
                     bool accumulate, Decoding& decoding) {
     switch (width) {
-      case 1: return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
-      case 2: return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
-      case 3: return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
-      default: return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
+      case 1:
+        return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
+      case 2:
+        return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
+      case 3:
+        return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
+      default:
+        return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
     }
   }
 
@@ -232,8 +237,8 @@ struct ProductNt {
 
   // All rows `begin` ... end-1 of W, tile by tile; done(n, tile_rows, sums) after each.
   template <class Rows, class Done>
-  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const Packed& x, float* panels,
-                       float* sums, Done&& done) {
+  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const Packed& x, float* panels, float* sums,
+                       Done&& done) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
     const std::int64_t total = ceil_div(end - begin, kWidestTile) * blocks;
     const auto tile_of = [&](std::int64_t i) { return begin + i / blocks * kWidestTile; };
@@ -241,10 +246,9 @@ struct ProductNt {
     const auto rows_of_tile = [&](std::int64_t i) { return smaller(kWidestTile, end - tile_of(i)); };
     const auto decoder = [&](std::int64_t i) {
       const std::int64_t count = rows_of_tile(i);
-      return Decoder<Rows>(w, tile_of(i), count, whole_tiles(count), chunk_of(i),
-                           smaller(chunk_of(i) + kBlockChunks, chunks),
-                           i + 1 < total ? w.codes_at(tile_of(i + 1), chunk_of(i + 1)) : nullptr,
-                           panels + i % 2 * kPanelFloats);
+      return Decoder<Rows>(
+          w, tile_of(i), count, whole_tiles(count), chunk_of(i), smaller(chunk_of(i) + kBlockChunks, chunks),
+          i + 1 < total ? w.codes_at(tile_of(i + 1), chunk_of(i + 1)) : nullptr, panels + i % 2 * kPanelFloats);
     };
     decoder(0).finish();
     for (std::int64_t i = 0; i < total; ++i) {
@@ -274,7 +278,8 @@ struct ProductNt {
       F32 added = zero();
       if (bias != nullptr) {
         char copy[kLanes * kSize] = {};
-        __builtin_memcpy(copy, static_cast<const char*>(bias) + (n + j) * kSize, static_cast<std::size_t>(columns * kSize));
+        __builtin_memcpy(copy, static_cast<const char*>(bias) + (n + j) * kSize,
+                         static_cast<std::size_t>(columns * kSize));
         added = load_as_f32<Dot::kActivation>(copy);
       }
       for (int vector = 0; vector < width; ++vector) {

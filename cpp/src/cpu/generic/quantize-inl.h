@@ -1,6 +1,11 @@
 // quantize, quantize_absmax, dequantize.
 #pragma once
 
+#include "common/codebook.h"
+#include "cpu/generic/rows-inl.h"
+#include "cpu/parallel.h"
+#include "qlora_native/quantize.h"
+
 namespace qlora_native {
 namespace {
 
@@ -90,8 +95,8 @@ inline void quantize_as(const QuantizeArgs& args) {
     order = order_table(codebook);
   }
   const std::int64_t tasks = ceil_div(args.elements, kTaskElements);
-  NonFinite* found = reinterpret_cast<NonFinite*>(
-      scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(NonFinite)));
+  NonFinite* found =
+      reinterpret_cast<NonFinite*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(NonFinite)));
   parallel_for(tasks, [&](std::int64_t task) {
     found[task] = NonFinite{};
     const std::int64_t end = smaller((task + 1) * kTaskElements, args.elements);

@@ -2,21 +2,35 @@
 // elements in the order of the Dot (dot_f32-inl.h), zeros past the end of the row.
 #pragma once
 
+#include <type_traits>
+
+#include "common/layout.h"
+#include "cpu/generic/dot_f32-inl.h"
+#include "cpu/generic/dropout-inl.h"
+#include "cpu/generic/scales-inl.h"
+
 namespace qlora_native {
 namespace {
 
 template <class T>
-constexpr T smaller(T a, T b) { return b < a ? b : a; }
+constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-constexpr T larger(T a, T b) { return a < b ? b : a; }
+constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
 
 // Calls f with the element type as a compile-time constant.
 template <class F>
 inline auto with_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::bf16: return f(std::integral_constant<DType, DType::bf16>{});
-    case DType::f16: return f(std::integral_constant<DType, DType::f16>{});
-    default: return f(std::integral_constant<DType, DType::f32>{});
+    case DType::bf16:
+      return f(std::integral_constant<DType, DType::bf16>{});
+    case DType::f16:
+      return f(std::integral_constant<DType, DType::f16>{});
+    default:
+      return f(std::integral_constant<DType, DType::f32>{});
   }
 }
 
@@ -119,7 +133,7 @@ class QuantizedRows {
 
   // A chunk anywhere: it may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
   [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const float* scales,
-                                                    std::int64_t first_block) const {
+                                                      std::int64_t first_block) const {
     const std::uint8_t* codes = codes_of(element);
     const bool odd = kBits == 4 && element % 2 != 0;
     std::uint8_t copy[kChunk + 16];
@@ -162,8 +176,7 @@ class DenseRows {
       for (std::int64_t c = c0; c < c1; ++c) {
         typename Dot::Chunk chunk[kRows];
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i)
-          chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};
+        for (int i = 0; i < kRows; ++i) chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};
         sink(c, chunk);
       }
     });

@@ -1,6 +1,8 @@
 // The scales of consecutive blocks.
 #pragma once
 
+#include "qlora_native/types.h"
+
 namespace qlora_native {
 namespace {
 
