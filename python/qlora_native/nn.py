@@ -270,11 +270,9 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 def _to_quantize(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
     """Paths of the linear layers to replace, every path of a shared one."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Linear and not any(f".{part}." in f".{name}." for part in skip)
-    ]
+    modules = list(model.named_modules(remove_duplicate=False))
+    skipped = {id(module) for name, module in modules if any(f".{part}." in f".{name}." for part in skip)}
+    found = [(name, module) for name, module in modules if type(module) is nn.Linear and id(module) not in skipped]
     chosen = {id(module) for _, module in found}
     staying = {
         id(parameter)

@@ -1,0 +1,115 @@
+"""The same bits: for any number of threads, from run to run, and from several Python threads at once."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import qlora_native as qn
+
+SHAPES = ((1, 640, 512), (4, 200, 513), (16, 257, 1100), (64, 130, 700), (300, 96, 1030))
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(M, N, K, dtype, seed=0):
+    """Everything that is computed, by name, for one product with an adapter and dropout."""
+    torch.manual_seed(seed)
+    weight = torch.randn(N, K)
+    q = qn.quantize(weight)
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    bias, a, b = (torch.randn(size).requires_grad_() for size in ((N,), (16, K), (N, 16)))
+    y = qn.linear(x, q, bias, a, b, 0.5, 0.25)
+    gradients = torch.autograd.grad(y, (x, bias, a, b), torch.randn_like(y))
+    return {
+        **q.tensors(),
+        "w": q.dequantize(dtype),
+        "int8": qn.quantize(weight, "int8", double_quant=False).codes,
+        "y": y.detach(),
+        **dict(zip(("dx", "dbias", "da", "db"), gradients, strict=True)),
+    }
+
+
+def assert_equal(actual, expected):
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_number_of_threads_changes_a_bit(shape, dtype):
+    torch.set_num_threads(1)
+    expected = results(*shape, dtype)
+    for threads in (2, 3, 3):
+        torch.set_num_threads(threads)
+        assert_equal(results(*shape, dtype), expected)
+
+
+def test_python_threads_disturb_each_other():
+    shapes = SHAPES * 2
+    expected = [results(*shape, torch.bfloat16, seed) for seed, shape in enumerate(shapes)]
+    # The generator is one for all threads, so draw first: what runs at once is the library.
+    arguments = []
+    for seed, (M, N, K) in enumerate(shapes):
+        torch.manual_seed(seed)
+        q, x = qn.quantize(torch.randn(N, K)), torch.randn(M, K).bfloat16()
+        bias, a, b = (torch.randn(size) for size in ((N,), (16, K), (N, 16)))
+        arguments.append((x, q, bias, a, b, 0.5))
+    serial = [qn.linear(*each) for each in arguments]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for actual, wanted in zip(pool.map(lambda each: qn.linear(*each), arguments), serial, strict=True):
+                assert torch.equal(actual, wanted)
+            for i, codes in enumerate(pool.map(lambda each: qn.quantize(each[1].dequantize()).codes, arguments)):
+                assert torch.equal(codes, qn.quantize(arguments[i][1].dequantize()).codes)
+    for each, wanted in zip(arguments, expected, strict=True):
+        assert torch.equal(each[1].codes, wanted["codes"])
+
+
+def test_interpreter_is_held_while_a_product_runs():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    M, N, K = 64, 512, 512
+    q, x = qn.quantize(torch.randn(N, K)), torch.randn(M, K)
+
+    def product():
+        begin = time.perf_counter()
+        qn.linear(x, q)
+        return time.perf_counter() - begin
+
+    while product() < 0.1:  # long enough to be told from the scheduler's hiccups
+        x = torch.cat((x, x, x))
+    took = []
+    worker = threading.Thread(target=lambda: took.append(product()))
+    ticks = [time.perf_counter()]
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.001)
+        ticks.append(time.perf_counter())
+    worker.join()
+    longest = max(after - before for before, after in zip(ticks, ticks[1:], strict=False))
+    assert longest < 0.7 * took[0], f"no Python ran for {longest:.3f} s of a product of {took[0]:.3f} s"
+
+
+def test_fork_after_use_hangs():
+    """A data loader's workers are forked, and may quantize."""
+    import multiprocessing
+
+    qn.quantize(torch.randn(64, 64))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(qn.quantize(torch.ones(8, 64)).absmax.tolist()))
+    child.start()
+    child.join(60)
+    hung = child.is_alive()
+    child.kill()
+    assert not hung
+    assert child.exitcode == 0
+    assert queue.get() == qn.quantize(torch.ones(8, 64)).absmax.tolist()

@@ -1,0 +1,335 @@
+"""Linear4bit, quantize_model and the container: copies, casts, state dicts, what PEFT and FSDP look at."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_native as qn
+from qlora_native.nn import Linear4bit, quantize_model
+
+N, K = 40, 96
+OPTIONS = [
+    {},
+    {"double_quant": False},
+    {"format": "int8", "blocksize": 128},
+    {"format": "int8", "double_quant": False},
+    {"codebook": [i / 8 - 1 for i in range(16)]},
+]
+
+
+def layer_of(options=None, bias=True, dtype=torch.float32, shape=(N, K)):
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias, dtype=dtype)
+    return Linear4bit.from_linear(linear, **(options or {})), linear
+
+
+def fresh(options, **where):
+    if "codebook" in options:
+        options = {**options, "format": "codebook"}
+    return Linear4bit(K, N, **options, **where)
+
+
+def x_of(dtype=torch.float32):
+    return torch.randn(3, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def same(layer, other):
+    assert torch.equal(layer(x_of()), other(x_of()))
+    for name, tensor in layer.state_dict().items():
+        other_tensor = other.state_dict()[name]
+        assert tensor.dtype == other_tensor.dtype and torch.equal(tensor, other_tensor), name
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_layer_computes_something_else_than_the_function(options):
+    layer, linear = layer_of(options)
+    q = qn.quantize(linear.weight, **options)
+    assert torch.equal(layer(x_of()), qn.linear(x_of(), q, linear.bias))
+    assert torch.equal(layer.dequantize(), q.dequantize())
+    assert layer.dequantize(torch.bfloat16).dtype == torch.bfloat16
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features, layer.bias is linear.bias) == (K, N, True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_view_of_the_weight_is_a_copy(options):
+    layer, _ = layer_of(options)
+    q = layer.quantized_weight
+    assert q.codes is layer.weight and q.absmax is layer.absmax
+    assert q.nested_absmax is layer.nested_absmax and q.code is layer.code
+    checked = qn.QuantizedWeight(*(getattr(q, name) for name in q.__dataclass_fields__))
+    assert checked.format == layer.format
+    assert q.nbytes == sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
+
+
+def test_stored_tensors_are_not_what_fsdp_and_peft_expect():
+    layer, _ = layer_of()
+    parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+    assert parameters.keys() == {"weight", "absmax", "bias"}
+    assert buffers.keys() == {"nested_absmax", "nested_code", "offset", "code"}
+    for name in ("weight", "absmax"):  # bytes, so that a mixed-precision policy leaves them alone
+        assert parameters[name].dtype == torch.uint8 and not parameters[name].requires_grad
+    assert layer.weight.shape == (N, K // 2)
+    assert {t.dtype for t in buffers.values()} == {torch.float32}
+    assert layer.W_q is layer.weight
+    assert layer.compute_dtype == torch.float32
+    assert layer.bias.requires_grad
+    plain, _ = layer_of({"double_quant": False})
+    assert "absmax" in dict(plain.named_buffers()) and plain.absmax.dtype == torch.float32
+    assert {name for name, _ in plain.named_parameters()} == {"weight", "bias"}
+    assert layer_of({"format": "int8"})[0].weight.shape == (N, K)
+    assert layer_of(shape=(5, 7))[0].weight.shape == (18, 1)
+
+
+def test_layers_share_a_table():
+    """safetensors refuses to save tensors that share memory."""
+    first, second = layer_of()[0], layer_of()[0]
+    for name in ("code", "nested_code"):
+        assert getattr(first, name).data_ptr() != getattr(second, name).data_ptr()
+
+
+def test_gradients_of_the_layer_are_missing():
+    layer, _ = layer_of()
+    x = x_of().requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((N,), 3.0))
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, K))
+    assert layer.weight.grad is None
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_copy_differs(options):
+    layer, _ = layer_of(options)
+    same(layer, copy.deepcopy(layer))
+    same(layer, pickle.loads(pickle.dumps(layer)))
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    same(layer, torch.load(buffer, weights_only=False))
+    deep = copy.deepcopy(layer)
+    assert deep.weight.data_ptr() != layer.weight.data_ptr()
+    assert deep.compute_dtype == layer.compute_dtype and deep.format == layer.format
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_copy_of_the_container_differs(options):
+    q = qn.quantize(torch.randn(N, K), **options)
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert torch.equal(other.dequantize(), q.dequantize())
+        assert other.codes.data_ptr() != q.codes.data_ptr()
+        assert (other.shape, other.blocksize, other.format, other.dtype) == (q.shape, q.blocksize, q.format, q.dtype)
+    assert q.to("cpu").codes is q.codes
+    moved = q.to("meta")
+    assert moved.device.type == "meta" and moved.shape == q.shape
+    assert {t.device.type for t in moved.tensors().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_dict_does_not_come_back(options, device, assign):
+    layer, _ = layer_of(options)
+    other = fresh(options, device=device)
+    if device == "meta":
+        assert {t.device.type for t in (*other.parameters(), *other.buffers())} == {"meta"}
+        if not assign:
+            other = other.to_empty(device="cpu")
+    other.load_state_dict(layer.state_dict(), strict=True, assign=assign)
+    same(layer, other)
+    assert not other.weight.requires_grad
+    assert isinstance(other.weight, nn.Parameter)
+
+
+def test_state_dict_of_another_kind_is_loaded():
+    layer, _ = layer_of()
+    for options in ({"double_quant": False}, {"format": "int8"}, {"blocksize": 32}):
+        other = fresh(options)
+        with pytest.raises(RuntimeError, match="Error.s. in loading state_dict for Linear4bit"):
+            other.load_state_dict(layer.state_dict())
+    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    other = fresh({})
+    other.load_state_dict(cast, assign=True)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="absmax: expected"):
+        other(x_of())
+
+
+def test_new_layer_multiplies_by_garbage():
+    for options in OPTIONS:
+        layer = fresh(options)
+        assert torch.equal(layer.dequantize().abs(), torch.zeros(N, K))
+        assert torch.equal(layer(x_of()), torch.zeros(3, N))
+        if "codebook" not in options:
+            empty = fresh(options, device="meta").to_empty(device="cpu")
+            empty.reset_parameters()
+            same(layer, empty)
+
+
+def test_model_on_the_meta_device_has_memory():
+    with torch.device("meta"):
+        layer = Linear4bit(K, N)
+        made = Linear4bit.from_linear(nn.Linear(K, N))
+    for each in (layer, made):
+        assert {t.device.type for t in (*each.parameters(), *each.buffers())} == {"meta"}
+        assert each(torch.empty(2, 3, K, device="meta")).shape == (2, 3, N)
+
+
+# ---- casts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.to("cpu", torch.float16), torch.float16),
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.bfloat16(), torch.bfloat16),
+        (lambda m: m.half().float(), torch.float32),
+        (lambda m: m.type(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.cpu(), torch.float32),
+    ],
+    ids=["to", "to cpu", "half", "bfloat16", "half, float", "type", "cpu"],
+)
+def test_cast_changes_a_scale(cast, dtype, options):
+    layer, _ = layer_of(options)
+    before = {name: t.clone() for name, t in layer.state_dict().items() if name != "bias"}
+    model = cast(nn.Sequential(layer))
+    assert model[0] is layer
+    for name, tensor in before.items():
+        now = layer.state_dict()[name]
+        assert now.dtype == tensor.dtype and torch.equal(now, tensor), name
+    assert layer.bias.dtype == layer.compute_dtype == layer.dequantize().dtype == dtype
+    assert layer(x_of(dtype)).dtype == dtype
+    assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+
+
+def test_bias_of_another_dtype_is_refused():
+    layer, _ = layer_of(dtype=torch.bfloat16)
+    assert layer.compute_dtype == torch.bfloat16
+    y = layer(x_of())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, qn.linear(x_of(), layer.quantized_weight, layer.bias.float()))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Embedding and lm_head share a weight; two linears share another; one module has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)) for _ in range(2))
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.alias = self.layers[0][0]
+        self.attention = nn.MultiheadAttention(32, 2)
+        self.lm_head = nn.Linear(32, 64, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = h + layer(h)
+        h = h + self.attention(h, h, h)[0]
+        return self.lm_head(self.second(self.first(h)))
+
+
+def quantized_names(model):
+    return {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Linear4bit)}
+
+
+ALL = {"layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2", "first", "second", "alias"}
+
+
+@pytest.mark.parametrize("skip", [("lm_head",), ()], ids=str)
+def test_tied_weight_is_quantized_or_untied(skip):
+    torch.manual_seed(0)
+    model = Tied().eval()
+    before = model.embed.weight
+    assert quantize_model(model, skip, progress=False) is model
+    assert quantized_names(model) == ALL
+    assert model.lm_head.weight is model.embed.weight is before
+    assert type(model.lm_head) is nn.Linear
+    assert model.alias is model.layers[0][0]
+    assert model.first is not model.second
+    assert model.first.weight is model.second.weight and model.first.absmax is model.second.absmax
+    assert not any(m.training for m in model.modules())
+    assert model(torch.arange(5)).shape == (5, 64)
+    parameters = [name for name, _ in model.named_parameters()]
+    assert "second.weight" not in parameters, "a shared weight is counted twice"
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (["layers"], {"layers.0.0", "alias", "layers.0.2", "layers.1.0", "layers.1.2"}),  # one module, two names
+        (["layers.1"], {"layers.1.0", "layers.1.2"}),
+        (["2"], {"layers.0.2", "layers.1.2"}),
+        (["0.2"], {"layers.0.2"}),
+        (["first"], {"first", "second"}),  # which shares its weight
+        (["fir", "layer"], set()),
+        (["alias"], {"alias", "layers.0.0"}),
+    ],
+    ids=str,
+)
+def test_skip_takes_others(skip, left):
+    model = Tied()
+    quantize_model(model, skip, progress=False)
+    assert quantized_names(model) == ALL - left
+
+
+def test_subclass_is_replaced():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(8, 8), nn.Linear(8, 8))
+    quantize_model(model, progress=False)
+    assert type(model[0]) is Special and isinstance(model[1], Linear4bit)
+    with pytest.warns(UserWarning, match="found no nn.Linear to quantize"):
+        quantize_model(model, progress=False)
+
+
+def test_progress_is_not_shown(capfd):
+    pytest.importorskip("tqdm")
+    quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    assert "2/2" in capfd.readouterr().err
+    quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_options_do_not_reach_the_layers():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).bfloat16())
+    quantize_model(model, (), "fp4", 128, False, progress=False)
+    for layer in model:
+        assert (layer.format, layer.blocksize, layer.double_quant) == ("fp4", 128, False)
+    assert (model[0].compute_dtype, model[1].compute_dtype) == (torch.float32, torch.bfloat16)
+    quantize_model(model := nn.Sequential(nn.Linear(64, 64)), codebook=torch.linspace(-1, 1, 16), progress=False)
+    assert model[0].format == "codebook"
+    assert "format=codebook, blocksize=64, double_quant=True" in repr(model)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def test_weight_takes_more_bytes_than_said():
+    tables = 4 * (16 + 256 + 1)
+    q = qn.quantize(torch.zeros(1024, 1024))
+    elements, blocks = 1024 * 1024, 1024 * 1024 // 64
+    assert q.nbytes == elements // 2 + blocks + 4 * blocks // 256 + tables
+    assert q.bits_per_weight == pytest.approx(4.127, abs=0.01)
+    assert qn.quantize(torch.zeros(1024, 1024), double_quant=False).bits_per_weight == pytest.approx(4.5, abs=0.001)
+    int8 = qn.quantize(torch.zeros(1024, 1024), "int8", 128, False)
+    assert int8.nbytes == elements + 4 * elements // 128
+    assert (int8.bits, q.bits) == (8, 4)

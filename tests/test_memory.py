@@ -1,0 +1,73 @@
+"""A call takes at most 8 MB and 1 MB a thread beside its results: no dequantized weight, ever."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qlora_native import _C
+
+MEGABYTE = 2**20
+BOUND = 8 * MEGABYTE + 2 * MEGABYTE  # with two threads
+# What the allocator and the page tables add to what was asked for.
+SLACK = MEGABYTE // 2
+
+# The peak of this process is reset before the call (proc(5), clear_refs), and read after it.
+PROGRAM = """
+import resource, sys, torch
+import qlora_native as qn
+torch.set_num_threads(2)
+what, M, N, K, dtype = sys.argv[1], *map(int, sys.argv[2:5]), getattr(torch, sys.argv[5])
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+def call(M, N, K):
+    weight = torch.zeros(N, K, dtype=dtype)
+    q = qn.quantize(weight)
+    x = torch.zeros(M, K, dtype=dtype)
+    dy = torch.zeros(M, N, dtype=dtype)
+    a, b = torch.zeros(16, K), torch.zeros(N, 16)
+    u = torch.zeros(M, 16, dtype=dtype)
+    lora = (a, b, 1.0, 0.0, None)
+    ops = torch.ops.qlora_native
+    function = {
+        "quantize": lambda: ops.quantize(weight, q.code, 4, 64, True),
+        "dequantize": lambda: (q.dequantize(dtype),),
+        "forward": lambda: ops.linear_forward(x, *q.op_arguments(), None, *lora),
+        "dx": lambda: ops.linear_backward_input(dy, *q.op_arguments(), *lora, True),
+        "adapter": lambda: ops.lora_gradients(x, dy, u, u, 1.0, 0.0, None, torch.float32),
+    }[what]
+    for tensor in (weight, x, dy):
+        tensor.fill_(1)  # touch it: an untouched zero takes no memory
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = status("VmRSS")
+    results = function()
+    return status("VmHWM") - before - sum(result.nbytes for result in results)
+
+call(2, 2, 64)  # threads, code
+print(call(M, N, K))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("what", ["quantize", "dequantize", "forward", "dx", "adapter"])
+def test_call_takes_more_memory_than_stated(what, dtype):
+    scalar = _C.current_isa() == "scalar"
+    M, N, K = (64, 256, 4096) if scalar and what != "dequantize" else (2048, 4096, 4096)
+    command = [sys.executable, "-c", PROGRAM, what, *map(str, (M, N, K)), dtype]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    extra = int(shown.stdout)
+    assert extra <= BOUND + SLACK, f"{extra / MEGABYTE:.1f} MB, {BOUND / MEGABYTE:.0f} MB are promised"
+
+
+def test_measurement_sees_nothing():
+    """The program above with a function that takes 64 MB more than its result."""
+    wasteful = PROGRAM.replace('"quantize": lambda:', '"quantize": lambda: torch.ones(2**24) is None or')
+    command = [sys.executable, "-c", wasteful, "quantize", "2", "64", "64", "float32"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert int(shown.stdout) > 60 * MEGABYTE

@@ -1,0 +1,277 @@
+"""The torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what is kept for backward."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import qlora_native as qn
+
+N, K, RANK = 40, 96, 4
+ops = torch.ops.qlora_native
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """torch recompiles a function so many times and no more."""
+    torch.compiler.reset()
+
+
+def seed(value=7):
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def operands(dtype=torch.float32, requires_grad=False, **options):
+    """x [2, 5, K], the weight, bias, lora_a and lora_b."""
+    torch.manual_seed(0)
+    q = qn.quantize(torch.randn(N, K), **options)
+    x, bias = torch.randn(2, 5, K).to(dtype), torch.randn(N).to(dtype)
+    a, b = torch.randn(RANK, K), torch.randn(N, RANK)
+    for tensor in (x, bias, a, b):
+        tensor.requires_grad_(requires_grad)
+    return x, q, bias, a, b
+
+
+WEIGHTS = [{}, {"double_quant": False}, {"format": "int8"}]
+
+
+# ---- opcheck ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [*WEIGHTS, {"format": "int8", "double_quant": False}], ids=str)
+def test_opcheck_of_quantize_and_dequantize(options):
+    q = qn.quantize(torch.randn(5, 65), **options)
+    double_quant = options.get("double_quant", True)
+    weight = torch.randn(7, 64).t().bfloat16()
+    torch.library.opcheck(ops.quantize, (weight, q.code, q.bits, 64, double_quant))
+    torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
+
+
+@pytest.mark.parametrize("adapter", ["none", "rank 0", "plain", "dropout"])
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+def test_opcheck_of_products(options, adapter):
+    x, q, bias, a, b = operands(requires_grad=True, **options)
+    if adapter == "rank 0":
+        a, b = a.detach()[:0].requires_grad_(), b.detach()[:, :0].contiguous().requires_grad_()
+    dropout = 0.5 if adapter == "dropout" else 0.0
+    lora = (None, None) if adapter == "none" else (a, b)
+    lora = (*lora, -0.5, dropout, seed() if dropout else None)
+    torch.library.opcheck(ops.linear_forward, (x, *q.op_arguments(), bias, *lora))
+    torch.library.opcheck(ops.linear_forward, (x.detach()[0], *q.op_arguments(), None, *lora))
+    dy = torch.randn(2, 5, N)
+    for need_dx in (True, False):
+        arguments = (dy, *q.op_arguments(), *(t.detach() if isinstance(t, torch.Tensor) else t for t in lora), need_dx)
+        torch.library.opcheck(ops.linear_backward_input, arguments)
+    if adapter in ("plain", "dropout"):
+        u, v = torch.randn(10, RANK), torch.randn(10, RANK)
+        torch.library.opcheck(ops.lora_gradients, (x.detach(), dy, u, v, *lora[2:], torch.bfloat16))
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A layer as PEFT would call it, between things that a compiler fuses."""
+
+    def __init__(self, dropout=0.0, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = qn.nn.Linear4bit.from_linear(nn.Linear(K, N), **options)
+        self.a, self.b = nn.Parameter(torch.randn(RANK, K)), nn.Parameter(torch.randn(N, RANK))
+        self.dropout = dropout
+
+    def forward(self, x):
+        y = qn.linear(torch.tanh(x), self.base.quantized_weight, self.base.bias, self.a, self.b, 0.5, self.dropout)
+        return torch.sin(y) + self.base(x)
+
+
+def gradients_of(function, parameters, x):
+    torch.manual_seed(5)
+    y = function(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, *parameters))]
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_model_breaks_the_graph_or_differs(dropout, options):
+    block = Block(dropout, **options)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):  # the second time with a symbolic size
+        x = torch.randn(batch, 5, K, requires_grad=True)
+        for actual, expected in zip(*(gradients_of(f, parameters, x) for f in (compiled, block)), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_inductor_breaks_the_graph_or_differs():
+    block = Block()
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    x = torch.randn(2, 5, K, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True)
+    for actual, expected in zip(*(gradients_of(f, parameters, x) for f in (compiled, block)), strict=True):
+        torch.testing.assert_close(actual, expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), block(x))
+    dropping = torch.compile(Block(0.5), fullgraph=True)
+    first, second = dropping(x), dropping(x)
+    assert not torch.equal(first, second), "the mask is compiled in"
+    assert (first - block(x)).norm() < 2 * block(x).norm()
+
+
+def test_compiled_container_is_baked_in_or_breaks_the_graph():
+    x, q, bias, a, b = operands()
+    compiled = torch.compile(lambda x, q: qn.linear(x, q, bias), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, q), qn.linear(x, q, bias))
+    other = qn.quantize(torch.randn(N, K))
+    torch.testing.assert_close(compiled(x, other), qn.linear(x, other, bias))
+    decode = torch.compile(lambda q: q.dequantize(torch.float16), backend="aot_eager", fullgraph=True)
+    assert torch.equal(decode(q), q.dequantize(torch.float16))
+
+
+def test_exported_layer_differs():
+    block = Block().eval()
+    x = torch.randn(2, 5, K)
+    exported = torch.export.export(block, (x,)).module()
+    torch.testing.assert_close(exported(x), block(x))
+
+
+# ---- checkpointing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_gradient_differs(dropout, use_reentrant):
+    block = Block(dropout)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    x = torch.randn(2, 5, K, requires_grad=True)
+
+    def gradients(function):
+        torch.manual_seed(5)
+        for leaf in (x, *parameters):
+            leaf.grad = None
+        function(x).square().sum().backward()
+        return [leaf.grad.clone() for leaf in (x, *parameters)]
+
+    expected = gradients(block)
+    actual = gradients(lambda x: checkpoint(block, x, use_reentrant=use_reentrant))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_mask_is_not_a_function_of_the_seed():
+    x, q, _, a, b = operands()
+
+    def dropped(seed):
+        torch.manual_seed(seed)
+        return qn.linear(x, q, None, a, b, 1.0, 0.5)
+
+    assert torch.equal(dropped(1), dropped(1))
+    assert not torch.equal(dropped(1), dropped(2))
+    torch.manual_seed(1)
+    first = qn.linear(x, q, None, a, b, 1.0, 0.5)
+    assert not torch.equal(qn.linear(x, q, None, a, b, 1.0, 0.5), first), "two calls, one mask"
+
+
+# ---- autocast, grad modes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_differs_from_that_of_f_linear(dtype):
+    x, q, bias, a, b = operands(requires_grad=True)
+    with torch.autocast(device_type="cpu", dtype=dtype):
+        y = qn.linear(x, q, bias, a, b, 0.5)
+        dense = nn.functional.linear(x, q.dequantize(torch.float32), bias)
+        assert y.dtype == dense.dtype == dtype
+        assert torch.equal(qn.linear(x, q), qn.linear(x.to(dtype), q))
+    expected = qn.linear(x.to(dtype), q, bias, a, b, 0.5)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    leaves = (x, bias, a, b)
+    for actual, wanted, leaf in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), leaves, strict=True
+    ):
+        assert actual.dtype == leaf.dtype
+        assert torch.equal(actual, wanted)
+    with torch.autocast(device_type="cpu", dtype=dtype, enabled=False):
+        assert qn.linear(x, q).dtype == torch.float32
+
+
+def test_grad_mode_changes_the_result_or_is_ignored():
+    x, q, bias, a, b = operands(requires_grad=True)
+    y = qn.linear(x, q, bias, a, b)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert not qn.linear(x, q, bias, a, b).requires_grad
+        assert torch.equal(qn.linear(x, q, bias, a, b), y)
+    with torch.inference_mode():
+        inferred = qn.linear(x, q, bias, a, b)
+        assert inferred.is_inference()
+        assert torch.equal(inferred, y)
+        made_here = qn.quantize(torch.randn(N, K))
+    assert qn.linear(x.detach(), made_here).shape == (2, 5, N)
+    assert not qn.linear(x.detach(), q).requires_grad
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias", "a", "b"])
+def test_gradient_alone_differs(wanted):
+    x, q, bias, a, b = operands(requires_grad=True)
+    leaves = {"x": x, "bias": bias, "a": a, "b": b}
+    dy = torch.randn(2, 5, N)
+    expected = dict(
+        zip(leaves, torch.autograd.grad(qn.linear(x, q, bias, a, b), tuple(leaves.values()), dy), strict=True)
+    )
+    alone = {name: leaf if name == wanted else leaf.detach() for name, leaf in leaves.items()}
+    y = qn.linear(alone["x"], q, alone["bias"], alone["a"], alone["b"])
+    assert torch.equal(torch.autograd.grad(y, alone[wanted], dy)[0], expected[wanted])
+
+
+def test_gradcheck_of_the_adapter():
+    """The formula against finite differences, in fp32: W and the adapter are not rounded."""
+    x, q, bias, a, b = operands(requires_grad=True)
+    leaves = (x, bias, a, b)
+    torch.manual_seed(1)
+    dy = torch.randn(2, 5, N)
+    gradients = torch.autograd.grad(qn.linear(*(x, q, bias, a, b), 0.5), leaves, dy)
+    for i, gradient in enumerate(gradients):
+        direction = torch.randn_like(leaves[i])
+        moved = []
+        for step in (0.5, -0.5):  # y is linear in each: any step will do
+            changed = [leaf.detach() + step * direction if j == i else leaf.detach() for j, leaf in enumerate(leaves)]
+            y = qn.linear(changed[0], q, *changed[1:], 0.5)
+            moved.append((y.double() * dy.double()).sum().item())
+        assert moved[0] - moved[1] == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-2)
+
+
+def test_second_derivative_is_wrong_without_a_word():
+    x, q, bias, a, b = operands(requires_grad=True)
+    y = qn.linear(x, q, bias, a, b)
+    (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected to be differentiated once, got a second derivative"):
+        torch.autograd.grad(da.sum(), b)
+
+
+def test_weight_takes_part_in_autograd():
+    weight = torch.randn(N, K, requires_grad=True)
+    q = qn.quantize(weight)
+    assert not any(tensor.requires_grad for tensor in q.tensors().values())
+    assert not q.dequantize().requires_grad
+
+
+def test_activations_are_kept_for_backward_without_need():
+    x, q, bias, a, b = operands(requires_grad=True)
+
+    def kept(*arguments):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            qn.linear(*arguments)
+        return saved
+
+    def keeps_x(saved):
+        return any(t.data_ptr() == x.data_ptr() for t in saved)
+
+    assert keeps_x(kept(x, q, bias, a, b))
+    assert not keeps_x(kept(x, q, bias)), "a product with a frozen weight needs no x"
+    assert not keeps_x(kept(x, q, bias, a.detach(), b.detach()))
+    assert not kept(x.detach(), q)
+    decoded = N * K
+    assert max(t.numel() * t.element_size() for t in kept(x, q, bias, a, b)) < 4 * decoded
