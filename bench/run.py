@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cases as data
 
@@ -80,20 +81,59 @@ def selected(args: argparse.Namespace, shape: tuple[int, int]) -> list[data.Case
 
 def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits: dict[str, float]) -> dict:
     """A row of the report. `bandwidth` in bytes/s, as it was while the case ran."""
-    memory_s, arithmetic_s = case.bytes / bandwidth, case.flops / limits[case.dtype] if case.M else 0.0
-    return {
+    row = {
         **dataclasses.asdict(case),
         "name": case.name,
         "bytes": case.bytes,
         "flops": case.flops,
-        "bound": "memory" if memory_s >= arithmetic_s else "arithmetic",
         "bandwidth": bandwidth,
-        "limit_us": 1e6 * max(memory_s, arithmetic_s),
         "times": {
             name: {"us": 1e6 * t.median, "best_us": 1e6 * t.best, "calls": t.calls, "error": errors.get(name)}
             for name, t in times.items()
         },
     }
+    set_limit(row, limits)
+    return row
+
+
+def set_limit(row: dict, limits: dict[str, float]) -> None:
+    """Set `limit_us` and `bound`: which of memory and arithmetic it is."""
+    memory_s, arithmetic_s = row["bytes"] / row["bandwidth"], row["flops"] / limits[row["dtype"]]
+    row["bound"] = "memory" if memory_s >= arithmetic_s else "arithmetic"
+    row["limit_us"] = 1e6 * max(memory_s, arithmetic_s)
+
+
+def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, result: dict) -> None:
+    """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
+    from checks import WrongResult
+    from contest import Weights, contestants
+    from machine import PROBE_BYTES
+    from report import Table
+    from timing import alternate, set_allocator
+
+    table = Table()
+    # Kept memory comes last: the heap that it leaves behind would serve every later block.
+    for kept in (False, True):
+        setup, timed = ("kept", "kept") if kept else ("setup", "default")
+        for shape in args.shapes:
+            chosen = [case for case in selected(args, shape) if (case.memory == "kept") == kept]
+            if not chosen or (not set_allocator(setup) and kept):
+                continue
+            weights = Weights(shape)
+            for case in chosen:
+                try:
+                    found, errors = contestants(case, weights, adapters)
+                except WrongResult as error:
+                    result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
+                    print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
+                    continue
+                copying = case.operation in ("quantize", "dequantize")
+                set_allocator(timed)
+                times, probe = alternate(found, probes.copy if copying else probes.read, args.budget)
+                set_allocator(setup)
+                bandwidth = PROBE_BYTES * (2 if copying else 1) / probe.median
+                result["rows"].append(row_of(case, times, bandwidth, errors, result["limits"]))
+                print(table.line(result["rows"][-1]), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,45 +145,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     import machine
     import memory
     import report
-    from checks import WrongResult
-    from contest import Weights, contestants
     from peers import DEFAULT, load
-    from timing import alternate, keep_freed_memory
+    from timing import set_allocator
 
     torch.set_grad_enabled(False)
     adapters, missing = load(DEFAULT if args.peers is None else args.peers)
     result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
+    set_allocator("setup")
     others = machine.Others()
     probes = machine.Probes()
     result["limits"] = machine.limits(probes, args.dtypes)
     print(report.heading(result), flush=True)
-    table = report.Table()
+    measure_table(args, adapters, probes, result)
 
-    # The allocator can be changed once, one way: first every case that runs with it as it comes.
-    for kept in (False, True):
-        chosen = {
-            shape: [case for case in selected(args, shape) if (case.memory == "kept") == kept] for shape in args.shapes
-        }
-        if kept and any(chosen.values()) and not keep_freed_memory():
-            print("this C library cannot keep freed memory: those cases are left out", file=sys.stderr)
-            break
-        for shape, shape_cases in chosen.items():
-            weights = Weights(shape) if shape_cases else None
-            for case in shape_cases:
-                copying = case.operation in ("quantize", "dequantize")
-                try:
-                    found, errors = contestants(case, weights, adapters)
-                except WrongResult as error:
-                    result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
-                    print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
-                    continue
-                times, probe = alternate(found, probes.copy if copying else probes.read, args.budget)
-                moved = machine.PROBE_BYTES * (2 if copying else 1)
-                result["rows"].append(row_of(case, times, moved / probe.median, errors, result["limits"]))
-                print(table.line(result["rows"][-1]), flush=True)
-
-    result["limits_after"] = machine.limits(probes, args.dtypes)  # how much the machine itself changed meanwhile
-    print("\n" + report.limits(result["limits_after"], "limits at the end"))
+    # The machine's speed changes while the table is measured: of two looks, the better one is the limit.
+    before, after = result["limits"], machine.limits(probes, args.dtypes)
+    result |= {"limits_before": before, "limits_after": after, "limits": {k: max(before[k], after[k]) for k in before}}
+    for row in result["rows"]:
+        set_limit(row, result["limits"])
+    print("\n" + report.limits(after, "limits at the end"))
 
     if "memory" in args.operations and not args.quick:
         for row in memory.measure():

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-MIN_CALLS = 3
+MIN_CALLS = 5
 MAX_CALLS = 60
 # An idle libgomp worker spins for a few milliseconds before it sleeps.
 PAUSE_S = 0.003
@@ -55,7 +55,8 @@ def alternate(
     """Time the contestants in turn.
 
     Args:
-        contestants: each is called with the number of the call, from which it picks its copy of the weight.
+        contestants: each is called with the number of the call, from which it picks its copy of the weight. All have
+            run before, when their results were checked.
         probe: runs (timed) before every call: see above.
         budget_s: seconds for all together. Each gets an equal share of it but at least MIN_CALLS calls, so a slow one
             is called less often than a fast one; its calls are spread over the whole time.
@@ -76,8 +77,7 @@ def alternate(
     probes: list[float] = []
     calls, warm = {}, {}
     for name, call in contestants.items():
-        call(0)  # untimed: allocates, compiles, starts threads
-        seconds = timed(call, 1)
+        seconds = timed(call, 0)
         warm[name] = seconds < WARM_BELOW_S
         seconds += pause_s + timed(probe) + warm[name] * seconds
         calls[name] = int(min(max(budget_s / len(contestants) / seconds, MIN_CALLS), MAX_CALLS))
@@ -102,19 +102,28 @@ def alternate(
     return {name: Times.of(times) for name, times in samples.items()}, Times.of(probes)
 
 
-def keep_freed_memory() -> bool:
-    """Make the C allocator keep freed memory from now on (there is no way back), so that no later call page-faults.
+def set_allocator(mode: str) -> bool:
+    """Tell the C allocator what to do with freed memory, so that the figures do not depend on what ran before.
 
-    glibc takes every block of 32 MB or more straight from the system and gives it back at once; the page faults of
-    32 MB cost 10 ms, several times what dequantizing a 4096x4096 weight takes. Programs differ in this (another malloc,
-    huge pages), so both ways are measured.
+    Blocks from some size on glibc takes from the system and gives back when they are freed; smaller ones it keeps.
+    The page faults of 32 MB cost 10 ms, several times what dequantizing a 4096x4096 weight takes. That size begins at
+    128 KB and grows with use to 32 MB; and a freed heap of the right size is used for any block. Hence:
+
+    - "setup": blocks of 1 MB and more come from the system. For the weights, so that they leave no heap behind.
+    - "default": blocks of 32 MB and more do, which is where glibc's own growth ends.
+    - "kept": none do and nothing is given back, as with other allocators.
 
     Returns:
         Whether this C library offers it.
     """
-    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from <malloc.h>
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # from <malloc.h>
+    options = {
+        "setup": {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 1 << 20, M_TRIM_THRESHOLD: 64 << 20},
+        "default": {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20},
+        "kept": {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1},
+    }[mode]
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return all([mallopt(option, value) for option, value in options.items()])

@@ -72,8 +72,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--dropout: expected a number in [0, 1), got {args.dropout}")
     if args.data is not None and not args.data.is_file():
         parser.error(f"--data: no file {args.data}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: this torch sees no CUDA device")
     if args.target_modules == ["all-linear"]:
         args.target_modules = "all-linear"
     if args.model is None:
@@ -83,7 +83,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
     if args.dtype is None:
         # Processors without bf16 instructions emulate it, several times slower than fp32.
-        bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or os.uname().machine == "aarch64"
+        bf16 = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
         args.dtype = "bfloat16" if bf16 else "float32"
     return args
 
@@ -201,16 +201,16 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 def start_peak_memory(device: str) -> None:
     """Count the peak from here on, where the system can; elsewhere it is the peak of the whole process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: "5" resets the resident set's high-water mark
 
 
 def peak_memory(device: str) -> int:
     """Bytes: allocated by torch on a GPU, resident in memory on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -229,7 +229,7 @@ def plot(losses: list[float], before: float, after: float, path: Path) -> None:
     smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step")
     axes.plot(steps, smooth, color="C0", linewidth=2, label="training, mean of 10 steps")
-    axes.plot([0, len(losses)], [before, after], "o--", color="C3", linewidth=1, label="held out")
+    axes.plot([0, len(losses)], [before, after], "o", color="C3", label="held out, before and after")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title="QLoRA fine-tune")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True):
-        print(f"\n{prompt}\n  before: {old}\n  after:  {new}")
+        print(f"\n{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
 
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix=".partial-") as folder:
