@@ -46,11 +46,11 @@ struct LinearBackwardInputArgs {
 void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
 
 struct LoraGradientsArgs {
-  LoraView lora;     // a and b are not read
-  ConstMatrix x;     // [M, K]
-  ConstMatrix dy;    // [M, N] in x's dtype
-  ConstMatrix u;     // [M, rank] as linear_forward gave it
-  ConstMatrix v;     // [M, rank] as linear_backward_input gave it
+  LoraView lora;       // a and b are not read
+  ConstMatrix x;       // [M, K]
+  ConstMatrix dy;      // [M, N] in x's dtype
+  ConstMatrix u;       // [M, rank] as linear_forward gave it
+  ConstMatrix v;       // [M, rank] as linear_backward_input gave it
   void* da = nullptr;  // out, [rank, K] in lora.dtype, contiguous; or null
   void* db = nullptr;  // out, [N, rank] in lora.dtype, contiguous; or null
 };

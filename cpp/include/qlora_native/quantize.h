@@ -20,11 +20,11 @@ struct QuantizeArgs {
   const void* weight = nullptr;  // [elements], contiguous
   DType dtype = DType::f32;
   std::int64_t elements = 0;
-  int bits = 4;                   // 4: nearest of code[16]; 8: round(127 * w / absmax), half to even
-  int blocksize = 64;             // a power of two, 32 ... 4096
-  const float* code = nullptr;    // [16], ascending or "fp4"'s; not used with 8 bits
-  std::uint8_t* codes = nullptr;  // out, [ceil(elements * bits / 8)]
-  float* absmax = nullptr;        // out, [ceil(elements / blocksize)]
+  int bits = 4;                     // 4: nearest of code[16]; 8: round(127 * w / absmax), half to even
+  int blocksize = 64;               // a power of two, 32 ... 4096
+  const float* code = nullptr;      // [16], ascending or "fp4"'s; not used with 8 bits
+  std::uint8_t* codes = nullptr;    // out, [ceil(elements * bits / 8)]
+  float* absmax = nullptr;          // out, [ceil(elements / blocksize)]
   NonFinite* non_finite = nullptr;  // out. If it reports any, codes and absmax are not to be used.
 };
 void quantize(const QuantizeArgs& args, const Stream& stream = {});

@@ -49,13 +49,13 @@ struct QuantizedWeightView {
   std::int64_t N = 0;
   std::int64_t K = 0;
   int bits = 4;
-  int blocksize = 64;                       // a power of two, 32 ... 4096
-  const std::uint8_t* codes = nullptr;      // [ceil(N*K * bits / 8)]
-  const void* absmax = nullptr;             // [blocks] float, or uint8 when nested_absmax is given
-  const float* code = nullptr;              // [16]; not used with 8 bits
-  const float* nested_absmax = nullptr;     // [ceil(blocks / nested_blocksize)] or null
-  const float* nested_code = nullptr;       // [256], with nested_absmax
-  const float* offset = nullptr;            // [1], with nested_absmax
+  int blocksize = 64;                    // a power of two, 32 ... 4096
+  const std::uint8_t* codes = nullptr;   // [ceil(N*K * bits / 8)]
+  const void* absmax = nullptr;          // [blocks] float, or uint8 when nested_absmax is given
+  const float* code = nullptr;           // [16]; not used with 8 bits
+  const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)] or null
+  const float* nested_code = nullptr;    // [256], with nested_absmax
+  const float* offset = nullptr;         // [1], with nested_absmax
   int nested_blocksize = 256;
 
   std::int64_t elements() const { return N * K; }
