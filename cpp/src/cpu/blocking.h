@@ -1,5 +1,5 @@
 // How the cpu products are cut into blocks: a cache model in plain scalar code, so that it can be read and tested.
-// No choice here changes a result, except that the forward product sums K in blocks of Dot::kRestart.
+// Where a sum starts afresh is not decided here, so that no choice changes a result.
 #pragma once
 
 #include <cstdint>

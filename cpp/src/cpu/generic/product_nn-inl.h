@@ -24,6 +24,12 @@ struct ProductNn {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t panel_floats;
     std::int64_t tasks_per_thread;
+
+    // Units of a panel. The sums start afresh with each, so it must not depend on how wide a task's tile really is,
+    // which follows the number of threads.
+    constexpr std::int64_t step() const {
+      return smaller<std::int64_t>(panel_floats / kChunk / chunks, Dot::kRestart / Dot::kElementsPerUnit);
+    }
   };
   static constexpr Tiling tiling(std::int64_t rows) {
     if (rows <= 32) return {32, kMostPanelFloats, 1};
@@ -252,6 +258,7 @@ struct ProductNn {
   struct Part {
     const Groups& groups;
     std::int64_t g0, g1, c0, c1;
+    std::int64_t step;  // units of a panel
     std::int64_t panel_floats;
     float* panels;  // two
     float* sums;
@@ -266,8 +273,7 @@ struct ProductNn {
   template <class Rows>
   static void multiply(const Rows& w, const float* left, const Part& part, bool accumulate) {
     const std::int64_t units = units_of(w.rows());
-    const std::int64_t step =
-        smaller<std::int64_t>(part.panel_floats / kChunk / part.width(), Dot::kRestart / Dot::kElementsPerUnit);
+    const std::int64_t step = part.step;
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
     const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * part.panel_floats; };
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
@@ -313,7 +319,8 @@ struct ProductNn {
       float* panels = reinterpret_cast<float*>(scratch(
           Slot::thread,
           static_cast<std::size_t>(2 * tiles.panel_floats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
-      const Part part{groups, g0, g1, c0, c1, tiles.panel_floats, panels, panels + 2 * tiles.panel_floats};
+      const Part part{
+          groups, g0, g1, c0, c1, tiles.step(), tiles.panel_floats, panels, panels + 2 * tiles.panel_floats};
       if (lora != nullptr) {
         multiply(lora->a, lora->v, part, false);
         if (lora->dropout) drop(*lora, part);
