@@ -15,7 +15,8 @@ struct DotBf16 {
   static constexpr int kElementsPerUnit = 2;
   static constexpr int kUnits = kChunk / kElementsPerUnit;
   static constexpr int kVectors = kUnits / kLanes;
-  static constexpr std::int64_t kRestart = 1024;  // see DotF32; the rounding of the result hides a longer chain
+  static constexpr std::int64_t kRestart = 1024;  // the rounding of the result hides a longer chain
+  static constexpr std::int64_t kBlock = 1024;
 
   struct Chunk {
     F32 v[kVectors];

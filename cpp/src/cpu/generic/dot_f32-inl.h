@@ -20,8 +20,10 @@ struct DotF32 {
   static constexpr int kUnits = kChunk / kElementsPerUnit;  // of a chunk
   static constexpr int kVectors = kUnits / kLanes;
   static constexpr int kGroup = 2 * kLanes;  // elements that share an even and an odd vector
-  // Sums start afresh after so many elements: a long chain of fp32 additions would lose what a blocked one keeps.
-  static constexpr std::int64_t kRestart = 256;
+  // Sums start afresh after so many elements: a long chain of fp32 additions loses what the short ones of a dense
+  // product keep.
+  static constexpr std::int64_t kRestart = 64;
+  static constexpr std::int64_t kBlock = 256;  // elements of the inner dimension that are decoded at once
 
   struct Chunk {
     F32 v[kVectors];

@@ -28,7 +28,7 @@ struct ProductNn {
     // Units of a panel. The sums start afresh with each, so it must not depend on how wide a task's tile really is,
     // which follows the number of threads.
     constexpr std::int64_t step() const {
-      return smaller<std::int64_t>(panel_floats / kChunk / chunks, Dot::kRestart / Dot::kElementsPerUnit);
+      return smaller<std::int64_t>(panel_floats / kChunk / chunks, Dot::kBlock / Dot::kElementsPerUnit);
     }
   };
   static constexpr Tiling tiling(std::int64_t rows) {
@@ -223,16 +223,20 @@ struct ProductNn {
   template <int kRows, class Decoding>
   static void group(const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors,
                     float* sums, bool accumulate, Decoding& decoding) {
-    for (int j = 0; j < vectors; j += kColumnStep) {
-      const float* columns = panel + j * kLanes;
-      float* out = sums + j * kLanes;
-      if (vectors - j == 1)
-        tile<kRows, 1>(left, stride, columns, units, out, accumulate, decoding);
-      else if (vectors - j == 2 || kColumnStep == 2)
-        tile<kRows, 2>(left, stride, columns, units, out, accumulate, decoding);
-      else
-        tile<kRows, kColumnStep>(left, stride, columns, units, out, accumulate, decoding);
-    }
+    constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
+    for (int j = 0; j < vectors; j += kColumnStep)
+      for (std::int64_t unit = 0; unit < units; unit += kChain) {
+        const float* columns = panel + unit * kChunk + j * kLanes;
+        const std::int64_t count = smaller(kChain, units - unit);
+        float* out = sums + j * kLanes;
+        const bool add = accumulate || unit != 0;
+        if (vectors - j == 1)
+          tile<kRows, 1>(left + unit, stride, columns, count, out, add, decoding);
+        else if (vectors - j == 2 || kColumnStep == 2)
+          tile<kRows, 2>(left + unit, stride, columns, count, out, add, decoding);
+        else
+          tile<kRows, kColumnStep>(left + unit, stride, columns, count, out, add, decoding);
+      }
   }
   template <class Decoding>
   static void group(int rows, const float* left, std::int64_t stride, const float* panel, std::int64_t units,

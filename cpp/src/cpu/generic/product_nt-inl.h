@@ -31,9 +31,8 @@ class Strips {
 template <class Dot>
 struct ProductNt {
   using Chunk = typename Dot::Chunk;
-  // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache, and the
-  // sums start afresh.
-  static constexpr std::int64_t kBlockChunks = Dot::kRestart / kChunk;
+  // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
+  static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
   static constexpr std::int64_t kWidestTile = 64;                 // rows of W
@@ -188,8 +187,11 @@ struct ProductNt {
   static void strip(const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
                     bool accumulate, Decoding& decoding) {
     constexpr int kRows = std::is_same_v<Decoding, NoDecoder> ? kRowsOfStrip[kWidth] : kRowsOfDecodingStrip[kWidth];
+    constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
     for (std::int64_t n = 0; n < rows; n += kRows)
-      tile<kWidth, kRows>(x, panel + n * kPanelStride, units, sums + n * kWidth * kLanes, accumulate, decoding);
+      for (std::int64_t unit = 0; unit < units; unit += kChain)
+        tile<kWidth, kRows>(x + unit * kWidth * kLanes, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
+                            sums + n * kWidth * kLanes, accumulate || unit != 0, decoding);
   }
   template <class Decoding>
   static void strip(int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
