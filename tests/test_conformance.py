@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qlora_native as qn
-from qlora_native.testing import assert_close_by_norm, assert_error_ratio
+from qlora_native.testing import RATIO_ELEMENTS, assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7
 
@@ -139,4 +139,6 @@ def test_product_or_gradient_is_wrong(case):
     for name, result in actual.items():
         assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
         assert_close_by_norm(name, result, exact[name], tolerance[name])
-        assert_error_ratio(name, result, dense[name], exact[name])
+        # The adapter's gradients carry the errors of U and V, of M * rank elements: few of them are no statistic.
+        if name not in ("da", "db") or case.M * case.rank >= RATIO_ELEMENTS:
+            assert_error_ratio(name, result, dense[name], exact[name])
