@@ -69,24 +69,45 @@ struct FewRows {
     }
   };
 
-  // out[m][n] = scale * (sum of products) + bias[n] for rows n ... n+count-1 of W, kRows of them at a time.
-  template <int kM, int kRows, class Rows, class Write>
+  // So many rows of W at a time: their chunks should fit the registers, and the rows share what is loaded of x.
+  template <int kM>
+  static constexpr int kRowsOf = Dot::kVectors * 4 <= 16 && kM * 4 <= kRegisters / 2 ? 4 : 2;
+  // Sums for each row of x and of W: two multiply-adds begin in a cycle and take four, so eight keep them busy.
+  template <int kM>
+  static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kVectors);
+
+  // out[m][n] = scale * (sum of products) + bias[n] for rows n ... n+count-1 of W, kRowsOf<kM> of them at most.
+  template <int kM, class Rows, class Write>
   static void dot_rows(const Rows& w, std::int64_t n, int count, const float* x, const LowRank* lora, Write&& write) {
-    F32 sum[kRows][kM];
+    constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
+    F32 sum[kRows][kM][kParts];
 #pragma GCC unroll 8
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) sum[j][m] = zero();
+      for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+        for (int i = 0; i < kParts; ++i) sum[j][m][i] = zero();
     const auto multiply = [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
       const float* units = x + c * kM * Dot::kUnits;
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) {
+        // In registers: as far as the compiler knows x might lie where the sums do, and each had to be stored at once.
+        F32 part[kRows][kParts];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) part[j][i] = sum[j][m][i];
 #pragma GCC unroll 8
         for (int i = 0; i < Dot::kVectors; ++i) {
           const F32 value = load(units + m * Dot::kUnits + i * kLanes);
 #pragma GCC unroll 8
-          for (int j = 0; j < kRows; ++j) sum[j][m] = Dot::dot(sum[j][m], value, chunk[j].v[i]);
+          for (int j = 0; j < kRows; ++j) part[j][i % kParts] = Dot::dot(part[j][i % kParts], value, chunk[j].v[i]);
         }
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) sum[j][m][i] = part[j][i];
+      }
     };
     // The rows after these are next in memory, and next to be read.
     w.template chunks<kRows, 1>(n, count, 0, ceil_div(w.cols(), kChunk), multiply, kRows * w.row_bytes());
@@ -94,21 +115,24 @@ struct FewRows {
       for (int j = 0; j < count; ++j)
         for (std::int64_t r = 0; r < lora->b.cols; r += kLanes) {
           const F32 b = lora->row(n + j, r);
-          for (int m = 0; m < kM; ++m) sum[j][m] = fma(b, load(lora->u + m * lora->padded_rank + r), sum[j][m]);
+          for (int m = 0; m < kM; ++m) sum[j][m][0] = fma(b, load(lora->u + m * lora->padded_rank + r), sum[j][m][0]);
         }
     for (int j = 0; j < count; ++j)
-      for (int m = 0; m < kM; ++m) write(m, n + j, reduce_add(sum[j][m]));
+      for (int m = 0; m < kM; ++m) {
+        for (int i = 1; i < kParts; ++i) sum[j][m][0] = add(sum[j][m][0], sum[j][m][i]);
+        write(m, n + j, reduce_add(sum[j][m][0]));
+      }
   }
 
   // All rows of W, in tasks.
   template <int kM, class Rows, class Write>
   static void multiply(const Rows& w, const float* x, const LowRank* lora, Write&& write) {
-    constexpr int kRows = kM * 4 <= kRegisters / 2 ? 4 : kM * 2 <= kRegisters / 2 ? 2 : 1;
+    constexpr int kRows = kRowsOf<kM>;
     constexpr std::int64_t kTaskRows = 32;
     parallel_for(ceil_div(w.rows(), kTaskRows), [&](std::int64_t task) {
       const std::int64_t end = smaller((task + 1) * kTaskRows, w.rows());
       for (std::int64_t n = task * kTaskRows; n < end; n += kRows)
-        dot_rows<kM, kRows>(w, n, static_cast<int>(smaller<std::int64_t>(kRows, end - n)), x, lora, write);
+        dot_rows<kM>(w, n, static_cast<int>(smaller<std::int64_t>(kRows, end - n)), x, lora, write);
     });
   }
   template <class Rows, class Write>
