@@ -81,8 +81,8 @@ class QuantizedRows {
 
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
-  // Every chunk of 64 lies in one block and begins in a high nibble.
-  bool aligned() const { return aligned_; }
+  // Every chunk is whole, lies in one block and begins in a high nibble.
+  bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
   // The scales of the chunks c0 ... c1-1 (at most kSegment) of row n.
   void chunk_scales(std::int64_t n, std::int64_t c0, std::int64_t c1, float* out) const {
     const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
