@@ -210,8 +210,9 @@ template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;  // rows of W
-  static constexpr std::int64_t kMostStrips = 11;   // about 512 rows, whose sums stay in the second-level cache
-  static constexpr std::int64_t kFewestStrips = 3;  // about 128 rows: below, decoding again would show
+  static constexpr std::int64_t kStripRows = 3 * kLanes;
+  static constexpr std::int64_t kMostStrips = 528 / kStripRows;    // rows whose sums stay in the second-level cache
+  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // fewer rows, and decoding again would show
 
   template <class Rows>
   static void forward(const Rows& w, const LinearForwardArgs& args) {
