@@ -127,12 +127,17 @@ struct ProductNn {
     }
     // Asks for part i of n of the codes after these ones. Evenly over all groups: the first one alone would ask for
     // more than memory gives.
-    void prefetch(std::int64_t i, std::int64_t n) const {
+    void prefetch(std::int64_t i, std::int64_t n) {
       if (after_ == nullptr) return;
-      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64),
-                         lines = units_ * kUnitRows * lines_of_row;
-      for (std::int64_t line = lines * i / n; line < lines * (i + 1) / n; ++line)
-        __builtin_prefetch(after_ + line / lines_of_row * w_.row_bytes() + line % lines_of_row * 64, 0, 2);
+      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64);
+      const std::int64_t end = units_ * kUnitRows * lines_of_row * (i + 1) / n;
+      for (; asked_ < end; ++asked_) {
+        __builtin_prefetch(after_ + line_ * 64, 0, 2);
+        if (++line_ == lines_of_row) {
+          line_ = 0;
+          after_ += w_.row_bytes();
+        }
+      }
     }
     void finish() {
       if (!stepwise_) return decode_panel(w_, u0_, u0_ + units_, c0_, c0_ + width_, panel_);
@@ -163,7 +168,9 @@ struct ProductNn {
     float* panel_;
     bool stepwise_;
     const std::uint8_t* codes_ = nullptr;
+    // What is asked for next: a line of a row; and so many lines were asked for.
     const std::uint8_t* after_ = nullptr;
+    std::int64_t line_ = 0, asked_ = 0;
     // The next step: chunks chunk_ and chunk_ + 1 of a unit; so many units are left of these chunks.
     std::int64_t chunk_ = 0, left_ = 0;
     const std::uint8_t* from_ = nullptr;
@@ -173,7 +180,7 @@ struct ProductNn {
   };
   struct NoDecoder {
     void step() {}
-    void prefetch(std::int64_t, std::int64_t) const {}
+    void prefetch(std::int64_t, std::int64_t) {}
   };
 
   // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
