@@ -11,45 +11,40 @@
 
 namespace qlora_native {
 
-inline void check(bool ok, const std::string& argument, const std::string& expected, const std::string& got) {
-  if (!ok) throw Error(argument, expected, got);
-}
-
-inline void check_pointer(const void* pointer, bool needed, const std::string& argument) {
+inline void check_pointer(const void* pointer, bool needed, const char* argument) {
   check(pointer != nullptr || !needed, argument, "a pointer", "null");
 }
 
-inline void check_bits(int bits, const std::string& argument) {
-  check(bits == 4 || bits == 8, argument, "4 or 8", std::to_string(bits));
-}
+inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
 
-inline void check_blocksize(int blocksize, const std::string& argument) {
+inline void check_blocksize(int blocksize, const char* argument) {
   check(blocksize >= 32 && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)), argument,
-        "a power of two, 32 ... 4096", std::to_string(blocksize));
+        "a power of two, 32 ... 4096", blocksize);
 }
 
 // The values are read where the host can: on the cpu.
-inline void check_code(const float* code, int bits, const Stream& stream, const std::string& argument) {
+inline void check_code(const float* code, int bits, const Stream& stream, const char* argument) {
   if (bits == 8) return;
   check_pointer(code, true, argument);
   if (stream.device != Device::cpu) return;
   for (int i = 0; i < 16; ++i) {
-    check(std::isfinite(code[i]), argument, "16 finite values", std::to_string(code[i]) + " at " + std::to_string(i));
+    check(std::isfinite(code[i]), argument, "16 finite values",
+          [&] { return std::to_string(code[i]) + " at " + std::to_string(i); });
   }
 }
 
 inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
-  check(w.N >= 1, "weight.N", ">= 1", std::to_string(w.N));
-  check(w.K >= 1, "weight.K", ">= 1", std::to_string(w.K));
+  check(w.N >= 1, "weight.N", ">= 1", w.N);
+  check(w.K >= 1, "weight.K", ">= 1", w.K);
   check(w.N <= std::numeric_limits<std::int64_t>::max() / 8 / w.K, "weight.N", "N * K below 2^60",
-        std::to_string(w.N) + " * " + std::to_string(w.K));
+        [&] { return std::to_string(w.N) + " * " + std::to_string(w.K); });
   check_bits(w.bits, "weight.bits");
   check_blocksize(w.blocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
   check_pointer(w.absmax, true, "weight.absmax");
   check_code(w.code, w.bits, stream, "weight.code");
   if (w.nested_absmax != nullptr) {
-    check(w.nested_blocksize >= 1, "weight.nested_blocksize", ">= 1", std::to_string(w.nested_blocksize));
+    check(w.nested_blocksize >= 1, "weight.nested_blocksize", ">= 1", w.nested_blocksize);
     check_pointer(w.nested_code, true, "weight.nested_code");
     check_pointer(w.offset, true, "weight.offset");
   }
@@ -57,22 +52,22 @@ inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
 
 template <class Pointer>
 void check_matrix(const BasicMatrix<Pointer>& matrix, std::int64_t rows, std::int64_t cols, DType dtype,
-                  const std::string& argument) {
+                  const char* argument) {
   const auto shape = [](std::int64_t r, std::int64_t c) {
     return "[" + std::to_string(r) + ", " + std::to_string(c) + "]";
   };
-  check(matrix.rows == rows && matrix.cols == cols, argument, shape(rows, cols), shape(matrix.rows, matrix.cols));
-  check(matrix.dtype == dtype, argument + ".dtype", name_of(dtype), name_of(matrix.dtype));
-  check(rows <= 1 || matrix.stride >= cols, argument + ".stride", ">= " + std::to_string(cols),
-        std::to_string(matrix.stride));
-  check_pointer(matrix.data, rows > 0 && cols > 0, argument + ".data");
+  const std::string name = argument;
+  if (matrix.rows != rows || matrix.cols != cols) throw Error(name, shape(rows, cols), shape(matrix.rows, matrix.cols));
+  if (matrix.dtype != dtype) throw Error(name + ".dtype", name_of(dtype), name_of(matrix.dtype));
+  if (rows > 1 && matrix.stride < cols)
+    throw Error(name + ".stride", ">= " + std::to_string(cols), std::to_string(matrix.stride));
+  if (matrix.data == nullptr && rows > 0 && cols > 0) throw Error(name + ".data", "a pointer", "null");
 }
 
 inline void check_lora(const LoraView& lora) {
-  check(lora.rank >= 0, "lora.rank", ">= 0", std::to_string(lora.rank));
-  check(std::isfinite(lora.scaling), "lora.scaling", "a finite value", std::to_string(lora.scaling));
-  check(lora.dropout >= 0.0f && lora.dropout < 1.0f, "lora.dropout", "a probability in [0, 1)",
-        std::to_string(lora.dropout));
+  check(lora.rank >= 0, "lora.rank", ">= 0", lora.rank);
+  check(std::isfinite(lora.scaling), "lora.scaling", "a finite value", lora.scaling);
+  check(lora.dropout >= 0.0f && lora.dropout < 1.0f, "lora.dropout", "a probability in [0, 1)", lora.dropout);
 }
 
 }  // namespace qlora_native

@@ -6,7 +6,7 @@
 namespace qlora_native {
 
 void quantize(const QuantizeArgs& args, const Stream& stream) {
-  check(args.elements >= 0, "elements", ">= 0", std::to_string(args.elements));
+  check(args.elements >= 0, "elements", ">= 0", args.elements);
   check_bits(args.bits, "bits");
   check_blocksize(args.blocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
@@ -18,8 +18,8 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
 }
 
 void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
-  check(args.blocks >= 0, "blocks", ">= 0", std::to_string(args.blocks));
-  check(args.nested_blocksize >= 1, "nested_blocksize", ">= 1", std::to_string(args.nested_blocksize));
+  check(args.blocks >= 0, "blocks", ">= 0", args.blocks);
+  check(args.nested_blocksize >= 1, "nested_blocksize", ">= 1", args.nested_blocksize);
   check_pointer(args.absmax, args.blocks > 0, "absmax");
   check_pointer(args.nested_code, true, "nested_code");
   check_pointer(args.codes, args.blocks > 0, "codes");

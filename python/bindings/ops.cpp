@@ -26,10 +26,6 @@ constexpr int kNestedBlocksize = 256;
 
 // ---- checks --------------------------------------------------------------------------------------------------------
 
-void check(bool ok, const char* argument, const std::string& expected, const std::string& got) {
-  if (!ok) throw Error(argument, expected, got);
-}
-
 std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
 
 DType dtype_of(ScalarType type, const char* argument) {
@@ -51,8 +47,9 @@ bool same_device(const Tensor& a, const Tensor& b) {
 
 // The data of a contiguous tensor with `numel` elements of `type` beside `like`.
 void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const char* argument) {
-  check(tensor.scalar_type() == type, argument, name_of_type(type), name_of_type(tensor.scalar_type()));
-  check(tensor.numel() == numel, argument, std::to_string(numel) + " elements", std::to_string(tensor.numel()));
+  if (tensor.scalar_type() != type) throw Error(argument, name_of_type(type), name_of_type(tensor.scalar_type()));
+  if (tensor.numel() != numel)
+    throw Error(argument, std::to_string(numel) + " elements", std::to_string(tensor.numel()));
   check(tensor.is_contiguous(), argument, "a contiguous tensor", "other strides");
   check(same_device(tensor, like), argument, "the device of the other tensors", "another device");
   return tensor.data_ptr();
@@ -74,11 +71,10 @@ struct WeightTensors {
 
 QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
-  check(w.bits == 4 || w.bits == 8, "bits", "4 or 8", std::to_string(w.bits));
-  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 32 ... 4096",
-        std::to_string(w.blocksize));
-  check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", std::to_string(w.N));
-  check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", std::to_string(w.K));
+  check(w.bits == 4 || w.bits == 8, "bits", "4 or 8", w.bits);
+  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 32 ... 4096", w.blocksize);
+  check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", w.N);
+  check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", w.K);
 
   QuantizedWeightView view;
   view.N = w.N;
@@ -114,7 +110,7 @@ std::uint64_t seed_of(const OptionalTensor& seed, double dropout) {
   if (dropout == 0.0) return 0;
   check(seed.has_value(), "seed", "a tensor where dropout is above 0", "None");
   check(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", "one int64 on the CPU",
-        name_of_type(seed->scalar_type()));
+        [&] { return name_of_type(seed->scalar_type()); });
   return static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(seed->data_ptr()));
 }
 
@@ -125,7 +121,7 @@ LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Te
   if (!lora.a && !lora.b) return view;
   check(lora.a.has_value(), "lora_a", "a tensor beside lora_b", "None");
   check(lora.b.has_value(), "lora_b", "a tensor beside lora_a", "None");
-  check(lora.a->dim() == 2, "lora_a", "[rank, K]", std::to_string(lora.a->dim()) + " dimensions");
+  check(lora.a->dim() == 2, "lora_a", "[rank, K]", [&] { return std::to_string(lora.a->dim()) + " dimensions"; });
   const ScalarType type = lora.a->scalar_type();
   view.rank = lora.a->size(0);
   view.dtype = dtype_of(type, "lora_a");
@@ -163,9 +159,10 @@ std::optional<std::int64_t> row_stride(const Tensor& tensor) {
 }
 
 Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
-  check(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == cols, argument,
-        "a last dimension of " + std::to_string(cols),
-        tensor.dim() < 1 ? "no dimension" : std::to_string(tensor.size(tensor.dim() - 1)));
+  check(
+      tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == cols, argument,
+      [&] { return "a last dimension of " + std::to_string(cols); },
+      [&] { return tensor.dim() < 1 ? "no dimension" : std::to_string(tensor.size(tensor.dim() - 1)); });
   const DType dtype = dtype_of(tensor.scalar_type(), argument);
   const std::int64_t rows = cols == 0 ? 0 : tensor.numel() / cols;
   const std::optional<std::int64_t> stride = rows == 0 ? cols : row_stride(tensor);
@@ -198,8 +195,8 @@ std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& r
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& weight, const OptionalTensor& code,
                                                                std::int64_t bits, std::int64_t blocksize,
                                                                bool double_quant) {
-  check(bits == 4 || bits == 8, "bits", "4 or 8", std::to_string(bits));
-  check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", std::to_string(blocksize));
+  check(bits == 4 || bits == 8, "bits", "4 or 8", bits);
+  check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", blocksize);
   const Tensor source = torch::stable::contiguous(weight);
   const Stream stream = stream_of(weight);
   const std::int64_t elements = source.numel();
@@ -299,7 +296,7 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
                                              ScalarType dtype) {
   check(x.dim() >= 1, "x", "[..., K]", "no dimension");
   check(dy.dim() >= 1, "dy", "[..., N]", "no dimension");
-  check(u.dim() == 2, "u", "[M, rank]", std::to_string(u.dim()) + " dimensions");
+  check(u.dim() == 2, "u", "[M, rank]", [&] { return std::to_string(u.dim()) + " dimensions"; });
   const std::int64_t N = dy.size(dy.dim() - 1), K = x.size(x.dim() - 1), rank = u.size(1);
   for (const Tensor* tensor : {&dy, &u, &v}) {
     check(same_device(*tensor, x), "dy, u and v", "the device of x", "another device");

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace qlora_native {
 
@@ -21,5 +22,23 @@ class Error : public std::invalid_argument {
 class Unavailable : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// Throws Error unless `ok`. `expected` and `got` are texts, numbers, or functions that return a text: they are
+// formatted where it is thrown alone, since checks run on every call.
+template <class Expected, class Got>
+void check(bool ok, const char* argument, const Expected& expected, const Got& got) {
+  if (ok) [[likely]]
+    return;
+  const auto text = [](const auto& value) -> std::string {
+    using Value = std::remove_cvref_t<decltype(value)>;
+    if constexpr (std::is_arithmetic_v<Value>)
+      return std::to_string(value);
+    else if constexpr (std::is_invocable_v<Value>)
+      return value();
+    else
+      return value;
+  };
+  throw Error(argument, text(expected), text(got));
+}
 
 }  // namespace qlora_native
