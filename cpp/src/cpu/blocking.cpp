@@ -16,12 +16,15 @@ std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::
   return round_up(ceil_div(rows, blocks), multiple);  // blocks of equal size
 }
 
-Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t tasks) {
+Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t threads,
+               std::int64_t tasks_per_thread) {
+  const std::int64_t tasks = threads * tasks_per_thread;
   Grid grid;
   grid.row_parts = ceil_div(rows, limits.most_rows);
   const auto split_columns = [&](std::int64_t multiple) {
     const std::int64_t most = ceil_div(columns, multiple), least = ceil_div(columns, limits.widest_tile);
-    const std::int64_t tiles = std::clamp(ceil_div(tasks, grid.row_parts), least, most);
+    std::int64_t tiles = std::clamp(ceil_div(tasks, grid.row_parts), least, most);
+    if (grid.row_parts == 1) tiles = std::min(round_up(tiles, threads), most);
     grid.column_tile = round_up(ceil_div(columns, tiles), multiple);
     grid.column_tiles = ceil_div(columns, grid.column_tile);
   };

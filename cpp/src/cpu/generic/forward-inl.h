@@ -253,7 +253,7 @@ struct ManyRows {
     const std::int64_t N = args.weight.N;
     const Grid grid = make_grid(
         strips.count(), N, {kMostStrips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
-        num_threads() * kTasksPerThread);
+        num_threads(), kTasksPerThread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;
       const std::int64_t last = smaller(first + grid.row_part, strips.count());

@@ -320,8 +320,8 @@ struct ProductNn {
     const Tiling tiles = tiling(groups.rows);
     const std::int64_t most_groups = kMostSums / (tiles.chunks * kChunk * kGroupRows);
     const std::int64_t fewest_groups = 128 / kGroupRows;
-    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, tiles.chunks, 1, 1},
-                                num_threads() * tiles.tasks_per_thread);
+    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, tiles.chunks, 1, 1}, num_threads(),
+                                tiles.tasks_per_thread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t g0 = task % grid.row_parts * grid.row_part;
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
