@@ -1,5 +1,6 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
+# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
 # make lint       check formatting and style
 # make bench      measure against the peers                   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
@@ -24,7 +25,7 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-cpp test-python lint format bench clean distclean
+.PHONY: help finetune test test-cpp test-python sanitize lint format bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +44,21 @@ test-cpp: $(stamp)-build
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(ARGS)
+
+# Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
+# that only run Python and torch at length, or count the memory of a call, are left to `make test`.
+sanitizers := address,undefined
+sanitize: $(stamp)-finetune $(stamp)-test
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_SANITIZE=$(sanitizers)
+	$(VENV)/bin/cmake --build build/sanitize
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
+	    --target build/sanitized -C build-dir=build/sanitize-python -C cmake.define.QLN_SANITIZE=$(sanitizers) .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
+	    $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
+	    $(python) -m pytest --ignore=tests/test_finetune.py --ignore=tests/test_memory.py $(ARGS)
 
 lint: $(stamp)-lint
 	$(VENV)/bin/ruff check

@@ -16,6 +16,7 @@
 #include "common/codebook.h"
 #include "common/float16.h"
 #include "common/philox.h"
+#include "cpu/blocking.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -330,6 +331,34 @@ void cuda_says_why() {
   }
 }
 
+// Every element of a product lies in one part and tile, none is larger than its buffers, and no thread waits for
+// another one's last tile where that can be helped.
+void grids_cover_and_share() {
+  const qn::GridLimits limits{22, 3, 32, 8, 1};
+  for (std::int64_t rows : {1, 3, 22, 23, 86})
+    for (std::int64_t columns : {1, 9, 31, 33, 64, 224, 1000})
+      for (std::int64_t threads : {1, 2, 3, 16})
+        for (std::int64_t tasks_per_thread : {1, 8}) {
+          const qn::Grid grid = qn::make_grid(rows, columns, limits, threads, tasks_per_thread);
+          EXPECT(grid.row_part <= limits.most_rows && grid.column_tile <= limits.widest_tile);
+          EXPECT((grid.row_parts - 1) * grid.row_part < rows && rows <= grid.row_parts * grid.row_part);
+          EXPECT((grid.column_tiles - 1) * grid.column_tile < columns &&
+                 columns <= grid.column_tiles * grid.column_tile);
+        }
+  const qn::Grid wide = qn::make_grid(3, 224, {22, 21, 32, 1, 1}, 2, 1);  // M=16, K=14336 on two threads
+  EXPECT(wide.row_parts == 1 && wide.column_tiles == 8);
+}
+
+void activations_are_packed_in_equal_blocks() {
+  for (std::int64_t rows : {1, 47, 48, 1000, 5000})
+    for (std::int64_t bytes : {4, 8192, 1 << 24}) {
+      const std::int64_t block = qn::rows_per_block(rows, bytes, 48);
+      EXPECT(block >= 48 && block % 48 == 0);
+      EXPECT(block == 48 || block * bytes <= qn::kPackedBytes);
+      EXPECT(block == 48 || block < rows + 48);
+    }
+}
+
 // A pool of as many threads as the test asks for.
 int pool_threads = 1;
 void use_pool(int threads) {
@@ -407,6 +436,8 @@ int main(int count, char** arguments) {
   known_values();
   matches_plain_sums();
   errors_name_the_argument();
+  grids_cover_and_share();
+  activations_are_packed_in_equal_blocks();
   cuda_says_why();
   same_bits_for_concurrent_callers();
   same_bits_for_any_number_of_threads();
