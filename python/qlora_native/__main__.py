@@ -1,11 +1,13 @@
-"""`python -m qlora_native`: what a bug report needs to say about the machine."""
+"""`python -m qlora_native`: what a bug report needs to say. With --cmake-dir: where CMake finds the C++ package."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -51,8 +53,18 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def cmake_dir() -> Path:
+    """The folder to give CMake as qlora_native_DIR: the C++ package inside this one."""
+    return Path(_C.__file__).parent / "lib/cmake/qlora_native"
+
+
 def main() -> None:
-    """Print the report."""
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_native", description=__doc__)
+    parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
+    if parser.parse_args().cmake_dir:
+        print(cmake_dir())
+        return
     values = report()
     width = max(len(name) for name in values) + 2
     for name, value in values.items():

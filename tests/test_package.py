@@ -1,0 +1,69 @@
+"""The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **kwargs):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def cmake(*arguments):
+    """cmake of this environment, or of the system, with ninja beside it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = shutil.which("cmake", path=path)
+    if program is None:
+        pytest.skip("cmake is not installed")
+    return run(program, *arguments, env={**os.environ, "PATH": path})
+
+
+def build_outside(folder, package):
+    """Build tests/cpp/outside against a package's folder of CMake files, run it, and return what it says."""
+    cmake("-S", ROOT / "tests/cpp/outside", "-B", folder, "-G", "Ninja", f"-Dqlora_native_DIR={package}")
+    cmake("--build", folder)
+    return run(folder / "outside")
+
+
+# The shared one without the kernels of x86, as on other processors: it compiles in seconds.
+@pytest.mark.parametrize(("shared", "x86"), [("OFF", "ON"), ("ON", "OFF")])
+def test_installed_tree_is_not_relocatable(tmp_path, shared, x86):
+    """CUDA is left out here: the wheel has it where nvcc was found."""
+    cmake(
+        *("-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'first'}"),
+        *("-DQLN_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}", f"-DQLN_X86={x86}"),
+    )
+    cmake("--build", tmp_path / "build")
+    cmake("--install", tmp_path / "build")
+    shutil.rmtree(tmp_path / "build")
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    (package,) = moved.glob("lib*/cmake/qlora_native")
+    libraries = sorted(path.name for path in package.parent.parent.iterdir() if path.is_file())
+    assert any(name.endswith(".so") for name in libraries) == (shared == "ON"), libraries
+    said = build_outside(tmp_path / "outside", package)
+    assert said.startswith("qlora_native 0.") and ("on scalar" in said) == (x86 == "OFF"), said
+
+
+def test_wheel_holds_no_package(tmp_path):
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    said = build_outside(tmp_path / "outside", package)
+    version = run(sys.executable, "-c", "import qlora_native; print(qlora_native.__version__)").strip()
+    assert said.startswith(f"qlora_native {version} on ")
+
+
+def test_other_version_is_accepted(tmp_path):
+    """find_package(qlora_native 9.9) must not find this one."""
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(other LANGUAGES CXX)\n"
+        "find_package(qlora_native 9.9 CONFIG)\nif(qlora_native_FOUND)\n  message(FATAL_ERROR found)\nendif()\n"
+    )
+    cmake("-S", tmp_path, "-B", tmp_path / "build", f"-Dqlora_native_DIR={package}")
