@@ -1,91 +1,28 @@
 """LoRA through PEFT's dispatch: which way is taken, that it computes what PEFT computes, and what is saved."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-import qlora_native as qn  # noqa: E402
+from lora import (  # noqa: E402
+    LAYERS,
+    LINEARS_OF_A_LAYER,
+    assert_close,
+    config,
+    dequantized,
+    fused_layers,
+    ids,
+    pair,
+    quantized,
+    small_llama,
+)
+
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
 
 # transformers on what PEFT asks it; PEFT on the shape of lora_bias.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Adapter 'default'")
-LINEARS_OF_A_LAYER = 7
-LAYERS = 2
-
-
-def small_llama(dtype=torch.float32):
-    """A Llama whose linears have ragged shapes: 96 and 3 * 96 are no multiples of every block, 72 is none of 64."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=96,
-        intermediate_size=72,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def quantized(model):
-    qn.nn.quantize_model(model, skip=("lm_head",))
-    return model
-
-
-def dequantized(model):
-    """The quantized model's twin with plain nn.Linear layers of the same values."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, qn.nn.Linear4bit):
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
-    return model
-
-
-def config(**changes):
-    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    return peft.LoraConfig(**{**options, "init_lora_weights": False, **changes})
-
-
-def pair(dtype=torch.float32, **changes):
-    """(quantized model with our layers, its dense twin with PEFT's own), with equal adapters."""
-    base = quantized(small_llama(dtype))
-    ours = peft.get_peft_model(copy.deepcopy(base), register(config(**changes)))
-    theirs = peft.get_peft_model(dequantized(base), config(**changes))
-    peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours))
-    return ours, theirs
-
-
-def ids(rows=2, length=9):
-    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def fused_layers(model, monkeypatch, **forward):
-    """How many layers run base and adapter as one product in one forward pass."""
-    count = 0
-    linear = qn.functional.linear
-
-    def counted(x, q, bias=None, lora_a=None, *args, **kwargs):
-        nonlocal count
-        count += lora_a is not None
-        return linear(x, q, bias, lora_a, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(qn.functional, "linear", counted)
-        model(ids(), **forward)
-    return count
-
-
-def assert_close(actual, expected, tolerance):
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error < tolerance, f"relative error {error:.2e}, expected below {tolerance}"
 
 
 # fp32: both ways accumulate in fp32 in their own order. bf16: 2^-9 a rounding, over a few layers.
@@ -227,15 +164,6 @@ def test_saved_adapter_does_not_load_here_or_elsewhere(tmp_path):
     dense = peft.PeftModel.from_pretrained(dequantized(quantized(small_llama())), tmp_path)
     dense.eval()
     assert_close(dense(ids()).logits, ours(ids()).logits, 1e-5)
-
-
-@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-def test_merge_damages_the_model(method):
-    ours, _ = pair()
-    expected = ours(ids()).logits
-    with pytest.raises(NotImplementedError, match="merging an adapter into a 4-bit weight is not available"):
-        getattr(ours, method)()
-    assert torch.equal(ours(ids()).logits, expected)
 
 
 def test_unload_does_not_give_the_base_model_back():

@@ -1,4 +1,4 @@
-"""`python -m qlora_native`: what a bug report needs to say. With --cmake-dir: where CMake finds the C++ package."""
+"""`python -m qlora_native`: what a bug report needs to say; `merge` and `quantize` checkpoints; `--cmake-dir`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,12 +59,39 @@ def cmake_dir() -> Path:
     return Path(_C.__file__).parent / "lib/cmake/qlora_native"
 
 
-def main() -> None:
-    """Do what the command line says."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qlora_native", description=__doc__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
-    if parser.parse_args().cmake_dir:
+    commands = parser.add_subparsers(dest="command")
+    merge = commands.add_parser("merge", help="merge a LoRA adapter into a checkpoint, shard by shard")
+    quantize = commands.add_parser("quantize", help="put a checkpoint into 4 bits, shard by shard")
+    merge.add_argument("--base", type=Path, required=True, help="folder of the model, in 16 or in 4 bits")
+    merge.add_argument("--adapter", type=Path, required=True, help="folder of the adapter, as PEFT saved it")
+    quantize.add_argument("--model", type=Path, required=True, dest="base", help="folder of the model")
+    merge.add_argument("--to", choices=["bf16", "fp16", "fp32", "nf4", "fp4"], default="bf16")
+    quantize.add_argument("--to", choices=["nf4", "fp4"], default="nf4")
+    for command in (merge, quantize):
+        command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
+        command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
+        command.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, in 4 bits")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line says; without a command, print the report."""
+    args = arguments(argv)
+    if args.cmake_dir:
         print(cmake_dir())
+        return
+    if args.command is not None:
+        from .integrations.merge import convert
+
+        adapter = getattr(args, "adapter", None)
+        try:
+            print(convert(args.base, args.out, adapter, args.to, args.blocksize, not args.no_double_quant))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{args.command}: {error}") from None
         return
     values = report()
     width = max(len(name) for name in values) + 2

@@ -42,7 +42,9 @@ class Linear4bit(nn.Linear):
     alone. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and `compute_dtype`, never a scale.
 
     Attributes:
-        compute_dtype: the dtype `dequantize` gives, and PEFT an adapter. The product is computed in the dtype of x.
+        compute_dtype: the dtype `dequantize` gives, and PEFT an adapter.
+        product_dtype: if not None, x is cast to it for the product and y back, as bitsandbytes does with its
+            `compute_dtype`; by default the product is computed in the dtype of x.
         format, blocksize: as in `qlora_native.quantize`.
     """
 
@@ -73,12 +75,16 @@ class Linear4bit(nn.Linear):
             raise bad("in_features, out_features", "numbers above 0", f"{in_features}, {out_features}")
         bits = 8 if format == "int8" else 4
         blocks = ceil_div(in_features * out_features, blocksize)
+
+        def fp32(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
         zeros = QuantizedWeight(
             codes=torch.zeros(codes_shape(out_features, in_features, bits), dtype=torch.uint8, device=device),
-            absmax=torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
-            nested_absmax=torch.zeros(ceil_div(blocks, NESTED_BLOCKSIZE), device=device) if double_quant else None,
+            absmax=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else fp32(blocks),
+            nested_absmax=fp32(ceil_div(blocks, NESTED_BLOCKSIZE)) if double_quant else None,
             nested_code=DYNAMIC_MAP.to(device, copy=True) if double_quant else None,
-            offset=torch.zeros((), device=device) if double_quant else None,
+            offset=fp32() if double_quant else None,
             code=None if bits == 8 else functional.code_tensor(format, codebook, device),
             shape=(out_features, in_features),
             blocksize=blocksize,
@@ -90,8 +96,17 @@ class Linear4bit(nn.Linear):
     def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
         """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
         nn.Module.__init__(self)
+        self.product_dtype: torch.dtype | None = None
+        self.replace_weight(q)
+        self.bias = bias
+
+    def replace_weight(self, q: QuantizedWeight) -> None:
+        """Put `q` [N, K] in the place of the weight, with its format, blocksize and dtype; shares its tensors."""
         self.out_features, self.in_features = q.shape
         self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
+        for name in _STATE:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
         self.weight = _frozen(q.codes)
         if q.nested_absmax is None:
             self.register_buffer("absmax", q.absmax)
@@ -99,7 +114,6 @@ class Linear4bit(nn.Linear):
             self.absmax = _frozen(q.absmax)
         for name in _STATE[2:]:
             self.register_buffer(name, getattr(q, name))
-        self.bias = bias
 
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, bias: nn.Parameter | None = None) -> Linear4bit:
@@ -137,6 +151,14 @@ class Linear4bit(nn.Linear):
         q = functional.quantize(linear.weight, format, blocksize, double_quant, codebook)
         return cls.from_quantized(q, linear.bias).train(linear.training)
 
+    def weight_names(self) -> list[str]:
+        """Names, as in the state dict, of the tensors that are the quantized weight."""
+        return [name for name in _STATE if getattr(self, name) is not None]
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The quantized weight's tensors by those names."""
+        return {name: getattr(self, name) for name in self.weight_names()}
+
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as a container over the layer's own tensors."""
@@ -166,9 +188,20 @@ class Linear4bit(nn.Linear):
         """Whether the scales are stored in 8 bits."""
         return self.nested_absmax is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in the dtype of x."""
-        return functional.linear(x, self.quantized_weight, self.bias)
+    def forward(
+        self,
+        x: Tensor,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        lora_scaling: float = 1.0,
+        lora_dropout: float = 0.0,
+    ) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in the dtype of x; the adapter as `qlora_native.linear`'s."""
+        lora = (lora_a, lora_b, lora_scaling, lora_dropout)
+        if self.product_dtype is None or self.product_dtype == x.dtype:
+            return functional.linear(x, self.quantized_weight, self.bias, *lora)
+        y = functional.linear(x.to(self.product_dtype), self.quantized_weight, self.bias, *lora)
+        return y.to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] in `dtype` (default: `compute_dtype`)."""

@@ -1,12 +1,13 @@
 """LoRA of PEFT on `Linear4bit`: adapter and quantized weight run as one fused product.
 
-    config = register(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    model = get_peft_model(quantized_model, config)
+    register()
+    model = get_peft_model(quantized_model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.save_pretrained(folder)
-    model = PeftModel.from_pretrained(quantized_model, folder, config=config)
+    model = PeftModel.from_pretrained(quantized_model, folder)
 
-The dispatch is PEFT's own (`LoraConfig._register_custom_module`, asked before its built-in layers). It is not written
-into adapter files, so that these load anywhere; loading one here takes a registered config again, as above.
+The dispatch is PEFT's own (`LoraConfig._register_custom_module`, asked before its built-in layers), and is not written
+into adapter files, so that these load anywhere. `register(config)` sets it up for one config alone.
+`integrations.transformers` and `integrations.bitsandbytes` call `register()` for the models they make.
 
 **The adapter's dtype.** PEFT makes adapters in the base layer's `compute_dtype` and then, by default
 (`autocast_adapter_dtype=True`), in fp32. Leave it so for training: AdamW's steps are about `lr` in size, and bf16
@@ -16,24 +17,31 @@ fp32 adapters beside bf16 activations, so unlike PEFT's own layers it casts no a
 
 from __future__ import annotations
 
+import functools
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as PeftLoraLinear
-from torch import nn
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
 
 from .. import functional
+from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 
 __all__ = ["LoraLinear4bit", "register"]
 
 
-def register(lora_config: LoraConfig) -> LoraConfig:
+def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
     """Make PEFT put `LoraLinear4bit` around every targeted `Linear4bit`.
 
     Args:
-        lora_config: changed in place, before it is given to `get_peft_model` or `PeftModel.from_pretrained`.
+        lora_config: changed in place, before it is given to `get_peft_model` or `PeftModel.from_pretrained`. None:
+            every config from here on. Layers that are not a `Linear4bit` keep PEFT's dispatch.
 
     Returns:
         The same `lora_config`.
@@ -41,10 +49,23 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     Raises:
         TypeError: `lora_config` is not a `peft.LoraConfig`.
     """
+    if lora_config is None:
+        LoraModel._create_new_module = staticmethod(_create_new_module)
+        return None
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config: expected a peft.LoraConfig, got {type(lora_config).__name__}")
     lora_config._register_custom_module({Linear4bit: LoraLinear4bit})
     return lora_config
+
+
+_peft_create_new_module = LoraModel._create_new_module
+
+
+@functools.wraps(_peft_create_new_module)
+def _create_new_module(lora_config: LoraConfig, *args: Any, **kwargs: Any) -> nn.Module:
+    if Linear4bit not in (lora_config._custom_modules or {}):
+        register(lora_config)
+    return _peft_create_new_module(lora_config, *args, **kwargs)
 
 
 class LoraLinear4bit(PeftLoraLinear):
@@ -55,17 +76,16 @@ class LoraLinear4bit(PeftLoraLinear):
     `adapter_names`, disabled adapters, hooks on the inner layers) takes PEFT's own way around the same base layer.
     """
 
+    _unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # weight and bias from before `merge`
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base layer and adapters applied to `x` [..., in_features], giving [..., out_features] in the dtype of x."""
         adapter = None if args or kwargs else self._fusable_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[adapter]
-        base = self.base_layer
-        return functional.linear(
+        return self.base_layer(
             x,
-            base.quantized_weight,
-            base.bias,
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
             lora_scaling=self.scaling[adapter],
@@ -96,10 +116,77 @@ class LoraLinear4bit(PeftLoraLinear):
         return name if plain else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not available: raises NotImplementedError, and leaves weight and adapters as they are."""
+        """Add adapters to the weight, in fp32, and quantize the sum as the weight was. Takes one fp32 weight of memory.
+
+        Several adapters are rounded together, once. The weight as it was is kept, for `unmerge`.
+
+        Args:
+            safe_merge: as PEFT has it; a merged weight with NaN or Inf is refused in any case.
+            adapter_names: the adapters to merge (default: the active ones).
+
+        Raises:
+            NotImplementedError: an adapter is of a variant that has no merged weight here (DoRA has).
+            ValueError: the merged weight is not finite, or `lora_bias` meets a layer without a bias. Nothing changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        original = self._unmerged or (base.quantized_weight, None if base.bias is None else base.bias.data.clone())
+        names = [*self.merged_adapters, *names]
+        weight, bias = self._merged(*original, names)
+        self._unmerged = original
+        self._set_base(weight, bias)
+        self.merged_adapters[:] = names
+        warnings.warn("merging into a 4-bit weight rounds the sum to 4 bits again", stacklevel=2)
+
+    def unmerge(self) -> None:
+        """Put the weight from before `merge` back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight, bias = self._unmerged
+        self._set_base(weight.to(self.get_base_layer().weight.device), bias)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _merged(self, q: QuantizedWeight, bias: Tensor | None, names: list[str]) -> tuple[QuantizedWeight, Any]:
+        """(weight, bias) with the adapters `names` in them."""
+        original = q.dequantize(torch.float32)
+        weight = original.clone()
+        for name in names:
+            delta = self.get_delta_weight(name).float()
+            variant = self.lora_variant.get(name)
+            if isinstance(variant, DoraLinearVariant):
+                # The magnitude is that of base and this adapter alone, as in the forward pass (PEFT).
+                norm = torch.linalg.norm(original + delta, dim=1)
+                weight = (self.lora_magnitude_vector[name].weight / norm)[:, None] * (weight + delta)
+            elif variant is None:
+                weight += delta
+            else:
+                raise NotImplementedError(f"adapter {name!r}: merging {type(variant).__name__} is not available")
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise ValueError(f"adapter {name!r}: expected a layer with a bias for lora_bias, got one without")
+                bias = bias + self.lora_B[name].bias * self.scaling[name]
+        if not weight.isfinite().all():
+            raise ValueError(f"adapters {names}: expected finite merged weights, got NaN or Inf")
+        codebook = q.code if q.format == "codebook" else None
+        merged = functional.quantize(weight, q.format, q.blocksize, q.nested_absmax is not None, codebook)
+        return replace(merged, dtype=q.dtype), bias
+
+    def _set_base(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        base = self.get_base_layer()
+        base.replace_weight(weight)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias)
+
+    def loftq_init(self, adapter_name: str, config: LoraConfig) -> None:
+        """Not PEFT's, which takes the codes for the weight: raises NotImplementedError that names ours."""
         raise NotImplementedError(
-            "merging an adapter into a 4-bit weight is not available in qlora_native yet: the weight would have to be "
-            "quantized again. Keep the adapter beside it, or merge it into the 16-bit model that was quantized"
+            "init_lora_weights='loftq': the weight is quantized already. Make the adapter, then call "
+            "qlora_native.integrations.loftq.initialize_loftq(model, folder_of_the_16_bit_model)"
         )
 
 

@@ -1,0 +1,114 @@
+"""LoftQ: start an adapter so that 4-bit weight and adapter together are the 16-bit weight as nearly as may be.
+
+    model = get_peft_model(quantized_model, LoraConfig(...))
+    initialize_loftq(model, folder_of_the_16_bit_model)
+
+(Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, algorithm 1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._errors import bad
+from .._weight import QuantizedWeight
+from .checkpoints import Checkpoint
+from .peft import LoraLinear4bit
+
+__all__ = ["initialize_loftq", "loftq"]
+
+
+@torch.no_grad()
+def loftq(
+    weight: Tensor, q: QuantizedWeight, rank: int, scaling: float = 1.0, iterations: int = 1
+) -> tuple[QuantizedWeight, Tensor, Tensor]:
+    """The adapter, and the quantized weight beside it, that are nearest to `weight`.
+
+    Args:
+        weight: [N, K], fp32, bf16 or fp16.
+        q: it, quantized: its format, blocksize and double quantization are those of the result.
+        rank: of the adapter, at most min(N, K).
+        scaling: the factor before B A.
+        iterations: 1 leaves `q` as it is, so that adapters over the same base can be exchanged; each further one
+            quantizes W - scaling * B A again, for a smaller error.
+
+    Returns:
+        (q, lora_a fp32 [rank, K], lora_b fp32 [N, rank]).
+
+    Raises:
+        ValueError: shapes do not fit, or a number is out of its range.
+    """
+    if weight.shape != q.shape:
+        raise bad("weight", f"{list(q.shape)}, the shape of q", list(weight.shape))
+    if not 1 <= rank <= min(q.shape):
+        raise bad("rank", f"1 ... {min(q.shape)}", rank)
+    if iterations < 1:
+        raise bad("iterations", "a number above 0", iterations)
+    weight = weight.float()
+    a, b = _nearest(weight - q.dequantize(torch.float32), rank, scaling)
+    for _ in range(iterations - 1):
+        codebook = q.code if q.format == "codebook" else None
+        double_quant = q.nested_absmax is not None
+        again = functional.quantize(weight - scaling * (b @ a), q.format, q.blocksize, double_quant, codebook)
+        q = replace(again, dtype=q.dtype)
+        a, b = _nearest(weight - q.dequantize(torch.float32), rank, scaling)
+    return q, a, b
+
+
+def _nearest(residual: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A [rank, K] and B [N, rank] for which scaling * B A is nearest to `residual` (Eckart-Young)."""
+    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def initialize_loftq(
+    model: nn.Module,
+    weights: str | Path | Mapping[str, Tensor],
+    adapter_name: str = "default",
+    iterations: int = 1,
+) -> dict[str, tuple[float, float]]:
+    """Give the adapter `adapter_name` of every `LoraLinear4bit` in `model` its LoftQ values, in place.
+
+    Args:
+        model: a PEFT model over quantized layers.
+        weights: the 16-bit model: its folder (read tensor by tensor), or its state dict, with names as in the base
+            model.
+        iterations: as `loftq`. With more than 1 the base changes too: save it with the adapter.
+
+    Returns:
+        {layer: (error before, error after)}, each |W - (Q + scaling * B A)| / |W| in Frobenius norms, where before
+        is without an adapter.
+
+    Raises:
+        ValueError: no such layer or adapter, or a layer's weight is not among `weights`. Layers before it are done.
+    """
+    source = Checkpoint(weights) if isinstance(weights, str | Path) else weights
+    errors = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLinear4bit) or adapter_name not in layer.lora_A:
+            continue
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        if key not in source:
+            raise bad("weights", f"the key {key!r}", "none")
+        base, weight = layer.get_base_layer(), source[key].to(layer.get_base_layer().weight.device)
+        scaling, a, b = layer.scaling[adapter_name], layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        before = _error(weight, base.dequantize(torch.float32))
+        q, new_a, new_b = loftq(weight, base.quantized_weight, layer.r[adapter_name], scaling, iterations)
+        if iterations > 1:
+            base.replace_weight(q)
+        a.weight.data, b.weight.data = new_a.to(a.weight.dtype), new_b.to(b.weight.dtype)
+        errors[name] = before, _error(weight, q.dequantize(torch.float32) + scaling * (new_b @ new_a))
+    if not errors:
+        raise bad("model", f"LoRA layers over Linear4bit with an adapter {adapter_name!r}", "none")
+    return errors
+
+
+def _error(weight: Tensor, approximation: Tensor) -> float:
+    return ((weight.float() - approximation).norm() / weight.float().norm()).item()

@@ -1,0 +1,298 @@
+"""transformers: quantize a model while it loads, and read and write the 4-bit files of bitsandbytes.
+
+    from qlora_native.integrations.transformers import BitsAndBytesConfig      # instead of transformers' own
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(folder)               # bitsandbytes' file format: stock transformers loads it too
+
+A weight is quantized as soon as it has been read, so memory holds the 4-bit model and one tensor of the checkpoint. A
+checkpoint that bitsandbytes has quantized is read with its very bytes: with this config given to `from_pretrained`,
+or with none where bitsandbytes is not installed and this module is imported.
+
+The quantizer is registered under transformers' public registration as "qlora_native". In a file the method is called
+"bitsandbytes", because that is what the file's format is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import is_bitsandbytes_available, is_peft_available
+
+from .. import _C, functional
+from .._errors import bad, check_blocksize
+from .._weight import QuantizedWeight
+from ..nn import Linear4bit
+
+__all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
+
+METHOD = "qlora_native"
+
+
+@register_quantization_config(METHOD)
+class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
+    """transformers' `BitsAndBytesConfig` with the same fields, for our layers; `blocksize` comes on top.
+
+    Attributes:
+        load_in_4bit: True. LLM.int8() (`load_in_8bit`) is not ours.
+        bnb_4bit_quant_type: "nf4" or "fp4" (transformers' default). Other formats: `qlora_native.nn.quantize_model`.
+        bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3).
+        bnb_4bit_compute_dtype: what activations are cast to for the product. float32, the default, leaves them alone:
+            sums are fp32 in any case.
+        llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied.
+        blocksize: elements that share a scale, a power of two in 32 ... 4096.
+    """
+
+    def __init__(self, *args: Any, blocksize: int = 64, **kwargs: Any) -> None:
+        """Take the fields, as transformers' own does.
+
+        Raises:
+            ValueError, TypeError: a field has a value that we do not have.
+        """
+        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):  # of a file; not fields
+            kwargs.pop(name, None)
+        super().__init__(*args, **kwargs)
+        check_blocksize(blocksize)
+        self.blocksize = blocksize
+        self.quant_method = METHOD
+        for name, value in (
+            ("load_in_8bit", False),
+            ("load_in_4bit", True),
+            ("llm_int8_enable_fp32_cpu_offload", False),
+            ("bnb_4bit_quant_storage", torch.uint8),
+        ):
+            if getattr(self, name) != value:
+                raise bad(name, f"{value}, as qlora_native has no other", getattr(self, name))
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise bad("bnb_4bit_quant_type", "nf4 or fp4", repr(self.bnb_4bit_quant_type))
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """`Linear4bit.product_dtype`: None leaves activations as they are."""
+        return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file has them: with bitsandbytes as the method, which is the format of the weights."""
+        return {**super().to_dict(), "quant_method": "bitsandbytes"}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All fields: those of transformers' own are not enough to tell what differs."""
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class Quantizer(HfQuantizer):
+    """Puts `Linear4bit` into a model that transformers loads, and writes it in bitsandbytes' file format."""
+
+    requires_calibration = False
+    quantization_config: BitsAndBytesConfig
+    # A weight in a file of bitsandbytes, and what stands beside it (transformers collects these for one operation).
+    serialized_names = {
+        "weight": [
+            "weight",
+            "weight.absmax",
+            "weight.quant_map",
+            "weight.nested_absmax",
+            "weight.nested_quant_map",
+            "weight.quant_state.bitsandbytes__nf4",
+            "weight.quant_state.bitsandbytes__fp4",
+        ]
+    }
+
+    def is_serializable(self) -> bool:
+        """It is: `get_state_dict_and_metadata` says how."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters beside it are, which is what transformers means."""
+        return True
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The GPU where there is one that we can use, as bitsandbytes does it; else the CPU."""
+        if device_map is None and torch.cuda.is_available() and not _C.cuda_unavailable_reason():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        for name in modules_to_quantize(model, config.llm_int8_skip_modules):
+            linear = model.get_submodule(name)
+            transposed = isinstance(linear, Conv1D)
+            in_features, out_features = reversed(linear.weight.shape) if not transposed else linear.weight.shape
+            layer = Linear4bit(
+                in_features,
+                out_features,
+                linear.bias is not None,
+                "meta",
+                linear.weight.dtype,
+                format=config.bnb_4bit_quant_type,
+                blocksize=config.blocksize,
+                double_quant=config.bnb_4bit_use_double_quant,
+            )
+            layer.product_dtype = config.product_dtype
+            layer.transposed_source = transposed
+            model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Not kept for saving: what is written is what get_state_dict_and_metadata gives, which has the files' names.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
+        adopt(model, self)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether it is part of a quantized weight: its shape in the file is another than in the model."""
+        module, _, name = param_name.rpartition(".")
+        return name != "bias" and isinstance(model.get_submodule(module), Linear4bit)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What is done with each weight that has been read."""
+        return QuantizeWeight(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """What is done with each weight of a file that bitsandbytes has quantized."""
+        return {"deserialize": ReadQuantized}
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's state dict with quantized weights as bitsandbytes writes them."""
+        state = model.state_dict()
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, Linear4bit):
+                prefix = f"{name}." if name else ""
+                for own in module.weight_names():
+                    del state[prefix + own]
+                state.update(module.quantized_weight.to_bitsandbytes(prefix))
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+                dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                dense.bias = module.bias
+                model.set_submodule(name, dense.train(module.training))
+        return model
+
+
+class QuantizeWeight(ConversionOps):
+    """A weight of the checkpoint to the tensors of its `Linear4bit`."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """{"a.b.weight": W} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        result: dict[str, Tensor] = {}
+        for full_name, values in input_dict.items():
+            weight = values[0] if isinstance(values, list) else values
+            path = full_name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            config = self.hf_quantizer.quantization_config
+            try:
+                q = functional.quantize(
+                    weight.t() if layer.transposed_source else weight,
+                    config.bnb_4bit_quant_type,
+                    config.blocksize,
+                    config.bnb_4bit_use_double_quant,
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}.{error}") from None
+            layer.replace_weight(q)
+            result.update({f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()})
+        return result
+
+
+class ReadQuantized(ConversionOps):
+    """The entries that bitsandbytes wrote for a weight to the tensors of its `Linear4bit`."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """{"weight": [codes], "weight.absmax": [...], ...} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        entries = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        path = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(path) if full_layer_name.endswith(".weight") else None
+        if not isinstance(layer, Linear4bit):
+            return input_dict
+        if len(entries) == 1:
+            raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
+        expected = layer.weight_names()
+        layer.replace_weight(QuantizedWeight.from_bitsandbytes(entries))
+        if missing_keys is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
+            missing_keys.difference_update(f"{path}.{name}" for name in expected)
+        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
+
+
+def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
+    """Paths of the layers that transformers would give to bitsandbytes: nn.Linear and Conv1D, but not `skip`.
+
+    Args:
+        model: a `PreTrainedModel`, on any device.
+        skip: names as `llm_int8_skip_modules` has them; None leaves out the output layer and tied weights.
+    """
+    keep = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, keep)
+    ]
+
+
+def adopt(model: nn.Module, quantizer: Quantizer) -> None:
+    """Make transformers, PEFT and TRL see `model`, whose layers are ours, as one of `quantizer`."""
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    # By this name PEFT's prepare_model_for_kbit_training knows a model whose layers have W_q and dequantize(): it turns
+    # checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import bitsandbytes.)
+    model.hqq_quantized = True
+    if is_peft_available():
+        from . import peft
+
+        peft.register()
+
+
+def _has_operation(conversion: Any, operation: type) -> bool:
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, operation) for op in conversion.operations)
+
+
+# Which quantizer reads a file of bitsandbytes is settled here, where transformers brings together the config of the
+# file and that of the caller: it has no registration for a method that it knows already.
+_merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
+
+
+@functools.wraps(_merge_quantization_configs)
+def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+    ours = isinstance(quantization_config_from_args, BitsAndBytesConfig)
+    in_file = isinstance(quantization_config, dict) and quantization_config.get("load_in_4bit", False)
+    if not in_file or not (ours or (quantization_config_from_args is None and not is_bitsandbytes_available())):
+        return _merge_quantization_configs(quantization_config, quantization_config_from_args)
+    # How the weights are stored is the file's to say. In which dtype to multiply is the caller's.
+    fields = {name: value for name, value in quantization_config.items() if name != "bnb_4bit_quant_storage"}
+    config = BitsAndBytesConfig(**fields)
+    if ours and quantization_config_from_args.product_dtype is not None:
+        config.bnb_4bit_compute_dtype = quantization_config_from_args.product_dtype
+    return config
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)

@@ -1,0 +1,76 @@
+"""Small language models from configs, whose names and biases differ: Llama, GPT-NeoX, T5, GPT-2."""
+
+import torch
+import transformers
+
+from qlora_native.nn import Linear4bit
+
+VOCABULARY = 128
+
+
+def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
+    """A model with random weights and ragged sizes: 96 and 72 are no multiples of 64."""
+    torch.manual_seed(0)
+    if family == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        return transformers.LlamaForCausalLM(config).to(dtype)
+    if family == "gpt-neox":
+        config = transformers.GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+        model = transformers.GPTNeoXForCausalLM(config).to(dtype)
+    elif family == "t5":
+        config = transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=inner,
+            num_layers=layers,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+        return transformers.T5ForConditionalGeneration(config).to(dtype)
+    else:
+        assert family == "gpt2"
+        config = transformers.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=width,
+            n_layer=layers,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        model = transformers.GPT2LMHeadModel(config).to(dtype)
+    with torch.no_grad():  # biases start at 0, where one that gets lost is not missed
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def ids(rows=2, length=9):
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model):
+    model.eval()
+    extra = {"labels": ids()} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids(), **extra).logits
+
+
+def layers_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}

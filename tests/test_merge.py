@@ -1,0 +1,257 @@
+"""`python -m qlora_native merge` and `quantize`: what is written, in how much memory; what an interruption leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import models  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Setting `fan_in_fan_out`")
+FAMILIES = ("llama", "gpt-neox", "t5", "gpt2")
+CLASS = {"t5": transformers.AutoModelForSeq2SeqLM}
+
+
+def load(folder, family="llama", **options):
+    return CLASS.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
+
+
+def quantized(folder, family="llama"):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return load(folder, family, quantization_config=config)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """{family: folder in many shards, with a tokenizer's file beside it}."""
+    made = {}
+    for family in FAMILIES:
+        made[family] = tmp_path_factory.mktemp(family)
+        models.make(family, torch.bfloat16).save_pretrained(made[family], max_shard_size="60KB")
+        (made[family] / "tokenizer.json").write_text("{}")
+    return made
+
+
+def adapter_of(folder, family, out, **changes):
+    """A PEFT adapter with random values over `folder`; gives PEFT's own merged model, in fp32."""
+    torch.manual_seed(1)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **changes}
+    model = peft.get_peft_model(load(folder, family, dtype=torch.float32), peft.LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.data *= 1.5
+    model.save_pretrained(out)
+    return model.merge_and_unload()
+
+
+VARIANTS = [
+    {},
+    {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.mlp.up_proj": 3, "v_proj": 1}},
+    {"use_dora": True},
+    {"modules_to_save": ["lm_head", "o_proj"], "target_modules": ["q_proj", "embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", v) for v in VARIANTS] + [("gpt-neox", {"lora_bias": True}), ("t5", {}), ("gpt2", {})],
+)
+def test_merged_checkpoint_is_not_what_peft_merges(bases, family, changes, tmp_path):
+    expected = adapter_of(bases[family], family, tmp_path / "adapter", **changes)
+    report = convert(bases[family], tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    assert report.merged > 0 and report.quantized == 0
+    merged = load(tmp_path / "out", family)
+    assert merged.dtype == torch.float32
+    state = merged.state_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    assert {path.name for path in bases[family].iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+    convert(bases[family], tmp_path / "bf16", tmp_path / "adapter", "bf16", progress=False)
+    rounded = load(tmp_path / "bf16", family, dtype="auto").state_dict()
+    assert not [n for n, t in rounded.items() if not torch.equal(t, state[n].to(t.dtype))]
+    report = convert(bases[family], tmp_path / "nf4", tmp_path / "adapter", "nf4", progress=False)
+    layers = models.layers_of(load(tmp_path / "nf4", family, quantization_config=BitsAndBytesConfig(load_in_4bit=True)))
+    assert report.quantized == len(layers)
+    for name, layer in layers.items():
+        source = merged.get_submodule(name)
+        weight = source.weight if isinstance(source, torch.nn.Linear) else source.weight.t()
+        assert torch.equal(layer.dequantize(torch.float32), qn.quantize(weight.detach()).dequantize()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_checkpoint_is_not_what_loading_quantizes(bases, family, tmp_path):
+    report = convert(bases[family], tmp_path / "out", to="nf4", progress=False)
+    expected = quantized(bases[family], family)
+    actual = load(tmp_path / "out", family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert len(models.layers_of(actual)) == len(models.layers_of(expected)) == report.quantized
+    state = actual.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert 0.05 < report.error < 0.15  # of normal values in NF4: about 0.09
+
+
+def test_merge_into_4_bits_changes_more_than_it_says(bases, tmp_path):
+    """Base in 4 bits already; the merged weight is rounded once, and the error reported is the one that was made."""
+    convert(bases["llama"], tmp_path / "base", to="nf4", progress=False)
+    adapter_of(bases["llama"], "llama", tmp_path / "adapter")
+    dense = convert(tmp_path / "base", tmp_path / "fp32", tmp_path / "adapter", "fp32", progress=False)
+    report = convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", "nf4", progress=False)
+    assert dense.merged == report.merged == report.quantized == 14
+    exact = load(tmp_path / "fp32", dtype=torch.float32)
+    model = load(tmp_path / "out", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    errors, weights = [], []
+    for name, layer in models.layers_of(model).items():
+        weight = exact.get_submodule(name).weight.double()
+        errors.append((layer.dequantize(torch.float32).double() - weight).norm())
+        weights.append(weight.norm())
+        assert report.errors[name] == pytest.approx((errors[-1] / weights[-1]).item(), rel=1e-4)
+        assert layer.compute_dtype == torch.bfloat16
+    total = torch.stack(errors).norm() / torch.stack(weights).norm()
+    assert report.error == pytest.approx(total.item(), rel=1e-4)
+    assert "relative to what the adapter added" in str(report)
+    # Not adapted, and quantized as it is wanted: the very bytes.
+    convert(tmp_path / "base", tmp_path / "same", to="nf4", progress=False)
+    before, after = (
+        {n: t for p in f.glob("*.safetensors") for n, t in load_file(p).items()}
+        for f in (tmp_path / "base", tmp_path / "same")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_index_or_config_does_not_match_the_files(bases, tmp_path):
+    report = convert(bases["llama"], tmp_path / "out", to="fp4", blocksize=128, double_quant=False, progress=False)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert index["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == report.bytes == total
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["blocksize"] == 128 and config["bnb_4bit_quant_type"] == "fp4"
+    assert config["bnb_4bit_use_double_quant"] is False
+
+
+# ---- what cannot be merged -------------------------------------------------------------------------------------------
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rename(folder, old, new):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: edit(f, peft_type="LOHA"), "peft_type: expected LORA, got LOHA"),
+        (lambda f: edit(f, use_qalora=True), "use_qalora: expected none, as it cannot be merged here, got True"),
+        (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "init_lora_weights: expected one that leaves the base"),
+        (lambda f: rename(f, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"), "layers.7.mlp.up_proj.weight, which it"),
+        (lambda f: rename(f, "lora_A", "lora_X"), "expected keys of LoRA layers, got base_model.model"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: expected a file that PEFT"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_merged(bases, damage, message, tmp_path):
+    adapter_of(bases["llama"], "llama", tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        convert(bases["llama"], tmp_path / "out", tmp_path / "adapter", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_bad_argument_leaves_something(bases, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    for arguments, message in (
+        (["quantize", "--model", str(tmp_path / "taken"), "--out", str(tmp_path / "out")], "found neither"),
+        (["quantize", "--model", str(bases["llama"]), "--out", str(tmp_path / "taken")], "a new or empty folder"),
+        (["quantize", "--model", str(bases["llama"]), "--out", str(tmp_path / "o"), "--blocksize", "65"], "blocksize"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert message in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"taken"}
+    main(["quantize", "--model", str(bases["llama"]), "--out", str(tmp_path / "out")])
+    assert "quantized 14, wrote" in capsys.readouterr().out
+
+
+# ---- memory and interruption -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 120 MB in shards of at most 12 MB, and an adapter."""
+    folder = tmp_path_factory.mktemp("large")
+    models.make("llama", torch.bfloat16, layers=20, width=512, inner=1536).save_pretrained(
+        folder / "base", max_shard_size=12 * 2**20
+    )
+    adapter_of(folder / "base", "llama", folder / "adapter", target_modules=["q_proj", "up_proj"])
+    return folder
+
+
+def command(folder, out, *more):
+    base, adapter = ("--base", folder / "base"), ("--adapter", folder / "adapter")
+    return [sys.executable, "-m", "qlora_native", "merge", *base, *adapter, "--out", out, *more]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_merge_looks_finished(large, sent, tmp_path):
+    process = subprocess.Popen(list(map(str, command(large, tmp_path / "out"))), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline, "it never wrote anything"
+        time.sleep(0.002)
+    os.kill(process.pid, sent)
+    assert process.wait() != 0
+    assert not (tmp_path / "out").exists()
+    left = list(tmp_path.iterdir())
+    assert all(path.name.startswith(".out.partial-") for path in left)
+    assert sent == signal.SIGKILL or not left
+    assert not any((path / "config.json").exists() for path in left)
+
+
+def test_memory_holds_more_than_a_shard(large, tmp_path):
+    program = f"""
+import threading, time
+from qlora_native.integrations.merge import convert
+def anonymous():
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def run(out):
+    convert({str(large / "base")!r}, out, {str(large / "adapter")!r}, "bf16", progress=False)
+run({str(tmp_path / "warm")!r})
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+run({str(tmp_path / "out")!r})
+done = True
+thread.join()
+print(peak - before)
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    weight = 512 * 1536 * 4  # the largest in fp32: itself, the adapter's product, their sum and a rounded copy
+    assert int(shown.stdout) < 12 * 2**20 + 5 * weight, f"{int(shown.stdout) / 2**20:.1f} MB"
