@@ -25,6 +25,7 @@ const Backend& cuda_backend() {
       .linear_forward = unavailable<LinearForwardArgs>,
       .linear_backward_input = unavailable<LinearBackwardInputArgs>,
       .lora_gradients = unavailable<LoraGradientsArgs>,
+      .adamw_8bit_step = unavailable<AdamW8bitArgs>,
   };
   return backend;
 }

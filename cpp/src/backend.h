@@ -1,6 +1,7 @@
 // The table that every backend fills. Arguments have been checked when a function here is called.
 #pragma once
 
+#include "qlora_native/adamw.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/quantize.h"
 
@@ -13,6 +14,7 @@ struct Backend {
   void (*linear_forward)(const LinearForwardArgs&, const Stream&);
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
   void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
+  void (*adamw_8bit_step)(const AdamW8bitArgs&, const Stream&);
 };
 
 const Backend& cpu_backend();   // cpu/isa.cpp

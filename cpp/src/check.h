@@ -11,7 +11,8 @@
 
 namespace qlora_native {
 
-inline void check_pointer(const void* pointer, bool needed, const char* argument) {
+template <class Argument>
+void check_pointer(const void* pointer, bool needed, const Argument& argument) {
   check(pointer != nullptr || !needed, argument, "a pointer", "null");
 }
 
@@ -54,14 +55,15 @@ template <class Pointer>
 void check_matrix(const BasicMatrix<Pointer>& matrix, std::int64_t rows, std::int64_t cols, DType dtype,
                   const char* argument) {
   const auto shape = [](std::int64_t r, std::int64_t c) {
-    return "[" + std::to_string(r) + ", " + std::to_string(c) + "]";
+    return [=] { return "[" + std::to_string(r) + ", " + std::to_string(c) + "]"; };
   };
-  const std::string name = argument;
-  if (matrix.rows != rows || matrix.cols != cols) throw Error(name, shape(rows, cols), shape(matrix.rows, matrix.cols));
-  if (matrix.dtype != dtype) throw Error(name + ".dtype", name_of(dtype), name_of(matrix.dtype));
-  if (rows > 1 && matrix.stride < cols)
-    throw Error(name + ".stride", ">= " + std::to_string(cols), std::to_string(matrix.stride));
-  if (matrix.data == nullptr && rows > 0 && cols > 0) throw Error(name + ".data", "a pointer", "null");
+  const auto field = [=](const char* name) { return [=] { return std::string(argument) + name; }; };
+  check(matrix.rows == rows && matrix.cols == cols, argument, shape(rows, cols), shape(matrix.rows, matrix.cols));
+  check(matrix.dtype == dtype, field(".dtype"), name_of(dtype), name_of(matrix.dtype));
+  check(
+      rows <= 1 || matrix.stride >= cols, field(".stride"), [&] { return ">= " + std::to_string(cols); },
+      matrix.stride);
+  check_pointer(matrix.data, rows > 0 && cols > 0, field(".data"));
 }
 
 inline void check_lora(const LoraView& lora) {

@@ -20,6 +20,6 @@ const std::array<float, 16>& codebook(std::string_view format) {
   throw Error("format", "nf4, fp4 or int4", std::string(format));
 }
 
-const std::array<float, 256>& dynamic_map() { return kDynamicMap; }
+const std::array<float, 256>& dynamic_map(bool is_signed) { return is_signed ? kDynamicMap : kUnsignedDynamicMap; }
 
 }  // namespace qlora_native

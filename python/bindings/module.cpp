@@ -22,5 +22,6 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "codebook", [](const std::string& format) { return qn::codebook(format); }, pybind11::arg("format"),
       "The 16 levels of \"nf4\", \"fp4\" or \"int4\".");
-  module.def("dynamic_map", &qn::dynamic_map, "The 256 ascending levels of the double-quantized scales.");
+  module.def("dynamic_map", &qn::dynamic_map, pybind11::arg("is_signed") = true,
+             "The 256 ascending levels of the 8-bit dynamic map: of the double-quantized scales and AdamW's moments.");
 }

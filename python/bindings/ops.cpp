@@ -3,10 +3,6 @@
 // Fakes and autograd formulas are in python/qlora_native/_ops.py.
 #include "ops.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -14,51 +10,12 @@
 #include <vector>
 
 #include "qlora_native/qlora_native.h"
+#include "tensors.h"
 
 namespace qlora_native {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int kNestedBlocksize = 256;
-
-// ---- checks --------------------------------------------------------------------------------------------------------
-
-std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
-
-DType dtype_of(ScalarType type, const char* argument) {
-  switch (type) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      throw Error(argument, "float32, bfloat16 or float16", name_of_type(type));
-  }
-}
-
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
-// The data of a contiguous tensor with `numel` elements of `type` beside `like`.
-void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const char* argument) {
-  if (tensor.scalar_type() != type) throw Error(argument, name_of_type(type), name_of_type(tensor.scalar_type()));
-  if (tensor.numel() != numel)
-    throw Error(argument, std::to_string(numel) + " elements", std::to_string(tensor.numel()));
-  check(tensor.is_contiguous(), argument, "a contiguous tensor", "other strides");
-  check(same_device(tensor, like), argument, "the device of the other tensors", "another device");
-  return tensor.data_ptr();
-}
-
-Stream stream_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return {};
-  return {.device = Device::cuda, .index = tensor.get_device_index(), .handle = nullptr};
-}
 
 // ---- tensors to views ----------------------------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ import qlora_native as qn
 q = qn.quantize(weight)                                      # NF4 in blocks of 64, scales double-quantized
 y = qn.linear(x, q, lora_a=a, lora_b=b, lora_scaling=2.0)    # W stays in 4 bits, forward and backward
 qn.nn.quantize_model(model)                                  # every nn.Linear but lm_head, in place
+qn.optim.AdamW8bit(parameters, lr=2e-4)                      # AdamW with 8-bit moments
 """
 
 import torch as _torch  # noqa: F401  (before _C: it loads the library that _C links)
 
-from . import _C, functional, nn
+from . import _C, functional, nn, optim
 from ._weight import QuantizedWeight
 from .functional import dequantize, linear, quantize
 
 __version__ = _C.version()
-__all__ = ["QuantizedWeight", "__version__", "dequantize", "functional", "linear", "nn", "quantize"]
+__all__ = ["QuantizedWeight", "__version__", "dequantize", "functional", "linear", "nn", "optim", "quantize"]

@@ -17,6 +17,7 @@ NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
 CODEBOOKS = {name: torch.tensor(_C.codebook(name)) for name in ("nf4", "fp4", "int4")}
 DYNAMIC_MAP = torch.tensor(_C.dynamic_map())
+UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False))
 
 
 def ceil_div(a: int, b: int) -> int:

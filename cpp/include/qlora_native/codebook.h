@@ -1,4 +1,4 @@
-// The codebooks of the 4-bit formats and the map of the double-quantized scales.
+// The codebooks of the 4-bit formats and the 8-bit dynamic maps.
 #pragma once
 
 #include <array>
@@ -10,8 +10,9 @@ namespace qlora_native {
 // ((i - 8) / 7 for i = 0 ... 15). Throws Error on another name.
 const std::array<float, 16>& codebook(std::string_view format);
 
-// The signed 8-bit dynamic map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015), as
-// bitsandbytes' create_dynamic_map() lays it out: 256 ascending values in (-1, 1], element 127 is 0.
-const std::array<float, 256>& dynamic_map();
+// The 8-bit dynamic map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015), as bitsandbytes'
+// create_dynamic_map() lays it out: 256 ascending values. Signed: in (-1, 1], element 127 is 0; the map of the
+// double-quantized scales and of AdamW's first moment. Unsigned: in [0, 1], element 0 is 0; of the second moment.
+const std::array<float, 256>& dynamic_map(bool is_signed = true);
 
 }  // namespace qlora_native

@@ -23,12 +23,9 @@ class Unavailable : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Throws Error unless `ok`. `expected` and `got` are texts, numbers, or functions that return a text: they are
-// formatted where it is thrown alone, since checks run on every call.
-template <class Expected, class Got>
-void check(bool ok, const char* argument, const Expected& expected, const Got& got) {
-  if (ok) [[likely]]
-    return;
+// Throws Error. The parts of its message are texts, numbers, or functions that return a text.
+template <class Argument, class Expected, class Got>
+[[noreturn]] void fail(const Argument& argument, const Expected& expected, const Got& got) {
   const auto text = [](const auto& value) -> std::string {
     using Value = std::remove_cvref_t<decltype(value)>;
     if constexpr (std::is_arithmetic_v<Value>)
@@ -38,7 +35,14 @@ void check(bool ok, const char* argument, const Expected& expected, const Got& g
     else
       return value;
   };
-  throw Error(argument, text(expected), text(got));
+  throw Error(text(argument), text(expected), text(got));
+}
+
+// The same unless `ok`. Checks run on every call, so give a function where a text has yet to be made.
+template <class Argument, class Expected, class Got>
+void check(bool ok, const Argument& argument, const Expected& expected, const Got& got) {
+  if (!ok) [[unlikely]]
+    fail(argument, expected, got);
 }
 
 }  // namespace qlora_native

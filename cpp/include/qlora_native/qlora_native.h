@@ -1,7 +1,8 @@
-// qlora_native: 4-bit weights, low-rank adapters and the products over both. Table of contents:
+// qlora_native: 4-bit weights, low-rank adapters, the products over both, and the optimizer. Table of contents:
 #pragma once
 
-#include "qlora_native/codebook.h"  // nf4, fp4, int4; the dynamic map of the scales
+#include "qlora_native/adamw.h"     // adamw_8bit_step
+#include "qlora_native/codebook.h"  // nf4, fp4, int4; the 8-bit dynamic maps
 #include "qlora_native/error.h"     // Error, Unavailable
 #include "qlora_native/linear.h"    // linear_forward, linear_backward_input, lora_gradients
 #include "qlora_native/quantize.h"  // quantize, quantize_absmax, dequantize

@@ -1,10 +1,12 @@
-// The tables behind every format, each defined once: the 16 levels of nf4, fp4 and int4, the dynamic map of the
-// double-quantized scales, and the sorted form in which a quantizer searches 16 levels.
+// The tables behind every format, each defined once: the 16 levels of nf4, fp4 and int4, the 8-bit dynamic maps, and
+// the forms in which a quantizer searches them.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
+#include <limits>
 
 namespace qlora_native {
 
@@ -47,15 +49,15 @@ inline constexpr std::array<float, 16> kInt4 = [] {
   return code;
 }();
 
-// bitsandbytes' create_dynamic_map(), bit for bit. Decade 10^(i-6) is split into 2^i equal intervals whose midpoints
-// are the levels, of both signs; 0 and 1 complete the 256.
-inline constexpr std::array<float, 256> kDynamicMap = [] {
-  constexpr int kDecades = 7;
+// bitsandbytes' create_dynamic_map(), bit for bit. The decade that ends at 10^(i-6) is split into equal intervals whose
+// midpoints are the levels: 2^i of each sign, or 2^(i+1) without a sign; 0 and 1 complete the 256.
+inline constexpr int kDecades = 7;
+constexpr std::array<float, 256> make_dynamic_map(bool is_signed) {
   constexpr float decade[kDecades] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
   std::array<float, 256> map{};
   int size = 0;
   for (int i = 0; i < kDecades; ++i) {
-    const int intervals = 1 << i;
+    const int intervals = is_signed ? 1 << i : 2 << i;
     const float step = (1.0f - 0.1f) / static_cast<float>(intervals);
     // torch.linspace(0.1, 1, intervals + 1): from the nearer end, a fused multiply-add an element. The double sum is
     // exact, so its conversion to float is the one rounding of the fma.
@@ -66,14 +68,35 @@ inline constexpr std::array<float, 256> kDynamicMap = [] {
     for (int j = 0; j < intervals; ++j) {
       const float level = decade[i] * ((boundary(j) + boundary(j + 1)) / 2.0f);
       map[size++] = level;
-      map[size++] = -level;
+      if (is_signed) map[size++] = -level;
     }
   }
   map[size++] = 0.0f;
   map[size++] = 1.0f;
   std::sort(map.begin(), map.end());
   return map;
-}();
+}
+inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map(true);
+inline constexpr std::array<float, 256> kUnsignedDynamicMap = make_dynamic_map(false);
+
+// The midpoints of neighbouring levels of an ascending map, each rounded down: for a float t, t > midpoints[i] then
+// says exactly whether level i + 1 is nearer than level i (a tie: the lower). The last is infinite. Internal linkage:
+// it is called where wider instructions are allowed.
+static constexpr std::array<float, 256> midpoints_of(const float* map) {
+  std::array<float, 256> midpoints{};
+  for (int i = 0; i < 255; ++i) {
+    const double exact = (double{map[i]} + double{map[i + 1]}) / 2.0;
+    midpoints[i] = static_cast<float>(exact);
+    if (double{midpoints[i]} > exact) {  // the next float below
+      const auto bits = std::bit_cast<std::uint32_t>(midpoints[i]);
+      midpoints[i] = std::bit_cast<float>(midpoints[i] > 0.0f ? bits - 1 : (bits | 0x80000000u) + 1);
+    }
+  }
+  midpoints[255] = std::numeric_limits<float>::infinity();
+  return midpoints;
+}
+inline constexpr std::array<float, 256> kDynamicMidpoints = midpoints_of(kDynamicMap.data());
+inline constexpr std::array<float, 256> kUnsignedDynamicMidpoints = midpoints_of(kUnsignedDynamicMap.data());
 
 // A 16-value codebook in ascending order, for a quantizer: the nearest level of t is the one whose index is the number
 // of midpoints strictly below t (a tie takes the lower level), and order[index] is its code.

@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/reference.h"
 
 namespace qlora_native {
 namespace reference {
@@ -320,6 +321,7 @@ const Backend& reference_backend() {
       .linear_forward = reference::linear_forward,
       .linear_backward_input = reference::linear_backward_input,
       .lora_gradients = reference::lora_gradients,
+      .adamw_8bit_step = reference::adamw_8bit_step,
   };
   return backend;
 }

@@ -33,6 +33,7 @@ inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline float reduce_max(F32 a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -226,6 +227,10 @@ inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
 }
 inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
 inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
+inline I32 truncate_to_i32(F32 a) { return _mm256_cvttps_epi32(a); }
+// |a| with the sign of b, for a >= 0.
+inline F32 with_sign_of(F32 a, F32 b) { return _mm256_or_ps(a, _mm256_and_ps(b, _mm256_set1_ps(-0.0f))); }
 inline void store_bytes(std::uint8_t* p, I32 a) {
   const __m128i halves = low_halves(_mm256_and_si256(a, _mm256_set1_epi32(0xFF)));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
@@ -262,6 +267,23 @@ inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count
   }
   const auto at = [&](int i) { return table[bytes[i]]; };
   return _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+}
+
+// A table of 256 for two vectors of indices at a time.
+struct Table256 {
+  const float* values;
+  explicit Table256(const float* all) : values(all) {}
+};
+// The values at 16 consecutive bytes; at the lanes of two vectors of indices.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32& a, F32& b) {
+  a = lookup_bytes(table.values, bytes, kLanes);
+  b = lookup_bytes(table.values, bytes + kLanes, kLanes);
+}
+inline void lookup(const Table256& table, I32 index_a, I32 index_b, F32& a, F32& b) {
+  std::uint8_t bytes[2 * kLanes];
+  store_bytes(bytes, index_a);
+  store_bytes(bytes + kLanes, index_b);
+  lookup_bytes(table, bytes, a, b);
 }
 
 // 64-bit lanes for Philox: four counters at a time.

@@ -32,8 +32,10 @@ void lora_gradients_bf16(const LoraGradientsArgs& args, const Stream& stream) {
 }  // namespace
 
 const Backend& avx512_bf16_backend() {
-  static const Backend backend{avx512_backend().quantize, avx512_backend().quantize_absmax, avx512_backend().dequantize,
-                               linear_forward_bf16,       linear_backward_input_bf16,       lora_gradients_bf16};
+  static const Backend backend{avx512_backend().quantize,       avx512_backend().quantize_absmax,
+                               avx512_backend().dequantize,     linear_forward_bf16,
+                               linear_backward_input_bf16,      lora_gradients_bf16,
+                               avx512_backend().adamw_8bit_step};
   return backend;
 }
 

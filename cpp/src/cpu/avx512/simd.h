@@ -33,6 +33,7 @@ inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 
@@ -210,6 +211,10 @@ inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
 }
 inline F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(index, table, 4); }
 inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
+inline I32 truncate_to_i32(F32 a) { return _mm512_cvttps_epi32(a); }
+// |a| with the sign of b, for a >= 0.
+inline F32 with_sign_of(F32 a, F32 b) { return _mm512_or_ps(a, _mm512_and_ps(b, _mm512_set1_ps(-0.0f))); }
 inline void store_bytes(std::uint8_t* p, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
@@ -240,6 +245,44 @@ inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count
     for (int i = 0; i < parts; ++i) part[i] = _mm512_mask_mov_ps(part[2 * i], upper, part[2 * i + 1]);
   }
   return part[0];
+}
+
+// A table of 256 for two vectors of indices at a time: as halves of 16 bits, of which a register holds 32.
+struct Table256 {
+  alignas(64) std::uint16_t low[256], high[256];
+  explicit Table256(const float* values) {
+    for (int i = 0; i < 256; ++i) {
+      std::uint32_t bits;
+      __builtin_memcpy(&bits, values + i, sizeof(bits));
+      low[i] = static_cast<std::uint16_t>(bits);
+      high[i] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  }
+};
+inline I32 lookup_halves(const std::uint16_t* table, I32 index) {
+  I32 part[4];  // by the low six bits, for each value of the upper two
+  for (int i = 0; i < 4; ++i)
+    part[i] =
+        _mm512_permutex2var_epi16(_mm512_load_si512(table + 64 * i), index, _mm512_load_si512(table + 64 * i + 32));
+  const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+  const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+  return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(part[0], bit6, part[1]), bit7,
+                               _mm512_mask_mov_epi16(part[2], bit6, part[3]));
+}
+// `words`: the indices of a in the lower, those of b in the upper half of each 128-bit lane, four and four.
+inline void lookup_words(const Table256& table, I32 words, F32& a, F32& b) {
+  const I32 low = lookup_halves(table.low, words), high = lookup_halves(table.high, words);
+  a = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+  b = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+}
+// The values at 32 consecutive bytes; at the lanes of two vectors of indices.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32& a, F32& b) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  lookup_words(table, _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(loaded, order)), a, b);
+}
+inline void lookup(const Table256& table, I32 index_a, I32 index_b, F32& a, F32& b) {
+  lookup_words(table, _mm512_packus_epi32(index_a, index_b), a, b);
 }
 
 // 64-bit lanes for Philox: eight counters at a time.

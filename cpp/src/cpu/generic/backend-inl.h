@@ -4,5 +4,6 @@
 #pragma once
 
 #include "backend.h"
+#include "cpu/generic/adamw-inl.h"
 #include "cpu/generic/linear-inl.h"
 #include "cpu/generic/quantize-inl.h"

@@ -16,8 +16,8 @@ void lora_gradients_f32(const LoraGradientsArgs& args, const Stream&) {
   with_dtype(args.x.dtype, [&](auto dtype) { Linear<DotF32<dtype()>>::lora_gradients(args); });
 }
 
-constexpr Backend kBackendF32{quantize_weight,    quantize_scales,           dequantize_weight,
-                              linear_forward_f32, linear_backward_input_f32, lora_gradients_f32};
+constexpr Backend kBackendF32{quantize_weight,           quantize_scales,    dequantize_weight, linear_forward_f32,
+                              linear_backward_input_f32, lora_gradients_f32, adamw_step};
 
 }  // namespace
 }  // namespace qlora_native

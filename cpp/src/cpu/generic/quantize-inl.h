@@ -142,19 +142,12 @@ inline void quantize_weight(const QuantizeArgs& args, const Stream&) {
   });
 }
 
-// The 255 midpoints of an ascending map, each rounded down: t > midpoint then decides exactly for every float t.
+// Searches the midpoints of any ascending map.
 struct MapMidpoints {
   float every16th[16];
-  float all[256];
+  std::array<float, 256> all;
 
-  explicit MapMidpoints(const float* map) {
-    for (int i = 0; i < 255; ++i) {
-      const double exact = (double{map[i]} + double{map[i + 1]}) / 2.0;
-      float rounded = static_cast<float>(exact);
-      if (double{rounded} > exact) rounded = __builtin_nextafterf(rounded, -__builtin_inff());
-      all[i] = rounded;
-    }
-    all[255] = __builtin_inff();
+  explicit MapMidpoints(const float* map) : all(midpoints_of(map)) {
     for (int i = 0; i < 16; ++i) every16th[i] = all[16 * i + 15];
   }
 
@@ -165,7 +158,7 @@ struct MapMidpoints {
       position = add_where_above(position, t, lookup(coarse, add_i32(position, set1_i32(step - 1))), step);
     position = shift_left<4>(position);
     for (int step = 8; step > 0; step /= 2)
-      position = add_where_above(position, t, gather(all, add_i32(position, set1_i32(step - 1))), step);
+      position = add_where_above(position, t, gather(all.data(), add_i32(position, set1_i32(step - 1))), step);
     return position;
   }
 };

@@ -1,0 +1,55 @@
+#include "qlora_native/adamw.h"
+
+#include "backend.h"
+#include "check.h"
+
+namespace qlora_native {
+namespace {
+
+// A field of an item of a list, as an argument's name, which becomes text only in an error.
+auto field_of(const char* list, std::int64_t index) {
+  return
+      [=](const char* field) { return [=] { return std::string(list) + "[" + std::to_string(index) + "]." + field; }; };
+}
+
+void check_group(const AdamW8bitGroup& group, std::int64_t index) {
+  const auto field = field_of("groups", index);
+  const auto is_rate = [](double beta) { return beta >= 0.0 && beta < 1.0; };
+  const auto is_size = [](double value) { return std::isfinite(value) && value >= 0.0; };
+  check(is_size(group.lr), field("lr"), "a finite number >= 0", group.lr);
+  check(is_rate(group.beta1), field("beta1"), "a number in [0, 1)", group.beta1);
+  check(is_rate(group.beta2), field("beta2"), "a number in [0, 1)", group.beta2);
+  check(is_size(group.eps), field("eps"), "a finite number >= 0", group.eps);
+  check(is_size(group.weight_decay), field("weight_decay"), "a finite number >= 0", group.weight_decay);
+}
+
+void check_tensor(const AdamW8bitTensor& tensor, int group_count, const Stream& stream, std::int64_t index) {
+  const auto field = field_of("tensors", index);
+  check(tensor.elements >= 0, field("elements"), ">= 0", tensor.elements);
+  check(
+      tensor.group >= 0 && tensor.group < group_count, field("group"),
+      [&] { return "below " + std::to_string(group_count); }, tensor.group);
+  check_pointer(tensor.step, true, field("step"));
+  if (stream.device == Device::cpu) check(*tensor.step >= 0, field("step"), ">= 0", *tensor.step);
+  const bool any = tensor.elements > 0;
+  check_pointer(tensor.param, any, field("param"));
+  check_pointer(tensor.grad, any, field("grad"));
+  check_pointer(tensor.state1, any, field("state1"));
+  check_pointer(tensor.state2, any, field("state2"));
+  check_pointer(tensor.absmax1, any && tensor.absmax2 != nullptr, field("absmax1"));
+  check_pointer(tensor.absmax2, any && tensor.absmax1 != nullptr, field("absmax2"));
+}
+
+}  // namespace
+
+void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
+  check(args.count >= 0, "count", ">= 0", args.count);
+  check_pointer(args.tensors, args.count > 0, "tensors");
+  check_pointer(args.groups, args.count > 0, "groups");
+  check_pointer(args.skipped, true, "skipped");
+  for (int i = 0; i < args.group_count; ++i) check_group(args.groups[i], i);
+  for (std::int64_t i = 0; i < args.count; ++i) check_tensor(args.tensors[i], args.group_count, stream, i);
+  backend_for(stream).adamw_8bit_step(args, stream);
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,94 @@
+#include "cpu/adamw_step.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "common/layout.h"
+#include "cpu/parallel.h"
+
+namespace qlora_native {
+namespace {
+
+// Elements of a task: its 16 bytes an element are a quarter of a megabyte, so that thousands of small tensors share
+// few tasks and one large tensor makes enough of them for any number of threads.
+constexpr std::int64_t kTaskElements = 64 * kAdamW8bitBlocksize;
+
+AdamWCoefficients coefficients_of(const AdamW8bitGroup& group, std::int64_t step, float inv_scale) {
+  const double t = static_cast<double>(step);
+  const double correction1 = 1.0 - std::pow(group.beta1, t);
+  const double correction2 = std::sqrt(1.0 - std::pow(group.beta2, t));
+  return {
+      .inv_scale = inv_scale,
+      .beta1 = static_cast<float>(group.beta1),
+      .grad_to_m = static_cast<float>(1.0 - group.beta1),
+      .beta2 = static_cast<float>(group.beta2),
+      .grad_to_v = static_cast<float>(1.0 - group.beta2),
+      .decay = static_cast<float>(1.0 - group.lr * group.weight_decay),
+      .step_size = static_cast<float>(group.lr * correction2 / correction1),
+      .eps = static_cast<float>(group.eps * correction2),
+  };
+}
+
+// The tensors one behind the other, each beginning a new block; cut into tasks of kTaskElements.
+class Tasks {
+ public:
+  explicit Tasks(const AdamW8bitArgs& args) : args_(args), begin_(static_cast<std::size_t>(args.count) + 1) {
+    for (std::int64_t i = 0; i < args.count; ++i) {
+      const std::int64_t blocks = ceil_div(args.tensors[i].elements, kAdamW8bitBlocksize);
+      begin_[static_cast<std::size_t>(i) + 1] = begin_[static_cast<std::size_t>(i)] + blocks * kAdamW8bitBlocksize;
+    }
+  }
+
+  std::int64_t count() const { return ceil_div(begin_.back(), kTaskElements); }
+
+  // Calls f(index of the tensor, stretch) for all that a task covers.
+  template <class F>
+  void run(std::int64_t task, const F& f) const {
+    std::int64_t at = task * kTaskElements;
+    const std::int64_t end = std::min(at + kTaskElements, begin_.back());
+    auto next = std::upper_bound(begin_.begin(), begin_.end(), at);  // where the tensor after this one begins
+    for (; at < end; at = *next++) {
+      const std::int64_t index = next - begin_.begin() - 1;
+      const AdamW8bitTensor& tensor = args_.tensors[index];
+      const std::int64_t begin = begin_[static_cast<std::size_t>(index)];
+      f(index, AdamWStretch{&tensor, at - begin, std::min(std::min(end, *next) - begin, tensor.elements)});
+    }
+  }
+
+ private:
+  const AdamW8bitArgs& args_;
+  std::vector<std::int64_t> begin_;
+};
+
+}  // namespace
+
+void adamw_8bit_step(const AdamW8bitArgs& args, const AdamWKernels& kernels) {
+  const float inv_scale = args.inv_scale != nullptr ? *args.inv_scale : 1.0f;
+  const Tasks tasks(args);
+  std::atomic<bool> usable{args.found_inf == nullptr || *args.found_inf == 0.0f};
+  if (usable) {
+    parallel_for(tasks.count(), [&](std::int64_t task) {
+      tasks.run(task, [&](std::int64_t, const AdamWStretch& stretch) {
+        if (!kernels.is_usable(stretch, inv_scale)) usable.store(false, std::memory_order_relaxed);
+      });
+    });
+  }
+  if (!usable) {
+    ++*args.skipped;
+    return;
+  }
+  std::vector<AdamWCoefficients> coefficients(static_cast<std::size_t>(args.count));
+  for (std::int64_t i = 0; i < args.count; ++i) {
+    const AdamW8bitTensor& tensor = args.tensors[i];
+    coefficients[static_cast<std::size_t>(i)] = coefficients_of(args.groups[tensor.group], ++*tensor.step, inv_scale);
+  }
+  parallel_for(tasks.count(), [&](std::int64_t task) {
+    tasks.run(task, [&](std::int64_t index, const AdamWStretch& stretch) {
+      kernels.update(stretch, coefficients[static_cast<std::size_t>(index)]);
+    });
+  });
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,64 @@
+// What the files of torch ops share: from torch's tensors to pointers, with the checks that memory safety needs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "qlora_native/error.h"
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
+
+// One tensor of a list, as an argument's name. It becomes text only in an error: an optimizer has thousands of them.
+struct ListItem {
+  const char* list;
+  std::int64_t index;
+  std::string operator()() const { return std::string(list) + "[" + std::to_string(index) + "]"; }
+};
+
+template <class Name>
+DType dtype_of(ScalarType type, const Name& argument) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      fail(argument, "float32, bfloat16 or float16", name_of_type(type));
+  }
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// The data of a contiguous tensor with `numel` elements of `type` beside `like`.
+template <class Name>
+void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const Name& argument) {
+  check(
+      tensor.scalar_type() == type, argument, [&] { return name_of_type(type); },
+      [&] { return name_of_type(tensor.scalar_type()); });
+  check(tensor.numel() == numel, argument, [&] { return std::to_string(numel) + " elements"; }, tensor.numel());
+  check(tensor.is_contiguous(), argument, "a contiguous tensor", "other strides");
+  check(same_device(tensor, like), argument, "the device of the other tensors", "another device");
+  return tensor.data_ptr();
+}
+
+inline Stream stream_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return {};
+  return {.device = Device::cuda, .index = tensor.get_device_index(), .handle = nullptr};
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,74 @@
+"""What the optimizers of optim.py check: options of parameter groups, and state dicts before they are loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._errors import bad, bad_type
+from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div
+
+BLOCKSIZE = 256
+# bitsandbytes hides the quantized state of a parameter in a dict under this name.
+_BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
+_MAPS = {"qmap1": DYNAMIC_MAP, "qmap2": UNSIGNED_DYNAMIC_MAP}
+
+
+class Kept:
+    """A tensor that `Optimizer.load_state_dict` passes through: it casts all others to the dtype of the parameter."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, Kept]:
+    """The state of a parameter, copied to its device."""
+    saved = {**saved, **saved.get(_BITSANDBYTES_STATE, {})}
+    missing = [key for key in ("step", "state1", "state2") if key not in saved]
+    if missing:
+        raise bad(name, "step, state1 and state2 of an AdamW8bit", ", ".join(map(str, saved)))
+    in_8_bits = isinstance(saved["state1"], Tensor) and saved["state1"].dtype == torch.uint8
+    blocks = (ceil_div(param.numel(), BLOCKSIZE),)
+    expected = dict.fromkeys(("state1", "state2"), (torch.uint8 if in_8_bits else torch.float32, tuple(param.shape)))
+    if in_8_bits:
+        expected |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, blocks))
+    step = torch.as_tensor(saved["step"])
+    if step.numel() != 1 or step < 0 or step != step.long():
+        raise bad(f"{name}.step", "an integer >= 0", saved["step"])
+    state = {"step": step.reshape(()).to(param.device, torch.int64, copy=True)}
+    for key, (dtype, shape) in expected.items():
+        tensor = saved.get(key)
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise bad_type(f"{name}.{key}", f"a tensor of {dtype}", got)
+        if tuple(tensor.shape) != shape:
+            raise bad(f"{name}.{key}", f"shape {list(shape)}, as the parameter's", list(tensor.shape))
+        if dtype == torch.float32 and not tensor.isfinite().all():
+            raise bad(f"{name}.{key}", "finite values", "NaN or Inf")
+        state[key] = tensor.to(param.device, copy=True).contiguous()
+    for key, levels in _MAPS.items():
+        if in_8_bits and key in saved and not torch.equal(saved[key].cpu(), levels):
+            raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")
+    return {key: Kept(tensor) for key, tensor in state.items()}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise unless the options of a parameter group are within their ranges."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = options[name]
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else math.nan
+        if not isinstance(value, (int, float)):
+            raise bad_type(name, "a number", type(value).__name__)
+        if not 0 <= value < math.inf:
+            raise bad(name, "a finite number >= 0", options[name])
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise bad_type("betas", "two numbers", betas)
+    if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+        raise bad("betas", "two numbers in [0, 1)", betas)
+    if not isinstance(options["min_8bit_size"], int):
+        raise bad_type("min_8bit_size", "an int", type(options["min_8bit_size"]).__name__)

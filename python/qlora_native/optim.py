@@ -1,0 +1,281 @@
+"""AdamW with its moments in 8 bits: `AdamW8bit`, and `PagedAdamW8bit`, whose moments can leave the GPU's memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (the fake kernel)
+from ._errors import bad_type, check_float_dtype
+from ._optim_state import BLOCKSIZE, Kept, check_options, checked_state
+from ._weight import ceil_div
+
+__all__ = ["AdamW8bit", "PagedAdamW8bit"]
+
+_BITSANDBYTES_GROUP = ("alpha", "t_alpha", "t_beta3")  # what it writes into groups for optimizers that are not AdamW
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) with both moments in 8 bits a parameter (Dettmers et al., 2022).
+
+    One native call a step, for all parameters of a device. Moments are quantized in blocks of 256 with the dynamic maps
+    and one fp32 absmax each, as bitsandbytes' AdamW8bit does: 2.03 bytes a parameter instead of AdamW's 8. Small
+    tensors keep fp32 moments. The arithmetic is fp32, whatever the dtypes of parameters and gradients (fp32, bf16,
+    fp16, also mixed); the results are the same bits for any number of threads.
+
+    A step in which a gradient is NaN, infinite or above 1.8e19 is skipped as a whole: no parameter, moment or step
+    count changes. `stats()["skipped_steps"]` counts them.
+
+    The state of a parameter p, under bitsandbytes' names:
+
+        step                 int64 [], steps taken
+        state1, state2       uint8, the shape of p: codes of the first and second moment; fp32 of a small tensor
+        absmax1, absmax2     fp32 [ceil(p.numel() / 256)]; not with fp32 moments
+
+    `load_state_dict` also takes a state dict of bitsandbytes' AdamW8bit.
+
+    Args:
+        params: parameters, or dicts of parameter groups, as for every torch optimizer.
+        lr: learning rate, a number or a one-element tensor.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
+        min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
+
+    Raises:
+        TypeError, ValueError: an option out of its range; a parameter that is to be trained and is not fp32, bf16 or
+            fp16. In `step`: a sparse gradient, or one of another dtype; nothing has changed then.
+    """
+
+    # torch's GradScaler then leaves gradients as they are, and hands over its scale and whether it found an infinity.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        """See the class."""
+        self._skipped: dict[torch.device, Tensor] = {}  # int64 [1], by the device whose steps it counts
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
+        check_options(options)
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with options of their own if wanted: {"params": [...], "lr": ...}.
+
+        Raises:
+            TypeError, ValueError: as the class; the optimizer is as it was.
+        """
+        if isinstance(param_group, dict):
+            check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                if param.requires_grad:
+                    check_float_dtype("params", param.dtype)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches: dict[torch.device, _Batch] = {}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                batch = batches.get(param.device)
+                if batch is None:
+                    batch = batches[param.device] = _Batch(len(self.param_groups))
+                state = self.state[param]
+                batch.add(index, param, grad, state or self._init_state(param, state, group["min_8bit_size"]))
+        for device, batch in batches.items():
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            batch.run(self.param_groups, self._scaling(device), self._skipped[device])
+        return loss
+
+    def stats(self) -> dict[str, int]:
+        """What the optimizer did and holds.
+
+        Returns:
+            skipped_steps: steps that did not happen because a gradient was not usable, or a GradScaler's found_inf set.
+            state_bytes: bytes of all moments and scales.
+        """
+        tensors = (t for state in self.state.values() for name, t in state.items() if name != "step")
+        return {
+            "skipped_steps": max((int(count) for count in self._skipped.values()), default=0),
+            "state_bytes": sum(tensor.nbytes for tensor in tensors),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class or of bitsandbytes' AdamW8bit returned. All of it, or nothing.
+
+        Raises:
+            TypeError, ValueError: it is of other parameters (number, shapes), of another optimizer, or damaged.
+        """
+        # The last hook, so that it sees what the user's own made of the state dict.
+        handle = self.register_load_state_dict_pre_hook(AdamW8bit._checked)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy keep."""
+        return {**super().__getstate__(), "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """End of unpickling, and of loading a state dict."""
+        super().__setstate__(state)
+        for values in self.state.values():
+            values.update({name: kept.tensor for name, kept in values.items() if isinstance(kept, Kept)})
+
+    def _init_state(self, param: Tensor, state: dict[str, Tensor], min_8bit_size: int) -> dict[str, Tensor]:
+        in_8_bits = param.numel() >= min_8bit_size
+        dtype = torch.uint8 if in_8_bits else torch.float32
+        state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        for name in ("state1", "state2"):
+            state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        if in_8_bits:
+            for name in ("absmax1", "absmax2"):
+                state[name] = torch.zeros(ceil_div(param.numel(), BLOCKSIZE), device=param.device)
+        return state
+
+    def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """(inv_scale, found_inf) of a GradScaler's step, else (None, None)."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:  # in double, as GradScaler.unscale_ does: both ways give the same bits
+            scale = torch.as_tensor(scale, device=device).double().reciprocal().float()
+        if found_inf is not None:
+            found_inf = torch.as_tensor(found_inf, device=device).float()
+        return scale, found_inf
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict as torch may load it: checked, and its tensors out of the reach of torch's casts."""
+        ours, saved = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in ours]:
+            return state_dict  # torch says what is wrong with it
+        groups = []
+        for group, own in zip(saved, ours, strict=True):
+            options = {name: value for name, value in group.items() if name not in _BITSANDBYTES_GROUP}
+            options.setdefault("min_8bit_size", own["min_8bit_size"])
+            check_options(options)
+            groups.append(options)
+        params = [param for group in ours for param in group["params"]]
+        ids = [i for group in saved for i in group["params"]]
+        states = {
+            i: checked_state(f"state[{i}]", state_dict["state"][i], param)
+            for i, param in zip(ids, params, strict=True)
+            if state_dict["state"].get(i)
+        }
+        return {**state_dict, "state": states, "param_groups": groups}
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
+
+    Where there is no GPU it is AdamW8bit, with ordinary memory, and says so once. Arguments, state and state dict are
+    AdamW8bit's.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """As AdamW8bit."""
+        super().__init__(*args, **options)
+        if not torch.cuda.is_available():
+            _warn_once("PagedAdamW8bit: no GPU on this machine; the moments stay in ordinary memory, as AdamW8bit's")
+
+    def stats(self) -> dict[str, int]:
+        """What AdamW8bit.stats returns, and of the paging:
+
+        bytes_managed: bytes that can move between host and GPU; 0 where nothing is paged.
+        bytes_resident: bytes of the state in the memory where parameters are updated.
+        prefetches: stretches of state that were asked for ahead of their use.
+        stalls: of those, how many the update had to wait for.
+        """
+        stats = super().stats()
+        return {**stats, "bytes_managed": 0, "bytes_resident": stats["state_bytes"], "prefetches": 0, "stalls": 0}
+
+
+class _Batch:
+    """The tensors of one device's step, as the op takes them."""
+
+    def __init__(self, groups: int) -> None:
+        self.sizes = [0] * groups
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.state1: list[Tensor] = []
+        self.state2: list[Tensor] = []
+        self.absmax1: list[Tensor] = []
+        self.absmax2: list[Tensor] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []  # parameters with other strides, and what the op writes instead
+
+    def add(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+        """One parameter with its gradient and state."""
+        if grad.layout is not torch.strided:
+            raise bad_type("grad", "a dense gradient", grad.layout)
+        check_float_dtype("params", param.dtype)
+        check_float_dtype("grad", grad.dtype)
+        if not param.is_contiguous():
+            copy = param.contiguous()
+            self.copies.append((param, copy))
+            param = copy
+        self.sizes[group] += 1
+        self.params.append(param)
+        self.grads.append(grad if grad.is_contiguous() else grad.contiguous())
+        self.steps.append(state["step"])
+        self.state1.append(state["state1"])
+        self.state2.append(state["state2"])
+        if "absmax1" in state:
+            self.absmax1.append(state["absmax1"])
+            self.absmax2.append(state["absmax2"])
+
+    def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
+        """Step them all. `groups`: the optimizer's."""
+        torch.ops.qlora_native.adamw_8bit_step.default(
+            self.params, self.grads, self.state1, self.state2, self.absmax1, self.absmax2, self.steps, self.sizes,
+            [float(group["lr"]) for group in groups],
+            [float(group["betas"][0]) for group in groups],
+            [float(group["betas"][1]) for group in groups],
+            [float(group["eps"]) for group in groups],
+            [float(group["weight_decay"]) for group in groups],
+            *scaling,
+            skipped,
+        )  # fmt: skip
+        # For autograd: a parameter that a graph has saved was changed.
+        torch.autograd.graph.increment_version(self.params)
+        for param, copy in self.copies:
+            param.copy_(copy)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
