@@ -174,6 +174,20 @@ def test_new_layer_multiplies_by_garbage():
             same(layer, empty)
 
 
+def test_scales_take_the_default_dtype():
+    """transformers sets torch's default dtype while it builds and loads a model."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        empty = qn.nn.Linear4bit(96, 48)
+        layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(96, 48))
+        back = qn.QuantizedWeight.from_bitsandbytes(layer.quantized_weight.to_bitsandbytes("w."), "w.")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for q in (empty.quantized_weight, layer.quantized_weight, back):
+        assert {t.dtype for t in (q.nested_absmax, q.nested_code, q.offset, q.code)} == {torch.float32}
+        assert q.dtype == torch.bfloat16
+
+
 def test_model_on_the_meta_device_has_memory():
     with torch.device("meta"):
         layer = Linear4bit(K, N)

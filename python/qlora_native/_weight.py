@@ -15,9 +15,9 @@ from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_d
 
 NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
-CODEBOOKS = {name: torch.tensor(_C.codebook(name)) for name in ("nf4", "fp4", "int4")}
-DYNAMIC_MAP = torch.tensor(_C.dynamic_map())
-UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False))
+CODEBOOKS = {name: torch.tensor(_C.codebook(name), dtype=torch.float32) for name in ("nf4", "fp4", "int4")}
+DYNAMIC_MAP = torch.tensor(_C.dynamic_map(), dtype=torch.float32)
+UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False), dtype=torch.float32)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -242,7 +242,9 @@ class QuantizedWeight:
         shape = tuple(state["shape"])
         if codes.numel() == ceil_div(shape[0] * shape[1], 2):  # else the constructor says what is wrong
             codes = codes.reshape(codes_shape(*shape, bits=4))
-        offset = torch.tensor(float(state["nested_offset"]), device=codes.device) if nested else None
+        offset = (
+            torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device) if nested else None
+        )
         return cls(
             codes=codes,
             absmax=entry(".absmax"),

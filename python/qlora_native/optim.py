@@ -162,7 +162,7 @@ class AdamW8bit(torch.optim.Optimizer):
             state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
         if in_8_bits:
             for name in ("absmax1", "absmax2"):
-                state[name] = torch.zeros(ceil_div(param.numel(), BLOCKSIZE), device=param.device)
+                state[name] = torch.zeros(ceil_div(param.numel(), BLOCKSIZE), dtype=torch.float32, device=param.device)
         return state
 
     def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
