@@ -86,7 +86,8 @@ def memory_line(row: dict) -> str:
 
 def step_lines(step: dict) -> str:
     """The result of step.measure()."""
-    lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, LoRA r={step['rank']}, {step['dtype']}"]
+    lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
+    lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
     for name, found in step["contestants"].items():
         lines.append(
             f"  {name:<24} {found['seconds']:6.2f} s  {found['tokens_per_s']:6.0f} tokens/s  loss {found['losses']}"
@@ -135,8 +136,8 @@ def _values(goal: Goal, result: dict, shape: tuple[int, int]) -> Iterable[float]
     if goal.isa != (isa if isa in special else None):
         return
     if goal.figure == "step":
-        if result.get("step", {}).get("ratio") and shape == min(tuple(row["shape"]) for row in result["rows"]):
-            yield result["step"]["ratio"]
+        if result.get(goal.operation, {}).get("ratio") and shape == min(tuple(row["shape"]) for row in result["rows"]):
+            yield result[goal.operation]["ratio"]
         return
     if goal.figure == "memory":
         yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)

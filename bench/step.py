@@ -1,10 +1,11 @@
 """A training step of SmolLM2-135M: our Linear4bit under PEFT against bitsandbytes NF4 under stock PEFT.
 
-    python bench/step.py [--rounds 3] [--dense] [--profile]
+    python bench/step.py [--rounds 3] [--dropout 0.05] [--dense] [--profile]
 
-The same model (bf16), tokens (batch 4 x 256), adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
-makes it) and optimizer (torch's AdamW, fused) for all. The contestants take turns step by step in one process; a step
-is forward, backward, optimizer. They begin with the same numbers, so their first losses must be equal: the check.
+The same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
+makes it) for all; as optimizer each stack's own 8-bit AdamW, and torch's fused AdamW over bf16 weights. The contestants
+take turns step by step in one process; a step is forward, backward, optimizer. They begin with the same numbers, so
+their first losses must be equal: the check.
 
 The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
 so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import statistics
 import time
@@ -32,8 +34,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LOSS_TOLERANCE = 0.005
 
 
-def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
+def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False) -> dict[str, object]:
     """Time the contestants' steps in turn, after one untimed step each.
+
+    Args:
+        rounds: timed steps of each.
+        dropout: LoRA's, the same probability for all.
+        dense: also LoRA over the bf16 weights.
 
     Returns:
         A report with `contestants`: name -> {seconds (median), tokens_per_s, losses}, and `ratio`: tokens/s of ours
@@ -44,11 +51,11 @@ def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
     """
     with torch.enable_grad():
         model = _load()
-        steps = {"qlora_native": _step(_ours(copy.deepcopy(model)))}
+        steps = {"qlora_native": _ours(copy.deepcopy(model), dropout)}
         if importlib.util.find_spec("bitsandbytes"):
-            steps["bitsandbytes + PEFT"] = _step(_bitsandbytes(copy.deepcopy(model)))
+            steps["bitsandbytes + PEFT"] = _bitsandbytes(copy.deepcopy(model), dropout)
         if dense:
-            steps["bf16 + PEFT"] = _step(_peft(copy.deepcopy(model)))
+            steps["bf16 + PEFT"] = _dense(copy.deepcopy(model), dropout)
         del model
         tokens = _tokens()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -70,8 +77,8 @@ def measure(rounds: int = 3, dense: bool = False) -> dict[str, object]:
         for name, times in seconds.items()
     }
     report: dict[str, object] = {
-        "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dtype": "bfloat16",
-        "contestants": contestants,
+        "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dropout": dropout,
+        "dtype": "bfloat16", "contestants": contestants,
     }  # fmt: skip
     if "bitsandbytes + PEFT" in contestants:
         report["ratio"] = contestants["bitsandbytes + PEFT"]["seconds"] / contestants["qlora_native"]["seconds"]
@@ -112,24 +119,27 @@ def _tokens() -> Tensor:
     return torch.tensor(tokenizer(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
 
 
-def _peft(model: nn.Module, register: Callable | None = None) -> nn.Module:
+def _peft(model: nn.Module, dropout: float, register: Callable | None = None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=LINEARS
+    )
     torch.manual_seed(0)  # the same adapter for all
     return get_peft_model(model, register(config) if register else config)
 
 
-def _ours(model: nn.Module) -> nn.Module:
+def _ours(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
     import qlora_native as qn
     from qlora_native.integrations.peft import register
 
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
-    return _peft(model, register)
+    return _step(_peft(model, dropout, register), qn.optim.AdamW8bit)
 
 
-def _bitsandbytes(model: nn.Module) -> nn.Module:
+def _bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
     from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.optim import AdamW8bit
 
     for path, linear in list(model.named_modules()):
         if path.rpartition(".")[2] in LINEARS:
@@ -142,14 +152,18 @@ def _bitsandbytes(model: nn.Module) -> nn.Module:
             )
             model.set_submodule(path, quantized.to("cpu"))  # quantizes
     model.is_loaded_in_4bit = True  # PEFT asks this before it takes its bitsandbytes layer
-    return _peft(model)
+    return _step(_peft(model, dropout), AdamW8bit)
 
 
-def _step(model: nn.Module) -> Callable[[Tensor], float]:
+def _dense(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+    return _step(_peft(model, dropout), functools.partial(torch.optim.AdamW, fused=True))
+
+
+def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer]) -> Callable[[Tensor], float]:
     """A function that makes one training step on [batch, sequence] tokens and returns the loss before it."""
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    optimizer = optimizer_class(trainable, lr=1e-4)
 
     def step(tokens: Tensor) -> float:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -163,7 +177,7 @@ def _step(model: nn.Module) -> Callable[[Tensor], float]:
 
 def profile() -> str:
     """Where a step of ours goes: the operators by their own time."""
-    step, tokens = _step(_ours(_load())), _tokens()
+    step, tokens = _ours(_load(), 0.0), _tokens()
     step(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(tokens)
@@ -176,10 +190,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
+    parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
     parser.add_argument("--dense", action="store_true", help="also LoRA over the bf16 weights")
     parser.add_argument("--profile", action="store_true", help="instead: where a step of ours goes")
     args = parser.parse_args()
-    print(profile() if args.profile else report.step_lines(measure(args.rounds, args.dense)))
+    print(profile() if args.profile else report.step_lines(measure(args.rounds, args.dropout, args.dense)))
 
 
 if __name__ == "__main__":
