@@ -1,0 +1,13 @@
+// The adapter as PEFT keeps it: adapter_model.safetensors and adapter_config.json.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "llama.h"
+
+namespace trainer {
+
+void save_adapter(const std::filesystem::path& folder, Llama& model, const LoraConfig& lora, const std::string& base);
+
+}  // namespace trainer

@@ -1,0 +1,52 @@
+// The parts of a transformer between its linear layers, each forward and backward, in fp32. Activations are
+// [rows, width], a row being one token of one sequence; rows are independent wherever "rows" is a parameter.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace trainer {
+
+// y = x / rms(x) * weight, rms = sqrt(mean(x^2) + eps)
+void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y);
+// dx += dy through it
+void rms_norm_backward(const float* dy, const float* x, const float* weight, std::int64_t rows, std::int64_t width,
+                       float eps, float* dx);
+
+// Rotary position embedding: element i of a head's first half and element i of its second half are turned by
+// position * theta^(-2i / head_dim). `direction` -1 turns back, which is the backward pass.
+void rope(float* x, std::int64_t rows, std::int64_t heads, std::int64_t head_dim, std::int64_t sequence, double theta,
+          int direction);
+
+// Causal attention with grouped keys and values.
+struct Attention {
+  std::int64_t sequences = 0, length = 0, heads = 0, kv_heads = 0, head_dim = 0;
+
+  std::int64_t probabilities() const { return sequences * heads * length * length; }
+  // q, y: [sequences * length, heads * head_dim]; k, v: [.., kv_heads * head_dim]; p: what backward needs
+  void forward(const float* q, const float* k, const float* v, float* p, float* y) const;
+  void backward(const float* dy, const float* q, const float* k, const float* v, const float* p, float* dq, float* dk,
+                float* dv) const;
+};
+
+// y = silu(gate) * up, and back.
+void swiglu(const float* gate, const float* up, std::int64_t elements, float* y);
+void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t elements, float* dgate,
+                     float* dup);
+
+// The language model's head over a dense matrix: logits[rows, vocabulary] = x . table^T; and dx = dlogits . table.
+class Head {
+ public:
+  Head(std::vector<float> table, std::int64_t vocabulary, std::int64_t width);
+  void forward(const float* x, std::int64_t rows, float* logits) const;
+  void backward(const float* dlogits, std::int64_t rows, float* dx) const;
+
+ private:
+  std::int64_t vocabulary_, width_;
+  std::vector<float> table_, transposed_;
+};
+
+// Mean cross-entropy in nats; `logits` become its gradient.
+double cross_entropy(float* logits, const std::int32_t* targets, std::int64_t rows, std::int64_t vocabulary);
+
+}  // namespace trainer

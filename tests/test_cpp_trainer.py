@@ -1,0 +1,136 @@
+"""examples/cpp_trainer, built from the installed package: it learns, its gradients and its adapter are torch's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from pydoc_data import topics  # noqa: E402  (750 kB of English on every Python)
+
+from safetensors.torch import load_file  # noqa: E402
+from test_package import ROOT, cmake, run  # noqa: E402
+
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+EXAMPLE = ROOT / "examples/cpp_trainer"
+TEXT = Path(topics.__file__)
+SEQUENCE, BATCH, SEED = 64, 2, 7
+FEW = ("--sequence", SEQUENCE, "--batch", BATCH, "--seed", SEED, "--clip", 0, "--lr", 0.1, "--warmup", 100)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    build = tmp_path_factory.mktemp("trainer")
+    cmake("-S", EXAMPLE, "-B", build, "-G", "Ninja", f"-Dqlora_native_DIR={package}", "-DCMAKE_CXX_FLAGS=-Werror")
+    cmake("--build", build)
+    return build / "trainer"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model that has seen some Python, in 4 bits with double quantization."""
+    folder = tmp_path_factory.mktemp("base")
+    code = [Path(subprocess.__file__), Path(os.__file__)]
+    run(sys.executable, EXAMPLE / "make_model.py", "--steps", 80, "--out", folder / "dense", "--data", *code)
+    run(sys.executable, "-m", "qlora_native", "quantize", "--model", folder / "dense", "--out", folder / "nf4")
+    return folder / "nf4"
+
+
+def in_torch(base, adapter=None):
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def losses(output):
+    return [float(line.rpartition(" ")[2]) for line in output.splitlines() if line.startswith("held-out loss")]
+
+
+def test_trainer_learns_nothing_or_saves_another_adapter(program, base, tmp_path):
+    out = tmp_path / "adapter"
+    data = ("--model", base, "--data", TEXT, "--out", out, "--logits", tmp_path / "logits.safetensors")
+    before, after = losses(run(program, *data, "--steps", 60, "--dropout", 0.05, "--every", 20))
+    assert after < before - 0.1, (before, after)
+    saved = load_file(tmp_path / "logits.safetensors")
+    ids, actual = saved["input_ids"].long(), saved["logits"]
+    model = in_torch(base, out).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert (actual - without).norm() > 0.02 * without.norm(), "an adapter that does nothing"
+    # A second run gives the same bits.
+    run(program, *data, "--steps", 60, "--dropout", 0.05, "--every", 60)
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], actual)
+
+
+def windows():
+    """The token ids of the trainer's first two batches: std::mt19937 is NumPy's MT19937."""
+    text = TEXT.read_bytes()
+    random = numpy.random.MT19937()
+    random._legacy_seeding(SEED)
+    for _ in range(2):
+        starts = random.random_raw(BATCH) % (len(text) * 9 // 10 - SEQUENCE)
+        yield torch.tensor([list(text[start : start + SEQUENCE + 1]) for start in starts.tolist()])
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    logits = model(input_ids=batch[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_of_an_adapter_is_wrong(program, base, tmp_path):
+    """AdamW's first step with a gradient moves by its sign: B in step one, while B is 0, and A in step two."""
+    states = []
+    for steps in (1, 2):
+        out = tmp_path / f"after-{steps}"
+        run(program, "--model", base, "--data", TEXT, "--out", out, "--steps", steps, *FEW)
+        model = in_torch(base, out)
+        states.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name})
+    first, second = windows()
+    model = in_torch(base, tmp_path / "after-1")
+    parameters = dict(model.named_parameters())
+    at_step_two = gradients(model, second)
+    for name, parameter in parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    at_step_one = gradients(model, first)
+    for name in states[0]:
+        is_b = "lora_B" in name
+        gradient = (at_step_one if is_b else at_step_two)[name]
+        moved = states[0][name] if is_b else states[1][name] - states[0][name]
+        clear = gradient.abs() > 1e-3 * gradient.abs().max()  # beyond the rounding of two ways to sum
+        assert clear.float().mean() > 0.5, name
+        wrong = moved.sign()[clear] != -gradient.sign()[clear]
+        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {int(clear.sum())}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--rank", "x"), "--rank: expected a number of at least 1"),
+        (("--rnak", "8"), "unknown option --rnak"),
+        (("--dropout", "1.5"), "lora.dropout"),
+        (("--model", "/nowhere"), "/nowhere"),
+        (("--sequence", "1000000"), "too short"),
+    ],
+)
+def test_bad_input_is_accepted(program, base, tmp_path, change, message):
+    options = {"--model": base, "--data": TEXT, "--out": tmp_path / "out", "--steps": "1", **dict([change])}
+    done = subprocess.run(
+        [program, *(str(part) for pair in options.items() for part in pair)], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "out").exists()
