@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_adamw
 
 from qlora_native import _C
 
 TESTS = Path(__file__).parent
-FILES = ("test_conformance.py", "test_bitsandbytes.py", "test_determinism.py", "test_inputs.py")
+FILES = ("test_conformance.py", "test_bitsandbytes.py", "test_determinism.py", "test_inputs.py", "test_adamw.py")
 
 
 def run(command, isa):
@@ -22,6 +23,13 @@ def run(command, isa):
 def test_other_instruction_set_computes_something_else(isa):
     shown = run(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *FILES], isa)
     assert shown.returncode == 0, f"QLN_FORCE_ISA={isa}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
+
+
+def test_instruction_set_changes_a_bit_of_adamw():
+    others = [isa for isa in _C.available_isas() if isa != _C.current_isa()]
+    for isa in others:
+        shown = run(["-c", "import test_adamw; print(test_adamw.digest())"], isa)
+        assert shown.stdout.strip() == test_adamw.digest(), f"{isa}, {_C.current_isa()}\n{shown.stderr}"
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())

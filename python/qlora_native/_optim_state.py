@@ -26,6 +26,8 @@ class Kept:
 
 def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, Kept]:
     """The state of a parameter, copied to its device."""
+    if not isinstance(saved, dict):
+        raise bad_type(name, "a dict", type(saved).__name__)
     saved = {**saved, **saved.get(_BITSANDBYTES_STATE, {})}
     missing = [key for key in ("step", "state1", "state2") if key not in saved]
     if missing:
@@ -35,6 +37,8 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, 
     expected = dict.fromkeys(("state1", "state2"), (torch.uint8 if in_8_bits else torch.float32, tuple(param.shape)))
     if in_8_bits:
         expected |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, blocks))
+    if not isinstance(saved["step"], (int, float, Tensor)):
+        raise bad_type(f"{name}.step", "an integer >= 0", type(saved["step"]).__name__)
     step = torch.as_tensor(saved["step"])
     if step.numel() != 1 or step < 0 or step != step.long():
         raise bad(f"{name}.step", "an integer >= 0", saved["step"])
@@ -48,6 +52,8 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, 
             raise bad(f"{name}.{key}", f"shape {list(shape)}, as the parameter's", list(tensor.shape))
         if dtype == torch.float32 and not tensor.isfinite().all():
             raise bad(f"{name}.{key}", "finite values", "NaN or Inf")
+        if dtype == torch.float32 and key != "state1" and (tensor < 0).any():
+            raise bad(f"{name}.{key}", "values >= 0", tensor.min().item())
         state[key] = tensor.to(param.device, copy=True).contiguous()
     for key, levels in _MAPS.items():
         if in_8_bits and key in saved and not torch.equal(saved[key].cpu(), levels):
@@ -56,7 +62,10 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, 
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise unless the options of a parameter group are within their ranges."""
+    """Raise unless the options of a parameter group are there, and within their ranges."""
+    missing = [name for name in ("lr", "eps", "weight_decay", "betas", "min_8bit_size") if name not in options]
+    if missing:
+        raise bad("param_groups", f"{missing[0]} in each", f"only {', '.join(options)}")
     for name in ("lr", "eps", "weight_decay"):
         value = options[name]
         if isinstance(value, Tensor):

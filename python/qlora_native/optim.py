@@ -48,7 +48,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an option out of its range; a parameter that is to be trained and is not fp32, bf16 or
-            fp16. In `step`: a sparse gradient, or one of another dtype; nothing has changed then.
+            fp16. In `step`: a sparse gradient, or one of another dtype; no parameter and
+            no moment has changed then.
     """
 
     # torch's GradScaler then leaves gradients as they are, and hands over its scale and whether it found an infinity.
@@ -107,6 +108,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
+                if grad.layout is not torch.strided:
+                    raise bad_type("grad", "a dense gradient", grad.layout)
+                check_float_dtype("params", param.dtype)
+                check_float_dtype("grad", grad.dtype)
                 batch = batches.get(param.device)
                 if batch is None:
                     batch = batches[param.device] = _Batch(len(self.param_groups))
@@ -236,10 +241,6 @@ class _Batch:
 
     def add(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
         """One parameter with its gradient and state."""
-        if grad.layout is not torch.strided:
-            raise bad_type("grad", "a dense gradient", grad.layout)
-        check_float_dtype("params", param.dtype)
-        check_float_dtype("grad", grad.dtype)
         if not param.is_contiguous():
             copy = param.contiguous()
             self.copies.append((param, copy))

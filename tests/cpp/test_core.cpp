@@ -319,6 +319,90 @@ void errors_name_the_argument() {
   for (float value : y) EXPECT(value == 0.0f);  // nothing was written
 }
 
+// Two tensors with ragged blocks, one with 8-bit and one with fp32 moments, of a single group.
+struct Optimizer {
+  static constexpr std::int64_t sizes[2] = {300, 70};
+  std::vector<float> params[2], grads[2], absmax1 = std::vector<float>(2), absmax2 = absmax1;
+  std::vector<std::uint8_t> codes1 = std::vector<std::uint8_t>(300), codes2 = codes1;
+  std::vector<float> m = std::vector<float>(70), v = m;
+  std::int64_t steps[2] = {0, 0}, skipped = 0;
+  qn::AdamW8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
+  qn::AdamW8bitTensor tensors[2];
+
+  Optimizer() {
+    Random random;
+    for (int i = 0; i < 2; ++i) {
+      params[i] = random.floats(sizes[i]);
+      grads[i] = random.floats(sizes[i]);
+      tensors[i] = {.param = params[i].data(),
+                    .grad = grads[i].data(),
+                    .elements = sizes[i],
+                    .state1 = i == 0 ? static_cast<void*>(codes1.data()) : m.data(),
+                    .state2 = i == 0 ? static_cast<void*>(codes2.data()) : v.data(),
+                    .absmax1 = i == 0 ? absmax1.data() : nullptr,
+                    .absmax2 = i == 0 ? absmax2.data() : nullptr,
+                    .step = &steps[i]};
+    }
+  }
+  qn::AdamW8bitArgs args() {
+    return {.tensors = tensors, .count = 2, .groups = &group, .group_count = 1, .skipped = &skipped};
+  }
+};
+
+void adamw_steps_or_skips() {
+  Optimizer optimizer;
+  const std::vector<float> before[2] = {optimizer.params[0], optimizer.params[1]};
+  qn::adamw_8bit_step(optimizer.args());
+  // The first step goes lr against the sign of the gradient: m / sqrt(v) is +-1 once the biases are corrected.
+  double worst = 0.0;
+  for (int i = 0; i < 2; ++i) {
+    EXPECT(optimizer.steps[i] == 1);
+    for (std::int64_t j = 0; j < Optimizer::sizes[i]; ++j) {
+      const double expected = before[i][j] * (1.0 - 0.01 * 0.1) - std::copysign(0.01, optimizer.grads[i][j]);
+      worst = std::max(worst, std::fabs(optimizer.params[i][j] - expected));
+    }
+  }
+  EXPECT(worst < 1e-6);  // values below 1, eps = 1e-8 beside gradients of 1e-3 and more
+  EXPECT(optimizer.codes1.back() != 0 && optimizer.absmax1[1] > 0.0f && optimizer.absmax1[1] <= 0.1f);
+
+  const std::vector<float> after = optimizer.params[0];
+  for (float bad : {NAN, INFINITY, -INFINITY, 2e19f}) {
+    optimizer.grads[1].back() = bad;
+    qn::adamw_8bit_step(optimizer.args());
+  }
+  optimizer.grads[1].back() = 0.5f;
+  const float found_inf = 1.0f;
+  qn::AdamW8bitArgs args = optimizer.args();
+  args.found_inf = &found_inf;
+  qn::adamw_8bit_step(args);
+  EXPECT(optimizer.skipped == 5 && optimizer.steps[0] == 1 && same_bits(optimizer.params[0], after));
+
+  using Change = std::function<void(Optimizer&, qn::AdamW8bitArgs&)>;
+  const auto refused = [](const std::string& argument, const Change& change) {
+    expect_error(argument, [&change] {
+      Optimizer damaged;
+      qn::AdamW8bitArgs args = damaged.args();
+      change(damaged, args);
+      qn::adamw_8bit_step(args);
+    });
+  };
+  refused("count", [](Optimizer&, qn::AdamW8bitArgs& args) { args.count = -1; });
+  refused("tensors", [](Optimizer&, qn::AdamW8bitArgs& args) { args.tensors = nullptr; });
+  refused("groups", [](Optimizer&, qn::AdamW8bitArgs& args) { args.groups = nullptr; });
+  refused("skipped", [](Optimizer&, qn::AdamW8bitArgs& args) { args.skipped = nullptr; });
+  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = -1e-3; });
+  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = NAN; });
+  refused("groups[0].beta1", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta1 = 1.0; });
+  refused("groups[0].beta2", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta2 = -0.1; });
+  refused("groups[0].eps", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.eps = INFINITY; });
+  refused("groups[0].weight_decay", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.weight_decay = -1.0; });
+  refused("tensors[1].group", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[1].group = 1; });
+  refused("tensors[1].grad", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[1].grad = nullptr; });
+  refused("tensors[0].absmax2", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].absmax2 = nullptr; });
+  refused("tensors[0].step", [](Optimizer& o, qn::AdamW8bitArgs&) { o.steps[0] = -1; });
+  refused("tensors[0].elements", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].elements = -1; });
+}
+
 void cuda_says_why() {
   if (qn::cuda_unavailable_reason().empty()) return;
   const Layer layer;
@@ -438,6 +522,7 @@ int main(int count, char** arguments) {
   errors_name_the_argument();
   grids_cover_and_share();
   activations_are_packed_in_equal_blocks();
+  adamw_steps_or_skips();
   cuda_says_why();
   same_bits_for_concurrent_callers();
   same_bits_for_any_number_of_threads();

@@ -125,15 +125,19 @@ struct AdamWVectors {
 template <DType kType>
 using Element = std::conditional_t<kType == DType::f32, float, std::uint16_t>;
 
+// The code whose level is 0.
+constexpr std::uint8_t kZeroCode1 = 127, kZeroCode2 = 0;
+static_assert(kDynamicMap[kZeroCode1] == 0.0f && kUnsignedDynamicMap[kZeroCode2] == 0.0f);
+
 // `count` <= 256 elements as a whole block. In place where it is one already, else a copy with zeros past the end,
-// which change nothing: neither the block's largest moments nor another element's code.
+// which change nothing: neither the block's largest moments nor another element's code. `zero`: the bytes of a zero.
 template <class T>
 class Block {
  public:
-  Block(void* data, std::int64_t first, std::int64_t count)
+  Block(void* data, std::int64_t first, std::int64_t count, std::uint8_t zero = 0)
       : data_(static_cast<T*>(data) + first), count_(static_cast<std::size_t>(count)) {
     if (is_whole()) return;
-    __builtin_memset(copy_, 0, sizeof(copy_));
+    __builtin_memset(copy_, zero, sizeof(copy_));
     __builtin_memcpy(copy_, data_, count_ * sizeof(T));
   }
   T* get() { return is_whole() ? data_ : copy_; }
@@ -192,7 +196,8 @@ inline void adamw_update(const AdamWStretch& stretch, const AdamWCoefficients& c
         BlockF32<grad_dtype()> grad(const_cast<void*>(tensor.grad), first, count);
         if (tensor.absmax1 != nullptr) {
           const std::int64_t block = first / kAdamWBlock;
-          Block<std::uint8_t> state1(tensor.state1, first, count), state2(tensor.state2, first, count);
+          Block<std::uint8_t> state1(tensor.state1, first, count, kZeroCode1);
+          Block<std::uint8_t> state2(tensor.state2, first, count, kZeroCode2);
           update_block(tables, c, coefficients, grad.get(), param.get(), state1.get(), state2.get(),
                        tensor.absmax1 + block, tensor.absmax2 + block);
           state1.put();

@@ -1,0 +1,71 @@
+// The quantizer of AdamW's moments against a search of the map, for every float in the map's range. Compiled once for
+// each instruction set that has one of its own; the scalar backend is that search.
+#include <bit>
+#include <cstdio>
+
+#include QLN_SIMD_HEADER  // cpu/avx2/simd.h or cpu/avx512/simd.h
+
+#include "cpu/generic/adamw-inl.h"
+
+namespace qlora_native {
+namespace {
+
+// Nearer to 0 than the first midpoints, 1.6e-7 and 2.75e-7: what is smaller has the code of 0.
+constexpr float kSmallest = 0x1p-24f;
+
+// Encodes sign * t for all floats t in [kSmallest, 1], ascending, and counts those whose code is not the nearest
+// level's (a tie: the lower level's). A level's number is the number of exact midpoints below the value.
+template <bool kSigned>
+std::int64_t wrong_codes(float sign) {
+  const std::array<float, 256>& map = kSigned ? kDynamicMap : kUnsignedDynamicMap;
+  const auto midpoint = [&](int i) { return (double{map[i]} + double{map[i + 1]}) / 2.0; };
+  constexpr int kBatch = 2 * kLanes;
+  const Encoder<kSigned> encoder;
+  std::int64_t wrong = 0;
+  const auto last = std::bit_cast<std::uint32_t>(1.0f);
+  int expected = 0;
+  while (expected < 255 && sign * kSmallest > midpoint(expected)) ++expected;
+  for (std::uint32_t bits = std::bit_cast<std::uint32_t>(kSmallest); bits <= last; bits += kBatch) {
+    alignas(64) float values[kBatch];
+    std::uint8_t codes[kBatch];
+    for (int i = 0; i < kBatch; ++i) values[i] = sign * std::bit_cast<float>(std::min(bits + i, last));
+    encoder.encode(load(values), load(values + kLanes), codes);
+    for (int i = 0; i < kBatch; ++i) {
+      if (sign > 0.0f) {
+        while (expected < 255 && values[i] > midpoint(expected)) ++expected;
+      } else {
+        while (expected > 0 && !(values[i] > midpoint(expected - 1))) --expected;
+      }
+      if (codes[i] != expected && ++wrong <= 5)
+        std::printf("%a: expected code %d, got %d\n", values[i], expected, codes[i]);
+    }
+  }
+  return wrong;
+}
+
+// 0 and what lies between it and kSmallest: by samples, subnormal numbers among them.
+template <bool kSigned>
+std::int64_t wrong_codes_near_zero() {
+  const Encoder<kSigned> encoder;
+  std::int64_t wrong = 0;
+  for (float t = kSmallest;; t /= 2.0f) {
+    alignas(64) float values[2 * kLanes];
+    std::uint8_t codes[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) values[i] = kSigned && i % 2 == 1 ? -t : t;
+    encoder.encode(load(values), load(values + kLanes), codes);
+    for (std::uint8_t code : codes) wrong += code != (kSigned ? 127 : 0);
+    if (t == 0.0f) return wrong;
+  }
+}
+
+}  // namespace
+}  // namespace qlora_native
+
+int main() {
+  using namespace qlora_native;
+  if (!__builtin_cpu_supports(QLN_FEATURE)) return 77;  // ctest's SKIP_RETURN_CODE
+  const std::int64_t wrong = wrong_codes<true>(1.0f) + wrong_codes<true>(-1.0f) + wrong_codes<false>(1.0f) +
+                             wrong_codes_near_zero<true>() + wrong_codes_near_zero<false>();
+  if (wrong > 0) std::printf("%lld wrong codes\n", static_cast<long long>(wrong));
+  return wrong == 0 ? 0 : 1;
+}

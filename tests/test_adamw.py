@@ -1,0 +1,369 @@
+"""AdamW8bit's arithmetic: against AdamW in float64, against bitsandbytes, and the same bits however it is run."""
+
+import copy
+import hashlib
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_native as qn
+from qlora_native import _C
+from qlora_native.testing import assert_close_by_norm, unit_roundoff
+
+BLOCKSIZE = 256
+MAPS = [torch.tensor(_C.dynamic_map(signed)) for signed in (True, False)]  # of the first and the second moment
+U32 = unit_roundoff(torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 31, 255, 256, 257, 5000, 65536)  # 8-bit moments from 256 on: see `small`
+OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "min_8bit_size": 256}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def parameters(sizes=SIZES, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter((0.02 * torch.randn(size, generator=generator)).to(dtype)) for size in sizes]
+
+
+def set_gradients(params, seed, dtype=None, scale=1e-3):
+    """Gradients whose sizes differ by orders of magnitude within a block, and some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        value = torch.randn(param.shape, generator=generator) * torch.randn(param.shape, generator=generator).exp()
+        value *= scale * (torch.rand(param.shape, generator=generator) > 0.05)
+        param.grad = None
+        param.grad_dtype = dtype or param.dtype
+        param.grad = value.to(param.grad_dtype)
+
+
+def decode(state):
+    """(m, v) in float64."""
+    found = []
+    for i, levels in zip("12", MAPS, strict=True):
+        moment = state[f"state{i}"]
+        if moment.dtype == torch.uint8:
+            scale = state[f"absmax{i}"].double().repeat_interleave(BLOCKSIZE)[: moment.numel()]
+            moment = levels.double()[moment.long()] * scale.view(moment.shape)
+        found.append(moment.double())
+    return found
+
+
+def blocks_max(x):
+    blocks = torch.nn.functional.pad(x.flatten().abs(), (0, -x.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
+    return blocks.max(dim=1).values
+
+
+# ---- one step against torch's AdamW in float64 -----------------------------------------------------------------------
+
+
+def check_step(optimizer, scale=1.0):
+    """Make a step, and compare every parameter and moment with torch's AdamW in float64 from the same state.
+
+    Tolerances count roundings of fp32, each at most U32 of its result: a moment has four (its decay, its level times
+    absmax, 1 - beta times the gradient, the sum), a parameter three of its own and twelve of the update's terms.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    before = [(p.detach().double(), p.grad.double() * scale, copy.deepcopy(optimizer.state[p])) for p in params]
+    optimizer.step()
+    for param, (p, g, state) in zip(params, before, strict=True):
+        name = f"{param.numel()} elements, {param.dtype}"
+        m, v = decode(state) if state else (torch.zeros_like(p), torch.zeros_like(p))
+        t = int(state["step"]) if state else 0
+        terms1, terms2 = beta1 * m.abs() + (1 - beta1) * g.abs(), beta2 * v + (1 - beta2) * g * g
+        wide = nn.Parameter(p.clone())
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        oracle = torch.optim.AdamW([wide], **options, foreach=False)
+        wide.grad = g
+        oracle.state[wide] = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": v}
+        oracle.step()
+
+        correction1, correction2 = 1 - beta1 ** (t + 1), 1 - beta2 ** (t + 1)
+        update = group["lr"] / correction1 * terms1 / ((terms2 / correction2).sqrt() + group["eps"])
+        tolerance = U32 * (3 * p.abs() + 12 * update) + torch.finfo(torch.float32).smallest_normal
+        if param.dtype != torch.float32:
+            tolerance += unit_roundoff(param.dtype) * wide.detach().abs() + torch.finfo(param.dtype).smallest_normal
+        assert_close_by_norm(f"parameter of {name}", param.detach(), wide.detach(), tolerance)
+        new = optimizer.state[param]
+        assert int(new["step"]) == t + 1
+        for i, exact, terms in (("1", m, terms1), ("2", v, terms2)):
+            check_moment(f"moment {i} of {name}", new[f"state{i}"], new.get(f"absmax{i}"), exact, terms, MAPS[i == "2"])
+
+
+def check_moment(name, moment, absmax, exact, terms, levels):
+    if moment.dtype == torch.float32:
+        assert_close_by_norm(name, moment, exact, 4 * U32 * terms + torch.finfo(torch.float32).smallest_normal)
+        return
+    assert_close_by_norm(f"{name}, absmax", absmax, blocks_max(exact), 4 * U32 * blocks_max(terms))
+    largest = blocks_max(exact).clamp(min=1e-38).repeat_interleave(BLOCKSIZE)[: exact.numel()]
+    ratio, terms = exact / largest, terms / largest
+    midpoints = (levels.double()[1:] + levels.double()[:-1]) / 2
+    infinity = torch.full((1,), float("inf"), dtype=torch.float64)
+    code = moment.long()
+    below, above = torch.cat((-infinity, midpoints))[code], torch.cat((midpoints, infinity))[code]
+    # Two roundings more: of 1 / absmax and of the product.
+    assert_close_by_norm(f"{name}, code", torch.minimum(torch.maximum(ratio, below), above), ratio, 10 * U32 * terms)
+
+
+@pytest.mark.parametrize(("param", "grad"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_step_differs_from_float64(param, grad):
+    optimizer = qn.optim.AdamW8bit(parameters(dtype=param), **OPTIONS)
+    for seed in range(4):
+        set_gradients(optimizer.param_groups[0]["params"], seed, grad)
+        check_step(optimizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.0, 0.0)},
+        {"lr": 0.0},
+        {"eps": 0.0, "weight_decay": 0.0},
+        {"lr": torch.tensor(0.01)},
+        {"min_8bit_size": 0},
+        {"min_8bit_size": 10**9},
+    ],
+    ids=str,
+)
+def test_option_is_not_heeded(options):
+    optimizer = qn.optim.AdamW8bit(parameters(SIZES[1:]), **{**OPTIONS, **options})
+    for seed in range(3):
+        set_gradients(optimizer.param_groups[0]["params"], seed)
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad += 1e-9  # no 0 / 0 where eps is 0
+        check_step(optimizer)
+        small = [p.numel() < optimizer.defaults["min_8bit_size"] for p in optimizer.state]
+        assert [state["state1"].dtype == torch.float32 for state in optimizer.state.values()] == small
+
+
+def test_fp32_moments_drift():
+    """Every parameter below min_8bit_size: AdamW in fp32, so a thousand steps stay at rounding errors."""
+    ours, theirs = parameters((1000,)), [nn.Parameter(p.double()) for p in parameters((1000,))]
+    options = {name: OPTIONS[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    optimizers = [qn.optim.AdamW8bit(ours, **options), torch.optim.AdamW(theirs, **options)]
+    for seed in range(1000):
+        set_gradients(ours, seed)
+        theirs[0].grad = ours[0].grad.double()
+        for optimizer in optimizers:
+            optimizer.step()
+    steps = 1000 * OPTIONS["lr"]  # each of about lr; a rounding a step, which do not all go the same way
+    assert_close_by_norm("parameter", ours[0].detach(), theirs[0].detach(), U32 * steps + 1000**0.5 * U32)
+
+
+def test_strides_of_a_parameter_matter():
+    plain = parameters((96 * 130,))[0].detach().view(96, 130)
+    set_gradients([source := nn.Parameter(plain.clone())], 0)
+    results = []
+    for layout in (lambda x: x.clone(), lambda x: x.t().contiguous().t(), lambda x: x.repeat(2, 2)[:96, :130]):
+        param = nn.Parameter(layout(plain))
+        param.grad = layout(source.grad)
+        optimizer = qn.optim.AdamW8bit([param], **OPTIONS)
+        for _ in range(3):
+            optimizer.step()
+        results.append((param.detach(), optimizer.state[param]["state1"]))
+    for param, codes in results[1:]:
+        assert torch.equal(param, results[0][0])
+        assert torch.equal(codes, results[0][1])
+
+
+# ---- the 8-bit quantizer ---------------------------------------------------------------------------------------------
+
+
+def neighbours(x, count=40):
+    """[len(x), 2 * count + 1] floats around each of x, in order: -0 and 0 count as one."""
+    bits = x.view(torch.int32).long()
+    position = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)[:, None] + torch.arange(-count, count + 1)
+    return torch.where(position < 0, -position | -(2**31), position).to(torch.int32).view(torch.float32)
+
+
+def probes(levels):
+    """Floats in the map's range: both sides of every midpoint and tie, and a thousand between any two of them."""
+    midpoints = (levels.double()[1:] + levels.double()[:-1]) / 2
+    between = torch.lerp(
+        levels[:-1, None], levels[1:, None], torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    )
+    found = torch.cat((neighbours(midpoints.float()).flatten(), between.flatten(), levels)).clamp(float(levels[0]), 1.0)
+    # A tie takes the lower level: bucketize counts the midpoints strictly below.
+    return found, torch.bucketize(found.double(), midpoints)
+
+
+def test_code_of_first_moment_is_not_the_nearest():
+    """With beta1 = 0 m is the gradient; a 1 in every block makes its absmax 1."""
+    values, expected = probes(MAPS[0])
+    values = torch.cat((values, torch.zeros(-len(values) % 255)))
+    param = nn.Parameter(torch.zeros(len(values) // 255, BLOCKSIZE))
+    param.grad = torch.cat((torch.ones(len(param), 1), values.view(-1, 255)), dim=1)
+    optimizer = qn.optim.AdamW8bit([param], lr=0.0, betas=(0.0, 0.0))
+    optimizer.step()
+    found = optimizer.state[param]["state1"][:, 1:].flatten()[: len(expected)].long()
+    wrong = found != expected
+    assert not wrong.any(), f"{values[: len(expected)][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
+
+
+def test_code_of_second_moment_is_not_the_nearest():
+    """One value a block, so that it can be any float: v is 1 * absmax / 2 without a gradient, and 2 where that is 2."""
+    values, expected = probes(MAPS[1])
+    values, order = values.unique(return_inverse=True)
+    param = nn.Parameter(torch.zeros(len(values), BLOCKSIZE))
+    param.grad = torch.zeros_like(param)
+    optimizer = qn.optim.AdamW8bit([param], lr=0.0, betas=(0.0, 0.5))
+    optimizer.step()
+    state = optimizer.state[param]
+    state["state2"][:, 7] = 255
+    state["absmax2"].copy_(4 * values)
+    param.grad[:, 200] = 2.0
+    optimizer.step()
+    assert (state["absmax2"] == 2).all()
+    found = state["state2"][:, 7].long()[order]
+    wrong = found != expected
+    assert not wrong.any(), f"{values[order][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+# Its quantizer on the CPU looks values up in a table of 65,536 entries over [-1, 1], which are wider than the distances
+# of the smallest levels: below this share of a block's absmax its codes are up to 7 off the nearest level's.
+COARSE = 2**-13
+MOST_COARSE = 0.01  # of all entries, so far off
+MOST_DIFFERENT = 0.03  # of the entries above COARSE, by one code
+
+
+def test_step_differs_from_bitsandbytes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bnb = pytest.importorskip("bitsandbytes")
+    options = {name: OPTIONS[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    ours, theirs = parameters((100, 4096, 5000, 65536)), parameters((100, 4096, 5000, 65536))
+    optimizer, peer = qn.optim.AdamW8bit(ours, **options), bnb.optim.AdamW8bit(theirs, **options)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        with torch.no_grad():
+            for param, other in zip(ours, theirs, strict=True):
+                param.copy_(other)
+                other.grad = 1e-3 * torch.randn(param.shape, generator=generator)
+                param.grad = other.grad.clone()
+        if step > 0:
+            optimizer.load_state_dict(peer.state_dict())
+        optimizer.step()
+        peer.step()
+        for param, other in zip(ours, theirs, strict=True):
+            rounding = U32 * (4 * other.detach().abs() + 10 * OPTIONS["lr"])  # a step is at most a few lr
+            assert_close_by_norm("parameter", param.detach(), other.detach().double(), rounding)
+            state, expected = optimizer.state[param], peer.state[other]
+            for i, exact in zip("12", decode(state), strict=True):
+                if param.numel() < 4096:
+                    torch.testing.assert_close(state[f"state{i}"], expected[f"state{i}"])
+                    continue
+                torch.testing.assert_close(state[f"absmax{i}"], expected[f"absmax{i}"])
+                off = (state[f"state{i}"].int() - expected[f"state{i}"].int()).abs()
+                largest = state[f"absmax{i}"].repeat_interleave(BLOCKSIZE)[: exact.numel()]
+                fine = exact.abs() >= COARSE * largest
+                shares = (off > 1).float().mean(), off[fine].float().mean()
+                assert off[fine].max() <= 1, f"step {step}, moment {i}: {off[fine].max()} codes off"
+                assert shares[0] <= MOST_COARSE and shares[1] <= MOST_DIFFERENT, f"step {step}, moment {i}: {shares}"
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+
+def digest():
+    """A hash over parameters and moments of every kind after a few steps. test_isas.py compares it too."""
+    hashed = hashlib.sha256()
+    params = [p for dtype in DTYPES for p in parameters((*SIZES[1:], 100_003), dtype)]
+    optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
+    for seed in range(4):
+        set_gradients(params, seed, DTYPES[seed % 3])
+        optimizer.step()
+    for param in params:
+        for tensor in (param.detach(), *optimizer.state[param].values()):
+            hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def test_number_of_threads_changes_a_bit():
+    found = set()
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        found.add(digest())
+    assert len(found) == 1
+
+
+# ---- gradients that are not numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "2e19"])
+def test_unusable_gradient_poisons_the_state(value, dtype):
+    if dtype == torch.float16 and value == "2e19":
+        value = "65504"  # its largest, brought beyond the limit by a scale below
+    params = parameters((300, 257, 70_001), dtype)
+    optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
+    set_gradients(params, 0)
+    optimizer.step()
+    expected = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in params])
+    for bad in (params[0], params[2]):
+        set_gradients(params, 1)
+        bad.grad[-1] = float(value)
+        if value == "65504":
+            optimizer.grad_scale = torch.tensor(1e-15)
+        optimizer.step()
+        for param, (value_before, state) in zip(params, expected, strict=True):
+            assert torch.equal(param.detach(), value_before)
+            assert all(torch.equal(optimizer.state[param][name], tensor) for name, tensor in state.items())
+    assert optimizer.stats()["skipped_steps"] == 2
+    optimizer.grad_scale = None
+    set_gradients(params, 1)
+    check_step(optimizer)
+    assert optimizer.stats()["skipped_steps"] == 2
+
+
+def test_largest_gradient_is_skipped():
+    param = nn.Parameter(torch.zeros(1000))
+    param.grad = torch.full((1000,), 1.8e19)
+    optimizer = qn.optim.AdamW8bit([param], **OPTIONS)
+    optimizer.step()
+    assert optimizer.stats()["skipped_steps"] == 0
+    assert param.isfinite().all() and (param < 0).all()
+
+
+# ---- GradScaler ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_loss_scale_reaches_the_state(unscale):
+    """A power of two as scale, so that with it and without it the bits are the same."""
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)):
+        params = parameters((300, 5000))
+        optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
+        for seed in range(6):
+            set_gradients(params, seed)
+            if scaler is None:
+                if seed != 3:
+                    optimizer.step()
+                continue
+            scaler.scale(torch.ones(()))
+            for param in params:
+                param.grad *= scaler.get_scale()
+            if seed == 3:
+                params[1].grad[7] = float("inf")
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(params, 1e9)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(torch.cat([p.detach() for p in params]))
+        if scaler is not None:
+            assert optimizer.stats()["skipped_steps"] == 1
+    assert torch.equal(*results)

@@ -1,0 +1,239 @@
+"""Bad input to AdamW8bit, as tables: what is passed, and the error. Each error leaves everything as it was."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_native as qn
+
+NAN, INF = float("nan"), float("inf")
+FLOAT = "expected torch.float32, torch.bfloat16 or torch.float16, got "
+SIZE = "expected a finite number >= 0, got "
+
+
+def parameter(size=(64, 70), dtype=torch.float32, **options):
+    return nn.Parameter(torch.linspace(-1, 1, torch.Size(size).numel()).view(size).to(dtype), **options)
+
+
+# ---- options and parameters ------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    ({"lr": -1e-3}, ValueError, f"lr: {SIZE}-0.001"),
+    ({"lr": NAN}, ValueError, f"lr: {SIZE}nan"),
+    ({"lr": INF}, ValueError, f"lr: {SIZE}inf"),
+    ({"lr": "1e-3"}, TypeError, "lr: expected a number, got str"),
+    ({"lr": None}, TypeError, "lr: expected a number, got NoneType"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, f"lr: {SIZE}-1.0"),
+    ({"lr": torch.ones(2)}, ValueError, f"lr: {SIZE}tensor([1., 1.])"),
+    ({"eps": -1e-8}, ValueError, f"eps: {SIZE}-1e-08"),
+    ({"weight_decay": -0.1}, ValueError, f"weight_decay: {SIZE}-0.1"),
+    ({"betas": (1.0, 0.999)}, ValueError, "betas: expected two numbers in [0, 1), got (1.0, 0.999)"),
+    ({"betas": (0.9, -0.1)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, -0.1)"),
+    ({"betas": (0.9, NAN)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, nan)"),
+    ({"betas": (0.9, "x")}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, 'x')"),
+    ({"betas": 0.9}, TypeError, "betas: expected two numbers, got 0.9"),
+    ({"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected two numbers, got (0.9, 0.99, 0.999)"),
+    ({"min_8bit_size": 4096.0}, TypeError, "min_8bit_size: expected an int, got float"),
+    ({"amsgrad": True}, TypeError, ""),
+    ({"params": [parameter(dtype=torch.complex64)]}, TypeError, f"params: {FLOAT}torch.complex64"),
+    ({"params": [parameter(dtype=torch.float64)]}, TypeError, f"params: {FLOAT}torch.float64"),
+    ({"params": []}, ValueError, "optimizer got an empty parameter list"),
+    ({"params": [torch.ones(3)[0] * parameter()]}, ValueError, "can't optimize a non-leaf Tensor"),
+    ({"params": parameter()}, TypeError, "params argument given to the optimizer should be an iterable"),
+]
+
+
+@pytest.mark.parametrize("cls", [qn.optim.AdamW8bit, qn.optim.PagedAdamW8bit])
+@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=lambda value: str(value)[:50])
+@pytest.mark.filterwarnings("ignore")
+def test_optimizer_takes(cls, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        cls(**{"params": [parameter()], **options})
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ({"params": [parameter()], **options}, error, message)
+        for options, error, message in OPTIONS
+        if not {"params", "amsgrad"} & options.keys()
+    ]
+    + [({"params": [parameter(dtype=torch.float64)]}, TypeError, f"params: {FLOAT}torch.float64")],
+    ids=lambda value: str(value)[-60:],
+)
+def test_added_group_takes(group, error, message):
+    optimizer = qn.optim.AdamW8bit([parameter()])
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_frozen_weights_are_refused():
+    """Of a quantized layer, whose codes are uint8: `model.parameters()` has them."""
+    layer = qn.nn.Linear4bit.from_linear(nn.Linear(64, 8))
+    layer.bias.requires_grad_(True)
+    optimizer = qn.optim.AdamW8bit(layer.parameters())
+    layer.bias.grad = torch.ones(8)
+    optimizer.step()
+    assert len(optimizer.state) == 1
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def sparse(param):
+    return param.detach().to_sparse()
+
+
+STEP = [
+    (lambda o, p: setattr(p, "grad", sparse(p)), TypeError, "grad: expected a dense gradient, got torch.sparse_coo"),
+    (lambda o, p: o.param_groups[0].update(lr=-1.0), ValueError, f"groups[0].lr: {SIZE}-1"),
+    (lambda o, p: o.param_groups[0].update(lr=NAN), ValueError, f"groups[0].lr: {SIZE}nan"),
+    (lambda o, p: o.param_groups[0].update(betas=(0.9, 1.0)), ValueError, "groups[0].beta2: expected a number in"),
+    (lambda o, p: o.param_groups[0].update(eps=-1.0), ValueError, f"groups[0].eps: {SIZE}-1"),
+    (lambda o, p: o.state[p].update(state1=torch.zeros(4480)), ValueError, "state"),
+    (lambda o, p: o.state[p].update(state2=torch.zeros(4479, dtype=torch.uint8)), ValueError, "state2"),
+    (lambda o, p: o.state[p].update(absmax2=torch.zeros(17)), ValueError, "absmax2"),
+    (lambda o, p: o.state[p].update(step=torch.tensor(-1)), ValueError, "step: expected >= 0, got -1"),
+    (lambda o, p: o.state[p].update(step=torch.tensor(1.0)), ValueError, "steps[1]: expected Long, got Float"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), STEP, ids=[case[2] for case in STEP])
+def test_step_takes(change, error, message):
+    params = [parameter((300,)), parameter(), parameter((5000,))]
+    optimizer = qn.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    change(optimizer, params[1])
+    before = copy.deepcopy([(param.detach(), optimizer.state[param]) for param in params])
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.step()
+    for param, (value, state) in zip(params, before, strict=True):
+        assert torch.equal(param.detach(), value)
+        assert all(torch.equal(optimizer.state[param][name], tensor) for name, tensor in state.items())
+
+
+def test_gradient_of_another_dtype_is_taken():
+    param = parameter()
+    param.grad_dtype = torch.float64
+    param.grad = torch.ones_like(param, dtype=torch.float64)
+    optimizer = qn.optim.AdamW8bit([param])
+    with pytest.raises(TypeError, match=re.escape(f"grad: {FLOAT}torch.float64")):
+        optimizer.step()
+    assert not optimizer.state
+
+
+# ---- state dicts -----------------------------------------------------------------------------------------------------
+
+
+def stepped(params):
+    optimizer = qn.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+def state_of(state_dict, **changes):
+    """Its first parameter's state, changed; a None is left out."""
+    state = {**state_dict["state"][0], **changes}
+    state = {name: value for name, value in state.items() if value is not None}
+    return {**state_dict, "state": {**state_dict["state"], 0: state}}
+
+
+def group_of(state_dict, **changes):
+    return {**state_dict, "param_groups": [{**state_dict["param_groups"][0], **changes}]}
+
+
+def state_of_adamw(state_dict):
+    param = parameter()
+    optimizer = torch.optim.AdamW([param, other := parameter((9,))])
+    param.grad, other.grad = torch.ones_like(param), torch.ones_like(other)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+U8 = torch.uint8
+STATE = [
+    (
+        lambda s: stepped([parameter((70, 64)), parameter((9,))]).state_dict(),
+        ValueError,
+        "state[0].state1: expected shape [64, 70], as the parameter's, got [70, 64]",
+    ),
+    (lambda s: stepped([parameter()]).state_dict(), ValueError, "parameter group that doesn't match the size"),
+    (lambda s: {**s, "param_groups": s["param_groups"] * 2}, ValueError, "different number of parameter groups"),
+    (
+        state_of_adamw,
+        ValueError,
+        "state[0]: expected step, state1 and state2 of an AdamW8bit, got step, exp_avg, exp_avg_sq",
+    ),
+    (lambda s: state_of(s, state2=None), ValueError, "state[0]: expected step, state1 and state2 of an AdamW8bit"),
+    (
+        lambda s: state_of(s, state2=torch.zeros(64, 70)),
+        TypeError,
+        "state[0].state2: expected a tensor of torch.uint8, got torch.float32",
+    ),
+    (lambda s: state_of(s, state1=[0]), TypeError, "state[0].state1: expected a tensor of torch.float32, got list"),
+    (
+        lambda s: state_of(s, absmax1=None),
+        TypeError,
+        "state[0].absmax1: expected a tensor of torch.float32, got NoneType",
+    ),
+    (
+        lambda s: state_of(s, absmax1=torch.zeros(17)),
+        ValueError,
+        "state[0].absmax1: expected shape [18], as the parameter's, got [17]",
+    ),
+    (
+        lambda s: state_of(s, absmax1=torch.full((18,), NAN)),
+        ValueError,
+        "state[0].absmax1: expected finite values, got NaN or Inf",
+    ),
+    (
+        lambda s: state_of(s, absmax2=torch.full((18,), -1.0)),
+        ValueError,
+        "state[0].absmax2: expected values >= 0, got -1",
+    ),
+    (lambda s: state_of(s, step=-1), ValueError, "state[0].step: expected an integer >= 0, got -1"),
+    (lambda s: state_of(s, step=1.5), ValueError, "state[0].step: expected an integer >= 0, got 1.5"),
+    (
+        lambda s: state_of(s, step=torch.ones(2)),
+        ValueError,
+        "state[0].step: expected an integer >= 0, got tensor([1., 1.])",
+    ),
+    (lambda s: state_of(s, step="x"), TypeError, "state[0].step: expected an integer >= 0, got str"),
+    (
+        lambda s: state_of(s, qmap1=torch.zeros(256)),
+        ValueError,
+        "state[0].qmap1: expected the dynamic map of AdamW8bit, got another map",
+    ),
+    (lambda s: group_of(s, lr=-1.0), ValueError, f"lr: {SIZE}-1.0"),
+    (lambda s: group_of(s, betas=(0.9, 1.0)), ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
+    (lambda s: {name: value for name, value in s["param_groups"][0].items()}, KeyError, "param_groups"),
+    (
+        lambda s: {**s, "param_groups": [{"params": [0, 1]}]},
+        ValueError,
+        "param_groups: expected lr in each, got only params, min_8bit_size",
+    ),
+    (lambda s: {**s, "state": {**s["state"], 0: 3}}, TypeError, "state[0]: expected a dict, got int"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), STATE, ids=[case[2][:60] for case in STATE])
+def test_state_dict_loads(change, error, message):
+    params = [parameter(), parameter((9,))]
+    optimizer = stepped(params)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.load_state_dict(change(copy.deepcopy(before)))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(after["state"][index][name], tensor), (index, name)
+    optimizer.step()  # and still works
