@@ -36,7 +36,7 @@ __all__ = ["autoload", "disable", "enable", "enabled"]
 _ops = torch.ops.qlora_native
 _KERNELS: dict[str, Callable[..., Any]] = {}  # by the operation's name
 _library: torch.library.Library | None = None
-_restore: Callable[[], None] = lambda: None
+_repack: Any = None  # bitsandbytes' function, while ours is in its place
 
 
 def enable() -> None:
@@ -48,7 +48,7 @@ def enable() -> None:
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    global _library, _restore
+    global _library, _repack
     import bitsandbytes.nn.modules as modules  # first: it may call `autoload`
 
     if _library is not None:
@@ -60,22 +60,21 @@ def enable() -> None:
             for name, kernel in _KERNELS.items():
                 own = torch.library.get_kernel(f"bitsandbytes::{name}", device)
                 library.impl(name, functools.partial(kernel, own), device, with_keyset=True)
-    repack = modules._convert_weight_packed_for_cpu
+    _repack = modules._convert_weight_packed_for_cpu
     modules._convert_weight_packed_for_cpu = lambda weight, state, *_: (weight, state)
-
-    def restore() -> None:
-        modules._convert_weight_packed_for_cpu = repack
-
-    _library, _restore = library, restore
+    _library = library
 
 
 def disable() -> None:
     """Give bitsandbytes its own kernels back."""
     global _library
-    if _library is not None:
-        _library._destroy()
-        _library = None
-        _restore()
+    if _library is None:
+        return
+    import bitsandbytes.nn.modules as modules
+
+    modules._convert_weight_packed_for_cpu = _repack
+    _library._destroy()
+    _library = None
 
 
 def enabled() -> bool:
