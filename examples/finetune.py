@@ -5,6 +5,8 @@
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
         Your model, your pairs: one {"prompt": "...", "response": "..."} a line. An optional "group" (a document, an
         author, ...) is held out as a whole, so that the held-out loss says something about new groups.
+    accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
+        The same run, each batch shared among the processes.
 
 transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
 puts the linear layers into 4 bits, register() makes PEFT run adapter and weight as one matrix product.
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.peft import register
@@ -173,15 +176,21 @@ def train(model: nn.Module, examples: list[Example], args: argparse.Namespace) -
     losses: list[float] = []
     tokens, started = 0, time.perf_counter()
     model.train()
-    bar = tqdm(batches(examples, args.steps, args.batch_size, args.seed), total=args.steps, desc="train", unit="step")
+    made = batches(examples, args.steps, args.batch_size, args.seed)
+    bar = tqdm(made, total=args.steps, desc="train", unit="step", disable=processes.rank() > 0)
     for batch in bar:
-        total, count = loss_of(model, batch)
+        share = processes.share(batch)
+        total, count = loss_of(model, share or batch[:1])
+        if not share:  # more processes than pairs, at the end of an epoch
+            total, count = 0 * total, 0
+        loss, count = processes.add([total.item(), count], total.device)
         (total / count).backward()
+        processes.add_gradients(trainable)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(total.item() / count)
+        losses.append(loss / count)
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {len(losses)}: the loss is {losses[-1]}; try a lower --lr than {args.lr}")
         tokens += sum(len(example.ids) for example in batch)
@@ -248,12 +257,17 @@ def publish(staged: Path, output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune, measure, save, and show that what was saved is what was trained."""
     args = arguments(argv)
+    args.device = processes.join(args.device)
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, model, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(model, lora_config(args))  # its adapters are fp32: see integrations/peft.py
     examples = encode(tokenizer, pairs, args.seq_len)
+    if processes.rank() > 0:  # the first one measures, shows and saves
+        torch.manual_seed(args.seed + processes.rank())  # its own dropout
+        train(model, examples, args)
+        return processes.leave()
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
     trainable, total = parameters(model)
@@ -268,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"held-out loss before: {before:.4f}", flush=True)
     start_peak_memory(args.device)
     losses, rate = train(model, examples, args)
+    processes.leave()
     peak = peak_memory(args.device)
     after = held_out_loss(model, held, args.batch_size)
     answers_after = answers(model, tokenizer, prompts)
