@@ -15,6 +15,7 @@ puts the linear layers into 4 bits, register() makes PEFT run adapter and weight
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import json
@@ -24,7 +25,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from qlora_native.integrations.peft import register
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
 
 IGNORED = -100  # the label of a token that is context, not something to learn
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -165,10 +167,15 @@ def answers(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
     return texts
 
 
-def train(model: nn.Module, examples: list[Example], args: argparse.Namespace) -> tuple[list[float], float]:
-    """(the loss of each step, tokens a second): AdamW, warmed up over a tenth of the steps, then down to zero."""
+def train(
+    model: nn.Module,
+    examples: list[Example],
+    args: argparse.Namespace,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
+) -> tuple[list[float], float]:
+    """(the loss of each step, tokens a second); the rate is warmed up over a tenth of the steps, then goes to zero."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = optimizer_class(trainable, lr=args.lr, weight_decay=0.0)
     warmup = max(1, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
