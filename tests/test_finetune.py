@@ -54,9 +54,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, launcher=()):
     return subprocess.run(
-        [sys.executable, EXAMPLES / "finetune.py", "--model", folder / "model", *arguments],
+        [sys.executable, *launcher, EXAMPLES / "finetune.py", "--model", folder / "model", *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -94,6 +94,36 @@ def test_run_on_own_data_leaves_something_out(folder, options):
         "adapter_model.safetensors",
     }
     assert not list(output.glob(".partial*")), "unfinished files stay behind"
+
+
+SHORT = ["--steps", "8", "--dropout", "0", "--batch-size", "5"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The figures of a run that nothing launched."""
+    shown = run(folder, "--data", folder / "data.jsonl", "--output", folder / "alone", *SHORT)
+    assert shown.returncode == 0, shown.stderr
+    return json.loads((folder / "alone" / "figures.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "accelerate.commands.launch", "--cpu"],
+        ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_launched_run_learns_something_else(folder, alone, launcher):
+    if "accelerate" in launcher[1]:
+        pytest.importorskip("accelerate")
+    output = folder / launcher[1]
+    shown = run(folder, "--data", folder / "data.jsonl", "--output", output, *SHORT, launcher=launcher)
+    assert shown.returncode == 0, shown.stderr
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert figures["held_out_loss"]["after"] == pytest.approx(alone["held_out_loss"]["after"], rel=1e-3)
 
 
 def pairs_vocabulary(folder):

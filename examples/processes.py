@@ -1,0 +1,53 @@
+"""Several processes train one adapter for finetune.py: each takes its share of a batch, gradients are added up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def join(device: str) -> str:
+    """Meet the other processes that `torchrun` or `accelerate launch` started, if any; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return device
+
+
+def leave() -> None:
+    """End the group of processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process; the first is 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(batch: list[Any]) -> list[Any]:
+    """What this process takes of a batch; nothing, where there are more processes than items."""
+    return batch[rank() :: dist.get_world_size()] if dist.is_initialized() else batch
+
+
+def add(values: list[float], device: torch.device) -> list[float]:
+    """Each value, added up over the processes."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up the gradients of the processes, so that all of them make the same step."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)

@@ -1,0 +1,145 @@
+"""bitsandbytes: our layers in the place of its own, or our kernels under its own.
+
+    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the very same codes
+    enable()            # bitsandbytes keeps its layers and calls our kernels: see bitsandbytes_backend.py
+
+`replace` gives more: adapters run inside the product, the weight is never decoded whole, and a model in training keeps
+its optimizer. `enable` changes no module, so whatever expects bitsandbytes' own keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+
+from .._errors import bad, bad_type
+from .._weight import QuantizedWeight, codes_shape
+from ..nn import Linear4bit
+from .bitsandbytes_backend import disable, enable, enabled
+
+__all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
+
+# nn.Module's own, which a module that takes another's place takes over.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def replace(model: nn.Module) -> nn.Module:
+    """Put a `qlora_native.nn.Linear4bit` in the place of every `bitsandbytes.nn.Linear4bit` in `model`, in place.
+
+    The codes, the scales and the bias are shared, not copied; `compute_dtype` means what it did. LoRA layers of PEFT
+    around them go on with the same adapters, parameter by parameter, so an optimizer that holds these stays valid. A
+    model of transformers is saved as before, in bitsandbytes' format. Layers that bitsandbytes has repacked for
+    evaluation (CPUs with AVX512_BF16) are unpacked, into new memory and with the bf16 scales that it left.
+
+    Returns:
+        `model`. Warns if there is no such layer in it.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+        ValueError: a layer is not quantized yet (bitsandbytes does that in `.to(device)`), or an adapter is merged
+            into one; or `model` is itself such a layer. The model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "an nn.Module", type(model).__name__)
+    if isinstance(model, bitsandbytes.nn.Linear4bit):
+        raise bad("model", "a module that contains bitsandbytes layers", "one: use quantized_weight and from_quantized")
+    named = list(model.named_modules(remove_duplicate=False))
+    found = [(name, module) for name, module in named if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    if not found:
+        warnings.warn("replace: found no bitsandbytes.nn.Linear4bit", stacklevel=2)
+        return model
+    adapted = {id(module): (name, module) for name, module in named if _is_lora(module)}.values()
+    for name, module in adapted:
+        if module.merged_adapters:
+            raise bad(name, "adapters that are not merged", f"{module.merged_adapters}: unmerge them first")
+    layers: dict[int, Linear4bit] = {}
+    for name, module in found:
+        if id(module) not in layers:
+            layers[id(module)] = _layer(name, module)
+    for name, module in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[id(module)])
+    if adapted:
+        from .peft import LoraLinear4bit
+
+        for _, module in adapted:
+            module.__class__ = LoraLinear4bit  # with the attributes of a lora.Linear, it needs no others
+            module.is_target_conv_1d_layer = False
+    _tell_transformers(model)
+    return model
+
+
+def quantized_weight(layer: nn.Module) -> QuantizedWeight:
+    """The weight of a `bitsandbytes.nn.Linear4bit` as our container; shares its tensors.
+
+    Raises:
+        ValueError: it is not quantized yet.
+    """
+    state: QuantState | None = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    if state is None:
+        raise bad("weight", "one that is quantized, which bitsandbytes does in .to(device)", f"{layer.weight.dtype}")
+    codes = layer.weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
+        state = copy.copy(state)
+        absmax = state.absmax.t().reshape(-1).float()
+        state.original_nested = False  # the scales that it computes with: not quantized once more
+        codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax
+    N, K = state.shape
+    return QuantizedWeight(
+        codes=codes.reshape(-1).view(torch.uint8).view(codes_shape(N, K, bits=4)),
+        absmax=state.absmax,
+        nested_absmax=state.state2.absmax if state.nested else None,
+        nested_code=state.state2.code if state.nested else None,
+        offset=state.offset.float() if state.nested else None,
+        code=state.code,
+        shape=(N, K),
+        blocksize=state.blocksize,
+        format=state.quant_type,
+        dtype=state.dtype,
+    )
+
+
+def _layer(name: str, module: nn.Module) -> Linear4bit:
+    try:
+        layer = Linear4bit.from_quantized(quantized_weight(module), module.bias)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}.{error}") from None
+    # As its forward does: until a compute_dtype is set, which fp32 is not for us, x says what to compute in.
+    if module.compute_type_is_set and module.compute_dtype != torch.float32:
+        layer.product_dtype = module.compute_dtype
+    for hooks in _HOOKS:
+        getattr(layer, hooks).update(getattr(module, hooks))
+    if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, module._hf_hook)
+    return layer.train(module.training)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA layer over a bitsandbytes layer. Not by isinstance: PEFT may not be installed."""
+    return type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """A model that transformers loaded is from now on one of our quantizer."""
+    for module in model.modules():
+        own: Any = vars(module).get("hf_quantizer")  # its own: PEFT's wrappers pass getattr on
+        if type(own).__name__ == "Bnb4BitHfQuantizer":
+            from .transformers import BitsAndBytesConfig, Quantizer, adopt
+
+            fields = own.quantization_config.to_dict()
+            fields.pop("bnb_4bit_quant_storage", None)
+            blocksize = next(layer.blocksize for layer in module.modules() if isinstance(layer, Linear4bit))
+            config = BitsAndBytesConfig(**fields, blocksize=blocksize)
+            module.is_loaded_in_4bit = False
+            adopt(module, Quantizer(config))

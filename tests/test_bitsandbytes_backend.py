@@ -1,0 +1,227 @@
+"""bitsandbytes' operations on our kernels, each against its own kernel: what differs, what is left to it, and when."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from lora import assert_close
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    bnb = pytest.importorskip("bitsandbytes")
+from bitsandbytes import functional as bnbf
+
+from qlora_native.integrations import bitsandbytes_backend as backend
+
+ops = torch.ops.bitsandbytes
+EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+dtypes = pytest.mark.parametrize("dtype", EPSILON, ids=str)
+formats = pytest.mark.parametrize("format", ["nf4", "fp4"])
+
+
+@pytest.fixture(autouse=True)
+def off():
+    """Its reference code is under torch.compile, which would call a C++ compiler for every shape."""
+    was = backend.enabled()
+    backend.disable()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    backend.enable() if was else backend.disable()
+
+
+def both(function):
+    """What `function` gives on bitsandbytes' kernels and on ours; its tensors must come from a seed."""
+    results = []
+    for switch in (backend.disable, backend.enable):
+        switch()
+        torch.manual_seed(0)
+        results.append(function())
+    backend.disable()
+    return results
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("shape", [(96, 128), (3, 5, 70), (7, 333), (1000,)], ids=str)
+def test_quantized_weight_differs_by_more_than_ties(format, shape, dtype):
+    def quantize():
+        weight = torch.randn(shape).to(dtype)
+        return weight, *ops.quantize_4bit(weight, 64, format, torch.uint8)
+
+    (weight, codes, absmax), (_, ours, own_absmax) = both(quantize)
+    assert torch.equal(own_absmax, absmax)
+    assert ours.shape == codes.shape and ours.dtype == codes.dtype
+    assert (ours != codes).float().mean() < 5e-3
+    decoded = ops.dequantize_4bit(ours, absmax, 64, format, shape, torch.float32)
+    reference = ops.dequantize_4bit(codes, absmax, 64, format, shape, torch.float32)
+    errors = [(w - weight.float()).norm() for w in (decoded, reference)]
+    assert errors[0] <= errors[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_storage_dtype_gives_other_bytes(storage):
+    weight = torch.randn(64, 64)
+    backend.enable()
+    codes, absmax = ops.quantize_4bit(weight, 64, "nf4", storage)
+    plain, _ = ops.quantize_4bit(weight, 64, "nf4", torch.uint8)
+    assert codes.dtype == storage and codes.shape == (64 * 64 // 2 // storage.itemsize, 1)
+    assert torch.equal(codes.view(torch.uint8).view(-1), plain.view(-1))
+    decoded = ops.dequantize_4bit(codes, absmax, 64, "nf4", (64, 64), torch.float32)
+    assert torch.equal(decoded, ops.dequantize_4bit(plain, absmax, 64, "nf4", (64, 64), torch.float32))
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("shape", [(64, 128), (3, 4, 64), (1024,)], ids=str)
+def test_decoded_bit_differs(format, shape, dtype):
+    codes, absmax = ops.quantize_4bit(torch.randn(shape), 64, format, torch.uint8)
+    theirs, ours = both(lambda: ops.dequantize_4bit(codes, absmax, 64, format, shape, dtype))
+    assert ours.dtype == dtype and ours.shape == shape
+    theirs = theirs.view(shape)  # its CPU kernel gives one dimension more than it was asked for
+    assert torch.equal(ours, theirs)
+    transposed = both(lambda: ops.dequantize_4bit(codes.t(), absmax, 64, format, shape, dtype))
+    assert torch.equal(transposed[1], theirs)
+
+
+@dtypes
+@formats
+@pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
+def test_product_is_farther_from_float64(format, double_quant, dtype):
+    weight = torch.randn(96, 128) / 8
+    codes, state = bnbf.quantize_4bit(weight, quant_type=format, compress_statistics=double_quant)
+    exact = bnbf.dequantize_4bit(codes, state).double()
+    x, bias, dy = torch.randn(2, 5, 128).to(dtype), torch.randn(96).to(dtype), torch.randn(2, 5, 96).to(dtype)
+
+    def product():
+        leaf = x.clone().requires_grad_()
+        y = bnb.matmul_4bit(leaf, codes, state, bias=bias)
+        y.backward(dy)
+        return y.detach(), leaf.grad, bnb.matmul_4bit(x, codes.t(), state)  # with a gradient, and without
+
+    expected = (x.double() @ exact.t() + bias.double(), dy.double() @ exact, x.double() @ exact.t())
+    for theirs, ours, right in zip(*both(product), expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == right.shape
+        error, other = ((y.double() - right).norm() for y in (ours, theirs))
+        assert error <= 1.1 * other + EPSILON[dtype] * right.norm() / 8
+
+
+@dtypes
+@formats
+def test_one_row_uses_another_codebook_or_layout(format, dtype):
+    weight = torch.randn(64, 128)
+    codes, absmax = ops.quantize_4bit(weight, 64, format, torch.uint8)
+    x, code = torch.randn(1, 1, 128).to(dtype), bnbf.get_4bit_type(format, "cpu")
+    expected = x.double() @ ops.dequantize_4bit(codes, absmax, 64, format, (64, 128), torch.float32).double().t()
+    backend.enable()
+    y = ops.gemv_4bit(x, codes, (64, 128), absmax, code, 64)
+    assert y.shape == (1, 1, 64) and y.dtype == dtype
+    assert_close(y, expected, 4 * EPSILON[dtype])
+
+
+def test_layer_in_evaluation_rounds_its_scales():
+    layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    x = torch.randn(4, 128).bfloat16()
+    backend.enable()
+    expected, pointer = layer.train()(x), layer.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), expected)
+    assert layer.weight.data_ptr() == pointer
+
+
+def trained(optimizer, dtype=torch.float32, steps=8, last=None, **options):
+    """Parameters and decoded moments: one tensor in 8 bits, one too small for that."""
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((72, 70), (30,))]
+    made = optimizer(params, lr=1e-2, **options)
+    for step in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape).to(dtype)
+        if last is not None and step == steps - 1:
+            params[0].grad[3, 5] = last
+        made.step()
+    state, small = (made.state[param] for param in params)
+    moments = [small[name] for name in ("state1", "state2") if name in small]
+    for i in ("1", "2"):
+        if f"qmap{i}" in state:
+            codes, absmax, qmap = state[f"state{i}"], state[f"absmax{i}"], state[f"qmap{i}"]
+            moments.append(bnbf.dequantize_blockwise(codes, absmax=absmax, code=qmap, blocksize=256))
+    return [param.detach() for param in params], moments
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(bnb.optim.AdamW8bit, {"weight_decay": 0.1}), (bnb.optim.Adam8bit, {"betas": (0.8, 0.95), "eps": 1e-4})],
+    ids=["AdamW8bit", "Adam8bit"],
+)
+def test_optimizer_steps_elsewhere(optimizer, options, dtype):
+    (theirs, moments), (ours, own_moments) = both(lambda: trained(optimizer, dtype, **options))
+    # Of eight steps of 0.01, in the quantizer's 8 bits and the rounding of the parameter.
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert_close(actual, expected, 2e-3 + EPSILON[dtype])
+    for actual, expected in zip(own_moments, moments, strict=True):
+        assert_close(actual, expected, 3e-2)
+
+
+@pytest.mark.parametrize("last", [float("nan"), float("inf"), 1e30], ids=str)
+def test_gradient_with_which_we_would_skip_the_step_is_skipped(last):
+    (theirs, _), (ours, _) = both(lambda: trained(bnb.optim.AdamW8bit, steps=1, last=last))
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+    assert not last == last or ours[0].isnan().any() == theirs[0].isnan().any()
+
+
+@pytest.mark.parametrize("optimizer", [bnb.optim.Lion8bit, bnb.optim.RMSprop8bit, bnb.optim.AdEMAMix8bit])
+def test_another_optimizer_is_taken_for_adam(optimizer):
+    (theirs, _), (ours, _) = both(lambda: trained(optimizer))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(ours, theirs, strict=True))
+
+
+def test_call_that_we_do_not_take_fails():
+    """NaN in a weight, float64, a max_unorm, other quantization maps: bitsandbytes' own answer, bit for bit."""
+    weight = torch.randn(4, 64)
+    weight[1, 2] = float("nan")
+    other = torch.linspace(-1, 1, 256)
+
+    def step(name, bits, **changes):
+        torch.manual_seed(0)
+        p, g = torch.randn(5000), torch.randn(5000)
+        moments = [torch.zeros(5000, dtype=torch.uint8 if bits == 8 else torch.float32) for _ in range(2)]
+        common = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "step": 1, "lr": 0.1}
+        common |= {"weight_decay": 0.0, "gnorm_scale": 1.0}
+        if bits == 8:
+            absmax = {f"absmax{i}": torch.zeros(20) for i in (1, 2)}
+            ops.optimizer_update_8bit_blockwise(name, g, p, *moments, **common, **absmax, **changes)
+        else:
+            ops.optimizer_update_32bit(name, g, p, *moments, None, param_norm=1.0, **common, **changes)
+        return p
+
+    for call in (
+        lambda: ops.quantize_4bit(weight, 64, "nf4", torch.uint8)[1],
+        lambda: ops.quantize_4bit(torch.randn(4, 64).double(), 64, "nf4", torch.uint8)[0],
+        lambda: step("adam", 8, qmap1=other, qmap2=other.abs().sort().values),
+        lambda: step("adam", 32, max_unorm=0.1),
+        lambda: step("lamb", 32, max_unorm=0.0),
+    ):
+        theirs, ours = both(call)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", ["1", "0", None])
+def test_plug_in_is_on_or_off_without_being_asked(value):
+    program = """
+import bitsandbytes, sys
+from qlora_native.integrations import bitsandbytes_backend as backend
+print(backend.enabled())
+backend.enable(), backend.enable(), backend.disable(), backend.disable()
+print(backend.enabled())
+"""
+    environment = {name: v for name, v in os.environ.items() if name != "QLORA_NATIVE_BNB"}
+    if value is not None:
+        environment["QLORA_NATIVE_BNB"] = value
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split() == [str(value == "1"), "False"]
+    assert "Overriding" not in shown.stderr

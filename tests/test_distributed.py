@@ -1,0 +1,126 @@
+"""Two processes (gloo): DDP and FSDP2 over a quantized model with a PEFT adapter compute what one process does."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from lora import assert_close, config, small_llama  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.peft import register  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo"),
+]
+PROCESSES = 2
+RATE = 1000.0  # so that a step is no small change
+CASES = {  # name: (scales double-quantized, FSDP2's parameter dtype; None: DDP)
+    "ddp": (True, None),
+    "fsdp2": (True, torch.float32),
+    "fsdp2-bf16": (True, torch.bfloat16),
+    "fsdp2-bf16-absmax": (False, torch.bfloat16),
+}
+
+
+def make(double_quant):
+    """The same in every process."""
+    model = qn.nn.quantize_model(small_llama(), double_quant=double_quant, progress=False)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, register(config()))
+
+
+def ids():
+    return torch.randint(0, 128, (2 * PROCESSES, 9), generator=torch.Generator().manual_seed(2))
+
+
+def step(model, rows):
+    """Logits and the adapter's gradients by name; the model has made a step then."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    logits = model(input_ids=rows).logits
+    logits.float().square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.step()
+    return logits.detach(), gradients
+
+
+def sharded(model, dtype):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def worker(rank, folder):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    rows = ids().chunk(PROCESSES)[rank]
+    for name, (double_quant, dtype) in CASES.items():
+        model = make(double_quant)
+        frozen = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+        if dtype is None:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            logits, gradients = step(wrapped, rows)
+            state = None
+        else:
+            wrapped = sharded(model, dtype)
+            local = sum(p.to_local().numel() for p in wrapped.parameters() if p.dtype == torch.uint8)
+            assert local < 0.6 * frozen, "the codes were not sharded"
+            logits, gradients = step(wrapped, rows)
+            gradients = {key: gradient.full_tensor() for key, gradient in gradients.items()}
+            state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        gradients = {key.removeprefix("module."): gradient for key, gradient in gradients.items()}
+        torch.save((logits, gradients), folder / f"{name}-{rank}.pt")
+        if rank == 0:
+            model.save_pretrained(folder / name, save_embedding_layers=False, state_dict=state)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the processes wrote; they start once, for all cases."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        mp.spawn(worker, (folder,), nprocs=PROCESSES)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_something_else(case, folder):
+    double_quant, dtype = CASES[case]
+    model = make(double_quant)
+    computed = copy.deepcopy(model).to(dtype) if dtype is not None else copy.deepcopy(model)
+    logits, expected = step(computed, ids())
+    results = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(PROCESSES)]
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6  # 2^-9 a rounding; the sum over rows in another order
+    assert_close(torch.cat([rows for rows, _ in results]), logits, tolerance)
+    for _, gradients in results:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert gradient.dtype == torch.float32
+            assert_close(gradient, expected[name], 3 * tolerance)
+    saved = load_file(folder / case / "adapter_model.safetensors")
+    model.save_pretrained(folder / "before", save_embedding_layers=False)
+    before = load_file(folder / "before" / "adapter_model.safetensors")
+    assert saved.keys() == before.keys() == {name.replace(".default", "") for name in expected}
+    for name, gradient in expected.items():
+        key = name.replace(".default", "")
+        assert_close(saved[key] - before[key], -RATE * gradient.float(), 10 * tolerance)
+    options = [json.loads((folder / name / "adapter_config.json").read_text()) for name in (case, "before")]
+    for saved in options:
+        saved["target_modules"] = set(saved["target_modules"])  # in the order of a set
+    assert options[0] == options[1]

@@ -1,0 +1,200 @@
+"""A live bitsandbytes model whose layers become ours: what is shared, what changes, and what must not."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    bnb = pytest.importorskip("bitsandbytes")
+
+import models  # noqa: E402
+from lora import assert_close, fused_layers, ids  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.bitsandbytes import quantized_weight, replace  # noqa: E402
+from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit")
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """Its reference code is under torch.compile, which would call a C++ compiler for every shape."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: checkpoint}; sizes are multiples of 64, where bitsandbytes' CPU kernels are right."""
+    made = {}
+    for family in ("llama", "gpt-neox"):
+        made[family] = tmp_path_factory.mktemp(family)
+        models.make(family, torch.float32, width=128, inner=192).save_pretrained(made[family])
+    return made
+
+
+def stock(folder, dtype=torch.float32, double_quant=True, **changes):
+    """A model that transformers has loaded into bitsandbytes' layers, in training: in evaluation it repacks weights."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        **changes,
+    )
+    with torch.compiler.set_stance("force_eager"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    return model.train()
+
+
+def theirs(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def pointers(layer):
+    state = layer.weight.quant_state
+    nested = [state.state2.absmax, state.state2.code] if state.nested else []
+    tensors = [layer.weight, state.absmax, *nested, state.code, *([] if layer.bias is None else [layer.bias])]
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["dq", "absmax"])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_codes_are_copied_or_the_model_computes_something_else(folders, family, double_quant):
+    model = stock(folders[family], double_quant=double_quant)
+    before = {name: pointers(layer) for name, layer in theirs(model).items()}
+    expected = model(ids()).logits
+    assert replace(model) is model
+    assert not theirs(model)
+    layers = models.layers_of(model)
+    assert layers.keys() == before.keys()
+    for name, layer in layers.items():
+        tensors = [*layer.weight_tensors().values(), *([] if layer.bias is None else [layer.bias])]
+        offset = [layer.offset] if double_quant else []
+        assert {t.data_ptr() for t in tensors} - {t.data_ptr() for t in offset} == before[name], f"{name} was copied"
+        assert layer.training
+    assert_close(model(ids()).logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_codes_stored_in_another_dtype_are_copied(storage):
+    layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
+    model = nn.Sequential(layer.to("cpu"), nn.Identity())
+    pointer, weight = layer.weight.data_ptr(), bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    replace(model)
+    assert model[0].weight.data_ptr() == pointer and model[0].weight.dtype == torch.uint8
+    assert torch.equal(model[0].dequantize(), weight)
+    assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].product_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=lambda c: next(iter(c), "plain"))
+def test_training_under_peft_goes_on_elsewhere(folders, changes, monkeypatch):
+    """Replaced between two steps, with the optimizer that was there: as if bitsandbytes had gone on."""
+
+    def begin():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **changes)
+        model = peft.get_peft_model(stock(folders["llama"]), config)
+        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+
+    def step(model, optimizer):
+        loss = model(ids(), labels=ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (ours, optimizer), (expected, other) = begin(), begin()
+    for model, o in ((ours, optimizer), (expected, other)):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
+        step(model, o)
+    adapters = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    wrappers = {name for name, m in ours.named_modules() if isinstance(m, peft.tuners.lora.bnb.Linear4bit)}
+    replace(ours)
+    assert {name for name, m in ours.named_modules() if isinstance(m, LoraLinear4bit)} == wrappers
+    after = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert after.keys() == adapters.keys() and all(after[name] is p for name, p in adapters.items())
+    assert fused_layers(ours, monkeypatch) == (0 if "use_dora" in changes else len(wrappers))
+    for model, o in ((ours, optimizer), (expected, other)):
+        step(model, o)
+    assert_close(ours(ids()).logits, expected(ids()).logits, 1e-4)
+    for name, parameter in expected.named_parameters():
+        if parameter.requires_grad:
+            assert_close(after[name], parameter, 1e-4)
+
+
+def test_replaced_model_is_saved_otherwise_or_gets_stock_adapters(folders, tmp_path, monkeypatch):
+    model = stock(folders["llama"], torch.bfloat16)
+    model.save_pretrained(tmp_path / "before")
+    replace(model)
+    model.save_pretrained(tmp_path / "after")
+    expected, written = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert model.num_parameters() > 0 and not model.is_loaded_in_4bit
+    model = peft.prepare_model_for_kbit_training(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    assert fused_layers(model, monkeypatch) == 14
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(stock(folders["llama"], torch.bfloat16), tmp_path / "adapter")
+    assert_close(again(ids()).logits.float(), model(ids()).logits.float(), 2e-2)
+
+
+def test_layer_that_was_repacked_means_something_else():
+    """On a CPU with AVX512_BF16, one evaluation leaves another order of the codes, and scales in bf16."""
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
+    x = torch.randn(4, 128).bfloat16()
+    layer(x)
+    state = layer.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes does not repack on this machine")
+    expected = layer(x)
+    before = copy.deepcopy(vars(state)), layer.weight.data.clone()
+    model = replace(nn.Sequential(layer))
+    assert vars(state).keys() == before[0].keys() and torch.equal(layer.weight.data, before[1]), "the original changed"
+    assert model[0].absmax.dtype == torch.float32 and not model[0].double_quant
+    assert_close(model(x), expected, 2**-7)
+
+
+def test_hook_or_sharing_is_lost():
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(64, 64)})
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(True))
+    replace(model)
+    assert model["a"] is model["b"][0] and isinstance(model["a"], qn.nn.Linear4bit)
+    assert type(model["c"]) is nn.Linear
+    model["a"](torch.randn(1, 64))
+    assert called
+
+
+def test_layer_that_cannot_be_replaced_leaves_half_a_model(folders):
+    good = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    model = nn.Sequential(good, bnb.nn.Linear4bit(64, 64))
+    with pytest.raises(ValueError, match=r"1\.weight: expected one that is quantized, .* got torch.float32"):
+        replace(model)
+    assert model[0] is good
+    with pytest.raises(ValueError, match="model: expected a module that contains bitsandbytes layers, got one"):
+        replace(good)
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got dict"):
+        replace({})
+    with pytest.warns(UserWarning, match="found no bitsandbytes.nn.Linear4bit"):
+        replace(nn.Sequential(nn.Linear(2, 2)))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    merged = peft.get_peft_model(stock(folders["llama"]), config)
+    merged.merge_adapter()
+    count = len(theirs(merged))
+    with pytest.raises(ValueError, match=r"q_proj: expected adapters that are not merged, got \['default'\]"):
+        replace(merged)
+    assert len(theirs(merged)) == count
+    assert quantized_weight(good).shape == (64, 64)
