@@ -24,6 +24,8 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ static
 
 namespace qlora_native::cuda_emulated {
 
@@ -40,6 +42,12 @@ void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
        .thread = [](const void* p) { std::apply(kKernel, *static_cast<const std::tuple<const Args&...>*>(p)); },
        .arguments = &all});
 }
+
+// Makes the stream's device current, on a device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Stream&) {}
+};
 
 // Memory of the stream's device for the kernels of one call.
 class Workspace {
