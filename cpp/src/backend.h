@@ -17,8 +17,16 @@ struct Backend {
   void (*adamw_8bit_step)(const AdamW8bitArgs&, const Stream&);
 };
 
-const Backend& cpu_backend();   // cpu/isa.cpp
-const Backend& cuda_backend();  // cuda/backend.cu, or cuda/no_cuda.cpp, which throws Unavailable
+const Backend& cpu_backend();  // cpu/isa.cpp
+
+// cuda/backend.cu, compiled for devices and over an emulator of one. A build without has the same symbols, which throw
+// Unavailable, in cuda/no_cuda.cpp and no_emulator.cpp.
+namespace cuda {
+const Backend& backend();
+}
+namespace cuda_emulated {
+const Backend& backend();
+}
 
 const Backend& backend_for(const Stream& stream);  // runtime.cpp
 

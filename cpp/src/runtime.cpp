@@ -1,5 +1,7 @@
 #include "qlora_native/runtime.h"
 
+#include <cstdlib>
+
 #include "backend.h"
 #include "common/codebook.h"
 #include "qlora_native/codebook.h"
@@ -9,8 +11,28 @@ namespace qlora_native {
 
 std::string version() { return QLN_VERSION; }
 
+namespace {
+
+bool choose_emulated() {
+  const char* value = std::getenv("QLN_BACKEND");
+  const std::string name = value == nullptr ? "" : value;
+  if (name == "cuda_emulated") return true;
+  if (name.empty() || name == "cpu") return false;
+  throw Unavailable("QLN_BACKEND: expected cpu or cuda_emulated, got \"" + name + "\"");
+}
+
+bool is_emulated() {
+  static const bool chosen = choose_emulated();  // tried again at the next call if it throws
+  return chosen;
+}
+
+}  // namespace
+
+std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
+
 const Backend& backend_for(const Stream& stream) {
-  return stream.device == Device::cuda ? cuda_backend() : cpu_backend();
+  if (stream.device == Device::cuda) return cuda::backend();
+  return is_emulated() ? cuda_emulated::backend() : cpu_backend();
 }
 
 const std::array<float, 16>& codebook(std::string_view format) {

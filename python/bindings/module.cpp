@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("version", &qn::version);
   module.def("available_isas", &qn::available_isas, "Instruction sets of this build and machine, best first.");
   module.def("current_isa", &qn::current_isa, "The one in use; QLN_FORCE_ISA forces one.");
+  module.def("cpu_tensors_backend", &qn::cpu_tensors_backend, "What runs on CPU tensors; QLN_BACKEND says which.");
   module.def("num_threads", &qn::num_threads, "Threads an operation would use now: torch's.");
   module.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason, "Empty if device \"cuda\" can be used.");
   module.def(

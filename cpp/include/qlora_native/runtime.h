@@ -26,6 +26,11 @@ std::vector<std::string> available_isas();
 // throws Unavailable if that one cannot run here.
 std::string current_isa();
 
+// The backend that runs operations on Device::cpu: "cpu", or "cuda_emulated", the CUDA kernels on the CPU, if the
+// environment variable QLN_BACKEND says so: slow, and for tests of those kernels where no GPU is. Chosen at first use;
+// throws Unavailable if QLN_BACKEND names another.
+std::string cpu_tensors_backend();
+
 // Why device "cuda" cannot be used, or empty if it can.
 std::string cuda_unavailable_reason();
 

@@ -58,8 +58,8 @@ struct QuantizedWeightView {
   const float* offset = nullptr;         // [1], with nested_absmax
   int nested_blocksize = 256;
 
-  std::int64_t elements() const { return N * K; }
-  std::int64_t blocks() const { return (elements() + blocksize - 1) / blocksize; }
+  constexpr std::int64_t elements() const { return N * K; }
+  constexpr std::int64_t blocks() const { return (elements() + blocksize - 1) / blocksize; }
 };
 
 }  // namespace qlora_native

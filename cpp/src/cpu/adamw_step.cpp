@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
 #include "common/layout.h"
@@ -14,22 +13,6 @@ namespace {
 // Elements of a task: its 16 bytes an element are a quarter of a megabyte, so that thousands of small tensors share
 // few tasks and one large tensor makes enough of them for any number of threads.
 constexpr std::int64_t kTaskElements = 64 * kAdamW8bitBlocksize;
-
-AdamWCoefficients coefficients_of(const AdamW8bitGroup& group, std::int64_t step, float inv_scale) {
-  const double t = static_cast<double>(step);
-  const double correction1 = 1.0 - std::pow(group.beta1, t);
-  const double correction2 = std::sqrt(1.0 - std::pow(group.beta2, t));
-  return {
-      .inv_scale = inv_scale,
-      .beta1 = static_cast<float>(group.beta1),
-      .grad_to_m = static_cast<float>(1.0 - group.beta1),
-      .beta2 = static_cast<float>(group.beta2),
-      .grad_to_v = static_cast<float>(1.0 - group.beta2),
-      .decay = static_cast<float>(1.0 - group.lr * group.weight_decay),
-      .step_size = static_cast<float>(group.lr * correction2 / correction1),
-      .eps = static_cast<float>(group.eps * correction2),
-  };
-}
 
 // The tensors one behind the other, each beginning a new block; cut into tasks of kTaskElements.
 class Tasks {
@@ -82,7 +65,8 @@ void adamw_8bit_step(const AdamW8bitArgs& args, const AdamWKernels& kernels) {
   std::vector<AdamWCoefficients> coefficients(static_cast<std::size_t>(args.count));
   for (std::int64_t i = 0; i < args.count; ++i) {
     const AdamW8bitTensor& tensor = args.tensors[i];
-    coefficients[static_cast<std::size_t>(i)] = coefficients_of(args.groups[tensor.group], ++*tensor.step, inv_scale);
+    coefficients[static_cast<std::size_t>(i)] =
+        adamw_coefficients(args.groups[tensor.group], ++*tensor.step, inv_scale);
   }
   parallel_for(tasks.count(), [&](std::int64_t task) {
     tasks.run(task, [&](std::int64_t index, const AdamWStretch& stretch) {

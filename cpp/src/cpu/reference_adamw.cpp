@@ -26,11 +26,8 @@ std::uint8_t nearest(const std::array<float, 256>& midpoints, float t) {
 
 // One element, its moments given decayed.
 void update_element(const AdamW8bitTensor& tensor, const AdamWCoefficients& c, std::int64_t i, float& m, float& v) {
-  const float g = load(tensor.grad, tensor.grad_dtype, i) * c.inv_scale;
-  m = m + g * c.grad_to_m;
-  v = v + g * g * c.grad_to_v;
-  const float p = load(tensor.param, tensor.param_dtype, i);
-  store(tensor.param, tensor.param_dtype, i, p * c.decay - c.step_size * (m / (std::sqrt(v) + c.eps)));
+  const float param = load(tensor.param, tensor.param_dtype, i), grad = load(tensor.grad, tensor.grad_dtype, i);
+  store(tensor.param, tensor.param_dtype, i, adamw_update(c, param, grad, m, v));
 }
 
 // Elements [first, end), which are one block.

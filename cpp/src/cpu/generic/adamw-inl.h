@@ -11,24 +11,11 @@ namespace {
 
 constexpr int kAdamWBlock = kAdamW8bitBlocksize;
 
-// The code of the nearest level of a dynamic map, exactly.
-//
-// In the decade that ends at 10^(i-6) the 2^(i+1) unsigned levels lie evenly, so that a level's number is linear in its
-// value: code + 1 = 2^(i+1) * (value * 10^(6-i) / 0.9 + 8/9). Those seven lines join at the decades' ends and each is
-// less steep than the one before: the least of the seven is the code of any value. It is exact to within rounding, and
-// to within a fifth of a code where two decades join; half a code less is therefore always one of code - 1 and code,
-// and one comparison with the exact midpoint between the two decides. The signed map has half as many levels, of each
-// sign.
+// The code of the nearest level of a dynamic map, exactly, by its closed form (common/codebook.h).
 template <bool kSigned>
 class Encoder {
  public:
-  Encoder() : midpoints_((kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints).data()) {
-    double levels = kSigned ? 1.0 : 2.0, per_value = 1e6 / 0.9;
-    for (int i = 0; i < kDecades; ++i, levels *= 2.0, per_value /= 10.0) {
-      slope_[i] = static_cast<float>(levels * per_value);
-      intercept_[i] = static_cast<float>(levels * (8.0 / 9.0) - (kSigned ? 0.5 : 1.5));
-    }
-  }
+  Encoder() : midpoints_((kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints).data()) {}
 
   // Two vectors of values in [-1, 1], or [0, 1], or a rounding error beyond.
   void encode(F32 a, F32 b, std::uint8_t* codes) const {
@@ -42,13 +29,15 @@ class Encoder {
  private:
   I32 guess(F32 t) const {
     const F32 size = kSigned ? abs(t) : t;
-    F32 position = fma(size, set1(slope_[0]), set1(intercept_[0]));
-    for (int i = 1; i < kDecades; ++i) position = min(position, fma(size, set1(slope_[i]), set1(intercept_[i])));
+    F32 position = fma(size, set1(kLines.slope[0]), set1(kLines.intercept[0]));
+    for (int i = 1; i < kDecades; ++i) {
+      position = min(position, fma(size, set1(kLines.slope[i]), set1(kLines.intercept[i])));
+    }
     if constexpr (kSigned) position = add(with_sign_of(position, t), set1(127.0f));
     return truncate_to_i32(position);
   }
 
-  float slope_[kDecades], intercept_[kDecades];
+  static constexpr DynamicMapLines kLines = dynamic_map_lines(kSigned);
   Table256 midpoints_;
 };
 

@@ -1,0 +1,31 @@
+// The table of the backend, "cuda" or "cuda_emulated": each operation with its stream's device current.
+#include "backend.h"
+
+#include "kernels/kernels.h"
+#include "simt/simt.cuh"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+template <class Args, void (*kOperation)(const Args&, const Stream&)>
+void on_device(const Args& args, const Stream& stream) {
+  const DeviceGuard guard(stream);
+  kOperation(args, stream);
+}
+
+}  // namespace
+
+const Backend& backend() {
+  static constexpr Backend table = {
+      .quantize = on_device<QuantizeArgs, quantize>,
+      .quantize_absmax = on_device<QuantizeAbsmaxArgs, quantize_absmax>,
+      .dequantize = on_device<DequantizeArgs, dequantize>,
+      .linear_forward = on_device<LinearForwardArgs, linear_forward>,
+      .linear_backward_input = on_device<LinearBackwardInputArgs, linear_backward_input>,
+      .lora_gradients = on_device<LoraGradientsArgs, lora_gradients>,
+      .adamw_8bit_step = on_device<AdamW8bitArgs, adamw_8bit_step>,
+  };
+  return table;
+}
+
+}  // namespace qlora_native::QLN_CUDA

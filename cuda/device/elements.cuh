@@ -1,0 +1,134 @@
+// Eight neighbouring elements at a time, which is what a thread of an elementwise kernel takes: loads and stores as
+// vectors where the address allows it, one by one where it does not, and at the end of an array.
+#pragma once
+
+#include <utility>
+
+#include "qlora_native/error.h"
+#include "simt/simt.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+constexpr int kEight = 8;
+constexpr int kVectorBytes = 16;  // of the widest load or store
+
+// Calls f.template operator()<T>() with the element type of `dtype`.
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::bf16:
+      return f.template operator()<Bf16>();
+    case DType::f16:
+      return f.template operator()<F16>();
+  }
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
+  return reinterpret_cast<std::uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
+}
+
+// to[i] = from[i] for i < count <= 8, the others `rest`.
+template <class T>
+__device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (&to)[kEight]) {
+  constexpr int kBytes = sizeof(T) * kEight < kVectorBytes ? sizeof(T) * kEight : kVectorBytes;
+  constexpr int kCount = kBytes / sizeof(T);
+  if (count == kEight && is_aligned(from, kBytes)) {
+#pragma unroll
+    for (int i = 0; i < kEight; i += kCount) {
+      const Vector<T, kCount> vector = load_vector<T, kCount>(from + i);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) to[i + j] = vector.at[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) to[i] = i < count ? from[i] : rest;
+  }
+}
+
+template <int kElements, class T>
+__device__ __forceinline__ void store_elements(T* to, int count, const T (&from)[kElements]) {
+  constexpr int kBytes = sizeof(T) * kElements < kVectorBytes ? sizeof(T) * kElements : kVectorBytes;
+  constexpr int kCount = kBytes / sizeof(T);
+  if (count == kElements && is_aligned(to, kBytes)) {
+#pragma unroll
+    for (int i = 0; i < kElements; i += kCount) {
+      Vector<T, kCount> vector;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) vector.at[j] = from[i + j];
+      store_vector<T, kCount>(to + i, vector);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      if (i < count) to[i] = from[i];
+    }
+  }
+}
+
+// Of an array whose type is known at run time, as fp32; what is not there is 0.
+template <class T>
+__device__ __forceinline__ void load_eight_as_f32(const T* from, int count, float (&to)[kEight]) {
+  T raw[kEight];
+  load_eight(from, count, from_f32<T>(0.0f), raw);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) to[i] = to_f32(raw[i]);
+}
+__device__ __forceinline__ void load_eight_as_f32(const void* from, DType dtype, std::int64_t first, int count,
+                                                  float (&to)[kEight]) {
+  if (dtype == DType::f32) return load_eight_as_f32(static_cast<const float*>(from) + first, count, to);
+  if (dtype == DType::bf16) return load_eight_as_f32(static_cast<const Bf16*>(from) + first, count, to);
+  load_eight_as_f32(static_cast<const F16*>(from) + first, count, to);
+}
+
+template <class T>
+__device__ __forceinline__ void store_eight_from_f32(T* to, int count, const float (&from)[kEight]) {
+  T rounded[kEight];
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) rounded[i] = from_f32<T>(from[i]);
+  store_elements(to, count, rounded);
+}
+__device__ __forceinline__ void store_eight_from_f32(void* to, DType dtype, std::int64_t first, int count,
+                                                     const float (&from)[kEight]) {
+  if (dtype == DType::f32) return store_eight_from_f32(static_cast<float*>(to) + first, count, from);
+  if (dtype == DType::bf16) return store_eight_from_f32(static_cast<Bf16*>(to) + first, count, from);
+  store_eight_from_f32(static_cast<F16*>(to) + first, count, from);
+}
+
+// One element likewise.
+__device__ __forceinline__ float load_as_f32(const void* from, DType dtype, std::int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(from)[i];
+  if (dtype == DType::bf16) return to_f32(static_cast<const Bf16*>(from)[i]);
+  return to_f32(static_cast<const F16*>(from)[i]);
+}
+__device__ __forceinline__ void store_from_f32(void* to, DType dtype, std::int64_t i, float value) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(to)[i] = value;
+  } else if (dtype == DType::bf16) {
+    static_cast<Bf16*>(to)[i] = from_f32<Bf16>(value);
+  } else {
+    static_cast<F16*>(to)[i] = from_f32<F16>(value);
+  }
+}
+
+// The largest of the values of kLanes neighbouring lanes, in each of them.
+template <class T>
+__device__ __forceinline__ T max_of_lanes(T value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    const T other = shfl_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Blocks of `threads` for `items` that a thread takes one at a time, in a grid that loops: no more than fill the device
+// several times over.
+inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
+  constexpr std::int64_t kBlocksPerMultiprocessor = 8;
+  const std::int64_t blocks = (items + threads - 1) / threads;
+  const std::int64_t most = kBlocksPerMultiprocessor * multiprocessors(stream);
+  return {.blocks = blocks < most ? blocks : most, .threads = threads};
+}
+
+}  // namespace qlora_native::QLN_CUDA

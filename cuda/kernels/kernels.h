@@ -1,0 +1,17 @@
+// What each file of this folder gives the backend. Arguments have been checked.
+#pragma once
+
+#include "backend.h"
+#include "simt/simt.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void quantize(const QuantizeArgs&, const Stream&);
+void quantize_absmax(const QuantizeAbsmaxArgs&, const Stream&);
+void dequantize(const DequantizeArgs&, const Stream&);
+void linear_forward(const LinearForwardArgs&, const Stream&);
+void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);
+void lora_gradients(const LoraGradientsArgs&, const Stream&);
+void adamw_8bit_step(const AdamW8bitArgs&, const Stream&);
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,49 @@
+// linear_backward_input on CUDA cores, for every dtype: dX = mask o (V . A) + dY . W.
+#include "device/low_rank.cuh"
+#include "kernels/kernels.h"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kProductThreads)
+    backward_kernel(const LinearBackwardInputArgs args, const Matrix v, const Dropout dropout) {
+  const ProductPlace place(args.dy.rows, args.weight.K);
+  float sum[kProductOwn][kProductOwn] = {};
+  // The adapter's part comes first, so that the mask falls on nothing else.
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(v.data), v.stride},
+             LoraColumns<T>{args.lora.a, args.lora.dtype, args.weight.K, 1.0f}, args.lora.rank);
+  if (args.lora.rank > 0) {
+    place.each(sum, [&](std::int64_t m, std::int64_t k, float& s) { s = dropout.keeps(m, k) ? s : 0.0f; });
+  }
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.dy.data), args.dy.stride}, WeightColumns<T>{args.weight},
+             args.weight.N);
+  T* const dx = static_cast<T*>(args.dx.data);
+  place.each(sum, [&](std::int64_t m, std::int64_t k, float s) { dx[m * args.dx.stride + k] = from_f32<T>(s); });
+}
+
+template <class T>
+void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
+  const LoraView& lora = args.lora;
+  const std::int64_t M = args.dy.rows, N = args.weight.N;
+  const Dropout dropout(lora);
+  const Workspace own(low_rank_bytes(args.v, args.dy.dtype, M, lora.rank), stream);
+  const Matrix v = low_rank_matrix(args.v, args.dy.dtype, M, lora.rank, own.data());
+  if (lora.rank > 0) {
+    const Rows<T> dy{static_cast<const T*>(args.dy.data), args.dy.stride};
+    const LoraColumns<T> b{lora.b, lora.dtype, lora.rank, 1.0f};
+    launch<product_kernel<T, Rows<T>, LoraColumns<T>>>(product_grid(M, lora.rank), stream, dy, b, M, lora.rank, N,
+                                                       lora.scaling * dropout.scale, static_cast<T*>(v.data), v.stride);
+  }
+  if (args.dx.data != nullptr) {
+    launch<backward_kernel<T>>(product_grid(M, args.weight.K), stream, args, v, dropout);
+  }
+}
+
+}  // namespace
+
+void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream) {
+  with_type(args.dy.dtype, [&]<class T>() { backward<T>(args, stream); });
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,45 @@
+// linear_forward on CUDA cores, for every dtype: Y = [X | U] . [W | s*B]^T + bias.
+#include "device/low_rank.cuh"
+#include "kernels/kernels.h"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kProductThreads) forward_kernel(const LinearForwardArgs args, const Matrix u) {
+  const ProductPlace place(args.x.rows, args.weight.N);
+  float sum[kProductOwn][kProductOwn] = {};
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.x.data), args.x.stride}, WeightRows<T>{args.weight},
+             args.weight.K);
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(u.data), u.stride},
+             LoraRows<T>{args.lora.b, args.lora.dtype, args.lora.rank, args.lora.scaling}, args.lora.rank);
+  const T* const bias = static_cast<const T*>(args.bias);
+  T* const y = static_cast<T*>(args.y.data);
+  place.each(sum, [&](std::int64_t m, std::int64_t n, float s) {
+    y[m * args.y.stride + n] = from_f32<T>(bias == nullptr ? s : s + to_f32(bias[n]));
+  });
+}
+
+template <class T>
+void forward(const LinearForwardArgs& args, const Stream& stream) {
+  const LoraView& lora = args.lora;
+  const std::int64_t M = args.x.rows, K = args.weight.K;
+  const Workspace own(low_rank_bytes(args.u, args.x.dtype, M, lora.rank), stream);
+  const Matrix u = low_rank_matrix(args.u, args.x.dtype, M, lora.rank, own.data());
+  if (lora.rank > 0) {
+    const Dropout dropout(lora);
+    const KeptRows<T> x{{static_cast<const T*>(args.x.data), args.x.stride}, dropout};
+    const LoraRows<T> a{lora.a, lora.dtype, K, 1.0f};
+    launch<product_kernel<T, KeptRows<T>, LoraRows<T>>>(product_grid(M, lora.rank), stream, x, a, M, lora.rank, K,
+                                                        dropout.scale, static_cast<T*>(u.data), u.stride);
+  }
+  launch<forward_kernel<T>>(product_grid(M, args.weight.N), stream, args, u);
+}
+
+}  // namespace
+
+void linear_forward(const LinearForwardArgs& args, const Stream& stream) {
+  with_type(args.x.dtype, [&]<class T>() { forward<T>(args, stream); });
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,225 @@
+// What simt.cuh promises, on a device: the CUDA runtime for host code, and each instruction that has no name in C++ in
+// a function of its own. host.h says what each does.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "simt/check.h"
+
+namespace qlora_native::cuda {
+
+// ---- launches and memory, for host code
+// ------------------------------------------------------------------------------
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Stream& stream) {
+    QLN_CHECK_CUDA(cudaGetDevice(&before_));
+    if (stream.index != before_) QLN_CHECK_CUDA(cudaSetDevice(stream.index));
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+inline cudaStream_t handle_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
+
+template <class... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
+                   std::type_identity_t<Parameters>... arguments) {
+  if (shape.blocks == 0) return;
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (shape.smem_bytes > kWithoutAsking) {
+    QLN_CHECK_CUDA(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shape.smem_bytes)));
+  }
+  void* pointers[] = {&arguments...};
+  QLN_CHECK_CUDA(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.blocks)),
+                                  dim3(static_cast<unsigned>(shape.threads)), pointers, shape.smem_bytes,
+                                  handle_of(stream)));
+}
+template <auto kKernel, class... Args>
+void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
+  launch_kernel(kKernel, shape, stream, args...);
+}
+
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, const Stream& stream) : stream_(handle_of(stream)) {
+    if (bytes > 0) QLN_CHECK_CUDA(cudaMallocAsync(&data_, bytes, stream_));
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
+  }
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+};
+
+inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream& stream) {
+  QLN_CHECK_CUDA(cudaMemsetAsync(data, byte, bytes, handle_of(stream)));
+}
+
+inline int multiprocessors(const Stream& stream) {
+  int count = 0;
+  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.index));
+  return count;
+}
+
+// ---- who a thread is
+// -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__device__ __forceinline__ std::int64_t block_index() { return blockIdx.x; }
+__device__ __forceinline__ std::int64_t grid_blocks() { return gridDim.x; }
+template <class T>
+__device__ __forceinline__ T* dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char qln_dynamic_smem[];
+  return reinterpret_cast<T*>(qln_dynamic_smem);
+}
+
+// ---- together
+// --------------------------------------------------------------------------------------------------------
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+__device__ __forceinline__ void sync_threads() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+template <class T>
+__device__ __forceinline__ T shfl(T value, int source) {
+  return __shfl_sync(kAllLanes, value, source);
+}
+template <class T>
+__device__ __forceinline__ T shfl_xor(T value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+
+// ---- between blocks
+// --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void signal(std::uint32_t* flag, std::uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* flag) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+__device__ __forceinline__ void wait_for(const std::uint32_t* flag, std::uint32_t value) {
+  while (load_acquire(flag) != value) {
+  }
+}
+__device__ __forceinline__ void atomic_add(std::uint64_t* at, std::uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+}
+__device__ __forceinline__ void atomic_min(std::uint64_t* at, std::uint64_t value) {
+  atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+}
+
+// ---- copies and vectors
+// ----------------------------------------------------------------------------------------------
+
+template <class T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> load_vector(const T* from) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+template <class T, int kCount>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& vector) {
+  *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
+}
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* to, const void* from, int valid = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {  // past the first cache: each byte is used by one block
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid),
+                 "n"(kBytes)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroupsLeft>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// ---- numbers
+// ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_f32(float value) { return value; }
+__device__ __forceinline__ float to_f32(Bf16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+__device__ __forceinline__ float to_f32(F16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+template <class T>
+__device__ __forceinline__ T from_f32(float value) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    Bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+  } else if constexpr (std::is_same_v<T, F16>) {
+    F16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+  } else {
+    return value;
+  }
+}
+
+__device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same_v<T, F16>);
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+}  // namespace qlora_native::cuda

@@ -1,0 +1,374 @@
+#include "simt/fibers.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "simt/context.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+#ifdef QLN_SWITCH_IN_ASSEMBLY
+asm(R"(
+.text
+.globl qln_switch_stack
+.hidden qln_switch_stack
+.type qln_switch_stack, @function
+qln_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size qln_switch_stack, .-qln_switch_stack
+)");
+#endif
+
+namespace qlora_native::cuda_emulated::emulator {
+
+thread_local const Position* position __attribute__((tls_model("initial-exec"))) = nullptr;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+// sm_80's limit is higher, but sm_86, sm_89 and sm_120 give a block no more.
+constexpr std::size_t kMaxSmemBytes = 99 * 1024;
+// A fiber's: a kernel's locals are small, AddressSanitizer's redzones around them are not.
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kStackBytes = 256 * 1024;
+#else
+constexpr std::size_t kStackBytes = 64 * 1024;
+#endif
+
+std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+// Stacks of a host thread, kept for the next launch. The page below each is a guard.
+class Stacks {
+ public:
+  Stacks() = default;
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+  ~Stacks() {
+    for (std::byte* stack : free_) munmap(stack - guard(), guard() + kStackBytes);
+  }
+  std::byte* take() {
+    if (free_.empty()) {
+      void* memory = mmap(nullptr, guard() + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      mprotect(memory, guard(), PROT_NONE);
+      return static_cast<std::byte*>(memory) + guard();
+    }
+    std::byte* stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void give_back(std::byte* stack) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(stack, kStackBytes);  // a fiber ends without returning from its frames
+#endif
+    free_.push_back(stack);
+  }
+
+ private:
+  static std::size_t guard() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
+  std::vector<std::byte*> free_;
+};
+thread_local Stacks stacks;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, zeros;
+  void run() const {
+    std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    std::memset(static_cast<std::byte*>(to) + bytes, 0, static_cast<std::size_t>(zeros));
+  }
+};
+
+struct Warp {
+  int arrived = 0;
+  Site site;
+  void* lanes[kWarp];
+};
+
+struct Block;
+
+struct Fiber {
+  enum class State { ready, at_barrier, at_meeting, waiting, done };
+  Position position;
+  Block* block;
+  Warp* warp;
+  Context context;
+  std::byte* stack;
+  State state = State::ready;
+  Site site;
+  const std::uint32_t* flag = nullptr;
+  std::uint32_t value = 0;
+  std::vector<Copy> copies;               // not yet of a group
+  std::vector<std::vector<Copy>> groups;  // oldest first
+};
+
+thread_local Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+thread_local Schedule schedule;
+thread_local const Grid* grid = nullptr;
+
+struct Block {
+  std::int64_t index;
+  Context scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> order;
+  std::byte* smem = nullptr;
+
+  explicit Block(std::int64_t index)
+      : index(index),
+        fibers(static_cast<std::size_t>(grid->threads)),
+        warps(static_cast<std::size_t>(grid->threads / kWarp)),
+        order(static_cast<std::size_t>(grid->threads)) {
+    // Exactly as large as was asked for, so that AddressSanitizer sees the first byte beyond; every float a NaN.
+    constexpr std::size_t kAlignment = 128;
+    void* memory = nullptr;
+    if (grid->smem_bytes > 0 && posix_memalign(&memory, kAlignment, grid->smem_bytes) != 0) throw std::bad_alloc();
+    smem = static_cast<std::byte*>(memory);
+    if (smem != nullptr) std::memset(smem, 0xFF, grid->smem_bytes);
+    std::iota(order.begin(), order.end(), 0);
+    for (int thread = 0; thread < grid->threads; ++thread) {
+      Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
+      fiber.position = {thread, grid->threads, index, grid->blocks, smem};
+      fiber.block = this;
+      fiber.warp = &warps[static_cast<std::size_t>(thread / kWarp)];
+      fiber.stack = stacks.take();
+      fiber.context = Context(fiber.stack, kStackBytes, main_of_fiber);
+    }
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    for (Fiber& fiber : fibers) stacks.give_back(fiber.stack);
+    std::free(smem);
+  }
+
+  static void main_of_fiber() {
+    Fiber& self = *current;
+    Context::arrived(self.context, self.block->scheduler);
+    grid->thread(grid->arguments);
+    self.state = Fiber::State::done;
+    self.context.switch_to(self.block->scheduler, /*last=*/true);
+    __builtin_unreachable();
+  }
+
+  bool done() const {
+    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == Fiber::State::done; });
+  }
+
+  void release_barrier() {
+    const Fiber* first = nullptr;
+    for (const Fiber& fiber : fibers) {
+      if (fiber.state != Fiber::State::at_barrier) return;
+      if (first == nullptr) first = &fiber;
+      if (!(fiber.site == first->site)) {
+        fail("threads of a block wait at different barriers: " + text(first->site) + " and " + text(fiber.site));
+      }
+    }
+    for (Fiber& fiber : fibers) fiber.state = Fiber::State::ready;
+  }
+
+  // Runs every fiber as far as it comes; whether any came further.
+  bool advance() {
+    bool any = false;
+    for (bool ran = true; ran; any |= ran) {
+      ran = false;
+      schedule.arrange(order);
+      for (int i : order) {
+        Fiber& fiber = fibers[static_cast<std::size_t>(i)];
+        if (fiber.state == Fiber::State::waiting && *fiber.flag == fiber.value) fiber.state = Fiber::State::ready;
+        if (fiber.state != Fiber::State::ready) continue;
+        ran = true;
+        current = &fiber;
+        position = &fiber.position;
+        scheduler.switch_to(fiber.context);
+        current = nullptr;
+      }
+      release_barrier();
+    }
+    return any;
+  }
+
+  std::string waits() const {
+    std::string all;
+    for (const Fiber& fiber : fibers) {
+      const char* what = fiber.state == Fiber::State::at_barrier   ? "at the barrier "
+                         : fiber.state == Fiber::State::at_meeting ? "for its warp at "
+                         : fiber.state == Fiber::State::waiting    ? "for another block at "
+                                                                   : nullptr;
+      const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
+      // One line for neighbours that do the same.
+      if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;
+      all += "\n  thread " + std::to_string(fiber.position.thread) + " and on of block " + std::to_string(index) + " " +
+             line;
+    }
+    return all;
+  }
+};
+
+void suspend(Fiber& self, Fiber::State state, Site site) {
+  self.state = state;
+  self.site = site;
+  self.context.switch_to(self.block->scheduler);
+}
+
+}  // namespace
+
+// ---- the schedule
+// ----------------------------------------------------------------------------------------------------
+
+Schedule Schedule::from_environment() {
+  Schedule result;
+  const char* value = std::getenv("QLN_SCHEDULE");
+  const std::string name = value == nullptr ? "" : value;
+  const std::string random = "random:";
+  if (name == "reverse") {
+    result.order_ = Order::reverse;
+  } else if (name.compare(0, random.size(), random) == 0) {
+    result.order_ = Order::random;
+    result.state_ = std::strtoull(name.c_str() + random.size(), nullptr, 10);
+  } else if (!name.empty() && name != "forward") {
+    fail("QLN_SCHEDULE: expected forward, reverse or random:SEED, got " + name);
+  }
+  return result;
+}
+
+std::uint32_t Schedule::next() {
+  state_ = state_ * 6364136223846793005u + 1442695040888963407u;  // Knuth's MMIX
+  return static_cast<std::uint32_t>(state_ >> 33);
+}
+
+void Schedule::arrange(std::vector<int>& order) {
+  if (order_ == Order::reverse && order.front() == 0) std::reverse(order.begin(), order.end());
+  if (order_ != Order::random) return;
+  for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[next() % (i + 1)]);
+}
+
+std::int64_t Schedule::place(std::int64_t i, std::int64_t count) const {
+  return order_ == Order::reverse ? count - 1 - i : i;
+}
+
+bool Schedule::coin() { return order_ == Order::random && next() % 2 == 0; }
+
+// ---- a grid
+// ----------------------------------------------------------------------------------------------------------
+
+void run(const Grid& launched) {
+  if (launched.threads <= 0 || launched.threads > kMaxThreads || launched.threads % kWarp != 0) {
+    fail("a block of " + std::to_string(launched.threads) + " threads");
+  }
+  if (launched.smem_bytes > kMaxSmemBytes) fail(std::to_string(launched.smem_bytes) + " bytes of shared memory");
+  if (launched.blocks < 0 || launched.blocks > 0x7FFFFFFF) fail(std::to_string(launched.blocks) + " blocks");
+  if (current != nullptr) fail("a kernel launches another");
+  schedule = Schedule::from_environment();
+  grid = &launched;
+  // A block is started when those before it have ended or wait for others: only waits between blocks need more at once.
+  std::list<Block> started;
+  std::int64_t next = 0;
+  while (next < launched.blocks || !started.empty()) {
+    bool progress = false;
+    for (auto block = started.begin(); block != started.end();) {
+      progress |= block->advance();
+      block = block->done() ? started.erase(block) : std::next(block);
+    }
+    if (progress) continue;
+    if (next == launched.blocks) {
+      if (started.empty()) break;
+      std::string waits;
+      for (const Block& block : started) waits += block.waits();
+      fail("deadlock:" + waits);
+    }
+    started.emplace_back(schedule.place(next++, launched.blocks));
+  }
+  position = nullptr;
+  grid = nullptr;
+}
+
+// ---- called by fibers
+// ------------------------------------------------------------------------------------------------
+
+void barrier(Site site) { suspend(*current, Fiber::State::at_barrier, site); }
+
+void meet(void* lane, void (*all)(void* const* lanes), Site site) {
+  Fiber& self = *current;
+  Warp& warp = *self.warp;
+  if (warp.arrived == 0) warp.site = site;
+  if (!(warp.site == site)) {
+    fail("lanes of a warp meet at different calls: " + text(warp.site) + " and " + text(site));
+  }
+  warp.lanes[self.position.thread % kWarp] = lane;
+  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_meeting, site);
+  all(warp.lanes);
+  warp.arrived = 0;
+  const int first = self.position.thread / kWarp * kWarp;
+  for (int i = first; i < first + kWarp; ++i) {
+    self.block->fibers[static_cast<std::size_t>(i)].state = Fiber::State::ready;
+  }
+}
+
+void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site) {
+  if (*flag == value) return;
+  current->flag = flag;
+  current->value = value;
+  suspend(*current, Fiber::State::waiting, site);
+}
+
+void copy_async(void* to, const void* from, int bytes, int zeros) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % (bytes + zeros) == 0; };
+  if (!aligned(to) || (bytes > 0 && !aligned(from))) fail("cp.async of a misaligned address");
+  const Copy copy{to, from, bytes, zeros};
+  if (schedule.coin()) return copy.run();
+  current->copies.push_back(copy);
+}
+
+void commit_copies() {
+  current->groups.push_back(std::move(current->copies));
+  current->copies.clear();
+}
+
+void wait_for_copies(int groups_left) {
+  auto& groups = current->groups;
+  while (groups.size() > static_cast<std::size_t>(groups_left)) {
+    for (const Copy& copy : groups.front()) copy.run();
+    groups.erase(groups.begin());
+  }
+}
+
+void fail(const std::string& what) {
+  if (current != nullptr) {
+    std::fprintf(stderr, "cuda_emulated: thread %d of block %lld: ", current->position.thread,
+                 static_cast<long long>(current->position.block));
+  } else {
+    std::fprintf(stderr, "cuda_emulated: ");
+  }
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::abort();
+}
+
+}  // namespace qlora_native::cuda_emulated::emulator

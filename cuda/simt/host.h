@@ -1,0 +1,264 @@
+// The emulator: what simt.cuh promises, for the host's compiler. A kernel runs on the CPU with the values that a device
+// would give, up to the rounding inside an mma. It proves indexing, synchronization and layout; it says nothing of
+// speed. The rules:
+//
+//   - Threads are fibers. They meet in sync_threads() and in everything a warp does together; lanes that meet at
+//     different calls, or never, end the process with file and line.
+//   - QLN_SCHEDULE=forward|reverse|random:SEED is the order in which fibers run: results must not depend on it.
+//   - cp_async only queues; cp_async_wait copies. Shared memory, and memory of a Workspace, begins as NaN.
+//   - Vectors are loaded and stored at aligned addresses only.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+
+#include "common/float16.h"
+#include "simt/fibers.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ static
+
+namespace qlora_native::cuda_emulated {
+
+// ---- launches and memory, for host code
+// ------------------------------------------------------------------------------
+
+template <auto kKernel, class... Args>
+void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
+  const std::tuple<const Args&...> all(args...);
+  emulator::run(
+      {.blocks = shape.blocks,
+       .threads = shape.threads,
+       .smem_bytes = shape.smem_bytes,
+       .thread = [](const void* p) { std::apply(kKernel, *static_cast<const std::tuple<const Args&...>*>(p)); },
+       .arguments = &all});
+}
+
+// Makes the stream's device current, on a device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Stream&) {}
+};
+
+// Memory of the stream's device for the kernels of one call.
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, const Stream&) {
+    constexpr std::size_t kAlignment = 256;  // cudaMalloc's
+    void* memory = nullptr;
+    if (bytes > 0 && posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
+    data_.reset(static_cast<std::byte*>(memory));
+    if (bytes > 0) std::memset(memory, 0xFF, bytes);
+  }
+  std::byte* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+};
+
+inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) { std::memset(data, byte, bytes); }
+
+// As few as make several blocks of a persistent grid wait for each other.
+inline int multiprocessors(const Stream&) { return 3; }
+
+// ---- who a thread is
+// -------------------------------------------------------------------------------------------------
+
+inline int thread_index() { return emulator::position->thread; }
+inline int block_threads() { return emulator::position->threads; }
+inline std::int64_t block_index() { return emulator::position->block; }
+inline std::int64_t grid_blocks() { return emulator::position->blocks; }
+template <class T>
+T* dynamic_smem() {
+  return reinterpret_cast<T*>(emulator::position->smem);
+}
+
+// ---- together
+// --------------------------------------------------------------------------------------------------------
+
+inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
+
+// `all` sees what every lane brought, and changes it.
+template <class Lane, class All>
+void meet(Lane& lane, const All&, Site site) {
+  emulator::meet(
+      &lane,
+      [](void* const* lanes) {
+        static_assert(std::is_empty_v<All>);
+        All{}(reinterpret_cast<Lane* const*>(lanes));
+      },
+      site);
+}
+
+inline void sync_warp(Site site = Site::current()) {
+  int nothing = 0;
+  meet(nothing, [](int* const*) {}, site);
+}
+
+template <class T>
+T shfl(T value, int source, Site site = Site::current()) {
+  struct Lane {
+    T in, out;
+    int source;
+  } lane{value, {}, source};
+  meet(
+      lane,
+      [](Lane* const* lanes) {
+        for (int i = 0; i < kWarp; ++i) lanes[i]->out = lanes[lanes[i]->source]->in;
+      },
+      site);
+  return lane.out;
+}
+
+template <class T>
+T shfl_xor(T value, int mask, Site site = Site::current()) {
+  return shfl(value, (thread_index() % kWarp) ^ mask, site);
+}
+
+// ---- between blocks
+// --------------------------------------------------------------------------------------------------
+
+// The block's writes before signal() are seen by the block that waited for it.
+inline void signal(std::uint32_t* flag, std::uint32_t value) { *flag = value; }
+inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site = Site::current()) {
+  emulator::wait_for(flag, value, site);
+}
+inline void atomic_add(std::uint64_t* at, std::uint64_t value) { *at += value; }
+inline void atomic_min(std::uint64_t* at, std::uint64_t value) { *at = value < *at ? value : *at; }
+
+// ---- copies and vectors
+// ----------------------------------------------------------------------------------------------
+
+template <class T, int kCount>
+Vector<T, kCount> load_vector(const T* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % (sizeof(T) * kCount) != 0) emulator::fail("a misaligned load");
+  Vector<T, kCount> vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <class T, int kCount>
+void store_vector(T* to, const Vector<T, kCount>& vector) {
+  if (reinterpret_cast<std::uintptr_t>(to) % (sizeof(T) * kCount) != 0) emulator::fail("a misaligned store");
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// To shared memory, kBytes of 4, 8 or 16: `valid` bytes of `from`, then zeros.
+template <int kBytes>
+void cp_async(void* to, const void* from, int valid = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulator::copy_async(to, from, valid, kBytes - valid);
+}
+inline void cp_async_commit() { emulator::commit_copies(); }
+template <int kGroupsLeft>
+void cp_async_wait() {
+  emulator::wait_for_copies(kGroupsLeft);
+}
+
+// ---- numbers
+// ---------------------------------------------------------------------------------------------------------
+
+inline float to_f32(float value) { return value; }
+inline float to_f32(Bf16 value) { return f32_from_bf16(value.bits); }
+inline float to_f32(F16 value) { return f32_from_f16(value.bits); }
+
+template <class T>
+T from_f32(float value) {
+  if constexpr (std::is_same_v<T, Bf16>)
+    return {bf16_from_f32(value)};
+  else if constexpr (std::is_same_v<T, F16>)
+    return {f16_from_f32(value)};
+  else
+    return value;
+}
+
+// a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
+inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }
+
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements: lane 8i+j brings the address of row j of matrix i; r[i] becomes, of matrix i,
+// the elements 2*(lane%4) and the next of row lane/4. With kTranspose, of the transposed matrix.
+template <bool kTranspose>
+void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
+  struct Lane {
+    const void* row;
+    std::uint32_t* r;
+  } lane{row, r};
+  meet(
+      lane,
+      [](Lane* const* lanes) {
+        for (int i = 0; i < kWarp; ++i) {
+          if (reinterpret_cast<std::uintptr_t>(lanes[i]->row) % 16 != 0) emulator::fail("ldmatrix of a misaligned row");
+          for (int matrix = 0; matrix < 4; ++matrix) {
+            std::uint16_t pair[2];
+            for (int j = 0; j < 2; ++j) {
+              const int row = kTranspose ? 2 * (i % 4) + j : i / 4, col = kTranspose ? i / 4 : 2 * (i % 4) + j;
+              pair[j] = static_cast<const std::uint16_t*>(lanes[8 * matrix + row]->row)[col];
+            }
+            std::memcpy(&lanes[i]->r[matrix], pair, sizeof(pair));
+          }
+        }
+      },
+      site);
+}
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  ldmatrix_x4<false>(r, row, site);
+}
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
+  ldmatrix_x4<true>(r, row, site);
+}
+
+// c[16,8] += a[16,16] . b[16,8] by the warp. With g = lane / 4 and t = lane % 4, a register holds two elements:
+//   a[0]: (g, 2t) (g, 2t+1)   a[1]: the same of row g+8   a[2], a[3]: the same of columns + 8
+//   b[0]: (2t, g) (2t+1, g)   b[1]: the same of rows + 8
+//   c[0], c[1]: (g, 2t) (g, 2t+1)   c[2], c[3]: the same of row g+8
+template <class T>
+void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site = Site::current()) {
+  struct Lane {
+    float* c;
+    const std::uint32_t *a, *b;
+  } lane{c, a, b};
+  meet(
+      lane,
+      [](Lane* const* lanes) {
+        const auto half = [](std::uint32_t pair, int i) {
+          return to_f32(T{static_cast<std::uint16_t>(pair >> (16 * i))});
+        };
+        float a[16][16], b[8][16];
+        for (int i = 0; i < kWarp; ++i) {
+          const int g = i / 4, t = i % 4;
+          for (int j = 0; j < 2; ++j) {
+            for (int part = 0; part < 4; ++part) {
+              a[g + 8 * (part % 2)][2 * t + j + 8 * (part / 2)] = half(lanes[i]->a[part], j);
+            }
+            for (int part = 0; part < 2; ++part) b[g][2 * t + j + 8 * part] = half(lanes[i]->b[part], j);
+          }
+        }
+        for (int i = 0; i < kWarp; ++i) {
+          for (int part = 0; part < 4; ++part) {
+            const float* row = a[i / 4 + 8 * (part / 2)];
+            const float* col = b[2 * (i % 4) + part % 2];
+            float sum = 0.0f;  // of exact products; a device keeps a few bits more
+            for (int k = 0; k < 16; ++k) sum += row[k] * col[k];
+            lanes[i]->c[part] += sum;
+          }
+        }
+      },
+      site);
+}
+
+}  // namespace qlora_native::cuda_emulated

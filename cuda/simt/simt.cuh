@@ -1,0 +1,55 @@
+// What a kernel may use. The files below cuda/kernels are compiled twice: by nvcc over device.cuh, as the backend
+// "cuda", and by the host's compiler over host.h, an emulator, as the backend "cuda_emulated". QLN_CUDA is the
+// namespace of the one being compiled; what both define has the same name and meaning in both.
+//
+//   launch<kernel>(shape, stream, args...)      no <<<>>>
+//   dynamic_smem<T>()                           the block's shared memory; no __shared__
+//   thread_index() block_index() ...            blocks and grids have one dimension
+//   sync_threads() shfl_xor() mma_16x8x16() ... whatever threads do together
+//   Bf16, F16                                   16-bit floats: bits, converted through to_f32 and from_f32
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "qlora_native/types.h"
+
+#ifdef __CUDACC__
+#define QLN_CUDA cuda
+#else
+#define QLN_CUDA cuda_emulated
+#endif
+
+namespace qlora_native::QLN_CUDA {
+
+constexpr int kWarp = 32;
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+
+// As many as one vector instruction loads or stores; addresses are multiples of its size.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T at[kCount];
+};
+
+struct LaunchShape {
+  std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
+  int threads;                 // of a block, a multiple of 32
+  std::size_t smem_bytes = 0;  // at most kMaxSmemBytes
+};
+
+// What every architecture from sm_80 on gives a block: sm_86, sm_89 and sm_120 have the least.
+constexpr std::size_t kMaxSmemBytes = 99 * 1024;
+
+}  // namespace qlora_native::QLN_CUDA
+
+#ifdef __CUDACC__
+#include "simt/device.cuh"
+#else
+#include "simt/host.h"
+#endif

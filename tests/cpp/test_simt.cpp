@@ -1,0 +1,375 @@
+// The emulator itself: what it computes, and that it finds what was planted. A kernel that must end the process runs in
+// a child, whose words are read. Compiled a second time under AddressSanitizer, for the reads and writes out of bounds.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "simt/simt.cuh"
+
+namespace qlora_native::cuda_emulated {
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
+  } while (false)
+
+const std::vector<std::string> kSchedules = {"forward", "reverse", "random:1", "random:2", "random:3"};
+
+// What `run` gives under each schedule.
+template <class Result>
+std::vector<Result> under_each_schedule(const std::function<Result()>& run) {
+  std::vector<Result> results;
+  for (const std::string& schedule : kSchedules) {
+    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+    results.push_back(run());
+  }
+  unsetenv("QLN_SCHEDULE");
+  return results;
+}
+
+template <class Result>
+bool all_equal(const std::vector<Result>& results, const Result& expected) {
+  for (const Result& result : results) {
+    if (!(result == expected)) return false;
+  }
+  return true;
+}
+
+// Runs `mistake` in a child process: its last words, or "" if it ended well.
+std::string last_words(const std::function<void()>& mistake) {
+  int ends[2];
+  if (pipe(ends) != 0) return "";
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], STDERR_FILENO);
+    close(ends[0]);
+    mistake();
+    _exit(0);
+  }
+  close(ends[1]);
+  std::string words;
+  char buffer[4096];
+  for (ssize_t count; (count = read(ends[0], buffer, sizeof(buffer))) > 0;) {
+    words.append(buffer, static_cast<std::size_t>(count));
+  }
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? "" : words;
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
+
+// ---- barriers
+// --------------------------------------------------------------------------------------------------------
+
+// out[t] = in[last - t], by way of shared memory.
+template <bool kBarrier>
+__global__ void reverse_kernel(const float* in, float* out) {
+  float* shared = dynamic_smem<float>();
+  const int t = thread_index(), last = block_threads() - 1;
+  shared[t] = in[t];
+  if constexpr (kBarrier) sync_threads();
+  out[t] = shared[last - t];
+}
+
+template <bool kBarrier>
+std::vector<float> reversed() {
+  std::vector<float> in(128), out(128);
+  for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
+  launch<reverse_kernel<kBarrier>>({1, 128, 128 * sizeof(float)}, {}, in.data(), out.data());
+  for (float& value : out) value = std::isnan(value) ? -1.0f : value;  // so that results compare
+  return out;
+}
+
+// Two rounds over one buffer: without the second barrier a thread may write the next round before others have read.
+template <bool kBarrier>
+__global__ void rounds_kernel(int* out) {
+  int* shared = dynamic_smem<int>();
+  const int t = thread_index(), n = block_threads();
+  int sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    shared[t] = t + round * 1000;
+    sync_threads();
+    sum = sum * 3 + shared[(t + 37) % n];
+    if constexpr (kBarrier) sync_threads();
+  }
+  out[t] = sum;
+}
+
+template <bool kBarrier>
+std::vector<int> rounds() {
+  std::vector<int> out(96);
+  launch<rounds_kernel<kBarrier>>({1, 96, 96 * sizeof(int)}, {}, out.data());
+  return out;
+}
+
+void missing_barrier_is_found_by_the_schedule() {
+  std::vector<float> expected(128);
+  for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
+  EXPECT(all_equal(under_each_schedule<std::vector<float>>(reversed<true>), expected));
+  EXPECT(!all_equal(under_each_schedule<std::vector<float>>(reversed<false>), expected));
+  const std::vector<int> right = rounds<true>();
+  EXPECT(all_equal(under_each_schedule<std::vector<int>>(rounds<true>), right));
+  EXPECT(!all_equal(under_each_schedule<std::vector<int>>(rounds<false>), right));
+}
+
+__global__ void two_barriers_kernel(int) {
+  if (thread_index() < 32) {
+    sync_threads();
+  } else {
+    sync_threads();
+  }
+}
+const int kTwoBarriersLine = __LINE__ - 3;
+
+__global__ void missed_barrier_kernel(int) {
+  if (thread_index() != 40) sync_threads();
+}
+const int kMissedBarrierLine = __LINE__ - 2;
+
+void barriers_that_not_all_reach_end_the_process() {
+  const std::string two = last_words([] { launch<two_barriers_kernel>({1, 64}, {}, 0); });
+  EXPECT(contains(two, "different barriers: " + here(kTwoBarriersLine - 2)) && contains(two, here(kTwoBarriersLine)));
+  const std::string missed = last_words([] { launch<missed_barrier_kernel>({1, 64}, {}, 0); });
+  EXPECT(contains(missed, "deadlock") && contains(missed, here(kMissedBarrierLine)));
+  EXPECT(contains(missed, "thread 40 and on of block 0 has ended"));
+}
+
+// ---- warps
+// -----------------------------------------------------------------------------------------------------------
+
+__global__ void lanes_sum_kernel(int* out) {
+  int sum = thread_index();
+  for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+  out[thread_index()] = sum + shfl(thread_index(), 3);
+}
+
+__global__ void lanes_part_kernel(int* out) {
+  if (thread_index() % 2 == 0) {
+    out[0] = shfl(1, 0);
+  } else {
+    out[0] = shfl(2, 0);
+  }
+}
+const int kLanesPartLine = __LINE__ - 3;
+
+void lanes_meet() {
+  const auto run = [] {
+    std::vector<int> out(64);
+    launch<lanes_sum_kernel>({1, 64}, {}, out.data());
+    return out;
+  };
+  std::vector<int> expected(64);
+  for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
+  EXPECT(all_equal(under_each_schedule<std::vector<int>>(run), expected));
+  int out = 0;
+  const std::string words = last_words([&] { launch<lanes_part_kernel>({1, 32}, {}, &out); });
+  EXPECT(contains(words, "lanes of a warp meet at different calls"));
+  EXPECT(contains(words, here(kLanesPartLine - 2)) && contains(words, here(kLanesPartLine)));
+}
+
+// ---- asynchronous copies
+// ---------------------------------------------------------------------------------------------
+
+// A sum over in[4][32] through a ring of two buffers; kLeft is how many groups may be on their way when one is read.
+template <int kLeft>
+__global__ void ring_kernel(const float* in, float* out) {
+  float* ring = dynamic_smem<float>();
+  const int t = thread_index();
+  const auto fetch = [&](int step) {
+    if (step < 4) cp_async<4>(ring + step % 2 * 32 + t, in + step * 32 + t);
+    cp_async_commit();
+  };
+  fetch(0);
+  float sum = 0.0f;
+  for (int step = 0; step < 4; ++step) {
+    fetch(step + 1);
+    cp_async_wait<kLeft>();
+    sync_threads();
+    sum += ring[step % 2 * 32 + (t + 1) % 32];
+    sync_threads();
+  }
+  out[t] = sum;
+}
+
+template <int kLeft>
+std::vector<float> ring() {
+  std::vector<float> in(128), out(32);
+  for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i * i % 97);
+  launch<ring_kernel<kLeft>>({1, 32, 64 * sizeof(float)}, {}, in.data(), out.data());
+  for (float& value : out) value = std::isnan(value) ? -1.0f : value;
+  return out;
+}
+
+void missing_wait_is_found() {
+  std::vector<float> expected(32);
+  for (int i = 0; i < 128; ++i) expected[(i + 31) % 32] += static_cast<float>(i * i % 97);
+  EXPECT(all_equal(under_each_schedule<std::vector<float>>(ring<1>), expected));
+  for (const auto& result : under_each_schedule<std::vector<float>>(ring<2>)) EXPECT(result != expected);
+}
+
+__global__ void partial_copy_kernel(const float* in, float* out) {
+  cp_async<16>(dynamic_smem<float>(), in, 8);
+  cp_async_commit();
+  cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) out[i] = dynamic_smem<float>()[i];
+}
+
+__global__ void misaligned_copy_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() + 1, in); }
+
+void copies_fill_with_zeros_and_must_be_aligned() {
+  alignas(16) const float in[4] = {1, 2, 3, 4};
+  float out[4];
+  launch<partial_copy_kernel>({1, 32, 16}, {}, &in[0], &out[0]);
+  EXPECT(out[0] == 1 && out[1] == 2 && out[2] == 0 && out[3] == 0);
+  EXPECT(contains(last_words([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, &in[0]); }), "misaligned"));
+}
+
+// ---- between blocks
+// --------------------------------------------------------------------------------------------------
+
+// Blocks add to a running sum in their order, whichever is first to come.
+__global__ void in_order_kernel(std::uint32_t* turn, float* sum) {
+  wait_for(turn, static_cast<std::uint32_t>(block_index()));
+  sync_threads();
+  if (thread_index() == 0) {
+    *sum = *sum * 0.5f + static_cast<float>(block_index());
+    signal(turn, static_cast<std::uint32_t>(block_index() + 1));
+  }
+}
+
+void blocks_wait_for_each_other() {
+  const auto run = [] {
+    std::uint32_t turn = 0;
+    float sum = 0.0f;
+    launch<in_order_kernel>({7, 64}, {}, &turn, &sum);
+    return sum;
+  };
+  EXPECT(all_equal(under_each_schedule<float>(run), 10.03125f));
+  std::uint32_t turn = 9;
+  float sum = 0.0f;
+  EXPECT(contains(last_words([&] { launch<in_order_kernel>({2, 32}, {}, &turn, &sum); }), "waits for another block"));
+}
+
+void host_threads_run_grids_at_once() {
+  std::vector<std::vector<int>> results(4);
+  std::vector<std::thread> threads;
+  for (auto& result : results) threads.emplace_back([&result] { result = rounds<true>(); });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT(all_equal(results, rounds<true>()));
+}
+
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------
+
+// c[16,8] = a[16,16] . b[8,16]^T from shared memory, a and b through ldmatrix. Rows of 16 elements.
+template <class T>
+__global__ void tile_kernel(const T* a, const T* b, float* c) {
+  T* shared = dynamic_smem<T>();
+  const int lane = thread_index();
+  for (int i = lane; i < 256; i += 32) shared[i] = a[i];
+  for (int i = lane; i < 128; i += 32) shared[256 + i] = b[i];
+  sync_warp();
+  std::uint32_t fa[4], fb[4];
+  float fc[4] = {};
+  // Matrices of a: rows 0-7 and 8-15 of the left half, then of the right. Of b: its left half and its right one, twice.
+  ldmatrix_x4(fa, shared + (lane % 16) * 16 + (lane / 16) * 8);
+  ldmatrix_x4(fb, shared + 256 + (lane % 8) * 16 + (lane / 8 % 2) * 8);
+  const std::uint32_t b2[2] = {fb[0], fb[1]};
+  mma_16x8x16<T>(fc, fa, b2);
+  for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = fc[i];
+}
+
+// out[8,8] = in[8,8]^T.
+__global__ void transpose_kernel(const Bf16* in, Bf16* out) {
+  const int lane = thread_index();
+  std::uint32_t r[4];
+  ldmatrix_x4_transposed(r, in + lane % 8 * 8);
+  for (int j = 0; j < 2; ++j) out[lane / 4 * 8 + lane % 4 * 2 + j].bits = static_cast<std::uint16_t>(r[0] >> (16 * j));
+}
+
+template <class T>
+void tensor_core_gives_the_product() {
+  std::vector<T> a(256), b(128);
+  std::vector<float> c(128);
+  for (int i = 0; i < 256; ++i) a[i] = from_f32<T>(static_cast<float>(i * 7 % 31 - 15));
+  for (int i = 0; i < 128; ++i) b[i] = from_f32<T>(static_cast<float>(i * 5 % 29 - 14));
+  launch<tile_kernel<T>>({1, 32, 384 * sizeof(T)}, {}, a.data(), b.data(), c.data());
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += to_f32(a[m * 16 + k]) * to_f32(b[n * 16 + k]);
+      EXPECT(c[m * 8 + n] == sum);
+    }
+  }
+  alignas(16) Bf16 in[64], out[64];
+  for (int i = 0; i < 64; ++i) in[i].bits = static_cast<std::uint16_t>(i);
+  launch<transpose_kernel>({1, 32}, {}, &in[0], &out[0]);
+  for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+__global__ void beyond_the_end_kernel(float* out, int index) { *out = dynamic_smem<float>()[index]; }
+
+void shared_memory_begins_as_nan() {
+  float out = 0.0f;
+  launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, &out, 31);
+  EXPECT(std::isnan(out));
+}
+
+void shared_memory_ends_where_it_was_said() {
+#ifdef __SANITIZE_ADDRESS__
+  float out = 0.0f;
+  const std::string words =
+      last_words([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, &out, 32); });
+  EXPECT(contains(words, "heap-buffer-overflow") && contains(words, "beyond_the_end_kernel"));
+#endif
+  EXPECT(
+      contains(last_words([] { launch<missed_barrier_kernel>({1, 32, kMaxSmemBytes + 1}, {}, 0); }), "shared memory"));
+}
+
+void unknown_schedule_is_refused() {
+  setenv("QLN_SCHEDULE", "sideways", 1);
+  EXPECT(contains(last_words([] { rounds<true>(); }), "forward, reverse or random:SEED, got sideways"));
+  unsetenv("QLN_SCHEDULE");
+}
+
+int run_all() {
+  missing_barrier_is_found_by_the_schedule();
+  barriers_that_not_all_reach_end_the_process();
+  lanes_meet();
+  missing_wait_is_found();
+  copies_fill_with_zeros_and_must_be_aligned();
+  blocks_wait_for_each_other();
+  host_threads_run_grids_at_once();
+  tensor_core_gives_the_product<Bf16>();
+  tensor_core_gives_the_product<F16>();
+  shared_memory_begins_as_nan();
+  shared_memory_ends_where_it_was_said();
+  unknown_schedule_is_refused();
+  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() { return qlora_native::cuda_emulated::run_all(); }
