@@ -46,7 +46,7 @@ qln_switch_stack:
 
 namespace qlora_native::cuda_emulated::emulator {
 
-thread_local const Position* position __attribute__((tls_model("initial-exec"))) = nullptr;
+thread_local const Position* position = nullptr;
 
 namespace {
 
@@ -129,7 +129,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // oldest first
 };
 
-thread_local Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+thread_local Fiber* current = nullptr;
 thread_local Schedule schedule;
 thread_local const Grid* grid = nullptr;
 

@@ -59,7 +59,7 @@ struct Position {
   std::int64_t blocks;
   std::byte* smem;
 };
-extern thread_local const Position* position __attribute__((tls_model("initial-exec")));
+extern thread_local const Position* position;
 
 void barrier(Site site);  // of the block
 // Of the warp: the last lane to come runs `all` over what each brought, and then all go on.
