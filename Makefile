@@ -15,6 +15,9 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 ARGS ?=
+# Of the CUDA kernels, what a check of every change compiles: the oldest GPUs they are for, and Hopper's, whose PTX newer
+# ones take. A wheel for others: make CUDAARCHS="80-real;86-real;..." or plain pip, which compiles for all.
+export CUDAARCHS ?= 80-real;90
 
 VENV := .venv
 python := $(VENV)/bin/python

@@ -20,7 +20,7 @@ if(QLN_CUDA)
 endif()
 
 if(qln_with_cuda)
-  if(NOT CMAKE_CUDA_ARCHITECTURES)
+  if(NOT CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     set(qln_architectures 80 86 89 90)
     if(qln_nvcc_version VERSION_GREATER_EQUAL 12.8)
       list(APPEND qln_architectures 100 120)

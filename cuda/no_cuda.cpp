@@ -1,13 +1,14 @@
 // The backend "cuda" of a build without CUDA: the symbols of backend.cu and availability.cu.
+#include "backend.h"
+#include "qlora_native/error.h"
 #include "qlora_native/runtime.h"
-#include "unavailable.h"
 
 namespace qlora_native {
 
 std::string cuda_unavailable_reason() { return "this build has no CUDA backend: move the tensors to the CPU"; }
 
 namespace cuda {
-const Backend& backend() { return kUnavailableBackend<cuda_unavailable_reason>; }
+const Backend& backend() { throw Unavailable(cuda_unavailable_reason()); }
 }  // namespace cuda
 
 }  // namespace qlora_native

@@ -1,11 +1,9 @@
-// The backend "cuda_emulated" of a build without it (QLN_CUDA_EMULATED=OFF): the symbols of backend.cu.
-#include "unavailable.h"
+// The backend "cuda_emulated" of a build without it (QLN_CUDA_EMULATED=OFF): the symbol of backend.cu.
+#include "backend.h"
+#include "qlora_native/error.h"
 
 namespace qlora_native::cuda_emulated {
-namespace {
-const char* reason() { return "QLN_BACKEND: this build has no backend cuda_emulated"; }
-}  // namespace
 
-const Backend& backend() { return kUnavailableBackend<reason>; }
+const Backend& backend() { throw Unavailable("QLN_BACKEND: this build has no backend cuda_emulated"); }
 
 }  // namespace qlora_native::cuda_emulated

@@ -15,7 +15,7 @@ FORBIDDEN = {
     "cpp/include": [re.compile(r'#\s*include\s*"(?!qlora_native/)')],
     "cuda": [TORCH],
     "tests": [TORCH],
-    "examples": [TORCH],
+    "examples/cpp_trainer": [TORCH],  # examples/libtorch is for it
     "bench": [TORCH],
 }
 

@@ -67,3 +67,15 @@ def test_other_version_is_accepted(tmp_path):
         "find_package(qlora_native 9.9 CONFIG)\nif(qlora_native_FOUND)\n  message(FATAL_ERROR found)\nendif()\n"
     )
     cmake("-S", tmp_path, "-B", tmp_path / "build", f"-Dqlora_native_DIR={package}")
+
+
+def test_torch_ops_are_for_python_alone(tmp_path):
+    """examples/libtorch: the op library in a program without Python."""
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    torch_cmake = run(sys.executable, "-c", "import torch; print(torch.utils.cmake_prefix_path)").strip()
+    cmake(
+        *("-S", ROOT / "examples/libtorch", "-B", tmp_path, "-G", "Ninja"),
+        *(f"-Dqlora_native_DIR={package}", f"-DCMAKE_PREFIX_PATH={torch_cmake}"),
+    )
+    cmake("--build", tmp_path)
+    assert run(tmp_path / "libtorch_example").count("relative error") == 2

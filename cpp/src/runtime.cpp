@@ -31,7 +31,11 @@ bool is_emulated() {
 std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
 
 const Backend& backend_for(const Stream& stream) {
-  if (stream.device == Device::cuda) return cuda::backend();
+  if (stream.device == Device::cuda) {
+    static const std::string reason = cuda_unavailable_reason();
+    if (!reason.empty()) throw Unavailable(reason);
+    return cuda::backend();
+  }
   return is_emulated() ? cuda_emulated::backend() : cpu_backend();
 }
 

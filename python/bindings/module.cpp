@@ -1,6 +1,4 @@
-// The Python module qlora_native._C. Importing it registers the torch ops (ops.cpp) and installs torch's thread pool.
-#include "ops.h"
-
+// The Python module qlora_native._C. Importing it loads the library of the torch ops (ops.cpp), which registers them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,8 +9,6 @@
 namespace qn = qlora_native;
 
 PYBIND11_MODULE(_C, module) {
-  qn::install_torch_thread_pool();
-
   // Error is a std::invalid_argument and becomes a ValueError; Unavailable becomes a RuntimeError.
   module.def("version", &qn::version);
   module.def("available_isas", &qn::available_isas, "Instruction sets of this build and machine, best first.");

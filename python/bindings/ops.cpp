@@ -1,8 +1,6 @@
 // The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
 // Checked here is what memory safety needs; friendly messages come from python/qlora_native/functional.py.
 // Fakes and autograd formulas are in python/qlora_native/_ops.py.
-#include "ops.h"
-
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -286,8 +284,7 @@ void implement(Library& library) {
   library.impl("lora_gradients", TORCH_BOX(&lora_gradients_op));
 }
 
-}  // namespace
-
+// On torch's threads, so that the two never fight over the cores.
 void install_torch_thread_pool() {
   set_thread_pool(
       [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
@@ -297,6 +294,7 @@ void install_torch_thread_pool() {
       [] { return static_cast<int>(torch::stable::get_num_threads()); });
 }
 
+}  // namespace
 }  // namespace qlora_native
 
 #define QLN_WEIGHT                                                                                          \
@@ -304,7 +302,9 @@ void install_torch_thread_pool() {
   "int N, int K, int bits, int blocksize"
 #define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
 
+// Run when this library is loaded.
 STABLE_TORCH_LIBRARY(qlora_native, library) {
+  qlora_native::install_torch_thread_pool();
   library.def(
       "quantize(Tensor weight, Tensor? code, int bits, int blocksize, bool double_quant) -> "
       "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");

@@ -11,6 +11,7 @@
 // instruction set of the cpu backend, from run to run, and for any number of threads.
 #pragma once
 
+#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -56,6 +57,6 @@ struct AdamW8bitArgs {
   const float* found_inf = nullptr;  // [1], as torch's GradScaler gives it; null: 0
   std::int64_t* skipped = nullptr;   // in, out, [1]: skipped steps, one more if this one was
 };
-void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream = {});
+QLN_API void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream = {});
 
 }  // namespace qlora_native

@@ -4,15 +4,17 @@
 #include <array>
 #include <string_view>
 
+#include "qlora_native/export.h"
+
 namespace qlora_native {
 
 // The 16 values of "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1 in bit-pattern order) or "int4"
 // ((i - 8) / 7 for i = 0 ... 15). Throws Error on another name.
-const std::array<float, 16>& codebook(std::string_view format);
+QLN_API const std::array<float, 16>& codebook(std::string_view format);
 
 // The 8-bit dynamic map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015), as bitsandbytes'
 // create_dynamic_map() lays it out: 256 ascending values. Signed: in (-1, 1], element 127 is 0; the map of the
 // double-quantized scales and of AdamW's first moment. Unsigned: in [0, 1], element 0 is 0; of the second moment.
-const std::array<float, 256>& dynamic_map(bool is_signed = true);
+QLN_API const std::array<float, 256>& dynamic_map(bool is_signed = true);
 
 }  // namespace qlora_native

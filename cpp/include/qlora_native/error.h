@@ -5,10 +5,12 @@
 #include <string>
 #include <type_traits>
 
+#include "qlora_native/export.h"
+
 namespace qlora_native {
 
 // A bad argument: which one, what was expected, what came. Thrown before anything is written.
-class Error : public std::invalid_argument {
+class QLN_API Error : public std::invalid_argument {
  public:
   Error(const std::string& argument, const std::string& expected, const std::string& got)
       : std::invalid_argument(argument + ": expected " + expected + ", got " + got), argument_(argument) {}
@@ -19,7 +21,7 @@ class Error : public std::invalid_argument {
 };
 
 // What was asked for is not in this build or not possible on this machine.
-class Unavailable : public std::runtime_error {
+class QLN_API Unavailable : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

@@ -9,6 +9,7 @@
 // call from several threads at once. Extra memory of a call: at most 8 MB and 1 MB a thread, kept for the next call.
 #pragma once
 
+#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -34,7 +35,7 @@ struct LinearForwardArgs {
   Matrix y;                    // out, [M, N] in x's dtype
   Matrix u;                    // out, [M, rank] in x's dtype; null data: not wanted
 };
-void linear_forward(const LinearForwardArgs& args, const Stream& stream = {});
+QLN_API void linear_forward(const LinearForwardArgs& args, const Stream& stream = {});
 
 struct LinearBackwardInputArgs {
   QuantizedWeightView weight;
@@ -43,7 +44,7 @@ struct LinearBackwardInputArgs {
   Matrix dx;       // out, [M, K] in dy's dtype; null data: only v is wanted
   Matrix v;        // out, [M, rank] in dy's dtype; null data: not wanted
 };
-void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
+QLN_API void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
 
 struct LoraGradientsArgs {
   LoraView lora;       // a and b are not read
@@ -54,6 +55,6 @@ struct LoraGradientsArgs {
   void* da = nullptr;  // out, [rank, K] in lora.dtype, contiguous; or null
   void* db = nullptr;  // out, [N, rank] in lora.dtype, contiguous; or null
 };
-void lora_gradients(const LoraGradientsArgs& args, const Stream& stream = {});
+QLN_API void lora_gradients(const LoraGradientsArgs& args, const Stream& stream = {});
 
 }  // namespace qlora_native

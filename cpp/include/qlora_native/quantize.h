@@ -2,6 +2,7 @@
 // QuantizedWeightView (types.h).
 #pragma once
 
+#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -27,7 +28,7 @@ struct QuantizeArgs {
   float* absmax = nullptr;          // out, [ceil(elements / blocksize)]
   NonFinite* non_finite = nullptr;  // out. If it reports any, codes and absmax are not to be used.
 };
-void quantize(const QuantizeArgs& args, const Stream& stream = {});
+QLN_API void quantize(const QuantizeArgs& args, const Stream& stream = {});
 
 // absmax -> its double-quantized form (QLoRA, section 3): offset = mean(absmax); absmax - offset in blocks of
 // nested_blocksize, each the nearest of nested_code[256] after division by the block's absmax.
@@ -40,7 +41,7 @@ struct QuantizeAbsmaxArgs {
   float* nested_absmax = nullptr;      // out, [ceil(blocks / nested_blocksize)]
   float* offset = nullptr;             // out, [1]
 };
-void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream = {});
+QLN_API void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream = {});
 
 // codes -> w, each element fp32 level * scale, rounded once to `dtype`. Bit-identical to bitsandbytes.
 struct DequantizeArgs {
@@ -48,6 +49,6 @@ struct DequantizeArgs {
   DType dtype = DType::f32;
   void* out = nullptr;  // [N, K], contiguous
 };
-void dequantize(const DequantizeArgs& args, const Stream& stream = {});
+QLN_API void dequantize(const DequantizeArgs& args, const Stream& stream = {});
 
 }  // namespace qlora_native

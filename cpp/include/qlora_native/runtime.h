@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "qlora_native/export.h"
+
 namespace qlora_native {
 
 // Runs body(context, begin, end) over pieces that cover [0, tasks), and returns when all are done.
@@ -13,27 +15,27 @@ using ParallelFor = void (*)(std::int64_t tasks, void (*body)(void* context, std
 
 // Replaces the thread pool (OpenMP's by default, where the library was built with it). `threads` says how many
 // threads that pool has at the moment. Not to be called while an operation runs.
-void set_thread_pool(ParallelFor parallel_for, int (*threads)());
+QLN_API void set_thread_pool(ParallelFor parallel_for, int (*threads)());
 
 // Threads an operation would use now.
-int num_threads();
+QLN_API int num_threads();
 
 // The instruction sets the cpu backend was built with and this machine runs, best first: of "avx512_bf16",
 // "avx512", "avx2", "scalar".
-std::vector<std::string> available_isas();
+QLN_API std::vector<std::string> available_isas();
 
 // The one in use: the best, or the one that the environment variable QLN_FORCE_ISA names. Chosen at first use;
 // throws Unavailable if that one cannot run here.
-std::string current_isa();
+QLN_API std::string current_isa();
 
 // The backend that runs operations on Device::cpu: "cpu", or "cuda_emulated", the CUDA kernels on the CPU, if the
 // environment variable QLN_BACKEND says so: slow, and for tests of those kernels where no GPU is. Chosen at first use;
 // throws Unavailable if QLN_BACKEND names another.
-std::string cpu_tensors_backend();
+QLN_API std::string cpu_tensors_backend();
 
 // Why device "cuda" cannot be used, or empty if it can.
-std::string cuda_unavailable_reason();
+QLN_API std::string cuda_unavailable_reason();
 
-std::string version();
+QLN_API std::string version();
 
 }  // namespace qlora_native
