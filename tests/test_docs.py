@@ -1,0 +1,323 @@
+"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    bnb = pytest.importorskip("bitsandbytes")
+
+import models  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.integrations import bitsandbytes_backend as backend  # noqa: E402
+from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
+from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`", "ignore:`gradient_checkpointing"
+)
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "bitsandbytes.md"
+LINEARS = 14
+PAIRS = [{"prompt": f"What is {i} plus 1?", "response": f"It is {i + 1}.", "group": str(i // 4)} for i in range(40)]
+
+
+def blocks(language):
+    """(the line it starts in, its text) of each code block of that language."""
+    text = PAGE.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a reader has: a model with its tokenizer, texts, pairs, a program that uses bitsandbytes, the examples."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("docs")
+    texts = [f"{pair['prompt']} {pair['response']}" for pair in PAIRS]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, models.VOCABULARY, special_tokens=["<s>", "</s>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    assert len(tokenizer) >= 256  # the bytes: a vocabulary of models.VOCABULARY would be too small
+    model = models.make("llama", torch.bfloat16, width=64, inner=128)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "my-model", max_shard_size="100KB")
+    tokenizer.save_pretrained(folder / "my-model")
+    (folder / "my-texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "my-pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    (folder / "train.py").write_text(
+        "import bitsandbytes\nfrom qlora_native.integrations.bitsandbytes import enabled\nassert enabled()\n"
+    )
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("build*", "__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(folder):
+    """What the Python blocks have defined, run from the first to the last in one program."""
+    found = {"__name__": "docs"}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+        patch.chdir(folder)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        for line, text in blocks("python"):
+            exec(compile("\n" * (line - 1) + text, PAGE, "exec"), found)
+    return found
+
+
+def test_python_on_the_page_fails_or_does_something_else(folder, names):
+    assert len(models.layers_of(names["model"])) == LINEARS
+    assert sum(isinstance(module, LoraLinear4bit) for module in names["peft_model"].modules()) == 8
+    assert (folder / "my-adapter" / "adapter_model.safetensors").exists()
+    assert (folder / "out" / "checkpoint-4" / "adapter_model.safetensors").exists()
+    assert len(models.layers_of(names["replaced"])) == LINEARS
+    assert not backend.enabled()
+    assert type(names["trainer"].create_optimizer()) is qn.optim.AdamW8bit
+    assert len(models.layers_of(names["again"])) == LINEARS
+    assert sum(isinstance(module, bnb.nn.Linear4bit) for module in names["theirs"].modules()) == LINEARS
+
+
+@pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
+def test_command_on_the_page_fails(folder, names, text):
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    shown = subprocess.run(["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for out in re.findall(r"--out (\S+)", text):
+        assert (folder / out / "config.json").exists()
+
+
+# ---- what is different: the lines of the table, in its order ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    models.make("llama", torch.bfloat16, width=128, inner=192).save_pretrained(folder)
+    return folder
+
+
+def config(**changes):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **changes)
+
+
+def stock_config(**changes):
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **changes)
+
+
+def load(folder, quantization=None, dtype=torch.bfloat16):
+    options = {} if quantization is None else {"quantization_config": quantization}
+    with torch.compiler.set_stance("force_eager"):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+def both(folder, **changes):
+    """A model of bitsandbytes' layers and one of ours."""
+    return load(folder, stock_config(**changes)), load(folder, config(**changes))
+
+
+def first(model):
+    return next(m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, qn.nn.Linear4bit)))
+
+
+def test_field_has_other_values(checkpoint, tmp_path):
+    assert first(load(checkpoint, config(blocksize=128))).blocksize == 128
+    theirs = load(checkpoint, stock_config(bnb_4bit_quant_storage=torch.bfloat16))
+    assert first(theirs).weight.quant_state.blocksize == 64
+    for change in (
+        {"load_in_4bit": False, "load_in_8bit": True},
+        {"llm_int8_enable_fp32_cpu_offload": True},
+        {"bnb_4bit_quant_storage": torch.bfloat16},
+    ):
+        transformers.BitsAndBytesConfig(**{"load_in_4bit": True, **change})
+        with pytest.raises(ValueError, match="as qlora_native has no other"):
+            BitsAndBytesConfig(**{"load_in_4bit": True, **change})
+    assert first(theirs).weight.dtype == torch.bfloat16
+    theirs.save_pretrained(tmp_path)
+    q = first(load(tmp_path, config())).quantized_weight
+    assert torch.equal(q.codes.view(-1), first(theirs).weight.view(torch.uint8).view(-1))
+
+
+def test_nan_is_loaded_here_or_refused_there(tmp_path, caplog):
+    model = models.make("llama", torch.bfloat16, width=128, inner=192)
+    model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    layer = first(load(tmp_path, stock_config()))
+    weight = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    assert weight.view(-1, 64).isnan().all(dim=1).nonzero().tolist() == [[6]]
+    with pytest.raises(RuntimeError):
+        load(tmp_path, config())
+    assert "model.layers.0.self_attn.q_proj.weight: expected finite values" in caplog.text
+
+
+def test_product_has_another_dtype(checkpoint, monkeypatch):
+    seen = []
+    for module, name in ((bnb, "matmul_4bit"), (qn.functional, "linear")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda x, *a, original=original, **k: seen.append(x.dtype) or original(x, *a, **k)
+        )
+    for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
+        seen.clear()
+        with torch.compiler.set_stance("force_eager"):
+            assert model.train()(models.ids()).logits.dtype == torch.bfloat16
+        assert set(seen) == {expected} and len(seen) == LINEARS
+
+
+def test_dtype_beside_a_quantized_file_acts(checkpoint, tmp_path):
+    load(checkpoint, config()).save_pretrained(tmp_path)
+    theirs, ours = (load(tmp_path, quantization, torch.float32) for quantization in (None, config()))
+    assert theirs.model.norm.weight.dtype == ours.model.norm.weight.dtype == torch.bfloat16
+    assert first(theirs).weight.quant_state.dtype == first(ours).compute_dtype == torch.bfloat16
+
+
+def test_expert_is_quantized(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = transformers.MixtralConfig(
+        vocab_size=models.VOCABULARY, num_hidden_layers=1, num_local_experts=2, **small
+    )
+    transformers.MixtralForCausalLM(options).to(torch.bfloat16).save_pretrained(tmp_path)
+    for model in both(tmp_path):
+        experts = {name: p for name, p in model.named_parameters() if ".experts." in name}
+        assert experts and {p.dtype for p in experts.values()} == {torch.bfloat16}
+        assert {p.dim() for p in experts.values()} == {3}
+        assert first(model) is not None
+
+
+def test_preparation_casts(checkpoint):
+    for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
+        prepared = peft.prepare_model_for_kbit_training(model)
+        rest = [p for p in prepared.parameters() if p.is_floating_point()]
+        assert {p.dtype for p in rest} == {expected}
+        assert prepared.is_gradient_checkpointing
+
+
+def test_parameters_are_counted_otherwise(checkpoint):
+    elements = sum(parameter.numel() for parameter in models.make("llama", width=128, inner=192).parameters())
+    linears = sum(m.in_features * m.out_features for m in models.layers_of(load(checkpoint, config())).values())
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for model, counted in zip(both(checkpoint), (elements, elements - linears // 2), strict=True):
+        trainable, everything = peft.get_peft_model(model, lora).get_nb_trainable_parameters()
+        assert everything - trainable == pytest.approx(counted, rel=0.02)  # scales are parameters too
+
+
+def test_trl_rounds_the_adapter(checkpoint, folder, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "my-model")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for model, expected in zip(both(checkpoint), (torch.bfloat16, torch.float32), strict=True):
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(str(tmp_path), report_to=[], use_cpu=True),
+            train_dataset=datasets.Dataset.from_dict({"text": ["What is 1 plus 1?"]}),
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {expected}
+
+
+def test_model_says_something_else_of_itself(checkpoint):
+    theirs, ours = both(checkpoint)
+    assert theirs.is_loaded_in_4bit and not getattr(ours, "is_loaded_in_4bit", False)
+    assert theirs.quantization_method == "bitsandbytes" and ours.quantization_method == "qlora_native"
+    assert theirs.is_quantized and ours.is_quantized
+
+
+@pytest.mark.filterwarnings("ignore:.*erge")
+def test_weight_comes_back_from_merging_there_or_not_here(checkpoint):
+    for model, comes_back in zip(both(checkpoint), (False, True), strict=True):
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, lora)
+        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+        with torch.compiler.set_stance("force_eager"):
+            adapted.merge_adapter()
+            adapted.unmerge_adapter()
+        after = adapted.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == comes_back
+
+
+def test_loftq_begins_farther_from_the_weight(checkpoint):
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    errors = initialize_loftq(peft.get_peft_model(load(checkpoint, config()), lora), checkpoint)
+    assert len(errors) == 2 and all(after < before for before, after in errors.values())
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512_BF16 alone")
+def test_evaluation_changes_the_weight(checkpoint):
+    for model, changes in zip(both(checkpoint), (True, False), strict=True):
+        layer, x = first(model), torch.randn(4, 128).bfloat16()
+        codes = layer.weight.clone()
+        with torch.compiler.set_stance("force_eager"):
+            trained, evaluated = layer.train()(x), layer.eval()(x)
+        assert torch.equal(layer.weight, codes) == (not changes)
+        assert torch.equal(trained, evaluated) or changes
+
+
+def test_row_of_broken_blocks_is_decoded_with_other_scales():
+    weight = torch.randn(64, 96) * torch.logspace(-3, 0, 64)[:, None]
+    for quantized, right in ((qn.quantize(weight, double_quant=False), True), (None, not _avx512())):
+        with torch.compiler.set_stance("force_eager"):
+            if quantized is None:
+                decoded = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(weight, quant_type="nf4"))
+            else:
+                decoded = quantized.dequantize()
+        assert ((decoded - weight).norm() < 0.15 * weight.norm()) == right
+
+
+def _avx512():
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_codes_differ(format):
+    weight = torch.randn(512, 256)
+    with torch.compiler.set_stance("force_eager"):
+        codes, state = bnb.functional.quantize_4bit(weight, quant_type=format, compress_statistics=True)
+    q = qn.quantize(weight, format)
+    assert (q.codes.view(-1) != codes.view(-1)).float().mean() < 1e-3
+    distance = (q.absmax.int() - state.absmax.int()).abs()
+    assert distance.max() <= 1
+
+
+def test_zero_of_fp4_has_another_code():
+    weight = torch.zeros(1, 64)
+    weight[0, 0], weight[0, 1] = 1.0, 1e-4
+    with torch.compiler.set_stance("force_eager"):
+        codes, _ = bnb.functional.quantize_4bit(weight, quant_type="fp4")
+    q = qn.quantize(weight, "fp4", double_quant=False)
+    assert codes[0].item() & 15 == q.codes[0, 0].item() & 15 == 8
+    assert q.dequantize()[0, 1] == 0
+
+
+def test_step_with_a_nan_is_made():
+    for optimizer, skipped in ((bnb.optim.AdamW8bit, False), (qn.optim.AdamW8bit, True)):
+        param = torch.nn.Parameter(torch.ones(64, 64))
+        param.grad = torch.full_like(param, 1e-2)
+        param.grad[1, 2] = float("nan")
+        made = optimizer([param], lr=1e-2)
+        with torch.compiler.set_stance("force_eager"):
+            made.step()
+        assert torch.equal(param.data, torch.ones(64, 64)) == skipped
+    assert made.stats()["skipped_steps"] == 1
