@@ -2,7 +2,7 @@
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
 # make lint       check formatting and style
-# make bench      measure against the peers                   (ARGS is passed on)
+# make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
 #
 # Each sets up what it needs in .venv, once. A stamp file is written when a step has ended well, so a step that was
@@ -73,8 +73,8 @@ format: $(stamp)-lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_files)
 
-bench: $(stamp)-package $(stamp)-finetune $(stamp)-test
-	$(python) bench/run.py $(ARGS)
+bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
+	$(python) bench/run.py $(or $(ARGS),--output)
 
 clean:
 	rm -rf build dist out .pytest_cache .ruff_cache $(stamp)-package
@@ -108,6 +108,10 @@ $(stamp)-finetune: pyproject.toml $(stamp)-build
 
 $(stamp)-test: pyproject.toml $(stamp)-build
 	$(requirements) test | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-bench: pyproject.toml $(stamp)-build
+	$(requirements) bench | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-lint: pyproject.toml | $(stamp)-venv

@@ -18,6 +18,11 @@ BYTES_PER_WEIGHT = 1 / 2 + 1 / BLOCKSIZE + 4 / (256 * BLOCKSIZE)
 SQUARE = (4096, 4096)
 DOWN = (4096, 14336)
 UP = (14336, 4096)
+SHAPES = (SQUARE, DOWN, UP)
+# How cost grows: with the width of a square weight, the rank of the adapter, the rows of x and the threads.
+WIDTHS = (512, 1024, 2048, 4096, 8192)
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+GROWTH_M = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,7 @@ class Case:
     via        function: `qn.linear`, and for dx the op called directly, as the peers' bare product is
                layer: `Linear4bit.forward` | op: the torch op without its Python wrapper | autograd: the backward pass
     rank       of the adapter inside the product. Such a case is compared with our own product without it
+    threads    0: all of the machine's
     memory     default: as glibc's allocator comes, fresh pages from the system for every block of 32 MB and more
                kept: freed memory stays with the process, so that no call pays for page faults (timing.py)
     """
@@ -41,6 +47,7 @@ class Case:
     via: str = "function"
     rank: int = 0
     dropout: float = 0.0
+    threads: int = 0
     memory: str = "default"
 
     @property
@@ -55,6 +62,8 @@ class Case:
             parts.append(f"({self.via})")
         if self.memory != "default":
             parts.append("(kept memory)")
+        if self.threads:
+            parts.append(f"({self.threads} thread{'s' if self.threads > 1 else ''})")
         return " ".join(parts)
 
     @property
@@ -107,6 +116,24 @@ def cases(shape: tuple[int, int]) -> list[Case]:
         for operation in ("forward", "dx"):
             found += products(operation, (2048,), rank=LORA_RANK) + products(operation, (2048,), dtype="float32")
     return found
+
+
+def growth(shape: tuple[int, int], threads: int) -> list[Case]:
+    """What `cases` lacks to see how cost grows; `threads`: of the machine."""
+    found = [Case(operation=operation, shape=shape, M=M) for operation, M in GROWTH_PRODUCTS]
+    if shape != SQUARE:
+        return found
+    found = [Case(operation="forward", shape=shape, M=M) for M in (2, 8, 32, 128)]
+    for operation, via in (("forward", "function"), ("dx", "autograd")):
+        found += [Case(operation=operation, shape=shape, M=GROWTH_M, rank=rank, via=via) for rank in RANKS]
+    for count in (2**i for i in range(threads.bit_length())):
+        if count < threads:
+            found += [Case(operation=o, shape=shape, M=M, threads=count) for o, M in GROWTH_PRODUCTS]
+    ranked = {(case.operation, case.via, case.rank) for case in cases(shape) if case.M == GROWTH_M and not case.dropout}
+    return [case for case in found if not case.rank or (case.operation, case.via, case.rank) not in ranked]
+
+
+GROWTH_PRODUCTS = (("forward", 1), ("forward", GROWTH_M), ("dx", GROWTH_M))
 
 
 def quick(shape: tuple[int, int]) -> list[Case]:

@@ -6,6 +6,7 @@ blocks, for `quantize`): all of 4096x14336 at M=2048 in float64 would take longe
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def scales(quantized: Any) -> Tensor:
     return quantized.nested_code[quantized.absmax.int()] * nested + quantized.offset
 
 
+def tolerance(adapter: ModuleType) -> float:
+    """The relative error that a peer's results may have."""
+    return getattr(adapter, "ERROR", PEER_ERROR)
+
+
 def rows_of(M: int) -> Tensor:
     """Indices of the rows to look at: first, last and some between."""
     return torch.linspace(0, M - 1, min(M, ROWS)).round().long()
@@ -53,7 +59,7 @@ def product(
     right: Tensor,
     dtype: torch.dtype,
     low_rank: Tensor | None = None,
-    ours: bool = True,
+    allowed: float | None = None,
 ) -> float:
     """Check rows of Y or dX against left @ right.
 
@@ -61,7 +67,7 @@ def product(
         result: [rows, N] that a contestant computed.
         left, right: [rows, K] in the dtype of the activations, [K, N] in float64.
         low_rank: float64 [rows, N], what the adapter adds.
-        ours: held to the dense product's error, not to PEER_ERROR.
+        allowed: None for qlora_native, which is held to the dense product's error.
 
     Returns:
         The relative RMS error.
@@ -73,8 +79,7 @@ def product(
     if low_rank is not None:
         wanted = wanted + low_rank
     error = _error(result, wanted)
-    allowed = PEER_ERROR
-    if ours:
+    if allowed is None:
         dense = left @ right.to(dtype)
         allowed = SLACK * _error(dense, wanted - low_rank if low_rank is not None else wanted)
     if not error <= allowed:  # also a NaN

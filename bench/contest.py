@@ -84,7 +84,7 @@ def _quantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Co
     errors = {ours.NAME: checks.quantized(ours.NAME, ours.quantize(weights.weight), weights.weight)}
     for peer in peers:
         decoded = peer.dequantize(peer.quantize(weights.weight), torch.float32)
-        errors[peer.NAME] = checks.close(peer.NAME, decoded, weights.dense(torch.float32))
+        errors[peer.NAME] = checks.close(peer.NAME, decoded, weights.dense(torch.float32), checks.tolerance(peer))
 
     def call(adapter: ModuleType) -> Callable[[int], Any]:
         return lambda i: adapter.quantize(sources[i % len(sources)])
@@ -105,7 +105,7 @@ def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[
         # Its weight was made for 16 bits: no second set of copies only because the result is wider.
         found[adapter.NAME] = call(adapter, weights.copies(adapter, torch.bfloat16))
         if adapter is not ours:
-            errors[adapter.NAME] = checks.close(adapter.NAME, found[adapter.NAME](0), wanted)
+            errors[adapter.NAME] = checks.close(adapter.NAME, found[adapter.NAME](0), wanted, checks.tolerance(adapter))
     return found, errors
 
 
@@ -122,10 +122,13 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
             layer = ours.layer(weights.weight)
             layers = [layer] + [ours.copy(layer) for _ in range(len(held) - 1)]
             return lambda i: layers[i % len(layers)](left)
+        if case.rank and adapter is not ours and lora:
+            held = [adapter.attach(one, **lora) for one in held]
+            lora = {}
         if case.via == "autograd":
             x = torch.zeros(case.M, K, dtype=dtype, requires_grad=True)
             with torch.enable_grad():
-                graphs = [adapter.forward(one, x) for one in held]
+                graphs = [adapter.forward(one, x, **lora) for one in held]
             return lambda i: torch.autograd.grad(graphs[i % len(graphs)], x, left, retain_graph=True)[0]
         if case.via == "op" and adapter is ours:
             return lambda i: ours.forward_op(held[i % len(held)], left)
@@ -136,20 +139,21 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
     if case.rank:
         found[WITHOUT_LORA] = call(ours, weights.copies(ours, dtype))
     for peer in peers:
-        found[peer.NAME] = call(peer, weights.copies(peer, dtype))
+        found[peer.NAME] = call(peer, weights.copies(peer, dtype), **lora)
 
     rows = checks.rows_of(case.M)
     right = weights.exact(dtype).t() if forward else weights.exact(dtype)
+    tolerances = {peer.NAME: checks.tolerance(peer) for peer in peers}
     errors = {}
     for name, function in found.items():
-        added = _low_rank(case, left[rows], lora) if case.rank and name == ours.NAME else None
+        added = _low_rank(case, left[rows], lora) if case.rank and name != WITHOUT_LORA else None
         result = function(0)[rows]
         if added is not None and case.dropout:
             plain = ours.forward(weights.quantized, left, **lora | {"lora_dropout": 0.0})[rows]
             errors[name] = checks.dropout(name, result, plain, added, case.dropout)
         else:
-            is_ours = name in (ours.NAME, WITHOUT_LORA)
-            errors[name] = checks.product(name, result, left[rows], right, dtype, added, ours=is_ours)
+            allowed = None if name in (ours.NAME, WITHOUT_LORA) else tolerances[name]
+            errors[name] = checks.product(name, result, left[rows], right, dtype, added, allowed)
     return found, errors
 
 

@@ -1,6 +1,6 @@
-"""What run.py found, as text and as the Markdown table of the goals.
+"""What run.py found, as text and as a report in Markdown with plots.
 
-python bench/report.py bench/results/*.json      the goals over reports that were written earlier
+python bench/report.py FILE.json ...      write the Markdown and the plots of earlier runs again
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cases import GOALS, PUBLISHED_US, Goal
+from cases import GOALS, PUBLISHED_US, SQUARE, WIDTHS, Goal
 
 # Column heads of the contestants, in the order of the table.
-PEERS = {"torch dense": "dense", "bitsandbytes": "bnb", "bitsandbytes packed": "bnb packed", "without LoRA": "no LoRA"}
+PEERS = {
+    "torch dense": "dense",
+    "bitsandbytes": "bnb",
+    "bitsandbytes packed": "bnb packed",
+    "torchao": "torchao",
+    "ggml IQ4_NL": "ggml",
+    "without LoRA": "no LoRA",
+    "PEFT unfused": "PEFT",
+}
 OURS = "qlora_native"
 # The adapters' files, as goals name them, to their names in the table.
 FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes"}
@@ -59,7 +67,7 @@ class Table:
         """One row as text, after a heading where a new shape begins."""
         us = row["times"][OURS]["us"]
         memory = row["bound"] == "memory"
-        rate = f"{row['bytes' if memory else 'flops'] / us / 1e3:8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
+        rate = f"{_rate(row):8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
         peers = [f"{row['times'][n]['us'] / us:9.2f} ×" if n in row["times"] else f"{'':11}" for n in PEERS]
         text = (
             f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {us:10.0f} {rate} "
@@ -73,6 +81,11 @@ class Table:
             f"{''.join(f'{head:>10}' for head in PEERS.values())}"
         )
         return f"\n{head}\n{text}"
+
+
+def _rate(row: dict) -> float:
+    """GB/s where memory is the limit, else GFLOP/s."""
+    return row["bytes" if row["bound"] == "memory" else "flops"] / row["times"][OURS]["us"] / 1e3
 
 
 def memory_line(row: dict) -> str:
@@ -100,18 +113,18 @@ def step_lines(step: dict) -> str:
 # ----------------------------------------------------------------------------------------------------------- goals
 
 
-def targets(results: list[dict]) -> str:
+def targets(result: dict) -> str:
     """Markdown: each goal with what was measured, one column a shape; ranges go over the values of M.
 
     Where a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
     """
-    shapes = sorted({tuple(row["shape"]) for result in results for row in result["rows"]})
+    growth = {(width, width) for width in WIDTHS} - {SQUARE}
+    # A training step has no shape: without other rows it stands under the first.
+    shapes = sorted({tuple(row["shape"]) for row in result["rows"]} - growth) or [SQUARE]
     head = ["", "against", "must", "aim", *(f"{N}×{K}" for N, K in shapes)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for goal in GOALS:
-        cells = [
-            _cell(goal, [values for result in results for values in _values(goal, result, shape)]) for shape in shapes
-        ]
+        cells = [_cell(goal, list(_values(goal, result, shape, shapes[0]))) for shape in shapes]
         if any(cell != LEFT_OUT for cell in cells):
             aims = [LEFT_OUT if value is None else _format(goal, value) for value in (goal.must, goal.aim)]
             if goal.figure == "memory":
@@ -129,21 +142,21 @@ def _against(goal: Goal) -> str:
     return names.get(goal.figure, goal.figure) + kept
 
 
-def _values(goal: Goal, result: dict, shape: tuple[int, int]) -> Iterable[float]:
+def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, int]) -> Iterable[float]:
     """The figures of a goal in a report. An instruction set that has goals of its own counts for those alone."""
     special = {other.isa for other in GOALS if other.isa}
     isa = result["machine"]["isa"]
     if goal.isa != (isa if isa in special else None):
         return
     if goal.figure == "step":
-        if result.get(goal.operation, {}).get("ratio") and shape == min(tuple(row["shape"]) for row in result["rows"]):
+        if result.get(goal.operation, {}).get("ratio") and shape == first:
             yield result[goal.operation]["ratio"]
         return
     if goal.figure == "memory":
         yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)
         return
     for row in result["rows"]:
-        plain = row["via"] == "function" and not row["dropout"] and tuple(row["shape"]) == shape
+        plain = row["via"] == "function" and not row["dropout"] and not row["threads"] and tuple(row["shape"]) == shape
         same = all(row[field] == getattr(goal, field) for field in ("operation", "dtype", "rank", "memory"))
         if plain and same and row["M"] in goal.Ms:
             value = _value(goal, row)
@@ -210,5 +223,78 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def write_report(result: dict, path: Path) -> Path:
+    """Beside the JSON at `path`: FILE.md, and its plots in the folder FILE; returns the path of the first."""
+    folder = path.with_suffix("")
+    try:
+        import plots
+
+        drawn = plots.draw(result, folder)
+    except ModuleNotFoundError as error:
+        drawn = []
+        print(f"no plots: {error}")
+    markdown = path.with_suffix(".md")
+    write(markdown, report(result, [(f"{folder.name}/{name}", caption) for name, caption in drawn]))
+    return markdown
+
+
+def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
+    """The whole of a run as Markdown; `images`: (path, caption)."""
+    m = result["machine"]
+    parts = [f"# {m['cpu']}, {m['threads']} threads, {m['isa']}", f"Measured {m['date']} by `bench/run.py`."]
+    parts += ["    " + heading(result).replace("\n", "\n    ")]
+    parts += ["    " + load_line(result["load"])]
+    parts += ["## Goals", "✔ aim reached, ○ must reached, ✘ missed; where a row covers several M, the worst decides."]
+    parts += [targets(result)]
+    for path, caption in images:
+        parts += [f"![{Path(path).stem}]({path})", caption]
+    steps = [result[name] for name in ("step", "step_dropout") if name in result]
+    if steps:
+        parts += ["## A training step", _step_table(steps)]
+    if result["memory"]:
+        parts += ["## Extra memory of one call", "\n".join(f"- {memory_line(row)}" for row in result["memory"])]
+    if result["rows"]:
+        parts += ["## Every row", ROWS_NOTE]
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in result["rows"]):
+        parts += [f"### {shape[0]}×{shape[1]}", _rows_table([r for r in result["rows"] if tuple(r["shape"]) == shape])]
+    return "\n\n".join(parts)
+
+
+ROWS_NOTE = (
+    "Median µs of qlora_native; its rate; its share of the machine's limit (all threads); and how many times as long "
+    "each peer takes. Weights are cold, the contestants alternate in one process."
+)
+
+
+def _rows_table(rows: list[dict]) -> str:
+    peers = [name for name in PEERS if any(name in row["times"] for row in rows)]
+    heads = ["", "M", "dtype", "µs", "rate", "limit", *(PEERS[name] for name in peers)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for row in rows:
+        us = row["times"][OURS]["us"]
+        unit = "GB/s" if row["bound"] == "memory" else "GFLOP/s"
+        against = [f"{row['times'][n]['us'] / us:.2f} ×" if n in row["times"] else "" for n in peers]
+        cells = [row["name"], str(row["M"] or ""), row["dtype"], f"{us:.0f}", f"{_rate(row):.1f} {unit}",
+                 f"{100 * row['limit_us'] / us:.0f} %", *against]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _step_table(steps: list[dict]) -> str:
+    lines = ["| | LoRA dropout | s | tokens/s | losses |", "|---|---|---|---|---|"]
+    for step in steps:
+        for name, found in step["contestants"].items():
+            losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
+            cells = [name, f"{step['dropout']:g}", f"{found['seconds']:.2f}", f"{found['tokens_per_s']:.0f}", losses]
+            lines.append("| " + " | ".join(cells) + " |")
+    first = steps[0]
+    what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}."
+    return what + "\n\n" + "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(targets([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
+    for name in sys.argv[1:]:
+        print(f"wrote {write_report(json.loads(Path(name).read_text()), Path(name))}")

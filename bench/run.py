@@ -1,8 +1,9 @@
 """How fast, against torch's dense product, bitsandbytes and the machine's limits, all measured in the same process.
 
-    python bench/run.py                              the whole table, in about four minutes on two cores
+    python bench/run.py                              the whole table, in about twelve minutes on two cores
     python bench/run.py --quick                      a few rows, in seconds
-    python bench/run.py --targets --output           also the goals, as Markdown, and JSON under bench/results/
+    python bench/run.py --output                     also a report: JSON, Markdown and plots, below bench/results/
+    python bench/run.py --targets                    also the goals, as text
     python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
     python bench/run.py --operations step            a training step of SmolLM2 (step.py)
@@ -26,7 +27,7 @@ from typing import Any
 
 import cases as data
 
-OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "memory", "step")
+OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "step")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -34,8 +35,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS[:-1]), help="default: all but step")
-    add("--shapes", nargs="+", type=_shape, default=[data.SQUARE, data.DOWN, data.UP], metavar="NxK")
+    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
+    add("--shapes", nargs="+", type=_shape, default=list(data.SHAPES), metavar="NxK")
     add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--peers", nargs="*", help="files of bench/peers (default: all)")
@@ -44,7 +45,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--isa", help="hold qlora_native to this instruction set (QLN_FORCE_ISA), and torch too if it is avx2")
     add("--threads", type=int, help="OMP_NUM_THREADS")
     add("--targets", action="store_true", help="also a Markdown table of the goals and what was measured")
-    add("--output", nargs="?", const="", metavar="FILE", help="write JSON (default file: results/MACHINE.json)")
+    add("--output", nargs="?", const="", metavar="FILE.json",
+        help="write a report: this, and beside it FILE.md and plots (default: results/MACHINE.json)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.quick:
         args.shapes = [data.SQUARE]
@@ -70,13 +72,19 @@ def set_environment(args: argparse.Namespace) -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
 
-def selected(args: argparse.Namespace, shape: tuple[int, int]) -> list[data.Case]:
-    """The cases of a shape that the command line asks for."""
-    return [
-        case
-        for case in (data.quick(shape) if args.quick else data.cases(shape))
-        if case.operation in args.operations and case.dtype in args.dtypes and (not args.m or case.M in (0, *args.m))
-    ]
+def selected(args: argparse.Namespace, shape: tuple[int, int], threads: int) -> list[data.Case]:
+    """The cases of a shape that the command line asks for; `threads`: of the machine."""
+    table = data.quick(shape) if args.quick else data.cases(shape) if shape in args.shapes else []
+    found = [case for case in table if case.operation in args.operations]
+    if "growth" in args.operations and not args.quick and shape[0] in data.WIDTHS and shape[0] == shape[1]:
+        found += [case for case in data.growth(shape, threads) if case not in table]
+    return [case for case in found if case.dtype in args.dtypes and (not args.m or case.M in (0, *args.m))]
+
+
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """All shapes that have cases, those of the command line first."""
+    widths = [(width, width) for width in data.WIDTHS] if "growth" in args.operations and not args.quick else []
+    return args.shapes + [shape for shape in widths if shape not in args.shapes]
 
 
 def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits: dict[str, float]) -> dict:
@@ -105,22 +113,26 @@ def set_limit(row: dict, limits: dict[str, float]) -> None:
 
 def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, result: dict) -> None:
     """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
+    import torch
+
     from checks import WrongResult
     from contest import Weights, contestants
     from machine import PROBE_BYTES
     from report import Table
     from timing import alternate, set_allocator
 
+    threads = torch.get_num_threads()
     table = Table()
     # Kept memory comes last: the heap that it leaves behind would serve every later block.
     for kept in (False, True):
         setup, timed = ("kept", "kept") if kept else ("setup", "default")
-        for shape in args.shapes:
-            chosen = [case for case in selected(args, shape) if (case.memory == "kept") == kept]
+        for shape in shapes(args):
+            chosen = [case for case in selected(args, shape, threads) if (case.memory == "kept") == kept]
             if not chosen or (not set_allocator(setup) and kept):
                 continue
             weights = Weights(shape)
             for case in chosen:
+                torch.set_num_threads(case.threads or threads)
                 try:
                     found, errors = contestants(case, weights, adapters)
                 except WrongResult as error:
@@ -134,6 +146,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, result:
                 bandwidth = PROBE_BYTES * (2 if copying else 1) / probe.median
                 result["rows"].append(row_of(case, times, bandwidth, errors, result["limits"]))
                 print(table.line(result["rows"][-1]), flush=True)
+    torch.set_num_threads(threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))
     if args.targets:
-        print("\n" + report.targets([result]))
+        print("\n" + report.targets(result))
     if args.output is not None:
         path = Path(args.output) if args.output else RESULTS / machine.file_name(result["machine"])
         report.write(path, json.dumps(result, indent=1))
-        print(f"\nwrote {path}")
+        print(f"\nwrote {path}, {report.write_report(result, path)}")
     return len(result["wrong"])
 
 

@@ -11,6 +11,9 @@ quantize(weight)              weight [N, K] -> something
 dequantize(held, dtype)       -> [N, K]
 forward(held, x)              x [M, K] -> [M, N], differentiable in x
 backward_input(held, dy)      dy [M, N] -> [M, K]
+attach(held, **lora)          held with the adapter that these arguments of qn.linear describe: of those that take part
+                              in cases with one
+ERROR                         how far its results may be from those of our codes, relative to them (default: checks.py)
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-DEFAULT = ("torch_dense", "bitsandbytes", "bitsandbytes_packed")
+DEFAULT = ("torch_dense", "bitsandbytes", "bitsandbytes_packed", "torchao", "peft_unfused", "ggml")
 
 
 def load(names: tuple[str, ...] | list[str]) -> tuple[dict[str, ModuleType], dict[str, str]]:
