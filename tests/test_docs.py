@@ -1,4 +1,4 @@
-"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does."""
+"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does. README.md's, too."""
 
 import json
 import os
@@ -37,9 +37,9 @@ LINEARS = 14
 PAIRS = [{"prompt": f"What is {i} plus 1?", "response": f"It is {i + 1}.", "group": str(i // 4)} for i in range(40)]
 
 
-def blocks(language):
+def blocks(language, page=PAGE):
     """(the line it starts in, its text) of each code block of that language."""
-    text = PAGE.read_text()
+    text = page.read_text()
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
 
@@ -94,6 +94,16 @@ def test_python_on_the_page_fails_or_does_something_else(folder, names):
     assert type(names["trainer"].create_optimizer()) is qn.optim.AdamW8bit
     assert len(models.layers_of(names["again"])) == LINEARS
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in names["theirs"].modules()) == LINEARS
+
+
+def test_python_in_the_readme_fails(folder, tmp_path, monkeypatch):
+    ((_, text),) = blocks("python", ROOT / "README.md")
+    monkeypatch.chdir(tmp_path)
+    found = {"__name__": "readme"}
+    with torch.compiler.set_stance("force_eager"):
+        exec(text.replace("path/or/hub-id", str(folder / "my-model")), found)
+    assert sum(isinstance(module, LoraLinear4bit) for module in found["model"].modules()) == LINEARS
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
