@@ -1,5 +1,6 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
+# make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -28,7 +29,7 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-cpp test-python sanitize lint format bench clean distclean
+.PHONY: help finetune test test-gpu test-cpp test-python sanitize lint format bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,6 +48,11 @@ test-cpp: $(stamp)-build
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(ARGS)
+
+# For a machine whose Python has a CUDA build of torch, nvcc and the packages of the extras build, test and finetune.
+test-gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
+	$(PYTHON) -m pytest tests/test_cuda.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
 # that only run Python and torch at length, or count the memory of a call, are left to `make test`.

@@ -107,6 +107,11 @@ def assert_same_bits(actual, expected, name):
 
 @pytest.mark.parametrize("case", list(cases.products()), ids=str)
 def test_product_or_gradient_is_wrong(case):
+    check_product(case)
+
+
+def check_product(case, device="cpu"):
+    """One of cases.products(): computed on `device`, compared on the CPU."""
     generator = torch.Generator().manual_seed(case.M + 1000 * case.N + case.K)
 
     def randn(*size, dtype=case.dtype, scale=1.0):
@@ -122,11 +127,12 @@ def test_product_or_gradient_is_wrong(case):
             "lora_b": randn(case.N, case.rank, dtype=case.lora_dtype, scale=0.1),
         }
     leaves = {"dx": x, "dbias": bias, "da": adapter.get("lora_a"), "db": adapter.get("lora_b")}
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    leaves = {k: leaf.clone().to(device).requires_grad_() for k, leaf in leaves.items() if leaf is not None}
+    moved = (leaves.get(name) for name in ("dbias", "da", "db"))
     torch.manual_seed(1)
-    y = qn.linear(leaves["dx"], q, leaves.get("dbias"), leaves.get("da"), leaves.get("db"), SCALING, case.dropout)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    actual = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    y = qn.linear(leaves["dx"], q.to(device), *moved, SCALING, case.dropout)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(device))
+    actual = {"y": y.detach().cpu(), **{k: g.cpu() for k, g in zip(leaves, gradients, strict=True)}}
 
     torch.manual_seed(1)
     seed = qn.functional.draw_seed().item()

@@ -1,6 +1,7 @@
 // What the files of torch ops share: from torch's tensors to pointers, with the checks that memory safety needs.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,9 +57,26 @@ void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const T
   return tensor.data_ptr();
 }
 
+// torch's current stream of a device, as a cudaStream_t. The function is in a library that a CPU build of torch lacks;
+// so this one does not link it, and asks for what is loaded already.
+inline void* current_cuda_stream(int index) {
+  using GetCurrent = std::int32_t (*)(std::int32_t index, void** stream);
+  static const GetCurrent get_current = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<GetCurrent>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  void* stream = nullptr;
+  if (get_current == nullptr || get_current(index, &stream) != 0)
+    throw Unavailable("torch's current CUDA stream cannot be had: this torch has no CUDA");
+  return stream;
+}
+
 inline Stream stream_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return {};
-  return {.device = Device::cuda, .index = tensor.get_device_index(), .handle = nullptr};
+  return {.device = Device::cuda,
+          .index = tensor.get_device_index(),
+          .handle = current_cuda_stream(tensor.get_device_index())};
 }
 
 }  // namespace qlora_native

@@ -1,0 +1,103 @@
+"""The CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
+
+import cases
+import pytest
+import test_conformance as conformance
+import torch
+
+import qlora_native as qn
+from qlora_native import _C
+
+MISSING = _C.cuda_unavailable_reason() or ("" if torch.cuda.is_available() else "torch sees no GPU")
+pytestmark = pytest.mark.skipif(MISSING != "", reason=MISSING)
+DEVICE = "cuda"
+N, K, M = 192, 320, 65
+
+
+def weight():
+    return conformance.quantize(N, K, "nf4", 64, double_quant=True)
+
+
+def randn(*size, dtype=torch.bfloat16):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("case", list(cases.products()), ids=str)
+def test_product_or_gradient_is_wrong(case):
+    conformance.check_product(case, DEVICE)
+
+
+@pytest.mark.parametrize("format", cases.FORMATS)
+def test_weight_has_other_bits_than_on_the_cpu(format):
+    codebook = cases.CODEBOOK if format == "codebook" else None
+    for shape in cases.WEIGHTS:
+        for dtype in cases.DTYPES:
+            source = conformance.random_weight(*shape, dtype)
+            here = qn.quantize(source, format, 64, False, codebook)
+            there = qn.quantize(source.to(DEVICE), format, 64, False, codebook)
+            assert torch.equal(there.codes.cpu(), here.codes) and torch.equal(there.absmax.cpu(), here.absmax)
+            conformance.assert_same_bits(there.dequantize(dtype).cpu(), here.dequantize(dtype), f"{shape} {dtype}")
+
+
+def test_double_quantized_weight_decodes_to_other_bits():
+    q = weight()
+    for dtype in cases.DTYPES:
+        conformance.assert_same_bits(q.to(DEVICE).dequantize(dtype).cpu(), q.dequantize(dtype), str(dtype))
+
+
+def test_other_stream_than_torchs_current_one():
+    q, x = weight().to(DEVICE), randn(M, K)
+    expected = qn.linear(x, q)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds: a product on another stream would see the zeros
+        late.copy_(x)
+        y = qn.linear(late, q)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_product_cannot_be_captured():
+    q, x = weight().to(DEVICE), randn(M, K)
+    a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
+    qn.linear(x, q, lora_a=a, lora_b=b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = qn.linear(x, q, lora_a=a, lora_b=b)
+    x.copy_(-x)
+    graph.replay()
+    assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
+
+
+def test_bits_differ_from_run_to_run():
+    q, x = weight().to(DEVICE), randn(M, K)
+    first = qn.linear(x, q)
+    assert all(torch.equal(qn.linear(x, q), first) for _ in range(20))
+
+
+def test_compiled_layer_breaks_the_graph():
+    layer = torch.nn.Linear(K, N, bias=False)
+    layer = qn.nn.Linear4bit.from_linear(layer).to(DEVICE)
+    x = randn(M, K, dtype=torch.float32)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_tensor_on_another_device_is_accepted():
+    with pytest.raises(ValueError, match="device"):
+        qn.linear(randn(M, K), weight())
+
+
+def test_optimizer_has_other_bits_than_on_the_cpu():
+    def train(device):
+        parameters = [torch.nn.Parameter(torch.ones(n, device=device)) for n in (5000, 70_000, 3)]
+        optimizer = qn.optim.AdamW8bit(parameters, lr=1e-2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.step()
+        return [parameter.detach().cpu() for parameter in parameters]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(DEVICE), train("cpu"), strict=True))
