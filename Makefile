@@ -55,7 +55,8 @@ test-gpu:
 	$(PYTHON) -m pytest tests/test_cuda.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
-# that only run Python and torch at length, or count the memory of a call, are left to `make test`.
+# that only run Python and torch at length, or count the memory of a call, are left to `make test`. The CUDA kernels
+# take part through their emulator (tests/test_emulated.py).
 sanitizers := address,undefined
 sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \

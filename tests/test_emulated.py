@@ -1,0 +1,99 @@
+"""The CUDA kernels without a GPU: over their emulator (cuda/simt/host.h), and that they stay out of a CPU's way.
+
+The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. A result that depends on it shows a
+missing barrier or wait, so every order must pass the conformance cases and give the same bits. `make sanitize` runs
+all of this once more under AddressSanitizer, which sees what a kernel reads or writes out of bounds.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_native as qn
+from qlora_native import _C
+
+TESTS = Path(__file__).parent
+SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
+# Of the cases, under every schedule but the first, which takes all: prime, so that each loop of cases.py is sampled.
+EVERY = 17
+
+
+def run(*command, schedule="forward"):
+    environment = {**os.environ, "QLN_BACKEND": "cuda_emulated", "QLN_SCHEDULE": schedule}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_case_fails_under_an_order_of_threads(schedule):
+    step = 1 if schedule == SCHEDULES[0] else EVERY
+    shown = run("-c", f"import test_emulated; test_emulated.run_conformance({step})", schedule=schedule)
+    assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
+    assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
+
+
+def run_conformance(step):
+    """Every step-th of the conformance tests, in this process, which then ends."""
+
+    class Sample:
+        def pytest_collection_modifyitems(self, items):
+            items[:] = items[::step]
+
+    arguments = ["--tb=short", "-p", "no:cacheprovider", "test_conformance.py"]
+    sys.exit(pytest.main(arguments, plugins=[Sample()]))
+
+
+def test_order_of_threads_changes_a_bit():
+    shown = {s: run("-c", "import test_emulated; print(test_emulated.digest())", schedule=s) for s in SCHEDULES}
+    digests = {schedule: done.stdout.strip() for schedule, done in shown.items()}
+    assert all(digests.values()), shown
+    assert len(set(digests.values())) == 1, digests
+
+
+def digest():
+    """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
+    import test_determinism
+
+    total = hashlib.sha256()
+    for shape in ((4, 130, 513), (70, 130, 704)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for name, tensor in sorted(test_determinism.results(*shape, dtype).items()):
+                total.update(name.encode())
+                total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_emulator_is_not_what_runs():
+    """Otherwise the tests above would test the cpu backend."""
+    command = "-c", "from qlora_native import _C; print(_C.cpu_tensors_backend())"
+    assert run(*command).stdout.strip() == "cuda_emulated"
+
+
+# ---- a machine without a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_machine_without_a_gpu_is_not_told_why():
+    """The module is imported above: a build with CUDA asks for no driver until it is used."""
+    reason = _C.cuda_unavailable_reason()
+    assert reason.startswith(("no CUDA device can be used here: ", "this build has no CUDA backend: ")), reason
+    shown = run("-m", "qlora_native")
+    assert shown.returncode == 0, shown.stderr
+    assert any(line.split("  ", 1)[0] == "CUDA backend" and reason in line for line in shown.stdout.splitlines())
+    q = qn.quantize(torch.ones(2, 64))
+    with pytest.raises((RuntimeError, AssertionError), match="CUDA|NVIDIA"):
+        qn.linear(torch.ones(1, 64, device="cuda"), q)
+    assert qn.linear(torch.ones(1, 64), q).shape == (1, 2), "the cpu backend is as it was"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="readelf's tables")
+def test_wheel_asks_for_a_library_of_the_driver():
+    """cudart is linked in, and finds the driver when it is asked for a device."""
+    library = Path(_C.__file__).parent / "lib/libqlora_native_torch.so"
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in needed
+    assert "cuda" not in needed.replace("cuda_emulated", ""), needed
