@@ -5,6 +5,9 @@
 #include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
+
+std::unique_ptr<Driver> make_driver(int device);  // driver.cu, or of the emulator
+
 namespace {
 
 template <class Args, void (*kOperation)(const Args&, const Stream&)>
@@ -24,6 +27,7 @@ const Backend& backend() {
       .linear_backward_input = on_device<LinearBackwardInputArgs, linear_backward_input>,
       .lora_gradients = on_device<LoraGradientsArgs, lora_gradients>,
       .adamw_8bit_step = on_device<AdamW8bitArgs, adamw_8bit_step>,
+      .make_driver = make_driver,
   };
   return table;
 }

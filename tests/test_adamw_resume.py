@@ -90,7 +90,8 @@ def test_copy_continues_with_other_bits(cls, how):
     train(*parts, range(5, 10))
     train(*twin, range(5, 10))
     assert_same(saved(*twin), saved(*parts))
-    assert twin[1].stats() == parts[1].stats()
+    for name in ("skipped_steps", "state_bytes"):
+        assert twin[1].stats()[name] == parts[1].stats()[name]
 
 
 def pickled(parts):

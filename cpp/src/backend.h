@@ -1,6 +1,9 @@
 // The table that every backend fills. Arguments have been checked when a function here is called.
 #pragma once
 
+#include <memory>
+
+#include "driver.h"
 #include "qlora_native/adamw.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/quantize.h"
@@ -15,6 +18,7 @@ struct Backend {
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
   void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
   void (*adamw_8bit_step)(const AdamW8bitArgs&, const Stream&);
+  std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null where nothing is paged
 };
 
 const Backend& cpu_backend();  // cpu/isa.cpp

@@ -1,6 +1,8 @@
 // adamw_8bit_step: many tensors a launch, their descriptions in the kernel's parameters (so that a CUDA graph keeps
 // them). First every gradient is looked at, because one that is unusable anywhere stops the step everywhere; then one
-// thread a tensor counts the step and computes its coefficients; then a warp takes a block of 256 elements at a time.
+// thread a tensor counts the step and computes its coefficients; then a warp takes a block of 256 elements at a time:
+// of all tensors in one launch, or, where state is paged, of what has come (paged.h).
+#include <algorithm>
 #include <vector>
 
 #include "common/adamw.h"
@@ -8,6 +10,7 @@
 #include "common/layout.h"
 #include "device/elements.cuh"
 #include "kernels/kernels.h"
+#include "paged.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {
@@ -19,13 +22,14 @@ static_assert(kBlock == kWarp * kEight);
 struct Item {
   AdamW8bitTensor tensor;
   AdamW8bitGroup group;
+  std::int64_t index;  // into the coefficients: pieces of one tensor share theirs
 };
 // As many as the 32,764 bytes of parameters hold that a kernel may have.
 constexpr int kMostItems = 240;
 struct Items {
   const float* inv_scale;
   const float* found_inf;
-  AdamWCoefficients* coefficients;  // [count]
+  AdamWCoefficients* coefficients;  // of all tensors of the step
   std::uint32_t* unusable;          // [1]: some gradient is
   int count;
   std::int64_t begin[kMostItems + 1];  // the block at which an item begins, of all
@@ -76,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
     if (i == 0 && skipped != nullptr) ++*skipped;
   } else if (i < items.count) {
     const Item& item = items.items[i];
-    items.coefficients[i] = adamw_coefficients(item.group, ++*item.tensor.step, inv_scale_of(items));
+    items.coefficients[item.index] = adamw_coefficients(item.group, ++*item.tensor.step, inv_scale_of(items));
   }
 }
 
@@ -172,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   sync_threads();
   each_block(items, [&](int item, std::int64_t first, int count) {
     const AdamW8bitTensor& tensor = items.items[item].tensor;
-    const AdamWCoefficients c = items.coefficients[item];
+    const AdamWCoefficients c = items.coefficients[items.items[item].index];
     Eight e;
     load_eight_as_f32(tensor.param, tensor.param_dtype, first, count, e.param);
     load_eight_as_f32(tensor.grad, tensor.grad_dtype, first, count, e.grad);
@@ -188,7 +192,6 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 }  // namespace
 
 void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
-  const std::int64_t launches = args.count > 0 ? ceil_div(args.count, kMostItems) : 1;
   const std::size_t coefficient_bytes = static_cast<std::size_t>(args.count) * sizeof(AdamWCoefficients);
   const Workspace workspace(coefficient_bytes + sizeof(std::uint32_t), stream);
   auto* const coefficients = reinterpret_cast<AdamWCoefficients*>(workspace.data());
@@ -196,28 +199,32 @@ void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
   fill_bytes(unusable, 0, sizeof(*unusable), stream);
 
   // Built again for each round: a list is 32 KB, and of lists there are few.
-  const auto each_list = [&](const auto& f) {
-    for (std::int64_t part = 0; part < launches; ++part) {
-      const std::int64_t first = part * kMostItems;
-      const std::int64_t end = first + kMostItems < args.count ? first + kMostItems : args.count;
-      Items items{
-          args.inv_scale, args.found_inf, coefficients + first, unusable, static_cast<int>(end - first), {}, {}};
-      for (std::int64_t i = first; i < end; ++i) {
-        const AdamW8bitTensor& tensor = args.tensors[i];
-        items.items[i - first] = {tensor, args.groups[tensor.group]};
-        items.begin[i - first + 1] = items.begin[i - first] + ceil_div(tensor.elements, kBlock);
+  using Parts = std::vector<UpdatePart>;
+  const auto each_list = [&](const Parts& parts, const auto& f) {
+    for (std::size_t first = 0; first == 0 || first < parts.size(); first += kMostItems) {
+      const std::size_t count = std::min<std::size_t>(parts.size() - first, kMostItems);
+      Items items{args.inv_scale, args.found_inf, coefficients, unusable, static_cast<int>(count), {}, {}};
+      for (std::size_t i = 0; i < count; ++i) {
+        const AdamW8bitTensor& tensor = parts[first + i].tensor;
+        items.items[i] = {tensor, args.groups[tensor.group], parts[first + i].index};
+        items.begin[i + 1] = items.begin[i] + ceil_div(tensor.elements, kBlock);
       }
-      f(items, looping_grid(items.begin[items.count] * kWarp, kThreads, stream), part);
+      f(items, looping_grid(items.begin[count] * kWarp, kThreads, stream), first == 0);
     }
   };
-  each_list(
-      [&](const Items& items, const LaunchShape& shape, std::int64_t) { launch<look_kernel>(shape, stream, items); });
-  each_list([&](const Items& items, const LaunchShape&, std::int64_t part) {
-    launch<count_kernel>({1, kThreads}, stream, items, part == 0 ? args.skipped : nullptr);
+  PagedUpdate update(args, stream);
+  Parts tensors;
+  for (std::int64_t i = 0; i < args.count; ++i) tensors.push_back({args.tensors[i], i});
+  each_list(tensors,
+            [&](const Items& items, const LaunchShape& shape, bool) { launch<look_kernel>(shape, stream, items); });
+  each_list(tensors, [&](const Items& items, const LaunchShape&, bool is_first) {
+    launch<count_kernel>({1, kThreads}, stream, items, is_first ? args.skipped : nullptr);
   });
-  each_list([&](const Items& items, LaunchShape shape, std::int64_t) {
-    shape.smem_bytes = sizeof(Tables);
-    launch<update_kernel>(shape, stream, items);
+  update.run([&](const Parts& parts) {
+    each_list(parts, [&](const Items& items, LaunchShape shape, bool) {
+      shape.smem_bytes = sizeof(Tables);
+      launch<update_kernel>(shape, stream, items);
+    });
   });
 }
 

@@ -8,6 +8,10 @@
 
 namespace qn = qlora_native;
 
+namespace qlora_native {
+void bind_paged(pybind11::module_& module);  // paged.cpp
+}
+
 PYBIND11_MODULE(_C, module) {
   // Error is a std::invalid_argument and becomes a ValueError; Unavailable becomes a RuntimeError.
   module.def("version", &qn::version);
@@ -21,4 +25,5 @@ PYBIND11_MODULE(_C, module) {
       "The 16 levels of \"nf4\", \"fp4\" or \"int4\".");
   module.def("dynamic_map", &qn::dynamic_map, pybind11::arg("is_signed") = true,
              "The 256 ascending levels of the 8-bit dynamic map: of the double-quantized scales and AdamW's moments.");
+  qn::bind_paged(module);
 }

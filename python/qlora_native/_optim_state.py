@@ -24,8 +24,16 @@ class Kept:
         self.tensor = tensor
 
 
-def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, Kept]:
-    """The state of a parameter, copied to its device."""
+def shapes_of(param: Tensor, in_8_bits: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """(dtype, shape) of the moments of a parameter, and of their scales if they are in 8 bits."""
+    shapes = dict.fromkeys(("state1", "state2"), (torch.uint8 if in_8_bits else torch.float32, tuple(param.shape)))
+    if in_8_bits:
+        shapes |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (ceil_div(param.numel(), BLOCKSIZE),)))
+    return shapes
+
+
+def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool) -> dict[str, Kept]:
+    """The state of a parameter. `copied`: to its device; else moments and scales are the saved tensors themselves."""
     if not isinstance(saved, dict):
         raise bad_type(name, "a dict", type(saved).__name__)
     saved = {**saved, **saved.get(_BITSANDBYTES_STATE, {})}
@@ -33,10 +41,7 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, 
     if missing:
         raise bad(name, "step, state1 and state2 of an AdamW8bit", ", ".join(map(str, saved)))
     in_8_bits = isinstance(saved["state1"], Tensor) and saved["state1"].dtype == torch.uint8
-    blocks = (ceil_div(param.numel(), BLOCKSIZE),)
-    expected = dict.fromkeys(("state1", "state2"), (torch.uint8 if in_8_bits else torch.float32, tuple(param.shape)))
-    if in_8_bits:
-        expected |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, blocks))
+    expected = shapes_of(param, in_8_bits)
     if not isinstance(saved["step"], (int, float, Tensor)):
         raise bad_type(f"{name}.step", "an integer >= 0", type(saved["step"]).__name__)
     step = torch.as_tensor(saved["step"])
@@ -54,7 +59,7 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor) -> dict[str, 
             raise bad(f"{name}.{key}", "finite values", "NaN or Inf")
         if dtype == torch.float32 and key != "state1" and (tensor < 0).any():
             raise bad(f"{name}.{key}", "values >= 0", tensor.min().item())
-        state[key] = tensor.to(param.device, copy=True).contiguous()
+        state[key] = tensor.to(param.device, copy=True).contiguous() if copied else tensor
     for key, levels in _MAPS.items():
         if in_8_bits and key in saved and not torch.equal(saved[key].cpu(), levels):
             raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")

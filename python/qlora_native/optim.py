@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  (the fake kernel)
 from ._errors import bad_type, check_float_dtype
-from ._optim_state import BLOCKSIZE, Kept, check_options, checked_state
-from ._weight import ceil_div
+from ._optim_state import Kept, check_options, checked_state, shapes_of
+from ._paged import Rooms, is_pageable
 
 __all__ = ["AdamW8bit", "PagedAdamW8bit"]
 
@@ -116,7 +116,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 if batch is None:
                     batch = batches[param.device] = _Batch(len(self.param_groups))
                 state = self.state[param]
-                batch.add(index, param, grad, state or self._init_state(param, state, group["min_8bit_size"]))
+                batch.add(index, param, grad, state or self._init_state(index, param, state))
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -159,16 +159,20 @@ class AdamW8bit(torch.optim.Optimizer):
         for values in self.state.values():
             values.update({name: kept.tensor for name, kept in values.items() if isinstance(kept, Kept)})
 
-    def _init_state(self, param: Tensor, state: dict[str, Tensor], min_8bit_size: int) -> dict[str, Tensor]:
-        in_8_bits = param.numel() >= min_8bit_size
-        dtype = torch.uint8 if in_8_bits else torch.float32
+    def _init_state(self, group: int, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
-        for name in ("state1", "state2"):
-            state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        if in_8_bits:
-            for name in ("absmax1", "absmax2"):
-                state[name] = torch.zeros(ceil_div(param.numel(), BLOCKSIZE), dtype=torch.float32, device=param.device)
+        state.update(self._moments(group, param))
         return state
+
+    def _moments(self, group: int, param: Tensor) -> dict[str, Tensor]:
+        """Moments and scales of a parameter that begins, all zero."""
+        in_8_bits = param.numel() >= self.param_groups[group]["min_8bit_size"]
+        shapes = shapes_of(param, in_8_bits)
+        return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, (dtype, shape) in shapes.items()}
+
+    def _is_paged(self, device: torch.device) -> bool:
+        """Whether moments of parameters there live in an arena."""
+        return False
 
     def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """(inv_scale, found_inf) of a GradScaler's step, else (None, None)."""
@@ -193,7 +197,7 @@ class AdamW8bit(torch.optim.Optimizer):
         params = [param for group in ours for param in group["params"]]
         ids = [i for group in saved for i in group["params"]]
         states = {
-            i: checked_state(f"state[{i}]", state_dict["state"][i], param)
+            i: checked_state(f"state[{i}]", state_dict["state"][i], param, not self._is_paged(param.device))
             for i, param in zip(ids, params, strict=True)
             if state_dict["state"].get(i)
         }
@@ -203,18 +207,23 @@ class AdamW8bit(torch.optim.Optimizer):
 class PagedAdamW8bit(AdamW8bit):
     """AdamW8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
 
+    The moments of a parameter group lie in one arena, in update order. A step goes through it in stretches of 32 MB:
+    while one is updated the next is fetched, and where the GPU's memory is short the one before goes back. Small
+    parameters are paged too. What is loaded from a state dict is paged again.
+
     Where there is no GPU it is AdamW8bit, with ordinary memory, and says so once. Arguments, state and state dict are
-    AdamW8bit's.
+    AdamW8bit's, and so are the results, bit for bit.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """As AdamW8bit."""
+        self._rooms: dict[tuple[int, torch.device], Rooms] = {}  # by group and device
         super().__init__(*args, **options)
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not is_pageable(torch.device("cpu")):
             _warn_once("PagedAdamW8bit: no GPU on this machine; the moments stay in ordinary memory, as AdamW8bit's")
 
     def stats(self) -> dict[str, int]:
-        """What AdamW8bit.stats returns, and of the paging:
+        """What AdamW8bit.stats returns, and of the paging (its counts begin again when a state dict is loaded):
 
         bytes_managed: bytes that can move between host and GPU; 0 where nothing is paged.
         bytes_resident: bytes of the state in the memory where parameters are updated.
@@ -222,7 +231,52 @@ class PagedAdamW8bit(AdamW8bit):
         stalls: of those, how many the update had to wait for.
         """
         stats = super().stats()
-        return {**stats, "bytes_managed": 0, "bytes_resident": stats["state_bytes"], "prefetches": 0, "stalls": 0}
+        paged = {"bytes_managed": 0, "bytes_resident": 0, "prefetches": 0, "stalls": 0}
+        for rooms in self._rooms.values():
+            for name, count in rooms.arena.stats().items():
+                paged[name] += count
+        ordinary = (s for p, s in self.state.items() if not self._is_paged(p.device))
+        paged["bytes_resident"] += sum(t.nbytes for state in ordinary for name, t in state.items() if name != "step")
+        return stats | paged
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As AdamW8bit, and the moments are paged again: what was loaded or copied lies in ordinary memory."""
+        super().__setstate__(state)
+        self._rooms = {}
+        for index, group in enumerate(self.param_groups):
+            for device in {param.device for param in group["params"] if self.state.get(param)}:
+                if self._is_paged(device):
+                    self._page(index, device)
+
+    def _is_paged(self, device: torch.device) -> bool:
+        return is_pageable(device)
+
+    def _moments(self, group: int, param: Tensor) -> dict[str, Tensor]:
+        if not self._is_paged(param.device):
+            return super()._moments(group, param)
+        rooms = self._rooms.get((group, param.device))
+        if rooms is None or param not in rooms.free:
+            rooms = self._page(group, param.device, param)
+        return rooms.free.pop(param)
+
+    def _page(self, index: int, device: torch.device, asked: Tensor | None = None) -> Rooms:
+        """Make an arena for all of a group that is trained, and for `asked`, and move what has moments there."""
+        group, states = self.param_groups[index], {}
+        for param in group["params"]:
+            moments = self.state.get(param)
+            if param.device == device and (moments or param.requires_grad or param is asked):
+                in_8_bits = param.numel() >= group["min_8bit_size"]
+                if moments and "state1" in moments:
+                    in_8_bits = moments["state1"].dtype == torch.uint8
+                states[param] = in_8_bits
+        rooms = Rooms(states, device)
+        for param in states:
+            moments = self.state.get(param)
+            if moments and "state1" in moments:
+                for name, room in rooms.free.pop(param).items():
+                    moments[name] = room.copy_(moments[name])
+        self._rooms[index, device] = rooms
+        return rooms
 
 
 class _Batch:

@@ -5,6 +5,7 @@
 #include "qlora_native/codebook.h"  // nf4, fp4, int4; the 8-bit dynamic maps
 #include "qlora_native/error.h"     // Error, Unavailable
 #include "qlora_native/linear.h"    // linear_forward, linear_backward_input, lora_gradients
+#include "qlora_native/paged.h"     // PagedArena: state of adamw_8bit_step that does not stay on the GPU
 #include "qlora_native/quantize.h"  // quantize, quantize_absmax, dequantize
 #include "qlora_native/runtime.h"   // instruction sets, threads
 #include "qlora_native/types.h"     // DType, Device, Stream, Matrix, QuantizedWeightView

@@ -1,0 +1,76 @@
+// The driver of the emulated device (driver.h). Kernels run when they are launched; what is put into a stream of the
+// driver's own runs as late as can be: when something waits for it. An update that does not wait for what was fetched
+// then computes with what lay there before. Every call is told to `trace`.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+
+namespace qlora_native::cuda_emulated {
+
+class EmulatedDriver final : public Driver {
+ public:
+  // What a test may set.
+  struct Options {
+    bool concurrent = true;
+    bool capturing = false;
+    bool eager = false;  // streams run at once
+    std::size_t free_bytes = std::size_t{1} << 40;
+    std::function<void(const std::string& call)> trace = [](const std::string&) {};
+  };
+
+  EmulatedDriver() = default;
+  explicit EmulatedDriver(Options* options) : options_(options) {}
+  ~EmulatedDriver() override;
+
+  bool is_concurrent() override;
+  bool is_capturing(void* stream) override;
+  std::size_t free_bytes() override;
+  void* allocate(Memory kind, std::size_t bytes) override;
+  void release(Memory kind, void* memory) noexcept override;
+  void advise(void* memory, std::size_t bytes) override;
+  bool is_on_device(const void* memory, std::size_t bytes) override;
+  void* create_stream() override;
+  void destroy_stream(void* stream) noexcept override;
+  void prefetch(void* memory, std::size_t bytes, Place place, void* stream) override;
+  void copy(void* to, const void* from, std::size_t bytes, void* stream) override;
+  void* create_event() override;
+  void destroy_event(void* event) noexcept override;
+  void record(void* event, void* stream) override;
+  void wait(void* stream, void* event) override;
+  void synchronize(void* event) noexcept override;
+  bool is_done(void* event) override;
+  bool is_earlier(void* first, void* second) override;
+
+ private:
+  struct EmulatedStream {
+    std::string name;
+    std::vector<std::function<void()>> work;
+    std::size_t done = 0;  // of them
+  };
+  struct Event {
+    std::string name;
+    EmulatedStream* stream = nullptr;  // where it was recorded; null: the caller's, in which all is done
+    std::size_t work = 0;              // of the stream, that comes before it
+    std::int64_t time = 0;             // when it was reached
+  };
+  void put(void* stream, std::function<void()> work);
+  static void run(EmulatedStream& stream, std::size_t work);
+  std::string name_of(const void* memory) const;
+  static std::string name_of_stream(void* stream);
+
+  Options defaults_;
+  Options* options_ = &defaults_;
+  std::map<const std::byte*, std::vector<bool>> managed_;  // which pages are on the device
+  std::map<const void*, std::string> names_;
+  std::int64_t time_ = 0;
+  int streams_ = 0, events_ = 0;
+  int left_ = 0;  // streams, events and memory that were not given back
+};
+
+}  // namespace qlora_native::cuda_emulated

@@ -1,0 +1,103 @@
+// PagedArena for Python: its memory as DLPack capsules, which become tensors that keep the arena alive. (A tensor
+// over foreign memory that frees it is in torch's stable ABI from 2.11 on.)
+#include "qlora_native/paged.h"
+
+#include <ATen/dlpack.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace qlora_native {
+namespace {
+
+struct Paged {
+  std::vector<PagedState> states;
+  std::shared_ptr<PagedArena> arena;
+  Stream stream;
+};
+
+Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, int index,
+           const std::optional<std::size_t>& stretch_bytes, bool pinned) {
+  const py::gil_scoped_release released;
+  std::vector<PagedState> list;
+  for (const auto& [elements, in_8_bits] : states) list.push_back({elements, in_8_bits});
+  PagedOptions options{.pinned = pinned};
+  if (stretch_bytes) options.stretch_bytes = *stretch_bytes;
+  const Stream stream{.device = cuda ? Device::cuda : Device::cpu, .index = index};
+  auto arena = std::make_shared<PagedArena>(list, stream, options);
+  return {std::move(list), std::move(arena), stream};
+}
+
+// One array of states[index] as a tensor, [elements]. Each has a storage of its own: torch saves none that is seen with
+// two dtypes.
+py::capsule array(const Paged& paged, void* data, DLDataType dtype, std::int64_t elements) {
+  struct Managed {
+    DLManagedTensor tensor;
+    std::shared_ptr<PagedArena> arena;
+    std::int64_t shape;
+  };
+  auto* const managed = new Managed{{}, paged.arena, elements};
+  const bool cuda = paged.stream.device == Device::cuda;
+  managed->tensor.dl_tensor = {.data = data,
+                               .device = {cuda ? kDLCUDA : kDLCPU, paged.stream.index},
+                               .ndim = 1,
+                               .dtype = dtype,
+                               .shape = &managed->shape,
+                               .strides = nullptr,
+                               .byte_offset = 0};
+  managed->tensor.manager_ctx = managed;
+  managed->tensor.deleter = [](DLManagedTensor* self) { delete static_cast<Managed*>(self->manager_ctx); };
+  return py::capsule(&managed->tensor, "dltensor", [](PyObject* object) {
+    // Whoever takes the tensor renames the capsule, and calls the deleter himself.
+    if (!PyCapsule_IsValid(object, "dltensor")) return;
+    auto* const tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(object, "dltensor"));
+    tensor->deleter(tensor);
+  });
+}
+
+// state1, state2, and absmax1, absmax2 where moments are in 8 bits.
+std::vector<py::capsule> arrays(const Paged& paged, std::size_t index) {
+  const PagedState& state = paged.states.at(index);
+  constexpr DLDataType kByte = {kDLUInt, 8, 1}, kFloat = {kDLFloat, 32, 1};
+  AdamW8bitTensor tensor;
+  paged.arena->place(index, tensor);
+  std::vector<py::capsule> found;
+  for (void* p : {tensor.state1, tensor.state2}) {
+    found.push_back(array(paged, p, state.in_8_bits ? kByte : kFloat, state.elements));
+  }
+  if (!state.in_8_bits) return found;
+  for (float* p : {tensor.absmax1, tensor.absmax2}) {
+    found.push_back(array(paged, p, kFloat, (state.elements + kAdamW8bitBlocksize - 1) / kAdamW8bitBlocksize));
+  }
+  return found;
+}
+
+py::dict stats(const Paged& paged) {
+  const PagedStats found = paged.arena->stats();
+  py::dict result;
+  result["bytes_managed"] = found.bytes_managed;
+  result["bytes_resident"] = found.bytes_resident;
+  result["prefetches"] = found.prefetches;
+  result["stalls"] = found.stalls;
+  return result;
+}
+
+}  // namespace
+
+void bind_paged(py::module_& module) {
+  py::class_<Paged>(module, "PagedArena", "State of 8-bit AdamW that does not stay on the GPU (paged.h).")
+      .def(py::init(&make), py::arg("states"), py::arg("cuda"), py::arg("index"), py::arg("stretch_bytes") = py::none(),
+           py::arg("pinned") = false)
+      .def("arrays", &arrays, py::arg("index"),
+           "DLPack capsules over state1, state2 and, of 8-bit moments, absmax1 and absmax2 of states[index].")
+      .def("stats", &stats);
+}
+
+}  // namespace qlora_native

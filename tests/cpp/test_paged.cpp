@@ -1,0 +1,411 @@
+// PagedArena over the emulator's driver: what is asked of a driver and in which order, and that a paged step leaves the
+// same bits as one in ordinary memory. There, whatever is not waited for has not happened. Exits 1 on a failure.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "qlora_native/qlora_native.h"
+#include "simt/emulated_driver.h"
+
+namespace qn = qlora_native;
+using qn::cuda_emulated::EmulatedDriver;
+
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
+  } while (false)
+
+std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& states, EmulatedDriver::Options& driver,
+                                           const qn::PagedOptions& options) {
+  return std::make_unique<qn::PagedArena>(states, std::make_unique<EmulatedDriver>(&driver), options);
+}
+
+// ---- parameters that are trained, with state in ordinary memory or in arenas
+// -----------------------------------------
+
+float draw(std::uint64_t& seed) {  // in [-1, 1)
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
+}
+
+struct Parameter {
+  std::vector<float> values, grads;
+  std::vector<std::uint8_t> state1, state2;  // bytes, in ordinary memory
+  std::vector<float> absmax1, absmax2;
+  std::int64_t step = 0;
+  qn::AdamW8bitTensor tensor;
+};
+
+class Training {
+ public:
+  // states[group]: its parameters
+  explicit Training(const std::vector<std::vector<qn::PagedState>>& states) {
+    for (std::size_t group = 0; group < states.size(); ++group) {
+      for (const qn::PagedState& state : states[group]) {
+        auto p = std::make_unique<Parameter>();
+        const auto elements = static_cast<std::size_t>(state.elements);
+        p->values.resize(elements);
+        p->grads.resize(elements);
+        for (float& value : p->values) value = draw(seed_);
+        p->state1.resize(elements * (state.in_8_bits ? 1 : 4));
+        p->state2 = p->state1;
+        p->absmax1.resize(state.in_8_bits ? (elements + 255) / 256 : 0);
+        p->absmax2 = p->absmax1;
+        p->tensor = {.param = p->values.data(),
+                     .grad = p->grads.data(),
+                     .elements = state.elements,
+                     .state1 = p->state1.data(),
+                     .state2 = p->state2.data(),
+                     .absmax1 = state.in_8_bits ? p->absmax1.data() : nullptr,
+                     .absmax2 = state.in_8_bits ? p->absmax2.data() : nullptr,
+                     .step = &p->step,
+                     .group = static_cast<int>(group)};
+        parameters_.push_back(std::move(p));
+      }
+    }
+  }
+
+  // The state of a group's parameters from now on.
+  void use(const qn::PagedArena& arena, int group = 0) {
+    std::size_t index = 0;
+    for (auto& p : parameters_) {
+      if (p->tensor.group == group) arena.place(index++, p->tensor);
+    }
+  }
+
+  // `left_out`: a parameter without a gradient.
+  void step(std::int64_t left_out = -1, bool unusable = false) {
+    const std::vector<qn::AdamW8bitGroup> groups = {{.lr = 1e-2}, {.lr = 1e-3}};
+    std::vector<qn::AdamW8bitTensor> tensors;
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      for (float& grad : parameters_[i]->grads) grad = draw(seed_);
+      if (static_cast<std::int64_t>(i) != left_out) tensors.push_back(parameters_[i]->tensor);
+    }
+    if (unusable) parameters_.back()->grads.back() = 1e30f;
+    qn::adamw_8bit_step({.tensors = tensors.data(),
+                         .count = static_cast<std::int64_t>(tensors.size()),
+                         .groups = groups.data(),
+                         .group_count = 2,
+                         .skipped = &skipped_});
+  }
+
+  bool same_bits(const Training& other) const {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      const Parameter &a = *parameters_[i], &b = *other.parameters_[i];
+      const auto same = [](const void* x, const void* y, std::size_t n) { return n == 0 || std::memcmp(x, y, n) == 0; };
+      const qn::AdamW8bitTensor &s = a.tensor, &t = b.tensor;
+      if (!same(s.param, t.param, a.values.size() * 4) || a.step != b.step) return false;
+      if (!same(s.state1, t.state1, a.state1.size()) || !same(s.state2, t.state2, a.state2.size())) return false;
+      if (!same(s.absmax1, t.absmax1, a.absmax1.size() * 4)) return false;
+      if (!same(s.absmax2, t.absmax2, a.absmax2.size() * 4)) return false;
+    }
+    return skipped_ == other.skipped_;
+  }
+
+ private:
+  std::uint64_t seed_ = 1;
+  std::vector<std::unique_ptr<Parameter>> parameters_;
+  std::int64_t skipped_ = 0;
+};
+
+const std::vector<qn::PagedState> kMixed = {{300}, {0}, {5000}, {17, false}, {1}, {9000, false}, {256}, {40'000}};
+
+// ---- layout
+// ----------------------------------------------------------------------------------------------------------
+
+void test_arrays_overlap() {
+  for (const std::size_t stretch_bytes :
+       {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
+    EmulatedDriver::Options driver;
+    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = stretch_bytes});
+    std::vector<std::pair<const std::byte*, std::size_t>> arrays;
+    for (std::size_t i = 0; i < kMixed.size(); ++i) {
+      qn::AdamW8bitTensor t;
+      arena->place(i, t);
+      const auto elements = static_cast<std::size_t>(kMixed[i].elements);
+      const std::size_t bytes = elements * (kMixed[i].in_8_bits ? 1 : 4), scales = (elements + 255) / 256 * 4;
+      EXPECT((t.absmax1 != nullptr) == kMixed[i].in_8_bits);
+      for (void* p : {t.state1, t.state2}) arrays.push_back({static_cast<std::byte*>(p), bytes});
+      if (!kMixed[i].in_8_bits) continue;
+      for (float* p : {t.absmax1, t.absmax2}) arrays.push_back({reinterpret_cast<std::byte*>(p), scales});
+    }
+    const std::byte* end = arena->data();
+    std::size_t bytes = 0;
+    for (const auto& [begin, size] : arrays) {  // in update order
+      EXPECT(begin >= end && (begin - arena->data()) % 256 == 0);
+      EXPECT(std::all_of(begin, begin + size, [](std::byte b) { return b == std::byte{0}; }));
+      end = begin + size;
+      bytes += size;
+    }
+    EXPECT(end <= arena->data() + arena->bytes());
+    EXPECT(arena->stats().bytes_managed >= static_cast<std::int64_t>(bytes));
+    EXPECT(arena->stats().bytes_managed <= static_cast<std::int64_t>(arena->bytes()));
+  }
+}
+
+// ---- the same bits
+// ---------------------------------------------------------------------------------------------------
+
+void test_paged_step_leaves_other_bits() {
+  const std::vector<std::vector<qn::PagedState>> groups = {kMixed, {{70'000}, {3000}}};
+  for (const bool pinned : {false, true}) {
+    for (const bool eager : {false, true}) {
+      for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
+        EmulatedDriver::Options driver{.concurrent = !pinned, .eager = eager, .free_bytes = 0};
+        const auto first = make_arena(groups[0], driver, {.stretch_bytes = stretch_bytes});
+        const auto second = make_arena(groups[1], driver, {.stretch_bytes = stretch_bytes, .pinned = pinned});
+        Training paged(groups), plain(groups), half(groups);
+        paged.use(*first, 0);
+        paged.use(*second, 1);
+        const auto third = make_arena(groups[1], driver, {.stretch_bytes = stretch_bytes});
+        half.use(*third, 1);
+        for (const int left_out : {-1, 2, -1, 9, -1}) {
+          for (Training* training : {&paged, &plain, &half}) training->step(left_out);
+          EXPECT(paged.same_bits(plain));
+          EXPECT(half.same_bits(plain));
+        }
+        for (Training* training : {&paged, &plain, &half}) training->step(-1, true);  // skipped
+        EXPECT(paged.same_bits(plain));
+        EXPECT(half.same_bits(plain));
+      }
+    }
+  }
+}
+
+void test_graph_asks_for_memory() {
+  for (const bool pinned : {false, true}) {
+    std::vector<std::string> calls;
+    EmulatedDriver::Options driver;
+    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = 10'000, .pinned = pinned});
+    Training paged({kMixed}), plain({kMixed});
+    paged.use(*arena);
+    driver.trace = [&](const std::string& call) { calls.push_back(call); };
+    driver.capturing = true;
+    for (Training* training : {&paged, &plain}) training->step();
+    EXPECT(calls.empty());
+    driver.capturing = false;
+    for (Training* training : {&paged, &plain}) training->step();
+    EXPECT(!calls.empty());
+    EXPECT(paged.same_bits(plain));
+  }
+}
+
+// ---- the order of the calls
+// ------------------------------------------------------------------------------------------
+
+// What is asked of the driver in one step, and then in destroying the arena.
+std::vector<std::string> calls_of_step(EmulatedDriver::Options driver, const qn::PagedOptions& options,
+                                       const std::vector<std::pair<std::string, std::string>>& names) {
+  std::vector<std::string> calls;
+  const std::vector<qn::PagedState> states(4, {4096});
+  auto arena = make_arena(states, driver, options);
+  Training training({states});
+  training.use(*arena);
+  driver.trace = [&](std::string call) {
+    for (const auto& [from, to] : names) {
+      const std::size_t at = call.find(from);
+      const bool whole = at != std::string::npos && (at + from.size() == call.size() || call[at + from.size()] < '0' ||
+                                                     call[at + from.size()] > '9');
+      if (whole) call.replace(at, from.size(), to);
+    }
+    calls.push_back(call);
+  };
+  training.step();
+  calls.push_back("--");
+  arena.reset();
+  return calls;
+}
+
+void expect_calls(const std::vector<std::string>& found, const std::vector<std::string>& expected, int line) {
+  for (std::size_t i = 0; i < std::max(found.size(), expected.size()); ++i) {
+    const std::string a = i < found.size() ? found[i] : "nothing", b = i < expected.size() ? expected[i] : "nothing";
+    if (a == b) continue;
+    std::printf("%s:%d: call %zu: expected \"%s\", got \"%s\"\n", __FILE__, line, i, b.c_str(), a.c_str());
+    ++failures;
+    return;
+  }
+}
+
+// Two stretches, a and b, of two parameters each; events are named in the order in which they are made.
+void test_order_of_managed_memory() {
+  const qn::PagedOptions options{.stretch_bytes = 20'000};
+  const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
+                                                                  {"stream 1", "out"},
+                                                                  {"event 0", "entered"},
+                                                                  {"event 1", "left"},
+                                                                  {"event 2", "sent"},
+                                                                  {"event 3", "a fetched"},
+                                                                  {"event 4", "a ready"},
+                                                                  {"event 5", "a updated"},
+                                                                  {"event 6", "b fetched"},
+                                                                  {"event 7", "b ready"},
+                                                                  {"event 8", "b updated"},
+                                                                  {"managed+0, 17216", "a"},
+                                                                  {"managed+2097152, 17216", "b"}};
+  expect_calls(
+      calls_of_step({}, options, names),
+      {"caller: record entered", "in: wait for entered", "out: wait for entered", "in: wait for sent",
+       "in: prefetch a to device", "in: record a fetched",  // and gradients are looked at
+       "in: prefetch b to device", "in: record b fetched", "caller: record a ready", "caller: wait for a fetched",
+       "caller: record b ready", "caller: wait for b fetched", "out: record sent", "caller: record left", "--",
+       "synchronize left", "synchronize sent", "release managed"},
+      __LINE__);
+  // The same where memory is short: a goes back while b is updated.
+  expect_calls(calls_of_step({.free_bytes = std::size_t{1} << 20}, options, names),
+               {"caller: record entered",     "in: wait for entered",     "out: wait for entered",
+                "in: wait for sent",          "in: prefetch a to device", "in: record a fetched",
+                "in: prefetch b to device",   "in: record b fetched",     "caller: record a ready",
+                "caller: wait for a fetched", "caller: record a updated", "out: wait for a updated",
+                "out: prefetch a to host",    "caller: record b ready",   "caller: wait for b fetched",
+                "caller: record b updated",   "out: wait for b updated",  "out: prefetch b to host",
+                "out: record sent",           "caller: record left",      "--",
+                "synchronize left",           "synchronize sent",         "release managed"},
+               __LINE__);
+}
+
+// Four stretches a, b, c, d of one parameter each, in three slots x, y, z.
+void test_order_of_ring() {
+  std::vector<std::pair<std::string, std::string>> names = {
+      {"stream 0", "in"},    {"stream 1", "out"},    {"event 0", "x back"}, {"event 1", "y back"},
+      {"event 2", "z back"}, {"event 3", "entered"}, {"event 4", "left"},   {"event 5", "sent"}};
+  for (int i = 0; i < 4; ++i) {
+    const std::string name(1, static_cast<char>('a' + i));
+    names.push_back({"pinned+" + std::to_string(i * 2097152), name});
+    names.push_back({"event " + std::to_string(6 + 3 * i), name + " fetched"});
+    names.push_back({"event " + std::to_string(7 + 3 * i), name + " ready"});
+    names.push_back({"event " + std::to_string(8 + 3 * i), name + " updated"});
+  }
+  for (int i = 0; i < 3; ++i) names.push_back({"ring+" + std::to_string(i * 8704), std::string(1, "xyz"[i])});
+  names.push_back({", 8512", ""});
+  expect_calls(calls_of_step({.concurrent = false}, {.stretch_bytes = 8192}, names),
+               {"caller: record entered",
+                "in: wait for entered",
+                "out: wait for entered",
+                "in: wait for sent",
+                "in: copy a to x",
+                "in: record a fetched",  //
+                "in: copy b to y",
+                "in: record b fetched",
+                "caller: record a ready",
+                "caller: wait for a fetched",
+                "caller: record a updated",
+                "out: wait for a updated",
+                "out: copy x to a",
+                "out: record x back",  //
+                "in: copy c to z",
+                "in: record c fetched",
+                "caller: record b ready",
+                "caller: wait for b fetched",
+                "caller: record b updated",
+                "out: wait for b updated",
+                "out: copy y to b",
+                "out: record y back",  //
+                "in: wait for x back",
+                "in: copy d to x",
+                "in: record d fetched",
+                "caller: record c ready",
+                "caller: wait for c fetched",
+                "caller: record c updated",
+                "out: wait for c updated",
+                "out: copy z to c",
+                "out: record z back",  //
+                "caller: record d ready",
+                "caller: wait for d fetched",
+                "caller: record d updated",
+                "out: wait for d updated",
+                "out: copy x to d",
+                "out: record x back",  //
+                "out: record sent",
+                "caller: wait for sent",
+                "caller: record left",
+                "--",
+                "synchronize left",
+                "synchronize sent",
+                "release ring",
+                "release pinned"},
+               __LINE__);
+}
+
+// ---- eviction and statistics
+// -----------------------------------------------------------------------------------------
+
+void test_more_than_three_stretches_are_on_the_device() {
+  EmulatedDriver::Options driver{.free_bytes = 0};
+  const std::vector<qn::PagedState> states(12, {4096});
+  const auto arena = make_arena(states, driver, {.stretch_bytes = 8192});
+  Training training({states});
+  training.use(*arena);
+  int now = 0, most = 0, fetched = 0;
+  driver.trace = [&](const std::string& call) {
+    const bool in = call.find("to device") != std::string::npos, out = call.find("to host") != std::string::npos;
+    now += in - out;
+    fetched += in;
+    most = std::max(most, now);
+  };
+  for (int step = 0; step < 3; ++step) {
+    training.step();
+    EXPECT(now == 0 && most <= 3 && fetched == 12 * (step + 1));
+  }
+}
+
+void test_statistics_are_wrong() {
+  for (const bool eager : {false, true}) {
+    EmulatedDriver::Options driver{.eager = eager};
+    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = 10'000});
+    Training training({kMixed});
+    training.use(*arena);
+    const qn::PagedStats before = arena->stats();
+    EXPECT(before.bytes_managed > 0 && before.bytes_resident == 0 && before.prefetches == 0 && before.stalls == 0);
+    training.step();
+    const qn::PagedStats after = arena->stats();
+    EXPECT(after.bytes_resident == after.bytes_managed && after.bytes_managed == before.bytes_managed);
+    EXPECT(after.prefetches > 3 && after.stalls == (eager ? 0 : after.prefetches));
+    training.step();
+    EXPECT(arena->stats().prefetches == 2 * after.prefetches && arena->stats().stalls == 2 * after.stalls);
+    if (!eager) continue;  // else it goes back when something waits for that
+    driver.free_bytes = 0;
+    training.step();
+    EXPECT(arena->stats().bytes_resident == 0);
+  }
+}
+
+void test_bad_input_is_taken() {
+  const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t stretch_bytes) {
+    try {
+      const qn::PagedArena arena(states, qn::Stream{}, {.stretch_bytes = stretch_bytes});
+    } catch (const qn::Error& error) {
+      return error.argument() == argument;
+    }
+    return false;
+  };
+  EXPECT(refuses("states[1].elements", {{1}, {-1}}, 1000));
+  EXPECT(refuses("stretch_bytes", {{1}}, 0));
+  const qn::PagedArena empty(std::vector<qn::PagedState>{}, qn::Stream{});
+  EXPECT(empty.data() != nullptr);
+}
+
+}  // namespace
+
+int main() {
+  test_arrays_overlap();
+  test_paged_step_leaves_other_bits();
+  test_graph_asks_for_memory();
+  test_order_of_managed_memory();
+  test_order_of_ring();
+  test_more_than_three_stretches_are_on_the_device();
+  test_statistics_are_wrong();
+  test_bad_input_is_taken();
+  if (failures == 0) std::printf("all passed\n");
+  return failures == 0 ? 0 : 1;
+}
