@@ -1,36 +1,26 @@
-"""A small Llama with adapters, twice: over our quantized layers, and over plain ones with the same values."""
+"""Small models with adapters, twice: over our quantized layers, and over plain ones with the same values."""
 
 import copy
 
+import models
 import peft
+import pytest
 import torch
-import transformers
 from torch import nn
 
 import qlora_native as qn
 from qlora_native.integrations.peft import register
 
-LINEARS_OF_A_LAYER = 7
-LAYERS = 2
+# {family: how many layers are quantized}: neither the output layer nor T5's wo, which stays in fp32.
+LINEARS = {"llama": 2 * 7, "gpt-neox": 2 * 4, "t5": 2 * 5 + 2 * 9}
+TASK = {"t5": "SEQ_2_SEQ_LM"}
+EXCLUDED = {"t5": ["wo"]}
+families = pytest.mark.parametrize("family", LINEARS)
 
 
-def small_llama(dtype=torch.float32):
-    """A Llama whose linears have ragged shapes: 96 and 3 * 96 are no multiples of every block, 72 is none of 64."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=96,
-        intermediate_size=72,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def quantized(model):
-    qn.nn.quantize_model(model, skip=("lm_head",))
-    return model
+def quantized(family="llama", dtype=torch.float32):
+    """A model of `models.make` with our layers in it."""
+    return qn.nn.quantize_model(models.make(family, dtype), progress=False)
 
 
 def dequantized(model):
@@ -40,27 +30,36 @@ def dequantized(model):
         if isinstance(module, qn.nn.Linear4bit):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
     return model
 
 
-def config(**changes):
-    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    return peft.LoraConfig(**{**options, "init_lora_weights": False, **changes})
+def config(family="llama", **changes):
+    """An adapter with random values on every quantized layer."""
+    options = {
+        "task_type": TASK.get(family, "CAUSAL_LM"),
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "exclude_modules": EXCLUDED.get(family),
+        "init_lora_weights": False,
+    }
+    return peft.LoraConfig(**{**options, **changes})
 
 
-def pair(dtype=torch.float32, **changes):
+def pair(family="llama", dtype=torch.float32, **changes):
     """(quantized model with our layers, its dense twin with PEFT's own), with equal adapters."""
-    base = quantized(small_llama(dtype))
-    ours = peft.get_peft_model(copy.deepcopy(base), register(config(**changes)))
-    theirs = peft.get_peft_model(dequantized(base), config(**changes))
+    base = quantized(family, dtype)
+    ours = peft.get_peft_model(copy.deepcopy(base), register(config(family, **changes)))
+    theirs = peft.get_peft_model(dequantized(base), config(family, **changes))
     peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours))
     return ours, theirs
 
 
-def ids(rows=2, length=9):
-    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+def logits(model, **forward):
+    """With the graph, in the mode in which the model is."""
+    return model(**models.inputs(), **forward).logits
 
 
 def fused_layers(model, monkeypatch, **forward):
@@ -75,10 +74,14 @@ def fused_layers(model, monkeypatch, **forward):
 
     with monkeypatch.context() as patch:
         patch.setattr(qn.functional, "linear", counted)
-        model(ids(), **forward)
+        logits(model, **forward)
     return count
 
 
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def assert_close(actual, expected, tolerance):
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    error = relative_error(actual, expected)
     assert error < tolerance, f"relative error {error:.2e}, expected below {tolerance}"

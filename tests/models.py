@@ -6,6 +6,7 @@ import transformers
 from qlora_native.nn import Linear4bit
 
 VOCABULARY = 128
+AUTO = {"t5": transformers.AutoModelForSeq2SeqLM}
 
 
 def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
@@ -39,6 +40,7 @@ def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
             d_ff=inner,
             num_layers=layers,
             num_heads=4,
+            dropout_rate=0.0,
             decoder_start_token_id=0,
         )
         return transformers.T5ForConditionalGeneration(config).to(dtype)
@@ -61,15 +63,24 @@ def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
     return model
 
 
+def load(folder, family="llama", **options):
+    """The checkpoint of a family's model in `folder`."""
+    return AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
+
+
 def ids(rows=2, length=9):
     return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def inputs():
+    """What a forward pass takes: for an encoder and decoder too, and for the loss."""
+    return {"input_ids": ids(), "labels": ids()}
 
 
 @torch.no_grad()
 def logits(model):
     model.eval()
-    extra = {"labels": ids()} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids(), **extra).logits
+    return model(**inputs()).logits
 
 
 def layers_of(model):

@@ -1,6 +1,7 @@
 """Two processes (gloo): DDP and FSDP2 over a quantized model with a PEFT adapter compute what one process does."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,8 @@ import torch.multiprocessing as mp
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from lora import assert_close, config, small_llama  # noqa: E402
+import models  # noqa: E402
+from lora import LINEARS, assert_close, config, families  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -31,11 +33,11 @@ CASES = {  # name: (scales double-quantized, FSDP2's parameter dtype; None: DDP)
 }
 
 
-def make(double_quant):
+def make(family, double_quant):
     """The same in every process."""
-    model = qn.nn.quantize_model(small_llama(), double_quant=double_quant, progress=False)
+    model = qn.nn.quantize_model(models.make(family), double_quant=double_quant, progress=False)
     torch.manual_seed(1)
-    return peft.get_peft_model(model, register(config()))
+    return peft.get_peft_model(model, register(config(family)))
 
 
 def ids():
@@ -45,7 +47,7 @@ def ids():
 def step(model, rows):
     """Logits and the adapter's gradients by name; the model has made a step then."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    logits = model(input_ids=rows).logits
+    logits = model(input_ids=rows, labels=rows).logits
     logits.float().square().mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     optimizer.step()
@@ -56,8 +58,9 @@ def sharded(model, dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None)
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mp_policy=policy)
+    blocks = model.get_base_model()._no_split_modules
+    for block in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(block, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
 
 
@@ -67,8 +70,9 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     rows = ids().chunk(PROCESSES)[rank]
-    for name, (double_quant, dtype) in CASES.items():
-        model = make(double_quant)
+    for (name, (double_quant, dtype)), family in itertools.product(CASES.items(), LINEARS):
+        name = f"{name}-{family}"
+        model = make(family, double_quant)
         frozen = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
         if dtype is None:
             wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -99,10 +103,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@families
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_compute_something_else(case, folder):
+def test_two_processes_compute_something_else(case, family, folder):
     double_quant, dtype = CASES[case]
-    model = make(double_quant)
+    case = f"{case}-{family}"
+    model = make(family, double_quant)
     computed = copy.deepcopy(model).to(dtype) if dtype is not None else copy.deepcopy(model)
     logits, expected = step(computed, ids())
     results = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(PROCESSES)]

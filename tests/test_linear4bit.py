@@ -315,6 +315,14 @@ def test_subclass_is_replaced():
         quantize_model(model, progress=False)
 
 
+def test_layer_that_transformers_keeps_in_fp32_is_quantized():
+    """T5 casts the input of `wo` to the dtype of its weight, which must not be that of codes."""
+    model = Tied()
+    model._keep_in_fp32_modules = ["layers.1"]
+    quantize_model(model, ["first"], progress=False)
+    assert quantized_names(model) == ALL - {"layers.1.0", "layers.1.2", "first", "second"}
+
+
 def test_progress_is_not_shown(capfd):
     pytest.importorskip("tqdm")
     quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))

@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
+from models import load  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -24,11 +25,6 @@ from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Setting `fan_in_fan_out`")
 FAMILIES = ("llama", "gpt-neox", "t5", "gpt2")
-CLASS = {"t5": transformers.AutoModelForSeq2SeqLM}
-
-
-def load(folder, family="llama", **options):
-    return CLASS.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
 def quantized(folder, family="llama"):

@@ -1,111 +1,137 @@
 """LoRA through PEFT's dispatch: which way is taken, that it computes what PEFT computes, and what is saved."""
 
+import copy
+
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import models  # noqa: E402
 from lora import (  # noqa: E402
-    LAYERS,
-    LINEARS_OF_A_LAYER,
+    LINEARS,
     assert_close,
     config,
     dequantized,
+    families,
     fused_layers,
-    ids,
+    logits,
     pair,
     quantized,
-    small_llama,
+    relative_error,
 )
+from safetensors.torch import load_file  # noqa: E402
 
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
 
 # transformers on what PEFT asks it; PEFT on the shape of lora_bias.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Adapter 'default'")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`", "ignore:Adapter 'default'", "ignore:`lora_bias=True`"
+)
+
+ORDER = 4e-5  # both accumulate in fp32, each in its own order, through a few layers
+SAME = 1e-6  # torch's own products, such as T5's wo, change their last bit with where a tensor lies
 
 
-# fp32: both ways accumulate in fp32 in their own order. bf16: 2^-9 a rounding, over a few layers.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_fused_layer_differs_from_peft(dtype, tolerance, monkeypatch):
-    ours, theirs = pair(dtype)
-    assert fused_layers(ours, monkeypatch) == LINEARS_OF_A_LAYER * LAYERS
-    results = []
-    for model in (ours, theirs):
-        logits = model(ids()).logits
-        assert logits.dtype == dtype
-        logits.float().square().mean().backward()
-        results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    (logits, gradients), (expected, expected_gradients) = results
-    assert_close(logits, expected, tolerance)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        assert_close(gradient, expected_gradients[name], 4 * tolerance)
+def logits_and_gradients(model):
+    """Logits, then the gradient of each of the adapter's parameters; named as there."""
+    y = logits(model)
+    y.float().square().mean().backward()
+    return {"logits": y.detach(), **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
 
 
-def test_wrong_layers_get_an_adapter():
-    model = peft.get_peft_model(quantized(small_llama(torch.bfloat16)), register(config()))
+@families
+def test_fused_layer_differs_from_peft(family, monkeypatch):
+    ours, theirs = pair(family)
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    actual, expected = logits_and_gradients(ours), logits_and_gradients(theirs)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert_close(tensor, expected[name], ORDER)
+
+
+@families
+def test_fused_layer_in_bf16_is_farther_from_fp32_than_peft(family, monkeypatch):
+    ours, theirs = pair(family, torch.bfloat16)
+    exact = logits_and_gradients(copy.deepcopy(theirs).float())
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    results = [logits_and_gradients(model) for model in (ours, theirs)]
+    assert results[0]["logits"].dtype == torch.bfloat16
+    # Each is the noise of a chain of bf16 roundings: of one tensor it is anything, in the mean over all it is not.
+    error, other = (sum(relative_error(tensor, exact[n]) ** 2 for n, tensor in r.items()) ** 0.5 for r in results)
+    assert error < 1.5 * other
+
+
+@families
+def test_wrong_layers_get_an_adapter(family):
+    model = peft.get_peft_model(quantized(family, torch.bfloat16), register(config(family)))
     layers = {name for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)}
-    assert len(layers) == LINEARS_OF_A_LAYER * LAYERS
+    assert len(layers) == LINEARS[family]
     assert not any("lm_head" in name for name in layers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
     assert {p.dtype for p in trainable.values()} == {torch.float32}, "AdamW needs adapters in fp32"
 
 
+@families
 @pytest.mark.parametrize(
     "changes",
-    [{"use_rslora": True}, {"lora_dropout": 0.5}, {"rank_pattern": {"q_proj": 2}}],
+    [{"use_rslora": True}, {"lora_dropout": 0.5}, {"rank_pattern": {"q_proj|query_key_value|q": 2}}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_plain_adapter_with_options_computes_something_else(changes, monkeypatch):
-    ours, theirs = pair(**changes)
+def test_plain_adapter_with_options_computes_something_else(family, changes, monkeypatch):
+    ours, theirs = pair(family, **changes)
     ours.eval(), theirs.eval()
-    assert fused_layers(ours, monkeypatch) == LINEARS_OF_A_LAYER * LAYERS
-    assert_close(ours(ids()).logits, theirs(ids()).logits, 1e-5)
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    assert_close(logits(ours), logits(theirs), ORDER)
 
 
+@families
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}], ids=lambda changes: next(iter(changes)))
-def test_adapter_that_the_product_cannot_compute_takes_the_fused_way(changes, monkeypatch):
+def test_adapter_that_the_product_cannot_compute_takes_the_fused_way(family, changes, monkeypatch):
     if "lora_bias" in changes:
-        with pytest.warns(peft.utils.warning.PeftWarning, match="lora_bias"):
-            ours, theirs = pair(**changes)
+        with pytest.warns(peft.utils.warning.PeftWarning, match="LoRA tensor"):
+            ours, theirs = pair(family, **changes)
     else:
-        ours, theirs = pair(**changes)
+        ours, theirs = pair(family, **changes)
     assert fused_layers(ours, monkeypatch) == 0
-    assert_close(ours(ids()).logits, theirs(ids()).logits, 1e-5)
+    assert_close(logits(ours), logits(theirs), ORDER)
 
 
-def test_disabled_adapter_still_acts(monkeypatch):
-    ours, _ = pair()
+@families
+def test_disabled_adapter_still_acts(family, monkeypatch):
+    ours, _ = pair(family)
     with ours.disable_adapter():
         assert fused_layers(ours, monkeypatch) == 0
-        disabled = ours(ids()).logits
-    assert torch.equal(disabled, quantized(small_llama())(ids()).logits)
-    assert not torch.equal(disabled, ours(ids()).logits)
+        disabled = logits(ours)
+    assert_close(disabled, logits(quantized(family)), SAME)
+    assert relative_error(disabled, logits(ours)) > 100 * SAME
 
 
-def test_second_adapter_is_ignored(monkeypatch):
-    ours, theirs = pair()
-    for model, second in ((ours, register(config())), (theirs, config())):
+@families
+def test_second_adapter_is_ignored(family, monkeypatch):
+    ours, theirs = pair(family)
+    for model, second in ((ours, register(config(family))), (theirs, config(family))):
         model.add_adapter("second", second)
     peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours, adapter_name="second"), "second")
     for model in (ours, theirs):
         model.base_model.set_adapter(["default", "second"])
     assert fused_layers(ours, monkeypatch) == 0
-    assert_close(ours(ids()).logits, theirs(ids()).logits, 1e-5)
+    assert_close(logits(ours), logits(theirs), ORDER)
     for model in (ours, theirs):
         model.set_adapter("second")
-    assert fused_layers(ours, monkeypatch) == LINEARS_OF_A_LAYER * LAYERS
-    assert_close(ours(ids()).logits, theirs(ids()).logits, 1e-5)
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    assert_close(logits(ours), logits(theirs), ORDER)
 
 
-def test_mixed_batch_uses_one_adapter_for_all_rows(monkeypatch):
-    ours, theirs = pair()
+@families
+def test_mixed_batch_uses_one_adapter_for_all_rows(family, monkeypatch):
+    ours, theirs = pair(family)
     ours.eval(), theirs.eval()
     names = ["default", "__base__"]
     assert fused_layers(ours, monkeypatch, adapter_names=names) == 0
-    assert_close(ours(ids(), adapter_names=names).logits, theirs(ids(), adapter_names=names).logits, 1e-5)
+    assert_close(logits(ours, adapter_names=names), logits(theirs, adapter_names=names), ORDER)
 
 
 def test_hook_on_an_inner_module_is_not_called():
@@ -115,60 +141,60 @@ def test_hook_on_an_inner_module_is_not_called():
     expected = layer(x)
     called = []
     handle = layer.lora_A["default"].register_forward_hook(lambda *_: called.append(True))
-    assert_close(layer(x), expected, 1e-5)
+    assert_close(layer(x), expected, ORDER)
     assert called
     handle.remove()
 
 
 def test_dropout_is_not_repeatable_or_acts_in_eval():
-    model = peft.get_peft_model(quantized(small_llama()), register(config(lora_dropout=0.5)))
+    model = peft.get_peft_model(quantized(), register(config(lora_dropout=0.5)))
     model.train()
-    first, second = (torch.manual_seed(3) and model(ids()).logits for _ in range(2))
+    first, second = (torch.manual_seed(3) and logits(model) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, model(ids()).logits), "another draw of the mask"
+    assert not torch.equal(first, logits(model)), "another draw of the mask"
     model.eval()
-    assert torch.equal(model(ids()).logits, model(ids()).logits)
+    assert torch.equal(logits(model), logits(model))
 
 
-def test_training_does_not_learn():
-    model = peft.get_peft_model(quantized(small_llama(torch.bfloat16)), register(config(init_lora_weights=True)))
+@families
+def test_training_does_not_learn(family):
+    model = peft.get_peft_model(quantized(family, torch.bfloat16), register(config(family, init_lora_weights=True)))
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(20):
-        loss = model(ids(), labels=ids()).loss
+        loss = model(**models.inputs()).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0], losses
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), f"{name} is frozen and changed"
 
 
-def test_saved_adapter_does_not_load_here_or_elsewhere(tmp_path):
-    ours, theirs = pair()
+@families
+def test_saved_adapter_does_not_load_here_or_elsewhere(family, tmp_path):
+    ours, theirs = pair(family)
     ours.eval(), theirs.eval()
-    ours.save_pretrained(tmp_path, save_embedding_layers=False)
-    from safetensors.torch import load_file
-
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    q_proj = "base_model.model.model.layers.0.self_attn.q_proj"
-    assert tensors[f"{q_proj}.lora_A.weight"].shape == (4, 96)
-    assert tensors[f"{q_proj}.lora_B.weight"].shape == (96, 4)
-    assert len(tensors) == 2 * LINEARS_OF_A_LAYER * LAYERS, "something other than the adapter was saved"
-    again = peft.PeftModel.from_pretrained(quantized(small_llama()), tmp_path, config=register(config()))
-    again.eval()
-    assert torch.equal(again(ids()).logits, ours(ids()).logits)
-    dense = peft.PeftModel.from_pretrained(dequantized(quantized(small_llama())), tmp_path)
-    dense.eval()
-    assert_close(dense(ids()).logits, ours(ids()).logits, 1e-5)
+    expected = logits(ours)
+    for name, model in (("ours", ours), ("stock", theirs)):
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    tensors, stock = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "stock"))
+    assert tensors.keys() == stock.keys() and len(tensors) == 2 * LINEARS[family], "something else was saved"
+    assert all(torch.equal(tensor, stock[name]) for name, tensor in tensors.items())
+    for name in ("ours", "stock"):
+        again = peft.PeftModel.from_pretrained(quantized(family), tmp_path / name, config=register(config(family)))
+        assert torch.equal(logits(again.eval()), expected)
+        dense = peft.PeftModel.from_pretrained(dequantized(quantized(family)), tmp_path / name)
+        assert_close(logits(dense.eval()), expected, ORDER)
 
 
-def test_unload_does_not_give_the_base_model_back():
-    ours, _ = pair()
-    assert torch.equal(ours.unload()(ids()).logits, quantized(small_llama())(ids()).logits)
+@families
+def test_unload_does_not_give_the_base_model_back(family):
+    ours, _ = pair(family)
+    assert_close(logits(ours.unload()), logits(quantized(family)), SAME)
 
 
 def test_register_takes_anything():

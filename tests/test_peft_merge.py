@@ -6,16 +6,8 @@ import torch
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from lora import (  # noqa: E402
-    LAYERS,
-    LINEARS_OF_A_LAYER,
-    config,
-    fused_layers,
-    ids,
-    pair,
-    quantized,
-    small_llama,
-)
+import models  # noqa: E402
+from lora import LINEARS, config, families, fused_layers, logits, pair, quantized  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq, loftq  # noqa: E402
@@ -26,15 +18,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "i
 MERGED = [{}, {"use_rslora": True}, {"use_dora": True}]
 
 
+@families
 @pytest.mark.parametrize("changes", MERGED, ids=lambda changes: next(iter(changes), "plain"))
-def test_merged_weight_is_another_or_does_not_come_back(changes):
+def test_merged_weight_is_another_or_does_not_come_back(family, changes):
     """The merged weight is the sum, rounded once; what was there before comes back bit for bit."""
-    ours, theirs = pair(**changes)
-    for model, second in ((ours, config()), (theirs, config())):
+    ours, theirs = pair(family, **changes)
+    for model, second in ((ours, config(family)), (theirs, config(family))):
         model.add_adapter("second", second)
     peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours, adapter_name="second"), "second")
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    expected = ours(ids()).logits
+    expected = logits(ours)
     for names in (["default"], ["default", "second"]):
         ours.merge_adapter(adapter_names=names)
         theirs.merge_adapter(adapter_names=names)
@@ -48,7 +41,7 @@ def test_merged_weight_is_another_or_does_not_come_back(changes):
         ours.unmerge_adapter()
         theirs.unmerge_adapter()
         assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
-        assert torch.equal(ours(ids()).logits, expected)
+        assert torch.equal(logits(ours), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters")
@@ -62,16 +55,17 @@ def test_adapters_merged_in_turn_are_rounded_in_turn():
     model.merge_adapter(adapter_names=["second"])
     assert all(torch.equal(tensor, together[name]) for name, tensor in model.state_dict().items())
     with model.disable_adapter():  # PEFT unmerges for this
-        assert torch.equal(model(ids()).logits, quantized(small_llama())(ids()).logits)
+        assert torch.equal(logits(model), logits(quantized()))
 
 
-def test_merge_and_unload_leaves_the_adapter_out():
-    ours, theirs = pair()
-    adapted = ours(ids()).logits
+@families
+def test_merge_and_unload_leaves_the_adapter_out(family):
+    ours, _ = pair(family)
+    adapted = logits(ours)
     merged = ours.merge_and_unload()
     assert not any(isinstance(module, LoraLinear4bit) for module in merged.modules())
-    plain = quantized(small_llama())(ids()).logits
-    actual = merged(ids()).logits
+    plain = logits(quantized(family))
+    actual = logits(merged)
     assert (actual - adapted).norm() < 0.5 * (plain - adapted).norm()
 
 
@@ -92,33 +86,34 @@ def test_adapter_is_not_fused_without_register(monkeypatch):
     """`register()` is for every config; it is what the other integrations call."""
     monkeypatch.setattr(peft.LoraModel, "_create_new_module", peft.LoraModel._create_new_module)
     register()
-    model = peft.get_peft_model(quantized(small_llama()), config())
-    assert fused_layers(model, monkeypatch) == LINEARS_OF_A_LAYER * LAYERS
-    plain = peft.get_peft_model(small_llama(), config())
+    model = peft.get_peft_model(quantized(), config())
+    assert fused_layers(model, monkeypatch) == LINEARS["llama"]
+    plain = peft.get_peft_model(models.make("llama"), config())
     assert not any(isinstance(module, LoraLinear4bit) for module in plain.modules())
 
 
 # ---- LoftQ -----------------------------------------------------------------------------------------------------------
 
 
+@families
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_is_farther_from_the_weight(iterations, tmp_path):
-    dense = small_llama()
+def test_loftq_is_farther_from_the_weight(family, iterations, tmp_path):
+    dense = models.make(family)
     dense.save_pretrained(tmp_path, max_shard_size="100KB")
-    model = peft.get_peft_model(quantized(small_llama()), register(config(r=8)))
-    codes = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.clone()
+    model = peft.get_peft_model(quantized(family), register(config(family, r=8)))
+    layer = next(module for module in model.modules() if isinstance(module, LoraLinear4bit)).base_layer
+    codes = layer.weight.clone()
     errors = initialize_loftq(model, tmp_path, iterations=iterations)
-    assert len(errors) == LINEARS_OF_A_LAYER * LAYERS
+    assert len(errors) == LINEARS[family]
     for name, (before, after) in errors.items():
         assert after < 0.95 * before, name
-    unchanged = torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight, codes)
-    assert unchanged == (iterations == 1)
-    plain, started, expected = (m(ids()).logits for m in (quantized(small_llama()), model, dense))
+    assert torch.equal(layer.weight, codes) == (iterations == 1)
+    plain, started, expected = map(logits, (quantized(family), model, dense))
     assert (started - expected).norm() < (plain - expected).norm()
 
 
 def test_loftq_of_one_weight_is_not_the_best_of_its_rank():
-    weight = small_llama().model.layers[0].mlp.up_proj.weight.detach()
+    weight = models.make("llama").model.layers[0].mlp.up_proj.weight.detach()
     q = qn.quantize(weight, "int4", 32)
     again, a, b = loftq(weight, q, rank=5, scaling=2.0)
     assert again is q and a.shape == (5, 96) and b.shape == (72, 5)
@@ -128,9 +123,9 @@ def test_loftq_of_one_weight_is_not_the_best_of_its_rank():
     with pytest.raises(ValueError, match=r"rank: expected 1 \.\.\. 72, got 73"):
         loftq(weight, q, rank=73)
     with pytest.raises(ValueError, match="the key 'model.layers.0.self_attn.q_proj.weight'"):
-        initialize_loftq(peft.get_peft_model(quantized(small_llama()), register(config())), {})
+        initialize_loftq(peft.get_peft_model(quantized(), register(config())), {})
     with pytest.raises(ValueError, match="LoRA layers over Linear4bit with an adapter 'other'"):
-        initialize_loftq(small_llama(), {}, "other")
+        initialize_loftq(models.make("llama"), {}, "other")
     layer = next(m for m in pair()[0].modules() if isinstance(m, LoraLinear4bit))
     with pytest.raises(NotImplementedError, match="initialize_loftq"):  # PEFT's own would take the codes for the weight
         layer.loftq_init("default", config())

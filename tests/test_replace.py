@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     bnb = pytest.importorskip("bitsandbytes")
 
 import models  # noqa: E402
-from lora import assert_close, fused_layers, ids  # noqa: E402
+from lora import LINEARS, TASK, assert_close, families, fused_layers, logits  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -35,23 +35,22 @@ def eager():
 def folders(tmp_path_factory):
     """{family: checkpoint}; sizes are multiples of 64, where bitsandbytes' CPU kernels are right."""
     made = {}
-    for family in ("llama", "gpt-neox"):
+    for family in LINEARS:
         made[family] = tmp_path_factory.mktemp(family)
         models.make(family, torch.float32, width=128, inner=192).save_pretrained(made[family])
     return made
 
 
-def stock(folder, dtype=torch.float32, double_quant=True, **changes):
+def stock(folders, family="llama", dtype=torch.float32, double_quant=True):
     """A model that transformers has loaded into bitsandbytes' layers, in training: in evaluation it repacks weights."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
-        **changes,
     )
     with torch.compiler.set_stance("force_eager"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+        model = models.load(folders[family], family, dtype=dtype, quantization_config=config)
     return model.train()
 
 
@@ -67,11 +66,11 @@ def pointers(layer):
 
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["dq", "absmax"])
-@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@families
 def test_codes_are_copied_or_the_model_computes_something_else(folders, family, double_quant):
-    model = stock(folders[family], double_quant=double_quant)
+    model = stock(folders, family, double_quant=double_quant)
     before = {name: pointers(layer) for name, layer in theirs(model).items()}
-    expected = model(ids()).logits
+    expected = logits(model)
     assert replace(model) is model
     assert not theirs(model)
     layers = models.layers_of(model)
@@ -81,7 +80,7 @@ def test_codes_are_copied_or_the_model_computes_something_else(folders, family, 
         offset = [layer.offset] if double_quant else []
         assert {t.data_ptr() for t in tensors} - {t.data_ptr() for t in offset} == before[name], f"{name} was copied"
         assert layer.training
-    assert_close(model(ids()).logits, expected, 1e-5)
+    assert_close(logits(model), expected, 1e-5)
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
@@ -95,18 +94,20 @@ def test_codes_stored_in_another_dtype_are_copied(storage):
     assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].product_dtype == torch.bfloat16
 
 
+@families
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=lambda c: next(iter(c), "plain"))
-def test_training_under_peft_goes_on_elsewhere(folders, changes, monkeypatch):
+def test_training_under_peft_goes_on_elsewhere(folders, family, changes, monkeypatch):
     """Replaced between two steps, with the optimizer that was there: as if bitsandbytes had gone on."""
 
     def begin():
         torch.manual_seed(1)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **changes)
-        model = peft.get_peft_model(stock(folders["llama"]), config)
+        task = TASK.get(family, "CAUSAL_LM")
+        config = peft.LoraConfig(task_type=task, r=4, target_modules="all-linear", **changes)
+        model = peft.get_peft_model(stock(folders, family), config)
         return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
 
     def step(model, optimizer):
-        loss = model(ids(), labels=ids()).loss
+        loss = model(**models.inputs()).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,14 +127,14 @@ def test_training_under_peft_goes_on_elsewhere(folders, changes, monkeypatch):
     assert fused_layers(ours, monkeypatch) == (0 if "use_dora" in changes else len(wrappers))
     for model, o in ((ours, optimizer), (expected, other)):
         step(model, o)
-    assert_close(ours(ids()).logits, expected(ids()).logits, 1e-4)
+    assert_close(logits(ours), logits(expected), 1e-4)
     for name, parameter in expected.named_parameters():
         if parameter.requires_grad:
             assert_close(after[name], parameter, 1e-4)
 
 
 def test_replaced_model_is_saved_otherwise_or_gets_stock_adapters(folders, tmp_path, monkeypatch):
-    model = stock(folders["llama"], torch.bfloat16)
+    model = stock(folders, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "before")
     replace(model)
     model.save_pretrained(tmp_path / "after")
@@ -146,8 +147,8 @@ def test_replaced_model_is_saved_otherwise_or_gets_stock_adapters(folders, tmp_p
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     assert fused_layers(model, monkeypatch) == 14
     model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(stock(folders["llama"], torch.bfloat16), tmp_path / "adapter")
-    assert_close(again(ids()).logits.float(), model(ids()).logits.float(), 2e-2)
+    again = peft.PeftModel.from_pretrained(stock(folders, dtype=torch.bfloat16), tmp_path / "adapter")
+    assert_close(logits(again).float(), logits(model).float(), 2e-2)
 
 
 def test_layer_that_was_repacked_means_something_else():
@@ -191,7 +192,7 @@ def test_layer_that_cannot_be_replaced_leaves_half_a_model(folders):
     with pytest.warns(UserWarning, match="found no bitsandbytes.nn.Linear4bit"):
         replace(nn.Sequential(nn.Linear(2, 2)))
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    merged = peft.get_peft_model(stock(folders["llama"]), config)
+    merged = peft.get_peft_model(stock(folders), config)
     merged.merge_adapter()
     count = len(theirs(merged))
     with pytest.raises(ValueError, match=r"q_proj: expected adapters that are not merged, got \['default'\]"):

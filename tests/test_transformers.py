@@ -13,6 +13,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import models  # noqa: E402
+from models import load  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -21,17 +22,12 @@ from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`")
 FAMILIES = ("llama", "gpt-neox", "t5", "gpt2")
-CLASS = {"t5": transformers.AutoModelForSeq2SeqLM}
 
 
 def config(quant_type="nf4", double_quant=True, **changes):
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant, **changes
     )
-
-
-def load(folder, family="llama", **options):
-    return CLASS.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
 @pytest.fixture(scope="module")

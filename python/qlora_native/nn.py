@@ -250,8 +250,9 @@ def quantize_model(
     """Replace every `nn.Linear` in `model`, in place, by a `Linear4bit` over its quantized weight.
 
     Subclasses of nn.Linear stay: who wrote one has a reason. So does a layer whose weight belongs to something that
-    stays too, such as an output layer tied to the embedding. A module or weight that appears several times is
-    quantized once and stays shared. All of it or nothing: layers are replaced when every one has been quantized.
+    stays too, such as an output layer tied to the embedding, and one that a model of transformers keeps in fp32 (T5
+    casts its input to the weight's dtype). A module or weight that appears several times is quantized once and stays
+    shared. All of it or nothing: layers are replaced when every one has been quantized.
 
     Args:
         skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name
@@ -272,7 +273,7 @@ def quantize_model(
         raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
     if isinstance(skip, str):
         raise bad_type("skip", "a sequence of names", "a string")
-    names = _to_quantize(model, tuple(skip))
+    names = _to_quantize(model, (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())))
     if not names:
         warnings.warn("quantize_model: found no nn.Linear to quantize", stacklevel=2)
     layers: dict[int, Linear4bit] = {}  # by id of the nn.Linear
