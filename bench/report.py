@@ -110,6 +110,19 @@ def step_lines(step: dict) -> str:
     return "\n".join(lines)
 
 
+def optimizer_lines(row: dict) -> str:
+    """A row of optimizer.measure()."""
+    us = row["times"][OURS]["us"]
+    lines = [
+        f"\na step of AdamW, {row['name']}: {row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensors, "
+        f"fp32; copy {row['bandwidth'] / 1e9:.1f} GB/s"
+    ]
+    for name, found in row["times"].items():
+        ratio = f"{100 * row['limit_us'] / us:5.0f} % of the limit" if name == OURS else f"{found['us'] / us:7.2f} ×"
+        lines.append(f"  {name:<24} {found['us'] / 1e3:9.2f} ms  {ratio}")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------- goals
 
 

@@ -7,6 +7,7 @@
     python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
     python bench/run.py --operations step            a training step of SmolLM2 (step.py)
+    python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
 
 A row: microseconds; GB/s where memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
 bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. How a figure comes about is
@@ -27,7 +28,7 @@ from typing import Any
 
 import cases as data
 
-OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "step")
+OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "optimizer", "step")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -182,6 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in memory.measure():
             result["memory"].append(row)
             print(report.memory_line(row), flush=True)
+    if "optimizer" in args.operations and not args.quick:
+        import optimizer
+
+        result["optimizer"] = optimizer.measure(probes)
+        for row in result["optimizer"]:
+            print(report.optimizer_lines(row), flush=True)
     if "step" in args.operations:
         import step
 
