@@ -1,4 +1,4 @@
-"""Held-out loss by the adapter's rank and matrices, and beside other ways to fine-tune: LoRA's tables 5, 6 and 2, small.
+"""Held-out loss by rank and matrices, and of other ways to fine-tune: LoRA's tables 5, 6 and 2, at a small size.
 
     python bench/quality/adapters.py --output FILE.json [--rows "LoRA all r=8" ...] [--steps 24] [--seed 0]
     python bench/quality/adapters.py --table FILE.json
