@@ -210,7 +210,12 @@ def command(folder, out, *more):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_merge_looks_finished(large, sent, tmp_path):
-    process = subprocess.Popen(list(map(str, command(large, tmp_path / "out"))), stderr=subprocess.DEVNULL)
+    # A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
+    process = subprocess.Popen(
+        list(map(str, command(large, tmp_path / "out"))),
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial-*/*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline, "it never wrote anything"
