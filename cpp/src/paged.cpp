@@ -1,16 +1,12 @@
-#include "paged.h"
+#include "paged_arena.h"
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <mutex>
-#include <optional>
-#include <shared_mutex>
 
 #include "backend.h"
 #include "check.h"
 #include "common/layout.h"
-#include "driver.h"
 
 namespace qlora_native {
 namespace {
@@ -21,15 +17,8 @@ constexpr std::size_t kAlignment = 256;
 constexpr std::size_t kPage = std::size_t{2} << 20;
 // One is filled while one is updated and one copied back.
 constexpr std::size_t kSlots = 3;
-// Memory is short where less than this would be left on the device with all state there. A choice, not measured: room
-// for what libraries allocate beside torch when they are first used.
-constexpr std::size_t kSpareBytes = std::size_t{512} << 20;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
-
-struct Range {  // bytes of the arena
-  std::size_t begin, end;
-};
 
 std::int64_t piece_of(std::int64_t elements, std::size_t element_bytes, std::size_t stretch_bytes) {
   const auto block = static_cast<std::size_t>(kAdamW8bitBlocksize);
@@ -38,88 +27,6 @@ std::int64_t piece_of(std::int64_t elements, std::size_t element_bytes, std::siz
 }
 
 }  // namespace
-
-class PagedArena::Impl {
- public:
-  struct Entry {  // a parameter's state
-    std::int64_t elements;
-    std::int64_t piece;         // elements in each of its stretches, but the last
-    std::size_t first_stretch;  // shared with others where one piece is all
-    std::size_t element_bytes;
-    std::size_t state1, state2, absmax1, absmax2;  // offsets
-    bool in_8_bits() const { return element_bytes == 1; }
-    std::size_t state_bytes(std::int64_t count) const { return static_cast<std::size_t>(count) * element_bytes; }
-    std::size_t absmax_bytes(std::int64_t count) const {
-      return in_8_bits() ? static_cast<std::size_t>(ceil_div(count, kAdamW8bitBlocksize)) * sizeof(float) : 0;
-    }
-  };
-
-  explicit Impl(std::unique_ptr<Driver> driver) : driver_(std::move(driver)) {}
-  ~Impl();  // also of what open() left half done
-  void open(const std::vector<PagedState>& states, const PagedOptions& options);
-
-  static Impl* find(const void* state);  // the arena in which this address lies, or null
-
-  std::byte* data() const { return data_; }
-  std::size_t bytes() const { return bytes_; }
-  const Entry& entry(std::size_t index) const { return entries_[index]; }
-  const Entry* entry_of(const AdamW8bitTensor& tensor) const;
-  Driver& driver() const { return *driver_; }
-  PagedStats stats();
-
-  // The order of calls in a step: begin, then fetch, enter and leave of each stretch, then finish. `stream` is the
-  // caller's, in which the stretch is updated between enter and leave.
-  void begin(void* stream);
-  void fetch(std::size_t stretch);
-  void enter(std::size_t stretch, void* stream);
-  void leave(std::size_t stretch, void* stream, bool evict);
-  void finish(void* stream);
-
-  std::size_t bytes_to_come(std::size_t stretch) const { return stretches_[stretch].resident ? 0 : size_of(stretch); }
-  // Where a kernel finds what lies at `home`, in a stretch that was entered.
-  void* resident(std::size_t stretch, void* home) const;
-
- private:
-  struct Stretch {
-    std::vector<Range> ranges;
-    void* fetched = nullptr;  // an event: it has come
-    void* ready = nullptr;    // the update could begin
-    void* updated = nullptr;
-    bool resident = false;   // managed memory: it was asked for, and not sent back
-    bool uncounted = false;  // whether it stalled is not known yet
-    std::size_t slot = 0;    // of the ring
-  };
-  struct Slot {
-    void* copied_back = nullptr;  // an event
-    bool used = false;
-  };
-
-  void lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes);
-  std::size_t array(std::size_t bytes, std::size_t alignment);
-  std::size_t size_of(std::size_t stretch) const;
-  void count_stall(Stretch& stretch);
-  template <class F>
-  void each_in_slot(const Stretch& stretch, const F& f) const;
-
-  std::unique_ptr<Driver> driver_;
-  std::vector<Entry> entries_;
-  std::vector<Stretch> stretches_;
-  std::size_t bytes_ = 0;
-  std::byte* data_ = nullptr;
-  bool pinned_ = false;
-
-  std::byte* ring_ = nullptr;
-  std::size_t slot_bytes_ = 0;
-  std::vector<Slot> slots_;
-  std::size_t next_slot_ = 0;
-
-  void *in_ = nullptr, *out_ = nullptr;  // streams, to the device and from it
-  void *entered_ = nullptr, *left_ = nullptr, *sent_ = nullptr;
-  PagedStats stats_;
-
-  static std::map<const std::byte*, Impl*> all_;  // by where they end
-  static std::shared_mutex all_mutex_;
-};
 
 std::map<const std::byte*, PagedArena::Impl*> PagedArena::Impl::all_;
 std::shared_mutex PagedArena::Impl::all_mutex_;
@@ -360,78 +267,6 @@ void PagedArena::Impl::finish(void* stream) {
   driver_->record(sent_, out_);
   if (pinned_) driver_->wait(stream, sent_);
   driver_->record(left_, stream);
-}
-
-PagedUpdate::PagedUpdate(const AdamW8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
-  std::vector<UpdatePart> others;
-  std::optional<bool> captured;  // into a graph: nothing is asked for, kernels reach the state wherever it is
-  std::map<std::pair<PagedArena::Impl*, std::size_t>, std::size_t> visit_of;
-  for (std::int64_t i = 0; i < args.count; ++i) {
-    const AdamW8bitTensor& tensor = args.tensors[i];
-    PagedArena::Impl* const arena = tensor.elements > 0 ? PagedArena::Impl::find(tensor.state1) : nullptr;
-    const PagedArena::Impl::Entry* const entry = arena != nullptr ? arena->entry_of(tensor) : nullptr;
-    if (entry != nullptr && !captured) captured = arena->driver().is_capturing(stream_);
-    if (entry == nullptr || *captured) {
-      others.push_back({tensor, i});
-      continue;
-    }
-    if (std::find(arenas_.begin(), arenas_.end(), arena) == arenas_.end()) arenas_.push_back(arena);
-    for (std::int64_t first = 0, stretch = 0; first < tensor.elements; first += entry->piece, ++stretch) {
-      const std::pair key{arena, entry->first_stretch + static_cast<std::size_t>(stretch)};
-      const auto [found, is_new] = visit_of.try_emplace(key, visits_.size());
-      if (is_new) visits_.push_back({key.first, key.second, {}});
-      const auto at = [first](auto* p, std::size_t bytes) { return p + static_cast<std::size_t>(first) * bytes; };
-      UpdatePart part{tensor, i};
-      part.tensor.elements = std::min(entry->piece, tensor.elements - first);
-      part.tensor.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
-      part.tensor.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
-      part.tensor.state1 = at(static_cast<std::byte*>(tensor.state1), entry->element_bytes);
-      part.tensor.state2 = at(static_cast<std::byte*>(tensor.state2), entry->element_bytes);
-      if (entry->in_8_bits()) {
-        part.tensor.absmax1 += first / kAdamW8bitBlocksize;
-        part.tensor.absmax2 += first / kAdamW8bitBlocksize;
-      }
-      visits_[found->second].parts.push_back(part);
-    }
-  }
-  if (!others.empty()) visits_.insert(visits_.begin(), {nullptr, 0, std::move(others)});
-  begin();
-}
-
-void PagedUpdate::begin() {
-  if (arenas_.empty()) return;
-  std::size_t to_come = 0;
-  for (const Visit& visit : visits_) to_come += visit.arena != nullptr ? visit.arena->bytes_to_come(visit.stretch) : 0;
-  is_short_ = arenas_.front()->driver().free_bytes() < to_come + kSpareBytes;
-  for (PagedArena::Impl* arena : arenas_) arena->begin(stream_);
-  fetch(0);
-}
-
-void PagedUpdate::fetch(std::size_t visit) {
-  if (visit < visits_.size() && visits_[visit].arena != nullptr) visits_[visit].arena->fetch(visits_[visit].stretch);
-}
-
-void PagedUpdate::before(std::size_t i) {
-  fetch(i + 1);
-  Visit& visit = visits_[i];
-  if (visit.arena == nullptr) return;
-  visit.arena->enter(visit.stretch, stream_);
-  for (UpdatePart& part : visit.parts) {
-    AdamW8bitTensor& tensor = part.tensor;
-    tensor.state1 = visit.arena->resident(visit.stretch, tensor.state1);
-    tensor.state2 = visit.arena->resident(visit.stretch, tensor.state2);
-    if (tensor.absmax1 == nullptr) continue;
-    tensor.absmax1 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax1));
-    tensor.absmax2 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax2));
-  }
-}
-
-void PagedUpdate::after(std::size_t i) {
-  if (visits_[i].arena != nullptr) visits_[i].arena->leave(visits_[i].stretch, stream_, is_short_);
-}
-
-void PagedUpdate::finish() {
-  for (PagedArena::Impl* arena : arenas_) arena->finish(stream_);
 }
 
 // ---- the public class

@@ -10,7 +10,7 @@
 #include "common/layout.h"
 #include "device/elements.cuh"
 #include "kernels/kernels.h"
-#include "paged.h"
+#include "paged_update.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -17,21 +17,12 @@
 #include "common/float16.h"
 #include "common/philox.h"
 #include "cpu/blocking.h"
+#include "expect.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
 
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (false)
 
 // ---- a small layer, its quantized weight and every result of it
 // ------------------------------------------------------
@@ -529,6 +520,5 @@ int main(int count, char** arguments) {
   same_bits_for_concurrent_callers();
   // Not under an emulator, where a program cannot start itself by its own name.
   if (std::getenv("QLN_TEST_EMULATED") == nullptr) forced_isas(arguments[0]);
-  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "expect.h"
 #include "qlora_native/qlora_native.h"
 #include "simt/emulated_driver.h"
 
@@ -15,16 +16,6 @@ namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;
 
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (false)
 
 std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& states, EmulatedDriver::Options& driver,
                                            const qn::PagedOptions& options) {
@@ -406,6 +397,5 @@ int main() {
   test_more_than_three_stretches_are_on_the_device();
   test_statistics_are_wrong();
   test_bad_input_is_taken();
-  if (failures == 0) std::printf("all passed\n");
-  return failures == 0 ? 0 : 1;
+  return report();
 }

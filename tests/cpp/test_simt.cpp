@@ -11,20 +11,11 @@
 #include <thread>
 #include <vector>
 
+#include "expect.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (false)
 
 const std::vector<std::string> kSchedules = {"forward", "reverse", "random:1", "random:2", "random:3"};
 
@@ -365,8 +356,7 @@ int run_all() {
   shared_memory_begins_as_nan();
   shared_memory_ends_where_it_was_said();
   unknown_schedule_is_refused();
-  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }
 
 }  // namespace

@@ -1,0 +1,176 @@
+"""What the tables of this folder share: SmolLM2 learns examples/finetune.py's pairs with its loop, and a file of runs.
+
+A run is named by its key (which method, seed, steps, ...). The file keeps every run that it has, so that a table can
+be made in pieces; FILE.md beside it is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent.parent / "examples")]
+
+import finetune  # noqa: E402
+import qlora_native as qn  # noqa: E402
+from pairs import encode, read_pairs, split  # noqa: E402
+from peft import get_peft_model  # noqa: E402
+
+import machine  # noqa: E402
+import report  # noqa: E402
+import step  # noqa: E402
+
+SPLIT_SEED = 0  # which pairs are held out is the same for every run
+EVAL_PAIRS = 64
+
+
+def base(dtype: torch.dtype = torch.bfloat16, **quantization: object) -> nn.Module:
+    """The model with nothing of it trainable, and its linears quantized where `quantization` says how: format, ..."""
+    model = step.load().to(dtype)
+    if quantization:
+        qn.nn.quantize_model(model, skip=("lm_head",), progress=False, **quantization)
+    return model.requires_grad_(False)
+
+
+def lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model with examples/finetune.py's adapter."""
+    return get_peft_model(model, finetune.lora_config(args))
+
+
+class Unwrapped(nn.Module):
+    """What finetune.py asks of a PEFT model, around one that has no PEFT adapter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Hold it."""
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself."""
+        return self.model
+
+    def forward(self, **arguments: object) -> object:
+        """The model's."""
+        return self.model(**arguments)
+
+
+def fine_tune(
+    build: Callable[[argparse.Namespace], nn.Module],
+    optimizer: Callable[..., torch.optim.Optimizer] = finetune.ADAMW,
+    *,
+    measure_before: bool = True,
+    eval_pairs: int = EVAL_PAIRS,
+    **options: object,
+) -> dict[str, object]:
+    """Train a model and measure it.
+
+    Args:
+        build: makes the model from the settings. The random numbers begin with the seed before it and again before
+            the training, so that what it draws changes neither batches nor dropout.
+        optimizer: its class.
+        measure_before: whether the untrained model is measured.
+        eval_pairs: how many held-out pairs the loss is measured on.
+        options: of examples/finetune.py: seed=1, lr=1e-3, batch_size=4, ...
+
+    Returns:
+        `before` (or None) and `after`: held-out loss, nats a token; `losses` of the steps; `trainable` parameters;
+        `training_seconds`, `tokens_per_second`; and the settings.
+    """
+    argv = []
+    for name, value in options.items():
+        argv += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    args = finetune.arguments(argv)
+    pairs, held_pairs = split(read_pairs(None), SPLIT_SEED)
+    tokenizer = step.tokenizer()
+    torch.manual_seed(args.seed)
+    model = build(args)
+    held = encode(tokenizer, held_pairs[:eval_pairs], args.seq_len)
+    before = finetune.held_out_loss(model, held, args.batch_size) if measure_before else None
+    torch.manual_seed(args.seed)
+    started = time.perf_counter()
+    losses, rate = finetune.train(model, encode(tokenizer, pairs, args.seq_len), args, optimizer)
+    seconds = time.perf_counter() - started
+    return {
+        "before": before,
+        "after": finetune.held_out_loss(model, held, args.batch_size),
+        "losses": losses,
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "training_seconds": seconds,
+        "tokens_per_second": rate,
+        "held_out_pairs": len(held),
+        **{name: getattr(args, name) for name in ("steps", "batch_size", "lr", "rank", "dropout", "seed")},
+    }
+
+
+def command_line(description: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """The options that every table has. `defaults`: of --steps and --seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--output", type=Path, help="file for the figures; the table goes beside it, as .md")
+    parser.add_argument("--table", type=Path, help="only print the table of these figures")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def make_table(
+    args: argparse.Namespace,
+    keys: Iterable[dict[str, object]],
+    run: Callable[..., dict[str, object]],
+    table: Callable[[dict], str],
+) -> dict:
+    """Make the runs that the file has not, and print the table.
+
+    Args:
+        args: of command_line().
+        keys: a run's keyword arguments, which also name it in the file.
+        run: makes one.
+        table: Markdown, of what this returns.
+
+    Returns:
+        {"machine": ..., "runs": [{key ..., what `run` returned ...}, ...]}
+    """
+    if args.table is not None:
+        found = json.loads(args.table.read_text())
+        print(table(found))
+        return found
+    found = {"runs": []}
+    if args.output is not None and args.output.exists():
+        found = json.loads(args.output.read_text())
+    found["machine"] = machine.describe()
+    for key in keys:
+        if any(all(old.get(name) == value for name, value in key.items()) for old in found["runs"]):
+            continue
+        done = key | run(**key)
+        found["runs"].append(done)
+        name = ", ".join(f"{name} {value}" for name, value in key.items())
+        print(f"{name}: {done['after']:.4f} ({done['training_seconds']:.0f} s)", flush=True)
+        if args.output is not None:
+            report.write(args.output, json.dumps(found, indent=1))
+            report.write(args.output.with_suffix(".md"), table(found))
+    print(table(found))
+    return found
+
+
+def provenance(found: dict) -> str:
+    """How and where the runs of a table were made, a sentence or two."""
+    m, first = found["machine"], found["runs"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return (
+        f"Held-out loss (nats a token, {first['held_out_pairs']} pairs) of SmolLM2-135M-Instruct after "
+        f"{first['steps']} steps of {first['batch_size']} pairs of examples/finetune.py. {m['cpu']}, {m['threads']} threads, {versions}."
+    )
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return [lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]
