@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "common/host_device.h"
 #include "qlora_native/error.h"
 #include "simt/simt.cuh"
 
@@ -25,7 +26,7 @@ void with_type(DType dtype, const F& f) {
   }
 }
 
-__device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
+QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<std::uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }
 

@@ -22,6 +22,7 @@ inline Matrix low_rank_matrix(const Matrix& given, DType dtype, std::int64_t row
   if (given.data != nullptr) return given;
   return {.data = own, .dtype = dtype, .rows = rows, .cols = rank, .stride = rank};
 }
+inline ConstMatrix read_only(const Matrix& m) { return {m.data, m.dtype, m.rows, m.cols, m.stride}; }
 inline std::size_t low_rank_bytes(const Matrix& given, DType dtype, std::int64_t rows, std::int64_t rank) {
   return given.data != nullptr ? 0 : static_cast<std::size_t>(rows * rank) * size_of(dtype);
 }

@@ -1,4 +1,4 @@
-// linear_backward_input on CUDA cores, for every dtype: dX = mask o (V . A) + dY . W.
+// linear_backward_input: V, and dX where it is a product for CUDA cores: dX = mask o (V . A) + dY . W.
 #include "device/low_rank.cuh"
 #include "kernels/kernels.h"
 
@@ -35,9 +35,8 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
     launch<product_kernel<T, Rows<T>, LoraColumns<T>>>(product_grid(M, lora.rank), stream, dy, b, M, lora.rank, N,
                                                        lora.scaling * dropout.scale, static_cast<T*>(v.data), v.stride);
   }
-  if (args.dx.data != nullptr) {
-    launch<backward_kernel<T>>(product_grid(M, args.weight.K), stream, args, v, dropout);
-  }
+  if (args.dx.data == nullptr || gemm_backward(args, read_only(v), stream)) return;
+  launch<backward_kernel<T>>(product_grid(M, args.weight.K), stream, args, v, dropout);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// linear_forward on CUDA cores, for every dtype: Y = [X | U] . [W | s*B]^T + bias.
+// linear_forward: U, and Y where it is a product for CUDA cores: Y = [X | U] . [W | s*B]^T + bias.
 #include "device/low_rank.cuh"
 #include "kernels/kernels.h"
 
@@ -33,6 +33,7 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
     launch<product_kernel<T, KeptRows<T>, LoraRows<T>>>(product_grid(M, lora.rank), stream, x, a, M, lora.rank, K,
                                                         dropout.scale, static_cast<T*>(u.data), u.stride);
   }
+  if (gemm_forward(args, read_only(u), stream)) return;
   launch<forward_kernel<T>>(product_grid(M, args.weight.N), stream, args, u);
 }
 

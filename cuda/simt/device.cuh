@@ -141,6 +141,22 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& vec
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
+// A place in shared memory that the compiler takes as it is, so that it adds to it in one instruction.
+struct SharedPlace {
+  std::uint32_t address;
+  __device__ __forceinline__ explicit SharedPlace(const void* p) {
+    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"(shared_address(p)));
+  }
+};
+__device__ __forceinline__ Vector<float, 2> load_pair(const SharedPlace& from, std::uint32_t bytes) {
+  Vector<float, 2> pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair.at[0]), "=f"(pair.at[1])
+               : "r"(from.address + bytes)
+               : "memory");
+  return pair;
+}
+
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -183,6 +199,24 @@ __device__ __forceinline__ T from_f32(float value) {
   } else {
     return value;
   }
+}
+
+// Two of them in a register, the first in its low half.
+template <class T>
+__device__ __forceinline__ std::uint32_t pack_pair(float first, float second) {
+  std::uint32_t result;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  } else {
+    static_assert(std::is_same_v<T, F16>);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  }
+  return result;
+}
+
+// Byte `i` of a word, the lowest is 0.
+__device__ __forceinline__ std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) {
+  return __byte_perm(word, 0, 0x4440 | i);
 }
 
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -155,6 +155,15 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
+// A place in shared memory, and the two floats so many bytes behind it.
+struct SharedPlace {
+  const std::byte* address;
+  explicit SharedPlace(const void* p) : address(static_cast<const std::byte*>(p)) {}
+};
+inline Vector<float, 2> load_pair(const SharedPlace& from, std::uint32_t bytes) {
+  return load_vector<float, 2>(reinterpret_cast<const float*>(from.address + bytes));
+}
+
 // To shared memory, kBytes of 4, 8 or 16: `valid` bytes of `from`, then zeros.
 template <int kBytes>
 void cp_async(void* to, const void* from, int valid = kBytes) {
@@ -183,6 +192,15 @@ T from_f32(float value) {
   else
     return value;
 }
+
+// Two of them in a register, the first in its low half.
+template <class T>
+std::uint32_t pack_pair(float first, float second) {
+  return from_f32<T>(first).bits | std::uint32_t{from_f32<T>(second).bits} << 16;
+}
+
+// Byte `i` of a word, the lowest is 0.
+inline std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) { return word >> (8 * i) & 0xFF; }
 
 // a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
 inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }

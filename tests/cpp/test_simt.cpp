@@ -315,6 +315,28 @@ void tensor_core_gives_the_product() {
   for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
 }
 
+// Lane i packs bytes i and i+1 of its word, as they stand in a pair of shared memory.
+template <class T>
+__global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
+  float* shared = dynamic_smem<float>();
+  const std::uint32_t lane = static_cast<std::uint32_t>(thread_index());
+  shared[lane] = static_cast<float>(byte_of(word, lane % 4)) - 100.5f;
+  sync_warp();
+  if (lane % 2 != 0) return;
+  const auto pair = load_pair(SharedPlace(shared), lane * static_cast<std::uint32_t>(sizeof(float)));
+  packed[lane / 2] = pack_pair<T>(pair.at[0], pair.at[1]);
+}
+
+template <class T>
+void first_of_a_pair_is_in_the_low_half() {
+  std::uint32_t packed[kWarp / 2];
+  launch<pack_kernel<T>>({1, kWarp, kWarp * sizeof(float)}, {}, 0xFF800A01u, &packed[0]);
+  for (int i = 0; i < kWarp / 2; ++i) {
+    const float first = i % 2 == 0 ? 0x01 - 100.5f : 0x80 - 100.5f, second = i % 2 == 0 ? 0x0A - 100.5f : 0xFF - 100.5f;
+    EXPECT((packed[i] & 0xFFFF) == from_f32<T>(first).bits && packed[i] >> 16 == from_f32<T>(second).bits);
+  }
+}
+
 // ---- memory
 // ----------------------------------------------------------------------------------------------------------
 
@@ -353,6 +375,8 @@ int run_all() {
   host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
+  first_of_a_pair_is_in_the_low_half<Bf16>();
+  first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
   shared_memory_ends_where_it_was_said();
   unknown_schedule_is_refused();

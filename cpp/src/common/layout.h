@@ -11,11 +11,16 @@ constexpr std::int64_t bytes_of_codes(std::int64_t elements, int bits) {
   return bits == 8 ? elements : (elements + 1) / 2;
 }
 
+// A double-quantized scale; the product and the sum are each rounded by themselves.
+QLN_HOST_DEVICE inline float nested_scale(float level, float nested_absmax, float offset) {
+  const float product = level * nested_absmax;
+  return product + offset;
+}
+
 QLN_HOST_DEVICE inline float scale_of_block(const QuantizedWeightView& w, std::int64_t block) {
   if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
   const float level = w.nested_code[static_cast<const std::uint8_t*>(w.absmax)[block]];
-  const float product = level * w.nested_absmax[block / w.nested_blocksize];
-  return product + *w.offset;
+  return nested_scale(level, w.nested_absmax[block / w.nested_blocksize], *w.offset);
 }
 
 QLN_HOST_DEVICE inline std::uint8_t nibble_of_element(const std::uint8_t* codes, std::int64_t element) {

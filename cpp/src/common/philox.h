@@ -40,13 +40,22 @@ inline std::uint32_t dropout_threshold(float p) {
   return static_cast<std::uint32_t>(threshold < 65535 ? threshold : 65535);
 }
 
+// The random bits of element (m, k) and of its seven neighbours.
+constexpr PhiloxBlock dropout_random(std::uint64_t seed, std::int64_t m, std::int64_t k) {
+  return philox4x32({{static_cast<std::uint32_t>(k / 8), static_cast<std::uint32_t>(m),
+                      static_cast<std::uint32_t>(static_cast<std::uint64_t>(m) >> 32), 0}},
+                    seed);
+}
+// Whether element k of them is kept.
+constexpr bool dropout_keeps(const PhiloxBlock& random, std::int64_t k, std::uint32_t threshold) {
+  // Not word[k % 8 / 2]: an index that is known only at run time would put a GPU's registers into memory.
+  const std::uint32_t even = k & 4 ? random.word[2] : random.word[0], odd = k & 4 ? random.word[3] : random.word[1];
+  return (((k & 2 ? odd : even) >> (16 * (k & 1))) & 0xFFFF) >= threshold;
+}
+
 // Whether element (m, k) of the adapter's input is kept.
 constexpr bool dropout_keeps(std::uint64_t seed, std::int64_t m, std::int64_t k, std::uint32_t threshold) {
-  const PhiloxBlock counter = {{static_cast<std::uint32_t>(k / 8), static_cast<std::uint32_t>(m),
-                                static_cast<std::uint32_t>(static_cast<std::uint64_t>(m) >> 32), 0}};
-  const PhiloxBlock random = philox4x32(counter, seed);
-  const std::uint32_t half = (random.word[(k % 8) / 2] >> (16 * (k % 2))) & 0xFFFF;
-  return half >= threshold;
+  return dropout_keeps(dropout_random(seed, m, k), k, threshold);
 }
 
 }  // namespace qlora_native

@@ -1,0 +1,61 @@
+#include "gemm_config.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+#include "common/layout.h"
+
+namespace qlora_native {
+namespace {
+
+// Blocks of 256 threads that a multiprocessor holds at once: the kernel is compiled for 128 registers a thread.
+constexpr std::int64_t kBlocksOfMultiprocessor = 2;
+// A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
+constexpr std::int64_t kLeastSteps = 4;
+
+// As few rows as hold all of M, so that no tensor core multiplies zeros, up to the most that registers have room for:
+// of 128 rows backward, sm_80 puts some into memory.
+int tile_rows_for(const GemmProblem& problem) {
+  if (problem.rows <= 16) return 16;
+  return problem.rows <= 64 || problem.backward || !problem.aligned ? 64 : 128;
+}
+
+}  // namespace
+
+GemmConfig gemm_config(const GemmProblem& problem) {
+  GemmConfig config;
+  // fp32 has no tensor-core product that keeps its bits.
+  if (problem.dtype == DType::f32 || problem.bits != 4) return config;
+  config.kernel = GemmConfig::Kernel::tensor_cores;
+  config.tile_rows = tile_rows_for(problem);
+  config.row_tiles = ceil_div(problem.rows, config.tile_rows);
+  config.tiles = config.row_tiles * ceil_div(problem.cols, kGemmTileCols);
+  config.steps = static_cast<int>(ceil_div(problem.inner, kGemmStep));
+  const std::int64_t all = config.tiles * config.steps;
+  config.blocks =
+      static_cast<int>(std::min(kBlocksOfMultiprocessor * problem.multiprocessors, ceil_div(all, kLeastSteps)));
+  if (config.blocks > 0) {
+    config.share = all / config.blocks;
+    config.rest = static_cast<int>(all % config.blocks);
+  }
+  return config;
+}
+
+std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
+  const auto number = [](std::int64_t n) { return std::to_string(n); };
+  std::string text = "[" + number(problem.rows) + ", " + number(problem.inner) + "] to [" + number(problem.rows) +
+                     ", " + number(problem.cols) + "] in " + name_of(problem.dtype) + ", " + number(problem.bits) +
+                     " bits, " + (problem.aligned ? "aligned" : "not aligned") + ", " +
+                     number(problem.multiprocessors) + " multiprocessors: ";
+  if (config.kernel == GemmConfig::Kernel::cuda_cores) return text + "CUDA cores";
+  return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
+         number(kGemmTileCols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
+}
+
+void print_if_asked(const GemmProblem& problem, const GemmConfig& config) {
+  const char* asked = std::getenv("QLN_PRINT_CONFIG");
+  if (asked != nullptr && *asked == '1') std::fprintf(stderr, "%s\n", text_of(problem, config).c_str());
+}
+
+}  // namespace qlora_native

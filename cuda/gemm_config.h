@@ -1,0 +1,55 @@
+// Which kernel computes a product with a quantized weight, and in how many blocks: a function of the problem alone, so
+// that a result has the same bits whenever it is computed on the same kind of device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+
+// A block of the tensor-core GEMM computes tile_rows x kGemmTileCols of the result, kGemmStep of the inner dimension at
+// a time. Both give each of its threads one chunk of a step's weights: 32 codes, 16 bytes, which share a scale.
+constexpr int kGemmTileCols = 128;
+constexpr int kGemmStep = 64;
+constexpr int kGemmChunk = 32;
+
+// out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or by its columns (backward).
+struct GemmProblem {
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t inner = 0;
+  DType dtype = DType::f32;
+  int bits = 4;
+  bool backward = false;  // by columns of the weight
+  bool aligned = false;   // rows of the left operand and of the weight are whole 16-byte vectors
+  int multiprocessors = 1;
+};
+
+struct GemmConfig {
+  enum class Kernel { cuda_cores, tensor_cores };
+  Kernel kernel = Kernel::cuda_cores;
+  int tile_rows = 0;
+  std::int64_t row_tiles = 0;
+  std::int64_t tiles = 0;  // those of the first columns, then those of the next
+  int steps = 0;           // of a tile
+  // The blocks share all steps of all tiles evenly, each a run of them: `share`, and the first `rest` blocks one more.
+  int blocks = 0;
+  int rest = 0;
+  std::int64_t share = 0;
+
+  // Where the run of block `i` begins: a number of steps, tile after tile.
+  constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
+  // Whether the end of a run is not the end of a tile.
+  constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }
+  bool operator==(const GemmConfig&) const = default;
+};
+
+GemmConfig gemm_config(const GemmProblem& problem);
+
+// For people: QLN_PRINT_CONFIG=1 prints it for each product.
+std::string text_of(const GemmProblem& problem, const GemmConfig& config);
+void print_if_asked(const GemmProblem& problem, const GemmConfig& config);
+
+}  // namespace qlora_native

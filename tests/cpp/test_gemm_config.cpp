@@ -1,0 +1,109 @@
+// gemm_config: that the blocks share the steps of all tiles, each of them once, for any problem and device.
+#include "gemm_config.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace qlora_native {
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition)                                                 \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                         \
+    }                                                                     \
+  } while (false)
+
+constexpr std::int64_t kRows[] = {0, 1, 16, 17, 64, 65, 129, 4096, 100000};
+constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 4096, 14336};
+constexpr int kMultiprocessors[] = {1, 3, 108, 132};
+
+template <class F>
+void for_each_problem(const F& f) {
+  for (const std::int64_t rows : kRows) {
+    for (const std::int64_t cols : kSizes) {
+      for (const std::int64_t inner : kSizes) {
+        for (const int multiprocessors : kMultiprocessors) {
+          for (const int flags : {0, 1, 2, 3}) {
+            f(GemmProblem{.rows = rows,
+                          .cols = cols,
+                          .inner = inner,
+                          .dtype = DType::bf16,
+                          .backward = flags / 2 == 1,
+                          .aligned = flags % 2 == 1,
+                          .multiprocessors = multiprocessors});
+          }
+        }
+      }
+    }
+  }
+}
+
+void a_step_is_left_out_or_done_twice() {
+  for_each_problem([](const GemmProblem& problem) {
+    const GemmConfig config = gemm_config(problem);
+    EXPECT(config.kernel == GemmConfig::Kernel::tensor_cores);
+    EXPECT((config.blocks == 0) == (problem.rows == 0));
+    if (config.blocks == 0) return;
+    EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
+    bool splits = false;
+    for (int i = 0; i < config.blocks; ++i) {
+      EXPECT(config.begin_of(i) < config.begin_of(i + 1));
+      splits |= config.begin_of(i + 1) % config.steps != 0;
+    }
+    EXPECT(splits == config.splits_a_tile());
+  });
+}
+
+void tiles_do_not_cover_the_result() {
+  for_each_problem([](const GemmProblem& problem) {
+    const GemmConfig config = gemm_config(problem);
+    const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
+    EXPECT(config.row_tiles * config.tile_rows >= problem.rows);
+    EXPECT(problem.rows == 0 || col_tiles * kGemmTileCols >= problem.cols);
+    EXPECT(std::int64_t{config.steps} * kGemmStep >= problem.inner);
+  });
+}
+
+// Forward and backward, with rows that are vectors and with others, what kernels there are.
+void tile_is_not_one_that_was_compiled() {
+  for_each_problem([](const GemmProblem& problem) {
+    const int rows = gemm_config(problem).tile_rows;
+    EXPECT(rows == 16 || rows == 64 || (rows == 128 && problem.aligned && !problem.backward));
+    EXPECT(problem.rows > 16 || rows == 16);
+  });
+}
+
+void product_without_a_tensor_core_kernel_is_given_to_one() {
+  const GemmProblem problem = {.rows = 64, .cols = 64, .inner = 64, .aligned = true};
+  GemmProblem eight_bits = problem;
+  eight_bits.dtype = DType::f16;
+  EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::tensor_cores);
+  eight_bits.bits = 8;
+  EXPECT(gemm_config(problem).kernel == GemmConfig::Kernel::cuda_cores);
+  EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::cuda_cores);
+}
+
+void more_elements_than_an_int_counts() {
+  const std::int64_t many = std::int64_t{1} << 34;
+  const GemmConfig config =
+      gemm_config({.rows = 1, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100});
+  EXPECT(config.steps == many / kGemmStep && config.begin_of(config.blocks) == many / kGemmStep);
+}
+
+}  // namespace
+}  // namespace qlora_native
+
+int main() {
+  using namespace qlora_native;
+  a_step_is_left_out_or_done_twice();
+  tiles_do_not_cover_the_result();
+  tile_is_not_one_that_was_compiled();
+  product_without_a_tensor_core_kernel_is_given_to_one();
+  more_elements_than_an_int_counts();
+  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
