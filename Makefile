@@ -2,6 +2,7 @@
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
+# make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
@@ -29,7 +30,7 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-gpu test-cpp test-python sanitize lint format bench clean distclean
+.PHONY: help finetune test test-gpu build-cpp test-cpp test-python sanitize sass lint format bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,10 +41,12 @@ finetune: $(stamp)-package $(stamp)-finetune
 
 test: test-cpp test-python
 
-test-cpp: $(stamp)-build
+build-cpp: $(stamp)-build
 	$(VENV)/bin/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF
 	$(VENV)/bin/cmake --build build/cpp
+
+test-cpp: build-cpp
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
@@ -69,6 +72,10 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	    $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
 	    $(python) -m pytest --ignore=tests/test_finetune.py --ignore=tests/test_memory.py $(ARGS)
+
+# Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
+sass: build-cpp $(stamp)-sass $(stamp)-test
+	$(python) bench/sass.py $(ARGS)
 
 lint: $(stamp)-lint
 	$(VENV)/bin/ruff check
@@ -119,6 +126,10 @@ $(stamp)-test: pyproject.toml $(stamp)-build
 
 $(stamp)-bench: pyproject.toml $(stamp)-build
 	$(requirements) bench | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-sass: pyproject.toml | $(stamp)-venv
+	$(requirements) sass | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-lint: pyproject.toml | $(stamp)-venv

@@ -37,7 +37,7 @@ template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const QuantizeArgs args) {
   SortedCodebook* const codebook = dynamic_smem<SortedCodebook>();
   if constexpr (kBits == 4) {
-    if (thread_index() == 0) *codebook = sort_codebook(args.code);
+    if (thread_index() == 0) sort_codebook(args.code, *codebook);  // where it is to lie: no thread's own memory
     sync_threads();
   }
   const int lanes = args.blocksize < kEight * kWarp ? args.blocksize / kEight : kWarp;

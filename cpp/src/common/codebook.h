@@ -127,8 +127,7 @@ struct SortedCodebook {
 
 // `code` may be in any order. Equal values stay in the order of their codes. So fp4's two zeros, whose midpoint is 0,
 // split what is near 0 by sign as bitsandbytes' CPU quantizer does: t <= 0 becomes code 0, t > 0 code 8.
-constexpr SortedCodebook sort_codebook(const float* code) {
-  SortedCodebook sorted{};
+constexpr void sort_codebook(const float* code, SortedCodebook& sorted) {
   for (int c = 0; c < 16; ++c) {
     int at = c;
     for (; at > 0 && sorted.value[at - 1] > code[c]; --at) {
@@ -139,6 +138,10 @@ constexpr SortedCodebook sort_codebook(const float* code) {
     sorted.order[at] = static_cast<std::uint8_t>(c);
   }
   for (int i = 0; i < 15; ++i) sorted.midpoint[i] = (sorted.value[i] + sorted.value[i + 1]) / 2.0f;
+}
+constexpr SortedCodebook sort_codebook(const float* code) {
+  SortedCodebook sorted{};
+  sort_codebook(code, sorted);
   return sorted;
 }
 

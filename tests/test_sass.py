@@ -1,0 +1,148 @@
+"""bench/sass.py: what it reads from a listing of machine code, on an excerpt, and what it calls a fault."""
+
+import copy
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench" / "sass.py"
+
+
+@pytest.fixture(scope="module")
+def sass():
+    spec = importlib.util.spec_from_file_location("sass", BENCH)
+    module = sys.modules["sass"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# As `cuobjdump -sass` prints it, shortened: a loop over tiles around one over steps. For sm_80 a loop may be left by a
+# call that does not return; for sm_90 a warp whose lanes have parted takes a way of its own (BRA.DIV).
+GEMM = "_ZN12qlora_native4cuda11gemm_kernelINS0_4Bf16ENS0_16WeightRowsOfTileELi128ELb1EEEvNS0_8GemmArgsE"
+COPY = "_ZN12qlora_native4cuda44_GLOBAL__N__6dc0a13e_7_copy_cu_5e2bc17d_112311copy_kernelIfEEvPKfPf"
+LISTING = f"""
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+	code for sm_80
+		Function : {GEMM}
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                  /* 0x00000a0000017a02 */
+                                                                          /* 0x000fe40000000f00 */
+        /*0010*/               @P0 EXIT ;                                  /* 0x000000000000094d */
+        /*0020*/                   LDG.E.CONSTANT R4, [R2.64] ;            /* 0x0000000402047981 */
+        /*0030*/                   LDSM.16.M88.4 R8, [R3+0x400] ;          /* 0x000400000308783b */
+        /*0040*/                   HMMA.16816.F32.BF16 R12, R8, R4, R12 ;  /* 0x00000004080c723c */
+        /*0050*/                   IMAD.MOV.U32 R4, RZ, RZ, R20 ;          /* 0x000000ffff047224 */
+        /*0060*/                   HMMA.16816.F32.BF16 R16, R8, R4, R16 ;  /* 0x000000040810723c */
+        /*0070*/              @!P1 BRA P3, 0x30 ;                          /* 0xfffffffc00ac9947 */
+        /*0080*/                   STL [R1+0x4], R12 ;                     /* 0x0000040c01007387 */
+        /*0090*/               @P2 CALL.REL.NOINC 0xb0 ;                   /* 0x0000002000002944 */
+        /*00a0*/                   BRA 0x20 ;                              /* 0xfffffff400747947 */
+        /*00b0*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*00c0*/                   BRA 0xc0;                               /* 0xfffffff000007947 */
+		..........
+
+	code for sm_90
+		Function : {COPY}
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
+        /*0010*/                   LDG.E R4, [R2.64] ;                     /* 0x0000000402047981 */
+        /*0020*/                   BRA.DIV UR4, 0xd0 ;                     /* 0x000000a204007947 */
+        /*0030*/                   SHFL.BFLY PT, R5, R4, 0x1, 0x1f ;       /* 0x0c201f0004057f89 */
+        /*0040*/                   FMNMX R4, R4, R5, !PT ;                 /* 0x0000000504047209 */
+        /*0050*/                   STG.E [R6.64], R4 ;                     /* 0x0000000406007986 */
+        /*0060*/                   IADD3 R9, R9, 0x1, RZ ;                 /* 0x0000000109097810 */
+        /*0070*/                   IADD3 R8, R8, 0x1, RZ ;                 /* 0x0000000108087810 */
+        /*0080*/               @P0 BRA 0x70 ;                              /* 0xfffffffc00f80947 */
+        /*0090*/                   UIADD3 UR4, UR4, 0x1, URZ ;             /* 0x0000000104047890 */
+        /*00a0*/              @!P1 BRA 0x10 ;                              /* 0xfffffffc00d89947 */
+        /*00b0*/                   EXIT ;                                  /* 0x000000000000794d */
+        /*00c0*/                   BRA 0xc0;                               /* 0xfffffff000007947 */
+        /*00d0*/                   WARPSYNC.COLLECTIVE R7, 0xe0 ;          /* 0x0000000007087348 */
+        /*00e0*/                   BRA 0x40 ;                              /* 0xfffffffc00d47947 */
+"""
+USAGE = f"""
+Fatbin elf code:
+================
+arch = sm_80
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {GEMM}:
+  REG:128 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:720 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def listed(sass):
+    return {name: code for _, name, code in sass.functions(LISTING.splitlines())}
+
+
+def test_function_or_its_resources_are_not_found(sass):
+    found = [(arch, name, len(code)) for arch, name, code in sass.functions(LISTING.splitlines())]
+    assert found == [("sm_80", GEMM, 13), ("sm_90", COPY, 15)]
+    assert sass.resources(USAGE.splitlines()) == {
+        ("sm_80", GEMM): {"REG": 128, "STACK": 8, "SHARED": 0, "LOCAL": 0, "TEXTURE": 0, "SURFACE": 0, "SAMPLER": 0}
+    }
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt, which comes with g++")
+def test_name_is_not_short(sass):
+    assert sass.short_names([GEMM, COPY]) == {
+        GEMM: "gemm_kernel<Bf16, WeightRowsOfTile, 128, true>",
+        COPY: "copy_kernel<float>",
+    }
+
+
+def test_loop_is_missed_or_is_none(sass):
+    bounds = {
+        name: sorted((loop[0].address, loop[-1].address, len(loop)) for loop in sass.loops(code))
+        for name, code in listed(sass).items()
+    }
+    assert bounds[GEMM] == [(0x20, 0xA0, 9), (0x30, 0x70, 5)]
+    assert bounds[COPY] == [(0x10, 0xA0, 10), (0x70, 0x80, 2)], "what only a parted warp runs is not of the loop"
+
+
+def test_main_loop_is_another(sass):
+    code = listed(sass)
+    assert sass.main_loop(code[GEMM])[0].address == 0x30, "where the tensor cores are, not what is around it"
+    assert sass.main_loop(code[COPY])[0].address == 0x10, "with the most of its own"
+    assert sass.main_loop(code[COPY][-4:]) == ()
+
+
+def test_figures_are_not_those_of_the_listing(sass):
+    kernel = sass.Kernel("gemm_kernel<Bf16, WeightRowsOfTile, 128, true>", "sm_80", listed(sass)[GEMM], 128, 8)
+    # Two mma of a warp: twice 4 weights a thread, each used for 8 fragments of 16 rows.
+    assert sass.figures(kernel) == {
+        "registers": 128,
+        "local": 1,
+        "stack": 8,
+        "instructions": 13,
+        "loop": 5,
+        "hmma": 0.4,
+        "per_weight": 5.0,
+        "kinds": {"tensor core": 2, "shared memory": 1, "move": 1, "control": 1},
+    }
+
+
+def test_fault_is_not_seen(sass):
+    figure = {"registers": 100, "local": 0, "stack": 0, "loop": 50, "hmma": 0.4, "per_weight": 5.0}
+    committed = {"k": {"sm_80": figure}}
+
+    def faults(same_compiler=True, **changes):
+        return sass.faults({"k": {"sm_80": {**figure, **changes}}}, committed, same_compiler)
+
+    assert faults() == []
+    assert faults(registers=101, loop=51, hmma=0.396) == [], "within the slack"
+    for change in ({"registers": 103}, {"loop": 52}, {"per_weight": 5.2}, {"hmma": 0.38}, {"local": 1}, {"stack": 8}):
+        assert len(faults(**change)) == 1, change
+    assert faults(False, registers=200) == [], "another compiler's figures are others"
+    assert len(faults(False, stack=8)) == 1, "but it must not spill either"
+    other = copy.deepcopy(committed)
+    other["new"] = {"sm_80": figure}
+    assert sass.faults(other, committed) == ["new for sm_80: no committed figure (make sass ARGS=--output writes it)"]
