@@ -293,6 +293,9 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     # A warp's mma takes 16 of the inner dimension of 8 columns; those of other rows take the same weights once more.
     (r"gemm_kernel<\w+, \w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
+    # Its turns are of 64 weights a lane; what else has a multiply-add in it is not as much as a turn.
+    (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
+    (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
     (r"dequantize_kernel<|update_kernel", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),

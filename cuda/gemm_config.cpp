@@ -11,6 +11,8 @@ namespace {
 
 // Blocks of 256 threads that a multiprocessor holds at once: the kernel is compiled for 128 registers a thread.
 constexpr std::int64_t kBlocksOfMultiprocessor = 2;
+// The same of the kernel for few rows, whose table of the codebook takes 32 KB.
+constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
 // A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
 constexpr std::int64_t kLeastSteps = 4;
 
@@ -25,6 +27,13 @@ int tile_rows_for(const GemmProblem& problem) {
 
 GemmConfig gemm_config(const GemmProblem& problem) {
   GemmConfig config;
+  config.aligned = problem.aligned;
+  if (problem.rows <= kGemvRows && !problem.backward) {
+    config.kernel = GemmConfig::Kernel::gemv;
+    const std::int64_t most = kGemvBlocksOfMultiprocessor * problem.multiprocessors;
+    config.blocks = problem.rows == 0 ? 0 : static_cast<int>(std::min(most, ceil_div(problem.cols, kGemvCols)));
+    return config;
+  }
   // fp32 has no tensor-core product that keeps its bits.
   if (problem.dtype == DType::f32 || problem.bits != 4) return config;
   config.kernel = GemmConfig::Kernel::tensor_cores;
@@ -49,6 +58,7 @@ std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
                      " bits, " + (problem.aligned ? "aligned" : "not aligned") + ", " +
                      number(problem.multiprocessors) + " multiprocessors: ";
   if (config.kernel == GemmConfig::Kernel::cuda_cores) return text + "CUDA cores";
+  if (config.kernel == GemmConfig::Kernel::gemv) return text + "GEMV, " + number(config.blocks) + " blocks";
   return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
          number(kGemmTileCols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
 }

@@ -14,6 +14,9 @@ namespace qlora_native {
 constexpr int kGemmTileCols = 128;
 constexpr int kGemmStep = 64;
 constexpr int kGemmChunk = 32;
+// The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
+constexpr int kGemvRows = 8;
+constexpr int kGemvCols = 16;
 
 // out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or by its columns (backward).
 struct GemmProblem {
@@ -28,14 +31,16 @@ struct GemmProblem {
 };
 
 struct GemmConfig {
-  enum class Kernel { cuda_cores, tensor_cores };
+  enum class Kernel { cuda_cores, tensor_cores, gemv };
   Kernel kernel = Kernel::cuda_cores;
+  bool aligned = false;  // the problem's
   int tile_rows = 0;
   std::int64_t row_tiles = 0;
   std::int64_t tiles = 0;  // those of the first columns, then those of the next
   int steps = 0;           // of a tile
-  // The blocks share all steps of all tiles evenly, each a run of them: `share`, and the first `rest` blocks one more.
   int blocks = 0;
+  // On tensor cores the blocks share all steps of all tiles evenly, each a run of them: `share`, and the first `rest`
+  // blocks one more.
   int rest = 0;
   std::int64_t share = 0;
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "device/elements.cuh"
+#include "device/problem.cuh"
 #include "device/sources.cuh"
 #include "device/weight_chunk.cuh"
 
@@ -20,13 +21,12 @@ namespace qlora_native::QLN_CUDA {
 constexpr int kGemmWarps = 8;
 constexpr int kGemmThreads = kGemmWarps * kWarp;
 constexpr int kGemmStages = 4;
-// What an mma takes: 16 rows, 8 columns, 16 of the inner dimension.
-constexpr int kMmaRows = 16, kMmaCols = 8, kMmaInner = 16;
 constexpr int kWarpCols = kGemmTileCols / kGemmWarps;
 constexpr int kFragments = kWarpCols / kMmaCols;  // of a warp's columns
 // Of one step's weights a thread brings one chunk.
 static_assert(kGemmTileCols * kGemmStep == kGemmThreads * kGemmChunk);
 constexpr int kChunkBytes = kGemmChunk / 2;
+using GemmTable = PairTable<4>;  // more copies would take the room of a stage
 
 struct GemmArgs {
   QuantizedWeightView weight;
@@ -105,13 +105,13 @@ struct WeightRowsOfTile {
     }
     // The operand of the half's s-th mma: elements 2t, 2t+1 of each eight, which are byte t of a word.
     template <class T>
-    __device__ __forceinline__ void decode(std::uint32_t (&b)[kFragments][2], int s, const PairTable& table,
+    __device__ __forceinline__ void decode(std::uint32_t (&b)[kFragments][2], int s, const GemmTable& table,
                                            const Lane& lane) const {
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const PairTable::Pair pair = table[byte_of(words[f].at[2 * s + j], lane.t)];
+          const GemmTable::Pair pair = table[byte_of(words[f].at[2 * s + j], lane.t)];
           const unsigned i = 16 * s + 8 * j + 2 * lane.t;
           b[f][j] = pack_pair<T>(pair.at[0] * scales[f].at(i), pair.at[1] * scales[f].at(i + 1));
         }
@@ -160,12 +160,12 @@ struct WeightColumnsOfTile {
       }
     }
     template <class T>
-    __device__ __forceinline__ void decode(std::uint32_t (&b)[kFragments][2], int s, const PairTable& table,
+    __device__ __forceinline__ void decode(std::uint32_t (&b)[kFragments][2], int s, const GemmTable& table,
                                            const Lane& lane) const {
       const unsigned i = lane.col_of_b(0) % kGemmChunk;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const PairTable::Pair upper = table[bytes[s][2 * j]], lower = table[bytes[s][2 * j + 1]];
+        const GemmTable::Pair upper = table[bytes[s][2 * j]], lower = table[bytes[s][2 * j + 1]];
         const ChunkScale<kAligned>&first = scales[s][2 * j], &second = scales[s][2 * j + 1];
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
@@ -201,7 +201,7 @@ struct GemmShared {
     LeftStage<T, kTileRows> left;
     WeightStage<kAligned> weight;
   } stages[kGemmStages];
-  PairTable::Pair pairs[PairTable::kPairs];
+  GemmTable::Pair pairs[GemmTable::kPairs];
   typename ScaleReader<kAligned>::Nested nested;
 };
 
@@ -251,7 +251,7 @@ class Gemm {
 
   // Tables that the whole run needs.
   __device__ void prepare() {
-    PairTable::fill(shared_.pairs, args_.weight.code);
+    GemmTable::fill(shared_.pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
     sync_threads();
   }
@@ -531,7 +531,7 @@ class Gemm {
   const GemmArgs& args_;
   Shared& shared_;
   const ScaleReader<kAligned> scales_;
-  const PairTable table_;
+  const GemmTable table_;
   const Lane lane_;
   int row_tile_ = 0, col_tile_ = 0;
   int rows_ = 0, cols_ = 0;  // what the tile has of its size
@@ -548,43 +548,14 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_cons
 // ---- on the host
 // -----------------------------------------------------------------------------------------------------
 
-inline bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
-inline int log2_of(int n) {
-  int log2 = 0;
-  while ((1 << log2) < n) ++log2;
-  return log2;
-}
-
-// Whether the first `cols` elements of each row are whole 16-byte vectors.
-inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
-  const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
-  return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
-         (matrix.rows <= 1 || matrix.stride % vector == 0);
-}
-
-// Whether the product was computed: otherwise it is one for CUDA cores. `args`: without what is filled in here.
+// `args`: without what is filled in here.
 template <class Weights>
-bool gemm(GemmArgs args, const Stream& stream) {
-  const QuantizedWeightView& w = args.weight;
-  args.block_shift = log2_of(w.blocksize);
+void gemm(GemmArgs args, const Stream& stream) {
+  args.block_shift = block_shift_of(args.weight);
+  args.nested_shift = nested_shift_of(args.weight);
   args.low_rank_vectors = rows_are_vectors(args.low_rank, args.low_rank.cols);
-  args.nested_shift = is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1;
-  const GemmProblem problem = {
-      .rows = args.rows,
-      .cols = args.cols,
-      .inner = args.inner,
-      .dtype = args.left.dtype,
-      .bits = w.bits,
-      .backward = std::is_same_v<Weights, WeightColumnsOfTile>,
-      .aligned = w.K % kGemmChunk == 0 && is_aligned(w.codes, kVectorBytes) && args.nested_shift >= 0 &&
-                 rows_are_vectors(args.left, args.inner),
-      .multiprocessors = multiprocessors(stream),
-  };
-  args.config = gemm_config(problem);
-  print_if_asked(problem, args.config);
-  if (args.config.kernel != GemmConfig::Kernel::tensor_cores) return false;
   const int blocks = args.config.blocks;
-  if (blocks == 0) return true;
+  if (blocks == 0) return;
 
   // The flags come last, behind sums that are a whole number of vectors.
   const auto sums = static_cast<std::size_t>(blocks) * args.config.tile_rows * kGemmTileCols * sizeof(float);
@@ -600,7 +571,7 @@ bool gemm(GemmArgs args, const Stream& stream) {
         {blocks, kGemmThreads, gemm_smem_bytes<T, kTileRows, kAligned>()}, stream, args);
   };
   const auto with_rows = [&]<class T>() {
-    if (!problem.aligned) {
+    if (!args.config.aligned) {
       if (args.config.tile_rows == 16) return start.template operator()<T, 16, false>();
       return start.template operator()<T, 64, false>();
     }
@@ -614,7 +585,6 @@ bool gemm(GemmArgs args, const Stream& stream) {
   } else {
     with_rows.template operator()<F16>();
   }
-  return true;
 }
 
 }  // namespace qlora_native::QLN_CUDA

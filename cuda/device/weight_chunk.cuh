@@ -16,12 +16,16 @@ template <bool kAligned>
 struct ChunkScale {
   float value;
   __device__ __forceinline__ float at(int) const { return value; }
+  __device__ __forceinline__ ChunkScale divided_by(float divisor) const { return {value / divisor}; }
 };
 template <>
 struct ChunkScale<false> {
   float first, rest;
   int end;  // of the first block's elements
   __device__ __forceinline__ float at(int i) const { return i < end ? first : rest; }
+  __device__ __forceinline__ ChunkScale divided_by(float divisor) const {
+    return {first / divisor, rest / divisor, end};
+  }
 };
 
 // Scales by their block, in two halves: what memory has to give, and what is made of it. Between the two the multiply
@@ -61,22 +65,21 @@ class ScaleReader {
   const Nested& nested_;
 };
 
-// The chunk that begins at an element of the weight. `count`: how many of its elements the product has, 32 or more, or
-// less than 1; what it has not is decoded as 0.
+// The scale of a chunk that begins at an element of the weight, on its way. `count`: how many of its elements the
+// product has, 32 or more, or less than 1: 32 are taken for all, 0 for none. What it has not has the scale 0, where it
+// has none.
 template <bool kAligned>
-class WeightChunk;
+class PendingScale;
 
 template <>
-class WeightChunk<true> {
+class PendingScale<true> {
  public:
-  // Begins to copy the codes to `codes`, and to read the scale.
-  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<true>& scales,
-                                        std::int64_t element, int count, std::uint8_t* codes) {
+  __device__ __forceinline__ void fetch(const QuantizedWeightView&, const ScaleReader<true>& scales,
+                                        std::int64_t element, int count) {
     there_ = count > 0;
-    cp_async<kGemmChunk / 2>(codes, w.codes + (element >> 1), there_ ? kGemmChunk / 2 : 0);
     if (there_) raw_ = scales.fetch(scales.block_of(element));
   }
-  __device__ __forceinline__ ChunkScale<true> scale(const ScaleReader<true>& scales) const {
+  __device__ __forceinline__ ChunkScale<true> finish(const ScaleReader<true>& scales) const {
     return {there_ ? scales.finish(raw_) : 0.0f};
   }
 
@@ -86,39 +89,75 @@ class WeightChunk<true> {
 };
 
 template <>
-class WeightChunk<false> {
+class PendingScale<false> {
  public:
-  __device__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales, std::int64_t element, int count,
-                        std::uint8_t* codes) {
-    Vector<std::uint32_t, kGemmChunk / 8> words{};
+  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
+                                        std::int64_t element, int count) {
     scale_ = {0.0f, 0.0f, 0};
-    if (count > 0) {
-#pragma unroll
-      for (int word = 0; word < kGemmChunk / 8; ++word) {
-#pragma unroll 1
-        for (int i = 0; i < 8 && 8 * word + i < count; ++i) {
-          const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the even one is in the high nibble
-          words.at[word] |= std::uint32_t{nibble_of_element(w.codes, element + 8 * word + i)} << shift;
-        }
-      }
-      const std::int64_t block = scales.block_of(element), next = (block + 1) * w.blocksize;
-      scale_.first = scales.finish(scales.fetch(block));
-      scale_.end = next - element < kGemmChunk ? static_cast<int>(next - element) : kGemmChunk;
-      if (scale_.end < (count < kGemmChunk ? count : kGemmChunk)) scale_.rest = scales.finish(scales.fetch(block + 1));
-    }
-    store_vector<std::uint32_t, kGemmChunk / 8>(reinterpret_cast<std::uint32_t*>(codes), words);
+    if (count <= 0) return;
+    const std::int64_t block = scales.block_of(element), next = (block + 1) * w.blocksize;
+    scale_.first = scales.finish(scales.fetch(block));
+    scale_.end = next - element < kGemmChunk ? static_cast<int>(next - element) : kGemmChunk;
+    if (scale_.end < (count < kGemmChunk ? count : kGemmChunk)) scale_.rest = scales.finish(scales.fetch(block + 1));
   }
-  __device__ __forceinline__ ChunkScale<false> scale(const ScaleReader<false>&) const { return scale_; }
+  __device__ __forceinline__ ChunkScale<false> finish(const ScaleReader<false>&) const { return scale_; }
 
  private:
   ChunkScale<false> scale_{};
 };
 
+// The codes of a chunk, one by one, as vectors would have loaded them; those that are not there are 0.
+constexpr int kCodeWords = 4;
+template <int kBits>
+__device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int64_t element, int count,
+                                             Vector<std::uint32_t, kCodeWords> (&to)[kBits / 4]) {
+  constexpr int kOfWord = 32 / kBits;
+#pragma unroll
+  for (int word = 0; word < kGemmChunk / kOfWord; ++word) {
+    std::uint32_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < kOfWord && kOfWord * word + i < count; ++i) {
+      const std::int64_t at = element + kOfWord * word + i;
+      if constexpr (kBits == 4) {
+        const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the even one is in the high nibble
+        bits |= std::uint32_t{nibble_of_element(codes, at)} << shift;
+      } else {
+        bits |= std::uint32_t{codes[at]} << (8 * i);
+      }
+    }
+    to[word / kCodeWords].at[word % kCodeWords] = bits;
+  }
+}
+
+// A chunk of a 4-bit weight on its way to shared memory; `count` as above.
+template <bool kAligned>
+class WeightChunk {
+ public:
+  // Begins to copy the codes to `codes`, and to read the scale.
+  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<kAligned>& scales,
+                                        std::int64_t element, int count, std::uint8_t* codes) {
+    if constexpr (kAligned) {
+      cp_async<kGemmChunk / 2>(codes, w.codes + (element >> 1), count > 0 ? kGemmChunk / 2 : 0);
+    } else {
+      Vector<std::uint32_t, kCodeWords> words[1];
+      gather_codes<4>(w.codes, element, count, words);
+      store_vector<std::uint32_t, kCodeWords>(reinterpret_cast<std::uint32_t*>(codes), words[0]);
+    }
+    scale_.fetch(w, scales, element, count);
+  }
+  __device__ __forceinline__ ChunkScale<kAligned> scale(const ScaleReader<kAligned>& scales) const {
+    return scale_.finish(scales);
+  }
+
+ private:
+  PendingScale<kAligned> scale_;
+};
+
 // The two values of a byte of codes. A table of all 256 bytes in shared memory answers with one load; lanes take turns
-// among its copies, so that fewer of them ask one bank at once.
+// among its copies, so that fewer of them ask one bank at once: of 16, none.
+template <unsigned kCopies>
 class PairTable {
  public:
-  static constexpr unsigned kCopies = 4;
   using Pair = Vector<float, 2>;
   static constexpr unsigned kPairs = 256 * kCopies;
 

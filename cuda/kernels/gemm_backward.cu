@@ -5,20 +5,22 @@
 
 namespace qlora_native::QLN_CUDA {
 
-bool gemm_backward(const LinearBackwardInputArgs& args, const ConstMatrix& v, const Stream& stream) {
-  return gemm<WeightColumnsOfTile>({.weight = args.weight,
-                                    .rows = args.dy.rows,
-                                    .cols = args.weight.K,
-                                    .inner = args.weight.N,
-                                    .left = args.dy,
-                                    .low_rank = v,
-                                    .right = args.lora.a,
-                                    .right_dtype = args.lora.dtype,
-                                    .right_factor = 1.0f,
-                                    .dropout = Dropout(args.lora),
-                                    .bias = nullptr,
-                                    .out = args.dx},
-                                   stream);
+void gemm_backward(const LinearBackwardInputArgs& args, const ConstMatrix& v, const GemmConfig& config,
+                   const Stream& stream) {
+  gemm<WeightColumnsOfTile>({.weight = args.weight,
+                             .rows = args.dy.rows,
+                             .cols = args.weight.K,
+                             .inner = args.weight.N,
+                             .left = args.dy,
+                             .low_rank = v,
+                             .right = args.lora.a,
+                             .right_dtype = args.lora.dtype,
+                             .right_factor = 1.0f,
+                             .dropout = Dropout(args.lora),
+                             .bias = nullptr,
+                             .out = args.dx,
+                             .config = config},
+                            stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backend.h"
+#include "gemm_config.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -11,9 +12,10 @@ void quantize_absmax(const QuantizeAbsmaxArgs&, const Stream&);
 void dequantize(const DequantizeArgs&, const Stream&);
 void linear_forward(const LinearForwardArgs&, const Stream&);
 void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);
-// On tensor cores; false, and nothing is done, where the product is one for CUDA cores. `u` and `v` are given.
-bool gemm_forward(const LinearForwardArgs&, const ConstMatrix& u, const Stream&);
-bool gemm_backward(const LinearBackwardInputArgs&, const ConstMatrix& v, const Stream&);
+// Products of the kind that gemm_config has chosen: on tensor cores, and for few rows. `u` and `v` are given.
+void gemm_forward(const LinearForwardArgs&, const ConstMatrix& u, const GemmConfig&, const Stream&);
+void gemm_backward(const LinearBackwardInputArgs&, const ConstMatrix& v, const GemmConfig&, const Stream&);
+void gemv_forward(const LinearForwardArgs&, const ConstMatrix& u, const GemmConfig&, const Stream&);
 void lora_gradients(const LoraGradientsArgs&, const Stream&);
 void adamw_8bit_step(const AdamW8bitArgs&, const Stream&);
 

@@ -1,5 +1,6 @@
 // linear_backward_input: V, and dX where it is a product for CUDA cores: dX = mask o (V . A) + dY . W.
 #include "device/low_rank.cuh"
+#include "device/problem.cuh"
 #include "kernels/kernels.h"
 
 namespace qlora_native::QLN_CUDA {
@@ -35,7 +36,9 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
     launch<product_kernel<T, Rows<T>, LoraColumns<T>>>(product_grid(M, lora.rank), stream, dy, b, M, lora.rank, N,
                                                        lora.scaling * dropout.scale, static_cast<T*>(v.data), v.stride);
   }
-  if (args.dx.data == nullptr || gemm_backward(args, read_only(v), stream)) return;
+  if (args.dx.data == nullptr) return;
+  const GemmConfig config = config_of(args.dy, args.weight, /*backward=*/true, stream);
+  if (config.kernel == GemmConfig::Kernel::tensor_cores) return gemm_backward(args, read_only(v), config, stream);
   launch<backward_kernel<T>>(product_grid(M, args.weight.K), stream, args, v, dropout);
 }
 

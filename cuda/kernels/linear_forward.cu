@@ -1,5 +1,6 @@
 // linear_forward: U, and Y where it is a product for CUDA cores: Y = [X | U] . [W | s*B]^T + bias.
 #include "device/low_rank.cuh"
+#include "device/problem.cuh"
 #include "kernels/kernels.h"
 
 namespace qlora_native::QLN_CUDA {
@@ -33,8 +34,15 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
     launch<product_kernel<T, KeptRows<T>, LoraRows<T>>>(product_grid(M, lora.rank), stream, x, a, M, lora.rank, K,
                                                         dropout.scale, static_cast<T*>(u.data), u.stride);
   }
-  if (gemm_forward(args, read_only(u), stream)) return;
-  launch<forward_kernel<T>>(product_grid(M, args.weight.N), stream, args, u);
+  const GemmConfig config = config_of(args.x, args.weight, /*backward=*/false, stream);
+  switch (config.kernel) {
+    case GemmConfig::Kernel::gemv:
+      return gemv_forward(args, read_only(u), config, stream);
+    case GemmConfig::Kernel::tensor_cores:
+      return gemm_forward(args, read_only(u), config, stream);
+    case GemmConfig::Kernel::cuda_cores:
+      return launch<forward_kernel<T>>(product_grid(M, args.weight.N), stream, args, u);
+  }
 }
 
 }  // namespace

@@ -37,6 +37,9 @@ struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
 };
 
+// What mma_16x8x16 takes: 16 rows, 8 columns, 16 of the inner dimension.
+constexpr int kMmaRows = 16, kMmaCols = 8, kMmaInner = 16;
+
 struct LaunchShape {
   std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
   int threads;                 // of a block, a multiple of 32

@@ -17,7 +17,7 @@ int failures = 0;
     }                                                                     \
   } while (false)
 
-constexpr std::int64_t kRows[] = {0, 1, 16, 17, 64, 65, 129, 4096, 100000};
+constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 129, 4096, 100000};
 constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 4096, 14336};
 constexpr int kMultiprocessors[] = {1, 3, 108, 132};
 
@@ -42,9 +42,12 @@ void for_each_problem(const F& f) {
   }
 }
 
+bool is_for_few_rows(const GemmProblem& problem) { return problem.rows <= kGemvRows && !problem.backward; }
+
 void a_step_is_left_out_or_done_twice() {
   for_each_problem([](const GemmProblem& problem) {
     const GemmConfig config = gemm_config(problem);
+    if (is_for_few_rows(problem)) return;
     EXPECT(config.kernel == GemmConfig::Kernel::tensor_cores);
     EXPECT((config.blocks == 0) == (problem.rows == 0));
     if (config.blocks == 0) return;
@@ -60,6 +63,7 @@ void a_step_is_left_out_or_done_twice() {
 
 void tiles_do_not_cover_the_result() {
   for_each_problem([](const GemmProblem& problem) {
+    if (is_for_few_rows(problem)) return;
     const GemmConfig config = gemm_config(problem);
     const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
     EXPECT(config.row_tiles * config.tile_rows >= problem.rows);
@@ -71,9 +75,27 @@ void tiles_do_not_cover_the_result() {
 // Forward and backward, with rows that are vectors and with others, what kernels there are.
 void tile_is_not_one_that_was_compiled() {
   for_each_problem([](const GemmProblem& problem) {
+    if (is_for_few_rows(problem)) return;
     const int rows = gemm_config(problem).tile_rows;
     EXPECT(rows == 16 || rows == 64 || (rows == 128 && problem.aligned && !problem.backward));
     EXPECT(problem.rows > 16 || rows == 16);
+  });
+}
+
+// Its blocks loop over the columns: how many there are is a matter of speed, unless there is none.
+void few_rows_do_not_get_their_kernel() {
+  for_each_problem([](GemmProblem problem) {
+    if (!is_for_few_rows(problem)) return;
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const int bits : {4, 8}) {
+        problem.dtype = dtype;
+        problem.bits = bits;
+        const GemmConfig config = gemm_config(problem);
+        EXPECT(config.kernel == GemmConfig::Kernel::gemv && config.aligned == problem.aligned);
+        EXPECT((config.blocks == 0) == (problem.rows == 0));
+        EXPECT(config.blocks * kGemvCols < problem.cols + kGemvCols);
+      }
+    }
   });
 }
 
@@ -90,7 +112,7 @@ void product_without_a_tensor_core_kernel_is_given_to_one() {
 void more_elements_than_an_int_counts() {
   const std::int64_t many = std::int64_t{1} << 34;
   const GemmConfig config =
-      gemm_config({.rows = 1, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100});
+      gemm_config({.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100});
   EXPECT(config.steps == many / kGemmStep && config.begin_of(config.blocks) == many / kGemmStep);
 }
 
@@ -102,6 +124,7 @@ int main() {
   a_step_is_left_out_or_done_twice();
   tiles_do_not_cover_the_result();
   tile_is_not_one_that_was_compiled();
+  few_rows_do_not_get_their_kernel();
   product_without_a_tensor_core_kernel_is_given_to_one();
   more_elements_than_an_int_counts();
   std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
