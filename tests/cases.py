@@ -17,7 +17,15 @@ WEIGHTS = ((1, 1), (1, 64), (5, 63), (3, 65), (7, 1), (48, 96), (65, 128), (33, 
 ROWS = (0, 1, 7, 8, 9, 129)
 # [M, N, K] around the edges of what a kernel takes at a time: 16 lanes, 64 rows of W, 512 of X, 1024 of K, and one off;
 # for few rows on a GPU a last turn of 32 of K.
-BLOCKED = ((2, 64, 1024), (4, 66, 1025), (8, 130, 2080), (16, 129, 1023), (64, 63, 2049), (257, 130, 96), (513, 66, 1100))
+BLOCKED = (
+    (2, 64, 1024),
+    (4, 66, 1025),
+    (8, 130, 2080),
+    (16, 129, 1023),
+    (64, 63, 2049),
+    (257, 130, 96),
+    (513, 66, 1100),
+)
 RANKS = (0, 1, 16, 70)  # 70: above K in the smaller shapes
 
 
