@@ -1,9 +1,9 @@
 """Loading and saving through transformers: what is quantized, with which bytes, in how much memory, and training."""
 
 import json
+import shutil
 import subprocess
 import sys
-import threading
 import warnings
 
 import pytest
@@ -14,9 +14,11 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import models  # noqa: E402
 from models import load  # noqa: E402
+from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
@@ -112,47 +114,33 @@ def test_field_that_we_do_not_have_is_taken(options, message):
 
 
 def test_memory_holds_more_than_the_4_bit_model_and_one_shard(tmp_path):
-    """Memory of the process's own, in a process of its own; pages of mapped files are the system's to take back."""
+    """While a 16-bit checkpoint is quantized, and while the 4-bit one that came of it is read."""
     shard = 8 * 2**20
-    model = models.make("llama", torch.bfloat16, layers=24, width=512, inner=1536)
-    model.save_pretrained(tmp_path, max_shard_size=shard)
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    model = models.make("llama", torch.bfloat16, layers=12, width=512, inner=1536)
+    model.save_pretrained(tmp_path / "bf16", max_shard_size=shard)
+    sizes = [path.stat().st_size for path in (tmp_path / "bf16").glob("*.safetensors")]
     assert len(sizes) > 8 and max(sizes) <= shard
-    program = f"""
-import threading, time, torch, transformers
+    prepare = f"""
+import transformers
 from qlora_native.integrations.transformers import BitsAndBytesConfig
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-def load(config):
-    return transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, dtype=torch.bfloat16, **config)
-del load({{"quantization_config": config}}).model.layers[0]  # code, threads, caches
-before, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-thread = threading.Thread(target=watch)
-thread.start()
-model = load({{"quantization_config": config}})
-done = True
-thread.join()
-print(peak - before, sum(t.nbytes for t in [*model.parameters(), *model.buffers()]))
+def load(name):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        {str(tmp_path)!r} + "/" + name, dtype=torch.bfloat16, quantization_config=config
+    )
+load("bf16").save_pretrained({str(tmp_path / "nf4")!r}, max_shard_size={shard})  # and code, threads, caches
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    peak, model_bytes = map(int, shown.stdout.split())
-    assert model_bytes < 0.4 * sum(sizes)
-    assert peak < model_bytes + shard, f"{peak / 2**20:.1f} MB for a model of {model_bytes / 2**20:.1f}"
+    extra = peaks(prepare, "load('bf16')", "load('nf4')")
+    written = [path.stat().st_size for path in (tmp_path / "nf4").glob("*.safetensors")]
+    assert sum(written) < 0.4 * sum(sizes) and len(written) > 2 and max(written) <= shard
+    assert max(extra) < shard, megabytes(extra)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)])
 def test_file_of_bitsandbytes_is_read_or_written_differently(folders, family, quant_type, double_quant, tmp_path):
     bnb = _bitsandbytes()
     stock_config = transformers.BitsAndBytesConfig(
@@ -200,9 +188,10 @@ def test_saved_model_comes_back_another(folders, family, tmp_path):
 
 
 def test_file_of_bitsandbytes_needs_bitsandbytes(folders, tmp_path):
-    model = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config())
-    model.save_pretrained(tmp_path)
-    torch.save(models.logits(model), tmp_path / "logits.pt")
+    for family in FAMILIES:
+        model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config())
+        model.save_pretrained(tmp_path / family)
+        torch.save((len(models.layers_of(model)), models.logits(model)), tmp_path / f"{family}.pt")
     program = f"""
 import importlib.util, sys
 find_spec = importlib.util.find_spec
@@ -213,13 +202,15 @@ class Missing:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
 sys.path.insert(0, {str(sys.path[0])!r})
-import torch, transformers
+import torch
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 import models
-for options in ({{}}, {{"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}}):
-    model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, **options)
-    assert len(models.layers_of(model)) == 14
-    assert torch.equal(models.logits(model), torch.load({str(tmp_path / "logits.pt")!r}))
+for family in {FAMILIES!r}:
+    count, logits = torch.load({str(tmp_path)!r} + f"/{{family}}.pt")
+    for options in ({{}}, {{"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}}):
+        model = models.load({str(tmp_path)!r} + f"/{{family}}", family, **options)
+        assert len(models.layers_of(model)) == count > 0
+        assert torch.equal(models.logits(model), logits)
 assert "bitsandbytes" not in sys.modules
 """
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=models.__file__[:-9])
@@ -269,23 +260,27 @@ class Data(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-def lora():
-    return peft.LoraConfig(
-        r=8,
-        lora_alpha=32,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        lora_dropout=0.05,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+# {family: the layers that get an adapter, how many they are, its task, the trainer and its arguments}
+TRAINED = {
+    "llama": (["q_proj", "k_proj", "v_proj", "o_proj"], 8, "CAUSAL_LM", "Trainer", "TrainingArguments"),
+    "gpt-neox": (["query_key_value", "dense"], 4, "CAUSAL_LM", "Trainer", "TrainingArguments"),
+    "t5": (["q", "k", "v", "o"], 24, "SEQ_2_SEQ_LM", "Seq2SeqTrainer", "Seq2SeqTrainingArguments"),
+}
+STEPS = 10
 
 
-def arguments(output, steps, kind=transformers.TrainingArguments, **options):
+def lora(family="llama", **changes):
+    targets, _, task, *_ = TRAINED[family]
+    options = {"r": 8, "lora_alpha": 32, "target_modules": targets, "lora_dropout": 0.05, "bias": "none"}
+    return peft.LoraConfig(**options, task_type=task, **changes)
+
+
+def arguments(kind, output, **options):
     return kind(
         output_dir=str(output),
         per_device_train_batch_size=4,
-        max_steps=steps,
-        save_steps=5,
+        max_steps=STEPS,
+        save_steps=STEPS // 2,
         logging_steps=1,
         learning_rate=2e-2,
         report_to=[],
@@ -295,44 +290,63 @@ def arguments(output, steps, kind=transformers.TrainingArguments, **options):
     )
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def fused(model):
+    return sum(isinstance(module, LoraLinear4bit) for module in model.modules())
 
 
-def test_trainer_does_not_learn_or_resumes_elsewhere(folders, tmp_path, capsys):
-    """The well-known snippet; then 5 steps and 5 after a restart are the 10 steps in one go."""
+class Counted(transformers.TrainerCallback):
+    steps = 0
 
-    def trainer(output, steps):
+    def on_step_end(self, *args, **kwargs):
+        self.steps += 1
+
+
+def check_that_it_learns_and_resumes(make, family, folder, output):
+    """Interrupted in the middle, training goes on from the checkpoint to the same losses and the same adapter."""
+
+    def run(**options):
         transformers.set_seed(0)
-        model = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config())
-        model = peft.prepare_model_for_kbit_training(model)
-        assert model.is_gradient_checkpointing
-        model = peft.get_peft_model(model, lora())
-        model.print_trainable_parameters()
-        made = transformers.Trainer(model=model, args=arguments(output, steps), train_dataset=Data())
-        assert sum(isinstance(module, LoraLinear4bit) for module in model.modules()) == 8
-        return made
+        trainer = make()
+        counted = Counted()
+        trainer.add_callback(counted)
+        trainer.train(**options)
+        return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], counted.steps
 
-    whole = trainer(tmp_path / "whole", 10)
-    whole.train()
-    assert "trainable params: 14,336" in capsys.readouterr().out
-    shown = losses(whole)
-    assert shown[-1] < 0.9 * shown[0], shown
-    # The scheduler knows the length of the whole run, so it is that run's checkpoint that is resumed.
-    rest = trainer(tmp_path / "whole", 10)
-    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    assert losses(rest)[-5:] == shown[-5:]
+    whole, losses, steps = run()
+    assert steps == len(losses) == STEPS
+    assert losses[-1] < 0.9 * losses[0], losses
     expected = peft.get_peft_model_state_dict(whole.model)
-    for name, tensor in peft.get_peft_model_state_dict(rest.model).items():
-        assert torch.equal(tensor, expected[name]), name
-    fresh = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config())
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "whole" / "checkpoint-10")
-    assert sum(isinstance(module, LoraLinear4bit) for module in again.modules()) == 8
+    fresh = load(folder, family, dtype=torch.bfloat16, quantization_config=config())
+    again = peft.PeftModel.from_pretrained(fresh, output / f"checkpoint-{STEPS}")
+    assert fused(again) == fused(whole.model) == TRAINED[family][1]
     whole.model.gradient_checkpointing_disable()
     assert torch.equal(models.logits(again), models.logits(whole.model))
+    shutil.rmtree(output / f"checkpoint-{STEPS}")  # as if it had been interrupted before that
+    rest, more, steps = run(resume_from_checkpoint=True)
+    assert steps == STEPS // 2 and more == losses
+    for name, tensor in peft.get_peft_model_state_dict(rest.model).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
-def test_sft_trainer_does_not_learn(folders, tmp_path):
+@pytest.mark.parametrize("family", TRAINED)
+def test_trainer_does_not_learn_or_resumes_elsewhere(folders, family, tmp_path, capsys):
+    """The well-known snippet."""
+    *_, trainer, kind = TRAINED[family]
+
+    def make():
+        model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config())
+        model = peft.prepare_model_for_kbit_training(model)
+        assert model.is_gradient_checkpointing
+        model = peft.get_peft_model(model, lora(family))
+        model.print_trainable_parameters()
+        options = arguments(getattr(transformers, kind), tmp_path)
+        return getattr(transformers, trainer)(model=model, args=options, train_dataset=Data())
+
+    check_that_it_learns_and_resumes(make, family, folders[family], tmp_path)
+    assert family != "llama" or "trainable params: 14,336" in capsys.readouterr().out
+
+
+def test_sft_trainer_does_not_learn_or_resumes_elsewhere(folders, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from tokenizers import Tokenizer, pre_tokenizers
@@ -343,30 +357,40 @@ def test_sft_trainer_does_not_learn(folders, tmp_path):
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>")
     texts = [" ".join(f"w{i}" for i in row.tolist()) for row in models.ids(2, 12).repeat(4, 1)]
-    trainer = trl.SFTTrainer(
-        model=load(folders["llama"], dtype=torch.bfloat16, quantization_config=config()),
-        args=arguments(tmp_path, 10, trl.SFTConfig, max_length=32, bf16=False),
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-        peft_config=lora(),
-    )
-    assert sum(isinstance(module, LoraLinear4bit) for module in trainer.model.modules()) == 8
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
-    trainer.train()
-    shown = losses(trainer)
-    assert shown[-1] < 0.9 * shown[0], shown
-    assert (tmp_path / "checkpoint-10" / "adapter_model.safetensors").exists()
+
+    def make():
+        trainer = trl.SFTTrainer(
+            model=load(folders["llama"], dtype=torch.bfloat16, quantization_config=config()),
+            args=arguments(trl.SFTConfig, tmp_path, max_length=32, bf16=False),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+            processing_class=tokenizer,
+            peft_config=lora(),
+        )
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+        return trainer
+
+    check_that_it_learns_and_resumes(make, "llama", folders["llama"], tmp_path)
 
 
-def test_model_loads_in_two_threads_at_once(folders):
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(load(folders["llama"], quantization_config=config())))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    first, second = (models.logits(model) for model in results)
-    assert torch.equal(first, second)
+@pytest.mark.filterwarnings("ignore:Setting `fan_in_fan_out`", "ignore:fan_in_fan_out")
+def test_loftq_takes_the_transpose_of_gpt2s_weights(folders):
+    """Its Conv1D keeps a weight [in, out]; those of c_proj in attention are square."""
+    model = load(folders["gpt2"], "gpt2", dtype=torch.bfloat16, quantization_config=config())
+    lora = peft.LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
+    errors = initialize_loftq(peft.get_peft_model(model, lora), folders["gpt2"])
+    assert len(errors) == len(models.layers_of(model)) == 8
+    for name, (before, after) in errors.items():
+        assert after < 0.95 * before < 0.15, name
+
+
+@pytest.mark.filterwarnings("ignore:merging into a 4-bit weight")
+@pytest.mark.parametrize("family", TRAINED)
+def test_merged_model_is_saved_as_another(folders, family, tmp_path):
+    model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config())
+    adapted = peft.get_peft_model(model, lora(family, init_lora_weights=False))
+    before = models.logits(adapted)
+    merged = adapted.merge_and_unload()
+    expected = models.logits(merged)
+    assert not torch.equal(expected, before)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(models.logits(load(tmp_path, family, quantization_config=config())), expected)

@@ -97,7 +97,8 @@ def initialize_loftq(
         key = f"{name.removeprefix('base_model.model.')}.weight"
         if key not in source:
             raise bad("weights", f"the key {key!r}", "none")
-        base, weight = layer.get_base_layer(), source[key].to(layer.get_base_layer().weight.device)
+        base = layer.get_base_layer()
+        weight = _as_stored_in_a_linear(source[key].to(base.weight.device), base.dequantize(torch.float32))
         scaling, a, b = layer.scaling[adapter_name], layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         before = _error(weight, base.dequantize(torch.float32))
         q, new_a, new_b = loftq(weight, base.quantized_weight, layer.r[adapter_name], scaling, iterations)
@@ -108,6 +109,14 @@ def initialize_loftq(
     if not errors:
         raise bad("model", f"LoRA layers over Linear4bit with an adapter {adapter_name!r}", "none")
     return errors
+
+
+def _as_stored_in_a_linear(weight: Tensor, quantized: Tensor) -> Tensor:
+    """`weight` or its transpose: GPT-2's Conv1D has it [in, out], and of a square one only the values tell which."""
+    if weight.shape != quantized.shape[::-1]:
+        return weight
+    straight = weight.shape == quantized.shape and _error(weight, quantized) <= _error(weight.t(), quantized)
+    return weight if straight else weight.t()
 
 
 def _error(weight: Tensor, approximation: Tensor) -> float:

@@ -1,0 +1,56 @@
+"""The most memory that pieces of Python take beside their results, measured in a process of its own.
+
+What counts is the process's own memory (RssAnon): pages of mapped files are the system's to take back.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# What is freed goes back to the system at once, so that the next one does not live on what this one has left.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+PROGRAM = """
+import gc, threading, time, torch
+
+def anonymous():
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def bytes_of(result):
+    tensors = [*result.parameters(), *result.buffers()] if isinstance(result, torch.nn.Module) else []
+    return sum(tensor.nbytes for tensor in tensors)
+
+def measure(function):
+    gc.collect()
+    peak, before, done = 0, anonymous(), False
+    def watch():
+        nonlocal peak
+        while not done:
+            peak = max(peak, anonymous())
+            time.sleep(0.0005)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = function()
+    done = True
+    thread.join()
+    return peak - before - bytes_of(result)
+
+"""
+
+
+def peaks(prepare, *expressions):
+    """Bytes that each of the expressions took beside the tensors of its result, after the statements `prepare`."""
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer keeps what is freed")
+    program = PROGRAM + prepare + "".join(f"\nprint(measure(lambda: {text}))" for text in expressions)
+    environment = {**os.environ, **ENVIRONMENT}
+    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return [int(line) for line in shown.stdout.split()[-len(expressions) :]]
+
+
+def megabytes(numbers):
+    """For a message."""
+    return ", ".join(f"{number / 2**20:.1f} MB" for number in numbers)
