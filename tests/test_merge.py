@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ transformers = pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from models import load  # noqa: E402
+from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.integrations import checkpoints, merge  # noqa: E402
 from qlora_native.integrations.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
@@ -192,27 +195,33 @@ def test_bad_argument_leaves_something(bases, tmp_path, capsys):
 # ---- memory and interruption -----------------------------------------------------------------------------------------
 
 
+SHARD = 12 * 2**20
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model of 120 MB in shards of at most 12 MB, and an adapter."""
+    """A model of 75 MB in shards of at most 12 MB, and an adapter."""
     folder = tmp_path_factory.mktemp("large")
-    models.make("llama", torch.bfloat16, layers=20, width=512, inner=1536).save_pretrained(
-        folder / "base", max_shard_size=12 * 2**20
+    models.make("llama", torch.bfloat16, layers=12, width=512, inner=1536).save_pretrained(
+        folder / "base", max_shard_size=SHARD
     )
     adapter_of(folder / "base", "llama", folder / "adapter", target_modules=["q_proj", "up_proj"])
     return folder
 
 
-def command(folder, out, *more):
-    base, adapter = ("--base", folder / "base"), ("--adapter", folder / "adapter")
-    return [sys.executable, "-m", "qlora_native", "merge", *base, *adapter, "--out", out, *more]
+COMMANDS = {
+    "merge": ["merge", "--adapter", "adapter", "--base"],
+    "quantize": ["quantize", "--model"],
+}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_merge_looks_finished(large, sent, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_command_looks_finished(large, command, sent, tmp_path):
     # A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
     process = subprocess.Popen(
-        list(map(str, command(large, tmp_path / "out"))),
+        [sys.executable, "-m", "qlora_native", *COMMANDS[command], "base", "--out", str(tmp_path / "out")],
+        cwd=large,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -229,30 +238,45 @@ def test_interrupted_merge_looks_finished(large, sent, tmp_path):
     assert not any((path / "config.json").exists() for path in left)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [(checkpoints, "save_file"), (merge.shutil, "copy2"), (Path, "write_text"), (os, "fsync"), (os, "replace")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_moment_of_the_interruption_leaves_something(bases, command, module, moment, tmp_path, monkeypatch):
+    adapter = None
+    if command == "merge":
+        adapter_of(bases["llama"], "llama", tmp_path / "adapter")
+        adapter = tmp_path / "adapter"
+    before = {path.name for path in tmp_path.iterdir()}
+    original = getattr(module, moment)
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def interrupted(*args, **options):
+            calls.append(args)
+            if len(calls) == 2 or moment in ("copy2", "replace"):  # of which there is one
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        patch.setattr(module, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(bases["llama"], tmp_path / "out", adapter, "nf4", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    convert(bases["llama"], tmp_path / "out", adapter, "nf4", progress=False)  # and it can be done again
+
+
 def test_memory_holds_more_than_a_shard(large, tmp_path):
-    program = f"""
-import threading, time
+    prepare = f"""
+import itertools
 from qlora_native.integrations.merge import convert
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-def run(out):
-    convert({str(large / "base")!r}, out, {str(large / "adapter")!r}, "bf16", progress=False)
-run({str(tmp_path / "warm")!r})
-before, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-thread = threading.Thread(target=watch)
-thread.start()
-run({str(tmp_path / "out")!r})
-done = True
-thread.join()
-print(peak - before)
+folder, out = {str(large)!r}, (f"{tmp_path}/{{i}}" for i in itertools.count())
+def run(adapter, to):
+    convert(folder + "/base", next(out), adapter and f"{{folder}}/{{adapter}}", to, progress=False)
+run("adapter", "bf16")  # code, threads, caches
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    weight = 512 * 1536 * 4  # the largest in fp32: itself, the adapter's product, their sum and a rounded copy
-    assert int(shown.stdout) < 12 * 2**20 + 5 * weight, f"{int(shown.stdout) / 2**20:.1f} MB"
+    extra = peaks(prepare, "run('adapter', 'bf16')", "run('adapter', 'nf4')", "run(None, 'nf4')")
+    weight = 512 * 1536 * 4  # the largest in fp32: it is there twice, beside a rounded copy and what a call takes
+    bounds = [SHARD + 4 * weight, SHARD / 3 + 4 * weight, SHARD / 3 + 4 * weight]
+    assert all(e < bound for e, bound in zip(extra, bounds, strict=True)), megabytes(extra)

@@ -96,20 +96,19 @@ class Adapter:
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def merged_weight(self, path: str, weight: Tensor) -> Tensor:
-        """`weight` fp32 [out, in] of the layer `path` with the adapter in it, fp32.
+        """`weight` [out, in] of the layer `path` with the adapter in it, fp32.
 
         Raises:
             ValueError: the adapter's shapes do not fit it.
         """
         parts = self.layers[path]
         if "lora_embedding_A" in parts:
-            a, b = parts["lora_embedding_A"].float(), parts["lora_embedding_B"].float()
-            delta = self.scaling(path) * (b @ a).t()
+            left, right = parts["lora_embedding_A"].t(), parts["lora_embedding_B"].t()
         else:
-            delta = self.scaling(path) * (parts["lora_B"].float() @ parts["lora_A"].float())
-        if delta.shape != weight.shape:
-            raise bad(f"adapter, {path}", f"the weight's shape {list(weight.shape)}", list(delta.shape))
-        merged = weight + delta
+            left, right = parts["lora_B"], parts["lora_A"]
+        if weight.shape != (left.shape[0], right.shape[1]):
+            raise bad(f"adapter, {path}", f"the weight's shape {list(weight.shape)}", [left.shape[0], right.shape[1]])
+        merged = torch.addmm(weight.float(), left.float(), right.float(), alpha=self.scaling(path))
         if "lora_magnitude_vector" in parts:
             magnitude = parts["lora_magnitude_vector"].float()
             merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]

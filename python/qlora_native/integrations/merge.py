@@ -3,7 +3,7 @@
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4]
     python -m qlora_native quantize --model DIR --out DIR
 
-Memory holds one shard of the result and one weight in fp32, so a model that fits on the disk can be merged. The base
+Memory holds one shard of the result and two weights in fp32, so a model that fits on the disk can be merged. The base
 may be in 16 bits or in 4 (bitsandbytes' format); W + scaling * B A is formed in fp32 and rounded once. What is written
 is an ordinary checkpoint that transformers loads, in 4 bits in bitsandbytes' format.
 """
@@ -41,6 +41,8 @@ TARGETS: dict[str, torch.dtype | str] = {
     "nf4": "nf4",
     "fp4": "fp4",
 }
+
+ROWS = 64  # of a weight, whose norm is taken: at most a few MB of memory
 
 
 @dataclass
@@ -183,9 +185,9 @@ class _Conversion:
         transposed = isinstance(self.model.module(path), Conv1D)
         weight = stored.t() if transposed and not quantized else stored
         if adapted:
-            merged = self.lora.merged_weight(path, weight.float())
+            merged = self.lora.merged_weight(path, weight)
             self.report.merged += 1
-            self.report.squares["delta"] += _square(merged - weight.float())
+            self.report.squares["delta"] += _square(merged, weight)
             weight = merged
         if not quantize:
             weight = weight.t() if transposed else weight
@@ -193,7 +195,7 @@ class _Conversion:
                 name: weight.to(self.target if isinstance(self.target, torch.dtype) else self.model.dtype).contiguous()
             }
         q = functional.quantize(weight, *self._options())
-        error, norm = _square(q.dequantize(torch.float32) - weight.float()), _square(weight)
+        error, norm = _square(q.dequantize(torch.float32), weight), _square(weight)
         self.report.quantized += 1
         self.report.errors[path] = math.sqrt(error / max(norm, 1e-300))
         self.report.squares["error"] += error
@@ -206,9 +208,15 @@ class _Conversion:
         return config.bnb_4bit_quant_type, config.blocksize, config.bnb_4bit_use_double_quant
 
 
-def _square(tensor: Tensor) -> float:
-    """The sum of squares, in float64 where it is added up row by row."""
-    return tensor.float().square().sum(dim=-1).double().sum().item()
+def _square(tensor: Tensor, other: Tensor | None = None) -> float:
+    """The sum of squares, of `tensor` or of its difference from `other`: float64 from row to row, ROWS at a time."""
+    total = 0.0
+    for start in range(0, len(tensor), ROWS):
+        rows = tensor[start : start + ROWS].float()
+        if other is not None:
+            rows = rows - other[start : start + ROWS].float()
+        total += rows.square().sum(dim=-1).double().sum().item()
+    return total
 
 
 class _Skeleton:
