@@ -179,6 +179,55 @@ def test_another_optimizer_is_taken_for_adam(optimizer):
     assert all(torch.equal(actual, expected) for actual, expected in zip(ours, theirs, strict=True))
 
 
+def test_operation_runs_elsewhere_or_without_being_asked(monkeypatch):
+    """On the CPU each operation is one call of ours while ours are enabled, and none before and after."""
+    called = []
+
+    class Ops:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(torch.ops.qlora_native, name)
+
+    monkeypatch.setattr(backend, "_ops", Ops())
+    weight, x, code = torch.randn(64, 128), torch.randn(1, 128), bnbf.get_4bit_type("nf4", "cpu")
+    codes, absmax = ops.quantize_4bit(weight, 64, "nf4", torch.uint8)
+    maps = bnbf.create_dynamic_map(), bnbf.create_dynamic_map(signed=False)
+
+    def step(name, dtype, *state):
+        moments = [torch.zeros(5000, dtype=dtype) for _ in range(2)]
+        getattr(ops, name)("adam", torch.randn(5000), torch.randn(5000), *moments, *state)
+
+    numbers = (0.9, 0.99, 0.0, 0.0, 1e-8)
+    calls = {
+        "quantize_4bit": ("quantize", lambda: ops.quantize_4bit(weight, 64, "nf4", torch.uint8)),
+        "dequantize_4bit": (
+            "dequantize",
+            lambda: ops.dequantize_4bit(codes, absmax, 64, "nf4", (64, 128), torch.float32),
+        ),
+        "gemm_4bit": ("linear_forward", lambda: ops.gemm_4bit(x, codes, (64, 128), absmax, 64, "nf4")),
+        "gemv_4bit": ("linear_forward", lambda: ops.gemv_4bit(x, codes, (64, 128), absmax, code, 64)),
+        "optimizer_update_8bit_blockwise": (
+            "adamw_8bit_step",
+            lambda: step(
+                "optimizer_update_8bit_blockwise", torch.uint8, *numbers, 1, 0.1, *maps, *torch.zeros(2, 20), 0.0, 1.0
+            ),
+        ),
+        "optimizer_update_32bit": (
+            "adamw_8bit_step",
+            lambda: step("optimizer_update_32bit", torch.float32, None, 0.0, 1.0, *numbers, 0.0, 1, 0.1, 1.0),
+        ),
+    }
+    assert calls.keys() == backend._KERNELS.keys()
+    for switch, runs in ((backend.disable, False), (backend.enable, True), (backend.disable, False)):
+        switch()
+        for name, (ours, call) in calls.items():
+            if name == "gemv_4bit" and not runs:
+                continue  # bitsandbytes has it on the CPU in its layout for AVX512_BF16 alone
+            called.clear()
+            call()
+            assert called == ([ours] if runs else []), name
+
+
 def test_call_that_we_do_not_take_fails():
     """NaN in a weight, float64, a max_unorm, other quantization maps: bitsandbytes' own answer, bit for bit."""
     weight = torch.randn(4, 64)
