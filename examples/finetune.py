@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "parameters": {"trainable": trainable, "all": total, "percent": 100 * trainable / total},
             "peak_memory_bytes": peak,
             "tokens_per_second": rate,
+            "processes": processes.count(),
             "seconds": time.perf_counter() - started,
             "losses": losses,
             "generations": [

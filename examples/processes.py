@@ -10,9 +10,14 @@ import torch
 import torch.distributed as dist
 
 
+def count() -> int:
+    """How many processes `torchrun` or `accelerate launch` started; 1 where nothing did."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join(device: str) -> str:
     """Meet the other processes that `torchrun` or `accelerate launch` started, if any; the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if count() == 1:
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -110,7 +110,7 @@ def alone(folder):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "accelerate.commands.launch", "--cpu"],
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
         ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"],
     ],
     ids=["accelerate", "torchrun"],
@@ -122,6 +122,7 @@ def test_launched_run_learns_something_else(folder, alone, launcher):
     shown = run(folder, "--data", folder / "data.jsonl", "--output", output, *SHORT, launcher=launcher)
     assert shown.returncode == 0, shown.stderr
     figures = json.loads((output / "figures.json").read_text())
+    assert figures["processes"] == 2 and alone["processes"] == 1
     assert figures["losses"] == pytest.approx(alone["losses"], rel=1e-3)
     assert figures["held_out_loss"]["after"] == pytest.approx(alone["held_out_loss"]["after"], rel=1e-3)
 

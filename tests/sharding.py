@@ -1,0 +1,22 @@
+"""FSDP2 as accelerate sets it up for its users."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+
+def prepared_by_accelerate(model, **options):
+    """As its Accelerator does with `--use_fsdp --fsdp_version 2 --mixed_precision bf16`, which it refuses on a CPU."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="bf16",
+        device=torch.device("cpu"),
+        is_main_process=dist.get_rank() == 0,
+    )
+    return fsdp2_prepare_model(accelerator, model)
