@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstdio>
 
-#include QLN_SIMD_HEADER  // cpu/avx2/simd.h or cpu/avx512/simd.h
+#include QLN_SIMD_HEADER  // with the Table256 of an instruction set
 
 #include "cpu/generic/adamw-inl.h"
 
@@ -13,23 +13,35 @@ namespace {
 // Nearer to 0 than the first midpoints, 1.6e-7 and 2.75e-7: what is smaller has the code of 0.
 constexpr float kSmallest = 0x1p-24f;
 
-// Encodes sign * t for all floats t in [kSmallest, 1], ascending, and counts those whose code is not the nearest
+// And a rounding error beyond the largest.
+constexpr std::uint32_t kLast = std::bit_cast<std::uint32_t>(1.0f) + 4;
+
+constexpr int kBatch = kTableVectors * kLanes;
+
+template <bool kSigned>
+void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* codes) {
+  F32 t[kTableVectors];
+  I32 code[kTableVectors];
+  for (int k = 0; k < kTableVectors; ++k) t[k] = load(values + k * kLanes);
+  encoder.guess(t, code);
+  encoder.finish(t, code, codes);
+}
+
+// Encodes sign * t for all floats t from kSmallest to kLast, ascending, and counts those whose code is not the nearest
 // level's (a tie: the lower level's). A level's number is the number of exact midpoints below the value.
 template <bool kSigned>
 std::int64_t wrong_codes(float sign) {
   const std::array<float, 256>& map = kSigned ? kDynamicMap : kUnsignedDynamicMap;
   const auto midpoint = [&](int i) { return (double{map[i]} + double{map[i + 1]}) / 2.0; };
-  constexpr int kBatch = 2 * kLanes;
   const Encoder<kSigned> encoder;
   std::int64_t wrong = 0;
-  const auto last = std::bit_cast<std::uint32_t>(1.0f);
   int expected = 0;
   while (expected < 255 && sign * kSmallest > midpoint(expected)) ++expected;
-  for (std::uint32_t bits = std::bit_cast<std::uint32_t>(kSmallest); bits <= last; bits += kBatch) {
+  for (std::uint32_t bits = std::bit_cast<std::uint32_t>(kSmallest); bits <= kLast; bits += kBatch) {
     alignas(64) float values[kBatch];
     std::uint8_t codes[kBatch];
-    for (int i = 0; i < kBatch; ++i) values[i] = sign * std::bit_cast<float>(std::min(bits + i, last));
-    encoder.encode(load(values), load(values + kLanes), codes);
+    for (int i = 0; i < kBatch; ++i) values[i] = sign * std::bit_cast<float>(std::min(bits + i, kLast));
+    encode(encoder, values, codes);
     for (int i = 0; i < kBatch; ++i) {
       if (sign > 0.0f) {
         while (expected < 255 && values[i] > midpoint(expected)) ++expected;
@@ -49,10 +61,10 @@ std::int64_t wrong_codes_near_zero() {
   const Encoder<kSigned> encoder;
   std::int64_t wrong = 0;
   for (float t = kSmallest;; t /= 2.0f) {
-    alignas(64) float values[2 * kLanes];
-    std::uint8_t codes[2 * kLanes];
-    for (int i = 0; i < 2 * kLanes; ++i) values[i] = kSigned && i % 2 == 1 ? -t : t;
-    encoder.encode(load(values), load(values + kLanes), codes);
+    alignas(64) float values[kBatch];
+    std::uint8_t codes[kBatch];
+    for (int i = 0; i < kBatch; ++i) values[i] = kSigned && i % 2 == 1 ? -t : t;
+    encode(encoder, values, codes);
     for (std::uint8_t code : codes) wrong += code != (kSigned ? 127 : 0);
     if (t == 0.0f) return wrong;
   }

@@ -117,6 +117,25 @@ constexpr DynamicMapLines dynamic_map_lines(bool is_signed) {
   return lines;
 }
 
+// The two of those lines that can be the least, by a float's highest byte, which says within a factor of four what it
+// is: less than a decade. Item k is the first of the two for floats in [kSmallest, 2) whose highest byte ends in the
+// four bits k: 15 are those in [0.5, 2), 14 the four times smaller ones, and so on. The second is a fifth as steep, and
+// its intercept 2 * intercept + kIntercept.
+template <bool kSigned>
+struct PairsOfLines {
+  static constexpr float kSmallest = 0x1p-31f, kSlope = 0.2f, kIntercept = kSigned ? 0.5f : 1.5f;
+  float slope[16], intercept[16];
+  constexpr PairsOfLines() : slope{}, intercept{} {
+    constexpr DynamicMapLines kLines = dynamic_map_lines(kSigned);
+    float smallest = kSmallest, end = 1e-6f;
+    for (int k = 0, decade = 0; k < 16; ++k, smallest *= 4.0f) {
+      for (; end <= smallest && decade + 1 < kDecades; end *= 10.0f) ++decade;
+      slope[k] = kLines.slope[decade];
+      intercept[k] = kLines.intercept[decade];
+    }
+  }
+};
+
 // A 16-value codebook in ascending order, for a quantizer: the nearest level of t is the one whose index is the number
 // of midpoints strictly below t (a tie takes the lower level), and order[index] is its code.
 struct SortedCodebook {

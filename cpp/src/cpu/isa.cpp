@@ -22,7 +22,9 @@ std::vector<Isa> find_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", avx512_bf16_backend});
+  // Of the processors with BF16 only Cooper Lake lacks VBMI.
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (bf16) isas.push_back({"avx512_bf16", avx512_bf16_backend});
   if (avx512) isas.push_back({"avx512", avx512_backend});
   if (avx2) isas.push_back({"avx2", avx2_backend});
 #endif

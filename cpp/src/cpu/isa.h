@@ -7,7 +7,7 @@ namespace qlora_native {
 
 const Backend& reference_backend();    // reference.cpp: scalar, the oracle of the others
 const Backend& avx2_backend();         // avx2/backend.cpp: AVX2, FMA, F16C
-const Backend& avx512_backend();       // avx512/backend.cpp: AVX-512 F, BW, DQ, VL
-const Backend& avx512_bf16_backend();  // avx512/backend.cpp: the same and AVX512_BF16
+const Backend& avx512_backend();       // avx512/backend_f32.cpp: AVX-512 F, BW, DQ, VL
+const Backend& avx512_bf16_backend();  // avx512/backend_bf16.cpp: the same and BF16, VBMI
 
 }  // namespace qlora_native

@@ -269,21 +269,21 @@ inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count
   return _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
 }
 
-// A table of 256 for two vectors of indices at a time.
+// A table of 256 floats, looked up for so many vectors of indices at a time.
+constexpr int kTableVectors = 2;
 struct Table256 {
   const float* values;
   explicit Table256(const float* all) : values(all) {}
 };
-// The values at 16 consecutive bytes; at the lanes of two vectors of indices.
-inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32& a, F32& b) {
-  a = lookup_bytes(table.values, bytes, kLanes);
-  b = lookup_bytes(table.values, bytes + kLanes, kLanes);
+// The values at consecutive bytes.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
+  for (int k = 0; k < kTableVectors; ++k) values[k] = lookup_bytes(table.values, bytes + k * kLanes, kLanes);
 }
-inline void lookup(const Table256& table, I32 index_a, I32 index_b, F32& a, F32& b) {
-  std::uint8_t bytes[2 * kLanes];
-  store_bytes(bytes, index_a);
-  store_bytes(bytes + kLanes, index_b);
-  lookup_bytes(table, bytes, a, b);
+// The values at the lanes of vectors of indices.
+inline void lookup(const Table256& table, const I32 (&index)[kTableVectors], F32 (&values)[kTableVectors]) {
+  std::uint8_t bytes[kTableVectors * kLanes];
+  for (int k = 0; k < kTableVectors; ++k) store_bytes(bytes + k * kLanes, index[k]);
+  lookup_bytes(table, bytes, values);
 }
 
 // 64-bit lanes for Philox: four counters at a time.

@@ -1,7 +1,7 @@
-// The backend for AVX-512 with BF16: bfloat16 products in pairs, everything else as without.
+// The backend for AVX-512 with BF16 and VBMI: bfloat16 products in pairs, AdamW's tables as bytes, the rest as without.
 #include "cpu/isa.h"
 
-#include "cpu/avx512/simd.h"
+#include "cpu/avx512/table_vbmi.h"
 
 #include "cpu/generic/backend-inl.h"
 
@@ -32,10 +32,13 @@ void lora_gradients_bf16(const LoraGradientsArgs& args, const Stream& stream) {
 }  // namespace
 
 const Backend& avx512_bf16_backend() {
-  static const Backend backend{avx512_backend().quantize,       avx512_backend().quantize_absmax,
-                               avx512_backend().dequantize,     linear_forward_bf16,
-                               linear_backward_input_bf16,      lora_gradients_bf16,
-                               avx512_backend().adamw_8bit_step};
+  static const Backend backend{avx512_backend().quantize,
+                               avx512_backend().quantize_absmax,
+                               avx512_backend().dequantize,
+                               linear_forward_bf16,
+                               linear_backward_input_bf16,
+                               lora_gradients_bf16,
+                               adamw_step};
   return backend;
 }
 

@@ -1,7 +1,7 @@
 // The backend for AVX-512 without BF16.
 #include "cpu/isa.h"
 
-#include "cpu/avx512/simd.h"
+#include "cpu/avx512/table_bw.h"
 
 #include "cpu/generic/backend_f32-inl.h"
 

@@ -247,44 +247,6 @@ inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count
   return part[0];
 }
 
-// A table of 256 for two vectors of indices at a time: as halves of 16 bits, of which a register holds 32.
-struct Table256 {
-  alignas(64) std::uint16_t low[256], high[256];
-  explicit Table256(const float* values) {
-    for (int i = 0; i < 256; ++i) {
-      std::uint32_t bits;
-      __builtin_memcpy(&bits, values + i, sizeof(bits));
-      low[i] = static_cast<std::uint16_t>(bits);
-      high[i] = static_cast<std::uint16_t>(bits >> 16);
-    }
-  }
-};
-inline I32 lookup_halves(const std::uint16_t* table, I32 index) {
-  I32 part[4];  // by the low six bits, for each value of the upper two
-  for (int i = 0; i < 4; ++i)
-    part[i] =
-        _mm512_permutex2var_epi16(_mm512_load_si512(table + 64 * i), index, _mm512_load_si512(table + 64 * i + 32));
-  const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-  const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-  return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(part[0], bit6, part[1]), bit7,
-                               _mm512_mask_mov_epi16(part[2], bit6, part[3]));
-}
-// `words`: the indices of a in the lower, those of b in the upper half of each 128-bit lane, four and four.
-inline void lookup_words(const Table256& table, I32 words, F32& a, F32& b) {
-  const I32 low = lookup_halves(table.low, words), high = lookup_halves(table.high, words);
-  a = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
-  b = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
-}
-// The values at 32 consecutive bytes; at the lanes of two vectors of indices.
-inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32& a, F32& b) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-  lookup_words(table, _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(loaded, order)), a, b);
-}
-inline void lookup(const Table256& table, I32 index_a, I32 index_b, F32& a, F32& b) {
-  lookup_words(table, _mm512_packus_epi32(index_a, index_b), a, b);
-}
-
 // 64-bit lanes for Philox: eight counters at a time.
 constexpr int kLanes64 = 8;
 using U64 = __m512i;

@@ -15,30 +15,33 @@ constexpr int kAdamWBlock = kAdamW8bitBlocksize;
 template <bool kSigned>
 class Encoder {
  public:
-  Encoder() : midpoints_((kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints).data()) {}
-
-  // Two vectors of values in [-1, 1], or [0, 1], or a rounding error beyond.
-  void encode(F32 a, F32 b, std::uint8_t* codes) const {
-    I32 code_a = guess(a), code_b = guess(b);
-    F32 midpoint_a, midpoint_b;
-    lookup(midpoints_, code_a, code_b, midpoint_a, midpoint_b);
-    store_bytes(codes, add_where_above(code_a, a, midpoint_a, 1));
-    store_bytes(codes + kLanes, add_where_above(code_b, b, midpoint_b, 1));
+  // Vectors of values in [-1, 1], or [0, 1], or a rounding error beyond: what guess() makes of them is the code or one
+  // less, and finish() decides. Two steps, so that two encoders can take them in turn, each while the other waits for
+  // its results.
+  void guess(const F32 (&t)[kTableVectors], I32 (&code)[kTableVectors]) const {
+    for (int k = 0; k < kTableVectors; ++k) code[k] = guess(t[k]);
+  }
+  void finish(const F32 (&t)[kTableVectors], const I32 (&code)[kTableVectors], std::uint8_t* codes) const {
+    F32 midpoint[kTableVectors];
+    lookup(midpoints_, code, midpoint);
+    for (int k = 0; k < kTableVectors; ++k)
+      store_bytes(codes + k * kLanes, add_where_above(code[k], t[k], midpoint[k], 1));
   }
 
  private:
   I32 guess(F32 t) const {
-    const F32 size = kSigned ? abs(t) : t;
-    F32 position = fma(size, set1(kLines.slope[0]), set1(kLines.intercept[0]));
-    for (int i = 1; i < kDecades; ++i) {
-      position = min(position, fma(size, set1(kLines.slope[i]), set1(kLines.intercept[i])));
-    }
+    const F32 size = max(kSigned ? abs(t) : t, set1(kLines.kSmallest));
+    const I32 line = shift_right<24>(as_i32(size));
+    const F32 rise = mul(size, lookup(slopes_, line)), intercept = lookup(intercepts_, line);
+    const F32 second = fma(intercept, set1(2.0f), set1(kLines.kIntercept));
+    F32 position = min(add(rise, intercept), fma(rise, set1(kLines.kSlope), second));
     if constexpr (kSigned) position = add(with_sign_of(position, t), set1(127.0f));
     return truncate_to_i32(position);
   }
 
-  static constexpr DynamicMapLines kLines = dynamic_map_lines(kSigned);
-  Table256 midpoints_;
+  static constexpr PairsOfLines<kSigned> kLines{};
+  Table16 slopes_ = table16(kLines.slope), intercepts_ = table16(kLines.intercept);
+  Table256 midpoints_{(kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints).data()};
 };
 
 struct AdamWTables {
@@ -68,33 +71,42 @@ struct AdamWVectors {
 };
 
 // Out of line: one copy serves every pair of dtypes.
-[[gnu::noinline]] void update_block(const AdamWTables& tables, const AdamWVectors& c,
-                                    const AdamWCoefficients& coefficients, const float* grad, float* param,
-                                    std::uint8_t* state1, std::uint8_t* state2, float* absmax1, float* absmax2) {
+[[gnu::noinline]] void update_block(const AdamWTables& tables, const AdamWCoefficients& coefficients, const float* grad,
+                                    float* param, std::uint8_t* state1, std::uint8_t* state2, float* absmax1,
+                                    float* absmax2) {
+  const AdamWVectors c(coefficients);
   alignas(64) float ms[kAdamWBlock], vs[kAdamWBlock];
   const F32 decayed1 = set1(*absmax1 * coefficients.beta1), decayed2 = set1(*absmax2 * coefficients.beta2);
   F32 most1 = zero(), most2 = zero();
-  for (int i = 0; i < kAdamWBlock; i += 2 * kLanes) {
-    F32 m[2], v[2];
-    lookup_bytes(tables.levels1, state1 + i, m[0], m[1]);
-    lookup_bytes(tables.levels2, state2 + i, v[0], v[1]);
-    for (int half = 0; half < 2; ++half) {
-      const int at = i + half * kLanes;
-      m[half] = mul(m[half], decayed1);
-      v[half] = mul(v[half], decayed2);
-      c.update(grad + at, param + at, m[half], v[half]);
-      store(ms + at, m[half]);
-      store(vs + at, v[half]);
-      most1 = max(most1, abs(m[half]));
-      most2 = max(most2, v[half]);
+  for (int i = 0; i < kAdamWBlock; i += kTableVectors * kLanes) {
+    F32 m[kTableVectors], v[kTableVectors];
+    lookup_bytes(tables.levels1, state1 + i, m);
+    lookup_bytes(tables.levels2, state2 + i, v);
+    for (int k = 0; k < kTableVectors; ++k) {
+      const int at = i + k * kLanes;
+      m[k] = mul(m[k], decayed1);
+      v[k] = mul(v[k], decayed2);
+      c.update(grad + at, param + at, m[k], v[k]);
+      store(ms + at, m[k]);
+      store(vs + at, v[k]);
+      most1 = max(most1, abs(m[k]));
+      most2 = max(most2, v[k]);
     }
   }
   *absmax1 = reduce_max(most1);
   *absmax2 = reduce_max(most2);
   const F32 inverse1 = set1(inverse_absmax(*absmax1)), inverse2 = set1(inverse_absmax(*absmax2));
-  for (int i = 0; i < kAdamWBlock; i += 2 * kLanes) {
-    tables.encoder1.encode(mul(load(ms + i), inverse1), mul(load(ms + i + kLanes), inverse1), state1 + i);
-    tables.encoder2.encode(mul(load(vs + i), inverse2), mul(load(vs + i + kLanes), inverse2), state2 + i);
+  for (int i = 0; i < kAdamWBlock; i += kTableVectors * kLanes) {
+    F32 m[kTableVectors], v[kTableVectors];
+    for (int k = 0; k < kTableVectors; ++k) {
+      m[k] = mul(load(ms + i + k * kLanes), inverse1);
+      v[k] = mul(load(vs + i + k * kLanes), inverse2);
+    }
+    I32 code1[kTableVectors], code2[kTableVectors];
+    tables.encoder1.guess(m, code1);
+    tables.encoder2.guess(v, code2);
+    tables.encoder1.finish(m, code1, state1 + i);
+    tables.encoder2.finish(v, code2, state2 + i);
   }
 }
 
@@ -187,7 +199,7 @@ inline void adamw_update(const AdamWStretch& stretch, const AdamWCoefficients& c
           const std::int64_t block = first / kAdamWBlock;
           Block<std::uint8_t> state1(tensor.state1, first, count, kZeroCode1);
           Block<std::uint8_t> state2(tensor.state2, first, count, kZeroCode2);
-          update_block(tables, c, coefficients, grad.get(), param.get(), state1.get(), state2.get(),
+          update_block(tables, coefficients, grad.get(), param.get(), state1.get(), state2.get(),
                        tensor.absmax1 + block, tensor.absmax2 + block);
           state1.put();
           state2.put();

@@ -1,0 +1,53 @@
+// Tables of 256 with AVX512_VBMI: as bytes, of which a register holds 64. Same names as table_bw.h.
+#pragma once
+
+#include "cpu/avx512/simd.h"
+
+namespace qlora_native {
+namespace {
+
+// A table of 256 floats, looked up for so many vectors of indices at a time.
+constexpr int kTableVectors = 4;
+struct Table256 {
+  alignas(64) std::uint8_t byte[4][256];  // of each value, from the lowest
+  explicit Table256(const float* values) {
+    for (int i = 0; i < 256; ++i) {
+      std::uint32_t bits;
+      __builtin_memcpy(&bits, values + i, sizeof(bits));
+      for (int k = 0; k < 4; ++k) byte[k][i] = static_cast<std::uint8_t>(bits >> 8 * k);
+    }
+  }
+};
+
+// The indices as bytes: those of values[k] are bytes 4 k ... 4 k + 3 of each 128-bit lane.
+inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableVectors]) {
+  const __mmask64 upper = _mm512_movepi8_mask(index);  // from 128 on
+  I32 byte[4];
+  for (int k = 0; k < 4; ++k) {
+    const std::uint8_t* const part = table.byte[k];
+    byte[k] = _mm512_mask_mov_epi8(
+        _mm512_permutex2var_epi8(_mm512_load_si512(part), index, _mm512_load_si512(part + 64)), upper,
+        _mm512_permutex2var_epi8(_mm512_load_si512(part + 128), index, _mm512_load_si512(part + 192)));
+  }
+  const I32 low01 = _mm512_unpacklo_epi8(byte[0], byte[1]), high01 = _mm512_unpackhi_epi8(byte[0], byte[1]);
+  const I32 low23 = _mm512_unpacklo_epi8(byte[2], byte[3]), high23 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+  values[0] = as_f32(_mm512_unpacklo_epi16(low01, low23));
+  values[1] = as_f32(_mm512_unpackhi_epi16(low01, low23));
+  values[2] = as_f32(_mm512_unpacklo_epi16(high01, high23));
+  values[3] = as_f32(_mm512_unpackhi_epi16(high01, high23));
+}
+
+// The values at consecutive bytes.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
+  const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  lookup_lanes(table, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(bytes)), values);
+}
+// The values at the lanes of vectors of indices.
+inline void lookup(const Table256& table, const I32 (&index)[kTableVectors], F32 (&values)[kTableVectors]) {
+  lookup_lanes(table,
+               _mm512_packus_epi16(_mm512_packus_epi32(index[0], index[1]), _mm512_packus_epi32(index[2], index[3])),
+               values);
+}
+
+}  // namespace
+}  // namespace qlora_native
