@@ -21,6 +21,9 @@ with warnings.catch_warnings():
     bnb = pytest.importorskip("bitsandbytes")
 
 import models  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from lora import assert_close  # noqa: E402
+from sharding import prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations import bitsandbytes_backend as backend  # noqa: E402
@@ -272,6 +275,26 @@ def test_loftq_begins_farther_from_the_weight(checkpoint):
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     errors = initialize_loftq(peft.get_peft_model(load(checkpoint, config()), lora), checkpoint)
     assert len(errors) == 2 and all(after < before for before, after in errors.values())
+    lora.init_lora_weights = "loftq"
+    with pytest.raises(NotImplementedError, match="initialize_loftq"):
+        peft.get_peft_model(load(checkpoint, config()), lora)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate sets it, for transformers to see
+    theirs, ours, other = (model.requires_grad_(False) for model in (*both(checkpoint), load(checkpoint, config())))
+    expected = models.logits(ours)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        prepared_by_accelerate(theirs, cpu_ram_efficient_loading=True)
+        sharded = prepared_by_accelerate(ours, cpu_ram_efficient_loading=False)
+        assert_close(models.logits(sharded).float(), expected.float(), 1e-2)
+        with pytest.raises(AttributeError, match="device_mesh"):
+            prepared_by_accelerate(other, cpu_ram_efficient_loading=True)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512_BF16 alone")
@@ -301,14 +324,20 @@ def _avx512():
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_codes_differ(format):
-    weight = torch.randn(512, 256)
+def test_codes_differ_or_scales_do_not(format):
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("force_eager"):
         codes, state = bnb.functional.quantize_4bit(weight, quant_type=format, compress_statistics=True)
     q = qn.quantize(weight, format)
     assert (q.codes.view(-1) != codes.view(-1)).float().mean() < 1e-3
     distance = (q.absmax.int() - state.absmax.int()).abs()
-    assert distance.max() <= 1
+    assert distance.max() == 1
+    scales = qn.quantize(weight, format, double_quant=False).absmax
+    nested = q.nested_absmax.repeat_interleave(256)
+    ours, theirs = (
+        (q.nested_code[codes.long()] * nested + q.offset - scales).abs() for codes in (q.absmax, state.absmax)
+    )
+    assert (ours <= theirs + 1e-6).all() and (ours < theirs).any()
 
 
 def test_zero_of_fp4_has_another_code():
