@@ -6,8 +6,9 @@
 
 namespace qlora_native {
 
-// Bytes of packed activations that a call keeps for all its threads.
-constexpr std::int64_t kPackedBytes = 6 << 20;
+// Bytes of packed activations that a call keeps for all its threads: of the 8 MB that it may take beside 1 MB a thread.
+// As many as may be, for a weight is decoded once for every block of rows.
+constexpr std::int64_t kPackedBytes = 15 << 19;
 // A thread is given about so many tasks where the shape allows it, so that threads end together.
 constexpr std::int64_t kTasksPerThread = 8;
 

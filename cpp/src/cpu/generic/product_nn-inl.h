@@ -34,8 +34,11 @@ struct ProductNn {
   static constexpr Tiling tiling(std::int64_t rows) {
     if (rows <= 32) return {32, kMostPanelFloats, 1};
     if (rows < 128) return {16, kMostPanelFloats, 2};
-    return {rows < 320 ? 8 : 4, kMostPanelFloats * 3 / 4, kTasksPerThread};
+    return {rows < 320 ? 4 : 2, kMostPanelFloats * 3 / 4, kTasksPerThread};
   }
+  // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
+  // would outgrow an fp32 result.
+  static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
   static constexpr std::int64_t kMostPanelFloats = 64 << 10;
   static constexpr std::int64_t kMostSums = 132 << 10;  // floats
 
@@ -191,7 +194,8 @@ struct ProductNn {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = zero();
+      for (int j = 0; j < kVectors; ++j)
+        sum[i][j] = kOneChain && accumulate ? load(sums + i * kChunk + j * kLanes) : zero();
     const auto multiply = [&](std::int64_t unit) {
       F32 columns[kVectors];
 #pragma GCC unroll 4
@@ -223,7 +227,7 @@ struct ProductNn {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         float* out = sums + i * kChunk + j * kLanes;
-        store(out, accumulate ? add(load(out), sum[i][j]) : sum[i][j]);
+        store(out, accumulate && !kOneChain ? add(load(out), sum[i][j]) : sum[i][j]);
       }
   }
 
