@@ -135,6 +135,17 @@ def test_second_adapter_is_ignored(family, monkeypatch):
     assert_close(logits(ours), logits(theirs), ORDER)
 
 
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_combined_adapter_is_another_or_not_fused(combination, monkeypatch):
+    ours, theirs = pair_of_two("llama")
+    for model in (ours, theirs):
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type=combination)
+        model.set_adapter("both")
+        model.delete_adapter("second")
+    assert fused_layers(ours, monkeypatch) == LINEARS["llama"]
+    assert_close(logits(ours), logits(theirs), ORDER)
+
+
 @families
 def test_mixed_batch_uses_one_adapter_for_all_rows(family, monkeypatch):
     ours, theirs = pair_of_two(family)
