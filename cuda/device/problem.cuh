@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/elements.cuh"
+#include "device/weight_chunk.cuh"
 #include "gemm_config.h"
 
 namespace qlora_native::QLN_CUDA {
@@ -12,10 +13,19 @@ inline int log2_of(int n) {
   while ((1 << log2) < n) ++log2;
   return log2;
 }
-// Of the blocksize, a power of two; of the nested one, or -1 if it is none.
-inline int block_shift_of(const QuantizedWeightView& w) { return log2_of(w.blocksize); }
-inline int nested_shift_of(const QuantizedWeightView& w) {
-  return is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1;
+inline WeightShifts shifts_of(const QuantizedWeightView& w) {
+  const bool nested = w.nested_absmax != nullptr && is_power_of_two(w.nested_blocksize);
+  const int block = log2_of(w.blocksize);
+  return {block, block - log2_of(kGemmChunk), nested ? log2_of(w.nested_blocksize) : -1};
+}
+inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements() / kGemmChunk; }
+inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
+  return static_cast<std::uint32_t>(chunks_of(w) - 1);
+}
+// Whether the weight is made of whole chunks that lie at multiples of 16 bytes, and 32 bits count them.
+inline bool is_aligned(const QuantizedWeightView& w) {
+  return w.K % kGemmChunk == 0 && is_aligned(w.codes, kVectorBytes) && chunks_of(w) <= 0xFFFFFFFF &&
+         (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
 }
 
 // Whether the first `cols` elements of each row are whole 16-byte vectors.
@@ -36,8 +46,7 @@ inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView
       .dtype = left.dtype,
       .bits = w.bits,
       .backward = backward,
-      .aligned = w.K % kGemmChunk == 0 && is_aligned(w.codes, kVectorBytes) && nested_shift_of(w) >= 0 &&
-                 rows_are_vectors(left, inner),
+      .aligned = is_aligned(w) && rows_are_vectors(left, inner),
       .multiprocessors = multiprocessors(stream),
   };
 }

@@ -12,6 +12,13 @@
 
 namespace qlora_native::QLN_CUDA {
 
+// What positions and blocks of a weight are divided by, as shifts.
+struct WeightShifts {
+  int block;   // an element's block
+  int chunk;   // a chunk's
+  int nested;  // a block's; -1 where the weight is not double-quantized, or the nested blocksize no power of two
+};
+
 template <bool kAligned>
 struct ChunkScale {
   float value;
@@ -19,7 +26,7 @@ struct ChunkScale {
   __device__ __forceinline__ ChunkScale divided_by(float divisor) const { return {value / divisor}; }
 };
 template <>
-struct ChunkScale<false> {
+struct alignas(16) ChunkScale<false> {
   float first, rest;
   int end;  // of the first block's elements
   __device__ __forceinline__ float at(int i) const { return i < end ? first : rest; }
@@ -28,69 +35,77 @@ struct ChunkScale<false> {
   }
 };
 
+// Where a weight is aligned its chunks are counted, in 32 bits; elsewhere its elements.
+template <bool kAligned>
+using Position = std::conditional_t<kAligned, std::uint32_t, std::int64_t>;
+
 // Scales by their block, in two halves: what memory has to give, and what is made of it. Between the two the multiply
 // of another step hides the wait.
 template <bool kAligned>
 class ScaleReader {
  public:
   struct Raw {
-    float scale;  // or, double-quantized, what multiplies the level
-    std::uint32_t level;
+    float scale = 0.0f;  // or, double-quantized, what multiplies the level
+    std::uint32_t level = 0;
   };
-  // What all scales of a double-quantized weight need: copied to shared memory once.
+  // The levels of a double-quantized weight, in shared memory.
   struct Nested {
     float code[256];
-    float offset;
     __device__ void fill(const QuantizedWeightView& w) {
       if (w.nested_absmax == nullptr) return;
       for (int i = thread_index(); i < 256; i += block_threads()) code[i] = w.nested_code[i];
-      if (thread_index() == 0) offset = *w.offset;
     }
   };
-  __device__ ScaleReader(const QuantizedWeightView& w, int block_shift, int nested_shift, const Nested& nested)
-      : w_(w), block_shift_(block_shift), nested_shift_(nested_shift), nested_(nested) {}
-  __device__ __forceinline__ std::int64_t block_of(std::int64_t element) const { return element >> block_shift_; }
-  __device__ __forceinline__ Raw fetch(std::int64_t block) const {
-    if (w_.nested_absmax == nullptr) return {static_cast<const float*>(w_.absmax)[block], 0};
-    const std::int64_t nested = kAligned ? block >> nested_shift_ : block / w_.nested_blocksize;
+  __device__ ScaleReader(const QuantizedWeightView& w, const WeightShifts& shifts, const Nested& nested)
+      : w_(w),
+        shifts_(shifts),
+        code_(SharedPlace(nested.code).kept()),
+        offset_(w.nested_absmax == nullptr ? 0.0f : *w.offset) {}
+  __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
+    return position >> (kAligned ? shifts_.chunk : shifts_.block);
+  }
+  __device__ __forceinline__ Raw fetch(Position<kAligned> block) const {
+    if (!is_nested()) return {static_cast<const float*>(w_.absmax)[block], 0};
+    const Position<kAligned> nested = kAligned ? block >> shifts_.nested : block / w_.nested_blocksize;
     return {w_.nested_absmax[nested], static_cast<const std::uint8_t*>(w_.absmax)[block]};
   }
   __device__ __forceinline__ float finish(const Raw& raw) const {
-    return w_.nested_absmax == nullptr ? raw.scale : nested_scale(nested_.code[raw.level], raw.scale, nested_.offset);
+    if (!is_nested()) return raw.scale;
+    return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale, offset_);
   }
 
  private:
+  __device__ __forceinline__ bool is_nested() const {
+    return kAligned ? shifts_.nested >= 0 : w_.nested_absmax != nullptr;
+  }
   const QuantizedWeightView& w_;
-  int block_shift_, nested_shift_;
-  const Nested& nested_;
+  const WeightShifts& shifts_;
+  const SharedPlace code_;
+  const float offset_;
 };
 
-// The scale of a chunk that begins at an element of the weight, on its way. `count`: how many of its elements the
-// product has, 32 or more, or less than 1: 32 are taken for all, 0 for none. What it has not has the scale 0, where it
-// has none.
+// The scale of a chunk, on its way.
 template <bool kAligned>
 class PendingScale;
 
 template <>
 class PendingScale<true> {
  public:
-  __device__ __forceinline__ void fetch(const QuantizedWeightView&, const ScaleReader<true>& scales,
-                                        std::int64_t element, int count) {
-    there_ = count > 0;
-    if (there_) raw_ = scales.fetch(scales.block_of(element));
+  __device__ __forceinline__ void fetch(const ScaleReader<true>& scales, std::uint32_t chunk) {
+    raw_ = scales.fetch(scales.block_of(chunk));
   }
   __device__ __forceinline__ ChunkScale<true> finish(const ScaleReader<true>& scales) const {
-    return {there_ ? scales.finish(raw_) : 0.0f};
+    return {scales.finish(raw_)};
   }
 
  private:
-  ScaleReader<true>::Raw raw_{};
-  bool there_ = false;
+  ScaleReader<true>::Raw raw_;
 };
 
 template <>
 class PendingScale<false> {
  public:
+  // `count`: how many of its elements the product has, 32 or more for all. What it has not has the scale 0.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
                                         std::int64_t element, int count) {
     scale_ = {0.0f, 0.0f, 0};
@@ -129,30 +144,6 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
   }
 }
 
-// A chunk of a 4-bit weight on its way to shared memory; `count` as above.
-template <bool kAligned>
-class WeightChunk {
- public:
-  // Begins to copy the codes to `codes`, and to read the scale.
-  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<kAligned>& scales,
-                                        std::int64_t element, int count, std::uint8_t* codes) {
-    if constexpr (kAligned) {
-      cp_async<kGemmChunk / 2>(codes, w.codes + (element >> 1), count > 0 ? kGemmChunk / 2 : 0);
-    } else {
-      Vector<std::uint32_t, kCodeWords> words[1];
-      gather_codes<4>(w.codes, element, count, words);
-      store_vector<std::uint32_t, kCodeWords>(reinterpret_cast<std::uint32_t*>(codes), words[0]);
-    }
-    scale_.fetch(w, scales, element, count);
-  }
-  __device__ __forceinline__ ChunkScale<kAligned> scale(const ScaleReader<kAligned>& scales) const {
-    return scale_.finish(scales);
-  }
-
- private:
-  PendingScale<kAligned> scale_;
-};
-
 // The two values of a byte of codes. A table of all 256 bytes in shared memory answers with one load; lanes take turns
 // among its copies, so that fewer of them ask one bank at once: of 16, none.
 template <unsigned kCopies>
@@ -167,9 +158,10 @@ class PairTable {
       pairs[i] = {{code[byte >> 4], code[byte & 15]}};
     }
   }
-  __device__ explicit PairTable(const Pair* pairs) : copy_(pairs + static_cast<unsigned>(thread_index()) % kCopies) {}
+  __device__ explicit PairTable(const Pair* pairs)
+      : copy_(SharedPlace(pairs + static_cast<unsigned>(thread_index()) % kCopies).kept()) {}
   __device__ __forceinline__ Pair operator[](std::uint32_t byte) const {
-    return load_pair(copy_, byte * (kCopies * static_cast<unsigned>(sizeof(Pair))));
+    return load_shared<Pair>(copy_.at(byte * (kCopies * static_cast<unsigned>(sizeof(Pair)))));
   }
 
  private:

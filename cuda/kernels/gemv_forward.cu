@@ -30,7 +30,8 @@ using GemvTable = PairTable<16>;
 
 struct GemvArgs {
   QuantizedWeightView weight;
-  int block_shift, nested_shift;  // as in ScaleReader
+  WeightShifts shifts;
+  std::uint32_t last_chunk;  // of an aligned weight
   ConstMatrix x, u;
   const void* b;  // [N, rank]
   DType b_dtype;
@@ -199,20 +200,21 @@ class GemvRows<float, kRows> {
 template <int kBits, bool kAligned>
 class GemvChunk {
  public:
-  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<kAligned>& scales,
-                                        std::int64_t element, int count) {
-    if constexpr (kAligned) {
+  // Of an aligned weight.
+  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<true>& scales,
+                                        std::uint32_t chunk) {
+    constexpr int kBytes = kVectors * kVectorBytes;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        codes_[i] = {};
-        if (count > 0) {
-          codes_[i] = load_vector<std::uint32_t, 4>(
-              reinterpret_cast<const std::uint32_t*>(w.codes + element * kBits / 8 + i * kVectorBytes));
-        }
-      }
-    } else {
-      gather_codes<kBits>(w.codes, element, count, codes_);
+    for (int i = 0; i < kVectors; ++i) {
+      codes_[i] = load_vector<std::uint32_t, 4>(
+          reinterpret_cast<const std::uint32_t*>(w.codes + std::uint64_t{chunk} * kBytes + i * kVectorBytes));
     }
+    scale_.fetch(scales, chunk);
+  }
+  // Of any other, from its element on; `count`: how many elements there are.
+  __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
+                                        std::int64_t element, int count) {
+    gather_codes<kBits>(w.codes, element, count, codes_);
     scale_.fetch(w, scales, element, count);
   }
   // What four codes are multiplied by.
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   shared.nested.fill(w);
   sync_threads();
   const GemvTable table(shared.pairs);
-  const ScaleReader<kAligned> scales(w, args.block_shift, args.nested_shift, shared.nested);
+  const ScaleReader<kAligned> scales(w, args.shifts, shared.nested);
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.u.cols;
   const int rows = static_cast<int>(args.x.rows);
@@ -282,7 +284,14 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       const int count = left_of(K, k);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        turn.chunk[row].fetch(w, scales, n[row] * K + k, n[row] < w.N ? count : 0);
+        const std::int64_t element = n[row] * K + k;
+        if constexpr (kAligned) {
+          // What W has not is multiplied by zeros of x, or its sum is not stored: the last chunk will do.
+          const auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kGemmChunk);
+          turn.chunk[row].fetch(w, scales, chunk < args.last_chunk ? chunk : args.last_chunk);
+        } else {
+          turn.chunk[row].fetch(w, scales, element, n[row] < w.N ? count : 0);
+        }
       }
       turn.x.template fetch<kAligned>(static_cast<const T*>(args.x.data) + k, args.x.stride, rows, count, lane);
     };
@@ -341,8 +350,8 @@ void gemv_forward(const LinearForwardArgs& args, const ConstMatrix& u, const Gem
   const QuantizedWeightView& w = args.weight;
   const GemvArgs kernel_args = {
       .weight = w,
-      .block_shift = block_shift_of(w),
-      .nested_shift = nested_shift_of(w),
+      .shifts = shifts_of(w),
+      .last_chunk = last_chunk_of(w),
       .x = args.x,
       .u = u,
       .b = args.lora.b,

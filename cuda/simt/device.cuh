@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <type_traits>
 
 #include "simt/check.h"
@@ -141,20 +142,56 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& vec
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
-// A place in shared memory that the compiler takes as it is, so that it adds to it in one instruction.
+// The compiler does not know how this came about, so it keeps it.
+__device__ __forceinline__ std::uint32_t kept(std::uint32_t value) {
+  std::uint32_t result;
+  asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+// A place in shared memory, as 32 bits.
 struct SharedPlace {
   std::uint32_t address;
-  __device__ __forceinline__ explicit SharedPlace(const void* p) {
-    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"(shared_address(p)));
-  }
+  __device__ __forceinline__ explicit SharedPlace(const void* p) : address(shared_address(p)) {}
+  __device__ __forceinline__ explicit SharedPlace(std::uint32_t address) : address(address) {}
+  __device__ __forceinline__ SharedPlace at(std::uint32_t bytes) const { return SharedPlace(address + bytes); }
+  __device__ __forceinline__ SharedPlace flipped(std::uint32_t bits) const { return SharedPlace(address ^ bits); }
+  __device__ __forceinline__ SharedPlace kept() const { return SharedPlace(cuda::kept(address)); }
 };
-__device__ __forceinline__ Vector<float, 2> load_pair(const SharedPlace& from, std::uint32_t bytes) {
-  Vector<float, 2> pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(pair.at[0]), "=f"(pair.at[1])
-               : "r"(from.address + bytes)
-               : "memory");
-  return pair;
+template <class V>
+__device__ __forceinline__ V load_shared(const SharedPlace& from) {
+  if constexpr (sizeof(V) == 16) {
+    Vector<std::uint32_t, 4> v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.at[0]), "=r"(v.at[1]), "=r"(v.at[2]), "=r"(v.at[3])
+                 : "r"(from.address)
+                 : "memory");
+    return std::bit_cast<V>(v);
+  } else if constexpr (sizeof(V) == 8) {
+    Vector<std::uint32_t, 2> v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.at[0]), "=r"(v.at[1]) : "r"(from.address) : "memory");
+    return std::bit_cast<V>(v);
+  } else if constexpr (sizeof(V) == 4) {
+    std::uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
+    return std::bit_cast<V>(v);
+  } else {
+    static_assert(std::is_same_v<V, std::uint8_t>);
+    std::uint32_t v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
+    return static_cast<std::uint8_t>(v);
+  }
+}
+template <class V>
+__device__ __forceinline__ void store_shared(const SharedPlace& to, const V& value) {
+  if constexpr (sizeof(V) == 16) {
+    const auto v = std::bit_cast<Vector<std::uint32_t, 4>>(value);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(v.at[0]), "r"(v.at[1]), "r"(v.at[2]),
+                 "r"(v.at[3])
+                 : "memory");
+  } else {
+    static_assert(sizeof(V) == 4);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to.address), "r"(std::bit_cast<std::uint32_t>(value)) : "memory");
+  }
 }
 
 template <int kBytes>
@@ -168,6 +205,14 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, int valid =
                  "n"(kBytes)
                  : "memory");
   }
+}
+// 16 bytes, or as many zeros where `there` is 0: one instruction, which takes the condition as a predicate.
+__device__ __forceinline__ void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
+  asm volatile(
+      "{ .reg .pred p; .reg .b32 n; setp.ne.u32 p, %2, 0; selp.b32 n, 16, 0, p; "
+      "cp.async.cg.shared.global [%0], [%1], 16, n; }" ::"r"(to.address),
+      "l"(from), "r"(there)
+      : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
@@ -224,11 +269,14 @@ __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_
 // ---- tensor cores
 // ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row.address)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4(r, SharedPlace(row));
 }
 __device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

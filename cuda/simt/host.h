@@ -155,13 +155,30 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
-// A place in shared memory, and the two floats so many bytes behind it.
+// A value that a device keeps in a register, where its compiler would rather compute it again and again in a loop.
+inline std::uint32_t kept(std::uint32_t value) { return value; }
+// A place in shared memory: on a device in 32 bits, so that what is added to it, or flipped in it, costs one
+// instruction.
 struct SharedPlace {
-  const std::byte* address;
-  explicit SharedPlace(const void* p) : address(static_cast<const std::byte*>(p)) {}
+  std::byte* address;
+  explicit SharedPlace(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
+  SharedPlace at(std::uint32_t bytes) const { return SharedPlace(address + bytes); }
+  SharedPlace flipped(std::uint32_t bits) const {
+    return SharedPlace(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
+  }
+  SharedPlace kept() const { return *this; }
 };
-inline Vector<float, 2> load_pair(const SharedPlace& from, std::uint32_t bytes) {
-  return load_vector<float, 2>(reinterpret_cast<const float*>(from.address + bytes));
+template <class V>
+V load_shared(const SharedPlace& from) {
+  if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
+  V value;
+  std::memcpy(&value, from.address, sizeof(V));
+  return value;
+}
+template <class V>
+void store_shared(const SharedPlace& to, const V& value) {
+  if (reinterpret_cast<std::uintptr_t>(to.address) % sizeof(V) != 0) emulator::fail("a misaligned store");
+  std::memcpy(to.address, &value, sizeof(V));
 }
 
 // To shared memory, kBytes of 4, 8 or 16: `valid` bytes of `from`, then zeros.
@@ -169,6 +186,10 @@ template <int kBytes>
 void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emulator::copy_async(to, from, valid, kBytes - valid);
+}
+// 16 bytes, or as many zeros where `there` is 0.
+inline void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
+  cp_async<16>(to.address, from, there != 0 ? 16 : 0);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int kGroupsLeft>
@@ -235,6 +256,9 @@ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
 }
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix_x4<false>(r, row, site);
+}
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row, Site site = Site::current()) {
+  ldmatrix_x4<false>(r, row.address, site);
 }
 inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix_x4<true>(r, row, site);

@@ -1,21 +1,10 @@
 // gemm_config: that the blocks share the steps of all tiles, each of them once, for any problem and device.
 #include "gemm_config.h"
 
-#include <cstdio>
-#include <cstdlib>
+#include "expect.h"
 
 namespace qlora_native {
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                 \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                         \
-    }                                                                     \
-  } while (false)
 
 constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 129, 4096, 100000};
 constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 4096, 14336};
@@ -127,6 +116,5 @@ int main() {
   few_rows_do_not_get_their_kernel();
   product_without_a_tensor_core_kernel_is_given_to_one();
   more_elements_than_an_int_counts();
-  std::printf(failures == 0 ? "ok\n" : "%d failures\n", failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }

@@ -245,6 +245,29 @@ __global__ void in_order_kernel(std::uint32_t* turn, float* sum) {
   }
 }
 
+// Two chunks of 16 bytes from `in`, the second of which is not there, in each other's places; one word moves on.
+__global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
+  const SharedPlace first = SharedPlace(dynamic_smem<std::uint32_t>()).at(32);
+  cp_async_or_zeros(first.flipped(16), in, 4);
+  cp_async_or_zeros(first, in + 4, 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+  store_shared(first,
+               load_shared<std::uint32_t>(first.flipped(16).at(8)) + load_shared<std::uint8_t>(first.at(16 + 5)));
+  store_vector<std::uint32_t, 4>(out, load_shared<Vector<std::uint32_t, 4>>(first));
+  store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.flipped(16)));
+}
+__global__ void misaligned_place_kernel() { load_shared<float>(SharedPlace(dynamic_smem<float>()).at(2)); }
+
+void place_in_shared_memory_is_another() {
+  alignas(16) const std::uint32_t in[8] = {1, 0x200, 3, 4, 5, 6, 7, 8};
+  alignas(16) std::uint32_t out[8];
+  launch<places_kernel>({1, kWarp, 64}, {}, &in[0], &out[0]);
+  const std::uint32_t expected[8] = {3 + 2, 0, 0, 0, 1, 0x200, 3, 4};
+  for (int i = 0; i < 8; ++i) EXPECT(out[i] == expected[i]);
+  EXPECT(contains(last_words([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
+}
+
 void blocks_wait_for_each_other() {
   const auto run = [] {
     std::uint32_t turn = 0;
@@ -323,7 +346,7 @@ __global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
   shared[lane] = static_cast<float>(byte_of(word, lane % 4)) - 100.5f;
   sync_warp();
   if (lane % 2 != 0) return;
-  const auto pair = load_pair(SharedPlace(shared), lane * static_cast<std::uint32_t>(sizeof(float)));
+  const auto pair = load_shared<Vector<float, 2>>(SharedPlace(shared).at(lane * sizeof(float)));
   packed[lane / 2] = pack_pair<T>(pair.at[0], pair.at[1]);
 }
 
@@ -375,6 +398,7 @@ int run_all() {
   host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
+  place_in_shared_memory_is_another();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
