@@ -104,19 +104,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         batches: dict[torch.device, _Batch] = {}
         for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    raise bad_type("grad", "a dense gradient", grad.layout)
-                check_float_dtype("params", param.dtype)
-                check_float_dtype("grad", grad.dtype)
-                batch = batches.get(param.device)
-                if batch is None:
-                    batch = batches[param.device] = _Batch(len(self.param_groups))
-                state = self.state[param]
-                batch.add(index, param, grad, state or self._init_state(index, param, state))
+            stepped = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
+            for device, (params, grads) in _by_device(stepped).items():
+                _check(params, grads)
+                states = [self.state[param] or self._init_state(index, param) for param in params]
+                batch = batches.setdefault(device, _Batch(len(self.param_groups)))
+                batch.add(index, params, grads, states)
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -159,7 +152,8 @@ class AdamW8bit(torch.optim.Optimizer):
         for values in self.state.values():
             values.update({name: kept.tensor for name, kept in values.items() if isinstance(kept, Kept)})
 
-    def _init_state(self, group: int, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _init_state(self, group: int, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
         state.update(self._moments(group, param))
         return state
@@ -279,6 +273,26 @@ class PagedAdamW8bit(AdamW8bit):
         return rooms
 
 
+def _by_device(stepped: list[tuple[Tensor, Tensor]]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
+    """(parameters, their gradients) of each device, in order."""
+    devices = dict.fromkeys([param.device for param, _ in stepped])
+    found = {}
+    for device in devices:
+        pairs = stepped if len(devices) == 1 else [pair for pair in stepped if pair[0].device == device]
+        found[device] = [param for param, _ in pairs], [grad for _, grad in pairs]
+    return found
+
+
+def _check(params: list[Tensor], grads: list[Tensor]) -> None:
+    """Raise unless all are dense, and of dtypes that the op takes."""
+    for layout in {grad.layout for grad in grads}:
+        if layout is not torch.strided:
+            raise bad_type("grad", "a dense gradient", layout)
+    for name, tensors in (("params", params), ("grad", grads)):
+        for dtype in {tensor.dtype for tensor in tensors}:
+            check_float_dtype(name, dtype)
+
+
 class _Batch:
     """The tensors of one device's step, as the op takes them."""
 
@@ -293,21 +307,24 @@ class _Batch:
         self.absmax2: list[Tensor] = []
         self.copies: list[tuple[Tensor, Tensor]] = []  # parameters with other strides, and what the op writes instead
 
-    def add(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        """One parameter with its gradient and state."""
-        if not param.is_contiguous():
-            copy = param.contiguous()
-            self.copies.append((param, copy))
-            param = copy
-        self.sizes[group] += 1
-        self.params.append(param)
-        self.grads.append(grad if grad.is_contiguous() else grad.contiguous())
-        self.steps.append(state["step"])
-        self.state1.append(state["state1"])
-        self.state2.append(state["state2"])
-        if "absmax1" in state:
-            self.absmax1.append(state["absmax1"])
-            self.absmax2.append(state["absmax2"])
+    # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
+    def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
+        """A group's parameters with their gradients and states."""
+        if not all(map(Tensor.is_contiguous, params)):
+            written = [param.contiguous() for param in params]  # the parameter itself, if it is
+            self.copies += [(param, copy) for param, copy in zip(params, written, strict=True) if copy is not param]
+            params = written
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
+        self.sizes[group] = len(params)
+        self.params += params
+        self.grads += grads
+        self.steps += [state["step"] for state in states]
+        self.state1 += [state["state1"] for state in states]
+        self.state2 += [state["state2"] for state in states]
+        in_8_bits = [state for state in states if "absmax1" in state]
+        self.absmax1 += [state["absmax1"] for state in in_8_bits]
+        self.absmax2 += [state["absmax2"] for state in in_8_bits]
 
     def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
         """Step them all. `groups`: the optimizer's."""

@@ -21,10 +21,8 @@ constexpr int kBatch = kTableVectors * kLanes;
 template <bool kSigned>
 void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* codes) {
   F32 t[kTableVectors];
-  I32 code[kTableVectors];
   for (int k = 0; k < kTableVectors; ++k) t[k] = load(values + k * kLanes);
-  encoder.guess(t, code);
-  encoder.finish(t, code, codes);
+  encoder.finish(t, encoder.guess(t), codes);
 }
 
 // Encodes sign * t for all floats t from kSmallest to kLast, ascending, and counts those whose code is not the nearest

@@ -279,11 +279,22 @@ struct Table256 {
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k) values[k] = lookup_bytes(table.values, bytes + k * kLanes, kLanes);
 }
-// The values at the lanes of vectors of indices.
-inline void lookup(const Table256& table, const I32 (&index)[kTableVectors], F32 (&values)[kTableVectors]) {
+
+// Vectors of codes.
+struct Codes {
+  I32 code[kTableVectors];
+};
+inline Codes pack(const I32 (&code)[kTableVectors]) { return {{code[0], code[1]}}; }
+inline void lookup(const Table256& table, const Codes& codes, F32 (&values)[kTableVectors]) {
   std::uint8_t bytes[kTableVectors * kLanes];
-  for (int k = 0; k < kTableVectors; ++k) store_bytes(bytes + k * kLanes, index[k]);
+  for (int k = 0; k < kTableVectors; ++k) store_bytes(bytes + k * kLanes, codes.code[k]);
   lookup_bytes(table, bytes, values);
+}
+// Consecutive bytes: the codes, and one more where t > limit.
+inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTableVectors],
+                        const F32 (&limit)[kTableVectors]) {
+  for (int k = 0; k < kTableVectors; ++k)
+    store_bytes(p + k * kLanes, add_where_above(codes.code[k], t[k], limit[k], 1));
 }
 
 // 64-bit lanes for Philox: four counters at a time.

@@ -44,9 +44,24 @@ inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (
   const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
   lookup_words(table, _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(loaded, order)), values);
 }
-// The values at the lanes of vectors of indices.
-inline void lookup(const Table256& table, const I32 (&index)[kTableVectors], F32 (&values)[kTableVectors]) {
-  lookup_words(table, _mm512_packus_epi32(index[0], index[1]), values);
+
+// Vectors of codes, packed as lookup_words() takes them.
+struct Codes {
+  I32 words;
+};
+inline Codes pack(const I32 (&code)[kTableVectors]) { return {_mm512_packus_epi32(code[0], code[1])}; }
+inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
+  lookup_words(table, codes.words, values);
+}
+// Consecutive bytes: the codes, and one more where t > limit.
+inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
+                        const F32 (&limit)[kTableVectors]) {
+  const I32 order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const I32 ordered = _mm512_permutexvar_epi64(order, codes.words);
+  const auto above = [&](int k) { return static_cast<__mmask32>(_mm512_cmp_ps_mask(t[k], limit[k], _CMP_GT_OQ)); };
+  const __mmask32 all = _mm512_kunpackw(above(1), above(0));
+  const I32 sum = _mm512_mask_add_epi16(ordered, all, ordered, _mm512_set1_epi16(1));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(sum));
 }
 
 }  // namespace

@@ -19,6 +19,9 @@ struct Table256 {
   }
 };
 
+// Between the order of elements and that of lookup_lanes(), both ways: a transposition of four by four.
+inline I32 lanes_to_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
+
 // The indices as bytes: those of values[k] are bytes 4 k ... 4 k + 3 of each 128-bit lane.
 inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableVectors]) {
   const __mmask64 upper = _mm512_movepi8_mask(index);  // from 128 on
@@ -39,14 +42,26 @@ inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableV
 
 // The values at consecutive bytes.
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
-  const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  lookup_lanes(table, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(bytes)), values);
+  lookup_lanes(table, _mm512_permutexvar_epi32(lanes_to_order(), _mm512_loadu_si512(bytes)), values);
 }
-// The values at the lanes of vectors of indices.
-inline void lookup(const Table256& table, const I32 (&index)[kTableVectors], F32 (&values)[kTableVectors]) {
-  lookup_lanes(table,
-               _mm512_packus_epi16(_mm512_packus_epi32(index[0], index[1]), _mm512_packus_epi32(index[2], index[3])),
-               values);
+
+// Vectors of codes, packed as lookup_lanes() takes them.
+struct Codes {
+  I32 bytes;
+};
+inline Codes pack(const I32 (&code)[kTableVectors]) {
+  return {_mm512_packus_epi16(_mm512_packus_epi32(code[0], code[1]), _mm512_packus_epi32(code[2], code[3]))};
+}
+inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
+  lookup_lanes(table, codes.bytes, values);
+}
+// Consecutive bytes: the codes, and one more where t > limit.
+inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
+                        const F32 (&limit)[kTableVectors]) {
+  const auto above = [&](int k) { return static_cast<__mmask64>(_mm512_cmp_ps_mask(t[k], limit[k], _CMP_GT_OQ)); };
+  const __mmask64 all = _mm512_kunpackd(_mm512_kunpackw(above(3), above(2)), _mm512_kunpackw(above(1), above(0)));
+  const I32 ordered = _mm512_permutexvar_epi32(lanes_to_order(), codes.bytes);
+  _mm512_storeu_si512(p, _mm512_mask_add_epi8(ordered, all, ordered, _mm512_set1_epi8(1)));
 }
 
 }  // namespace

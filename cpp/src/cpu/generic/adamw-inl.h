@@ -18,14 +18,15 @@ class Encoder {
   // Vectors of values in [-1, 1], or [0, 1], or a rounding error beyond: what guess() makes of them is the code or one
   // less, and finish() decides. Two steps, so that two encoders can take them in turn, each while the other waits for
   // its results.
-  void guess(const F32 (&t)[kTableVectors], I32 (&code)[kTableVectors]) const {
+  Codes guess(const F32 (&t)[kTableVectors]) const {
+    I32 code[kTableVectors];
     for (int k = 0; k < kTableVectors; ++k) code[k] = guess(t[k]);
+    return pack(code);
   }
-  void finish(const F32 (&t)[kTableVectors], const I32 (&code)[kTableVectors], std::uint8_t* codes) const {
+  void finish(const F32 (&t)[kTableVectors], const Codes& guessed, std::uint8_t* codes) const {
     F32 midpoint[kTableVectors];
-    lookup(midpoints_, code, midpoint);
-    for (int k = 0; k < kTableVectors; ++k)
-      store_bytes(codes + k * kLanes, add_where_above(code[k], t[k], midpoint[k], 1));
+    lookup(midpoints_, guessed, midpoint);
+    store_codes(codes, guessed, t, midpoint);
   }
 
  private:
@@ -102,11 +103,9 @@ struct AdamWVectors {
       m[k] = mul(load(ms + i + k * kLanes), inverse1);
       v[k] = mul(load(vs + i + k * kLanes), inverse2);
     }
-    I32 code1[kTableVectors], code2[kTableVectors];
-    tables.encoder1.guess(m, code1);
-    tables.encoder2.guess(v, code2);
-    tables.encoder1.finish(m, code1, state1 + i);
-    tables.encoder2.finish(v, code2, state2 + i);
+    const Codes guessed1 = tables.encoder1.guess(m), guessed2 = tables.encoder2.guess(v);
+    tables.encoder1.finish(m, guessed1, state1 + i);
+    tables.encoder2.finish(v, guessed2, state2 + i);
   }
 }
 
