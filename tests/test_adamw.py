@@ -177,6 +177,35 @@ def test_strides_of_a_parameter_matter():
         assert torch.equal(codes, results[0][1])
 
 
+def test_states_side_by_side_are_mixed_up():
+    """States of a group are views of shared tensors. The same bits as from tensors of their own, which is how they are
+    stepped when somebody replaces them or their memory, or when only some of the group have gradients.
+    """
+    results = []
+    for way in ("kept", "replaced", "memory replaced"):
+        groups = [parameters(), parameters(SIZES[::-1], torch.bfloat16, seed=1)]
+        optimizer = qn.optim.AdamW8bit([{"params": groups[0]}, {"params": groups[1], "lr": 1e-2}], **OPTIONS)
+        params = groups[0] + groups[1]
+        for step in range(5):
+            set_gradients(params, step)
+            if step == 3:
+                for param in params[::3]:
+                    param.grad = None
+            optimizer.step()
+            for state in optimizer.state.values():
+                if way == "replaced":
+                    state.update({name: tensor.clone() for name, tensor in state.items()})
+                for tensor in state.values() if way == "memory replaced" else ():
+                    tensor.data = tensor.data.clone()
+        for group in groups:
+            in_8_bits = [optimizer.state[p]["state1"] for p in group if "absmax1" in optimizer.state[p]]
+            storages = {codes.untyped_storage().data_ptr() for codes in in_8_bits}
+            assert len(storages) == (1 if way == "kept" else len(in_8_bits))
+        results.append([tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())])
+    for a, *others in zip(*results, strict=True):
+        assert all(torch.equal(a, other) for other in others)
+
+
 # ---- the 8-bit quantizer ---------------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,42 @@ def test_step_takes(change, error, message):
         assert all(torch.equal(optimizer.state[param][name], tensor) for name, tensor in state.items())
 
 
+def codes(*sizes):
+    return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+
+
+# Of two parameters with 300 elements, which are two blocks each.
+LISTS = [
+    ({"steps": []}, "steps: expected one for each parameter, got fewer"),
+    ({"steps": [torch.zeros(3, dtype=torch.int64)]}, "steps: expected what belongs to the parameters, got more"),
+    ({"state1": codes(300)}, "state1: expected one for each parameter, got fewer"),
+    ({"state1": codes(300, 300, 300)}, "state1: expected what belongs to the parameters, got more"),
+    ({"state1": codes(300, 299)}, "state1[1]: expected 300 elements, got 299"),
+    ({"state2": codes(1023)}, "state2[0]: expected 1024 elements, got 1023"),
+    ({"state2": codes(301, 300)}, "state2[0]: expected 512 elements, got 301"),
+    ({"absmax2": [torch.zeros(3)]}, "absmax2[0]: expected 4 elements, got 3"),
+    ({"absmax1": [torch.zeros(2), torch.zeros(3)]}, "absmax1: expected what belongs to the parameters, got more"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), LISTS, ids=[case[1] for case in LISTS])
+def test_op_reaches_beyond_the_end_of_a_state(change, message):
+    arguments = {
+        "params": [torch.ones(300), torch.ones(300)],
+        "grads": [torch.ones(300), torch.ones(300)],
+        "state1": codes(1024),
+        "state2": codes(300, 300),
+        "absmax1": [torch.zeros(2), torch.zeros(2)],
+        "absmax2": [torch.zeros(4)],
+        "steps": [torch.zeros(2, dtype=torch.int64)],
+    }
+    options = ([2], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
+    step = torch.ops.qlora_native.adamw_8bit_step
+    step(*arguments.values(), *options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        step(*(arguments | change).values(), *options)
+
+
 def test_gradient_of_another_dtype_is_taken():
     param = parameter()
     param.grad_dtype = torch.float64

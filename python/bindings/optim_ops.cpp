@@ -29,6 +29,57 @@ std::vector<int> groups_of(const std::vector<std::int64_t>& group_sizes, std::si
   return groups;
 }
 
+// Takes what belongs to one parameter after the other from a list of tensors. Each of these is one parameter's, or of
+// several in turn, where each parameter has room for whole blocks of kAdamW8bitBlocksize elements, one at least.
+class Taker {
+ public:
+  Taker(const Tensors& tensors, const char* list, const Tensor& like) : tensors_(tensors), list_(list), like_(like) {}
+
+  ScalarType type() const {
+    check(index_ < tensors_.size(), list_, "one for each parameter", "fewer");
+    return tensors_[index_].scalar_type();
+  }
+
+  ListItem name() const { return {list_, static_cast<std::int64_t>(index_)}; }
+
+  // The next `count` elements of `type`, of which each block of a parameter has `per_block`.
+  void* take(ScalarType type, std::int64_t count, std::int64_t blocks, std::int64_t per_block) {
+    check(index_ < tensors_.size(), list_, "one for each parameter", "fewer");
+    const Tensor& tensor = tensors_[index_];
+    if (used_ == 0) {
+      numel_ = tensor.numel();
+      data_ = static_cast<std::byte*>(data_of(tensor, type, numel_ > count ? numel_ : count, like_, name()));
+      type_ = type;
+    }
+    check(type == type_, name(), [&] { return name_of_type(type); }, [&] { return name_of_type(type_); });
+    const bool alone = used_ == 0 && numel_ == count;
+    const std::int64_t room = alone ? count : (blocks > 0 ? blocks : 1) * per_block;
+    check(room <= numel_ - used_, name(), [&] { return std::to_string(used_ + room) + " elements"; }, numel_);
+    std::byte* const taken = data_ + used_ * size_of_type(type);
+    used_ += room;
+    if (used_ == numel_) {
+      ++index_;
+      used_ = 0;
+    }
+    return taken;
+  }
+
+  void check_end() const { check(index_ == tensors_.size(), list_, "what belongs to the parameters", "more"); }
+
+ private:
+  static std::int64_t size_of_type(ScalarType type) {
+    return type == ScalarType::Byte ? 1 : type == ScalarType::Float ? 4 : 8;
+  }
+
+  const Tensors& tensors_;
+  const char* list_;
+  const Tensor& like_;
+  std::size_t index_ = 0;  // of the tensor that is taken from
+  std::byte* data_ = nullptr;
+  std::int64_t numel_ = 0, used_ = 0;
+  ScalarType type_ = ScalarType::Undefined;
+};
+
 void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tensors& state1, const Tensors& state2,
                         const Tensors& absmax1, const Tensors& absmax2, const Tensors& steps,
                         const std::vector<std::int64_t>& group_sizes, const std::vector<double>& lr,
@@ -37,10 +88,6 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
                         const OptionalTensor& inv_scale, const OptionalTensor& found_inf, const Tensor& skipped) {
   const std::size_t count = params.size();
   check_length(grads.size(), count, "grads");
-  check_length(state1.size(), count, "state1");
-  check_length(state2.size(), count, "state2");
-  check_length(steps.size(), count, "steps");
-  check_length(absmax2.size(), absmax1.size(), "absmax2");
   for (const auto* values : {&lr, &beta1, &beta2, &eps, &weight_decay}) {
     check_length(values->size(), group_sizes.size(), "lr, beta1, beta2, eps and weight_decay");
   }
@@ -51,37 +98,32 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
   }
 
   std::vector<AdamW8bitTensor> tensors(count);
-  std::size_t in_8_bits = 0;  // of the tensors before
+  Taker states1(state1, "state1", skipped), states2(state2, "state2", skipped), all_steps(steps, "steps", skipped);
+  Taker absmaxes1(absmax1, "absmax1", skipped), absmaxes2(absmax2, "absmax2", skipped);
   for (std::size_t i = 0; i < count; ++i) {
     AdamW8bitTensor& tensor = tensors[i];
     const auto name = [&](const char* list) { return ListItem{list, static_cast<std::int64_t>(i)}; };
     const ScalarType param_type = params[i].scalar_type(), grad_type = grads[i].scalar_type();
-    const ScalarType state_type = state1[i].scalar_type();
     const std::int64_t elements = params[i].numel();
+    const std::int64_t blocks = (elements + kAdamW8bitBlocksize - 1) / kAdamW8bitBlocksize;
     tensor.elements = elements;
     tensor.group = group_of[i];
     tensor.param_dtype = dtype_of(param_type, name("params"));
     tensor.grad_dtype = dtype_of(grad_type, name("grads"));
     tensor.param = data_of(params[i], param_type, elements, skipped, name("params"));
     tensor.grad = data_of(grads[i], grad_type, elements, skipped, name("grads"));
-    check(state_type == ScalarType::Byte || state_type == ScalarType::Float, name("state1"), "uint8 or float32",
+    const ScalarType state_type = states1.type();
+    check(state_type == ScalarType::Byte || state_type == ScalarType::Float, states1.name(), "uint8 or float32",
           [&] { return name_of_type(state_type); });
-    tensor.state1 = data_of(state1[i], state_type, elements, skipped, name("state1"));
-    tensor.state2 = data_of(state2[i], state_type, elements, skipped, name("state2"));
+    tensor.state1 = states1.take(state_type, elements, blocks, kAdamW8bitBlocksize);
+    tensor.state2 = states2.take(state_type, elements, blocks, kAdamW8bitBlocksize);
     if (state_type == ScalarType::Byte) {
-      check(in_8_bits < absmax1.size(), "absmax1", "one for each uint8 state", "fewer");
-      const std::int64_t blocks = (elements + kAdamW8bitBlocksize - 1) / kAdamW8bitBlocksize;
-      const auto absmax = [&](const Tensors& list, const char* argument) {
-        const ListItem item{argument, static_cast<std::int64_t>(in_8_bits)};
-        return static_cast<float*>(data_of(list[in_8_bits], ScalarType::Float, blocks, skipped, item));
-      };
-      tensor.absmax1 = absmax(absmax1, "absmax1");
-      tensor.absmax2 = absmax(absmax2, "absmax2");
-      ++in_8_bits;
+      tensor.absmax1 = static_cast<float*>(absmaxes1.take(ScalarType::Float, blocks, blocks, 1));
+      tensor.absmax2 = static_cast<float*>(absmaxes2.take(ScalarType::Float, blocks, blocks, 1));
     }
-    tensor.step = static_cast<std::int64_t*>(data_of(steps[i], ScalarType::Long, 1, skipped, name("steps")));
+    tensor.step = static_cast<std::int64_t*>(all_steps.take(ScalarType::Long, 1, 1, 1));
   }
-  check_length(absmax1.size(), in_8_bits, "absmax1");
+  for (const Taker* list : {&states1, &states2, &absmaxes1, &absmaxes2, &all_steps}) list->check_end();
 
   AdamW8bitArgs args;
   args.tensors = tensors.data();
@@ -105,8 +147,9 @@ void implement_optimizer(Library& library) {
 }  // namespace
 }  // namespace qlora_native
 
-// Tensors stand in the order of their groups; absmax1 and absmax2 are those of the tensors whose state is uint8, in
-// order. Everything mutated is written in place, or nothing but `skipped` (adamw.h).
+// Parameters stand in the order of their groups; absmax1 and absmax2 are those of the parameters whose state is uint8,
+// in order. A tensor of state1, state2, absmax1, absmax2 or steps may be that of several parameters (Taker). What is
+// mutated is written in place, or nothing but `skipped` (adamw.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, "

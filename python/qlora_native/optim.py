@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  (the fake kernel)
 from ._errors import bad_type, check_float_dtype
+from ._flat import FlatStates, are_states
 from ._optim_state import Kept, check_options, checked_state, shapes_of
 from ._paged import Rooms, is_pageable
 
@@ -35,6 +36,8 @@ class AdamW8bit(torch.optim.Optimizer):
         step                 int64 [], steps taken
         state1, state2       uint8, the shape of p: codes of the first and second moment; fp32 of a small tensor
         absmax1, absmax2     fp32 [ceil(p.numel() / 256)]; not with fp32 moments
+
+    From the first step on these are views: the states of a parameter group lie side by side in a few tensors.
 
     `load_state_dict` also takes a state dict of bitsandbytes' AdamW8bit.
 
@@ -67,6 +70,7 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         """See the class."""
         self._skipped: dict[torch.device, Tensor] = {}  # int64 [1], by the device whose steps it counts
+        self._flats: dict[tuple[int, torch.device], FlatStates] = {}  # by group and device
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
         check_options(options)
         super().__init__(params, options)
@@ -109,7 +113,11 @@ class AdamW8bit(torch.optim.Optimizer):
                 _check(params, grads)
                 states = [self.state[param] or self._init_state(index, param) for param in params]
                 batch = batches.setdefault(device, _Batch(len(self.param_groups)))
-                batch.add(index, params, grads, states)
+                flat = self._flat(index, device, params, states)
+                if flat is not None:
+                    batch.add_flat(index, params, grads, flat)
+                else:
+                    batch.add(index, params, grads, states)
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -149,6 +157,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """End of unpickling, and of loading a state dict."""
         super().__setstate__(state)
+        self._flats = {}
         for values in self.state.values():
             values.update({name: kept.tensor for name, kept in values.items() if isinstance(kept, Kept)})
 
@@ -163,6 +172,21 @@ class AdamW8bit(torch.optim.Optimizer):
         in_8_bits = param.numel() >= self.param_groups[group]["min_8bit_size"]
         shapes = shapes_of(param, in_8_bits)
         return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, (dtype, shape) in shapes.items()}
+
+    def _flat(
+        self, group: int, device: torch.device, params: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> FlatStates | None:
+        """What holds the states of these parameters and of no others, if anything does.
+
+        Made once, of the parameters of a group's first step: those of which only some take part in later steps, or
+        whose state somebody replaces, are stepped from their own tensors.
+        """
+        if self._is_paged(device):
+            return None
+        flat = self._flats.get((group, device))
+        if flat is None and are_states(params, states):
+            flat = self._flats[group, device] = FlatStates(params, states)
+        return flat if flat is not None and flat.hold(params, states) else None
 
     def _is_paged(self, device: torch.device) -> bool:
         """Whether moments of parameters there live in an arena."""
@@ -310,6 +334,24 @@ class _Batch:
     # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
     def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         """A group's parameters with their gradients and states."""
+        self._add(group, params, grads)
+        self.steps += [state["step"] for state in states]
+        self.state1 += [state["state1"] for state in states]
+        self.state2 += [state["state2"] for state in states]
+        in_8_bits = [state for state in states if "absmax1" in state]
+        self.absmax1 += [state["absmax1"] for state in in_8_bits]
+        self.absmax2 += [state["absmax2"] for state in in_8_bits]
+
+    def add_flat(self, group: int, params: list[Tensor], grads: list[Tensor], flat: FlatStates) -> None:
+        """The same, with all their states."""
+        self._add(group, [params[i] for i in flat.order], [grads[i] for i in flat.order])
+        self.steps += flat.tensors["step"]
+        self.state1 += flat.tensors["state1"]
+        self.state2 += flat.tensors["state2"]
+        self.absmax1 += flat.tensors.get("absmax1", [])
+        self.absmax2 += flat.tensors.get("absmax2", [])
+
+    def _add(self, group: int, params: list[Tensor], grads: list[Tensor]) -> None:
         if not all(map(Tensor.is_contiguous, params)):
             written = [param.contiguous() for param in params]  # the parameter itself, if it is
             self.copies += [(param, copy) for param, copy in zip(params, written, strict=True) if copy is not param]
@@ -319,12 +361,6 @@ class _Batch:
         self.sizes[group] = len(params)
         self.params += params
         self.grads += grads
-        self.steps += [state["step"] for state in states]
-        self.state1 += [state["state1"] for state in states]
-        self.state2 += [state["state2"] for state in states]
-        in_8_bits = [state for state in states if "absmax1" in state]
-        self.absmax1 += [state["absmax1"] for state in in_8_bits]
-        self.absmax2 += [state["absmax2"] for state in in_8_bits]
 
     def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
         """Step them all. `groups`: the optimizer's."""
