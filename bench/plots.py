@@ -28,7 +28,6 @@ def draw(result: dict, folder: Path) -> list[tuple[str, str]]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, panels, caption, function in (
         ("speed", 2, SPEED, _speed),
@@ -38,6 +37,10 @@ def draw(result: dict, folder: Path) -> list[tuple[str, str]]:
     ):
         figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels + 0.8, 4.2), squeeze=False, layout="constrained")
         if function(result, list(axes[0])):
+            for axis in axes[0]:
+                if axis.get_legend_handles_labels()[0]:
+                    axis.legend(fontsize=8)
+            folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{name}.png", dpi=110)
             drawn.append((f"{name}.png", caption))
         plt.close(figure)
@@ -86,7 +89,6 @@ def _speed(result: dict, axes: list[Any]) -> bool:
         axis.set(yscale="log", xlabel="rows of activations, M", ylabel="GFLOP/s", title=title)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
         enough |= len(rows) > 1
     return enough
 
@@ -111,7 +113,6 @@ def _roofline(result: dict, axes: list[Any]) -> bool:
     axis.plot(ends, [bandwidth, peak, peak], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GFLOP/s")
     axis.set(xscale="log", yscale="log", xlabel="operations / byte of weight", ylabel="GFLOP/s", title="Roofline")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
     return True
 
 
@@ -130,7 +131,6 @@ def _lora(result: dict, axes: list[Any]) -> bool:
         axis.set_xscale("log", base=2)
         axis.set(xlabel="rank", ylabel="added time, %", title="forward" if operation == "forward" else "backward, dX")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
         enough |= len(rows) > 1
     return enough
 
@@ -171,6 +171,5 @@ def _growth(result: dict, axes: list[Any]) -> bool:
         axis.set_xscale("log", base=2)
         axis.set(xlabel=label, ylabel="ms", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     threads.set_xticks(counts, [str(count) for count in counts])
     return enough

@@ -166,7 +166,8 @@ def provenance(found: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     return (
         f"Held-out loss (nats a token, {first['held_out_pairs']} pairs) of SmolLM2-135M-Instruct after "
-        f"{first['steps']} steps of {first['batch_size']} pairs of examples/finetune.py. {m['cpu']}, {m['threads']} threads, {versions}."
+        f"{first['steps']} steps of {first['batch_size']} pairs of examples/finetune.py. "
+        f"{m['cpu']}, {m['threads']} threads, {versions}."
     )
 
 
