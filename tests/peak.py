@@ -10,7 +10,7 @@ import sys
 import pytest
 
 # What is freed goes back to the system at once, so that the next one does not live on what this one has left.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
 PROGRAM = """
 import gc, threading, time, torch
 

@@ -23,6 +23,7 @@ import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import register  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo"),
 ]

@@ -26,9 +26,12 @@ from safetensors.torch import load_file  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
 
 # transformers on what PEFT asks it; PEFT on the shape of lora_bias.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`", "ignore:Adapter 'default'", "ignore:`lora_bias=True`"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing`", "ignore:Adapter 'default'", "ignore:`lora_bias=True`"
+    ),
+]
 
 ORDER = 4e-5  # both accumulate in fp32, each in its own order, through a few layers
 SAME = 1e-6  # torch's own products, such as T5's wo, change their last bit with where a tensor lies

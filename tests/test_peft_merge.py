@@ -13,7 +13,10 @@ import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq, loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:merging into a 4-bit weight")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:merging into a 4-bit weight"),
+]
 
 MERGED = [{}, {"use_rslora": True}, {"use_dora": True}]
 

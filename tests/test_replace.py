@@ -21,7 +21,10 @@ import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.bitsandbytes import quantized_weight, replace  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit"),
+]
 
 
 @pytest.fixture(autouse=True)

