@@ -51,6 +51,14 @@ GemmConfig gemm_config(const GemmProblem& problem) {
   return config;
 }
 
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
+  constexpr std::int64_t kLeastLength = 256;  // a shorter sum is mostly the exchange of its result
+  const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
+  const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
+  const std::int64_t parts = std::max<std::int64_t>(most, 1), length = ceil_div(inner, parts);
+  return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
+}
+
 std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
   const auto number = [](std::int64_t n) { return std::to_string(n); };
   std::string text = "[" + number(problem.rows) + ", " + number(problem.inner) + "] to [" + number(problem.rows) +

@@ -53,6 +53,13 @@ struct GemmConfig {
 
 GemmConfig gemm_config(const GemmProblem& problem);
 
+// The adapter's U and V are long sums for few results: several blocks share the k of a tile, `length` each.
+struct LowRankSplit {
+  int parts;
+  std::int64_t length;
+};
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
+
 // For people: QLN_PRINT_CONFIG=1 prints it for each product.
 std::string text_of(const GemmProblem& problem, const GemmConfig& config);
 void print_if_asked(const GemmProblem& problem, const GemmConfig& config);

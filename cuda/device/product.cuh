@@ -28,10 +28,11 @@ struct ProductPlace {
   std::int64_t rows, cols;  // of the whole result
   std::int64_t i0, j0;      // where the block's tile begins
   int row, col;             // where the thread's part of it begins
-  __device__ ProductPlace(std::int64_t rows, std::int64_t cols) : rows(rows), cols(cols) {
+  __device__ ProductPlace(std::int64_t rows, std::int64_t cols) : ProductPlace(rows, cols, block_index()) {}
+  __device__ ProductPlace(std::int64_t rows, std::int64_t cols, std::int64_t tile) : rows(rows), cols(cols) {
     const std::int64_t across = (cols + kProductTile - 1) / kProductTile;
-    i0 = block_index() / across * kProductTile;
-    j0 = block_index() % across * kProductTile;
+    i0 = tile / across * kProductTile;
+    j0 = tile % across * kProductTile;
     constexpr int kAcross = kProductTile / kProductOwn;
     row = thread_index() / kAcross * kProductOwn;
     col = thread_index() % kAcross * kProductOwn;
@@ -65,12 +66,12 @@ __device__ void load_operand(ProductOperand& to, const Source& source, std::int6
   }
 }
 
-// total += sum over k < inner of left(i, k) * right(j, k).
+// total += sum over begin <= k < inner of left(i, k) * right(j, k).
 template <class Left, class Right>
 __device__ void accumulate(float (&total)[kProductOwn][kProductOwn], const ProductPlace& place, const Left& left,
-                           const Right& right, std::int64_t inner) {
+                           const Right& right, std::int64_t inner, std::int64_t begin = 0) {
   ProductShared& shared = *dynamic_smem<ProductShared>();
-  for (std::int64_t first = 0; first < inner; first += kProductStepsOfSum * kProductStep) {
+  for (std::int64_t first = begin; first < inner; first += kProductStepsOfSum * kProductStep) {
     float sum[kProductOwn][kProductOwn] = {};
     const std::int64_t end =
         first + kProductStepsOfSum * kProductStep < inner ? first + kProductStepsOfSum * kProductStep : inner;

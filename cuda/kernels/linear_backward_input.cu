@@ -33,8 +33,7 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   if (lora.rank > 0) {
     const Rows<T> dy{static_cast<const T*>(args.dy.data), args.dy.stride};
     const LoraColumns<T> b{lora.b, lora.dtype, lora.rank, 1.0f};
-    launch<product_kernel<T, Rows<T>, LoraColumns<T>>>(product_grid(M, lora.rank), stream, dy, b, M, lora.rank, N,
-                                                       lora.scaling * dropout.scale, static_cast<T*>(v.data), v.stride);
+    low_rank_product<T>(dy, b, M, lora.rank, N, lora.scaling * dropout.scale, v, stream);
   }
   if (args.dx.data == nullptr) return;
   const GemmConfig config = config_of(args.dy, args.weight, /*backward=*/true, stream);

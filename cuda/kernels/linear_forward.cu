@@ -31,8 +31,7 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
     const Dropout dropout(lora);
     const KeptRows<T> x{{static_cast<const T*>(args.x.data), args.x.stride}, dropout};
     const LoraRows<T> a{lora.a, lora.dtype, K, 1.0f};
-    launch<product_kernel<T, KeptRows<T>, LoraRows<T>>>(product_grid(M, lora.rank), stream, x, a, M, lora.rank, K,
-                                                        dropout.scale, static_cast<T*>(u.data), u.stride);
+    low_rank_product<T>(x, a, M, lora.rank, K, dropout.scale, u, stream);
   }
   const GemmConfig config = config_of(args.x, args.weight, /*backward=*/false, stream);
   switch (config.kernel) {

@@ -98,6 +98,19 @@ void product_without_a_tensor_core_kernel_is_given_to_one() {
   EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::cuda_cores);
 }
 
+void part_of_a_long_sum_is_left_out_or_empty() {
+  for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
+    for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
+      for (const int multiprocessors : kMultiprocessors) {
+        const LowRankSplit split = low_rank_split(tiles, inner, multiprocessors);
+        EXPECT(split.parts >= 1 && split.parts * split.length >= inner);
+        EXPECT(split.parts == 1 || (split.parts - 1) * split.length < inner);
+        EXPECT(split.parts == 1 || split.parts * tiles <= 2 * multiprocessors);
+      }
+    }
+  }
+}
+
 void more_elements_than_an_int_counts() {
   const std::int64_t many = std::int64_t{1} << 34;
   const GemmConfig config =
@@ -115,6 +128,7 @@ int main() {
   tile_is_not_one_that_was_compiled();
   few_rows_do_not_get_their_kernel();
   product_without_a_tensor_core_kernel_is_given_to_one();
+  part_of_a_long_sum_is_left_out_or_empty();
   more_elements_than_an_int_counts();
   return report();
 }
