@@ -15,6 +15,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch):
     """A module of bench/, by its name; what it put into sys.path and sys.modules is taken out again."""
+    for path in (*BENCH.glob("*.py"), *(BENCH / "quality").glob("*.py")):  # tests/ has a module `cases`, too
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     before = set(sys.modules)
 
     def load(name: str) -> ModuleType:
