@@ -76,17 +76,31 @@ struct FewRows {
   template <int kM>
   static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kVectors);
 
+  // Where sums in fp32 start afresh: after so many chunks they are added to a total. 0: one chain is good enough.
+  static constexpr std::int64_t kChainChunks = Dot::kRestart < Dot::kBlock ? 256 / kChunk : 0;
+
   // out[m][n] = scale * (sum of products) + bias[n] for rows n ... n+count-1 of W, kRowsOf<kM> of them at most.
   template <int kM, class Rows, class Write>
   static void dot_rows(const Rows& w, std::int64_t n, int count, const float* x, const LowRank* lora, Write&& write) {
     constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
-    F32 sum[kRows][kM][kParts];
+    F32 sum[kRows][kM][kParts], total[kRows][kM];
 #pragma GCC unroll 8
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) {
+        total[j][m] = zero();
 #pragma GCC unroll 8
         for (int i = 0; i < kParts; ++i) sum[j][m][i] = zero();
+      }
+    // Ends a chain: the parts of every sum go into its total.
+    const auto add_up = [&] {
+      for (int j = 0; j < kRows; ++j)
+        for (int m = 0; m < kM; ++m)
+          for (int i = 0; i < kParts; ++i) {
+            total[j][m] = add(total[j][m], sum[j][m][i]);
+            sum[j][m][i] = zero();
+          }
+    };
     const auto multiply = [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
       const float* units = x + c * kM * Dot::kUnits;
 #pragma GCC unroll 8
@@ -108,6 +122,8 @@ struct FewRows {
 #pragma GCC unroll 8
           for (int i = 0; i < kParts; ++i) sum[j][m][i] = part[j][i];
       }
+      if constexpr (kChainChunks != 0)
+        if ((c + 1) % kChainChunks == 0) add_up();
     };
     // The rows after these are next in memory, and next to be read.
     w.template chunks<kRows, 1>(n, count, 0, ceil_div(w.cols(), kChunk), multiply, kRows * w.row_bytes());
@@ -117,11 +133,9 @@ struct FewRows {
           const F32 b = lora->row(n + j, r);
           for (int m = 0; m < kM; ++m) sum[j][m][0] = fma(b, load(lora->u + m * lora->padded_rank + r), sum[j][m][0]);
         }
+    add_up();
     for (int j = 0; j < count; ++j)
-      for (int m = 0; m < kM; ++m) {
-        for (int i = 1; i < kParts; ++i) sum[j][m][0] = add(sum[j][m][0], sum[j][m][i]);
-        write(m, n + j, reduce_add(sum[j][m][0]));
-      }
+      for (int m = 0; m < kM; ++m) write(m, n + j, reduce_add(total[j][m]));
   }
 
   // All rows of W, in tasks.

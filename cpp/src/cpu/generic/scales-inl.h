@@ -6,6 +6,9 @@
 namespace qlora_native {
 namespace {
 
+// Up to so many scales are looked up one by one: a vector's lookup goes through all of the table.
+constexpr std::int64_t kFewScales = 4;
+
 // out[i] = scale of block first + i, for i < count.
 inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std::int64_t count, float* out) {
   if (w.nested_absmax == nullptr) {
@@ -15,6 +18,13 @@ inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std:
   const std::uint8_t* absmax = static_cast<const std::uint8_t*>(w.absmax);
   const F32 offset = set1(*w.offset);
   const int shift = __builtin_ctz(static_cast<unsigned>(w.nested_blocksize));
+  if (count <= kFewScales) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float level = w.nested_code[absmax[first + i]];
+      out[i] = level * w.nested_absmax[(first + i) >> shift] + *w.offset;  // two roundings, as below
+    }
+    return;
+  }
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t block = first + i;
     const std::int64_t nested = block >> shift;
