@@ -24,6 +24,9 @@ from qlora_native.integrations.peft import register
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import machine
+import report
+
 VOCABULARY = 32_000
 MLP_RATIO = 11008 / 4096  # of Llama-7B
 HEAD = 128
@@ -56,7 +59,8 @@ def quantized_llama(config: LlamaConfig, clock: Clock) -> LlamaForCausalLM:
         filled = values.fill_(1.0) if like.dim() == 1 else values.normal_(std=STANDARD_DEVIATION)
         return nn.Parameter(filled, requires_grad=False)
 
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # a list of the modules would keep their weights
+        module = model.get_submodule(path)
         for name, parameter in list(module.named_parameters(recurse=False)):
             with clock.part("make weights"):
                 module.register_parameter(name, materialize(parameter))
@@ -158,7 +162,7 @@ def main() -> None:
     found = measure(args.layers, args.width, args.tokens, args.rank)
     print(lines(found))
     if args.output is not None:
-        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        report.write(args.output, json.dumps({"machine": machine.describe(), **found}, indent=1))
 
 
 if __name__ == "__main__":
