@@ -25,7 +25,7 @@ struct ProductNn {
     std::int64_t panel_floats;
     std::int64_t tasks_per_thread;
 
-    // Units of a panel. The sums start afresh with each, so it must not depend on how wide a task's tile really is,
+    // Units of a panel. Sums in fp32 start afresh with each, so it must not depend on how wide a task's tile really is,
     // which follows the number of threads.
     constexpr std::int64_t step() const {
       return smaller<std::int64_t>(panel_floats / kChunk / chunks, Dot::kBlock / Dot::kElementsPerUnit);
