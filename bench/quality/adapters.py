@@ -34,7 +34,7 @@ PUBLISHED_METHODS = {"full": "86.4", "BitFit": "85.2", "adapters": "84.4, 85.4",
 
 def base() -> nn.Module:
     """The frozen model."""
-    return training.base(format="nf4", double_quant=True)
+    return training.base(**training.NF4)
 
 
 def lora(args: argparse.Namespace) -> nn.Module:

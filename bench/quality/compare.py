@@ -20,13 +20,12 @@ from qlora_native.integrations.peft import register
 from torch import nn
 
 STACKS = {"bf16": "LoRA over bf16 weights", "bitsandbytes": "bitsandbytes + PEFT", "ours": "qlora_native"}
-NF4 = {"format": "nf4", "double_quant": True}
 
 
 def build(stack: str, args: argparse.Namespace) -> nn.Module:
     """The model with an adapter."""
     if stack == "ours":
-        return training.step.with_adapter(training.base(**NF4), args.dropout, register, args.seed)
+        return training.step.with_adapter(training.base(**training.NF4), args.dropout, register, args.seed)
     model = training.step.in_bitsandbytes(training.step.load()) if stack == "bitsandbytes" else training.step.load()
     return training.step.with_adapter(model, args.dropout, seed=args.seed)
 

@@ -25,7 +25,7 @@ TYPES: dict[str, dict[str, object]] = {
     "int4": {"format": "int4", "double_quant": False},
     "fp4": {"format": "fp4", "double_quant": False},
     "nf4": {"format": "nf4", "double_quant": False},
-    "nf4 + double quantization": {"format": "nf4", "double_quant": True},
+    "nf4 + double quantization": training.NF4,
 }
 BATCH_SIZE = 4
 # QLoRA, as the paper prints them: RougeL of T5-80M ... 11B (table 3), and the mean accuracy on MMLU of LLaMA 7B ... 65B

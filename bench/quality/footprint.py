@@ -2,8 +2,8 @@
 
     python bench/quality/footprint.py --output bench/results/quality-footprint.json
 
-Nothing of that size is allocated: the model, its adapter, the optimizer and one forward run on torch's fake tensors,
-which have shapes and no memory, so that every figure is the library's own. The same code with real tensors, at a size
+Nothing of that size is allocated: the model, its adapter, the optimizer and a step run on torch's fake tensors, which
+have shapes and no memory, so that every figure is the library's own. The same code with real tensors, at a size
 that fits, is what checks it: the sum of the parts must be what torch's allocator handed out.
 
 Full fine-tuning is in bf16 with AdamW's fp32 moments; LoRA has fp32 adapters of rank 16 on every linear over bf16

@@ -22,7 +22,7 @@ GOAL = 0.005  # of the held-out loss
 
 def build(args: argparse.Namespace) -> nn.Module:
     """The model of examples/finetune.py."""
-    return training.lora(training.base(format="nf4", double_quant=True), args)
+    return training.lora(training.base(**training.NF4), args)
 
 
 def run(optimizer: str, seed: int, steps: int) -> dict[str, object]:

@@ -30,6 +30,7 @@ import step  # noqa: E402
 
 SPLIT_SEED = 0  # which pairs are held out is the same for every run
 EVAL_PAIRS = 64
+NF4 = {"format": "nf4", "double_quant": True}  # what QLoRA means by its base
 
 
 def base(dtype: torch.dtype = torch.bfloat16, **quantization: object) -> nn.Module:
