@@ -145,6 +145,10 @@ def quick(shape: tuple[int, int]) -> list[Case]:
     ]
 
 
+# Training steps: how step.measure_alone takes them.
+STEPS = {"step": {}, "step_kept": {"keep_memory": True}, "step_dropout": {"dropout": 0.05}}
+
+
 # --------------------------------------------------------------------------------------------------- what to reach
 
 
@@ -210,6 +214,7 @@ GOALS = [
         rank=LORA_RANK,
     ),
     Goal(label="a training step of SmolLM2", figure="step", must=1.4, aim=1.8, operation="step"),
+    Goal(label="the same", figure="step", must=None, operation="step_kept", memory="kept"),
     Goal(label="the same with LoRA dropout 0.05", figure="step", must=None, operation="step_dropout"),
     Goal(label="extra memory of one call", figure="memory", must=1, operation="memory"),
     Goal(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cases import GOALS, PUBLISHED_US, SQUARE, WIDTHS, Goal
+from cases import GOALS, PUBLISHED_US, SQUARE, STEPS, WIDTHS, Goal
 
 # Column heads of the contestants, in the order of the table.
 PEERS = {
@@ -100,6 +100,7 @@ def memory_line(row: dict) -> str:
 def step_lines(step: dict) -> str:
     """The result of step.measure()."""
     lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
+    lora += ", kept memory" if step["memory"] == "kept" else ""
     lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
     for name, found in step["contestants"].items():
         lines.append(
@@ -264,7 +265,7 @@ def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
     parts += [targets(result)]
     for path, caption in images:
         parts += [f"![{Path(path).stem}]({path})", caption]
-    steps = [result[name] for name in ("step", "step_dropout") if name in result]
+    steps = [result[name] for name in STEPS if name in result]
     if steps:
         parts += ["## A training step", _step_table(steps)]
     if result["memory"]:
@@ -297,14 +298,16 @@ def _rows_table(rows: list[dict]) -> str:
 
 
 def _step_table(steps: list[dict]) -> str:
-    lines = ["| | LoRA dropout | s | tokens/s | losses |", "|---|---|---|---|---|"]
+    lines = ["| | LoRA dropout | memory | s | tokens/s | losses |", "|---|---|---|---|---|---|"]
     for step in steps:
         for name, found in step["contestants"].items():
             losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            cells = [name, f"{step['dropout']:g}", f"{found['seconds']:.2f}", f"{found['tokens_per_s']:.0f}", losses]
+            cells = [name, f"{step['dropout']:g}", step["memory"], f"{found['seconds']:.2f}"]
+            cells += [f"{found['tokens_per_s']:.0f}", losses]
             lines.append("| " + " | ".join(cells) + " |")
     first = steps[0]
-    what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}."
+    what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
+    what += 'each row pair from a process of its own. Memory "kept": by an allocator that gives nothing back.'
     return what + "\n\n" + "\n".join(lines)
 
 

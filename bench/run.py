@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "step" in args.operations:
         import step
 
-        for name, dropout in (("step", 0.0), ("step_dropout", 0.05)):
-            result[name] = step.measure(dropout=dropout)
+        for name, how in data.STEPS.items():
+            result[name] = step.measure_alone(**how)
             print(report.step_lines(result[name]), flush=True)
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))

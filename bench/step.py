@@ -1,11 +1,15 @@
 """A training step of SmolLM2-135M: our Linear4bit under PEFT against bitsandbytes NF4 under stock PEFT.
 
-    python bench/step.py [--rounds 3] [--dropout 0.05] [--dense] [--profile]
+    python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense] [--profile]
 
 The same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
 makes it) for all; as optimizer each stack's own 8-bit AdamW, and torch's fused AdamW over bf16 weights. The contestants
 take turns step by step in one process; a step is forward, backward, optimizer. They begin with the same numbers, so
 their first losses must be equal: the check.
+
+A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
+process decides what its allocator does with freed memory (timing.set_allocator), and whoever decodes a whole weight for
+every product feels that most. --keep-memory has the figures of an allocator that gives nothing back.
 
 The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
 so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
@@ -19,7 +23,10 @@ import argparse
 import copy
 import functools
 import importlib.util
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timing import set_allocator
+
 BATCH, SEQUENCE, RANK = 4, 256, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,13 +44,24 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LOSS_TOLERANCE = 0.005
 
 
-def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False) -> dict[str, object]:
+def measure_alone(dropout: float = 0.0, keep_memory: bool = False) -> dict[str, object]:
+    """What measure() returns, from a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and has said why.
+    """
+    command = [sys.executable, __file__, "--json", "--dropout", str(dropout), *["--keep-memory"] * keep_memory]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_memory: bool = False) -> dict[str, object]:
     """Time the contestants' steps in turn, after one untimed step each.
 
     Args:
         rounds: timed steps of each.
         dropout: LoRA's, the same probability for all.
         dense: also LoRA over the bf16 weights.
+        keep_memory: let the C allocator give nothing back, from now on.
 
     Returns:
         A report with `contestants`: name -> {seconds (median), tokens_per_s, losses}, and `ratio`: tokens/s of ours
@@ -50,6 +70,8 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False) -> dict[
     Raises:
         RuntimeError: the first losses differ, or a loss does not fall.
     """
+    if keep_memory:
+        set_allocator("kept")
     with torch.enable_grad():
         model = load()
         steps = {"qlora_native": _ours(copy.deepcopy(model), dropout)}
@@ -79,7 +101,7 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False) -> dict[
     }
     report: dict[str, object] = {
         "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dropout": dropout,
-        "dtype": "bfloat16", "contestants": contestants,
+        "memory": "kept" if keep_memory else "default", "dtype": "bfloat16", "contestants": contestants,
     }  # fmt: skip
     if "bitsandbytes + PEFT" in contestants:
         report["ratio"] = contestants["bitsandbytes + PEFT"]["seconds"] / contestants["qlora_native"]["seconds"]
@@ -203,10 +225,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
     parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
+    parser.add_argument("--keep-memory", action="store_true", help="an allocator that gives nothing back")
     parser.add_argument("--dense", action="store_true", help="also LoRA over the bf16 weights")
     parser.add_argument("--profile", action="store_true", help="instead: where a step of ours goes")
+    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     args = parser.parse_args()
-    print(profile() if args.profile else report.step_lines(measure(args.rounds, args.dropout, args.dense)))
+    if args.profile:
+        return print(profile())
+    found = measure(args.rounds, args.dropout, args.dense, args.keep_memory)
+    print(json.dumps(found) if args.json else report.step_lines(found))
 
 
 if __name__ == "__main__":
