@@ -55,7 +55,7 @@ test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 # For a machine whose Python has a CUDA build of torch, nvcc and the packages of the extras build, test and finetune.
 test-gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
-	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py $(ARGS)
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py tests/test_cpp_trainer.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
 # that only run Python and torch at length, or count the memory of a call, are left to `make test`. The CUDA kernels

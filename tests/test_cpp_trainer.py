@@ -1,6 +1,7 @@
 """examples/cpp_trainer, built from the installed package: it learns, its gradients and its adapter are torch's."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ from pydoc_data import topics  # noqa: E402  (750 kB of English on every Python)
 from safetensors.torch import load_file  # noqa: E402
 from test_package import ROOT, cmake, run  # noqa: E402
 
+from qlora_native import _C  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 EXAMPLE = ROOT / "examples/cpp_trainer"
 TEXT = Path(topics.__file__)
 SEQUENCE, BATCH, SEED = 64, 2, 7
+NO_GPU = _C.cuda_unavailable_reason()
 FEW = ("--sequence", SEQUENCE, "--batch", BATCH, "--seed", SEED, "--clip", 0, "--lr", 0.1, "--warmup", 100)
 
 
@@ -32,6 +35,8 @@ def program(tmp_path_factory):
     build = tmp_path_factory.mktemp("trainer")
     cmake("-S", EXAMPLE, "-B", build, "-G", "Ninja", f"-Dqlora_native_DIR={package}", "-DCMAKE_CXX_FLAGS=-Werror")
     cmake("--build", build)
+    if shutil.which("nvcc"):  # where there is a toolkit, the part for a GPU compiles and links too
+        assert list(build.rglob("cuda.cpp.o"))
     return build / "trainer"
 
 
@@ -117,9 +122,61 @@ def test_gradient_of_an_adapter_is_wrong(program, base, tmp_path):
         assert not wrong.any(), f"{name}: {int(wrong.sum())} of {int(clear.sum())}"
 
 
+def trained(program, base, out, *options, **environment):
+    """Losses and logits of a few steps."""
+    options = (*("--steps", 6, "--lr", 3e-3, "--warmup", 0, "--sequence", SEQUENCE, "--batch", BATCH), *options)
+    files = ("--model", base, "--data", TEXT, "--out", out, "--logits", out / "logits.safetensors")
+    # A small model: two threads would wait for each other longer than they work.
+    output = run(program, *files, *options, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return losses(output), load_file(out / "logits.safetensors")["logits"]
+
+
+def check_same_training(actual, expected):
+    (loss, logits), (expected_loss, expected_logits) = actual, expected
+    assert loss == pytest.approx(expected_loss, abs=1e-4), "the last digit that is printed"
+    # fp32 sums of up to 352 terms (make_model.py's inner width) in two orders, in 4 layers of 7 products.
+    assert (logits - expected_logits).norm() < 4 * 7 * 352**0.5 * 2**-24 * expected_logits.norm()
+    assert expected_loss[1] < expected_loss[0] - 0.01, "a training that does nothing"
+
+
+def test_other_backend_trains_another_adapter(program, base, tmp_path):
+    """The kernels of --device cuda, in the emulator."""
+    emulated = trained(program, base, tmp_path / "emulated", QLN_BACKEND="cuda_emulated")
+    check_same_training(emulated, trained(program, base, tmp_path / "cpu"))
+
+
+@pytest.mark.skipif(NO_GPU != "", reason=NO_GPU)
+def test_gpu_trains_another_adapter(program, base, tmp_path):
+    gpu = trained(program, base, tmp_path / "cuda", "--device", "cuda")
+    check_same_training(gpu, trained(program, base, tmp_path / "cpu"))
+
+
+@pytest.mark.skipif(NO_GPU == "", reason="a GPU can be used here")
+def test_missing_gpu_is_not_named(program, base, tmp_path):
+    command = [program, "--device", "cuda", "--model", base, "--data", TEXT, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"trainer: --device cuda: {NO_GPU}\n")
+
+
+def test_trainer_without_the_toolkit_is_not_built(tmp_path):
+    """no_cuda.cpp: of a package with CUDA the toolkit is required anyway."""
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    if "CUDA::" in (Path(package) / "qlora_nativeTargets.cmake").read_text():
+        pytest.skip("qlora_native was built with CUDA")
+    cmake(
+        *("-S", EXAMPLE, "-B", tmp_path, "-G", "Ninja", f"-Dqlora_native_DIR={package}"),
+        *("-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-Werror"),
+    )
+    cmake("--build", tmp_path)
+    command = [tmp_path / "trainer", "--device", "cuda", "--model", "x", "--data", "x", "--out", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and NO_GPU in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("--device", "gpu"), "expected cpu or cuda, got gpu"),
         (("--rank", "x"), "--rank: expected a number of at least 1"),
         (("--rnak", "8"), "unknown option --rnak"),
         (("--dropout", "1.5"), "lora.dropout"),

@@ -3,7 +3,7 @@
 namespace trainer {
 namespace {
 
-Tensor tensor_of(const std::vector<float>& values, std::int64_t rows) {
+Tensor tensor_of(const Floats& values, std::int64_t rows) {
   return {.dtype = "F32",
           .shape = {rows, static_cast<std::int64_t>(values.size()) / rows},
           .data = reinterpret_cast<const std::byte*>(values.data()),

@@ -20,7 +20,7 @@ constexpr qn::DType kF32 = qn::DType::f32;
 
 }  // namespace
 
-Parameter::Parameter(std::size_t elements) : value(elements), grad(elements) {
+Parameter::Parameter(std::size_t elements) : value(elements), grad(elements), step_(1) {
   constexpr std::size_t kSmallest8bit = 4096;  // bitsandbytes' min_8bit_size
   if (elements >= kSmallest8bit) {
     const std::size_t blocks = (elements + qn::kAdamW8bitBlocksize - 1) / qn::kAdamW8bitBlocksize;
@@ -41,7 +41,7 @@ qn::AdamW8bitTensor Parameter::optimizer_view() {
           .state2 = state2_.data(),
           .absmax1 = in_8bit ? absmax1_.data() : nullptr,
           .absmax2 = in_8bit ? absmax2_.data() : nullptr,
-          .step = &step_};
+          .step = step_.data()};
 }
 
 QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, const LoraConfig& lora, std::mt19937& random)
@@ -51,25 +51,28 @@ QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, const L
   weight_.N = size(state, 0);
   weight_.K = size(state, 1);
   weight_.blocksize = static_cast<int>(state["blocksize"].integer());
-  const auto read = [&](const char* suffix, std::vector<float>& out, std::int64_t expected) -> const float* {
-    out = checkpoint.floats(weight + suffix);
+  const auto read = [&](const char* suffix, Floats& out, std::int64_t expected) -> const float* {
+    const std::vector<float> values = checkpoint.floats(weight + suffix);
+    out.assign(values.begin(), values.end());
     if (static_cast<std::int64_t>(out.size()) != expected)
       throw std::runtime_error(weight + suffix + ": expected " + std::to_string(expected) + " values");
     return out.data();
   };
-  const auto read_bytes = [&](const std::string& tensor, std::int64_t expected) {
+  const auto read_bytes = [&](const std::string& tensor, Shared<std::uint8_t>& out, std::int64_t expected) {
     const Tensor& bytes = checkpoint.at(tensor);
     if (bytes.dtype != "U8" || bytes.elements() != expected)
       throw std::runtime_error(tensor + ": expected " + std::to_string(expected) + " bytes");
-    return reinterpret_cast<const std::uint8_t*>(bytes.data);
+    const auto* first = reinterpret_cast<const std::uint8_t*>(bytes.data);
+    out.assign(first, first + bytes.bytes);
+    return out.data();
   };
-  weight_.codes = read_bytes(weight, (weight_.elements() + 1) / 2);
+  weight_.codes = read_bytes(weight, codes_, (weight_.elements() + 1) / 2);
   weight_.code = read(".quant_map", code_, 16);
   if (checkpoint.contains(weight + ".nested_absmax")) {
     weight_.nested_blocksize = static_cast<int>(state["nested_blocksize"].integer());
     offset_.assign(1, static_cast<float>(state["nested_offset"].number()));
     weight_.offset = offset_.data();
-    weight_.absmax = read_bytes(weight + ".absmax", weight_.blocks());
+    weight_.absmax = read_bytes(weight + ".absmax", absmax_codes_, weight_.blocks());
     weight_.nested_code = read(".nested_quant_map", nested_code_, 256);
     weight_.nested_absmax = read(".nested_absmax", nested_absmax_,
                                  (weight_.blocks() + weight_.nested_blocksize - 1) / weight_.nested_blocksize);
@@ -101,7 +104,8 @@ void QloraLinear::forward(const float* x, std::int64_t rows, float* y, std::uint
                       .lora = lora(),
                       .x = {x, kF32, rows, in(), in()},
                       .y = {y, kF32, rows, out(), out()},
-                      .u = {u_.data(), kF32, rows, config_.rank, config_.rank}});
+                      .u = {u_.data(), kF32, rows, config_.rank, config_.rank}},
+                     device().stream());
 }
 
 void QloraLinear::backward(const float* dy, std::int64_t rows, float* dx) {
@@ -109,14 +113,16 @@ void QloraLinear::backward(const float* dy, std::int64_t rows, float* dx) {
   const qn::Matrix v{v_.data(), kF32, rows, config_.rank, config_.rank};
   const qn::ConstMatrix gradient{dy, kF32, rows, out(), out()};
   qn::linear_backward_input(
-      {.weight = weight_, .lora = lora(), .dy = gradient, .dx = {dx, kF32, rows, in(), in()}, .v = v});
+      {.weight = weight_, .lora = lora(), .dy = gradient, .dx = {dx, kF32, rows, in(), in()}, .v = v},
+      device().stream());
   qn::lora_gradients({.lora = lora(),
                       .x = {x_, kF32, rows, in(), in()},
                       .dy = gradient,
                       .u = {u_.data(), kF32, rows, config_.rank, config_.rank},
                       .v = {v_.data(), kF32, rows, config_.rank, config_.rank},
                       .da = a_.grad.data(),
-                      .db = b_.grad.data()});
+                      .db = b_.grad.data()},
+                     device().stream());
 }
 
 }  // namespace trainer

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "qlora_native/qlora_native.h"
 #include "safetensors.h"
 
@@ -20,21 +21,22 @@ struct LoraConfig {
 // A parameter with its gradient and the optimizer's state: 8 bits, or fp32 if it has fewer than 4096 elements.
 class Parameter {
  public:
-  std::vector<float> value, grad;
+  Floats value, grad;
 
   explicit Parameter(std::size_t elements);
   qlora_native::AdamW8bitTensor optimizer_view();
 
  private:
-  std::vector<std::uint8_t> state1_, state2_;  // codes, or floats
-  std::vector<float> absmax1_, absmax2_;
-  std::int64_t step_ = 0;
+  Shared<std::uint8_t> state1_, state2_;  // codes, or floats
+  Floats absmax1_, absmax2_;
+  Shared<std::int64_t> step_;  // one
 };
 
-// y[M,N] = x[M,K] . W^T + scaling * dropout(x) . A^T . B^T. All activations are fp32.
+// y[M,N] = x[M,K] . W^T + scaling * dropout(x) . A^T . B^T. All activations are fp32, in Shared memory; results are
+// there once the device is synchronized.
 class QloraLinear {
  public:
-  // `name`.weight of the checkpoint, which must live as long as this, as bitsandbytes lays it out. B starts at zero.
+  // `name`.weight of the checkpoint, as bitsandbytes lays it out. B starts at zero.
   QloraLinear(const Checkpoint& checkpoint, std::string name, const LoraConfig& lora, std::mt19937& random);
 
   // x and y stay the caller's; backward needs x again. A seed of 0 switches dropout off.
@@ -54,9 +56,10 @@ class QloraLinear {
   std::string name_;
   LoraConfig config_;
   qlora_native::QuantizedWeightView weight_;
-  std::vector<float> code_, absmax_, nested_code_, nested_absmax_, offset_;  // copies: a file need not align them
-  Parameter a_, b_;                                                          // [rank, K], [N, rank]
-  std::vector<float> u_, v_;
+  Shared<std::uint8_t> codes_, absmax_codes_;  // copies: a GPU does not see the file
+  Floats code_, absmax_, nested_code_, nested_absmax_, offset_;
+  Parameter a_, b_;  // [rank, K], [N, rank]
+  Floats u_, v_;
   const float* x_ = nullptr;
   std::uint64_t seed_ = 0;
 };

@@ -6,7 +6,7 @@
 namespace trainer {
 namespace {
 
-void add(const std::vector<float>& x, std::vector<float>& y) {
+void add(std::span<const float> x, std::span<float> y) {
   for (std::size_t i = 0; i < x.size(); ++i) y[i] += x[i];
 }
 
@@ -95,7 +95,7 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   Activations& a = block.saved;
   const auto size = [&](std::int64_t columns) { return static_cast<std::size_t>(rows * columns); };
   // Every layer has masks of its own.
-  const auto apply = [&](QloraLinear& linear, const std::vector<float>& x, std::vector<float>& y) {
+  const auto apply = [&](QloraLinear& linear, const Floats& x, Floats& y) {
     y.resize(size(linear.out()));
     linear.forward(x.data(), rows, y.data(), seed == 0 ? 0 : ++seed);
   };
@@ -105,12 +105,14 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   apply(block.q, a.normed, a.queries);
   apply(block.k, a.normed, a.keys);
   apply(block.v, a.normed, a.values);
+  device().synchronize();
   rope(a.queries.data(), rows, config_.heads, config_.head_dim, attention_.length, config_.theta, 1);
   rope(a.keys.data(), rows, config_.kv_heads, config_.head_dim, attention_.length, config_.theta, 1);
   a.probabilities.resize(static_cast<std::size_t>(attention_.probabilities()));
   a.attended.resize(a.queries.size());
   attention_.forward(a.queries.data(), a.keys.data(), a.values.data(), a.probabilities.data(), a.attended.data());
   apply(block.o, a.attended, delta_);
+  device().synchronize();
   add(delta_, x_);
 
   a.after = x_;
@@ -118,49 +120,60 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   rms_norm(a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, a.mlp_normed.data());
   apply(block.gate, a.mlp_normed, a.gated);
   apply(block.up, a.mlp_normed, a.upped);
+  device().synchronize();
   a.hidden.resize(a.gated.size());
   swiglu(a.gated.data(), a.upped.data(), static_cast<std::int64_t>(a.gated.size()), a.hidden.data());
   apply(block.down, a.hidden, delta_);
+  device().synchronize();
   add(delta_, x_);
 }
 
 void Llama::backward(std::span<const float> dlogits) {
   const std::int64_t width = config_.width, rows = static_cast<std::int64_t>(x_.size()) / width;
-  std::vector<float> dnormed(x_.size()), gradient(x_.size());
-  head_.backward(dlogits.data(), rows, dnormed.data());
-  rms_norm_backward(dnormed.data(), x_.data(), norm_.data(), rows, width, config_.eps, gradient.data());
-  for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) backward(*block, gradient);
+  Gradients& d = gradients_;
+  d.normed.resize(x_.size());
+  head_.backward(dlogits.data(), rows, d.normed.data());
+  d.x.assign(x_.size(), 0.0f);
+  rms_norm_backward(d.normed.data(), x_.data(), norm_.data(), rows, width, config_.eps, d.x.data());
+  for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) backward(*block);
 }
 
-// `gradient`: of the block's output, then of its input.
-void Llama::backward(Block& block, std::vector<float>& gradient) {
+void Llama::backward(Block& block) {
   const std::int64_t width = config_.width, rows = static_cast<std::int64_t>(x_.size()) / width;
   const Activations& a = block.saved;
-  const auto back = [&](QloraLinear& linear, const std::vector<float>& dy, std::vector<float>& dx) {
+  Gradients& d = gradients_;
+  const auto back = [&](QloraLinear& linear, const Floats& dy, Floats& dx) {
     dx.resize(static_cast<std::size_t>(rows * linear.in()));
     linear.backward(dy.data(), rows, dx.data());
   };
-  std::vector<float> dhidden, dgate(a.gated.size()), dup(a.gated.size()), dnormed;
-  back(block.down, gradient, dhidden);
-  swiglu_backward(dhidden.data(), a.gated.data(), a.upped.data(), static_cast<std::int64_t>(dhidden.size()),
-                  dgate.data(), dup.data());
-  back(block.gate, dgate, dnormed);
-  back(block.up, dup, delta_);
-  add(delta_, dnormed);
-  rms_norm_backward(dnormed.data(), a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, gradient.data());
+  back(block.down, d.x, d.hidden);
+  device().synchronize();
+  d.gated.resize(a.gated.size());
+  d.upped.resize(a.upped.size());
+  swiglu_backward(d.hidden.data(), a.gated.data(), a.upped.data(), static_cast<std::int64_t>(d.hidden.size()),
+                  d.gated.data(), d.upped.data());
+  back(block.gate, d.gated, d.normed);
+  back(block.up, d.upped, delta_);
+  device().synchronize();
+  add(delta_, d.normed);
+  rms_norm_backward(d.normed.data(), a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, d.x.data());
 
-  std::vector<float> dattended, dq(a.queries.size()), dk(a.keys.size()), dv(a.values.size());
-  back(block.o, gradient, dattended);
-  attention_.backward(dattended.data(), a.queries.data(), a.keys.data(), a.values.data(), a.probabilities.data(),
-                      dq.data(), dk.data(), dv.data());
-  rope(dq.data(), rows, config_.heads, config_.head_dim, attention_.length, config_.theta, -1);
-  rope(dk.data(), rows, config_.kv_heads, config_.head_dim, attention_.length, config_.theta, -1);
-  back(block.q, dq, dnormed);
-  for (const auto& [linear, dy] : {std::pair{&block.k, &dk}, {&block.v, &dv}}) {
+  back(block.o, d.x, d.attended);
+  device().synchronize();
+  d.queries.resize(a.queries.size());
+  d.keys.resize(a.keys.size());
+  d.values.resize(a.values.size());
+  attention_.backward(d.attended.data(), a.queries.data(), a.keys.data(), a.values.data(), a.probabilities.data(),
+                      d.queries.data(), d.keys.data(), d.values.data());
+  rope(d.queries.data(), rows, config_.heads, config_.head_dim, attention_.length, config_.theta, -1);
+  rope(d.keys.data(), rows, config_.kv_heads, config_.head_dim, attention_.length, config_.theta, -1);
+  back(block.q, d.queries, d.normed);
+  for (const auto& [linear, dy] : {std::pair{&block.k, &d.keys}, {&block.v, &d.values}}) {
     back(*linear, *dy, delta_);
-    add(delta_, dnormed);
+    device().synchronize();
+    add(delta_, d.normed);
   }
-  rms_norm_backward(dnormed.data(), a.x.data(), block.attention_norm.data(), rows, width, config_.eps, gradient.data());
+  rms_norm_backward(d.normed.data(), a.x.data(), block.attention_norm.data(), rows, width, config_.eps, d.x.data());
 }
 
 }  // namespace trainer

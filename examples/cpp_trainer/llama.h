@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "device.h"
 #include "layers.h"
 #include "linear.h"
 #include "safetensors.h"
@@ -39,8 +40,12 @@ class Llama {
  private:
   // What backward needs. x: the block's input; after: with the attention added.
   struct Activations {
-    std::vector<float> x, normed, queries, keys, values, probabilities, attended, after, mlp_normed, gated, upped,
-        hidden;
+    std::vector<float> x, probabilities, after;
+    Floats normed, queries, keys, values, attended, mlp_normed, gated, upped, hidden;
+  };
+  // Of one block at a time. x: of its output, then of its input.
+  struct Gradients {
+    Floats x, normed, queries, keys, values, attended, gated, upped, hidden;
   };
   struct Block {
     std::vector<float> attention_norm, mlp_norm;
@@ -49,7 +54,7 @@ class Llama {
   };
 
   void forward(Block& block, std::uint64_t seed);
-  void backward(Block& block, std::vector<float>& gradient);
+  void backward(Block& block);
 
   LlamaConfig config_;
   Checkpoint checkpoint_;
@@ -57,7 +62,9 @@ class Llama {
   std::vector<Block> blocks_;
   Head head_;
   Attention attention_;
-  std::vector<float> x_, normed_, logits_, delta_;
+  std::vector<float> x_, normed_, logits_;
+  Floats delta_;
+  Gradients gradients_;
 };
 
 }  // namespace trainer

@@ -5,6 +5,11 @@
 // FOLDER holds a model in bitsandbytes' 4-bit format (python -m qlora_native quantize). FILE is a text, one token a
 // byte, for a model with a vocabulary of 256; or with --token-ids the text as int32 token ids, for any other. Its last
 // tenth is held out.
+//
+// --device cuda: the products, the adapters' gradients and the optimizer run on a GPU. Attention, norms, head and loss
+// stay on the host, in the memory that both see, and wait for the device where they use what it wrote. A faster trainer
+// goes on from there: those parts as kernels on the same stream, which ends the waiting, and activations in bf16, whose
+// products are for the tensor cores. So the cpu is the default.
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,6 +27,7 @@
 #include <vector>
 
 #include "adapter.h"
+#include "device.h"
 #include "llama.h"
 #include "qlora_native/qlora_native.h"
 
@@ -30,7 +36,7 @@ namespace qn = qlora_native;
 namespace {
 
 struct Options {
-  std::string model, data, out, logits;
+  std::string model, data, out, logits, device = "cpu";
   bool token_ids = false;
   std::int64_t steps = 200, sequence = 128, batch = 4, warmup = 10, held_out_batches = 8, every = 50;
   double lr = 1e-3, weight_decay = 0.0, clip = 1.0;
@@ -40,6 +46,7 @@ struct Options {
 
 constexpr const char* kUsage =
     "trainer --model FOLDER --data FILE --out FOLDER\n"
+    "  --device cpu|cuda (cpu)\n"
     "  --token-ids        FILE holds int32 token ids, not text\n"
     "  --steps N (200)  --batch N (4)  --sequence TOKENS (128)  --held-out BATCHES (8)  --every STEPS (50)\n"
     "  --rank R (8)  --alpha A (16)  --dropout P (0)\n"
@@ -63,6 +70,7 @@ Options parse(int count, char** arguments) {
       {"--data", text(o.data)},
       {"--out", text(o.out)},
       {"--logits", text(o.logits)},
+      {"--device", text(o.device)},
       {"--steps", number(o.steps, 1)},
       {"--batch", number(o.batch, 1)},
       {"--sequence", number(o.sequence, 1)},
@@ -160,8 +168,8 @@ class Trainer {
   }
 
   void run() {
-    std::printf("qlora_native %s on %s, %d threads; %lld trainable parameters\n", qn::version().c_str(),
-                qn::current_isa().c_str(), qn::num_threads(), static_cast<long long>(trainable_));
+    std::printf("qlora_native %s on %s; %lld trainable parameters\n", qn::version().c_str(),
+                trainer::device().name().c_str(), static_cast<long long>(trainable_));
     std::printf("held-out loss before: %.4f\n", held_out_loss());
     const bool terminal = isatty(STDOUT_FILENO) != 0;
     const auto start = std::chrono::steady_clock::now();
@@ -179,7 +187,8 @@ class Trainer {
       std::fflush(stdout);
     }
     std::printf("%sheld-out loss after: %.4f\n", terminal ? "\n" : "", held_out_loss());
-    if (skipped_ > 0) std::printf("%lld steps skipped: a gradient was not finite\n", static_cast<long long>(skipped_));
+    if (skipped_[0] > 0)
+      std::printf("%lld steps skipped: a gradient was not finite\n", static_cast<long long>(skipped_[0]));
     trainer::save_adapter(o_.out, model_, o_.lora, o_.model);
     std::printf("adapter: %s\n", o_.out.c_str());
     if (!o_.logits.empty()) save_logits();
@@ -191,12 +200,12 @@ class Trainer {
     const std::span<float> logits = model_.forward(data_.inputs, o_.sequence, static_cast<std::uint64_t>(step));
     const double loss = loss_of(logits);
     model_.backward(logits);
-    float scale = 1.0f;
+    scale_[0] = 1.0f;
     if (o_.clip > 0.0) {
       double squares = 0.0;
       for (const trainer::Parameter* parameter : parameters_)
         for (const float g : parameter->grad) squares += double{g} * double{g};
-      scale = static_cast<float>(std::min(1.0, o_.clip / (std::sqrt(squares) + 1e-6)));
+      scale_[0] = static_cast<float>(std::min(1.0, o_.clip / (std::sqrt(squares) + 1e-6)));
     }
     // A linear warm-up, then linearly down to a tenth.
     const double progress = static_cast<double>(step) / static_cast<double>(o_.steps);
@@ -206,8 +215,10 @@ class Trainer {
                          .count = static_cast<std::int64_t>(optimizer_.size()),
                          .groups = &group,
                          .group_count = 1,
-                         .inv_scale = &scale,
-                         .skipped = &skipped_});
+                         .inv_scale = scale_.data(),
+                         .skipped = skipped_.data()},
+                        trainer::device().stream());
+    trainer::device().synchronize();
     return loss;
   }
 
@@ -242,7 +253,9 @@ class Trainer {
   Data data_;
   std::vector<qn::AdamW8bitTensor> optimizer_;
   std::vector<const trainer::Parameter*> parameters_;
-  std::int64_t trainable_ = 0, skipped_ = 0;
+  std::int64_t trainable_ = 0;
+  trainer::Floats scale_ = trainer::Floats(1);  // of the gradients
+  trainer::Shared<std::int64_t> skipped_ = trainer::Shared<std::int64_t>(1);
 };
 
 }  // namespace
@@ -250,6 +263,7 @@ class Trainer {
 int main(int count, char** arguments) {
   try {
     const Options options = parse(count, arguments);
+    trainer::use_device(options.device);
     Trainer(options).run();
   } catch (const std::invalid_argument& error) {  // qlora_native::Error is one
     std::fprintf(stderr, "trainer: %s\n%s", error.what(), kUsage);

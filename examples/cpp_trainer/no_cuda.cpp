@@ -1,0 +1,12 @@
+// What stands in for cuda.cpp where there is no CUDA toolkit.
+#include "device.h"
+
+namespace trainer {
+
+std::unique_ptr<Device> make_cuda_device() {
+  const std::string reason = qlora_native::cuda_unavailable_reason();
+  throw qlora_native::Unavailable("--device cuda: " +
+                                  (reason.empty() ? "the trainer was built without the CUDA toolkit" : reason));
+}
+
+}  // namespace trainer
