@@ -3,6 +3,8 @@
 **Shapes** are [N, K] = [out_features, in_features], torch's order for a weight. `4096x14336` is the down projection of
 an 8-billion-parameter Llama, which ggml's benchmark calls m=4096, k=14336; `14336x4096` is its gate and up projection.
 All weights are NF4 with double quantization and blocksize 64: 0.5159 bytes a weight.
+
+**Devices** have cases and goals of their own: "cpu", and "cuda", a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +20,17 @@ BYTES_PER_WEIGHT = 1 / 2 + 1 / BLOCKSIZE + 4 / (256 * BLOCKSIZE)
 SQUARE = (4096, 4096)
 DOWN = (4096, 14336)
 UP = (14336, 4096)
-SHAPES = (SQUARE, DOWN, UP)
+LARGE_SQUARE = (8192, 8192)
+SHAPES = {"cpu": (SQUARE, DOWN, UP), "cuda": (SQUARE, DOWN, LARGE_SQUARE)}
 # How cost grows: with the width of a square weight, the rank of the adapter, the rows of x and the threads.
 WIDTHS = (512, 1024, 2048, 4096, 8192)
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 GROWTH_M = 512
+# Tokens on a GPU: of a batch that generates, and of one that trains.
+GPU_MS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+GPU_LORA_M = 4096
+# What optimizer.py steps: the LoRA adapter of a small model, and one tensor.
+ADAMW_ADAPTER, ADAMW_TENSOR = "LoRA adapter", "one tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +92,23 @@ class Case:
         return N * K * (BYTES_PER_WEIGHT + (size if self.operation in ("quantize", "dequantize") else 0))
 
 
-def cases(shape: tuple[int, int]) -> list[Case]:
+def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
     """Every case of a shape: all of the issue's for SQUARE and DOWN, the essential ones for UP."""
 
     def products(operation: str, Ms: tuple[int, ...], **fields: object) -> list[Case]:
         return [Case(operation=operation, shape=shape, M=M, **fields) for M in Ms]
 
+    if device == "cuda":
+        return [
+            Case(operation="dequantize", shape=shape),
+            *products("forward", (1, 4, 16, *GPU_MS)),
+            *products("forward", (1, 64, GROWTH_M, GPU_LORA_M), rank=LORA_RANK),
+            *products("dx", GPU_MS),
+            *products("dx", (GROWTH_M, GPU_LORA_M), rank=LORA_RANK),
+            *products("lora_gradients", (GPU_LORA_M,), rank=LORA_RANK),
+            *products("forward", (1, 2048), dtype="float32"),
+            *products("dx", (2048,), dtype="float32"),
+        ]
     if shape == UP:
         return products("forward", (1, 16, 256, 2048)) + products("dx", (16, 256, 2048))
     found = [
@@ -136,11 +155,11 @@ def growth(shape: tuple[int, int], threads: int) -> list[Case]:
 GROWTH_PRODUCTS = (("forward", 1), ("forward", GROWTH_M), ("dx", GROWTH_M))
 
 
-def quick(shape: tuple[int, int]) -> list[Case]:
+def quick(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
     """A few cases of a shape, to see in seconds that all is well."""
     return [
         case
-        for case in cases(shape)
+        for case in cases(shape, device)
         if case.M in (0, 1, 16, 256) and case.dtype == "bfloat16" and (case.via, case.memory) == ("function", "default")
     ]
 
@@ -159,7 +178,9 @@ class Goal:
     figure   "limit": fraction of the machine's limit | the name of a peer: times as fast as it | "lora": slowdown
              against the product without the adapter | "step": tokens/s over bitsandbytes + PEFT
              "memory": extra bytes of one call | "published": times as fast as PUBLISHED_US
+    operation  of a case; or one of STEPS, "memory", or what optimizer.py steps
     isa      None: any but those that have goals of their own
+    shape    None: any
     """
 
     label: str
@@ -172,6 +193,8 @@ class Goal:
     rank: int = 0
     memory: str = "default"
     isa: str | None = None
+    shape: tuple[int, int] | None = None
+    device: str = "cpu"
 
 
 LARGE = (256, 512, 1024, 2048)
@@ -216,6 +239,9 @@ GOALS = [
     Goal(label="a training step of SmolLM2", figure="step", must=1.4, aim=1.8, operation="step"),
     Goal(label="the same", figure="step", must=None, operation="step_kept", memory="kept"),
     Goal(label="the same with LoRA dropout 0.05", figure="step", must=None, operation="step_dropout"),
+    Goal(label="AdamW8bit, 4.9 M in 360 tensors", figure="bitsandbytes", must=8, operation=ADAMW_ADAPTER),
+    Goal(label="AdamW8bit, 4.9 M in 360 tensors", figure="torch_fused", must=1, operation=ADAMW_ADAPTER),
+    Goal(label="AdamW8bit, one tensor of 100 M", figure="limit", must=0.60, operation=ADAMW_TENSOR),
     Goal(label="extra memory of one call", figure="memory", must=1, operation="memory"),
     Goal(
         label="fp32 forward, M=256…2048", figure="torch_dense", must=0.9, operation="forward", Ms=LARGE, dtype="float32"
@@ -263,5 +289,55 @@ GOALS = [
         Ms=LARGE,
         dtype="float32",
         isa="avx2",
+    ),
+]
+
+# On a GPU. What is in µs is that of an H100 (copy 3.0 TB/s, 790 TFLOP/s bf16): its limit over the goal.
+H100_US = {
+    ("dequantize", SQUARE, 0): (14.1, 16.5),
+    ("forward", SQUARE, 1): (2.9, 4.5),
+    ("forward", DOWN, 1): (10.1, 13.0),
+    ("forward", LARGE_SQUARE, 1): (11.6, 14.5),
+    ("forward", LARGE_SQUARE, 64): (11.6, 22.0),
+    ("forward", LARGE_SQUARE, 128): (21.7, 36.0),
+    ("forward", LARGE_SQUARE, 256): (43.5, 70.0),
+    ("forward", LARGE_SQUARE, 512): (87.0, 125.0),
+}
+OF_CUBLAS = {1024: 0.80, 2048: 0.88, 4096: 0.93, 8192: 0.96}
+H100_ADAMW_PS = (3.35, 4.3)  # a parameter in bf16
+
+GOALS += [
+    Goal(
+        label=f"{operation}, M={M}" if M else f"{operation} to bf16",
+        figure="limit",
+        must=limit / goal,
+        operation=operation,
+        Ms=(M,),
+        shape=shape,
+        device="cuda",
+    )
+    for (operation, shape, M), (limit, goal) in H100_US.items()
+]
+GOALS += [
+    Goal(label=f"{label}, M={M}", figure="torch_dense", must=part, operation=operation, Ms=(M,), device="cuda")
+    for operation, label in (("forward", "forward"), ("dx", "dX"))
+    for M, part in OF_CUBLAS.items()
+]
+GOALS += [
+    Goal(
+        label="LoRA r=16 inside the forward product, M=4096",
+        figure="lora",
+        must=0.03,
+        operation="forward",
+        Ms=(GPU_LORA_M,),
+        rank=LORA_RANK,
+        device="cuda",
+    ),
+    Goal(
+        label="AdamW8bit, bf16, one tensor of 100 M",
+        figure="limit",
+        must=H100_ADAMW_PS[0] / H100_ADAMW_PS[1],
+        operation=ADAMW_TENSOR,
+        device="cuda",
     ),
 ]

@@ -57,7 +57,7 @@ class Weights:
 
 def copies_needed(nbytes: int) -> int:
     """How many copies of so many bytes exceed the last-level cache CACHE_MULTIPLE times; two at least."""
-    return max(2, -(-CACHE_MULTIPLE * machine.l3_bytes() // nbytes))
+    return max(2, -(-CACHE_MULTIPLE * machine.cache_bytes() // nbytes))
 
 
 def contestants(

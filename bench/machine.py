@@ -7,9 +7,12 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+import timing
 
 # What changes which kernels run; a report names them all.
 VARIABLES = (
@@ -17,8 +20,21 @@ VARIABLES = (
     "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE",
 )  # fmt: skip
 PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers")
-PROBE_BYTES = 64 << 20  # twice the largest last-level cache we know of within one core complex
-SQUARES = 4096
+# Twice the largest last-level cache that we know of: within one core complex, of a GPU.
+PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+SQUARES = {"cpu": 4096, "cuda": 8192}
+
+
+def device() -> str:
+    """The kind of device that is measured: torch's default one."""
+    return torch.get_default_device().type
+
+
+def gpu_missing() -> str:
+    """Why no GPU can be measured, or nothing."""
+    import qlora_native._C as native
+
+    return native.cuda_unavailable_reason() or ("" if torch.cuda.is_available() else "torch sees no GPU")
 
 
 def describe() -> dict[str, object]:
@@ -31,7 +47,13 @@ def describe() -> dict[str, object]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    gpu = {}
+    if device() == "cuda":
+        card = torch.cuda.get_device_properties()
+        gpu = {"gpu": card.name, "processors": card.multi_processor_count, "memory_bytes": card.total_memory,
+               "l2_bytes": card.L2_cache_size, "cuda": torch.version.cuda}  # fmt: skip
     return {
+        **gpu,
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -48,9 +70,17 @@ def describe() -> dict[str, object]:
 
 
 def file_name(description: dict[str, object]) -> str:
-    """A file name that says which machine and instruction set: `amd-epyc-2-threads-avx512_bf16.json`."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", str(description["cpu"]).lower())).strip("-")
-    return f"{cpu}-{description['threads']}-threads-{description['isa']}.json"
+    """A file name that says what was measured: `amd-epyc-2-threads-avx512_bf16.json`, `nvidia-h100-80gb-hbm3.json`."""
+    name = str(description.get("gpu", description["cpu"])).lower()
+    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", name)).strip("-")
+    return (
+        f"{name}.json" if "gpu" in description else f"{name}-{description['threads']}-threads-{description['isa']}.json"
+    )
+
+
+def cache_bytes() -> int:
+    """Size of the last cache before memory."""
+    return l3_bytes() if device() == "cpu" else torch.cuda.get_device_properties().L2_cache_size
 
 
 def l3_bytes() -> int:
@@ -96,13 +126,14 @@ class Others:
 
 
 class Probes:
-    """Bandwidth probes, over memory that no cache holds. Each call moves PROBE_BYTES (`copy`: in, and as many out)."""
+    """Bandwidth probes, over memory that no cache holds. Each call moves `nbytes` (`copy`: in, and as many out)."""
 
     def __init__(self) -> None:
         """Take the memory and touch it."""
+        self.nbytes = PROBE_BYTES[device()]
         # Several buffers in turn: of the one read last, part would still be in the cache.
-        self._sources = [torch.ones(PROBE_BYTES // 8, dtype=torch.int64) for _ in range(3)]
-        self._target = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
+        self._sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(3)]
+        self._target = torch.ones(self.nbytes // 8, dtype=torch.int64)
         self._turn = 0
 
     def _next(self) -> torch.Tensor:
@@ -117,26 +148,27 @@ class Probes:
         """A copy by torch."""
         return self._target.copy_(self._next())
 
+    def flush(self) -> torch.Tensor:
+        """Overwrite what a cache holds, then read: lines that were written go back to memory at others' cost."""
+        self._target.zero_()
+        return self.read()
 
-def limits(probes: Probes, dtypes: list[str], rounds: int = 3) -> dict[str, float]:
+
+def limits(probes: Probes, dtypes: list[str], clock: timing.Cpu | timing.Gpu, rounds: int = 3) -> dict[str, float]:
     """The best of a few: `read` and `copy` (read + written) in bytes/s, and the matrix rate of each dtype in flop/s.
 
-    The matrix rate is torch.matmul's on squares of 4096.
+    The matrix rate is torch.matmul's on squares of SQUARES.
     """
 
-    def best(function: object, count: int) -> float:
-        times = []
-        for _ in range(count):
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-        return min(times)
+    def best(function: Callable[[], object], count: int) -> float:
+        return min(clock.seconds(function) for _ in range(count))
 
     found = {
-        "read": PROBE_BYTES / best(probes.read, 4 * rounds),
-        "copy": 2 * PROBE_BYTES / best(probes.copy, 4 * rounds),
+        "read": probes.nbytes / best(probes.read, 4 * rounds),
+        "copy": 2 * probes.nbytes / best(probes.copy, 4 * rounds),
     }
+    size = SQUARES[device()]
     for dtype in dtypes:
-        left, right = (torch.randn(SQUARES, SQUARES).to(getattr(torch, dtype)) for _ in range(2))
-        found[dtype] = 2 * SQUARES**3 / best(lambda left=left, right=right: left @ right, rounds)
+        left, right = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+        found[dtype] = 2 * size**3 / best(lambda left=left, right=right: left @ right, rounds)
     return found

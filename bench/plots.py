@@ -108,7 +108,7 @@ def _roofline(result: dict, axes: list[Any]) -> bool:
                   if name in row["times"]]  # fmt: skip
         if points:
             axis.scatter(*zip(*points, strict=True), s=18, color=COLOURS[name], label=name, alpha=0.8)
-    bandwidth, peak = limits["read"] / 1e9, limits[DTYPE] / 1e9
+    bandwidth, peak = limits["copy" if "gpu" in result["machine"] else "read"] / 1e9, limits[DTYPE] / 1e9
     ends = [1.0, peak / bandwidth, 2 * max(intensity(row, OURS) for row in rows)]
     axis.plot(ends, [bandwidth, peak, peak], color="grey", label=f"{bandwidth:.0f} GB/s, {peak:.0f} GFLOP/s")
     axis.set(xscale="log", yscale="log", xlabel="operations / byte of weight", ylabel="GFLOP/s", title="Roofline")
@@ -136,6 +136,8 @@ def _lora(result: dict, axes: list[Any]) -> bool:
 
 
 def _growth(result: dict, axes: list[Any]) -> bool:
+    if "gpu" in result["machine"]:
+        return False  # no rows for two of the three
     width, tokens, threads = axes
     ms = 1e-3
     counts = sorted({row["threads"] for row in result["rows"] if row.get("threads")} | {result["machine"]["threads"]})

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cases import GOALS, PUBLISHED_US, SQUARE, STEPS, WIDTHS, Goal
+from cases import ADAMW_ADAPTER, ADAMW_TENSOR, GOALS, PUBLISHED_US, SHAPES, SQUARE, STEPS, WIDTHS, Goal
 
 # Column heads of the contestants, in the order of the table.
 PEERS = {
@@ -25,7 +25,7 @@ PEERS = {
 }
 OURS = "qlora_native"
 # The adapters' files, as goals name them, to their names in the table.
-FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes"}
+FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes", "torch_fused": "torch fused"}
 NOISY = 0.02  # of the processors, used by others: above it the figures are not to be trusted
 LEFT_OUT = "–"
 
@@ -34,8 +34,11 @@ def heading(result: dict) -> str:
     """The machine and its limits."""
     m = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    what = f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}"
+    if "gpu" in m:
+        what = f"{m['gpu']}, {m['processors']} processors, L2 {m['l2_bytes'] / 2**20:.0f} MB; torch's CUDA {m['cuda']}"
     lines = [
-        f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}",
+        what,
         versions,
         limits(result["limits"], "limits"),
     ]
@@ -70,7 +73,7 @@ class Table:
         rate = f"{_rate(row):8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
         peers = [f"{row['times'][n]['us'] / us:9.2f} ×" if n in row["times"] else f"{'':11}" for n in PEERS]
         text = (
-            f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {us:10.0f} {rate} "
+            f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {_us(us):>10} {rate} "
             f"{100 * row['limit_us'] / us:5.0f} % {''.join(peers)}"
         )
         if tuple(row["shape"]) == self._shape:
@@ -81,6 +84,11 @@ class Table:
             f"{''.join(f'{head:>10}' for head in PEERS.values())}"
         )
         return f"\n{head}\n{text}"
+
+
+def _us(us: float) -> str:
+    """Three digits at least, as far as tenths."""
+    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 
 
 def _rate(row: dict) -> float:
@@ -116,7 +124,7 @@ def optimizer_lines(row: dict) -> str:
     us = row["times"][OURS]["us"]
     lines = [
         f"\na step of AdamW, {row['name']}: {row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensors, "
-        f"fp32; copy {row['bandwidth'] / 1e9:.1f} GB/s"
+        f"{row.get('dtype', 'float32')}; copy {row['bandwidth'] / 1e9:.1f} GB/s"
     ]
     for name, found in row["times"].items():
         ratio = f"{100 * row['limit_us'] / us:5.0f} % of the limit" if name == OURS else f"{found['us'] / us:7.2f} ×"
@@ -132,12 +140,15 @@ def targets(result: dict) -> str:
 
     Where a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
     """
-    growth = {(width, width) for width in WIDTHS} - {SQUARE}
+    device = _device(result)
+    growth = {(width, width) for width in WIDTHS} - set(SHAPES[device])
     # A training step has no shape: without other rows it stands under the first.
     shapes = sorted({tuple(row["shape"]) for row in result["rows"]} - growth) or [SQUARE]
     head = ["", "against", "must", "aim", *(f"{N}×{K}" for N, K in shapes)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for goal in GOALS:
+        if goal.device != device:
+            continue
         cells = [_cell(goal, list(_values(goal, result, shape, shapes[0]))) for shape in shapes]
         if any(cell != LEFT_OUT for cell in cells):
             aims = [LEFT_OUT if value is None else _format(goal, value) for value in (goal.must, goal.aim)]
@@ -147,11 +158,16 @@ def targets(result: dict) -> str:
     return "\n".join(lines)
 
 
+def _device(result: dict) -> str:
+    """Which of the devices of cases.py was measured."""
+    return "cuda" if "gpu" in result["machine"] else "cpu"
+
+
 def _against(goal: Goal) -> str:
     kept = ", kept memory" if goal.memory == "kept" else ""
     names = {
         "limit": "the machine's limit", "lora": "without", "step": "bitsandbytes + PEFT", "memory": LEFT_OUT,
-        "published": "its published time", "torch_dense": "dense",
+        "published": "its published time", "torch_dense": "dense", "torch_fused": "torch's fused AdamW",
     }  # fmt: skip
     return names.get(goal.figure, goal.figure) + kept
 
@@ -160,7 +176,9 @@ def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, 
     """The figures of a goal in a report. An instruction set that has goals of its own counts for those alone."""
     special = {other.isa for other in GOALS if other.isa}
     isa = result["machine"]["isa"]
-    if goal.isa != (isa if isa in special else None):
+    if goal.device == "cpu" and goal.isa != (isa if isa in special else None):
+        return
+    if goal.shape not in (None, shape):
         return
     if goal.figure == "step":
         if result.get(goal.operation, {}).get("ratio") and shape == first:
@@ -168,6 +186,10 @@ def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, 
         return
     if goal.figure == "memory":
         yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)
+        return
+    if goal.operation in (ADAMW_ADAPTER, ADAMW_TENSOR):
+        found = [row for row in result.get("optimizer", ()) if row["name"] == goal.operation and shape == first]
+        yield from (value for row in found if (value := _value(goal, row)) is not None)
         return
     for row in result["rows"]:
         plain = row["via"] == "function" and not row["dropout"] and not row["threads"] and tuple(row["shape"]) == shape
@@ -258,7 +280,8 @@ def write_report(result: dict, path: Path) -> Path:
 def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
     """The whole of a run as Markdown; `images`: (path, caption)."""
     m = result["machine"]
-    parts = [f"# {m['cpu']}, {m['threads']} threads, {m['isa']}", f"Measured {m['date']} by `bench/run.py`."]
+    title = f"# {m['cpu']}, {m['threads']} threads, {m['isa']}" if _device(result) == "cpu" else f"# {m['gpu']}"
+    parts = [title, f"Measured {m['date']} by `bench/run.py`."]
     parts += ["    " + heading(result).replace("\n", "\n    ")]
     parts += ["    " + load_line(result["load"])]
     parts += ["## Goals", "✔ aim reached, ○ must reached, ✘ missed; where a row covers several M, the worst decides."]
@@ -268,6 +291,8 @@ def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
     steps = [result[name] for name in STEPS if name in result]
     if steps:
         parts += ["## A training step", _step_table(steps)]
+    if result.get("optimizer"):
+        parts += ["## A step of AdamW", _optimizer_table(result["optimizer"])]
     if result["memory"]:
         parts += ["## Extra memory of one call", "\n".join(f"- {memory_line(row)}" for row in result["memory"])]
     if result["rows"]:
@@ -291,9 +316,20 @@ def _rows_table(rows: list[dict]) -> str:
         us = row["times"][OURS]["us"]
         unit = "GB/s" if row["bound"] == "memory" else "GFLOP/s"
         against = [f"{row['times'][n]['us'] / us:.2f} ×" if n in row["times"] else "" for n in peers]
-        cells = [row["name"], str(row["M"] or ""), row["dtype"], f"{us:.0f}", f"{_rate(row):.1f} {unit}",
+        cells = [row["name"], str(row["M"] or ""), row["dtype"], _us(us), f"{_rate(row):.1f} {unit}",
                  f"{100 * row['limit_us'] / us:.0f} %", *against]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _optimizer_table(rows: list[dict]) -> str:
+    lines = ["| | | ms | of our 8-bit step's limit | times ours |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        what = f"{row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensor{'s' * (row['tensors'] > 1)}"
+        for name, found in row["times"].items():
+            us, ours = found["us"], row["times"][OURS]["us"]
+            cells = [what, name, f"{us / 1e3:.2f}", f"{100 * row['limit_us'] / us:.0f} %", f"{us / ours:.2f} ×"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
     python bench/run.py --operations step            a training step of SmolLM2 (step.py)
     python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
+    python bench/run.py --device cuda --output       a GPU, in its own table
 
 A row: microseconds; GB/s where memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
 bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. How a figure comes about is
@@ -28,7 +29,10 @@ from typing import Any
 
 import cases as data
 
-OPERATIONS = ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "optimizer", "step")
+OPERATIONS = {
+    "cpu": ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "optimizer", "step"),
+    "cuda": ("dequantize", "forward", "dx", "lora_gradients", "optimizer"),
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -36,8 +40,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
-    add("--shapes", nargs="+", type=_shape, default=list(data.SHAPES), metavar="NxK")
+    add("--device", choices=OPERATIONS, default="cpu")
+    add("--operations", nargs="+", choices=OPERATIONS["cpu"], help="default: all that the device has")
+    add("--shapes", nargs="+", type=_shape, metavar="NxK")
     add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     add("--peers", nargs="*", help="files of bench/peers (default: all)")
@@ -49,8 +54,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", nargs="?", const="", metavar="FILE.json",
         help="write a report: this, and beside it FILE.md and plots (default: results/MACHINE.json)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.quick:
-        args.shapes = [data.SQUARE]
+    args.operations = args.operations or list(OPERATIONS[args.device])
+    if missing := set(args.operations) - set(OPERATIONS[args.device]):
+        parser.error(
+            f"--operations: expected of {', '.join(OPERATIONS[args.device])}, got {', '.join(sorted(missing))}"
+        )
+    args.shapes = [data.SQUARE] if args.quick else args.shapes or list(data.SHAPES[args.device])
     args.budget = args.budget or (0.3 if args.quick else 1.0)
     return args
 
@@ -75,7 +84,7 @@ def set_environment(args: argparse.Namespace) -> None:
 
 def selected(args: argparse.Namespace, shape: tuple[int, int], threads: int) -> list[data.Case]:
     """The cases of a shape that the command line asks for; `threads`: of the machine."""
-    table = data.quick(shape) if args.quick else data.cases(shape) if shape in args.shapes else []
+    table = (data.quick if args.quick else data.cases)(shape, args.device) if shape in args.shapes else []
     found = [case for case in table if case.operation in args.operations]
     if "growth" in args.operations and not args.quick and shape[0] in data.WIDTHS and shape[0] == shape[1]:
         found += [case for case in data.growth(shape, threads) if case not in table]
@@ -112,15 +121,14 @@ def set_limit(row: dict, limits: dict[str, float]) -> None:
     row["limit_us"] = 1e6 * max(memory_s, arithmetic_s)
 
 
-def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, result: dict) -> None:
+def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
     """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
     import torch
 
     from checks import WrongResult
     from contest import Weights, contestants
-    from machine import PROBE_BYTES
     from report import Table
-    from timing import alternate, set_allocator
+    from timing import set_allocator
 
     threads = torch.get_num_threads()
     table = Table()
@@ -140,18 +148,19 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, result:
                     result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
                     print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
                     continue
-                copying = case.operation in ("quantize", "dequantize")
+                # A GPU's limit is the copy's throughout: sum() is no measure of how fast it reads.
+                copying = case.operation in ("quantize", "dequantize") or args.device == "cuda"
                 set_allocator(timed)
-                times, probe = alternate(found, probes.copy if copying else probes.read, args.budget)
+                times, probe = clock.alternate(found, probes.copy if copying else probes.read, args.budget)
                 set_allocator(setup)
-                bandwidth = PROBE_BYTES * (2 if copying else 1) / probe.median
+                bandwidth = probes.nbytes * (2 if copying else 1) / probe.median
                 result["rows"].append(row_of(case, times, bandwidth, errors, result["limits"]))
                 print(table.line(result["rows"][-1]), flush=True)
     torch.set_num_threads(threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write. Returns the number of wrong results."""
+    """Measure, print, write. Returns the number of wrong results, or 1 where the device is missing."""
     args = arguments(argv)
     set_environment(args)
     import torch
@@ -160,20 +169,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     import memory
     import report
     from peers import DEFAULT, load
-    from timing import set_allocator
+    from timing import Cpu, Gpu, set_allocator
 
+    if args.device == "cuda":
+        if reason := machine.gpu_missing():
+            print(f"--device cuda: {reason}", file=sys.stderr)
+            return 1
+        torch.set_default_device("cuda")
     torch.set_grad_enabled(False)
-    adapters, missing = load(DEFAULT if args.peers is None else args.peers)
+    adapters, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
     result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
     set_allocator("setup")
     others = machine.Others()
     probes = machine.Probes()
-    result["limits"] = machine.limits(probes, args.dtypes)
+    clock = Gpu(probes.flush, torch.cuda) if args.device == "cuda" else Cpu()
+    result["limits"] = machine.limits(probes, args.dtypes, clock)
     print(report.heading(result), flush=True)
-    measure_table(args, adapters, probes, result)
+    measure_table(args, adapters, probes, clock, result)
 
     # The machine's speed changes while the table is measured: of two looks, the better one is the limit.
-    before, after = result["limits"], machine.limits(probes, args.dtypes)
+    before, after = result["limits"], machine.limits(probes, args.dtypes, clock)
     result |= {"limits_before": before, "limits_after": after, "limits": {k: max(before[k], after[k]) for k in before}}
     for row in result["rows"]:
         set_limit(row, result["limits"])
@@ -186,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "optimizer" in args.operations and not args.quick:
         import optimizer
 
-        result["optimizer"] = optimizer.measure(probes)
+        result["optimizer"] = optimizer.measure(probes, clock)
         for row in result["optimizer"]:
             print(report.optimizer_lines(row), flush=True)
     if "step" in args.operations:

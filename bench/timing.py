@@ -13,6 +13,10 @@ How a figure comes about:
   follows a pause in which the threads of a second OpenMP runtime (bitsandbytes brings its own) stop spinning:
   otherwise the next contestant pays for them.
 - **Medians**, over as many calls as a budget of seconds allows. Freeing a result is not timed.
+
+On a GPU (class Gpu) turns and medians are the same. A sample is the time between two events around the replay of a
+graph of CALLS calls, over CALLS: launching is not in it, and each call gets the next copy of the weight. Before each
+replay the level-two cache is flushed, and the stream is held until the host has submitted everything.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 MIN_CALLS = 5
 MAX_CALLS = 60
@@ -46,60 +52,119 @@ class Times:
         return Times(statistics.median(samples), min(samples), len(samples))
 
 
-def alternate(
-    contestants: Mapping[str, Callable[[int], object]],
-    probe: Callable[[], object],
-    budget_s: float,
-    pause_s: float = PAUSE_S,
-) -> tuple[dict[str, Times], Times]:
-    """Time the contestants in turn.
+Contestants = Mapping[str, Callable[[int], object]]
 
-    Args:
-        contestants: each is called with the number of the call, from which it picks its copy of the weight. All have
-            run before, when their results were checked.
-        probe: runs (timed) before every call: see above.
-        budget_s: seconds for all together. Each gets an equal share of it but at least MIN_CALLS calls, so a slow one
-            is called less often than a fast one; its calls are spread over the whole time.
-        pause_s: sleep before each probe.
 
-    Returns:
-        (the times by name, the probe's times).
-    """
+def calls_within(budget_s: float, seconds: Mapping[str, float]) -> dict[str, int]:
+    """How often each may be called: an equal share of the budget, within MIN_CALLS and MAX_CALLS."""
+    share = budget_s / len(seconds)
+    return {name: int(min(max(share / each, MIN_CALLS), MAX_CALLS)) for name, each in seconds.items()}
 
-    def timed(function: Callable[..., object], *args: object) -> float:
+
+def turns(calls: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Whose turn it is and which of theirs, from 1: in rotating order, everyone's spread over the whole time."""
+    names, rounds = list(calls), max(calls.values())
+    had = dict.fromkeys(names, 0)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            turn = (i + 1) * calls[name] // rounds
+            if turn > had[name]:
+                had[name] = turn
+                yield name, turn
+
+
+class Cpu:
+    """Time of the processor."""
+
+    def seconds(self, function: Callable[..., object], *args: object) -> float:
+        """One call's, without freeing its result."""
         started = time.perf_counter_ns()
         result = function(*args)
         elapsed = time.perf_counter_ns() - started
         del result
         return elapsed * 1e-9
 
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    probes: list[float] = []
-    calls, warm = {}, {}
-    for name, call in contestants.items():
-        seconds = timed(call, 0)
-        warm[name] = seconds < WARM_BELOW_S
-        seconds += pause_s + timed(probe) + warm[name] * seconds
-        calls[name] = int(min(max(budget_s / len(contestants) / seconds, MIN_CALLS), MAX_CALLS))
-    rounds = max(calls.values())
-    names = list(contestants)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                turn = (i + 1) * calls[name] // rounds
-                if turn > len(samples[name]):
-                    time.sleep(pause_s)
-                    probes.append(timed(probe))
-                    if warm[name]:
-                        contestants[name](2 * turn)  # another copy: the timed one stays cold
-                        turn = 2 * turn + 1
-                    samples[name].append(timed(contestants[name], turn))
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: Times.of(times) for name, times in samples.items()}, Times.of(probes)
+    def alternate(
+        self, contestants: Contestants, probe: Callable[[], object], budget_s: float, pause_s: float = PAUSE_S
+    ) -> tuple[dict[str, Times], Times]:
+        """Time the contestants in turn.
+
+        Args:
+            contestants: each is called with the number of the call, from which it picks its copy of the weight. All
+                have run before, when their results were checked.
+            probe: runs (timed) before every call: see above.
+            budget_s: seconds for all together. A slow one is called less often than a fast one.
+            pause_s: sleep before each probe.
+
+        Returns:
+            (the times by name, the probe's times).
+        """
+        samples: dict[str, list[float]] = {name: [] for name in contestants}
+        probes: list[float] = []
+        needed, warm = {}, {}
+        for name, call in contestants.items():
+            seconds = self.seconds(call, 0)
+            warm[name] = seconds < WARM_BELOW_S
+            needed[name] = seconds + pause_s + self.seconds(probe) + warm[name] * seconds
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for name, turn in turns(calls_within(budget_s, needed)):
+                time.sleep(pause_s)
+                probes.append(self.seconds(probe))
+                if warm[name]:
+                    contestants[name](2 * turn)  # another copy: the timed one stays cold
+                    turn = 2 * turn + 1
+                samples[name].append(self.seconds(contestants[name], turn))
+        finally:
+            if collecting:
+                gc.enable()
+        return {name: Times.of(times) for name, times in samples.items()}, Times.of(probes)
+
+
+class Gpu:
+    """Time of a GPU, of what is submitted to torch's current stream."""
+
+    CALLS = 8  # of a graph
+    HOLD_CYCLES = 4_000_000  # two milliseconds: several times what it takes to submit a graph, or an optimizer's step
+
+    def __init__(self, flush: Callable[[], object], cuda: Any) -> None:
+        """`flush` leaves nothing in the level-two cache; `cuda` is torch.cuda."""
+        self._flush, self._cuda = flush, cuda
+
+    def seconds(self, function: Callable[..., object], *args: object) -> float:
+        """From the first to the last of what one call submits."""
+        began, ended = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush()
+        self._cuda._sleep(self.HOLD_CYCLES)
+        began.record()
+        result = function(*args)
+        ended.record()
+        ended.synchronize()
+        del result
+        return began.elapsed_time(ended) * 1e-3
+
+    def graph(self, call: Callable[[int], object]) -> Any:
+        """CALLS calls as a graph."""
+        call(0)  # what takes memory or chooses a kernel at first may not do so while it is captured
+        self._cuda.synchronize()
+        graph = self._cuda.CUDAGraph()
+        with self._cuda.graph(graph):
+            for i in range(self.CALLS):
+                call(i)
+        return graph
+
+    def alternate(
+        self, contestants: Contestants, probe: Callable[[], object], budget_s: float, captured: bool = True
+    ) -> tuple[dict[str, Times], Times]:
+        """Cpu.alternate's. Not `captured`: one call a sample, as what synchronizes cannot be in a graph."""
+        named = {**contestants, "probe": lambda _: probe()}
+        runs = {name: self.graph(call).replay if captured else partial(call, 0) for name, call in named.items()}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for name, _ in turns(calls_within(budget_s, {name: self.seconds(run) for name, run in runs.items()})):
+            samples[name].append(self.seconds(runs[name]) / (self.CALLS if captured else 1))
+        times = {name: Times.of(seconds) for name, seconds in samples.items()}
+        return times, times.pop("probe")
 
 
 def set_allocator(mode: str) -> bool:

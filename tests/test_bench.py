@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -47,3 +49,191 @@ def test_footprint_is_what_is_allocated(script, method):
     assert allocated["kept"] == pytest.approx(kept, rel=footprint.KEPT_TOLERANCE)
     during = parts["gradients"] + parts["activations"]
     assert allocated["peak"] == pytest.approx(during, rel=footprint.PEAK_TOLERANCE)
+
+
+# ---- bench/run.py --device cuda, as far as it goes without a GPU -----------------------------------------------------
+
+
+class RecordedCuda:
+    """In torch.cuda's place: writes down what is asked of it. A graph takes 8 ms."""
+
+    def __init__(self):
+        self.log = []
+
+    def flush(self):
+        self.log.append("flush")
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def _sleep(self, cycles):
+        self.log.append("hold")
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+    def CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.log.append("replay")
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        return RecordedEvent(self.log)
+
+
+class RecordedEvent:
+    def __init__(self, log):
+        self.log = log
+
+    def record(self):
+        self.log.append("record")
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        assert self.log[-1] == "wait"
+        return 8.0
+
+
+REPLAYED = ["flush", "hold", "record", "replay", "record", "wait"]
+
+
+def test_replay_is_timed_with_a_warm_cache_or_with_its_launch(script):
+    timing = script("timing")
+    cuda, called = RecordedCuda(), []
+    clock = timing.Gpu(cuda.flush, cuda)
+    call = {"ours": called.append, "peer": lambda i: cuda.log.append("peer")}
+    times, probe = clock.alternate(call, lambda: cuda.log.append("probe"), budget_s=0.2)
+    assert called == [0, *range(clock.CALLS)]
+    captures = []
+    for name in ("ours", "peer", "probe"):
+        said = [] if name == "ours" else [name]
+        captures += [*said, "synchronize", "capture", *clock.CALLS * said, "captured"]
+    assert cuda.log[: len(captures)] == captures
+    replays = cuda.log[len(captures) :]
+    assert replays == REPLAYED * (len(replays) // len(REPLAYED))
+    assert times["ours"].median == probe.median == pytest.approx(8e-3 / clock.CALLS)
+    # 0.2 s for three of 8 ms, and one each to see how long they take
+    assert [times["ours"].calls, times["peer"].calls, probe.calls] == [8, 8, 8]
+    assert len(replays) == len(REPLAYED) * 3 * 9
+
+
+def test_step_that_synchronizes_is_captured(script):
+    timing = script("timing")
+    cuda = RecordedCuda()
+    clock = timing.Gpu(cuda.flush, cuda)
+    step = {"ours": lambda i: cuda.log.append("step")}
+    times, _ = clock.alternate(step, lambda: cuda.log.append("step"), budget_s=0.1, captured=False)
+    samples = 2 * (times["ours"].calls + 1)
+    assert cuda.log == ["flush", "hold", "record", "step", "record", "wait"] * samples
+    assert times["ours"].median == pytest.approx(8e-3)
+
+
+def test_slow_contestant_has_all_its_turns_at_the_start(script):
+    order = list(script("timing").turns({"a": 4, "b": 2, "c": 4}))
+    assert [turn for name, turn in order if name == "a"] == [1, 2, 3, 4]
+    assert [name for name, _ in order] == ["a", "c", "b", "c", "a", "c", "a", "a", "b", "c"]
+
+
+def test_goal_is_of_a_case_that_is_not_measured(script):
+    cases = script("cases")
+    elsewhere = {*cases.STEPS, "memory", cases.ADAMW_ADAPTER, cases.ADAMW_TENSOR}
+    for device, shapes in cases.SHAPES.items():
+        for goal in (goal for goal in cases.GOALS if goal.device == device and goal.operation not in elsewhere):
+            for shape in shapes if goal.shape is None else [goal.shape]:
+                rows = {
+                    case.M
+                    for case in cases.cases(shape, device)
+                    if (case.operation, case.rank, case.dtype) == (goal.operation, goal.rank, goal.dtype)
+                }
+                assert rows & set(goal.Ms) or shape == cases.UP, goal
+                assert rows >= set(goal.Ms) or device == "cpu", goal
+    on_gpu = [goal for goal in cases.GOALS if goal.device == "cuda"]
+    assert len(on_gpu) == 8 + 2 * 4 + 2
+    assert all(0 < goal.must < 1 for goal in on_gpu)
+
+
+def test_command_line_selects_what_a_gpu_does_not_have(script, capsys):
+    run, cases = script("run"), script("cases")
+    args = run.arguments(["--device", "cuda"])
+    assert args.shapes == [(4096, 4096), (4096, 14336), (8192, 8192)]
+    chosen = run.selected(args, args.shapes[2], threads=16)
+    assert chosen == cases.cases(args.shapes[2], "cuda")
+    args = run.arguments(["--device", "cuda", "--operations", "dx", "--m", "8192", "--dtypes", "bfloat16"])
+    (case,) = run.selected(args, args.shapes[0], threads=16)
+    assert (case.operation, case.M) == ("dx", 8192)
+    with pytest.raises(SystemExit):
+        run.arguments(["--device", "cuda", "--operations", "growth"])
+    assert "got growth" in capsys.readouterr().err
+
+
+def test_missing_gpu_is_not_named(script, capsys):
+    run, machine = script("run"), script("machine")
+    if not (reason := machine.gpu_missing()):
+        pytest.skip("a GPU can be used here")
+    assert run.main(["--device", "cuda"]) == 1
+    assert capsys.readouterr() == ("", f"--device cuda: {reason}\n")
+
+
+def test_gpu_has_another_report(script, tmp_path, monkeypatch):
+    """Cases of a small weight, checked on the CPU, over the recorded clock; the report as if it were the large one."""
+    run, machine, report, peers, timing = map(script, ("run", "machine", "report", "peers", "timing"))
+    small = (128, 128)
+    args = run.arguments(["--device", "cuda", "--shapes", "128x128", "--budget", "0.05"])
+    cuda = RecordedCuda()
+    probes = SimpleNamespace(nbytes=1 << 20, copy=lambda: None)
+    clock = timing.Gpu(cuda.flush, cuda)
+    adapters, missing = peers.load(peers.DEFAULT["cuda"])
+    card = {"gpu": "NVIDIA H100 80GB HBM3", "processors": 132, "l2_bytes": 50 << 20, "cuda": "13.0"}
+    result = {
+        "machine": {**machine.describe(), **card},
+        "missing_peers": missing,
+        "rows": [],
+        "memory": [],
+        "wrong": [],
+        "load": {"others": 0.0, "stolen": 0.0},
+        "limits": {"read": 3e12, "copy": 3e12, "bfloat16": 7.9e14, "float32": 5e13},
+    }
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1)  # of a weight that small there would be thousands of copies
+    with torch.no_grad():
+        run.measure_table(args, adapters, probes, clock, result)
+    assert not result["wrong"]
+    assert [row["M"] for row in result["rows"]] == [case.M for case in script("cases").cases(small, "cuda")]
+    assert {row["bandwidth"] for row in result["rows"]} == {2 * probes.nbytes / (8e-3 / clock.CALLS)}
+    for row in result["rows"]:
+        row["shape"] = (4096, 4096)
+    path = tmp_path / machine.file_name(result["machine"])
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    written = report.write_report(result, path).read_text()
+    assert written.startswith("# NVIDIA H100 80GB HBM3\n")
+    goals = [line for line in written.splitlines() if line.startswith("| ") and line.endswith((" ✔ |", " ✘ |"))]
+    assert len(goals) == 2 + 2 * 4 + 1  # of this shape: dequantize and M=1, against dense, LoRA
+    assert "| LoRA r=16 inside the forward product, M=4096 | without | +3.0 % | – | +0.0 % ✔ |" in goals
+
+
+def test_optimizer_in_bf16_is_called_wrong(script):
+    optimizer = script("optimizer")
+    with torch.enable_grad():
+        for contestant in (optimizer.OURS, optimizer.FUSED):
+            step, error = optimizer._checked(contestant, [5000, 300], torch.bfloat16)
+            assert error > 1e-3
+            step(0)
+
+
+def test_goals_of_the_optimizer_are_not_shown(script):
+    report = script("report")
+    times = {"qlora_native": {"us": 100.0}, "bitsandbytes": {"us": 900.0}, "torch fused": {"us": 90.0}}
+    row = {"name": "LoRA adapter", "limit_us": 60.0, "times": times}
+    result = {"machine": {"isa": "avx512"}, "rows": [], "memory": [], "optimizer": [row, row | {"name": "one tensor"}]}
+    assert report.targets(result).splitlines()[2:] == [
+        "| AdamW8bit, 4.9 M in 360 tensors | bitsandbytes | 8.00 × | – | 9.00 × ✔ |",
+        "| AdamW8bit, 4.9 M in 360 tensors | torch's fused AdamW | 1.00 × | – | 0.90 × ✘ |",
+        "| AdamW8bit, one tensor of 100 M | the machine's limit | 60 % | – | 60 % ✔ |",
+    ]

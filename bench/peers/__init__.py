@@ -21,7 +21,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-DEFAULT = ("torch_dense", "bitsandbytes", "bitsandbytes_packed", "torchao", "peft_unfused", "ggml")
+DEFAULT = {
+    "cpu": ("torch_dense", "bitsandbytes", "bitsandbytes_packed", "torchao", "peft_unfused", "ggml"),
+    "cuda": ("torch_dense", "bitsandbytes", "peft_unfused"),
+}
 
 
 def load(names: tuple[str, ...] | list[str]) -> tuple[dict[str, ModuleType], dict[str, str]]:
