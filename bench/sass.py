@@ -5,10 +5,11 @@
     make sass ARGS=--output       writes those figures, and results/sass.md for people
 
 A kernel's main loop is the one with the most tensor-core instructions (HMMA) that are in no loop inside of it, or, in a
-kernel without, with the most instructions. Its length times the threads of a block, divided by the weights that the
-block passes in one turn, is how many thread-instructions a weight costs. An H100 issues about 29e12 of them a second:
-a bound on speed from one side, which says nothing of waits. Every branch of a loop counts, also what it does only
-at the edges of an array or for another dtype. Shared memory is not among the figures: ours is asked for at launch.
+kernel without, with the most instructions; or, in one that has a loop for what vectors can reach and one for the rest,
+with the most 16-byte loads and stores. Its length times the threads of a block, divided by the weights that the block
+passes in one turn, is how many thread-instructions a weight costs. An H100 issues about 29e12 of them a second: a bound
+on speed from one side, which says nothing of waits. Every branch of a loop counts, also what it does only at the edges
+of an array or for another dtype. Shared memory is not among the figures: ours is asked for at launch.
 
 It needs NVIDIA's cuobjdump and nvdisasm, which come from PyPI (the extra `sass` of pyproject.toml), or with CUDA.
 """
@@ -254,7 +255,11 @@ def count(code: Sequence[Instruction], *kinds: str) -> int:
     return sum(i.opcode.split(".")[0] in kinds for i in code)
 
 
-def main_loop(code: Sequence[Instruction]) -> tuple[Instruction, ...]:
+# Kernels with two loops: over what vector loads can reach, and over the rest.
+IN_VECTORS = r"look_kernel<|update_kernel<"
+
+
+def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:
     """The loop in which a kernel spends its time, by the rule above; empty if there is none."""
     found = loops(code)
     if not found:
@@ -264,7 +269,13 @@ def main_loop(code: Sequence[Instruction]) -> tuple[Instruction, ...]:
     for loop, body in zip(found, bodies, strict=True):
         inner = set().union(*(other for other in bodies if other < body))
         own.append([i for i in loop if i.address not in inner])
-    return found[max(range(len(found)), key=lambda n: (count(own[n], "HMMA"), len(own[n])))]
+
+    def vectors(loop: Sequence[Instruction]) -> int:
+        fills_tables = count(loop, "STS") > 0
+        return 0 if fills_tables else sum(i.opcode.startswith(("LDG.E.128", "STG.E.128")) for i in loop)
+
+    prefers = vectors if re.match(IN_VECTORS, name) else lambda loop: 0
+    return found[max(range(len(found)), key=lambda n: (count(own[n], "HMMA"), prefers(own[n]), len(own[n])))]
 
 
 def kinds(code: Sequence[Instruction]) -> dict[str, int]:
@@ -297,7 +308,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
-    (r"dequantize_kernel<|update_kernel", "element", lambda m, loop: 8),
+    (r"dequantize_kernel<|look_kernel<|update_kernel<", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, [12]>", "element", lambda m, loop: 16),
     (r"kOptimizerStatic8bit2StateBlockwise<", "element", lambda m, loop: 1),
@@ -310,7 +321,7 @@ def _weights_of_mma(loop: Sequence[Instruction], tile_rows: int) -> float:
 
 def figures(kernel: Kernel) -> dict[str, Any]:
     """What the report says of a kernel."""
-    loop = main_loop(kernel.code)
+    loop = main_loop(kernel.code, kernel.name)
     result: dict[str, Any] = {
         "registers": kernel.registers,
         "local": count(kernel.code, "LDL", "STL"),
@@ -403,6 +414,16 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             )
 
 
+def adamw_step(found: dict[str, Any]) -> Iterator[str]:
+    """What a step of the 8-bit AdamW costs: each gradient is looked at, then all is updated."""
+    for dtype in ("float", "Bf16", "F16"):
+        look, update = (found.get(f"{kernel}_kernel<{dtype}>", {}) for kernel in ("look", "update"))
+        sums = {arch: look[arch]["per_element"] + update[arch]["per_element"] for arch in look if arch in update}
+        if sums:
+            costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
+            yield f"A step of AdamW8bit in {dtype}, look and update: {costs} thread-instructions a parameter; goal: 90."
+
+
 def peer_library() -> Path | None:
     """The newest of bitsandbytes' libraries for CUDA, where it is installed; it is read, not loaded."""
     spec = importlib.util.find_spec("bitsandbytes")
@@ -418,7 +439,7 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
         lines = [HEADER, ["---"] * len(HEADER), *rows(found)]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-    text = [title, table(ours)]
+    text = [title, table(ours), *adamw_step(ours)]
     if theirs:
         text += ["bitsandbytes, likewise:", table(theirs)]
     return "\n\n".join(text) + "\n"

@@ -115,6 +115,20 @@ def test_main_loop_is_another(sass):
     assert sass.main_loop(code[COPY][-4:]) == ()
 
 
+def test_loop_over_the_rest_is_taken_for_the_main_one(sass):
+    def loop(first, *opcodes):
+        addresses = range(first, first + 16 * len(opcodes) + 16, 16)
+        branch = sass.Instruction(addresses[-1], "P0", "BRA", hex(first))
+        return [*(sass.Instruction(a, "", op, "R0") for a, op in zip(addresses, opcodes, strict=False)), branch]
+
+    tables = loop(0x00, "LDG.E.128", "LDG.E.128", "STS.128", "STS.128")
+    vectors = loop(0x50, "LDG.E.128", "FADD")
+    rest = loop(0x80, "LDG.E", "LDG.E", "LDG.E", "FADD", "FADD")
+    code = [*tables, *vectors, *rest, sass.Instruction(0xE0, "", "EXIT", "")]
+    assert sass.main_loop(code, "update_kernel<float>")[0].address == 0x50
+    assert sass.main_loop(code, "another_kernel<float>")[0].address == 0x80
+
+
 def test_figures_are_not_those_of_the_listing(sass):
     kernel = sass.Kernel("gemm_kernel<Bf16, WeightRowsOfTile, 128, true>", "sm_80", listed(sass)[GEMM], 128, 8)
     # Two mma of a warp: twice 4 weights a thread, each used for 8 fragments of 16 rows.

@@ -2,6 +2,7 @@
 
 #include "backend.h"
 #include "check.h"
+#include "common/adamw.h"
 
 namespace qlora_native {
 namespace {
@@ -12,15 +13,18 @@ auto field_of(const char* list, std::int64_t index) {
       [=](const char* field) { return [=] { return std::string(list) + "[" + std::to_string(index) + "]." + field; }; };
 }
 
-void check_group(const AdamW8bitGroup& group, std::int64_t index) {
+void check_group(const AdamW8bitGroup& group, const Stream& stream, std::int64_t index) {
   const auto field = field_of("groups", index);
   const auto is_rate = [](double beta) { return beta >= 0.0 && beta < 1.0; };
-  const auto is_size = [](double value) { return std::isfinite(value) && value >= 0.0; };
-  check(is_size(group.lr), field("lr"), "a finite number >= 0", group.lr);
+  const auto check_size = [&](double value, const char* name) {
+    check(is_finite_size(value), field(name), "a finite number >= 0", value);
+  };
+  // What is there may be known to the device alone, which then skips the step.
+  if (group.device_lr == nullptr || stream.device == Device::cpu) check_size(lr_of(group), "lr");
   check(is_rate(group.beta1), field("beta1"), "a number in [0, 1)", group.beta1);
   check(is_rate(group.beta2), field("beta2"), "a number in [0, 1)", group.beta2);
-  check(is_size(group.eps), field("eps"), "a finite number >= 0", group.eps);
-  check(is_size(group.weight_decay), field("weight_decay"), "a finite number >= 0", group.weight_decay);
+  check_size(group.eps, "eps");
+  check_size(group.weight_decay, "weight_decay");
 }
 
 void check_tensor(const AdamW8bitTensor& tensor, int group_count, const Stream& stream, std::int64_t index) {
@@ -47,7 +51,7 @@ void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
   check_pointer(args.tensors, args.count > 0, "tensors");
   check_pointer(args.groups, args.count > 0, "groups");
   check_pointer(args.skipped, true, "skipped");
-  for (int i = 0; i < args.group_count; ++i) check_group(args.groups[i], i);
+  for (int i = 0; i < args.group_count; ++i) check_group(args.groups[i], stream, i);
   for (std::int64_t i = 0; i < args.count; ++i) check_tensor(args.tensors[i], args.group_count, stream, i);
   backend_for(stream).adamw_8bit_step(args, stream);
 }

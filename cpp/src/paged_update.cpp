@@ -16,6 +16,23 @@ constexpr std::size_t kSpareBytes = std::size_t{512} << 20;
 
 }  // namespace
 
+AdamW8bitTensor stretch_of(const AdamW8bitTensor& tensor, std::int64_t first, std::int64_t elements) {
+  const bool in_8_bits = tensor.absmax1 != nullptr;
+  const std::size_t state_bytes = in_8_bits ? sizeof(std::uint8_t) : sizeof(float);
+  const auto at = [first](auto* p, std::size_t bytes) { return p + static_cast<std::size_t>(first) * bytes; };
+  AdamW8bitTensor stretch = tensor;
+  stretch.elements = elements;
+  stretch.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
+  stretch.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
+  stretch.state1 = at(static_cast<std::byte*>(tensor.state1), state_bytes);
+  stretch.state2 = at(static_cast<std::byte*>(tensor.state2), state_bytes);
+  if (in_8_bits) {
+    stretch.absmax1 += first / kAdamW8bitBlocksize;
+    stretch.absmax2 += first / kAdamW8bitBlocksize;
+  }
+  return stretch;
+}
+
 PagedUpdate::PagedUpdate(const AdamW8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
   std::vector<UpdatePart> others;
   std::optional<bool> captured;  // into a graph: nothing is asked for, kernels reach the state wherever it is
@@ -34,18 +51,8 @@ PagedUpdate::PagedUpdate(const AdamW8bitArgs& args, const Stream& stream) : stre
       const std::pair key{arena, entry->first_stretch + static_cast<std::size_t>(stretch)};
       const auto [found, is_new] = visit_of.try_emplace(key, visits_.size());
       if (is_new) visits_.push_back({key.first, key.second, {}});
-      const auto at = [first](auto* p, std::size_t bytes) { return p + static_cast<std::size_t>(first) * bytes; };
-      UpdatePart part{tensor, i};
-      part.tensor.elements = std::min(entry->piece, tensor.elements - first);
-      part.tensor.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
-      part.tensor.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
-      part.tensor.state1 = at(static_cast<std::byte*>(tensor.state1), entry->element_bytes);
-      part.tensor.state2 = at(static_cast<std::byte*>(tensor.state2), entry->element_bytes);
-      if (entry->in_8_bits()) {
-        part.tensor.absmax1 += first / kAdamW8bitBlocksize;
-        part.tensor.absmax2 += first / kAdamW8bitBlocksize;
-      }
-      visits_[found->second].parts.push_back(part);
+      const std::int64_t elements = std::min(entry->piece, tensor.elements - first);
+      visits_[found->second].parts.push_back({stretch_of(tensor, first, elements), i});
     }
   }
   if (!others.empty()) visits_.insert(visits_.begin(), {nullptr, 0, std::move(others)});

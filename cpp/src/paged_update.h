@@ -13,6 +13,9 @@ struct UpdatePart {
   std::int64_t index;      // which one of AdamW8bitArgs::tensors
 };
 
+// Elements [first, first + elements) of a tensor; first is a multiple of the blocksize.
+AdamW8bitTensor stretch_of(const AdamW8bitTensor& tensor, std::int64_t first, std::int64_t elements);
+
 class PagedUpdate {
  public:
   // Asks for the first stretch, so that it comes while the gradients are looked at.

@@ -30,18 +30,38 @@ QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<std::uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }
 
+// As many of T as one load takes, of kElements.
+template <class T, int kElements>
+constexpr int kVectorOf = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
+
+// Eight from an address that vectors can be loaded from.
+template <class T>
+__device__ __forceinline__ void load_eight_aligned(const T* from, T (&to)[kEight]) {
+  constexpr int kCount = kVectorOf<T, kEight>;
+#pragma unroll
+  for (int i = 0; i < kEight; i += kCount) {
+    const Vector<T, kCount> vector = load_vector<T, kCount>(from + i);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) to[i + j] = vector.at[j];
+  }
+}
+template <int kElements, class T>
+__device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements]) {
+  constexpr int kCount = kVectorOf<T, kElements>;
+#pragma unroll
+  for (int i = 0; i < kElements; i += kCount) {
+    Vector<T, kCount> vector;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) vector.at[j] = from[i + j];
+    store_vector<T, kCount>(to + i, vector);
+  }
+}
+
 // to[i] = from[i] for i < count <= 8, the others `rest`.
 template <class T>
 __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (&to)[kEight]) {
-  constexpr int kBytes = sizeof(T) * kEight < kVectorBytes ? sizeof(T) * kEight : kVectorBytes;
-  constexpr int kCount = kBytes / sizeof(T);
-  if (count == kEight && is_aligned(from, kBytes)) {
-#pragma unroll
-    for (int i = 0; i < kEight; i += kCount) {
-      const Vector<T, kCount> vector = load_vector<T, kCount>(from + i);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) to[i + j] = vector.at[j];
-    }
+  if (count == kEight && is_aligned(from, kVectorOf<T, kEight> * sizeof(T))) {
+    load_eight_aligned(from, to);
   } else {
 #pragma unroll
     for (int i = 0; i < kEight; ++i) to[i] = i < count ? from[i] : rest;
@@ -50,16 +70,8 @@ __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (
 
 template <int kElements, class T>
 __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)[kElements]) {
-  constexpr int kBytes = sizeof(T) * kElements < kVectorBytes ? sizeof(T) * kElements : kVectorBytes;
-  constexpr int kCount = kBytes / sizeof(T);
-  if (count == kElements && is_aligned(to, kBytes)) {
-#pragma unroll
-    for (int i = 0; i < kElements; i += kCount) {
-      Vector<T, kCount> vector;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) vector.at[j] = from[i + j];
-      store_vector<T, kCount>(to + i, vector);
-    }
+  if (count == kElements && is_aligned(to, kVectorOf<T, kElements> * sizeof(T))) {
+    store_aligned(to, from);
   } else {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -76,6 +88,13 @@ __device__ __forceinline__ void load_eight_as_f32(const T* from, int count, floa
 #pragma unroll
   for (int i = 0; i < kEight; ++i) to[i] = to_f32(raw[i]);
 }
+template <class T>
+__device__ __forceinline__ void load_eight_aligned_as_f32(const T* from, float (&to)[kEight]) {
+  T raw[kEight];
+  load_eight_aligned(from, raw);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) to[i] = to_f32(raw[i]);
+}
 __device__ __forceinline__ void load_eight_as_f32(const void* from, DType dtype, std::int64_t first, int count,
                                                   float (&to)[kEight]) {
   if (dtype == DType::f32) return load_eight_as_f32(static_cast<const float*>(from) + first, count, to);
@@ -89,6 +108,13 @@ __device__ __forceinline__ void store_eight_from_f32(T* to, int count, const flo
 #pragma unroll
   for (int i = 0; i < kEight; ++i) rounded[i] = from_f32<T>(from[i]);
   store_elements(to, count, rounded);
+}
+template <class T>
+__device__ __forceinline__ void store_eight_aligned_from_f32(T* to, const float (&from)[kEight]) {
+  T rounded[kEight];
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) rounded[i] = from_f32<T>(from[i]);
+  store_aligned(to, rounded);
 }
 __device__ __forceinline__ void store_eight_from_f32(void* to, DType dtype, std::int64_t first, int count,
                                                      const float (&from)[kEight]) {

@@ -104,6 +104,10 @@ template <class T>
 __device__ __forceinline__ T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
+// The largest that a lane brings; of floats >= 0 by their bits.
+__device__ __forceinline__ std::uint32_t max_of_warp(std::uint32_t value) {
+  return __reduce_max_sync(kAllLanes, value);
+}
 
 // ---- between blocks
 // --------------------------------------------------------------------------------------------------
@@ -262,6 +266,11 @@ __device__ __forceinline__ std::uint32_t pack_pair(float first, float second) {
 // Byte `i` of a word, the lowest is 0.
 __device__ __forceinline__ std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) {
   return __byte_perm(word, 0, 0x4440 | i);
+}
+
+// Four bytes of `low` and `high`, whose bytes are 0 ... 3 and 4 ... 7: digit i of `which` says which is byte i.
+__device__ __forceinline__ std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t which) {
+  return __byte_perm(low, high, which);
 }
 
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -127,6 +127,19 @@ T shfl_xor(T value, int mask, Site site = Site::current()) {
   return shfl(value, (thread_index() % kWarp) ^ mask, site);
 }
 
+// The largest that a lane brings; of floats >= 0 by their bits.
+inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current()) {
+  meet(
+      value,
+      [](std::uint32_t* const* lanes) {
+        std::uint32_t most = 0;
+        for (int i = 0; i < kWarp; ++i) most = *lanes[i] > most ? *lanes[i] : most;
+        for (int i = 0; i < kWarp; ++i) *lanes[i] = most;
+      },
+      site);
+  return value;
+}
+
 // ---- between blocks
 // --------------------------------------------------------------------------------------------------
 
@@ -222,6 +235,16 @@ std::uint32_t pack_pair(float first, float second) {
 
 // Byte `i` of a word, the lowest is 0.
 inline std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) { return word >> (8 * i) & 0xFF; }
+
+// Four bytes of `low` and `high`, whose bytes are 0 ... 3 and 4 ... 7: digit i of `which` says which is byte i.
+inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t which) {
+  const std::uint64_t both = std::uint64_t{high} << 32 | low;
+  std::uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) {
+    picked |= static_cast<std::uint32_t>(both >> (8 * (which >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  }
+  return picked;
+}
 
 // a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
 inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }

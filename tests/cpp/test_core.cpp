@@ -368,6 +368,18 @@ void adamw_steps_or_skips() {
   qn::adamw_8bit_step(args);
   EXPECT(optimizer.skipped == 5 && optimizer.steps[0] == 1 && same_bits(optimizer.params[0], after));
 
+  // A learning rate in memory takes the place of the one in the group, each time as it is then.
+  Optimizer given, read;
+  float lr = 0.02f;
+  given.group.lr = double{lr};
+  read.group.device_lr = &lr;
+  for (int i = 0; i < 2; ++i) {
+    qn::adamw_8bit_step(given.args());
+    qn::adamw_8bit_step(read.args());
+    EXPECT(same_bits(given.params[0], read.params[0]) && same_bits(given.params[1], read.params[1]));
+    given.group.lr = double{lr = 0.003f};
+  }
+
   using Change = std::function<void(Optimizer&, qn::AdamW8bitArgs&)>;
   const auto refused = [](const std::string& argument, const Change& change) {
     expect_error(argument, [&change] {
@@ -383,6 +395,8 @@ void adamw_steps_or_skips() {
   refused("skipped", [](Optimizer&, qn::AdamW8bitArgs& args) { args.skipped = nullptr; });
   refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = -1e-3; });
   refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.lr = NAN; });
+  static constexpr float kBelow = -1e-3f;
+  refused("groups[0].lr", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.device_lr = &kBelow; });
   refused("groups[0].beta1", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta1 = 1.0; });
   refused("groups[0].beta2", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.beta2 = -0.1; });
   refused("groups[0].eps", [](Optimizer& o, qn::AdamW8bitArgs&) { o.group.eps = INFINITY; });

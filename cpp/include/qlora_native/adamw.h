@@ -43,6 +43,10 @@ struct AdamW8bitGroup {
   double beta2 = 0.999;        // in [0, 1)
   double eps = 1e-8;           // >= 0
   double weight_decay = 1e-2;  // >= 0
+  // [1], memory of the stream's device, or null: read in place of lr when the step is done, so that a CUDA graph that
+  // has captured it takes what is there at its replay. Where only a GPU can see that it is not a finite number >= 0,
+  // the step is skipped.
+  const float* device_lr = nullptr;
 };
 
 // A gradient is unusable if g * inv_scale is NaN, or too large for its square to be finite in fp32 (about 1.8e19). One

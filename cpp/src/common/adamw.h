@@ -22,10 +22,18 @@ struct AdamWCoefficients {
 // |g * inv_scale| may be so large: the largest float whose square is finite.
 constexpr float kLargestGradient = 0x1.fffffep63f;
 
+// The learning rate of a group, where its memory can be read.
+QLN_HOST_DEVICE inline double lr_of(const AdamW8bitGroup& group) {
+  return group.device_lr != nullptr ? double{*group.device_lr} : group.lr;
+}
+// A size: not NaN either.
+QLN_HOST_DEVICE inline bool is_finite_size(double value) { return value >= 0.0 && value <= 0x1.fffffffffffffp1023; }
+
 // `step` is this one's, counted from 1.
 QLN_HOST_DEVICE inline AdamWCoefficients adamw_coefficients(const AdamW8bitGroup& group, std::int64_t step,
                                                             float inv_scale) {
   const double t = static_cast<double>(step);
+  const double lr = lr_of(group);
   const double correction1 = 1.0 - std::pow(group.beta1, t);
   const double correction2 = std::sqrt(1.0 - std::pow(group.beta2, t));
   return {
@@ -34,8 +42,8 @@ QLN_HOST_DEVICE inline AdamWCoefficients adamw_coefficients(const AdamW8bitGroup
       .grad_to_m = static_cast<float>(1.0 - group.beta1),
       .beta2 = static_cast<float>(group.beta2),
       .grad_to_v = static_cast<float>(1.0 - group.beta2),
-      .decay = static_cast<float>(1.0 - group.lr * group.weight_decay),
-      .step_size = static_cast<float>(group.lr * correction2 / correction1),
+      .decay = static_cast<float>(1.0 - lr * group.weight_decay),
+      .step_size = static_cast<float>(lr * correction2 / correction1),
       .eps = static_cast<float>(group.eps * correction2),
   };
 }
