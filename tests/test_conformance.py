@@ -62,6 +62,27 @@ def with_scales_of_one(q):
     )
 
 
+@pytest.mark.parametrize("format", [f for f in cases.FORMATS if f != "int8"])
+def test_code_beside_a_midpoint_is_anothers(format):
+    """Every midpoint and the floats on both sides of it, exactly: a scale of 1 leaves elements as they are."""
+    codebook = torch.tensor(cases.CODEBOOK) if format == "codebook" else qn.quantize(torch.ones(1, 64), format).code
+    levels, order = codebook.sort(stable=True)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    up, down = (torch.nextafter(midpoints, torch.full_like(midpoints, side * torch.inf)) for side in (1, -1))
+    between = 2 * torch.rand(4096, generator=torch.Generator().manual_seed(0)) - 1
+    values = torch.cat((midpoints, up, down, levels, between)).clamp(-1, 1)  # int4 has a level beyond
+    values = torch.nn.functional.pad(values, (0, -values.numel() % 63)).view(-1, 63)
+    weight = torch.cat((torch.ones(len(values), 1), values), dim=1)
+    q = qn.quantize(weight, format, 64, False, cases.CODEBOOK if format == "codebook" else None)
+    assert (q.absmax == 1).all()
+    expected = order[torch.bucketize(weight, midpoints)]  # of the midpoints that are less
+    found = torch.stack((q.codes.reshape(-1) >> 4, q.codes.reshape(-1) & 15), dim=-1).view_as(weight)
+    wrong = found != expected
+    assert not wrong.any(), (
+        f"{weight[wrong][:5].tolist()}: {found[wrong][:5].tolist()}, not {expected[wrong][:5].tolist()}"
+    )
+
+
 def test_tie_takes_the_upper_level():
     levels = torch.tensor(cases.CODEBOOK[:8] + (0.25, 0.5, 0.625, 0.75, 0.8125, 0.875, 0.9375, 1.0))
     ties = torch.tensor([1.0, 0.375, 0.5625, 0.6875, 0.78125, 0.84375, 0.90625, 0.96875])  # 1 is the block's scale

@@ -189,6 +189,16 @@ inline F32 lookup(Table16 t, I32 index) {
                           bit3_as_sign);
 }
 
+// The same of 32, by the low five bits.
+struct Table32 {
+  Table16 low, high;
+};
+inline Table32 table32(const float* values) { return {table16(values), table16(values + 2 * kLanes)}; }
+inline F32 lookup(const Table32& t, I32 index) {
+  const F32 bit4_as_sign = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
+  return _mm256_blendv_ps(lookup(t.low, index), lookup(t.high, index), bit4_as_sign);
+}
+
 inline I32 load_bytes(const std::uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

@@ -178,6 +178,13 @@ inline Table16 round_table(Table16 t) {
 }
 inline F32 lookup(Table16 t, I32 index) { return _mm512_permutexvar_ps(index, t.level); }
 
+// The same of 32, by the low five bits.
+struct Table32 {
+  F32 low, high;
+};
+inline Table32 table32(const float* values) { return {load(values), load(values + kLanes)}; }
+inline F32 lookup(const Table32& t, I32 index) { return _mm512_permutex2var_ps(t.low, index, t.high); }
+
 inline I32 load_bytes(const std::uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

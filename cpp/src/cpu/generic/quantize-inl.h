@@ -9,20 +9,68 @@
 namespace qlora_native {
 namespace {
 
-// How many of 15 ascending midpoints (and a 16th, infinite) lie below t: four steps of bisection.
-inline I32 count_below(Table16 midpoints, F32 t) {
-  I32 position = set1_i32(0);
-  for (int step = 8; step > 0; step /= 2)
-    position = add_where_above(position, t, lookup(midpoints, add_i32(position, set1_i32(step - 1))), step);
-  return position;
-}
+// Two ways to the nearest level's place: how many of the 15 midpoints lie below t, |t| <= 1.
 
-inline Table16 midpoint_table(const SortedCodebook& codebook) {
-  float midpoints[16];
-  for (int i = 0; i < 15; ++i) midpoints[i] = codebook.midpoint[i];
-  midpoints[15] = __builtin_inff();
-  return table16(midpoints);
-}
+// Four steps of bisection.
+class Bisection {
+ public:
+  explicit Bisection(const SortedCodebook& codebook) {
+    float midpoints[16];
+    for (int i = 0; i < 15; ++i) midpoints[i] = codebook.midpoint[i];
+    midpoints[15] = __builtin_inff();
+    midpoints_ = table16(midpoints);
+  }
+  I32 count_below(F32 t) const {
+    I32 position = set1_i32(0);
+    for (int step = 8; step > 0; step /= 2)
+      position = add_where_above(position, t, lookup(midpoints_, add_i32(position, set1_i32(step - 1))), step);
+    return position;
+  }
+
+ private:
+  Table16 midpoints_;
+};
+
+// One comparison, where no two midpoints share one of 31 equal buckets of [-1, 1], as those of nf4 and int4 do not. The
+// bucket of t grows with t, rounding included: so a midpoint of a lower bucket than t's lies below t, one of a higher
+// bucket does not, and that of t's own is compared.
+class Buckets {
+ public:
+  explicit Buckets(const SortedCodebook& codebook) {
+    float midpoint[32], below[32];
+    for (int bucket = 0, i = 0; bucket < 32; ++bucket) {
+      while (i < 15 && bucket_of(codebook.midpoint[i]) < bucket) ++i;
+      const std::uint32_t count = static_cast<std::uint32_t>(i);
+      __builtin_memcpy(&below[bucket], &count, sizeof(count));
+      const bool here = i < 15 && bucket_of(codebook.midpoint[i]) == bucket;
+      midpoint[bucket] = here ? codebook.midpoint[i] : __builtin_inff();
+    }
+    midpoint_ = table32(midpoint);
+    below_ = table32(below);
+  }
+  static bool serve(const SortedCodebook& codebook) {
+    for (int i = 0; i < 14; ++i)
+      if (bucket_of(codebook.midpoint[i]) == bucket_of(codebook.midpoint[i + 1])) return false;
+    return true;
+  }
+  I32 count_below(F32 t) const {
+    const I32 bucket = as_i32(fma(t, set1(kPerUnit), set1(kOrigin)));
+    return add_where_above(as_i32(lookup(below_, bucket)), t, lookup(midpoint_, bucket), 1);
+  }
+
+ private:
+  // Added to a float, it leaves the sum rounded to an integer in the lowest bits.
+  static constexpr float kInteger = 0x1.8p23f;
+  static constexpr float kPerUnit = 15.0f, kOrigin = kInteger + 16.0f;
+
+  static int bucket_of(float t) {
+    const float bounded = t < -2.0f ? -2.0f : t > 2.0f ? 2.0f : t;  // beyond every bucket of [-1, 1]
+    return static_cast<int>(__builtin_fmaf(bounded, kPerUnit, kOrigin) - kInteger);
+  }
+
+  Table32 midpoint_, below_;
+};
+
 // Codes as the bits of floats, so that one kind of table serves.
 inline Table16 order_table(const SortedCodebook& codebook) {
   float order[16];
@@ -33,12 +81,33 @@ inline Table16 order_table(const SortedCodebook& codebook) {
   return table16(order);
 }
 
+// What quantize_block makes of 2 * kLanes neighbours, scaled to [-1, 1].
+template <class Search>
+struct Encode4 {
+  static constexpr int kBits = 4;
+  Search search;
+  Table16 order;
+
+  explicit Encode4(const SortedCodebook& codebook) : search(codebook), order(order_table(codebook)) {}
+  void operator()(F32 even, F32 odd, std::uint8_t* codes) const {
+    const auto code = [&](F32 t) { return as_i32(lookup(order, search.count_below(t))); };
+    store_nibble_pairs(codes, code(even), code(odd));
+  }
+};
+struct Encode8 {
+  static constexpr int kBits = 8;
+
+  void operator()(F32 even, F32 odd, std::uint8_t* codes) const {
+    store_byte_pairs(codes, round_to_i32(mul(even, set1(127.0f))), round_to_i32(mul(odd, set1(127.0f))));
+  }
+};
+
 constexpr std::uint32_t kAbsMask = 0x7FFFFFFF;
 constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
 
 // One block, `blocksize` elements from p. Returns its absmax; writes codes unless an element is NaN or infinite.
-template <DType kType, int kBits>
-inline float quantize_block(const char* p, int blocksize, Table16 midpoints, Table16 order, std::uint8_t* codes) {
+template <DType kType, class Encode>
+inline float quantize_block(const char* p, int blocksize, const Encode& encode, std::uint8_t* codes) {
   constexpr int kGroup = 2 * kLanes;
   constexpr auto kSize = static_cast<int>(size_of(kType));
   I32 most = set1_i32(0);
@@ -55,15 +124,7 @@ inline float quantize_block(const char* p, int blocksize, Table16 midpoints, Tab
   for (int i = 0; i < blocksize; i += kGroup) {
     F32 even, odd;
     load_pairs<kType>(p + i * kSize, even, odd);
-    even = mul(even, inverse);
-    odd = mul(odd, inverse);
-    if constexpr (kBits == 4) {
-      const I32 even_code = as_i32(lookup(order, count_below(midpoints, even)));
-      const I32 odd_code = as_i32(lookup(order, count_below(midpoints, odd)));
-      store_nibble_pairs(codes + i / 2, even_code, odd_code);
-    } else {
-      store_byte_pairs(codes + i, round_to_i32(mul(even, set1(127.0f))), round_to_i32(mul(odd, set1(127.0f))));
-    }
+    encode(mul(even, inverse), mul(odd, inverse), codes + i * Encode::kBits / 8);
   }
   return absmax;
 }
@@ -84,16 +145,11 @@ inline NonFinite count_non_finite(const char* p, std::int64_t first, std::int64_
   return found;
 }
 
-template <DType kType, int kBits>
-inline void quantize_as(const QuantizeArgs& args) {
+template <DType kType, class Encode>
+inline void quantize_as(const QuantizeArgs& args, const Encode& encode) {
   constexpr std::int64_t kTaskElements = 64 << 10;
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  Table16 midpoints{}, order{};
-  if constexpr (kBits == 4) {
-    const SortedCodebook codebook = sort_codebook(args.code);
-    midpoints = midpoint_table(codebook);
-    order = order_table(codebook);
-  }
+  constexpr std::int64_t kBits = Encode::kBits;
   const std::int64_t tasks = ceil_div(args.elements, kTaskElements);
   NonFinite* found =
       reinterpret_cast<NonFinite*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(NonFinite)));
@@ -106,13 +162,13 @@ inline void quantize_as(const QuantizeArgs& args) {
       std::uint8_t* codes = args.codes + e * kBits / 8;
       float absmax;
       if (count == args.blocksize) {
-        absmax = quantize_block<kType, kBits>(p, args.blocksize, midpoints, order, codes);
+        absmax = quantize_block<kType>(p, args.blocksize, encode, codes);
       } else {  // the last block: zeros change neither its absmax nor another's code
         char copy[4096 * kSize];
         std::uint8_t padded[4096];
         __builtin_memset(copy, 0, static_cast<std::size_t>(args.blocksize * kSize));
         __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
-        absmax = quantize_block<kType, kBits>(copy, args.blocksize, midpoints, order, padded);
+        absmax = quantize_block<kType>(copy, args.blocksize, encode, padded);
         __builtin_memcpy(codes, padded, static_cast<std::size_t>((count * kBits + 7) / 8));
       }
       args.absmax[e / args.blocksize] = absmax;
@@ -135,10 +191,12 @@ inline void quantize_as(const QuantizeArgs& args) {
 
 inline void quantize_weight(const QuantizeArgs& args, const Stream&) {
   with_dtype(args.dtype, [&](auto dtype) {
-    if (args.bits == 4)
-      quantize_as<dtype(), 4>(args);
+    if (args.bits == 8) return quantize_as<dtype()>(args, Encode8{});
+    const SortedCodebook codebook = sort_codebook(args.code);
+    if (Buckets::serve(codebook))
+      quantize_as<dtype()>(args, Encode4<Buckets>(codebook));
     else
-      quantize_as<dtype(), 8>(args);
+      quantize_as<dtype()>(args, Encode4<Bisection>(codebook));
   });
 }
 
