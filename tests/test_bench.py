@@ -187,8 +187,11 @@ def test_gpu_has_another_report(script, tmp_path, monkeypatch):
     small = (128, 128)
     args = run.arguments(["--device", "cuda", "--shapes", "128x128", "--budget", "0.05"])
     cuda = RecordedCuda()
-    probes = SimpleNamespace(nbytes=1 << 20, copy=lambda: None)
+    probes = SimpleNamespace(nbytes=1 << 20, copy=lambda: None, read=lambda: None)
     clock = timing.Gpu(cuda.flush, cuda)
+    monkeypatch.setitem(machine.SQUARES, "cpu", 64)
+    limits = machine.limits(probes, args.dtypes, clock)
+    assert limits == {"read": 2**20 / 8e-3, "copy": 2**21 / 8e-3} | dict.fromkeys(args.dtypes, 2 * 64**3 / 8e-3)
     adapters, missing = peers.load(peers.DEFAULT["cuda"])
     card = {"gpu": "NVIDIA H100 80GB HBM3", "processors": 132, "l2_bytes": 50 << 20, "cuda": "13.0"}
     result = {
@@ -198,7 +201,7 @@ def test_gpu_has_another_report(script, tmp_path, monkeypatch):
         "memory": [],
         "wrong": [],
         "load": {"others": 0.0, "stolen": 0.0},
-        "limits": {"read": 3e12, "copy": 3e12, "bfloat16": 7.9e14, "float32": 5e13},
+        "limits": limits,
     }
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1)  # of a weight that small there would be thousands of copies
@@ -216,6 +219,18 @@ def test_gpu_has_another_report(script, tmp_path, monkeypatch):
     goals = [line for line in written.splitlines() if line.startswith("| ") and line.endswith((" ✔ |", " ✘ |"))]
     assert len(goals) == 2 + 2 * 4 + 1  # of this shape: dequantize and M=1, against dense, LoRA
     assert "| LoRA r=16 inside the forward product, M=4096 | without | +3.0 % | – | +0.0 % ✔ |" in goals
+
+
+def test_optimizer_on_a_gpu_is_captured(script, monkeypatch):
+    optimizer, timing = script("optimizer"), script("timing")
+    cuda, probes = RecordedCuda(), SimpleNamespace(nbytes=1 << 20, copy=lambda: None)
+    monkeypatch.setattr(optimizer, "ADAPTER", [300, 5000])
+    monkeypatch.setattr(optimizer, "LARGE", [6000])
+    adapter, tensor = optimizer.measure(probes, timing.Gpu(cuda.flush, cuda), budget_s=0.1)
+    assert "capture" not in cuda.log
+    assert adapter["times"]["torch fused"]["us"] == pytest.approx(8000)
+    assert (adapter["tensors"], tensor["tensors"]) == (2, 1)
+    assert tensor["limit_us"] == pytest.approx(6000 * 16 / 2**21 * 8000)  # 2 MB are copied in 8 ms
 
 
 def test_optimizer_in_bf16_is_called_wrong(script):
