@@ -147,6 +147,25 @@ def test_option_is_not_heeded(options):
         assert [state["state1"].dtype == torch.float32 for state in optimizer.state.values()] == small
 
 
+def test_learning_rate_in_memory_is_not_what_a_number_is():
+    """Under a scheduler, which writes into the tensor; one of float64 keeps its precision."""
+
+    def train(lr):
+        first = float(lr)
+        optimizer = qn.optim.AdamW8bit(parameters(), **{**OPTIONS, "lr": lr})
+        scheduler = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.5)  # exact in every dtype
+        assert optimizer.param_groups[0]["lr"] is lr
+        for seed in range(3):
+            set_gradients(optimizer.param_groups[0]["params"], seed)
+            optimizer.step()
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == first / 8
+        return [param.detach() for param in optimizer.state]
+
+    for number, tensor in ((0.01171875, torch.tensor(0.01171875)), (3e-3, torch.tensor(3e-3, dtype=torch.float64))):
+        assert all(torch.equal(a, b) for a, b in zip(train(number), train(tensor), strict=True))
+
+
 def test_fp32_moments_drift():
     """Every parameter below min_8bit_size: AdamW in fp32, so a thousand steps stay at rounding errors."""
     ours, theirs = parameters((1000,)), [nn.Parameter(p.double()) for p in parameters((1000,))]

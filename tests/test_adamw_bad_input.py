@@ -92,6 +92,9 @@ STEP = [
     (lambda o, p: setattr(p, "grad", sparse(p)), TypeError, "grad: expected a dense gradient, got torch.sparse_coo"),
     (lambda o, p: o.param_groups[0].update(lr=-1.0), ValueError, f"groups[0].lr: {SIZE}-1"),
     (lambda o, p: o.param_groups[0].update(lr=NAN), ValueError, f"groups[0].lr: {SIZE}nan"),
+    (lambda o, p: o.param_groups[0].update(lr=torch.tensor(-1.0)), ValueError, f"groups[0].lr: {SIZE}-1"),
+    (lambda o, p: o.param_groups[0].update(lr=torch.tensor([NAN])), ValueError, f"groups[0].lr: {SIZE}nan"),
+    (lambda o, p: o.param_groups[0].update(lr=torch.ones(2)), ValueError, "lr: expected a number or a one-element"),
     (lambda o, p: o.param_groups[0].update(betas=(0.9, 1.0)), ValueError, "groups[0].beta2: expected a number in"),
     (lambda o, p: o.param_groups[0].update(eps=-1.0), ValueError, f"groups[0].eps: {SIZE}-1"),
     (lambda o, p: o.state[p].update(state1=torch.zeros(4480)), ValueError, "state"),
@@ -147,11 +150,30 @@ def test_op_reaches_beyond_the_end_of_a_state(change, message):
         "absmax2": [torch.zeros(4)],
         "steps": [torch.zeros(2, dtype=torch.int64)],
     }
-    options = ([2], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
+    options = ([2], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64), [], [])
     step = torch.ops.qlora_native.adamw_8bit_step
     step(*arguments.values(), *options)
     with pytest.raises(ValueError, match=re.escape(message)):
         step(*(arguments | change).values(), *options)
+
+
+LEARNING_RATES = [
+    (([torch.tensor(1e-3)], []), "lr_tensors: expected 0 items, got 1"),
+    (([torch.tensor(1e-3)], [1]), "lr_groups: expected indices below 1, got 1"),
+    (([torch.tensor(1e-3)], [-1]), "lr_groups: expected indices below 1, got -1"),
+    (([torch.ones(2)], [0]), "lr_tensors[0]: expected 1 elements, got 2"),
+    (([torch.tensor(1e-3, dtype=torch.float64)], [0]), "lr_tensors[0]: expected Float, got Double"),
+    (([torch.tensor(INF)], [0]), f"groups[0].lr: {SIZE}inf"),
+]
+
+
+@pytest.mark.parametrize(("rates", "message"), LEARNING_RATES, ids=[case[1] for case in LEARNING_RATES])
+def test_op_takes_a_learning_rate(rates, message):
+    arguments = ([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [], [torch.tensor(0)], [1])
+    options = ([1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        torch.ops.qlora_native.adamw_8bit_step(*arguments, *options, *rates)
+    assert torch.equal(arguments[0][0], torch.ones(3))
 
 
 def test_gradient_of_another_dtype_is_taken():

@@ -296,7 +296,7 @@ def test_opcheck():
     step, skipped = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     arguments = (
         [param], [grad], [codes[0]], [codes[1]], [absmax[0]], [absmax[1]], [step], [1], [1e-3], [0.9], [0.999], [1e-8],
-        [0.01], None, None, skipped,
+        [0.01], None, None, skipped, [torch.tensor(2e-3)], [0],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.qlora_native.adamw_8bit_step, arguments)
 

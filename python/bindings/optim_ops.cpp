@@ -85,7 +85,8 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
                         const std::vector<std::int64_t>& group_sizes, const std::vector<double>& lr,
                         const std::vector<double>& beta1, const std::vector<double>& beta2,
                         const std::vector<double>& eps, const std::vector<double>& weight_decay,
-                        const OptionalTensor& inv_scale, const OptionalTensor& found_inf, const Tensor& skipped) {
+                        const OptionalTensor& inv_scale, const OptionalTensor& found_inf, const Tensor& skipped,
+                        const Tensors& lr_tensors, const std::vector<std::int64_t>& lr_groups) {
   const std::size_t count = params.size();
   check_length(grads.size(), count, "grads");
   for (const auto* values : {&lr, &beta1, &beta2, &eps, &weight_decay}) {
@@ -95,6 +96,15 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
   std::vector<AdamW8bitGroup> groups(group_sizes.size());
   for (std::size_t i = 0; i < groups.size(); ++i) {
     groups[i] = {.lr = lr[i], .beta1 = beta1[i], .beta2 = beta2[i], .eps = eps[i], .weight_decay = weight_decay[i]};
+  }
+  check_length(lr_tensors.size(), lr_groups.size(), "lr_tensors");
+  for (std::size_t i = 0; i < lr_groups.size(); ++i) {
+    const auto group = static_cast<std::size_t>(lr_groups[i]);  // a negative one is beyond the last, too
+    check(
+        group < groups.size(), "lr_groups", [&] { return "indices below " + std::to_string(groups.size()); },
+        lr_groups[i]);
+    groups[group].device_lr = static_cast<const float*>(
+        data_of(lr_tensors[i], ScalarType::Float, 1, skipped, ListItem{"lr_tensors", static_cast<std::int64_t>(i)}));
   }
 
   std::vector<AdamW8bitTensor> tensors(count);
@@ -148,14 +158,15 @@ void implement_optimizer(Library& library) {
 }  // namespace qlora_native
 
 // Parameters stand in the order of their groups; absmax1 and absmax2 are those of the parameters whose state is uint8,
-// in order. A tensor of state1, state2, absmax1, absmax2 or steps may be that of several parameters (Taker). What is
-// mutated is written in place, or nothing but `skipped` (adamw.h).
+// in order. lr_tensors[i], one fp32 value, takes the place of lr[lr_groups[i]]. A tensor of state1, state2, absmax1,
+// absmax2 or steps may be that of several parameters (Taker). What is mutated is written in place, or nothing but
+// `skipped` (adamw.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, "
       "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] steps, int[] group_sizes, float[] lr, float[] beta1, "
-      "float[] beta2, float[] eps, float[] weight_decay, Tensor? inv_scale, Tensor? found_inf, Tensor(g!) skipped) "
-      "-> ()");
+      "float[] beta2, float[] eps, float[] weight_decay, Tensor? inv_scale, Tensor? found_inf, Tensor(g!) skipped, "
+      "Tensor[] lr_tensors, int[] lr_groups) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement_optimizer(library); }

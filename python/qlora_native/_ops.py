@@ -73,7 +73,7 @@ def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype):
 @torch.library.register_fake("qlora_native::adamw_8bit_step")
 def _(
     params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
-    inv_scale, found_inf, skipped,
+    inv_scale, found_inf, skipped, lr_tensors, lr_groups,
 ):  # fmt: skip
     return None
 

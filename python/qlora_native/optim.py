@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops  # noqa: F401  (the fake kernel)
-from ._errors import bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype
 from ._flat import FlatStates, are_states
 from ._optim_state import Kept, check_options, checked_state, shapes_of
 from ._paged import Rooms, is_pageable
@@ -43,7 +43,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Args:
         params: parameters, or dicts of parameter groups, as for every torch optimizer.
-        lr: learning rate, a number or a one-element tensor.
+        lr: learning rate, a number or a one-element tensor. A tensor is read at each step, and where the parameters
+            are, if it is there too: a CUDA graph that has captured a step takes the value at its replay, and skips
+            the step if that is negative or not finite.
         betas: decay rates of the moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
@@ -317,6 +319,19 @@ def _check(params: list[Tensor], grads: list[Tensor]) -> None:
             check_float_dtype(name, dtype)
 
 
+def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
+    """A learning rate that the op reads where the parameters are; None: it is told the number."""
+    if not isinstance(lr, Tensor):
+        return None
+    if lr.numel() != 1:
+        raise bad("lr", "a number or a one-element tensor", f"shape {list(lr.shape)}")
+    if lr.device != device:
+        return None
+    if lr.dtype == torch.float32:
+        return lr
+    return lr.float() if device.type != "cpu" else None  # on the CPU its own precision is to be had
+
+
 class _Batch:
     """The tensors of one device's step, as the op takes them."""
 
@@ -364,15 +379,18 @@ class _Batch:
 
     def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
         """Step them all. `groups`: the optimizer's."""
+        rates = [_device_lr(group["lr"], skipped.device) for group in groups]
         torch.ops.qlora_native.adamw_8bit_step.default(
             self.params, self.grads, self.state1, self.state2, self.absmax1, self.absmax2, self.steps, self.sizes,
-            [float(group["lr"]) for group in groups],
+            [float(group["lr"]) if rate is None else 0.0 for group, rate in zip(groups, rates, strict=True)],
             [float(group["betas"][0]) for group in groups],
             [float(group["betas"][1]) for group in groups],
             [float(group["eps"]) for group in groups],
             [float(group["weight_decay"]) for group in groups],
             *scaling,
             skipped,
+            [rate for rate in rates if rate is not None],
+            [index for index, rate in enumerate(rates) if rate is not None],
         )  # fmt: skip
         # For autograd: a parameter that a graph has saved was changed.
         torch.autograd.graph.increment_version(self.params)

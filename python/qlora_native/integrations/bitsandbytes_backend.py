@@ -293,6 +293,6 @@ def _step(
     scale = None if gnorm_scale == 1.0 else torch.tensor(gnorm_scale, dtype=torch.float32, device=p.device)
     groups = ([value] for value in options)
     _ops.adamw_8bit_step(
-        [p], [g], [state1], [state2], absmax1, absmax2, [before], [1], *groups, scale, None, skipped
+        [p], [g], [state1], [state2], absmax1, absmax2, [before], [1], *groups, scale, None, skipped, [], []
     )  # fmt: skip
     return not skipped
