@@ -1,5 +1,6 @@
 // The torch op of the optimizer, as ops.cpp has those of the products. Its fake is in python/qlora_native/_ops.py.
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "qlora_native/adamw.h"
@@ -107,6 +108,9 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
         data_of(lr_tensors[i], ScalarType::Float, 1, skipped, ListItem{"lr_tensors", static_cast<std::int64_t>(i)}));
   }
 
+  // In place of parameters and gradients with other strides.
+  Tensors copies;
+  std::vector<std::pair<Tensor, Tensor>> written;  // a parameter, and what the core writes for it
   std::vector<AdamW8bitTensor> tensors(count);
   Taker states1(state1, "state1", skipped), states2(state2, "state2", skipped), all_steps(steps, "steps", skipped);
   Taker absmaxes1(absmax1, "absmax1", skipped), absmaxes2(absmax2, "absmax2", skipped);
@@ -120,8 +124,13 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
     tensor.group = group_of[i];
     tensor.param_dtype = dtype_of(param_type, name("params"));
     tensor.grad_dtype = dtype_of(grad_type, name("grads"));
-    tensor.param = data_of(params[i], param_type, elements, skipped, name("params"));
-    tensor.grad = data_of(grads[i], grad_type, elements, skipped, name("grads"));
+    const auto contiguous = [&](const Tensor& from) {
+      return from.is_contiguous() ? from : copies.emplace_back(torch::stable::contiguous(from));
+    };
+    const Tensor param = contiguous(params[i]);
+    if (!params[i].is_contiguous()) written.emplace_back(params[i], param);
+    tensor.param = data_of(param, param_type, elements, skipped, name("params"));
+    tensor.grad = data_of(contiguous(grads[i]), grad_type, elements, skipped, name("grads"));
     const ScalarType state_type = states1.type();
     check(state_type == ScalarType::Byte || state_type == ScalarType::Float, states1.name(), "uint8 or float32",
           [&] { return name_of_type(state_type); });
@@ -147,6 +156,7 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
   args.found_inf = scalar(found_inf, "found_inf");
   args.skipped = static_cast<std::int64_t*>(data_of(skipped, ScalarType::Long, 1, skipped, "skipped"));
   adamw_8bit_step(args, stream_of(skipped));
+  for (auto& [param, copy] : written) torch::stable::copy_(param, copy);
 }
 
 template <class Library>

@@ -110,11 +110,14 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         batches: dict[torch.device, _Batch] = {}
         for index, group in enumerate(self.param_groups):
-            stepped = [(param, grad) for param in group["params"] if (grad := param.grad) is not None]
-            for device, (params, grads) in _by_device(stepped).items():
-                _check(params, grads)
-                states = [self.state[param] or self._init_state(index, param) for param in params]
+            stepped = [param for param in group["params"] if param.grad is not None]
+            for device, params in _by_device(stepped).items():
+                grads = [param.grad for param in params]
                 batch = batches.setdefault(device, _Batch(len(self.param_groups)))
+                states = [self.state.get(param) for param in params]
+                if not all(states):
+                    _check(params, grads)  # before anything is made of them
+                    states = [self.state[param] or self._init_state(index, param) for param in params]
                 flat = self._flat(index, device, params, states)
                 if flat is not None:
                     batch.add_flat(index, params, grads, flat)
@@ -123,7 +126,11 @@ class AdamW8bit(torch.optim.Optimizer):
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-            batch.run(self.param_groups, self._scaling(device), self._skipped[device])
+            try:
+                batch.run(self.param_groups, self._scaling(device), self._skipped[device])
+            except (RuntimeError, ValueError):
+                _check(batch.params, batch.grads)  # which the op has done as well, but not in a user's words
+                raise
         return loss
 
     def stats(self) -> dict[str, int]:
@@ -299,14 +306,12 @@ class PagedAdamW8bit(AdamW8bit):
         return rooms
 
 
-def _by_device(stepped: list[tuple[Tensor, Tensor]]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
-    """(parameters, their gradients) of each device, in order."""
-    devices = dict.fromkeys([param.device for param, _ in stepped])
-    found = {}
-    for device in devices:
-        pairs = stepped if len(devices) == 1 else [pair for pair in stepped if pair[0].device == device]
-        found[device] = [param for param, _ in pairs], [grad for _, grad in pairs]
-    return found
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """The parameters of each device, in order."""
+    devices = dict.fromkeys([param.device for param in params])
+    if len(devices) == 1:
+        return dict.fromkeys(devices, params)
+    return {device: [param for param in params if param.device == device] for device in devices}
 
 
 def _check(params: list[Tensor], grads: list[Tensor]) -> None:
@@ -344,7 +349,6 @@ class _Batch:
         self.state2: list[Tensor] = []
         self.absmax1: list[Tensor] = []
         self.absmax2: list[Tensor] = []
-        self.copies: list[tuple[Tensor, Tensor]] = []  # parameters with other strides, and what the op writes instead
 
     # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
     def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
@@ -367,12 +371,6 @@ class _Batch:
         self.absmax2 += flat.tensors.get("absmax2", [])
 
     def _add(self, group: int, params: list[Tensor], grads: list[Tensor]) -> None:
-        if not all(map(Tensor.is_contiguous, params)):
-            written = [param.contiguous() for param in params]  # the parameter itself, if it is
-            self.copies += [(param, copy) for param, copy in zip(params, written, strict=True) if copy is not param]
-            params = written
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad.contiguous() for grad in grads]
         self.sizes[group] = len(params)
         self.params += params
         self.grads += grads
@@ -394,8 +392,6 @@ class _Batch:
         )  # fmt: skip
         # For autograd: a parameter that a graph has saved was changed.
         torch.autograd.graph.increment_version(self.params)
-        for param, copy in self.copies:
-            param.copy_(copy)
 
 
 _warned: set[str] = set()
