@@ -256,7 +256,7 @@ def count(code: Sequence[Instruction], *kinds: str) -> int:
 
 
 # Kernels with two loops: over what vector loads can reach, and over the rest.
-IN_VECTORS = r"look_kernel<|update_kernel<"
+IN_VECTORS = r"look_kernel<|update_kernel<|dequantize_kernel<"
 
 
 def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:

@@ -17,18 +17,21 @@ inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std:
   }
   const std::uint8_t* absmax = static_cast<const std::uint8_t*>(w.absmax);
   const F32 offset = set1(*w.offset);
-  const int shift = __builtin_ctz(static_cast<unsigned>(w.nested_blocksize));
+  // A power of two wherever this library or bitsandbytes has quantized.
+  const std::int64_t size = w.nested_blocksize;
+  const int shift = (size & (size - 1)) == 0 ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize)) : -1;
+  const auto nested_of = [&](std::int64_t block) { return shift >= 0 ? block >> shift : block / size; };
   if (count <= kFewScales) {
     for (std::int64_t i = 0; i < count; ++i) {
       const float level = w.nested_code[absmax[first + i]];
-      out[i] = level * w.nested_absmax[(first + i) >> shift] + *w.offset;  // two roundings, as below
+      out[i] = level * w.nested_absmax[nested_of(first + i)] + *w.offset;  // two roundings, as below
     }
     return;
   }
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t block = first + i;
-    const std::int64_t nested = block >> shift;
-    const std::int64_t left_in_nested = ((nested + 1) << shift) - block;
+    const std::int64_t nested = nested_of(block);
+    const std::int64_t left_in_nested = (nested + 1) * size - block;
     std::int64_t lanes = count - i < kLanes ? count - i : kLanes;
     if (left_in_nested < lanes) lanes = left_in_nested;
     const F32 levels = lookup_bytes(w.nested_code, absmax + block, static_cast<int>(lanes));
