@@ -71,6 +71,35 @@ def test_product_cannot_be_captured():
     assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
 
 
+def test_captured_dropout_draws_one_mask():
+    q, x = weight().to(DEVICE), randn(M, K, dtype=torch.float32).requires_grad_()
+    a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
+
+    def step():
+        x.grad = None
+        y = qn.linear(x, q, lora_a=a, lora_b=b, lora_dropout=0.5)
+        y.sum().backward()
+        return y
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append(y.detach().clone())
+        # y is linear in x under its mask, so that backward must have had the same one.
+        size = (x.grad.double() * x.double()).abs().sum()
+        assert abs(y.double().sum() - (x.grad.double() * x.double()).sum()) < 1e-5 * size
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
 def test_bits_differ_from_run_to_run():
     q, x = weight().to(DEVICE), randn(M, K)
     first = qn.linear(x, q)
@@ -101,3 +130,29 @@ def test_optimizer_has_other_bits_than_on_the_cpu():
         return [parameter.detach().cpu() for parameter in parameters]
 
     assert all(torch.equal(a, b) for a, b in zip(train(DEVICE), train("cpu"), strict=True))
+
+
+def test_captured_step_keeps_its_learning_rate_or_its_count():
+    def optimizer():
+        params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (5000, 70_000, 3)]
+        made = qn.optim.AdamW8bit(params, lr=torch.tensor(1e-2, device=DEVICE))
+        generator = torch.Generator().manual_seed(0)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
+        made.step()
+        return made
+
+    eager, captured = optimizer(), optimizer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for lr in (1e-2, 3e-3, float("nan"), -1.0, 1e-4):
+        for each in (eager, captured):
+            each.param_groups[0]["lr"].fill_(lr)
+        eager.step()
+        graph.replay()
+        for (p, ours), (other, theirs) in zip(captured.state.items(), eager.state.items(), strict=True):
+            assert torch.equal(p, other)
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert captured.stats()["skipped_steps"] == eager.stats()["skipped_steps"] == 2
+    assert [int(state["step"]) for state in captured.state.values()] == [4, 4, 4]

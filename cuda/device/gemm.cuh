@@ -535,10 +535,11 @@ class Gemm {
   __device__ void drop() {
     static_assert(8 % kLaneCols == 0 && 2 * kRowFragments * kLaneCols <= 64);  // a row's columns share their bits
     const std::int64_t m = row0() + lane_.g, col = col0() + lane_.col_of_c();
+    const std::uint64_t seed = args_.dropout.prepared().seed;
     std::uint64_t kept = 0;
 #pragma unroll 1
     for (int row = 2 * kRowFragments - 1; row >= 0; --row) {
-      const PhiloxBlock random = dropout_random(args_.dropout.seed, m + 8 * row, col);
+      const PhiloxBlock random = dropout_random(seed, m + 8 * row, col);
 #pragma unroll
       for (int j = kLaneCols - 1; j >= 0; --j) {
         kept = kept << 1 | (dropout_keeps(random, col + j, args_.dropout.threshold) ? 1u : 0u);

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kProductThreads)
   const ProductPlace place(rows, cols, block_index() / split.parts);
   const std::int64_t part = block_index() % split.parts, begin = part * split.length;
   float sum[kProductOwn][kProductOwn] = {};
-  accumulate(sum, place, left, right, inner - begin < split.length ? inner : begin + split.length, begin);
+  accumulate(sum, place, prepared(left), prepared(right), inner - begin < split.length ? inner : begin + split.length,
+             begin);
   place.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     if (split.parts == 1) {
       out[i * stride + j] = from_f32<T>(s * scale);

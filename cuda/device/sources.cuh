@@ -34,10 +34,20 @@ struct Columns {
 
 struct Dropout {
   std::uint64_t seed;
-  std::uint32_t threshold;  // 0: everything is kept
-  float scale;              // 1 / (1 - p)
+  const std::uint64_t* device_seed;  // null, or what prepared() adds to it
+  std::uint32_t threshold;           // 0: everything is kept
+  float scale;                       // 1 / (1 - p)
   explicit Dropout(const LoraView& lora)
-      : seed(lora.seed), threshold(dropout_threshold(lora.dropout)), scale(1.0f / (1.0f - lora.dropout)) {}
+      : seed(lora.seed),
+        device_seed(lora.device_seed),
+        threshold(dropout_threshold(lora.dropout)),
+        scale(1.0f / (1.0f - lora.dropout)) {}
+  // As a kernel uses it: its seed is read once.
+  __device__ Dropout prepared() const {
+    Dropout dropout = *this;
+    dropout.seed = dropout_seed(seed, device_seed);
+    return dropout;
+  }
   __device__ bool keeps(std::int64_t m, std::int64_t k) const {
     return threshold == 0 || dropout_keeps(seed, m, k, threshold);
   }
@@ -58,6 +68,20 @@ struct KeptColumns {
   Dropout dropout;
   __device__ float operator()(std::int64_t k, std::int64_t m) const { return dropout.keeps(m, k) ? x(k, m) : 0.0f; }
 };
+
+// A source as a kernel uses it.
+template <class Source>
+__device__ Source prepared(const Source& source) {
+  return source;
+}
+template <class T>
+__device__ KeptRows<T> prepared(const KeptRows<T>& source) {
+  return {source.x, source.dropout.prepared()};
+}
+template <class T>
+__device__ KeptColumns<T> prepared(const KeptColumns<T>& source) {
+  return {source.x, source.dropout.prepared()};
+}
 
 // W by rows n, or by columns k.
 template <class T>

@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kProductThreads)
   accumulate(sum, place, Rows<T>{static_cast<const T*>(v.data), v.stride},
              LoraColumns<T>{args.lora.a, args.lora.dtype, args.weight.K, 1.0f}, args.lora.rank);
   if (args.lora.rank > 0) {
-    place.each(sum, [&](std::int64_t m, std::int64_t k, float& s) { s = dropout.keeps(m, k) ? s : 0.0f; });
+    const Dropout mask = dropout.prepared();
+    place.each(sum, [&](std::int64_t m, std::int64_t k, float& s) { s = mask.keeps(m, k) ? s : 0.0f; });
   }
   accumulate(sum, place, Rows<T>{static_cast<const T*>(args.dy.data), args.dy.stride}, WeightColumns<T>{args.weight},
              args.weight.N);

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kProductThreads)
                     float scale, void* out, DType dtype) {
   const ProductPlace place(rows, cols);
   float sum[kProductOwn][kProductOwn] = {};
-  accumulate(sum, place, left, right, M);
+  accumulate(sum, place, prepared(left), prepared(right), M);
   place.each(sum,
              [&](std::int64_t i, std::int64_t j, float s) { store_from_f32(out, dtype, i * cols + j, s * scale); });
 }

@@ -64,12 +64,19 @@ struct LoraTensors {
   OptionalTensor seed;
 };
 
-std::uint64_t seed_of(const OptionalTensor& seed, double dropout) {
-  if (dropout == 0.0) return 0;
+// The dropout of an adapter, whose seed is read here if it is on the CPU, else beside `like` by the kernels.
+void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, const Tensor& like) {
+  view.dropout = static_cast<float>(dropout);
+  if (dropout == 0.0) return;
   check(seed.has_value(), "seed", "a tensor where dropout is above 0", "None");
-  check(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", "one int64 on the CPU",
+  check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", "one int64",
         [&] { return name_of_type(seed->scalar_type()); });
-  return static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(seed->data_ptr()));
+  if (seed->is_cpu()) {
+    view.seed = static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(seed->data_ptr()));
+  } else {
+    check(same_device(*seed, like), "seed", "the CPU, or the device of the other tensors", "another device");
+    view.device_seed = static_cast<const std::uint64_t*>(seed->data_ptr());
+  }
 }
 
 // A view without its pointers where there is no adapter.
@@ -85,8 +92,7 @@ LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Te
   view.dtype = dtype_of(type, "lora_a");
   view.a = data_of(*lora.a, type, view.rank * w.K, like, "lora_a");
   view.b = data_of(*lora.b, type, w.N * view.rank, like, "lora_b");
-  view.dropout = static_cast<float>(lora.dropout);
-  view.seed = seed_of(lora.seed, lora.dropout);
+  set_dropout(view, lora.dropout, lora.seed, like);
   return view;
 }
 
@@ -284,8 +290,7 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
   args.lora.rank = rank;
   args.lora.dtype = dtype_of(dtype, "dtype");
   args.lora.scaling = static_cast<float>(lora_scaling);
-  args.lora.dropout = static_cast<float>(lora_dropout);
-  args.lora.seed = seed_of(seed, lora_dropout);
+  set_dropout(args.lora, lora_dropout, seed, x);
   args.x = x_rows.matrix;
   args.dy = dy_rows.matrix;
   args.u = u_rows.matrix;

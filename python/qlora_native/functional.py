@@ -131,7 +131,9 @@ def linear(
         lora_scaling: any finite factor.
         lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the
             adapter; the others are scaled by 1/(1-p). Applied whenever above 0: a layer decides about training and
-            evaluation. The mask follows from one draw of torch's CPU generator, and is not stored for backward.
+            evaluation. The mask follows from one draw of torch's CPU generator, and is not stored for backward. On a
+            GPU the draw is of its own generator where `torch.compile` or a CUDA graph captures it, so that every replay
+            has another mask.
 
     Returns:
         y [..., N] in the dtype of x.
@@ -164,7 +166,7 @@ def linear(
         if not 0 <= lora_dropout < 1:
             raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
         if lora_dropout > 0:
-            seed = draw_seed()
+            seed = draw_seed(x)
     elif not 0 <= lora_dropout < 1:
         raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
     arguments = (x, *q.op_arguments(), bias, lora_a, lora_b, lora_scaling, lora_dropout, seed)
@@ -177,9 +179,14 @@ def linear(
         return _linear_forward(*arguments)[0]
 
 
-def draw_seed() -> Tensor:
-    """The seed of one dropout mask, int64 []: drawn on the CPU on every device, where checkpointing restores it."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+def draw_seed(x: Tensor | None = None) -> Tensor:
+    """The seed of one dropout mask, int64 []: drawn on the CPU, where it costs no launch; for an `x` on a GPU that is
+    captured into a CUDA graph, or compiled, which may capture it, on that GPU, so that every replay draws another.
+    """
+    device = None
+    if x is not None and x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
+        device = x.device
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device or "cpu")
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -90,6 +90,8 @@ struct Layer {
   static constexpr std::int64_t M = 37, N = 53, K = 131, rank = 5;
   std::vector<float> w, x, a, b, bias, dy;
   Weight weight;
+  std::uint64_t seed = 77;
+  const std::uint64_t* device_seed = nullptr;
 
   Layer() : Layer(Random{}) {}
   explicit Layer(Random random)
@@ -102,7 +104,13 @@ struct Layer {
         weight(w, N, K, 32) {}
 
   qn::LoraView lora() const {
-    return {.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = 0.25f, .seed = 77};
+    return {.rank = rank,
+            .a = a.data(),
+            .b = b.data(),
+            .scaling = 0.5f,
+            .dropout = 0.25f,
+            .seed = seed,
+            .device_seed = device_seed};
   }
 
   // Everything the library computes from this layer, in one vector.
@@ -136,6 +144,18 @@ struct Layer {
     for (const auto* part : {&dense, &y, &u, &dx, &v, &da, &db}) all.insert(all.end(), part->begin(), part->end());
     return all;
   }
+
+  // dX in bf16, which other kernels compute.
+  std::vector<std::uint16_t> dx_of_bf16() const {
+    std::vector<std::uint16_t> dy16, dx(M * K), v(M * rank);
+    for (float value : dy) dy16.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
+    qn::linear_backward_input({.weight = weight.view(),
+                               .lora = lora(),
+                               .dy = {dy16.data(), qn::DType::bf16, M, N, N},
+                               .dx = {dx.data(), qn::DType::bf16, M, K, K},
+                               .v = {v.data(), qn::DType::bf16, M, rank, rank}});
+    return dx;
+  }
 };
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
@@ -144,6 +164,49 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 // ---- cases
 // -----------------------------------------------------------------------------------------------------------
+
+void seed_in_memory_is_another() {
+  Layer layer;
+  const std::vector<float> expected = layer.results();
+  const std::uint64_t rest = 7;
+  const std::vector<std::uint16_t> expected16 = layer.dx_of_bf16();
+  layer.seed = 70;
+  EXPECT(!same_bits(layer.results(), expected) && layer.dx_of_bf16() != expected16);
+  layer.device_seed = &rest;
+  EXPECT(same_bits(layer.results(), expected) && layer.dx_of_bf16() == expected16);
+}
+
+// Codes and results at odd addresses, and scales of scales for other than powers of two.
+void dequantize_reaches_any_address() {
+  const Layer layer;
+  constexpr std::int64_t elements = Layer::N * Layer::K;
+  constexpr int nested_blocksize = 100;
+  const float nested[3] = {1.0f, -2.0f, 0.5f};
+  qn::QuantizedWeightView view = layer.weight.view();
+  view.nested_absmax = nested;
+  view.nested_blocksize = nested_blocksize;
+  std::vector<float> expected(elements);
+  for (std::int64_t i = 0; i < elements; ++i) {
+    const int code = i % 2 == 0 ? view.codes[i / 2] >> 4 : view.codes[i / 2] & 15;
+    const std::int64_t block = i / view.blocksize;
+    const float level = view.nested_code[layer.weight.absmax_codes[static_cast<std::size_t>(block)]];
+    expected[static_cast<std::size_t>(i)] = view.code[code] * (level * nested[block / nested_blocksize] + *view.offset);
+  }
+  std::vector<std::uint8_t> codes(layer.weight.codes.size() + 1);
+  std::copy(layer.weight.codes.begin(), layer.weight.codes.end(), codes.begin() + 1);
+  std::vector<float> out(elements + 1);
+  for (const int shift : {0, 1}) {
+    view.codes = shift == 0 ? layer.weight.codes.data() : codes.data() + 1;
+    qn::dequantize({.weight = view, .out = out.data() + shift});
+    EXPECT(std::memcmp(out.data() + shift, expected.data(), elements * sizeof(float)) == 0);
+  }
+  view.nested_absmax = layer.weight.nested_absmax.data();
+  view.nested_blocksize = 256;
+  std::vector<float> aligned(elements);
+  qn::dequantize({.weight = layer.weight.view(), .out = aligned.data()});
+  qn::dequantize({.weight = view, .out = out.data() + 1});
+  EXPECT(std::memcmp(out.data() + 1, aligned.data(), elements * sizeof(float)) == 0);
+}
 
 void codebooks() {
   EXPECT(qn::codebook("nf4")[0] == -1.0f && qn::codebook("nf4")[7] == 0.0f && qn::codebook("nf4")[15] == 1.0f);
@@ -527,6 +590,8 @@ int main(int count, char** arguments) {
   errors_name_the_argument();
   grids_cover_and_share();
   activations_are_packed_in_equal_blocks();
+  seed_in_memory_is_another();
+  dequantize_reaches_any_address();
   adamw_steps_or_skips();
   cuda_says_why();
   same_bits_for_concurrent_callers();

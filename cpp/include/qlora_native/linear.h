@@ -25,6 +25,9 @@ struct LoraView {
   // probability (common/philox.h), so that the backward pass recomputes the mask instead of storing it.
   float dropout = 0.0f;  // p in [0, 1), in steps of 1/65536
   std::uint64_t seed = 0;
+  // [1], memory of the stream's device, or null: added to the seed when the product is computed, so that a CUDA graph
+  // that has captured it draws another mask at each replay. For the backward pass it must be what it was then.
+  const std::uint64_t* device_seed = nullptr;
 };
 
 struct LinearForwardArgs {

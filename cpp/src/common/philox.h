@@ -40,6 +40,11 @@ inline std::uint32_t dropout_threshold(float p) {
   return static_cast<std::uint32_t>(threshold < 65535 ? threshold : 65535);
 }
 
+// The seed of a mask, of which a part may be in memory.
+constexpr std::uint64_t dropout_seed(std::uint64_t seed, const std::uint64_t* in_memory) {
+  return in_memory != nullptr ? seed + *in_memory : seed;
+}
+
 // The random bits of element (m, k) and of its seven neighbours.
 constexpr PhiloxBlock dropout_random(std::uint64_t seed, std::int64_t m, std::int64_t k) {
   return philox4x32({{static_cast<std::uint32_t>(k / 8), static_cast<std::uint32_t>(m),

@@ -178,7 +178,9 @@ struct Dropout {
   float scale;  // 1 / (1 - p)
 
   explicit Dropout(const LoraView& lora)
-      : seed(lora.seed), threshold(dropout_threshold(lora.dropout)), scale(1.0f / (1.0f - lora.dropout)) {}
+      : seed(dropout_seed(lora.seed, lora.device_seed)),
+        threshold(dropout_threshold(lora.dropout)),
+        scale(1.0f / (1.0f - lora.dropout)) {}
   bool keeps(std::int64_t m, std::int64_t k) const { return dropout_keeps(seed, m, k, threshold); }
 };
 

@@ -12,7 +12,8 @@ namespace {
 
 // The adapter's dropped-out input: mask o x. The factor 1/(1-p) is applied to the sums.
 inline Dropout dropout_of(const LoraView& lora) {
-  return lora.dropout > 0.0f ? Dropout{dropout_threshold(lora.dropout), lora.seed} : Dropout{};
+  if (lora.dropout == 0.0f) return {};
+  return {dropout_threshold(lora.dropout), dropout_seed(lora.seed, lora.device_seed)};
 }
 inline float dropout_scale(const LoraView& lora) { return lora.dropout > 0.0f ? 1.0f / (1.0f - lora.dropout) : 1.0f; }
 
