@@ -301,8 +301,9 @@ def _kind(opcode: str) -> str:
 
 # Of what is counted by its output: how many units a thread passes in one turn of the main loop.
 WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], float]], ...] = (
-    # A warp's mma takes 16 of the inner dimension of 8 columns; those of other rows take the same weights once more.
-    (r"gemm_kernel<\w+, \w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
+    # A warp's mma takes 16 of the inner dimension of 8 columns or, in ours, of 16; those of other rows take the same
+    # weights once more.
+    (r"gemm_kernel<\w+, \w+, GemmTile<(?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # Its turns are of 64 weights a lane; what else has a multiply-add in it is not as much as a turn.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),

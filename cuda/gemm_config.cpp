@@ -9,18 +9,18 @@
 namespace qlora_native {
 namespace {
 
-// Blocks of 256 threads that a multiprocessor holds at once: the kernel is compiled for 128 registers a thread.
-constexpr std::int64_t kBlocksOfMultiprocessor = 2;
-// The same of the kernel for few rows, whose table of the codebook takes 32 KB.
+// Blocks that a multiprocessor holds of the kernel for few rows, whose table of the codebook takes 32 KB.
 constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
 // A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
 constexpr std::int64_t kLeastSteps = 4;
 
-// As few rows as hold all of M, so that no tensor core multiplies zeros, up to the most that registers have room for:
-// of 128 rows backward, sm_80 puts some into memory.
-int tile_rows_for(const GemmProblem& problem) {
-  if (problem.rows <= 16) return 16;
-  return problem.rows <= 64 || problem.backward || !problem.aligned ? 64 : 128;
+// The wide tile reads the left operand half as often from shared memory, and keeps the tensor cores busiest. It is not
+// for few rows, nor where more than an eighth of its columns would be zeros that the other one has not.
+bool wants_wide_tile(const GemmProblem& problem) {
+  constexpr std::int64_t kPart = 8;
+  const std::int64_t wide = ceil_div(problem.cols, kGemmWideCols) * kGemmWideCols;
+  const std::int64_t other = ceil_div(problem.cols, kGemmCols) * kGemmCols;
+  return problem.aligned_64 && problem.rows > kGemmMiddleRows && (wide - other) * kPart <= wide;
 }
 
 }  // namespace
@@ -37,13 +37,17 @@ GemmConfig gemm_config(const GemmProblem& problem) {
   // fp32 has no tensor-core product that keeps its bits.
   if (problem.dtype == DType::f32 || problem.bits != 4) return config;
   config.kernel = GemmConfig::Kernel::tensor_cores;
-  config.tile_rows = tile_rows_for(problem);
+  const bool wide = wants_wide_tile(problem);
+  // As few rows as hold all of M, so that no tensor core multiplies zeros.
+  config.tile_rows = problem.rows <= kGemmFewRows ? kGemmFewRows : wide ? kGemmWideRows : kGemmMiddleRows;
+  config.tile_cols = wide ? kGemmWideCols : kGemmCols;
+  config.copies = !wide ? kGemmCopies : problem.smem_bytes < kGemmMostCopiesSmem ? kGemmWideCopies : kGemmMostCopies;
   config.row_tiles = ceil_div(problem.rows, config.tile_rows);
-  config.tiles = config.row_tiles * ceil_div(problem.cols, kGemmTileCols);
+  config.tiles = config.row_tiles * ceil_div(problem.cols, config.tile_cols);
   config.steps = static_cast<int>(ceil_div(problem.inner, kGemmStep));
   const std::int64_t all = config.tiles * config.steps;
-  config.blocks =
-      static_cast<int>(std::min(kBlocksOfMultiprocessor * problem.multiprocessors, ceil_div(all, kLeastSteps)));
+  const std::int64_t most = std::int64_t{wide ? kGemmWideBlocks : kGemmBlocks} * problem.multiprocessors;
+  config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastSteps)));
   if (config.blocks > 0) {
     config.share = all / config.blocks;
     config.rest = static_cast<int>(all % config.blocks);
@@ -52,7 +56,8 @@ GemmConfig gemm_config(const GemmProblem& problem) {
 }
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
-  constexpr std::int64_t kLeastLength = 256;  // a shorter sum is mostly the exchange of its result
+  constexpr std::int64_t kLeastLength = 256;           // a shorter sum is mostly the exchange of its result
+  constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // of 256 threads and 128 registers
   const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
   const std::int64_t parts = std::max<std::int64_t>(most, 1), length = ceil_div(inner, parts);
@@ -68,7 +73,8 @@ std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
   if (config.kernel == GemmConfig::Kernel::cuda_cores) return text + "CUDA cores";
   if (config.kernel == GemmConfig::Kernel::gemv) return text + "GEMV, " + number(config.blocks) + " blocks";
   return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
-         number(kGemmTileCols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
+         number(config.tile_cols) + ", " + number(config.copies) + " tables, " + number(config.steps) +
+         " steps each, " + number(config.blocks) + " blocks";
 }
 
 void print_if_asked(const GemmProblem& problem, const GemmConfig& config) {

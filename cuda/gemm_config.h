@@ -2,6 +2,7 @@
 // that a result has the same bits whenever it is computed on the same kind of device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -9,11 +10,18 @@
 
 namespace qlora_native {
 
-// A block of the tensor-core GEMM computes tile_rows x kGemmTileCols of the result, kGemmStep of the inner dimension at
-// a time. Both give each of its threads one chunk of a step's weights: 32 codes, 16 bytes, which share a scale.
-constexpr int kGemmTileCols = 128;
+// A block of the tensor-core GEMM computes a tile of the result, kGemmStep of the inner dimension at a time: 16 or 64
+// rows by kGemmCols, or the wide one, 128 by kGemmWideCols. Codes come in chunks of 32, 16 bytes, which share a scale.
+constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmCols = 128;
+constexpr int kGemmWideRows = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
 constexpr int kGemmChunk = 32;
+// Blocks that a multiprocessor holds at once: 256 threads of 128 registers, or of 255.
+constexpr int kGemmBlocks = 2, kGemmWideBlocks = 1;
+// Copies of the table of codes: see PairTable. The wide tile has one for each lane where a block may have so much of
+// shared memory, which is everywhere but on sm_86, sm_89 and sm_120.
+constexpr int kGemmCopies = 4, kGemmWideCopies = 8, kGemmMostCopies = 32;
+constexpr std::size_t kGemmMostCopiesSmem = 147 * 1024;
 // The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
@@ -25,16 +33,19 @@ struct GemmProblem {
   std::int64_t inner = 0;
   DType dtype = DType::f32;
   int bits = 4;
-  bool backward = false;  // by columns of the weight
-  bool aligned = false;   // rows of the left operand and of the weight are whole 16-byte vectors
+  bool backward = false;    // by columns of the weight
+  bool aligned = false;     // rows of the left operand and of the weight are whole 16-byte vectors
+  bool aligned_64 = false;  // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
   int multiprocessors = 1;
+  std::size_t smem_bytes = 0;  // of shared memory, that a block may have
 };
 
 struct GemmConfig {
   enum class Kernel { cuda_cores, tensor_cores, gemv };
   Kernel kernel = Kernel::cuda_cores;
   bool aligned = false;  // the problem's
-  int tile_rows = 0;
+  int tile_rows = 0, tile_cols = 0;
+  int copies = 0;  // of the table of codes
   std::int64_t row_tiles = 0;
   std::int64_t tiles = 0;  // those of the first columns, then those of the next
   int steps = 0;           // of a tile
@@ -46,6 +57,7 @@ struct GemmConfig {
 
   // Where the run of block `i` begins: a number of steps, tile after tile.
   constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
+  constexpr std::int64_t length_of(int i) const { return share + (i < rest ? 1 : 0); }
   // Whether the end of a run is not the end of a tile.
   constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }
   bool operator==(const GemmConfig&) const = default;

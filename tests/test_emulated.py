@@ -23,8 +23,8 @@ SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 EVERY = 17
 
 
-def run(*command, schedule="forward"):
-    environment = {**os.environ, "QLN_BACKEND": "cuda_emulated", "QLN_SCHEDULE": schedule}
+def run(*command, schedule="forward", **more):
+    environment = {**os.environ, "QLN_BACKEND": "cuda_emulated", "QLN_SCHEDULE": schedule, **more}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
@@ -54,13 +54,13 @@ def test_order_of_threads_changes_a_bit():
     assert len(set(digests.values())) == 1, digests
 
 
-def digest():
+def digest(shapes=((4, 130, 513), (70, 130, 704)), dtypes=(torch.float32, torch.bfloat16, torch.float16)):
     """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
     import test_determinism
 
     total = hashlib.sha256()
-    for shape in ((4, 130, 513), (70, 130, 704)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape in shapes:
+        for dtype in dtypes:
             for name, tensor in sorted(test_determinism.results(*shape, dtype).items()):
                 total.update(name.encode())
                 total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -91,6 +91,22 @@ def optimizer_digest():
         for tensor in (param.detach(), *state.values()):
             hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
+
+
+def test_device_with_less_shared_memory_gives_another_bit():
+    """It gets a kernel whose table is smaller; the sums are the same, in the same order."""
+    command = "-c", "import test_emulated; print(test_emulated.digest_of_wide_tiles())"
+    shown = {}
+    for schedule, kilobytes, copies in (("forward", 227, 32), ("reverse", 99, 8), ("random:1", 227, 32)):
+        done = run(*command, schedule=schedule, QLN_EMULATED_SMEM=str(kilobytes * 1024), QLN_PRINT_CONFIG="1")
+        assert done.stderr.count(f"tiles of 128x256, {copies} tables") == 4, done.stderr
+        shown[schedule] = done.stdout.strip()
+    assert all(shown.values()) and len(set(shown.values())) == 1, shown
+
+
+def digest_of_wide_tiles():
+    """Of those, forward and backward, in each dtype that tensor cores multiply."""
+    return digest(((130, 456, 448),), (torch.bfloat16, torch.float16))
 
 
 def test_emulator_is_not_what_runs():

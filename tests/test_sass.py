@@ -21,7 +21,10 @@ def sass():
 
 # As `cuobjdump -sass` prints it, shortened: a loop over tiles around one over steps. For sm_80 a loop may be left by a
 # call that does not return; for sm_90 a warp whose lanes have parted takes a way of its own (BRA.DIV).
-GEMM = "_ZN12qlora_native4cuda11gemm_kernelINS0_4Bf16ENS0_16WeightRowsOfTileELi128ELb1EEEvNS0_8GemmArgsE"
+GEMM = (
+    "_ZN12qlora_native4cuda11gemm_kernelINS0_4Bf16ENS0_16WeightRowsOfTileENS0_8GemmTileILi128ELi256ELi32ELb1EEEEEv"
+    "NS0_8GemmArgsE"
+)
 COPY = "_ZN12qlora_native4cuda44_GLOBAL__N__6dc0a13e_7_copy_cu_5e2bc17d_112311copy_kernelIfEEvPKfPf"
 LISTING = f"""
 Fatbin elf code:
@@ -94,7 +97,7 @@ def test_function_or_its_resources_are_not_found(sass):
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt, which comes with g++")
 def test_name_is_not_short(sass):
     assert sass.short_names([GEMM, COPY]) == {
-        GEMM: "gemm_kernel<Bf16, WeightRowsOfTile, 128, true>",
+        GEMM: "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >",
         COPY: "copy_kernel<float>",
     }
 
@@ -130,8 +133,10 @@ def test_loop_over_the_rest_is_taken_for_the_main_one(sass):
 
 
 def test_figures_are_not_those_of_the_listing(sass):
-    kernel = sass.Kernel("gemm_kernel<Bf16, WeightRowsOfTile, 128, true>", "sm_80", listed(sass)[GEMM], 128, 8)
-    # Two mma of a warp: twice 4 weights a thread, each used for 8 fragments of 16 rows.
+    kernel = sass.Kernel(
+        "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >", "sm_80", listed(sass)[GEMM], 128, 8
+    )
+    # Two mma of a warp: twice 8 weights a thread, each used for 16 fragments of 8 rows.
     assert sass.figures(kernel) == {
         "registers": 128,
         "local": 1,

@@ -13,10 +13,11 @@ inline int log2_of(int n) {
   while ((1 << log2) < n) ++log2;
   return log2;
 }
-inline WeightShifts shifts_of(const QuantizedWeightView& w) {
-  const bool nested = w.nested_absmax != nullptr && is_power_of_two(w.nested_blocksize);
-  const int block = log2_of(w.blocksize);
-  return {block, block - log2_of(kGemmChunk), nested ? log2_of(w.nested_blocksize) : -1};
+inline WeightScales scales_of(const QuantizedWeightView& w) {
+  const bool nested = w.nested_absmax != nullptr;
+  const int block = log2_of(w.blocksize), chunk = block - log2_of(kGemmChunk);
+  if (!nested) return {static_cast<const float*>(w.absmax), false, block, chunk, 0};
+  return {w.nested_absmax, true, block, chunk, is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1};
 }
 inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements() / kGemmChunk; }
 inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
@@ -28,17 +29,23 @@ inline bool is_aligned(const QuantizedWeightView& w) {
          (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
 }
 
-// Whether the first `cols` elements of each row are whole 16-byte vectors.
+// Whether 64 codes that begin at a multiple of 64 lie in one row, and share a scale.
+inline bool is_aligned_64(const QuantizedWeightView& w) {
+  return is_aligned(w) && w.K % kGemmStep == 0 && w.blocksize >= kGemmStep;
+}
+
+// Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits count those of a tile.
 inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
   const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
   return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
-         (matrix.rows <= 1 || matrix.stride % vector == 0);
+         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmWideRows <= 0xFFFFFFFF));
 }
 
 // `left` times W by its rows, or, backward, by its columns.
 inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView& w, bool backward,
                               const Stream& stream) {
   const std::int64_t inner = backward ? w.N : w.K;
+  const bool vectors = rows_are_vectors(left, inner);
   return {
       .rows = left.rows,
       .cols = backward ? w.K : w.N,
@@ -46,8 +53,10 @@ inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView
       .dtype = left.dtype,
       .bits = w.bits,
       .backward = backward,
-      .aligned = is_aligned(w) && rows_are_vectors(left, inner),
+      .aligned = is_aligned(w) && vectors,
+      .aligned_64 = is_aligned_64(w) && vectors,
       .multiprocessors = multiprocessors(stream),
+      .smem_bytes = max_smem_bytes(stream),
   };
 }
 inline GemmConfig config_of(const ConstMatrix& left, const QuantizedWeightView& w, bool backward,

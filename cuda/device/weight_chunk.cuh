@@ -12,11 +12,12 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// What positions and blocks of a weight are divided by, as shifts.
-struct WeightShifts {
-  int block;   // an element's block
-  int chunk;   // a chunk's
-  int nested;  // a block's; -1 where the weight is not double-quantized, or the nested blocksize no power of two
+// Where the scale of a position of a weight is found.
+struct WeightScales {
+  const float* of_blocks;  // double-quantized: what the level of a block is multiplied by
+  bool nested;             // double-quantized
+  // As shifts: elements and chunks of a block, and blocks to one of `of_blocks`, -1 where those are no power of two.
+  int block, chunk, sharing;
 };
 
 template <bool kAligned>
@@ -40,48 +41,43 @@ template <bool kAligned>
 using Position = std::conditional_t<kAligned, std::uint32_t, std::int64_t>;
 
 // Scales by their block, in two halves: what memory has to give, and what is made of it. Between the two the multiply
-// of another step hides the wait.
+// of another step hides the wait. Where there are no levels, every level is 1 and the offset 0, which changes no bit.
 template <bool kAligned>
 class ScaleReader {
  public:
   struct Raw {
-    float scale = 0.0f;  // or, double-quantized, what multiplies the level
+    float scale = 0.0f;
     std::uint32_t level = 0;
   };
-  // The levels of a double-quantized weight, in shared memory.
+  // The levels, in shared memory.
   struct Nested {
     float code[256];
+    float offset;
     __device__ void fill(const QuantizedWeightView& w) {
-      if (w.nested_absmax == nullptr) return;
-      for (int i = thread_index(); i < 256; i += block_threads()) code[i] = w.nested_code[i];
+      if (thread_index() == 0) offset = w.nested_absmax == nullptr ? 0.0f : *w.offset;
+      for (int i = thread_index(); i < 256; i += block_threads()) {
+        code[i] = w.nested_absmax == nullptr ? 1.0f : w.nested_code[i];
+      }
     }
   };
-  __device__ ScaleReader(const QuantizedWeightView& w, const WeightShifts& shifts, const Nested& nested)
-      : w_(w),
-        shifts_(shifts),
-        code_(SharedPlace(nested.code).kept()),
-        offset_(w.nested_absmax == nullptr ? 0.0f : *w.offset) {}
+  __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Nested& nested)
+      : w_(w), from_(from), code_(SharedPlace(nested.code).kept()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
-    return position >> (kAligned ? shifts_.chunk : shifts_.block);
+    return position >> (kAligned ? from_.chunk : from_.block);
   }
-  __device__ __forceinline__ Raw fetch(Position<kAligned> block) const {
-    if (!is_nested()) return {static_cast<const float*>(w_.absmax)[block], 0};
-    const Position<kAligned> nested = kAligned ? block >> shifts_.nested : block / w_.nested_blocksize;
-    return {w_.nested_absmax[nested], static_cast<const std::uint8_t*>(w_.absmax)[block]};
+  __device__ __forceinline__ void fetch(Raw& raw, Position<kAligned> block) const {
+    raw.scale = from_.of_blocks[kAligned || from_.sharing >= 0 ? block >> from_.sharing : block / w_.nested_blocksize];
+    if (from_.nested) raw.level = static_cast<const std::uint8_t*>(w_.absmax)[block];
   }
   __device__ __forceinline__ float finish(const Raw& raw) const {
-    if (!is_nested()) return raw.scale;
-    return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale, offset_);
+    return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale,
+                        load_shared<float>(code_.at(offsetof(Nested, offset))));
   }
 
  private:
-  __device__ __forceinline__ bool is_nested() const {
-    return kAligned ? shifts_.nested >= 0 : w_.nested_absmax != nullptr;
-  }
   const QuantizedWeightView& w_;
-  const WeightShifts& shifts_;
+  const WeightScales& from_;
   const SharedPlace code_;
-  const float offset_;
 };
 
 // The scale of a chunk, on its way.
@@ -92,7 +88,7 @@ template <>
 class PendingScale<true> {
  public:
   __device__ __forceinline__ void fetch(const ScaleReader<true>& scales, std::uint32_t chunk) {
-    raw_ = scales.fetch(scales.block_of(chunk));
+    scales.fetch(raw_, scales.block_of(chunk));
   }
   __device__ __forceinline__ ChunkScale<true> finish(const ScaleReader<true>& scales) const {
     return {scales.finish(raw_)};
@@ -111,13 +107,18 @@ class PendingScale<false> {
     scale_ = {0.0f, 0.0f, 0};
     if (count <= 0) return;
     const std::int64_t block = scales.block_of(element), next = (block + 1) * w.blocksize;
-    scale_.first = scales.finish(scales.fetch(block));
+    scale_.first = scale_of(scales, block);
     scale_.end = next - element < kGemmChunk ? static_cast<int>(next - element) : kGemmChunk;
-    if (scale_.end < (count < kGemmChunk ? count : kGemmChunk)) scale_.rest = scales.finish(scales.fetch(block + 1));
+    if (scale_.end < (count < kGemmChunk ? count : kGemmChunk)) scale_.rest = scale_of(scales, block + 1);
   }
   __device__ __forceinline__ ChunkScale<false> finish(const ScaleReader<false>&) const { return scale_; }
 
  private:
+  __device__ __forceinline__ static float scale_of(const ScaleReader<false>& scales, std::int64_t block) {
+    ScaleReader<false>::Raw raw;
+    scales.fetch(raw, block);
+    return scales.finish(raw);
+  }
   ChunkScale<false> scale_{};
 };
 
@@ -144,24 +145,47 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
   }
 }
 
+// The scales of neighbours in shared memory: where each is one float, as vectors.
+template <bool kAligned, int kCount>
+__device__ __forceinline__ void load_scales(ChunkScale<kAligned> (&to)[kCount], const SharedPlace& from) {
+  if constexpr (kAligned) {
+    constexpr int kVector = kCount < 4 ? kCount : 4;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kVector) {
+      const auto vector = load_shared<Vector<float, kVector>>(from.at(i * static_cast<unsigned>(sizeof(float))));
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) to[i + j] = {vector.at[j]};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i] = load_shared<ChunkScale<false>>(from.at(i * static_cast<unsigned>(sizeof(ChunkScale<false>))));
+    }
+  }
+}
+
 // The two values of a byte of codes. A table of all 256 bytes in shared memory answers with one load; lanes take turns
-// among its copies, so that fewer of them ask one bank at once: of 16, none.
-template <unsigned kCopies>
+// among its copies, so that fewer of them ask one bank at once: of 16, none. With a copy for each lane a byte's pairs
+// are a row of 256 bytes, and where the table begins at kRowsBegin (SharedPlace) one instruction makes an address of
+// it.
+template <int kCopies>
 class PairTable {
  public:
   using Pair = Vector<float, 2>;
-  static constexpr unsigned kPairs = 256 * kCopies;
+  static constexpr int kPairs = 256 * kCopies;
+  static constexpr bool kRows = kCopies * sizeof(Pair) == 256;
 
   __device__ static void fill(Pair* pairs, const float* code) {
-    for (int i = thread_index(); i < static_cast<int>(kPairs); i += block_threads()) {
-      const unsigned byte = static_cast<unsigned>(i) / kCopies;
+    for (int i = thread_index(); i < kPairs; i += block_threads()) {
+      const int byte = i / kCopies;
       pairs[i] = {{code[byte >> 4], code[byte & 15]}};
     }
   }
-  __device__ explicit PairTable(const Pair* pairs)
-      : copy_(SharedPlace(pairs + static_cast<unsigned>(thread_index()) % kCopies).kept()) {}
-  __device__ __forceinline__ Pair operator[](std::uint32_t byte) const {
-    return load_shared<Pair>(copy_.at(byte * (kCopies * static_cast<unsigned>(sizeof(Pair)))));
+  __device__ explicit PairTable(const Pair* pairs) : copy_(SharedPlace(pairs + thread_index() % kCopies).kept()) {}
+  // Of byte `i` of a word, the lowest is 0.
+  __device__ __forceinline__ Pair of_byte(std::uint32_t word, std::uint32_t i) const {
+    if constexpr (kRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
+    return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kCopies * sizeof(Pair))));
   }
 
  private:

@@ -15,7 +15,7 @@ using Table = PairTable<4>;
 struct Dequantize {
   DequantizeArgs args;
   std::int64_t in_eights;  // elements that are decoded eight at a time: the first
-  WeightShifts shifts;
+  WeightScales scales;
 };
 
 template <class T, int kBits>
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   const float offset = is_nested ? *w.offset : 0.0f;
   const std::int64_t thread = block_index() * kThreads + thread_index(), threads = grid_blocks() * kThreads;
   for (std::int64_t e = thread * kEight; e < d.in_eights; e += threads * kEight) {
-    const std::int64_t block = e >> d.shifts.block;  // 8 divides every blocksize
+    const std::int64_t block = e >> d.scales.block;  // 8 divides every blocksize
     float scale;
     if (is_nested) {
       const float level = w.nested_code[static_cast<const std::uint8_t*>(w.absmax)[block]];
-      scale = nested_scale(level, w.nested_absmax[block >> d.shifts.nested], offset);
+      scale = nested_scale(level, w.nested_absmax[block >> d.scales.sharing], offset);
     } else {
       scale = static_cast<const float*>(w.absmax)[block];
     }
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
           load_vector<std::uint32_t, 1>(reinterpret_cast<const std::uint32_t*>(w.codes + e / 2)).at[0];
 #pragma unroll
       for (int i = 0; i < kEight; i += 2) {
-        const Table::Pair pair = table[byte_of(codes, i / 2)];
+        const Table::Pair pair = table.of_byte(codes, i / 2);
         values[i] = pair.at[0] * scale;
         values[i + 1] = pair.at[1] * scale;
       }
@@ -71,7 +71,7 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
   const bool in_vectors = is_aligned(w.codes, w.bits) && is_aligned(args.out, kVectorBytes) &&
                           (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
   const Dequantize d{
-      .args = args, .in_eights = in_vectors ? w.elements() / kEight * kEight : 0, .shifts = shifts_of(w)};
+      .args = args, .in_eights = in_vectors ? w.elements() / kEight * kEight : 0, .scales = scales_of(w)};
   LaunchShape shape = looping_grid(ceil_div(w.elements(), kEight), kThreads, stream);
   shape.smem_bytes = w.bits == 4 ? Table::kPairs * sizeof(Table::Pair) : 0;
   with_type(args.dtype, [&]<class T>() {

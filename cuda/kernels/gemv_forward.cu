@@ -30,7 +30,7 @@ using GemvTable = PairTable<16>;
 
 struct GemvArgs {
   QuantizedWeightView weight;
-  WeightShifts shifts;
+  WeightScales scales;
   std::uint32_t last_chunk;  // of an aligned weight
   ConstMatrix x, u;
   const void* b;  // [N, rank]
@@ -231,7 +231,7 @@ class GemvChunk {
       const std::uint32_t word = codes_[byte / kVectorBytes].at[byte % kVectorBytes / 4];
       GemvTable::Pair pair;
       if constexpr (kBits == 4) {
-        pair = table[byte_of(word, byte % 4)];
+        pair = table.of_byte(word, byte % 4);
       } else {
         pair = {{signed_byte(word, byte % 4), signed_byte(word, byte % 4 + 1)}};
       }
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   shared.nested.fill(w);
   sync_threads();
   const GemvTable table(shared.pairs);
-  const ScaleReader<kAligned> scales(w, args.shifts, shared.nested);
+  const ScaleReader<kAligned> scales(w, args.scales, shared.nested);
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.u.cols;
   const int rows = static_cast<int>(args.x.rows);
@@ -350,7 +350,7 @@ void gemv_forward(const LinearForwardArgs& args, const ConstMatrix& u, const Gem
   const QuantizedWeightView& w = args.weight;
   const GemvArgs kernel_args = {
       .weight = w,
-      .shifts = shifts_of(w),
+      .scales = scales_of(w),
       .last_chunk = last_chunk_of(w),
       .x = args.x,
       .u = u,

@@ -77,6 +77,13 @@ inline int multiprocessors(const Stream& stream) {
   return count;
 }
 
+// Of shared memory, that a block may ask for.
+inline std::size_t max_smem_bytes(const Stream& stream) {
+  int bytes = 0;
+  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.index));
+  return static_cast<std::size_t>(bytes);
+}
+
 // ---- who a thread is
 // -------------------------------------------------------------------------------------------------
 
@@ -160,6 +167,10 @@ struct SharedPlace {
   __device__ __forceinline__ SharedPlace at(std::uint32_t bytes) const { return SharedPlace(address + bytes); }
   __device__ __forceinline__ SharedPlace flipped(std::uint32_t bits) const { return SharedPlace(address ^ bits); }
   __device__ __forceinline__ SharedPlace kept() const { return SharedPlace(cuda::kept(address)); }
+  __device__ __forceinline__ std::uint32_t to_rows() const { return (kRowsBegin - address) & 0xFFFF; }
+  __device__ __forceinline__ SharedPlace row_of_byte(std::uint32_t word, std::uint32_t i) const {
+    return SharedPlace(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
+  }
 };
 template <class V>
 __device__ __forceinline__ V load_shared(const SharedPlace& from) {
@@ -178,6 +189,10 @@ __device__ __forceinline__ V load_shared(const SharedPlace& from) {
     std::uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
     return std::bit_cast<V>(v);
+  } else if constexpr (std::is_same_v<V, std::uint16_t>) {
+    std::uint32_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
+    return static_cast<std::uint16_t>(v);
   } else {
     static_assert(std::is_same_v<V, std::uint8_t>);
     std::uint32_t v;

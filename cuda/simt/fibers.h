@@ -45,6 +45,9 @@ struct Grid {
   const void* arguments;
 };
 
+// Of shared memory, that a block may have: what Hopper's have, or QLN_EMULATED_SMEM, for what runs where there is less.
+std::size_t max_smem_bytes();
+
 // Runs the grid; returns when it is done. Several host threads may run grids at once. A mistake of the kernel that no
 // device would forgive (a deadlock, lanes that meet at different calls) ends the process, with file and line.
 void run(const Grid& grid);

@@ -72,6 +72,7 @@ inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
 
 // As few as make several blocks of a persistent grid wait for each other.
 inline int multiprocessors(const Stream&) { return 3; }
+inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 
 // ---- who a thread is
 // -------------------------------------------------------------------------------------------------
@@ -180,6 +181,17 @@ struct SharedPlace {
     return SharedPlace(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
   }
   SharedPlace kept() const { return *this; }
+  // How far it is to kRowsBegin.
+  std::uint32_t to_rows() const {
+    return static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(address)) & 0xFFFF;
+  }
+  // From the first of 256 rows of 256 bytes, which begin at kRowsBegin, to the same place of the row whose number is
+  // byte `i` of a word.
+  SharedPlace row_of_byte(std::uint32_t word, std::uint32_t i) const {
+    const std::uintptr_t row = (word >> (8 * i) & 0xFF) * kRowBytes;
+    const std::uintptr_t kept_bits = reinterpret_cast<std::uintptr_t>(address) & ~std::uintptr_t{0xFF00};
+    return SharedPlace(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
+  }
 };
 template <class V>
 V load_shared(const SharedPlace& from) {

@@ -43,11 +43,15 @@ constexpr int kMmaRows = 16, kMmaCols = 8, kMmaInner = 16;
 struct LaunchShape {
   std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
   int threads;                 // of a block, a multiple of 32
-  std::size_t smem_bytes = 0;  // at most kMaxSmemBytes
+  std::size_t smem_bytes = 0;  // at most max_smem_bytes()
 };
 
 // What every architecture from sm_80 on gives a block: sm_86, sm_89 and sm_120 have the least.
-constexpr std::size_t kMaxSmemBytes = 99 * 1024;
+constexpr std::size_t kLeastSmemBytes = 99 * 1024;
+
+// Where a table in shared memory begins that SharedPlace::row_of_byte looks into: so many bytes behind a multiple of
+// 64 KB. A device keeps the first KB or less of a block's for itself, so that there is such a place near the beginning.
+constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 
 }  // namespace qlora_native::QLN_CUDA
 

@@ -7,7 +7,8 @@ namespace qlora_native {
 namespace {
 
 constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 129, 4096, 100000};
-constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 4096, 14336};
+constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 256, 300, 4096, 14336};
+constexpr std::size_t kLeastSmem = 99 * 1024, kHopperSmem = 227 * 1024;
 constexpr int kMultiprocessors[] = {1, 3, 108, 132};
 
 template <class F>
@@ -16,14 +17,16 @@ void for_each_problem(const F& f) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : kSizes) {
         for (const int multiprocessors : kMultiprocessors) {
-          for (const int flags : {0, 1, 2, 3}) {
+          for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15}) {
             f(GemmProblem{.rows = rows,
                           .cols = cols,
                           .inner = inner,
                           .dtype = DType::bf16,
-                          .backward = flags / 2 == 1,
+                          .backward = flags / 2 % 2 == 1,
                           .aligned = flags % 2 == 1,
-                          .multiprocessors = multiprocessors});
+                          .aligned_64 = flags / 4 % 2 == 1,
+                          .multiprocessors = multiprocessors,
+                          .smem_bytes = flags >= 8 ? kHopperSmem : kLeastSmem});
           }
         }
       }
@@ -56,19 +59,54 @@ void tiles_do_not_cover_the_result() {
     const GemmConfig config = gemm_config(problem);
     const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
     EXPECT(config.row_tiles * config.tile_rows >= problem.rows);
-    EXPECT(problem.rows == 0 || col_tiles * kGemmTileCols >= problem.cols);
+    EXPECT(problem.rows == 0 || col_tiles * config.tile_cols >= problem.cols);
     EXPECT(std::int64_t{config.steps} * kGemmStep >= problem.inner);
   });
 }
 
-// Forward and backward, with rows that are vectors and with others, what kernels there are.
 void tile_is_not_one_that_was_compiled() {
   for_each_problem([](const GemmProblem& problem) {
     if (is_for_few_rows(problem)) return;
-    const int rows = gemm_config(problem).tile_rows;
-    EXPECT(rows == 16 || rows == 64 || (rows == 128 && problem.aligned && !problem.backward));
-    EXPECT(problem.rows > 16 || rows == 16);
+    const GemmConfig config = gemm_config(problem);
+    if (config.tile_cols == kGemmWideCols) {
+      const bool much = problem.smem_bytes >= kGemmMostCopiesSmem;
+      EXPECT(config.tile_rows == kGemmWideRows && problem.rows > kGemmMiddleRows && problem.aligned_64);
+      EXPECT(config.copies == (much ? kGemmMostCopies : kGemmWideCopies));
+    } else {
+      EXPECT(config.tile_cols == kGemmCols && config.copies == kGemmCopies);
+      EXPECT(config.tile_rows == (problem.rows <= kGemmFewRows ? kGemmFewRows : kGemmMiddleRows));
+    }
   });
+}
+
+void more_blocks_wait_for_each_other_than_a_device_holds() {
+  for_each_problem([](const GemmProblem& problem) {
+    if (is_for_few_rows(problem)) return;
+    const GemmConfig config = gemm_config(problem);
+    const int of_multiprocessor = config.tile_cols == kGemmWideCols ? kGemmWideBlocks : kGemmBlocks;
+    EXPECT(config.blocks <= of_multiprocessor * problem.multiprocessors);
+  });
+}
+
+void wide_tile_is_missed_or_mostly_zeros() {
+  GemmProblem problem = {.rows = 4096, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true};
+  const auto cols_of_tile = [&] { return gemm_config(problem).tile_cols; };
+  EXPECT(cols_of_tile() == kGemmCols);  // a block of the quantization may end within a step
+  problem.aligned_64 = true;
+  EXPECT(cols_of_tile() == kGemmWideCols);
+  problem.backward = true;
+  EXPECT(cols_of_tile() == kGemmWideCols);
+  problem.rows = 64;
+  EXPECT(cols_of_tile() == kGemmCols);
+  problem.rows = 65;
+  for (const int cols : {128, 300, 384}) {
+    problem.cols = cols;
+    EXPECT(cols_of_tile() == kGemmCols);
+  }
+  for (const int cols : {129, 256, 512, 960, 1100, 14336}) {
+    problem.cols = cols;
+    EXPECT(cols_of_tile() == kGemmWideCols);
+  }
 }
 
 // Its blocks loop over the columns: how many there are is a matter of speed, unless there is none.
@@ -126,6 +164,8 @@ int main() {
   a_step_is_left_out_or_done_twice();
   tiles_do_not_cover_the_result();
   tile_is_not_one_that_was_compiled();
+  more_blocks_wait_for_each_other_than_a_device_holds();
+  wide_tile_is_missed_or_mostly_zeros();
   few_rows_do_not_get_their_kernel();
   product_without_a_tensor_core_kernel_is_given_to_one();
   part_of_a_long_sum_is_left_out_or_empty();

@@ -268,6 +268,36 @@ void place_in_shared_memory_is_another() {
   EXPECT(contains(last_words([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
+// A table of 256 rows of 256 bytes from where one must begin; lane i asks for its word of the row that byte i % 4
+// names.
+constexpr std::size_t kTableBytes = 256 * kRowBytes;
+__global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
+  std::byte* const smem = dynamic_smem<std::byte>();
+  auto* const table = reinterpret_cast<std::uint32_t*>(smem + SharedPlace(smem).to_rows());
+  const int lane = thread_index();
+  for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
+  sync_warp();
+  out[lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
+}
+
+void row_of_a_table_is_another() {
+  std::uint32_t out[kWarp];
+  launch<rows_kernel>({1, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, &out[0]);
+  const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    EXPECT(out[lane] == static_cast<std::uint32_t>(rows[lane % 4] * kWarp + lane));
+  }
+}
+
+void emulated_device_has_other_shared_memory_than_was_said() {
+  EXPECT(emulator::max_smem_bytes() == 227 * 1024);
+  setenv("QLN_EMULATED_SMEM", "101376", 1);
+  EXPECT(emulator::max_smem_bytes() == 99 * 1024);
+  setenv("QLN_EMULATED_SMEM", "99 KB", 1);
+  EXPECT(contains(last_words([] { emulator::max_smem_bytes(); }), "QLN_EMULATED_SMEM: expected bytes, got 99 KB"));
+  unsetenv("QLN_EMULATED_SMEM");
+}
+
 void blocks_wait_for_each_other() {
   const auto run = [] {
     std::uint32_t turn = 0;
@@ -378,8 +408,8 @@ void shared_memory_ends_where_it_was_said() {
       last_words([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, &out, 32); });
   EXPECT(contains(words, "heap-buffer-overflow") && contains(words, "beyond_the_end_kernel"));
 #endif
-  EXPECT(
-      contains(last_words([] { launch<missed_barrier_kernel>({1, 32, kMaxSmemBytes + 1}, {}, 0); }), "shared memory"));
+  EXPECT(contains(last_words([] { launch<missed_barrier_kernel>({1, 32, emulator::max_smem_bytes() + 1}, {}, 0); }),
+                  "shared memory"));
 }
 
 void unknown_schedule_is_refused() {
@@ -399,6 +429,8 @@ int run_all() {
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
   place_in_shared_memory_is_another();
+  row_of_a_table_is_another();
+  emulated_device_has_other_shared_memory_than_was_said();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
