@@ -34,7 +34,7 @@ struct ProductNn {
   static constexpr Tiling tiling(std::int64_t rows) {
     if (rows <= 32) return {32, kMostPanelFloats, 1};
     if (rows < 128) return {16, kMostPanelFloats, 2};
-    return {rows < 320 ? 4 : 2, kMostPanelFloats * 3 / 4, kTasksPerThread};
+    return {rows < 256 ? 3 : 1, kMostPanelFloats * 3 / 4, kTasksPerThread};
   }
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
