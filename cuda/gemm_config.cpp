@@ -34,7 +34,7 @@ GemmConfig gemm_config(const GemmProblem& problem) {
     config.blocks = problem.rows == 0 ? 0 : static_cast<int>(std::min(most, ceil_div(problem.cols, kGemvCols)));
     return config;
   }
-  // fp32 has no tensor-core product that keeps its bits.
+  // fp32 has no tensor-core product that keeps its bits, and this one decodes pairs of 4 bits.
   if (problem.dtype == DType::f32 || problem.bits != 4) return config;
   config.kernel = GemmConfig::Kernel::tensor_cores;
   const bool wide = wants_wide_tile(problem);
@@ -60,7 +60,8 @@ LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multipro
   constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // of 256 threads and 128 registers
   const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
-  const std::int64_t parts = std::max<std::int64_t>(most, 1), length = ceil_div(inner, parts);
+  const std::int64_t parts = std::max<std::int64_t>(most, 1);
+  const std::int64_t length = ceil_div(ceil_div(inner, parts), kGemmStep) * kGemmStep;  // whole vectors, whole steps
   return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
 }
 
@@ -70,7 +71,8 @@ std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
                      ", " + number(problem.cols) + "] in " + name_of(problem.dtype) + ", " + number(problem.bits) +
                      " bits, " + (problem.aligned ? "aligned" : "not aligned") + ", " +
                      number(problem.multiprocessors) + " multiprocessors: ";
-  if (config.kernel == GemmConfig::Kernel::cuda_cores) return text + "CUDA cores";
+  if (config.kernel == GemmConfig::Kernel::general)
+    return text + (problem.dtype == DType::f32 ? "CUDA cores" : "tensor cores, of decoded elements");
   if (config.kernel == GemmConfig::Kernel::gemv) return text + "GEMV, " + number(config.blocks) + " blocks";
   return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
          number(config.tile_cols) + ", " + number(config.copies) + " tables, " + number(config.steps) +

@@ -41,8 +41,8 @@ struct GemmProblem {
 };
 
 struct GemmConfig {
-  enum class Kernel { cuda_cores, tensor_cores, gemv };
-  Kernel kernel = Kernel::cuda_cores;
+  enum class Kernel { general, tensor_cores, gemv };  // device/product.cuh, device/gemm.cuh, kernels/gemv_forward.cu
+  Kernel kernel = Kernel::general;
   bool aligned = false;  // the problem's
   int tile_rows = 0, tile_cols = 0;
   int copies = 0;  // of the table of codes
@@ -65,7 +65,8 @@ struct GemmConfig {
 
 GemmConfig gemm_config(const GemmProblem& problem);
 
-// The adapter's U and V are long sums for few results: several blocks share the k of a tile, `length` each.
+// The adapter's U, V, dA and dB are long sums for few results: several blocks share the k of a tile, `length` each,
+// whole steps of a kernel.
 struct LowRankSplit {
   int parts;
   std::int64_t length;

@@ -68,6 +68,26 @@ __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (
   }
 }
 
+// Eight 16-bit elements: two a word, the first in its low half.
+using Eight = Vector<std::uint32_t, 4>;
+
+// `count` of them from there; the others are 0.
+template <class T>
+__device__ __forceinline__ Eight load_eight_16bit(const T* from, int count) {
+  static_assert(sizeof(T) == 2);
+  if (count == kEight && is_aligned(from, sizeof(Eight))) {
+    return load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
+  }
+  Eight result;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t first = 2 * i < count ? from[2 * i].bits : 0;
+    const std::uint32_t second = 2 * i + 1 < count ? from[2 * i + 1].bits : 0;
+    result.at[i] = first | second << 16;
+  }
+  return result;
+}
+
 template <int kElements, class T>
 __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)[kElements]) {
   if (count == kElements && is_aligned(to, kVectorOf<T, kElements> * sizeof(T))) {

@@ -1,4 +1,4 @@
-// linear_backward_input: V, and dX where it is a product for CUDA cores: dX = mask o (V . A) + dY . W.
+// linear_backward_input: V, and dX where gemm_config leaves it to device/product.cuh: dX = mask o (V . A) + dY . W.
 #include "device/low_rank.cuh"
 #include "device/problem.cuh"
 #include "kernels/kernels.h"
@@ -7,19 +7,19 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kProductThreads)
-    backward_kernel(const LinearBackwardInputArgs args, const Matrix v, const Dropout dropout) {
-  const ProductPlace place(args.dy.rows, args.weight.K);
-  float sum[kProductOwn][kProductOwn] = {};
+__global__ void __launch_bounds__(kProductThreads, 2)
+    backward_kernel(const LinearBackwardInputArgs args, const WeightColumns<T> weight, const Matrix v,
+                    const Dropout dropout) {
+  const ProductPlace<T> place(args.dy.rows, args.weight.K);
+  ProductSums sum = {};
   // The adapter's part comes first, so that the mask falls on nothing else.
   accumulate(sum, place, Rows<T>{static_cast<const T*>(v.data), v.stride},
-             LoraColumns<T>{args.lora.a, args.lora.dtype, args.weight.K, 1.0f}, args.lora.rank);
+             LoraColumns<T>{{args.lora.a, args.lora.dtype, args.weight.K, 1.0f}}, args.lora.rank);
   if (args.lora.rank > 0) {
     const Dropout mask = dropout.prepared();
     place.each(sum, [&](std::int64_t m, std::int64_t k, float& s) { s = mask.keeps(m, k) ? s : 0.0f; });
   }
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.dy.data), args.dy.stride}, WeightColumns<T>{args.weight},
-             args.weight.N);
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.dy.data), args.dy.stride}, weight, args.weight.N);
   T* const dx = static_cast<T*>(args.dx.data);
   place.each(sum, [&](std::int64_t m, std::int64_t k, float s) { dx[m * args.dx.stride + k] = from_f32<T>(s); });
 }
@@ -33,13 +33,14 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   const Matrix v = low_rank_matrix(args.v, args.dy.dtype, M, lora.rank, own.data());
   if (lora.rank > 0) {
     const Rows<T> dy{static_cast<const T*>(args.dy.data), args.dy.stride};
-    const LoraColumns<T> b{lora.b, lora.dtype, lora.rank, 1.0f};
-    low_rank_product<T>(dy, b, M, lora.rank, N, lora.scaling * dropout.scale, v, stream);
+    const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};
+    low_rank_product(dy, b, N, lora.scaling * dropout.scale, v, stream);
   }
   if (args.dx.data == nullptr) return;
   const GemmConfig config = config_of(args.dy, args.weight, /*backward=*/true, stream);
   if (config.kernel == GemmConfig::Kernel::tensor_cores) return gemm_backward(args, read_only(v), config, stream);
-  launch<backward_kernel<T>>(product_grid(M, args.weight.K), stream, args, v, dropout);
+  launch<backward_kernel<T>>(product_grid<T>(M, args.weight.K), stream, args, WeightColumns<T>(args.weight), v,
+                             dropout);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// linear_forward: U, and Y where it is a product for CUDA cores: Y = [X | U] . [W | s*B]^T + bias.
+// linear_forward: U, and Y where gemm_config leaves it to device/product.cuh: Y = [X | U] . [W | s*B]^T + bias.
 #include "device/low_rank.cuh"
 #include "device/problem.cuh"
 #include "kernels/kernels.h"
@@ -7,13 +7,13 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kProductThreads) forward_kernel(const LinearForwardArgs args, const Matrix u) {
-  const ProductPlace place(args.x.rows, args.weight.N);
-  float sum[kProductOwn][kProductOwn] = {};
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.x.data), args.x.stride}, WeightRows<T>{args.weight},
-             args.weight.K);
+__global__ void __launch_bounds__(kProductThreads, 2)
+    forward_kernel(const LinearForwardArgs args, const WeightRows<T> weight, const Matrix u) {
+  const ProductPlace<T> place(args.x.rows, args.weight.N);
+  ProductSums sum = {};
+  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.x.data), args.x.stride}, weight, args.weight.K);
   accumulate(sum, place, Rows<T>{static_cast<const T*>(u.data), u.stride},
-             LoraRows<T>{args.lora.b, args.lora.dtype, args.lora.rank, args.lora.scaling}, args.lora.rank);
+             LoraRows<T>{{args.lora.b, args.lora.dtype, args.lora.rank, args.lora.scaling}}, args.lora.rank);
   const T* const bias = static_cast<const T*>(args.bias);
   T* const y = static_cast<T*>(args.y.data);
   place.each(sum, [&](std::int64_t m, std::int64_t n, float s) {
@@ -30,8 +30,8 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
   if (lora.rank > 0) {
     const Dropout dropout(lora);
     const KeptRows<T> x{{static_cast<const T*>(args.x.data), args.x.stride}, dropout};
-    const LoraRows<T> a{lora.a, lora.dtype, K, 1.0f};
-    low_rank_product<T>(x, a, M, lora.rank, K, dropout.scale, u, stream);
+    const LoraRows<T> a{{lora.a, lora.dtype, K, 1.0f}};
+    low_rank_product(x, a, K, dropout.scale, u, stream);
   }
   const GemmConfig config = config_of(args.x, args.weight, /*backward=*/false, stream);
   switch (config.kernel) {
@@ -39,8 +39,8 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
       return gemv_forward(args, read_only(u), config, stream);
     case GemmConfig::Kernel::tensor_cores:
       return gemm_forward(args, read_only(u), config, stream);
-    case GemmConfig::Kernel::cuda_cores:
-      return launch<forward_kernel<T>>(product_grid(M, args.weight.N), stream, args, u);
+    case GemmConfig::Kernel::general:
+      return launch<forward_kernel<T>>(product_grid<T>(M, args.weight.N), stream, args, WeightRows<T>(args.weight), u);
   }
 }
 

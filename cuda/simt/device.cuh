@@ -302,11 +302,14 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const SharedP
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
   ldmatrix_x4(r, SharedPlace(row));
 }
-__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedPlace& row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row.address)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_transposed(r, SharedPlace(row));
 }
 
 template <class T>

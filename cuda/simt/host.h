@@ -298,6 +298,9 @@ inline void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row, Site site
 inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix_x4<true>(r, row, site);
 }
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedPlace& row, Site site = Site::current()) {
+  ldmatrix_x4<true>(r, row.address, site);
+}
 
 // c[16,8] += a[16,16] . b[16,8] by the warp. With g = lane / 4 and t = lane % 4, a register holds two elements:
 //   a[0]: (g, 2t) (g, 2t+1)   a[1]: the same of row g+8   a[2], a[3]: the same of columns + 8

@@ -126,14 +126,14 @@ void few_rows_do_not_get_their_kernel() {
   });
 }
 
-void product_without_a_tensor_core_kernel_is_given_to_one() {
+void product_without_a_gemm_kernel_is_given_to_one() {
   const GemmProblem problem = {.rows = 64, .cols = 64, .inner = 64, .aligned = true};
   GemmProblem eight_bits = problem;
   eight_bits.dtype = DType::f16;
   EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::tensor_cores);
   eight_bits.bits = 8;
-  EXPECT(gemm_config(problem).kernel == GemmConfig::Kernel::cuda_cores);
-  EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::cuda_cores);
+  EXPECT(gemm_config(problem).kernel == GemmConfig::Kernel::general);
+  EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::general);
 }
 
 void part_of_a_long_sum_is_left_out_or_empty() {
@@ -167,7 +167,7 @@ int main() {
   more_blocks_wait_for_each_other_than_a_device_holds();
   wide_tile_is_missed_or_mostly_zeros();
   few_rows_do_not_get_their_kernel();
-  product_without_a_tensor_core_kernel_is_given_to_one();
+  product_without_a_gemm_kernel_is_given_to_one();
   part_of_a_long_sum_is_left_out_or_empty();
   more_elements_than_an_int_counts();
   return report();
