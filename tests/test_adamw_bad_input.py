@@ -157,6 +157,22 @@ def test_op_reaches_beyond_the_end_of_a_state(change, message):
         step(*(arguments | change).values(), *options)
 
 
+def test_second_device_is_refused_when_the_first_has_stepped():
+    """A device for shapes alone stands for a GPU: its parameters are known, and nothing is computed there."""
+    params = [parameter(), nn.Parameter(torch.empty(3, device="meta"))]
+    optimizer = qn.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params[1].grad_dtype = None
+    params[1].grad = torch.ones(3, dtype=torch.float64, device="meta")
+    before = copy.deepcopy((params[0].detach(), optimizer.state[params[0]]))
+    with pytest.raises(TypeError, match=re.escape(f"grad: {FLOAT}torch.float64")):
+        optimizer.step()
+    assert torch.equal(params[0], before[0])
+    assert all(torch.equal(optimizer.state[params[0]][name], tensor) for name, tensor in before[1].items())
+
+
 LEARNING_RATES = [
     (([torch.tensor(1e-3)], []), "lr_tensors: expected 0 items, got 1"),
     (([torch.tensor(1e-3)], [1]), "lr_groups: expected indices below 1, got 1"),

@@ -179,14 +179,12 @@ def linear(
         return _linear_forward(*arguments)[0]
 
 
-def draw_seed(x: Tensor | None = None) -> Tensor:
+def draw_seed(x: Tensor) -> Tensor:
     """The seed of one dropout mask, int64 []: drawn on the CPU, where it costs no launch; for an `x` on a GPU that is
     captured into a CUDA graph, or compiled, which may capture it, on that GPU, so that every replay draws another.
     """
-    device = None
-    if x is not None and x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
-        device = x.device
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device or "cpu")
+    on_gpu = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -53,8 +53,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: an option out of its range; a parameter that is to be trained and is not fp32, bf16 or
-            fp16. In `step`: a sparse gradient, or one of another dtype; no parameter and
-            no moment has changed then.
+            fp16. In `step`: a sparse gradient, or one of another dtype, or an option that is out of its range by now;
+            no parameter and no moment has changed then.
     """
 
     # torch's GradScaler then leaves gradients as they are, and hands over its scale and whether it found an infinity.
@@ -123,6 +123,9 @@ class AdamW8bit(torch.optim.Optimizer):
                     batch.add_flat(index, params, grads, flat)
                 else:
                     batch.add(index, params, grads, states)
+        if len(batches) > 1:  # what one device refuses would come after the step of another
+            for batch in batches.values():
+                _check(batch.params, batch.grads)
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -137,7 +140,8 @@ class AdamW8bit(torch.optim.Optimizer):
         """What the optimizer did and holds.
 
         Returns:
-            skipped_steps: steps that did not happen because a gradient was not usable, or a GradScaler's found_inf set.
+            skipped_steps: steps that did not happen because a gradient, or a learning rate in a GPU's memory, was not
+                usable, or a GradScaler's found_inf set.
             state_bytes: bytes of all moments and scales.
         """
         tensors = (t for state in self.state.values() for name, t in state.items() if name != "step")
