@@ -93,7 +93,7 @@ class Case:
 
 
 def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
-    """Every case of a shape: all of the issue's for SQUARE and DOWN, the essential ones for UP."""
+    """Every case of a shape on a device; on a CPU the essential ones of UP, and all of any other shape."""
 
     def products(operation: str, Ms: tuple[int, ...], **fields: object) -> list[Case]:
         return [Case(operation=operation, shape=shape, M=M, **fields) for M in Ms]

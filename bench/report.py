@@ -108,7 +108,7 @@ def memory_line(row: dict) -> str:
 def step_lines(step: dict) -> str:
     """The result of step.measure()."""
     lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
-    lora += ", kept memory" if step["memory"] == "kept" else ""
+    lora += ", kept memory" if _step_memory(step) == "kept" else ""
     lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
     for name, found in step["contestants"].items():
         lines.append(
@@ -117,6 +117,10 @@ def step_lines(step: dict) -> str:
     if step.get("ratio"):
         lines.append(f"  {step['ratio']:.2f} x bitsandbytes + PEFT")
     return "\n".join(lines)
+
+
+def _step_memory(step: dict) -> str:
+    return step.get("memory", "default")  # the first reports do not say
 
 
 def optimizer_lines(row: dict) -> str:
@@ -238,7 +242,7 @@ def _cell(goal: Goal, values: list[float]) -> str:
         if _format(goal, low) == _format(goal, high)
         else f"{_format(goal, low)} … {_format(goal, high)}"
     )
-    return f"{shown} {mark}"
+    return f"{shown} {mark}" if (must, goal.aim) != (None, None) else shown
 
 
 def _format(goal: Goal, value: float) -> str:
@@ -338,12 +342,12 @@ def _step_table(steps: list[dict]) -> str:
     for step in steps:
         for name, found in step["contestants"].items():
             losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            cells = [name, f"{step['dropout']:g}", step["memory"], f"{found['seconds']:.2f}"]
+            cells = [name, f"{step['dropout']:g}", _step_memory(step), f"{found['seconds']:.2f}"]
             cells += [f"{found['tokens_per_s']:.0f}", losses]
             lines.append("| " + " | ".join(cells) + " |")
     first = steps[0]
     what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
-    what += 'each row pair from a process of its own. Memory "kept": by an allocator that gives nothing back.'
+    what += 'each pair of rows from a process of its own. Memory "kept": by an allocator that gives nothing back.'
     return what + "\n\n" + "\n".join(lines)
 
 

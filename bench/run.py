@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,21 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
     torch.set_num_threads(threads)
 
 
+def measure_steps(result: dict) -> None:
+    """Measure the training steps, into `result` by name; one that fails goes into result["wrong"]."""
+    import step
+    from report import step_lines
+
+    for name, how in data.STEPS.items():
+        try:
+            result[name] = step.measure_alone(**how)
+        except subprocess.CalledProcessError as error:  # it has said why; what was measured before is kept
+            result["wrong"].append(f"{name}: its process ended with {error.returncode}")
+            print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
+        else:
+            print(step_lines(result[name]), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the number of wrong results, or 1 where the device is missing."""
     args = arguments(argv)
@@ -204,12 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["optimizer"] = optimizer.measure(probes, clock)
         for row in result["optimizer"]:
             print(report.optimizer_lines(row), flush=True)
-    if "step" in args.operations:
-        import step
-
-        for name, how in data.STEPS.items():
-            result[name] = step.measure_alone(**how)
-            print(report.step_lines(result[name]), flush=True)
+    if "step" in args.operations and not args.quick:
+        measure_steps(result)
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))
     if args.targets:

@@ -126,7 +126,7 @@ class Gpu:
     """Time of a GPU, of what is submitted to torch's current stream."""
 
     CALLS = 8  # of a graph
-    HOLD_CYCLES = 4_000_000  # two milliseconds: several times what it takes to submit a graph, or an optimizer's step
+    HOLD_CYCLES = 4_000_000  # two milliseconds: several times what it takes to submit a graph
 
     def __init__(self, flush: Callable[[], object], cuda: Any) -> None:
         """`flush` leaves nothing in the level-two cache; `cuda` is torch.cuda."""
@@ -157,7 +157,8 @@ class Gpu:
     def alternate(
         self, contestants: Contestants, probe: Callable[[], object], budget_s: float, captured: bool = True
     ) -> tuple[dict[str, Times], Times]:
-        """Cpu.alternate's. Not `captured`: one call a sample, as what synchronizes cannot be in a graph."""
+        """Cpu.alternate's. Not `captured`: one call a sample, as what synchronizes cannot be in a graph; then what the
+        host takes beyond the hold, or after the call has waited for the GPU, is part of its time."""
         named = {**contestants, "probe": lambda _: probe()}
         runs = {name: self.graph(call).replay if captured else partial(call, 0) for name, call in named.items()}
         samples: dict[str, list[float]] = {name: [] for name in runs}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -242,13 +244,41 @@ def test_optimizer_in_bf16_is_called_wrong(script):
             step(0)
 
 
-def test_goals_of_the_optimizer_are_not_shown(script):
+def test_goals_of_the_optimizer_or_a_training_step_are_not_shown(script):
     report = script("report")
     times = {"qlora_native": {"us": 100.0}, "bitsandbytes": {"us": 900.0}, "torch fused": {"us": 90.0}}
     row = {"name": "LoRA adapter", "limit_us": 60.0, "times": times}
     result = {"machine": {"isa": "avx512"}, "rows": [], "memory": [], "optimizer": [row, row | {"name": "one tensor"}]}
+    result |= {"step": {"ratio": 1.5}, "step_kept": {"ratio": 1.25}}
     assert report.targets(result).splitlines()[2:] == [
+        "| a training step of SmolLM2 | bitsandbytes + PEFT | 1.40 × | 1.80 × | 1.50 × ○ |",
+        "| the same | bitsandbytes + PEFT, kept memory | – | – | 1.25 × |",
         "| AdamW8bit, 4.9 M in 360 tensors | bitsandbytes | 8.00 × | – | 9.00 × ✔ |",
         "| AdamW8bit, 4.9 M in 360 tensors | torch's fused AdamW | 1.00 × | – | 0.90 × ✘ |",
         "| AdamW8bit, one tensor of 100 M | the machine's limit | 60 % | – | 60 % ✔ |",
     ]
+
+
+def test_step_that_fails_takes_the_table_with_it(script, monkeypatch, capfd):
+    run, step = script("run"), script("step")
+    failing = "import sys; sys.exit('no model')"
+    monkeypatch.setattr(step, "measure_alone", lambda **_: subprocess.run([sys.executable, "-c", failing], check=True))
+    result = {"rows": ["a row"], "wrong": []}
+    run.measure_steps(result)
+    steps = [f"{name}: its process ended with 1" for name in script("cases").STEPS]
+    assert result == {"rows": ["a row"], "wrong": steps}
+    out, err = capfd.readouterr()
+    assert out.count("WRONG RESULT") == err.count("no model") == len(steps)
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.glob("results/*-threads-*.json")), ids=lambda path: path.stem)
+def test_committed_report_cannot_be_written_again(script, path):
+    """As `python bench/report.py FILE.json` does, without the plots."""
+    found = json.loads(path.read_text())
+    if "rows" not in found:
+        pytest.skip("of bench/large.py")
+    text = script("report").report(found)
+    assert path.with_suffix(".md").read_text().splitlines()[0] == text.splitlines()[0]
+    heads = {"step": "## A training step", "optimizer": "## A step of AdamW", "memory": "## Extra memory"}
+    for part, head in heads.items():
+        assert (head in text) == bool(found.get(part))
