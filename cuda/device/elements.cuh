@@ -71,13 +71,14 @@ __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (
 // Eight 16-bit elements: two a word, the first in its low half.
 using Eight = Vector<std::uint32_t, 4>;
 
-// `count` of them from there; the others are 0.
 template <class T>
-__device__ __forceinline__ Eight load_eight_16bit(const T* from, int count) {
+__device__ __forceinline__ Eight load_eight_16bit_aligned(const T* from) {
   static_assert(sizeof(T) == 2);
-  if (count == kEight && is_aligned(from, sizeof(Eight))) {
-    return load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
-  }
+  return load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
+}
+// `count` of them, one by one; the others are 0.
+template <class T>
+__device__ __forceinline__ Eight gather_eight_16bit(const T* from, int count) {
   Eight result;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

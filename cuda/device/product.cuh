@@ -76,18 +76,35 @@ constexpr int kTensorStages = 2;
 template <class Source>
 class PendingEights {
  public:
-  __device__ PendingEights(const Source& source, std::int64_t i0, std::int64_t rows)
-      : source_(source), i0_(i0), rows_(rows - i0 < kProductTile ? static_cast<int>(rows - i0) : kProductTile) {}
-  // `inner`: so many of the step's k, or more, are there.
-  __device__ __forceinline__ void fetch(std::int64_t k0, int inner) {
+  // From `begin` on; `inner`: where k ends.
+  __device__ PendingEights(const Source& source, std::int64_t i0, std::int64_t rows, std::int64_t begin,
+                           std::int64_t inner)
+      : source_(source),
+        i0_(i0),
+        rows_(rows - i0 < kProductTile ? static_cast<int>(rows - i0) : kProductTile),
+        vectors_(source.has_vectors() && (Source::kAlongInner ? inner : rows) % kEight == 0),
+        element_(Source::kAlongInner ? (i0 + i_of(0)) * source.stride + begin + k_of(0)
+                                     : (begin + k_of(0)) * source.stride + i0 + i_of(0)) {}
+  // The next step, of which so many k, or more, are there.
+  __device__ __forceinline__ void fetch(int inner) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int i = i_of(n), k = k_of(n), rest = Source::kAlongInner ? inner - k : rows_ - i;
-      raw_[n] = {};  // becomes zeros
-      if (i < rows_ && k < inner) raw_[n] = source_.fetch(i0_ + i, k0 + k, rest < kEight ? rest : kEight);
+    for (int n = 0; n < kCount; ++n) raw_[n] = {};  // becomes zeros
+    if (vectors_) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        if (i_of(n) < rows_ && k_of(n) < inner) raw_[n] = source_.load(element_ + n * kLinesAtOnce * source_.stride);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        const int rest = Source::kAlongInner ? inner - k_of(n) : rows_ - i_of(n);
+        if (i_of(n) < rows_ && k_of(n) < inner)
+          raw_[n] = source_.gather(element_ + n * kLinesAtOnce * source_.stride, rest < kEight ? rest : kEight);
+      }
     }
+    element_ += Source::kAlongInner ? kStep : kStep * source_.stride;
   }
-  // What fetch(k0) has brought.
+  // What it has brought, which begins at k0.
   __device__ __forceinline__ void put(std::int64_t k0, TensorOperand& to) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
@@ -97,6 +114,7 @@ class PendingEights {
   }
 
  private:
+  static constexpr int kStep = kProductStep<typename Source::Element>;
   static constexpr int kLinesAtOnce = kProductThreads / TensorOperand::kVectors;
   static constexpr int kCount = kProductTile / kLinesAtOnce;
   __device__ static int line_of(int n) { return thread_index() / TensorOperand::kVectors + n * kLinesAtOnce; }
@@ -107,6 +125,8 @@ class PendingEights {
   const Source& source_;
   const std::int64_t i0_;
   const int rows_;  // of the tile
+  const bool vectors_;
+  std::int64_t element_;  // of the next step, the first of the thread's
   typename Source::Raw raw_[kCount];
 };
 
@@ -147,12 +167,12 @@ __device__ void accumulate_on_tensor_cores(ProductSums& total, const ProductPlac
   TensorStage* const stages = dynamic_smem<TensorStage>();
   const TensorFragments<Left::kAlongInner, true> left_fragments(stages->left, place.warp_row());
   const TensorFragments<Right::kAlongInner, false> right_fragments(stages->right, place.warp_col());
-  PendingEights<Left> next_left(left, place.i0, place.rows);
-  PendingEights<Right> next_right(right, place.j0, place.cols);
+  PendingEights<Left> next_left(left, place.i0, place.rows, begin, inner);
+  PendingEights<Right> next_right(right, place.j0, place.cols, begin, inner);
   const auto fetch = [&](std::int64_t k0) {
     const int there = inner - k0 < kStep ? static_cast<int>(inner - k0) : kStep;
-    next_left.fetch(k0, there);
-    next_right.fetch(k0, there);
+    next_left.fetch(there);
+    next_right.fetch(there);
   };
   ProductSums sum = {};
   const auto multiply = [&](std::uint32_t stage) {

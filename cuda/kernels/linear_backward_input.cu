@@ -13,13 +13,13 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const ProductPlace<T> place(args.dy.rows, args.weight.K);
   ProductSums sum = {};
   // The adapter's part comes first, so that the mask falls on nothing else.
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(v.data), v.stride},
+  accumulate(sum, place, Rows<T>{{static_cast<const T*>(v.data), v.stride}},
              LoraColumns<T>{{args.lora.a, args.lora.dtype, args.weight.K, 1.0f}}, args.lora.rank);
   if (args.lora.rank > 0) {
     const Dropout mask = dropout.prepared();
     place.each(sum, [&](std::int64_t m, std::int64_t k, float& s) { s = mask.keeps(m, k) ? s : 0.0f; });
   }
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.dy.data), args.dy.stride}, weight, args.weight.N);
+  accumulate(sum, place, Rows<T>{{static_cast<const T*>(args.dy.data), args.dy.stride}}, weight, args.weight.N);
   T* const dx = static_cast<T*>(args.dx.data);
   place.each(sum, [&](std::int64_t m, std::int64_t k, float s) { dx[m * args.dx.stride + k] = from_f32<T>(s); });
 }
@@ -32,7 +32,7 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   const Workspace own(low_rank_bytes(args.v, args.dy.dtype, M, lora.rank), stream);
   const Matrix v = low_rank_matrix(args.v, args.dy.dtype, M, lora.rank, own.data());
   if (lora.rank > 0) {
-    const Rows<T> dy{static_cast<const T*>(args.dy.data), args.dy.stride};
+    const Rows<T> dy{{static_cast<const T*>(args.dy.data), args.dy.stride}};
     const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};
     low_rank_product(dy, b, N, lora.scaling * dropout.scale, v, stream);
   }

@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     forward_kernel(const LinearForwardArgs args, const WeightRows<T> weight, const Matrix u) {
   const ProductPlace<T> place(args.x.rows, args.weight.N);
   ProductSums sum = {};
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(args.x.data), args.x.stride}, weight, args.weight.K);
-  accumulate(sum, place, Rows<T>{static_cast<const T*>(u.data), u.stride},
+  accumulate(sum, place, Rows<T>{{static_cast<const T*>(args.x.data), args.x.stride}}, weight, args.weight.K);
+  accumulate(sum, place, Rows<T>{{static_cast<const T*>(u.data), u.stride}},
              LoraRows<T>{{args.lora.b, args.lora.dtype, args.lora.rank, args.lora.scaling}}, args.lora.rank);
   const T* const bias = static_cast<const T*>(args.bias);
   T* const y = static_cast<T*>(args.y.data);
@@ -29,7 +29,7 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
   const Matrix u = low_rank_matrix(args.u, args.x.dtype, M, lora.rank, own.data());
   if (lora.rank > 0) {
     const Dropout dropout(lora);
-    const KeptRows<T> x{{static_cast<const T*>(args.x.data), args.x.stride}, dropout};
+    const KeptRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
     const LoraRows<T> a{{lora.a, lora.dtype, K, 1.0f}};
     low_rank_product(x, a, K, dropout.scale, u, stream);
   }

@@ -9,7 +9,7 @@ template <class T>
 void gradients(const LoraGradientsArgs& args, const Stream& stream) {
   const std::int64_t M = args.x.rows, N = args.dy.cols, K = args.x.cols, rank = args.lora.rank;
   const auto columns = [](const ConstMatrix& matrix) {
-    return Columns<T>{static_cast<const T*>(matrix.data), matrix.stride};
+    return Columns<T>{{static_cast<const T*>(matrix.data), matrix.stride}};
   };
   if (args.da != nullptr) {
     const KeptColumns<T> x{columns(args.x), Dropout(args.lora)};
