@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -19,3 +20,19 @@ inline void check_call(cudaError_t error, const char* call, const char* file, in
 }  // namespace qlora_native::cuda
 
 #define QLN_CHECK_CUDA(call) ::qlora_native::cuda::check_call((call), #call, __FILE__, __LINE__)
+
+namespace qlora_native::cuda {
+
+// Bytes of a kernel's parameters. More of them, up to 32,764, are taken by drivers from R530 on, which is CUDA 12.1's;
+// but a runtime of any CUDA 12 starts on R525, whose launch would fail without saying why.
+constexpr std::size_t kParametersOfAnyDriver = 4096;
+inline void check_driver_takes_large_parameters() {
+  constexpr int kCuda121 = 12010;
+  int version = 0;
+  QLN_CHECK_CUDA(cudaDriverGetVersion(&version));
+  if (version >= kCuda121) return;
+  throw std::runtime_error("the NVIDIA driver is of CUDA " + std::to_string(version / 1000) + "." +
+                           std::to_string(version % 1000 / 10) + ": expected R530, which is of CUDA 12.1, or later");
+}
+
+}  // namespace qlora_native::cuda

@@ -34,6 +34,7 @@ template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
   if (shape.blocks == 0) return;
+  if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   const auto* function = reinterpret_cast<const void*>(kernel);
   if (shape.smem_bytes > kWithoutAsking) {
