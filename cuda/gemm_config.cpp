@@ -23,6 +23,12 @@ bool wants_wide_tile(const GemmProblem& problem) {
   return problem.aligned_64 && problem.rows > kGemmMiddleRows && (wide - other) * kPart <= wide;
 }
 
+int copies_of_wide_tile(const GemmProblem& problem) {
+  const bool has_rows =
+      problem.smem_bytes >= kGemmMostCopiesSmem && problem.reserved_smem_bytes <= kGemmMostReservedSmem;
+  return has_rows ? kGemmMostCopies : kGemmWideCopies;
+}
+
 }  // namespace
 
 GemmConfig gemm_config(const GemmProblem& problem) {
@@ -41,7 +47,7 @@ GemmConfig gemm_config(const GemmProblem& problem) {
   // As few rows as hold all of M, so that no tensor core multiplies zeros.
   config.tile_rows = problem.rows <= kGemmFewRows ? kGemmFewRows : wide ? kGemmWideRows : kGemmMiddleRows;
   config.tile_cols = wide ? kGemmWideCols : kGemmCols;
-  config.copies = !wide ? kGemmCopies : problem.smem_bytes < kGemmMostCopiesSmem ? kGemmWideCopies : kGemmMostCopies;
+  config.copies = wide ? copies_of_wide_tile(problem) : kGemmCopies;
   config.row_tiles = ceil_div(problem.rows, config.tile_rows);
   config.tiles = config.row_tiles * ceil_div(problem.cols, config.tile_cols);
   config.steps = static_cast<int>(ceil_div(problem.inner, kGemmStep));

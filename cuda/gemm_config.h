@@ -22,6 +22,8 @@ constexpr int kGemmBlocks = 2, kGemmWideBlocks = 1;
 // shared memory, which is everywhere but on sm_86, sm_89 and sm_120.
 constexpr int kGemmCopies = 4, kGemmWideCopies = 8, kGemmMostCopies = 32;
 constexpr std::size_t kGemmMostCopiesSmem = 147 * 1024;
+// Its table must begin at a certain address: the device may keep so much before it.
+constexpr std::size_t kGemmMostReservedSmem = 1024;
 // The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
@@ -37,7 +39,8 @@ struct GemmProblem {
   bool aligned = false;     // rows of the left operand and of the weight are whole 16-byte vectors
   bool aligned_64 = false;  // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
   int multiprocessors = 1;
-  std::size_t smem_bytes = 0;  // of shared memory, that a block may have
+  std::size_t smem_bytes = 0;           // of shared memory, that a block may have
+  std::size_t reserved_smem_bytes = 0;  // that the device keeps of it before
 };
 
 struct GemmConfig {

@@ -38,6 +38,7 @@ struct GemmArgs {
 template <class T, class Weights, class Tile>
 struct GemmShared {
   static constexpr std::size_t kSlack = Weights::Table::kRows ? kRowsBegin : 0;  // so that `pairs` may begin there
+  static_assert(kRowsBegin == kGemmMostReservedSmem);
   struct Stage {
     LeftStage<T, Tile::kRows> left;
     alignas(kStageAlignment) std::uint8_t codes[Weights::kCodeBytes];

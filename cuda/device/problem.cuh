@@ -57,6 +57,7 @@ inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView
       .aligned_64 = is_aligned_64(w) && vectors,
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),
+      .reserved_smem_bytes = reserved_smem_bytes(stream),
   };
 }
 inline GemmConfig config_of(const ConstMatrix& left, const QuantizedWeightView& w, bool backward,

@@ -84,6 +84,12 @@ inline std::size_t max_smem_bytes(const Stream& stream) {
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.index));
   return static_cast<std::size_t>(bytes);
 }
+// Of each block's, that the device keeps for itself: what dynamic_smem() gives begins behind it, or at address 0.
+inline std::size_t reserved_smem_bytes(const Stream& stream) {
+  int bytes = 0;
+  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrReservedSharedMemoryPerBlock, stream.index));
+  return static_cast<std::size_t>(bytes);
+}
 
 // ---- who a thread is
 // -------------------------------------------------------------------------------------------------

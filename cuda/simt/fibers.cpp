@@ -53,8 +53,10 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
-// Shared memory begins so far behind a multiple of 64 KB: a device keeps the first KB.
-constexpr std::size_t kSmemBoundary = 64 * 1024, kSmemBegin = 1024;
+// Shared memory of odd blocks begins at a multiple of 64 KB, as that of sm_80; of even ones a KB further on, as of
+// sm_90: kernels must not know which.
+constexpr std::size_t kSmemBoundary = 64 * 1024;
+std::size_t smem_begin(std::int64_t block) { return block % 2 == 0 ? kReservedSmemBytes : 0; }
 // A fiber's: a kernel's locals are small, AddressSanitizer's redzones around them are not.
 #ifdef __SANITIZE_ADDRESS__
 constexpr std::size_t kStackBytes = 256 * 1024;
@@ -149,11 +151,12 @@ struct Block {
         order(static_cast<std::size_t>(grid->threads)) {
     // Exactly as large as was asked for, so that AddressSanitizer sees the first byte beyond; every float a NaN.
     void* memory = nullptr;
-    if (posix_memalign(&memory, kSmemBoundary, kSmemBegin + grid->smem_bytes) != 0) throw std::bad_alloc();
-    smem = static_cast<std::byte*>(memory) + kSmemBegin;
+    const std::size_t begin = smem_begin(index);
+    if (posix_memalign(&memory, kSmemBoundary, begin + grid->smem_bytes) != 0) throw std::bad_alloc();
+    smem = static_cast<std::byte*>(memory) + begin;
     std::memset(smem, 0xFF, grid->smem_bytes);
 #ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(memory, kSmemBegin);
+    __asan_poison_memory_region(memory, begin);
 #endif
     std::iota(order.begin(), order.end(), 0);
     for (int thread = 0; thread < grid->threads; ++thread) {
@@ -169,9 +172,9 @@ struct Block {
   Block& operator=(const Block&) = delete;
   ~Block() {
     for (Fiber& fiber : fibers) stacks.give_back(fiber.stack);
-    std::byte* const memory = smem - kSmemBegin;
+    std::byte* const memory = smem - smem_begin(index);
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(memory, kSmemBegin);
+    __asan_unpoison_memory_region(memory, smem_begin(index));
 #endif
     std::free(memory);
   }

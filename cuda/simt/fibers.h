@@ -47,6 +47,8 @@ struct Grid {
 
 // Of shared memory, that a block may have: what Hopper's have, or QLN_EMULATED_SMEM, for what runs where there is less.
 std::size_t max_smem_bytes();
+// And what the device keeps of it for itself.
+constexpr std::size_t kReservedSmemBytes = 1024;
 
 // Runs the grid; returns when it is done. Several host threads may run grids at once. A mistake of the kernel that no
 // device would forgive (a deadlock, lanes that meet at different calls) ends the process, with file and line.

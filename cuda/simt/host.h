@@ -73,6 +73,7 @@ inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
 // As few as make several blocks of a persistent grid wait for each other.
 inline int multiprocessors(const Stream&) { return 3; }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
+inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
 // ---- who a thread is
 // -------------------------------------------------------------------------------------------------

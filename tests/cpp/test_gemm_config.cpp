@@ -69,7 +69,7 @@ void tile_is_not_one_that_was_compiled() {
     if (is_for_few_rows(problem)) return;
     const GemmConfig config = gemm_config(problem);
     if (config.tile_cols == kGemmWideCols) {
-      const bool much = problem.smem_bytes >= kGemmMostCopiesSmem;
+      const bool much = problem.smem_bytes >= kGemmMostCopiesSmem && problem.reserved_smem_bytes <= 1024;
       EXPECT(config.tile_rows == kGemmWideRows && problem.rows > kGemmMiddleRows && problem.aligned_64);
       EXPECT(config.copies == (much ? kGemmMostCopies : kGemmWideCopies));
     } else {
@@ -77,6 +77,20 @@ void tile_is_not_one_that_was_compiled() {
       EXPECT(config.tile_rows == (problem.rows <= kGemmFewRows ? kGemmFewRows : kGemmMiddleRows));
     }
   });
+}
+
+void table_with_a_copy_for_each_lane_has_no_place() {
+  GemmProblem problem = {
+      .rows = 4096, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true};
+  const auto copies = [&](std::size_t smem_bytes, std::size_t reserved) {
+    problem.smem_bytes = smem_bytes;
+    problem.reserved_smem_bytes = reserved;
+    return gemm_config(problem).copies;
+  };
+  EXPECT(copies(kHopperSmem, 0) == kGemmMostCopies && copies(kHopperSmem, 1024) == kGemmMostCopies);
+  EXPECT(copies(163 * 1024, 1024) == kGemmMostCopies && copies(kGemmMostCopiesSmem, 1024) == kGemmMostCopies);
+  EXPECT(copies(kGemmMostCopiesSmem - 1, 1024) == kGemmWideCopies && copies(kLeastSmem, 1024) == kGemmWideCopies);
+  EXPECT(copies(kHopperSmem, 1025) == kGemmWideCopies);  // a device to come
 }
 
 void more_blocks_wait_for_each_other_than_a_device_holds() {
@@ -164,6 +178,7 @@ int main() {
   a_step_is_left_out_or_done_twice();
   tiles_do_not_cover_the_result();
   tile_is_not_one_that_was_compiled();
+  table_with_a_copy_for_each_lane_has_no_place();
   more_blocks_wait_for_each_other_than_a_device_holds();
   wide_tile_is_missed_or_mostly_zeros();
   few_rows_do_not_get_their_kernel();

@@ -277,16 +277,27 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
   const int lane = thread_index();
   for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
   sync_warp();
-  out[lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
+  out[block_index() * kWarp + lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
 }
 
 void row_of_a_table_is_another() {
-  std::uint32_t out[kWarp];
-  launch<rows_kernel>({1, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, &out[0]);
+  constexpr int kBlocks = 2;  // whose shared memory begins at different places
+  std::uint32_t out[kBlocks * kWarp];
+  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, &out[0]);
   const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
-  for (int lane = 0; lane < kWarp; ++lane) {
-    EXPECT(out[lane] == static_cast<std::uint32_t>(rows[lane % 4] * kWarp + lane));
+  for (int i = 0; i < kBlocks * kWarp; ++i) {
+    EXPECT(out[i] == static_cast<std::uint32_t>(rows[i % 4] * kWarp + i % kWarp));
   }
+}
+
+__global__ void place_kernel(std::uint32_t* to_rows) {
+  if (thread_index() == 0) to_rows[block_index()] = SharedPlace(dynamic_smem<std::byte>()).to_rows();
+}
+
+void blocks_do_not_have_both_places_of_shared_memory() {
+  std::uint32_t to_rows[2];
+  launch<place_kernel>({2, kWarp, 1024}, {}, &to_rows[0]);
+  EXPECT(to_rows[0] == 0 && to_rows[1] == kRowsBegin);
 }
 
 void emulated_device_has_other_shared_memory_than_was_said() {
@@ -430,6 +441,7 @@ int run_all() {
   tensor_core_gives_the_product<F16>();
   place_in_shared_memory_is_another();
   row_of_a_table_is_another();
+  blocks_do_not_have_both_places_of_shared_memory();
   emulated_device_has_other_shared_memory_than_was_said();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
