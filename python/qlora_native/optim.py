@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (the fake kernel)
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import check_float_dtype
 from ._flat import FlatStates, are_states
 from ._optim_state import Kept, check_options, checked_state, shapes_of
+from ._optim_step import Batch, by_device, check_tensors
 from ._paged import Rooms, is_pageable
 
 __all__ = ["AdamW8bit", "PagedAdamW8bit"]
@@ -108,15 +108,15 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[torch.device, _Batch] = {}
+        batches: dict[torch.device, Batch] = {}
         for index, group in enumerate(self.param_groups):
             stepped = [param for param in group["params"] if param.grad is not None]
-            for device, params in _by_device(stepped).items():
+            for device, params in by_device(stepped).items():
                 grads = [param.grad for param in params]
-                batch = batches.setdefault(device, _Batch(len(self.param_groups)))
+                batch = batches.setdefault(device, Batch(len(self.param_groups)))
                 states = [self.state.get(param) for param in params]
                 if not all(states):
-                    _check(params, grads)  # before anything is made of them
+                    check_tensors(params, grads)  # before anything is made of them
                     states = [self.state[param] or self._init_state(index, param) for param in params]
                 flat = self._flat(index, device, params, states)
                 if flat is not None:
@@ -125,14 +125,14 @@ class AdamW8bit(torch.optim.Optimizer):
                     batch.add(index, params, grads, states)
         if len(batches) > 1:  # what one device refuses would come after the step of another
             for batch in batches.values():
-                _check(batch.params, batch.grads)
+                check_tensors(batch.params, batch.grads)
         for device, batch in batches.items():
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
             try:
                 batch.run(self.param_groups, self._scaling(device), self._skipped[device])
             except (RuntimeError, ValueError):
-                _check(batch.params, batch.grads)  # which the op has done as well, but not in a user's words
+                check_tensors(batch.params, batch.grads)  # which the op has done as well, but not in a user's words
                 raise
         return loss
 
@@ -308,94 +308,6 @@ class PagedAdamW8bit(AdamW8bit):
                     moments[name] = room.copy_(moments[name])
         self._rooms[index, device] = rooms
         return rooms
-
-
-def _by_device(params: list[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """The parameters of each device, in order."""
-    devices = dict.fromkeys([param.device for param in params])
-    if len(devices) == 1:
-        return dict.fromkeys(devices, params)
-    return {device: [param for param in params if param.device == device] for device in devices}
-
-
-def _check(params: list[Tensor], grads: list[Tensor]) -> None:
-    """Raise unless all are dense, and of dtypes that the op takes."""
-    for layout in {grad.layout for grad in grads}:
-        if layout is not torch.strided:
-            raise bad_type("grad", "a dense gradient", layout)
-    for name, tensors in (("params", params), ("grad", grads)):
-        for dtype in {tensor.dtype for tensor in tensors}:
-            check_float_dtype(name, dtype)
-
-
-def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
-    """A learning rate that the op reads where the parameters are; None: it is told the number."""
-    if not isinstance(lr, Tensor):
-        return None
-    if lr.numel() != 1:
-        raise bad("lr", "a number or a one-element tensor", f"shape {list(lr.shape)}")
-    if lr.device != device:
-        return None
-    if lr.dtype == torch.float32:
-        return lr
-    return lr.float() if device.type != "cpu" else None  # on the CPU its own precision is to be had
-
-
-class _Batch:
-    """The tensors of one device's step, as the op takes them."""
-
-    def __init__(self, groups: int) -> None:
-        self.sizes = [0] * groups
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.state1: list[Tensor] = []
-        self.state2: list[Tensor] = []
-        self.absmax1: list[Tensor] = []
-        self.absmax2: list[Tensor] = []
-
-    # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
-    def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        """A group's parameters with their gradients and states."""
-        self._add(group, params, grads)
-        self.steps += [state["step"] for state in states]
-        self.state1 += [state["state1"] for state in states]
-        self.state2 += [state["state2"] for state in states]
-        in_8_bits = [state for state in states if "absmax1" in state]
-        self.absmax1 += [state["absmax1"] for state in in_8_bits]
-        self.absmax2 += [state["absmax2"] for state in in_8_bits]
-
-    def add_flat(self, group: int, params: list[Tensor], grads: list[Tensor], flat: FlatStates) -> None:
-        """The same, with all their states."""
-        self._add(group, [params[i] for i in flat.order], [grads[i] for i in flat.order])
-        self.steps += flat.tensors["step"]
-        self.state1 += flat.tensors["state1"]
-        self.state2 += flat.tensors["state2"]
-        self.absmax1 += flat.tensors.get("absmax1", [])
-        self.absmax2 += flat.tensors.get("absmax2", [])
-
-    def _add(self, group: int, params: list[Tensor], grads: list[Tensor]) -> None:
-        self.sizes[group] = len(params)
-        self.params += params
-        self.grads += grads
-
-    def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
-        """Step them all. `groups`: the optimizer's."""
-        rates = [_device_lr(group["lr"], skipped.device) for group in groups]
-        torch.ops.qlora_native.adamw_8bit_step.default(
-            self.params, self.grads, self.state1, self.state2, self.absmax1, self.absmax2, self.steps, self.sizes,
-            [float(group["lr"]) if rate is None else 0.0 for group, rate in zip(groups, rates, strict=True)],
-            [float(group["betas"][0]) for group in groups],
-            [float(group["betas"][1]) for group in groups],
-            [float(group["eps"]) for group in groups],
-            [float(group["weight_decay"]) for group in groups],
-            *scaling,
-            skipped,
-            [rate for rate in rates if rate is not None],
-            [index for index, rate in enumerate(rates) if rate is not None],
-        )  # fmt: skip
-        # For autograd: a parameter that a graph has saved was changed.
-        torch.autograd.graph.increment_version(self.params)
 
 
 _warned: set[str] = set()
