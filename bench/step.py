@@ -7,14 +7,14 @@ makes it) for all; as optimizer each stack's own 8-bit AdamW, and torch's fused 
 take turns step by step in one process; a step is forward, backward, optimizer. They begin with the same numbers, so
 their first losses must be equal: the check.
 
-A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
-process decides what its allocator does with freed memory (timing.set_allocator), and whoever decodes a whole weight for
-every product feels that most. --keep-memory has the figures of an allocator that gives nothing back.
-
 The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
 so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
 the fp32 accumulator. Measured over three steps: 3.489, 3.453, 3.416 here; 3.488, 3.482, 3.463 with bitsandbytes; 3.487,
 3.449, 3.411 with everything in fp32.
+
+A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
+process decides what its allocator does with freed memory (timing.set_allocator), and whoever decodes a whole weight for
+every product feels that most. --keep-memory has the figures of an allocator that gives nothing back.
 """
 
 from __future__ import annotations
