@@ -61,7 +61,7 @@ def describe() -> dict[str, object]:
         "isas": native.available_isas(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "l3_bytes": l3_bytes(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "versions": versions,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+import qlora_native as qn
 from qlora_native import _C
 
 MEGABYTE = 2**20
@@ -71,3 +74,25 @@ def test_measurement_sees_nothing():
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert int(shown.stdout) > 60 * MEGABYTE
+
+
+def flags_of(address):
+    """Of the mapping that holds an address: proc(5), VmFlags of smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_large_result_does_not_ask_for_huge_pages():
+    q = qn.quantize(torch.ones(4096, 8192, dtype=torch.bfloat16))
+    result = q.dequantize(torch.float32)  # 128 MB: a mapping of its own
+    other = torch.empty_like(result)
+    assert "hg" in flags_of(result.data_ptr() + result.nbytes // 2)
+    assert "hg" not in flags_of(other.data_ptr() + other.nbytes // 2)

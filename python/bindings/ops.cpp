@@ -136,7 +136,7 @@ Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
 }
 
 // The first touch of a fresh page costs more than what is written to it: decoding into 32 MB that the allocator has
-// just got takes eight times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
+// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
 // results do, as numpy's arrays, from the same size on.
 void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
