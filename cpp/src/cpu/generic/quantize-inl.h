@@ -9,9 +9,16 @@
 namespace qlora_native {
 namespace {
 
-// Two ways to the nearest level's place: how many of the 15 midpoints lie below t, |t| <= 1.
+// How many of 15 ascending limits (and a 16th, infinite) lie below t: four steps of bisection.
+inline I32 count_below(Table16 limits, F32 t) {
+  I32 position = set1_i32(0);
+  for (int step = 8; step > 0; step /= 2)
+    position = add_where_above(position, t, lookup(limits, add_i32(position, set1_i32(step - 1))), step);
+  return position;
+}
 
-// Four steps of bisection.
+// Two ways to the nearest level's place: how many of a codebook's 15 midpoints lie below t, |t| <= 1.
+
 class Bisection {
  public:
   explicit Bisection(const SortedCodebook& codebook) {
@@ -20,12 +27,7 @@ class Bisection {
     midpoints[15] = __builtin_inff();
     midpoints_ = table16(midpoints);
   }
-  I32 count_below(F32 t) const {
-    I32 position = set1_i32(0);
-    for (int step = 8; step > 0; step /= 2)
-      position = add_where_above(position, t, lookup(midpoints_, add_i32(position, set1_i32(step - 1))), step);
-    return position;
-  }
+  I32 place_of(F32 t) const { return count_below(midpoints_, t); }
 
  private:
   Table16 midpoints_;
@@ -53,7 +55,7 @@ class Buckets {
       if (bucket_of(codebook.midpoint[i]) == bucket_of(codebook.midpoint[i + 1])) return false;
     return true;
   }
-  I32 count_below(F32 t) const {
+  I32 place_of(F32 t) const {
     const I32 bucket = as_i32(fma(t, set1(kPerUnit), set1(kOrigin)));
     return add_where_above(as_i32(lookup(below_, bucket)), t, lookup(midpoint_, bucket), 1);
   }
@@ -90,7 +92,7 @@ struct Encode4 {
 
   explicit Encode4(const SortedCodebook& codebook) : search(codebook), order(order_table(codebook)) {}
   void operator()(F32 even, F32 odd, std::uint8_t* codes) const {
-    const auto code = [&](F32 t) { return as_i32(lookup(order, search.count_below(t))); };
+    const auto code = [&](F32 t) { return as_i32(lookup(order, search.place_of(t))); };
     store_nibble_pairs(codes, code(even), code(odd));
   }
 };
@@ -209,12 +211,8 @@ struct MapMidpoints {
     for (int i = 0; i < 16; ++i) every16th[i] = all[16 * i + 15];
   }
 
-  I32 count_below(F32 t) const {
-    I32 position = set1_i32(0);
-    const Table16 coarse = table16(every16th);
-    for (int step = 8; step > 0; step /= 2)
-      position = add_where_above(position, t, lookup(coarse, add_i32(position, set1_i32(step - 1))), step);
-    position = shift_left<4>(position);
+  I32 place_of(F32 t) const {
+    I32 position = shift_left<4>(count_below(table16(every16th), t));
     for (int step = 8; step > 0; step /= 2)
       position = add_where_above(position, t, gather(all.data(), add_i32(position, set1_i32(step - 1))), step);
     return position;
@@ -260,7 +258,7 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
     const F32 divisor = set1(larger(absmax, 1e-38f));
     for (std::int64_t i = first; i < end; i += kLanes) {
       std::uint8_t codes[kLanes];
-      store_bytes(codes, midpoints.count_below(divide(centred(i), divisor)));
+      store_bytes(codes, midpoints.place_of(divide(centred(i), divisor)));
       __builtin_memcpy(args.codes + i, codes, static_cast<std::size_t>(smaller<std::int64_t>(kLanes, end - i)));
     }
   });
