@@ -165,7 +165,7 @@ def quick(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
 
 
 # Training steps: how step.measure_alone takes them.
-STEPS = {"step": {}, "step_kept": {"keep_memory": True}, "step_dropout": {"dropout": 0.05}}
+STEPS = {"step": {"processes": 5}, "step_kept": {"keep_memory": True}, "step_dropout": {"dropout": 0.05}}
 
 
 # --------------------------------------------------------------------------------------------------- what to reach

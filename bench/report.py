@@ -115,8 +115,14 @@ def step_lines(step: dict) -> str:
             f"  {name:<24} {found['seconds']:6.2f} s  {found['tokens_per_s']:6.0f} tokens/s  loss {found['losses']}"
         )
     if step.get("ratio"):
-        lines.append(f"  {step['ratio']:.2f} x bitsandbytes + PEFT")
+        lines.append(f"  {step['ratio']:.2f} x bitsandbytes + PEFT{_spread(step)}")
     return "\n".join(lines)
+
+
+def _spread(step: dict) -> str:
+    """The ratios of a step's processes, where there were several."""
+    ratios = step.get("ratios", ())
+    return f", {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} processes" if len(ratios) > 1 else ""
 
 
 def _step_memory(step: dict) -> str:
@@ -294,7 +300,7 @@ def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
         parts += [f"![{Path(path).stem}]({path})", caption]
     steps = [result[name] for name in STEPS if name in result]
     if steps:
-        parts += ["## A training step", _step_table(steps)]
+        parts += ["## A training step", _step_table(steps, result["limits"])]
     if result.get("optimizer"):
         parts += ["## A step of AdamW", _optimizer_table(result["optimizer"])]
     if result["memory"]:
@@ -337,18 +343,34 @@ def _optimizer_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _step_table(steps: list[dict]) -> str:
-    lines = ["| | LoRA dropout | memory | s | tokens/s | losses |", "|---|---|---|---|---|---|"]
+def _step_table(steps: list[dict], limits: dict[str, float]) -> str:
+    lines = ["| | LoRA dropout | memory | s | tokens/s | times as fast | losses |", "|---|---|---|---|---|---|---|"]
     for step in steps:
         for name, found in step["contestants"].items():
+            ratio = f"{step['ratio']:.2f} ×{_spread(step)}" if name == OURS and step.get("ratio") else ""
             losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
             cells = [name, f"{step['dropout']:g}", _step_memory(step), f"{found['seconds']:.2f}"]
-            cells += [f"{found['tokens_per_s']:.0f}", losses]
+            cells += [f"{found['tokens_per_s']:.0f}", ratio, losses]
             lines.append("| " + " | ".join(cells) + " |")
     first = steps[0]
     what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
-    what += 'each pair of rows from a process of its own. Memory "kept": by an allocator that gives nothing back.'
-    return what + "\n\n" + "\n".join(lines)
+    what += "the contestants of a step take turns in a process of its own, and where it has several, these are medians "
+    what += 'of theirs. Memory "kept": by an allocator that gives nothing back.'
+    return "\n\n".join([what, "\n".join(lines), *_step_limit(first, limits)])
+
+
+def _step_limit(step: dict, limits: dict[str, float]) -> Iterable[str]:
+    """How far a faster product would bring a training step."""
+    ours, peer = step["contestants"][OURS], step["contestants"].get("bitsandbytes + PEFT")
+    if "own_seconds" not in ours or peer is None:  # of an older report, or of half a one
+        return
+    limit = ours["flops"] / limits[step["dtype"]]
+    best = peer["seconds"] / (ours["seconds"] - ours["own_seconds"] + limit)
+    yield (
+        f"Without dropout, {ours['own_seconds']:.2f} s of a step of ours are in operations of ours, "
+        f"{ours['flops'] / 1e9:.0f} GFLOP that would take {limit:.2f} s at the machine's matrix rate; the rest is "
+        f"torch's own, the same on both. At that limit a step would be {best:.2f} × as fast as bitsandbytes + PEFT."
+    )
 
 
 if __name__ == "__main__":

@@ -271,6 +271,29 @@ def test_step_that_fails_takes_the_table_with_it(script, monkeypatch, capfd):
     assert out.count("WRONG RESULT") == err.count("no model") == len(steps)
 
 
+def test_step_in_several_processes_shows_one_of_them(script):
+    def found(ours, peer):
+        contestants = {"qlora_native": {"seconds": ours, "own_seconds": ours / 2, "flops": 10**12}}
+        contestants |= {"bitsandbytes + PEFT": {"seconds": peer}}
+        for each in contestants.values():
+            each |= {"tokens_per_s": 1024 / each["seconds"], "all_seconds": [each["seconds"]] * 2, "losses": [3.5, 3.4]}
+        about = {"model": "M", "tokens": 1024, "rank": 16, "dropout": 0.0, "memory": "default", "dtype": "bfloat16"}
+        return about | {"contestants": contestants, "ratio": peer / ours}
+
+    step, report = script("step"), script("report")
+    merged = step.merged([found(2.0, 2.4), found(3.0, 3.9), found(2.5, 4.0)])
+    assert merged["ratios"] == pytest.approx([1.2, 1.3, 1.6])
+    assert merged["ratio"] == pytest.approx(1.3)
+    ours, peer = merged["contestants"].values()
+    assert (ours["seconds"], ours["own_seconds"], ours["tokens_per_s"]) == (2.5, 1.25, 1024 / 2.5)
+    assert (peer["seconds"], peer["all_seconds"]) == (3.9, [2.4, 2.4, 3.9, 3.9, 4.0, 4.0])
+    table = report._step_table([merged], {"bfloat16": 1e12})
+    assert "| qlora_native | 0 | default | 2.50 | 410 | 1.30 ×, 1.20 to 1.60 in 3 processes | 3.5000, 3.4000 |" in table
+    # 1.25 s of ours become 1 s, and the step takes 2.25.
+    assert "1000 GFLOP that would take 1.00 s at the machine's matrix rate" in table
+    assert f"{3.9 / 2.25:.2f} × as fast as bitsandbytes + PEFT" in table
+
+
 # Of bench/run.py: a table of rows, for a number of threads. bench/large.py's figures have none.
 REPORTS = [path for path in sorted(BENCH.glob("results/*-threads-*.json")) if "rows" in json.loads(path.read_text())]
 assert REPORTS
