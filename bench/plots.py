@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cases import GROWTH_M, SQUARE
+from cases import GROWTH_M, OURS, SQUARE
 
-OURS, WITHOUT = "qlora_native", "without LoRA"
+WITHOUT = "without LoRA"
 COLOURS = {
     OURS: "tab:blue",
     "torch dense": "black",

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cases import ADAMW_ADAPTER, ADAMW_TENSOR, GOALS, PUBLISHED_US, SHAPES, SQUARE, STEPS, WIDTHS, Goal
+from cases import OURS, STEPS
+from goals import device_of, targets
 
 # Column heads of the contestants, in the order of the table.
 PEERS = {
@@ -23,11 +24,7 @@ PEERS = {
     "without LoRA": "no LoRA",
     "PEFT unfused": "PEFT",
 }
-OURS = "qlora_native"
-# The adapters' files, as goals name them, to their names in the table.
-FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes", "torch_fused": "torch fused"}
 NOISY = 0.02  # of the processors, used by others: above it the figures are not to be trusted
-LEFT_OUT = "–"
 
 
 def heading(result: dict) -> str:
@@ -142,125 +139,6 @@ def optimizer_lines(row: dict) -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------- goals
-
-
-def targets(result: dict) -> str:
-    """Markdown: each goal with what was measured, one column a shape; ranges go over the values of M.
-
-    Where a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
-    """
-    device = _device(result)
-    growth = {(width, width) for width in WIDTHS} - set(SHAPES[device])
-    # A training step has no shape: without other rows it stands under the first.
-    shapes = sorted({tuple(row["shape"]) for row in result["rows"]} - growth) or [SQUARE]
-    head = ["", "against", "must", "aim", *(f"{N}×{K}" for N, K in shapes)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for goal in GOALS:
-        if goal.device != device:
-            continue
-        cells = [_cell(goal, list(_values(goal, result, shape, shapes[0]))) for shape in shapes]
-        if any(cell != LEFT_OUT for cell in cells):
-            aims = [LEFT_OUT if value is None else _format(goal, value) for value in (goal.must, goal.aim)]
-            if goal.figure == "memory":
-                aims = ["8 MB + 1 MB a thread", LEFT_OUT]
-            lines.append("| " + " | ".join([goal.label, _against(goal), *aims, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _device(result: dict) -> str:
-    """Which of the devices of cases.py was measured."""
-    return "cuda" if "gpu" in result["machine"] else "cpu"
-
-
-def _against(goal: Goal) -> str:
-    kept = ", kept memory" if goal.memory == "kept" else ""
-    names = {
-        "limit": "the machine's limit", "lora": "without", "step": "bitsandbytes + PEFT", "memory": LEFT_OUT,
-        "published": "its published time", "torch_dense": "dense", "torch_fused": "torch's fused AdamW",
-    }  # fmt: skip
-    return names.get(goal.figure, goal.figure) + kept
-
-
-def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, int]) -> Iterable[float]:
-    """The figures of a goal in a report. An instruction set that has goals of its own counts for those alone."""
-    special = {other.isa for other in GOALS if other.isa}
-    isa = result["machine"]["isa"]
-    if goal.device == "cpu" and goal.isa != (isa if isa in special else None):
-        return
-    if goal.shape not in (None, shape):
-        return
-    if goal.figure == "step":
-        if result.get(goal.operation, {}).get("ratio") and shape == first:
-            yield result[goal.operation]["ratio"]
-        return
-    if goal.figure == "memory":
-        yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)
-        return
-    if goal.operation in (ADAMW_ADAPTER, ADAMW_TENSOR):
-        found = [row for row in result.get("optimizer", ()) if row["name"] == goal.operation and shape == first]
-        yield from (value for row in found if (value := _value(goal, row)) is not None)
-        return
-    for row in result["rows"]:
-        plain = row["via"] == "function" and not row["dropout"] and not row["threads"] and tuple(row["shape"]) == shape
-        same = all(row[field] == getattr(goal, field) for field in ("operation", "dtype", "rank", "memory"))
-        if plain and same and row["M"] in goal.Ms:
-            value = _value(goal, row)
-            if value is not None:
-                yield value
-
-
-def _value(goal: Goal, row: dict) -> float | None:
-    times = {name: found["us"] for name, found in row["times"].items()}
-    if goal.figure == "limit":
-        return row["limit_us"] / times[OURS]
-    if goal.figure == "lora":
-        return times[OURS] / times["without LoRA"] - 1
-    if goal.figure == "published":
-        published = PUBLISHED_US.get(tuple(row["shape"]))
-        return published / times[OURS] if published else None
-    peer = FIGURES[goal.figure]
-    return times[peer] / times[OURS] if peer in times else None
-
-
-def _cell(goal: Goal, values: list[float]) -> str:
-    if not values:
-        return LEFT_OUT
-    less_is_better = goal.figure in ("lora", "memory")
-    low, high = min(values), max(values)
-    worst = high if less_is_better else low
-
-    def reached(aim: float | None) -> bool:
-        return aim is not None and (worst <= aim if less_is_better else worst >= aim)
-
-    must = goal.must
-    if goal.figure == "memory":
-        return f"up to {_format(goal, high)}"
-    mark = (
-        "✔"
-        if reached(goal.aim) or (goal.aim is None and reached(must))
-        else "○"
-        if reached(must) or must is None
-        else "✘"
-    )
-    shown = (
-        _format(goal, low)
-        if _format(goal, low) == _format(goal, high)
-        else f"{_format(goal, low)} … {_format(goal, high)}"
-    )
-    return f"{shown} {mark}" if (must, goal.aim) != (None, None) else shown
-
-
-def _format(goal: Goal, value: float) -> str:
-    if goal.figure == "limit":
-        return f"{100 * value:.0f} %"
-    if goal.figure == "lora":
-        return f"{100 * value:+.1f} %"
-    if goal.figure == "memory":
-        return f"{value / 2**20:.1f} MB"
-    return f"{value:.2f} ×" if value < 10 else f"{value:.0f} ×"
-
-
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +168,7 @@ def write_report(result: dict, path: Path) -> Path:
 def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
     """The whole of a run as Markdown; `images`: (path, caption)."""
     m = result["machine"]
-    title = f"# {m['cpu']}, {m['threads']} threads, {m['isa']}" if _device(result) == "cpu" else f"# {m['gpu']}"
+    title = f"# {m['cpu']}, {m['threads']} threads, {m['isa']}" if device_of(result) == "cpu" else f"# {m['gpu']}"
     parts = [title, f"Measured {m['date']} by `bench/run.py`."]
     parts += ["    " + heading(result).replace("\n", "\n    ")]
     parts += ["    " + load_line(result["load"])]

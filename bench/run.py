@@ -12,7 +12,7 @@
 
 A row: microseconds; GB/s where memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
 bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. How a figure comes about is
-in timing.py, what is compared in cases.py. Leave the machine alone while it runs.
+in timing.py, what is compared in cases.py, what to reach in goals.py. Leave the machine alone while it runs.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cases import OURS
 from timing import set_allocator
 
-OURS = "qlora_native"
 BATCH, SEQUENCE, RANK = 4, 256, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -144,10 +144,10 @@ def test_slow_contestant_has_all_its_turns_at_the_start(script):
 
 
 def test_goal_is_of_a_case_that_is_not_measured(script):
-    cases = script("cases")
+    cases, goals = script("cases"), script("goals").GOALS
     elsewhere = {*cases.STEPS, "memory", cases.ADAMW_ADAPTER, cases.ADAMW_TENSOR}
     for device, shapes in cases.SHAPES.items():
-        for goal in (goal for goal in cases.GOALS if goal.device == device and goal.operation not in elsewhere):
+        for goal in (goal for goal in goals if goal.device == device and goal.operation not in elsewhere):
             for shape in shapes if goal.shape is None else [goal.shape]:
                 rows = {
                     case.M
@@ -156,7 +156,7 @@ def test_goal_is_of_a_case_that_is_not_measured(script):
                 }
                 assert rows & set(goal.Ms) or shape == cases.UP, goal
                 assert rows >= set(goal.Ms) or device == "cpu", goal
-    on_gpu = [goal for goal in cases.GOALS if goal.device == "cuda"]
+    on_gpu = [goal for goal in goals if goal.device == "cuda"]
     assert len(on_gpu) == 8 + 2 * 4 + 2
     assert all(0 < goal.must < 1 for goal in on_gpu)
 

@@ -1,22 +1,24 @@
-"""bench/sass.py: what it reads from a listing of machine code, on an excerpt, and what it calls a fault."""
+"""bench/machine_code.py: what it reads from a listing, on an excerpt; bench/sass.py: what it calls a fault."""
 
 import copy
-import importlib.util
+import importlib
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench" / "sass.py"
+BENCH = Path(__file__).parent.parent / "bench"
 
 
-@pytest.fixture(scope="module")
-def sass():
-    spec = importlib.util.spec_from_file_location("sass", BENCH)
-    module = sys.modules["sass"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def machine_code(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("machine_code")
+
+
+@pytest.fixture
+def sass(machine_code):
+    return importlib.import_module("sass")
 
 
 # As `cuobjdump -sass` prints it, shortened: a loop over tiles around one over steps. For sm_80 a loop may be left by a
@@ -82,59 +84,63 @@ Resource usage:
 """
 
 
-def listed(sass):
-    return {name: code for _, name, code in sass.functions(LISTING.splitlines())}
+def listed(machine_code):
+    return {name: code for _, name, code in machine_code.functions(LISTING.splitlines())}
 
 
-def test_function_or_its_resources_are_not_found(sass):
-    found = [(arch, name, len(code)) for arch, name, code in sass.functions(LISTING.splitlines())]
+def test_function_or_its_resources_are_not_found(machine_code):
+    found = [(arch, name, len(code)) for arch, name, code in machine_code.functions(LISTING.splitlines())]
     assert found == [("sm_80", GEMM, 13), ("sm_90", COPY, 15)]
-    assert sass.resources(USAGE.splitlines()) == {
+    assert machine_code.resources(USAGE.splitlines()) == {
         ("sm_80", GEMM): {"REG": 128, "STACK": 8, "SHARED": 0, "LOCAL": 0, "TEXTURE": 0, "SURFACE": 0, "SAMPLER": 0}
     }
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt, which comes with g++")
-def test_name_is_not_short(sass):
-    assert sass.short_names([GEMM, COPY]) == {
+def test_name_is_not_short(machine_code):
+    assert machine_code.short_names([GEMM, COPY]) == {
         GEMM: "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >",
         COPY: "copy_kernel<float>",
     }
 
 
-def test_loop_is_missed_or_is_none(sass):
+def test_loop_is_missed_or_is_none(machine_code):
     bounds = {
-        name: sorted((loop[0].address, loop[-1].address, len(loop)) for loop in sass.loops(code))
-        for name, code in listed(sass).items()
+        name: sorted((loop[0].address, loop[-1].address, len(loop)) for loop in machine_code.loops(code))
+        for name, code in listed(machine_code).items()
     }
     assert bounds[GEMM] == [(0x20, 0xA0, 9), (0x30, 0x70, 5)]
     assert bounds[COPY] == [(0x10, 0xA0, 10), (0x70, 0x80, 2)], "what only a parted warp runs is not of the loop"
 
 
-def test_main_loop_is_another(sass):
-    code = listed(sass)
-    assert sass.main_loop(code[GEMM])[0].address == 0x30, "where the tensor cores are, not what is around it"
-    assert sass.main_loop(code[COPY])[0].address == 0x10, "with the most of its own"
-    assert sass.main_loop(code[COPY][-4:]) == ()
+def test_main_loop_is_another(machine_code):
+    code = listed(machine_code)
+    assert machine_code.main_loop(code[GEMM])[0].address == 0x30, "where the tensor cores are, not what is around it"
+    assert machine_code.main_loop(code[COPY])[0].address == 0x10, "with the most of its own"
+    assert machine_code.main_loop(code[COPY][-4:]) == ()
 
 
-def test_loop_over_the_rest_is_taken_for_the_main_one(sass):
+def test_loop_over_the_rest_is_taken_for_the_main_one(machine_code):
     def loop(first, *opcodes):
         addresses = range(first, first + 16 * len(opcodes) + 16, 16)
-        branch = sass.Instruction(addresses[-1], "P0", "BRA", hex(first))
-        return [*(sass.Instruction(a, "", op, "R0") for a, op in zip(addresses, opcodes, strict=False)), branch]
+        branch = machine_code.Instruction(addresses[-1], "P0", "BRA", hex(first))
+        return [*(machine_code.Instruction(a, "", op, "R0") for a, op in zip(addresses, opcodes, strict=False)), branch]
 
     tables = loop(0x00, "LDG.E.128", "LDG.E.128", "STS.128", "STS.128")
     vectors = loop(0x50, "LDG.E.128", "FADD")
     rest = loop(0x80, "LDG.E", "LDG.E", "LDG.E", "FADD", "FADD")
-    code = [*tables, *vectors, *rest, sass.Instruction(0xE0, "", "EXIT", "")]
-    assert sass.main_loop(code, "update_kernel<float>")[0].address == 0x50
-    assert sass.main_loop(code, "another_kernel<float>")[0].address == 0x80
+    code = [*tables, *vectors, *rest, machine_code.Instruction(0xE0, "", "EXIT", "")]
+    assert machine_code.main_loop(code, "update_kernel<float>")[0].address == 0x50
+    assert machine_code.main_loop(code, "another_kernel<float>")[0].address == 0x80
 
 
-def test_figures_are_not_those_of_the_listing(sass):
-    kernel = sass.Kernel(
-        "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >", "sm_80", listed(sass)[GEMM], 128, 8
+def test_figures_are_not_those_of_the_listing(machine_code, sass):
+    kernel = machine_code.Kernel(
+        "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >",
+        "sm_80",
+        listed(machine_code)[GEMM],
+        128,
+        8,
     )
     # Two mma of a warp: twice 8 weights a thread, each used for 16 fragments of 8 rows.
     assert sass.figures(kernel) == {
