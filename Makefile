@@ -59,7 +59,7 @@ test-gpu:
 
 # Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
 # that only run Python and torch at length, or count the memory of a call, are left to `make test`. The CUDA kernels
-# take part through their emulator (tests/test_emulated.py).
+# take part through their emulator (tests/test_emulated.py); programs that tests link with the library need LDFLAGS.
 sanitizers := address,undefined
 # Its frames on the heap, for uses after return, are aligned to 32 bytes in GCC 12; vectors of 64 fault there.
 asan_options := detect_stack_use_after_return=0
@@ -73,7 +73,7 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
 	    $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=$(asan_options):detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
-	    $(python) -m pytest --ignore=tests/test_finetune.py --ignore=tests/test_memory.py \
+	    LDFLAGS=-fsanitize=$(sanitizers) $(python) -m pytest --ignore=tests/test_finetune.py --ignore=tests/test_memory.py \
 	    --ignore=tests/test_smollm2.py $(ARGS)
 
 # Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
