@@ -1,16 +1,23 @@
 """A step of AdamW: our AdamW8bit against bitsandbytes' and torch's fused AdamW, and against the machine's limit.
 
-    python bench/optimizer.py                            both cases, in half a minute on two cores
+    python bench/optimizer.py [--device cuda]            both cases, in half a minute on two cores
     python bench/run.py --operations optimizer --output  the same, as JSON under bench/results/
 
 Two cases: the LoRA adapter of a small model, 4.9 M parameters in 360 tensors, and one tensor of 100 M; in fp32, but on
 a GPU the latter in bf16. The limit is what must move (parameter, gradient and two codes in, parameter and codes out: in
 fp32 16 bytes) over the bandwidth of a copy, measured between the calls. All is cold, as after a backward (timing.py).
+
+A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
+process decides on which pages parameters and states lie.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +43,16 @@ CHECKED = 1 << 20  # elements of each tensor, from its beginning
 # parameter of size 0.02 (steps of 2^-13) is rounded in each by up to 2^-14, or 2 % of 3e-3 in root mean square.
 ALLOWED = {OURS: 0.05, BITSANDBYTES: 0.05, FUSED: 1e-4}
 ALLOWED_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 0.04}
+
+
+def measure_alone(device: str = "cpu") -> list[dict[str, Any]]:
+    """What measure() returns, from a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and has said why.
+    """
+    command = [sys.executable, __file__, "--json", "--device", device]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def measure(probes: machine.Probes, clock: Cpu | Gpu, budget_s: float = 6.0) -> list[dict[str, Any]]:
@@ -128,8 +145,15 @@ def main() -> None:
     """The command line."""
     import report
 
-    for row in measure(machine.Probes(), Cpu()):
-        print(report.optimizer_lines(row), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
+    args = parser.parse_args()
+    torch.set_default_device(args.device)
+    set_allocator("setup")
+    probes = machine.Probes()
+    rows = measure(probes, Gpu(probes.flush, torch.cuda) if args.device == "cuda" else Cpu())
+    print(json.dumps(rows) if args.json else "\n".join(map(report.optimizer_lines, rows)))
 
 
 if __name__ == "__main__":

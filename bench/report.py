@@ -213,7 +213,8 @@ def _rows_table(rows: list[dict]) -> str:
 def _optimizer_table(rows: list[dict]) -> str:
     lines = ["| | | ms | of our 8-bit step's limit | times ours |", "|---|---|---:|---:|---:|"]
     for row in rows:
-        what = f"{row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensor{'s' * (row['tensors'] > 1)}"
+        what = f"{row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensor{'s' * (row['tensors'] > 1)}, "
+        what += row.get("dtype", "float32")  # the first reports do not say
         for name, found in row["times"].items():
             us, ours = found["us"], row["times"][OURS]["us"]
             cells = [what, name, f"{us / 1e3:.2f}", f"{100 * row['limit_us'] / us:.0f} %", f"{us / ours:.2f} ×"]

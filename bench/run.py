@@ -175,6 +175,20 @@ def measure_steps(result: dict) -> None:
             print(step_lines(result[name]), flush=True)
 
 
+def measure_optimizer(result: dict, device: str) -> None:
+    """Measure the optimizers' steps, into `result`; a failure goes into result["wrong"]."""
+    import optimizer
+    from report import optimizer_lines
+
+    try:
+        result["optimizer"] = optimizer.measure_alone(device)
+    except subprocess.CalledProcessError as error:  # as above
+        result["wrong"].append(f"optimizer: its process ended with {error.returncode}")
+        print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
+    else:
+        print("\n".join(map(optimizer_lines, result["optimizer"])), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the number of wrong results, or 1 where the device is missing."""
     args = arguments(argv)
@@ -215,11 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["memory"].append(row)
             print(report.memory_line(row), flush=True)
     if "optimizer" in args.operations and not args.quick:
-        import optimizer
-
-        result["optimizer"] = optimizer.measure(probes, clock)
-        for row in result["optimizer"]:
-            print(report.optimizer_lines(row), flush=True)
+        measure_optimizer(result, args.device)
     if "step" in args.operations and not args.quick:
         measure_steps(result)
     result["load"] = others.shares()
