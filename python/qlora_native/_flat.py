@@ -46,13 +46,12 @@ class FlatStates:
 
         Who gives a view other memory (`tensor.data = ...`, to bring a state to a device) does so with all of a state.
         """
-        views = list(chain.from_iterable(map(dict.values, states)))
         return (
             len(params) == len(self._params)
-            and len(views) == len(self._views)
+            and sum(map(len, states)) == len(self._views)
             and all(map(is_, params, self._params))
-            and all(map(is_, views, self._views))
-            and [moment.data_ptr() for moment in self._moments] == self._pointers
+            and all(map(is_, chain.from_iterable(map(dict.values, states)), self._views))
+            and list(map(Tensor.data_ptr, self._moments)) == self._pointers
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -12,12 +14,22 @@ from ._errors import bad, bad_type, check_float_dtype
 from ._flat import FlatStates
 
 
-def by_device(params: list[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """The parameters of each device, in order."""
+def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
+    """Those that have gradients, and the gradients, of each device, in order."""
+    grads = [param.grad for param in params]  # a list at a time: see Batch
+    if not all(map(is_not, grads, repeat(None))):
+        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
     devices = dict.fromkeys([param.device for param in params])
     if len(devices) == 1:
-        return dict.fromkeys(devices, params)
-    return {device: [param for param in params if param.device == device] for device in devices}
+        return dict.fromkeys(devices, (params, grads))
+    return {
+        device: (
+            [param for param in params if param.device == device],
+            [grad for param, grad in zip(params, grads, strict=True) if param.device == device],
+        )
+        for device in devices
+    }
 
 
 def check_tensors(params: list[Tensor], grads: list[Tensor]) -> None:

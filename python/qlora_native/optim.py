@@ -110,9 +110,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 loss = closure()
         batches: dict[torch.device, Batch] = {}
         for index, group in enumerate(self.param_groups):
-            stepped = [param for param in group["params"] if param.grad is not None]
-            for device, params in by_device(stepped).items():
-                grads = [param.grad for param in params]
+            for device, (params, grads) in by_device(group["params"]).items():
                 batch = batches.setdefault(device, Batch(len(self.param_groups)))
                 states = [self.state.get(param) for param in params]
                 if not all(states):
