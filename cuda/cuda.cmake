@@ -37,7 +37,7 @@ if(qln_with_cuda)
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   endif()
   file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/kernels/*.cu)
-  list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu)
+  list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu cuda/memory.cu)
   # No contraction, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra
                      -Xcompiler=-Wno-missing-field-initializers)

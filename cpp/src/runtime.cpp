@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "common/codebook.h"
+#include "hooks.h"
 #include "qlora_native/codebook.h"
 #include "qlora_native/error.h"
 
@@ -12,6 +13,8 @@ namespace qlora_native {
 std::string version() { return QLN_VERSION; }
 
 namespace {
+
+constinit Hooks set_hooks;  // a library of ops sets them as it is loaded
 
 bool choose_emulated() {
   const char* value = std::getenv("QLN_BACKEND");
@@ -27,6 +30,13 @@ bool is_emulated() {
 }
 
 }  // namespace
+
+const Hooks& hooks() { return set_hooks; }
+
+void set_device_memory(AllocateMemory allocate, ReleaseMemory release) {
+  set_hooks.allocate = allocate;
+  set_hooks.release = release;
+}
 
 std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
 

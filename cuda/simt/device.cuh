@@ -7,6 +7,7 @@
 #include <bit>
 #include <type_traits>
 
+#include "qlora_native/runtime.h"
 #include "simt/check.h"
 
 namespace qlora_native::cuda {
@@ -51,22 +52,10 @@ void launch(const LaunchShape& shape, const Stream& stream, const Args&... args)
   launch_kernel(kKernel, shape, stream, args...);
 }
 
-class Workspace {
- public:
-  Workspace(std::size_t bytes, const Stream& stream) : stream_(handle_of(stream)) {
-    if (bytes > 0) QLN_CHECK_CUDA(cudaMallocAsync(&data_, bytes, stream_));
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
-  }
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
-
- private:
-  cudaStream_t stream_;
-  void* data_ = nullptr;
-};
+// What a Workspace has where the host program gives no memory (memory.cu).
+DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
+void release_own(const DeviceMemory& memory, const Stream& stream);
+inline void spoil(void*, std::size_t) {}
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream& stream) {
   QLN_CHECK_CUDA(cudaMemsetAsync(data, byte, bytes, handle_of(stream)));

@@ -12,11 +12,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <tuple>
 #include <type_traits>
 
 #include "common/float16.h"
+#include "qlora_native/runtime.h"
 #include "simt/fibers.h"
 
 #define __global__
@@ -49,24 +50,16 @@ class DeviceGuard {
   explicit DeviceGuard(const Stream&) {}
 };
 
-// Memory of the stream's device for the kernels of one call.
-class Workspace {
- public:
-  Workspace(std::size_t bytes, const Stream&) {
-    constexpr std::size_t kAlignment = 256;  // cudaMalloc's
-    void* memory = nullptr;
-    if (bytes > 0 && posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
-    data_.reset(static_cast<std::byte*>(memory));
-    if (bytes > 0) std::memset(memory, 0xFF, bytes);
-  }
-  std::byte* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
-  };
-  std::unique_ptr<std::byte, Free> data_;
-};
+// What a Workspace has where the host program gives no memory.
+inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
+  constexpr std::size_t kAlignment = 256;  // cudaMalloc's
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
+  return {.data = memory};
+}
+inline void release_own(const DeviceMemory& memory, const Stream&) { std::free(memory.data); }
+// Fresh memory holds anything: NaN, so that who reads it is found.
+inline void spoil(void* memory, std::size_t bytes) { std::memset(memory, 0xFF, bytes); }
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) { std::memset(data, byte, bytes); }
 

@@ -61,3 +61,4 @@ constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 #else
 #include "simt/host.h"
 #endif
+#include "simt/workspace.h"

@@ -14,6 +14,9 @@
 #include "tensors.h"
 
 namespace qlora_native {
+
+void install_torch_hooks();  // hooks.cpp
+
 namespace {
 
 constexpr int kNestedBlocksize = 256;
@@ -311,16 +314,6 @@ void implement(Library& library) {
   library.impl("lora_gradients", TORCH_BOX(&lora_gradients_op));
 }
 
-// On torch's threads, so that the two never fight over the cores.
-void install_torch_thread_pool() {
-  set_thread_pool(
-      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
-        torch::stable::parallel_for(0, tasks, /*grain_size=*/1,
-                                    [=](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-      },
-      [] { return static_cast<int>(torch::stable::get_num_threads()); });
-}
-
 }  // namespace
 }  // namespace qlora_native
 
@@ -331,7 +324,7 @@ void install_torch_thread_pool() {
 
 // Run when this library is loaded.
 STABLE_TORCH_LIBRARY(qlora_native, library) {
-  qlora_native::install_torch_thread_pool();
+  qlora_native::install_torch_hooks();
   library.def(
       "quantize(Tensor weight, Tensor? code, int bits, int blocksize, bool double_quant) -> "
       "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");

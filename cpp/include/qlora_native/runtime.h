@@ -1,11 +1,13 @@
-// What the library found on this machine, and the two things a host program may set: threads and the thread pool.
+// What the library found on this machine, and what a host program may set: its thread pool, and on a GPU its memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "qlora_native/export.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native {
 
@@ -19,6 +21,21 @@ QLN_API void set_thread_pool(ParallelFor parallel_for, int (*threads)());
 
 // Threads an operation would use now.
 QLN_API int num_threads();
+
+// Memory of a device, for one call.
+struct DeviceMemory {
+  void* data = nullptr;    // 64 divides the address
+  void* handle = nullptr;  // what the host program knows it by
+};
+// Gives `bytes`, more than 0, to what is put into the stream from now on, and takes them back when all of it has been
+// put there, not when it has been done: cudaMallocAsync is meant so, and allocators that keep one pool a stream.
+using AllocateMemory = DeviceMemory (*)(std::size_t bytes, const Stream& stream);
+using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream);
+
+// Where operations on a GPU get the memory that they need beside their results; null, as it begins: from a pool of the
+// library's own. Both are called by several threads at once; `release` does not throw. Not to be called while an
+// operation runs.
+QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
 
 // The instruction sets the cpu backend was built with and this machine runs, best first: of "avx512_bf16",
 // "avx512", "avx2", "scalar".

@@ -1,0 +1,14 @@
+// What the host program has set (runtime.h), for the backends that ask for it.
+#pragma once
+
+#include "qlora_native/runtime.h"
+
+namespace qlora_native {
+
+struct Hooks {
+  AllocateMemory allocate = nullptr;
+  ReleaseMemory release = nullptr;
+};
+const Hooks& hooks();  // runtime.cpp
+
+}  // namespace qlora_native

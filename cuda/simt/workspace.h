@@ -1,0 +1,29 @@
+// Memory of the stream's device for the kernels of one call: the host program's, where it has said how (runtime.h), or
+// the backend's own.
+#pragma once
+
+#include "hooks.h"
+
+namespace qlora_native::QLN_CUDA {
+
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, const Stream& stream) : stream_(stream) {
+    if (bytes == 0) return;
+    memory_ = hooks().allocate != nullptr ? hooks().allocate(bytes, stream) : allocate_own(bytes, stream);
+    spoil(memory_.data, bytes);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (memory_.data == nullptr) return;
+    hooks().allocate != nullptr ? hooks().release(memory_, stream_) : release_own(memory_, stream_);
+  }
+  std::byte* data() const { return static_cast<std::byte*>(memory_.data); }
+
+ private:
+  Stream stream_;
+  DeviceMemory memory_;
+};
+
+}  // namespace qlora_native::QLN_CUDA
