@@ -232,7 +232,7 @@ def count(code: Sequence[Instruction], *kinds: str) -> int:
 
 
 # Kernels with two loops: over what vector loads can reach, and over the rest.
-IN_VECTORS = r"look_kernel<|update_kernel<|dequantize_kernel<"
+IN_VECTORS = r"(dequantize|panel|side_by_side|look|update)_kernel<"
 
 
 def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:

@@ -48,7 +48,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
-    (r"dequantize_kernel<|look_kernel<|update_kernel<", "element", lambda m, loop: 8),
+    (r"(dequantize|panel|side_by_side|look|update)_kernel<", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, [12]>", "element", lambda m, loop: 16),
     (r"kOptimizerStatic8bit2StateBlockwise<", "element", lambda m, loop: 1),

@@ -49,7 +49,7 @@ if(qln_with_cuda)
 else()
   set(qln_cuda_sources cuda/no_cuda.cpp)
 endif()
-list(APPEND qln_cuda_sources cuda/gemm_config.cpp)
+list(APPEND qln_cuda_sources cuda/gemm_config.cpp cuda/side_stream.cpp)
 
 set(qln_cuda_objects)
 if(QLN_CUDA_EMULATED)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 
 #include "common/layout.h"
 
@@ -29,6 +30,29 @@ int copies_of_wide_tile(const GemmProblem& problem) {
   return has_rows ? kGemmMostCopies : kGemmWideCopies;
 }
 
+// `count` in parts of one size, a multiple of `unit`, none of them above `most`.
+std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t unit) {
+  return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
+}
+
+// By panels, unless the product of one is too small for the device: cuBLAS's tiles are 128 x 128, and where more than a
+// quarter of the multiprocessors has none the dense product has no 73 % of its rate (kFusedRows) either.
+std::optional<GemmConfig> by_panels(const GemmProblem& problem) {
+  if (!problem.dense_gemm || problem.rows <= kFusedRows || problem.masks) return std::nullopt;
+  GemmConfig config{.kernel = GemmConfig::Kernel::panel, .aligned = problem.aligned};
+  config.panel_rows = problem.rank == 0 ? problem.rows : even_part(problem.rows, kPanelCopiedRows, kPanelCols);
+  const std::int64_t column = column_of_panel(problem.inner, problem.rank);
+  const std::int64_t column_bytes = column * static_cast<std::int64_t>(size_of(problem.dtype));
+  for (const std::int64_t bytes : {kPanelBytes, kPanelMostBytes}) {
+    const std::int64_t most = bytes / column_bytes / kPanelCols * kPanelCols;
+    if (most == 0) continue;
+    config.panel_cols = even_part(problem.cols, most, kPanelCols);
+    const std::int64_t elements = std::min(config.panel_rows, problem.rows) * std::min(config.panel_cols, problem.cols);
+    if (4 * elements >= 3 * problem.multiprocessors * kPanelCols * kPanelCols) return config;
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 GemmConfig gemm_config(const GemmProblem& problem) {
@@ -40,6 +64,7 @@ GemmConfig gemm_config(const GemmProblem& problem) {
     config.blocks = problem.rows == 0 ? 0 : static_cast<int>(std::min(most, ceil_div(problem.cols, kGemvCols)));
     return config;
   }
+  if (const std::optional<GemmConfig> panels = by_panels(problem)) return *panels;
   // fp32 has no tensor-core product that keeps its bits, and this one decodes pairs of 4 bits.
   if (problem.dtype == DType::f32 || problem.bits != 4) return config;
   config.kernel = GemmConfig::Kernel::tensor_cores;
@@ -79,6 +104,9 @@ std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
                      number(problem.multiprocessors) + " multiprocessors: ";
   if (config.kernel == GemmConfig::Kernel::general)
     return text + (problem.dtype == DType::f32 ? "CUDA cores" : "tensor cores, of decoded elements");
+  if (config.kernel == GemmConfig::Kernel::panel)
+    return text + "panels of " + number(config.panel_cols) + " columns, " + number(config.panel_rows) +
+           " rows at once, for the host program's product";
   if (config.kernel == GemmConfig::Kernel::gemv) return text + "GEMV, " + number(config.blocks) + " blocks";
   return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
          number(config.tile_cols) + ", " + number(config.copies) + " tables, " + number(config.steps) +

@@ -30,6 +30,21 @@ constexpr std::size_t kGemmMostReservedSmem = 1024;
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
 
+// So many rows at most are left to the kernels that decode on the way, more to panels of decoded weight, which the host
+// program's dense product multiplies (kernels/panels.cu). To decode takes as long as 331 rows of an H100's dense
+// product, so that M rows reach M / (M + 331) of its rate where nothing hides it: 70 % at 768. The best published
+// kernel that decodes on the way reaches 73 %, from 1024 on.
+constexpr std::int64_t kFusedRows = 768;
+// Bytes of a panel: the smaller ones stay in the cache and leave less to decode before the first product, the larger
+// are for products that would else be too small for the device. A panel has a multiple of so many of out's columns, the
+// width of cuBLAS's tiles.
+constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20, kPanelMostBytes = std::int64_t{16} << 20;
+constexpr std::int64_t kPanelCols = 128;
+// Elements: rows of a panel are multiples of it, so that each begins at a multiple of 16 bytes.
+constexpr std::int64_t kPanelAlignment = 8;
+// Where there is an adapter, rows of the left operand that are copied beside its own at once.
+constexpr std::int64_t kPanelCopiedRows = 8192;
+
 // out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or by its columns (backward).
 struct GemmProblem {
   std::int64_t rows = 0;
@@ -40,13 +55,17 @@ struct GemmProblem {
   bool backward = false;    // by columns of the weight
   bool aligned = false;     // rows of the left operand and of the weight are whole 16-byte vectors
   bool aligned_64 = false;  // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
+  std::int64_t rank = 0;    // of the adapter
+  bool masks = false;       // dropout falls on the adapter's part alone, within the sums: backward
+  bool dense_gemm = false;  // the host program has one (runtime.h)
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory, that a block may have
   std::size_t reserved_smem_bytes = 0;  // that the device keeps of it before
 };
 
 struct GemmConfig {
-  enum class Kernel { general, tensor_cores, gemv };  // device/product.cuh, device/gemm.cuh, kernels/gemv_forward.cu
+  // device/product.cuh, device/gemm.cuh, kernels/gemv_forward.cu, kernels/panels.cu
+  enum class Kernel { general, tensor_cores, gemv, panel };
   Kernel kernel = Kernel::general;
   bool aligned = false;  // the problem's
   int tile_rows = 0, tile_cols = 0;
@@ -59,6 +78,8 @@ struct GemmConfig {
   // blocks one more.
   int rest = 0;
   std::int64_t share = 0;
+  // Of out, by panels: the columns of one, and the rows at once.
+  std::int64_t panel_cols = 0, panel_rows = 0;
 
   // Where the run of block `i` begins: a number of steps, tile after tile.
   constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
@@ -69,6 +90,11 @@ struct GemmConfig {
 };
 
 GemmConfig gemm_config(const GemmProblem& problem);
+
+// Elements that a panel takes for each column of out: the weight's, the adapter's, zeros.
+constexpr std::int64_t column_of_panel(std::int64_t inner, std::int64_t rank) {
+  return (inner + rank + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
+}
 
 // The adapter's U, V, dA and dB are long sums for few results: several blocks share the k of a tile, `length` each,
 // whole steps of a kernel.

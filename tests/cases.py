@@ -77,3 +77,16 @@ def products():
             yield case
             if dtype != torch.float32:
                 yield replace(case, lora_dtype=dtype)
+
+
+def many_rows():
+    """Products that go by panels of decoded weight, where torch's dense product is at hand: ragged shapes, panels of
+    which there are several, and rows of which there are too many to be copied beside the adapter's at once."""
+    for dtype in DTYPES:
+        yield Product(769, 130, 333, dtype, bias=True)
+        yield Product(1100, 200, 264, dtype, format="int8", blocksize=128, double_quant=False)
+        yield Product(800, 96, 203, dtype, bias=True, rank=5, lora_dtype=dtype)
+        yield Product(900, 64, 320, dtype, rank=16, dropout=0.25)
+        if dtype != torch.float16:  # which a CPU multiplies slowly
+            yield Product(769, 9100, 448, dtype, bias=True)
+        yield Product(8200, 64, 72, dtype, bias=True, rank=16)

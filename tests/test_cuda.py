@@ -71,6 +71,48 @@ def test_product_cannot_be_captured():
     assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
 
 
+# Large enough for panels on any GPU: several of them forward, one backward; and rows that are copied in two parts.
+MANY_ROWS = (
+    cases.Product(2048, 9000, 1003, torch.bfloat16, bias=True, rank=5),
+    cases.Product(2048, 2000, 2048, torch.float16, format="int8", blocksize=128, double_quant=False),
+    cases.Product(8200, 1000, 1000, torch.float32, bias=True, rank=16),
+)
+
+
+@pytest.mark.parametrize("case", MANY_ROWS, ids=str)
+def test_product_by_panels_is_wrong(case, monkeypatch, capfd):
+    monkeypatch.setenv("QLN_PRINT_CONFIG", "1")
+    conformance.check_product(case, DEVICE)
+    assert capfd.readouterr().err.count("panels of") == 2
+
+
+def test_product_by_panels_cannot_be_captured():
+    N, K, M = 9000, 1000, 2048
+    q, x = conformance.quantize(N, K, "nf4", 64, double_quant=True).to(DEVICE), randn(M, K)
+    a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
+    qn.linear(x, q, lora_a=a, lora_b=b)
+    graphs, results = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            results.append(qn.linear(x, q, lora_a=a, lora_b=b))
+    for y, graph in zip(results, graphs, strict=True):
+        x.copy_(-x)
+        graph.replay()
+        assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
+
+
+def test_memory_of_a_call_is_not_torchs():
+    q, x = conformance.quantize(9000, 1000, "nf4", 64, double_quant=True).to(DEVICE), randn(2048, 1000)
+    qn.linear(x, q)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = qn.linear(x, q)
+    panels = torch.cuda.max_memory_allocated() - before - y.nbytes
+    assert 2**20 < panels <= 2 * 2**24
+    assert torch.cuda.memory_allocated() - before - y.nbytes < 2**10
+
+
 def test_captured_dropout_draws_one_mask():
     q, x = weight().to(DEVICE), randn(M, K, dtype=torch.float32).requires_grad_()
     a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)

@@ -8,6 +8,7 @@ namespace qlora_native {
 struct Hooks {
   AllocateMemory allocate = nullptr;
   ReleaseMemory release = nullptr;
+  DenseGemm dense_gemm = nullptr;
 };
 const Hooks& hooks();  // runtime.cpp
 

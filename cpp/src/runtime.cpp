@@ -38,6 +38,8 @@ void set_device_memory(AllocateMemory allocate, ReleaseMemory release) {
   set_hooks.release = release;
 }
 
+void set_dense_gemm(DenseGemm dense_gemm) { set_hooks.dense_gemm = dense_gemm; }
+
 std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
 
 const Backend& backend_for(const Stream& stream) {

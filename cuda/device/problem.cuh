@@ -4,6 +4,8 @@
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
 #include "gemm_config.h"
+#include "hooks.h"
+#include "qlora_native/linear.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -42,8 +44,8 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
 }
 
 // `left` times W by its rows, or, backward, by its columns.
-inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView& w, bool backward,
-                              const Stream& stream) {
+inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView& w, const LoraView& lora,
+                              bool backward, const Stream& stream) {
   const std::int64_t inner = backward ? w.N : w.K;
   const bool vectors = rows_are_vectors(left, inner);
   return {
@@ -55,14 +57,17 @@ inline GemmProblem problem_of(const ConstMatrix& left, const QuantizedWeightView
       .backward = backward,
       .aligned = is_aligned(w) && vectors,
       .aligned_64 = is_aligned_64(w) && vectors,
+      .rank = lora.rank,
+      .masks = backward && lora.rank > 0 && lora.dropout > 0.0f,
+      .dense_gemm = hooks().dense_gemm != nullptr,
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),
   };
 }
-inline GemmConfig config_of(const ConstMatrix& left, const QuantizedWeightView& w, bool backward,
+inline GemmConfig config_of(const ConstMatrix& left, const QuantizedWeightView& w, const LoraView& lora, bool backward,
                             const Stream& stream) {
-  const GemmProblem problem = problem_of(left, w, backward, stream);
+  const GemmProblem problem = problem_of(left, w, lora, backward, stream);
   const GemmConfig config = gemm_config(problem);
   print_if_asked(problem, config);
   return config;

@@ -37,8 +37,9 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
     low_rank_product(dy, b, N, lora.scaling * dropout.scale, v, stream);
   }
   if (args.dx.data == nullptr) return;
-  const GemmConfig config = config_of(args.dy, args.weight, /*backward=*/true, stream);
+  const GemmConfig config = config_of(args.dy, args.weight, lora, /*backward=*/true, stream);
   if (config.kernel == GemmConfig::Kernel::tensor_cores) return gemm_backward(args, read_only(v), config, stream);
+  if (config.kernel == GemmConfig::Kernel::panel) return panels_backward(args, read_only(v), config, stream);
   launch<backward_kernel<T>>(product_grid<T>(M, args.weight.K), stream, args, WeightColumns<T>(args.weight), v,
                              dropout);
 }

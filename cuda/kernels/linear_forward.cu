@@ -33,12 +33,14 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
     const LoraRows<T> a{{lora.a, lora.dtype, K, 1.0f}};
     low_rank_product(x, a, K, dropout.scale, u, stream);
   }
-  const GemmConfig config = config_of(args.x, args.weight, /*backward=*/false, stream);
+  const GemmConfig config = config_of(args.x, args.weight, lora, /*backward=*/false, stream);
   switch (config.kernel) {
     case GemmConfig::Kernel::gemv:
       return gemv_forward(args, read_only(u), config, stream);
     case GemmConfig::Kernel::tensor_cores:
       return gemm_forward(args, read_only(u), config, stream);
+    case GemmConfig::Kernel::panel:
+      return panels_forward(args, read_only(u), config, stream);
     case GemmConfig::Kernel::general:
       return launch<forward_kernel<T>>(product_grid<T>(M, args.weight.N), stream, args, WeightRows<T>(args.weight), u);
   }

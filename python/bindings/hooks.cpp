@@ -1,6 +1,8 @@
-// What the library gets from torch (runtime.h): its threads, and on a GPU its memory.
+// What the library gets from torch (runtime.h): its threads, and on a GPU its memory and its dense product.
 #include "qlora_native/runtime.h"
 
+#include <array>
+#include <initializer_list>
 #include <memory>
 #include <string>
 
@@ -32,6 +34,39 @@ DeviceMemory allocate(std::size_t bytes, const Stream& stream) {
 }
 void release(const DeviceMemory& memory, const Stream&) { delete static_cast<Tensor*>(memory.handle); }
 
+ScalarType type_of(DType dtype) {
+  return dtype == DType::f32 ? ScalarType::Float : dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+}
+
+// Over memory that it does not own: no tensor that autograd knows is behind it.
+Tensor tensor_over(const void* data, DType dtype, std::initializer_list<std::int64_t> sizes,
+                   std::initializer_list<std::int64_t> strides, const torch::stable::Device& device) {
+  return torch::stable::from_blob(const_cast<void*>(data), {sizes.begin(), sizes.size()},
+                                  {strides.begin(), strides.size()}, device, type_of(dtype));
+}
+
+// By linear.out, which is mm.out or, with a bias, addmm.out: autocast has no rule for what has an `out`, and autograd
+// nothing to do where no tensor asks for a gradient. torch's settings hold as for F.linear: whether fp32 may be rounded
+// to TF32, and whether parts of a 16-bit sum may be.
+void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
+  const torch::stable::Device device = device_of(stream);
+  const std::int64_t inner = args.left.cols, cols = args.out.cols, stride = args.right.stride;
+  const auto matrix = [&](const auto& m) {
+    return tensor_over(m.data, m.dtype, {m.rows, m.cols}, {m.stride, 1}, device);
+  };
+  const auto row_stride = args.transpose_right ? stride : 1, col_stride = args.transpose_right ? 1 : stride;
+  const Tensor weight = tensor_over(args.right.data, args.right.dtype, {cols, inner}, {row_stride, col_stride}, device);
+  OptionalTensor bias;
+  if (args.bias != nullptr) bias = tensor_over(args.bias, args.out.dtype, {cols}, {1}, device);
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(matrix(args.left)), from(weight), from(bias), from(matrix(args.out))};
+  if (torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
+                      std::to_string(inner) + ", " + std::to_string(cols) + "] failed; it has printed why");
+  }
+  torch::stable::detail::to<Tensor>(stack[0]);  // `out`, of which nobody else would let go
+}
+
 }  // namespace
 
 void install_torch_hooks() {
@@ -43,6 +78,7 @@ void install_torch_hooks() {
       },
       [] { return static_cast<int>(torch::stable::get_num_threads()); });
   set_device_memory(allocate, release);
+  set_dense_gemm(dense_gemm);
 }
 
 }  // namespace qlora_native

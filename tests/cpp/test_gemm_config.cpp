@@ -1,6 +1,8 @@
 // gemm_config: that the blocks share the steps of all tiles, each of them once, for any problem and device.
 #include "gemm_config.h"
 
+#include <algorithm>
+
 #include "expect.h"
 
 namespace qlora_native {
@@ -150,6 +152,81 @@ void product_without_a_gemm_kernel_is_given_to_one() {
   EXPECT(gemm_config(eight_bits).kernel == GemmConfig::Kernel::general);
 }
 
+GemmProblem many_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner) {
+  return {.rows = rows,
+          .cols = cols,
+          .inner = inner,
+          .dtype = DType::bf16,
+          .aligned = true,
+          .aligned_64 = true,
+          .dense_gemm = true,
+          .multiprocessors = 132};
+}
+
+bool is_by_panels(const GemmProblem& problem) { return gemm_config(problem).kernel == GemmConfig::Kernel::panel; }
+
+void panels_are_missed_or_taken_where_they_cannot_be() {
+  EXPECT(is_by_panels(many_rows(2048, 4096, 4096)));
+  EXPECT(is_by_panels(many_rows(769, 14336, 1024)) && !is_by_panels(many_rows(768, 14336, 1024)));
+  for (const int bits : {4, 8}) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const bool backward : {false, true}) {
+        for (const std::int64_t rank : {0, 16}) {
+          GemmProblem problem = many_rows(4096, 4000, 1111);
+          problem.bits = bits;
+          problem.dtype = dtype;
+          problem.backward = backward;
+          problem.rank = rank;
+          problem.aligned = problem.aligned_64 = false;
+          EXPECT(is_by_panels(problem));
+          problem.masks = true;
+          EXPECT(!is_by_panels(problem));
+          problem.masks = false;
+          problem.dense_gemm = false;
+          EXPECT(!is_by_panels(problem));
+        }
+      }
+    }
+  }
+}
+
+// As kPanelBytes says; the last two need more columns than 8 MB of so long ones have, and than 16 MB have.
+void panel_takes_more_memory_than_it_may_or_is_too_small() {
+  EXPECT(gemm_config(many_rows(4096, 4096, 4096)).panel_cols == 1024);
+  EXPECT(gemm_config(many_rows(1024, 4096, 4096)).panel_cols == 2048);
+  EXPECT(gemm_config(many_rows(8192, 4096, 14336)).panel_cols == 256);
+  EXPECT(gemm_config(many_rows(4096, 4096, 14336)).panel_cols == 512);
+  EXPECT(!is_by_panels(many_rows(2048, 4096, 14336)));
+  EXPECT(!is_by_panels(many_rows(100'000, 4096, 70'000)));  // not even 128
+  for (const std::int64_t rows : {769, 8192, 8193, 100'000}) {
+    for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256}) {
+      for (const std::int64_t inner : {1, 100, 4096, 28672, 65536}) {
+        for (const std::int64_t rank : {0, 1, 64}) {
+          for (const DType dtype : {DType::f32, DType::bf16}) {
+            for (const int multiprocessors : {1, 132}) {
+              GemmProblem problem = many_rows(rows, cols, inner);
+              problem.dtype = dtype;
+              problem.rank = rank;
+              problem.multiprocessors = multiprocessors;
+              if (!is_by_panels(problem)) continue;
+              const GemmConfig config = gemm_config(problem);
+              const std::int64_t column = column_of_panel(inner, rank);
+              EXPECT(column >= inner + rank && column < inner + rank + kPanelAlignment);
+              EXPECT(config.panel_cols > 0 && config.panel_cols % kPanelCols == 0);
+              EXPECT(config.panel_cols * column * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
+              EXPECT(rank == 0 ? config.panel_rows == rows
+                               : config.panel_rows <= kPanelCopiedRows && config.panel_rows > rows / 16);
+              const std::int64_t tile = kPanelCols * kPanelCols;
+              EXPECT(std::min(rows, config.panel_rows) * std::min(cols, config.panel_cols) * 4 >=
+                     multiprocessors * tile * 3);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void part_of_a_long_sum_is_left_out_or_empty() {
   for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
     for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
@@ -183,6 +260,8 @@ int main() {
   wide_tile_is_missed_or_mostly_zeros();
   few_rows_do_not_get_their_kernel();
   product_without_a_gemm_kernel_is_given_to_one();
+  panels_are_missed_or_taken_where_they_cannot_be();
+  panel_takes_more_memory_than_it_may_or_is_too_small();
   part_of_a_long_sum_is_left_out_or_empty();
   more_elements_than_an_int_counts();
   return report();

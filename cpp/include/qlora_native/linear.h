@@ -4,9 +4,9 @@
 //   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
 //   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
-// W is decoded in tiles on the way into the multiply, rounded once to the dtype of X; A, B, U and V are rounded to
-// that dtype too; every sum is fp32. Results do not depend on the number of threads. All functions are safe to
-// call from several threads at once. Extra memory of a call: at most 8 MB and 1 MB a thread, kept for the next call.
+// W is decoded in tiles on the way into the multiply, rounded once to the dtype of X, as are A, B, U and V; every sum
+// is fp32. Results do not depend on the number of threads; several threads may call at once. Extra memory of a call: on
+// the cpu 8 MB and 1 MB a thread, kept for the next; on cuda 128 KB a multiprocessor, or what set_dense_gemm says.
 #pragma once
 
 #include "qlora_native/export.h"

@@ -1,4 +1,5 @@
-// What the library found on this machine, and what a host program may set: its thread pool, and on a GPU its memory.
+// What the library found on this machine, and what a host program may set: its thread pool, and on a GPU its memory and
+// its dense product.
 #pragma once
 
 #include <cstddef>
@@ -36,6 +37,24 @@ using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream)
 // library's own. Both are called by several threads at once; `release` does not throw. Not to be called while an
 // operation runs.
 QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
+
+// A dense product, all of it in one dtype: out = left . right + bias. Sums are fp32 and rounded once, with the bias in
+// them.
+struct DenseGemmArgs {
+  ConstMatrix left;   // [rows, inner]
+  ConstMatrix right;  // [inner, cols]; with transpose_right [cols, inner]
+  bool transpose_right = false;
+  const void* bias = nullptr;  // [cols], or null
+  Matrix out;                  // [rows, cols]; the columns beside it are not touched
+};
+using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
+
+// The host program's dense product on a GPU, for linear_forward and linear_backward_input of more than 768 rows: they
+// then decode the weight a panel at a time and multiply with this. It puts its work into the stream; it is called by
+// several threads at once, and may throw. Extra memory of such a call: two panels, 32 MB at most, and with an adapter
+// 8192 * (inner dimension + rank) elements. Null, as it begins: the library's own kernels decode on the way, for any
+// number of rows. Not to be called while an operation runs.
+QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
 // The instruction sets the cpu backend was built with and this machine runs, best first: of "avx512_bf16",
 // "avx512", "avx2", "scalar".

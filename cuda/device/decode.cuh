@@ -1,0 +1,76 @@
+// Decoding a quantized weight into memory, eight neighbours a thread: what dequantize and the panels share.
+#pragma once
+
+#include "common/layout.h"
+#include "device/elements.cuh"
+#include "device/problem.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+// Whether eights that begin at multiples of 8 are one load of codes each, and find their scales by shifts.
+inline bool eights_are_vectors(const QuantizedWeightView& w) {
+  return is_aligned(w.codes, w.bits) && (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
+}
+
+template <int kBits>
+class EightDecoder {
+ public:
+  // 8 KB of shared memory: eight blocks have room on any multiprocessor.
+  using Table = PairTable<4>;
+  static constexpr std::size_t kSmemBytes = kBits == 4 ? Table::kPairs * sizeof(Table::Pair) : 0;
+
+  // Called by all threads of a block, whose shared memory becomes the table.
+  __device__ EightDecoder(const QuantizedWeightView& w, const WeightScales& scales)
+      : w_(w),
+        scales_(scales),
+        table_(filled(w)),
+        is_nested_(w.nested_absmax != nullptr),
+        offset_(is_nested_ ? *w.offset : 0.0f) {}
+
+  // Elements e ... e + 7, which share a scale: code times scale in fp32, not yet rounded. 8 divides e, as it does every
+  // blocksize.
+  __device__ __forceinline__ void decode(std::int64_t e, float (&values)[kEight]) const {
+    const std::int64_t block = e >> scales_.block;
+    float scale;
+    if (is_nested_) {
+      const float level = w_.nested_code[static_cast<const std::uint8_t*>(w_.absmax)[block]];
+      scale = nested_scale(level, w_.nested_absmax[block >> scales_.sharing], offset_);
+    } else {
+      scale = static_cast<const float*>(w_.absmax)[block];
+    }
+    if constexpr (kBits == 4) {
+      const std::uint32_t codes =
+          load_vector<std::uint32_t, 1>(reinterpret_cast<const std::uint32_t*>(w_.codes + e / 2)).at[0];
+#pragma unroll
+      for (int i = 0; i < kEight; i += 2) {
+        const Table::Pair pair = table_.of_byte(codes, i / 2);
+        values[i] = pair.at[0] * scale;
+        values[i + 1] = pair.at[1] * scale;
+      }
+    } else {
+      std::uint8_t bytes[kEight];
+      load_eight_aligned(w_.codes + e, bytes);
+      const float unit = scale / 127.0f;
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) values[i] = static_cast<float>(static_cast<std::int8_t>(bytes[i])) * unit;
+    }
+  }
+
+ private:
+  __device__ static const Table::Pair* filled(const QuantizedWeightView& w) {
+    auto* const pairs = dynamic_smem<Table::Pair>();
+    if constexpr (kBits == 4) {
+      Table::fill(pairs, w.code);
+      sync_threads();
+    }
+    return pairs;
+  }
+
+  const QuantizedWeightView& w_;
+  const WeightScales& scales_;
+  const Table table_;
+  const bool is_nested_;
+  const float offset_;
+};
+
+}  // namespace qlora_native::QLN_CUDA

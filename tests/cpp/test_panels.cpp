@@ -1,0 +1,366 @@
+// Products by panels with hooks of this program's own, over the emulator: the order in which a panel is decoded beside
+// a product, what a dense product is given, and what memory a call takes. Exits 1 on a failure.
+#include "qlora_native/qlora_native.h"
+#include "side_stream.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/layout.h"
+#include "expect.h"
+#include "gemm_config.h"
+#include "simt/emulated_driver.h"
+
+namespace qn = qlora_native;
+using qn::cuda_emulated::EmulatedDriver;
+
+namespace {
+
+// ---- the order of the calls
+// ------------------------------------------------------------------------------------------
+
+// What is asked of the driver, and when something is prepared and used.
+std::vector<std::string> calls_of(std::int64_t count) {
+  std::vector<std::string> calls;
+  EmulatedDriver::Options options;
+  qn::SideStream side(std::make_unique<EmulatedDriver>(&options));
+  options.trace = [&](const std::string& call) { calls.push_back(call); };
+  side.overlap(
+      count, nullptr,
+      [&](std::int64_t i, void* stream) {
+        calls.push_back((stream == nullptr ? "caller: prepare " : "stream 0: prepare ") + std::to_string(i));
+      },
+      [&](std::int64_t i) { calls.push_back("caller: use " + std::to_string(i)); });
+  return calls;
+}
+
+void test_next_is_prepared_before_its_place_is_free_or_after_its_use() {
+  using Calls = std::vector<std::string>;
+  EXPECT(calls_of(0).empty());
+  EXPECT((calls_of(1) == Calls{"caller: prepare 0", "caller: use 0"}));
+  // event 0: what came before is used. event 1: what comes next is prepared.
+  EXPECT((calls_of(3) == Calls{"caller: prepare 0", "caller: record event 0", "caller: use 0",
+                               "stream 0: wait for event 0", "stream 0: prepare 1", "stream 0: record event 1",
+                               "caller: wait for event 1", "caller: record event 0", "caller: use 1",
+                               "stream 0: wait for event 0", "stream 0: prepare 2", "stream 0: record event 1",
+                               "caller: wait for event 1", "caller: use 2"}));
+}
+
+// What is put into the side stream happens as late as can be, or at once.
+void test_something_is_used_before_it_is_there() {
+  constexpr auto kKind = qn::Driver::Memory::device;
+  for (const bool eager : {false, true}) {
+    EmulatedDriver::Options options{.eager = eager};
+    auto driver = std::make_unique<EmulatedDriver>(&options);
+    EmulatedDriver& device = *driver;
+    qn::SideStream side(std::move(driver));
+    auto* const source = static_cast<int*>(device.allocate(kKind, 5 * sizeof(int)));
+    auto* const places = static_cast<int*>(device.allocate(kKind, 2 * sizeof(int)));
+    for (int i = 0; i < 5; ++i) source[i] = i;
+    std::vector<int> used;
+    const auto copy = [&](std::int64_t i, void* stream) {
+      device.copy(&places[i % 2], &source[i], sizeof(int), stream);
+    };
+    side.overlap(5, nullptr, copy, [&](std::int64_t i) { used.push_back(places[i % 2]); });
+    EXPECT((used == std::vector<int>{0, 1, 2, 3, 4}));
+    // An exception leaves nothing behind that the next call would meet.
+    used.clear();
+    try {
+      side.overlap(5, nullptr, copy, [](std::int64_t i) {
+        if (i == 2) throw 1;
+      });
+      EXPECT(false);
+    } catch (int) {
+      places[0] = places[1] = -1;
+    }
+    side.overlap(2, nullptr, copy, [&](std::int64_t i) { used.push_back(places[i % 2]); });
+    EXPECT((used == std::vector<int>{0, 1}));
+    device.release(kKind, places);
+    device.release(kKind, source);
+  }
+}
+
+void test_two_streams_share_one_beside_them() {
+  int first = 0, second = 0;
+  const auto beside = [](void* stream) { return &qn::SideStream::of({.handle = stream}); };
+  EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
+}
+
+// ---- a layer of fp32, and what its panels should be
+// ------------------------------------------------------------------
+
+float draw(std::uint64_t& seed) {  // in [-1, 1)
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
+}
+
+struct Layer {
+  std::int64_t M, N, K, rank;
+  int bits;
+  std::uint64_t seed = 1;
+  std::vector<float> w, x, dy, bias, a, b;
+  std::vector<std::uint8_t> codes;
+  std::vector<float> absmax;
+
+  Layer(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t rank, int bits = 4)
+      : M(M),
+        N(N),
+        K(K),
+        rank(rank),
+        bits(bits),
+        w(floats(N * K)),
+        x(floats(M * K)),
+        dy(floats(M * N)),
+        bias(floats(N)),
+        a(floats(rank * K)),
+        b(floats(N * rank)),
+        codes(w.size()),
+        absmax(w.size() / 32 + 1) {
+    qn::NonFinite non_finite;
+    qn::quantize({.weight = w.data(),
+                  .elements = N * K,
+                  .bits = bits,
+                  .blocksize = 32,
+                  .code = qn::codebook("nf4").data(),
+                  .codes = codes.data(),
+                  .absmax = absmax.data(),
+                  .non_finite = &non_finite});
+    qn::dequantize({.weight = view(), .out = w.data()});
+  }
+  std::vector<float> floats(std::int64_t count) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    for (float& value : values) value = draw(seed);
+    return values;
+  }
+  qn::QuantizedWeightView view() const {
+    return {.N = N,
+            .K = K,
+            .bits = bits,
+            .blocksize = 32,
+            .codes = codes.data(),
+            .absmax = absmax.data(),
+            .code = qn::codebook("nf4").data()};
+  }
+  qn::LoraView lora(float dropout = 0.0f) const {
+    return {.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = dropout};
+  }
+};
+
+template <class Data>
+auto matrix_of(Data& data, std::int64_t rows, std::int64_t cols) {
+  using Matrix = std::conditional_t<std::is_const_v<Data>, qn::ConstMatrix, qn::Matrix>;
+  return Matrix{data.data(), qn::DType::f32, rows, cols, cols};
+}
+
+float at(const qn::ConstMatrix& matrix, std::int64_t i, std::int64_t j) {
+  return static_cast<const float*>(matrix.data)[i * matrix.stride + j];
+}
+bool same_bits(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b); }
+
+// The product that is tested now: hooks are plain functions.
+struct Call {
+  const Layer* layer = nullptr;
+  bool backward = false;
+  std::vector<float> out, low_rank;
+  std::vector<int> times;  // that each element of out was computed
+  int products = 0;
+  bool multiplies = true;
+  std::size_t bytes = 0;  // of the largest allocation
+  int held = 0;           // allocations that were not given back
+};
+Call call;
+
+// left . right + bias by a plain loop, of operands that are what they should be.
+void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
+  const Layer& layer = *call.layer;
+  ++call.products;
+  const std::int64_t weight_inner = call.backward ? layer.N : layer.K, rank = layer.rank;
+  const std::int64_t out_cols = call.backward ? layer.K : layer.N;
+  const std::int64_t offset = static_cast<float*>(args.out.data) - call.out.data();
+  const std::int64_t row0 = offset / out_cols, col0 = offset % out_cols, inner = args.left.cols;
+  EXPECT(args.transpose_right == !call.backward && args.out.stride == out_cols);
+  EXPECT(args.left.rows == args.out.rows && (call.backward ? args.right.rows : args.right.cols) == inner);
+  EXPECT((call.backward ? args.right.cols : args.right.rows) == args.out.cols && args.right.stride % 8 == 0);
+  EXPECT(rank == 0 ? inner == weight_inner : inner % 8 == 0 && inner - weight_inner - rank < 8);
+
+  int wrong = 0;
+  const std::vector<float>& source = call.backward ? layer.dy : layer.x;
+  for (std::int64_t i = 0; i < args.left.rows; ++i) {
+    for (std::int64_t k = 0; k < inner; ++k) {
+      const float expected = k < weight_inner ? source[static_cast<std::size_t>((row0 + i) * weight_inner + k)]
+                             : k < weight_inner + rank
+                                 ? call.low_rank[static_cast<std::size_t>((row0 + i) * rank + k - weight_inner)]
+                                 : 0.0f;
+      wrong += !same_bits(at(args.left, i, k), expected);
+    }
+  }
+  const auto right = [&](std::int64_t k, std::int64_t j) {
+    return call.backward ? at(args.right, k, j) : at(args.right, j, k);
+  };
+  for (std::int64_t j = 0; j < args.out.cols; ++j) {
+    for (std::int64_t k = 0; k < inner; ++k) {
+      const std::int64_t r = k - weight_inner, col = col0 + j;
+      const auto element = [&](std::int64_t i) { return static_cast<std::size_t>(i); };
+      float expected = 0.0f;
+      if (r < 0) {
+        expected = layer.w[element(call.backward ? k * layer.K + col : col * layer.K + k)];
+      } else if (r < rank) {
+        expected = call.backward ? layer.a[element(r * layer.K + col)] : 0.5f * layer.b[element(col * rank + r)];
+      }
+      wrong += !same_bits(right(k, j), expected);
+    }
+  }
+  EXPECT(wrong == 0);
+
+  for (std::int64_t i = 0; i < args.out.rows; ++i) {
+    for (std::int64_t j = 0; j < args.out.cols; ++j) {
+      const std::int64_t place = i * args.out.stride + j;
+      ++call.times[static_cast<std::size_t>(offset + place)];
+      if (!call.multiplies) continue;
+      double sum = args.bias == nullptr ? 0.0 : static_cast<const float*>(args.bias)[j];
+      for (std::int64_t k = 0; k < inner; ++k) sum += double{at(args.left, i, k)} * right(k, j);
+      static_cast<float*>(args.out.data)[place] = static_cast<float>(sum);
+    }
+  }
+}
+
+qn::DeviceMemory allocate(std::size_t bytes, const qn::Stream&) {
+  call.bytes = std::max(call.bytes, bytes);
+  ++call.held;
+  void* const data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  return {.data = data, .handle = data};
+}
+void release(const qn::DeviceMemory& memory, const qn::Stream&) {
+  --call.held;
+  std::free(memory.handle);
+}
+
+void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0f) {
+  const std::int64_t cols = backward ? layer.K : layer.N;
+  call = {.layer = &layer, .backward = backward, .multiplies = multiplies};
+  call.out.resize(static_cast<std::size_t>(layer.M * cols));
+  call.times.resize(call.out.size());
+  call.low_rank.resize(static_cast<std::size_t>(layer.M * layer.rank));
+  const qn::Matrix out = matrix_of(call.out, layer.M, cols);
+  const qn::Matrix low_rank = layer.rank > 0 ? matrix_of(call.low_rank, layer.M, layer.rank) : qn::Matrix{};
+  if (backward) {
+    qn::linear_backward_input({.weight = layer.view(),
+                               .lora = layer.lora(dropout),
+                               .dy = matrix_of(layer.dy, layer.M, layer.N),
+                               .dx = out,
+                               .v = low_rank});
+  } else {
+    qn::linear_forward({.weight = layer.view(),
+                        .lora = layer.lora(dropout),
+                        .x = matrix_of(layer.x, layer.M, layer.K),
+                        .bias = layer.bias.data(),
+                        .y = out,
+                        .u = low_rank});
+  }
+}
+
+// ---- products
+// --------------------------------------------------------------------------------------------------------
+
+void test_product_by_panels_is_another() {
+  for (const std::int64_t rank : {0, 5}) {
+    const Layer layer(801, 57, 131, rank);
+    for (const bool backward : {false, true}) {
+      run(layer, backward, true);
+      EXPECT(call.products == 1);
+      EXPECT(std::all_of(call.times.begin(), call.times.end(), [](int n) { return n == 1; }));
+      const std::vector<float> by_panels = call.out;
+      qn::set_dense_gemm(nullptr);
+      run(layer, backward, true);
+      qn::set_dense_gemm(dense_gemm);
+      EXPECT(call.products == 0);  // and the library's own kernel
+      // Sums of up to 136 products of numbers below 1: each of the other's roundings is at most 2^-24 of 136.
+      double worst = 0.0;
+      for (std::size_t i = 0; i < by_panels.size(); ++i)
+        worst = std::max(worst, std::abs(double{by_panels[i]} - call.out[i]));
+      EXPECT(worst < 136 * 0x1p-24 * 136);
+    }
+  }
+}
+
+// Shapes whose panels are many, and rows that are copied in two parts.
+void test_panel_has_other_bits_or_is_left_out() {
+  struct Case {
+    std::int64_t M, N, K, rank;
+    int bits;
+    bool backward;
+    int products;
+  };
+  for (const Case& c : {Case{.M = 769, .N = 300, .K = 16'384, .rank = 0, .bits = 4, .backward = false, .products = 3},
+                        Case{.M = 769, .N = 131, .K = 16'301, .rank = 3, .bits = 8, .backward = false, .products = 2},
+                        Case{.M = 769, .N = 16'301, .K = 264, .rank = 3, .bits = 4, .backward = true, .products = 3},
+                        Case{.M = 8193, .N = 57, .K = 24, .rank = 16, .bits = 4, .backward = false, .products = 2},
+                        Case{.M = 8193, .N = 24, .K = 57, .rank = 16, .bits = 8, .backward = true, .products = 2},
+                        Case{.M = 8193, .N = 57, .K = 24, .rank = 0, .bits = 4, .backward = false, .products = 1}}) {
+    const Layer layer(c.M, c.N, c.K, c.rank, c.bits);
+    run(layer, c.backward, false);
+    EXPECT(call.products == c.products);
+    EXPECT(std::all_of(call.times.begin(), call.times.end(), [](int n) { return n == 1; }));
+    // What README.md says that a call takes.
+    const std::int64_t inner = (c.backward ? c.N : c.K) + c.rank;
+    const std::int64_t copied = c.rank > 0 ? std::min<std::int64_t>(c.M, 8192) * (inner + 7) * 4 : 0;
+    EXPECT(call.bytes > 0 && static_cast<std::int64_t>(call.bytes) <= 2 * qn::kPanelBytes + copied);
+    EXPECT(call.held == 0);
+  }
+}
+
+void test_dropout_is_not_within_the_sums() {
+  const Layer layer(800, 64, 64, 4);
+  run(layer, /*backward=*/true, true, 0.25f);
+  EXPECT(call.products == 0);  // the mask would fall on dY . W too
+  run(layer, /*backward=*/false, true, 0.25f);
+  EXPECT(call.products == 1);
+}
+
+void test_failed_product_keeps_its_memory() {
+  const Layer layer(769, 300, 16'384, 0);
+  qn::set_dense_gemm([](const qn::DenseGemmArgs&, const qn::Stream&) { throw qn::Unavailable("no product"); });
+  try {
+    run(layer, false, false);
+    EXPECT(false);
+  } catch (const qn::Unavailable& error) {
+    EXPECT(std::string(error.what()) == "no product");
+  }
+  qn::set_dense_gemm(dense_gemm);
+  EXPECT(call.bytes > 0 && call.held == 0);
+}
+
+// Memory begins as NaN, also where it is not the emulator's own, and every kernel that asks for some is given it.
+void test_memory_of_a_call_is_not_the_host_programs() {
+  const Layer layer(70, 64, 300, 4);
+  run(layer, false, true);
+  const std::vector<float> with_hook = call.out;
+  EXPECT(call.bytes > 0 && call.held == 0);
+  qn::set_device_memory(nullptr, nullptr);
+  run(layer, false, true);
+  EXPECT(call.bytes == 0 && call.out == with_hook);
+  qn::set_device_memory(allocate, release);
+}
+
+}  // namespace
+
+int main() {
+  test_next_is_prepared_before_its_place_is_free_or_after_its_use();
+  test_something_is_used_before_it_is_there();
+  test_two_streams_share_one_beside_them();
+  qn::set_dense_gemm(dense_gemm);
+  qn::set_device_memory(allocate, release);
+  test_product_by_panels_is_another();
+  test_panel_has_other_bits_or_is_left_out();
+  test_dropout_is_not_within_the_sums();
+  test_failed_product_keeps_its_memory();
+  test_memory_of_a_call_is_not_the_host_programs();
+  return report();
+}

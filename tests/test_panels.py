@@ -1,0 +1,134 @@
+"""Products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M"): over the
+emulator, through both hooks of torch, and that nothing of torch's disturbs or sees them.
+
+What a panel holds and in which order things happen is tested without torch, in tests/cpp/test_panels.cpp.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import cases
+import test_conformance as conformance
+import torch
+from test_emulated import SCHEDULES, run
+
+import qlora_native as qn
+
+BY_PANELS = "for the host program's product"
+
+
+def shown(call, **more):
+    """What a function of this file prints, run over the emulator; and what its products were."""
+    done = run("-c", f"import test_panels; test_panels.{call}", QLN_PRINT_CONFIG="1", **more)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return done.stdout, done.stderr
+
+
+def test_product_or_gradient_is_wrong():
+    _, products = shown("check_products()")
+    backward_is_fused = sum(case.dropout > 0 for case in cases.many_rows())
+    assert products.count(BY_PANELS) == 2 * len(list(cases.many_rows())) - backward_is_fused
+
+
+def check_products():
+    for case in cases.many_rows():
+        try:
+            conformance.check_product(case)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+
+
+def test_weight_has_other_bits_than_dequantized():
+    shown("check_bits()")
+
+
+def check_bits():
+    """Rows of a unit matrix times W are its own elements."""
+    N, K = 130, 203
+    for dtype in cases.DTYPES:
+        for format in cases.FORMATS:
+            q = conformance.quantize(N, K, format, 32, True)
+            w = q.dequantize(dtype)
+            assert torch.equal(qn.linear(torch.eye(800, K, dtype=dtype), q)[:K], w.t())
+            x = torch.zeros(800, K, dtype=dtype, requires_grad=True)
+            (dx,) = torch.autograd.grad(qn.linear(x, q), x, torch.eye(800, N, dtype=dtype))
+            assert torch.equal(dx[:N], w)
+
+
+def test_order_of_threads_changes_a_bit():
+    digests = {schedule: shown("print_digest()", schedule=schedule)[0].strip() for schedule in SCHEDULES[:3]}
+    assert all(digests.values()) and len(set(digests.values())) == 1, digests
+
+
+def products(M=800, N=96, K=203, dtype=torch.bfloat16, seed=0):
+    """[function] that give Y, and dX with the adapter's gradients."""
+    torch.manual_seed(seed)
+    q, x = qn.quantize(torch.randn(N, K)), torch.randn(M, K).to(dtype).requires_grad_()
+    bias, a, b = (torch.randn(size) for size in ((N,), (5, K), (N, 5)))
+    a, b, dy = a.requires_grad_(), b.requires_grad_(), torch.randn(M, N).to(dtype)
+    return [
+        lambda: (qn.linear(x.detach(), q, bias, a.detach(), b.detach(), 0.5),),
+        lambda: torch.autograd.grad(qn.linear(x, q, None, a, b, 0.5), (x, a, b), dy),
+        lambda: torch.autograd.grad(qn.linear(x, q), x, dy),
+    ]
+
+
+def print_digest():
+    hashed = hashlib.sha256()
+    for dtype in cases.DTYPES:
+        for product in products(dtype=dtype):
+            for result in product():
+                hashed.update(result.reshape(-1).view(torch.uint8).numpy().tobytes())
+    print(hashed.hexdigest())
+
+
+def test_python_threads_disturb_each_other():
+    shown("check_threads()")
+
+
+def check_threads():
+    calls = [product for seed, M in enumerate((800, 901)) for product in products(M=M, seed=seed)]
+    alone = [call() for call in calls]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for found, expected in zip(pool.map(lambda call: call(), calls), alone, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_mode_of_torch_reaches_the_product():
+    """Autocast would round what it is given, inference has no version counters, and a dispatch mode sees operations."""
+    shown("check_modes()")
+
+
+def check_modes():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = set()
+    q, x = conformance.quantize(96, 203, "nf4", 64, True), torch.randn(800, 203)
+
+    def forward():
+        return torch.ops.qlora_native.linear_forward(x, *q.op_arguments(), None, None, None, 1.0, 0.0, None)[0]
+
+    expected = forward()
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), Seen()):
+        with mode:
+            found = forward()
+        assert torch.equal(found, expected)
+    assert torch.equal(compiled(), expected)
+    assert names == {"qlora_native.linear_forward.default"}
+
+
+def test_few_rows_are_by_panels():
+    _, printed = shown("few_rows()")
+    assert printed and BY_PANELS not in printed
+
+
+def few_rows():
+    for product in products(M=768):
+        product()
