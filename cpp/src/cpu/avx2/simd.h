@@ -48,6 +48,12 @@ inline float reduce_add(F32 a) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
+// p[i] = the sum of the lanes of a[i].
+inline void store_sums(float* p, const F32 (&a)[4]) {
+  const F32 four = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+}
+
 // The low half of each 32-bit lane, in order.
 inline __m128i low_halves(I32 x) {
   const I32 in_order = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());

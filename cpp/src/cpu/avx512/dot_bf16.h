@@ -61,6 +61,59 @@ struct DotBf16 {
     return {{to_bf16(even), to_bf16(odd)}};
   }
 
+  // Few rows of x multiply two chunks at once; vector k of a step holds elements 4i + k. In 64 bytes of 4-bit codes
+  // these are a nibble of each 16-bit word, so nothing has to be widened; and the words of a chunk are one half of the
+  // vector, so that a table is half one chunk's and half the other's, and rounding makes both halves in one
+  // instruction.
+  static constexpr int kStepChunks = 2;
+  static constexpr int kStepVectors = 4;
+  struct Step {
+    F32 v[kStepVectors];
+    F32 vector(int k) const { return v[k]; }
+  };
+  static Step join(const Chunk (&chunk)[kStepChunks]) {
+    const __m512i evens = _mm512_add_epi16(word_numbers(), word_numbers());
+    const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+    Step step;
+    for (int k = 0; k < kStepVectors; ++k)
+      step.v[k] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(
+          _mm512_castps_si512(chunk[0].v[k % 2]), k < 2 ? evens : odds, _mm512_castps_si512(chunk[1].v[k % 2])));
+    return step;
+  }
+  struct Step4 {
+    __m512i high, low;  // in each byte the index that its high or low nibble stands for: the fifth bit names the chunk
+    __m512i levels;     // 16 of each chunk
+    F32 vector(int k) const {
+      const __m512i pair = k % 2 == 0 ? high : low;
+      return _mm512_castsi512_ps(_mm512_permutexvar_epi16(k < 2 ? pair : _mm512_srli_epi16(pair, 8), levels));
+    }
+  };
+  static Step4 step4(const std::uint8_t* codes, Table16 code, const float* scales) {
+    const __m512i words = _mm512_loadu_si512(codes);
+    const __m512i nibbles = _mm512_set1_epi8(0x0F);
+    const __m512i chunk = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
+    constexpr int kAndOr = 0xEA;  // (a & b) | c
+    return {_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, chunk, kAndOr),
+            _mm512_ternarylogic_epi64(words, nibbles, chunk, kAndOr),
+            reinterpret_cast<__m512i>(
+                _mm512_cvtne2ps_pbh(mul(code.level, set1(scales[1])), mul(code.level, set1(scales[0]))))};
+  }
+  struct Step8 {
+    __m512i chunk[kStepChunks];  // four bytes a lane
+    float step[kStepChunks];
+    F32 vector(int k) const {
+      F32 values[kStepChunks];
+      for (int i = 0; i < kStepChunks; ++i)
+        values[i] = mul(
+            _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(chunk[i], static_cast<unsigned>(24 - 8 * k)), 24)),
+            set1(step[i]));
+      return to_bf16(values);
+    }
+  };
+  static Step8 step8(const std::uint8_t* codes, const float* scales) {
+    return {{_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + kChunk)}, {scales[0] / 127.0f, scales[1] / 127.0f}};
+  }
+
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {
     F32 even[2], odd[2];
@@ -135,6 +188,12 @@ struct DotBf16 {
  private:
   static constexpr std::uint64_t kEven = 0x5555555555555555, kOdd64 = 0xAAAAAAAAAAAAAAAA;
 
+  static __m512i word_numbers() {
+    alignas(64) static constexpr std::uint16_t kNumbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                               11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                               22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    return _mm512_load_si512(kNumbers);
+  }
   static __m512i load_words(const std::uint8_t* p) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

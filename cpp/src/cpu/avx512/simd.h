@@ -40,6 +40,15 @@ inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 // The sum of the lanes, in a fixed order.
 inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
 
+// p[i] = the sum of the lanes of a[i].
+inline void store_sums(float* p, const F32 (&a)[4]) {
+  const auto fold = [](F32 x, F32 y) { return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+  const __m512d x = _mm512_castps_pd(fold(a[0], a[1])), y = _mm512_castps_pd(fold(a[2], a[3]));
+  const F32 four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+}
+
 inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
 // x as bfloat16 in the upper half of each lane, rounded to nearest even; NaN stays NaN.

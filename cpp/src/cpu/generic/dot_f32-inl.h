@@ -64,6 +64,28 @@ struct DotF32 {
     return chunk;
   }
 
+  // What few rows of x multiply at once is a chunk, each vector decoded when it is wanted.
+  static constexpr int kStepChunks = 1;
+  static constexpr int kStepVectors = kVectors;
+  struct Step {
+    Chunk chunk;
+    F32 vector(int k) const { return chunk.v[k]; }
+  };
+  static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
+  struct Step4 {
+    const std::uint8_t* bytes;
+    Table table;
+    F32 vector(int k) const {
+      const I32 pairs = load_bytes(bytes + k / 2 * kLanes);
+      return lookup(table, k % 2 == 0 ? shift_right<4>(pairs) : pairs);
+    }
+  };
+  static Step4 step4(const std::uint8_t* codes, Table16 code, const float* scales) {
+    return {codes, table(code, scales[0])};
+  }
+  using Step8 = Step;
+  static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
+
   // 64 elements of a dense row, times `scale`, rounded.
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {

@@ -34,6 +34,28 @@ inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+// What a product with few rows of x decodes at once.
+template <class Dot>
+constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
+
+// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
+template <class Dot, int kRows, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
+  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
+  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
+  rows.template chunks<kRows>(n, count, 0, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+    const std::int64_t place = c % Dot::kStepChunks;
+    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
+    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
+    typename Dot::Step step[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
+      step[i] = Dot::join(held[i]);
+    }
+    sink(c / Dot::kStepChunks, step);
+  });
+}
+
 template <class Dot, int kBits>
 class QuantizedRows {
  public:
@@ -43,7 +65,8 @@ class QuantizedRows {
   explicit QuantizedRows(const QuantizedWeightView& w)
       : w_(w),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
-        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N == 1)) {
+        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N == 1)),
+        levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
 
@@ -66,7 +89,7 @@ class QuantizedRows {
       for (int i = 0; i < count; ++i) {
         const std::int64_t first = (n + i) * w_.K + begin * kChunk;
         first_block[i] = first >> shift_;
-        decode_scales(w_, first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
+        decode_scales(w_, levels_, first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
       }
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
@@ -79,6 +102,11 @@ class QuantizedRows {
     }
   }
 
+  template <int kRows, class Sink>
+  void steps(std::int64_t n, int count, Sink&& sink) const {
+    steps_of_chunks<Dot, kRows>(*this, n, count, sink);
+  }
+
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
   // Every chunk is whole, lies in one block and begins in a high nibble.
@@ -87,10 +115,35 @@ class QuantizedRows {
   void chunk_scales(std::int64_t n, std::int64_t c0, std::int64_t c1, float* out) const {
     const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
     const std::int64_t first = n * w_.K / kChunk + c0, first_block = first >> shift, count = c1 - c0;
-    if (shift == 0) return decode_scales(w_, first_block, count, out);
+    if (shift == 0) return decode_scales(w_, levels_, first_block, count, out);
     float blocks[kSegment];
-    decode_scales(w_, first_block, ((first + count - 1) >> shift) + 1 - first_block, blocks);
+    decode_scales(w_, levels_, first_block, ((first + count - 1) >> shift) + 1 - first_block, blocks);
     for (std::int64_t i = 0; i < count; ++i) out[i] = blocks[((first + i) >> shift) - first_block];
+  }
+  // The scales of all chunks of `count` rows from n on.
+  void row_scales(std::int64_t n, std::int64_t count, float* out) const {
+    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
+    const std::int64_t per_row = w_.K / kChunk, first = n * per_row, chunks = count * per_row;
+    const std::int64_t first_block = first >> shift;
+    decode_scales(w_, levels_, first_block, ((first + chunks - 1) >> shift) + 1 - first_block, out);
+    if (shift != 0)  // from the last on: no scale is overwritten before it is read
+      for (std::int64_t i = chunks; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+  }
+  using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::Step4, typename Dot::Step8>;
+  static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
+  // Dot::kStepChunks chunks from `codes` on, with as many scales.
+  QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
+    if constexpr (kBits == 4)
+      return Dot::step4(codes, code_, scales);
+    else
+      return Dot::step8(codes, scales);
+  }
+  // The first half of a step of two chunks: what an odd number of chunks leaves.
+  QuantizedStep half_step(const std::uint8_t* codes, const float* scales) const {
+    std::uint8_t copy[kStepBytes] = {};
+    __builtin_memcpy(copy, codes, kStepBytes / 2);
+    const float scale[2] = {scales[0], 0.0f};
+    return step(copy, scale);
   }
   typename Dot::Chunk chunk(const std::uint8_t* codes, float scale) const { return decode<false>(codes, scale); }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
@@ -152,9 +205,12 @@ class QuantizedRows {
     return chunk;
   }
 
+  static constexpr float kNoLevels[256] = {};
+
   QuantizedWeightView w_;
   int shift_;
   bool aligned_;  // a chunk lies in one block and begins in a high nibble
+  Table256 levels_;
   Table16 code_{};
 };
 
@@ -182,7 +238,12 @@ class DenseRows {
     });
   }
 
-  std::int64_t row_bytes() const { return 0; }
+  template <int kRows, class Sink>
+  void steps(std::int64_t n, int count, Sink&& sink) const {
+    steps_of_chunks<Dot, kRows>(*this, n, count, sink);
+  }
+
+  bool aligned() const { return false; }
 
  private:
   template <DType kFrom>

@@ -9,8 +9,9 @@ namespace {
 // Up to so many scales are looked up one by one: a vector's lookup goes through all of the table.
 constexpr std::int64_t kFewScales = 4;
 
-// out[i] = scale of block first + i, for i < count.
-inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std::int64_t count, float* out) {
+// out[i] = scale of block first + i, for i < count. `levels`: the table of w.nested_code.
+inline void decode_scales(const QuantizedWeightView& w, const Table256& levels, std::int64_t first, std::int64_t count,
+                          float* out) {
   if (w.nested_absmax == nullptr) {
     __builtin_memcpy(out, static_cast<const float*>(w.absmax) + first, static_cast<std::size_t>(count) * sizeof(float));
     return;
@@ -28,7 +29,22 @@ inline void decode_scales(const QuantizedWeightView& w, std::int64_t first, std:
     }
     return;
   }
-  for (std::int64_t i = 0; i < count;) {
+  std::int64_t i = 0;
+  for (; count - i >= kTableVectors * kLanes; i += kTableVectors * kLanes) {
+    F32 values[kTableVectors];
+    lookup_bytes(levels, absmax + first + i, values);
+    for (int k = 0; k < kTableVectors; ++k) {
+      const std::int64_t block = first + i + k * kLanes;
+      F32 nested = set1(w.nested_absmax[nested_of(block)]);
+      if (nested_of(block) != nested_of(block + kLanes - 1)) {
+        float each[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) each[lane] = w.nested_absmax[nested_of(block + lane)];
+        nested = load(each);
+      }
+      store(out + i + k * kLanes, add(mul(values[k], nested), offset));
+    }
+  }
+  while (i < count) {
     const std::int64_t block = first + i;
     const std::int64_t nested = nested_of(block);
     const std::int64_t left_in_nested = (nested + 1) * size - block;
