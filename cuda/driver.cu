@@ -1,6 +1,7 @@
 // Driver (driver.h) over the CUDA runtime. Host code alone, but the runtime's.
 #include <memory>
 
+#include "capture.h"
 #include "driver.h"
 #include "simt/check.h"
 
@@ -66,6 +67,7 @@ class RuntimeDriver final : public Driver {
 
   void* create_stream() override {
     const Current current(device_);
+    const RelaxedCapture relaxed;
     cudaStream_t stream = nullptr;
     QLN_CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     return stream;
@@ -84,6 +86,7 @@ class RuntimeDriver final : public Driver {
 
   void* create_event() override {
     const Current current(device_);
+    const RelaxedCapture relaxed;
     cudaEvent_t event = nullptr;
     QLN_CHECK_CUDA(cudaEventCreate(&event));  // with times: is_earlier() compares them
     return event;

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 
+#include "capture.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::cuda {
@@ -13,6 +14,7 @@ namespace {
 constexpr std::uint64_t kKeptBytes = std::uint64_t{512} << 20;
 
 cudaMemPool_t make_pool(int device) {
+  const RelaxedCapture relaxed;
   cudaMemPoolProps properties{};
   properties.allocType = cudaMemAllocationTypePinned;
   properties.location.type = cudaMemLocationTypeDevice;
