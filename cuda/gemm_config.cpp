@@ -30,6 +30,13 @@ int copies_of_wide_tile(const GemmProblem& problem) {
   return has_rows ? kGemmMostCopies : kGemmWideCopies;
 }
 
+// How many of its blocks a multiprocessor holds at once.
+int blocks_of_multiprocessor(const GemmProblem& problem, const GemmConfig& config) {
+  if (config.tile_rows == kGemmWideRows) return kGemmWideBlocks;
+  const bool is_small = config.tile_rows == kGemmFewRows && config.aligned;
+  return is_small || problem.smem_bytes >= kGemmBlocks * kGemmSmem ? kGemmBlocks : 1;
+}
+
 // `count` in parts of one size, a multiple of `unit`, none of them above `most`.
 std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t unit) {
   return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
@@ -77,7 +84,7 @@ GemmConfig gemm_config(const GemmProblem& problem) {
   config.tiles = config.row_tiles * ceil_div(problem.cols, config.tile_cols);
   config.steps = static_cast<int>(ceil_div(problem.inner, kGemmStep));
   const std::int64_t all = config.tiles * config.steps;
-  const std::int64_t most = std::int64_t{wide ? kGemmWideBlocks : kGemmBlocks} * problem.multiprocessors;
+  const std::int64_t most = std::int64_t{blocks_of_multiprocessor(problem, config)} * problem.multiprocessors;
   config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastSteps)));
   if (config.blocks > 0) {
     config.share = all / config.blocks;

@@ -16,10 +16,10 @@ constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmCols = 128;
 constexpr int kGemmWideRows = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
 constexpr int kGemmChunk = 32;
-// Blocks that a multiprocessor holds at once: 256 threads of 128 registers, or of 255. (Those of sm_86, sm_89 and
-// sm_120 have 100 KB of shared memory, and so hold one of 64 rows, which takes 62 KB or more; the other one comes after
-// it.)
+// Blocks that a multiprocessor holds at once: 256 threads of 128 registers, or of 255. But those of sm_86, sm_89 and
+// sm_120 have 100 KB of shared memory and hold one, unless it has few rows and is aligned: others take up to this much.
 constexpr int kGemmBlocks = 2, kGemmWideBlocks = 1;
+constexpr std::size_t kGemmSmem = 78 * 1024;
 // Copies of the table of codes: see PairTable. The wide tile has one for each lane where a block may have so much of
 // shared memory, which is everywhere but on sm_86, sm_89 and sm_120.
 constexpr int kGemmCopies = 4, kGemmWideCopies = 8, kGemmMostCopies = 32;

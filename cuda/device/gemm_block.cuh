@@ -55,6 +55,9 @@ struct GemmShared {
   static constexpr std::size_t bytes() {
     constexpr std::size_t kBytes = kSlack + sizeof(GemmShared);
     static_assert(kBytes <= (kSlack > 0 ? kGemmMostCopiesSmem : kLeastSmemBytes));
+    constexpr bool kSmall = Tile::kRows == kGemmFewRows && Tile::kAligned;
+    static_assert(Tile::kWide ||
+                  kBytes <= (kSmall ? kLeastSmemBytes / kGemmBlocks - kGemmMostReservedSmem : kGemmSmem));
     return kBytes;
   }
 };

@@ -99,7 +99,9 @@ void more_blocks_wait_for_each_other_than_a_device_holds() {
   for_each_problem([](const GemmProblem& problem) {
     if (is_for_few_rows(problem)) return;
     const GemmConfig config = gemm_config(problem);
-    const int of_multiprocessor = config.tile_cols == kGemmWideCols ? kGemmWideBlocks : kGemmBlocks;
+    const bool is_small = config.tile_rows == kGemmFewRows && problem.aligned;
+    const bool has_one = config.tile_cols == kGemmWideCols || (!is_small && problem.smem_bytes == kLeastSmem);
+    const int of_multiprocessor = has_one ? 1 : 2;
     EXPECT(config.blocks <= of_multiprocessor * problem.multiprocessors);
   });
 }
