@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -206,6 +207,35 @@ void dequantize_reaches_any_address() {
   qn::dequantize({.weight = layer.weight.view(), .out = aligned.data()});
   qn::dequantize({.weight = view, .out = out.data() + 1});
   EXPECT(std::memcmp(out.data() + 1, aligned.data(), elements * sizeof(float)) == 0);
+}
+
+// A large output is written past the caches, to an aligned address in memory that is there already.
+void large_output_is_written_otherwise() {
+  constexpr std::int64_t N = 2053, K = 4096, elements = N * K;
+  std::vector<std::uint8_t> codes(elements / 2);
+  std::vector<float> absmax(elements / 64);
+  std::uint32_t random = 1;
+  for (auto& byte : codes) byte = static_cast<std::uint8_t>((random = random * 1664525 + 1013904223) >> 24);
+  for (auto& scale : absmax) scale = static_cast<float>((random = random * 1664525 + 1013904223) >> 16);
+  qn::QuantizedWeightView view;
+  view.N = N;
+  view.K = K;
+  view.codes = codes.data();
+  view.absmax = absmax.data();
+  view.code = qn::codebook("nf4").data();
+  for (const qn::DType dtype : {qn::DType::f32, qn::DType::bf16, qn::DType::f16}) {
+    const std::size_t size = qn::size_of(dtype), bytes = elements * size;
+    std::vector<char> memory(2 * bytes + 128);  // its pages are there, as it has been cleared
+    void* aligned = memory.data();
+    std::size_t space = memory.size();
+    EXPECT(std::align(64, bytes, aligned, space) != nullptr);
+    char* const shifted = static_cast<char*>(aligned) + bytes + size;
+    EXPECT(qn::written_past_caches(aligned, bytes) && !qn::written_past_caches(shifted, bytes));
+    EXPECT(!qn::written_past_caches(aligned, qn::kStreamBytes - 1));
+    qn::dequantize({.weight = view, .dtype = dtype, .out = aligned});
+    qn::dequantize({.weight = view, .dtype = dtype, .out = shifted});
+    EXPECT(std::memcmp(aligned, shifted, bytes) == 0);
+  }
 }
 
 void codebooks() {
@@ -592,6 +622,7 @@ int main(int count, char** arguments) {
   activations_are_packed_in_equal_blocks();
   seed_in_memory_is_another();
   dequantize_reaches_any_address();
+  if (std::getenv("QLN_BACKEND") == nullptr) large_output_is_written_otherwise();  // the cpu's alone
   adamw_steps_or_skips();
   cuda_says_why();
   same_bits_for_concurrent_callers();

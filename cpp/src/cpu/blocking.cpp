@@ -2,6 +2,11 @@
 
 #include <algorithm>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace qlora_native {
 
 namespace {
@@ -35,6 +40,20 @@ Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits
   grid.row_parts = ceil_div(rows, grid.row_part);
   if (grid.row_parts * grid.column_tiles < tasks) split_columns(limits.narrowest_tile);
   return grid;
+}
+
+bool written_past_caches(const void* out, std::int64_t bytes) {
+  constexpr std::uintptr_t kAlignment = 64;
+  const auto address = reinterpret_cast<std::uintptr_t>(out);
+  if (bytes < kStreamBytes || address % kAlignment != 0) return false;
+#ifdef __linux__
+  // One page answers for all; the first may share its page with something else.
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t middle = (address + static_cast<std::uintptr_t>(bytes / 2)) / page * page;
+  unsigned char present;
+  if (mincore(reinterpret_cast<void*>(middle), page, &present) == 0) return present % 2 != 0;
+#endif
+  return true;
 }
 
 }  // namespace qlora_native

@@ -31,4 +31,10 @@ struct GridLimits {
 Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t threads,
                std::int64_t tasks_per_thread);
 
+// Whether an output of so many bytes is to be written past the caches, which is only for aligned ones: a plain store
+// first reads the line that it is about to fill. From half of a common last-level cache on, for it would not hold the
+// output until it is read; and where memory is new, its lines are in the cache already, where the system cleared them.
+constexpr std::int64_t kStreamBytes = 16 << 20;
+bool written_past_caches(const void* out, std::int64_t bytes);
+
 }  // namespace qlora_native

@@ -139,23 +139,32 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// Even and odd elements, rounded, to 16 consecutive elements.
-template <DType kType>
+// To the next fence, other threads may see streamed stores late.
+inline void end_stream() { _mm_sfence(); }
+// kStream: past the caches, to an aligned `p`.
+template <bool kStream>
+inline void store_vector(void* p, I32 x) {
+  if constexpr (kStream)
+    _mm256_stream_si256(static_cast<__m256i*>(p), x);
+  else
+    _mm256_storeu_si256(static_cast<__m256i*>(p), x);
+}
+// Even and odd elements to 16 consecutive ones of a type that represents them exactly.
+template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   if constexpr (kType == DType::f32) {
     F32 a, b;
     interleave(even, odd, a, b);
-    store(static_cast<float*>(p), a);
-    store(static_cast<float*>(p) + kLanes, b);
+    store_vector<kStream>(p, _mm256_castps_si256(a));
+    store_vector<kStream>(static_cast<float*>(p) + kLanes, _mm256_castps_si256(b));
   } else if constexpr (kType == DType::f16) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     const __m128i evens = _mm256_cvtps_ph(even, kNearest), odds = _mm256_cvtps_ph(odd, kNearest);
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_unpacklo_epi16(evens, odds));
-    _mm_storeu_si128(static_cast<__m128i*>(p) + 1, _mm_unpackhi_epi16(evens, odds));
+    store_vector<kStream>(p, _mm256_set_m128i(_mm_unpackhi_epi16(evens, odds), _mm_unpacklo_epi16(evens, odds)));
   } else {
-    // Words of 16 bits: the even ones from the low halves, the odd ones from the high halves.
-    const I32 pairs = _mm256_blend_epi16(_mm256_srli_epi32(bf16_bits_high(even), 16), bf16_bits_high(odd), 0xAA);
-    _mm256_storeu_si256(static_cast<__m256i*>(p), pairs);
+    // Words of 16 bits: the high halves of either.
+    const I32 low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    store_vector<kStream>(p, _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xAA));
   }
 }
 

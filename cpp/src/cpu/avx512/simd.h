@@ -120,25 +120,35 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// Even and odd elements, rounded, to 32 consecutive elements.
-template <DType kType>
+// To the next fence, other threads may see streamed stores late.
+inline void end_stream() { _mm_sfence(); }
+// kStream: past the caches, to an aligned `p`.
+template <bool kStream>
+inline void store_vector(void* p, I32 x) {
+  if constexpr (kStream)
+    _mm512_stream_si512(static_cast<__m512i*>(p), x);
+  else
+    _mm512_storeu_si512(p, x);
+}
+// Even and odd elements to 32 consecutive ones of a type that represents them exactly.
+template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   if constexpr (kType == DType::f32) {
     F32 a, b;
     interleave(even, odd, a, b);
-    _mm512_storeu_ps(p, a);
-    _mm512_storeu_ps(static_cast<float*>(p) + kLanes, b);
+    store_vector<kStream>(p, _mm512_castps_si512(a));
+    store_vector<kStream>(static_cast<float*>(p) + kLanes, _mm512_castps_si512(b));
   } else {
     I32 low, high;
     if constexpr (kType == DType::bf16) {
-      low = _mm512_srli_epi32(bf16_bits_high(even), 16);
-      high = _mm512_and_si512(bf16_bits_high(odd), _mm512_set1_epi32(0xFFFF0000));
+      low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+      high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(0xFFFF0000));
     } else {
       constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
       low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(even, kNearest));
       high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_cvtps_ph(odd, kNearest)), 16);
     }
-    _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+    store_vector<kStream>(p, _mm512_or_si512(low, high));
   }
 }
 
