@@ -76,14 +76,13 @@ class QuantizedRows {
   // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero.
   // kAhead: asks for the codes so many bytes further on.
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink,
-              std::int64_t ahead = kAhead) const {
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
     float scales[kRows][kSegment * kChunk / 32 + 2];
     for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
       const std::int64_t end = smaller(begin + kSegment, c1);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
-      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink, ahead);
+      if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink);
       if (begin + whole == end) continue;
       std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
@@ -154,8 +153,7 @@ class QuantizedRows {
  private:
   // `count` chunks of aligned rows, where nothing varies but pointers.
   template <int kRows, int kAhead, class Scales, class Sink>
-  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, Scales& scales, Sink&& sink,
-                    std::int64_t ahead) const {
+  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, Scales& scales, Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) {
       codes[i] = codes_at(n + i, begin);
@@ -167,7 +165,7 @@ class QuantizedRows {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         const std::uint8_t* p = codes[i] + j * kChunkBytes;
-        if (kAhead != 0) __builtin_prefetch(p + ahead, 0, 2);
+        if (kAhead != 0) __builtin_prefetch(p + kAhead, 0, 2);
         chunks[i] = chunk(p, scales[i][j]);
       }
       sink(begin + j, chunks);
@@ -227,7 +225,7 @@ class DenseRows {
   std::int64_t cols() const { return matrix_.cols; }
 
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink, std::int64_t = 0) const {
+  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
     with_dtype(matrix_.dtype, [&](auto dtype) {
       for (std::int64_t c = c0; c < c1; ++c) {
         typename Dot::Chunk chunk[kRows];
