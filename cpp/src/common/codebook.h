@@ -98,44 +98,6 @@ static constexpr std::array<float, 256> midpoints_of(const float* map) {
 inline constexpr std::array<float, 256> kDynamicMidpoints = midpoints_of(kDynamicMap.data());
 inline constexpr std::array<float, 256> kUnsignedDynamicMidpoints = midpoints_of(kUnsignedDynamicMap.data());
 
-// The closed form of a dynamic map: in the decade that ends at 10^(i-6) the 2^(i+1) unsigned levels lie evenly, so that
-// a level's number is linear in its value: code + 1 = 2^(i+1) * (value * 10^(6-i) / 0.9 + 8/9). Those seven lines join
-// at the decades' ends and each is less steep than the one before: the least of the seven is the code of any value. It
-// is exact to within rounding, and to within a fifth of a code where two decades join; half a code less, which is what
-// these lines give, is therefore always one of code - 1 and code, and one comparison with the exact midpoint between
-// the two decides. The signed map has half as many levels, of each sign: the lines give the distance from code 127.
-struct DynamicMapLines {
-  float slope[kDecades], intercept[kDecades];
-};
-constexpr DynamicMapLines dynamic_map_lines(bool is_signed) {
-  DynamicMapLines lines{};
-  double levels = is_signed ? 1.0 : 2.0, per_value = 1e6 / 0.9;
-  for (int i = 0; i < kDecades; ++i, levels *= 2.0, per_value /= 10.0) {
-    lines.slope[i] = static_cast<float>(levels * per_value);
-    lines.intercept[i] = static_cast<float>(levels * (8.0 / 9.0) - (is_signed ? 0.5 : 1.5));
-  }
-  return lines;
-}
-
-// The two of those lines that can be the least, by a float's highest byte, which says within a factor of four what it
-// is: less than a decade. Item k is the first of the two for floats in [kSmallest, 2) whose highest byte ends in the
-// four bits k: 15 are those in [0.5, 2), 14 the four times smaller ones, and so on. The second is a fifth as steep, and
-// its intercept 2 * intercept + kIntercept.
-template <bool kSigned>
-struct PairsOfLines {
-  static constexpr float kSmallest = 0x1p-31f, kSlope = 0.2f, kIntercept = kSigned ? 0.5f : 1.5f;
-  float slope[16], intercept[16];
-  constexpr PairsOfLines() : slope{}, intercept{} {
-    constexpr DynamicMapLines kLines = dynamic_map_lines(kSigned);
-    float smallest = kSmallest, end = 1e-6f;
-    for (int k = 0, decade = 0; k < 16; ++k, smallest *= 4.0f) {
-      for (; end <= smallest && decade + 1 < kDecades; end *= 10.0f) ++decade;
-      slope[k] = kLines.slope[decade];
-      intercept[k] = kLines.intercept[decade];
-    }
-  }
-};
-
 // A 16-value codebook in ascending order, for a quantizer: the nearest level of t is the one whose index is the number
 // of midpoints strictly below t (a tie takes the lower level), and order[index] is its code.
 struct SortedCodebook {

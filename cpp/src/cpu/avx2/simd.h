@@ -35,6 +35,8 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+// The larger of |a| and |b|.
+inline F32 max_abs(F32 a, F32 b) { return max(abs(a), abs(b)); }
 inline float reduce_max(F32 a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -239,6 +241,12 @@ inline I32 add_i32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 as_i32(F32 a) { return _mm256_castps_si256(a); }
 inline F32 as_f32(I32 a) { return _mm256_castsi256_ps(a); }
 inline I32 max_i32(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline I32 min_u16(I32 a, I32 b) { return _mm256_min_epu16(a, b); }
+// Of the lower halves of the lanes, unsigned.
+inline bool any_low_half_below(I32 a, int limit) {
+  const I32 low = _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF));
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), low)) != 0;
+}
 inline int reduce_max_i32(I32 a) {
   __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0b01001110));
@@ -314,6 +322,19 @@ inline void lookup(const Table256& table, const Codes& codes, F32 (&values)[kTab
   std::uint8_t bytes[kTableVectors * kLanes];
   for (int k = 0; k < kTableVectors; ++k) store_bytes(bytes + k * kLanes, codes.code[k]);
   lookup_bytes(table, bytes, values);
+}
+// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
+inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
+  for (int k = 0; k < kTableVectors; ++k) store_bytes(p + k * kLanes, shift_right<16>(x[k]));
+}
+// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
+inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
+                                     const F32 (&sign)[kTableVectors]) {
+  for (int k = 0; k < kTableVectors; ++k) {
+    const I32 with_sign = _mm256_sign_epi32(shift_right<16>(x[k]), as_i32(sign[k]));
+    const I32 code = _mm256_add_epi32(_mm256_set1_epi32(middle), with_sign);
+    store_bytes(p + k * kLanes, _mm256_max_epi32(code, _mm256_setzero_si256()));
+  }
 }
 // Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTableVectors],

@@ -35,6 +35,8 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+// The larger of |a| and |b|.
+inline F32 max_abs(F32 a, F32 b) { return _mm512_range_ps(a, b, 0b1011); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 
 // The sum of the lanes, in a fixed order.
@@ -229,6 +231,12 @@ inline I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 as_i32(F32 a) { return _mm512_castps_si512(a); }
 inline F32 as_f32(I32 a) { return _mm512_castsi512_ps(a); }
 inline I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+inline I32 min_u16(I32 a, I32 b) { return _mm512_min_epu16(a, b); }
+// Of the lower halves of the lanes, unsigned.
+inline bool any_low_half_below(I32 a, int limit) {
+  const I32 low = _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF));
+  return _mm512_cmplt_epi32_mask(low, _mm512_set1_epi32(limit)) != 0;
+}
 inline int reduce_max_i32(I32 a) { return _mm512_reduce_max_epi32(a); }
 inline I32 round_to_i32(F32 a) { return _mm512_cvtps_epi32(a); }
 // position + step where t > limit.

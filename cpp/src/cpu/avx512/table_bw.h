@@ -53,6 +53,21 @@ inline Codes pack(const I32 (&code)[kTableVectors]) { return {_mm512_packus_epi3
 inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
   lookup_words(table, codes.words, values);
 }
+// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
+inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
+  for (int k = 0; k < kTableVectors; ++k) store_bytes(p + k * kLanes, shift_right<16>(x[k]));
+}
+// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
+inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
+                                     const F32 (&sign)[kTableVectors]) {
+  const I32 middles = _mm512_set1_epi32(middle);
+  for (int k = 0; k < kTableVectors; ++k) {
+    const I32 number = shift_right<16>(x[k]);
+    const I32 above = _mm512_add_epi32(middles, number), below = _mm512_sub_epi32(middles, number);
+    const I32 code = _mm512_mask_mov_epi32(above, _mm512_movepi32_mask(as_i32(sign[k])), below);
+    store_bytes(p + k * kLanes, _mm512_max_epi32(code, _mm512_setzero_si512()));
+  }
+}
 // Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {

@@ -55,6 +55,30 @@ inline Codes pack(const I32 (&code)[kTableVectors]) {
 inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
   lookup_lanes(table, codes.bytes, values);
 }
+// One byte of each lane, in the order of elements.
+template <int kByte>
+inline I32 bytes_of(const I32 (&x)[kTableVectors]) {
+  const auto of_two = [](I32 a, I32 b) {
+    // Bytes kByte, 4 + kByte, ... of the two side by side.
+    const I32 lanes = _mm512_setr_epi32(0x0C080400, 0x1C181410, 0x2C282420, 0x3C383430, 0x4C484440, 0x5C585450,
+                                        0x6C686460, 0x7C787470, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutex2var_epi8(a, _mm512_add_epi8(lanes, _mm512_set1_epi8(kByte)), b);
+  };
+  return _mm512_inserti64x4(of_two(x[0], x[1]), _mm512_castsi512_si256(of_two(x[2], x[3])), 1);
+}
+// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
+inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
+  _mm512_storeu_si512(p, bytes_of<2>(x));
+}
+// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
+inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
+                                     const F32 (&sign)[kTableVectors]) {
+  const I32 signs[kTableVectors] = {as_i32(sign[0]), as_i32(sign[1]), as_i32(sign[2]), as_i32(sign[3])};
+  const I32 number = bytes_of<2>(x), middles = _mm512_set1_epi8(static_cast<char>(middle));
+  const __mmask64 negative = _mm512_movepi8_mask(bytes_of<3>(signs));
+  const I32 above = _mm512_add_epi8(middles, number);
+  _mm512_storeu_si512(p, _mm512_mask_subs_epu8(above, negative, middles, number));
+}
 // Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {

@@ -2,8 +2,8 @@
 // updated into a buffer that stays in the first cache, and encoded again when the block's largest are known.
 #pragma once
 
-#include "common/codebook.h"
 #include "cpu/adamw_step.h"
+#include "cpu/generic/dynamic_map-inl.h"
 #include "cpu/generic/rows-inl.h"
 
 namespace qlora_native {
@@ -11,38 +11,61 @@ namespace {
 
 constexpr int kAdamWBlock = kAdamW8bitBlocksize;
 
-// The code of the nearest level of a dynamic map, exactly, by its closed form (common/codebook.h).
+// The code of the nearest level of a dynamic map by its closed form (dynamic_map-inl.h).
 template <bool kSigned>
 class Encoder {
  public:
-  // Vectors of values in [-1, 1], or [0, 1], or a rounding error beyond: what guess() makes of them is the code or one
-  // less, and finish() decides. Two steps, so that two encoders can take them in turn, each while the other waits for
-  // its results.
-  Codes guess(const F32 (&t)[kTableVectors]) const {
-    I32 code[kTableVectors];
-    for (int k = 0; k < kTableVectors; ++k) code[k] = guess(t[k]);
-    return pack(code);
+  static constexpr DynamicMapNumber<kSigned> kNumber{};
+
+  // The number of the level in fixed point, 16 bits of it below the point, and kUncertain more: where those 16 bits are
+  // below kEdge the level may be the one before. `scaled`: the value in [-1, 1], or [0, 1], or a rounding error beyond,
+  // times kScale.
+  F32 number(F32 scaled) const {
+    const F32 size = kSigned ? max_abs(scaled, set1(kNumber.kSmallest)) : max(scaled, set1(kNumber.kSmallest));
+    const I32 item = shift_right<24>(as_i32(size));
+    const F32 a = fma(size, lookup(slopes_, item), lookup(intercepts_, item));
+    const F32 third = fma(a, set1(kNumber.kThird), set1(-kNumber.kThird * kFixed));
+    return add(min(a, min(third, mul(a, set1(kNumber.kFifth)))), lookup(ks_, item));
   }
-  void finish(const F32 (&t)[kTableVectors], const Codes& guessed, std::uint8_t* codes) const {
+  static constexpr float kFixed = 0x1p16f;
+  static constexpr int kEdge = static_cast<int>(2.0f * kNumber.kUncertain * kFixed);
+
+  // `scaled`: the values as above, for their signs.
+  void store_nearest(const I32 (&number)[kTableVectors], const F32 (&scaled)[kTableVectors],
+                     std::uint8_t* codes) const {
+    if constexpr (kSigned)
+      store_high_halves_around(codes, 127, number, scaled);
+    else
+      store_high_halves(codes, number);
+  }
+  // By comparison with the midpoint, exactly. `t`: the values.
+  void store_exact(const F32 (&number)[kTableVectors], const F32 (&t)[kTableVectors], std::uint8_t* codes) const {
+    I32 code[kTableVectors];  // or one less: half a level nearer to the first code than t is
+    for (int k = 0; k < kTableVectors; ++k) {
+      F32 position = add(mul(number[k], set1(1.0f / kFixed)), set1(-0.5f));
+      if constexpr (kSigned) position = max(add(with_sign_of(position, t[k]), set1(127.0f)), zero());
+      code[k] = truncate_to_i32(position);
+    }
+    const Codes guessed = pack(code);
     F32 midpoint[kTableVectors];
     lookup(midpoints_, guessed, midpoint);
     store_codes(codes, guessed, t, midpoint);
   }
 
  private:
-  I32 guess(F32 t) const {
-    const F32 size = max(kSigned ? abs(t) : t, set1(kLines.kSmallest));
-    const I32 line = shift_right<24>(as_i32(size));
-    const F32 rise = mul(size, lookup(slopes_, line)), intercept = lookup(intercepts_, line);
-    const F32 second = fma(intercept, set1(2.0f), set1(kLines.kIntercept));
-    F32 position = min(add(rise, intercept), fma(rise, set1(kLines.kSlope), second));
-    if constexpr (kSigned) position = add(with_sign_of(position, t), set1(127.0f));
-    return truncate_to_i32(position);
-  }
-
-  static constexpr PairsOfLines<kSigned> kLines{};
-  Table16 slopes_ = table16(kLines.slope), intercepts_ = table16(kLines.intercept);
-  Table256 midpoints_{(kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints).data()};
+  struct Fixed {
+    float slope[16], intercept[16], k[16];
+    constexpr Fixed() : slope{}, intercept{}, k{} {
+      for (int i = 0; i < 16; ++i) {
+        slope[i] = kNumber.slope[i] * kFixed;
+        intercept[i] = kNumber.intercept[i] * kFixed;
+        k[i] = (kNumber.k[i] + kNumber.kUncertain) * kFixed;
+      }
+    }
+  };
+  static constexpr Fixed kTables{};
+  Table16 slopes_ = table16(kTables.slope), intercepts_ = table16(kTables.intercept), ks_ = table16(kTables.k);
+  Table256 midpoints_{kNumber.kMidpoints.data()};
 };
 
 struct AdamWTables {
@@ -90,22 +113,46 @@ struct AdamWVectors {
       c.update(grad + at, param + at, m[k], v[k]);
       store(ms + at, m[k]);
       store(vs + at, v[k]);
-      most1 = max(most1, abs(m[k]));
+      most1 = max_abs(most1, m[k]);
       most2 = max(most2, v[k]);
     }
   }
   *absmax1 = reduce_max(most1);
   *absmax2 = reduce_max(most2);
-  const F32 inverse1 = set1(inverse_absmax(*absmax1)), inverse2 = set1(inverse_absmax(*absmax2));
-  for (int i = 0; i < kAdamWBlock; i += kTableVectors * kLanes) {
+  const float inverse1 = inverse_absmax(*absmax1), inverse2 = inverse_absmax(*absmax2);
+  const F32 scaled1 = set1(inverse1 * tables.encoder1.kNumber.kScale);
+  const F32 scaled2 = set1(inverse2 * tables.encoder2.kNumber.kScale);
+  constexpr int kStep = kTableVectors * kLanes;
+  std::uint32_t uncertain = 0;  // bits of those steps
+  for (int step = 0; step < kAdamWBlock / kStep; ++step) {
+    const int i = step * kStep;
     F32 m[kTableVectors], v[kTableVectors];
+    I32 number1[kTableVectors], number2[kTableVectors], least = set1_i32(-1);
     for (int k = 0; k < kTableVectors; ++k) {
-      m[k] = mul(load(ms + i + k * kLanes), inverse1);
-      v[k] = mul(load(vs + i + k * kLanes), inverse2);
+      m[k] = mul(load(ms + i + k * kLanes), scaled1);
+      v[k] = mul(load(vs + i + k * kLanes), scaled2);
+      number1[k] = round_to_i32(tables.encoder1.number(m[k]));
+      number2[k] = round_to_i32(tables.encoder2.number(v[k]));
+      least = min_u16(least, min_u16(number1[k], number2[k]));
     }
-    const Codes guessed1 = tables.encoder1.guess(m), guessed2 = tables.encoder2.guess(v);
-    tables.encoder1.finish(m, guessed1, state1 + i);
-    tables.encoder2.finish(v, guessed2, state2 + i);
+    tables.encoder1.store_nearest(number1, m, state1 + i);
+    tables.encoder2.store_nearest(number2, v, state2 + i);
+    uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, Encoder<true>::kEdge)) << step;
+  }
+  static_assert(Encoder<true>::kEdge == Encoder<false>::kEdge);
+  for (; uncertain != 0; uncertain &= uncertain - 1) {  // in a separate loop: no processor foresees a branch to it
+    const int i = __builtin_ctz(uncertain) * kStep;
+    F32 m[kTableVectors], v[kTableVectors], number1[kTableVectors], number2[kTableVectors];
+    for (int k = 0; k < kTableVectors; ++k) {
+      m[k] = load(ms + i + k * kLanes);
+      v[k] = load(vs + i + k * kLanes);
+      number1[k] = tables.encoder1.number(mul(m[k], scaled1));
+      number2[k] = tables.encoder2.number(mul(v[k], scaled2));
+      m[k] = mul(m[k], set1(inverse1));
+      v[k] = mul(v[k], set1(inverse2));
+    }
+    tables.encoder1.store_exact(number1, m, state1 + i);
+    tables.encoder2.store_exact(number2, v, state2 + i);
   }
 }
 
