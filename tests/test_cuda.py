@@ -71,9 +71,9 @@ def test_product_cannot_be_captured():
     assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
 
 
-# Large enough for panels on any GPU: several of them forward, one backward; and rows that are copied in two parts.
+# Large enough for panels of up to 200 multiprocessors: two of them forward; and rows that are copied in two parts.
 MANY_ROWS = (
-    cases.Product(2048, 9000, 1003, torch.bfloat16, bias=True, rank=5),
+    cases.Product(2500, 5000, 1003, torch.bfloat16, bias=True, rank=5),
     cases.Product(2048, 2000, 2048, torch.float16, format="int8", blocksize=128, double_quant=False),
     cases.Product(8200, 1000, 1000, torch.float32, bias=True, rank=16),
 )
@@ -109,8 +109,9 @@ def test_memory_of_a_call_is_not_torchs():
     torch.cuda.reset_peak_memory_stats()
     y = qn.linear(x, q)
     panels = torch.cuda.max_memory_allocated() - before - y.nbytes
-    assert 2**20 < panels <= 2 * 2**24
-    assert torch.cuda.memory_allocated() - before - y.nbytes < 2**10
+    rest = 2**20  # torch counts whole blocks, off which it splits no less
+    assert 2 * rest < panels <= 2 * 2**24 + 2 * rest
+    assert torch.cuda.memory_allocated() - before - y.nbytes <= rest
 
 
 def test_captured_dropout_draws_one_mask():
