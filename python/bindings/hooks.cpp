@@ -8,8 +8,17 @@
 
 #include "tensors.h"
 
+// Why a call of torch's C API has failed in this thread. Torch's library and header have it from 2.13 on; those before
+// print the reason.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace qlora_native {
 namespace {
+
+std::string reason_of_failure() {
+  if (torch_exception_get_what_without_backtrace == nullptr) return "torch has printed why";
+  return torch_exception_get_what_without_backtrace();
+}
 
 // torch's own products are in its current stream, and so is its memory.
 torch::stable::Device device_of(const Stream& stream) {
@@ -29,7 +38,8 @@ DeviceMemory allocate(std::size_t bytes, const Stream& stream) {
         torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device, std::nullopt, std::nullopt));
     return {.data = tensor->data_ptr(), .handle = tensor.release()};
   } catch (const std::exception&) {  // its text is that of a failed call
-    throw Unavailable("torch is out of memory. A call needs " + std::to_string(bytes) + " bytes beside its result");
+    throw Unavailable("torch is out of memory. A call needs " + std::to_string(bytes) +
+                      " bytes beside its result: " + reason_of_failure());
   }
 }
 void release(const DeviceMemory& memory, const Stream&) { delete static_cast<Tensor*>(memory.handle); }
@@ -62,7 +72,7 @@ void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
   std::array<StableIValue, 4> stack{from(matrix(args.left)), from(weight), from(bias), from(matrix(args.out))};
   if (torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
-                      std::to_string(inner) + ", " + std::to_string(cols) + "] failed; it has printed why");
+                      std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
   }
   torch::stable::detail::to<Tensor>(stack[0]);  // `out`, of which nobody else would let go
 }
