@@ -1,5 +1,5 @@
-// What paging asks of a device's driver. An interface, so that the order of the calls is tested without a device: its
-// implementations are cuda/driver.cu and the emulator's, cuda/simt/emulated_driver.h.
+// What paging and panels ask of a device's driver. An interface, so that the order of the calls is tested without a
+// device: its implementations are cuda/driver.cu and the emulator's, cuda/simt/emulated_driver.h.
 #pragma once
 
 #include <cstddef>
