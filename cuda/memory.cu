@@ -27,8 +27,9 @@ cudaMemPool_t make_pool(int device) {
 }
 
 cudaMemPool_t pool_of(int device) {
+  // For as long as the process: at its end CUDA may be gone before what is destroyed then.
+  static auto& pools = *new std::map<int, cudaMemPool_t>;
   static std::mutex mutex;
-  static std::map<int, cudaMemPool_t> pools;  // for as long as the process lives
   const std::lock_guard lock(mutex);
   const auto found = pools.find(device);
   return found != pools.end() ? found->second : pools.emplace(device, make_pool(device)).first->second;

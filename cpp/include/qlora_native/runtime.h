@@ -35,7 +35,7 @@ using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream)
 
 // Where operations on a GPU get the memory that they need beside their results; null, as it begins: from a pool of the
 // library's own. Both are called by several threads at once; `release` does not throw. Not to be called while an
-// operation runs.
+// operation runs. (A program that links libqlora_native_torch has torch's for both, and calls on its current stream.)
 QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
 
 // A dense product, all of it in one dtype: out = left . right + bias. Sums are fp32 and rounded once, with the bias in
