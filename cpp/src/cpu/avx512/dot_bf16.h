@@ -116,7 +116,6 @@ struct DotBf16 {
 
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {
-    if (kFrom == kActivation && scale == 1.0f) return dense(p);
     F32 even[2], odd[2];
     for (int g = 0; g < 2; ++g) {
       load_pairs<kFrom>(static_cast<const char*>(p) + g * 32 * size_of(kFrom), even[g], odd[g]);
@@ -128,10 +127,6 @@ struct DotBf16 {
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale) {
     Chunk chunk;
-    if (kFrom == kActivation && scale == 1.0f) {
-      for (int i = 0; i < kVectors; ++i) chunk.v[i] = load(static_cast<const float*>(p) + i * kLanes);
-      return chunk;
-    }
     for (int i = 0; i < kVectors; ++i) {
       F32 part[2];
       for (int half = 0; half < 2; ++half)
@@ -140,14 +135,6 @@ struct DotBf16 {
       chunk.v[i] = to_bf16(part);
     }
     return chunk;
-  }
-
-  template <DType kTo>
-  static void store_rounded(void* p, F32 x, int count = kLanes) {
-    if constexpr (kTo == DType::bf16)
-      _mm256_mask_storeu_epi16(p, first_lanes(count), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-    else
-      store_from_f32<kTo>(p, x, count);
   }
 
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
@@ -206,14 +193,6 @@ struct DotBf16 {
                                                                11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
                                                                22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
     return _mm512_load_si512(kNumbers);
-  }
-  // What is bfloat16 already need not be rounded.
-  static Chunk dense(const void* p) {
-    const __m512i evens = _mm512_add_epi16(word_numbers(), word_numbers());
-    const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
-    const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(static_cast<const char*>(p) + 64);
-    return {{_mm512_castsi512_ps(_mm512_permutex2var_epi16(low, evens, high)),
-             _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, odds, high))}};
   }
   static __m512i load_words(const std::uint8_t* p) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -11,7 +11,6 @@ template <class Dot>
 struct Backward {
   using Product = ProductNn<Dot>;
   using Groups = typename Product::Groups;
-  using Sums = F32[Dot::kColumnVectors];
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
 
   template <class Rows>
@@ -33,14 +32,14 @@ struct Backward {
           v_out = {v + groups.rows * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
         const float scale = lora.scaling * dropout_scale(lora);
         Product::run(dy, groups, DenseRows<Dot, true>(lora_b(lora, N)), nullptr,
-                     [&](std::int64_t row, std::int64_t col, Sums& sums) {
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
                        write_row<Dot::kActivation>(v_out, row, col, sums, scale);
                      });
         if (args.dx.data != nullptr) Product::pack(readable(v_out), groups, v);
       }
       if (args.dx.data != nullptr)
         Product::run(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr,
-                     [&](std::int64_t row, std::int64_t col, Sums& sums) {
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
                        write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
                      });
     }
@@ -55,31 +54,18 @@ struct Backward {
       if (args.db != nullptr) __builtin_memset(args.db, 0, size * static_cast<std::size_t>(args.dy.cols));
       return;
     }
-    // Blocks of ranks. Both products are cut into columns and shared out together: the columns of one alone may be too
-    // few to keep the threads equally busy.
-    const std::int64_t stride = Product::packed_stride(Product::units_of(args.x.rows));
-    const std::int64_t block = rows_per_block(lora.rank, 2 * stride * 4, kGroupRows);
-    const DenseRows<Dot, false> x(args.x, 1.0f, dropout_of(lora)), dy(args.dy);
-    const Matrix da{args.da, lora.dtype, lora.rank, args.x.cols, args.x.cols};
-    const Matrix db{args.db, lora.dtype, args.dy.cols, lora.rank, lora.rank};
-    const std::int64_t da_chunks = args.da == nullptr ? 0 : ceil_div(args.x.cols, kChunk);
-    const std::int64_t db_chunks = args.db == nullptr ? 0 : ceil_div(args.dy.cols, kChunk);
-    for (std::int64_t first = 0; first < lora.rank; first += block) {
-      const Groups groups(smaller(block, lora.rank - first));
-      float* v = packed_rows(2 * groups.rows * stride);
-      float* u = v + groups.rows * stride;
-      if (da_chunks > 0) Product::pack_transposed(columns_of(args.v, first, groups.rows), v);
-      if (db_chunks > 0) Product::pack_transposed(columns_of(args.u, first, groups.rows), u);
-      parallel_for(da_chunks + db_chunks, [&](std::int64_t task) {
-        if (task < da_chunks)
-          Product::run_chunk(v, groups, x, task, [&](std::int64_t row, std::int64_t col, Sums& sums) {
-            with_dtype(lora.dtype, [&](auto dtype) { write_row<dtype()>(da, first + row, col, sums, 1.0f); });
-          });
-        else
-          Product::run_chunk(u, groups, dy, task - da_chunks, [&](std::int64_t row, std::int64_t col, Sums& sums) {
-            with_dtype(lora.dtype,
-                       [&](auto dtype) { write_column<dtype()>(db, first + row, col, sums, lora.scaling); });
-          });
+    if (args.da != nullptr) {
+      const DenseRows<Dot, false> x(args.x, 1.0f, dropout_of(lora));
+      const Matrix da{args.da, lora.dtype, lora.rank, args.x.cols, args.x.cols};
+      transposed_times(args.v, x, [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
+        with_dtype(lora.dtype, [&](auto dtype) { write_row<dtype()>(da, row, col, sums, 1.0f); });
+      });
+    }
+    if (args.db != nullptr) {
+      const DenseRows<Dot, false> dy(args.dy);
+      const Matrix db{args.db, lora.dtype, args.dy.cols, lora.rank, lora.rank};
+      transposed_times(args.u, dy, [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
+        with_dtype(lora.dtype, [&](auto dtype) { write_column<dtype()>(db, row, col, sums, lora.scaling); });
       });
     }
   }
@@ -89,25 +75,45 @@ struct Backward {
     return reinterpret_cast<float*>(scratch(Slot::call, static_cast<std::size_t>(floats) * sizeof(float)));
   }
 
-  static ConstMatrix columns_of(ConstMatrix m, std::int64_t first, std::int64_t count) {
-    return {static_cast<const char*>(m.data) + first * kSize, m.dtype, m.rows, count, m.stride};
+  // left[M, rank]^T . right[M, cols], over blocks of ranks.
+  template <class Rows, class Write>
+  static void transposed_times(ConstMatrix left, const Rows& right, Write&& write) {
+    const std::int64_t M = left.rows, stride = Product::packed_stride(Product::units_of(M));
+    const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, kGroupRows);
+    for (std::int64_t first = 0; first < left.cols; first += block) {
+      const Groups groups(smaller(block, left.cols - first));
+      const std::int64_t packed_floats = groups.rows * stride;
+      const std::int64_t copy_floats = ceil_div(groups.rows * M * kSize, 4);
+      float* packed = packed_rows(packed_floats + copy_floats);
+      char* copy = reinterpret_cast<char*>(packed + packed_floats);
+      const char* from = static_cast<const char*>(left.data) + first * kSize;
+      for (std::int64_t m = 0; m < M; ++m)
+        for (std::int64_t r = 0; r < groups.rows; ++r)
+          __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
+      Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed);
+      Product::run(
+          packed, groups, right, nullptr,
+          [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) { write(first + row, col, sums); });
+    }
   }
 
   template <DType kTo>
-  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const Sums& sums, float scale) {
+  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[Dot::kColumnVectors],
+                        float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
     for (int i = 0; i < Dot::kColumnVectors && col + i * kLanes < out.cols; ++i)
-      Dot::template store_rounded<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
-                                       static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
+      store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
+                          static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
   }
   // Row `col` ... of out, element `row` of each.
   template <DType kTo>
-  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const Sums& sums, float scale) {
+  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[Dot::kColumnVectors],
+                           float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char values[kChunk * kTarget];
     for (int i = 0; i < Dot::kColumnVectors; ++i)
-      Dot::template store_rounded<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
+      store_from_f32<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
     const std::int64_t count = smaller<std::int64_t>(kChunk, out.rows - col);
     for (std::int64_t i = 0; i < count; ++i)
       __builtin_memcpy(static_cast<char*>(out.data) + ((col + i) * out.stride + row) * kTarget, values + i * kTarget,

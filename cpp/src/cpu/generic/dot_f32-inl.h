@@ -108,12 +108,6 @@ struct DotF32 {
     return chunk;
   }
 
-  // The first `count` lanes of a result, rounded, to consecutive elements.
-  template <DType kTo>
-  static void store_rounded(void* p, F32 x, int count = kLanes) {
-    store_from_f32<kTo>(p, x, count);
-  }
-
   // Elements below `boundary` from a, the others from b.
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     Chunk chunk;

@@ -40,8 +40,6 @@ struct ProductNn {
   // would outgrow an fp32 result.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
   static constexpr std::int64_t kMostPanelFloats = 64 << 10;
-  // Of run_chunk: 64 units of 64 columns, 16 KB, stay in the first-level cache.
-  static constexpr std::int64_t kChunkPanelFloats = 64 * kChunk;
   static constexpr std::int64_t kMostSums = 132 << 10;  // floats
 
   // Rows of L go in groups. The first one is small, for it multiplies while the next panel is decoded; the sizes of
@@ -86,35 +84,6 @@ struct ProductNn {
           float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
           for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
         });
-    });
-  }
-
-  // L = left^T: the rows of L are the columns of `left`.
-  static void pack_transposed(ConstMatrix left, float* out) {
-    constexpr int kRows = Dot::kElementsPerUnit;
-    constexpr std::int64_t kTaskUnits = 8 * kLanes;
-    const DenseRows<Dot, true> rows(left);
-    const std::int64_t units = units_of(left.rows), stride = packed_stride(units);
-    parallel_for(ceil_div(units, kTaskUnits), [&](std::int64_t task) {
-      for (std::int64_t u = task * kTaskUnits; u < smaller((task + 1) * kTaskUnits, units); u += kLanes)
-        for (std::int64_t c = 0; c < ceil_div(left.cols, kChunk); ++c) {
-          F32 tile[Dot::kColumnVectors][kLanes];
-          for (int i = 0; i < kLanes; ++i) {
-            const std::int64_t row = (u + i) * kRows;
-            const auto count = static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(kRows, left.rows - row)));
-            rows.template chunks<kRows>(row, count, c, c + 1, [&](std::int64_t, const Chunk(&chunk)[kRows]) {
-              const typename Dot::Columns columns = to_columns<true>(chunk);
-              for (int j = 0; j < Dot::kColumnVectors; ++j) tile[j][i] = columns.v[j];
-            });
-          }
-          for (int j = 0; j < Dot::kColumnVectors && c * kChunk + j * kLanes < left.cols; ++j) {
-            transpose(tile[j]);
-            for (int lane = 0; lane < kLanes; ++lane) {
-              const std::int64_t column = c * kChunk + j * kLanes + lane;
-              if (column < left.cols) store(out + column * stride + u, tile[j][lane]);
-            }
-          }
-        }
     });
   }
 
@@ -372,44 +341,19 @@ struct ProductNn {
         if (lora->dropout) drop(*lora, part);
       }
       multiply(w, left, part, lora != nullptr);
-      write_part<Rows>(part, write);
+      for (std::int64_t g = g0; g < g1; ++g)
+        for (int row = 0; row < groups.size(g); ++row)
+          for (std::int64_t c = c0; c < c1; ++c) {
+            F32 natural[Dot::kColumnVectors];
+            const float* from = part.sums_of(g, c) + row * kChunk;
+            for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+            if (!Rows::kNatural) Dot::to_natural(natural);
+            write(groups.first(g) + row, c * kChunk, natural);
+          }
     });
   }
 
-  // The same for one chunk of the columns and few rows of L, as a part of a task.
-  template <class Rows, class Write>
-  static void run_chunk(const float* left, const Groups& groups, const Rows& w, std::int64_t chunk, Write&& write) {
-    float* panels = reinterpret_cast<float*>(
-        scratch(Slot::thread,
-                static_cast<std::size_t>(2 * kChunkPanelFloats + groups.count * kGroupRows * kChunk) * sizeof(float)));
-    const Part part{groups,
-                    0,
-                    groups.count,
-                    chunk,
-                    chunk + 1,
-                    kChunkPanelFloats / kChunk,
-                    kChunkPanelFloats,
-                    panels,
-                    panels + 2 * kChunkPanelFloats};
-    multiply(w, left, part, false);
-    write_part<Rows>(part, write);
-  }
-
  private:
-  // Hands on the sums of a part.
-  template <class Rows, class Write>
-  static void write_part(const Part& part, Write&& write) {
-    for (std::int64_t g = part.g0; g < part.g1; ++g)
-      for (int row = 0; row < part.groups.size(g); ++row)
-        for (std::int64_t c = part.c0; c < part.c1; ++c) {
-          F32 natural[Dot::kColumnVectors];
-          const float* from = part.sums_of(g, c) + row * kChunk;
-          for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
-          if (!Rows::kNatural) Dot::to_natural(natural);
-          write(part.groups.first(g) + row, c * kChunk, natural);
-        }
-  }
-
   template <class Rows, class Decoding>
   static void multiply_panel(std::int64_t cols, const float* left, std::int64_t units, std::int64_t u, std::int64_t end,
                              const float* panel, const Part& part, bool accumulate, Decoding& decoding) {

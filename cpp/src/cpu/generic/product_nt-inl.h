@@ -48,24 +48,27 @@ struct ProductNt {
   // Rows of x from `first` on, chunks c0 ... c1-1, as one strip. Rows past the end are zero.
   template <class Rows>
   static void pack_strip(const Rows& x, std::int64_t first, int width, std::int64_t c0, std::int64_t c1, float* out) {
+    alignas(64) float rows[kLanes][Dot::kUnits];
     const std::int64_t units_end = padded_units(x) - c0 * Dot::kUnits;
-    for (std::int64_t c = c0; c < c1; ++c)
+    for (std::int64_t c = c0; c < c1; ++c) {
       for (int vector = 0; vector < width; ++vector) {
-        const std::int64_t row = first + vector * kLanes;
-        const auto count = static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(kLanes, x.rows() - row)));
-        x.template chunks<kLanes>(row, count, c, c + 1, [&](std::int64_t, const Chunk(&chunk)[kLanes]) {
-          for (int i = 0; i < Dot::kVectors; ++i) {
-            F32 tile[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) tile[lane] = chunk[lane].v[i];
-            transpose(tile);
-            const std::int64_t unit = (c - c0) * Dot::kUnits + i * kLanes;
-            float* to = out + (unit * width + vector) * kLanes;
-#pragma GCC unroll 16
-            for (int j = 0; j < kLanes; ++j)
-              if (unit + j < units_end) store(to + j * width * kLanes, tile[j]);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t row = first + vector * kLanes + lane;
+          x.template chunks<1>(row, row < x.rows(), c, c + 1, [&](std::int64_t, const Chunk(&chunk)[1]) {
+            for (int i = 0; i < Dot::kVectors; ++i) store(&rows[lane][i * kLanes], chunk[0].v[i]);
+          });
+        }
+        for (int i = 0; i < Dot::kVectors; ++i) {
+          F32 tile[kLanes];
+          for (int lane = 0; lane < kLanes; ++lane) tile[lane] = load(&rows[lane][i * kLanes]);
+          transpose(tile);
+          for (int unit = 0; unit < kLanes; ++unit) {
+            const std::int64_t at = (c - c0) * Dot::kUnits + i * kLanes + unit;
+            if (at < units_end) store(out + (at * width + vector) * kLanes, tile[unit]);
           }
-        });
+        }
       }
+    }
   }
 
   // Rows n ... n+count-1 of W, chunks c0 ... c1-1, into the panel; zeros up to `rows`, a whole register tile.
@@ -286,13 +289,12 @@ struct ProductNt {
         for (int i = 0; i < kLanes; ++i)
           block[i] = j + i < tile_rows ? load(sums + ((j + i) * width + vector) * kLanes) : zero();
         transpose(block);
-        const std::int64_t row = m + vector * kLanes;
-        char* to = static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kLanes; ++lane)
-          if (row + lane < out.rows)
-            Dot::template store_rounded<Dot::kActivation>(to + lane * out.stride * kSize,
-                                                          add(mul(block[lane], set1(scale)), added), columns);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t row = m + vector * kLanes + lane;
+          if (row >= out.rows) break;
+          store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize,
+                                           add(mul(block[lane], set1(scale)), added), columns);
+        }
       }
     }
   }
