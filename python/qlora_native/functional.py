@@ -116,7 +116,7 @@ def linear(
     lora_scaling: float = 1.0,
     lora_dropout: float = 0.0,
 ) -> Tensor:
-    """x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, as one product; of W it decodes a part at a time.
+    """x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, as one product that decodes W in parts.
 
     Differentiable in x, bias, lora_a and lora_b, once. W and the adapter are rounded to the dtype of x on their way
     into the product, sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.

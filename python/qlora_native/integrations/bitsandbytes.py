@@ -3,8 +3,8 @@
     replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the very same codes
     enable()            # bitsandbytes keeps its layers and calls our kernels: see bitsandbytes_backend.py
 
-`replace` gives more: adapters run inside the product, the weight is decoded a part at a time, and a model in training keeps
-its optimizer. `enable` changes no module, so whatever expects bitsandbytes' own keeps working.
+`replace` gives more: adapters run inside the product, the weight is decoded in parts, and a model in training keeps its
+optimizer. `enable` changes no module, so whatever expects bitsandbytes' own keeps working.
 """
 
 from __future__ import annotations
