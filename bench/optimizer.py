@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 import machine
 from cases import ADAMW_ADAPTER, ADAMW_TENSOR
-from timing import Cpu, Gpu, set_allocator
+from timing import Cpu, Gpu, in_own_process, set_allocator
 
 OURS, BITSANDBYTES, FUSED = "qlora_native", "bitsandbytes", "torch fused"
 CODES_BYTES = 4  # a parameter: of both moments, in and out
@@ -51,8 +49,7 @@ def measure_alone(device: str = "cpu") -> list[dict[str, Any]]:
     Raises:
         subprocess.CalledProcessError: it failed, and has said why.
     """
-    command = [sys.executable, __file__, "--json", "--device", device]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return in_own_process(__file__, "--device", device)
 
 
 def measure(probes: machine.Probes, clock: Cpu | Gpu, budget_s: float = 6.0) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,33 +161,35 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
     torch.set_num_threads(threads)
 
 
+def measure_alone(result: dict, name: str, measure: Callable[[], Any], lines: Callable[[Any], str]) -> None:
+    """Measure in another process, into `result` by name, and print; a failure goes into result["wrong"]."""
+    try:
+        result[name] = measure()
+    except subprocess.CalledProcessError as error:  # it has said why; what was measured before is kept
+        result["wrong"].append(f"{name}: its process ended with {error.returncode}")
+        print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
+    else:
+        print(lines(result[name]), flush=True)
+
+
 def measure_steps(result: dict) -> None:
-    """Measure the training steps, into `result` by name; one that fails goes into result["wrong"]."""
+    """Measure the training steps."""
     import step
     from report import step_lines
 
     for name, how in data.STEPS.items():
-        try:
-            result[name] = step.measure_alone(**how)
-        except subprocess.CalledProcessError as error:  # it has said why; what was measured before is kept
-            result["wrong"].append(f"{name}: its process ended with {error.returncode}")
-            print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
-        else:
-            print(step_lines(result[name]), flush=True)
+        measure_alone(result, name, partial(step.measure_alone, **how), step_lines)
 
 
 def measure_optimizer(result: dict, device: str) -> None:
-    """Measure the optimizers' steps, into `result`; a failure goes into result["wrong"]."""
+    """Measure the optimizers' steps."""
     import optimizer
     from report import optimizer_lines
 
-    try:
-        result["optimizer"] = optimizer.measure_alone(device)
-    except subprocess.CalledProcessError as error:  # as above
-        result["wrong"].append(f"optimizer: its process ended with {error.returncode}")
-        print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
-    else:
-        print("\n".join(map(optimizer_lines, result["optimizer"])), flush=True)
+    def lines(rows: list[dict]) -> str:
+        return "\n".join(map(optimizer_lines, rows))
+
+    measure_alone(result, "optimizer", partial(optimizer.measure_alone, device), lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

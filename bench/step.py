@@ -29,8 +29,6 @@ import functools
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import OURS
-from timing import set_allocator
+from timing import in_own_process, set_allocator
 
 BATCH, SEQUENCE, RANK = 4, 256, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,9 +53,8 @@ def measure_alone(dropout: float = 0.0, keep_memory: bool = False, processes: in
     Raises:
         subprocess.CalledProcessError: one failed, and has said why.
     """
-    command = [sys.executable, __file__, "--json", "--dropout", str(dropout), *["--keep-memory"] * keep_memory]
-    run = functools.partial(subprocess.run, command, check=True, stdout=subprocess.PIPE, text=True)
-    return merged([json.loads(run().stdout.splitlines()[-1]) for _ in range(processes)])
+    arguments = ("--dropout", str(dropout), *["--keep-memory"] * keep_memory)
+    return merged([in_own_process(__file__, *arguments) for _ in range(processes)])
 
 
 def merged(found: list[dict]) -> dict[str, object]:

@@ -23,7 +23,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +53,16 @@ class Times:
     def of(samples: list[float]) -> Times:
         """Their median, minimum and number."""
         return Times(statistics.median(samples), min(samples), len(samples))
+
+
+def in_own_process(script: str, *arguments: str) -> Any:
+    """What a script of bench/ prints with --json, from a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and has said why.
+    """
+    command = [sys.executable, script, "--json", *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 Contestants = Mapping[str, Callable[[int], object]]
