@@ -31,8 +31,7 @@ std::int64_t piece_of(std::int64_t elements, std::size_t element_bytes, std::siz
 std::map<const std::byte*, PagedArena::Impl*> PagedArena::Impl::all_;
 std::shared_mutex PagedArena::Impl::all_mutex_;
 
-// ---- layout
-// ----------------------------------------------------------------------------------------------------------
+// ---- layout ----
 
 // Where an array begins. Each has an address of its own, also an empty one: torch saves no two tensors at one address.
 std::size_t PagedArena::Impl::array(std::size_t bytes, std::size_t alignment) {
@@ -91,8 +90,7 @@ std::size_t PagedArena::Impl::size_of(std::size_t stretch) const {
   return bytes;
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOptions& options) {
   lay_out(states, options.stretch_bytes);
@@ -187,8 +185,7 @@ void PagedArena::Impl::count_stall(Stretch& stretch) {
   stretch.uncounted = false;
 }
 
-// ---- a step
-// ----------------------------------------------------------------------------------------------------------
+// ---- a step ----
 
 // f(home, in the slot, bytes) for each range of a stretch.
 template <class F>
@@ -269,8 +266,7 @@ void PagedArena::Impl::finish(void* stream) {
   driver_->record(left_, stream);
 }
 
-// ---- the public class
-// ------------------------------------------------------------------------------------------------
+// ---- the public class ----
 
 namespace {
 

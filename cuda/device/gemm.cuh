@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const
   gemm.run();
 }
 
-// ---- on the host
-// -----------------------------------------------------------------------------------------------------
+// ---- on the host ----
 
 // `args`: without what is filled in here.
 template <class Weights>

@@ -52,8 +52,7 @@ struct GemvLane {
   __device__ GemvLane() : warp(thread_index() / kWarp), g(thread_index() % kWarp / kQuad), t(thread_index() % kQuad) {}
 };
 
-// ---- x, and the sums over it
-// -----------------------------------------------------------------------------------------
+// ---- x, and the sums over it ----
 
 // Of up to kRows rows of x, what a lane needs of them in its warp's turn: 32 elements along K, four of which are
 // multiplied at once with the same of two rows of W. Sums: the warp's, of 16 rows of W with each row of x.
@@ -193,8 +192,7 @@ class GemvRows<float, kRows> {
   bool vectors_;
 };
 
-// ---- the weight
-// --------------------------------------------------------------------------------------------------------------
+// ---- the weight ----
 
 // A lane's chunk of one row of W on its way: codes and scale.
 template <int kBits, bool kAligned>

@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(kThreads) side_by_side_kernel(const __grid_con
       });
 }
 
-// ---- on the host
-// -----------------------------------------------------------------------------------------------------
+// ---- on the host ----
 
 template <class T>
 const T* row_of(const ConstMatrix& matrix, std::int64_t row) {

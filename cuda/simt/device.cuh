@@ -12,8 +12,7 @@
 
 namespace qlora_native::cuda {
 
-// ---- launches and memory, for host code
-// ------------------------------------------------------------------------------
+// ---- launches and memory, for host code ----
 
 class DeviceGuard {
  public:
@@ -80,8 +79,7 @@ inline std::size_t reserved_smem_bytes(const Stream& stream) {
   return static_cast<std::size_t>(bytes);
 }
 
-// ---- who a thread is
-// -------------------------------------------------------------------------------------------------
+// ---- who a thread is ----
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
@@ -93,8 +91,7 @@ __device__ __forceinline__ T* dynamic_smem() {
   return reinterpret_cast<T*>(qln_dynamic_smem);
 }
 
-// ---- together
-// --------------------------------------------------------------------------------------------------------
+// ---- together ----
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
@@ -112,8 +109,7 @@ __device__ __forceinline__ std::uint32_t max_of_warp(std::uint32_t value) {
   return __reduce_max_sync(kAllLanes, value);
 }
 
-// ---- between blocks
-// --------------------------------------------------------------------------------------------------
+// ---- between blocks ----
 
 __device__ __forceinline__ void signal(std::uint32_t* flag, std::uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -134,8 +130,7 @@ __device__ __forceinline__ void atomic_min(std::uint64_t* at, std::uint64_t valu
   atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }
 
-// ---- copies and vectors
-// ----------------------------------------------------------------------------------------------
+// ---- copies and vectors ----
 
 template <class T, int kCount>
 __device__ __forceinline__ Vector<T, kCount> load_vector(const T* from) {
@@ -235,8 +230,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers ----
 
 __device__ __forceinline__ float to_f32(float value) { return value; }
 __device__ __forceinline__ float to_f32(Bf16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
@@ -286,8 +280,7 @@ __device__ __forceinline__ std::uint32_t pick_bytes(std::uint32_t low, std::uint
 
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// ---- tensor cores
-// ----------------------------------------------------------------------------------------------------
+// ---- tensor cores ----
 
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -25,8 +25,7 @@ bool EmulatedDriver::is_concurrent() { return options_->concurrent; }
 bool EmulatedDriver::is_capturing(void*) { return options_->capturing; }
 std::size_t EmulatedDriver::free_bytes() { return options_->free_bytes; }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 void* EmulatedDriver::allocate(Memory kind, std::size_t bytes) {
   void* memory = nullptr;
@@ -64,8 +63,7 @@ std::string EmulatedDriver::name_of(const void* memory) const {
   return name + "+" + std::to_string(static_cast<const std::byte*>(memory) - static_cast<const std::byte*>(base));
 }
 
-// ---- streams
-// ---------------------------------------------------------------------------------------------------------
+// ---- streams ----
 
 void* EmulatedDriver::create_stream() {
   ++left_;
@@ -120,8 +118,7 @@ void EmulatedDriver::copy(void* to, const void* from, std::size_t bytes, void* s
   put(stream, [to, from, bytes] { std::memcpy(to, from, bytes); });
 }
 
-// ---- events
-// ----------------------------------------------------------------------------------------------------------
+// ---- events ----
 
 void* EmulatedDriver::create_event() {
   ++left_;

@@ -250,8 +250,7 @@ void suspend(Fiber& self, Fiber::State state, Site site) {
 
 }  // namespace
 
-// ---- the schedule
-// ----------------------------------------------------------------------------------------------------
+// ---- the schedule ----
 
 Schedule Schedule::from_environment() {
   Schedule result;
@@ -286,8 +285,7 @@ std::int64_t Schedule::place(std::int64_t i, std::int64_t count) const {
 
 bool Schedule::coin() { return order_ == Order::random && next() % 2 == 0; }
 
-// ---- a grid
-// ----------------------------------------------------------------------------------------------------------
+// ---- a grid ----
 
 std::size_t max_smem_bytes() {
   const char* value = std::getenv("QLN_EMULATED_SMEM");
@@ -329,8 +327,7 @@ void run(const Grid& launched) {
   grid = nullptr;
 }
 
-// ---- called by fibers
-// ------------------------------------------------------------------------------------------------
+// ---- called by fibers ----
 
 void barrier(Site site) { suspend(*current, Fiber::State::at_barrier, site); }
 

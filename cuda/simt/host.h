@@ -30,8 +30,7 @@
 
 namespace qlora_native::cuda_emulated {
 
-// ---- launches and memory, for host code
-// ------------------------------------------------------------------------------
+// ---- launches and memory, for host code ----
 
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
@@ -68,8 +67,7 @@ inline int multiprocessors(const Stream&) { return 3; }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
-// ---- who a thread is
-// -------------------------------------------------------------------------------------------------
+// ---- who a thread is ----
 
 inline int thread_index() { return emulator::position->thread; }
 inline int block_threads() { return emulator::position->threads; }
@@ -80,8 +78,7 @@ T* dynamic_smem() {
   return reinterpret_cast<T*>(emulator::position->smem);
 }
 
-// ---- together
-// --------------------------------------------------------------------------------------------------------
+// ---- together ----
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
@@ -135,8 +132,7 @@ inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current(
   return value;
 }
 
-// ---- between blocks
-// --------------------------------------------------------------------------------------------------
+// ---- between blocks ----
 
 // The block's writes before signal() are seen by the block that waited for it.
 inline void signal(std::uint32_t* flag, std::uint32_t value) { *flag = value; }
@@ -146,8 +142,7 @@ inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site =
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) { *at += value; }
 inline void atomic_min(std::uint64_t* at, std::uint64_t value) { *at = value < *at ? value : *at; }
 
-// ---- copies and vectors
-// ----------------------------------------------------------------------------------------------
+// ---- copies and vectors ----
 
 template <class T, int kCount>
 Vector<T, kCount> load_vector(const T* from) {
@@ -216,8 +211,7 @@ void cp_async_wait() {
   emulator::wait_for_copies(kGroupsLeft);
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers ----
 
 inline float to_f32(float value) { return value; }
 inline float to_f32(Bf16 value) { return f32_from_bf16(value.bits); }
@@ -255,8 +249,7 @@ inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint
 // a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
 inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }
 
-// ---- tensor cores
-// ----------------------------------------------------------------------------------------------------
+// ---- tensor cores ----
 
 // Four 8x8 matrices of 16-bit elements: lane 8i+j brings the address of row j of matrix i; r[i] becomes, of matrix i,
 // the elements 2*(lane%4) and the next of row lane/4. With kTranspose, of the transposed matrix.

@@ -25,8 +25,7 @@ namespace qn = qlora_native;
 
 namespace {
 
-// ---- a small layer, its quantized weight and every result of it
-// ------------------------------------------------------
+// ---- a small layer, its quantized weight and every result of it ----
 
 struct Random {
   std::uint64_t state = 1;
@@ -163,8 +162,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-// ---- cases
-// -----------------------------------------------------------------------------------------------------------
+// ---- cases ----
 
 void seed_in_memory_is_another() {
   Layer layer;

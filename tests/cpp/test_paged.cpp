@@ -22,8 +22,7 @@ std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& st
   return std::make_unique<qn::PagedArena>(states, std::make_unique<EmulatedDriver>(&driver), options);
 }
 
-// ---- parameters that are trained, with state in ordinary memory or in arenas
-// -----------------------------------------
+// ---- parameters that are trained, with state in ordinary memory or in arenas ----
 
 float draw(std::uint64_t& seed) {  // in [-1, 1)
   seed = seed * 6364136223846793005u + 1442695040888963407u;
@@ -112,8 +111,7 @@ class Training {
 
 const std::vector<qn::PagedState> kMixed = {{300}, {0}, {5000}, {17, false}, {1}, {9000, false}, {256}, {40'000}};
 
-// ---- layout
-// ----------------------------------------------------------------------------------------------------------
+// ---- layout ----
 
 void test_arrays_overlap() {
   for (const std::size_t stretch_bytes :
@@ -145,8 +143,7 @@ void test_arrays_overlap() {
   }
 }
 
-// ---- the same bits
-// ---------------------------------------------------------------------------------------------------
+// ---- the same bits ----
 
 void test_paged_step_leaves_other_bits() {
   const std::vector<std::vector<qn::PagedState>> groups = {kMixed, {{70'000}, {3000}}};
@@ -192,8 +189,7 @@ void test_graph_asks_for_memory() {
   }
 }
 
-// ---- the order of the calls
-// ------------------------------------------------------------------------------------------
+// ---- the order of the calls ----
 
 // What is asked of the driver in one step, and then in destroying the arena.
 std::vector<std::string> calls_of_step(EmulatedDriver::Options driver, const qn::PagedOptions& options,
@@ -328,8 +324,7 @@ void test_order_of_ring() {
                __LINE__);
 }
 
-// ---- eviction and statistics
-// -----------------------------------------------------------------------------------------
+// ---- eviction and statistics ----
 
 void test_more_than_three_stretches_are_on_the_device() {
   EmulatedDriver::Options driver{.free_bytes = 0};

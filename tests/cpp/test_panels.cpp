@@ -23,8 +23,7 @@ using qn::cuda_emulated::EmulatedDriver;
 
 namespace {
 
-// ---- the order of the calls
-// ------------------------------------------------------------------------------------------
+// ---- the order of the calls ----
 
 // What is asked of the driver, and when something is prepared and used.
 std::vector<std::string> calls_of(std::int64_t count) {
@@ -93,8 +92,7 @@ void test_two_streams_share_one_beside_them() {
   EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
 }
 
-// ---- a layer of fp32, and what its panels should be
-// ------------------------------------------------------------------
+// ---- a layer of fp32, and what its panels should be ----
 
 float draw(std::uint64_t& seed) {  // in [-1, 1)
   seed = seed * 6364136223846793005u + 1442695040888963407u;
@@ -266,8 +264,7 @@ void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0
   }
 }
 
-// ---- products
-// --------------------------------------------------------------------------------------------------------
+// ---- products ----
 
 void test_product_by_panels_is_another() {
   for (const std::int64_t rank : {0, 5}) {

@@ -66,8 +66,7 @@ std::string last_words(const std::function<void()>& mistake) {
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers ----
 
 // out[t] = in[last - t], by way of shared memory.
 template <bool kBarrier>
@@ -142,8 +141,7 @@ void barriers_that_not_all_reach_end_the_process() {
   EXPECT(contains(missed, "thread 40 and on of block 0 has ended"));
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// ---- warps ----
 
 __global__ void lanes_sum_kernel(int* out) {
   int sum = thread_index();
@@ -175,8 +173,7 @@ void lanes_meet() {
   EXPECT(contains(words, here(kLanesPartLine - 2)) && contains(words, here(kLanesPartLine)));
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies ----
 
 // A sum over in[4][32] through a ring of two buffers; kLeft is how many groups may be on their way when one is read.
 template <int kLeft>
@@ -232,8 +229,7 @@ void copies_fill_with_zeros_and_must_be_aligned() {
   EXPECT(contains(last_words([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, &in[0]); }), "misaligned"));
 }
 
-// ---- between blocks
-// --------------------------------------------------------------------------------------------------
+// ---- between blocks ----
 
 // Blocks add to a running sum in their order, whichever is first to come.
 __global__ void in_order_kernel(std::uint32_t* turn, float* sum) {
@@ -330,8 +326,7 @@ void host_threads_run_grids_at_once() {
   EXPECT(all_equal(results, rounds<true>()));
 }
 
-// ---- tensor cores
-// ----------------------------------------------------------------------------------------------------
+// ---- tensor cores ----
 
 // c[16,8] = a[16,16] . b[8,16]^T from shared memory, a and b through ldmatrix. Rows of 16 elements.
 template <class T>
@@ -401,8 +396,7 @@ void first_of_a_pair_is_in_the_low_half() {
   }
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 __global__ void beyond_the_end_kernel(float* out, int index) { *out = dynamic_smem<float>()[index]; }
 
