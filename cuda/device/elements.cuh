@@ -111,10 +111,13 @@ __device__ __forceinline__ void load_eight_as_f32(const T* from, int count, floa
 }
 template <class T>
 __device__ __forceinline__ void load_eight_aligned_as_f32(const T* from, float (&to)[kEight]) {
-  T raw[kEight];
-  load_eight_aligned(from, raw);
+  if constexpr (sizeof(T) == 4) {
+    load_eight_aligned(from, to);
+  } else {
+    const Eight raw = load_eight_16bit_aligned(from);  // as words: the upper half of one is a Bf16's float already
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) to[i] = to_f32(raw[i]);
+    for (int i = 0; i < kEight; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
+  }
 }
 __device__ __forceinline__ void load_eight_as_f32(const void* from, DType dtype, std::int64_t first, int count,
                                                   float (&to)[kEight]) {
@@ -160,11 +163,12 @@ __device__ __forceinline__ void store_from_f32(void* to, DType dtype, std::int64
   }
 }
 
-// The largest of the values of kLanes neighbouring lanes, in each of them.
+// The largest of the values of so many neighbouring lanes, a power of two, in each of them.
 template <class T>
 __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
-    const T other = shfl_xor(value, mask);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shfl_xor(value, mask & (lanes - 1));  // from itself, where that is beyond the neighbours
     value = other > value ? other : value;
   }
   return value;

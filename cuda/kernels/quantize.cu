@@ -1,13 +1,17 @@
 // quantize: as many lanes as a block of the weight has eights, up to a warp, find its largest element together and then
-// write its codes. The second reading of the weight comes from the first cache.
-#include "common/codebook.h"
+// write its codes. A weight is read once, but for blocks of more than 256: these come from the first cache again.
+#include "common/layout.h"
 #include "device/elements.cuh"
+#include "device/nearest_code.cuh"
+#include "device/problem.cuh"
 #include "kernels/kernels.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksAtOnce =
+    5;  // on a multiprocessor, of threads with 48 registers: a load waits while others compute
 
 __device__ void report(NonFinite* non_finite, std::int64_t element) {
   // -1, which means none, is the largest of the unsigned.
@@ -17,77 +21,127 @@ __device__ void report(NonFinite* non_finite, std::int64_t element) {
 
 __device__ __forceinline__ bool is_finite(float value) { return value - value == 0.0f; }
 
-// The codes of eight elements: 4 bytes of pairs, or 8 signed bytes.
-__device__ __forceinline__ void encode_4bit(const SortedCodebook& codebook, const float (&t)[kEight],
-                                            std::uint8_t (&codes)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    codes[i] = static_cast<std::uint8_t>(nearest_code(codebook, t[2 * i]) << 4 | nearest_code(codebook, t[2 * i + 1]));
+// The codes of eight elements of [-1, 1], up to a rounding error, as they are stored.
+template <int kBits>
+class Encoder;
+template <>
+class Encoder<4> {
+ public:
+  using Codes = Vector<std::uint32_t, 1>;
+  static constexpr std::size_t kSmemBytes = sizeof(NearestCodes::Table);
+  // Called by all threads of a block, whose shared memory becomes the table.
+  __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
+  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.of_eight(t)}}; }
+
+ private:
+  __device__ static const NearestCodes::Table& filled(const float* code) {
+    NearestCodes::Table& table = *dynamic_smem<NearestCodes::Table>();
+    table.fill(code);
+    return table;
   }
-}
-__device__ __forceinline__ void encode_8bit(const float (&t)[kEight], std::uint8_t (&codes)[kEight]) {
+  const NearestCodes nearest_;
+};
+template <>
+class Encoder<8> {
+ public:
+  using Codes = Vector<std::uint32_t, 2>;
+  static constexpr std::size_t kSmemBytes = 0;
+  __device__ explicit Encoder(const float*) {}
+  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const {
+    const auto four = [&](int i) {
+      const std::uint32_t low = pick_bytes(level(t[i]), level(t[i + 1]), 0x40);
+      return pick_bytes(low, pick_bytes(level(t[i + 2]), level(t[i + 3]), 0x40), 0x5410);
+    };
+    return {{four(0), four(4)}};
+  }
+
+ private:
+  // The nearest integer to 127 t, in the lowest bits.
+  __device__ __forceinline__ static std::uint32_t level(float t) {
+    constexpr float kInteger = 0x1.8p23f;
+    return std::bit_cast<std::uint32_t>(t * 127.0f + kInteger);
+  }
+};
+
+// How threads share the weight: a team of 2^lane_bits lanes takes a block of 2^block_bits elements.
+struct Teams {
+  int block_bits, lane_bits;
+  std::int64_t in_vectors;  // blocks that are whole, and of whose eights elements and codes are vectors: the first
+};
+
+// Blocks begin ... end - 1.
+template <class T, int kBits, bool kVectors>
+__device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const Teams& teams,
+                                                const Encoder<kBits>& encoder, std::int64_t begin, std::int64_t end) {
+  const int lane = thread_index() & ((1 << teams.lane_bits) - 1);
+  const int chunk_elements = kEight << teams.lane_bits, block_elements = 1 << teams.block_bits;
+  const int team_of_warp = thread_index() % kWarp >> teams.lane_bits;
+  const std::int64_t team = (block_index() * kThreads + thread_index()) >> teams.lane_bits;
+  const std::int64_t all_teams = grid_blocks() * kThreads >> teams.lane_bits;
+  // All lanes of a warp take part in every round, those without a block too: with the first.
+  for (std::int64_t block = begin + team; block - team_of_warp < end; block += all_teams) {
+    const bool is_one = block < end;
+    const std::int64_t at = ((is_one ? block : begin) << teams.block_bits) + lane * kEight;
+    const T* const weight = static_cast<const T*>(args.weight) + at;
+    const std::int64_t left = args.elements - at;
+    float w[kEight];
+    const auto load = [&](int chunk) {
+      if constexpr (kVectors) {
+        load_eight_aligned_as_f32(weight + chunk, w);
+      } else {
+        const T* const from = weight + kept(static_cast<std::uint32_t>(chunk));  // one address, not eight
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) {
-    const float level = is_finite(t[i] * 127.0f) ? fminf(fmaxf(rintf(t[i] * 127.0f), -127.0f), 127.0f) : 0.0f;
-    codes[i] = static_cast<std::uint8_t>(static_cast<std::int8_t>(level));
+        for (int i = 0; i < kEight; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
+      }
+    };
+    float absmax = 0.0f;
+    int chunk = block_elements;
+    do {
+      chunk -= chunk_elements;
+      load(chunk);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) absmax = larger_or_nan(absmax, fabsf(w[i]));
+    } while (chunk > 0);
+    // As bits, of which NaN has more than infinity, and that more than a number.
+    absmax = std::bit_cast<float>(max_of_lanes(std::bit_cast<std::uint32_t>(absmax), 1 << teams.lane_bits));
+    if (!is_one) continue;
+    if (lane == 0) args.absmax[block] = absmax;
+    if (!is_finite(absmax)) {  // the caller throws: there are no codes
+      for (; chunk < block_elements; chunk += chunk_elements) {
+#pragma unroll 1
+        for (int i = chunk; i < chunk + kEight && i < left; ++i) {
+          if (!is_finite(to_f32(weight[i]))) report(args.non_finite, at + i);
+        }
+      }
+      continue;
+    }
+    const float inverse = inverse_absmax(absmax);
+    const auto codes = [&](int chunk) { return args.codes + static_cast<std::uint64_t>(at + chunk) * kBits / 8; };
+    while (true) {  // the first chunk is still there
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) w[i] *= inverse;
+      const auto words = encoder(w);
+      if constexpr (kVectors) {
+        store_vector(reinterpret_cast<std::uint32_t*>(codes(chunk)), words);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBits; ++i) {
+          if (chunk + i * 8 / kBits < left)
+            codes(chunk)[i] = static_cast<std::uint8_t>(byte_of(words.at[i / 4], i % 4));
+        }
+      }
+      chunk += chunk_elements;
+      if (chunk >= block_elements) break;
+      load(chunk);
+    }
   }
 }
 
 template <class T, int kBits>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const QuantizeArgs args) {
-  SortedCodebook* const codebook = dynamic_smem<SortedCodebook>();
-  if constexpr (kBits == 4) {
-    if (thread_index() == 0) sort_codebook(args.code, *codebook);  // where it is to lie: no thread's own memory
-    sync_threads();
-  }
-  const int lanes = args.blocksize < kEight * kWarp ? args.blocksize / kEight : kWarp;
-  const int chunks = args.blocksize / (kEight * lanes);  // that a lane takes of one block
-  const std::int64_t blocks = (args.elements + args.blocksize - 1) / args.blocksize;
-  const std::int64_t team = (block_index() * block_threads() + thread_index()) / lanes;
-  const std::int64_t teams = grid_blocks() * block_threads() / lanes;
-  const T* const weight = static_cast<const T*>(args.weight);
-  // All lanes of a warp take part in every round, those without a block too.
-  for (std::int64_t round = 0; round * teams < blocks; ++round) {
-    const std::int64_t block = round * teams + team;
-    const std::int64_t first = block * args.blocksize + thread_index() % lanes * kEight;
-    const auto load = [&](int chunk, float (&w)[kEight]) {
-      const std::int64_t at = first + chunk * lanes * kEight, left = args.elements - at;
-      const int count = block >= blocks || left <= 0 ? 0 : left < kEight ? static_cast<int>(left) : kEight;
-      load_eight_as_f32(weight + (count > 0 ? at : 0), count, w);
-      return count;
-    };
-    float w[kEight];
-    float absmax = 0.0f;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int count = load(chunk, w);
-#pragma unroll
-      for (int i = 0; i < kEight; ++i) {
-        if (is_finite(w[i])) {
-          absmax = fmaxf(absmax, fabsf(w[i]));
-        } else if (i < count) {
-          report(args.non_finite, first + chunk * lanes * kEight + i);
-        }
-      }
-    }
-    absmax = max_of_lanes(absmax, lanes);
-    if (block < blocks && thread_index() % lanes == 0) args.absmax[block] = absmax;
-    const float inverse = inverse_absmax(absmax);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int count = load(chunk, w);
-      const std::int64_t at = first + chunk * lanes * kEight;
-#pragma unroll
-      for (int i = 0; i < kEight; ++i) w[i] *= inverse;
-      if constexpr (kBits == 4) {
-        std::uint8_t codes[4];
-        encode_4bit(*codebook, w, codes);
-        if (count > 0) store_elements(args.codes + at / 2, (count + 1) / 2, codes);
-      } else {
-        std::uint8_t codes[kEight];
-        encode_8bit(w, codes);
-        if (count > 0) store_elements(args.codes + at, count, codes);
-      }
-    }
-  }
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_kernel(const QuantizeArgs args, const Teams teams) {
+  const Encoder<kBits> encoder(args.code);
+  quantize_blocks<T, kBits, true>(args, teams, encoder, 0, teams.in_vectors);
+  quantize_blocks<T, kBits, false>(args, teams, encoder, teams.in_vectors, ceil_div(args.elements, args.blocksize));
 }
 
 }  // namespace
@@ -95,13 +149,21 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const QuantizeArgs a
 void quantize(const QuantizeArgs& args, const Stream& stream) {
   fill_bytes(&args.non_finite->count, 0, sizeof(args.non_finite->count), stream);
   fill_bytes(&args.non_finite->first, 0xFF, sizeof(args.non_finite->first), stream);
-  LaunchShape shape = looping_grid((args.elements + kEight - 1) / kEight, kThreads, stream);
-  shape.smem_bytes = sizeof(SortedCodebook);
+  const int block_bits = log2_of(args.blocksize), eights_bits = block_bits - log2_of(kEight);
+  const bool are_vectors = is_aligned(args.weight, kVectorBytes) && is_aligned(args.codes, args.bits);
+  const Teams teams{.block_bits = block_bits,
+                    .lane_bits = eights_bits < log2_of(kWarp) ? eights_bits : log2_of(kWarp),
+                    .in_vectors = are_vectors ? args.elements / args.blocksize : 0};
+  LaunchShape shape = looping_grid(ceil_div(args.elements, kEight), kThreads, stream);
+  const auto launch_for = [&]<class T, int kBits>() {
+    shape.smem_bytes = Encoder<kBits>::kSmemBytes;
+    launch<quantize_kernel<T, kBits>>(shape, stream, args, teams);
+  };
   with_type(args.dtype, [&]<class T>() {
     if (args.bits == 4) {
-      launch<quantize_kernel<T, 4>>(shape, stream, args);
+      launch_for.template operator()<T, 4>();
     } else {
-      launch<quantize_kernel<T, 8>>(shape, stream, args);
+      launch_for.template operator()<T, 8>();
     }
   });
 }

@@ -163,6 +163,12 @@ struct SharedPlace {
     return SharedPlace(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
+// One instruction beside the comparison; of `a < b ? place.at(bytes) : place` the compiler makes more.
+__device__ __forceinline__ void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
+  asm("{ .reg .pred p; setp.lt.f32 p, %2, %3; @p add.u32 %0, %0, %1; }"
+      : "+r"(place.address)
+      : "r"(bytes), "f"(a), "f"(b));
+}
 template <class V>
 __device__ __forceinline__ V load_shared(const SharedPlace& from) {
   if constexpr (sizeof(V) == 16) {
@@ -279,6 +285,11 @@ __device__ __forceinline__ std::uint32_t pick_bytes(std::uint32_t low, std::uint
 }
 
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 
 // ---- tensor cores ----
 

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <tuple>
 #include <type_traits>
@@ -182,6 +183,10 @@ struct SharedPlace {
     return SharedPlace(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
+// So many bytes on, where a < b.
+inline void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
+  if (a < b) place = place.at(bytes);
+}
 template <class V>
 V load_shared(const SharedPlace& from) {
   if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
@@ -248,6 +253,11 @@ inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint
 
 // a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
 inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }
+// The larger one; where one is NaN, the NaN whose sign bit is 0.
+inline float larger_or_nan(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<float>::quiet_NaN();
+  return a > b ? a : b;
+}
 
 // ---- tensor cores ----
 

@@ -106,23 +106,23 @@ struct SortedCodebook {
   std::uint8_t order[16];
 };
 
-// `code` may be in any order. Equal values stay in the order of their codes. So fp4's two zeros, whose midpoint is 0,
-// split what is near 0 by sign as bitsandbytes' CPU quantizer does: t <= 0 becomes code 0, t > 0 code 8.
-constexpr void sort_codebook(const float* code, SortedCodebook& sorted) {
-  for (int c = 0; c < 16; ++c) {
-    int at = c;
-    for (; at > 0 && sorted.value[at - 1] > code[c]; --at) {
-      sorted.value[at] = sorted.value[at - 1];
-      sorted.order[at] = sorted.order[at - 1];
-    }
-    sorted.value[at] = code[c];
-    sorted.order[at] = static_cast<std::uint8_t>(c);
-  }
-  for (int i = 0; i < 15; ++i) sorted.midpoint[i] = (sorted.value[i] + sorted.value[i + 1]) / 2.0f;
+// Where code[c] comes among the 16, which may be in any order. Equal values stay in the order of their codes. So fp4's
+// two zeros, whose midpoint is 0, split what is near 0 by sign as bitsandbytes' CPU quantizer does: t <= 0 becomes code
+// 0, t > 0 code 8.
+constexpr int place_of_code(const float* code, int c) {
+  int place = 0;
+  for (int i = 0; i < 16; ++i) place += code[i] < code[c] || (code[i] == code[c] && i < c);
+  return place;
 }
+constexpr float midpoint_of(float level, float next) { return (level + next) / 2.0f; }
 constexpr SortedCodebook sort_codebook(const float* code) {
   SortedCodebook sorted{};
-  sort_codebook(code, sorted);
+  for (int c = 0; c < 16; ++c) {
+    const int place = place_of_code(code, c);
+    sorted.value[place] = code[c];
+    sorted.order[place] = static_cast<std::uint8_t>(c);
+  }
+  for (int i = 0; i < 15; ++i) sorted.midpoint[i] = midpoint_of(sorted.value[i], sorted.value[i + 1]);
   return sorted;
 }
 
@@ -132,6 +132,16 @@ constexpr std::uint8_t nearest_code(const SortedCodebook& codebook, float t) {
   for (float midpoint : codebook.midpoint) index += midpoint < t;
   return codebook.order[index];
 }
+
+// Where a quantizer begins to search: [-1, 1] in 31 equal buckets. A float's is in the lowest bits of
+// fma(t, kPerUnit, kOrigin), and grows with t, rounding included: so a midpoint of a lower bucket than t's lies below
+// t, one of a higher bucket does not, and those of t's own are compared. Of nf4 and int4 no two share one.
+struct CodebookBuckets {
+  static constexpr int kCount = 32;
+  // Added to a float, it leaves the sum rounded to an integer in the lowest bits.
+  static constexpr float kInteger = 0x1.8p23f;
+  static constexpr float kPerUnit = 15.0f, kOrigin = kInteger + 16.0f;
+};
 
 // What a block's elements are multiplied by before the search. The floor keeps an all-zero block finite: it becomes
 // the level of 0.

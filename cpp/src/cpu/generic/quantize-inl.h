@@ -35,14 +35,12 @@ class Bisection {
   Table16 midpoints_;
 };
 
-// One comparison, where no two midpoints share one of 31 equal buckets of [-1, 1], as those of nf4 and int4 do not. The
-// bucket of t grows with t, rounding included: so a midpoint of a lower bucket than t's lies below t, one of a higher
-// bucket does not, and that of t's own is compared.
-class Buckets {
+// One comparison, where no two midpoints share one of CodebookBuckets.
+class Buckets : CodebookBuckets {
  public:
   explicit Buckets(const SortedCodebook& codebook) {
-    float midpoint[32], below[32];
-    for (int bucket = 0, i = 0; bucket < 32; ++bucket) {
+    float midpoint[kCount], below[kCount];
+    for (int bucket = 0, i = 0; bucket < kCount; ++bucket) {
       while (i < 15 && bucket_of(codebook.midpoint[i]) < bucket) ++i;
       const std::uint32_t count = static_cast<std::uint32_t>(i);
       __builtin_memcpy(&below[bucket], &count, sizeof(count));
@@ -63,10 +61,6 @@ class Buckets {
   }
 
  private:
-  // Added to a float, it leaves the sum rounded to an integer in the lowest bits.
-  static constexpr float kInteger = 0x1.8p23f;
-  static constexpr float kPerUnit = 15.0f, kOrigin = kInteger + 16.0f;
-
   static int bucket_of(float t) {
     const float bounded = t < -2.0f ? -2.0f : t > 2.0f ? 2.0f : t;  // beyond every bucket of [-1, 1]
     return static_cast<int>(__builtin_fmaf(bounded, kPerUnit, kOrigin) - kInteger);
