@@ -2,9 +2,12 @@
 // vectors where the address allows it, one by one where it does not, and at the end of an array.
 #pragma once
 
+#include <bit>
+#include <type_traits>
 #include <utility>
 
 #include "common/host_device.h"
+#include "common/layout.h"
 #include "qlora_native/error.h"
 #include "simt/simt.cuh"
 
@@ -68,24 +71,53 @@ __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (
   }
 }
 
-// Eight 16-bit elements: two a word, the first in its low half.
-using Eight = Vector<std::uint32_t, 4>;
+// Eight elements as words, the first in the lowest bits: four words of 16-bit elements, eight of fp32.
+template <class T>
+using EightOf = Vector<std::uint32_t, kEight * sizeof(T) / 4>;
+using Eight = EightOf<Bf16>;  // and of F16
 
 template <class T>
-__device__ __forceinline__ Eight load_eight_16bit_aligned(const T* from) {
-  static_assert(sizeof(T) == 2);
-  return load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
+__device__ __forceinline__ EightOf<T> load_words_aligned(const T* from) {
+  EightOf<T> result;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(result) / sizeof(Eight); ++i) {
+    const Eight vector = load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from) + 4 * i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) result.at[4 * i + j] = vector.at[j];
+  }
+  return result;
 }
 // `count` of them, one by one; the others are 0.
 template <class T>
-__device__ __forceinline__ Eight gather_eight_16bit(const T* from, int count) {
-  Eight result;
+__device__ __forceinline__ EightOf<T> gather_words(const T* from, int count) {
+  EightOf<T> result;
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint32_t first = 2 * i < count ? from[2 * i].bits : 0;
-    const std::uint32_t second = 2 * i + 1 < count ? from[2 * i + 1].bits : 0;
-    result.at[i] = first | second << 16;
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t first = 2 * i < count ? from[2 * i].bits : 0;
+      const std::uint32_t second = 2 * i + 1 < count ? from[2 * i + 1].bits : 0;
+      result.at[i] = first | second << 16;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) result.at[i] = i < count ? std::bit_cast<std::uint32_t>(from[i]) : 0;
   }
+  return result;
+}
+// Word i of elements, whose floats are value(j) before they are rounded.
+template <class T, class F>
+__device__ __forceinline__ std::uint32_t word_of(int i, const F& value) {
+  if constexpr (sizeof(T) == 2) {
+    return pack_pair<T>(value(2 * i), value(2 * i + 1));
+  } else {
+    return std::bit_cast<std::uint32_t>(value(i));
+  }
+}
+template <class T, class F>
+__device__ __forceinline__ EightOf<T> words_of(const F& value) {
+  EightOf<T> result;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(result) / 4; ++i) result.at[i] = word_of<T>(i, value);
   return result;
 }
 
@@ -114,7 +146,7 @@ __device__ __forceinline__ void load_eight_aligned_as_f32(const T* from, float (
   if constexpr (sizeof(T) == 4) {
     load_eight_aligned(from, to);
   } else {
-    const Eight raw = load_eight_16bit_aligned(from);  // as words: the upper half of one is a Bf16's float already
+    const Eight raw = load_words_aligned(from);  // as words: the upper half of one is a Bf16's float already
 #pragma unroll
     for (int i = 0; i < kEight; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
   }
@@ -163,6 +195,11 @@ __device__ __forceinline__ void store_from_f32(void* to, DType dtype, std::int64
   }
 }
 
+template <class T>
+__device__ __forceinline__ float rounded(float value) {
+  return to_f32(from_f32<T>(value));
+}
+
 // The largest of the values of so many neighbouring lanes, a power of two, in each of them.
 template <class T>
 __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
@@ -178,7 +215,7 @@ __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
 // several times over.
 inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
   constexpr std::int64_t kBlocksPerMultiprocessor = 8;
-  const std::int64_t blocks = (items + threads - 1) / threads;
+  const std::int64_t blocks = ceil_div(items, threads);
   const std::int64_t most = kBlocksPerMultiprocessor * multiprocessors(stream);
   return {.blocks = blocks < most ? blocks : most, .threads = threads};
 }

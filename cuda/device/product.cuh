@@ -1,7 +1,6 @@
 // A product of two sources (sources.cuh), for every dtype and shape: sum over k of left(i, k) * right(j, k). A block of
-// 256 threads computes 64x64 sums, 16 a thread. In bf16 and fp16 tensor cores do: both operands pass through shared
-// memory in steps of 64 along k, of which the next is on its way while one is multiplied. In fp32 CUDA cores do, in
-// steps of 16.
+// 256 threads computes 64x64 sums, 16 a thread. Both operands pass through shared memory in steps of 128 bytes along k,
+// of which the next is on its way while one is multiplied: in bf16 and fp16 by tensor cores, in fp32 by CUDA cores.
 #pragma once
 
 #include <type_traits>
@@ -16,8 +15,9 @@ constexpr int kProductTile = 64;  // rows and columns of a block
 using ProductSums = float[4][4];  // a thread's
 template <class T>
 constexpr bool kOnTensorCores = sizeof(T) == 2;
+constexpr int kProductStepBytes = 128;
 template <class T>
-constexpr int kProductStep = kOnTensorCores<T> ? 64 : 16;  // along k
+constexpr int kProductStep = kProductStepBytes / sizeof(T);  // along k
 // So much of k is summed for itself before it joins the total: the error of a long sum grows with the root of this and
 // of how many there are, not of all of k.
 constexpr int kProductOfSum = 128;
@@ -33,7 +33,7 @@ struct ProductPlace {
   int row, col;             // of it, where the thread's begin
   __device__ ProductPlace(std::int64_t rows, std::int64_t cols) : ProductPlace(rows, cols, block_index()) {}
   __device__ ProductPlace(std::int64_t rows, std::int64_t cols, std::int64_t tile) : rows(rows), cols(cols) {
-    const std::int64_t across = (cols + kProductTile - 1) / kProductTile;
+    const std::int64_t across = ceil_div(cols, kProductTile);
     i0 = tile / across * kProductTile;
     j0 = tile % across * kProductTile;
     const int lane = thread_index() % kWarp;
@@ -57,22 +57,34 @@ struct ProductPlace {
   }
 };
 
-// ---- on tensor cores ------------------------------------------------------------------------------------------------
+// ---- from global to shared memory -----------------------------------------------------------------------------------
 
-// A step of an operand: 64 lines of 64 elements, each as eight 16-byte vectors. A line is a row i where the source's
-// memory runs along k, and one k where it runs along i. Vector v of line l stands at v ^ (l % 8), so that the eight
-// lines of an ldmatrix lie in different banks.
-struct alignas(128) TensorOperand {
-  static constexpr int kVectors = 8;  // of a line
-  Eight at[kProductTile * kVectors];
-  __device__ static int place(int line, int vector) { return line * kVectors + (vector ^ (line % kVectors)); }
+// A step of an operand: lines of eights, each as one 16-byte vector, or two of fp32. A line is a row i where the
+// source's memory runs along k, and one k where it runs along i.
+constexpr int kProductVectors = kProductTile * kProductStepBytes / kVectorBytes;
+struct alignas(kProductStepBytes) ProductOperand {
+  Eight at[kProductVectors];
 };
-struct TensorStage {
-  TensorOperand left, right;
+struct ProductStage {
+  ProductOperand left, right;
 };
-constexpr int kTensorStages = 2;
+constexpr int kProductStages = 2;
 
-// A thread's share of an operand on its way from global to shared memory: one vector of every so many lines.
+// Where they are: vector v of a line stands at v ^ turn, so that what a warp reads at once lies in different banks.
+template <class T, bool kAlongInner>
+struct OperandLines {
+  static constexpr int kElements = kAlongInner ? kProductStep<T> : kProductTile;  // of a line
+  static constexpr int kCount = kAlongInner ? kProductTile : kProductStep<T>;
+  static constexpr int kVectors = kElements * sizeof(T) / kVectorBytes;
+  static_assert(kCount * kVectors == kProductVectors);
+  __device__ static int place(int line, int vector) {
+    // ldmatrix reads eight lines; CUDA cores read every fourth line, or neighbours in one.
+    const int turn = kOnTensorCores<T> ? line % 8 : kAlongInner ? line / 4 % 8 : 0;
+    return line * kVectors + (vector ^ turn);
+  }
+};
+
+// A thread's share of an operand on its way from global to shared memory: one eight of every so many lines.
 template <class Source>
 class PendingEights {
  public:
@@ -88,7 +100,7 @@ class PendingEights {
   // The next step, of which so many k, or more, are there.
   __device__ __forceinline__ void fetch(int inner) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) raw_[n] = {};  // becomes zeros
+    for (int n = 0; n < kCount; ++n) raw_[n] = {};  // becomes zeros, or meets those of the other operand
     if (vectors_) {
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
@@ -105,22 +117,30 @@ class PendingEights {
     element_ += Source::kAlongInner ? kStep : kStep * source_.stride;
   }
   // What it has brought, which begins at k0.
-  __device__ __forceinline__ void put(std::int64_t k0, TensorOperand& to) const {
+  __device__ __forceinline__ void put(std::int64_t k0, ProductOperand& to) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      store_shared(SharedPlace(&to.at[TensorOperand::place(line_of(n), vector())]),
-                   source_.finish(raw_[n], i0_ + i_of(n), k0 + k_of(n)));
+      const EightOf<Element> words = source_.finish(raw_[n], i0_ + i_of(n), k0 + k_of(n));
+      constexpr int kVectors = sizeof(words) / sizeof(Eight);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const Eight vector = {{words.at[4 * v], words.at[4 * v + 1], words.at[4 * v + 2], words.at[4 * v + 3]}};
+        store_shared(SharedPlace(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
+      }
     }
   }
 
  private:
-  static constexpr int kStep = kProductStep<typename Source::Element>;
-  static constexpr int kLinesAtOnce = kProductThreads / TensorOperand::kVectors;
-  static constexpr int kCount = kProductTile / kLinesAtOnce;
-  __device__ static int line_of(int n) { return thread_index() / TensorOperand::kVectors + n * kLinesAtOnce; }
-  __device__ static int vector() { return thread_index() % TensorOperand::kVectors; }
-  __device__ static int i_of(int n) { return Source::kAlongInner ? line_of(n) : vector() * kEight; }
-  __device__ static int k_of(int n) { return Source::kAlongInner ? vector() * kEight : line_of(n); }
+  using Element = typename Source::Element;
+  using Lines = OperandLines<Element, Source::kAlongInner>;
+  static constexpr int kStep = kProductStep<Element>;
+  static constexpr int kEights = Lines::kElements / kEight;  // of a line
+  static constexpr int kLinesAtOnce = kProductThreads / kEights;
+  static constexpr int kCount = Lines::kCount / kLinesAtOnce;
+  __device__ static int line_of(int n) { return thread_index() / kEights + n * kLinesAtOnce; }
+  __device__ static int eight() { return thread_index() % kEights; }
+  __device__ static int i_of(int n) { return Source::kAlongInner ? line_of(n) : eight() * kEight; }
+  __device__ static int k_of(int n) { return Source::kAlongInner ? eight() * kEight : line_of(n); }
 
   const Source& source_;
   const std::int64_t i0_;
@@ -130,16 +150,18 @@ class PendingEights {
   typename Source::Raw raw_[kCount];
 };
 
+// ---- on tensor cores ------------------------------------------------------------------------------------------------
+
 // How a warp takes an operand from shared memory: 16 rows and 16 of k at once, which ldmatrix hands out as four
 // matrices of 8x8. Of the left one mma wants the other eight rows second, of the right one the other eight of k.
 template <bool kAlongInner, bool kLeft>
 class TensorFragments {
  public:
   // `i0`: the warp's first row of the operand.
-  __device__ TensorFragments(const TensorOperand& operand, int i0) : first_(&operand.at[first_of(i0)]) {}
+  __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_of(i0)]) {}
   // Rows from i0 + i and k on, both multiples of 16, of the operand that lies `stage` bytes behind the first.
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
-    constexpr unsigned kLineBytes = TensorOperand::kVectors * sizeof(Eight);
+    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
     const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kEight;
     // Vectors are turned over, as by place(): their bits are not those of the thread's first one.
     const SharedPlace row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
@@ -151,45 +173,116 @@ class TensorFragments {
   }
 
  private:
+  using Lines = OperandLines<Bf16, kAlongInner>;  // or F16
   __device__ static int first_of(int i0) {
     const int lane = thread_index() % kWarp, matrix = lane / 8;
     const int other_i = kLeft ? matrix % 2 : matrix / 2, other_k = kLeft ? matrix / 2 : matrix % 2;
-    if constexpr (kAlongInner) return TensorOperand::place(i0 + 8 * other_i + lane % 8, other_k);
-    return TensorOperand::place(8 * other_k + lane % 8, i0 / kEight + other_i);
+    if constexpr (kAlongInner) return Lines::place(i0 + 8 * other_i + lane % 8, other_k);
+    return Lines::place(8 * other_k + lane % 8, i0 / kEight + other_i);
   }
   const SharedPlace first_;
 };
 
+// A step's share of a warp's sums.
 template <class T, class Left, class Right>
-__device__ void accumulate_on_tensor_cores(ProductSums& total, const ProductPlace<T>& place, const Left& left,
-                                           const Right& right, std::int64_t inner, std::int64_t begin) {
-  constexpr int kStep = kProductStep<T>;
-  TensorStage* const stages = dynamic_smem<TensorStage>();
-  const TensorFragments<Left::kAlongInner, true> left_fragments(stages->left, place.warp_row());
-  const TensorFragments<Right::kAlongInner, false> right_fragments(stages->right, place.warp_col());
-  PendingEights<Left> next_left(left, place.i0, place.rows, begin, inner);
-  PendingEights<Right> next_right(right, place.j0, place.cols, begin, inner);
-  const auto fetch = [&](std::int64_t k0) {
-    const int there = inner - k0 < kStep ? static_cast<int>(inner - k0) : kStep;
-    next_left.fetch(there);
-    next_right.fetch(there);
-  };
-  ProductSums sum = {};
-  const auto multiply = [&](std::uint32_t stage) {
-    const std::uint32_t bytes = stage * static_cast<std::uint32_t>(sizeof(TensorStage));
+class StepProduct {
+ public:
+  __device__ StepProduct(const ProductPlace<T>& place, const ProductStage& stage)
+      : left_(stage.left, place.warp_row()), right_(stage.right, place.warp_col()) {}
+  // Of the stage so many bytes behind the first.
+  __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
 #pragma unroll
-    for (unsigned k = 0; k < kStep; k += kMmaInner) {
+    for (unsigned k = 0; k < kProductStep<T>; k += kMmaInner) {
       std::uint32_t a[4];
-      left_fragments.load(a, bytes, 0, k);
+      left_.load(a, stage, 0, k);
 #pragma unroll
       for (unsigned pair = 0; pair < 2; ++pair) {
         std::uint32_t b[4];
-        right_fragments.load(b, bytes, pair * 16, k);
+        right_.load(b, stage, pair * 16, k);
         mma_16x8x16<T>(sum[2 * pair], a, {b[0], b[1]});
         mma_16x8x16<T>(sum[2 * pair + 1], a, {b[2], b[3]});
       }
     }
+  }
+
+ private:
+  const TensorFragments<Left::kAlongInner, true> left_;
+  const TensorFragments<Right::kAlongInner, false> right_;
+};
+
+// ---- on CUDA cores --------------------------------------------------------------------------------------------------
+
+// How a thread takes an operand from shared memory: four rows and four of k at once.
+template <bool kAlongInner>
+class ScalarFragments {
+ public:
+  // `i0`: the thread's first row, a multiple of 4.
+  __device__ ScalarFragments(const ProductOperand& operand, int i0)
+      : first_(&operand.at[kAlongInner ? Lines::place(i0, 0) : Lines::place(0, i0 / 4)]) {}
+  // From k on, a multiple of 4, of the operand that lies `stage` bytes behind the first.
+  __device__ __forceinline__ void load(float (&of)[4][4], std::uint32_t stage, unsigned k) const {
+    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
+#pragma unroll
+    for (unsigned line = 0; line < 4; ++line) {
+      // Of rows that are lines, vectors are turned over, as by place(); the four rows' alike.
+      const SharedPlace place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
+                                            : first_.at(stage).at((k + line) * kLineBytes);
+      const auto four = load_shared<Vector<float, 4>>(place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) (kAlongInner ? of[line][i] : of[i][line]) = four.at[i];
+    }
+  }
+
+ private:
+  using Lines = OperandLines<float, kAlongInner>;
+  const SharedPlace first_;
+};
+
+template <class Left, class Right>
+class StepProduct<float, Left, Right> {
+ public:
+  __device__ StepProduct(const ProductPlace<float>& place, const ProductStage& stage)
+      : left_(stage.left, place.row), right_(stage.right, place.col) {}
+  __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
+#pragma unroll
+    for (unsigned k0 = 0; k0 < kProductStep<float>; k0 += 4) {
+      float l[4][4], r[4][4];
+      left_.load(l, stage, k0);
+      right_.load(r, stage, k0);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+#pragma unroll
+          for (int b = 0; b < 4; ++b) sum[a][b] = fma(l[a][k], r[b][k], sum[a][b]);
+        }
+      }
+    }
+  }
+
+ private:
+  const ScalarFragments<Left::kAlongInner> left_;
+  const ScalarFragments<Right::kAlongInner> right_;
+};
+
+// ---- either ---------------------------------------------------------------------------------------------------------
+
+// total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8.
+template <class T, class Left, class Right>
+__device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, const Left& left, const Right& right,
+                           std::int64_t inner, std::int64_t begin = 0) {
+  static_assert(std::is_same_v<typename Left::Element, T> && std::is_same_v<typename Right::Element, T>);
+  constexpr int kStep = kProductStep<T>;
+  ProductStage* const stages = dynamic_smem<ProductStage>();
+  const StepProduct<T, Left, Right> product(place, *stages);
+  PendingEights<Left> next_left(left, place.i0, place.rows, begin, inner);
+  PendingEights<Right> next_right(right, place.j0, place.cols, begin, inner);
+  const auto fetch = [&](std::int64_t left) {  // of k
+    const int there = left < kStep ? static_cast<int>(left) : kStep;
+    next_left.fetch(there);
+    next_right.fetch(there);
   };
+  ProductSums sum = {};
   const auto join = [&] {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
@@ -201,102 +294,38 @@ __device__ void accumulate_on_tensor_cores(ProductSums& total, const ProductPlac
     }
   };
 
-  if (begin >= inner) return;
-  fetch(begin);
+  std::int64_t rest = inner - begin;  // of k, from this step on
+  if (rest <= 0) return;
+  fetch(rest);
   sync_threads();  // what has been multiplied before has been read
   next_left.put(begin, stages->left);
   next_right.put(begin, stages->right);
   std::uint32_t stage = 0;
+  int until_join = kProductOfSum;
 #pragma unroll 1
-  for (std::int64_t k0 = begin; k0 < inner; k0 += kStep, stage ^= 1) {
+  for (; rest > 0; rest -= kStep, stage ^= 1) {
     sync_threads();  // this step is there, and the one before has been read
-    const bool is_last = k0 + kStep >= inner;
-    if (!is_last) fetch(k0 + kStep);
-    multiply(stage);
+    const bool is_last = rest <= kStep;
+    if (!is_last) fetch(rest - kStep);
+    product.add_to(sum, stage * static_cast<std::uint32_t>(sizeof(ProductStage)));
     if (!is_last) {
-      next_left.put(k0 + kStep, stages[stage ^ 1].left);
-      next_right.put(k0 + kStep, stages[stage ^ 1].right);
+      next_left.put(inner - rest + kStep, stages[stage ^ 1].left);
+      next_right.put(inner - rest + kStep, stages[stage ^ 1].right);
     }
-    static_assert(kProductOfSum == kTensorStages * kStep);
-    if (stage == kTensorStages - 1) join();
+    static_assert(kProductStages == 2 && kProductOfSum % kStep == 0);
+    until_join -= kStep;
+    if (until_join == 0) {
+      join();
+      until_join = kProductOfSum;
+    }
   }
   join();
 }
 
-// ---- on CUDA cores --------------------------------------------------------------------------------------------------
-
-// A step of an operand, k first: [k][i]. Four more columns keep neighbouring k out of one bank.
-struct ScalarOperand {
-  float at[kProductStep<float>][kProductTile + 4];
-};
-struct ScalarStage {
-  ScalarOperand left, right;
-};
-
-template <class Source>
-__device__ void load_operand(ScalarOperand& to, const Source& source, std::int64_t i0, std::int64_t rows,
-                             std::int64_t k0, std::int64_t inner) {
-  constexpr int kStep = kProductStep<float>;
-#pragma unroll
-  for (int n = 0; n < kProductTile * kStep / kProductThreads; ++n) {
-    const int item = thread_index() + n * kProductThreads;
-    const int i = Source::kAlongInner ? item / kStep : item % kProductTile;
-    const int k = Source::kAlongInner ? item % kStep : item / kProductTile;
-    to.at[k][i] = i0 + i < rows && k0 + k < inner ? source(i0 + i, k0 + k) : 0.0f;
-  }
-}
-
-template <class Left, class Right>
-__device__ void accumulate_on_cuda_cores(ProductSums& total, const ProductPlace<float>& place, const Left& left,
-                                         const Right& right, std::int64_t inner, std::int64_t begin) {
-  constexpr int kStep = kProductStep<float>;
-  ScalarStage& shared = *dynamic_smem<ScalarStage>();
-  for (std::int64_t first = begin; first < inner; first += kProductOfSum) {
-    ProductSums sum = {};
-    const std::int64_t end = first + kProductOfSum < inner ? first + kProductOfSum : inner;
-    for (std::int64_t k0 = first; k0 < end; k0 += kStep) {
-      sync_threads();  // the step before has been read
-      load_operand(shared.left, left, place.i0, place.rows, k0, inner);
-      load_operand(shared.right, right, place.j0, place.cols, k0, inner);
-      sync_threads();
-#pragma unroll
-      for (int k = 0; k < kStep; ++k) {
-        const auto l = load_vector<float, 4>(&shared.left.at[k][place.row]);
-        const auto r = load_vector<float, 4>(&shared.right.at[k][place.col]);
-#pragma unroll
-        for (int a = 0; a < 4; ++a) {
-#pragma unroll
-          for (int b = 0; b < 4; ++b) sum[a][b] = fma(l.at[a], r.at[b], sum[a][b]);
-        }
-      }
-    }
-#pragma unroll
-    for (int a = 0; a < 4; ++a) {
-#pragma unroll
-      for (int b = 0; b < 4; ++b) total[a][b] += sum[a][b];
-    }
-  }
-}
-
-// ---- either ---------------------------------------------------------------------------------------------------------
-
-// total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8.
-template <class T, class Left, class Right>
-__device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, const Left& left, const Right& right,
-                           std::int64_t inner, std::int64_t begin = 0) {
-  static_assert(std::is_same_v<typename Left::Element, T> && std::is_same_v<typename Right::Element, T>);
-  if constexpr (kOnTensorCores<T>) {
-    accumulate_on_tensor_cores(total, place, left, right, inner, begin);
-  } else {
-    accumulate_on_cuda_cores(total, place, left, right, inner, begin);
-  }
-}
-
 template <class T>
 LaunchShape product_grid(std::int64_t rows, std::int64_t cols) {
-  const auto tiles = [](std::int64_t n) { return (n + kProductTile - 1) / kProductTile; };
-  const std::size_t bytes = kOnTensorCores<T> ? kTensorStages * sizeof(TensorStage) : sizeof(ScalarStage);
-  return {tiles(rows) * tiles(cols), kProductThreads, bytes};
+  return {ceil_div(rows, kProductTile) * ceil_div(cols, kProductTile), kProductThreads,
+          kProductStages * sizeof(ProductStage)};
 }
 
 }  // namespace qlora_native::QLN_CUDA
