@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <exception>
-#include <new>
 
 #include "qlora_native/runtime.h"
 
@@ -58,31 +56,6 @@ void work(Run& run) {
   }
 }
 
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  std::byte* at_least(std::size_t bytes) {
-    if (bytes > capacity_) {
-      constexpr std::size_t kAlignment = 64;
-      std::free(data_);
-      capacity_ = 0;
-      const std::size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, rounded));
-      if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = rounded;
-    }
-    return data_;
-  }
-
- private:
-  std::byte* data_ = nullptr;
-  std::size_t capacity_ = 0;
-};
-
 }  // namespace
 
 void set_thread_pool(ParallelFor parallel_for, int (*threads)()) { pool = {parallel_for, threads}; }
@@ -99,11 +72,6 @@ void run_tasks(std::int64_t tasks, void (*body)(void* context, std::int64_t task
   // A worker stays until no task is left, so it does not matter into how many pieces the pool cuts [0, workers).
   pool.parallel_for(workers, [](void* shared, std::int64_t, std::int64_t) { work(*static_cast<Run*>(shared)); }, &run);
   if (run.error) std::rethrow_exception(run.error);
-}
-
-std::byte* scratch(Slot slot, std::size_t bytes) {
-  thread_local Buffer call, thread;
-  return (slot == Slot::call ? call : thread).at_least(bytes);
 }
 
 }  // namespace qlora_native

@@ -1,7 +1,6 @@
-// Tasks over the thread pool, and scratch memory that stays with its thread.
+// Tasks over the thread pool.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -17,12 +16,5 @@ void parallel_for(std::int64_t tasks, Body&& body) {
       tasks, [](void* context, std::int64_t task) { (*static_cast<std::remove_reference_t<Body>*>(context))(task); },
       &body);
 }
-
-// Memory of the calling thread, aligned to 64 bytes, uninitialized, valid until this thread asks for the same slot
-// again. Grows and is kept, so that a call costs no page faults.
-//   Slot::call    what one call shares among its threads; asked for by the calling thread
-//   Slot::thread  what one task needs for itself
-enum class Slot { call, thread };
-std::byte* scratch(Slot slot, std::size_t bytes);
 
 }  // namespace qlora_native

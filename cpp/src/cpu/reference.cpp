@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/reference.h"
 
 namespace qlora_native {

@@ -269,18 +269,6 @@ inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return _mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(load_bytes(element), _mm512_set1_epi32(boundary)), a, b);
 }
 
-// table[index[i]] of a table of 256, for `count` <= 16 bytes. Permutes: a gather takes three times as long.
-inline F32 lookup_bytes(const float* table, const std::uint8_t* bytes, int count) {
-  const I32 index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), bytes));
-  F32 part[8];  // by the low five bits, for each value of the upper three
-  for (int i = 0; i < 8; ++i) part[i] = _mm512_permutex2var_ps(load(table + 32 * i), index, load(table + 32 * i + 16));
-  for (int bit = 32, parts = 4; parts > 0; bit *= 2, parts /= 2) {
-    const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit));
-    for (int i = 0; i < parts; ++i) part[i] = _mm512_mask_mov_ps(part[2 * i], upper, part[2 * i + 1]);
-  }
-  return part[0];
-}
-
 // 64-bit lanes for Philox: eight counters at a time.
 constexpr int kLanes64 = 8;
 using U64 = __m512i;

@@ -38,10 +38,11 @@ inline void lookup_words(const Table256& table, I32 words, F32 (&values)[kTableV
   values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
 
-// The values at consecutive bytes.
-inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
+// The values at `count` consecutive bytes; after them is what stands at 0.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
+                         int count = kTableVectors * kLanes) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  const __m256i loaded = _mm256_maskz_loadu_epi8(~std::uint32_t{0} >> (kTableVectors * kLanes - count), bytes);
   lookup_words(table, _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(loaded, order)), values);
 }
 

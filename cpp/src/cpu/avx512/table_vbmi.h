@@ -40,9 +40,11 @@ inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableV
   values[3] = as_f32(_mm512_unpackhi_epi16(high01, high23));
 }
 
-// The values at consecutive bytes.
-inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors]) {
-  lookup_lanes(table, _mm512_permutexvar_epi32(lanes_to_order(), _mm512_loadu_si512(bytes)), values);
+// The values at `count` consecutive bytes; after them is what stands at 0.
+inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
+                         int count = kTableVectors * kLanes) {
+  const I32 index = _mm512_maskz_loadu_epi8(~std::uint64_t{0} >> (kTableVectors * kLanes - count), bytes);
+  lookup_lanes(table, _mm512_permutexvar_epi32(lanes_to_order(), index), values);
 }
 
 // Vectors of codes, packed as lookup_lanes() takes them.

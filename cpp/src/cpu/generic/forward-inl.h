@@ -4,6 +4,7 @@
 #include "cpu/blocking.h"
 #include "cpu/generic/product_nt-inl.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/runtime.h"
 
@@ -227,7 +228,7 @@ struct FewRows {
         int whole = 0;
         if constexpr (Rows::kQuantized)
           if (scales != nullptr) {
-            w.row_scales(first, count, scales);
+            w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
             whole = count / kRows * kRows;
             for (int j = 0; j < whole; j += kRows)
               whole_rows<kM>(w, first + j, scales + j * row_chunks, x, lora, sums + j * kM);

@@ -9,6 +9,7 @@
 #include "cpu/blocking.h"
 #include "cpu/generic/rows-inl.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "qlora_native/runtime.h"
 
 namespace qlora_native {
@@ -113,8 +114,7 @@ struct ProductNn {
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
       if (more) after_ = codes_ + rows * w.row_bytes();
-      for (std::int64_t row = 0; row < rows; ++row)
-        w.chunk_scales(u0 * kUnitRows + row, c0, c1, scales_ + row * width_);
+      w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_);
       start(0);
     }
 

@@ -95,7 +95,7 @@ struct ProductNt {
       if (!w.aligned()) return;
       codes_ = w.codes_at(n, c0);
       ahead_ = next != nullptr ? next - codes_ : 0;
-      for (std::int64_t row = 0; row < count; ++row) w.chunk_scales(n + row, c0, c1, scales_ + row * kBlockChunks);
+      w.chunk_scales(n, count, c0, c1, scales_, kBlockChunks);
       for (std::int64_t row = count; row < rows; ++row)
         __builtin_memset(panel + row * kPanelStride, 0,
                          static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));

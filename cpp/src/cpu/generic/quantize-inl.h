@@ -5,6 +5,7 @@
 #include "cpu/blocking.h"
 #include "cpu/generic/rows-inl.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "qlora_native/quantize.h"
 #include "qlora_native/runtime.h"
 

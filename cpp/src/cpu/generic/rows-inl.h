@@ -61,12 +61,11 @@ class QuantizedRows {
  public:
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
-  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
   explicit QuantizedRows(const QuantizedWeightView& w)
       : w_(w),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
         aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N == 1)),
-        levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {
+        scales_(w) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
 
@@ -77,7 +76,7 @@ class QuantizedRows {
   // kAhead: asks for the codes so many bytes further on.
   template <int kRows, int kAhead = 0, class Sink>
   void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
-    float scales[kRows][kSegment * kChunk / 32 + 2];
+    float scales[kRows][kMostScales];
     for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
       const std::int64_t end = smaller(begin + kSegment, c1);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
@@ -88,7 +87,7 @@ class QuantizedRows {
       for (int i = 0; i < count; ++i) {
         const std::int64_t first = (n + i) * w_.K + begin * kChunk;
         first_block[i] = first >> shift_;
-        decode_scales(w_, levels_, first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
+        scales_.decode(first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
       }
       for (std::int64_t c = begin + whole; c < end; ++c) {
         typename Dot::Chunk chunk[kRows] = {};
@@ -110,23 +109,22 @@ class QuantizedRows {
 
   // Every chunk is whole, lies in one block and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of the chunks c0 ... c1-1 (at most kSegment) of row n.
-  void chunk_scales(std::int64_t n, std::int64_t c0, std::int64_t c1, float* out) const {
+  // The scales of the chunks c0 ... c1-1 of `rows` rows from n on, which `out` has `stride` apart.
+  void chunk_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1, float* out,
+                    std::int64_t stride) const {
     const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
-    const std::int64_t first = n * w_.K / kChunk + c0, first_block = first >> shift, count = c1 - c0;
-    if (shift == 0) return decode_scales(w_, levels_, first_block, count, out);
-    float blocks[kSegment];
-    decode_scales(w_, levels_, first_block, ((first + count - 1) >> shift) + 1 - first_block, blocks);
-    for (std::int64_t i = 0; i < count; ++i) out[i] = blocks[((first + i) >> shift) - first_block];
-  }
-  // The scales of all chunks of `count` rows from n on.
-  void row_scales(std::int64_t n, std::int64_t count, float* out) const {
-    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
-    const std::int64_t per_row = w_.K / kChunk, first = n * per_row, chunks = count * per_row;
-    const std::int64_t first_block = first >> shift;
-    decode_scales(w_, levels_, first_block, ((first + chunks - 1) >> shift) + 1 - first_block, out);
-    if (shift != 0)  // from the last on: no scale is overwritten before it is read
-      for (std::int64_t i = chunks; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+    const std::int64_t per_row = w_.K / kChunk;
+    std::int64_t count = c1 - c0;
+    if (count == per_row && stride == count) {  // one long row
+      count *= rows;
+      rows = 1;
+    }
+    for (std::int64_t row = 0; row < rows; ++row, out += stride) {
+      const std::int64_t first = (n + row) * per_row + c0, first_block = first >> shift;
+      scales_.decode(first_block, ((first + count - 1) >> shift) + 1 - first_block, out);
+      if (shift != 0)  // from the last on: no scale is overwritten before it is read
+        for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+    }
   }
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::Step4, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
@@ -151,14 +149,16 @@ class QuantizedRows {
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
+  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
+  static constexpr std::int64_t kMostScales = kSegment * kChunk / 32 + 2;
+
   // `count` chunks of aligned rows, where nothing varies but pointers.
-  template <int kRows, int kAhead, class Scales, class Sink>
-  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, Scales& scales, Sink&& sink) const {
+  template <int kRows, int kAhead, class Sink>
+  void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMostScales],
+                    Sink&& sink) const {
     const std::uint8_t* codes[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      codes[i] = codes_at(n + i, begin);
-      chunk_scales(n + i, begin, begin + count, scales[i]);
-    }
+    for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
+    chunk_scales(n, kRows, begin, begin + count, scales[0], kMostScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];
@@ -203,12 +203,10 @@ class QuantizedRows {
     return chunk;
   }
 
-  static constexpr float kNoLevels[256] = {};
-
   QuantizedWeightView w_;
   int shift_;
   bool aligned_;  // a chunk lies in one block and begins in a high nibble
-  Table256 levels_;
+  Scales scales_;
   Table16 code_{};
 };
 

@@ -1,4 +1,4 @@
-// The scales of consecutive blocks.
+// The scales of a weight's blocks.
 #pragma once
 
 #include "qlora_native/types.h"
@@ -6,57 +6,66 @@
 namespace qlora_native {
 namespace {
 
-// Up to so many scales are looked up one by one: a vector's lookup goes through all of the table.
-constexpr std::int64_t kFewScales = 4;
+class Scales {
+ public:
+  explicit Scales(const QuantizedWeightView& w)
+      : absmax_(w.absmax),
+        nested_absmax_(w.nested_absmax),
+        nested_code_(w.nested_code),
+        offset_(w.offset != nullptr ? *w.offset : 0.0f),
+        nested_blocksize_(w.nested_blocksize),
+        nested_shift_((w.nested_blocksize & (w.nested_blocksize - 1)) == 0
+                          ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize))
+                          : -1),
+        levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {}
 
-// out[i] = scale of block first + i, for i < count. `levels`: the table of w.nested_code.
-inline void decode_scales(const QuantizedWeightView& w, const Table256& levels, std::int64_t first, std::int64_t count,
-                          float* out) {
-  if (w.nested_absmax == nullptr) {
-    __builtin_memcpy(out, static_cast<const float*>(w.absmax) + first, static_cast<std::size_t>(count) * sizeof(float));
-    return;
-  }
-  const std::uint8_t* absmax = static_cast<const std::uint8_t*>(w.absmax);
-  const F32 offset = set1(*w.offset);
-  // A power of two wherever this library or bitsandbytes has quantized.
-  const std::int64_t size = w.nested_blocksize;
-  const int shift = (size & (size - 1)) == 0 ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize)) : -1;
-  const auto nested_of = [&](std::int64_t block) { return shift >= 0 ? block >> shift : block / size; };
-  if (count <= kFewScales) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float level = w.nested_code[absmax[first + i]];
-      out[i] = level * w.nested_absmax[nested_of(first + i)] + *w.offset;  // two roundings, as below
+  // out[i] = scale of block first + i, for i < count.
+  void decode(std::int64_t first, std::int64_t count, float* out) const {
+    if (nested_absmax_ == nullptr) {
+      __builtin_memcpy(out, static_cast<const float*>(absmax_) + first, static_cast<std::size_t>(count) * sizeof(float));
+      return;
     }
-    return;
-  }
-  std::int64_t i = 0;
-  for (; count - i >= kTableVectors * kLanes; i += kTableVectors * kLanes) {
-    F32 values[kTableVectors];
-    lookup_bytes(levels, absmax + first + i, values);
-    for (int k = 0; k < kTableVectors; ++k) {
-      const std::int64_t block = first + i + k * kLanes;
-      F32 nested = set1(w.nested_absmax[nested_of(block)]);
-      if (nested_of(block) != nested_of(block + kLanes - 1)) {
-        float each[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) each[lane] = w.nested_absmax[nested_of(block + lane)];
-        nested = load(each);
+    const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
+    if (count <= kFew) {
+      for (std::int64_t i = 0; i < count; ++i)  // two roundings, as below
+        out[i] = nested_code_[absmax[i]] * nested_absmax_[nested_of(first + i)] + offset_;
+      return;
+    }
+    constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
+    for (std::int64_t i = 0; i < count; i += kAtOnce) {
+      F32 values[kTableVectors];
+      lookup_bytes(levels_, absmax + i, values, static_cast<int>(count - i < kAtOnce ? count - i : kAtOnce));
+      for (int k = 0; k < kTableVectors && i + k * kLanes < count; ++k) {
+        const std::int64_t begin = i + k * kLanes, block = first + begin;
+        const int lanes = static_cast<int>(count - begin < kLanes ? count - begin : kLanes);
+        F32 nested = set1(nested_absmax_[nested_of(block)]);
+        if (nested_of(block) != nested_of(block + lanes - 1)) {
+          float each[kLanes] = {};
+          for (int lane = 0; lane < lanes; ++lane) each[lane] = nested_absmax_[nested_of(block + lane)];
+          nested = load(each);
+        }
+        // Two roundings, as bitsandbytes': not a fused multiply-add.
+        store_from_f32<DType::f32>(out + begin, add(mul(values[k], nested), set1(offset_)), lanes);
       }
-      store(out + i + k * kLanes, add(mul(values[k], nested), offset));
     }
   }
-  while (i < count) {
-    const std::int64_t block = first + i;
-    const std::int64_t nested = nested_of(block);
-    const std::int64_t left_in_nested = (nested + 1) * size - block;
-    std::int64_t lanes = count - i < kLanes ? count - i : kLanes;
-    if (left_in_nested < lanes) lanes = left_in_nested;
-    const F32 levels = lookup_bytes(w.nested_code, absmax + block, static_cast<int>(lanes));
-    // Two roundings, as bitsandbytes': not a fused multiply-add.
-    const F32 scales = add(mul(levels, set1(w.nested_absmax[nested])), offset);
-    store_from_f32<DType::f32>(out + i, scales, static_cast<int>(lanes));
-    i += lanes;
+
+ private:
+  // Up to so many are looked up one by one: a vector's lookup goes through all of the table.
+  static constexpr std::int64_t kFew = 4;
+  static constexpr float kNoLevels[256] = {};
+
+  std::int64_t nested_of(std::int64_t block) const {
+    return nested_shift_ >= 0 ? block >> nested_shift_ : block / nested_blocksize_;
   }
-}
+
+  const void* absmax_;
+  const float *nested_absmax_, *nested_code_;
+  float offset_;
+  std::int64_t nested_blocksize_;
+  int nested_shift_;  // -1: no power of two. It is one wherever this library or bitsandbytes has quantized.
+  Table256 levels_;
+};
 
 }  // namespace
 }  // namespace qlora_native

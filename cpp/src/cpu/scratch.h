@@ -1,0 +1,15 @@
+// Memory for the time of a call, which stays with its thread.
+#pragma once
+
+#include <cstddef>
+
+namespace qlora_native {
+
+// Memory of the calling thread, aligned to 64 bytes, uninitialized, valid until this thread asks for the same slot
+// again. Grows and is kept, so that a call costs no page faults.
+//   Slot::call    what one call shares among its threads; asked for by the calling thread
+//   Slot::thread  what one task needs for itself
+enum class Slot { call, thread };
+std::byte* scratch(Slot slot, std::size_t bytes);
+
+}  // namespace qlora_native
