@@ -11,8 +11,8 @@
 #include "common/philox.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #include "cpu/reference.h"
+#include "cpu/scratch.h"
 
 namespace qlora_native {
 namespace reference {

@@ -1,7 +1,7 @@
 // linear_backward_input and lora_gradients, all of them through ProductNn.
 #pragma once
 
-#include "cpu/generic/forward-inl.h"
+#include "cpu/generic/lora-inl.h"
 #include "cpu/generic/product_nn-inl.h"
 
 namespace qlora_native {

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/generic/backward-inl.h"
-#include "cpu/generic/forward-inl.h"
+#include "cpu/generic/forward_few-inl.h"
+#include "cpu/generic/forward_many-inl.h"
 
 namespace qlora_native {
 namespace {
@@ -10,7 +11,13 @@ namespace {
 template <class Dot>
 struct Linear {
   static void forward(const LinearForwardArgs& args) {
-    with_rows(args.weight, [&](const auto& rows) { qlora_native::forward<Dot>(rows, args); });
+    if (args.x.rows == 0) return;
+    with_rows(args.weight, [&](const auto& rows) {
+      if (args.x.rows <= FewRows<Dot>::kMost)
+        FewRows<Dot>::forward(rows, args);
+      else
+        ManyRows<Dot>::forward(rows, args);
+    });
   }
   static void backward_input(const LinearBackwardInputArgs& args) {
     with_rows(args.weight, [&](const auto& rows) { Backward<Dot>::input(rows, args); });

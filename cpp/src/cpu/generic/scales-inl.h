@@ -22,7 +22,8 @@ class Scales {
   // out[i] = scale of block first + i, for i < count.
   void decode(std::int64_t first, std::int64_t count, float* out) const {
     if (nested_absmax_ == nullptr) {
-      __builtin_memcpy(out, static_cast<const float*>(absmax_) + first, static_cast<std::size_t>(count) * sizeof(float));
+      __builtin_memcpy(out, static_cast<const float*>(absmax_) + first,
+                       static_cast<std::size_t>(count) * sizeof(float));
       return;
     }
     const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
