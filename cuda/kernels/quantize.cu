@@ -10,8 +10,8 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksAtOnce =
-    5;  // on a multiprocessor, of threads with 48 registers: a load waits while others compute
+// On a multiprocessor, of threads with 48 registers: while one block's loads are on their way, others compute.
+constexpr int kBlocksAtOnce = 5;
 
 __device__ void report(NonFinite* non_finite, std::int64_t element) {
   // -1, which means none, is the largest of the unsigned.
