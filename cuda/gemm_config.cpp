@@ -15,26 +15,41 @@ constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
 // A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
 constexpr std::int64_t kLeastSteps = 4;
 
-// The wide tile reads the left operand half as often from shared memory, and keeps the tensor cores busiest. It is not
-// for few rows, nor where more than an eighth of its columns would be zeros that the other one has not.
-bool wants_wide_tile(const GemmProblem& problem) {
+// Whether more than an eighth of a dimension in parts of `large` would be zeros that it has not in parts of `small`.
+bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
   constexpr std::int64_t kPart = 8;
-  const std::int64_t wide = ceil_div(problem.cols, kGemmWideCols) * kGemmWideCols;
-  const std::int64_t other = ceil_div(problem.cols, kGemmCols) * kGemmCols;
-  return problem.aligned_64 && problem.rows > kGemmMiddleRows && (wide - other) * kPart <= wide;
+  const std::int64_t in_large = ceil_div(size, large) * large, in_small = ceil_div(size, small) * small;
+  return (in_large - in_small) * kPart > in_large;
 }
 
-int copies_of_wide_tile(const GemmProblem& problem) {
-  const bool has_rows =
-      problem.smem_bytes >= kGemmMostCopiesSmem && problem.reserved_smem_bytes <= kGemmMostReservedSmem;
-  return has_rows ? kGemmMostCopies : kGemmWideCopies;
+// As few rows as hold all of M, so that no tensor core multiplies zeros. Of many rows as many as shared memory has room
+// for: each weight is decoded once for all rows of a tile, and the tall one keeps the tensor cores busiest. The wide
+// one is the next: its warps have as many columns as those of the tall one, so that they load the left operand as
+// rarely.
+void choose_tile(const GemmProblem& problem, GemmConfig& config) {
+  const auto choose = [&](int rows, int cols) {
+    config.tile_rows = rows;
+    config.tile_cols = cols;
+  };
+  const auto fits = [&](int rows, int cols) { return problem.smem_bytes >= gemm_smem_bytes(rows, cols); };
+  if (problem.rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
+  if (problem.rows <= kGemmMiddleRows || !problem.aligned || !fits(kGemmManyRows, kGemmCols)) {
+    return choose(kGemmMiddleRows, kGemmCols);
+  }
+  if (fits(kGemmTallRows, kGemmCols) && !wastes(problem.rows, kGemmTallRows, kGemmManyRows)) {
+    return choose(kGemmTallRows, kGemmCols);
+  }
+  const bool wide = problem.aligned_64 && fits(kGemmManyRows, kGemmWideCols);
+  choose(kGemmManyRows, wide && !wastes(problem.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
 }
 
-// How many of its blocks a multiprocessor holds at once.
+// How many blocks of its tile a multiprocessor holds at once. It has 1 KB more than a block may have, and keeps 1 KB of
+// each.
 int blocks_of_multiprocessor(const GemmProblem& problem, const GemmConfig& config) {
-  if (config.tile_rows == kGemmWideRows) return kGemmWideBlocks;
-  const bool is_small = config.tile_rows == kGemmFewRows && config.aligned;
-  return is_small || problem.smem_bytes >= kGemmBlocks * kGemmSmem ? kGemmBlocks : 1;
+  constexpr std::size_t kReserved = 1024;
+  const std::size_t bytes = gemm_smem_bytes(config.tile_rows, config.tile_cols) + kReserved;
+  const int most = gemm_blocks(config.tile_rows);
+  return problem.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
 }
 
 // `count` in parts of one size, a multiple of `unit`, none of them above `most`.
@@ -74,12 +89,9 @@ GemmConfig gemm_config(const GemmProblem& problem) {
   if (const std::optional<GemmConfig> panels = by_panels(problem)) return *panels;
   // fp32 has no tensor-core product that keeps its bits, and this one decodes pairs of 4 bits.
   if (problem.dtype == DType::f32 || problem.bits != 4) return config;
+  if (problem.reserved_smem_bytes > kGemmMostReservedSmem) return config;  // of a device to come
   config.kernel = GemmConfig::Kernel::tensor_cores;
-  const bool wide = wants_wide_tile(problem);
-  // As few rows as hold all of M, so that no tensor core multiplies zeros.
-  config.tile_rows = problem.rows <= kGemmFewRows ? kGemmFewRows : wide ? kGemmWideRows : kGemmMiddleRows;
-  config.tile_cols = wide ? kGemmWideCols : kGemmCols;
-  config.copies = wide ? copies_of_wide_tile(problem) : kGemmCopies;
+  choose_tile(problem, config);
   config.row_tiles = ceil_div(problem.rows, config.tile_rows);
   config.tiles = config.row_tiles * ceil_div(problem.cols, config.tile_cols);
   config.steps = static_cast<int>(ceil_div(problem.inner, kGemmStep));
@@ -116,8 +128,7 @@ std::string text_of(const GemmProblem& problem, const GemmConfig& config) {
            " rows at once, for the host program's product";
   if (config.kernel == GemmConfig::Kernel::gemv) return text + "GEMV, " + number(config.blocks) + " blocks";
   return text + "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
-         number(config.tile_cols) + ", " + number(config.copies) + " tables, " + number(config.steps) +
-         " steps each, " + number(config.blocks) + " blocks";
+         number(config.tile_cols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
 }
 
 void print_if_asked(const GemmProblem& problem, const GemmConfig& config) {

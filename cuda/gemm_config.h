@@ -10,22 +10,27 @@
 
 namespace qlora_native {
 
-// A block of the tensor-core GEMM computes a tile of the result, kGemmStep of the inner dimension at a time: 16 or 64
-// rows by kGemmCols, or the wide one, 128 by kGemmWideCols. Codes come in chunks of 32, 16 bytes, which share a scale.
-constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmCols = 128;
-constexpr int kGemmWideRows = 128, kGemmWideCols = 256;
+// A block of the tensor-core GEMM computes a tile of the result, kGemmStep of the inner dimension at a time: 16, 64,
+// 128 or 256 rows by kGemmCols, or 128 by kGemmWideCols. Codes come in chunks of 32, 16 bytes, which share a scale.
+constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmManyRows = 128, kGemmTallRows = 256;
+constexpr int kGemmCols = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
 constexpr int kGemmChunk = 32;
-// Blocks that a multiprocessor holds at once: 256 threads of 128 registers, or of 255. But those of sm_86, sm_89 and
-// sm_120 have 100 KB of shared memory and hold one, unless it has few rows and is aligned: others take up to this much.
-constexpr int kGemmBlocks = 2, kGemmWideBlocks = 1;
-constexpr std::size_t kGemmSmem = 78 * 1024;
-// Copies of the table of codes: see PairTable. The wide tile has one for each lane where a block may have so much of
-// shared memory, which is everywhere but on sm_86, sm_89 and sm_120.
-constexpr int kGemmCopies = 4, kGemmWideCopies = 8, kGemmMostCopies = 32;
-constexpr std::size_t kGemmMostCopiesSmem = 147 * 1024;
-// Its table must begin at a certain address: the device may keep so much before it.
+// Blocks that a multiprocessor holds at once, where there is shared memory for them: 256 threads of 128 registers, or
+// of 255.
+constexpr int gemm_blocks(int tile_rows) { return tile_rows <= kGemmMiddleRows ? 2 : 1; }
+// Steps of the left operand, and of codes, that are in shared memory at once. Few rows wait for nothing but memory.
+constexpr int gemm_stages(int tile_rows) { return tile_rows == kGemmFewRows ? 4 : 2; }
+// The table of codes and the decoded weights must begin at a certain address: the device may keep so much before it.
 constexpr std::size_t kGemmMostReservedSmem = 1024;
+// Bytes of shared memory: rows of the table with two steps of decoded weights between them, 16-bit elements of the left
+// operand and codes for each stage, the scales' levels.
+constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
+  constexpr int kRowBytes = 256, kLevelBytes = 1024 + 128;
+  const int table = 2 * tile_cols * kRowBytes;
+  const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
+  return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
+}
 // The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
@@ -69,7 +74,6 @@ struct GemmConfig {
   Kernel kernel = Kernel::general;
   bool aligned = false;  // the problem's
   int tile_rows = 0, tile_cols = 0;
-  int copies = 0;  // of the table of codes
   std::int64_t row_tiles = 0;
   std::int64_t tiles = 0;  // those of the first columns, then those of the next
   int steps = 0;           // of a tile

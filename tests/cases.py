@@ -26,8 +26,16 @@ BLOCKED = (
     (257, 130, 96),
     (513, 66, 1100),
 )
-# Whose forward and backward both take a GPU's widest tile, 128 rows by 256 columns, of which they fill no last one.
-WIDE = ((70, 200, 192), (130, 456, 448))
+# [M, N, K], blocksize, double_quant, rank: forward and backward take a GPU's larger tiles, of which they fill no last
+# one. Of 128 rows by 256 columns, or by 128, where blocks of 32 or an odd half of a step want it; of 256 rows.
+LARGE = (
+    ((70, 200, 192), 256, False, 70),
+    ((128, 136, 160), 32, True, 16),
+    ((129, 456, 448), 64, True, 20),
+    ((255, 136, 96), 32, False, 1),
+    ((257, 264, 192), 64, True, 16),
+    ((385, 72, 288), 4096, True, 8),
+)
 RANKS = (0, 1, 16, 70)  # 70: above K in the smaller shapes
 
 
@@ -65,7 +73,7 @@ def products():
         for M, N, K in BLOCKED:
             yield Product(M, N, K, dtype, bias=True, rank=16, dropout=0.125)
             yield Product(M, N, K, dtype, format="int8", blocksize=128, double_quant=False)
-        for (M, N, K), (blocksize, double_quant, rank) in zip(WIDE, ((256, False, 70), (64, True, 20)), strict=True):
+        for (M, N, K), blocksize, double_quant, rank in LARGE:
             yield Product(M, N, K, dtype, "nf4", blocksize, double_quant, bias=True, rank=rank, dropout=0.3)
         for format, blocksize, double_quant in itertools.product(FORMATS, BLOCKSIZES, (False, True)):
             for M, N, K in ((1, 34, 190), (9, 37, 333), (40, 64, 256)):

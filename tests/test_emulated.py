@@ -7,10 +7,12 @@ all of this once more under AddressSanitizer, which sees what a kernel reads or 
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -36,14 +38,14 @@ def test_case_fails_under_an_order_of_threads(schedule):
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
 
 
-def run_conformance(step):
-    """Every step-th of the conformance tests, in this process, which then ends."""
+def run_conformance(step, *more):
+    """Every step-th of the conformance tests, in this process, which then ends. `more`: arguments of pytest."""
 
     class Sample:
         def pytest_collection_modifyitems(self, items):
             items[:] = items[::step]
 
-    arguments = ["--tb=short", "-p", "no:cacheprovider", "test_conformance.py"]
+    arguments = ["--tb=short", "-p", "no:cacheprovider", "test_conformance.py", *more]
     sys.exit(pytest.main(arguments, plugins=[Sample()]))
 
 
@@ -54,7 +56,7 @@ def test_order_of_threads_changes_a_bit():
     assert len(set(digests.values())) == 1, digests
 
 
-def digest(shapes=((4, 130, 513), (70, 130, 704)), dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.DTYPES):
     """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
     import test_determinism
 
@@ -93,20 +95,19 @@ def optimizer_digest():
     return hashed.hexdigest()
 
 
-def test_device_with_less_shared_memory_gives_another_bit():
-    """It gets a kernel whose table is smaller; the sums are the same, in the same order."""
-    command = "-c", "import test_emulated; print(test_emulated.digest_of_wide_tiles())"
-    shown = {}
-    for schedule, kilobytes, copies in (("forward", 227, 32), ("reverse", 99, 8), ("random:1", 227, 32)):
-        done = run(*command, schedule=schedule, QLN_EMULATED_SMEM=str(kilobytes * 1024), QLN_PRINT_CONFIG="1")
-        assert done.stderr.count(f"tiles of 128x256, {copies} tables") == 4, done.stderr
-        shown[schedule] = done.stdout.strip()
-    assert all(shown.values()) and len(set(shown.values())) == 1, shown
-
-
-def digest_of_wide_tiles():
-    """Of those, forward and backward, in each dtype that tensor cores multiply."""
-    return digest(((130, 456, 448),), (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    ("kilobytes", "tiles"),
+    [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})],
+)
+def test_tile_for_a_device_of_so_much_shared_memory_is_wrong(kilobytes, tiles):
+    """The large products in each of the tiles that there may be room for, under one more order of threads."""
+    shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
+    chosen = f"({shapes}) and (bf16 or f16)"
+    command = "-c", f"import test_emulated; test_emulated.run_conformance(1, '-s', '-k', '{chosen}')"
+    done = run(*command, schedule="random:4", QLN_EMULATED_SMEM=str(kilobytes * 1024), QLN_PRINT_CONFIG="1")
+    assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
+    assert f"{2 * len(cases.LARGE)} passed" in done.stdout, done.stdout[-1000:]
+    assert set(re.findall(r"tiles of (\d+x\d+)", done.stderr)) == tiles
 
 
 def test_emulator_is_not_what_runs():

@@ -43,25 +43,26 @@ void gemm(GemmArgs args, const Stream& stream) {
     args.ready = reinterpret_cast<std::uint32_t*>(workspace.data() + sums);
     fill_bytes(args.ready, 0, flags, stream);
   }
-  const auto start = [&]<class T, class Tile>() {
-    args.chunks_apart = static_cast<std::uint32_t>(Weights::template Of<Tile>::apart(args.weight) / kGemmChunk);
+  const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
+    using Tile = GemmTile<kRows, kCols, kAligned>;
     launch<gemm_kernel<T, Weights, Tile>>({blocks, kGemmThreads, GemmSharedOf<T, Weights, Tile>::bytes()}, stream,
                                           args);
   };
   // What gemm_config chooses among.
   const auto start_tile = [&]<class T>() {
-    if (config.tile_cols == kGemmWideCols) {
-      if (config.copies == kGemmMostCopies) {
-        return start.template operator()<T, GemmTile<kGemmWideRows, kGemmWideCols, kGemmMostCopies, true>>();
-      }
-      return start.template operator()<T, GemmTile<kGemmWideRows, kGemmWideCols, kGemmWideCopies, true>>();
+    if (config.tile_cols == kGemmWideCols) return start.template operator()<T, kGemmManyRows, kGemmWideCols, true>();
+    switch (config.tile_rows) {
+      case kGemmTallRows:
+        return start.template operator()<T, kGemmTallRows, kGemmCols, true>();
+      case kGemmManyRows:
+        return start.template operator()<T, kGemmManyRows, kGemmCols, true>();
+      case kGemmMiddleRows:
+        if (config.aligned) return start.template operator()<T, kGemmMiddleRows, kGemmCols, true>();
+        return start.template operator()<T, kGemmMiddleRows, kGemmCols, false>();
+      case kGemmFewRows:
+        if (config.aligned) return start.template operator()<T, kGemmFewRows, kGemmCols, true>();
+        return start.template operator()<T, kGemmFewRows, kGemmCols, false>();
     }
-    const auto with_rows = [&]<int kRows>() {
-      if (config.aligned) return start.template operator()<T, GemmTile<kRows, kGemmCols, kGemmCopies, true>>();
-      start.template operator()<T, GemmTile<kRows, kGemmCols, kGemmCopies, false>>();
-    };
-    if (config.tile_rows == kGemmFewRows) return with_rows.template operator()<kGemmFewRows>();
-    with_rows.template operator()<kGemmMiddleRows>();
   };
   if (args.left.dtype == DType::bf16) {
     start_tile.template operator()<Bf16>();

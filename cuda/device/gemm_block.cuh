@@ -1,7 +1,15 @@
 // What a block of the tensor-core product (gemm.cuh) does: 8 warps compute a tile, or a part of its inner dimension,
-// after the other. The inner dimension passes through a ring of stages in shared memory, 64 at a time: the left operand
-// as it is, the weight as codes with their scales. Each warp decodes the codes of its own columns, once, straight into
-// the registers that mma takes them from: as its operand of 16 rows. So mma's rows are columns of the result.
+// after the other. The inner dimension passes through shared memory, 64 at a time: the left operand as it is, the
+// weight as codes, which the thread that has brought them decodes. While a step is multiplied the weight's next one is
+// decoded:
+//
+//   step          i - 1        i            i + 1        ...
+//   codes         ▒ on their way, stages ahead ▒
+//   decode        i            i + 1        i + 2             into one of two places, from which all warps read
+//   multiply      i - 1        i            i + 1
+//
+// One barrier a step serves all: who passes it knows that step i is there, the left operand and the decoded weight, and
+// that all have read step i - 1, in whose places the thread may write.
 #pragma once
 
 #include "device/elements.cuh"
@@ -16,8 +24,7 @@ namespace qlora_native::QLN_CUDA {
 struct GemmArgs {
   QuantizedWeightView weight;
   WeightScales scales;
-  std::uint32_t last_chunk;    // of an aligned weight
-  std::uint32_t chunks_apart;  // between the pieces that one thread brings
+  std::uint32_t last_chunk;  // of an aligned weight
   std::int64_t rows, cols, inner;
   ConstMatrix left;       // [rows, inner]
   ConstMatrix low_rank;   // [rows, rank]
@@ -37,27 +44,32 @@ struct GemmArgs {
 
 template <class T, class Weights, class Tile>
 struct GemmShared {
-  static constexpr std::size_t kSlack = Weights::Table::kRows ? kRowsBegin : 0;  // so that `pairs` may begin there
-  static_assert(kRowsBegin == kGemmMostReservedSmem);
-  struct Stage {
-    LeftStage<T, Tile::kRows> left;
-    alignas(kStageAlignment) std::uint8_t codes[Weights::kCodeBytes];
-    alignas(kStageAlignment) typename Weights::Scale scales[Weights::kScales];
+  // 16 copies of each byte's pair: lanes that are served at once ask 16 of a bank each.
+  using Table = PairTable<16, kRowBytes / sizeof(Vector<float, 2>)>;
+  struct Row {
+    typename Table::Pair pairs[16];
+    std::byte weights[kLineVectors * kVectorBytes];
   };
-  typename Weights::Table::Pair pairs[Weights::Table::kPairs];
+  static_assert(2 * Tile::kCols >= 256 && sizeof(Row) == kRowBytes);
+  // The left operand of a step and the next one's codes, which only the thread reads that has brought them.
+  struct Stage {
+    LeftStage<T, Tile> left;
+    std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
+  };
+  Row rows[2 * Tile::kCols];  // the table, in the first 256, and the decoded weights of this step and of the next
   Stage stages[Tile::kStages];
   typename ScaleReader<Tile::kAligned>::Nested nested;
 
+  // `rows` begin where the table must, which is not far from the beginning.
   static __device__ GemmShared& of_block() {
     std::byte* const smem = dynamic_smem<std::byte>();
-    return *reinterpret_cast<GemmShared*>(smem + (kSlack > 0 ? SharedPlace(smem).to_rows() : 0));
+    return *reinterpret_cast<GemmShared*>(smem + SharedPlace(smem).to_rows());
   }
   static constexpr std::size_t bytes() {
-    constexpr std::size_t kBytes = kSlack + sizeof(GemmShared);
-    static_assert(kBytes <= (kSlack > 0 ? kGemmMostCopiesSmem : kLeastSmemBytes));
-    constexpr bool kSmall = Tile::kRows == kGemmFewRows && Tile::kAligned;
-    static_assert(Tile::kWide ||
-                  kBytes <= (kSmall ? kLeastSmemBytes / kGemmBlocks - kGemmMostReservedSmem : kGemmSmem));
+    static_assert(kRowsBegin == kGemmMostReservedSmem);
+    constexpr std::size_t kBytes = kRowsBegin + sizeof(GemmShared);
+    static_assert(kBytes == gemm_smem_bytes(Tile::kRows, Tile::kCols));
+    static_assert(Tile::kRows > kGemmMiddleRows || kBytes <= kLeastSmemBytes);
     return kBytes;
   }
 };
@@ -66,15 +78,14 @@ template <class T, class Weights, class Tile>
 class Gemm {
   using Shared = GemmShared<T, Weights, Tile>;
   using Stage = typename Shared::Stage;
-  using Left = LeftStage<T, Tile::kRows>;
-  using Scale = typename Weights::Scale;
-  using Sums = GemmSums<T, Tile>;
+  using Left = LeftStage<T, Tile>;
+  using Scale = ChunkScale<Tile::kAligned>;
   static constexpr bool kAligned = Tile::kAligned;
-  static constexpr int kStages = Tile::kStages;
+  static constexpr int kStages = Tile::kStages, kPieces = Tile::kPieces;
 
  public:
   __device__ Gemm(const GemmArgs& args, Shared& shared)
-      : args_(args), shared_(shared), scales_(args.weight, args.scales, shared.nested), table_(shared.pairs) {}
+      : args_(args), shared_(shared), scales_(args.weight, args.scales, shared.nested), table_(shared.rows->pairs) {}
 
   // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
   __device__ void run() {
@@ -92,7 +103,7 @@ class Gemm {
 
   // Tables that the whole run needs.
   __device__ void prepare() {
-    Weights::Table::fill(shared_.pairs, args_.weight.code);
+    Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
     sync_threads();
   }
@@ -129,120 +140,177 @@ class Gemm {
 
   // ---- the inner dimension in steps -------------------------------------------------------------------------------
 
-  // Where this thread's share of the next step's operands comes from.
-  struct Source {
-    unsigned thread;
-    LeftRows<T, Tile> left;
-    Position<kAligned> position;  // in the weight, of its first piece
-    Position<kAligned> to_scale;  // from there
-  };
-  __device__ static Position<kAligned> position_of(std::int64_t element) {
-    return static_cast<Position<kAligned>>(kAligned ? element / kGemmChunk : element);
-  }
-
   // Stages are passed as bytes from the first.
   static constexpr std::uint32_t kStage = sizeof(Stage);
-  static_assert(offsetof(Stage, left) == 0);
+  static_assert(offsetof(Stage, left) == 0 && kStage % kStageAlignment == 0);
   static constexpr std::uint32_t kCodes = offsetof(Stage, codes);
-  static constexpr std::uint32_t kScales = offsetof(Stage, scales);
-  static_assert(kStage % kStageAlignment == 0);
+  static constexpr std::uint32_t kLast = (kStages - 1) * kStage;
+  static constexpr std::uint32_t stage_after(std::uint32_t stage) {
+    return kStages == 2 ? kLast - stage : stage == kLast ? 0 : stage + kStage;
+  }
+  static constexpr std::uint32_t stage_before(std::uint32_t stage) {
+    return kStages == 2 ? kLast - stage : stage == 0 ? kLast : stage - kStage;
+  }
+  // So are the places of decoded weights.
+  static constexpr std::uint32_t kWeights = Tile::kCols * kLineBytes;
   __device__ SharedPlace place_in_stage(std::size_t bytes) const {
     return SharedPlace(shared_.stages).at(static_cast<std::uint32_t>(bytes)).kept();
   }
+  __device__ SharedPlace place_in_weights(std::size_t bytes) const {
+    return SharedPlace(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).kept();
+  }
+  // Of a thread's share of the left operand. That of the codes begins kCodes further on.
+  __device__ SharedPlace place_of_share(const Lane& lane) const { return place_in_stage(lane.thread * kVectorBytes); }
 
   // Where this thread reads and writes: in the first stage, and as far into every other.
   struct Places {
-    SharedPlace left, codes, scales, to, scale_to;
+    SharedPlace left, share;     // what ldmatrix is pointed at; what is copied
+    SharedPlace weights, piece;  // likewise; what is decoded
+    __device__ Places(const Gemm& gemm, const Lane& lane)
+        : left(gemm.place_in_stage(Left::first_of(lane))),
+          share(gemm.place_of_share(lane)),
+          weights(gemm.place_in_weights(Weights::first_of(lane))),
+          piece(gemm.place_in_weights(Weights::place_of(lane.thread))) {}
   };
-  // Of its share of the left operand. That of the codes begins kCodes further on.
-  __device__ SharedPlace place_of_share(const Lane& lane) const { return place_in_stage(lane.thread * kVectorBytes); }
 
-  __device__ void multiply(int first, int steps) {
-    const Lane lane;
-    const Places at = {place_in_stage(Left::first_of(lane)), place_in_stage(kCodes + Weights::codes_of(lane)),
-                       place_in_stage(kScales + Weights::scales_of(lane) * sizeof(Scale)), place_of_share(lane),
-                       place_in_stage(kScales + Weights::place_of_scale(lane.thread) * sizeof(Scale))};
-    const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
-    const unsigned thread = lane.thread;
-    const auto position = [&](unsigned inner, unsigned col) {
-      return position_of(Weights::element(args_.weight, inner0 + inner, col0() + col));
-    };
-    const Position<kAligned> piece = position(Weights::inner_of_piece(thread), Weights::col_of_piece(thread));
-    const Position<kAligned> its_scale = position(Weights::inner_of_scale(thread), Weights::col_of_scale(thread));
-    Source source = {thread, {lane, args_.left, row0(), rows(), inner0}, piece, its_scale - piece};
-    PendingScale<kAligned> scale;
-    // Of how many steps the inner dimension is whole, or this thread's vector of it is there: of all but the last.
-    const int whole = static_cast<int>(args_.inner / kGemmStep) - first;
-    const int whole_steps = kAligned && source.left.inner() < last_inner() ? steps : whole;
-#pragma unroll 1
-    for (int ahead = 0; ahead < kStages - 1; ++ahead) {
-      if (ahead < steps) {
-        fetch(at, ahead * kStage, source, scale, Weights::kWholeSteps || ahead < whole_steps);
-        store_shared(at.scale_to.at(ahead * kStage), scale.finish(scales_));
-      }
-      cp_async_commit();  // an empty group too: the n-th is always step n's
-    }
-    std::uint32_t now = 0, before = (kStages - 1) * kStage;
-    const int left_at_last = steps + kStages - 1 - whole_steps;
-#pragma unroll 1
-    for (int left = steps; left > 0; --left) {
-      cp_async_wait<kStages - 2>();
-      sync_threads();  // this step's stage is there for all, and the one before has been read by all
-      const bool more = left >= kStages;
-      if (more) fetch(at, before, source, scale, Weights::kWholeSteps || left > left_at_last);
-      cp_async_commit();
-      consume(lane, at.left.at(now), at.codes.at(now), at.scales.at(now));
-      if (more) store_shared(at.scale_to.at(before), scale.finish(scales_));
-      before = now;
-      now = now == (kStages - 1) * kStage ? 0 : now + kStage;
-    }
-    sync_threads();  // the next tile begins with stages that have been read
-  }
-
-  // The weight's codes and scale and the left operand's rows of one step.
-  __device__ __forceinline__ void fetch(const Places& at, std::uint32_t stage, Source& source,
-                                        PendingScale<kAligned>& scale, bool whole) const {
-    if constexpr (kAligned) {
-      source.left.fetch_vectors(at.to.at(stage), whole);
-      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
-      const auto in_weight = [&](std::uint32_t chunk) { return chunk < args_.last_chunk ? chunk : args_.last_chunk; };
-#pragma unroll
-      for (int i = 0; i < Tile::kPieces; ++i) {
-        const std::uint32_t chunk = in_weight(source.position + i * args_.chunks_apart);
-        const SharedPlace to = at.to.at(stage).at(kCodes + i * kGemmThreads * kChunkBytes);
-        cp_async_or_zeros(to, args_.weight.codes + std::uint64_t{chunk} * kChunkBytes, 1);
-      }
-      scale.fetch(scales_, in_weight(source.position + source.to_scale));
-    } else {
-      const int inner = whole ? kGemmStep : last_inner();
-      source.left.fetch_elements(at.to.at(stage), args_.left.stride, rows(), inner);
-      const auto count = [&](unsigned inner0, unsigned col0) {
-        const int inner_left = inner - static_cast<int>(inner0), cols_left = cols() - static_cast<int>(col0);
-        return inner_left <= 0 || cols_left <= 0 ? 0 : Weights::kForward ? inner_left : cols_left;
-      };
-      const unsigned thread = source.thread;
-      Vector<std::uint32_t, kCodeWords> words[1];
-      gather_codes<4>(args_.weight.codes, source.position,
-                      count(Weights::inner_of_piece(thread), Weights::col_of_piece(thread)), words);
-      store_shared(at.to.at(stage).at(kCodes), words[0]);
-      scale.fetch(args_.weight, scales_, source.position + source.to_scale,
-                  count(Weights::inner_of_scale(thread), Weights::col_of_scale(thread)));
-    }
-    source.left.next_step();
-    source.position += position_of(Weights::step(args_.weight));
+  // How much of a step the inner dimension has.
+  __device__ __forceinline__ int inner_of_step(int step) const {
+    const int whole = static_cast<int>(args_.inner / kGemmStep);
+    return step < whole ? kGemmStep : step == whole ? last_inner() : 0;
   }
   __device__ __forceinline__ int last_inner() const { return static_cast<int>(args_.inner % kGemmStep); }
 
-  __device__ __forceinline__ void consume(const Lane& lane, const SharedPlace& left, const SharedPlace& codes,
-                                          const SharedPlace& scales) {
-    typename Weights::Registers weights;
+  // What this thread brings of the weight: the codes of a step go to a stage, their scales to registers.
+  struct Source {
+    unsigned thread;
+    Position<kAligned> position;  // in the weight
+    PendingScale<kAligned> scale;
+  };
+  // Of so many steps: the weight is that far ahead of the multiply.
+  using Scales = Scale[kStages - 1];
+
+  __device__ void multiply(int first, int steps) {
+    const Lane lane;
+    const Places at(*this, lane);
+    const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
+    LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
+    const std::int64_t element =
+        Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
+    Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kGemmChunk : element), {}};
+    Scales scales = {};
+    const int end = first + steps;
+    // The first step that has not all of the inner dimension, or not this thread's vector of it.
+    const int whole = static_cast<int>(args_.inner / kGemmStep);
+    const int left_end = kAligned && left.inner() < last_inner() ? whole + 1 : whole;
+
+    // The weight is one step ahead: its first one is decoded before the loop.
+    fetch_weight(at.share.at(kLast), source, first);
+    cp_async_commit();
+    const Scale first_scale = source.scale.finish(scales_);
+#pragma unroll 1
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+      if (ahead < steps) {
+        fetch_left(at.share.at(ahead * kStage), left, first + ahead, left_end);
+        fetch_weight(at.share.at(ahead * kStage), source, first + ahead + 1);
+      }
+      cp_async_commit();  // an empty group too: the n-th is always step n's
+      push(scales, source);
+    }
+    cp_async_wait<kStages - 1>();
+    const Codes first_codes = codes_at(at.share.at(kLast));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weights.load(codes, scales, half);
-      typename Sums::Operand a[2];
+    for (unsigned v = 0; v < kPieceVectors; ++v) decode(at.piece, first_codes, first_scale, v);
+
+    std::uint32_t now = 0, weights = 0;
+#pragma unroll 1
+    for (int step = first; step < end; ++step) {
+      cp_async_wait<kStages - 2>();
+      sync_threads();  // this step is there for all, and the one before has been read by all
+      if (step + kStages - 1 < end) {
+        const SharedPlace to = at.share.at(stage_before(now));
+        fetch_left(to, left, step + kStages - 1, left_end);
+        fetch_weight(to, source, step + kStages);
+      }
+      cp_async_commit();
+      const Codes codes = codes_at(at.share.at(now));
+      const SharedPlace next = at.piece.at(weights ^ kWeights);
 #pragma unroll
-      for (int s = 0; s < 2; ++s) weights.template decode<T>(a[s], half, s, table_, Weights::first_of_scaled(lane));
-      sums_.multiply(a, Left::half(left, half));
+      for (unsigned k = 0; k < kPieceVectors; ++k) {
+        decode(next, codes, scales[0], k);
+        sums_.multiply(at.left.at(now), at.weights.at(weights), k);
+      }
+      push(scales, source);
+      now = stage_after(now);
+      weights ^= kWeights;
+    }
+    sync_threads();  // the next tile begins with stages that have been read
+  }
+  static_assert(kPieceVectors * kMmaInner == kGemmStep);
+
+  __device__ __forceinline__ void fetch_left(const SharedPlace& to, LeftRows<T, Tile>& left, int step,
+                                             int left_end) const {
+    if constexpr (kAligned) {
+      left.fetch_vectors(to, step < left_end);
+    } else {
+      left.fetch_elements(to, args_.left.stride, rows(), inner_of_step(step));
+    }
+    left.next_step();
+  }
+  __device__ __forceinline__ void fetch_weight(const SharedPlace& to, Source& source, int step) const {
+    if constexpr (kAligned) {
+      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      const std::uint32_t last = args_.last_chunk - (kPieces - 1);
+      const std::uint32_t chunk = source.position < last ? source.position : last;
+      const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        cp_async_or_zeros(to.at(kCodes + i * kGemmThreads * kChunkBytes), from + i * kChunkBytes, 1);
+      }
+      source.scale.fetch(scales_, chunk);
+      source.position += static_cast<std::uint32_t>(Weights::step(args_.weight) / kGemmChunk);
+    } else {
+      const int inner = inner_of_step(step) - static_cast<int>(Weights::inner_of(source.thread));
+      const int col = cols() - static_cast<int>(Weights::col_of(source.thread));
+      const int count = inner <= 0 || col <= 0 ? 0 : Weights::kForward ? inner : col;
+      Vector<std::uint32_t, kCodeWords> words[1];
+      gather_codes<4>(args_.weight.codes, source.position, count, words);
+      store_shared(to.at(kCodes), words[0]);
+      source.scale.fetch(args_.weight, scales_, source.position, count);
+      source.position += Weights::step(args_.weight);
+    }
+  }
+  // What fetch_weight() has begun to read is the last of the scales.
+  __device__ __forceinline__ void push(Scales& scales, const Source& source) const {
+#pragma unroll
+    for (int s = 0; s < kStages - 2; ++s) scales[s] = scales[s + 1];
+    scales[kStages - 2] = source.scale.finish(scales_);
+  }
+
+  struct Codes {
+    Vector<std::uint32_t, kCodeWords> of[kPieces];
+  };
+  __device__ __forceinline__ Codes codes_at(const SharedPlace& from) const {
+    Codes codes;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      codes.of[i] = load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(kCodes + i * kGemmThreads * kChunkBytes));
+    }
+    return codes;
+  }
+  // One vector of each of the thread's pieces. `to`: where the first piece's first one stands.
+  __device__ __forceinline__ void decode(const SharedPlace& to, const Codes& codes, const Scale& scale,
+                                         unsigned vector) const {
+#pragma unroll
+    for (unsigned i = 0; i < kPieces; ++i) {
+      Eight eight;
+#pragma unroll
+      for (unsigned j = 0; j < 4; ++j) {
+        const unsigned byte = Weights::byte_of_piece(vector, j);
+        const auto pair = table_.of_byte(codes.of[i].at[byte / 4], byte % 4);
+        const int e = static_cast<int>(2 * byte);
+        eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
+      }
+      store_shared(to.flipped((i * kPieceVectors + vector) * kVectorBytes), eight);
     }
   }
 
@@ -255,41 +323,49 @@ class Gemm {
            load_as_f32(args_.right, args_.right_dtype, Weights::kForward ? col * rank + r : r * args_.cols + col);
   }
 
-  // The left operand as in other steps, through the first stage; the right one, which is small, from where it lies.
+  // Both operands as in other steps, through the first stage and the first place of the weights.
   __device__ void add_low_rank() {
     const Lane lane;
+    const Places at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
-    const std::int64_t col = col0() + lane.col<Tile>();
 #pragma unroll 1
     for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
       const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
       const LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
       if (args_.low_rank_vectors) {
-        left.fetch_vectors(place_of_share(lane), left.inner() < there);
+        left.fetch_vectors(at.share, left.inner() < there);
       } else {
-        left.fetch_elements(place_of_share(lane), args_.low_rank.stride, rows(), there);
+        left.fetch_elements(at.share, args_.low_rank.stride, rows(), there);
       }
       cp_async_commit();
+#pragma unroll 1
+      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
       cp_async_wait<0>();
       sync_threads();
-      const SharedPlace first = place_in_stage(Left::first_of_sixteen(lane));
 #pragma unroll 1
-      for (int k = 0; k * kMmaInner < there; ++k) {
-        const std::int64_t r = r0 + k * kMmaInner + 4 * lane.t;
-        typename Sums::Operand a;
-#pragma unroll
-        for (int j = 0; j < Tile::kLaneCols; ++j) {
-          a[j / 2][j % 2] = pack_pair<T>(right_at(r, col + j), right_at(r + 1, col + j));
-          a[j / 2][j % 2 + 2] = pack_pair<T>(right_at(r + 2, col + j), right_at(r + 3, col + j));
-        }
-        sums_.multiply(a, Left::sixteen(first, k));
-      }
+      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
       sync_threads();  // before the stage is filled again
     }
     if constexpr (!Weights::kForward) {
       // Before anything else is in the sums, because the mask falls on nothing else.
-      if (rank > 0 && args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0() + lane.row(), col);
+      if (rank > 0 && args_.dropout.threshold > 0) {
+        sums_.drop(args_.dropout.prepared(), row0() + lane.row<Tile>(), col0() + lane.col<Tile>());
+      }
     }
+  }
+  // A vector of what the thread has of a step, where decode() would put it.
+  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
+                                            unsigned vector) const {
+    const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+    Eight eight;
+#pragma unroll
+    for (unsigned j = 0; j < 4; ++j) {
+      const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
+      const unsigned e = vector / kPieceVectors * kGemmChunk + 2 * byte;
+      eight.at[j] = Weights::kForward ? pack_pair<T>(right_at(r + e, col), right_at(r + e + 1, col))
+                                      : pack_pair<T>(right_at(r, col + e), right_at(r, col + e + 1));
+    }
+    store_shared(to.flipped(vector * kVectorBytes), eight);
   }
 
   // ---- results -----------------------------------------------------------------------------------------------------
@@ -311,10 +387,10 @@ class Gemm {
       rest_of_tile -= length < rest_of_tile ? static_cast<int>(length) : rest_of_tile;
     }
     const Lane lane;
-    const std::int64_t row = row0() + lane.row(), col = col0() + lane.col<Tile>();
+    const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
     sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row()),
+                bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row<Tile>()),
                 cols() - static_cast<int>(lane.col<Tile>()));
   }
   __device__ __forceinline__ float* sums_of(int run) const {
@@ -324,9 +400,9 @@ class Gemm {
   const GemmArgs& args_;
   Shared& shared_;
   const ScaleReader<kAligned> scales_;
-  const typename Weights::Table table_;
+  const typename Shared::Table table_;
   int row_tile_ = 0, col_tile_ = 0;
-  Sums sums_;
+  GemmSums<T, Weights, Tile> sums_;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -7,29 +7,25 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// 64 elements of each row of a tile's left operand, as eight 16-byte vectors. A quarter of a warp reads vectors 2t of
-// two rows: those of odd rows change places in pairs, so that all eight lie in different banks.
-template <class T, int kRows>
+// 64 elements of each row of a tile's left operand, as eight 16-byte vectors. ldmatrix reads the same vector of eight
+// rows at once: it stands at another place in each, so that all lie in different banks.
+template <class T, class Tile>
 struct LeftStage {
-  static constexpr unsigned kVector = 16 / sizeof(T);
-  static constexpr unsigned kRowVectors = kGemmStep / kVector;
-  static constexpr unsigned kFragmentBytes = kMmaCols * kGemmStep * sizeof(T);
-  alignas(kStageAlignment) T at[kRows * kGemmStep];
+  static constexpr unsigned kVector = kVectorBytes / sizeof(T);
+  static constexpr unsigned kRowBytes = kVectorsOfStep * kVectorBytes;
+  alignas(kStageAlignment) T at[Tile::kRows * kGemmStep];
 
   // In vectors: of a row's, and which of a row's stands at a place.
-  __device__ static unsigned place(unsigned row, unsigned vector) { return row * kRowVectors + (vector ^ row % 2); }
-  __device__ static unsigned vector_at(unsigned place) { return place % kRowVectors ^ place / kRowVectors % 2; }
-  // In bytes, of a lane's first vector of a step. Its second has one bit flipped.
-  __device__ static unsigned first_of(const Lane& lane) { return place(lane.g, 2 * lane.t) * 16; }
-  __device__ __forceinline__ static SharedPlace half(const SharedPlace& first, unsigned half) {
-    return first.flipped(16 * half);
+  static constexpr unsigned place(unsigned row, unsigned vector) { return row * kVectorsOfStep + (vector ^ row % 8); }
+  static constexpr unsigned vector_at(unsigned place) { return place % kVectorsOfStep ^ place / kVectorsOfStep % 8; }
+  // In bytes, of what a lane points ldmatrix at: of 16 rows both halves of 16 of the inner dimension, as mma takes
+  // them.
+  __device__ static unsigned first_of(const Lane& lane) {
+    return place(lane.warp_row<Tile>() + lane.lane % kMmaRows, lane.lane / kMmaRows) * kVectorBytes;
   }
-  // Where the inner dimension may end after any 16 of it, a lane takes of each 16 what is 4t ... 4t + 3: half a vector.
-  __device__ static unsigned first_of_sixteen(const Lane& lane) {
-    return place(lane.g, lane.t / 2) * 16 + lane.t % 2 * 8;
-  }
-  __device__ __forceinline__ static SharedPlace sixteen(const SharedPlace& first, unsigned k) {
-    return first.flipped(2 * 16 * k);
+  // The k-th sixteen of the inner dimension, of the i-th 16 rows.
+  __device__ __forceinline__ static SharedPlace operand(const SharedPlace& first, unsigned k, unsigned i) {
+    return first.flipped(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
   }
 };
 
@@ -37,9 +33,9 @@ struct LeftStage {
 // stage, which is that of its number, so that a warp writes neighbours.
 template <class T, class Tile>
 class LeftRows {
-  using Stage = LeftStage<T, Tile::kRows>;
+  using Stage = LeftStage<T, Tile>;
   static constexpr int kVector = Stage::kVector;
-  static constexpr int kRowsAtOnce = kGemmThreads / Stage::kRowVectors;
+  static constexpr int kRowsAtOnce = kGemmThreads / kVectorsOfStep;
   static constexpr int kRowsOfThread = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr std::uint32_t kBytesApart = kRowsAtOnce * kGemmStep * sizeof(T);
 
@@ -88,7 +84,7 @@ class LeftRows {
   }
 
  private:
-  __device__ int row(int i) const { return static_cast<int>(thread_ / Stage::kRowVectors) + i * kRowsAtOnce; }
+  __device__ int row(int i) const { return static_cast<int>(thread_ / kVectorsOfStep) + i * kRowsAtOnce; }
 
   const unsigned thread_;
   const T* first_;                        // in the tile's first row

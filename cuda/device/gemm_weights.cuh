@@ -1,166 +1,112 @@
-// The weight's side of the tensor-core product (gemm.cuh): how the codes and scales of a step lie in shared memory, and
-// how a lane decodes those that mma takes from it. The columns of the result are rows of W, or columns of W.
+// The weight's side of the tensor-core product (gemm.cuh): which of a step's codes a thread brings and decodes, and how
+// the decoded step lies in shared memory. The columns of the result are rows of W, or columns of W.
 //
-// Both give: of the piece or the scale with a number, where it begins in the step and in the tile; a lane's own places
-// in the stage; and Registers, what a lane holds while it decodes. Pieces lie in the stage in the order of their
-// numbers, so a thread writes where it writes the left operand, a number of bytes further on.
+// A thread has pieces of 32 neighbours of W, each of which becomes four vectors of eight 16-bit elements. Both layouts
+// give: where in the step and in the tile the thread's first piece begins; where its vectors stand and which codes each
+// holds; and where a lane points ldmatrix at. All eight vectors that lanes write at once, or ldmatrix reads at once,
+// lie in different banks.
 #pragma once
 
+#include "device/elements.cuh"
 #include "device/gemm_tile.cuh"
 #include "device/weight_chunk.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
 constexpr int kChunkBytes = kGemmChunk / 2;
+constexpr unsigned kPieceVectors = kGemmChunk / 8;
 
-// Forward: a column of the result is a row of W, which lies along the inner dimension. A step has 32 bytes of it, of
-// which lane t takes eight: the codes of its 16t ... 16t + 15. Lanes read the j-th of their columns at once, so those
-// of a warp's eight g lie together.
+// Decoded weights lie in lines of 128 bytes, as many as the tile has columns. Before each is room for a row of the
+// table by which codes are decoded: PairTable wants its rows 256 bytes apart, and half of that is enough for 16 copies.
+constexpr unsigned kLineBytes = kRowBytes, kLineVectors = kRowBytes / 2 / kVectorBytes;
+
+// Forward: a column of the result is a row of W, which lies along the inner dimension. Decoded, each is a line of eight
+// vectors, as those of the left operand. A fragment of mma has columns in pairs, kLaneCols apart: vectors change places
+// by what differs among these.
 template <class Tile>
 struct RowsOfWeight {
   static constexpr bool kForward = true;
-  static constexpr bool kWholeSteps = Tile::kScaled == kGemmStep;  // of the inner dimension there are no others
-  using Scale = ChunkScale<Tile::kAligned>;
-  using Table = PairTable<Tile::kCopies>;
-  static constexpr unsigned kColBytes = kGemmStep / 2, kColPieces = kGemmStep / kGemmChunk;
-  static constexpr unsigned kColScales = kGemmStep / Tile::kScaled;
-  static constexpr unsigned kScalesApart = Tile::kCols + 8;  // of a column: two such lie in different banks
-  static constexpr unsigned kCodeBytes = Tile::kCols * kColBytes;
-  static constexpr unsigned kScales = (kColScales - 1) * kScalesApart + Tile::kCols;
+  static constexpr unsigned kColThreads = kGemmStep / Tile::kThreadWeights;
 
-  __device__ static unsigned col_of_piece(unsigned piece) {
-    const unsigned place = piece / kColPieces, of_warp = place % Tile::kWarpCols;
-    return place - of_warp + of_warp % kMmaCols * Tile::kLaneCols + of_warp / kMmaCols;
+  // In bytes, as all places here.
+  static constexpr unsigned place(unsigned col, unsigned vector) {
+    return col * kLineBytes + (vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2)) * kVectorBytes;
   }
-  __device__ static unsigned inner_of_piece(unsigned piece) { return piece % kColPieces * kGemmChunk; }
-  __device__ static unsigned col_of_scale(unsigned i) { return i / kColScales; }
-  __device__ static unsigned inner_of_scale(unsigned i) { return i % kColScales * Tile::kScaled; }
-  __device__ static unsigned place_of_scale(unsigned i) { return i % kColScales * kScalesApart + i / kColScales; }
-  __device__ static std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+
+  // Where what the thread has begins. Eight threads have columns whose vectors do not meet.
+  static constexpr unsigned col_of(unsigned thread) {
+    constexpr unsigned kPairs = Tile::kLaneCols / 2;
+    const unsigned i = thread / kColThreads, pair = i / 8 % kPairs, group = i / 8 / kPairs;
+    return group * Tile::kGroupCols + i / 2 % 4 * Tile::kLaneCols + pair * 2 + i % 2;
+  }
+  static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
+  // Of its first vector. Its others have bits flipped.
+  static constexpr unsigned place_of(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
+  // The byte of a piece's codes that is word `i` of its vector.
+  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) { return 4 * vector + i; }
+
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
     return col * w.K + inner;
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
-  // Between the pieces of a thread.
-  static std::int64_t apart(const QuantizedWeightView& w) { return kGemmThreads / kColPieces * w.K; }
 
-  __device__ static unsigned codes_of(const Lane& lane) {
-    return (lane.warp * Tile::kWarpCols + lane.g) * kColBytes + lane.t * kLaneInner / 2;
+  // What a lane points ldmatrix at first: of two fragments both halves of 16 of the inner dimension.
+  __device__ static unsigned first_of(const Lane& lane) {
+    const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
+    const unsigned col = row / 2 * Tile::kLaneCols + row % 2 + 2 * other;
+    return place(lane.warp_col<Tile>() + col, half);
   }
-  __device__ static unsigned scales_of(const Lane& lane) {
-    return lane.t * kLaneInner / Tile::kScaled * kScalesApart + lane.col<Tile>();
+  // The k-th sixteen of the inner dimension, of the p-th two fragments.
+  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
+    const unsigned col = 2 * p / Tile::kGroup * Tile::kGroupCols + 2 * p % Tile::kGroup * 2;
+    return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
   }
-  // Which of those codes that share a scale a lane's first is.
-  __device__ static unsigned first_of_scaled(const Lane& lane) { return lane.t * kLaneInner % Tile::kScaled; }
-
-  struct Registers {
-    Vector<std::uint32_t, 2> words[Tile::kLaneCols];
-    Scale scales[Tile::kLaneCols];
-
-    __device__ __forceinline__ void load(const SharedPlace& codes, const SharedPlace& from, unsigned half) {
-      if (half != 0) return;
-#pragma unroll
-      for (int j = 0; j < Tile::kLaneCols; ++j) {
-        words[j] = load_shared<Vector<std::uint32_t, 2>>(codes.at(j * kMmaCols * kColBytes));
-      }
-      load_scales(scales, from);
-    }
-    // The operand of the s-th mma of a half.
-    template <class T>
-    __device__ __forceinline__ void decode(std::uint32_t (&a)[Tile::kFragments][4], int half, int s, const Table& table,
-                                           unsigned first_of_scaled) const {
-#pragma unroll
-      for (int j = 0; j < Tile::kLaneCols; ++j) {
-#pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          const unsigned byte = 2 * s + upper, i = first_of_scaled + 8 * half + 2 * byte;
-          const auto pair = table.of_byte(words[j].at[half], byte);
-          a[j / 2][j % 2 + 2 * upper] = pack_pair<T>(pair.at[0] * scales[j].at(i), pair.at[1] * scales[j].at(i + 1));
-        }
-      }
-    }
-  };
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) { ldmatrix_x4(b, from); }
 };
 
-// Backward: a column of the result is a column of W, whose rows are the inner dimension. A byte of codes holds two
-// columns, of which mma wants pairs along the inner dimension: a lane joins those of two rows of W. A step is 64 rows:
-//
-//   row  0   | 0 | 1 | 2 | 3 | ...      of 16 bytes each; lanes of equal g read rows 16t + j, of each the same piece:
-//   row 16   | 1 | 0 | 3 | 2 | ...      these four lie together, their pieces in different banks
-//   row 32   | 2 | 3 | 0 | 1 | ...
-//   row 48   | 3 | 2 | 1 | 0 | ...
-//   row  1   | 0 | 1 | 2 | 3 | ...
+// Backward: a column of the result is a column of W, whose rows are the inner dimension. Decoded, a row is lines of
+// vectors, one for each fragment's eight columns, which ldmatrix transposes. A piece is one group of fragments, or two,
+// and its pairs of neighbours are dealt out to their vectors.
 template <class Tile>
 struct ColumnsOfWeight {
   static constexpr bool kForward = false;
-  static constexpr bool kWholeSteps = false;
-  using Scale = ChunkScale<Tile::kAligned>;
-  using Table = PairTable<Tile::kCopies>;
-  static constexpr unsigned kRowBytes = Tile::kCols / 2, kRowPieces = Tile::kCols / kGemmChunk;
-  static constexpr unsigned kRowScales = Tile::kCols / Tile::kScaled;
-  static constexpr unsigned kScalesApart = kGemmStep + kGemmStep / kLaneInner * 4;
-  static constexpr unsigned kCodeBytes = kGemmStep * kRowBytes;
-  static constexpr unsigned kScales = kRowScales * kScalesApart;
+  static constexpr unsigned kRowVectors = Tile::kCols / kMmaCols;
+  static constexpr unsigned kRowThreads = Tile::kCols / Tile::kThreadWeights;
+  static constexpr unsigned kLineThreads = kLineVectors * kMmaCols / Tile::kThreadWeights;
+  static constexpr unsigned kRowLines = kRowVectors / kLineVectors;
 
-  __device__ static unsigned col_of_piece(unsigned piece) {
-    return (piece % kRowPieces ^ piece / kRowPieces % 4) * kGemmChunk;
+  static constexpr unsigned place(unsigned inner, unsigned vector) {
+    return (inner * kRowLines + vector / kLineVectors) * kLineBytes +
+           (vector % kLineVectors ^ inner % 8) * kVectorBytes;
   }
-  __device__ static unsigned inner_of_piece(unsigned piece) {
-    const unsigned place = piece / kRowPieces;
-    return place % 4 * kLaneInner + place / 4;
+
+  // Of eight threads those whose vectors fill a line have it together; the others have one of another row.
+  static constexpr unsigned col_of(unsigned thread) {
+    return (thread / 8 % (kRowThreads / kLineThreads) * kLineThreads + thread % kLineThreads) * Tile::kThreadWeights;
   }
-  __device__ static unsigned col_of_scale(unsigned i) { return i % kRowScales * Tile::kScaled; }
-  __device__ static unsigned inner_of_scale(unsigned i) { return i / kRowScales; }
-  __device__ static unsigned place_of_scale(unsigned i) { return scales_of_row(i % kRowScales, i / kRowScales); }
-  __device__ static std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+  static constexpr unsigned inner_of(unsigned thread) {
+    constexpr unsigned kRows = 8 / kLineThreads;
+    return thread / 8 / (kRowThreads / kLineThreads) * kRows + thread / kLineThreads % kRows;
+  }
+  static constexpr unsigned place_of(unsigned thread) { return place(inner_of(thread), col_of(thread) / kMmaCols); }
+  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) {
+    return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;
+  }
+
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
     return inner * w.K + col;
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
-  static std::int64_t apart(const QuantizedWeightView& w) { return kGemmThreads / kRowPieces / 4 * w.K; }
 
-  __device__ static unsigned codes_of(const Lane& lane) {
-    const unsigned col = lane.col<Tile>();
-    return lane.t * kRowBytes + (col / kGemmChunk ^ lane.t) * kChunkBytes + col % kGemmChunk / 2;
+  __device__ static unsigned first_of(const Lane& lane) {
+    const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
+    return place(8 * half + row, lane.warp_col<Tile>() / kMmaCols + other);
   }
-  __device__ static unsigned scales_of(const Lane& lane) {
-    return scales_of_row(lane.col<Tile>() / Tile::kScaled, lane.t * kLaneInner);
+  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
+    return first.flipped(2 * kVectorBytes * p).at(k * kMmaInner * kRowLines * kLineBytes);
   }
-  __device__ static unsigned first_of_scaled(const Lane& lane) { return lane.col<Tile>() % Tile::kScaled; }
-
-  // Of one half of a step: from each of eight rows the codes of the lane's columns.
-  struct Registers {
-    static constexpr int kHalf = kLaneInner / 2;
-    std::uint32_t codes[kHalf];
-    Scale scales[kHalf];
-
-    __device__ __forceinline__ void load(const SharedPlace& from, const SharedPlace& scales_from, unsigned half) {
-      using Codes = std::conditional_t<Tile::kLaneCols == 2, std::uint8_t, std::uint16_t>;
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) codes[i] = load_shared<Codes>(from.at((kHalf * half + i) * 4 * kRowBytes));
-      load_scales(scales, scales_from.at(kHalf * half * static_cast<unsigned>(sizeof(Scale))));
-    }
-    template <class T>
-    __device__ __forceinline__ void decode(std::uint32_t (&a)[Tile::kFragments][4], int, int s, const Table& table,
-                                           unsigned first_of_scaled) const {
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        const int row = 4 * s + 2 * upper;
-#pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) {
-          const auto first = table.of_byte(codes[row], f), second = table.of_byte(codes[row + 1], f);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const unsigned i = first_of_scaled + 2 * f + h;
-            a[f][h + 2 * upper] = pack_pair<T>(first.at[h] * scales[row].at(i), second.at[h] * scales[row + 1].at(i));
-          }
-        }
-      }
-    }
-  };
-
- private:
-  // Those of a lane's 16 rows are neighbours; behind them is room for one vector, so that four lanes' differ in banks.
-  __device__ static unsigned scales_of_row(unsigned i, unsigned row) {
-    return i * kScalesApart + row + row / kLaneInner * 4;
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) {
+    ldmatrix_x4_transposed(b, from);
   }
 };
 

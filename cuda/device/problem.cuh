@@ -18,8 +18,13 @@ inline int log2_of(int n) {
 inline WeightScales scales_of(const QuantizedWeightView& w) {
   const bool nested = w.nested_absmax != nullptr;
   const int block = log2_of(w.blocksize), chunk = block - log2_of(kGemmChunk);
-  if (!nested) return {static_cast<const float*>(w.absmax), false, block, chunk, 0};
-  return {w.nested_absmax, true, block, chunk, is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1};
+  if (!nested) return {static_cast<const float*>(w.absmax), w.codes, false, block, chunk, 0};
+  return {w.nested_absmax,
+          static_cast<const std::uint8_t*>(w.absmax),
+          true,
+          block,
+          chunk,
+          is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1};
 }
 inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements() / kGemmChunk; }
 inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
@@ -40,7 +45,7 @@ inline bool is_aligned_64(const QuantizedWeightView& w) {
 inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
   const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
   return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
-         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmWideRows <= 0xFFFFFFFF));
+         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
 }
 
 // `left` times W by its rows, or, backward, by its columns.

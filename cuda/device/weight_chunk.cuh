@@ -14,8 +14,9 @@ namespace qlora_native::QLN_CUDA {
 
 // Where the scale of a position of a weight is found.
 struct WeightScales {
-  const float* of_blocks;  // double-quantized: what the level of a block is multiplied by
-  bool nested;             // double-quantized
+  const float* of_blocks;      // double-quantized: what the level of a block is multiplied by
+  const std::uint8_t* levels;  // of blocks; or, where every level is the same, anything as long
+  bool nested;                 // double-quantized
   // As shifts: elements and chunks of a block, and blocks to one of `of_blocks`, -1 where those are no power of two.
   int block, chunk, sharing;
 };
@@ -67,7 +68,7 @@ class ScaleReader {
   }
   __device__ __forceinline__ void fetch(Raw& raw, Position<kAligned> block) const {
     raw.scale = from_.of_blocks[kAligned || from_.sharing >= 0 ? block >> from_.sharing : block / w_.nested_blocksize];
-    if (from_.nested) raw.level = static_cast<const std::uint8_t*>(w_.absmax)[block];
+    raw.level = from_.levels[block];
   }
   __device__ __forceinline__ float finish(const Raw& raw) const {
     return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale,
@@ -145,47 +146,28 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
   }
 }
 
-// The scales of neighbours in shared memory: where each is one float, as vectors.
-template <bool kAligned, int kCount>
-__device__ __forceinline__ void load_scales(ChunkScale<kAligned> (&to)[kCount], const SharedPlace& from) {
-  if constexpr (kAligned) {
-    constexpr int kVector = kCount < 4 ? kCount : 4;
-#pragma unroll
-    for (int i = 0; i < kCount; i += kVector) {
-      const auto vector = load_shared<Vector<float, kVector>>(from.at(i * static_cast<unsigned>(sizeof(float))));
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) to[i + j] = {vector.at[j]};
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      to[i] = load_shared<ChunkScale<false>>(from.at(i * static_cast<unsigned>(sizeof(ChunkScale<false>))));
-    }
-  }
-}
-
 // The two values of a byte of codes. A table of all 256 bytes in shared memory answers with one load; lanes take turns
-// among its copies, so that fewer of them ask one bank at once: of 16, none. With a copy for each lane a byte's pairs
-// are a row of 256 bytes, and where the table begins at kRowsBegin (SharedPlace) one instruction makes an address of
-// it.
-template <int kCopies>
+// among its copies, so that fewer of them ask one bank at once: of 16, none. Those of a byte begin kApart pairs behind
+// those of the one before. Where that is 256 bytes, and the table begins at kRowsBegin (SharedPlace), one instruction
+// makes an address of a byte.
+template <int kCopies, int kApart = kCopies>
 class PairTable {
  public:
   using Pair = Vector<float, 2>;
-  static constexpr int kPairs = 256 * kCopies;
-  static constexpr bool kRows = kCopies * sizeof(Pair) == 256;
+  static constexpr int kPairs = 256 * kApart;
+  static constexpr bool kRows = kApart * sizeof(Pair) == kRowBytes;
 
   __device__ static void fill(Pair* pairs, const float* code) {
-    for (int i = thread_index(); i < kPairs; i += block_threads()) {
+    for (int i = thread_index(); i < 256 * kCopies; i += block_threads()) {
       const int byte = i / kCopies;
-      pairs[i] = {{code[byte >> 4], code[byte & 15]}};
+      pairs[i + byte * (kApart - kCopies)] = {{code[byte >> 4], code[byte & 15]}};
     }
   }
   __device__ explicit PairTable(const Pair* pairs) : copy_(SharedPlace(pairs + thread_index() % kCopies).kept()) {}
   // Of byte `i` of a word, the lowest is 0.
   __device__ __forceinline__ Pair of_byte(std::uint32_t word, std::uint32_t i) const {
     if constexpr (kRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
-    return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kCopies * sizeof(Pair))));
+    return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kApart * sizeof(Pair))));
   }
 
  private:

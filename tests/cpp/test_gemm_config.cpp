@@ -8,9 +8,9 @@
 namespace qlora_native {
 namespace {
 
-constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 129, 4096, 100000};
+constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 256, 257, 384, 4096, 100000};
 constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 256, 300, 4096, 14336};
-constexpr std::size_t kLeastSmem = 99 * 1024, kHopperSmem = 227 * 1024;
+constexpr std::size_t kLeastSmem = 99 * 1024, kAmpereSmem = 163 * 1024, kHopperSmem = 227 * 1024;
 constexpr int kMultiprocessors[] = {1, 3, 108, 132};
 
 template <class F>
@@ -19,7 +19,7 @@ void for_each_problem(const F& f) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : kSizes) {
         for (const int multiprocessors : kMultiprocessors) {
-          for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15}) {
+          for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15, 21, 23}) {
             f(GemmProblem{.rows = rows,
                           .cols = cols,
                           .inner = inner,
@@ -28,7 +28,9 @@ void for_each_problem(const F& f) {
                           .aligned = flags % 2 == 1,
                           .aligned_64 = flags / 4 % 2 == 1,
                           .multiprocessors = multiprocessors,
-                          .smem_bytes = flags >= 8 ? kHopperSmem : kLeastSmem});
+                          .smem_bytes = flags >= 16  ? kAmpereSmem
+                                        : flags >= 8 ? kHopperSmem
+                                                     : kLeastSmem});
           }
         }
       }
@@ -66,65 +68,84 @@ void tiles_do_not_cover_the_result() {
   });
 }
 
-void tile_is_not_one_that_was_compiled() {
+void tile_is_not_one_that_was_compiled_or_does_not_fit() {
   for_each_problem([](const GemmProblem& problem) {
     if (is_for_few_rows(problem)) return;
     const GemmConfig config = gemm_config(problem);
-    if (config.tile_cols == kGemmWideCols) {
-      const bool much = problem.smem_bytes >= kGemmMostCopiesSmem && problem.reserved_smem_bytes <= 1024;
-      EXPECT(config.tile_rows == kGemmWideRows && problem.rows > kGemmMiddleRows && problem.aligned_64);
-      EXPECT(config.copies == (much ? kGemmMostCopies : kGemmWideCopies));
+    const int rows = config.tile_rows, cols = config.tile_cols;
+    if (cols == kGemmWideCols) {
+      EXPECT(rows == kGemmManyRows && problem.aligned_64);
     } else {
-      EXPECT(config.tile_cols == kGemmCols && config.copies == kGemmCopies);
-      EXPECT(config.tile_rows == (problem.rows <= kGemmFewRows ? kGemmFewRows : kGemmMiddleRows));
+      EXPECT(cols == kGemmCols);
+      EXPECT(rows == kGemmFewRows || rows == kGemmMiddleRows ||
+             (problem.aligned && (rows == kGemmManyRows || rows == kGemmTallRows)));
     }
+    EXPECT((rows == kGemmFewRows) == (problem.rows <= kGemmFewRows));
+    EXPECT(rows <= kGemmMiddleRows || problem.rows > kGemmMiddleRows);
+    EXPECT(gemm_smem_bytes(rows, cols) <= problem.smem_bytes);
   });
-}
-
-void table_with_a_copy_for_each_lane_has_no_place() {
-  GemmProblem problem = {
-      .rows = 4096, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true};
-  const auto copies = [&](std::size_t smem_bytes, std::size_t reserved) {
-    problem.smem_bytes = smem_bytes;
-    problem.reserved_smem_bytes = reserved;
-    return gemm_config(problem).copies;
-  };
-  EXPECT(copies(kHopperSmem, 0) == kGemmMostCopies && copies(kHopperSmem, 1024) == kGemmMostCopies);
-  EXPECT(copies(163 * 1024, 1024) == kGemmMostCopies && copies(kGemmMostCopiesSmem, 1024) == kGemmMostCopies);
-  EXPECT(copies(kGemmMostCopiesSmem - 1, 1024) == kGemmWideCopies && copies(kLeastSmem, 1024) == kGemmWideCopies);
-  EXPECT(copies(kHopperSmem, 1025) == kGemmWideCopies);  // a device to come
 }
 
 void more_blocks_wait_for_each_other_than_a_device_holds() {
   for_each_problem([](const GemmProblem& problem) {
     if (is_for_few_rows(problem)) return;
     const GemmConfig config = gemm_config(problem);
-    const bool is_small = config.tile_rows == kGemmFewRows && problem.aligned;
-    const bool has_one = config.tile_cols == kGemmWideCols || (!is_small && problem.smem_bytes == kLeastSmem);
-    const int of_multiprocessor = has_one ? 1 : 2;
+    const int of_multiprocessor = config.tile_rows <= kGemmMiddleRows && problem.smem_bytes == kHopperSmem ? 2 : 1;
     EXPECT(config.blocks <= of_multiprocessor * problem.multiprocessors);
   });
 }
 
-void wide_tile_is_missed_or_mostly_zeros() {
-  GemmProblem problem = {.rows = 4096, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true};
-  const auto cols_of_tile = [&] { return gemm_config(problem).tile_cols; };
-  EXPECT(cols_of_tile() == kGemmCols);  // a block of the quantization may end within a step
-  problem.aligned_64 = true;
-  EXPECT(cols_of_tile() == kGemmWideCols);
-  problem.backward = true;
-  EXPECT(cols_of_tile() == kGemmWideCols);
-  problem.rows = 64;
-  EXPECT(cols_of_tile() == kGemmCols);
-  problem.rows = 65;
-  for (const int cols : {128, 300, 384}) {
-    problem.cols = cols;
-    EXPECT(cols_of_tile() == kGemmCols);
+struct Tile {
+  int rows, cols;
+  bool operator==(const Tile&) const = default;
+};
+constexpr Tile kMiddle = {kGemmMiddleRows, kGemmCols}, kMany = {kGemmManyRows, kGemmCols};
+constexpr Tile kWide = {kGemmManyRows, kGemmWideCols}, kTall = {kGemmTallRows, kGemmCols};
+
+// As many rows as there is memory for, and no more than an eighth of them zeros that another tile has not.
+void tile_for_many_rows_is_another() {
+  GemmProblem problem = {
+      .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .multiprocessors = 132};
+  const auto tile_of = [&](std::int64_t rows, std::size_t smem_bytes) {
+    problem.rows = rows;
+    problem.smem_bytes = smem_bytes;
+    const GemmConfig config = gemm_config(problem);
+    return Tile{config.tile_rows, config.tile_cols};
+  };
+  for (const bool backward : {false, true}) {
+    problem.backward = backward;
+    for (const std::int64_t rows : {129, 255, 256, 385, 512, 641, 768, 4096}) {
+      EXPECT(tile_of(rows, kHopperSmem) == kTall && tile_of(rows, kAmpereSmem) == kTall);
+      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+    }
+    for (const std::int64_t rows : {65, 128, 257, 384, 513, 640}) {
+      EXPECT(tile_of(rows, kHopperSmem) == kWide && tile_of(rows, kAmpereSmem) == kMany);
+      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+    }
+    EXPECT(tile_of(64, kHopperSmem) == kMiddle);
   }
-  for (const int cols : {129, 256, 512, 960, 1100, 14336}) {
+  for (const std::int64_t cols : {128, 300, 384}) {  // the wide one's would be mostly zeros
     problem.cols = cols;
-    EXPECT(cols_of_tile() == kGemmWideCols);
+    EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
   }
+  for (const std::int64_t cols : {129, 256, 512, 960, 1100, 14336}) {
+    problem.cols = cols;
+    EXPECT(tile_of(128, kHopperSmem) == kWide);
+  }
+  problem.aligned_64 = false;  // a block of the quantization may end within a step
+  EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
+  problem.aligned = false;
+  EXPECT(tile_of(128, kHopperSmem) == kMiddle && tile_of(129, kHopperSmem) == kMiddle);
+}
+
+void table_has_no_place_where_it_must_begin() {
+  GemmProblem problem = {.rows = 300, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .smem_bytes = kHopperSmem};
+  for (const std::size_t reserved : {0, 1024}) {
+    problem.reserved_smem_bytes = reserved;
+    EXPECT(gemm_config(problem).kernel == GemmConfig::Kernel::tensor_cores);
+  }
+  problem.reserved_smem_bytes = 1025;  // a device to come
+  EXPECT(gemm_config(problem).kernel == GemmConfig::Kernel::general);
 }
 
 // Its blocks loop over the columns: how many there are is a matter of speed, unless there is none.
@@ -256,10 +277,10 @@ int main() {
   using namespace qlora_native;
   a_step_is_left_out_or_done_twice();
   tiles_do_not_cover_the_result();
-  tile_is_not_one_that_was_compiled();
-  table_with_a_copy_for_each_lane_has_no_place();
+  tile_is_not_one_that_was_compiled_or_does_not_fit();
   more_blocks_wait_for_each_other_than_a_device_holds();
-  wide_tile_is_missed_or_mostly_zeros();
+  tile_for_many_rows_is_another();
+  table_has_no_place_where_it_must_begin();
   few_rows_do_not_get_their_kernel();
   product_without_a_gemm_kernel_is_given_to_one();
   panels_are_missed_or_taken_where_they_cannot_be();

@@ -1,0 +1,187 @@
+// Where the tensor-core GEMM puts what in shared memory, for each of its tiles: that threads bring and decode all of a
+// step, once; that ldmatrix hands a lane what its mma is to take; and that no eight lanes meet in a bank.
+#include <algorithm>
+#include <vector>
+
+#include "device/gemm_left.cuh"
+#include "device/gemm_weights.cuh"
+#include "expect.h"
+
+namespace qlora_native::cuda_emulated {
+namespace {
+
+constexpr unsigned kThreads = kGemmThreads;
+
+// A place without a block: only how far it is from `base` matters.
+alignas(256) std::byte base[1];
+SharedPlace place_at(unsigned bytes) { return SharedPlace(base).at(bytes); }
+unsigned offset_of(const SharedPlace& place) { return static_cast<unsigned>(place.address - base); }
+
+// Whether eight 16-byte vectors are in all of the 32 banks.
+bool meet(const unsigned (&offsets)[8]) {
+  unsigned banks = 0;
+  for (const unsigned offset : offsets) banks |= 1u << offset / 16 % 8;
+  return banks != 0xFF;
+}
+
+struct Element {
+  unsigned inner, i;  // of the result's row or column
+  bool operator==(const Element&) const = default;
+};
+
+// What is in shared memory, by the offset of each 16-bit element.
+class Memory {
+ public:
+  void put(unsigned offset, const Element& element) {
+    if (at_.size() <= offset / 2) at_.resize(offset / 2 + 1, kNothing);
+    EXPECT(at_[offset / 2] == kNothing);
+    at_[offset / 2] = element;
+    ++count_;
+  }
+  Element get(unsigned offset) const { return offset / 2 < at_.size() ? at_[offset / 2] : kNothing; }
+  std::size_t count() const { return count_; }
+
+ private:
+  static constexpr Element kNothing = {~0u, ~0u};
+  std::vector<Element> at_;
+  std::size_t count_ = 0;
+};
+
+// Of what four matrices of ldmatrix the lanes of a warp point at: register r of lane has two elements, the j-th.
+template <bool kTransposed>
+Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
+  const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;
+  return memory.get(rows[8 * r + (kTransposed ? pair : g)] + 2 * (kTransposed ? g : pair));
+}
+
+bool rows_meet(const unsigned (&rows)[kWarp]) {
+  bool result = false;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    unsigned eight[8];
+    std::copy_n(rows + 8 * matrix, 8, eight);
+    result |= meet(eight);
+  }
+  return result;
+}
+
+template <class Tile>
+void left_operand_is_handed_out_wrong() {
+  using Left = LeftStage<Bf16, Tile>;
+  Memory memory;
+  for (unsigned place = 0; place < Tile::kRows * kVectorsOfStep; ++place) {
+    const unsigned row = place / kVectorsOfStep, vector = Left::vector_at(place);
+    EXPECT(Left::place(row, vector) == place);
+    for (unsigned j = 0; j < 8; ++j) memory.put(place * kVectorBytes + 2 * j, {8 * vector + j, row});
+  }
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+      for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
+        unsigned rows[kWarp];
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          rows[lane] = offset_of(Left::operand(place_at(Left::first_of(Lane(warp * kWarp + lane))), k, i));
+        }
+        EXPECT(!rows_meet(rows));
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          const Lane owner(warp * kWarp + lane);
+          for (unsigned r = 0; r < 4; ++r) {  // a[r]: r % 2 is of rows + 8, r / 2 of the inner dimension + 8
+            const unsigned row = owner.template row<Tile>() + kMmaRows * i + r % 2 * 8;
+            for (unsigned j = 0; j < 2; ++j) {
+              const Element expected = {kMmaInner * k + r / 2 * 8 + 2 * owner.t + j, row};
+              EXPECT(loaded<false>(memory, rows, lane, r, j) == expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Tile, class Weights>
+void weight_is_decoded_to_another_place() {
+  constexpr bool kTransposed = !Weights::kForward;
+  Memory memory;
+  for (unsigned thread = 0; thread < kThreads; ++thread) {
+    for (unsigned v = 0; v < Tile::kPieces * kPieceVectors; ++v) {
+      const unsigned offset = offset_of(place_at(Weights::place_of(thread)).flipped(v * kVectorBytes));
+      EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // beside the table
+      EXPECT(offset < Tile::kCols * kLineBytes);
+      for (unsigned j = 0; j < 8; ++j) {
+        const unsigned byte = Weights::byte_of_piece(v % kPieceVectors, j / 2);
+        const unsigned along = v / kPieceVectors * kGemmChunk + 2 * byte + j % 2;  // from the thread's first code
+        const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
+        memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
+      }
+    }
+  }
+  EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place twice: all of them
+  for (unsigned first = 0; first < kThreads; first += 8) {
+    unsigned eight[8];
+    for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::place_of(first + i);
+    EXPECT(!meet(eight));  // nor where the same bits of all are flipped
+  }
+
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
+    for (unsigned k = 0; k < kGemmStep / kMmaInner; ++k) {
+      for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
+        unsigned rows[kWarp];
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_of(Lane(warp * kWarp + lane))), k, p));
+        }
+        EXPECT(!rows_meet(rows));
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          const Lane owner(warp * kWarp + lane);
+          for (unsigned r = 0; r < 4; ++r) {  // two fragments' b: r % 2 is of the inner dimension + 8
+            // Column g of the mma is the lanes' with 2t or 2t + 1 = g: of their neighbours, two of each fragment.
+            const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
+            const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
+                                 fragment / Tile::kGroup * Tile::kGroupCols + fragment % Tile::kGroup * 2 + owner.g % 2;
+            for (unsigned j = 0; j < 2; ++j) {
+              const Element expected = {kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
+              EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Tile>
+void element_of_the_tile_has_no_lane_or_two() {
+  std::vector<int> owners(Tile::kRows * Tile::kCols);
+  for (unsigned thread = 0; thread < kThreads; ++thread) {
+    const Lane lane(thread);
+    for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i) {
+      for (unsigned group = 0; group < Tile::kGroups; ++group) {
+        for (unsigned j = 0; j < Tile::kLaneCols; ++j) {
+          const unsigned row = lane.template row<Tile>() + 8 * i;
+          ++owners[row * Tile::kCols + lane.template col<Tile>() + group * Tile::kGroupCols + j];
+        }
+      }
+    }
+  }
+  EXPECT(std::all_of(owners.begin(), owners.end(), [](int count) { return count == 1; }));
+}
+
+template <int kRows, int kCols>
+void check() {
+  using Tile = GemmTile<kRows, kCols, true>;
+  left_operand_is_handed_out_wrong<Tile>();
+  weight_is_decoded_to_another_place<Tile, RowsOfWeight<Tile>>();
+  weight_is_decoded_to_another_place<Tile, ColumnsOfWeight<Tile>>();
+  element_of_the_tile_has_no_lane_or_two<Tile>();
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() {
+  using namespace qlora_native;
+  using cuda_emulated::check;
+  check<kGemmFewRows, kGemmCols>();
+  check<kGemmMiddleRows, kGemmCols>();
+  check<kGemmManyRows, kGemmCols>();
+  check<kGemmManyRows, kGemmWideCols>();
+  check<kGemmTallRows, kGemmCols>();
+  return report();
+}
