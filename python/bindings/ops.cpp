@@ -1,13 +1,15 @@
 // The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
 // Checked here is what memory safety needs; friendly messages come from python/qlora_native/functional.py.
 // Fakes and autograd formulas are in python/qlora_native/_ops.py.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "huge_pages.h"
 #include "qlora_native/qlora_native.h"
 #include "tensors.h"
 
@@ -137,14 +139,22 @@ Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
 }
 
 // The first touch of a fresh page costs more than what is written to it: decoding into 32 MB that the allocator has
-// just got takes several times as long as into 32 MB that it kept. So results ask for huge pages, as numpy's arrays,
-// from the same size on.
-constexpr std::size_t kLeastHugeBytes = 4 << 20;
+// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
+// results do, as numpy's arrays, from the same size on.
+void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::int64_t kLeastBytes = 4 << 20;
+  if (bytes < kLeastBytes || !tensor.is_cpu()) return;
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+  const std::uintptr_t first = (begin + page - 1) / page * page, end = begin + static_cast<std::uintptr_t>(bytes);
+  madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);  // a refusal costs only time
+#endif
+}
 
 Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   Tensor tensor = torch::stable::new_empty(like, sizes, type);
-  const std::size_t bytes = static_cast<std::size_t>(tensor.numel()) * tensor.element_size();
-  if (tensor.is_cpu() && bytes >= kLeastHugeBytes) ask_for_huge_pages(tensor.data_ptr(), bytes);
+  ask_for_huge_pages(tensor, tensor.numel() * static_cast<std::int64_t>(tensor.element_size()));
   return tensor;
 }
 Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
