@@ -1,5 +1,5 @@
-// A chunk of a quantized weight on its way into a product: 32 neighbours of a row, as 16 bytes of codes and their scale
-// in shared memory.
+// A chunk of a quantized weight on its way into a product: 32 neighbours of a row, as 16 bytes of codes and their
+// scale.
 //
 // Where K is a multiple of 32 a chunk begins at a multiple of 32 elements, so it is a 16-byte vector in global memory
 // and lies in one block of the weight ("aligned"). Elsewhere its codes are gathered one by one, and a block may end in

@@ -58,8 +58,7 @@ class Encoder<8> {
  private:
   // The nearest integer to 127 t, in the lowest bits.
   __device__ __forceinline__ static std::uint32_t level(float t) {
-    constexpr float kInteger = 0x1.8p23f;
-    return std::bit_cast<std::uint32_t>(t * 127.0f + kInteger);
+    return std::bit_cast<std::uint32_t>(t * 127.0f + CodebookBuckets::kInteger);
   }
 };
 
