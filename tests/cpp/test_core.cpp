@@ -527,6 +527,9 @@ void grids_cover_and_share() {
         }
   const qn::Grid wide = qn::make_grid(3, 224, {22, 21, 32, 1, 1}, 2, 1);  // M=16, K=14336 on two threads
   EXPECT(wide.row_parts == 1 && wide.column_tiles == 8);
+  // Rows are not split where narrower tiles are enough: W would be decoded twice.
+  const qn::Grid narrow = qn::make_grid(171, 24, {171, 21, 2, 1, 1}, 2, 8);  // M=1024, K=1536
+  EXPECT(narrow.row_parts == 1 && narrow.column_tiles == 24);
 }
 
 void activations_are_packed_in_equal_blocks() {

@@ -27,10 +27,11 @@ Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits
   Grid grid;
   grid.row_parts = ceil_div(rows, limits.most_rows);
   const auto split_columns = [&](std::int64_t multiple) {
-    const std::int64_t most = ceil_div(columns, multiple), least = ceil_div(columns, limits.widest_tile);
-    std::int64_t tiles = std::clamp(ceil_div(tasks, grid.row_parts), least, most);
-    if (grid.row_parts == 1) tiles = std::min(round_up(tiles, threads), most);
-    grid.column_tile = round_up(ceil_div(columns, tiles), multiple);
+    const std::int64_t wanted = ceil_div(tasks, grid.row_parts);
+    grid.column_tile = std::clamp(columns / wanted / multiple * multiple, multiple, limits.widest_tile);
+    grid.column_tiles = ceil_div(columns, grid.column_tile);
+    if (grid.row_parts > 1) return;
+    grid.column_tile = round_up(ceil_div(columns, round_up(grid.column_tiles, threads)), multiple);
     grid.column_tiles = ceil_div(columns, grid.column_tile);
   };
   split_columns(limits.narrow_tile);

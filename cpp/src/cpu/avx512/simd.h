@@ -23,7 +23,6 @@ constexpr int kGroupRows = 6;
 constexpr int kColumnStep = 4;
 // The same where a tile shares its registers with the decoding of the next panel.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
-constexpr int kDecodingGroupRows = 4;
 
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }

@@ -18,47 +18,36 @@ namespace {
 template <class Dot>
 struct ProductNn {
   using Chunk = typename Dot::Chunk;
-  // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; their sums are
-  // small, and a larger panel makes up for its fewer units. Many rows: many units, so that the sums are added to
-  // rarely. Two panels and the sums stay below 1 MB.
+  // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; also of ragged W,
+  // which is not asked for ahead. Many rows: many units, so that the sums are added to rarely. Two panels and the sums
+  // stay below 1 MB.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
-    std::int64_t panel_floats;
     std::int64_t tasks_per_thread;
 
     // Units of a panel. Sums in fp32 start afresh with each, so it must not depend on how wide a task's tile really is,
     // which follows the number of threads.
     constexpr std::int64_t step() const {
-      return smaller<std::int64_t>(panel_floats / kChunk / chunks, Dot::kBlock / Dot::kElementsPerUnit);
+      return smaller<std::int64_t>(kPanelFloats / kChunk / chunks, Dot::kBlock / Dot::kElementsPerUnit);
     }
   };
-  static constexpr Tiling tiling(std::int64_t rows) {
-    if (rows <= 32) return {32, kMostPanelFloats, 1};
-    if (rows < 128) return {16, kMostPanelFloats, 2};
-    return {rows < 256 ? 3 : 1, kMostPanelFloats * 3 / 4, kTasksPerThread};
+  static constexpr Tiling tiling(std::int64_t rows, bool ragged) {
+    if (rows <= (ragged ? 32 : 8)) return {32, 1};
+    if (ragged && rows <= 96) return {16, 2};
+    return {rows <= 256 ? 4 : 2, kTasksPerThread};
   }
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
-  static constexpr std::int64_t kMostPanelFloats = 64 << 10;
-  static constexpr std::int64_t kMostSums = 132 << 10;  // floats
+  static constexpr std::int64_t kPanelFloats = 64 << 10;
+  static constexpr std::int64_t kMostSums = 128 << 10;  // floats
 
-  // Rows of L go in groups. The first one is small, for it multiplies while the next panel is decoded; the sizes of
-  // the others differ by at most one.
+  // Rows of L go in groups, whose sizes differ by at most one.
   struct Groups {
-    explicit Groups(std::int64_t rows)
-        : rows(rows),
-          head(smaller<std::int64_t>(kDecodingGroupRows, rows)),
-          count(1 + ceil_div(rows - head, kGroupRows)) {}
-    std::int64_t first(std::int64_t group) const {
-      if (group == 0) return 0;
-      const std::int64_t rest = rows - head, groups = larger<std::int64_t>(1, count - 1);
-      return head + (group - 1) * (rest / groups) + smaller(group - 1, rest % groups);
-    }
-    int size(std::int64_t group) const {
-      return static_cast<int>((group + 1 < count ? first(group + 1) : rows) - first(group));
-    }
-    std::int64_t rows, head, count;
+    explicit Groups(std::int64_t rows) : rows(rows), count(ceil_div(rows, kGroupRows)) {}
+    std::int64_t first(std::int64_t group) const { return group * (rows / count) + smaller(group, rows % count); }
+    int size(std::int64_t group) const { return static_cast<int>(first(group + 1) - first(group)); }
+    std::int64_t rows, count;
   };
 
   // An adapter's part of the sums, added before the product's own: mask o (V . A).
@@ -107,40 +96,29 @@ struct ProductNn {
   template <class Rows>
   class Decoder {
    public:
-    Decoder(const Rows& w, std::int64_t u0, std::int64_t u1, std::int64_t c0, std::int64_t c1, bool more, float* panel)
+    Decoder(const Rows& w, std::int64_t u0, std::int64_t u1, std::int64_t c0, std::int64_t c1, float* panel)
         : w_(w), u0_(u0), units_(u1 - u0), c0_(c0), width_(c1 - c0), panel_(panel) {
       const std::int64_t rows = smaller(units_ * kUnitRows, w.rows() - u0 * kUnitRows);
       stepwise_ = w.aligned() && rows == units_ * kUnitRows;
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
-      if (more) after_ = codes_ + rows * w.row_bytes();
       w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_);
       start(0);
     }
 
-    // Two chunks of one unit: of 4-bit codes a cache line a row.
-    void step() {
+    // Two chunks of one unit: of 4-bit codes a cache line a row. Asks for those of a later unit, into the second-level
+    // cache: rows that are a power of two apart share so few sets of the first one that they would push each other out.
+    // At the end of a panel that unit is of the next one.
+    [[gnu::always_inline]] void step() {
       if (left_ == 0) return;
+#pragma GCC unroll 2
+      for (int i = 0; i < kUnitRows; ++i) __builtin_prefetch(from_ + (kAhead * kUnitRows + i) * w_.row_bytes(), 0, 2);
       put(from_, scale_, out_);
       if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + units_ * kChunk);
       from_ += kUnitRows * w_.row_bytes();
       scale_ += kUnitRows * width_;
       out_ += kChunk;
       if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
-    }
-    // Asks for part i of n of the codes after these ones. Evenly over all groups: the first one alone would ask for
-    // more than memory gives.
-    void prefetch(std::int64_t i, std::int64_t n) {
-      if (after_ == nullptr) return;
-      const std::int64_t lines_of_row = ceil_div(width_ * Rows::kChunkBytes, 64);
-      const std::int64_t end = units_ * kUnitRows * lines_of_row * (i + 1) / n;
-      for (; asked_ < end; ++asked_) {
-        __builtin_prefetch(after_ + line_ * 64, 0, 2);
-        if (++line_ == lines_of_row) {
-          line_ = 0;
-          after_ += w_.row_bytes();
-        }
-      }
     }
     void finish() {
       if (!stepwise_) return decode_panel(w_, u0_, u0_ + units_, c0_, c0_ + width_, panel_);
@@ -149,6 +127,7 @@ struct ProductNn {
 
    private:
     static constexpr int kUnitRows = Dot::kElementsPerUnit;
+    static constexpr std::int64_t kAhead = 32;  // units
 
     void start(std::int64_t chunk) {
       chunk_ = chunk;
@@ -158,7 +137,7 @@ struct ProductNn {
       out_ = panel_ + chunk * units_ * kChunk;
     }
 
-    void put(const std::uint8_t* codes, const float* scales, float* out) const {
+    [[gnu::always_inline]] void put(const std::uint8_t* codes, const float* scales, float* out) const {
       Chunk chunk[kUnitRows];
 #pragma GCC unroll 2
       for (int i = 0; i < kUnitRows; ++i) chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales[i * width_]);
@@ -171,19 +150,15 @@ struct ProductNn {
     float* panel_;
     bool stepwise_;
     const std::uint8_t* codes_ = nullptr;
-    // What is asked for next: a line of a row; and so many lines were asked for.
-    const std::uint8_t* after_ = nullptr;
-    std::int64_t line_ = 0, asked_ = 0;
     // The next step: chunks chunk_ and chunk_ + 1 of a unit; so many units are left of these chunks.
     std::int64_t chunk_ = 0, left_ = 0;
     const std::uint8_t* from_ = nullptr;
     const float* scale_ = nullptr;
     float* out_ = nullptr;
-    float scales_[kMostPanelFloats / kChunk * kUnitRows];
+    float scales_[kPanelFloats / kChunk * kUnitRows];
   };
   struct NoDecoder {
     void step() {}
-    void prefetch(std::int64_t, std::int64_t) {}
   };
 
   // One register tile: kRows rows of L times kVectors vectors of columns, and its share of another panel's decoding.
@@ -274,8 +249,7 @@ struct ProductNn {
     const Groups& groups;
     std::int64_t g0, g1, c0, c1;
     std::int64_t step;  // units of a panel
-    std::int64_t panel_floats;
-    float* panels;  // two
+    float* panels;      // two
     float* sums;
 
     std::int64_t width() const { return c1 - c0; }
@@ -288,16 +262,16 @@ struct ProductNn {
   template <class Rows>
   static void multiply(const Rows& w, const float* left, const Part& part, bool accumulate) {
     const std::int64_t units = units_of(w.rows());
-    const std::int64_t step = part.step;
+    const std::int64_t step = ceil_div(units, ceil_div(units, part.step));  // panels of equal size
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
-    const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * part.panel_floats; };
+    const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
       multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0, decoding);
     };
     NoDecoder none;
     if constexpr (Rows::kQuantized) {
       const auto decoder = [&](std::int64_t u) {
-        return Decoder<Rows>(w, u, end_of(u), part.c0, part.c1, end_of(u) < units, panel_of(u));
+        return Decoder<Rows>(w, u, end_of(u), part.c0, part.c1, panel_of(u));
       };
       decoder(0).finish();
       for (std::int64_t u = 0; u < units; u += step) {
@@ -321,7 +295,7 @@ struct ProductNn {
   template <class Rows, class Write>
   static void run(const float* left, const Groups& groups, const Rows& w, const LowRank* lora, Write&& write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
-    const Tiling tiles = tiling(groups.rows);
+    const Tiling tiles = tiling(groups.rows, Rows::kQuantized && !w.aligned());
     const std::int64_t most_groups = kMostSums / (tiles.chunks * kChunk * kGroupRows);
     const std::int64_t fewest_groups = 128 / kGroupRows;
     const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, tiles.chunks, 1, 1}, num_threads(),
@@ -333,9 +307,8 @@ struct ProductNn {
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
       float* panels = reinterpret_cast<float*>(scratch(
           Slot::thread,
-          static_cast<std::size_t>(2 * tiles.panel_floats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
-      const Part part{
-          groups, g0, g1, c0, c1, tiles.step(), tiles.panel_floats, panels, panels + 2 * tiles.panel_floats};
+          static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
+      const Part part{groups, g0, g1, c0, c1, tiles.step(), panels, panels + 2 * kPanelFloats};
       if (lora != nullptr) {
         multiply(lora->a, lora->v, part, false);
         if (lora->dropout) drop(*lora, part);
@@ -365,7 +338,6 @@ struct ProductNn {
       for (std::int64_t g = part.g0; g < part.g1; ++g) {
         const std::int64_t stride = packed_stride(units);
         const float* rows = left + part.groups.first(g) * stride + u;
-        decoding.prefetch((c - part.c0) * (part.g1 - part.g0) + g - part.g0, part.width() * (part.g1 - part.g0));
         if (g == part.g0)
           group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
         else

@@ -142,7 +142,9 @@ class QuantizedRows {
     const float scale[2] = {scales[0], 0.0f};
     return step(copy, scale);
   }
-  typename Dot::Chunk chunk(const std::uint8_t* codes, float scale) const { return decode<false>(codes, scale); }
+  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, float scale) const {
+    return decode<false>(codes, scale);
+  }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(n * w_.K + c * kChunk); }
@@ -175,7 +177,7 @@ class QuantizedRows {
   const std::uint8_t* codes_of(std::int64_t element) const { return w_.codes + (element * kBits >> 3); }
 
   template <bool kOdd>
-  typename Dot::Chunk decode(const std::uint8_t* codes, float scale) const {
+  [[gnu::always_inline]] typename Dot::Chunk decode(const std::uint8_t* codes, float scale) const {
     if constexpr (kBits == 4)
       return Dot::template decode4<kOdd>(codes, Dot::table(code_, scale));
     else
