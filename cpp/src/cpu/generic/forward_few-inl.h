@@ -36,6 +36,12 @@ struct FewRows {
     const float* u = nullptr;
     std::int64_t padded_rank = 0;
 
+    // Asks for rows n ... n+count-1 of B.
+    void prefetch(std::int64_t n, std::int64_t count) const {
+      const std::int64_t row_bytes = b.stride * static_cast<std::int64_t>(size_of(b.dtype));
+      const char* rows = static_cast<const char*>(b.data) + n * row_bytes;
+      for (std::int64_t i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(rows + i, 0, 3);
+    }
     F32 row(std::int64_t n, std::int64_t r) const {
       return with_dtype(b.dtype, [&](auto dtype) {
         constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
@@ -147,6 +153,7 @@ struct FewRows {
     // The rows after these are next in memory, and next to be read. Into the second-level cache: asked for in the
     // first, they cost a third more time.
     const std::int64_t ahead = kRows * w.row_bytes();
+    if (lora != nullptr) lora->prefetch(n + kRows, kRows);
     const std::int64_t whole = w.cols() / kStepElements<Dot>;
     for (std::int64_t s = 0; s < whole; ++s) {
       typename Rows::QuantizedStep step[kRows];
