@@ -25,10 +25,10 @@ struct GridLimits {
   std::int64_t widest_tile, narrow_tile;  // columns are split down to narrow_tile before rows are,
   std::int64_t narrowest_tile;            // and down to this if that is not enough; each divides the one before
 };
-// Splits no further than it takes to have `tasks_per_thread` parts x tiles a thread, and rows only where narrow tiles are
-// not enough: a weight is decoded once for every part of the rows, and activations are read once for every tile of the
-// columns. Where rows are one part, every thread has the same number of tiles if the columns allow it: with seven for
-// two, one thread would wait for an eighth.
+// Splits no further than it takes to have `tasks_per_thread` parts x tiles a thread, and rows only where narrow tiles
+// are not enough: a weight is decoded once for every part of the rows, and activations are read once for every tile of
+// the columns. Where rows are one part, every thread has the same number of tiles if the columns allow it: with seven
+// for two, one thread would wait for an eighth.
 Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t threads,
                std::int64_t tasks_per_thread);
 
