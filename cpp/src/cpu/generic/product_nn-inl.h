@@ -112,7 +112,11 @@ struct ProductNn {
     [[gnu::always_inline]] void step() {
       if (left_ == 0) return;
 #pragma GCC unroll 2
-      for (int i = 0; i < kUnitRows; ++i) __builtin_prefetch(from_ + (kAhead * kUnitRows + i) * w_.row_bytes(), 0, 2);
+      for (int i = 0; i < kUnitRows; ++i) {
+        const std::uint8_t* later = from_ + (kAhead * kUnitRows + i) * w_.row_bytes();
+        __builtin_prefetch(later, 0, 2);
+        __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
+      }
       put(from_, scale_, out_);
       if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + units_ * kChunk);
       from_ += kUnitRows * w_.row_bytes();
