@@ -160,7 +160,7 @@ struct FewRows {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) {
         const std::uint8_t* p = codes[j] + s * Rows::kStepBytes;
-        __builtin_prefetch(p + ahead, 0, 2);
+        for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
         step[j] = w.step(p, scale[j] + s * Dot::kStepChunks);
       }
       sums.multiply(s, x, step);

@@ -107,7 +107,7 @@ struct ProductNt {
       const std::uint8_t* codes = codes_ + row_ * w_.row_bytes() + chunk_ * Rows::kChunkBytes;
       float* out = panel_ + row_ * kPanelStride + chunk_ * Dot::kUnits;
       const float* scales = scales_ + row_ * kBlockChunks + chunk_;
-      __builtin_prefetch(codes + ahead_, 0, 2);
+      for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(codes + ahead_ + i, 0, 2);
       put(w_.chunk(codes, scales[0]), out);
       if (chunk_ + 1 < c1_ - c0_) put(w_.chunk(codes + Rows::kChunkBytes, scales[1]), out + Dot::kUnits);
       chunk_ += 2;
