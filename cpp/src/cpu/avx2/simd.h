@@ -94,6 +94,15 @@ inline F32 load_as_f32(const void* p) {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
 }
 
+// `count` consecutive elements, at most a vector's, as floats; zeros after them.
+template <DType kType>
+inline F32 load_as_f32(const void* p, int count) {
+  if (count == kLanes) return load_as_f32<kType>(p);
+  char copy[kLanes * size_of(kType)] = {};
+  __builtin_memcpy(copy, p, static_cast<std::size_t>(count) * size_of(kType));
+  return load_as_f32<kType>(copy);
+}
+
 // The first `count` lanes of x, rounded, to consecutive elements.
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {

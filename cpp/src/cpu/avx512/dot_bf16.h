@@ -125,13 +125,11 @@ struct DotBf16 {
     return {{to_bf16(even), to_bf16(odd)}};
   }
   template <DType kFrom>
-  static Chunk dense_natural(const void* p, float scale) {
+  static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
     for (int i = 0; i < kVectors; ++i) {
       F32 part[2];
-      for (int half = 0; half < 2; ++half)
-        part[half] = mul(load_as_f32<kFrom>(static_cast<const char*>(p) + (2 * i + half) * kLanes * size_of(kFrom)),
-                         set1(scale));
+      for (int half = 0; half < 2; ++half) part[half] = dense_vector<kFrom>(p, scale, 2 * i + half, count);
       chunk.v[i] = to_bf16(part);
     }
     return chunk;

@@ -84,6 +84,18 @@ inline F32 load_as_f32(const void* p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
 }
 
+// `count` consecutive elements, at most a vector's, as floats; zeros after them.
+template <DType kType>
+inline F32 load_as_f32(const void* p, int count) {
+  const __mmask16 lanes = first_lanes(count);
+  if constexpr (kType == DType::f32)
+    return _mm512_maskz_loadu_ps(lanes, p);
+  else if constexpr (kType == DType::f16)
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+  else
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+}
+
 // The first `count` lanes of x, rounded, to consecutive elements.
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {

@@ -13,6 +13,15 @@ namespace {
 
 constexpr int kChunk = 64;  // elements of the inner dimension that are decoded together
 
+// Vector i of `count` elements of a dense row, times `scale`; zeros after them.
+template <DType kFrom>
+inline F32 dense_vector(const void* p, float scale, int i, int count) {
+  const int first = i * kLanes, left = count - first;
+  if (left <= 0) return zero();
+  const char* elements = static_cast<const char*>(p) + first * static_cast<int>(size_of(kFrom));
+  return mul(load_as_f32<kFrom>(elements, left < kLanes ? left : kLanes), set1(scale));
+}
+
 template <DType kType>
 struct DotF32 {
   static constexpr DType kActivation = kType;  // of x; weights and adapters are rounded to it
@@ -97,14 +106,11 @@ struct DotF32 {
     }
     return chunk;
   }
-  // The same in natural order.
+  // `count` of them in natural order, zeros after them.
   template <DType kFrom>
-  static Chunk dense_natural(const void* p, float scale) {
+  static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
-    for (int i = 0; i < kVectors; ++i) {
-      const char* vector = static_cast<const char*>(p) + i * kLanes * size_of(kFrom);
-      chunk.v[i] = round_to<kType>(mul(load_as_f32<kFrom>(vector), set1(scale)));
-    }
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = round_to<kType>(dense_vector<kFrom>(p, scale, i, count));
     return chunk;
   }
 

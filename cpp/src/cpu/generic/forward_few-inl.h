@@ -46,13 +46,8 @@ struct FewRows {
       return with_dtype(b.dtype, [&](auto dtype) {
         constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
         const char* p = static_cast<const char*>(b.data) + (n * b.stride + r) * kSize;
-        char copy[kLanes * kSize];
-        if (b.cols - r < kLanes) {
-          __builtin_memset(copy, 0, sizeof(copy));
-          __builtin_memcpy(copy, p, static_cast<std::size_t>((b.cols - r) * kSize));
-          p = copy;
-        }
-        return round_to<Dot::kActivation>(mul(load_as_f32<dtype()>(p), set1(scaling)));
+        const int count = static_cast<int>(smaller<std::int64_t>(kLanes, b.cols - r));
+        return round_to<Dot::kActivation>(mul(load_as_f32<dtype()>(p, count), set1(scaling)));
       });
     }
   };
@@ -296,9 +291,7 @@ struct FewRows {
   }
   static F32 bias(const LinearForwardArgs& args, std::int64_t n, int count) {
     if (args.bias == nullptr) return zero();
-    char copy[kLanes * kSize] = {};
-    __builtin_memcpy(copy, static_cast<const char*>(args.bias) + n * kSize, static_cast<std::size_t>(count * kSize));
-    return load_as_f32<Dot::kActivation>(copy);
+    return load_as_f32<Dot::kActivation>(static_cast<const char*>(args.bias) + n * kSize, count);
   }
 };
 

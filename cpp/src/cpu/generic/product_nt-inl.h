@@ -278,12 +278,8 @@ struct ProductNt {
     for (std::int64_t j = 0; j < tile_rows && n + j < out.cols; j += kLanes) {
       const int columns = static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - (n + j)));
       F32 added = zero();
-      if (bias != nullptr) {
-        char copy[kLanes * kSize] = {};
-        __builtin_memcpy(copy, static_cast<const char*>(bias) + (n + j) * kSize,
-                         static_cast<std::size_t>(columns * kSize));
-        added = load_as_f32<Dot::kActivation>(copy);
-      }
+      if (bias != nullptr)
+        added = load_as_f32<Dot::kActivation>(static_cast<const char*>(bias) + (n + j) * kSize, columns);
       for (int vector = 0; vector < width; ++vector) {
         F32 block[kLanes];
         for (int i = 0; i < kLanes; ++i)

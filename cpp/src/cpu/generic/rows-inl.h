@@ -248,16 +248,16 @@ class DenseRows {
   typename Dot::Chunk one(std::int64_t n, std::int64_t c) const {
     constexpr auto kSize = static_cast<std::int64_t>(size_of(kFrom));
     const char* p = static_cast<const char*>(matrix_.data) + (n * matrix_.stride + c * kChunk) * kSize;
-    char copy[kChunk * sizeof(float)];
-    const std::int64_t count = matrix_.cols - c * kChunk;
-    if (count < kChunk) {
-      __builtin_memset(copy, 0, sizeof(copy));
-      __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
-      p = copy;
-    }
+    const std::int64_t count = smaller<std::int64_t>(kChunk, matrix_.cols - c * kChunk);
     if constexpr (kNatural) {
-      return Dot::template dense_natural<kFrom>(p, scale_);
+      return Dot::template dense_natural<kFrom>(p, scale_, static_cast<int>(count));
     } else {
+      char copy[kChunk * kSize];
+      if (count < kChunk) {
+        __builtin_memset(copy, 0, sizeof(copy));
+        __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
+        p = copy;
+      }
       typename Dot::Chunk chunk = Dot::template dense<kFrom>(p, scale_);
       if (dropout_) Dot::keep(chunk, dropout_.keep_bits(first_row_ + n, c));
       return chunk;
