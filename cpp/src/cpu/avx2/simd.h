@@ -349,6 +349,9 @@ inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTab
     store_bytes(p + k * kLanes, add_where_above(codes.code[k], t[k], limit[k], 1));
 }
 
+// The bits of x at the ones of `mask`, side by side.
+inline std::uint64_t extract_bits(std::uint64_t x, std::uint64_t mask) { return _pext_u64(x, mask); }
+
 // 64-bit lanes for Philox: four counters at a time.
 constexpr int kLanes64 = 4;
 using U64 = __m256i;

@@ -280,6 +280,9 @@ inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return _mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(load_bytes(element), _mm512_set1_epi32(boundary)), a, b);
 }
 
+// The bits of x at the ones of `mask`, side by side.
+inline std::uint64_t extract_bits(std::uint64_t x, std::uint64_t mask) { return _pext_u64(x, mask); }
+
 // 64-bit lanes for Philox: eight counters at a time.
 constexpr int kLanes64 = 8;
 using U64 = __m512i;

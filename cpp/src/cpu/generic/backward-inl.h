@@ -19,17 +19,17 @@ struct Backward {
     const std::int64_t N = args.weight.N, K = args.weight.K;
     const std::int64_t stride = Product::packed_stride(Product::units_of(N)), v_units = Product::units_of(lora.rank);
     const std::int64_t v_stride = lora.rank > 0 ? Product::packed_stride(v_units) : 0;
-    const std::int64_t block = rows_per_block(args.dy.rows, (stride + 2 * v_stride) * 4, kGroupRows);
+    const std::int64_t block = rows_per_block(args.dy.rows, (stride + 2 * v_stride) * 4, Product::kGroup);
     for (std::int64_t m = 0; m < args.dy.rows; m += block) {
       const Groups groups(smaller(block, args.dy.rows - m));
-      float* dy = packed_rows(groups.rows * (stride + 2 * v_stride));
-      float* v = dy + groups.rows * stride;
+      float* dy = packed_rows(groups.packed_rows() * (stride + 2 * v_stride));
+      float* v = dy + groups.packed_rows() * stride;
       Product::pack(rows_of(args.dy, m, groups.rows), groups, dy);
       typename Product::LowRank low_rank{v, v_units, DenseRows<Dot, false>(lora_a(lora, K)), dropout_of(lora), m};
       if (lora.rank > 0) {
         Matrix v_out = rows_of(args.v, m, groups.rows);
         if (v_out.data == nullptr)
-          v_out = {v + groups.rows * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
+          v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
         const float scale = lora.scaling * dropout_scale(lora);
         Product::run(dy, groups, DenseRows<Dot, true>(lora_b(lora, N)), nullptr,
                      [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
@@ -79,10 +79,10 @@ struct Backward {
   template <class Rows, class Write>
   static void transposed_times(ConstMatrix left, const Rows& right, Write&& write) {
     const std::int64_t M = left.rows, stride = Product::packed_stride(Product::units_of(M));
-    const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, kGroupRows);
+    const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, Product::kGroup);
     for (std::int64_t first = 0; first < left.cols; first += block) {
       const Groups groups(smaller(block, left.cols - first));
-      const std::int64_t packed_floats = groups.rows * stride;
+      const std::int64_t packed_floats = groups.packed_rows() * stride;
       const std::int64_t copy_floats = ceil_div(groups.rows * M * kSize, 4);
       float* packed = packed_rows(packed_floats + copy_floats);
       char* copy = reinterpret_cast<char*>(packed + packed_floats);

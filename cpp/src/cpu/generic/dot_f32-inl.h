@@ -162,7 +162,7 @@ struct DotF32 {
   static std::uint32_t vector_bits(std::uint64_t bits, int i) {
     const std::uint64_t group = bits >> ((i / 2) * kGroup);
     const std::uint64_t lanes = 0x5555555555555555ull >> (64 - kGroup) << (i % 2);
-    return static_cast<std::uint32_t>(_pext_u64(group, lanes));
+    return static_cast<std::uint32_t>(extract_bits(group, lanes));
   }
 };
 

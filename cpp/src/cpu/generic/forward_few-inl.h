@@ -11,7 +11,6 @@ namespace {
 
 template <class Dot>
 struct FewRows {
-  static constexpr int kMost = 8;
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
 
   template <class Rows>

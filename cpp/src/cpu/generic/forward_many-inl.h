@@ -15,16 +15,17 @@ template <class Dot>
 struct ManyRows {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;  // rows of W
-  static constexpr std::int64_t kStripRows = 3 * kLanes;
-  static constexpr std::int64_t kMostStrips = 528 / kStripRows;    // rows whose sums stay in the second-level cache
+  static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
+  // Rows whose sums stay in the second-level cache, with two panels. Where tiles are wider, fewer.
+  static constexpr std::int64_t kMostStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
   static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // fewer rows, and decoding again would show
 
   template <class Rows>
   static void forward(const Rows& w, const LinearForwardArgs& args) {
     const LoraView& lora = args.lora;
     const std::int64_t units = Product::padded_units(w);
-    const std::int64_t u_units = ceil_div(lora.rank, Dot::kElementsPerUnit);
-    const std::int64_t block = rows_per_block(args.x.rows, (units + 2 * u_units) * 4, 3 * kLanes);
+    const std::int64_t u_units = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
+    const std::int64_t block = rows_per_block(args.x.rows, (units + 2 * u_units) * 4, kStripRows);
     for (std::int64_t m = 0; m < args.x.rows; m += block) {
       const std::int64_t rows = smaller(block, args.x.rows - m);
       LinearForwardArgs part = args;
@@ -41,7 +42,7 @@ struct ManyRows {
                             std::int64_t u_units) {
     const LoraView& lora = args.lora;
     const std::int64_t vectors = ceil_div(args.x.rows, kLanes), rows = vectors * kLanes;
-    const Strips strips(vectors);
+    const Strips strips(vectors, Product::kStripVectors, Product::kWidest);
     float* x = reinterpret_cast<float*>(
         scratch(Slot::call, static_cast<std::size_t>(rows * (units + 2 * u_units)) * sizeof(float)));
     float* u = x + rows * units;
@@ -71,13 +72,14 @@ struct ManyRows {
       float* sums = panels + 2 * Product::kPanelFloats;
       const typename Product::Packed packed_x{x, units, strips, first, last}, packed_u{u, u_units, strips, first, last};
       const DenseRows<Dot, true> b(lora_b(lora, N), lora.scaling);
-      Product::multiply(w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
+      typename Product::Tiles tiles;
+      Product::multiply(tiles, w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
         typename Product::NoDecoder none;
         for (std::int64_t c = 0; c < ceil_div(lora.rank, kChunk); c += Product::kBlockChunks) {
           const std::int64_t unit = c * Dot::kUnits;
           Product::decode_panel(b, n, smaller(rows, end - n), rows, c,
                                 smaller(c + Product::kBlockChunks, ceil_div(lora.rank, kChunk)), panel);
-          Product::multiply_panel(packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel, rows, sums,
+          Product::multiply_panel(tiles, packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel, rows, sums,
                                   true, none);
         }
         for (std::int64_t s = first; s < last; ++s)
@@ -96,13 +98,15 @@ struct ManyRows {
     const int width = strips.width(strip);
     const DenseRows<Dot, false> a(lora_a(lora, args.x.cols));
     const DenseRows<Dot, false> dropped(args.x, 1.0f, dropout, first_row);
-    constexpr std::int64_t kMaskedFloats = kWidestStrip * kLanes * Product::kBlockUnits;
+    constexpr std::int64_t kMaskedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
     float* panel = reinterpret_cast<float*>(scratch(
         Slot::thread,
-        static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats + Product::kWidestTile * kWidestStrip * kLanes) *
-            sizeof(float)));
+        static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats +
+                                 Product::kWidestTile * Product::kWidest * kLanes) *
+        sizeof(float)));
     float* masked = panel + Product::kPanelFloats;
     float* sums = masked + kMaskedFloats;
+    typename Product::Tiles tiles;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
       const std::int64_t count = smaller(Product::kWidestTile, lora.rank - r);
       const std::int64_t tile_rows = Product::whole_tiles(count);
@@ -115,7 +119,7 @@ struct ManyRows {
         }
         Product::decode_panel(a, r, count, tile_rows, c, end, panel);
         typename Product::NoDecoder none;
-        Product::strip(width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, none);
+        Product::strip(tiles, width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, none);
       }
       Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, args.u, first * kLanes, r);
     }

@@ -4,10 +4,13 @@
 //   packed L   [row][unit], packed_stride(units) apart
 //   panel      the decoded columns of W, [chunk][unit][64 columns]
 //   sums       fp32, [group][chunk][row of the group][64 columns], in the order that decoding left (Dot::to_natural)
+//
+// With tiles, packed L is A, a quarter of a chunk of the panel is B, and the sums are C (tiles-inl.h).
 #pragma once
 
 #include "cpu/blocking.h"
 #include "cpu/generic/rows-inl.h"
+#include "cpu/generic/tiles-inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "qlora_native/runtime.h"
@@ -18,6 +21,13 @@ namespace {
 template <class Dot>
 struct ProductNn {
   using Chunk = typename Dot::Chunk;
+  using Tiles = typename TilesOf<Dot>::type;
+  static constexpr bool kByTiles = kTiled<Dot>;
+  // Rows of L that are multiplied together: what registers hold, or two tiles.
+  static constexpr int kGroup = kByTiles ? 2 * kTileRows : kGroupRows;
+  // Units are multiplied so many at a time; a panel has zeros up to the next multiple.
+  static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
+  static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
   // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; also of ragged W,
   // which is not asked for ahead. Many rows: many units, so that the sums are added to rarely. Two panels and the sums
   // stay below 1 MB.
@@ -34,7 +44,7 @@ struct ProductNn {
   static constexpr Tiling tiling(std::int64_t rows, bool ragged) {
     if (rows <= (ragged ? 32 : 8)) return {32, 1};
     if (ragged && rows <= 96) return {16, 2};
-    return {rows <= 256 ? 4 : 2, kTasksPerThread};
+    return {rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
   }
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
@@ -42,11 +52,16 @@ struct ProductNn {
   static constexpr std::int64_t kPanelFloats = 64 << 10;
   static constexpr std::int64_t kMostSums = 128 << 10;  // floats
 
-  // Rows of L go in groups, whose sizes differ by at most one.
+  // Rows of L go in groups, whose sizes differ by at most one; groups of tiles are whole, but for the last.
   struct Groups {
-    explicit Groups(std::int64_t rows) : rows(rows), count(ceil_div(rows, kGroupRows)) {}
-    std::int64_t first(std::int64_t group) const { return group * (rows / count) + smaller(group, rows % count); }
+    explicit Groups(std::int64_t rows) : rows(rows), count(ceil_div(rows, kGroup)) {}
+    std::int64_t first(std::int64_t group) const {
+      if (kByTiles) return smaller(group * kGroup, rows);
+      return group * (rows / count) + smaller(group, rows % count);
+    }
     int size(std::int64_t group) const { return static_cast<int>(first(group + 1) - first(group)); }
+    // Rows of packed L: those past the end, of a last tile, are zero.
+    std::int64_t packed_rows() const { return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows; }
     std::int64_t rows, count;
   };
 
@@ -69,8 +84,9 @@ struct ProductNn {
     const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
     parallel_for(groups.count, [&](std::int64_t group) {
       const std::int64_t first = groups.first(group);
-      for (std::int64_t row = first; row < first + groups.size(group); ++row)
-        rows.template chunks<1>(row, 1, 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+      const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
+      for (std::int64_t row = first; row < end; ++row)
+        rows.template chunks<1>(row, row < rows.rows(), 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
           float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
           for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
         });
@@ -82,14 +98,24 @@ struct ProductNn {
   static void decode_panel(const Rows& w, std::int64_t u0, std::int64_t u1, std::int64_t c0, std::int64_t c1,
                            float* panel) {
     constexpr int kRows = Dot::kElementsPerUnit;
+    const std::int64_t units = whole_steps(u1 - u0);
+    clear_rest(panel, u1 - u0, c1 - c0);
     for (std::int64_t unit = u0; unit < u1; ++unit) {
       const int count = static_cast<int>(smaller<std::int64_t>(kRows, w.rows() - unit * kRows));
       w.template chunks<kRows>(unit * kRows, count, c0, c1, [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
         const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
-        float* out = panel + ((c - c0) * (u1 - u0) + (unit - u0)) * kChunk;
+        float* out = panel + ((c - c0) * units + (unit - u0)) * kChunk;
         for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
       });
     }
+  }
+
+  // Zeros after the units of a panel, up to a whole step.
+  static void clear_rest(float* panel, std::int64_t units, std::int64_t width) {
+    const std::int64_t whole = whole_steps(units);
+    for (std::int64_t chunk = 0; chunk < width && units < whole; ++chunk)
+      __builtin_memset(panel + (chunk * whole + units) * kChunk, 0,
+                       static_cast<std::size_t>((whole - units) * kChunk) * sizeof(float));
   }
 
   // Decodes a panel a little at a time while another one multiplies, as ProductNt's.
@@ -103,8 +129,12 @@ struct ProductNn {
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
       w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_);
+      clear_rest(panel, units_, width_);
       start(0);
     }
+
+    // How often step() has something to do.
+    std::int64_t steps() const { return stepwise_ ? units_ * ceil_div(width_, std::int64_t{2}) : 0; }
 
     // Two chunks of one unit: of 4-bit codes a cache line a row. Asks for those of a later unit, into the second-level
     // cache: rows that are a power of two apart share so few sets of the first one that they would push each other out.
@@ -118,7 +148,7 @@ struct ProductNn {
         __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
       }
       put(from_, scale_, out_);
-      if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + units_ * kChunk);
+      if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + whole_steps(units_) * kChunk);
       from_ += kUnitRows * w_.row_bytes();
       scale_ += kUnitRows * width_;
       out_ += kChunk;
@@ -138,7 +168,7 @@ struct ProductNn {
       left_ = units_;
       from_ = codes_ + chunk * Rows::kChunkBytes;
       scale_ = scales_ + chunk;
-      out_ = panel_ + chunk * units_ * kChunk;
+      out_ = panel_ + chunk * whole_steps(units_) * kChunk;
     }
 
     [[gnu::always_inline]] void put(const std::uint8_t* codes, const float* scales, float* out) const {
@@ -258,19 +288,20 @@ struct ProductNn {
 
     std::int64_t width() const { return c1 - c0; }
     float* sums_of(std::int64_t group, std::int64_t chunk) const {
-      return sums + ((group - g0) * width() + (chunk - c0)) * kGroupRows * kChunk;
+      return sums + ((group - g0) * width() + (chunk - c0)) * kGroup * kChunk;
     }
   };
 
   // Adds all units of `left` times w to the part's sums, or sets them.
   template <class Rows>
-  static void multiply(const Rows& w, const float* left, const Part& part, bool accumulate) {
+  static void multiply(Tiles& tiles, const Rows& w, const float* left, const Part& part, bool accumulate) {
     const std::int64_t units = units_of(w.rows());
-    const std::int64_t step = ceil_div(units, ceil_div(units, part.step));  // panels of equal size
+    const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.step)));  // panels of equal size
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
     const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
-      multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0, decoding);
+      multiply_panel<Rows>(tiles, w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0,
+                           decoding);
     };
     NoDecoder none;
     if constexpr (Rows::kQuantized) {
@@ -299,11 +330,11 @@ struct ProductNn {
   template <class Rows, class Write>
   static void run(const float* left, const Groups& groups, const Rows& w, const LowRank* lora, Write&& write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
-    const Tiling tiles = tiling(groups.rows, Rows::kQuantized && !w.aligned());
-    const std::int64_t most_groups = kMostSums / (tiles.chunks * kChunk * kGroupRows);
-    const std::int64_t fewest_groups = 128 / kGroupRows;
-    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, tiles.chunks, 1, 1}, num_threads(),
-                                tiles.tasks_per_thread);
+    const Tiling cut = tiling(groups.rows, Rows::kQuantized && !w.aligned());
+    const std::int64_t most_groups = kMostSums / (cut.chunks * kChunk * kGroup);
+    const std::int64_t fewest_groups = 128 / kGroup;
+    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
+                                cut.tasks_per_thread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t g0 = task % grid.row_parts * grid.row_part;
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
@@ -311,13 +342,14 @@ struct ProductNn {
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
       float* panels = reinterpret_cast<float*>(scratch(
           Slot::thread,
-          static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
-      const Part part{groups, g0, g1, c0, c1, tiles.step(), panels, panels + 2 * kPanelFloats};
+          static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroup * kChunk) * sizeof(float)));
+      const Part part{groups, g0, g1, c0, c1, cut.step(), panels, panels + 2 * kPanelFloats};
+      Tiles tiles;
       if (lora != nullptr) {
-        multiply(lora->a, lora->v, part, false);
+        multiply(tiles, lora->a, lora->v, part, false);
         if (lora->dropout) drop(*lora, part);
       }
-      multiply(w, left, part, lora != nullptr);
+      multiply(tiles, w, left, part, lora != nullptr);
       for (std::int64_t g = g0; g < g1; ++g)
         for (int row = 0; row < groups.size(g); ++row)
           for (std::int64_t c = c0; c < c1; ++c) {
@@ -332,8 +364,12 @@ struct ProductNn {
 
  private:
   template <class Rows, class Decoding>
-  static void multiply_panel(std::int64_t cols, const float* left, std::int64_t units, std::int64_t u, std::int64_t end,
-                             const float* panel, const Part& part, bool accumulate, Decoding& decoding) {
+  static void multiply_panel(Tiles& tiles, std::int64_t cols, const float* left, std::int64_t units, std::int64_t u,
+                             std::int64_t end, const float* panel, const Part& part, bool accumulate,
+                             Decoding& decoding) {
+    if constexpr (kByTiles) {
+      return multiply_panel_by_tiles<Rows>(tiles, cols, left, units, u, end, panel, part, accumulate, decoding);
+    } else {
     NoDecoder none;
     for (std::int64_t c = part.c0; c < part.c1; ++c) {
       const std::int64_t columns = smaller<std::int64_t>(kChunk, cols - c * kChunk);
@@ -347,6 +383,53 @@ struct ProductNn {
         else
           group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
       }
+    }
+    }
+  }
+
+  // The columns of two tiles for all groups, one after another: their part of the panel stays in the first-level cache.
+  template <class Rows, class Decoding>
+  static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const float* left, std::int64_t units,
+                                      std::int64_t u, std::int64_t end, const float* panel, const Part& part,
+                                      bool accumulate, Decoding& decoding) {
+    const std::int64_t steps = whole_steps(end - u), stride = packed_stride(units);
+    const auto multiply_with = [&](auto& meanwhile) {
+      for (std::int64_t c = part.c0; c < part.c1; ++c) {
+        const std::int64_t columns = smaller<std::int64_t>(kChunk, cols - c * kChunk);
+        const auto column_tiles = static_cast<int>(Rows::kNatural ? ceil_div(columns, kLanes) : kChunk / kLanes);
+        const float* from = panel + (c - part.c0) * steps * kChunk;
+        const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t g, int first) {
+          multiply_tiles<row_tiles, tile_columns>(
+              tiles, {left + part.groups.first(g) * stride + u, stride, kTileRows * stride, kTileUnits},
+              {from + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, steps,
+              {part.sums_of(g, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> two;
+        constexpr std::integral_constant<int, 4> four;
+        const bool one_tile_high = part.g1 - part.g0 == 1 && part.groups.size(part.g0) <= kTileRows;
+        if (one_tile_high && column_tiles == 4) {
+          block(one, four, part.g0, 0);
+          continue;
+        }
+        for (int first = 0; first < column_tiles; first += 2)
+          for (std::int64_t g = part.g0; g < part.g1; ++g) {
+            const bool high = part.groups.size(g) > kTileRows, wide = first + 2 <= column_tiles;
+            if (high)
+              wide ? block(two, two, g, first) : block(two, one, g, first);
+            else
+              wide ? block(one, two, g, first) : block(one, one, g, first);
+          }
+      }
+    };
+    if constexpr (std::is_same_v<Decoding, NoDecoder>) {
+      multiply_with(decoding);
+    } else {
+      // Decoding takes longer than one group's products, so all groups share it. A block has two tiles of sums or more.
+      const std::int64_t tile_rows = ceil_div(part.groups.first(part.g1) - part.groups.first(part.g0), kTileRows);
+      const std::int64_t products = tile_rows * part.width() * (kChunk / kLanes) * (steps / kTileUnits);
+      Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
+      multiply_with(paced);
     }
   }
 

@@ -4,44 +4,55 @@
 //   panel      the decoded rows of W, [row][unit], kPanelStride units apart
 //   sums       fp32, a strip is [row of W][vector][lane]: Y transposed, turned when it is written
 //
-// Decoding leaves a row of W contiguous, and a broadcast wants just that; so W is never transposed.
+// Decoding leaves a row of W contiguous, and a broadcast wants just that; so W is never transposed. With tiles, rows of
+// the panel are A, a strip is B, and the sums are C (tiles-inl.h).
 #pragma once
 
 #include "cpu/generic/rows-inl.h"
+#include "cpu/generic/tiles-inl.h"
 
 namespace qlora_native {
 namespace {
 
-// The strips that `vectors` vectors of rows are cut into: all of width 3, but for the last ones.
+// The strips that `vectors` vectors of rows are cut into: all of one width, but for the last ones.
 class Strips {
  public:
-  explicit Strips(std::int64_t vectors) : vectors_(vectors) {
-    const std::int64_t rest = vectors % 3;
-    count_ = vectors / 3 + (rest != 0);
-    if (rest == 1 && vectors > 3 && kWidestStrip >= 4) --count_;  // 3 + 1 -> 4
+  Strips(std::int64_t vectors, int width, int widest) : vectors_(vectors), width_(width) {
+    const std::int64_t rest = vectors % width;
+    count_ = vectors / width + (rest != 0);
+    if (rest == 1 && vectors > width && widest > width) --count_;  // 3 + 1 -> 4
   }
   std::int64_t count() const { return count_; }
-  std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * 3 : vectors_; }
-  int width(std::int64_t strip) const { return static_cast<int>(strip + 1 < count_ ? 3 : vectors_ - strip * 3); }
+  std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * width_ : vectors_; }
+  int width(std::int64_t strip) const {
+    return static_cast<int>(strip + 1 < count_ ? width_ : vectors_ - strip * width_);
+  }
 
  private:
-  std::int64_t vectors_, count_;
+  std::int64_t vectors_, width_, count_;
 };
 
 template <class Dot>
 struct ProductNt {
   using Chunk = typename Dot::Chunk;
+  using Tiles = typename TilesOf<Dot>::type;
+  static_assert(!kTiled<Dot> || kLanes == kTileUnits);
+  // Vectors of rows in a strip. Of tiles two, so that a block has 2 x 2 of them.
+  static constexpr int kStripVectors = kTiled<Dot> ? 2 : 3;
+  static constexpr int kWidest = kTiled<Dot> ? 2 : kWidestStrip;
   // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
   static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
-  static constexpr std::int64_t kWidestTile = 64;                 // rows of W
+  // Rows of W. Of tiles more, for these multiply so fast that reading X again for other rows of W would be the limit.
+  static constexpr std::int64_t kWidestTile = kTiled<Dot> ? 256 : 64;
   static constexpr std::int64_t kNarrowestTile = 16;              // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
 
   template <class Rows>
   static std::int64_t padded_units(const Rows& rows) {
-    if (Rows::kNatural) return ceil_div(rows.cols(), Dot::kElementsPerUnit);
+    constexpr std::int64_t kMultiple = kTiled<Dot> ? kTileUnits : 1;
+    if (Rows::kNatural) return ceil_div(ceil_div(rows.cols(), Dot::kElementsPerUnit), kMultiple) * kMultiple;
     return ceil_div(rows.cols(), kChunk) * Dot::kUnits;
   }
 
@@ -101,6 +112,8 @@ struct ProductNt {
                          static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));
     }
 
+    // How often step() has something to do.
+    std::int64_t steps() const { return codes_ == nullptr ? 0 : count_ * ceil_div(c1_ - c0_, std::int64_t{2}); }
     // Two chunks, one cache line of 4-bit codes.
     void step() {
       if (row_ == count_ || codes_ == nullptr) return;
@@ -193,18 +206,40 @@ struct ProductNt {
         tile<kWidth, kRows>(x + unit * kWidth * kLanes, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
                             sums + n * kWidth * kLanes, accumulate || unit != 0, decoding);
   }
+  // The same by tiles: blocks of 2 x 2, or of four rows of tiles where the strip is one tile wide.
+  template <int kWidth, class Decoding>
+  static void strip_of_tiles(Tiles& tiles, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
+                             float* sums, bool accumulate, Decoding& decoding) {
+    constexpr std::int64_t kRow = kWidth * kLanes;  // of the strip and of its sums
+    const TileGrid<const float*> b{x, kRow, kLanes, kTileUnits * kRow};
+    const auto multiply = [&](auto tile_rows, std::int64_t n) {
+      multiply_tiles<tile_rows, kWidth>(
+          tiles, {panel + n * kPanelStride, kPanelStride, kTileRows * kPanelStride, kTileUnits}, b, units,
+          {sums + n * kRow, kRow, kTileRows * kRow, kLanes}, accumulate, decoding);
+    };
+    constexpr int kBlockRows = 4 / kWidth;
+    std::int64_t n = 0;
+    for (; n + kBlockRows * kTileRows <= rows; n += kBlockRows * kTileRows)
+      multiply(std::integral_constant<int, kBlockRows>(), n);
+    for (; n < rows; n += kTileRows) multiply(std::integral_constant<int, 1>(), n);
+  }
   template <class Decoding>
-  static void strip(int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate, Decoding& decoding) {
-    switch (width) {
-      case 1:
-        return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
-      case 2:
-        return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
-      case 3:
-        return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
-      default:
-        return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
+  static void strip(Tiles& tiles, int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
+                    float* sums, bool accumulate, Decoding& decoding) {
+    if constexpr (kTiled<Dot>) {
+      if (width == 1) return strip_of_tiles<1>(tiles, x, panel, rows, units, sums, accumulate, decoding);
+      return strip_of_tiles<2>(tiles, x, panel, rows, units, sums, accumulate, decoding);
+    } else {
+      switch (width) {
+        case 1:
+          return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
+        case 2:
+          return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
+        case 3:
+          return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
+        default:
+          return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
+      }
     }
   }
 
@@ -225,22 +260,31 @@ struct ProductNt {
   };
 
   template <class Decoding>
-  static void multiply_panel(const Packed& x, std::int64_t unit, std::int64_t units, const float* panel,
+  static void multiply_panel(Tiles& tiles, const Packed& x, std::int64_t unit, std::int64_t units, const float* panel,
                              std::int64_t tile_rows, float* sums, bool accumulate, Decoding& decoding) {
     NoDecoder none;
     for (std::int64_t s = x.first; s < x.last; ++s) {
-      float* out = sums + x.sums(s, tile_rows);
-      if (s == x.first)
-        strip(x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, out, accumulate, decoding);
-      else
-        strip(x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, out, accumulate, none);
+      const auto strip_with = [&](auto& meanwhile) {
+        strip(tiles, x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, sums + x.sums(s, tile_rows),
+              accumulate, meanwhile);
+      };
+      if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
+        // Decoding takes longer than one strip's products, so all strips share it.
+        const std::int64_t products = (x.strips.first(x.last) - x.strips.first(x.first)) * (tile_rows / kTileRows);
+        Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products * (units / kTileUnits))};
+        strip_with(paced);
+      } else if (s == x.first) {
+        strip_with(decoding);
+      } else {
+        strip_with(none);
+      }
     }
   }
 
   // All rows `begin` ... end-1 of W, tile by tile; done(n, tile_rows, sums) after each.
   template <class Rows, class Done>
-  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const Packed& x, float* panels, float* sums,
-                       Done&& done) {
+  static void multiply(Tiles& tiles, const Rows& w, std::int64_t begin, std::int64_t end, const Packed& x,
+                       float* panels, float* sums, Done&& done) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
     const std::int64_t total = ceil_div(end - begin, kWidestTile) * blocks;
     const auto tile_of = [&](std::int64_t i) { return begin + i / blocks * kWidestTile; };
@@ -259,11 +303,11 @@ struct ProductNt {
       float* panel = panels + i % 2 * kPanelFloats;
       if (i + 1 < total) {
         auto next = decoder(i + 1);
-        multiply_panel(x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, next);
+        multiply_panel(tiles, x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, next);
         next.finish();
       } else {
         NoDecoder none;
-        multiply_panel(x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, none);
+        multiply_panel(tiles, x, unit, units, panel, tile_rows, sums, chunk_of(i) != 0, none);
       }
       if (i % blocks == blocks - 1) done(tile_of(i), tile_rows, panel);
     }

@@ -279,16 +279,8 @@ inline void dequantize_as(const DequantizeArgs& args) {
   parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
     const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
     rows.template chunks<1, kAheadBytes>(0, 1, first, last, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
-      char* out = static_cast<char*>(args.out) + c * kChunk * kSize;
-      const auto store_to = [&](char* to, auto stream) {
-        for (int g = 0; g < Dot::kVectors / 2; ++g)
-          store_pairs<kType, stream()>(to + g * Dot::kGroup * kSize, chunk[0].v[2 * g], chunk[0].v[2 * g + 1]);
-      };
-      const std::int64_t count = smaller<std::int64_t>(kChunk, flat.K - c * kChunk);
-      if (count == kChunk) return store_to(out, std::bool_constant<kStream>());
-      char copy[kChunk * kSize];
-      store_to(copy, std::false_type());
-      __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+      store_chunk<kType, kStream>(chunk[0], static_cast<char*>(args.out) + c * kChunk * kSize,
+                                  smaller<std::int64_t>(kChunk, flat.K - c * kChunk));
     });
     if (kStream) end_stream();
   });

@@ -34,6 +34,22 @@ inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+// `count` elements of a chunk to consecutive ones at `out`. kStream: past the caches, where all 64 of them are stored.
+template <DType kType, bool kStream = false>
+[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
+                                               std::int64_t count) {
+  using Dot = DotF32<kType>;
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  const auto store_to = [&](char* to, auto stream) {
+    for (int g = 0; g < Dot::kVectors / 2; ++g)
+      store_pairs<kType, stream()>(to + g * Dot::kGroup * kSize, chunk.v[2 * g], chunk.v[2 * g + 1]);
+  };
+  if (count == kChunk) return store_to(out, std::bool_constant<kStream>());
+  char copy[kChunk * kSize];
+  store_to(copy, std::false_type());
+  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+}
+
 // What a product with few rows of x decodes at once.
 template <class Dot>
 constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
@@ -211,6 +227,15 @@ class QuantizedRows {
   Scales scales_;
   Table16 code_{};
 };
+
+// Calls f with the rows of a weight as the products of a Dot take them.
+template <class Dot, class F>
+inline void with_rows(const QuantizedWeightView& weight, F&& f) {
+  if (weight.bits == 4)
+    f(QuantizedRows<Dot, 4>(weight));
+  else
+    f(QuantizedRows<Dot, 8>(weight));
+}
 
 // A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.
 template <class Dot, bool kNaturalOrder>

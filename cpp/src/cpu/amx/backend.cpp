@@ -1,0 +1,19 @@
+// The backend for AMX-BF16: bfloat16 products by tiles, the rest as with AVX-512 BF16.
+#include "cpu/isa.h"
+
+#include "cpu/avx512/table_vbmi.h"
+
+#include "cpu/avx512/dot_bf16.h"
+
+#include "cpu/amx/tile.h"
+
+#include "cpu/generic/linear_tiled-inl.h"
+
+namespace qlora_native {
+
+const Backend& amx_bf16_backend() {
+  static const Backend backend = TiledBackend<avx512_bf16_backend>::backend();
+  return backend;
+}
+
+}  // namespace qlora_native

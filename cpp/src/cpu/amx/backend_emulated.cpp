@@ -1,0 +1,18 @@
+// The backend for AMX-BF16 in plain C++, for tests on machines without it: the same algorithms, the same bits, and for
+// every number of rows.
+#include "cpu/isa.h"
+
+#include "cpu/portable/dot_bf16.h"
+
+#include "cpu/amx/tile_emulated.h"
+
+#include "cpu/generic/linear_tiled-inl.h"
+
+namespace qlora_native {
+
+const Backend& amx_emulated_backend() {
+  static const Backend backend = TiledBackend<reference_backend>::backend();
+  return backend;
+}
+
+}  // namespace qlora_native

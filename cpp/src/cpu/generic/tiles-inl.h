@@ -1,0 +1,89 @@
+// Tile products: what a Dot that names a type `Tiles` multiplies where another one uses vectors.
+//
+// A tile is a register of 16 rows of 16 units. The product C += A . B takes
+//
+//   A   [16 rows][16 units of the inner dimension]
+//   B   [16 units of the inner dimension][16 columns]
+//   C   [16 rows][16 columns], fp32
+//
+// all three of them as they lie in memory, rows any distance apart. So the layouts of the products serve as they are:
+// a decoded panel of W and packed X for Y (product_nt-inl.h), packed dY and interleaved rows of W for dX
+// (product_nn-inl.h). amx/tile.h is the instruction, amx/tile_emulated.h says the same in plain C++.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_native {
+namespace {
+
+constexpr int kTileRows = 16;
+constexpr int kTileUnits = 16;  // of the inner dimension; also the columns of B and C
+
+template <class Dot>
+constexpr bool kTiled = requires { typename Dot::Tiles; };
+
+struct NoTiles {};
+template <class Dot>
+struct TilesOf {
+  using type = NoTiles;
+};
+template <class Dot>
+  requires kTiled<Dot>
+struct TilesOf<Dot> {
+  using type = typename Dot::Tiles;
+};
+
+// Where the tiles of one operand of a block lie; all distances are in floats.
+template <class Pointer>
+struct TileGrid {
+  Pointer data;
+  std::int64_t row;   // from a row of a tile to its next
+  std::int64_t tile;  // from a tile to the block's next: of A and C downwards, of B to the right
+  std::int64_t step;  // of A and B: from these 16 units to the next 16. Of C: from a tile to the one on its right
+};
+
+// A block of kRows x kCols tiles of sums over `units` units, a multiple of kTileUnits, beginning with what `c` holds or
+// with zero. The sums stay in registers: C in tiles 0 ... 3, A in 4 and 5, B in 6 and 7, so that 2 x 2 tiles of sums
+// cost one load a product, the least that eight tiles allow. `meanwhile` is called at every step of 16 units: its vector
+// instructions run beside the products.
+template <int kRows, int kCols, class Tiles, class Meanwhile>
+[[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
+                                      std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {
+  static_assert(kRows * kCols <= 4 && (kRows == 1 || kCols <= 2));
+  const auto each = [](auto&& f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
+    }(std::make_integer_sequence<int, kRows * kCols>());
+  };
+  each([&](auto i, auto j) {
+    if (accumulate)
+      tiles.template load<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
+    else
+      tiles.template zero<i * kCols + j>();
+  });
+  for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
+    meanwhile.step();
+    each([&](auto i, auto j) {
+      constexpr int kA = 4 + i % 2, kB = 6 + j % 2;
+      if constexpr (j == 0) tiles.template load<kA>(a.data + i * a.tile, a.row);
+      if constexpr (i == 0) tiles.template load<kB>(b.data + j * b.tile, b.row);
+      tiles.template multiply<i * kCols + j, kA, kB>();
+    });
+    a.data += a.step;
+    b.data += b.step;
+  }
+  each([&](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
+}
+
+// A decoder that takes several of its steps at each step of a product.
+template <class Decoder>
+struct Paced {
+  Decoder& decoder;
+  std::int64_t steps;
+  [[gnu::always_inline]] void step() {
+    for (std::int64_t i = 0; i < steps; ++i) decoder.step();
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native

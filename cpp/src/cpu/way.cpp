@@ -1,0 +1,124 @@
+#include "cpu/way.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+
+#include "hooks.h"
+#include "qlora_native/error.h"
+
+namespace qlora_native {
+namespace {
+
+// The table. A product takes the last way in its line whose number of rows it reaches.
+//
+//   this instruction set has      few_rows    vectors   tiles   panels
+//   vectors                       1 (Y)       9         -       -
+//   vectors; the dense tiles      1 (Y)       9         -       33
+//   tiles                         1 (Y)       1 (dX)    4       1024, without dropout
+//
+// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the host program's product uses here. Neither
+// the weight's shape nor the number of threads decides: every way costs in proportion to N * K, and results must be the
+// same for any number of threads.
+struct Thresholds {
+  std::int64_t vectors, tiles, panels;
+};
+constexpr std::int64_t kNever = INT64_MAX;
+
+// Vectors cost as much as dense ones do for every row, and decoding is paid once, as it is by decode-then-dense.
+constexpr Thresholds kByVectors{kMostFewRows + 1, kNever, kNever};
+// Tiles multiply 14 times as fast as fp32 vectors on the processors that have both (3500 against 243 GFLOP/s a core),
+// so that 16 rows cost decode-then-dense little more than decoding W to memory, which is 3 ms for 4096 x 4096 there;
+// by vectors 33 rows cost that.
+constexpr Thresholds kDenseTiles{kMostFewRows + 1, kNever, 33};
+// Vectors of pairs take 0.14 ms a row of x for 4096 x 4096 and 0.48 for the first, which is memory's; a tile product of
+// 1 ... 16 rows 0.8. From 1024 rows on the host's product is ahead of one that decodes on the way by more than decoding a
+// panel costs: 15.7 against 18.5 ms, and 29 against 39 for 2048 rows (measured with a first kernel).
+constexpr Thresholds kByTiles{4, 4, 1024};
+
+bool can_take(const WayProblem& p, Way way) {
+  switch (way) {
+    case Way::few_rows:
+      return p.product == WayProblem::Product::forward && p.M <= kMostFewRows;
+    case Way::vectors:
+      return true;
+    case Way::tiles:
+      return p.tiles;
+    case Way::panels:
+      return p.dense_gemm && !p.dropout &&
+             panel_columns((p.product == WayProblem::Product::forward ? p.K : p.N) + p.rank, p.dtype) > 0;
+  }
+  return false;
+}
+
+const char* name_of(Way way) {
+  switch (way) {
+    case Way::few_rows:
+      return "few_rows";
+    case Way::vectors:
+      return "vectors";
+    case Way::tiles:
+      return "tiles";
+    case Way::panels:
+      return "panels";
+  }
+  return "";
+}
+
+std::optional<Way> forced_way() {
+  const char* forced = std::getenv("QLN_FORCE_WAY");
+  if (forced == nullptr || *forced == '\0') return std::nullopt;
+  for (const Way way : {Way::few_rows, Way::vectors, Way::tiles, Way::panels})
+    if (std::string(forced) == name_of(way)) return way;
+  throw Unavailable("QLN_FORCE_WAY: expected few_rows, vectors, tiles or panels, got \"" + std::string(forced) + "\"");
+}
+
+}  // namespace
+
+Way choose_way(const WayProblem& p) {
+  const Thresholds from = p.tiles ? kByTiles : p.dense_tiles ? kDenseTiles : kByVectors;
+  if (p.M >= from.panels && can_take(p, Way::panels)) return Way::panels;
+  if (p.M >= from.tiles && can_take(p, Way::tiles)) return Way::tiles;
+  if (p.M < from.vectors && can_take(p, Way::few_rows)) return Way::few_rows;
+  return Way::vectors;
+}
+
+Way way_of(const WayProblem& problem) {
+  static const std::optional<Way> forced = forced_way();  // tried again at the next call if it throws
+  return forced && can_take(problem, *forced) ? *forced : choose_way(problem);
+}
+
+WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
+                       const ConstMatrix& activations, bool tiles) {
+  return {.product = product,
+          .dtype = activations.dtype,
+          .M = activations.rows,
+          .N = weight.N,
+          .K = weight.K,
+          .rank = lora.rank,
+          .dropout = lora.rank > 0 && lora.dropout > 0.0f,
+          .tiles = tiles,
+          .dense_gemm = hooks().dense_gemm != nullptr,
+          .dense_tiles = dense_product_has_tiles(activations.dtype)};
+}
+
+std::string text_of(const WayProblem& p, Way way) {
+  const auto number = [](std::int64_t n) { return std::to_string(n); };
+  const bool forward = p.product == WayProblem::Product::forward;
+  std::string text = forward ? "Y" : "dX";
+  text += " [" + number(p.M) + ", " + number(forward ? p.N : p.K) + "] of W [" + number(p.N) + ", " + number(p.K) +
+          "] in " + qlora_native::name_of(p.dtype);
+  if (p.rank > 0) text += ", rank " + number(p.rank);
+  if (p.dropout) text += ", dropout";
+  return text + ": " + name_of(way);
+}
+
+void print_if_asked(const WayProblem& problem, Way way) {
+  static const bool asked = [] {
+    const char* value = std::getenv("QLN_PRINT_CONFIG");
+    return value != nullptr && *value == '1';
+  }();
+  if (asked) std::fprintf(stderr, "%s\n", text_of(problem, way).c_str());
+}
+
+}  // namespace qlora_native
