@@ -104,8 +104,11 @@ struct ProductNt {
             const std::uint8_t* next, float* panel)
         : w_(w), n_(n), count_(count), rows_(rows), c0_(c0), c1_(c1), panel_(panel) {
       if (!w.aligned()) return;
-      codes_ = w.codes_at(n, c0);
-      ahead_ = next != nullptr ? next - codes_ : 0;
+      left_ = count;
+      from_ = w.codes_at(n, c0);
+      out_ = panel;
+      scale_ = scales_;
+      ahead_ = next != nullptr ? next - from_ : 0;
       w.chunk_scales(n, count, c0, c1, scales_, kBlockChunks);
       for (std::int64_t row = count; row < rows; ++row)
         __builtin_memset(panel + row * kPanelStride, 0,
@@ -113,25 +116,27 @@ struct ProductNt {
     }
 
     // How often step() has something to do.
-    std::int64_t steps() const { return codes_ == nullptr ? 0 : count_ * ceil_div(c1_ - c0_, std::int64_t{2}); }
+    std::int64_t steps() const { return w_.aligned() ? count_ * ceil_div(c1_ - c0_, std::int64_t{2}) : 0; }
     // Two chunks, one cache line of 4-bit codes.
-    void step() {
-      if (row_ == count_ || codes_ == nullptr) return;
-      const std::uint8_t* codes = codes_ + row_ * w_.row_bytes() + chunk_ * Rows::kChunkBytes;
-      float* out = panel_ + row_ * kPanelStride + chunk_ * Dot::kUnits;
-      const float* scales = scales_ + row_ * kBlockChunks + chunk_;
-      for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(codes + ahead_ + i, 0, 2);
-      put(w_.chunk(codes, scales[0]), out);
-      if (chunk_ + 1 < c1_ - c0_) put(w_.chunk(codes + Rows::kChunkBytes, scales[1]), out + Dot::kUnits);
+    [[gnu::always_inline]] void step() {
+      if (left_ == 0) return;
+      for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from_ + ahead_ + i, 0, 2);
+      put(w_.chunk(from_, scale_[0]), out_);
+      if (chunk_ + 1 < c1_ - c0_) put(w_.chunk(from_ + Rows::kChunkBytes, scale_[1]), out_ + Dot::kUnits);
       chunk_ += 2;
-      if (chunk_ >= c1_ - c0_) {
-        chunk_ = 0;
-        ++row_;
-      }
+      from_ += 2 * Rows::kChunkBytes;
+      out_ += 2 * Dot::kUnits;
+      scale_ += 2;
+      if (chunk_ < c1_ - c0_) return;
+      from_ += w_.row_bytes() - chunk_ * Rows::kChunkBytes;  // the next row
+      out_ += kPanelStride - chunk_ * Dot::kUnits;
+      scale_ += kBlockChunks - chunk_;
+      chunk_ = 0;
+      --left_;
     }
     void finish() {
-      if (codes_ == nullptr) return decode_panel(w_, n_, count_, rows_, c0_, c1_, panel_);
-      while (row_ < count_) step();
+      if (!w_.aligned()) return decode_panel(w_, n_, count_, rows_, c0_, c1_, panel_);
+      while (left_ > 0) step();
     }
 
    private:
@@ -142,8 +147,11 @@ struct ProductNt {
     const Rows& w_;
     std::int64_t n_, count_, rows_, c0_, c1_;
     float* panel_;
-    const std::uint8_t* codes_ = nullptr;
-    std::int64_t ahead_ = 0, row_ = 0, chunk_ = 0;
+    // The next step: chunks chunk_ and chunk_ + 1 of a row; so many rows are left.
+    std::int64_t left_ = 0, chunk_ = 0, ahead_ = 0;
+    const std::uint8_t* from_ = nullptr;
+    float* out_ = nullptr;
+    const float* scale_ = nullptr;
     float scales_[kWidestTile * kBlockChunks];
   };
   struct NoDecoder {

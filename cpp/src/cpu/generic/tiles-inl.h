@@ -50,12 +50,13 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
 [[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
                                       std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {
   static_assert(kRows * kCols <= 4 && (kRows == 1 || kCols <= 2));
-  const auto each = [](auto&& f) {
+  const auto each = [](auto f) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
       (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
     }(std::make_integer_sequence<int, kRows * kCols>());
   };
-  each([&](auto i, auto j) {
+  // By value, so that the addresses stay in registers: the assembler of a tile may write any memory.
+  each([=, &tiles](auto i, auto j) {
     if (accumulate)
       tiles.template load<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
     else
@@ -63,7 +64,7 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
   });
   for (std::int64_t unit = 0; unit < units; unit += kTileUnits) {
     meanwhile.step();
-    each([&](auto i, auto j) {
+    each([=, &tiles](auto i, auto j) {
       constexpr int kA = 4 + i % 2, kB = 6 + j % 2;
       if constexpr (j == 0) tiles.template load<kA>(a.data + i * a.tile, a.row);
       if constexpr (i == 0) tiles.template load<kB>(b.data + j * b.tile, b.row);
@@ -72,7 +73,7 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
     a.data += a.step;
     b.data += b.step;
   }
-  each([&](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
+  each([=, &tiles](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
 }
 
 // A decoder that takes several of its steps at each step of a product.
