@@ -8,12 +8,19 @@
 namespace qlora_native {
 namespace {
 
+// Why an instruction set cannot be used here.
+constexpr const char* kNotBuilt = "is not in this build";
+constexpr const char* kNotInProcessor = "is not in this processor";
+
 struct Isa {
   const char* name;
   const Backend& (*backend)();
+  const char* missing;  // one of the reasons above, or null: it can be used
 };
 
-// What this machine and its operating system run, best first.
+const char* unless(bool usable, const char* reason) { return usable ? nullptr : reason; }
+
+// All that the library knows, best first. The last one is always usable.
 std::vector<Isa> find_isas() {
   std::vector<Isa> isas;
 #if QLN_X86
@@ -24,11 +31,13 @@ std::vector<Isa> find_isas() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // Of the processors with BF16 only Cooper Lake lacks VBMI.
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  if (bf16) isas.push_back({"avx512_bf16", avx512_bf16_backend});
-  if (avx512) isas.push_back({"avx512", avx512_backend});
-  if (avx2) isas.push_back({"avx2", avx2_backend});
+  isas.push_back({"avx512_bf16", avx512_bf16_backend, unless(bf16, kNotInProcessor)});
+  isas.push_back({"avx512", avx512_backend, unless(avx512, kNotInProcessor)});
+  isas.push_back({"avx2", avx2_backend, unless(avx2, kNotInProcessor)});
+#else
+  for (const char* name : {"avx512_bf16", "avx512", "avx2"}) isas.push_back({name, nullptr, kNotBuilt});
 #endif
-  isas.push_back({"scalar", reference_backend});
+  isas.push_back({"scalar", reference_backend, nullptr});
   return isas;
 }
 
@@ -38,15 +47,16 @@ const std::vector<Isa>& isas() {
 }
 
 const Isa& choose() {
-  const char* forced = std::getenv("QLN_FORCE_ISA");
-  if (forced == nullptr || *forced == '\0') return isas().front();
-  std::string names;
+  const char* variable = std::getenv("QLN_FORCE_ISA");
+  const std::string forced = variable == nullptr ? "" : variable;
+  std::string names, reason = "is not known";
   for (const Isa& isa : isas()) {
-    if (std::string(forced) == isa.name) return isa;
-    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    const bool usable = isa.missing == nullptr;
+    if (usable && (forced.empty() || forced == isa.name)) return isa;
+    if (usable) names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    if (!usable && forced == isa.name) reason = isa.missing;
   }
-  throw Unavailable("QLN_FORCE_ISA: \"" + std::string(forced) + "\" is not in this build or not on this machine, " +
-                    "which has " + names);
+  throw Unavailable("QLN_FORCE_ISA: \"" + forced + "\" " + reason + "; this machine has " + names);
 }
 
 const Isa& current() {
@@ -62,7 +72,8 @@ std::string current_isa() { return current().name; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : isas()) names.emplace_back(isa.name);
+  for (const Isa& isa : isas())
+    if (isa.missing == nullptr) names.emplace_back(isa.name);
   return names;
 }
 
