@@ -61,7 +61,7 @@ QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 QLN_API std::vector<std::string> available_isas();
 
 // The one in use: the best, or the one that the environment variable QLN_FORCE_ISA names. Chosen at first use;
-// throws Unavailable if that one cannot run here.
+// throws Unavailable, which says why, if that one cannot run here.
 QLN_API std::string current_isa();
 
 // The backend that runs operations on Device::cpu: "cpu", or "cuda_emulated", the CUDA kernels on the CPU, if the

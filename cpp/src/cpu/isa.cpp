@@ -18,8 +18,10 @@
 namespace qlora_native {
 namespace {
 
-constexpr const char* kNotInBuild = "it is not in this build";
-constexpr const char* kNotInProcessor = "the processor does not have it";
+// Why an instruction set cannot be used here.
+constexpr const char* kNotInBuild = "is not in this build";
+constexpr const char* kNotInProcessor = "is not in this processor";
+constexpr const char* kNotPermitted = "is not permitted by the operating system, which grants no tile registers";
 
 // What the processor has, and the operating system lets a program use. Each is empty, or says why it cannot be used.
 struct Processor {
@@ -34,7 +36,7 @@ std::string ask_for_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
 #endif
-  return "the operating system does not permit tile registers";
+  return kNotPermitted;
 }
 #endif
 
@@ -98,7 +100,7 @@ const std::vector<Isa>& isas() {
 const Isa& choose() {
   const char* forced = std::getenv("QLN_FORCE_ISA");
   const std::string name = forced == nullptr ? "" : forced;
-  std::string names, why = "no instruction set of this library has that name";
+  std::string names, why = "is not known";
   for (const Isa& isa : isas()) {
     if (name == isa.name) {
       if (isa.missing.empty()) return isa;
@@ -108,7 +110,7 @@ const Isa& choose() {
     if (name.empty()) return isa;
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw Unavailable("QLN_FORCE_ISA: \"" + name + "\" cannot be used: " + why + ". This machine has " + names);
+  throw Unavailable("QLN_FORCE_ISA: \"" + name + "\" " + why + "; this machine has " + names);
 }
 
 const Isa& current() {

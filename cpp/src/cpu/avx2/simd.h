@@ -236,6 +236,18 @@ inline I32 shift_right(I32 x) {
   return _mm256_srli_epi32(x, kBits);
 }
 
+// Levels as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at a time.
+constexpr int kNibbleVectors = 1;
+using LevelTable = Table16;
+inline LevelTable level_table(Table16 levels) { return levels; }
+inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
+inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter
+// kType: what the levels are rounded to.
+template <DType kType>
+inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVectors]) {
+  values[0] = lookup(t, nibbles);
+}
+
 // 8 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -286,6 +298,10 @@ inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(pairs));
 }
 
+// Of the lowest 2 * kLanes bits every second one, from bit `first` (0 or 1) on, side by side.
+inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
+  return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
+}
 // The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
 inline F32 keep_lanes(F32 x, std::uint32_t keep) {
   const I32 bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -348,9 +364,6 @@ inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTab
   for (int k = 0; k < kTableVectors; ++k)
     store_bytes(p + k * kLanes, add_where_above(codes.code[k], t[k], limit[k], 1));
 }
-
-// The bits of x at the ones of `mask`, side by side.
-inline std::uint64_t extract_bits(std::uint64_t x, std::uint64_t mask) { return _pext_u64(x, mask); }
 
 // 64-bit lanes for Philox: four counters at a time.
 constexpr int kLanes64 = 4;

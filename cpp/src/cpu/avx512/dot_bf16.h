@@ -29,6 +29,7 @@ struct DotBf16 {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
 
+  static F32 broadcast(const float* unit) { return set1(*unit); }
   // With one unit, in memory, for all lanes. The compiler would broadcast it to a register first: half the speed where
   // it is used once.
   static F32 dot_broadcast(F32 sum, F32 x, const float* unit) {

@@ -229,6 +229,18 @@ inline I32 shift_right(I32 x) {
   return _mm512_srli_epi32(x, kBits);
 }
 
+// Levels as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at a time.
+constexpr int kNibbleVectors = 1;
+using LevelTable = Table16;
+inline LevelTable level_table(Table16 levels) { return levels; }
+inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
+inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter
+// kType: what the levels are rounded to.
+template <DType kType>
+inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVectors]) {
+  values[0] = lookup(t, nibbles);
+}
+
 // 16 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -273,15 +285,16 @@ inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(pairs));
 }
 
+// Of the lowest 2 * kLanes bits every second one, from bit `first` (0 or 1) on, side by side.
+inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
+  return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
+}
 // The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
 inline F32 keep_lanes(F32 x, std::uint32_t keep) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), x); }
 // Lane i from b where i's element number, element[i], is at least `boundary`, else from a.
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return _mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(load_bytes(element), _mm512_set1_epi32(boundary)), a, b);
 }
-
-// The bits of x at the ones of `mask`, side by side.
-inline std::uint64_t extract_bits(std::uint64_t x, std::uint64_t mask) { return _pext_u64(x, mask); }
 
 // 64-bit lanes for Philox: eight counters at a time.
 constexpr int kLanes64 = 8;

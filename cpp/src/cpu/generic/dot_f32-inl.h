@@ -37,27 +37,31 @@ struct DotF32 {
   struct Chunk {
     F32 v[kVectors];
   };
-  using Table = Table16;
+  using Table = LevelTable;
 
   static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
 
+  // One unit, in memory, for all lanes, as dot() takes it.
+  static F32 broadcast(const float* unit) { return set1(*unit); }
   static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
 
   // One block's 16 levels as the product uses them.
-  static Table table(Table16 code, float scale) { return round_table<kType>(map_table(code, mul, set1(scale))); }
+  static Table table(Table16 code, float scale) {
+    return level_table(round_table<kType>(map_table(code, mul, set1(scale))));
+  }
 
   // 64 weights from 32 bytes of codes. `kOdd`: the first weight sits in the low nibble of bytes[0] (33 bytes then).
   template <bool kOdd>
   static Chunk decode4(const std::uint8_t* bytes, Table table) {
     Chunk chunk;
-    for (int g = 0; g < kVectors / 2; ++g) {
-      const I32 first = load_bytes(bytes + g * kLanes);
-      if constexpr (kOdd) {
-        chunk.v[2 * g] = lookup(table, first);
-        chunk.v[2 * g + 1] = lookup(table, shift_right<4>(load_bytes(bytes + g * kLanes + 1)));
-      } else {
-        chunk.v[2 * g] = lookup(table, shift_right<4>(first));
-        chunk.v[2 * g + 1] = lookup(table, first);
+    for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 even[kNibbleVectors], odd[kNibbleVectors];
+      lookup_nibbles<kType>(table, kOdd ? low_nibbles(p) : high_nibbles(p), even);
+      lookup_nibbles<kType>(table, kOdd ? high_nibbles(p + 1) : low_nibbles(p), odd);
+      for (int i = 0; i < kNibbleVectors; ++i) {
+        chunk.v[2 * (g + i)] = even[i];
+        chunk.v[2 * (g + i) + 1] = odd[i];
       }
     }
     return chunk;
@@ -73,20 +77,27 @@ struct DotF32 {
     return chunk;
   }
 
-  // What few rows of x multiply at once is a chunk, each vector decoded when it is wanted.
+  // What few rows of x multiply at once is a chunk, each vector decoded when it is wanted; kNibbleVectors of even
+  // elements and as many of odd ones in turn, for so many are looked up at once.
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
   struct Step {
     Chunk chunk;
-    F32 vector(int k) const { return chunk.v[k]; }
+    F32 vector(int k) const {
+      const int pair = k % (2 * kNibbleVectors), odd = pair / kNibbleVectors;
+      return chunk.v[k - pair + 2 * (pair % kNibbleVectors) + odd];
+    }
   };
   static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
   struct Step4 {
     const std::uint8_t* bytes;
     Table table;
     F32 vector(int k) const {
-      const I32 pairs = load_bytes(bytes + k / 2 * kLanes);
-      return lookup(table, k % 2 == 0 ? shift_right<4>(pairs) : pairs);
+      const int turn = k / kNibbleVectors;
+      const std::uint8_t* p = bytes + turn / 2 * kNibbleVectors * kLanes;
+      F32 values[kNibbleVectors];
+      lookup_nibbles<kType>(table, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      return values[k % kNibbleVectors];
     }
   };
   static Step4 step4(const std::uint8_t* codes, Table16 code, const float* scales) {
@@ -160,9 +171,7 @@ struct DotF32 {
  private:
   // The bits of vector i's elements, lane by lane.
   static std::uint32_t vector_bits(std::uint64_t bits, int i) {
-    const std::uint64_t group = bits >> ((i / 2) * kGroup);
-    const std::uint64_t lanes = 0x5555555555555555ull >> (64 - kGroup) << (i % 2);
-    return static_cast<std::uint32_t>(extract_bits(group, lanes));
+    return every_second_bit(bits >> ((i / 2) * kGroup), i % 2);
   }
 };
 

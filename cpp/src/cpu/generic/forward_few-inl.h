@@ -80,7 +80,7 @@ struct FewRows {
     template <class Step>
     [[gnu::always_inline]] void multiply(std::int64_t s, const float* x, const Step (&step)[kRows]) {
       const float* units = x + s * kM * kStepUnits;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int k = 0; k < Dot::kStepVectors; ++k) {
         F32 w[kRows];
 #pragma GCC unroll 8

@@ -215,7 +215,7 @@ struct ProductNn {
         if constexpr (kVectors == 1) {
           sum[i][0] = Dot::dot_broadcast(sum[i][0], columns[0], unit_of_row);
         } else {
-          const F32 value = set1(*unit_of_row);
+          const auto value = Dot::broadcast(unit_of_row);
 #pragma GCC unroll 4
           for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], value, columns[j]);
         }

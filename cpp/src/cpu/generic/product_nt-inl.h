@@ -178,7 +178,7 @@ struct ProductNt {
         if constexpr (kWidth == 1) {
           sum[j][0] = Dot::dot_broadcast(sum[j][0], rows[0], weight);
         } else {
-          const F32 weights = set1(*weight);
+          const auto weights = Dot::broadcast(weight);
 #pragma GCC unroll 4
           for (int i = 0; i < kWidth; ++i) sum[j][i] = Dot::dot(sum[j][i], rows[i], weights);
         }

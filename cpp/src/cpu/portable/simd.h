@@ -137,16 +137,18 @@ template <DType kType>
 inline Table16 round_table(Table16 t) {
   return table16(round_to<kType>(load(t.level)).lane);
 }
-inline F32 lookup(Table16 t, I32 index) {
-  return each_lane([&](int i) { return t.level[index.lane[i] & 15]; });
+constexpr int kNibbleVectors = 1;
+using LevelTable = Table16;
+inline LevelTable level_table(Table16 levels) { return levels; }
+inline I32 high_nibbles(const std::uint8_t* p) {
+  return each_lane<I32>([&](int i) { return p[i] >> 4; });
 }
-
-inline I32 load_bytes(const std::uint8_t* p) {
-  return each_lane<I32>([&](int i) { return p[i]; });
+inline I32 low_nibbles(const std::uint8_t* p) {
+  return each_lane<I32>([&](int i) { return p[i] & 15; });
 }
-template <int kBits>
-inline I32 shift_right(I32 x) {
-  return each_lane<I32>([&](int i) { return x.lane[i] >> kBits; });
+template <DType>
+inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVectors]) {
+  values[0] = each_lane([&](int i) { return t.level[nibbles.lane[i]]; });
 }
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const auto value = [&](int i) { return static_cast<float>(static_cast<std::int8_t>(p[i])); };
@@ -160,11 +162,10 @@ inline F32 keep_lanes(F32 x, std::uint32_t keep) {
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return each_lane([&](int i) { return element[i] >= boundary ? b.lane[i] : a.lane[i]; });
 }
-// The bits of x at the ones of `mask`, side by side.
-inline std::uint64_t extract_bits(std::uint64_t x, std::uint64_t mask) {
-  std::uint64_t bits = 0;
-  for (int at = 0; mask != 0; mask &= mask - 1) bits |= (x >> std::countr_zero(mask) & 1) << at++;
-  return bits;
+inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
+  std::uint32_t result = 0;
+  for (int i = 0; i < kLanes; ++i) result |= static_cast<std::uint32_t>(bits >> (2 * i + first) & 1) << i;
+  return result;
 }
 
 // A table of 256 floats, looked up for so many vectors of indices at a time.
