@@ -229,7 +229,7 @@ void large_output_is_written_otherwise() {
     EXPECT(std::align(64, bytes, aligned, space) != nullptr);
     char* const shifted = static_cast<char*>(aligned) + bytes + size;
     EXPECT(qn::written_past_caches(aligned, bytes) && !qn::written_past_caches(shifted, bytes));
-    EXPECT(!qn::written_past_caches(aligned, qn::kStreamBytes - 1));
+    EXPECT(!qn::written_past_caches(aligned, qn::stream_bytes(qn::caches()) - 1));
     qn::dequantize({.weight = view, .dtype = dtype, .out = aligned});
     qn::dequantize({.weight = view, .dtype = dtype, .out = shifted});
     EXPECT(std::memcmp(aligned, shifted, bytes) == 0);
@@ -532,6 +532,16 @@ void grids_cover_and_share() {
   EXPECT(narrow.row_parts == 1 && narrow.column_tiles == 24);
 }
 
+void blocks_fit_the_caches_of_the_machine() {
+  const qn::Caches found = qn::caches();
+  EXPECT(found.first >= 4 << 10 && found.second >= found.first && found.last >= found.second);
+  const qn::Caches small{.first = 32 << 10, .second = 256 << 10, .last = 6 << 20};
+  const qn::Caches large{.first = 48 << 10, .second = 2 << 20, .last = 256 << 20};
+  EXPECT(qn::for_second_level(32, 1, small) == 8 && qn::for_second_level(2, 1, small) == 1);
+  EXPECT(qn::for_second_level(32, 1, large) == 32);
+  EXPECT(qn::stream_bytes(small) == 3 << 20 && qn::stream_bytes(large) == 16 << 20);
+}
+
 void activations_are_packed_in_equal_blocks() {
   for (std::int64_t rows : {1, 47, 48, 1000, 5000})
     for (std::int64_t bytes : {4, 8192, 1 << 24}) {
@@ -621,6 +631,7 @@ int main(int count, char** arguments) {
   errors_name_the_argument();
   grids_cover_and_share();
   activations_are_packed_in_equal_blocks();
+  blocks_fit_the_caches_of_the_machine();
   seed_in_memory_is_another();
   dequantize_reaches_any_address();
   if (std::getenv("QLN_BACKEND") == nullptr) large_output_is_written_otherwise();  // the cpu's alone

@@ -46,7 +46,7 @@ Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits
 bool written_past_caches(const void* out, std::int64_t bytes) {
   constexpr std::uintptr_t kAlignment = 64;
   const auto address = reinterpret_cast<std::uintptr_t>(out);
-  if (bytes < kStreamBytes || address % kAlignment != 0) return false;
+  if (bytes < stream_bytes(caches()) || address % kAlignment != 0) return false;
 #ifdef __linux__
   // One page answers for all; the first may share its page with something else.
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -2,7 +2,10 @@
 // Where a sum starts afresh is not decided here, so that no choice changes a result.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "cpu/caches.h"
 
 namespace qlora_native {
 
@@ -32,10 +35,18 @@ struct GridLimits {
 Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t threads,
                std::int64_t tasks_per_thread);
 
+// What a task keeps in the second-level cache was tuned for one of 1 MB. A smaller cache gets less in proportion. A
+// larger one gets no more, for a task's memory is bounded.
+constexpr std::int64_t kTunedSecondLevel = 1 << 20;
+constexpr std::int64_t for_second_level(std::int64_t tuned, std::int64_t least, const Caches& of) {
+  return std::clamp(tuned * std::min(of.second, kTunedSecondLevel) / kTunedSecondLevel, least, tuned);
+}
+
 // Whether an output of so many bytes is to be written past the caches, which is only for aligned ones: a plain store
-// first reads the line that it is about to fill. From half of a common last-level cache on, for it would not hold the
-// output until it is read; and where memory is new, its lines are in the cache already, where the system cleared them.
-constexpr std::int64_t kStreamBytes = 16 << 20;
+// first reads the line that it is about to fill. From half of the last-level cache on, for it would not hold the output
+// until it is read; from 16 MB on where the cache is larger, for other programs use it too. Where memory is new, its
+// lines are in the cache already, where the system cleared them.
+constexpr std::int64_t stream_bytes(const Caches& of) { return std::min<std::int64_t>(of.last / 2, 16 << 20); }
 bool written_past_caches(const void* out, std::int64_t bytes);
 
 }  // namespace qlora_native

@@ -57,8 +57,9 @@ struct ManyRows {
     });
 
     const std::int64_t N = args.weight.N;
+    const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
     const Grid grid = make_grid(
-        strips.count(), N, {kMostStrips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
+        strips.count(), N, {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
         num_threads(), kTasksPerThread);
     parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;

@@ -34,17 +34,21 @@ struct ProductNn {
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
+    std::int64_t tuned_chunks = chunks;  // where the second-level cache has the size of kTunedSecondLevel
 
     // Units of a panel. Sums in fp32 start afresh with each, so it must not depend on how wide a task's tile really is,
-    // which follows the number of threads.
+    // which follows the number of threads and the cache.
     constexpr std::int64_t step() const {
-      return smaller<std::int64_t>(kPanelFloats / kChunk / chunks, Dot::kBlock / Dot::kElementsPerUnit);
+      return smaller<std::int64_t>(kPanelFloats / kChunk / tuned_chunks, Dot::kBlock / Dot::kElementsPerUnit);
     }
   };
-  static constexpr Tiling tiling(std::int64_t rows, bool ragged) {
-    if (rows <= (ragged ? 32 : 8)) return {32, 1};
-    if (ragged && rows <= 96) return {16, 2};
-    return {rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
+  static Tiling tiling(std::int64_t rows, bool ragged) {
+    Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
+    if (rows <= (ragged ? 32 : 8))
+      tuned = {32, 1};
+    else if (ragged && rows <= 96)
+      tuned = {16, 2};
+    return {for_second_level(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
   }
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
@@ -331,7 +335,8 @@ struct ProductNn {
   static void run(const float* left, const Groups& groups, const Rows& w, const LowRank* lora, Write&& write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
     const Tiling cut = tiling(groups.rows, Rows::kQuantized && !w.aligned());
-    const std::int64_t most_groups = kMostSums / (cut.chunks * kChunk * kGroup);
+    const std::int64_t most_groups =
+        larger<std::int64_t>(for_second_level(kMostSums, 1, caches()) / (cut.chunks * kChunk * kGroup), 1);
     const std::int64_t fewest_groups = 128 / kGroup;
     const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
                                 cut.tasks_per_thread);

@@ -1,0 +1,18 @@
+// The data caches of this machine.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_native {
+
+// Bytes. These are common sizes, for where the system does not say.
+struct Caches {
+  std::int64_t first = 32 << 10;    // of a core
+  std::int64_t second = 512 << 10;  // of a core, or of a few together
+  std::int64_t last = 8 << 20;      // of all cores; the second level where there is no third
+};
+
+// As the system describes its first core; read once.
+const Caches& caches();
+
+}  // namespace qlora_native

@@ -1,0 +1,98 @@
+"""The ways that a product can take on the CPU (cpu/way.h), each forced on products of every kind: by tiles, which the rule
+chooses on processors that have them, and by panels of decoded weight, which torch multiplies.
+
+What the rule itself says is tested in tests/cpp/test_way.cpp.
+"""
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import test_conformance as conformance
+import torch
+
+import qlora_native as qn
+from qlora_native import _C
+
+TESTS = Path(__file__).parent
+
+
+def run(call, **environment):
+    """What a function of this file prints in a process of its own, and the ways that its products took."""
+    environment = {**os.environ, "QLN_PRINT_CONFIG": "1", **environment}
+    command = [sys.executable, "-c", f"import test_ways; test_ways.{call}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return done.stdout.strip(), [line.rsplit(": ", 1)[1] for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
+
+
+def ragged_cases():
+    """Every dtype over ragged shapes, formats and adapters, without the dropout that panels leave to other ways."""
+    for dtype, (M, N, K), rank in itertools.product(
+        cases.DTYPES, ((3, 34, 190), (9, 37, 333), (40, 64, 256), (129, 80, 200), (5, 3, 65)), (None, 1, 16, 70)
+    ):
+        yield cases.Product(M, N, K, dtype, bias=M % 2 == 1, rank=rank, lora_dtype=dtype if M == 9 else torch.float32)
+    for dtype, format, blocksize in itertools.product(cases.DTYPES, cases.FORMATS, (32, 4096)):
+        yield cases.Product(17, 37, 333, dtype, format, blocksize, double_quant=blocksize == 32)
+
+
+def check_products():
+    for case in (*ragged_cases(), *(case for case in cases.many_rows() if case.dropout == 0)):
+        try:
+            conformance.check_product(case)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+
+
+def test_products_by_panels_are_within_the_bounds():
+    _, ways = run("check_products()", QLN_FORCE_WAY="panels")
+    assert ways and set(ways) == {"panels"}
+
+
+def test_dropout_of_a_gradient_leaves_the_panels():
+    _, ways = run("check_dropout()", QLN_FORCE_WAY="panels")
+    assert ways == ["vectors", "vectors"]
+
+
+def check_dropout():
+    conformance.check_product(cases.Product(40, 64, 256, torch.float32, rank=16, dropout=0.25))
+
+
+def print_digest():
+    """Of products that the rule gives to tiles and of those that it does not."""
+    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+    hashed = hashlib.sha256()
+    for M, N, K in ((4, 200, 513), (16, 257, 1100), (33, 130, 700), (300, 96, 1030), (64, 1400, 704), (70, 66, 64)):
+        torch.manual_seed(M)
+        for format in ("nf4", "int8"):
+            q = qn.quantize(torch.randn(N, K), format, double_quant=format == "nf4")
+            x = torch.randn(M, K).bfloat16().requires_grad_()
+            bias, a, b = (torch.randn(size).requires_grad_() for size in ((N,), (19, K), (N, 19)))
+            y = qn.linear(x, q, bias, a, b, 0.5, 0.25)
+            for result in (y, *torch.autograd.grad(y, (x, bias, a, b), torch.randn_like(y))):
+                hashed.update(result.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    print(hashed.hexdigest())
+
+
+def test_emulated_tiles_give_the_same_bits_for_any_number_of_threads():
+    digests = {run("print_digest()", QLN_FORCE_ISA="amx_emulated", THREADS=str(threads))[0] for threads in (1, 2, 3)}
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif("amx_bf16" not in _C.available_isas(), reason="this processor has no AMX")
+def test_emulated_tiles_give_the_bits_of_the_processors():
+    (emulated, ways), (processors, more) = (
+        run("print_digest()", QLN_FORCE_ISA=isa, QLN_FORCE_WAY="tiles") for isa in ("amx_emulated", "amx_bf16")
+    )
+    assert set(ways) == set(more) == {"tiles"}
+    assert emulated == processors
+
+
+def test_unknown_way_is_refused():
+    with pytest.raises(AssertionError, match="expected few_rows, vectors, tiles or panels, got .other"):
+        run("check_dropout()", QLN_FORCE_WAY="other")
