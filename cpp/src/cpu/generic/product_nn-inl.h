@@ -20,7 +20,8 @@ struct ProductNn {
   using Chunk = typename Dot::Chunk;
   // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; also of ragged W,
   // which is not asked for ahead. Many rows: many units, so that the sums are added to rarely. Two panels and the sums
-  // stay below 1 MB.
+  // stay below 1 MB. Where sums start afresh with each panel, it holds a whole chain of kRestart units, which no tile
+  // wider than 16 chunks leaves room for: with shorter chains more of them are added up, and the error grows.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
@@ -32,7 +33,7 @@ struct ProductNn {
     }
   };
   static constexpr Tiling tiling(std::int64_t rows, bool ragged) {
-    if (rows <= (ragged ? 32 : 8)) return {32, 1};
+    if (rows <= (ragged ? 32 : 8)) return {kOneChain ? 32 : 16, 1};
     if (ragged && rows <= 96) return {16, 2};
     return {rows <= 256 ? 4 : 2, kTasksPerThread};
   }
