@@ -30,7 +30,8 @@ struct ProductNn {
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
   // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; also of ragged W,
   // which is not asked for ahead. Many rows: many units, so that the sums are added to rarely. Two panels and the sums
-  // stay below 1 MB.
+  // stay below 1 MB. Where sums start afresh with each panel, it holds a whole chain of kRestart units, which no tile
+  // wider than 16 chunks leaves room for: with shorter chains more of them are added up, and the error grows.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
@@ -45,7 +46,7 @@ struct ProductNn {
   static Tiling tiling(std::int64_t rows, bool ragged) {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
     if (rows <= (ragged ? 32 : 8))
-      tuned = {32, 1};
+      tuned = {kOneChain ? 32 : 16, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
     return {for_second_level(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
