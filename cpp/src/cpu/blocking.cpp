@@ -23,6 +23,7 @@ std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::
 
 Grid make_grid(std::int64_t rows, std::int64_t columns, const GridLimits& limits, std::int64_t threads,
                std::int64_t tasks_per_thread) {
+  if (rows == 0 || columns == 0) return {};
   const std::int64_t tasks = threads * tasks_per_thread;
   Grid grid;
   grid.row_parts = ceil_div(rows, limits.most_rows);

@@ -20,8 +20,8 @@ std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::
 
 // A product's output is cut into a grid of parts of its rows x tiles of its columns, all of about one size.
 struct Grid {
-  std::int64_t row_part, row_parts;
-  std::int64_t column_tile, column_tiles;
+  std::int64_t row_part = 0, row_parts = 0;
+  std::int64_t column_tile = 0, column_tiles = 0;
 };
 struct GridLimits {
   std::int64_t most_rows, fewest_rows;    // of a part

@@ -33,28 +33,62 @@ struct Pool {
 };
 Pool pool;
 
-// One call of run_tasks, shared by its workers.
+// How often a thread looks whether a stage has ended before it sleeps: some 50 us, longer than a task that was begun as
+// the last usually takes, and short beside the time slice of a thread that waits for a core.
+constexpr int kLooks = 1000;
+inline void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// One call of run_stages, shared by its workers.
 struct Run {
-  std::int64_t tasks;
-  void (*body)(void*, std::int64_t);
-  void* context;
-  std::atomic<std::int64_t> next{0};
+  const StageView* stages;
+  int count;
+  struct Progress {
+    std::atomic<std::int64_t> next{0}, done{0};
+    std::atomic<bool> ended{false};
+  };
+  Progress progress[kMostStages];
   std::atomic_flag failed{};
   std::exception_ptr error{};  // written by the one that set `failed`
-};
 
-void work(Run& run) {
-  try {
-    for (;;) {
-      const std::int64_t task = run.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= run.tasks) return;
-      run.body(run.context, task);
+  void work() {
+    for (int i = 0; i < count; ++i) {
+      take_tasks(stages[i], progress[i]);
+      if (i + 1 < count) wait_for_end(stages[i], progress[i]);
     }
-  } catch (...) {  // an exception must not leave a thread of the pool
-    if (!run.failed.test_and_set()) run.error = std::current_exception();
-    run.next.store(run.tasks);
   }
-}
+
+ private:
+  void take_tasks(const StageView& stage, Progress& of) {
+    for (;;) {
+      const std::int64_t task = of.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= stage.tasks) return;
+      try {
+        // After a failure tasks are counted and not run, so that nobody waits for ever.
+        if (!failed.test(std::memory_order_relaxed)) stage.body(stage.context, task);
+      } catch (...) {  // an exception must not leave a thread of the pool
+        if (!failed.test_and_set()) error = std::current_exception();
+      }
+      if (of.done.fetch_add(1, std::memory_order_acq_rel) + 1 == stage.tasks) {
+        of.ended.store(true, std::memory_order_release);
+        of.ended.notify_all();
+      }
+    }
+  }
+  static void wait_for_end(const StageView& stage, Progress& of) {
+    if (stage.tasks == 0) return;
+    for (int i = 0; i < kLooks; ++i) {
+      if (of.ended.load(std::memory_order_acquire)) return;
+      pause_briefly();
+    }
+    of.ended.wait(false, std::memory_order_acquire);
+  }
+};
 
 }  // namespace
 
@@ -62,15 +96,18 @@ void set_thread_pool(ParallelFor parallel_for, int (*threads)()) { pool = {paral
 
 int num_threads() { return std::max(1, pool.threads()); }
 
-void run_tasks(std::int64_t tasks, void (*body)(void* context, std::int64_t task), void* context) {
-  const std::int64_t workers = std::min<std::int64_t>(tasks, tasks > 1 ? num_threads() : 1);
+void run_stages(const StageView* stages, int count) {
+  std::int64_t most = 0;
+  for (int i = 0; i < count; ++i) most = std::max(most, stages[i].tasks);
+  const std::int64_t workers = std::min<std::int64_t>(most, most > 1 ? num_threads() : 1);
   if (workers <= 1) {
-    for (std::int64_t task = 0; task < tasks; ++task) body(context, task);
+    for (int i = 0; i < count; ++i)
+      for (std::int64_t task = 0; task < stages[i].tasks; ++task) stages[i].body(stages[i].context, task);
     return;
   }
-  Run run{.tasks = tasks, .body = body, .context = context};
+  Run run{.stages = stages, .count = count};
   // A worker stays until no task is left, so it does not matter into how many pieces the pool cuts [0, workers).
-  pool.parallel_for(workers, [](void* shared, std::int64_t, std::int64_t) { work(*static_cast<Run*>(shared)); }, &run);
+  pool.parallel_for(workers, [](void* shared, std::int64_t, std::int64_t) { static_cast<Run*>(shared)->work(); }, &run);
   if (run.error) std::rethrow_exception(run.error);
 }
 

@@ -2,19 +2,47 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
 namespace qlora_native {
 
-// Calls body(context, task) for every task in [0, tasks). Idle threads take the next task, so tasks may differ in
-// length; a result must therefore not depend on which thread ran a task.
-void run_tasks(std::int64_t tasks, void (*body)(void* context, std::int64_t task), void* context);
+// A stage of an operation: body(context, task) for every task in [0, tasks). Idle threads take the next task, so tasks
+// may differ in length; a result must therefore not depend on which thread ran a task.
+struct StageView {
+  std::int64_t tasks;
+  void (*body)(void* context, std::int64_t task);
+  void* context;
+};
+constexpr int kMostStages = 4;
+
+// Runs the stages one after another: each begins when all tasks of the one before have ended. They share one use of the
+// pool, because a pool waits at its end for every one of its threads, which on a busy machine may not even have begun.
+void run_stages(const StageView* stages, int count);
+
+template <class Body>
+struct Stage {
+  std::int64_t tasks;
+  Body body;
+};
+template <class Body>
+Stage(std::int64_t, Body) -> Stage<Body>;
+
+template <class... Bodies>
+void parallel_stages(Stage<Bodies>... stages) {
+  static_assert(sizeof...(Bodies) <= kMostStages);
+  const StageView views[] = {
+      {stages.tasks, [](void* context, std::int64_t task) { (*static_cast<Bodies*>(context))(task); }, &stages.body}...};
+  run_stages(views, static_cast<int>(std::size(views)));
+}
 
 template <class Body>
 void parallel_for(std::int64_t tasks, Body&& body) {
-  run_tasks(
+  const StageView stage{
       tasks, [](void* context, std::int64_t task) { (*static_cast<std::remove_reference_t<Body>*>(context))(task); },
-      &body);
+      const_cast<void*>(static_cast<const void*>(&body))};
+  run_stages(&stage, 1);
 }
 
 }  // namespace qlora_native

@@ -12,6 +12,7 @@ struct Backward {
   using Product = ProductNn<Dot>;
   using Groups = typename Product::Groups;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+  static constexpr int kVectors = Dot::kColumnVectors;
 
   template <class Rows>
   static void input(const Rows& w, const LinearBackwardInputArgs& args) {
@@ -24,24 +25,25 @@ struct Backward {
       const Groups groups(smaller(block, args.dy.rows - m));
       float* dy = packed_rows(groups.packed_rows() * (stride + 2 * v_stride));
       float* v = dy + groups.packed_rows() * stride;
-      Product::pack(rows_of(args.dy, m, groups.rows), groups, dy);
-      typename Product::LowRank low_rank{v, v_units, DenseRows<Dot, false>(lora_a(lora, K)), dropout_of(lora), m};
-      if (lora.rank > 0) {
-        Matrix v_out = rows_of(args.v, m, groups.rows);
-        if (v_out.data == nullptr)
-          v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
-        const float scale = lora.scaling * dropout_scale(lora);
-        Product::run(dy, groups, DenseRows<Dot, true>(lora_b(lora, N)), nullptr,
-                     [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
-                       write_row<Dot::kActivation>(v_out, row, col, sums, scale);
-                     });
-        if (args.dx.data != nullptr) Product::pack(readable(v_out), groups, v);
-      }
-      if (args.dx.data != nullptr)
-        Product::run(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr,
-                     [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
-                       write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
-                     });
+      const typename Product::LowRank low_rank{v, v_units, DenseRows<Dot, false>(lora_a(lora, K)), dropout_of(lora), m};
+      const DenseRows<Dot, true> b(lora_b(lora, N));
+      Matrix v_out = rows_of(args.v, m, groups.rows);
+      if (v_out.data == nullptr)
+        v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
+      const float scale = lora.scaling * dropout_scale(lora);
+      auto low_rank_product = Product::product(dy, groups, b, nullptr,
+                                               [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                                                 write_row<Dot::kActivation>(v_out, row, col, sums, scale);
+                                               });
+      auto pack_v = Product::pack(readable(v_out), groups, v);
+      auto product = Product::product(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr,
+                                      [=, &args](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                                        write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
+                                      });
+      if (args.dx.data == nullptr) product.tasks = 0;
+      if (lora.rank == 0) low_rank_product.tasks = 0;
+      if (lora.rank == 0 || args.dx.data == nullptr) pack_v.tasks = 0;
+      parallel_stages(Product::pack(rows_of(args.dy, m, groups.rows), groups, dy), low_rank_product, pack_v, product);
     }
   }
 
@@ -57,14 +59,14 @@ struct Backward {
     if (args.da != nullptr) {
       const DenseRows<Dot, false> x(args.x, 1.0f, dropout_of(lora));
       const Matrix da{args.da, lora.dtype, lora.rank, args.x.cols, args.x.cols};
-      transposed_times(args.v, x, [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
+      transposed_times(args.v, x, [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
         with_dtype(lora.dtype, [&](auto dtype) { write_row<dtype()>(da, row, col, sums, 1.0f); });
       });
     }
     if (args.db != nullptr) {
       const DenseRows<Dot, false> dy(args.dy);
       const Matrix db{args.db, lora.dtype, args.dy.cols, lora.rank, lora.rank};
-      transposed_times(args.u, dy, [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) {
+      transposed_times(args.u, dy, [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
         with_dtype(lora.dtype, [&](auto dtype) { write_column<dtype()>(db, row, col, sums, lora.scaling); });
       });
     }
@@ -77,7 +79,7 @@ struct Backward {
 
   // left[M, rank]^T . right[M, cols], over blocks of ranks.
   template <class Rows, class Write>
-  static void transposed_times(ConstMatrix left, const Rows& right, Write&& write) {
+  static void transposed_times(ConstMatrix left, const Rows& right, Write write) {
     const std::int64_t M = left.rows, stride = Product::packed_stride(Product::units_of(M));
     const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, Product::kGroup);
     for (std::int64_t first = 0; first < left.cols; first += block) {
@@ -87,18 +89,23 @@ struct Backward {
       float* packed = packed_rows(packed_floats + copy_floats);
       char* copy = reinterpret_cast<char*>(packed + packed_floats);
       const char* from = static_cast<const char*>(left.data) + first * kSize;
-      for (std::int64_t m = 0; m < M; ++m)
-        for (std::int64_t r = 0; r < groups.rows; ++r)
-          __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
-      Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed);
-      Product::run(
-          packed, groups, right, nullptr,
-          [&](std::int64_t row, std::int64_t col, F32(&sums)[Dot::kColumnVectors]) { write(first + row, col, sums); });
+      constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
+      const Stage turn{ceil_div(M, kTurned), [=](std::int64_t task) {
+        const std::int64_t end = smaller((task + 1) * kTurned, M);
+        for (std::int64_t m = task * kTurned; m < end; ++m)
+          for (std::int64_t r = 0; r < groups.rows; ++r)
+            __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
+      }};
+      parallel_stages(turn, Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed),
+                      Product::product(packed, groups, right, nullptr,
+                                       [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                                         write(first + row, col, sums);
+                                       }));
     }
   }
 
   template <DType kTo>
-  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[Dot::kColumnVectors],
+  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors],
                         float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
@@ -108,7 +115,7 @@ struct Backward {
   }
   // Row `col` ... of out, element `row` of each.
   template <DType kTo>
-  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[Dot::kColumnVectors],
+  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors],
                            float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char values[kChunk * kTarget];

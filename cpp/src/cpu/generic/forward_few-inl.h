@@ -4,6 +4,7 @@
 #include "cpu/generic/lora-inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/way.h"
 #include "qlora_native/runtime.h"
 
 namespace qlora_native {
@@ -182,15 +183,15 @@ struct FewRows {
     sums.finish(n, count, lora, out);
   }
 
-  // write(m, n, count, sums) for all rows of W, kGroup of them at most.
+  // write(m, n, count, sums) for all rows of W, kGroup of them at most. `w` must live until the stage has run.
   template <int kM, class Rows, class Write>
-  static void multiply(const Rows& w, const float* x, const LowRank* lora, Write&& write) {
+  static auto product(const Rows& w, const float* x, const LowRank* lora, Write write) {
     constexpr int kRows = kRowsOf<kM>;
     static_assert(kGroup % kRows == 0);
     const std::int64_t row_chunks = w.cols() / kChunk;
     const std::int64_t tiles = ceil_div(w.rows(), std::int64_t{kRows});
     const std::int64_t task_rows = ceil_div(tiles, num_threads() * kTasksOfThread) * kRows;
-    parallel_for(ceil_div(w.rows(), task_rows), [&](std::int64_t task) {
+    return Stage{ceil_div(w.rows(), task_rows), [=, &w](std::int64_t task) {
       // [tile][m][row of the tile]; the last tile is written with up to three floats too many
       float sums[kM * kGroup + 3], of_row[kGroup] = {};
       float* scales = nullptr;
@@ -217,28 +218,14 @@ struct FewRows {
           write(m, first, count, of_row);
         }
       }
-    });
+    }};
   }
-  template <class Rows, class Write>
-  static void multiply(int rows, const Rows& w, const float* x, const LowRank* lora, Write&& write) {
-    switch (rows) {
-      case 1:
-        return multiply<1>(w, x, lora, write);
-      case 2:
-        return multiply<2>(w, x, lora, write);
-      case 3:
-        return multiply<3>(w, x, lora, write);
-      case 4:
-        return multiply<4>(w, x, lora, write);
-      case 5:
-        return multiply<5>(w, x, lora, write);
-      case 6:
-        return multiply<6>(w, x, lora, write);
-      case 7:
-        return multiply<7>(w, x, lora, write);
-      default:
-        return multiply<8>(w, x, lora, write);
-    }
+  // Calls f with the number of rows of x as a compile-time constant.
+  template <class F>
+  static void with_rows_of_x(int rows, F&& f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+    }(std::make_integer_sequence<int, kMostFewRows>());
   }
 
   template <class Rows>
@@ -252,33 +239,40 @@ struct FewRows {
         Slot::call, static_cast<std::size_t>(x_floats * (dropout ? 2 : 1) + rows * padded_rank) * sizeof(float)));
     pack(DenseRows<Dot, false>(args.x), rows, x);
     LowRank lora{lora_b(args.lora, args.weight.N), args.lora.scaling, nullptr, padded_rank};
+    float* dropped = x;
+    float* u = x + x_floats;
     if (rank > 0) {
-      float* dropped = x;
-      float* u = x + x_floats;
       if (dropout) {
         dropped = x + x_floats;
         u = dropped + x_floats;
         pack(DenseRows<Dot, false>(args.x, 1.0f, dropout), rows, dropped);
       }
       __builtin_memset(u, 0, static_cast<std::size_t>(rows * padded_rank) * sizeof(float));
-      const F32 scale = set1(dropout_scale(args.lora));
-      multiply(rows, DenseRows<Dot, false>(lora_a(args.lora, args.x.cols)), dropped, nullptr,
-               [&](int m, std::int64_t first, int count, const float* sums) {
-                 for (int r = 0; r < count; r += kLanes) {
-                   const int lanes = smaller(kLanes, count - r);
-                   // U is rounded like any operand of a product.
-                   const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
-                   store_from_f32<DType::f32>(u + m * padded_rank + first + r, value, lanes);
-                   if (args.u.data != nullptr) store_elements(args.u, m, first + r, value, lanes);
-                 }
-               });
       lora.u = u;
     }
-    multiply(rows, w, x, rank > 0 ? &lora : nullptr, [&](int m, std::int64_t first, int count, const float* sums) {
+    const DenseRows<Dot, false> a(lora_a(args.lora, args.x.cols));
+    const auto write_u = [&args, u, padded_rank](int m, std::int64_t first, int count, const float* sums) {
+      const F32 scale = set1(dropout_scale(args.lora));
+      for (int r = 0; r < count; r += kLanes) {
+        const int lanes = smaller(kLanes, count - r);
+        // U is rounded like any operand of a product.
+        const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
+        store_from_f32<DType::f32>(u + m * padded_rank + first + r, value, lanes);
+        if (args.u.data != nullptr) store_elements(args.u, m, first + r, value, lanes);
+      }
+    };
+    const auto write_y = [&args](int m, std::int64_t first, int count, const float* sums) {
       for (int j = 0; j < count; j += kLanes) {
         const int lanes = smaller(kLanes, count - j);
         store_elements(args.y, m, first + j, add(load(sums + j), bias(args, first + j, lanes)), lanes);
       }
+    };
+    with_rows_of_x(rows, [&](auto kM) {
+      const auto y = product<kM>(w, x, rank > 0 ? &lora : nullptr, write_y);
+      if (rank > 0)
+        parallel_stages(product<kM>(a, dropped, nullptr, write_u), y);
+      else
+        parallel_stages(y);
     });
   }
 

@@ -49,19 +49,19 @@ struct ManyRows {
     if (lora.rank > 0 && args.u.data == nullptr)
       args.u = {u + rows * u_units, Dot::kActivation, args.x.rows, lora.rank, lora.rank};
 
-    parallel_for(strips.count(), [&](std::int64_t strip) {
+    const Stage pack{strips.count(), [&](std::int64_t strip) {
       const DenseRows<Dot, false> dense(args.x);
       Product::pack_strip(dense, strips.first(strip) * kLanes, strips.width(strip), 0, ceil_div(args.x.cols, kChunk),
                           x + strips.first(strip) * units * kLanes);
       if (lora.rank > 0) low_rank(args, first_row, strips, strip, x, units, u, u_units);
-    });
+    }};
 
     const std::int64_t N = args.weight.N;
     const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
     const Grid grid = make_grid(
         strips.count(), N, {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
         num_threads(), kTasksPerThread);
-    parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
+    const Stage multiply{grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
       const std::int64_t first = task % grid.row_parts * grid.row_part;
       const std::int64_t last = smaller(first + grid.row_part, strips.count());
       const std::int64_t begin = task / grid.row_parts * grid.column_tile;
@@ -87,7 +87,8 @@ struct ManyRows {
           Product::write(sums + packed_x.sums(s, rows), strips.width(s), rows, 1.0f, args.bias, args.y,
                          strips.first(s) * kLanes, n);
       });
-    });
+    }};
+    parallel_stages(pack, multiply);
   }
 
   // U = drop(X) . A^T / (1-p) for one strip: to args.u, and packed as more units of x.

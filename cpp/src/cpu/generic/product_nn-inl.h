@@ -84,10 +84,10 @@ struct ProductNn {
   // Whole chunks, and not a power of two: rows a power of two apart would share few cache sets.
   static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
 
-  static void pack(ConstMatrix left, const Groups& groups, float* out) {
+  static auto pack(ConstMatrix left, Groups groups, float* out) {
     const DenseRows<Dot, true> rows(left);
     const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
-    parallel_for(groups.count, [&](std::int64_t group) {
+    return Stage{groups.count, [=](std::int64_t group) {
       const std::int64_t first = groups.first(group);
       const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
       for (std::int64_t row = first; row < end; ++row)
@@ -95,7 +95,7 @@ struct ProductNn {
           float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
           for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
         });
-    });
+    }};
   }
 
   // Units u0 ... u1-1 (rows of W), chunks c0 ... c1-1 (columns).
@@ -331,9 +331,10 @@ struct ProductNn {
     }
   }
 
-  // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order).
+  // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order). `w` and `lora`
+  // must live until the stage has run.
   template <class Rows, class Write>
-  static void run(const float* left, const Groups& groups, const Rows& w, const LowRank* lora, Write&& write) {
+  static auto product(const float* left, Groups groups, const Rows& w, const LowRank* lora, Write write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
     const Tiling cut = tiling(groups.rows, Rows::kQuantized && !w.aligned());
     const std::int64_t most_groups =
@@ -341,7 +342,7 @@ struct ProductNn {
     const std::int64_t fewest_groups = 128 / kGroup;
     const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
                                 cut.tasks_per_thread);
-    parallel_for(grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
+    return Stage{grid.row_parts * grid.column_tiles, [=, &w](std::int64_t task) {
       const std::int64_t g0 = task % grid.row_parts * grid.row_part;
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
       const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
@@ -365,7 +366,7 @@ struct ProductNn {
             if (!Rows::kNatural) Dot::to_natural(natural);
             write(groups.first(g) + row, c * kChunk, natural);
           }
-    });
+    }};
   }
 
  private:
