@@ -1,0 +1,206 @@
+"""How cost grows: with the rows of x, with the threads, and with other programs on the same cores.
+
+    python bench/growth.py [--shape 4096 4096] [--dtype bfloat16] [--output]
+
+Two tables. The first has the products of M = 1 ... 4096 rows on one thread, on all, and on all beside a busy process
+that multiplies on as many threads: ours, torch's dense product, and decode-then-dense (W decoded whole, then torch's
+product), whose 1.05-fold time is the most that a product may take (cpp/src/cpu/way.h). The second has a training step of
+SmolLM2 (step.py), alone and with two more processes that train the same way on the same cores: ours, and LoRA over bf16
+weights.
+
+Contestants take turns in one process (timing.py); medians. --output writes bench/results/growth-<machine>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import machine
+import step
+import timing
+from cases import OURS
+from peers import ours
+
+MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+OPERATIONS = ("forward", "dx")
+DENSE, DECODED = "torch dense", "decode, then dense"
+BESIDE = "beside a busy process"
+BUDGET_S = 1.5  # of one cell's contestants together
+COPIES = 6  # of the weight: what one call reads is not in the caches any more
+PROCESSES = 3  # that train at once
+STEPS = 4
+
+
+def products(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[str, int], dict[str, Callable[[int], object]]]:
+    """A function that gives the contestants of an operation with M rows."""
+    N, K = shape
+    torch.manual_seed(0)
+    weight = torch.randn(N, K)
+    held = [ours.quantize(weight)]
+    held += [ours.copy(held[0]) for _ in range(COPIES - 1)]
+    dense = [weight.to(dtype) for _ in range(COPIES)]
+
+    def contestants(operation: str, M: int) -> dict[str, Callable[[int], object]]:
+        x = torch.randn(M, K if operation == "forward" else N).to(dtype)
+        if operation == "forward":
+            own, multiply = ours.forward_op, lambda w: torch.nn.functional.linear(x, w)
+        else:
+            own, multiply = ours.backward_input, lambda w: x @ w
+        return {
+            OURS: lambda i: own(held[i % COPIES], x),
+            DENSE: lambda i: multiply(dense[i % COPIES]),
+            DECODED: lambda i: multiply(ours.dequantize(held[i % COPIES], dtype)),
+        }
+
+    return contestants
+
+
+def busy() -> None:
+    """What a busy process does until it is ended: dense products on all threads."""
+    a = torch.randn(1024, 1024)
+    while True:
+        a @ a
+
+
+@contextmanager
+def beside(command: str, count: int = 1) -> Iterator[None]:
+    """Other processes of this script that run meanwhile."""
+    others = [subprocess.Popen([sys.executable, __file__, command], stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for other in others:
+            other.stdout.readline()  # it has begun
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def measure_products(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[str, object]]:
+    """A row of the first table for each operation, number of rows and condition: seconds by contestant."""
+    contestants, rows = products(shape, dtype), []
+    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
+    threads = torch.get_num_threads()
+
+    def measure(condition: str) -> None:
+        for operation in OPERATIONS:
+            for M in MS:
+                found, _ = timing.Cpu().alternate(contestants(operation, M), buffer.sum, BUDGET_S)
+                row = {"operation": operation, "M": M, "condition": condition}
+                rows.append(row | {"seconds": {name: times.median for name, times in found.items()}})
+
+    if threads > 1:
+        torch.set_num_threads(1)
+        measure("1 thread")
+        torch.set_num_threads(threads)
+    measure(f"{threads} threads")
+    with beside("--busy"):
+        measure(BESIDE)
+    return rows
+
+
+def train(stack: str, steps: int) -> list[float]:
+    """Seconds of training steps; prints a line when the first begins."""
+    make = step._ours if stack == OURS else step._dense
+    with torch.enable_grad():
+        run, tokens = make(step.load(), 0.0), step._tokens()
+        run(tokens)
+        print("began", flush=True)
+        seconds = []
+        while len(seconds) < steps:
+            started = time.perf_counter()
+            run(tokens)
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def measure_training() -> list[dict[str, object]]:
+    """A row of the second table for each stack: median seconds of a step alone and among PROCESSES."""
+
+    def median(stack: str) -> float:
+        command = [sys.executable, __file__, "--train", stack]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return statistics.median(json.loads(shown.splitlines()[-1]))
+
+    rows = []
+    for stack in (OURS, "bf16 + PEFT"):
+        alone = median(stack)
+        with beside(f"--train-on={stack}", PROCESSES - 1):
+            rows.append({"stack": stack, "alone": alone, "shared": median(stack)})
+    return rows
+
+
+def lines(report: dict) -> str:
+    """The report in Markdown."""
+    description = report["machine"]
+    head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
+    N, K = report["shape"]
+    text = [f"# How cost grows\n\n{head}; W [{N}, {K}], NF4 with double quantization, {report['dtype']}, medians.\n"]
+    text += ["Times of ours as multiples of the others' speed: above 1 ours is faster.\n"]
+    conditions = list(dict.fromkeys(row["condition"] for row in report["products"]))
+    for operation, name in (("forward", "Y = X·Wᵀ"), ("dx", "dX = dY·W")):
+        text += [f"\n## {name}\n", "| M |" + "".join(f" {c}, ms | dense | decoded |" for c in conditions)]
+        text += ["|" + "---|" * (1 + 3 * len(conditions))]
+        for M in MS:
+            cells = []
+            for condition in conditions:
+                (row,) = (
+                    r
+                    for r in report["products"]
+                    if (r["operation"], r["M"], r["condition"]) == (operation, M, condition)
+                )
+                own, dense, decoded = (row["seconds"][name] for name in (OURS, DENSE, DECODED))
+                cells += [f"{1e3 * own:.3g}", f"{dense / own:.2f} ×", f"{decoded / own:.2f} ×"]
+            text.append(f"| {M} | " + " | ".join(cells) + " |")
+    text += [f"\n## A training step of SmolLM2, {PROCESSES} processes on the same cores\n"]
+    text += ["| | alone, s | shared, s | slower by |", "|---|---|---|---|"]
+    for row in report["training"]:
+        ratio = row["shared"] / row["alone"]
+        text.append(f"| {row['stack']} | {row['alone']:.2f} | {row['shared']:.2f} | {ratio:.2f} × |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
+    for hidden in ("--train", "--train-on"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--busy", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.busy:
+        print("began", flush=True)
+        return busy()
+    if args.train:
+        return print(json.dumps(train(args.train, STEPS)))
+    if args.train_on:
+        train(args.train_on, sys.maxsize)
+    report = {
+        "machine": machine.describe(),
+        "shape": list(args.shape),
+        "dtype": args.dtype,
+        "products": measure_products(tuple(args.shape), getattr(torch, args.dtype)),
+        "training": measure_training(),
+    }
+    if args.output:
+        path = Path(__file__).parent / "results" / f"growth-{machine.file_name(report['machine'])}"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text(lines(report))
+    print(lines(report))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
