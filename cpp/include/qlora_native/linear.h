@@ -6,7 +6,7 @@
 //
 // W is decoded in tiles on the way into the multiply, rounded once to the dtype of X, as are A, B, U and V; every sum
 // is fp32. Results do not depend on the number of threads; several threads may call at once. Extra memory of a call: on
-// the cpu 8 MB and 1 MB a thread, kept for the next; on cuda 128 KB a multiprocessor, or what set_dense_gemm says.
+// the cpu 8 MB and 1 MB a thread, kept for the next; on cuda 128 KB a multiprocessor; or what set_dense_gemm says.
 #pragma once
 
 #include "qlora_native/export.h"

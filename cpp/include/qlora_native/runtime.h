@@ -1,5 +1,5 @@
-// What the library found on this machine, and what a host program may set: its thread pool, and on a GPU its memory and
-// its dense product.
+// What the library found on this machine, and what a host program may set: its thread pool, its dense product, and on a
+// GPU its memory.
 #pragma once
 
 #include <cstddef>
@@ -49,15 +49,18 @@ struct DenseGemmArgs {
 };
 using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 
-// The host program's dense product on a GPU, for linear_forward and linear_backward_input of more than 768 rows: they
-// then decode the weight a panel at a time and multiply with this. It puts its work into the stream; it is called by
-// several threads at once, and may throw. Extra memory of such a call: two panels, 32 MB at most, and with an adapter
-// 8192 * (inner dimension + rank) elements. Null, as it begins: the library's own kernels decode on the way, for any
-// number of rows. Not to be called while an operation runs.
+// The host program's dense product, for linear_forward and linear_backward_input of many rows: they then decode the
+// weight a panel at a time and multiply with this. Null, as it begins: the library's own kernels decode on the way, for
+// any number of rows. It is called by several threads at once, and may throw. Not to be set while an operation runs.
+//   cuda  From 769 rows on. It puts its work into the stream. Extra memory of such a call: two panels, 32 MB at most,
+//         and with an adapter 8192 * (inner dimension + rank) elements.
+//   cpu   Where that product is the faster one (cpp/src/cpu/way.h): on processors with AMX, bf16 from 1024 rows on, and
+//         fp16 from 33 on if AMX multiplies that too. It is to use the threads of the library's pool. Extra memory: a
+//         panel, 8 MB at most, and with an adapter 32 MB. Results are as reproducible as that product's.
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
-// The instruction sets the cpu backend was built with and this machine runs, best first: of "avx512_bf16",
-// "avx512", "avx2", "scalar".
+// The instruction sets the cpu backend was built with and this machine runs, best first: of "amx_bf16", "avx512_bf16",
+// "avx512", "avx2", "scalar", and after them "amx_emulated", for tests: the algorithms of amx_bf16 in plain C++.
 QLN_API std::vector<std::string> available_isas();
 
 // The one in use: the best, or the one that the environment variable QLN_FORCE_ISA names. Chosen at first use;
