@@ -2,6 +2,12 @@
 
 #include <cstdlib>
 
+#if QLN_ARM && defined(__linux__)
+#include <sys/auxv.h>
+#elif QLN_ARM && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "qlora_native/error.h"
 #include "qlora_native/runtime.h"
 
@@ -20,6 +26,22 @@ struct Isa {
 
 const char* unless(bool usable, const char* reason) { return usable ? nullptr : reason; }
 
+#if QLN_ARM
+// Where the system is asked in neither way the answer is no.
+bool has_arm_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  std::size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // All that the library knows, best first. The last one is always usable.
 std::vector<Isa> find_isas() {
   std::vector<Isa> isas;
@@ -36,6 +58,12 @@ std::vector<Isa> find_isas() {
   isas.push_back({"avx2", avx2_backend, unless(avx2, kNotInProcessor)});
 #else
   for (const char* name : {"avx512_bf16", "avx512", "avx2"}) isas.push_back({name, nullptr, kNotBuilt});
+#endif
+#if QLN_ARM
+  isas.push_back({"neon_bf16", neon_bf16_backend, unless(has_arm_bf16(), kNotInProcessor)});
+  isas.push_back({"neon", neon_backend, nullptr});  // of every 64-bit Arm processor
+#else
+  for (const char* name : {"neon_bf16", "neon"}) isas.push_back({name, nullptr, kNotBuilt});
 #endif
   isas.push_back({"scalar", reference_backend, nullptr});
   return isas;
