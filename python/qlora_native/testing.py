@@ -32,7 +32,7 @@ RATIO_ELEMENTS = 1024
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to `dtype`: 2**-24 for fp32, 2**-9 for bf16, 2**-11 for fp16."""
+    """The largest relative error of rounding to `dtype`: 2**-24 for fp32, 2**-8 for bf16, 2**-11 for fp16."""
     return torch.finfo(dtype).eps / 2
 
 
