@@ -1,5 +1,6 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
+# make test-arm   the C++ library and its tests for 64-bit Arm, cross-compiled and run under QEMU on two processors
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
@@ -30,7 +31,7 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-gpu build-cpp test-cpp test-python sanitize sass lint format bench clean distclean
+.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python sanitize sass lint format bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +52,24 @@ test-cpp: build-cpp
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(ARGS)
+
+# On an Arm machine `make test` is that test. Elsewhere the compiler and QEMU are Debian's packages; as root they are
+# installed where they are missing.
+arm_packages := g++-aarch64-linux-gnu qemu-user
+test-arm: $(stamp)-build
+	@have_tools() { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null; \
+	if ! have_tools && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    { export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && apt-get install -qq -y --no-install-recommends $(arm_packages); } >&2 || true; \
+	fi; \
+	if ! have_tools; then \
+	    echo "make test-arm: skipped, for these Debian packages are missing and cannot be installed: $(arm_packages)"; \
+	    exit; \
+	fi; \
+	$(VENV)/bin/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	    --toolchain cmake/aarch64-linux-gnu.cmake -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF \
+	    -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF; \
+	$(VENV)/bin/cmake --build build/arm; \
+	$(VENV)/bin/ctest --test-dir build/arm --output-on-failure -j2
 
 # For a machine whose Python has a CUDA build of torch, nvcc and the packages of the extras build, test and finetune.
 test-gpu:

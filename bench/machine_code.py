@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -171,11 +171,18 @@ def falls_through(instruction: Instruction) -> bool:
     return True
 
 
-def loops(code: Sequence[Instruction]) -> list[tuple[Instruction, ...]]:
-    """The natural loops: of each branch back to a block that dominates it, all from which that branch is reached."""
+def loops(
+    code: Sequence[Instruction],
+    target: Callable[[Instruction], int | None] = target,
+    falls_through: Callable[[Instruction], bool] = falls_through,
+) -> list[tuple[Instruction, ...]]:
+    """The natural loops: of each branch back to a block that dominates it, all from which that branch is reached.
+
+    `target` and `falls_through` know the branches of another processor than NVIDIA's.
+    """
     at = {instruction.address: i for i, instruction in enumerate(code)}
     begins = {0} | {at[t] for i in code if (t := target(i)) in at}
-    begins |= {i + 1 for i, instruction in enumerate(code[:-1]) if not _is_plain(instruction)}
+    begins |= {i + 1 for i, last in enumerate(code[:-1]) if target(last) is not None or not falls_through(last)}
     order = sorted(begins)
     number = {first: block for block, first in enumerate(order)}
     ends = [*order[1:], len(code)]
@@ -220,10 +227,6 @@ def loops(code: Sequence[Instruction]) -> list[tuple[Instruction, ...]]:
                         body.add(b)
                         todo += before[b]
     return [tuple(i for b in sorted(body) for i in code[order[b] : ends[b]]) for body in bodies.values()]
-
-
-def _is_plain(instruction: Instruction) -> bool:
-    return target(instruction) is None and falls_through(instruction)
 
 
 def count(code: Sequence[Instruction], *kinds: str) -> int:

@@ -117,7 +117,7 @@ def test_tiny_activations_are_lost(dtype, M):
     tolerance = product_tolerance(x, w, exact, dtype)
     assert (tolerance < exact.abs()).float().mean() > 0.9, "the test would pass with 0"
     actual = qn.linear(x, q)
-    if dtype == torch.bfloat16 and _C.current_isa() == "avx512_bf16":
+    if dtype == torch.bfloat16 and _C.current_isa() in ("avx512_bf16", "neon_bf16"):
         tolerance = tolerance + x.double().abs() @ w.abs().t()
     assert_close_by_norm("y", actual, exact, tolerance)
 

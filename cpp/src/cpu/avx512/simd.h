@@ -23,6 +23,7 @@ constexpr int kGroupRows = 6;
 constexpr int kColumnStep = 4;
 // The same where a tile shares its registers with the decoding of the next panel.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
+constexpr int kDecodingColumnStep = 4;
 
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }
@@ -229,10 +230,14 @@ inline I32 shift_right(I32 x) {
   return _mm512_srli_epi32(x, kBits);
 }
 
-// Levels as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at a time.
+// Levels, rounded, as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at
+// a time.
 constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
-inline LevelTable level_table(Table16 levels) { return levels; }
+template <DType kType>
+inline LevelTable level_table(Table16 levels) {
+  return round_table<kType>(levels);
+}
 inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
 inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter
 // kType: what the levels are rounded to.

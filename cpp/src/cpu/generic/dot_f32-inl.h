@@ -46,13 +46,13 @@ struct DotF32 {
   static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
 
   // One block's 16 levels as the product uses them.
-  static Table table(Table16 code, float scale) {
-    return level_table(round_table<kType>(map_table(code, mul, set1(scale))));
+  [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
+    return level_table<kType>(map_table(code, mul, set1(scale)));
   }
 
   // 64 weights from 32 bytes of codes. `kOdd`: the first weight sits in the low nibble of bytes[0] (33 bytes then).
   template <bool kOdd>
-  static Chunk decode4(const std::uint8_t* bytes, Table table) {
+  [[gnu::always_inline]] static Chunk decode4(const std::uint8_t* bytes, Table table) {
     Chunk chunk;
     for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
       const std::uint8_t* p = bytes + g * kLanes;

@@ -228,8 +228,8 @@ struct ProductNn {
     };
     std::int64_t unit = 0;
     if constexpr (!std::is_same_v<Decoding, NoDecoder>) {
-      // A group has a tile for every kColumnStep vectors of a chunk, and a step decodes two chunks of a unit.
-      constexpr std::int64_t kStep = 2 * Dot::kColumnVectors / kColumnStep;
+      // A group has a tile for every kDecodingColumnStep vectors of a chunk, and a step decodes two chunks of a unit.
+      constexpr std::int64_t kStep = 2 * Dot::kColumnVectors / kDecodingColumnStep;
       for (; unit + kStep <= units; unit += kStep) {
         decoding.step();
         for (std::int64_t i = 0; i < kStep; ++i) multiply(unit + i);
@@ -249,7 +249,8 @@ struct ProductNn {
   static void group(const float* left, std::int64_t stride, const float* panel, std::int64_t units, int vectors,
                     float* sums, bool accumulate, Decoding& decoding) {
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
-    for (int j = 0; j < vectors; j += kColumnStep)
+    constexpr int kStep = std::is_same_v<Decoding, NoDecoder> ? kColumnStep : kDecodingColumnStep;
+    for (int j = 0; j < vectors; j += kStep)
       for (std::int64_t unit = 0; unit < units; unit += kChain) {
         const float* columns = panel + unit * kChunk + j * kLanes;
         const std::int64_t count = smaller(kChain, units - unit);
@@ -257,10 +258,10 @@ struct ProductNn {
         const bool add = accumulate || unit != 0;
         if (vectors - j == 1)
           tile<kRows, 1>(left + unit, stride, columns, count, out, add, decoding);
-        else if (vectors - j == 2 || kColumnStep == 2)
+        else if (vectors - j == 2 || kStep == 2)
           tile<kRows, 2>(left + unit, stride, columns, count, out, add, decoding);
         else
-          tile<kRows, kColumnStep>(left + unit, stride, columns, count, out, add, decoding);
+          tile<kRows, kStep>(left + unit, stride, columns, count, out, add, decoding);
       }
   }
   template <class Decoding>

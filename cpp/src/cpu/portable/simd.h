@@ -25,6 +25,7 @@ constexpr int kWidestStrip = 3;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 1, 1, 1};
 constexpr int kGroupRows = 6;
 constexpr int kColumnStep = 2;
+constexpr int kDecodingColumnStep = 2;
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 1, 1, 1};
 
 // A vector whose lane i is f(i).
@@ -139,7 +140,10 @@ inline Table16 round_table(Table16 t) {
 }
 constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
-inline LevelTable level_table(Table16 levels) { return levels; }
+template <DType kType>
+inline LevelTable level_table(Table16 levels) {
+  return round_table<kType>(levels);
+}
 inline I32 high_nibbles(const std::uint8_t* p) {
   return each_lane<I32>([&](int i) { return p[i] >> 4; });
 }

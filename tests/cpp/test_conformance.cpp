@@ -1,0 +1,884 @@
+// Every operation of the instruction set in use, against its definition in the headers: a decoded weight and a step of
+// AdamW to the bit, products against sums in float64. Run by ctest, once for each instruction set; exits 1 on a
+// failure.
+//
+// A sum of K products in fp32, rounded once to a dtype with unit roundoff u, may be off by
+//
+//   u * |y|  +  kSumFactor * sqrt(K) * r * |x_m| * |w_n|              (element y[m,n] of X . W^T; norms of the rows)
+//
+// where r is the largest relative error of one of the sum's roundings: they are independent, so that they grow with the
+// root of K, and the product of the norms bounds every partial sum (python/qlora_native/testing.py says more).
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/adamw.h"
+#include "common/codebook.h"
+#include "common/float16.h"
+#include "common/layout.h"
+#include "common/philox.h"
+#include "expect.h"
+#include "qlora_native/qlora_native.h"
+
+namespace qn = qlora_native;
+using qn::DType;
+
+namespace {
+
+constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr int kBlocksizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
+constexpr double kSumFactor = 6.0;  // standard deviations that a sum's error may reach; none of 1e9 goes beyond
+
+// ---- threads ----
+
+// A pool of as many threads as the test asks for.
+int pool_threads = 1;
+void use_pool(int threads) {
+  pool_threads = threads;
+  qn::set_thread_pool(
+      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
+        std::vector<std::thread> threads;
+        for (std::int64_t task = 1; task < tasks; ++task) threads.emplace_back(body, context, task, task + 1);
+        body(context, 0, 1);
+        for (std::thread& thread : threads) thread.join();
+      },
+      [] { return pool_threads; });
+}
+
+// ---- elements ----
+
+double unit_roundoff(DType dtype) { return dtype == DType::f32 ? 0x1p-24 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11; }
+// Of a sum's own roundings. Dot products of bfloat16 may round to odd, which is off by twice as much as to nearest.
+double sum_roundoff(DType dtype) { return dtype == DType::bf16 ? 0x1p-23 : 0x1p-24; }
+// What may vanish: dot products of bfloat16 take subnormal numbers as zero.
+double smallest_normal(DType dtype) { return dtype == DType::f16 ? 0x1p-14 : 0x1p-126; }
+
+float rounded(DType dtype, float value) {
+  if (dtype == DType::bf16) return qn::f32_from_bf16(qn::bf16_from_f32(value));
+  return dtype == DType::f16 ? qn::f32_from_f16(qn::f16_from_f32(value)) : value;
+}
+
+struct Random {
+  std::uint64_t state;
+  explicit Random(std::uint64_t seed) : state(seed * 0x9E3779B97F4A7C15 + 1) {}
+  float uniform() {  // in [-1, 1)
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
+  }
+  float normal() { return uniform() + uniform() + uniform(); }  // nearly, of variance 1
+};
+
+// A matrix whose rows lie `gap` elements apart; what is between them must stay as it is.
+class Tensor {
+ public:
+  Tensor(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
+      : dtype_(dtype), rows_(rows), cols_(cols), stride_(cols + gap) {
+    bytes_.assign(static_cast<std::size_t>(rows * stride_) * qn::size_of(dtype), kUntouched);
+  }
+  Tensor& fill(Random& random, float scale) {
+    for (std::int64_t i = 0; i < rows_; ++i)
+      for (std::int64_t j = 0; j < cols_; ++j) set(i, j, scale * random.normal());
+    return *this;
+  }
+  void set(std::int64_t i, std::int64_t j, float value) {
+    if (dtype_ == DType::f32) return put(i, j, value);
+    put(i, j, dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value));
+  }
+  float at(std::int64_t i, std::int64_t j) const {
+    if (dtype_ == DType::f32) return get<float>(i, j);
+    const auto half = get<std::uint16_t>(i, j);
+    return dtype_ == DType::bf16 ? qn::f32_from_bf16(half) : qn::f32_from_f16(half);
+  }
+  std::vector<double> values() const {
+    std::vector<double> all;
+    for (std::int64_t i = 0; i < rows_; ++i)
+      for (std::int64_t j = 0; j < cols_; ++j) all.push_back(at(i, j));
+    return all;
+  }
+  bool keeps_to_its_columns() const {
+    const std::size_t size = qn::size_of(dtype_);
+    for (std::size_t i = 0; i < bytes_.size(); ++i)
+      if (static_cast<std::int64_t>(i / size) % stride_ >= cols_ && bytes_[i] != kUntouched) return false;
+    return true;
+  }
+  qn::ConstMatrix in() const { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
+  qn::Matrix out() { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
+  void* data() { return bytes_.data(); }
+  const void* data() const { return bytes_.data(); }
+  std::int64_t rows() const { return rows_; }
+  std::int64_t cols() const { return cols_; }
+  DType dtype() const { return dtype_; }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  static constexpr char kUntouched = 0x5A;
+
+  template <class T>
+  void put(std::int64_t i, std::int64_t j, T value) {
+    std::memcpy(bytes_.data() + (i * stride_ + j) * static_cast<std::int64_t>(sizeof(T)), &value, sizeof(T));
+  }
+  template <class T>
+  T get(std::int64_t i, std::int64_t j) const {
+    T value;
+    std::memcpy(&value, bytes_.data() + (i * stride_ + j) * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+    return value;
+  }
+
+  DType dtype_;
+  std::int64_t rows_, cols_, stride_;
+  std::vector<char> bytes_;
+};
+
+// ---- quantized weights ----
+
+struct Format {
+  const char* name;
+  int bits;
+  const float* code;
+};
+// Of the user's own: no level is 0, two are equal, and none of the distances is another's.
+constexpr float kOwnCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
+                                    0.02f, 0.09f,  0.17f,  0.29f,  0.29f,  0.52f,  0.71f,  1.0f};
+const std::vector<Format>& formats() {
+  static const std::vector<Format> all = {{"nf4", 4, qn::codebook("nf4").data()},
+                                          {"fp4", 4, qn::codebook("fp4").data()},
+                                          {"int4", 4, qn::codebook("int4").data()},
+                                          {"int8", 8, nullptr},
+                                          {"own", 4, kOwnCodebook}};
+  return all;
+}
+
+struct Shape {
+  std::int64_t N, K;
+};
+// One element, less than a block, one more and one less than 64, odd sizes (a byte in two rows), rows of one element, a
+// K that no power of two divides beyond 2, and rows of whole chunks, an odd and an even number of them.
+constexpr Shape kShapes[] = {{1, 1}, {1, 64}, {5, 63}, {3, 65}, {7, 1}, {48, 96}, {65, 128}, {19, 342}, {18, 192}};
+
+// Each row of its own size, with an outlier here and there: scales that differ.
+Tensor random_weight(Shape shape, DType dtype) {
+  Random random(static_cast<std::uint64_t>(shape.N * 10000 + shape.K));
+  Tensor weight(dtype, shape.N, shape.K);
+  for (std::int64_t n = 0; n < shape.N; ++n) {
+    const float scale = 0.05f * (1.3f + random.uniform());
+    for (std::int64_t k = 0; k < shape.K; ++k)
+      weight.set(n, k, scale * random.normal() * ((n * shape.K + k) % 97 == 0 ? 4.0f : 1.0f));
+  }
+  return weight;
+}
+
+class Quantized {
+ public:
+  Quantized(const Tensor& weight, Format format, int blocksize, bool double_quant)
+      : shape_{weight.rows(), weight.cols()}, format_(format), blocksize_(blocksize), double_quant_(double_quant) {
+    const std::int64_t elements = shape_.N * shape_.K, blocks = qn::ceil_div(elements, blocksize);
+    codes.resize(static_cast<std::size_t>(qn::bytes_of_codes(elements, format.bits)));
+    absmax.resize(static_cast<std::size_t>(blocks));
+    qn::quantize({.weight = weight.data(),
+                  .dtype = weight.dtype(),
+                  .elements = elements,
+                  .bits = format.bits,
+                  .blocksize = blocksize,
+                  .code = format.code,
+                  .codes = codes.data(),
+                  .absmax = absmax.data(),
+                  .non_finite = &non_finite});
+    if (!double_quant) return;
+    absmax_codes.resize(absmax.size());
+    nested_absmax.resize((absmax.size() + 255) / 256);
+    qn::quantize_absmax({.absmax = absmax.data(),
+                         .blocks = blocks,
+                         .nested_code = qn::dynamic_map().data(),
+                         .codes = absmax_codes.data(),
+                         .nested_absmax = nested_absmax.data(),
+                         .offset = &offset});
+  }
+  qn::QuantizedWeightView view() const {
+    qn::QuantizedWeightView view{.N = shape_.N,
+                                 .K = shape_.K,
+                                 .bits = format_.bits,
+                                 .blocksize = blocksize_,
+                                 .codes = codes.data(),
+                                 .absmax = absmax.data(),
+                                 .code = format_.code};
+    if (double_quant_) {
+      view.absmax = absmax_codes.data();
+      view.nested_absmax = nested_absmax.data();
+      view.nested_code = qn::dynamic_map().data();
+      view.offset = &offset;
+    }
+    return view;
+  }
+  // The weight as common/layout.h defines it, rounded once.
+  Tensor decoded(DType dtype) const {
+    const qn::QuantizedWeightView w = view();
+    Tensor values(dtype, shape_.N, shape_.K);
+    for (std::int64_t e = 0; e < shape_.N * shape_.K; ++e)
+      values.set(e / shape_.K, e % shape_.K, qn::value_of_element(w, e, qn::scale_of_block(w, e / blocksize_)));
+    return values;
+  }
+
+  std::vector<std::uint8_t> codes, absmax_codes;
+  std::vector<float> absmax, nested_absmax;
+  float offset = 0.0f;
+  qn::NonFinite non_finite;
+
+ private:
+  Shape shape_;
+  Format format_;
+  int blocksize_;
+  bool double_quant_;
+};
+
+template <class Name>
+void expect_same_bits(const Tensor& actual, const Tensor& expected, const Name& name) {
+  const bool same = actual.bytes() == expected.bytes();
+  EXPECT(same);
+  for (std::int64_t i = 0; i < actual.rows() && !same; ++i)
+    for (std::int64_t j = 0; j < actual.cols(); ++j)
+      if (actual.at(i, j) != expected.at(i, j)) {
+        std::printf("  %s of [%d, %d] %s: [%d, %d] is %a, not %a\n", name().c_str(), static_cast<int>(actual.rows()),
+                    static_cast<int>(actual.cols()), qn::name_of(actual.dtype()), static_cast<int>(i),
+                    static_cast<int>(j), static_cast<double>(actual.at(i, j)), static_cast<double>(expected.at(i, j)));
+        return;
+      }
+}
+
+template <class F>
+void for_each_quantization(const F& f) {
+  for (const Format& format : formats())
+    for (const int blocksize : kBlocksizes)
+      for (const bool double_quant : {false, true}) f(format, blocksize, double_quant);
+}
+
+void decoded_weight_is_level_times_scale_rounded_once() {
+  for (const Shape shape : kShapes) {
+    const Tensor weight = random_weight(shape, DType::f32);
+    for_each_quantization([&](const Format& format, int blocksize, bool double_quant) {
+      const Quantized quantized(weight, format, blocksize, double_quant);
+      for (const DType dtype : kDTypes) {
+        Tensor decoded(dtype, shape.N, shape.K);
+        qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
+        expect_same_bits(decoded, quantized.decoded(dtype), [&] {
+          return std::string(format.name) + " blocksize " + std::to_string(blocksize) + (double_quant ? " dq" : "");
+        });
+      }
+    });
+  }
+}
+
+// A file may hold such scales, and the one whose last bits are all set must not be rounded to another value.
+void scale_that_is_not_finite_decodes_as_defined() {
+  const Tensor weight = random_weight({7, 65}, DType::f32);
+  for (const Format& format : formats())
+    for (const DType dtype : kDTypes) {
+      Quantized quantized(weight, format, 32, false);
+      quantized.absmax[0] = std::bit_cast<float>(0x7FFFFFFFu);
+      quantized.absmax[2] = std::bit_cast<float>(0xFFFFFFFFu);
+      quantized.absmax[3] = INFINITY;
+      quantized.absmax[5] = std::numeric_limits<float>::max();
+      const Tensor expected = quantized.decoded(dtype);
+      Tensor decoded(dtype, 7, 65);
+      qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
+      for (std::int64_t e = 0; e < 7 * 65; ++e) {
+        const float actual = decoded.at(e / 65, e % 65), wanted = expected.at(e / 65, e % 65);
+        EXPECT(std::isnan(wanted) ? std::isnan(actual) : actual == wanted);
+      }
+    }
+}
+
+double distance_to_nearest(const std::vector<double>& levels, double value) {  // levels ascend
+  const auto above = std::lower_bound(levels.begin(), levels.end(), value);
+  const double to_above = above == levels.end() ? INFINITY : *above - value;
+  return std::min(to_above, above == levels.begin() ? INFINITY : value - above[-1]);
+}
+
+// A near tie may fall either way: a midpoint is rounded to fp32.
+void code_is_that_of_the_nearest_level() {
+  for (const Format& format : formats()) {
+    std::vector<double> levels;
+    for (int i = 0; i < 255 && format.bits == 8; ++i) levels.push_back((i - 127) / 127.0);
+    for (int i = 0; i < 16 && format.bits == 4; ++i) levels.push_back(format.code[i]);
+    std::sort(levels.begin(), levels.end());
+    for (const Shape shape : kShapes)
+      for (const DType dtype : kDTypes)
+        for (const int blocksize : kBlocksizes) {
+          const Tensor weight = random_weight(shape, dtype);
+          const Quantized quantized(weight, format, blocksize, false);
+          EXPECT(quantized.non_finite.count == 0 && quantized.non_finite.first == -1);
+          qn::QuantizedWeightView unscaled = quantized.view();
+          const std::int64_t elements = shape.N * shape.K;
+          std::int64_t wrong = 0;
+          for (std::int64_t first = 0; first < elements; first += blocksize) {
+            const std::int64_t end = std::min(elements, first + blocksize);
+            const auto at = [&](std::int64_t e) { return weight.at(e / shape.K, e % shape.K); };
+            float absmax = 0.0f;
+            for (std::int64_t e = first; e < end; ++e) absmax = std::max(absmax, std::fabs(at(e)));
+            wrong += quantized.absmax[static_cast<std::size_t>(first / blocksize)] != absmax;
+            for (std::int64_t e = first; e < end; ++e) {
+              const double scaled = double{at(e)} * double{1.0f / absmax};
+              const double chosen = qn::value_of_element(unscaled, e, 1.0f);
+              wrong += !(std::fabs(chosen - scaled) <= distance_to_nearest(levels, scaled) + 0x1p-23);
+            }
+          }
+          EXPECT(wrong == 0);
+        }
+  }
+}
+
+void scale_in_8_bits_is_the_nearest() {
+  const std::vector<double> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
+  for (const Shape shape : {Shape{1, 1}, Shape{3, 65}, Shape{48, 96}, Shape{65, 1024}}) {
+    const Quantized q(random_weight(shape, DType::f32), formats()[0], 32, true);
+    double mean = 0.0;
+    for (float scale : q.absmax) mean += double{scale} / static_cast<double>(q.absmax.size());
+    EXPECT(std::fabs(q.offset - mean) <= 0x1p-22 * mean);
+    std::int64_t wrong = 0;
+    for (std::size_t first = 0; first < q.absmax.size(); first += 256) {
+      const std::size_t end = std::min(q.absmax.size(), first + 256);
+      float absmax = 0.0f;
+      for (std::size_t i = first; i < end; ++i) absmax = std::max(absmax, std::fabs(q.absmax[i] - q.offset));
+      wrong += q.nested_absmax[first / 256] != absmax;
+      for (std::size_t i = first; i < end; ++i) {
+        const double scaled = absmax > 0.0f ? double{q.absmax[i] - q.offset} / absmax : 0.0;
+        wrong += !(std::fabs(levels[q.absmax_codes[i]] - scaled) <= distance_to_nearest(levels, scaled) + 0x1p-23);
+      }
+    }
+    EXPECT(wrong == 0);
+  }
+}
+
+void values_that_are_not_finite_are_counted() {
+  for (const DType dtype : kDTypes)
+    for (const Format& format : formats()) {
+      Tensor weight = random_weight({9, 171}, dtype);
+      weight.set(1, 2, NAN);
+      weight.set(1, 3, INFINITY);
+      weight.set(8, 170, -INFINITY);
+      const Quantized quantized(weight, format, 64, false);
+      EXPECT(quantized.non_finite.count == 3 && quantized.non_finite.first == 171 + 2);
+    }
+}
+
+// ---- products ----
+
+struct Case {
+  std::int64_t M, N, K;
+  DType dtype;
+  int format = 0, blocksize = 64;
+  bool double_quant = true, bias = false;
+  std::int64_t rank = 0;
+  float dropout = 0.0f;
+  DType lora_dtype = DType::f32;
+  std::int64_t gap = 0;  // between rows, of everything that has a stride
+
+  std::string name() const {
+    char text[200];
+    std::snprintf(text, sizeof(text), "M=%d N=%d K=%d %s %s blocksize %d%s%s rank %d %s dropout %g gap %d",
+                  static_cast<int>(M), static_cast<int>(N), static_cast<int>(K), qn::name_of(dtype),
+                  formats()[static_cast<std::size_t>(format)].name, blocksize, double_quant ? " dq" : "",
+                  bias ? " bias" : "", static_cast<int>(rank), qn::name_of(lora_dtype), static_cast<double>(dropout),
+                  static_cast<int>(gap));
+    return text;
+  }
+};
+
+// One layer with all that is computed from it.
+class Layer {
+ public:
+  explicit Layer(const Case& c)
+      : c_(c),
+        weight_(random_weight({c.N, c.K}, DType::f32), formats()[static_cast<std::size_t>(c.format)], c.blocksize,
+                c.double_quant),
+        x_(c.dtype, c.M, c.K, c.gap),
+        dy_(c.dtype, c.M, c.N, c.gap),
+        bias_(c.dtype, 1, c.N),
+        a_(c.lora_dtype, c.rank, c.K),
+        b_(c.lora_dtype, c.N, c.rank),
+        y_(c.dtype, c.M, c.N, c.gap),
+        u_(c.dtype, c.M, c.rank, c.gap),
+        dx_(c.dtype, c.M, c.K, c.gap),
+        v_(c.dtype, c.M, c.rank, c.gap),
+        da_(c.lora_dtype, c.rank, c.K),
+        db_(c.lora_dtype, c.N, c.rank) {
+    Random random(static_cast<std::uint64_t>(c.M + 1000 * c.N + c.K));
+    x_.fill(random, 1.0f);
+    dy_.fill(random, 1.0f);
+    bias_.fill(random, 1.0f);
+    a_.fill(random, 1.0f / std::sqrt(static_cast<float>(c.K)));
+    b_.fill(random, 0.1f);
+  }
+
+  void run() {
+    const qn::LoraView lora{.rank = c_.rank,
+                            .dtype = c_.lora_dtype,
+                            .a = a_.data(),
+                            .b = b_.data(),
+                            .scaling = kScaling,
+                            .dropout = c_.dropout,
+                            .seed = kSeed};
+    qn::linear_forward({.weight = weight_.view(),
+                        .lora = lora,
+                        .x = x_.in(),
+                        .bias = c_.bias ? bias_.data() : nullptr,
+                        .y = y_.out(),
+                        .u = u_.out()});
+    qn::linear_backward_input({.weight = weight_.view(), .lora = lora, .dy = dy_.in(), .dx = dx_.out(), .v = v_.out()});
+    if (c_.rank > 0)
+      qn::lora_gradients(
+          {.lora = lora, .x = x_.in(), .dy = dy_.in(), .u = u_.in(), .v = v_.in(), .da = da_.data(), .db = db_.data()});
+  }
+
+  // The bytes of all results.
+  std::vector<char> bytes() const {
+    std::vector<char> all(weight_.codes.begin(), weight_.codes.end());
+    for (const Tensor* tensor : {&y_, &u_, &dx_, &v_, &da_, &db_})
+      all.insert(all.end(), tensor->bytes().begin(), tensor->bytes().end());
+    return all;
+  }
+
+  void check() const {
+    for (const Tensor* tensor : {&y_, &u_, &dx_, &v_}) EXPECT(tensor->keeps_to_its_columns());
+    const std::int64_t M = c_.M, N = c_.N, K = c_.K, R = c_.rank;
+    const std::vector<double> w = weight_.decoded(c_.dtype).values(), x = x_.values(), dy = dy_.values();
+    const std::vector<double> u = u_.values(), v = v_.values();
+    // The adapter as the products use it: rounded to the dtype of x, of B also times s.
+    std::vector<double> a, b, sb, dropped = x;
+    for (double value : a_.values()) a.push_back(rounded(c_.dtype, static_cast<float>(value)));
+    for (double value : b_.values()) {
+      b.push_back(rounded(c_.dtype, static_cast<float>(value)));
+      sb.push_back(rounded(c_.dtype, kScaling * static_cast<float>(value)));
+    }
+    const std::uint32_t threshold = qn::dropout_threshold(c_.dropout);
+    std::vector<double> mask(x.size(), 1.0);
+    for (std::int64_t i = 0; i < M * K && R > 0; ++i)
+      if (!qn::dropout_keeps(kSeed, i / K, i % K, threshold)) mask[static_cast<std::size_t>(i)] = 0.0;
+    for (std::size_t i = 0; i < x.size(); ++i) dropped[i] *= mask[i];
+    const double keep = double{1.0f / (1.0f - c_.dropout)}, s = double{kScaling};
+
+    Sums y(M, N), dx(M, K);
+    y.add_product(x, transposed(w, N, K), K);
+    if (c_.bias)
+      for (std::int64_t i = 0; i < M * N; ++i) y.add(i, bias_.at(0, i % N));
+    dx.add_product(dy, w, N);
+    if (R > 0) {
+      Sums u_sums(M, R), v_sums(M, R), low_rank(M, K), da(R, K), db(N, R);
+      u_sums.add_product(dropped, transposed(a, R, K), K);
+      u_sums.scale(keep);
+      expect_close("u", u_, u_sums, c_.dtype);
+      v_sums.add_product(dy, b, N);
+      v_sums.scale(s * keep);
+      expect_close("v", v_, v_sums, c_.dtype);
+      y.add_product(u, transposed(sb, N, R), R);
+      low_rank.add_product(v, a, R);
+      low_rank.multiply(mask);
+      dx.add(low_rank);
+      da.add_product(transposed(v, M, R), dropped, M);
+      expect_close("da", da_, da, c_.dtype);
+      db.add_product(transposed(dy, M, N), u, M);
+      db.scale(s);
+      expect_close("db", db_, db, c_.dtype);
+    }
+    expect_close("y", y_, y, c_.dtype);
+    expect_close("dx", dx_, dx, c_.dtype);
+  }
+
+ private:
+  static constexpr float kScaling = 1.7f;
+  static constexpr std::uint64_t kSeed = 0x123456789ABCDEF;
+
+  static std::vector<double> transposed(const std::vector<double>& m, std::int64_t rows, std::int64_t cols) {
+    std::vector<double> result(m.size());
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t j = 0; j < cols; ++j)
+        result[static_cast<std::size_t>(j * rows + i)] = m[static_cast<std::size_t>(i * cols + j)];
+    return result;
+  }
+
+  // A matrix of sums in float64; beside each sqrt(terms) * |row| * |column| of the products in it.
+  struct Sums {
+    std::int64_t rows, cols;
+    std::vector<double> value, norms;
+    Sums(std::int64_t rows, std::int64_t cols)
+        : rows(rows), cols(cols), value(static_cast<std::size_t>(rows * cols)), norms(value) {}
+
+    void add(std::int64_t i, double addend) { value[static_cast<std::size_t>(i)] += addend; }
+    // left[rows, inner] . right[inner, cols]
+    void add_product(const std::vector<double>& left, const std::vector<double>& right, std::int64_t inner) {
+      std::vector<double> of_row(static_cast<std::size_t>(rows)), of_column(static_cast<std::size_t>(cols));
+      for (std::int64_t j = 0; j < inner * cols; ++j) {
+        const double factor = right[static_cast<std::size_t>(j)];
+        of_column[static_cast<std::size_t>(j % cols)] += factor * factor;
+      }
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < inner; ++j) {
+          const double factor = left[static_cast<std::size_t>(i * inner + j)];
+          of_row[static_cast<std::size_t>(i)] += factor * factor;
+          for (std::int64_t k = 0; k < cols; ++k)
+            value[static_cast<std::size_t>(i * cols + k)] += factor * right[static_cast<std::size_t>(j * cols + k)];
+        }
+      for (std::int64_t i = 0; i < rows * cols; ++i)
+        norms[static_cast<std::size_t>(i)] +=
+            std::sqrt(static_cast<double>(inner) * of_row[static_cast<std::size_t>(i / cols)] *
+                      of_column[static_cast<std::size_t>(i % cols)]);
+    }
+    void scale(double factor) {
+      for (double& each : value) each *= factor;
+      for (double& each : norms) each *= std::fabs(factor);
+    }
+    void multiply(const std::vector<double>& factor) {
+      for (std::size_t i = 0; i < value.size(); ++i) value[i] *= factor[i];
+    }
+    void add(const Sums& other) {
+      for (std::size_t i = 0; i < value.size(); ++i) {
+        value[i] += other.value[i];
+        norms[i] += other.norms[i];
+      }
+    }
+  };
+
+  // `multiplied`: the dtype of the operands, which decides how a sum rounds.
+  void expect_close(const char* name, const Tensor& actual, const Sums& expected, DType multiplied) const {
+    const std::vector<double> values = actual.values();
+    const double smallest = std::max(smallest_normal(multiplied), smallest_normal(actual.dtype()));
+    double worst = 0.0;
+    std::size_t where = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const double allowed = unit_roundoff(actual.dtype()) * std::fabs(expected.value[i]) +
+                             kSumFactor * sum_roundoff(multiplied) * expected.norms[i] + smallest;
+      const double excess = std::fabs(values[i] - expected.value[i]) / allowed;
+      if (!(excess <= worst)) {  // a NaN too
+        worst = excess;
+        where = i;
+      }
+    }
+    EXPECT(worst <= 1.0);
+    if (!(worst <= 1.0))
+      std::printf("  %s: %s[%d, %d]: expected %.9g, got %.9g, %.3g times what is allowed\n", c_.name().c_str(), name,
+                  static_cast<int>(static_cast<std::int64_t>(where) / expected.cols),
+                  static_cast<int>(static_cast<std::int64_t>(where) % expected.cols), expected.value[where],
+                  values[where], worst);
+  }
+
+  Case c_;
+  Quantized weight_;
+  Tensor x_, dy_, bias_, a_, b_;
+  Tensor y_, u_, dx_, v_, da_, db_;
+};
+
+constexpr std::int64_t kRows[] = {0, 1, 7, 8, 9, 16, 17, 33, 129};
+constexpr std::int64_t kRanks[] = {0, 1, 16, 70};
+
+// Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
+// what a kernel takes at a time, and one off: 64 rows of W, 1024 of K, more rows of X than are packed in one strip.
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const DType dtype : kDTypes) {
+    for (const std::int64_t M : kRows)
+      for (const Shape shape : kShapes)
+        all.push_back({.M = M, .N = shape.N, .K = shape.K, .dtype = dtype, .bias = shape.K % 2 == 1, .gap = M % 3});
+    for (const std::int64_t rank : kRanks)
+      for (const float dropout : {0.0f, 0.3f})
+        for (const DType lora_dtype : {DType::f32, dtype})
+          for (const auto& [M, N, K] : {std::array<std::int64_t, 3>{0, 5, 9}, {1, 80, 96}, {9, 3, 65}, {33, 40, 200}})
+            all.push_back({.M = M,
+                           .N = N,
+                           .K = K,
+                           .dtype = dtype,
+                           .bias = M == 9,
+                           .rank = rank,
+                           .dropout = dropout,
+                           .lora_dtype = lora_dtype,
+                           .gap = M == 33 ? 5 : 0});
+    for (const auto& [M, N, K] : {std::array<std::int64_t, 3>{2, 64, 1024},
+                                  {4, 66, 1025},
+                                  {8, 70, 1088},
+                                  {17, 70, 1088},
+                                  {33, 66, 1100},
+                                  {257, 130, 96}})
+      for (const int format : {0, 3})
+        all.push_back({.M = M,
+                       .N = N,
+                       .K = K,
+                       .dtype = dtype,
+                       .format = format,
+                       .bias = true,
+                       .rank = format == 0 ? 16 : 0,
+                       .dropout = 0.125f});
+  }
+  std::size_t i = 0;
+  for (int format = 0; format < static_cast<int>(formats().size()); ++format)
+    for (const int blocksize : kBlocksizes)
+      for (const bool double_quant : {false, true})
+        for (const auto& [M, N, K] :
+             {std::array<std::int64_t, 3>{1, 34, 190}, {9, 37, 333}, {17, 20, 256}, {3, 10, 320}})
+          all.push_back({.M = M,
+                         .N = N,
+                         .K = K,
+                         .dtype = kDTypes[i++ % 3],
+                         .format = format,
+                         .blocksize = blocksize,
+                         .double_quant = double_quant});
+  return all;
+}
+
+void products_are_the_sums_of_float64() {
+  for (const Case& each : cases()) {
+    Layer layer(each);
+    layer.run();
+    layer.check();
+  }
+}
+
+// ---- determinism ----
+
+void bits_are_the_same_in_every_run_and_for_any_number_of_threads() {
+  for (const DType dtype : kDTypes)
+    for (const auto& [M, N, K] :
+         {std::array<std::int64_t, 3>{1, 320, 512}, {4, 100, 513}, {16, 129, 1100}, {64, 70, 320}, {130, 48, 200}}) {
+      const Case each{
+          .M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f, .lora_dtype = dtype};
+      std::vector<char> expected;
+      for (const int threads : {1, 1, 2, 3, 3}) {
+        use_pool(threads);
+        Layer layer(each);
+        layer.run();
+        if (expected.empty()) expected = layer.bytes();
+        EXPECT(layer.bytes() == expected);
+      }
+    }
+}
+
+// ---- the optimizer ----
+
+std::uint8_t nearest(const std::array<float, 256>& map, double value) {  // a tie takes the lower level
+  int code = 0;
+  while (code < 255 &&
+         value > (double{map[static_cast<std::size_t>(code)]} + double{map[static_cast<std::size_t>(code) + 1]}) / 2.0)
+    ++code;
+  return static_cast<std::uint8_t>(code);
+}
+
+// One parameter with its state, and a step of it as common/adamw.h defines it.
+struct Parameter {
+  Tensor param, grad;
+  bool in_8_bits;
+  std::vector<std::uint8_t> codes1, codes2;
+  std::vector<float> absmax1, absmax2, m, v;
+  std::int64_t step = 0;
+
+  Parameter(std::int64_t elements, DType param_dtype, DType grad_dtype, bool in_8_bits)
+      : param(param_dtype, 1, elements), grad(grad_dtype, 1, elements), in_8_bits(in_8_bits) {
+    Random random(static_cast<std::uint64_t>(elements));
+    param.fill(random, 1.0f);
+    const auto count = static_cast<std::size_t>(elements);
+    codes1.assign(count, 127);
+    codes2.assign(count, 0);
+    absmax1.assign((count + 255) / 256, 0.0f);
+    absmax2 = absmax1;
+    m.assign(count, 0.0f);
+    v = m;
+  }
+  qn::AdamW8bitTensor view(int group) {
+    return {.param = param.data(),
+            .grad = grad.data(),
+            .param_dtype = param.dtype(),
+            .grad_dtype = grad.dtype(),
+            .elements = param.cols(),
+            .state1 = in_8_bits ? static_cast<void*>(codes1.data()) : m.data(),
+            .state2 = in_8_bits ? static_cast<void*>(codes2.data()) : v.data(),
+            .absmax1 = in_8_bits ? absmax1.data() : nullptr,
+            .absmax2 = in_8_bits ? absmax2.data() : nullptr,
+            .step = &step,
+            .group = group};
+  }
+  void step_by_definition(const qn::AdamW8bitGroup& group, float inv_scale) {
+    const qn::AdamWCoefficients c = qn::adamw_coefficients(group, ++step, inv_scale);
+    const std::size_t elements = m.size();
+    for (std::size_t first = 0; first < elements; first += 256) {
+      float &most1 = absmax1[first / 256], &most2 = absmax2[first / 256];
+      const float decayed1 = most1 * c.beta1, decayed2 = most2 * c.beta2;
+      const std::size_t end = std::min(elements, first + 256);
+      most1 = most2 = 0.0f;
+      for (std::size_t i = first; i < end; ++i) {
+        m[i] = in_8_bits ? qn::kDynamicMap[codes1[i]] * decayed1 : m[i] * c.beta1;
+        v[i] = in_8_bits ? qn::kUnsignedDynamicMap[codes2[i]] * decayed2 : v[i] * c.beta2;
+        const auto at = static_cast<std::int64_t>(i);
+        param.set(0, at, qn::adamw_update(c, param.at(0, at), grad.at(0, at), m[i], v[i]));
+        most1 = std::max(most1, std::fabs(m[i]));
+        most2 = std::max(most2, v[i]);
+      }
+      for (std::size_t i = first; i < end && in_8_bits; ++i) {
+        codes1[i] = nearest(qn::kDynamicMap, m[i] * qn::inverse_absmax(most1));
+        codes2[i] = nearest(qn::kUnsignedDynamicMap, v[i] * qn::inverse_absmax(most2));
+      }
+    }
+  }
+  bool same_as(const Parameter& other) const {
+    if (param.bytes() != other.param.bytes() || step != other.step) return false;
+    if (in_8_bits)
+      return codes1 == other.codes1 && codes2 == other.codes2 && absmax1 == other.absmax1 && absmax2 == other.absmax2;
+    return m == other.m && v == other.v;
+  }
+};
+
+void adamw_steps_to_the_bit() {
+  const qn::AdamW8bitGroup groups[2] = {{.lr = 0.01, .weight_decay = 0.1},
+                                        {.lr = 3e-4, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.0}};
+  const float inv_scale = 0.37f;
+  std::vector<Parameter> actual;
+  for (const std::int64_t elements : {1, 255, 256, 257, 4099})
+    for (const DType param_dtype : kDTypes)
+      for (const DType grad_dtype : {DType::f32, param_dtype})
+        for (const bool in_8_bits : {true, false}) actual.emplace_back(elements, param_dtype, grad_dtype, in_8_bits);
+  std::vector<Parameter> expected = actual;
+  std::int64_t skipped = 0;
+  for (int round = 0; round < 3; ++round) {
+    use_pool(round + 1);
+    std::vector<qn::AdamW8bitTensor> tensors;
+    for (std::size_t i = 0; i < actual.size(); ++i) {
+      Random random(i + 100 * static_cast<std::size_t>(round));
+      // From one to the next step gradients shrink by orders of magnitude: moments that become codes near 0.
+      actual[i].grad.fill(random, std::pow(0.03f, static_cast<float>(round)));
+      expected[i].grad = actual[i].grad;
+      tensors.push_back(actual[i].view(static_cast<int>(i % 2)));
+      expected[i].step_by_definition(groups[i % 2], inv_scale);
+    }
+    qn::adamw_8bit_step({.tensors = tensors.data(),
+                         .count = static_cast<std::int64_t>(tensors.size()),
+                         .groups = groups,
+                         .group_count = 2,
+                         .inv_scale = &inv_scale,
+                         .skipped = &skipped});
+    for (std::size_t i = 0; i < actual.size(); ++i) EXPECT(actual[i].same_as(expected[i]));
+  }
+  EXPECT(skipped == 0);
+}
+
+// ---- bad input ----
+
+void expect_refused(const std::string& argument, const std::function<void()>& call) {
+  std::string named;
+  try {
+    call();
+  } catch (const qn::Error& error) {
+    named = error.argument();
+  }
+  EXPECT(named == argument);
+  if (named != argument) std::printf("  expected an error about %s\n", argument.c_str());
+}
+
+// Each argument of each operation that cannot be as it is, and that its result is then not touched. (Those of
+// linear_forward and of adamw_8bit_step are in test_core.cpp.)
+void bad_input_is_refused_by_its_name() {
+  const Tensor weight = random_weight({5, 63}, DType::f32);
+  const Quantized quantized(weight, formats()[0], 64, true);
+  std::vector<std::uint8_t> codes(512, 9);
+  std::vector<float> scales(512, 9.0f), out(512, 9.0f);
+  qn::NonFinite non_finite;
+  const auto change = [](auto args, auto operation, auto edit) {
+    return [=] {
+      auto changed = args;
+      edit(changed);
+      operation(changed, qn::Stream{});
+    };
+  };
+
+  const qn::QuantizeArgs q{.weight = weight.data(),
+                           .elements = 315,
+                           .code = formats()[0].code,
+                           .codes = codes.data(),
+                           .absmax = scales.data(),
+                           .non_finite = &non_finite};
+  using Q = qn::QuantizeArgs;
+  expect_refused("elements", change(q, qn::quantize, [](Q& args) { args.elements = -1; }));
+  expect_refused("bits", change(q, qn::quantize, [](Q& args) { args.bits = 5; }));
+  expect_refused("blocksize", change(q, qn::quantize, [](Q& args) { args.blocksize = 16; }));
+  expect_refused("blocksize", change(q, qn::quantize, [](Q& args) { args.blocksize = 96; }));
+  expect_refused("weight", change(q, qn::quantize, [](Q& args) { args.weight = nullptr; }));
+  expect_refused("codes", change(q, qn::quantize, [](Q& args) { args.codes = nullptr; }));
+  expect_refused("absmax", change(q, qn::quantize, [](Q& args) { args.absmax = nullptr; }));
+  expect_refused("code", change(q, qn::quantize, [](Q& args) { args.code = nullptr; }));
+  static float not_finite[16] = {0.0f, NAN};
+  expect_refused("code", change(q, qn::quantize, [](Q& args) { args.code = not_finite; }));
+
+  const qn::QuantizeAbsmaxArgs n{.absmax = quantized.absmax.data(),
+                                 .blocks = 5,
+                                 .nested_code = qn::dynamic_map().data(),
+                                 .codes = codes.data(),
+                                 .nested_absmax = scales.data(),
+                                 .offset = out.data()};
+  using A = qn::QuantizeAbsmaxArgs;
+  expect_refused("blocks", change(n, qn::quantize_absmax, [](A& args) { args.blocks = -1; }));
+  expect_refused("nested_blocksize", change(n, qn::quantize_absmax, [](A& args) { args.nested_blocksize = 0; }));
+  expect_refused("nested_code", change(n, qn::quantize_absmax, [](A& args) { args.nested_code = nullptr; }));
+  expect_refused("offset", change(n, qn::quantize_absmax, [](A& args) { args.offset = nullptr; }));
+
+  const qn::DequantizeArgs d{.weight = quantized.view(), .out = out.data()};
+  using D = qn::DequantizeArgs;
+  expect_refused("weight.K", change(d, qn::dequantize, [](D& args) { args.weight.K = 0; }));
+  expect_refused("weight.N", change(d, qn::dequantize, [](D& args) { args.weight.N = std::int64_t{1} << 61; }));
+  expect_refused("weight.nested_blocksize",
+                 change(d, qn::dequantize, [](D& args) { args.weight.nested_blocksize = 0; }));
+  expect_refused("weight.nested_code", change(d, qn::dequantize, [](D& args) { args.weight.nested_code = nullptr; }));
+  expect_refused("out", change(d, qn::dequantize, [](D& args) { args.out = nullptr; }));
+
+  const Tensor x = Tensor(weight), dy(DType::f32, 5, 5), u(DType::f32, 5, 2);
+  const qn::LoraView lora{.rank = 2, .a = scales.data(), .b = scales.data()};
+  const qn::LinearBackwardInputArgs b{.weight = quantized.view(),
+                                      .lora = lora,
+                                      .dy = dy.in(),
+                                      .dx = {out.data(), DType::f32, 5, 63, 63},
+                                      .v = {out.data(), DType::f32, 5, 2, 2}};
+  using B = qn::LinearBackwardInputArgs;
+  expect_refused("dy", change(b, qn::linear_backward_input, [](B& args) { args.dy.cols = 6; }));
+  expect_refused("dy.stride", change(b, qn::linear_backward_input, [](B& args) { args.dy.stride = 4; }));
+  expect_refused("dx", change(b, qn::linear_backward_input, [](B& args) { args.dx.cols = 62; }));
+  expect_refused("dx.dtype", change(b, qn::linear_backward_input, [](B& args) { args.dx.dtype = DType::bf16; }));
+  expect_refused("v", change(b, qn::linear_backward_input, [](B& args) { args.v.rows = 4; }));
+  expect_refused("lora.b", change(b, qn::linear_backward_input, [](B& args) { args.lora.b = nullptr; }));
+  expect_refused("lora.rank", change(b, qn::linear_backward_input, [](B& args) { args.lora.rank = -1; }));
+
+  const qn::LoraGradientsArgs g{
+      .lora = lora, .x = x.in(), .dy = dy.in(), .u = u.in(), .v = u.in(), .da = out.data(), .db = out.data()};
+  using G = qn::LoraGradientsArgs;
+  expect_refused("x.rows", change(g, qn::lora_gradients, [](G& args) { args.x.rows = -1; }));
+  expect_refused("dy", change(g, qn::lora_gradients, [](G& args) { args.dy.rows = 4; }));
+  expect_refused("u.data", change(g, qn::lora_gradients, [](G& args) { args.u.data = nullptr; }));
+  expect_refused("v.stride", change(g, qn::lora_gradients, [](G& args) { args.v.stride = 1; }));
+  expect_refused("lora.dropout", change(g, qn::lora_gradients, [](G& args) { args.lora.dropout = -0.1f; }));
+
+  EXPECT(std::all_of(codes.begin(), codes.end(), [](std::uint8_t code) { return code == 9; }));
+  EXPECT(std::all_of(scales.begin(), scales.end(), [](float scale) { return scale == 9.0f; }));
+  EXPECT(std::all_of(out.begin(), out.end(), [](float value) { return value == 9.0f; }));
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("qlora_native on %s\n", qn::current_isa().c_str());
+  } catch (const qn::Unavailable& error) {
+    std::printf("skipped: %s\n", error.what());
+    return 77;  // ctest's SKIP_RETURN_CODE
+  }
+  use_pool(2);  // not OpenMP's: on a busy machine its threads would spin at the end of each of many small tasks
+  decoded_weight_is_level_times_scale_rounded_once();
+  scale_that_is_not_finite_decodes_as_defined();
+  code_is_that_of_the_nearest_level();
+  scale_in_8_bits_is_the_nearest();
+  values_that_are_not_finite_are_counted();
+  products_are_the_sums_of_float64();
+  bits_are_the_same_in_every_run_and_for_any_number_of_threads();
+  adamw_steps_to_the_bit();
+  bad_input_is_refused_by_its_name();
+  return report();
+}
