@@ -4,9 +4,9 @@
 
 Two tables. The first has the products of M = 1 ... 4096 rows on one thread, on all, and on all beside a busy process
 that multiplies on as many threads: ours, torch's dense product, and decode-then-dense (W decoded whole, then torch's
-product), whose 1.05-fold time is the most that a product may take (cpp/src/cpu/way.h). The second has a training step of
-SmolLM2 (step.py), alone and with two more processes that train the same way on the same cores: ours, and LoRA over bf16
-weights.
+product), whose 1.05-fold time is the most that a product may take (cpp/src/cpu/way.h). The second has a training step
+of SmolLM2 (step.py), alone and with two more processes that train the same way on the same cores: ours, and LoRA over
+bf16 weights.
 
 Contestants take turns in one process (timing.py); medians. --output writes bench/results/growth-<machine>.{json,md}.
 """

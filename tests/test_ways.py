@@ -1,5 +1,5 @@
-"""The ways that a product can take on the CPU (cpu/way.h), each forced on products of every kind: by tiles, which the rule
-chooses on processors that have them, and by panels of decoded weight, which torch multiplies.
+"""The ways that a product can take on the CPU (cpu/way.h), each forced on products of every kind: by tiles, which the
+rule chooses on processors that have them, and by panels of decoded weight, which torch multiplies.
 
 What the rule itself says is tested in tests/cpp/test_way.cpp.
 """
@@ -28,7 +28,8 @@ def run(call, **environment):
     command = [sys.executable, "-c", f"import test_ways; test_ways.{call}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
-    return done.stdout.strip(), [line.rsplit(": ", 1)[1] for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
+    printed = [line for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
+    return done.stdout.strip(), [line.rsplit(": ", 1)[1] for line in printed]
 
 
 def ragged_cases():

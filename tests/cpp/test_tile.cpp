@@ -52,8 +52,7 @@ void every_element_is_a_row_times_a_column() {
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 16; ++n) {
       float sum = before[m * Operands::kRow + n];  // integers, which fp32 adds exactly
-      for (int k = 0; k < 16; ++k)
-        sum += static_cast<float>((m - k) * (k * n % 7) + (m + 2 * k) * (3 - k));
+      for (int k = 0; k < 16; ++k) sum += static_cast<float>((m - k) * (k * n % 7) + (m + 2 * k) * (3 - k));
       EXPECT(o.at(m, n) == sum);
     }
   for (int m = 0; m < 16; ++m)  // what lies between rows stays
@@ -130,7 +129,8 @@ void zeroed_tiles_are_zero() {
     for (int n = 0; n < 16; ++n) EXPECT(o.at(m, n) == 0.0f);
 }
 
-// A hash of products of random bits, subnormal numbers and all: the same for the tiles in plain C++ and the processor's.
+// A hash of products of random bits, subnormal numbers and all: the same for the tiles in plain C++ and the
+// processor's.
 void random_products_have_the_expected_bits() {
   std::uint64_t state = 1, hash = 0xcbf29ce484222325;  // FNV-1a
   const auto random = [&] { return static_cast<std::uint32_t>((state = state * 6364136223846793005u + 1) >> 32); };
@@ -139,7 +139,7 @@ void random_products_have_the_expected_bits() {
     for (auto* matrix : {&o.a, &o.b})
       for (float& value : *matrix) {
         std::uint32_t bits = random();
-        if (repeat % 2 == 0) bits = (bits & 0x87FF87FFu) | 0x38003800u;  // exponents that meet
+        if (repeat % 2 == 0) bits = (bits & 0x87FF87FFu) | 0x38003800u;                          // exponents that meet
         if (((bits >> 23) & 0xFF) == 0xFF || ((bits >> 7) & 0xFF) == 0xFF) bits &= 0xBFFFBFFFu;  // no NaN
         value = std::bit_cast<float>(bits);
       }

@@ -60,8 +60,8 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
 // The instruction sets the cpu backend was built with and this machine runs, best first: of "amx_bf16", "avx512_bf16",
-// "avx512", "avx2", or on Arm "neon_bf16", "neon"; then "scalar", and "amx_emulated", which is for tests: the algorithms
-// of amx_bf16 in plain C++.
+// "avx512", "avx2", or on Arm "neon_bf16", "neon"; then "scalar", and "amx_emulated", which is for tests: the
+// algorithms of amx_bf16 in plain C++.
 QLN_API std::vector<std::string> available_isas();
 
 // The one in use: the best, or the one that the environment variable QLN_FORCE_ISA names. Chosen at first use;

@@ -32,8 +32,9 @@ Stage(std::int64_t, Body) -> Stage<Body>;
 template <class... Bodies>
 void parallel_stages(Stage<Bodies>... stages) {
   static_assert(sizeof...(Bodies) <= kMostStages);
-  const StageView views[] = {
-      {stages.tasks, [](void* context, std::int64_t task) { (*static_cast<Bodies*>(context))(task); }, &stages.body}...};
+  const StageView views[] = {{stages.tasks,
+                              [](void* context, std::int64_t task) { (*static_cast<Bodies*>(context))(task); },
+                              &stages.body}...};
   run_stages(views, static_cast<int>(std::size(views)));
 }
 

@@ -17,9 +17,9 @@ namespace {
 //   vectors; the dense tiles      1 (Y)       9         -       33
 //   tiles                         1 (Y)       1 (dX)    4       1024, without dropout
 //
-// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the host program's product uses here. Neither
-// the weight's shape nor the number of threads decides: every way costs in proportion to N * K, and results must be the
-// same for any number of threads.
+// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the host program's product uses here.
+// Neither the weight's shape nor the number of threads decides: every way costs in proportion to N * K, and results
+// must be the same for any number of threads.
 struct Thresholds {
   std::int64_t vectors, tiles, panels;
 };
@@ -32,8 +32,8 @@ constexpr Thresholds kByVectors{kMostFewRows + 1, kNever, kNever};
 // by vectors 33 rows cost that.
 constexpr Thresholds kDenseTiles{kMostFewRows + 1, kNever, 33};
 // Vectors of pairs take 0.14 ms a row of x for 4096 x 4096 and 0.48 for the first, which is memory's; a tile product of
-// 1 ... 16 rows 0.8. From 1024 rows on the host's product is ahead of one that decodes on the way by more than decoding a
-// panel costs: 15.7 against 18.5 ms, and 29 against 39 for 2048 rows (measured with a first kernel).
+// 1 ... 16 rows 0.8. From 1024 rows on the host's product is ahead of one that decodes on the way by more than decoding
+// a panel costs: 15.7 against 18.5 ms, and 29 against 39 for 2048 rows (measured with a first kernel).
 constexpr Thresholds kByTiles{4, 4, 1024};
 
 bool can_take(const WayProblem& p, Way way) {

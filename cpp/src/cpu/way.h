@@ -1,5 +1,5 @@
-// Which way a product over a quantized weight takes on the cpu. A plain function of what is known beforehand, so that it
-// can be read and tested: never slower than 1.05 times decoding all of W and multiplying by the host program's dense
+// Which way a product over a quantized weight takes on the cpu. A plain function of what is known beforehand, so that
+// it can be read and tested: never slower than 1.05 times decoding all of W and multiplying by the host program's dense
 // product, on any machine.
 #pragma once
 
@@ -44,8 +44,8 @@ constexpr std::int64_t kCopiedBytes = std::int64_t{32} << 20;
 
 Way choose_way(const WayProblem& problem);
 
-// The same, or the way that QLN_FORCE_WAY names (few_rows, vectors, tiles, panels) where the problem allows it: for tests
-// and measurements.
+// The same, or the way that QLN_FORCE_WAY names (few_rows, vectors, tiles, panels) where the problem allows it: for
+// tests and measurements.
 Way way_of(const WayProblem& problem);
 
 // For people: QLN_PRINT_CONFIG=1 prints it for each product.

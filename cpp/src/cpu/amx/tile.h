@@ -12,8 +12,8 @@ namespace qlora_native {
 namespace {
 
 // The tiles of this thread while the object lives: eight of 16 rows of 64 bytes. Its configuration from before (a
-// library's that keeps one between calls, such as oneDNN) is there again afterwards; where there was none, the tiles are
-// released, so that the system need not save them when it switches threads.
+// library's that keeps one between calls, such as oneDNN) is there again afterwards; where there was none, the tiles
+// are released, so that the system need not save them when it switches threads.
 class Tiles {
  public:
   Tiles() {

@@ -16,13 +16,9 @@ namespace qlora_native {
 namespace {
 
 // A subnormal number as zero, of its sign.
-inline float flush(float x) {
-  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
-}
+inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 // The two bfloat16 of a unit.
-inline float first_of(float unit) {
-  return flush(std::bit_cast<float>(std::bit_cast<std::uint32_t>(unit) << 16));
-}
+inline float first_of(float unit) { return flush(std::bit_cast<float>(std::bit_cast<std::uint32_t>(unit) << 16)); }
 inline float second_of(float unit) {
   return flush(std::bit_cast<float>(std::bit_cast<std::uint32_t>(unit) & 0xFFFF0000u));
 }

@@ -31,10 +31,10 @@ struct Backward {
       if (v_out.data == nullptr)
         v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
       const float scale = lora.scaling * dropout_scale(lora);
-      auto low_rank_product = Product::product(dy, groups, b, nullptr,
-                                               [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                                                 write_row<Dot::kActivation>(v_out, row, col, sums, scale);
-                                               });
+      auto low_rank_product =
+          Product::product(dy, groups, b, nullptr, [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+            write_row<Dot::kActivation>(v_out, row, col, sums, scale);
+          });
       auto pack_v = Product::pack(readable(v_out), groups, v);
       auto product = Product::product(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr,
                                       [=, &args](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
@@ -91,11 +91,11 @@ struct Backward {
       const char* from = static_cast<const char*>(left.data) + first * kSize;
       constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
       const Stage turn{ceil_div(M, kTurned), [=](std::int64_t task) {
-        const std::int64_t end = smaller((task + 1) * kTurned, M);
-        for (std::int64_t m = task * kTurned; m < end; ++m)
-          for (std::int64_t r = 0; r < groups.rows; ++r)
-            __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
-      }};
+                         const std::int64_t end = smaller((task + 1) * kTurned, M);
+                         for (std::int64_t m = task * kTurned; m < end; ++m)
+                           for (std::int64_t r = 0; r < groups.rows; ++r)
+                             __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
+                       }};
       parallel_stages(turn, Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed),
                       Product::product(packed, groups, right, nullptr,
                                        [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
@@ -105,8 +105,7 @@ struct Backward {
   }
 
   template <DType kTo>
-  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors],
-                        float scale) {
+  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
     for (int i = 0; i < Dot::kColumnVectors && col + i * kLanes < out.cols; ++i)
@@ -115,8 +114,7 @@ struct Backward {
   }
   // Row `col` ... of out, element `row` of each.
   template <DType kTo>
-  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors],
-                           float scale) {
+  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
     constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
     char values[kChunk * kTarget];
     for (int i = 0; i < Dot::kColumnVectors; ++i)

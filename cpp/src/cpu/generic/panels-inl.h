@@ -1,5 +1,5 @@
-// Products of many rows by the host program's dense product (set_dense_gemm), which multiplies with panels of W, decoded
-// one after the other:
+// Products of many rows by the host program's dense product (set_dense_gemm), which multiplies with panels of W,
+// decoded one after the other:
 //
 //   Y[M, n ... ]  = [ X | U ] . [ W | s*B ]^T     a panel is rows n ... of W, and of s*B beside them
 //   dX[M, k ... ] = [ dY | V ] . [ W ; A ]        a panel is columns k ... of W, and of A below them
@@ -143,12 +143,8 @@ struct Panels {
   }
 
   static void multiply(ConstMatrix left, Matrix panel, bool transposed, const void* bias, Matrix out) {
-    hooks().dense_gemm({.left = left,
-                        .right = readable(panel),
-                        .transpose_right = transposed,
-                        .bias = bias,
-                        .out = out},
-                       {});
+    hooks().dense_gemm(
+        {.left = left, .right = readable(panel), .transpose_right = transposed, .bias = bias, .out = out}, {});
   }
 };
 

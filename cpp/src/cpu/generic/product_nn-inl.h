@@ -88,14 +88,16 @@ struct ProductNn {
     const DenseRows<Dot, true> rows(left);
     const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
     return Stage{groups.count, [=](std::int64_t group) {
-      const std::int64_t first = groups.first(group);
-      const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
-      for (std::int64_t row = first; row < end; ++row)
-        rows.template chunks<1>(row, row < rows.rows(), 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
-          float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
-          for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
-        });
-    }};
+                   const std::int64_t first = groups.first(group);
+                   const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
+                   for (std::int64_t row = first; row < end; ++row)
+                     rows.template chunks<1>(row, row < rows.rows(), 0, chunks,
+                                             [&](std::int64_t c, const Chunk(&chunk)[1]) {
+                                               float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
+                                               for (int i = 0; i < Dot::kVectors; ++i)
+                                                 store(packed + i * kLanes, chunk[0].v[i]);
+                                             });
+                 }};
   }
 
   // Units u0 ... u1-1 (rows of W), chunks c0 ... c1-1 (columns).
@@ -332,8 +334,8 @@ struct ProductNn {
     }
   }
 
-  // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order). `w` and `lora`
-  // must live until the stage has run.
+  // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order). `w` and
+  // `lora` must live until the stage has run.
   template <class Rows, class Write>
   static auto product(const float* left, Groups groups, const Rows& w, const LowRank* lora, Write write) {
     const std::int64_t chunks = ceil_div(w.cols(), kChunk);
@@ -344,30 +346,30 @@ struct ProductNn {
     const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
                                 cut.tasks_per_thread);
     return Stage{grid.row_parts * grid.column_tiles, [=, &w](std::int64_t task) {
-      const std::int64_t g0 = task % grid.row_parts * grid.row_part;
-      const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
-      const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
-      const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
-      float* panels = reinterpret_cast<float*>(scratch(
-          Slot::thread,
-          static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroup * kChunk) * sizeof(float)));
-      const Part part{groups, g0, g1, c0, c1, cut.step(), panels, panels + 2 * kPanelFloats};
-      Tiles tiles;
-      if (lora != nullptr) {
-        multiply(tiles, lora->a, lora->v, part, false);
-        if (lora->dropout) drop(*lora, part);
-      }
-      multiply(tiles, w, left, part, lora != nullptr);
-      for (std::int64_t g = g0; g < g1; ++g)
-        for (int row = 0; row < groups.size(g); ++row)
-          for (std::int64_t c = c0; c < c1; ++c) {
-            F32 natural[Dot::kColumnVectors];
-            const float* from = part.sums_of(g, c) + row * kChunk;
-            for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
-            if (!Rows::kNatural) Dot::to_natural(natural);
-            write(groups.first(g) + row, c * kChunk, natural);
-          }
-    }};
+                   const std::int64_t g0 = task % grid.row_parts * grid.row_part;
+                   const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
+                   const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
+                   const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
+                   float* panels = reinterpret_cast<float*>(scratch(
+                       Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroup * kChunk) *
+                                         sizeof(float)));
+                   const Part part{groups, g0, g1, c0, c1, cut.step(), panels, panels + 2 * kPanelFloats};
+                   Tiles tiles;
+                   if (lora != nullptr) {
+                     multiply(tiles, lora->a, lora->v, part, false);
+                     if (lora->dropout) drop(*lora, part);
+                   }
+                   multiply(tiles, w, left, part, lora != nullptr);
+                   for (std::int64_t g = g0; g < g1; ++g)
+                     for (int row = 0; row < groups.size(g); ++row)
+                       for (std::int64_t c = c0; c < c1; ++c) {
+                         F32 natural[Dot::kColumnVectors];
+                         const float* from = part.sums_of(g, c) + row * kChunk;
+                         for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+                         if (!Rows::kNatural) Dot::to_natural(natural);
+                         write(groups.first(g) + row, c * kChunk, natural);
+                       }
+                 }};
   }
 
  private:
@@ -378,20 +380,20 @@ struct ProductNn {
     if constexpr (kByTiles) {
       return multiply_panel_by_tiles<Rows>(tiles, cols, left, units, u, end, panel, part, accumulate, decoding);
     } else {
-    NoDecoder none;
-    for (std::int64_t c = part.c0; c < part.c1; ++c) {
-      const std::int64_t columns = smaller<std::int64_t>(kChunk, cols - c * kChunk);
-      const int vectors = Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : Dot::kColumnVectors;
-      const float* from = panel + (c - part.c0) * (end - u) * kChunk;
-      for (std::int64_t g = part.g0; g < part.g1; ++g) {
-        const std::int64_t stride = packed_stride(units);
-        const float* rows = left + part.groups.first(g) * stride + u;
-        if (g == part.g0)
-          group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
-        else
-          group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
+      NoDecoder none;
+      for (std::int64_t c = part.c0; c < part.c1; ++c) {
+        const std::int64_t columns = smaller<std::int64_t>(kChunk, cols - c * kChunk);
+        const int vectors = Rows::kNatural ? static_cast<int>(ceil_div(columns, kLanes)) : Dot::kColumnVectors;
+        const float* from = panel + (c - part.c0) * (end - u) * kChunk;
+        for (std::int64_t g = part.g0; g < part.g1; ++g) {
+          const std::int64_t stride = packed_stride(units);
+          const float* rows = left + part.groups.first(g) * stride + u;
+          if (g == part.g0)
+            group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
+          else
+            group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, none);
+        }
       }
-    }
     }
   }
 

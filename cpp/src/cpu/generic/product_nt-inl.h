@@ -46,7 +46,7 @@ struct ProductNt {
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
   // Rows of W. Of tiles more, for these multiply so fast that reading X again for other rows of W would be the limit.
   static constexpr std::int64_t kWidestTile = kTiled<Dot> ? 256 : 64;
-  static constexpr std::int64_t kNarrowestTile = 16;              // a multiple of every kRowsOfStrip
+  static constexpr std::int64_t kNarrowestTile = 16;  // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
 
   template <class Rows>

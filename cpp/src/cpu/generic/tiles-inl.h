@@ -44,8 +44,8 @@ struct TileGrid {
 
 // A block of kRows x kCols tiles of sums over `units` units, a multiple of kTileUnits, beginning with what `c` holds or
 // with zero. The sums stay in registers: C in tiles 0 ... 3, A in 4 and 5, B in 6 and 7, so that 2 x 2 tiles of sums
-// cost one load a product, the least that eight tiles allow. `meanwhile` is called at every step of 16 units: its vector
-// instructions run beside the products.
+// cost one load a product, the least that eight tiles allow. `meanwhile` is called at every step of 16 units: its
+// vector instructions run beside the products.
 template <int kRows, int kCols, class Tiles, class Meanwhile>
 [[gnu::noinline]] void multiply_tiles(Tiles& tiles, TileGrid<const float*> a, TileGrid<const float*> b,
                                       std::int64_t units, TileGrid<float*> c, bool accumulate, Meanwhile& meanwhile) {

@@ -24,9 +24,7 @@ struct DotBf16 {
   };
   using Table = Table16;
 
-  static Table table(Table16 code, float scale) {
-    return round_table<DType::bf16>(map_table(code, mul, set1(scale)));
-  }
+  static Table table(Table16 code, float scale) { return round_table<DType::bf16>(map_table(code, mul, set1(scale))); }
 
   template <bool kOdd>
   static Chunk decode4(const std::uint8_t* bytes, Table table) {
