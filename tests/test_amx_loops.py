@@ -1,0 +1,78 @@
+"""The machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which no processor without AMX can time: what a
+tile product costs is at most one load, no tile is stored in the loop, and what decodes beside it stays in registers.
+"""
+
+import importlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OBJECTS = sorted(ROOT.glob("build/**/cpu/amx/backend.cpp.o"), key=lambda path: path.stat().st_mtime)
+
+pytestmark = [
+    pytest.mark.skipif(not OBJECTS, reason="reads what `make test-cpp` compiles for AMX"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump"),
+]
+
+
+def target(instruction):
+    """Where a branch of x86-64 goes."""
+    if not instruction.opcode.startswith("j"):
+        return None
+    return int(instruction.operands.split()[0], 16)
+
+
+def falls_through(instruction):
+    return instruction.opcode not in ("jmp", "ret")
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """{a block's tiles of sums and what is decoded beside it: the loop over units of its machine code}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "bench")
+        arm, machine_code = importlib.import_module("arm"), importlib.import_module("machine_code")
+        listing = subprocess.run(
+            ("objdump", "-dC", "--no-show-raw-insn", str(OBJECTS[-1])), capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        found = {}
+        for name, code in arm.functions_of(listing).items():
+            if "multiply_tiles<" not in name or not any(i.opcode == "tdpbf16ps" for i in code):
+                continue
+            loops = machine_code.loops(code, target, falls_through)
+            found[name] = max((loop for loop in loops if any(i.opcode == "tdpbf16ps" for i in loop)), key=len)
+        return found
+
+
+def count(loop, opcode):
+    return sum(i.opcode == opcode for i in loop)
+
+
+def of_size(blocks, size):
+    return {name: loop for name, loop in blocks.items() if f"multiply_tiles<{size}," in name}
+
+
+def test_block_of_two_by_two_tiles_loads_one_tile_a_product(blocks):
+    found = of_size(blocks, "2, 2")
+    # In Y and in dX, over 4 and over 8 bits, and without decoding.
+    assert len(found) >= 5, list(blocks)
+    for name, loop in found.items():
+        assert count(loop, "tdpbf16ps") == 4 and count(loop, "tileloadd") == 4, name
+
+
+@pytest.mark.parametrize(("size", "loads", "products"), [("4, 1", 5, 4), ("1, 4", 5, 4), ("1, 2", 3, 2), ("1, 1", 2, 1)])
+def test_smaller_block_loads_each_tile_once(blocks, size, loads, products):
+    found = of_size(blocks, size)
+    assert found, list(blocks)
+    for name, loop in found.items():
+        assert (count(loop, "tileloadd"), count(loop, "tdpbf16ps")) == (loads, products), name
+
+
+def test_sums_stay_in_registers(blocks):
+    for name, loop in blocks.items():
+        assert count(loop, "tilestored") == 0, name
+        spilled = [i for i in loop if "zmm" in i.operands and ("(%rsp)" in i.operands or "(%rbp)" in i.operands)]
+        assert not spilled, (name, spilled)
