@@ -315,7 +315,7 @@ interleavings (zip) and each block's table; loads, two registers at a time; stor
 fp32 take four lookups of bytes and eight interleavings, 16 of bfloat16 two and two, and then there is the table of a
 block of 64. "Cycles at best" are those of the vector instructions alone on the four vector pipes of a Neoverse V2.
 Every branch of a loop counts: in fp32 the sums of a few rows are added to totals, which lie on the stack, in every
-fourth turn only.
+fourth turn only. What is decoded beside the forward product is a function of its own, which saves registers there.
 """
 MATRIX = """bfmmla, the matrix instruction, multiplies twice as many pairs as bfdot. By the same model of a Neoverse V2
 24 bfdot in a row take {bfdot} cycles and 24 bfmmla {bfmmla}, so it would pay in the tiles of many rows. It is not used,

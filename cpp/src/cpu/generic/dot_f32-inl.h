@@ -100,7 +100,7 @@ struct DotF32 {
       return values[k % kNibbleVectors];
     }
   };
-  static Step4 step4(const std::uint8_t* codes, Table16 code, const float* scales) {
+  [[gnu::always_inline]] static Step4 step4(const std::uint8_t* codes, const Table16& code, const float* scales) {
     return {codes, table(code, scales[0])};
   }
   using Step8 = Step;

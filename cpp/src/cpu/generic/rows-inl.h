@@ -145,7 +145,7 @@ class QuantizedRows {
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::Step4, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
   // Dot::kStepChunks chunks from `codes` on, with as many scales.
-  QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
+  [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
     if constexpr (kBits == 4)
       return Dot::step4(codes, code_, scales);
     else

@@ -95,7 +95,7 @@ struct DotBf16 {
       return lookup_half(table, k / 2 % 2 == 0 ? high_nibbles(p) : low_nibbles(p), k % 2);
     }
   };
-  static Step4 step4(const std::uint8_t* codes, const Table16& code, const float* scales) {
+  [[gnu::always_inline]] static Step4 step4(const std::uint8_t* codes, const Table16& code, const float* scales) {
     return {codes, table(code, scales[0])};
   }
   using Step8 = Step;
