@@ -118,13 +118,13 @@ def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
         Case(operation="dequantize", shape=shape),
         Case(operation="dequantize", shape=shape, memory="kept"),
         Case(operation="dequantize", shape=shape, dtype="float32", memory="kept"),
-        *products("forward", (1, 4, 16, 64, 256, 512, 1024, 2048)),
+        *products("forward", (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
         *products("forward", (1,), via="layer"),
         *products("forward", (1,), via="op"),
         *products("forward", (1, 4, 16, 64), memory="kept"),
         *products("forward", (1, 16, 64, 256, 512), rank=LORA_RANK),
         *products("forward", (512,), rank=LORA_RANK, dropout=0.05),
-        *products("dx", (1, 16, 64, 256, 512, 1024, 2048)),
+        *products("dx", (1, 16, 32, 64, 128, 256, 512, 1024, 2048)),
         *products("dx", (16, 512), via="autograd"),
         *products("dx", (16, 64), memory="kept"),
         *products("dx", (16, 64, 256, 512), rank=LORA_RANK),
@@ -143,7 +143,7 @@ def growth(shape: tuple[int, int], threads: int) -> list[Case]:
     found = [Case(operation=operation, shape=shape, M=M) for operation, M in GROWTH_PRODUCTS]
     if shape != SQUARE:
         return found
-    found = [Case(operation="forward", shape=shape, M=M) for M in (2, 8, 32, 128)]
+    found = [Case(operation="forward", shape=shape, M=2)]
     for operation, via in (("forward", "function"), ("dx", "autograd")):
         found += [Case(operation=operation, shape=shape, M=GROWTH_M, rank=rank, via=via) for rank in RANKS]
     for count in (2**i for i in range(threads.bit_length())):
@@ -166,4 +166,9 @@ def quick(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
 
 
 # Training steps: how step.measure_alone takes them.
-STEPS = {"step": {"processes": 5}, "step_kept": {"keep_memory": True}, "step_dropout": {"dropout": 0.05}}
+STEPS = {
+    "step": {"processes": 5},
+    "step_kept": {"keep_memory": True},
+    "step_dropout": {"dropout": 0.05},
+    "step_dense": {"dense": True},
+}

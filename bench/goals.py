@@ -20,6 +20,8 @@ from cases import (
 
 # The adapters' files, as goals name them, to their names in the table.
 FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes", "torch_fused": "torch fused"}
+# Of training steps, where a report has them.
+STEP_RATIOS = {"step": "ratio", "step_dense": "dense_ratio"}
 LEFT_OUT = "–"
 
 
@@ -28,7 +30,8 @@ class Goal:
     """One line of the table of goals: which cases, which figure, and what it must reach.
 
     figure   "limit": fraction of the machine's limit | the name of a peer: times as fast as it | "lora": slowdown
-             against the product without the adapter | "step": tokens/s over bitsandbytes + PEFT
+             against the product without the adapter | "step": tokens/s over bitsandbytes + PEFT | "step_dense": over
+             LoRA on bf16 weights
              "memory": extra bytes of one call | "published": times as fast as PUBLISHED_US
     operation  of a case; or one of STEPS, "memory", or what optimizer.py steps
     isa      None: any but those that have goals of their own
@@ -91,6 +94,7 @@ GOALS = [
     Goal(label="a training step of SmolLM2", figure="step", must=1.4, aim=1.8, operation="step"),
     Goal(label="the same", figure="step", must=None, operation="step_kept", memory="kept"),
     Goal(label="the same with LoRA dropout 0.05", figure="step", must=None, operation="step_dropout"),
+    Goal(label="a training step of SmolLM2", figure="step_dense", must=None, operation="step_dense"),
     Goal(label="AdamW8bit, 4.9 M in 360 tensors", figure="bitsandbytes", must=8, operation=ADAMW_ADAPTER),
     Goal(label="AdamW8bit, 4.9 M in 360 tensors", figure="torch_fused", must=1, operation=ADAMW_ADAPTER),
     Goal(label="AdamW8bit, one tensor of 100 M", figure="limit", must=0.60, operation=ADAMW_TENSOR),
@@ -141,6 +145,64 @@ GOALS = [
         Ms=LARGE,
         dtype="float32",
         isa="avx2",
+    ),
+]
+
+# With AMX, whose dense product is some eight times as fast: (M, must, aim) of both directions, of Y alone with few rows.
+AMX_FEW = ((1, 3, 3.6), (4, 2, 2.8), (8, 1.7, 2.4))
+AMX = (
+    (16, 1.7, 2.5), (32, 1.5, 2.2), (64, 1.5, 2), (128, 1.3, 1.6), (256, 1.05, 1.4), (512, 1.05, 1.4),
+    (1024, 0.92, 1.15), (2048, 0.92, 1.15),
+)  # fmt: skip
+GOALS += [
+    Goal(
+        label=f"{label}, M={M}", figure="torch_dense", must=must, aim=aim, operation=operation, Ms=(M,), isa="amx_bf16"
+    )
+    for operation, label, figures in (("forward", "forward", AMX_FEW + AMX), ("dx", "dX", AMX))
+    for M, must, aim in figures
+]
+GOALS += [
+    Goal(
+        label=label,
+        figure="lora",
+        must=0.10,
+        aim=0.05,
+        operation=operation,
+        Ms=(*Ms, *LARGE),
+        rank=LORA_RANK,
+        isa="amx_bf16",
+    )
+    for operation, label, Ms in (
+        ("forward", "LoRA r=16 inside the forward product", (1, 16, 64)),
+        ("dx", "LoRA r=16 inside dX", (16, 64)),
+    )
+]
+GOALS += [
+    Goal(
+        label="lora_gradients, M=512",
+        figure="torch_dense",
+        must=1,
+        operation="lora_gradients",
+        Ms=(512,),
+        rank=LORA_RANK,
+        isa="amx_bf16",
+    ),
+    Goal(label="a training step of SmolLM2", figure="step", must=1.5, aim=2, operation="step", isa="amx_bf16"),
+    Goal(
+        label="a training step of SmolLM2",
+        figure="step_dense",
+        must=1.2,
+        aim=1.5,
+        operation="step_dense",
+        isa="amx_bf16",
+    ),
+    Goal(
+        label="AdamW8bit, 4.9 M in 360 tensors",
+        figure="torch_fused",
+        must=1,
+        aim=1.3,
+        operation=ADAMW_ADAPTER,
+        isa="amx_bf16",
     ),
 ]
 
@@ -227,6 +289,7 @@ def _against(goal: Goal) -> str:
     kept = ", kept memory" if goal.memory == "kept" else ""
     names = {
         "limit": "the machine's limit", "lora": "without", "step": "bitsandbytes + PEFT", "memory": LEFT_OUT,
+        "step_dense": "LoRA over bf16",
         "published": "its published time", "torch_dense": "dense", "torch_fused": "torch's fused AdamW",
     }  # fmt: skip
     return names.get(goal.figure, goal.figure) + kept
@@ -240,9 +303,10 @@ def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, 
         return
     if goal.shape not in (None, shape):
         return
-    if goal.figure == "step":
-        if result.get(goal.operation, {}).get("ratio") and shape == first:
-            yield result[goal.operation]["ratio"]
+    if goal.figure in STEP_RATIOS:
+        ratio = result.get(goal.operation, {}).get(STEP_RATIOS[goal.figure])
+        if ratio and shape == first:
+            yield ratio
         return
     if goal.figure == "memory":
         yield from (row["bytes"] for row in result["memory"] if tuple(row["shape"]) == shape)

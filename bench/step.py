@@ -47,13 +47,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LOSS_TOLERANCE = 0.005
 
 
-def measure_alone(dropout: float = 0.0, keep_memory: bool = False, processes: int = 1) -> dict[str, object]:
+def measure_alone(
+    dropout: float = 0.0, keep_memory: bool = False, dense: bool = False, processes: int = 1
+) -> dict[str, object]:
     """What measure() returns, from processes of their own: medians of theirs, and `ratios`, that of each.
 
     Raises:
         subprocess.CalledProcessError: one failed, and has said why.
     """
-    arguments = ("--dropout", str(dropout), *["--keep-memory"] * keep_memory)
+    arguments = ("--dropout", str(dropout), *["--keep-memory"] * keep_memory, *["--dense"] * dense)
     return merged([in_own_process(__file__, *arguments) for _ in range(processes)])
 
 
@@ -65,9 +67,9 @@ def merged(found: list[dict]) -> dict[str, object]:
         for field in contestant.keys() & {"seconds", "own_seconds", "tokens_per_s"}:
             contestant[field] = statistics.median(each[field] for each in of_each)
         contestant["all_seconds"] = [seconds for each in of_each for seconds in each["all_seconds"]]
-    if "ratio" in report:
-        report["ratios"] = [each["ratio"] for each in found]
-        report["ratio"] = statistics.median(report["ratios"])
+    for ratio in report.keys() & {"ratio", "dense_ratio"}:
+        report[f"{ratio}s"] = [each[ratio] for each in found]
+        report[ratio] = statistics.median(report[f"{ratio}s"])
     return report
 
 
@@ -82,8 +84,8 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
 
     Returns:
         A report with `contestants`: name -> {seconds (median), all_seconds, tokens_per_s, losses}, ours also with
-        own_seconds, of the operations that are ours, and their flops; and `ratio`: tokens/s of ours over bitsandbytes'.
-        The bitsandbytes entry is missing where it is not installed.
+        own_seconds, of the operations that are ours, and their flops; `ratio`: tokens/s of ours over bitsandbytes',
+        missing as its entry is where it is not installed; with `dense` also `dense_ratio`, over bf16 weights.
 
     Raises:
         RuntimeError: the first losses differ, or a loss does not fall.
@@ -126,6 +128,8 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     }  # fmt: skip
     if "bitsandbytes + PEFT" in contestants:
         report["ratio"] = contestants["bitsandbytes + PEFT"]["seconds"] / contestants[OURS]["seconds"]
+    if dense:
+        report["dense_ratio"] = contestants["bf16 + PEFT"]["seconds"] / contestants[OURS]["seconds"]
     return report
 
 

@@ -1,5 +1,5 @@
-"""The machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which no processor without AMX can time: what a
-tile product costs is at most one load, no tile is stored in the loop, and what decodes beside it stays in registers.
+"""The machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which a processor without AMX cannot time: a
+tile product costs at most one load, no tile is stored in the loop, and what decodes beside it stays in registers.
 """
 
 import importlib
@@ -63,7 +63,9 @@ def test_block_of_two_by_two_tiles_loads_one_tile_a_product(blocks):
         assert count(loop, "tdpbf16ps") == 4 and count(loop, "tileloadd") == 4, name
 
 
-@pytest.mark.parametrize(("size", "loads", "products"), [("4, 1", 5, 4), ("1, 4", 5, 4), ("1, 2", 3, 2), ("1, 1", 2, 1)])
+@pytest.mark.parametrize(
+    ("size", "loads", "products"), [("4, 1", 5, 4), ("1, 4", 5, 4), ("1, 2", 3, 2), ("1, 1", 2, 1)]
+)
 def test_smaller_block_loads_each_tile_once(blocks, size, loads, products):
     found = of_size(blocks, size)
     assert found, list(blocks)
