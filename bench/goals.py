@@ -148,7 +148,7 @@ GOALS = [
     ),
 ]
 
-# With AMX, whose dense product is some eight times as fast: (M, must, aim) of both directions, of Y alone with few rows.
+# With AMX, whose dense product is some eight times as fast: (M, must, aim) of Y alone, and of both directions.
 AMX_FEW = ((1, 3, 3.6), (4, 2, 2.8), (8, 1.7, 2.4))
 AMX = (
     (16, 1.7, 2.5), (32, 1.5, 2.2), (64, 1.5, 2), (128, 1.3, 1.6), (256, 1.05, 1.4), (512, 1.05, 1.4),
