@@ -32,13 +32,16 @@ struct ProductNn {
     }
   };
   static constexpr Tiling tiling(std::int64_t rows, bool ragged) {
-    if (rows <= (ragged ? 32 : 8)) return {32, 1};
+    if (rows <= (ragged && kOneChain ? 32 : 8)) return {32, 1};
     if (ragged && rows <= 96) return {16, 2};
     return {rows <= 256 ? 4 : 2, kTasksPerThread};
   }
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
+  // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
+  // number: the sums of so many panels make a total.
+  static constexpr std::int64_t kPanelsOfTotal = 16;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
   static constexpr std::int64_t kMostSums = 128 << 10;  // floats
 
@@ -255,6 +258,7 @@ struct ProductNn {
     std::int64_t step;  // units of a panel
     float* panels;      // two
     float* sums;
+    float* totals;  // as sums, or null: sums go on to the end
 
     std::int64_t width() const { return c1 - c0; }
     float* sums_of(std::int64_t group, std::int64_t chunk) const {
@@ -269,8 +273,12 @@ struct ProductNn {
     const std::int64_t step = ceil_div(units, ceil_div(units, part.step));  // panels of equal size
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
     const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
+    const bool has_totals = part.totals != nullptr && units > kPanelsOfTotal * step;
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
-      multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0, decoding);
+      const bool afresh = has_totals && u != 0 && u / step % kPanelsOfTotal == 0;
+      if (afresh) add_sums(part, part.sums, part.totals, u / step != kPanelsOfTotal);
+      multiply_panel<Rows>(w.cols(), left, units, u, end_of(u), panel_of(u), part, !afresh && (accumulate || u != 0),
+                           decoding);
     };
     NoDecoder none;
     if constexpr (Rows::kQuantized) {
@@ -293,6 +301,7 @@ struct ProductNn {
         multiply_with(u, none);
       }
     }
+    if (has_totals) add_sums(part, part.totals, part.sums, true);
   }
 
   // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order).
@@ -309,10 +318,12 @@ struct ProductNn {
       const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
       const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
       const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
+      const bool has_totals = !kOneChain && tiles.step() < Dot::kRestart / Dot::kElementsPerUnit;
+      const std::int64_t count = (g1 - g0) * width * kGroupRows * kChunk;  // of sums
       float* panels = reinterpret_cast<float*>(scratch(
-          Slot::thread,
-          static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroupRows * kChunk) * sizeof(float)));
-      const Part part{groups, g0, g1, c0, c1, tiles.step(), panels, panels + 2 * kPanelFloats};
+          Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (has_totals ? 2 : 1) * count) * sizeof(float)));
+      float* sums = panels + 2 * kPanelFloats;
+      const Part part{groups, g0, g1, c0, c1, tiles.step(), panels, sums, has_totals ? sums + count : nullptr};
       if (lora != nullptr) {
         multiply(lora->a, lora->v, part, false);
         if (lora->dropout) drop(*lora, part);
@@ -356,6 +367,16 @@ struct ProductNn {
       return kNatural ? Dot::columns_natural(chunk[0]) : Dot::columns(chunk[0]);
     else
       return kNatural ? Dot::columns_natural(chunk[0], chunk[1]) : Dot::columns(chunk[0], chunk[1]);
+  }
+
+  // Copies all sums of a part, or adds them to what is there.
+  static void add_sums(const Part& part, const float* from, float* to, bool accumulate) {
+    for (std::int64_t g = part.g0; g < part.g1; ++g)
+      for (std::int64_t c = part.c0; c < part.c1; ++c) {
+        const std::int64_t first = part.sums_of(g, c) - part.sums;
+        for (std::int64_t i = first; i < first + part.groups.size(g) * kChunk; i += kLanes)
+          store(to + i, accumulate ? add(load(to + i), load(from + i)) : load(from + i));
+      }
   }
 
   static void drop(const LowRank& lora, const Part& part) {
