@@ -87,6 +87,17 @@ def products():
                 yield replace(case, lora_dtype=dtype)
 
 
+def long_sums():
+    """(product, results): each of these results has sums of 14336 terms, the most of the models that matter."""
+    for dtype in DTYPES:
+        # In 16 bits the rounding of the result hides most of what a sum does: once will do.
+        for M in (1, 8, 64) if dtype == torch.float32 else (8,):
+            elements = max(1024 // M, 64)  # enough of them that their mean says something
+            yield Product(M, elements, 14336, dtype), ("y",)
+            yield Product(M, 14336, elements, dtype), ("dx",)
+        yield Product(14336, 64, 64, dtype, rank=16), ("da", "db")
+
+
 def many_rows():
     """Products that go by panels of decoded weight, where torch's dense product is at hand: ragged shapes, panels of
     which there are several, and rows of which there are too many to be copied beside the adapter's at once."""

@@ -9,11 +9,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qlora_native.testing import SUM_FACTOR, product_tolerance, unit_roundoff
+from qlora_native.testing import (
+    SUM_FACTOR,
+    blocked_product,
+    chain_length,
+    product_tolerance,
+    relative_error,
+    unit_roundoff,
+)
 
 U32 = unit_roundoff(torch.float32)
 # Roundings of the low-rank part to the dtype of x: of A, of s*B, of U (or of B and V).
 LOW_RANK_ROUNDINGS = 3
+# Elements of a result that are held against sums in blocks, which take long.
+SAMPLE = 2048
 
 
 def scales(q):
@@ -64,8 +73,11 @@ def distance_to_nearest(levels, values):
 
 
 class Linear:
-    """One product with its gradients, three ways: in float64, as torch's dense operations give it, and how far off
-    an element may be. Everything is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N]."""
+    """One product with its gradients, three ways: in float64, by sums in blocks, and as torch's dense operations give
+    it; and how far off an element may be. All is 2-D: x [M, K], w [N, K] as decoded to the dtype of x, dy [M, N].
+
+    torch itself sums dy to dbias, so that has a tolerance and no yardstick.
+    """
 
     def __init__(self, x, w, dy, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout=0.0, seed=0):
         self.x, self.w, self.dy, self.bias = x, w, dy, bias
@@ -75,46 +87,92 @@ class Linear:
 
     def exact(self):
         """{"y", "dx", "dbias", "da", "db"} in float64, of the operands as they came (w rounded, the rest not)."""
-        return self._run(*(None if t is None else t.double() for t in (self.x, self.w, self.dy, self.bias)), float)
+        return self._run(lambda t: t.double())
 
-    def dense(self):
-        """The same by torch in the dtype of x, as PEFT computes it."""
-        return self._run(self.x, self.w, self.dy, None if self.bias is None else self.bias.to(self.x.dtype), None)
+    def dense(self, device="cpu"):
+        """The same by torch on `device` in the dtype of x, as PEFT computes it."""
+        results = self._run(lambda t: t.to(device, self.x.dtype))
+        return {name: t.cpu() for name, t in results.items()}
 
-    def _run(self, x, w, dy, bias, exact):
-        dtype = torch.float64 if exact else x.dtype
-        leaves = {"dx": x, "dbias": bias, "da": self.a, "db": self.b}
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    def _run(self, convert):
+        x, w, dy, mask = (convert(t) for t in (self.x, self.w, self.dy, self.mask * self.keep))
+        leaves = {"dx": x, "dbias": self.bias, "da": self.a, "db": self.b}
+        leaves = {name: convert(leaf.detach()).requires_grad_() for name, leaf in leaves.items() if leaf is not None}
         y = F.linear(leaves["dx"], w, leaves.get("dbias"))
         if self.a is not None:
-            dropped = leaves["dx"] * (self.mask * self.keep).to(dtype)
-            low_rank = F.linear(F.linear(dropped, leaves["da"].to(dtype)), leaves["db"].to(dtype))
-            y = y + low_rank * self.scaling
+            y = y + F.linear(F.linear(leaves["dx"] * mask, leaves["da"]), leaves["db"]) * self.scaling
         gradients = torch.autograd.grad(y, list(leaves.values()), dy)
         return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
-    def tolerance(self, exact):
-        """The error each element of each result may have."""
+    def sample(self, name):
+        """Which elements of a result the yardstick is for: (rows, columns), spread over all of it."""
+        (M, K), N = self.x.shape, len(self.w)
+        rank = 0 if self.a is None else len(self.a)
+        rows, columns = {"y": (M, N), "dx": (M, K), "da": (rank, K), "db": (N, rank)}[name]
+        count = min(rows, max(SAMPLE // max(columns, 1), 32))
+        return spread(rows, count), spread(columns, SAMPLE // max(count, 1))
+
+    def blocked(self):
+        """{"y", "dx", "da", "db"}: the sampled elements by `blocked_product`, rounded where ours are (linear.h)."""
+        x, w, dy, dtype = self.x, self.w, self.dy, self.x.dtype
+        kept = (x.double() * self.mask).to(dtype)
+        low_rank = self.a is not None and len(self.a) > 0
+        if low_rank:
+            a, b, scaled_b = self.a.to(dtype), self.b.to(dtype), (self.scaling * self.b.float()).to(dtype)
+            u = (blocked_product(kept, a) * self.keep).to(dtype)
+            v = (blocked_product(dy, b.t()) * (self.scaling * self.keep)).to(dtype)
+        rows, columns = self.sample("y")
+        y = blocked_product(x[rows], w[columns])
+        if low_rank:
+            y = y + blocked_product(u[rows], scaled_b[columns])
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)[columns].float()
+        rows, columns = self.sample("dx")
+        dx = blocked_product(dy[rows], w.t()[columns])
+        if low_rank:
+            dx = dx + blocked_product(v[rows], a.t()[columns]) * self.mask[rows][:, columns].float()
+        results = {"y": y.to(dtype), "dx": dx.to(dtype)}
+        if low_rank:
+            rows, columns = self.sample("da")
+            results["da"] = blocked_product(v.t()[rows], kept.t()[columns]).to(self.a.dtype)
+            rows, columns = self.sample("db")
+            results["db"] = (blocked_product(dy.t()[rows], u.t()[columns]) * self.scaling).to(self.b.dtype)
+        return results
+
+    def errors(self, name, actual, blocked, exact):
+        """The relative errors of a result and of its sums in blocks, over the sampled elements."""
+        rows, columns = self.sample(name)
+        right = exact[name][rows][:, columns]
+        return relative_error(actual[rows][:, columns], right), relative_error(blocked[name], right)
+
+    def independent(self, name):
+        """The number of independent errors in a sample: those of an adapter's gradient come from U or V."""
+        rows, columns = self.sample(name)
+        count = len(rows) * len(columns)
+        return min(count, len(self.x) * len(self.a)) if name in ("da", "db") else count
+
+    def tolerance(self, exact, chain=None):
+        """The error that each element of each result may have. `chain`: what stands for chain_length, if not ours."""
+        chain = chain or chain_length
         x, w, dy = self.x.double(), self.w.double(), self.dy.double()
-        dtype = self.x.dtype
+        (M, K), N, dtype = x.shape, len(w), self.x.dtype
         tolerance = {
-            "y": product_tolerance(x, w, exact["y"], dtype),
-            "dx": product_tolerance(dy, w.t(), exact["dx"], dtype),
+            "y": product_tolerance(x, w, exact["y"], dtype, chain(K, dtype)),
+            "dx": product_tolerance(dy, w.t(), exact["dx"], dtype, chain(N, dtype)),
         }
         if self.bias is not None:
             ones = torch.ones(1, len(dy), dtype=torch.float64)
-            tolerance["dbias"] = product_tolerance(ones, dy.t(), exact["dbias"][None], dtype)[0]
+            tolerance["dbias"] = product_tolerance(ones, dy.t(), exact["dbias"][None], dtype, M)[0]
             tolerance["y"] += unit_roundoff(dtype) * self.bias.double().abs()  # it is rounded to that dtype first
         if self.a is None or self.a.shape[0] == 0:
             return tolerance | ({} if self.a is None else {"da": torch.zeros(0), "db": torch.zeros(0)})
         a, b, s = self.a.double(), self.b.double(), abs(self.scaling)
-        (M, K), N = x.shape, len(w)
         u = self.keep * x.norm(dim=1)[:, None] * a.norm(dim=1)  # >= |U|, [M, rank]
         v = s * self.keep * dy.norm(dim=1)[:, None] * b.norm(dim=0)  # >= |V|
         roundings = LOW_RANK_ROUNDINGS * unit_roundoff(dtype)
 
         def sums(*lengths):
-            return roundings + SUM_FACTOR * U32 * sum(length**0.5 for length in lengths)
+            return roundings + SUM_FACTOR * U32 * sum(chain(length, dtype) ** 0.5 for length in lengths)
 
         tolerance["y"] += sums(K) * u @ (s * b.abs()).t()
         tolerance["dx"] += sums(N) * v @ a.abs()
@@ -123,3 +181,8 @@ class Linear:
         tolerance["da"] = rounded * exact["da"].abs() + sums(M, N) * v.t() @ x.abs() + smallest
         tolerance["db"] = rounded * exact["db"].abs() + sums(M, K) * s * dy.abs().t() @ u + smallest
         return tolerance
+
+
+def spread(size, count):
+    """At most `count` of the indices below `size`, from first to last."""
+    return torch.linspace(0, max(size - 1, 0), min(size, count)).round().long()

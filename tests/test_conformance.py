@@ -6,9 +6,13 @@ import pytest
 import torch
 
 import qlora_native as qn
-from qlora_native.testing import RATIO_ELEMENTS, assert_close_by_norm, assert_error_ratio
+from qlora_native import _C
+from qlora_native.testing import assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7
+# Of fewer independent errors the mean says too little.
+FEWEST_ELEMENTS = 256
+SEEDS = 3
 
 
 def random_weight(N, K, dtype=torch.float32, seed=0):
@@ -127,18 +131,59 @@ def assert_same_bits(actual, expected, name):
 
 
 @pytest.mark.parametrize("case", list(cases.products()), ids=str)
-def test_product_or_gradient_is_wrong(case):
+def test_product_and_its_gradients_are_within_their_tolerance(case):
     check_product(case)
 
 
-def check_product(case, device="cpu"):
-    """One of cases.products(): computed on `device`, compared on the CPU."""
-    generator = torch.Generator().manual_seed(case.M + 1000 * case.N + case.K)
+def check_product(case, device="cpu", by_torch=False):
+    """One of cases.products(): computed on `device`, compared on the CPU.
+
+    `by_torch`: whether its panels are multiplied by torch's dense product, so that it may be as far off as that is.
+    """
+    leaves, actual, reference = compute(case, device)
+    exact, blocked = reference.exact(), reference.blocked()
+    dense = reference.dense(device) if by_torch else {}
+    tolerance = reference.tolerance(exact, chain=(lambda terms, dtype: terms) if by_torch else None)
+    assert actual.keys() == exact.keys()
+    for name, result in actual.items():
+        assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
+        assert_close_by_norm(name, result, exact[name], tolerance[name])
+        if name not in blocked or reference.independent(name) < FEWEST_ELEMENTS:
+            continue
+        error, yardstick = reference.errors(name, result, blocked, exact)
+        if name in dense:
+            yardstick = max(yardstick, reference.errors(name, dense[name], blocked, exact)[0])
+        assert_error_ratio(name, [error], [yardstick], reference.independent(name))
+
+
+def long_sums():
+    """On a GPU without forward products of up to 8 rows, where a lane's share of a row is one chain (gemv_forward.cu):
+    at this length an error of 1.4 times that of blocks."""
+    on_cpu = _C.cpu_tensors_backend() == "cpu"
+    return [(case, names) for case, names in cases.long_sums() if on_cpu or case.M > 8 or names != ("y",)]
+
+
+@pytest.mark.parametrize(("case", "names"), long_sums(), ids=str)
+def test_long_sum_is_as_exact_as_sums_in_blocks(case, names):
+    """The promise, in the median over seeds: here a chain that does not start afresh would show."""
+    errors = {name: [] for name in names}
+    for seed in range(SEEDS):
+        _, actual, reference = compute(case, seed=seed)
+        exact, blocked = reference.exact(), reference.blocked()
+        for name in names:
+            errors[name].append(reference.errors(name, actual[name], blocked, exact))
+    for name, pairs in errors.items():
+        assert_error_ratio(name, *zip(*pairs, strict=True), reference.independent(name))
+
+
+def compute(case, device="cpu", seed=0):
+    """({name: what is differentiated}, {name: result}, their oracle.Linear)."""
+    generator = torch.Generator().manual_seed(case.M + 1000 * case.N + case.K + 10**9 * seed)
 
     def randn(*size, dtype=case.dtype, scale=1.0):
         return (scale * torch.randn(*size, generator=generator)).to(dtype)
 
-    q = quantize(case.N, case.K, case.format, case.blocksize, case.double_quant)
+    q = quantize(case.N, case.K, case.format, case.blocksize, case.double_quant, seed=seed)
     x, dy = randn(case.M, case.K), randn(case.M, case.N)
     bias = randn(case.N, dtype=torch.float32) if case.bias else None
     adapter = {}
@@ -156,16 +201,8 @@ def check_product(case, device="cpu"):
     actual = {"y": y.detach().cpu(), **{k: g.cpu() for k, g in zip(leaves, gradients, strict=True)}}
 
     torch.manual_seed(1)
-    seed = qn.functional.draw_seed(x).item()
+    drawn = qn.functional.draw_seed(x).item()
     reference = oracle.Linear(
-        x, q.dequantize(case.dtype), dy, bias, *adapter.values(), scaling=SCALING, dropout=case.dropout, seed=seed
+        x, q.dequantize(case.dtype), dy, bias, *adapter.values(), scaling=SCALING, dropout=case.dropout, seed=drawn
     )
-    exact, dense = reference.exact(), reference.dense()
-    tolerance = reference.tolerance(exact)
-    assert actual.keys() == exact.keys()
-    for name, result in actual.items():
-        assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
-        assert_close_by_norm(name, result, exact[name], tolerance[name])
-        # The adapter's gradients carry the errors of U and V, of M * rank elements: few of them are no statistic.
-        if name not in ("da", "db") or case.M * case.rank >= RATIO_ELEMENTS:
-            assert_error_ratio(name, result, dense[name], exact[name])
+    return leaves, actual, reference
