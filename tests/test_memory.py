@@ -1,5 +1,6 @@
 """A call takes at most 8 MB and 1 MB a thread beside its results: no dequantized weight, ever."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,18 @@ from qlora_native import _C
 
 MEGABYTE = 2**20
 BOUND = 8 * MEGABYTE + 2 * MEGABYTE  # with two threads
-# What the allocator and the page tables add to what was asked for.
-SLACK = MEGABYTE // 2
+# What the allocator adds to what was asked for. And the kernel counts a process's pages for each processor apart, and
+# joins a count only when it has grown to a batch (Linux, lib/percpu_counter.c): so far off may be what it says, for
+# each of two processors.
+BATCH = max(32, 2 * os.cpu_count()) * os.sysconf("SC_PAGESIZE")
+SLACK = MEGABYTE // 2 + 2 * BATCH
 
 # The peak of this process is reset before the call (proc(5), clear_refs), and read after it.
 PROGRAM = """
-import resource, sys, torch
+import ctypes, os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
+import torch
 import qlora_native as qn
 torch.set_num_threads(2)
 what, M, N, K, dtype = sys.argv[1], *map(int, sys.argv[2:5]), getattr(torch, sys.argv[5])
@@ -57,7 +64,7 @@ print(call(M, N, K))
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("what", ["quantize", "dequantize", "forward", "dx", "adapter"])
-def test_call_takes_more_memory_than_stated(what, dtype):
+def test_call_takes_no_more_memory_than_stated(what, dtype):
     scalar = _C.current_isa() == "scalar"
     M, N, K = (64, 256, 4096) if scalar and what != "dequantize" else (2048, 4096, 4096)
     command = [sys.executable, "-c", PROGRAM, what, *map(str, (M, N, K)), dtype]
@@ -67,7 +74,7 @@ def test_call_takes_more_memory_than_stated(what, dtype):
     assert extra <= BOUND + SLACK, f"{extra / MEGABYTE:.1f} MB, {BOUND / MEGABYTE:.0f} MB are promised"
 
 
-def test_measurement_sees_nothing():
+def test_measurement_sees_memory_that_is_freed_again():
     """The program above with a function that takes 64 MB more than its result."""
     wasteful = PROGRAM.replace('"quantize": lambda:', '"quantize": lambda: torch.ones(2**24) is None or')
     command = [sys.executable, "-c", wasteful, "quantize", "2", "64", "64", "float32"]
@@ -90,7 +97,7 @@ def flags_of(address):
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
-def test_large_result_does_not_ask_for_huge_pages():
+def test_large_result_asks_for_huge_pages():
     q = qn.quantize(torch.ones(4096, 8192, dtype=torch.bfloat16))
     result = q.dequantize(torch.float32)  # 128 MB: a mapping of its own
     other = torch.empty_like(result)
