@@ -15,6 +15,7 @@ with warnings.catch_warnings():
 from bitsandbytes import functional as bnbf
 
 from qlora_native.integrations import bitsandbytes_backend as backend
+from qlora_native.testing import assert_close_by_norm, product_tolerance, unit_roundoff
 
 ops = torch.ops.bitsandbytes
 EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -89,23 +90,27 @@ def test_decoded_bit_differs(format, shape, dtype):
 @dtypes
 @formats
 @pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
-def test_product_is_farther_from_float64(format, double_quant, dtype):
-    weight = torch.randn(96, 128) / 8
-    codes, state = bnbf.quantize_4bit(weight, quant_type=format, compress_statistics=double_quant)
-    exact = bnbf.dequantize_4bit(codes, state).double()
-    x, bias, dy = torch.randn(2, 5, 128).to(dtype), torch.randn(96).to(dtype), torch.randn(2, 5, 96).to(dtype)
-
-    def product():
-        leaf = x.clone().requires_grad_()
-        y = bnb.matmul_4bit(leaf, codes, state, bias=bias)
-        y.backward(dy)
-        return y.detach(), leaf.grad, bnb.matmul_4bit(x, codes.t(), state)  # with a gradient, and without
-
-    expected = (x.double() @ exact.t() + bias.double(), dy.double() @ exact, x.double() @ exact.t())
-    for theirs, ours, right in zip(*both(product), expected, strict=True):
-        assert ours.dtype == dtype and ours.shape == right.shape
-        error, other = ((y.double() - right).norm() for y in (ours, theirs))
-        assert error <= 1.1 * other + EPSILON[dtype] * right.norm() / 8
+def test_product_is_within_its_tolerance_of_float64(format, double_quant, dtype):
+    N, K = 96, 128
+    codes, state = bnbf.quantize_4bit(torch.randn(N, K) / 8, quant_type=format, compress_statistics=double_quant)
+    w = bnbf.dequantize_4bit(codes, state).double()
+    x, bias, dy = torch.randn(10, K).to(dtype), torch.randn(N).to(dtype), torch.randn(10, N).to(dtype)
+    backend.enable()
+    leaf = x.view(2, 5, K).clone().requires_grad_()
+    y = bnb.matmul_4bit(leaf, codes, state, bias=bias)
+    y.backward(dy.view(2, 5, N))
+    without_gradient = bnb.matmul_4bit(x.view(2, 5, K), codes.t(), state)
+    for actual, left, right, added in (
+        (y.detach(), x, w, bias.double()),
+        (leaf.grad, dy, w.t(), 0),
+        (without_gradient, x, w, 0),
+    ):
+        assert actual.dtype == dtype and actual.shape == (2, 5, len(right))
+        exact = left.double() @ right.t() + added
+        # W is rounded to the dtype of the product first.
+        rounded = unit_roundoff(dtype) * left.double().abs() @ right.t().abs()
+        tolerance = product_tolerance(left, right, exact, dtype) + rounded
+        assert_close_by_norm("product", actual.flatten(0, 1), exact, tolerance)
 
 
 @dtypes
@@ -263,6 +268,7 @@ def test_plug_in_is_on_or_off_without_being_asked(value):
     program = """
 import bitsandbytes, sys
 from qlora_native.integrations import bitsandbytes_backend as backend
+from qlora_native.testing import assert_close_by_norm, product_tolerance, unit_roundoff
 print(backend.enabled())
 backend.enable(), backend.enable(), backend.disable(), backend.disable()
 print(backend.enabled())
