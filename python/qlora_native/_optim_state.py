@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._errors import bad, bad_type
-from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div
+from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
 
 BLOCKSIZE = 256
 # bitsandbytes hides the quantized state of a parameter in a dict under this name.
@@ -61,7 +61,7 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool)
             raise bad(f"{name}.{key}", "values >= 0", tensor.min().item())
         state[key] = tensor.to(param.device, copy=True).contiguous() if copied else tensor
     for key, levels in _MAPS.items():
-        if in_8_bits and key in saved and not torch.equal(saved[key].cpu(), levels):
+        if in_8_bits and key in saved and not is_dynamic_map(saved[key], levels):
             raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")
     return {key: Kept(tensor) for key, tensor in state.items()}
 

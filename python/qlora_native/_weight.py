@@ -20,6 +20,16 @@ DYNAMIC_MAP = torch.tensor(_C.dynamic_map(), dtype=torch.float32)
 UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False), dtype=torch.float32)
 
 
+def is_dynamic_map(tensor: Tensor, levels: Tensor) -> bool:
+    """Whether a table of bitsandbytes stands for one of ours.
+
+    bitsandbytes makes its tables with torch.linspace, whose last bits differ from processor to processor.
+    """
+    if tensor.shape != levels.shape or tensor.dtype != levels.dtype:
+        return False
+    return torch.allclose(tensor, levels.to(tensor.device), rtol=2**-20, atol=0)
+
+
 def ceil_div(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)

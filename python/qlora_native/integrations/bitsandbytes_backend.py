@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _C
 from .._errors import FLOAT_DTYPES
-from .._weight import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
+from .._weight import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
 
 __all__ = ["autoload", "disable", "enable", "enabled"]
 
@@ -226,8 +226,8 @@ def _optimizer_update_8bit_blockwise(
     ours = (
         optimizer_name == "adam"
         and not skip_zeros
-        and torch.equal(qmap1, _on(qmap1.device, "dynamic"))
-        and torch.equal(qmap2, _on(qmap2.device, "udynamic"))
+        and is_dynamic_map(qmap1, _on(qmap1.device, "dynamic"))
+        and is_dynamic_map(qmap2, _on(qmap2.device, "udynamic"))
     )
     options = (lr, beta1, beta2, eps, weight_decay)
     if ours and _step(g, p, state1, state2, [absmax1], [absmax2], step, options, gnorm_scale):
