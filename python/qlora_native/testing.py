@@ -145,18 +145,18 @@ def blocked_product(left: Tensor, right: Tensor, block: int = BLOCK) -> Tensor:
         block: terms that are added up one by one, starting from zero. With K the sum is one chain.
 
     Returns:
-        [M, N] in fp32.
+        [M, N] in fp32, on the device of `left`.
     """
     (M, K), N = left.shape, len(right)
     block = max(1, min(block, K))
     blocks = -(-K // block)
     padding = (0, blocks * block - K)  # adding a zero rounds nothing
     left, right = (torch.nn.functional.pad(t.double(), padding).view(len(t), blocks, block) for t in (left, right))
-    sums = torch.zeros(blocks, M, N)
+    sums = torch.zeros(blocks, M, N, device=left.device)
     for x, w in zip(left.permute(2, 1, 0), right.permute(2, 1, 0), strict=True):
         # In float64 the product of two fp32 is exact, and the sum's first rounding there almost never shows.
         sums = (sums + x[:, :, None] * w[:, None, :]).float()
-    total = torch.zeros(M, N)
+    total = torch.zeros(M, N, device=left.device)
     for partial in sums:
         total = total + partial
     return total
