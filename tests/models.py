@@ -68,8 +68,8 @@ def load(folder, family="llama", **options):
     return AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
-def ids(rows=2, length=9):
-    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+def ids(rows=2, length=9, seed=1):
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def inputs():

@@ -1,6 +1,8 @@
 """LoRA through PEFT's dispatch: which way is taken, that it computes what PEFT computes, and what is saved."""
 
 import copy
+from functools import partial
+from statistics import median
 
 import pytest
 import torch
@@ -55,15 +57,19 @@ def test_fused_layer_differs_from_peft(family, monkeypatch):
 
 
 @families
-def test_fused_layer_in_bf16_is_farther_from_fp32_than_peft(family, monkeypatch):
+def test_fused_layer_in_bf16_is_as_near_to_fp32_as_peft(family, monkeypatch):
     ours, theirs = pair(family, torch.bfloat16)
-    exact = logits_and_gradients(copy.deepcopy(theirs).float())
     assert fused_layers(ours, monkeypatch) == LINEARS[family]
-    results = [logits_and_gradients(model) for model in (ours, theirs)]
-    assert results[0]["logits"].dtype == torch.bfloat16
-    # Each is the noise of a chain of bf16 roundings: of one tensor it is anything, in the mean over all it is not.
-    error, other = (sum(relative_error(tensor, exact[n]) ** 2 for n, tensor in r.items()) ** 0.5 for r in results)
-    assert error < 1.5 * other
+    ids, ratios = models.ids, []
+    for seed in range(5):
+        monkeypatch.setattr(models, "ids", partial(ids, seed=seed))
+        exact = logits_and_gradients(copy.deepcopy(theirs).float())
+        results = [logits_and_gradients(copy.deepcopy(model)) for model in (ours, theirs)]
+        assert results[0]["logits"].dtype == torch.bfloat16
+        error, other = (sum(relative_error(t, exact[n]) ** 2 for n, t in r.items()) ** 0.5 for r in results)
+        ratios.append(error / other)
+    # Each is the noise of a chain of bf16 roundings: of one input it is anything, in the median over several it is not.
+    assert median(ratios) < 1.5, ratios
 
 
 @families
