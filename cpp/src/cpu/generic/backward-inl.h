@@ -31,15 +31,15 @@ struct Backward {
       if (v_out.data == nullptr)
         v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
       const float scale = lora.scaling * dropout_scale(lora);
-      auto low_rank_product =
-          Product::product(dy, groups, b, nullptr, [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-            write_row<Dot::kActivation>(v_out, row, col, sums, scale);
-          });
+      const auto write_v = [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+        write_row<Dot::kActivation>(v_out, row, col, sums, scale);
+      };
+      const auto write_dx = [&args, m](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+        write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
+      };
+      auto low_rank_product = Product::product(dy, groups, b, nullptr, write_v);
       auto pack_v = Product::pack(readable(v_out), groups, v);
-      auto product = Product::product(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr,
-                                      [=, &args](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                                        write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
-                                      });
+      auto product = Product::product(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr, write_dx);
       if (args.dx.data == nullptr) product.tasks = 0;
       if (lora.rank == 0) low_rank_product.tasks = 0;
       if (lora.rank == 0 || args.dx.data == nullptr) pack_v.tasks = 0;
@@ -90,17 +90,18 @@ struct Backward {
       char* copy = reinterpret_cast<char*>(packed + packed_floats);
       const char* from = static_cast<const char*>(left.data) + first * kSize;
       constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
-      const Stage turn{ceil_div(M, kTurned), [=](std::int64_t task) {
-                         const std::int64_t end = smaller((task + 1) * kTurned, M);
-                         for (std::int64_t m = task * kTurned; m < end; ++m)
-                           for (std::int64_t r = 0; r < groups.rows; ++r)
-                             __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
-                       }};
-      parallel_stages(turn, Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed),
-                      Product::product(packed, groups, right, nullptr,
-                                       [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                                         write(first + row, col, sums);
-                                       }));
+      const auto turn = [=](std::int64_t task) {
+        const std::int64_t end = smaller((task + 1) * kTurned, M);
+        for (std::int64_t m = task * kTurned; m < end; ++m)
+          for (std::int64_t r = 0; r < groups.rows; ++r)
+            __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
+      };
+      const auto write_from_first = [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+        write(first + row, col, sums);
+      };
+      parallel_stages(Stage{ceil_div(M, kTurned), turn},
+                      Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed),
+                      Product::product(packed, groups, right, nullptr, write_from_first));
     }
   }
 

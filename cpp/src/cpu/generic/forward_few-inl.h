@@ -191,34 +191,35 @@ struct FewRows {
     const std::int64_t row_chunks = w.cols() / kChunk;
     const std::int64_t tiles = ceil_div(w.rows(), std::int64_t{kRows});
     const std::int64_t task_rows = ceil_div(tiles, num_threads() * kTasksOfThread) * kRows;
-    return Stage{ceil_div(w.rows(), task_rows), [=, &w](std::int64_t task) {
-                   // [tile][m][row of the tile]; the last tile is written with up to three floats too many
-                   float sums[kM * kGroup + 3], of_row[kGroup] = {};
-                   float* scales = nullptr;
-                   if constexpr (Rows::kQuantized)
-                     if (w.aligned())
-                       scales = reinterpret_cast<float*>(
-                           scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_chunks) * sizeof(float)));
-                   const std::int64_t end = smaller((task + 1) * task_rows, w.rows());
-                   for (std::int64_t first = task * task_rows; first < end; first += kGroup) {
-                     const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
-                     int whole = 0;
-                     if constexpr (Rows::kQuantized)
-                       if (scales != nullptr) {
-                         w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
-                         whole = count / kRows * kRows;
-                         for (int j = 0; j < whole; j += kRows)
-                           whole_rows<kM>(w, first + j, scales + j * row_chunks, x, lora, sums + j * kM);
-                       }
-                     for (int j = whole; j < count; j += kRows)
-                       ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, lora, sums + j * kM);
-                     for (int m = 0; m < kM; ++m) {
-                       for (int j = 0; j < count; j += kRows)
-                         __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
-                       write(m, first, count, of_row);
-                     }
-                   }
-                 }};
+    const auto multiply = [=, &w](std::int64_t task) {
+      // [tile][m][row of the tile]; the last tile is written with up to three floats too many
+      float sums[kM * kGroup + 3], of_row[kGroup] = {};
+      float* scales = nullptr;
+      if constexpr (Rows::kQuantized)
+        if (w.aligned())
+          scales = reinterpret_cast<float*>(
+              scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_chunks) * sizeof(float)));
+      const std::int64_t end = smaller((task + 1) * task_rows, w.rows());
+      for (std::int64_t first = task * task_rows; first < end; first += kGroup) {
+        const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
+        int whole = 0;
+        if constexpr (Rows::kQuantized)
+          if (scales != nullptr) {
+            w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
+            whole = count / kRows * kRows;
+            for (int j = 0; j < whole; j += kRows)
+              whole_rows<kM>(w, first + j, scales + j * row_chunks, x, lora, sums + j * kM);
+          }
+        for (int j = whole; j < count; j += kRows)
+          ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, lora, sums + j * kM);
+        for (int m = 0; m < kM; ++m) {
+          for (int j = 0; j < count; j += kRows)
+            __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
+          write(m, first, count, of_row);
+        }
+      }
+    };
+    return Stage{ceil_div(w.rows(), task_rows), multiply};
   }
   // Calls f with the number of rows of x as a compile-time constant.
   template <class F>

@@ -49,50 +49,47 @@ struct ManyRows {
     if (lora.rank > 0 && args.u.data == nullptr)
       args.u = {u + rows * u_units, Dot::kActivation, args.x.rows, lora.rank, lora.rank};
 
-    const Stage pack{strips.count(), [&](std::int64_t strip) {
-                       const DenseRows<Dot, false> dense(args.x);
-                       Product::pack_strip(dense, strips.first(strip) * kLanes, strips.width(strip), 0,
-                                           ceil_div(args.x.cols, kChunk), x + strips.first(strip) * units * kLanes);
-                       if (lora.rank > 0) low_rank(args, first_row, strips, strip, x, units, u, u_units);
-                     }};
+    const auto pack = [&](std::int64_t strip) {
+      const DenseRows<Dot, false> dense(args.x);
+      Product::pack_strip(dense, strips.first(strip) * kLanes, strips.width(strip), 0, ceil_div(args.x.cols, kChunk),
+                          x + strips.first(strip) * units * kLanes);
+      if (lora.rank > 0) low_rank(args, first_row, strips, strip, x, units, u, u_units);
+    };
 
     const std::int64_t N = args.weight.N;
     const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
     const Grid grid = make_grid(
         strips.count(), N, {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
         num_threads(), kTasksPerThread);
-    const Stage multiply{
-        grid.row_parts * grid.column_tiles, [&](std::int64_t task) {
-          const std::int64_t first = task % grid.row_parts * grid.row_part;
-          const std::int64_t last = smaller(first + grid.row_part, strips.count());
-          const std::int64_t begin = task / grid.row_parts * grid.column_tile;
-          const std::int64_t end = smaller(begin + grid.column_tile, N);
-          const std::int64_t vectors = strips.first(last) - strips.first(first);
-          float* panels = reinterpret_cast<float*>(
-              scratch(Slot::thread,
-                      static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
-                          sizeof(float)));
-          float* sums = panels + 2 * Product::kPanelFloats;
-          const typename Product::Packed packed_x{x, units, strips, first, last},
-              packed_u{u, u_units, strips, first, last};
-          const DenseRows<Dot, true> b(lora_b(lora, N), lora.scaling);
-          typename Product::Tiles tiles;
-          Product::multiply(
-              tiles, w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
-                typename Product::NoDecoder none;
-                for (std::int64_t c = 0; c < ceil_div(lora.rank, kChunk); c += Product::kBlockChunks) {
-                  const std::int64_t unit = c * Dot::kUnits;
-                  Product::decode_panel(b, n, smaller(rows, end - n), rows, c,
-                                        smaller(c + Product::kBlockChunks, ceil_div(lora.rank, kChunk)), panel);
-                  Product::multiply_panel(tiles, packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel,
-                                          rows, sums, true, none);
-                }
-                for (std::int64_t s = first; s < last; ++s)
-                  Product::write(sums + packed_x.sums(s, rows), strips.width(s), rows, 1.0f, args.bias, args.y,
-                                 strips.first(s) * kLanes, n);
-              });
-        }};
-    parallel_stages(pack, multiply);
+    const auto multiply = [&](std::int64_t task) {
+      const std::int64_t first = task % grid.row_parts * grid.row_part;
+      const std::int64_t last = smaller(first + grid.row_part, strips.count());
+      const std::int64_t begin = task / grid.row_parts * grid.column_tile;
+      const std::int64_t end = smaller(begin + grid.column_tile, N);
+      const std::int64_t vectors = strips.first(last) - strips.first(first);
+      float* panels = reinterpret_cast<float*>(scratch(
+          Slot::thread, static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
+                            sizeof(float)));
+      float* sums = panels + 2 * Product::kPanelFloats;
+      const typename Product::Packed packed_x{x, units, strips, first, last}, packed_u{u, u_units, strips, first, last};
+      const DenseRows<Dot, true> b(lora_b(lora, N), lora.scaling);
+      typename Product::Tiles tiles;
+      Product::multiply(
+          tiles, w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
+            typename Product::NoDecoder none;
+            for (std::int64_t c = 0; c < ceil_div(lora.rank, kChunk); c += Product::kBlockChunks) {
+              const std::int64_t unit = c * Dot::kUnits;
+              Product::decode_panel(b, n, smaller(rows, end - n), rows, c,
+                                    smaller(c + Product::kBlockChunks, ceil_div(lora.rank, kChunk)), panel);
+              Product::multiply_panel(tiles, packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel, rows,
+                                      sums, true, none);
+            }
+            for (std::int64_t s = first; s < last; ++s)
+              Product::write(sums + packed_x.sums(s, rows), strips.width(s), rows, 1.0f, args.bias, args.y,
+                             strips.first(s) * kLanes, n);
+          });
+    };
+    parallel_stages(Stage{strips.count(), pack}, Stage{grid.row_parts * grid.column_tiles, multiply});
   }
 
   // U = drop(X) . A^T / (1-p) for one strip: to args.u, and packed as more units of x.

@@ -30,8 +30,7 @@ struct ProductNn {
   static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
   // How the columns are cut. Few rows: wide tiles, so that each row of W is read in long stretches; also of ragged W,
   // which is not asked for ahead. Many rows: many units, so that the sums are added to rarely. Two panels and the sums
-  // stay below 1 MB. Where sums start afresh with each panel, it holds a whole chain of kRestart units, which no tile
-  // wider than 16 chunks leaves room for: with shorter chains more of them are added up, and the error grows.
+  // stay below 1 MB.
   struct Tiling {
     std::int64_t chunks;  // of a tile, at most
     std::int64_t tasks_per_thread;
@@ -45,8 +44,8 @@ struct ProductNn {
   };
   static Tiling tiling(std::int64_t rows, bool ragged) {
     Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
-    if (rows <= (ragged ? 32 : 8))
-      tuned = {kOneChain ? 32 : 16, 1};
+    if (rows <= (ragged && kOneChain ? 32 : 8))
+      tuned = {32, 1};
     else if (ragged && rows <= 96)
       tuned = {16, 2};
     return {for_second_level(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
@@ -54,6 +53,9 @@ struct ProductNn {
   // Whether a sum goes on from panel to panel, or each panel's are added to those before: of N terms in fp32 the error
   // would outgrow an fp32 result.
   static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
+  // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
+  // number: the sums of so many panels make a total.
+  static constexpr std::int64_t kPanelsOfTotal = 16;
   static constexpr std::int64_t kPanelFloats = 64 << 10;
   static constexpr std::int64_t kMostSums = 128 << 10;  // floats
 
@@ -87,17 +89,16 @@ struct ProductNn {
   static auto pack(ConstMatrix left, Groups groups, float* out) {
     const DenseRows<Dot, true> rows(left);
     const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
-    return Stage{groups.count, [=](std::int64_t group) {
-                   const std::int64_t first = groups.first(group);
-                   const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
-                   for (std::int64_t row = first; row < end; ++row)
-                     rows.template chunks<1>(row, row < rows.rows(), 0, chunks,
-                                             [&](std::int64_t c, const Chunk(&chunk)[1]) {
-                                               float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
-                                               for (int i = 0; i < Dot::kVectors; ++i)
-                                                 store(packed + i * kLanes, chunk[0].v[i]);
-                                             });
-                 }};
+    const auto pack_group = [=](std::int64_t group) {
+      const std::int64_t first = groups.first(group);
+      const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
+      for (std::int64_t row = first; row < end; ++row)
+        rows.template chunks<1>(row, row < rows.rows(), 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+          float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
+          for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
+        });
+    };
+    return Stage{groups.count, pack_group};
   }
 
   // Units u0 ... u1-1 (rows of W), chunks c0 ... c1-1 (columns).
@@ -293,6 +294,7 @@ struct ProductNn {
     std::int64_t step;  // units of a panel
     float* panels;      // two
     float* sums;
+    float* totals;  // as sums, or null: sums go on to the end
 
     std::int64_t width() const { return c1 - c0; }
     float* sums_of(std::int64_t group, std::int64_t chunk) const {
@@ -307,9 +309,12 @@ struct ProductNn {
     const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.step)));  // panels of equal size
     const auto end_of = [&](std::int64_t u) { return smaller(u + step, units); };
     const auto panel_of = [&](std::int64_t u) { return part.panels + u / step % 2 * kPanelFloats; };
+    const bool has_totals = part.totals != nullptr && units > kPanelsOfTotal * step;
     const auto multiply_with = [&](std::int64_t u, auto& decoding) {
-      multiply_panel<Rows>(tiles, w.cols(), left, units, u, end_of(u), panel_of(u), part, accumulate || u != 0,
-                           decoding);
+      const bool afresh = has_totals && u != 0 && u / step % kPanelsOfTotal == 0;
+      if (afresh) add_sums(part, part.sums, part.totals, u / step != kPanelsOfTotal);
+      multiply_panel<Rows>(tiles, w.cols(), left, units, u, end_of(u), panel_of(u), part,
+                           !afresh && (accumulate || u != 0), decoding);
     };
     NoDecoder none;
     if constexpr (Rows::kQuantized) {
@@ -332,6 +337,7 @@ struct ProductNn {
         multiply_with(u, none);
       }
     }
+    if (has_totals) add_sums(part, part.totals, part.sums, true);
   }
 
   // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order). `w` and
@@ -345,31 +351,34 @@ struct ProductNn {
     const std::int64_t fewest_groups = 128 / kGroup;
     const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
                                 cut.tasks_per_thread);
-    return Stage{grid.row_parts * grid.column_tiles, [=, &w](std::int64_t task) {
-                   const std::int64_t g0 = task % grid.row_parts * grid.row_part;
-                   const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
-                   const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
-                   const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
-                   float* panels = reinterpret_cast<float*>(scratch(
-                       Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (g1 - g0) * width * kGroup * kChunk) *
-                                         sizeof(float)));
-                   const Part part{groups, g0, g1, c0, c1, cut.step(), panels, panels + 2 * kPanelFloats};
-                   Tiles tiles;
-                   if (lora != nullptr) {
-                     multiply(tiles, lora->a, lora->v, part, false);
-                     if (lora->dropout) drop(*lora, part);
-                   }
-                   multiply(tiles, w, left, part, lora != nullptr);
-                   for (std::int64_t g = g0; g < g1; ++g)
-                     for (int row = 0; row < groups.size(g); ++row)
-                       for (std::int64_t c = c0; c < c1; ++c) {
-                         F32 natural[Dot::kColumnVectors];
-                         const float* from = part.sums_of(g, c) + row * kChunk;
-                         for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
-                         if (!Rows::kNatural) Dot::to_natural(natural);
-                         write(groups.first(g) + row, c * kChunk, natural);
-                       }
-                 }};
+    const auto part_of_product = [=, &w](std::int64_t task) {
+      const std::int64_t g0 = task % grid.row_parts * grid.row_part;
+      const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
+      const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
+      const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
+      const bool has_totals = !kOneChain && cut.step() < Dot::kRestart / Dot::kElementsPerUnit;
+      const std::int64_t count = (g1 - g0) * width * kGroup * kChunk;  // of sums
+      float* panels = reinterpret_cast<float*>(scratch(
+          Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (has_totals ? 2 : 1) * count) * sizeof(float)));
+      float* sums = panels + 2 * kPanelFloats;
+      const Part part{groups, g0, g1, c0, c1, cut.step(), panels, sums, has_totals ? sums + count : nullptr};
+      Tiles tiles;
+      if (lora != nullptr) {
+        multiply(tiles, lora->a, lora->v, part, false);
+        if (lora->dropout) drop(*lora, part);
+      }
+      multiply(tiles, w, left, part, lora != nullptr);
+      for (std::int64_t g = g0; g < g1; ++g)
+        for (int row = 0; row < groups.size(g); ++row)
+          for (std::int64_t c = c0; c < c1; ++c) {
+            F32 natural[Dot::kColumnVectors];
+            const float* from = part.sums_of(g, c) + row * kChunk;
+            for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+            if (!Rows::kNatural) Dot::to_natural(natural);
+            write(groups.first(g) + row, c * kChunk, natural);
+          }
+    };
+    return Stage{grid.row_parts * grid.column_tiles, part_of_product};
   }
 
  private:
@@ -449,6 +458,16 @@ struct ProductNn {
       return kNatural ? Dot::columns_natural(chunk[0]) : Dot::columns(chunk[0]);
     else
       return kNatural ? Dot::columns_natural(chunk[0], chunk[1]) : Dot::columns(chunk[0], chunk[1]);
+  }
+
+  // Copies all sums of a part, or adds them to what is there.
+  static void add_sums(const Part& part, const float* from, float* to, bool accumulate) {
+    for (std::int64_t g = part.g0; g < part.g1; ++g)
+      for (std::int64_t c = part.c0; c < part.c1; ++c) {
+        const std::int64_t first = part.sums_of(g, c) - part.sums;
+        for (std::int64_t i = first; i < first + part.groups.size(g) * kChunk; i += kLanes)
+          store(to + i, accumulate ? add(load(to + i), load(from + i)) : load(from + i));
+      }
   }
 
   static void drop(const LowRank& lora, const Part& part) {
