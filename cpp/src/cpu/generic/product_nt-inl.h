@@ -118,7 +118,7 @@ struct ProductNt {
     // How often step() has something to do.
     std::int64_t steps() const { return w_.aligned() ? count_ * ceil_div(c1_ - c0_, std::int64_t{2}) : 0; }
     // Two chunks, one cache line of 4-bit codes.
-    [[gnu::always_inline]] void step() {
+    void step() {
       if (left_ == 0) return;
       for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from_ + ahead_ + i, 0, 2);
       put(w_.chunk(from_, scale_[0]), out_);
