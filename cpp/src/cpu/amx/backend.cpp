@@ -12,7 +12,7 @@
 namespace qlora_native {
 
 const Backend& amx_bf16_backend() {
-  static const Backend backend = TiledBackend<avx512_bf16_backend>::backend();
+  static const Backend backend = TiledBackend<avx512_bf16_backend, true>::backend();
   return backend;
 }
 

@@ -1,5 +1,5 @@
-// The backend for AMX-BF16 in plain C++, for tests on machines without it: the same algorithms, the same bits, and for
-// every number of rows.
+// The tiles of AMX-BF16 in plain C++, for tests on machines without it: the same algorithms and the same bits, for any
+// number of rows.
 #include "cpu/isa.h"
 
 #include "cpu/portable/dot_bf16.h"
@@ -11,7 +11,7 @@
 namespace qlora_native {
 
 const Backend& amx_emulated_backend() {
-  static const Backend backend = TiledBackend<reference_backend>::backend();
+  static const Backend backend = TiledBackend<reference_backend, false>::backend();
   return backend;
 }
 

@@ -3,42 +3,19 @@
 
 #include "cpu/avx512/table_vbmi.h"
 
-#include "cpu/generic/backend-inl.h"
-
 #include "cpu/avx512/dot_bf16.h"
 
+#include "cpu/generic/backend-inl.h"
+#include "cpu/generic/backend_bf16-inl.h"
+
 namespace qlora_native {
-namespace {
-
-void linear_forward_bf16(const LinearForwardArgs& args, const Stream& stream) {
-  if (args.x.dtype == DType::bf16)
-    Linear<DotBf16>::forward(args);
-  else
-    avx512_backend().linear_forward(args, stream);
-}
-void linear_backward_input_bf16(const LinearBackwardInputArgs& args, const Stream& stream) {
-  if (args.dy.dtype == DType::bf16)
-    Linear<DotBf16>::backward_input(args);
-  else
-    avx512_backend().linear_backward_input(args, stream);
-}
-void lora_gradients_bf16(const LoraGradientsArgs& args, const Stream& stream) {
-  if (args.x.dtype == DType::bf16)
-    Linear<DotBf16>::lora_gradients(args);
-  else
-    avx512_backend().lora_gradients(args, stream);
-}
-
-}  // namespace
 
 const Backend& avx512_bf16_backend() {
-  static const Backend backend{avx512_backend().quantize,
-                               avx512_backend().quantize_absmax,
-                               avx512_backend().dequantize,
-                               linear_forward_bf16,
-                               linear_backward_input_bf16,
-                               lora_gradients_bf16,
-                               adamw_step};
+  static const Backend backend = [] {
+    Backend with_pairs = with_bf16_products<avx512_backend>();
+    with_pairs.adamw_8bit_step = adamw_step;
+    return with_pairs;
+  }();
   return backend;
 }
 

@@ -16,8 +16,9 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles where way.h chooses them, and does all else as another one.
-template <const Backend& (*kOthers)()>
+// A backend that multiplies bfloat16 by tiles, and does all else as another one. kOtherWays: that one multiplies
+// bfloat16 too, wherever way.h does not choose tiles; else tiles multiply any number of rows.
+template <const Backend& (*kOthers)(), bool kOtherWays>
 struct TiledBackend {
   static void forward(const LinearForwardArgs& args, const Stream& stream) {
     if (!takes_tiles(WayProblem::Product::forward, args.weight, args.lora, args.x))
@@ -43,12 +44,12 @@ struct TiledBackend {
   }
 
  private:
-  // The other backend chooses among the ways that are left, and says which it takes.
+  // The other backend chooses among the ways that are left, and prints which it takes.
   static bool takes_tiles(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                           const ConstMatrix& activations) {
     if (activations.dtype != DType::bf16 || activations.rows == 0) return false;
     const WayProblem problem = way_problem(product, weight, lora, activations, true);
-    if (way_of(problem) != Way::tiles) return false;
+    if (kOtherWays && way_of(problem) != Way::tiles) return false;
     print_if_asked(problem, Way::tiles);
     return true;
   }
