@@ -19,7 +19,12 @@ from cases import (
 )  # fmt: skip
 
 # The adapters' files, as goals name them, to their names in the table.
-FIGURES = {"torch_dense": "torch dense", "bitsandbytes": "bitsandbytes", "torch_fused": "torch fused"}
+FIGURES = {
+    "torch_dense": "torch dense",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_packed": "bitsandbytes packed",
+    "torch_fused": "torch fused",
+}
 # Of training steps, where a report has them.
 STEP_RATIOS = {"step": "ratio", "step_dense": "dense_ratio"}
 LEFT_OUT = "–"
@@ -291,6 +296,7 @@ def _against(goal: Goal) -> str:
         "limit": "the machine's limit", "lora": "without", "step": "bitsandbytes + PEFT", "memory": LEFT_OUT,
         "step_dense": "LoRA over bf16",
         "published": "its published time", "torch_dense": "dense", "torch_fused": "torch's fused AdamW",
+        "bitsandbytes_packed": "bitsandbytes over weights that it has repacked",
     }  # fmt: skip
     return names.get(goal.figure, goal.figure) + kept
 

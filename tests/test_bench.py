@@ -308,3 +308,8 @@ def test_committed_report_cannot_be_written_again(script, path):
     heads = {"step": "## A training step", "optimizer": "## A step of AdamW", "memory": "## Extra memory"}
     for part, head in heads.items():
         assert (head in text) == bool(found.get(part))
+
+
+def test_table_of_the_readme_is_that_of_the_reports(script):
+    readme = (BENCH.parent / "README.md").read_text()
+    assert script("readme").written(readme) == readme, "python bench/readme.py --write"
