@@ -38,7 +38,7 @@ BESIDE = "beside a busy process"
 BUDGET_S = 0.8  # of one cell's contestants together
 COPIES = 6  # of the weight: what one call reads is not in the caches any more
 PROCESSES = 3  # that train at once
-STEPS = 4
+STEPS = 3
 
 
 def products(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[str, int], dict[str, Callable[[int], object]]]:
@@ -86,6 +86,7 @@ def beside(command: str, count: int = 1) -> Iterator[None]:
             other.wait()
 
 
+@torch.inference_mode()
 def measure_products(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[str, object]]:
     """A row of the first table for each operation, number of rows and condition: seconds by contestant."""
     contestants, rows = products(shape, dtype), []
@@ -146,7 +147,8 @@ def lines(report: dict) -> str:
     head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
     N, K = report["shape"]
     text = [f"# How cost grows\n\n{head}; W [{N}, {K}], NF4 with double quantization, {report['dtype']}, medians.\n"]
-    text += ["Times of ours as multiples of the others' speed: above 1 ours is faster.\n"]
+    text += ['"Dense" and "decoded": how many times as fast ours is. Beside the busy process times go in steps of\n']
+    text += ["the scheduler's slice, 4 to 8 ms, for a product ends when the last of its threads has had a core.\n"]
     conditions = list(dict.fromkeys(row["condition"] for row in report["products"]))
     for operation, name in (("forward", "Y = X·Wᵀ"), ("dx", "dX = dY·W")):
         text += [f"\n## {name}\n", "| M |" + "".join(f" {c}, ms | dense | decoded |" for c in conditions)]
@@ -202,5 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()
