@@ -166,7 +166,7 @@ def test_learning_rate_in_memory_is_not_what_a_number_is():
         assert all(torch.equal(a, b) for a, b in zip(train(number), train(tensor), strict=True))
 
 
-def test_fp32_moments_do_not_drift():
+def test_fp32_moments_stay_close_to_exact_ones():
     """Every parameter below min_8bit_size: AdamW in fp32, so a thousand steps stay at rounding errors."""
     ours, theirs = parameters((1000,)), [nn.Parameter(p.double()) for p in parameters((1000,))]
     options = {name: OPTIONS[name] for name in ("lr", "betas", "eps", "weight_decay")}

@@ -26,6 +26,7 @@
 #include "common/layout.h"
 #include "common/philox.h"
 #include "expect.h"
+#include "pool.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -36,22 +37,6 @@ namespace {
 constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr int kBlocksizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 constexpr double kSumFactor = 6.0;  // standard deviations that a sum's error may reach; none of 1e9 goes beyond
-
-// ---- threads ----
-
-// A pool of as many threads as the test asks for.
-int pool_threads = 1;
-void use_pool(int threads) {
-  pool_threads = threads;
-  qn::set_thread_pool(
-      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
-        std::vector<std::thread> threads;
-        for (std::int64_t task = 1; task < tasks; ++task) threads.emplace_back(body, context, task, task + 1);
-        body(context, 0, 1);
-        for (std::thread& thread : threads) thread.join();
-      },
-      [] { return pool_threads; });
-}
 
 // ---- elements ----
 

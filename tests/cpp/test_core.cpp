@@ -19,6 +19,7 @@
 #include "common/philox.h"
 #include "cpu/blocking.h"
 #include "expect.h"
+#include "pool.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -550,20 +551,6 @@ void activations_are_packed_in_equal_blocks() {
       EXPECT(block == 48 || block * bytes <= qn::kPackedBytes);
       EXPECT(block == 48 || block < rows + 48);
     }
-}
-
-// A pool of as many threads as the test asks for.
-int pool_threads = 1;
-void use_pool(int threads) {
-  pool_threads = threads;
-  qn::set_thread_pool(
-      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
-        std::vector<std::thread> threads;
-        for (std::int64_t task = 1; task < tasks; ++task) threads.emplace_back(body, context, task, task + 1);
-        body(context, 0, 1);
-        for (std::thread& thread : threads) thread.join();
-      },
-      [] { return pool_threads; });
 }
 
 void same_bits_for_any_number_of_threads() {

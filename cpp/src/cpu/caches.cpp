@@ -14,7 +14,7 @@
 namespace qlora_native {
 namespace {
 
-// Of a level's data cache: bytes, or 0 where the system does not say.
+// Returns the bytes of a level's data cache, or 0 where the system does not say.
 #if defined(__linux__)
 std::int64_t size_of_level(int level) {
   for (int index = 0;; ++index) {

@@ -290,7 +290,7 @@ inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(pairs));
 }
 
-// Of the lowest 2 * kLanes bits every second one, from bit `first` (0 or 1) on, side by side.
+// Puts every second one of the lowest 2 * kLanes bits, from bit `first` (0 or 1) on, side by side.
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
 }

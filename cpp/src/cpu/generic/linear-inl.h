@@ -30,7 +30,7 @@ struct Linear {
     else
       with_rows<Dot>(args.weight, [&](const auto& rows) { Backward<Dot>::input(rows, args); });
   }
-  // Of dense matrices alone, so that panels have no part in it; the inner dimension is the rows of x.
+  // Panels have no part in it, for both matrices are dense; the inner dimension is the rows of x.
   static void lora_gradients(const LoraGradientsArgs& args) { Backward<Dot>::gradients(args); }
 
  private:

@@ -33,7 +33,7 @@ struct TilesOf<Dot> {
   using type = typename Dot::Tiles;
 };
 
-// Where the tiles of one operand of a block lie; all distances are in floats.
+// This says where the tiles of one operand of a block lie; all distances are in floats.
 template <class Pointer>
 struct TileGrid {
   Pointer data;

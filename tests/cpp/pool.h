@@ -1,0 +1,21 @@
+// A thread pool for tests, of as many threads as a test asks for.
+#pragma once
+
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "qlora_native/runtime.h"
+
+inline int pool_threads = 1;
+inline void use_pool(int threads) {
+  pool_threads = threads;
+  qlora_native::set_thread_pool(
+      [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
+        std::vector<std::thread> threads;
+        for (std::int64_t task = 1; task < tasks; ++task) threads.emplace_back(body, context, task, task + 1);
+        body(context, 0, 1);
+        for (std::thread& thread : threads) thread.join();
+      },
+      [] { return pool_threads; });
+}
