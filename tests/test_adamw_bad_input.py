@@ -18,6 +18,13 @@ def parameter(size=(64, 70), dtype=torch.float32, **options):
     return nn.Parameter(torch.linspace(-1, 1, torch.Size(size).numel()).view(size).to(dtype), **options)
 
 
+def freed(size):
+    """A tensor whose storage is gone, as offloading leaves it."""
+    tensor = torch.zeros(size)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 # ---- options and parameters ------------------------------------------------------------------------------------------
 
 OPTIONS = [
@@ -278,7 +285,7 @@ STATE = [
     (
         lambda s: state_of(s, step=torch.ones(2)),
         ValueError,
-        "state[0].step: expected an integer >= 0, got tensor([1., 1.])",
+        "state[0].step: expected an integer >= 0, got torch.float32 [2]",
     ),
     (lambda s: state_of(s, step="x"), TypeError, "state[0].step: expected an integer >= 0, got str"),
     (
@@ -288,7 +295,29 @@ STATE = [
     ),
     (lambda s: group_of(s, lr=-1.0), ValueError, f"lr: {SIZE}-1.0"),
     (lambda s: group_of(s, betas=(0.9, 1.0)), ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
-    (lambda s: {name: value for name, value in s["param_groups"][0].items()}, KeyError, "param_groups"),
+    (lambda s: s["param_groups"][0], ValueError, "state_dict: expected the key 'state', got only lr, betas"),
+    (lambda s: {}, ValueError, "state_dict: expected the key 'state', got only no key"),
+    (lambda s: [s], TypeError, "state_dict: expected a dict, got list"),
+    (lambda s: {**s, "state": [3]}, TypeError, "state_dict['state']: expected a dict, got list"),
+    (lambda s: {**s, "param_groups": {}}, TypeError, "state_dict['param_groups']: expected a list, got dict"),
+    (lambda s: {**s, "param_groups": [3]}, TypeError, "state_dict['param_groups'][0]: expected a dict, got int"),
+    (lambda s: group_of(s, params=3), ValueError, "['params']: expected a list of numbers or names, got 3"),
+    (
+        lambda s: group_of(s, params=[0, [1]]),
+        ValueError,
+        "expected a list of numbers or names, got [0, [1]]",
+    ),
+    (lambda s: group_of(s, params=[0, 0]), ValueError, "state_dict: expected each parameter once, got 0 twice"),
+    (lambda s: state_of(s, step=NAN), ValueError, "state[0].step: expected an integer >= 0, got nan"),
+    (lambda s: state_of(s, step=2**63), ValueError, "state[0].step: expected an integer >= 0, got 9223372036854775808"),
+    (lambda s: state_of(s, __bnb_optimizer_quant_state__=3), TypeError, "expected a dict, got int"),
+    (lambda s: state_of(s, qmap1=[0.0]), ValueError, "state[0].qmap1: expected the dynamic map of AdamW8bit, got an"),
+    (lambda s: state_of(s, absmax1=freed((18,))), ValueError, "state[0].absmax1: expected a tensor with memory"),
+    (
+        lambda s: state_of(s, state1=s["state"][0]["state1"].to("meta")),
+        ValueError,
+        "state[0].state1: expected a tensor",
+    ),
     (
         lambda s: {**s, "param_groups": [{"params": [0, 1]}]},
         ValueError,

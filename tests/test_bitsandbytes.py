@@ -241,6 +241,25 @@ def _cast(key, dtype):
     return lambda entries: entries.update({key: entries[key].to(dtype)})
 
 
+def _set(key, value):
+    return lambda entries: entries.update({key: value})
+
+
+def _state(value):
+    """The quant_state as another tensor, or as other text."""
+    if isinstance(value, str):
+        value = torch.frombuffer(bytearray(value.encode()), dtype=torch.uint8)
+    return _set("weight.quant_state.bitsandbytes__nf4", value)
+
+
+def _filled(key, value, index=0):
+    def change(entries):
+        entries[key] = entries[key].clone()
+        entries[key].view(-1)[index] = value
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -251,13 +270,42 @@ def _cast(key, dtype):
         (_without("weight.nested_absmax"), TypeError, "absmax: expected torch.float32, got torch.uint8"),
         (_without("weight.quant_state.bitsandbytes__nf4"), ValueError, "expected one key .* got 0"),
         (_cast("weight.nested_absmax", torch.bfloat16), TypeError, "nested_absmax: expected torch.float32, got"),
-        (_json("{", "["), ValueError, "nf4: expected the bytes of a JSON object, got other bytes"),
+        (_json("{", "["), ValueError, "nf4: expected a JSON object, got something else"),
+        (_state("[" * 60_000), ValueError, "nf4: expected a JSON object, got something else"),
+        (_state("[]"), ValueError, "nf4: expected a JSON object, got list"),
+        (_state(torch.tensor(2**33)), ValueError, r"nf4: expected the bytes of a JSON object, got torch.int64 \[\]"),
+        (_state(torch.zeros(1 << 17, dtype=torch.uint8)), ValueError, r"expected the bytes .* \[131072\]"),
+        (_json('"dtype"', '"shape"'), ValueError, "the key 'shape' occurs twice"),
+        (_json('"nested_offset"', '"offset"'), ValueError, "nested_offset: expected a finite fp32 number, got None"),
+        (
+            _json('"nested_offset": ', '"nested_offset": 1e400, "n": '),
+            ValueError,
+            "nested_offset: expected a finite fp32 number",
+        ),
+        (_json('"nested_offset": ', '"nested_offset": NaN, "n": '), ValueError, "finite fp32 number, got nan"),
+        (_json('"nested_offset": ', '"nested_offset": true, "n": '), ValueError, "finite fp32 number, got True"),
+        (_json("[8, 64]", "[-64, -64]"), ValueError, r"shape: expected \[N, K\] of at least 1 .* got \[-64, -64\]"),
+        (_json("[8, 64]", "[8, 4611686018427387904]"), ValueError, "shape: expected .* fewer than 2"),
+        (_json("[8, 64]", "[true, 512]"), ValueError, r"shape: expected .* got \[True, 512\]"),
+        (_json('"blocksize": 64', '"blocksize": 0'), ValueError, "blocksize: expected a power of two, .* got 0"),
+        (_json('"blocksize": 64', '"blocksize": "64"'), TypeError, "blocksize: expected an int, got str"),
+        (_json('"nf4"', '["nf4"]'), ValueError, r"quant_type: expected nf4 or fp4, got \['nf4'\]"),
+        (_set("weight", None), TypeError, "weight: expected a tensor, got NoneType"),
+        (_set("weight.absmax", [1.0]), TypeError, "weight.absmax: expected a tensor, got list"),
+        (_cast("weight", torch.int64), TypeError, "weight: expected codes stored as uint8, .* got torch.int64"),
+        (_filled("weight.nested_absmax", float("nan")), ValueError, "weight, nested_absmax: expected finite values"),
+        (_filled("weight.nested_quant_map", float("inf"), 255), ValueError, "nested_code: expected finite values"),
+        (_filled("weight.quant_map", float("-inf"), 7), ValueError, "weight, code: expected finite values"),
         (_json('"blocksize": 64, ', ""), ValueError, "expected quant_type, blocksize, dtype and shape, got no blocks"),
         (_json('"blocksize": 64', '"blocksize": 65'), ValueError, "blocksize: expected a power of two, .* got 65"),
-        (_json("[8, 64]", "[8, 60]"), ValueError, "codes: expected 240 elements, got 256"),
-        (_json("[8, 64]", "[8]"), ValueError, r"shape: expected \[N, K\], got \[8\]"),
-        (_json("float32", "float64"), ValueError, "dtype: expected float32, bfloat16 or float16, got float64"),
-        (_json('"quant_type": "nf4"', '"quant_type": "nf5"'), ValueError, "quant_type: expected nf4 or fp4, got nf5"),
+        (
+            _json("[8, 64]", "[8, 60]"),
+            ValueError,
+            r"weight: expected 240 bytes, as its quant_state says, got torch.uint8 \[256, 1\]",
+        ),
+        (_json("[8, 64]", "[8]"), ValueError, r"shape: expected \[N, K\] .* got \[8\]"),
+        (_json("float32", "float64"), ValueError, "dtype: expected float32, bfloat16 or float16, got 'float64'"),
+        (_json('"quant_type": "nf4"', '"quant_type": "nf5"'), ValueError, "quant_type: expected nf4 or fp4, got 'nf5'"),
         (
             _json('"nested_blocksize": 256', '"nested_blocksize": 128'),
             ValueError,
@@ -265,13 +313,18 @@ def _cast(key, dtype):
         ),
     ],
 )
-def test_damaged_state_dict_is_read(damage, error, message):
+def test_damaged_state_dict_is_refused(damage, error, message):
     entries = qn.quantize(torch.randn(8, 64)).to_bitsandbytes()
     damage(entries)
-    before = {name: tensor.clone() for name, tensor in entries.items()}
     with pytest.raises(error, match=message):
         qn.QuantizedWeight.from_bitsandbytes(entries)
-    assert all(torch.equal(entries[name], tensor) for name, tensor in before.items())
+
+
+def test_scale_that_is_not_finite_is_refused():
+    entries = qn.quantize(torch.randn(8, 64), double_quant=False).to_bitsandbytes()
+    _filled("weight.absmax", float("nan"), 3)(entries)
+    with pytest.raises(ValueError, match="weight, absmax: expected finite values, got NaN or Inf"):
+        qn.QuantizedWeight.from_bitsandbytes(entries)
 
 
 def test_file_of_torch_changes_the_container():

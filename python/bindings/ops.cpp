@@ -74,6 +74,7 @@ void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, con
   check(seed.has_value(), "seed", "a tensor where dropout is above 0", "None");
   check(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed", "one int64",
         [&] { return name_of_type(seed->scalar_type()); });
+  check_memory(*seed, "seed");
   if (seed->is_cpu()) {
     view.seed = static_cast<std::uint64_t>(*static_cast<const std::int64_t*>(seed->data_ptr()));
   } else {
@@ -133,6 +134,7 @@ Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
   const DType dtype = dtype_of(tensor.scalar_type(), argument);
   const std::int64_t rows = cols == 0 ? 0 : tensor.numel() / cols;
   const std::optional<std::int64_t> stride = rows == 0 ? cols : row_stride(tensor);
+  check_memory(tensor, argument);
   Tensor storage = stride ? tensor : torch::stable::contiguous(tensor);
   const void* data = storage.data_ptr();
   return {std::move(storage), {data, dtype, rows, cols, stride.value_or(cols)}};
@@ -183,6 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
                                                                bool double_quant) {
   check(bits == 4 || bits == 8, "bits", "4 or 8", bits);
   check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", blocksize);
+  check_memory(weight, "weight");
   const Tensor source = torch::stable::contiguous(weight);
   const Stream stream = stream_of(weight);
   const std::int64_t elements = source.numel();

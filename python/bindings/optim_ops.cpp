@@ -124,13 +124,15 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
     tensor.group = group_of[i];
     tensor.param_dtype = dtype_of(param_type, name("params"));
     tensor.grad_dtype = dtype_of(grad_type, name("grads"));
-    const auto contiguous = [&](const Tensor& from) {
-      return from.is_contiguous() ? from : copies.emplace_back(torch::stable::contiguous(from));
+    const auto contiguous = [&](const Tensor& from, const char* list) {
+      if (from.is_contiguous()) return from;
+      check_memory(from, name(list));
+      return copies.emplace_back(torch::stable::contiguous(from));
     };
-    const Tensor param = contiguous(params[i]);
+    const Tensor param = contiguous(params[i], "params");
     if (!params[i].is_contiguous()) written.emplace_back(params[i], param);
     tensor.param = data_of(param, param_type, elements, skipped, name("params"));
-    tensor.grad = data_of(contiguous(grads[i]), grad_type, elements, skipped, name("grads"));
+    tensor.grad = data_of(contiguous(grads[i], "grads"), grad_type, elements, skipped, name("grads"));
     const ScalarType state_type = states1.type();
     check(state_type == ScalarType::Byte || state_type == ScalarType::Float, states1.name(), "uint8 or float32",
           [&] { return name_of_type(state_type); });

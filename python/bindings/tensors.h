@@ -45,6 +45,24 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+// Whether all elements of a tensor lie in its storage. A storage can be freed or shrunk under the tensors that see it
+// (`untyped_storage().resize_(0)`, as FSDP and offloading do it), and then the address of their first element is null,
+// or near null, or that of memory which is somebody else's by now.
+inline bool has_memory(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  std::int64_t bytes = 0, last = 0;  // `last` becomes the place of the last element in the storage
+  if (aoti_torch_get_storage_size(tensor.get(), &bytes) != 0) return false;
+  if (aoti_torch_get_storage_offset(tensor.get(), &last) != 0) return false;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (std::size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+  return last < bytes / static_cast<std::int64_t>(tensor.element_size());
+}
+
+template <class Name>
+void check_memory(const Tensor& tensor, const Name& argument) {
+  check(has_memory(tensor), argument, "a tensor with memory", "one whose storage was freed");
+}
+
 // The data of a contiguous tensor with `numel` elements of `type` beside `like`.
 template <class Name>
 void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const Name& argument) {
@@ -54,6 +72,7 @@ void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const T
   check(tensor.numel() == numel, argument, [&] { return std::to_string(numel) + " elements"; }, tensor.numel());
   check(tensor.is_contiguous(), argument, "a contiguous tensor", "other strides");
   check(same_device(tensor, like), argument, "the device of the other tensors", "another device");
+  check_memory(tensor, argument);
   return tensor.data_ptr();
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,10 +20,33 @@ def bad_type(argument: str, expected: str, got: Any) -> TypeError:
     return TypeError(f"{argument}: expected {expected}, got {got}")
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether it is an int or a float, and a float can hold it."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def check_float_dtype(argument: str, dtype: Any) -> None:
     """Raise TypeError unless `dtype` is one that the library computes in."""
     if dtype not in FLOAT_DTYPES:
         raise bad_type(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype)
+
+
+def check_memory(argument: str, tensor: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """Raise unless `tensor` is dense and all of it lies in its storage, which may have been freed under it.
+
+    A subclass (a DTensor, a fake of the compiler) answers for itself. A meta tensor passes where `like` is one too.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return
+    if tensor.layout is not torch.strided:
+        raise bad_type(argument, "a dense tensor", tensor.layout)
+    if tensor.is_meta:
+        if like is not None and not like.is_meta:
+            raise bad(argument, "a tensor with values", "one on the meta device")
+    elif tensor.numel():
+        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
 def check_blocksize(blocksize: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._errors import bad, bad_type
+from ._errors import bad, bad_type, check_memory
 from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
 
 BLOCKSIZE = 256
@@ -36,18 +37,16 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool)
     """The state of a parameter. `copied`: to its device; else moments and scales are the saved tensors themselves."""
     if not isinstance(saved, dict):
         raise bad_type(name, "a dict", type(saved).__name__)
-    saved = {**saved, **saved.get(_BITSANDBYTES_STATE, {})}
+    inner = saved.get(_BITSANDBYTES_STATE, {})
+    if not isinstance(inner, dict):
+        raise bad_type(f"{name}, {_BITSANDBYTES_STATE}", "a dict", type(inner).__name__)
+    saved = {**saved, **inner}
     missing = [key for key in ("step", "state1", "state2") if key not in saved]
     if missing:
         raise bad(name, "step, state1 and state2 of an AdamW8bit", ", ".join(map(str, saved)))
     in_8_bits = isinstance(saved["state1"], Tensor) and saved["state1"].dtype == torch.uint8
     expected = shapes_of(param, in_8_bits)
-    if not isinstance(saved["step"], (int, float, Tensor)):
-        raise bad_type(f"{name}.step", "an integer >= 0", type(saved["step"]).__name__)
-    step = torch.as_tensor(saved["step"])
-    if step.numel() != 1 or step < 0 or step != step.long():
-        raise bad(f"{name}.step", "an integer >= 0", saved["step"])
-    state = {"step": step.reshape(()).to(param.device, torch.int64, copy=True)}
+    state = {"step": torch.tensor(_checked_step(f"{name}.step", saved["step"]), device=param.device)}
     for key, (dtype, shape) in expected.items():
         tensor = saved.get(key)
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
@@ -55,15 +54,48 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool)
             raise bad_type(f"{name}.{key}", f"a tensor of {dtype}", got)
         if tuple(tensor.shape) != shape:
             raise bad(f"{name}.{key}", f"shape {list(shape)}, as the parameter's", list(tensor.shape))
+        check_memory(f"{name}.{key}", tensor, param)
         if dtype == torch.float32 and not tensor.isfinite().all():
             raise bad(f"{name}.{key}", "finite values", "NaN or Inf")
         if dtype == torch.float32 and key != "state1" and (tensor < 0).any():
             raise bad(f"{name}.{key}", "values >= 0", tensor.min().item())
         state[key] = tensor.to(param.device, copy=True).contiguous() if copied else tensor
     for key, levels in _MAPS.items():
-        if in_8_bits and key in saved and not is_dynamic_map(saved[key], levels):
+        if in_8_bits and key in saved and not (isinstance(saved[key], Tensor) and is_dynamic_map(saved[key], levels)):
             raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")
     return {key: Kept(tensor) for key, tensor in state.items()}
+
+
+def _checked_step(name: str, step: Any) -> int:
+    """How many steps were taken, of a number or a tensor of one."""
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_complex() or step.is_meta:
+            raise bad(name, "an integer >= 0", f"{step.dtype} {list(step.shape)}")
+        check_memory(name, step)
+        step = step.item()
+    if not isinstance(step, (int, float)):
+        raise bad_type(name, "an integer >= 0", type(step).__name__)
+    if not 0 <= step < 2**63 or step != int(step):
+        raise bad(name, "an integer >= 0", step)
+    return int(step)
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raise unless it has the parts that every optimizer's state dict has, of the right types."""
+    if not isinstance(state_dict, dict):
+        raise bad_type("state_dict", "a dict", type(state_dict).__name__)
+    for name, kind in (("state", dict), ("param_groups", list)):
+        if name not in state_dict:
+            raise bad("state_dict", f"the key {name!r}", f"only {', '.join(map(str, state_dict)) or 'no key'}")
+        if not isinstance(state_dict[name], kind):
+            raise bad_type(f"state_dict[{name!r}]", f"a {kind.__name__}", type(state_dict[name]).__name__)
+    for index, group in enumerate(state_dict["param_groups"]):
+        name = f"state_dict['param_groups'][{index}]"
+        if not isinstance(group, dict):
+            raise bad_type(name, "a dict", type(group).__name__)
+        params = group.get("params")
+        if not isinstance(params, list) or not all(type(i) in (int, str) for i in params):
+            raise bad(f"{name}['params']", "a list of numbers or names", repr(params)[:80])
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -74,10 +106,10 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         value = options[name]
         if isinstance(value, Tensor):
-            value = value.item() if value.numel() == 1 else math.nan
+            value = value.item() if value.numel() == 1 and not value.is_meta else math.nan
         if not isinstance(value, (int, float)):
             raise bad_type(name, "a number", type(value).__name__)
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= sys.float_info.max:
             raise bad(name, "a finite number >= 0", options[name])
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _C, _ops  # noqa: F401  (_ops: fakes and autograd of the ops that _C registers)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
+from ._json import parse_object
 
 NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
@@ -33,6 +35,20 @@ def is_dynamic_map(tensor: Tensor, levels: Tensor) -> bool:
 def ceil_div(a: int, b: int) -> int:
     """The quotient, rounded up."""
     return -(-a // b)
+
+
+def check_finite(name: str, tensor: Tensor) -> float:
+    """The largest absolute value of a scale or a table; of what is not fp32, or has no values, 0.
+
+    Raises:
+        ValueError: there is NaN or Inf in it.
+    """
+    if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
+        return 0.0
+    low, high = (value.item() for value in torch.aminmax(tensor.detach()))  # one pass; one NaN makes both NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise bad(name, "finite values", "NaN or Inf")
+    return max(abs(low), abs(high))
 
 
 def check_format(format: Any) -> None:
@@ -118,6 +134,26 @@ class QuantizedWeight:
             raise bad(name, f"a tensor on {self.codes.device}, where codes is", tensor.device)
         if tensor.requires_grad:
             raise bad(name, "a tensor that does not require gradients", "requires_grad=True")
+        check_memory(name, tensor)
+
+    def check_values(self) -> QuantizedWeight:
+        """Check what the constructor does not read: that scales and tables are finite. Every byte of codes is valid.
+
+        For a weight that comes from a file or from another library. Copies nothing; waits for a GPU.
+
+        Returns:
+            The weight itself.
+
+        Raises:
+            ValueError: a scale, a table or the offset has NaN or Inf in it.
+        """
+        sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
+        scale = sizes["absmax"]
+        if self.nested_absmax is not None:
+            scale = sizes["nested_code"] * sizes["nested_absmax"] + sizes["offset"]
+        if sizes.get("code", 1.0) * scale > torch.finfo(torch.float32).max:
+            raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
+        return self
 
     @classmethod
     def unchecked(cls, *values: Any) -> QuantizedWeight:
@@ -239,50 +275,71 @@ class QuantizedWeight:
         def entry(suffix: str) -> Tensor:
             if name + suffix not in state_dict:
                 raise bad("state_dict", f"the key {name + suffix!r}", "none")
-            return state_dict[name + suffix]
+            tensor = state_dict[name + suffix]
+            if not isinstance(tensor, Tensor):
+                raise bad_type(name + suffix, "a tensor", type(tensor).__name__)
+            check_memory(name + suffix, tensor)
+            return tensor
 
         packed = [key for key in state_dict if key.startswith(f"{name}.quant_state.bitsandbytes__")]
         if len(packed) != 1:
             raise bad("state_dict", f"one key {name + '.quant_state.bitsandbytes__nf4'!r} or __fp4", f"{len(packed)}")
-        state = _read_state(packed[0], state_dict[packed[0]])
         nested = f"{name}.nested_absmax" in state_dict
-        if nested and state.get("nested_blocksize") != NESTED_BLOCKSIZE:
-            raise bad(f"{packed[0]}: nested_blocksize", f"{NESTED_BLOCKSIZE}", state.get("nested_blocksize"))
-        codes = entry("").detach().contiguous().view(torch.uint8)
-        shape = tuple(state["shape"])
-        if codes.numel() == ceil_div(shape[0] * shape[1], 2):  # else the constructor says what is wrong
-            codes = codes.reshape(codes_shape(*shape, bits=4))
-        offset = (
-            torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=codes.device) if nested else None
-        )
-        return cls(
-            codes=codes,
-            absmax=entry(".absmax"),
-            nested_absmax=entry(".nested_absmax") if nested else None,
-            nested_code=entry(".nested_quant_map") if nested else None,
-            offset=offset,
-            code=entry(".quant_map"),
-            shape=shape,
-            blocksize=state["blocksize"],
-            format=state["quant_type"],
-            dtype=getattr(torch, state["dtype"]),
-        )
+        state = _read_state(packed[0], entry(packed[0].removeprefix(name)), nested)
+        N, K = state["shape"]
+        codes = _bytes_of(name, entry(""), ceil_div(N * K, 2))
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
+        try:
+            q = cls(
+                codes=codes.view(codes_shape(N, K, bits=4)),
+                absmax=entry(".absmax"),
+                nested_absmax=entry(".nested_absmax") if nested else None,
+                nested_code=entry(".nested_quant_map") if nested else None,
+                offset=offset,
+                code=entry(".quant_map"),
+                shape=(N, K),
+                blocksize=state["blocksize"],
+                format=state["quant_type"],
+                dtype=getattr(torch, state["dtype"]),
+            )
+            return q.check_values()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}, {error}") from None
 
 
-def _read_state(key: str, packed: Tensor) -> dict[str, Any]:
-    """The JSON object of bitsandbytes' quant_state, with the fields that matter checked."""
-    try:
-        state = json.loads(bytes(packed.tolist()))
-    except (TypeError, ValueError) as error:
-        raise bad(key, "the bytes of a JSON object", f"other bytes ({error})") from error
-    missing = {"quant_type", "blocksize", "dtype", "shape"} - state.keys() if isinstance(state, dict) else "all"
-    if missing:
-        raise bad(key, "quant_type, blocksize, dtype and shape", f"no {', '.join(sorted(missing))}")
+def _bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
+    """The codes of a file as `count` bytes, whatever dtype (bitsandbytes' quant_storage) they are stored in."""
+    if codes.dtype not in (torch.uint8, torch.int8, *FLOAT_DTYPES):
+        raise bad_type(name, "codes stored as uint8, int8, float16, bfloat16 or float32", codes.dtype)
+    if codes.numel() * codes.element_size() != count:
+        raise bad(name, f"{count} bytes, as its quant_state says", f"{codes.dtype} {list(codes.shape)}")
+    return codes.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _read_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
+    """The JSON object of bitsandbytes' quant_state, with the fields that are used checked."""
+    longest = 1 << 16  # bytes; bitsandbytes writes some 200
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > longest or packed.is_meta:
+        raise bad(key, "the bytes of a JSON object", f"{packed.dtype} {list(packed.shape)}")
+    state = parse_object(bytes(packed.tolist()), key)
+    if missing := sorted({"quant_type", "blocksize", "dtype", "shape"} - state.keys()):
+        raise bad(key, "quant_type, blocksize, dtype and shape", f"no {', '.join(missing)}")
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and value >= 1
+
     shape = state["shape"]
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
-        raise bad(f"{key}: shape", "[N, K]", shape)
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_size, shape)) or shape[0] * shape[1] >= 2**60:
+        raise bad(f"{key}: shape", "[N, K] of at least 1 and fewer than 2^60 elements", shape)
     if state["quant_type"] not in ("nf4", "fp4"):
-        raise bad(f"{key}: quant_type", "nf4 or fp4", state["quant_type"])
+        raise bad(f"{key}: quant_type", "nf4 or fp4", repr(state["quant_type"]))
     if state["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]:
-        raise bad(f"{key}: dtype", "float32, bfloat16 or float16", state["dtype"])
+        raise bad(f"{key}: dtype", "float32, bfloat16 or float16", repr(state["dtype"]))
+    if nested:
+        if state.get("nested_blocksize") != NESTED_BLOCKSIZE:
+            raise bad(f"{key}: nested_blocksize", f"{NESTED_BLOCKSIZE}", repr(state.get("nested_blocksize")))
+        offset = state.get("nested_offset")
+        # Within fp32, too: an integer of a thousand digits has no float at all.
+        if type(offset) not in (int, float) or not -3.4e38 < offset < 3.4e38:
+            raise bad(f"{key}: nested_offset", "a finite fp32 number", repr(offset))
     return state

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
 from ._weight import (
     CODEBOOKS,
     DYNAMIC_MAP,
     NESTED_BLOCKSIZE,
     QuantizedWeight,
     ceil_div,
+    check_finite,
     check_format,
     codes_shape,
 )
@@ -217,6 +219,34 @@ class Linear4bit(nn.Linear):
                 self.nested_code.copy_(DYNAMIC_MAP)
             if self.format in CODEBOOKS:
                 self.code.copy_(CODEBOOKS[self.format])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Load as every module does, but only tensors that are this layer's: nothing is cast, scales are finite.
+
+        torch would cast a 16-bit weight to bytes, and copy it over the codes.
+        """
+        errors = []
+        assign = args[0].get("assign_to_params_buffers", False)
+        for name in (*self.weight_names(), "bias"):
+            own, tensor = getattr(self, name), state_dict.get(prefix + name)
+            if own is None or tensor is None:
+                continue
+            try:
+                if not isinstance(tensor, Tensor):
+                    raise bad_type(prefix + name, "a tensor", type(tensor).__name__)
+                if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
+                    raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
+                check_memory(prefix + name, tensor, None if assign else own)
+                if name != "bias":
+                    check_finite(prefix + name, tensor)
+                if name in self._buffers:  # torch would make a parameter of a buffer that it is given as one
+                    state_dict[prefix + name] = tensor.detach()
+            except (TypeError, ValueError) as error:
+                errors.append(str(error))
+        if errors:  # where torch collects what it then raises
+            args[-1].extend(errors)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import check_float_dtype
+from ._errors import bad, check_float_dtype
 from ._flat import FlatStates, are_states
-from ._optim_state import Kept, check_options, checked_state, shapes_of
+from ._optim_state import Kept, check_options, check_state_dict, checked_state, shapes_of
 from ._optim_step import Batch, by_device, check_tensors
 from ._paged import Rooms, is_pageable
 
@@ -154,6 +154,7 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: it is of other parameters (number, shapes), of another optimizer, or damaged.
         """
+        check_state_dict(state_dict)
         # The last hook, so that it sees what the user's own made of the state dict.
         handle = self.register_load_state_dict_pre_hook(AdamW8bit._checked)
         try:
@@ -214,6 +215,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict as torch may load it: checked, and its tensors out of the reach of torch's casts."""
+        check_state_dict(state_dict)
         ours, saved = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in ours]:
             return state_dict  # torch says what is wrong with it
@@ -225,10 +227,12 @@ class AdamW8bit(torch.optim.Optimizer):
             groups.append(options)
         params = [param for group in ours for param in group["params"]]
         ids = [i for group in saved for i in group["params"]]
+        if twice := [i for i in ids if ids.count(i) > 1] if len(set(ids)) < len(ids) else []:
+            raise bad("state_dict", "each parameter once", f"{twice[0]!r} twice")
         states = {
             i: checked_state(f"state[{i}]", state_dict["state"][i], param, not self._is_paged(param.device))
             for i, param in zip(ids, params, strict=True)
-            if state_dict["state"].get(i)
+            if state_dict["state"].get(i, {}) != {}
         }
         return {**state_dict, "state": states, "param_groups": groups}
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .._errors import bad
+from .._errors import bad, is_finite_number
+from .._json import parse_object
+from .checkpoints import file_inside, open_safetensors
 
 __all__ = ["Adapter"]
 
@@ -47,14 +47,15 @@ class Adapter:
 
         Raises:
             FileNotFoundError: adapter_config.json or adapter_model.safetensors is missing.
-            ValueError: it is no LoRA adapter, or of a variant that has no merged weight here.
+            ValueError: it is no LoRA adapter, is damaged, or of a variant that has no merged weight here.
         """
         folder = Path(folder)
-        paths = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: expected a file that PEFT saved, found none")
-        self.config: dict[str, Any] = json.loads(paths[0].read_text(encoding="utf-8"))
+        names = "adapter_config.json", "adapter_model.safetensors"
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: expected a file that PEFT saved, found none")
+        config, weights = (file_inside(folder, name) for name in names)
+        self.config: dict[str, Any] = parse_object(config.read_bytes(), str(config))
         if self.config.get("peft_type") != "LORA":
             raise bad("adapter_config.json: peft_type", "LORA", self.config.get("peft_type"))
         for name in _OTHER_PRODUCTS:
@@ -63,11 +64,14 @@ class Adapter:
         start = self.config.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(_CHANGED_BASES):
             raise bad("adapter_config.json: init_lora_weights", "one that leaves the base weight as it is", start)
+        self._alpha, self._alphas = _alphas(self.config)
         self.layers: dict[str, dict[str, Tensor]] = {}
         self.replaced: dict[str, Tensor] = {}
-        with safe_open(paths[1], framework="pt") as file:
+        with open_safetensors(weights) as file:
             for key in file.keys():
                 self._add(key, file.get_tensor(key))
+        for path, parts in self.layers.items():
+            _check_parts(path, parts)
 
     def _add(self, key: str, tensor: Tensor) -> None:
         name = key.removeprefix("base_model.model.")
@@ -89,10 +93,8 @@ class Adapter:
         """alpha / rank of the layer, or alpha / sqrt(rank) for rsLoRA."""
         parts = self.layers[path]
         rank = (parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"]).shape[0]
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
         # The first pattern that the end of the path matches (PEFT, get_pattern_key).
-        found = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]
-        alpha = found[0] if found else self.config["lora_alpha"]
+        alpha = next((value for pattern, value in self._alphas if pattern.match(path)), self._alpha)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def merged_weight(self, path: str, weight: Tensor) -> Tensor:
@@ -111,10 +113,53 @@ class Adapter:
         merged = torch.addmm(weight.float(), left.float(), right.float(), alpha=self.scaling(path))
         if "lora_magnitude_vector" in parts:
             magnitude = parts["lora_magnitude_vector"].float()
+            if magnitude.shape != merged.shape[:1]:
+                raise bad(f"adapter, {path}: lora_magnitude_vector", f"[{len(merged)}]", list(magnitude.shape))
             merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
+        if not merged.isfinite().all():
+            raise bad(f"adapter, {path}", "a merged weight of finite values", "NaN or Inf")
         return merged
 
     def merged_bias(self, path: str, bias: Tensor) -> Tensor:
         """`bias` of the layer `path` with `lora_bias` in it, fp32."""
         added = self.layers[path].get("lora_B.bias")
-        return bias if added is None else bias.float() + self.scaling(path) * added.float()
+        if added is None:
+            return bias
+        if added.shape != bias.shape:
+            raise bad(f"adapter, {path}: lora_B.bias", f"the bias's shape {list(bias.shape)}", list(added.shape))
+        return bias.float() + self.scaling(path) * added.float()
+
+
+def _alphas(config: dict[str, Any]) -> tuple[float, list[tuple[re.Pattern[str], float]]]:
+    """lora_alpha, and (pattern of paths, alpha) of the layers that have another."""
+
+    def number(name: str, value: Any) -> float:
+        if not is_finite_number(value):
+            raise bad(f"adapter_config.json: {name}", "a finite number", repr(value))
+        return value
+
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise bad("adapter_config.json: alpha_pattern", "an object", type(patterns).__name__)
+    alphas = []
+    for pattern, alpha in patterns.items():
+        try:
+            compiled = re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise bad("adapter_config.json: alpha_pattern", "regular expressions", f"{pattern!r} ({error})") from None
+        alphas.append((compiled, number(f"alpha_pattern, {pattern}", alpha)))
+    return number("lora_alpha", config.get("lora_alpha")), alphas
+
+
+def _check_parts(path: str, parts: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors of a layer are those of one adapter."""
+    pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A", "lora_B")
+    for name in pair:
+        if name not in parts:
+            raise bad(f"adapter, {path}", f"{pair[0]} and {pair[1]}", f"no {name}")
+        if not parts[name].is_floating_point() or parts[name].dim() != 2 or 0 in parts[name].shape:
+            got = f"{parts[name].dtype} {list(parts[name].shape)}"
+            raise bad(f"adapter, {path}: {name}", "a floating-point matrix", got)
+    a, b = (parts[name] for name in pair)
+    if a.shape[0] != b.shape[1]:
+        raise bad(f"adapter, {path}: {pair[1]}", f"the rank {a.shape[0]} of {pair[0]}", b.shape[1])

@@ -79,7 +79,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight:
     """The weight of a `bitsandbytes.nn.Linear4bit` as our container; shares its tensors.
 
     Raises:
-        ValueError: it is not quantized yet.
+        TypeError, ValueError: it is not quantized yet, or damaged: see QuantizedWeight.
     """
     state: QuantState | None = getattr(layer.weight, "quant_state", None) or layer.quant_state
     if state is None:
@@ -105,7 +105,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight:
         blocksize=state.blocksize,
         format=state.quant_type,
         dtype=state.dtype,
-    )
+    ).check_values()
 
 
 def _layer(name: str, module: nn.Module) -> Linear4bit:

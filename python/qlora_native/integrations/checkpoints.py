@@ -1,25 +1,68 @@
-"""Checkpoint folders of safetensors files: read tensor by tensor, written whole or not at all."""
+"""Checkpoint folders of safetensors files: checked, read tensor by tensor, written whole or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._errors import bad
+from .._json import parse_object
 from .._weight import QuantizedWeight
 
-__all__ = ["Checkpoint", "new_folder", "write_shards"]
+__all__ = ["Checkpoint", "file_inside", "new_folder", "open_safetensors", "write_shards"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANT_STATE = ".quant_state.bitsandbytes__"
+
+
+def file_inside(folder: Path, name: Any) -> Path:
+    """The path of the file `name` in a folder that a stranger may have written.
+
+    A link may lead to another file of the folder, or, in a snapshot of the Hugging Face cache, to the cache's blobs of
+    the same model. What leads elsewhere is refused: its contents would be copied into a folder that gets published.
+
+    Raises:
+        ValueError: `name` is no plain file name, or a link that leads out of the folder.
+        FileNotFoundError: there is no such file.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
+        raise bad(str(folder), "the name of a file in it", repr(name))
+    home = folder.resolve()
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    try:
+        target = (folder / name).resolve(strict=True)
+    except RuntimeError:  # a loop of links, in Python 3.10 ... 3.12
+        raise bad(str(folder / name), "a file", "links that lead in a circle") from None
+    if not any(target.is_relative_to(root) for root in roots):
+        raise bad(str(folder / name), "a file of this folder", f"a link to {target}")
+    if not target.is_file():
+        raise FileNotFoundError(f"{folder / name}: expected a file, got something else")
+    return folder / name
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """The file, mapped. The safetensors library checks that its header fits what is there.
+
+    Raises:
+        ValueError: it is no safetensors file, or one that was not written to its end.
+        OSError: it cannot be read.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise bad(str(path), "a whole safetensors file", f"another, or a part of one ({error})") from None
 
 
 class Checkpoint:
@@ -32,27 +75,31 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Find the files.
+        """Find the files, and check that they and the index name the same tensors, each once.
 
         Raises:
-            FileNotFoundError: there is no folder, or no safetensors file in it.
+            FileNotFoundError: there is no folder, or no safetensors file in it, or one of the index is missing.
+            ValueError: a file is damaged, lies outside the folder, or disagrees with the index.
         """
         self.folder = Path(folder)
-        index, single = self.folder / INDEX, self.folder / SINGLE
-        if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif single.is_file():
-            with safe_open(single, framework="pt") as file:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: expected the folder of a checkpoint, found none")
+        if (self.folder / INDEX).exists():
+            self._file_of = _read_index(self.folder)
+        elif (self.folder / SINGLE).exists():
+            with open_safetensors(file_inside(self.folder, SINGLE)) as file:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise FileNotFoundError(f"{self.folder}: expected {SINGLE} or {INDEX}, found neither")
         self._open: tuple[str, safe_open] | None = None
         self._quantized = {name.partition(QUANT_STATE)[0] for name in self._file_of if QUANT_STATE in name}
+        if without_codes := sorted(self._quantized - self._file_of.keys()):
+            raise bad(str(self.folder), f"the tensor {without_codes[0]}, whose quant_state is there", "none")
         self.shards: dict[str, list[str]] = {file: [] for file in sorted(set(self._file_of.values()))}
-        for name in self._file_of:
-            owner = name.partition(".weight.")[0] + ".weight"
-            if owner == name or owner not in self._quantized:
-                self.shards[self._file_of[name]].append(name)
+        for name, file in self._file_of.items():
+            layer, dot, _ = name.rpartition(".weight.")
+            if not dot or f"{layer}.weight" not in self._quantized:
+                self.shards[file].append(name)
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of that name."""
@@ -60,10 +107,11 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor as it is in the file."""
-        file = self._file_of[name]
-        if self._open is None or self._open[0] != file:
-            self._open = (file, safe_open(self.folder / file, framework="pt"))
-        return self._open[1].get_tensor(name)
+        return self._file(name).get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of the tensor as it is in the file."""
+        return self._file(name).get_slice(name).get_shape()
 
     def quantized(self, name: str) -> bool:
         """Whether `name` is a weight that bitsandbytes has quantized."""
@@ -78,31 +126,113 @@ class Checkpoint:
         """The tensor, decoded to fp32 if it is quantized: then exactly what the 4 bits mean."""
         return self.quantized_weight(name).dequantize(torch.float32) if self.quantized(name) else self[name]
 
+    def _file(self, name: str) -> safe_open:
+        file = self._file_of[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, open_safetensors(self.folder / file))
+        return self._open[1]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """{tensor: file} of a folder with several files, each of which has what the index says and nothing else."""
+    path = file_inside(folder, INDEX)
+    file_of = parse_object(path.read_bytes(), str(path)).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise bad(f"{path}: weight_map", "an object of tensor and file names", type(file_of).__name__)
+    for file in sorted(set(map(str, file_of.values()))):
+        if not file.endswith(".safetensors"):
+            raise bad(f"{path}: weight_map", "names of safetensors files", repr(file))
+        with open_safetensors(file_inside(folder, file)) as opened:
+            there = set(opened.keys())
+        listed = {name for name, of in file_of.items() if of == file}
+        if missing := sorted(listed - there):
+            raise bad(str(folder / file), f"the tensor {missing[0]}, which the index names", "none")
+        for name in sorted(there - listed):
+            if name in file_of:
+                raise bad(f"{folder}: {name}", "one tensor of that name", f"one in {file_of[name]} and one in {file}")
+            raise bad(f"{path}: weight_map", f"the tensor {name}, which {file} has", "none")
+    return file_of
+
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` by a rename when all has ended well.
 
-    What an interruption leaves is called `.<out>.partial-<process>`, or nothing.
+    What a killed process leaves is called `.<out>.partial-<random>`. The next call for `out` removes it: a process that
+    writes holds a lock on its folder, which ends with the process.
 
     Raises:
-        FileExistsError: `out` is there and not an empty folder.
+        FileExistsError: `out` is there and not an empty folder, at the beginning or at the end.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a new or empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    staged = out.parent / f".{out.name}.partial-{os.getpid()}"
-    staged.mkdir()
+    prefix = f".{out.name}.partial-"
+    for left in out.parent.glob(f"{_literal(prefix)}*"):
+        _remove_if_dead(left)
+    staged, lock = _locked_folder(out.parent, prefix)
     try:
         yield staged
-        for path in staged.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(staged, out)  # an empty folder of that name gives way
+        for path in (*staged.iterdir(), staged):
+            _sync(path)
+        try:
+            os.replace(staged, out)  # an empty folder of that name gives way
+        except OSError:
+            if out.is_dir() and any(out.iterdir()):
+                raise FileExistsError(f"{out}: expected a new or empty folder; another run has filled it") from None
+            raise
+        _sync(out.parent)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _literal(text: str) -> str:
+    """A pattern for glob that matches `text` alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock."""
+    while True:
+        path = parent / f"{prefix}{secrets.token_hex(8)}"
+        path.mkdir()
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks, where nobody takes this for a leftover either
+            return path, lock
+        if path.exists():
+            return path, lock
+        os.close(lock)  # another process took it for a leftover before it was locked
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove what a killed process has left; leave what a live one is writing, or what cannot be told."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) -> int:
@@ -110,11 +240,17 @@ def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) 
 
     Returns:
         Bytes of all tensors.
+
+    Raises:
+        OSError: a file cannot be written: the disk is full, for one.
     """
     weight_map: dict[str, str] = {}
     total = 0
     for file, tensors in shards:
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: cannot be written: {error}") from None
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if set(weight_map.values()) != {SINGLE}:

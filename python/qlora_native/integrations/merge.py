@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from .._errors import bad
+from .._json import parse_object
 from .adapters import Adapter
-from .checkpoints import Checkpoint, new_folder, write_shards
-from .transformers import BitsAndBytesConfig, modules_to_quantize
+from .checkpoints import Checkpoint, file_inside, new_folder, write_shards
+from .skeleton import Skeleton
+from .transformers import BitsAndBytesConfig
 
 __all__ = ["TARGETS", "Report", "convert"]
 
@@ -116,7 +115,7 @@ def convert(
             load_in_4bit=True, bnb_4bit_quant_type=to, bnb_4bit_use_double_quant=double_quant, blocksize=blocksize
         )
     lora = None if adapter is None else Adapter(adapter)
-    conversion = _Conversion(checkpoint, _Skeleton(checkpoint), lora, TARGETS[to], quantization)
+    conversion = _Conversion(checkpoint, Skeleton(checkpoint), lora, TARGETS[to], quantization)
     conversion.check()
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -126,8 +125,10 @@ def convert(
 
     with new_folder(out) as folder:
         conversion.report.bytes = write_shards(folder, shards())
-        _copy_rest(checkpoint.folder, folder)
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        for path in conversion.others:
+            shutil.copy2(path, folder / path.name)
+        path = checkpoint.folder / "config.json"
+        config = parse_object(path.read_bytes(), str(path))
         config.pop("quantization_config", None)
         if quantization is not None:
             config["quantization_config"] = quantization.to_dict()
@@ -142,21 +143,46 @@ class _Conversion:
     """One checkpoint on its way to another: what becomes of each tensor."""
 
     checkpoint: Checkpoint
-    model: _Skeleton
+    model: Skeleton
     lora: Adapter | None
     target: torch.dtype | str
     quantization: BitsAndBytesConfig | None
     report: Report = field(default_factory=Report)
+    others: list[Path] = field(default_factory=list)  # what is copied: tokenizer, generation config, ...
 
     def check(self) -> None:
-        """Raise ValueError if the adapter changes something that the base has not."""
-        there = {self.model.name_of(name) for names in self.checkpoint.shards.values() for name in names}
+        """Raise ValueError unless the files have what the model has, and the adapter changes nothing else."""
+        there = self._check_names()
         missing = sorted(self.lora.names() - there) if self.lora is not None else []
         if missing:
             raise bad("adapter", "changes to tensors that the base has", f"{missing[0]}, which it has not")
         for name, tensor in self.lora.replaced.items() if self.lora is not None else ():
             if list(tensor.shape) != self.model.shape(name):
                 raise bad(f"adapter, {name}", f"the base's shape {self.model.shape(name)}", list(tensor.shape))
+        self.others = _others(self.checkpoint.folder)
+
+    def _check_names(self) -> set[str]:
+        """The model's names of all tensors. Raise ValueError if one is missing, there twice, or of another shape."""
+        file_names: dict[str, str] = {}
+        there: set[str] = set()
+        for name in (name for names in self.checkpoint.shards.values() for name in names):
+            own = self.model.name_of(name)
+            if own in file_names:
+                raise bad(str(self.checkpoint.folder), f"{own} once", f"{file_names[own]} and {name}")
+            file_names[own] = name
+            there.add(own)
+            there.update(self.model.names_made_of(name))
+            if self.checkpoint.quantized(name):
+                self.model.check_shape(name, list(self.checkpoint.quantized_weight(name).shape), stored_as_linear=True)
+            else:
+                self.model.check_shape(name, self.checkpoint.shape(name))
+        if missing := sorted(self.model.needed(there) - there):
+            raise bad(
+                str(self.checkpoint.folder),
+                f"all tensors of a {self.model.architecture}",
+                f"no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""),
+            )
+        return there
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The entries that take the place of the file's tensor `name`."""
@@ -219,45 +245,11 @@ def _square(tensor: Tensor, other: Tensor | None = None) -> float:
     return total
 
 
-class _Skeleton:
-    """The model's modules without their weights: what is a linear layer, and what files call it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        architecture = (getattr(config, "architectures", None) or ["none"])[0]
-        if not hasattr(transformers, architecture):
-            raise bad("config.json: architectures", "a model class of transformers", architecture)
-        with torch.device("meta"):
-            self._model = getattr(transformers, architecture)(config)
-        self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        self.linears = set(modules_to_quantize(self._model))
-        self._state = self._model.state_dict()
-        conversions = get_model_conversion_mapping(self._model)
-        self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-
-    def name_of(self, name: str) -> str:
-        """The model's name of a tensor that the file calls `name`."""
-        if name in self._state:
-            return name
-        return rename_source_key(name, self._renamings, [], self._model.base_model_prefix, self._state)[0]
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of the model's tensor `name`."""
-        return list(self._state[name].shape)
-
-    def module(self, path: str) -> nn.Module:
-        """The module at `path`, without values."""
-        return self._model.get_submodule(path)
-
-
-def _copy_rest(source: Path, target: Path) -> None:
+def _others(folder: Path) -> list[Path]:
     """Tokenizer, generation config and whatever else lies beside the weights and is no weights of another format."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-    for path in source.iterdir():
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(weights):
-            shutil.copy2(path, target / path.name)
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(weights)]
+    return [file_inside(folder, name) for name in names if name != "config.json"]
 
 
 class _Progress:

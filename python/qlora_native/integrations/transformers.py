@@ -236,7 +236,12 @@ class ReadQuantized(ConversionOps):
         if len(entries) == 1:
             raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
         expected = layer.weight_names()
-        layer.replace_weight(QuantizedWeight.from_bitsandbytes(entries))
+        q = QuantizedWeight.from_bitsandbytes(
+            {f"{path}.{name}": tensor for name, tensor in entries.items()}, f"{path}."
+        )
+        if q.shape != (layer.out_features, layer.in_features):
+            raise bad(full_layer_name, f"{[layer.out_features, layer.in_features]}, as config.json says", list(q.shape))
+        layer.replace_weight(q)
         if missing_keys is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
             missing_keys.difference_update(f"{path}.{name}" for name in expected)
         return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}

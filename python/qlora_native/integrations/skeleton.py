@@ -1,0 +1,108 @@
+"""A model of transformers without its weights, to know what the tensors of a checkpoint are."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from .._errors import bad
+from .._json import parse_object
+from .checkpoints import Checkpoint, file_inside
+from .transformers import modules_to_quantize
+
+__all__ = ["Skeleton"]
+
+
+class Skeleton:
+    """The modules of a checkpoint's model without their weights: what is a linear layer, and what files call it.
+
+    Attributes:
+        architecture: the name of its class.
+        dtype: what config.json says the weights are in.
+        linears: paths of the layers that transformers would give to bitsandbytes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Make it, of what config.json says.
+
+        Raises:
+            ValueError: that is no model of transformers, or its values are such that none can be made.
+        """
+        path = file_inside(checkpoint.folder, "config.json")
+        kind = parse_object(path.read_bytes(), str(path)).get("architectures")
+        self.architecture = kind[0] if isinstance(kind, list) and kind and isinstance(kind[0], str) else "none"
+        model_class = getattr(transformers, self.architecture, None)
+        if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+            raise bad(f"{path}: architectures", "a model class of transformers", self.architecture)
+        try:
+            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            layers, names = getattr(config, "num_hidden_layers", 0), sum(map(len, checkpoint.shards.values()))
+            if isinstance(layers, int) and layers > names:  # before they are made
+                raise bad("num_hidden_layers", f"no more than the {names} tensors of the files", layers)
+            with torch.device("meta"):
+                self._model = model_class(config)
+        except Exception as error:  # what transformers raises on strange values is of many types
+            text = " ".join(str(error).split())
+            raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
+        self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.linears = set(modules_to_quantize(self._model))
+        self._state = self._model.state_dict()
+        conversions = get_model_conversion_mapping(self._model)
+        self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+
+    def name_of(self, name: str) -> str:
+        """The model's name of a tensor that the file calls `name`."""
+        if name in self._state:
+            return name
+        return rename_source_key(name, self._renamings, [], self._model.base_model_prefix, self._state)[0]
+
+    def names_made_of(self, name: str) -> set[str]:
+        """The model's names of what transformers makes of the file's tensor `name` and others: of stacked experts."""
+        prefix = self._model.base_model_prefix
+        own, source = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        for converter in self._converters if source is not None else ():
+            if source in converter.source_patterns:
+                first, *others = converter.target_patterns
+                return {own, *(own.replace(first, other) for other in others)}
+        return {own}
+
+    def needed(self, there: set[str]) -> set[str]:
+        """The tensors that files must have. Of tied ones one is enough."""
+        ignored = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
+        tied = self._model.all_tied_weights_keys.items()
+        shared = {name for pair in tied if there.intersection(pair) for name in pair}
+        return {
+            name for name in self._state if name not in shared and not any(pattern.search(name) for pattern in ignored)
+        }
+
+    def check_shape(self, name: str, shape: list[int], stored_as_linear: bool = False) -> None:
+        """Raise ValueError if the file's tensor `name` has another shape than the model's, or is quantized for nothing.
+
+        stored_as_linear: whether it is a quantized weight, [out, in] even of a Conv1D, which has its own [in, out].
+        """
+        own = self.name_of(name)
+        if own in self._state:
+            expected = self.shape(own)
+            if stored_as_linear and isinstance(self.module(own.rpartition(".")[0]), Conv1D):
+                expected.reverse()
+            if shape != expected:
+                raise bad(name, f"the shape {expected}, as config.json says", shape)
+        elif stored_as_linear:
+            raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of the model's tensor `name`."""
+        return list(self._state[name].shape)
+
+    def module(self, path: str) -> nn.Module:
+        """The module at `path`, without values."""
+        return self._model.get_submodule(path)

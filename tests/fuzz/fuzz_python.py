@@ -1,0 +1,388 @@
+"""Fuzz every way into the library from Python.
+
+    python tests/fuzz/fuzz_python.py                        every target for 10 seconds
+    python tests/fuzz/fuzz_python.py layer --seconds 600    one of them
+    python tests/fuzz/fuzz_python.py layer --atheris        with coverage as the guide, where atheris is installed
+    python tests/fuzz/fuzz_python.py layer --input FILE     one input again
+
+An input that ends in anything but the errors that the documentation promises is a finding: it is written to a file,
+whose name is printed, and belongs below tests/fuzz/corpus/ once it is mended. Everything there is run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from choices import NUMBERS, Choices
+
+import qlora_native as qn
+
+CORPUS = Path(__file__).parent / "corpus"
+LONGEST = 96  # bytes of a random input
+
+
+# ---- weights, layers, optimizers: state dicts ------------------------------------------------------------------------
+
+
+@cache
+def _entries(double_quant: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return qn.quantize(torch.randn(6, 70), double_quant=double_quant).to_bitsandbytes("layer.")
+
+
+def fuzz_entries(choices: Choices) -> None:
+    """QuantizedWeight.from_bitsandbytes: what it accepts can be decoded."""
+    entries = dict(_entries(choices.one_in(2)))
+    for _ in range(1 + choices.below(3)):
+        key = choices.of(sorted(entries)) if entries else ""
+        kind = choices.below(4)
+        if kind == 0:
+            entries.pop(key, None)
+        elif kind == 1 and isinstance(entries.get(key), torch.Tensor):
+            entries[key] = choices.tensor(entries[key])
+        else:
+            key = next(iter(k for k in entries if "quant_state" in k), None)
+            if key is not None and isinstance(entries[key], torch.Tensor) and entries[key].dtype == torch.uint8:
+                with contextlib.suppress(UnicodeDecodeError, RuntimeError, NotImplementedError):
+                    text = bytes(entries[key].flatten().tolist()).decode()
+                    changed = bytearray(choices.text(text).encode()) or bytearray(b" ")
+                    entries[key] = torch.frombuffer(changed, dtype=torch.uint8)
+    q = qn.QuantizedWeight.from_bitsandbytes(entries, "layer.")
+    decoded = q.dequantize(torch.float32)
+    assert decoded.is_meta or decoded.isfinite().all(), "a weight with NaN was accepted"
+    assert tuple(decoded.shape) == q.shape
+
+
+def fuzz_layer(choices: Choices) -> None:
+    """Linear4bit.load_state_dict: what it accepts is finite, and the layer multiplies."""
+    layer = qn.nn.Linear4bit(70, 6, format=choices.of(("nf4", "int8")), double_quant=choices.one_in(2))
+    state: dict[str, Any] = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for _ in range(1 + choices.below(3)):
+        key = choices.of(sorted(state)) if state else "weight"
+        if choices.one_in(4):
+            state.pop(key, None)
+        elif isinstance(state.get(key), torch.Tensor):
+            state[key] = choices.tensor(state[key])
+    try:
+        layer.load_state_dict(state, strict=choices.one_in(2), assign=choices.one_in(4))
+    except RuntimeError as error:  # torch's own, of all that was wrong
+        assert "Error(s) in loading state_dict" in str(error) or "state_dict" in str(error), error
+        return
+    if not any(tensor.is_meta for tensor in layer.state_dict().values()):
+        layer(torch.ones(2, 70))
+
+
+def fuzz_optimizer(choices: Choices) -> None:
+    """AdamW8bit.load_state_dict: all of it or nothing, and what it accepts can be stepped."""
+    params = [torch.nn.Parameter(torch.ones(70, 64)), torch.nn.Parameter(torch.ones(5))]
+    optimizer = qn.optim.AdamW8bit(params)
+    for param in params:
+        param.grad = torch.full_like(param, 0.1)
+    optimizer.step()
+    state: Any = copy.deepcopy(optimizer.state_dict())
+    for _ in range(1 + choices.below(2)):
+        kind = choices.below(6)
+        if kind == 0:
+            state = choices.value() if choices.one_in(8) else {k: v for k, v in state.items() if choices.one_in(2)}
+        elif kind == 1 and isinstance(state.get("param_groups"), list) and state["param_groups"]:
+            group = state["param_groups"][0]
+            if isinstance(group, dict) and group:
+                key = choices.of(sorted(group))
+                group[key] = choices.value()
+                if choices.one_in(4):
+                    del group[key]
+        elif kind == 2:
+            state["state" if choices.one_in(2) else "param_groups"] = choices.value()
+        elif isinstance(state.get("state"), dict) and state["state"]:
+            index = choices.of(sorted(map(str, state["state"])))
+            own = state["state"].get(int(index) if index.isdigit() else index)
+            if isinstance(own, dict) and own:
+                key = choices.of(sorted(own))
+                own[key] = choices.tensor(own[key]) if isinstance(own[key], torch.Tensor) else choices.value()
+                if choices.one_in(4):
+                    del own[key]
+        if not isinstance(state, dict):
+            break
+    optimizer.load_state_dict(state)
+    for param in params:
+        param.grad = torch.full_like(param, 0.1)
+    optimizer.step()
+
+
+def fuzz_config(choices: Choices) -> None:
+    """BitsAndBytesConfig: any value of any field."""
+    from qlora_native.integrations.transformers import BitsAndBytesConfig
+
+    fields: dict[str, Any] = {"load_in_4bit": True}
+    names = sorted(name for name in BitsAndBytesConfig().to_dict() if name != "quant_method")
+    for _ in range(1 + choices.below(3)):
+        name = choices.of(names)
+        fields[name] = choices.value()
+    config = BitsAndBytesConfig(**fields)
+    config.to_dict()
+    repr(config)
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _folders() -> Path:
+    """A model of one layer in shards, in one file and in 4 bits, and an adapter."""
+    import peft
+    import transformers
+
+    from qlora_native.integrations.merge import convert
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    folder = Path(tempfile.mkdtemp())
+    config = transformers.LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder / "shards", max_shard_size="2KB")
+    model.save_pretrained(folder / "one")
+    convert(folder / "one", folder / "nf4", to="nf4", progress=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def _damage(choices: Choices, folder: Path) -> None:
+    """Change a file of a folder: its text, a few bytes, or its length."""
+    path = choices.of(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        path.write_text(choices.text(data.decode()), encoding="utf-8", errors="surrogateescape")
+    elif choices.one_in(4):
+        os.truncate(path, choices.below(len(data)))
+    else:
+        length = int.from_bytes(data[:8], "little")
+        header = choices.text(data[8 : 8 + length].decode()).encode()
+        size = len(header) if choices.one_in(2) else length
+        path.write_bytes(size.to_bytes(8, "little") + header + data[8 + length :])
+
+
+def fuzz_folder(choices: Choices) -> None:
+    """`quantize` and `merge` over damaged folders: an error, or a result that has every tensor."""
+    from qlora_native.integrations.checkpoints import Checkpoint
+    from qlora_native.integrations.merge import convert
+
+    with tempfile.TemporaryDirectory() as scratch:
+        name = choices.of(("shards", "one", "nf4"))
+        base, adapter, out = Path(scratch) / name, Path(scratch) / "adapter", Path(scratch) / "out"
+        shutil.copytree(_folders() / name, base)
+        shutil.copytree(_folders() / "adapter", adapter)
+        merging = choices.one_in(2)
+        for _ in range(1 + choices.below(2)):
+            _damage(choices, adapter if merging and choices.one_in(2) else base)
+        try:
+            convert(base, out, adapter if merging else None, choices.of(("nf4", "fp32")), progress=False)
+        except (ValueError, OSError):
+            assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
+            raise
+        assert len(Checkpoint(out).shards) > 0
+
+
+# ---- the ops themselves ----------------------------------------------------------------------------------------------
+
+
+def fuzz_ops(choices: Choices) -> None:
+    """torch.ops.qlora_native: any tensors and numbers. Memory safety is all that they promise; it runs in a child."""
+    ops = torch.ops.qlora_native
+    N, K, M, rank = 1 + choices.below(9), 1 + choices.below(130), choices.below(40), choices.below(5)
+    dtype = choices.of((torch.float32, torch.bfloat16, torch.float16))
+    q = qn.quantize(torch.ones(N, K), choices.of(("nf4", "int8")), choices.of((32, 64, 4096)), choices.one_in(2))
+    weight = [*q.op_arguments()]
+    seed = torch.tensor(choices.below(1 << 16))
+    adapter = [torch.ones(rank, K, dtype=dtype), torch.ones(N, rank, dtype=dtype), 0.5, choices.of((0.0, 0.25)), seed]
+    x, dy = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)
+    low = torch.ones(M, rank, dtype=dtype)
+    calls: list[tuple[Any, list[Any]]] = [
+        (ops.quantize, [torch.ones(N, K, dtype=dtype), q.code, q.bits, q.blocksize, choices.one_in(2)]),
+        (ops.dequantize, [*weight, dtype]),
+        (ops.linear_forward, [x, *weight, torch.ones(N, dtype=dtype), *adapter]),
+        (ops.linear_backward_input, [dy, *weight, *adapter, choices.one_in(2)]),
+        (ops.lora_gradients, [x, dy, low, low, *adapter[2:], dtype]),
+        (ops.adamw_8bit_step, _step_arguments(choices)),
+    ]
+    op, arguments = choices.of(calls)
+    for _ in range(choices.below(4)):
+        at = choices.below(len(arguments))
+        old = arguments[at]
+        if isinstance(old, torch.Tensor):
+            arguments[at] = choices.tensor(old)
+        elif isinstance(old, list) and old and isinstance(old[0], torch.Tensor):
+            index = choices.below(len(old))
+            changed = choices.tensor(old[index])
+            arguments[at] = [*old[:index], *([] if choices.one_in(4) else [changed]), *old[index + 1 :]]
+        elif isinstance(old, torch.dtype):
+            arguments[at] = choices.of((torch.float32, torch.float64, torch.uint8, torch.bfloat16))
+        elif old is None:
+            arguments[at] = torch.ones(choices.below(300))
+        elif not isinstance(old, list):
+            arguments[at] = choices.of(NUMBERS)
+    op(*arguments)
+
+
+def _step_arguments(choices: Choices) -> list[Any]:
+    numel = choices.of((1, 255, 256, 257, 4096, 5000))
+    blocks = -(-numel // 256)
+    in_8_bits = choices.one_in(2)
+    moments = [torch.zeros(numel, dtype=torch.uint8 if in_8_bits else torch.float32) for _ in range(2)]
+    scales = [[torch.zeros(blocks)] if in_8_bits else [] for _ in range(2)]
+    return [
+        [torch.ones(numel)], [torch.ones(numel)], [moments[0]], [moments[1]], *scales,
+        [torch.zeros((), dtype=torch.int64)], [1], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None,
+        torch.zeros(1, dtype=torch.int64), [], [],
+    ]  # fmt: skip
+
+
+def fuzz_json(choices: Choices) -> None:
+    """The reader of JSON."""
+    from qlora_native._json import parse_object
+
+    text = '{"a": [1, {"b": "\\u00e9"}], "c": null, "shape": [8, 64], "d": 1e5}'
+    for _ in range(1 + choices.below(8)):
+        text = choices.text(text)
+    parse_object(text.encode("utf-8", "surrogatepass"), "text")
+
+
+# What each may raise. Of an op it may be anything, from Python too: its fake has no checks.
+PROMISED: dict[str, tuple[type[Exception], ...]] = {
+    "entries": (ValueError, TypeError),
+    "layer": (ValueError, TypeError),
+    "optimizer": (ValueError, TypeError),
+    "config": (ValueError, TypeError),
+    "folder": (ValueError, OSError),
+    "json": (ValueError,),
+    "ops": (Exception,),
+}
+TARGETS: dict[str, Callable[[Choices], None]] = {name: globals()[f"fuzz_{name}"] for name in PROMISED}
+
+
+def run(target: str, data: bytes) -> None:
+    """One input. Raises what the target may not."""
+    with contextlib.suppress(*PROMISED[target]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TARGETS[target](Choices(data))
+
+
+# ---- running them ----------------------------------------------------------------------------------------------------
+
+
+def batch(target: str, inputs: list[bytes]) -> tuple[bytes, str] | None:
+    """Run inputs in a child process; the first finding, if any: its bytes, and what happened."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as progress:
+            for index, data in enumerate(inputs):
+                progress.write(index.to_bytes(4, "little"))
+                try:
+                    run(target, data)
+                except BaseException:
+                    progress.write(b"\xff\xff\xff\xff" + traceback.format_exc().encode())
+                    os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as progress:
+        told = progress.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 0:
+        return None
+    numbers, _, text = told.partition(b"\xff\xff\xff\xff")
+    index = int.from_bytes(numbers[-4:], "little")
+    return inputs[index], text.decode(errors="replace") or f"the process was ended by signal {-status}"
+
+
+def prepare(target: str) -> None:
+    """What is done once, before children are forked."""
+    if target == "folder":
+        _folders()
+    elif target == "config":
+        import qlora_native.integrations.transformers  # noqa: F401
+
+
+def corpus(target: str) -> list[bytes]:
+    """Inputs that were findings once."""
+    return [path.read_bytes() for path in sorted((CORPUS / target).glob("*"))]
+
+
+def fuzz(target: str, seconds: float, seed: int) -> int:
+    """Run a target for so long. Returns how many inputs; ends the program at a finding."""
+    prepare(target)
+    random_bytes = random.Random(f"{seed} {target}").randbytes
+    length = random.Random(seed).randrange
+    deadline, count, inputs = time.monotonic() + seconds, 0, corpus(target)
+    size = 20 if target == "folder" else 1000
+    while True:
+        finding = batch(target, inputs)
+        if finding is not None:
+            path = Path(tempfile.mkdtemp()) / f"{target}-finding"
+            path.write_bytes(finding[0])
+            print(f"{finding[1]}\n{target}: a finding, in {path}")
+            raise SystemExit(1)
+        count += len(inputs)
+        if time.monotonic() >= deadline:
+            return count
+        inputs = [random_bytes(length(LONGEST)) for _ in range(size)]
+
+
+def with_atheris(target: str, seconds: float) -> None:
+    """Hand the target to atheris, which does not return."""
+    import atheris
+
+    prepare(target)
+    atheris.instrument_all()
+    folder = CORPUS / target
+    options = [f"-max_total_time={int(seconds)}", f"-max_len={LONGEST}", "-rss_limit_mb=4096"]
+    atheris.Setup([sys.argv[0], *options, *([str(folder)] if folder.exists() else [])], lambda data: run(target, data))
+    atheris.Fuzz()
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="default: all")
+    parser.add_argument("--seconds", type=float, default=10, help="for each target")
+    parser.add_argument("--seed", type=int, default=None, help="default: the time")
+    parser.add_argument("--atheris", action="store_true", help="coverage-guided, one target")
+    parser.add_argument("--input", type=Path, help="run this file's bytes alone, in this process")
+    args = parser.parse_args()
+    targets = args.targets or list(TARGETS)
+    torch.set_num_threads(1)  # children are forked: they would wait for threads that only this process has
+    if args.input is not None:
+        run(targets[0], args.input.read_bytes())
+        return
+    if args.atheris:
+        with_atheris(targets[0], args.seconds)
+    seed = int(time.time()) if args.seed is None else args.seed
+    for target in targets:
+        start = time.monotonic()
+        count = fuzz(target, args.seconds, seed)
+        print(
+            json.dumps({"target": target, "inputs": count, "seconds": round(time.monotonic() - start, 1), "seed": seed})
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

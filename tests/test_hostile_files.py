@@ -1,0 +1,379 @@
+"""Folders of strangers, and files that a full disk has cut short: each is refused in one sentence.
+
+`python -m qlora_native quantize` and `merge` read them; what they must never do is believe a name, a number or a shape
+that the files contradict.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import models  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
+
+INDEX = "model.safetensors.index.json"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders: a model in shards, the same in one file, the same in 4 bits, and an adapter of it."""
+    folder = tmp_path_factory.mktemp("made")
+    model = models.make("llama", torch.bfloat16)
+    model.save_pretrained(folder / "shards", max_shard_size="60KB")
+    model.save_pretrained(folder / "one")
+    convert(folder / "one", folder / "nf4", progress=False, to="nf4")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def copies(made, tmp_path):
+    """A copy of these folders, to be damaged."""
+    shutil.copytree(made, tmp_path / "copies")
+    return tmp_path / "copies"
+
+
+def contents(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_refused(copies, message, *arguments):
+    """The command ends with one sentence, makes no folder and changes no file."""
+    before = contents(copies.parent)
+    with pytest.raises(SystemExit) as error:
+        main([*map(str, arguments), "--out", str(copies / "out")])
+    text = str(error.value)
+    assert message in text, text
+    assert "\n" not in text.strip(), text
+    assert contents(copies.parent) == before
+    assert not [path for path in copies.iterdir() if "out" in path.name]
+
+
+def refused(copies, message, model="shards"):
+    check_refused(copies, message, "quantize", "--model", copies / model)
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../secret/model.safetensors", "expected the name of a file in it, got '../secret/model.safetensors'"),
+        ("{tmp}/secret/model.safetensors", "expected the name of a file in it"),
+        ("..", "expected names of safetensors files"),
+        ("config.json", "expected names of safetensors files, got 'config.json'"),
+        ("a\\b.safetensors", "expected the name of a file in it"),
+        ("nothing.safetensors", "nothing.safetensors"),
+        (7, "expected names of safetensors files, got '7'"),
+        (["model.safetensors"], "expected names of safetensors files"),
+        ("link.safetensors", "expected a file of this folder, got a link to"),
+        ("circle.safetensors", "circle.safetensors"),
+        ("folder.safetensors", "expected a file, got something else"),
+    ],
+)
+def test_name_that_is_no_file_of_the_folder_is_refused(copies, name, message):
+    (copies / "secret").mkdir()
+    secret = copies / "secret/model.safetensors"
+    shutil.copy(copies / "one/model.safetensors", secret)
+    (copies / "shards/link.safetensors").symlink_to(secret)
+    (copies / "shards/circle.safetensors").symlink_to("circle.safetensors")
+    (copies / "shards/folder.safetensors").mkdir()
+    name = name.format(tmp=copies) if isinstance(name, str) else name
+    edit(copies / "shards" / INDEX, lambda index: index["weight_map"].update({UP: name}))
+    refused(copies, message)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_link_that_leads_out_is_refused(copies, name):
+    (copies / "secret").write_text("{}")
+    (copies / "one" / name).unlink(missing_ok=True)
+    (copies / "one" / name).symlink_to("../secret")
+    refused(copies, "expected a file of this folder, got a link to", "one")
+
+
+def test_snapshot_of_the_hub_cache_is_read(copies):
+    """There every file is a link to a blob of the same model."""
+    snapshot, blobs = copies / "models--a--b/snapshots/0123", copies / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((copies / "shards").iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    main(["quantize", "--model", str(snapshot), "--out", str(copies / "out")])
+    written = list((copies / "out").iterdir())
+    assert {path.name for path in written} == {path.name for path in snapshot.iterdir()}
+    assert not any(path.is_symlink() for path in written)
+
+
+# ---- what is there, and what should be -------------------------------------------------------------------------------
+
+
+def test_tensor_that_the_index_lacks_is_named(copies):
+    edit(copies / "shards" / INDEX, lambda index: index["weight_map"].pop(UP))
+    refused(copies, f"weight_map: expected the tensor {UP}, which model-")
+
+
+def test_tensor_that_the_files_lack_is_named(copies):
+    state = load_file(copies / "one/model.safetensors")
+    del state[UP]
+    save_file(state, copies / "one/model.safetensors")
+    refused(copies, f"expected all tensors of a LlamaForCausalLM, got no {UP}", "one")
+    edit(copies / "shards" / INDEX, lambda index: index["weight_map"].update({"x": index["weight_map"][UP]}))
+    refused(copies, "expected the tensor x, which the index names, got none")
+
+
+def test_tensor_that_two_files_have_is_named(copies):
+    first, second = sorted((copies / "shards").glob("*.safetensors"))[:2]
+    state = load_file(second)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**state, name: tensor}, second)
+    refused(copies, f"{name}: expected one tensor of that name, got one in {first.name} and one in {second.name}")
+
+
+def test_key_that_occurs_twice_is_refused(copies):
+    path = copies / "shards" / INDEX
+    path.write_text(path.read_text().replace('"weight_map": {', f'"weight_map": {{"{UP}": "a.safetensors",'))
+    refused(copies, f"the key '{UP}' occurs twice")
+
+
+def test_tensor_of_another_shape_is_named(copies):
+    for folder, message in (("one", f"{UP}: expected the shape [72, 96], as config.json says, got [72, 48]"),):
+        state = load_file(copies / folder / "model.safetensors")
+        state[UP] = state[UP][:, :48].clone()
+        save_file(state, copies / folder / "model.safetensors")
+        refused(copies, message, folder)
+    edit(copies / "nf4/config.json", lambda config: config.update(intermediate_size=36))
+    refused(copies, "as config.json says, got [", "nf4")
+
+
+def test_weight_without_its_codes_is_named(copies):
+    state = load_file(copies / "nf4/model.safetensors")
+    del state[UP]
+    save_file(state, copies / "nf4/model.safetensors")
+    refused(copies, f"expected the tensor {UP}, whose quant_state is there, got none", "nf4")
+
+
+def test_scale_that_is_not_finite_is_named(copies):
+    state = load_file(copies / "nf4/model.safetensors")
+    state[f"{UP}.nested_absmax"][0] = float("nan")
+    save_file(state, copies / "nf4/model.safetensors")
+    message = f"{UP}, nested_absmax: expected finite values, got NaN or Inf"
+    refused(copies, message, "nf4")
+    with pytest.raises((RuntimeError, ValueError)):
+        models.load(copies / "nf4", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Trainer", "pipeline", "AutoConfig", "LlamaConfig", "__doc__", "None", 5, None]
+)
+def test_architecture_that_is_no_model_is_refused(copies, architecture):
+    edit(copies / "one/config.json", lambda config: config.update(architectures=[architecture]))
+    refused(copies, "architectures: expected a model class of transformers", "one")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 64},
+        {"hidden_size": "96"},
+        {"hidden_size": -96},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"vocab_size": 2_000_000},
+        {"intermediate_size": 9999},
+        {"head_dim": 4096},
+        {"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"},
+        {"model_type": "no-such-model"},
+        {"dtype": "no-such-dtype"},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": []},
+    ],
+    ids=str,
+)
+def test_config_that_contradicts_the_files_is_refused(copies, change):
+    edit(copies / "one/config.json", lambda config: config.update(change))
+    refused(copies, "", "one")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, "\udcff".encode("utf-8", "surrogateescape").decode("latin1")]
+)
+def test_config_that_is_no_json_object_is_refused(copies, text):
+    (copies / "one/config.json").write_text(text)
+    refused(copies, "config.json: expected a JSON object", "one")
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("model", ["one", "shards"])
+def test_file_that_was_cut_short_is_named(copies, share, model):
+    path = sorted((copies / model).glob("*.safetensors"))[-1]
+    os.truncate(path, int(path.stat().st_size * share))
+    refused(copies, f"{path.name}: expected a whole safetensors file, got another, or a part of one", model)
+
+
+def test_disk_that_is_full_is_one_sentence(copies):
+    """A limit on the size of files stands for it: writing fails, as it does on a full disk, with the system's error."""
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "qlora_native", "quantize", "--model", copies / "one", "--out", copies / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 1 and not done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr and last.startswith("quantize: ") and "cannot be written" in last, done.stderr
+    assert not [path for path in copies.iterdir() if "out" in path.name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_file_system_without_room_is_one_sentence(copies):
+    disk = copies / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode != 0:
+        pytest.skip("this container may not mount")
+    try:
+        command = [sys.executable, "-m", "qlora_native", "quantize", "--model", copies / "one", "--out", disk / "out"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and "No space left on device" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def _tensors(change):
+    def damage(folder):
+        state = load_file(folder / "adapter_model.safetensors")
+        change(state, f"base_model.model.{LAYER}")
+        save_file(state, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+def _config(**changes):
+    return lambda folder: edit(folder / "adapter_config.json", lambda config: config.update(changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_tensors(lambda s, k: s.pop(f"{k}.lora_B.weight")), f"adapter, {LAYER}: expected lora_A and lora_B, got no"),
+        (
+            _tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(0, 96)})),
+            f"adapter, {LAYER}: lora_A: expected a floating-point matrix, got torch.float32 [0, 96]",
+        ),
+        (
+            _tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(4, 96, dtype=torch.int8)})),
+            f"adapter, {LAYER}: lora_A: expected a floating-point matrix, got torch.int8",
+        ),
+        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(3, 96)})), "expected the rank 3 of lora_A"),
+        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(4, 95)})), "the weight's shape [72, 96]"),
+        (_tensors(lambda s, k: s[f"{k}.lora_B.weight"].fill_(float("nan"))), "merged weight of finite values"),
+        (
+            _tensors(lambda s, k: s.update({f"{k}.lora_magnitude_vector": torch.zeros(5)})),
+            "lora_magnitude_vector: expected [72], got [5]",
+        ),
+        (_tensors(lambda s, k: s.update({"base_model.model.nowhere.weight": torch.zeros(5)})), "nowhere.weight"),
+        (_config(lora_alpha=None), "lora_alpha: expected a finite number, got None"),
+        (_config(lora_alpha=True), "lora_alpha: expected a finite number, got True"),
+        (_config(alpha_pattern=[1]), "alpha_pattern: expected an object, got list"),
+        (_config(alpha_pattern={"(": 1}), "alpha_pattern: expected regular expressions, got '('"),
+        (_config(alpha_pattern={"up_proj": "8"}), "alpha_pattern, up_proj: expected a finite number, got '8'"),
+        (_config(peft_type=["LORA"]), "peft_type: expected LORA"),
+        (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), "expected a whole safetensors file"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected a JSON object, got list"),
+        (
+            lambda folder: (folder / "adapter_config.json").unlink() or (folder / "adapter_config.json").mkdir(),
+            "expected a file that PEFT saved, found none",
+        ),
+    ],
+)
+def test_damaged_adapter_is_refused(copies, damage, message):
+    damage(copies / "adapter")
+    check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
+
+
+# ---- state dicts of layers -------------------------------------------------------------------------------------------
+
+
+def _tensor(key, change):
+    return lambda state: state.update({key: change(state[key])})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_tensor("weight", lambda w: torch.randn(w.shape)), "weight: expected torch.uint8, as the layer has it, got"),
+        (_tensor("weight", lambda w: w[:4]), "size mismatch for weight"),
+        (_tensor("weight", lambda w: w.to(torch.int8)), "weight: expected torch.uint8"),
+        (
+            _tensor("absmax", lambda w: w.float()),
+            "absmax: expected torch.uint8, as the layer has it, got torch.float32",
+        ),
+        (_tensor("nested_absmax", lambda w: w.half()), "nested_absmax: expected torch.float32"),
+        (_tensor("nested_absmax", lambda w: w * float("nan")), "nested_absmax: expected finite values"),
+        (_tensor("nested_code", lambda w: w / 0), "nested_code: expected finite values"),
+        (_tensor("offset", lambda w: w + float("inf")), "offset: expected finite values"),
+        (_tensor("code", lambda w: w.double()), "code: expected torch.float32"),
+        (_tensor("code", lambda w: w.tolist()), "code: expected a tensor, got list"),
+        (_tensor("bias", lambda w: w.long()), "bias: expected torch.float32"),
+    ],
+)
+def test_state_dict_that_is_not_the_layers_is_refused(damage, message):
+    layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    damage(state)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_state_dict_of_a_float_layer_is_refused():
+    layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="weight: expected torch.uint8, as the layer has it, got torch.float32"):
+            layer.load_state_dict(torch.nn.Linear(64, 8).state_dict(), strict=strict)
+
+
+def test_bias_of_another_floating_dtype_is_cast():
+    layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
+    state = {**layer.state_dict(), "bias": torch.ones(8, dtype=torch.bfloat16)}
+    layer.load_state_dict(state)
+    assert layer.bias.dtype == torch.float32 and torch.equal(layer.bias, torch.ones(8))
