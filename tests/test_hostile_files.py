@@ -130,6 +130,26 @@ def test_snapshot_of_the_hub_cache_is_read(copies):
     assert not any(path.is_symlink() for path in written)
 
 
+def test_model_of_the_hub_cache_is_found_by_its_id(copies, monkeypatch):
+    """The cache is looked into, and nothing is downloaded."""
+    asked = []
+
+    def snapshot_download(name, local_files_only):
+        asked.append((name, local_files_only))
+        return str(copies / "one")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    main(["quantize", "--model", "someone/a-model", "--out", str(copies / "out")])
+    assert asked == [("someone/a-model", True)] and (copies / "out/config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["someone/a-model", "nowhere"])
+def test_folder_that_is_not_there_is_one_sentence(copies, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(copies))
+    monkeypatch.chdir(copies)
+    check_refused(copies, f"{name}: expected the folder of a checkpoint", "quantize", "--model", name)
+
+
 # ---- what is there, and what should be -------------------------------------------------------------------------------
 
 

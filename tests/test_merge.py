@@ -189,7 +189,7 @@ def test_bad_argument_leaves_something(bases, tmp_path, capsys):
         assert message in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
     main(["quantize", "--model", str(bases["llama"]), "--out", str(tmp_path / "out")])
-    assert "quantized 14, wrote" in capsys.readouterr().out
+    assert "quantized 14 layers, wrote" in capsys.readouterr().out
 
 
 # ---- memory and interruption -----------------------------------------------------------------------------------------

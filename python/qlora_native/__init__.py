@@ -8,7 +8,10 @@ qn.nn.quantize_model(model)                                  # every nn.Linear b
 qn.optim.AdamW8bit(parameters, lr=2e-4)                      # AdamW with 8-bit moments
 """
 
-import torch as _torch  # noqa: F401  (before _C: it loads the library that _C links)
+import torch as _torch  # before _C: it loads the library that _C links
+
+if tuple(map(int, _torch.__version__.split(".")[:2])) < (2, 10):
+    raise ImportError(f'qlora_native needs torch 2.10 or later, got {_torch.__version__}: pip install "torch>=2.10"')
 
 from . import _C, functional, nn, optim
 from ._weight import QuantizedWeight

@@ -1,4 +1,4 @@
-"""`python -m qlora_native`: what a bug report needs to say; `merge` and `quantize` checkpoints; `--cmake-dir`."""
+"""`qlora-native`, or `python -m qlora_native`: what a bug report needs to say; `merge` and `quantize` checkpoints."""
 
 from __future__ import annotations
 
@@ -61,14 +61,19 @@ def cmake_dir() -> Path:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_native", description=__doc__)
+    parser = argparse.ArgumentParser(prog="qlora-native", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
     commands = parser.add_subparsers(dest="command")
     merge = commands.add_parser("merge", help="merge a LoRA adapter into a checkpoint, shard by shard")
     quantize = commands.add_parser("quantize", help="put a checkpoint into 4 bits, shard by shard")
-    merge.add_argument("--base", type=Path, required=True, help="folder of the model, in 16 or in 4 bits")
+    merge.add_argument(
+        "--base", required=True, help="folder of the model, in 16 or in 4 bits, or its id in the hub's cache"
+    )
     merge.add_argument("--adapter", type=Path, required=True, help="folder of the adapter, as PEFT saved it")
-    quantize.add_argument("--model", type=Path, required=True, dest="base", help="folder of the model")
+    quantize.add_argument(
+        "--model", required=True, dest="base", help="folder of the model, or its id in the hub's cache"
+    )
     merge.add_argument("--to", choices=["bf16", "fp16", "fp32", "nf4", "fp4"], default="bf16")
     quantize.add_argument("--to", choices=["nf4", "fp4"], default="nf4")
     for command in (merge, quantize):
@@ -85,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(cmake_dir())
         return
     if args.command is not None:
-        from .integrations.merge import convert
-
         adapter = getattr(args, "adapter", None)
         try:
+            from .integrations.merge import convert
+
             print(convert(args.base, args.out, adapter, args.to, args.blocksize, not args.no_double_quant))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise SystemExit(f"{args.command}: {error}") from None
         return
     values = report()

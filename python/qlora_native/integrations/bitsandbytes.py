@@ -13,6 +13,10 @@ import copy
 import warnings
 from typing import Any
 
+from ._versions import require
+
+require("bitsandbytes")
+
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -77,13 +78,14 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         """Find the files, and check that they and the index name the same tensors, each once.
 
+        Args:
+            folder: a folder, or the id of a model of the hub that has been downloaded into the Hugging Face cache.
+
         Raises:
             FileNotFoundError: there is no folder, or no safetensors file in it, or one of the index is missing.
             ValueError: a file is damaged, lies outside the folder, or disagrees with the index.
         """
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: expected the folder of a checkpoint, found none")
+        self.folder = _folder_of(folder)
         if (self.folder / INDEX).exists():
             self._file_of = _read_index(self.folder)
         elif (self.folder / SINGLE).exists():
@@ -131,6 +133,22 @@ class Checkpoint:
         if self._open is None or self._open[0] != file:
             self._open = (file, open_safetensors(self.folder / file))
         return self._open[1]
+
+
+def _folder_of(name: str | Path) -> Path:
+    """A folder, or what the Hugging Face cache has of a model; nothing is downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    expected = "expected the folder of a checkpoint"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(name), local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            expected += f", or a model that is in the Hugging Face cache (hf download {name})"
+    raise FileNotFoundError(f"{name}: {expected}, found none")
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -18,6 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ._versions import require
+
+require("transformers")
+
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -73,7 +77,8 @@ class Report:
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
-        text = f"merged {self.merged} layers, quantized {self.quantized}, wrote {self.bytes:,} bytes"
+        done = [f"{verb} {n} layers" for verb, n in (("merged", self.merged), ("quantized", self.quantized)) if n]
+        text = ", ".join([*(done or ["changed no layer"]), f"wrote {self.bytes:,} bytes"])
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
             text += f"\nerror of rounding to 4 bits, relative to the weights: {self.error:.4f} in all, "
@@ -95,7 +100,8 @@ def convert(
     """Write the model of `base`, with `adapter` merged into it, to the new folder `out`.
 
     Args:
-        base: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4.
+        base: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4; or the id of a
+            model of the hub that is in the Hugging Face cache.
         out: must not exist, or be empty. It appears when it is complete.
         adapter: folder of a LoRA adapter that PEFT saved, or None.
         to: a key of TARGETS. In 4 bits, the layers that transformers would give to bitsandbytes are quantized.

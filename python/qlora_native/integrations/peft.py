@@ -22,6 +22,10 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+from ._versions import require
+
+require("peft")
+
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as PeftLoraLinear

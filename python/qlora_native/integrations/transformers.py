@@ -19,6 +19,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ._versions import require
+
+require("transformers")
+
 import torch
 import transformers
 from torch import Tensor, nn

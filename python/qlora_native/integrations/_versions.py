@@ -1,0 +1,24 @@
+"""Whether another library is there in a version that an integration works with: one sentence where it is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+# The least version of each. pyproject.toml has the same bounds in its extras, and a test compares.
+LEAST = {"transformers": "5.23", "peft": "0.19", "bitsandbytes": "0.50"}
+
+
+def require(package: str) -> None:
+    """Raise ImportError, which says what to install, unless `package` is there in a version that is new enough."""
+    wanted = f'pip install "{package}>={LEAST[package]}"'
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"qlora_native: this needs {package}, which is not installed: {wanted}") from None
+    if _numbers(version) < _numbers(LEAST[package]):
+        raise ImportError(f"qlora_native: this needs {package} {LEAST[package]} or later, got {version}: {wanted}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (5, 23) of "5.23.0rc1"."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

@@ -1,0 +1,79 @@
+"""A library that is missing or too old is named in one sentence, with the line that installs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_native.integrations import _versions
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+
+def last_line(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+PATCHED = """
+import importlib.metadata as m
+original = m.version
+m.version = lambda name: {got!r} if name == {package!r} else original(name)
+import qlora_native.integrations.{module}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "got"),
+    [
+        ("transformers", "transformers", "4.57.6"),
+        ("merge", "transformers", "5.22.2"),
+        ("peft", "peft", "0.18.1"),
+        ("bitsandbytes", "bitsandbytes", "0.49.0"),
+    ],
+)
+def test_old_library_is_one_sentence(module, package, got):
+    pytest.importorskip(package)
+    shown = last_line(PATCHED.format(module=module, package=package, got=got))
+    least = _versions.LEAST[package]
+    assert shown == (
+        f'ImportError: qlora_native: this needs {package} {least} or later, got {got}: pip install "{package}>={least}"'
+    )
+
+
+def test_missing_library_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(_versions.LEAST, "no-such-library", "1.0")
+    with pytest.raises(ImportError, match='needs no-such-library, which is not installed: pip install "no-such-lib'):
+        _versions.require("no-such-library")
+
+
+@pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
+def test_new_enough_library_passes(monkeypatch, version):
+    monkeypatch.setattr(_versions.importlib.metadata, "version", lambda name: version)
+    _versions.require("transformers")
+
+
+def test_old_torch_is_one_sentence():
+    shown = last_line("import torch; torch.__version__ = '2.9.1+cpu'; import qlora_native")
+    assert shown == 'ImportError: qlora_native needs torch 2.10 or later, got 2.9.1+cpu: pip install "torch>=2.10"'
+
+
+def test_bounds_are_those_of_the_extras():
+    extras = PROJECT["optional-dependencies"]
+    bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(extras["transformers"] + extras["bitsandbytes"])))
+    assert {name: bounds[name] for name in _versions.LEAST} == _versions.LEAST
+
+
+def test_command_says_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_native", "--version"], capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+", done.stdout.strip())
