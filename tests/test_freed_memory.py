@@ -35,7 +35,8 @@ def optimizer():
 
 CALLS = {
     "quantize": lambda: (
-        {"weight": torch.ones(N, K), "code": torch.arange(16.0), "bits": 4, "blocksize": 64} | {"double_quant": True}
+        {"weight": torch.ones(N, K), "code": torch.arange(16.0), "nested_code": torch.arange(256.0)}
+        | {"bits": 4, "blocksize": 64}
     ),
     "dequantize": lambda: weight() | {"dtype": torch.float32},
     "linear_forward": lambda: {"x": torch.ones(M, K)} | weight() | {"bias": torch.ones(N)} | lora(),

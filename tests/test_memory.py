@@ -43,7 +43,7 @@ def call(M, N, K):
     lora = (a, b, 1.0, 0.0, None)
     ops = torch.ops.qlora_native
     function = {
-        "quantize": lambda: ops.quantize(weight, q.code, 4, 64, True),
+        "quantize": lambda: ops.quantize(weight, q.code, q.nested_code, 4, 64),
         "dequantize": lambda: (q.dequantize(dtype),),
         "forward": lambda: ops.linear_forward(x, *q.op_arguments(), None, *lora),
         "dx": lambda: ops.linear_backward_input(dy, *q.op_arguments(), *lora, True),

@@ -41,9 +41,8 @@ WEIGHTS = [{}, {"double_quant": False}, {"format": "int8"}]
 @pytest.mark.parametrize("options", [*WEIGHTS, {"format": "int8", "double_quant": False}], ids=str)
 def test_opcheck_of_quantize_and_dequantize(options):
     q = qn.quantize(torch.randn(5, 65), **options)
-    double_quant = options.get("double_quant", True)
     weight = torch.randn(7, 64).t().bfloat16()
-    torch.library.opcheck(ops.quantize, (weight, q.code, q.bits, 64, double_quant))
+    torch.library.opcheck(ops.quantize, (weight, q.code, q.nested_code, q.bits, 64))
     torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
 
 

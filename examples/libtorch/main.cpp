@@ -25,9 +25,8 @@ void expect_close(const char* name, const Tensor& actual, const Tensor& expected
 
 int main() try {
   if (dlopen(QLN_TORCH_LIBRARY, RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
-  const auto quantize =
-      op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Optional&, int64_t, int64_t, bool)>(
-          "qlora_native::quantize");
+  const auto quantize = op<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Optional&, const Optional&, int64_t, int64_t)>("qlora_native::quantize");
   const auto dequantize =
       op<Tensor(const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
                 int64_t, int64_t, int64_t, int64_t, at::ScalarType)>("qlora_native::dequantize");
@@ -48,7 +47,7 @@ int main() try {
   // Four bits: any 16 ascending levels. These are int4's; nf4's are in qlora_native/codebook.h.
   const Tensor code = (torch::arange(16) - 8).to(torch::kFloat) / 7;
 
-  const auto [codes, absmax, nested_absmax, offset, non_finite] = quantize.call(weight, code, kBits, kBlocksize, false);
+  const auto [codes, absmax, nested_absmax, offset, non_finite] = quantize.call(weight, code, {}, kBits, kBlocksize);
   const Tensor decoded =
       dequantize.call(codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, torch::kFloat).view({N, K});
   const auto [y, u] =

@@ -181,8 +181,8 @@ std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& r
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& weight, const OptionalTensor& code,
-                                                               std::int64_t bits, std::int64_t blocksize,
-                                                               bool double_quant) {
+                                                               const OptionalTensor& nested_code, std::int64_t bits,
+                                                               std::int64_t blocksize) {
   check(bits == 4 || bits == 8, "bits", "4 or 8", bits);
   check(blocksize >= 32 && blocksize <= 4096, "blocksize", "a power of two, 32 ... 4096", blocksize);
   check_memory(weight, "weight");
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
   quantize(args, stream);
 
   Tensor offset = torch::stable::new_zeros(weight, {}, ScalarType::Float);
-  if (!double_quant) return {codes, absmax, new_tensor(weight, {0}, ScalarType::Float), offset, non_finite};
+  if (!nested_code) return {codes, absmax, new_tensor(weight, {0}, ScalarType::Float), offset, non_finite};
 
   Tensor nested_codes = new_tensor(weight, {blocks}, ScalarType::Byte);
   Tensor nested_absmax = new_tensor(weight, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
   nested.absmax = args.absmax;
   nested.blocks = blocks;
   nested.nested_blocksize = kNestedBlocksize;
-  nested.nested_code = dynamic_map().data();
+  nested.nested_code = static_cast<const float*>(data_of(*nested_code, ScalarType::Float, 256, weight, "nested_code"));
   nested.codes = static_cast<std::uint8_t*>(nested_codes.data_ptr());
   nested.nested_absmax = static_cast<float*>(nested_absmax.data_ptr());
   nested.offset = static_cast<float*>(offset.data_ptr());
@@ -329,7 +329,7 @@ void implement(Library& library) {
 STABLE_TORCH_LIBRARY(qlora_native, library) {
   qlora_native::install_torch_hooks();
   library.def(
-      "quantize(Tensor weight, Tensor? code, int bits, int blocksize, bool double_quant) -> "
+      "quantize(Tensor weight, Tensor? code, Tensor? nested_code, int bits, int blocksize) -> "
       "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");
   library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
   library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ") -> (Tensor y, Tensor u)");

@@ -30,13 +30,13 @@ def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("qlora_native::quantize")
-def _(weight, code, bits, blocksize, double_quant):
+def _(weight, code, nested_code, bits, blocksize):
     elements = weight.numel()
     blocks = (elements + blocksize - 1) // blocksize
-    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE if double_quant else 0
+    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE if nested_code is not None else 0
     return (
         weight.new_empty((elements if bits == 8 else (elements + 1) // 2,), dtype=torch.uint8),
-        weight.new_empty((blocks,), dtype=torch.uint8 if double_quant else torch.float32),
+        weight.new_empty((blocks,), dtype=torch.float32 if nested_code is None else torch.uint8),
         weight.new_empty((nested_blocks,), dtype=torch.float32),
         weight.new_empty((), dtype=torch.float32),
         weight.new_empty((2,), dtype=torch.int64),

@@ -55,9 +55,10 @@ def quantize(
         format = "codebook"
     bits = 8 if format == "int8" else 4
     code = None if bits == 8 else code_tensor(format, codebook, weight.device)
+    nested_code = DYNAMIC_MAP.to(weight.device, copy=True) if double_quant else None
 
     codes, absmax, nested_absmax, offset, non_finite = torch.ops.qlora_native.quantize(
-        weight.detach(), code, bits, blocksize, double_quant
+        weight.detach(), code, nested_code, bits, blocksize
     )
     N, K = weight.shape
     if not weight.is_meta:
@@ -68,7 +69,7 @@ def quantize(
         codes=codes.view(codes_shape(N, K, bits)),
         absmax=absmax,
         nested_absmax=nested_absmax if double_quant else None,
-        nested_code=DYNAMIC_MAP.to(weight.device, copy=True) if double_quant else None,
+        nested_code=nested_code,
         offset=offset if double_quant else None,
         code=code,
         shape=(N, K),

@@ -222,7 +222,7 @@ def fuzz_ops(choices: Choices) -> None:
     x, dy = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)
     low = torch.ones(M, rank, dtype=dtype)
     calls: list[tuple[Any, list[Any]]] = [
-        (ops.quantize, [torch.ones(N, K, dtype=dtype), q.code, q.bits, q.blocksize, choices.one_in(2)]),
+        (ops.quantize, [torch.ones(N, K, dtype=dtype), q.code, q.nested_code, q.bits, q.blocksize]),
         (ops.dequantize, [*weight, dtype]),
         (ops.linear_forward, [x, *weight, torch.ones(N, dtype=dtype), *adapter]),
         (ops.linear_backward_input, [dy, *weight, *adapter, choices.one_in(2)]),

@@ -118,7 +118,7 @@ def _quantize_4bit(
 ) -> tuple[Tensor, Tensor]:
     if A.dtype in FLOAT_DTYPES and A.numel() > 0:
         code = _on(A.device, quant_type)
-        codes, absmax, _, _, non_finite = _ops.quantize(A, code, 4, blocksize, False)
+        codes, absmax, _, _, non_finite = _ops.quantize(A, code, None, 4, blocksize)
         if not non_finite[0]:
             return codes.view(quant_storage).unsqueeze(1), absmax
     return own.call_boxed(keys, A, blocksize, quant_type, quant_storage)
