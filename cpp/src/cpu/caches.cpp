@@ -14,7 +14,7 @@
 namespace qlora_native {
 namespace {
 
-// Returns the bytes of a level's data cache, or 0 where the system does not say.
+// Returns the bytes of the second or third level, or 0 where the system does not say.
 #if defined(__linux__)
 std::int64_t size_of_level(int level) {
   for (int index = 0;; ++index) {
@@ -34,19 +34,15 @@ std::int64_t size_of_level(int level) {
         std::sscanf(first_line("size").c_str(), "%ldK", &kibibytes) == 1)
       return kibibytes << 10;
   }
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  const long bytes = sysconf(level == 1   ? _SC_LEVEL1_DCACHE_SIZE
-                             : level == 2 ? _SC_LEVEL2_CACHE_SIZE
-                                          : _SC_LEVEL3_CACHE_SIZE);
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
   if (bytes > 0) return bytes;
 #endif
   return 0;
 }
 #elif defined(__APPLE__)
 std::int64_t size_of_level(int level) {
-  const char* name = level == 1   ? "hw.perflevel0.l1dcachesize"
-                     : level == 2 ? "hw.perflevel0.l2cachesize"
-                                  : "hw.perflevel0.l3cachesize";
+  const char* name = level == 2 ? "hw.perflevel0.l2cachesize" : "hw.perflevel0.l3cachesize";
   std::int64_t bytes = 0;
   std::size_t size = sizeof(bytes);
   return sysctlbyname(name, &bytes, &size, nullptr, 0) == 0 ? bytes : 0;
@@ -57,7 +53,6 @@ std::int64_t size_of_level(int) { return 0; }
 
 Caches read_caches() {
   Caches found;
-  if (const std::int64_t bytes = size_of_level(1)) found.first = bytes;
   const std::int64_t second = size_of_level(2), third = size_of_level(3);
   if (second != 0) found.second = second;
   if (third != 0 || second != 0) found.last = third != 0 ? third : second;

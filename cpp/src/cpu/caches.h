@@ -1,4 +1,4 @@
-// The data caches of this machine.
+// The caches of this machine that products are cut for.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,6 @@ namespace qlora_native {
 
 // Bytes. These are common sizes, for where the system does not say.
 struct Caches {
-  std::int64_t first = 32 << 10;    // of a core
   std::int64_t second = 512 << 10;  // of a core, or of a few together
   std::int64_t last = 8 << 20;      // of all cores; the second level where there is no third
 };
