@@ -44,7 +44,6 @@ OPTIONS = [
     ({"betas": 0.9}, TypeError, "betas: expected two numbers, got 0.9"),
     ({"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected two numbers, got (0.9, 0.99, 0.999)"),
     ({"min_8bit_size": 4096.0}, TypeError, "min_8bit_size: expected an int, got float"),
-    ({"amsgrad": True}, TypeError, ""),
     ({"params": [parameter(dtype=torch.complex64)]}, TypeError, f"params: {FLOAT}torch.complex64"),
     ({"params": [parameter(dtype=torch.float64)]}, TypeError, f"params: {FLOAT}torch.float64"),
     ({"params": []}, ValueError, "optimizer got an empty parameter list"),
@@ -52,13 +51,35 @@ OPTIONS = [
     ({"params": parameter()}, TypeError, "params argument given to the optimizer should be an iterable"),
 ]
 
+ARGUMENTS_OF_BITSANDBYTES = [
+    ({"amsgrad": True}, ValueError, "amsgrad: expected False, as this optimizer has nothing else, got True"),
+    ({"optim_bits": 16}, ValueError, "optim_bits: expected 32, as this optimizer has nothing else, got 16"),
+    ({"percentile_clipping": 5}, ValueError, "percentile_clipping: expected 100, as this"),
+    ({"block_wise": False}, ValueError, "block_wise: expected True, as this"),
+    ({"args": object()}, ValueError, "args: expected None, as this"),
+    ({"momentum": 0.9}, TypeError, "momentum: expected an argument of this optimizer, got another"),
+]
+
 
 @pytest.mark.parametrize("cls", [qn.optim.AdamW8bit, qn.optim.PagedAdamW8bit])
-@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("options", "error", "message"), OPTIONS + ARGUMENTS_OF_BITSANDBYTES, ids=lambda value: str(value)[:50]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_optimizer_takes(cls, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         cls(**{"params": [parameter()], **options})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
+    same = {"amsgrad": False, "optim_bits": 32, "args": None, "block_wise": True, "percentile_clipping": 100}
+    for cls, is_paged in ((qn.optim.AdamW8bit, False), (qn.optim.PagedAdamW8bit, True)):
+        cls([parameter()], is_paged=is_paged, **same)
+        with pytest.raises(
+            ValueError, match="is_paged: expected .* the other of AdamW8bit and PagedAdamW8bit is meant"
+        ):
+            cls([parameter()], is_paged=not is_paged)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +87,7 @@ def test_optimizer_takes(cls, options, error, message):
     [
         ({"params": [parameter()], **options}, error, message)
         for options, error, message in OPTIONS
-        if not {"params", "amsgrad"} & options.keys()
+        if "params" not in options
     ]
     + [({"params": [parameter(dtype=torch.float64)]}, TypeError, f"params: {FLOAT}torch.float64")],
     ids=lambda value: str(value)[-60:],

@@ -18,6 +18,16 @@ _BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
 _MAPS = {"qmap1": DYNAMIC_MAP, "qmap2": UNSIGNED_DYNAMIC_MAP}
 
 
+# Arguments of bitsandbytes' optimizers that ours has not, and their values that mean what ours does.
+_BITSANDBYTES_ARGUMENTS = {
+    "amsgrad": (False,),
+    "optim_bits": (32, 8),  # bitsandbytes' 8-bit classes take 32 and mean 8
+    "args": (None,),
+    "block_wise": (True,),
+    "percentile_clipping": (100,),
+}
+
+
 class Kept:
     """A tensor that `Optimizer.load_state_dict` passes through: it casts all others to the dtype of the parameter."""
 
@@ -64,6 +74,17 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool)
         if in_8_bits and key in saved and not (isinstance(saved[key], Tensor) and is_dynamic_map(saved[key], levels)):
             raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")
     return {key: Kept(tensor) for key, tensor in state.items()}
+
+
+def check_bitsandbytes_arguments(arguments: dict[str, Any], is_paged: bool) -> None:
+    """Raise unless arguments that bitsandbytes' optimizers take on top mean what ours does."""
+    meanings = {**_BITSANDBYTES_ARGUMENTS, "is_paged": (is_paged,)}
+    for name, value in arguments.items():
+        if name not in meanings:
+            raise TypeError(f"{name}: expected an argument of this optimizer, got another")
+        if value not in meanings[name]:
+            other = "; the other of AdamW8bit and PagedAdamW8bit is meant" if name == "is_paged" else ""
+            raise bad(name, f"{meanings[name][0]}, as this optimizer has nothing else{other}", repr(value))
 
 
 def _checked_step(name: str, step: Any) -> int:

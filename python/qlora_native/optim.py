@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._errors import bad, check_float_dtype
 from ._flat import FlatStates, are_states
-from ._optim_state import Kept, check_options, check_state_dict, checked_state, shapes_of
+from ._optim_state import Kept, check_bitsandbytes_arguments, check_options, check_state_dict, checked_state, shapes_of
 from ._optim_step import Batch, by_device, check_tensors
 from ._paged import Rooms, is_pageable
 
@@ -50,6 +50,8 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
+        bitsandbytes_arguments: what bitsandbytes' optimizers take on top (amsgrad, optim_bits, args, is_paged, and of
+            older versions block_wise and percentile_clipping), with the values that mean what this one does.
 
     Raises:
         TypeError, ValueError: an option out of its range; a parameter that is to be trained and is not fp32, bf16 or
@@ -69,8 +71,10 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         min_8bit_size: int = 4096,
+        **bitsandbytes_arguments: Any,
     ) -> None:
         """See the class."""
+        check_bitsandbytes_arguments(bitsandbytes_arguments, isinstance(self, PagedAdamW8bit))
         self._skipped: dict[torch.device, Tensor] = {}  # int64 [1], by the device whose steps it counts
         self._flats: dict[tuple[int, torch.device], FlatStates] = {}  # by group and device
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
