@@ -1,6 +1,7 @@
 """The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,17 @@ def test_wheel_holds_no_package(tmp_path):
     said = build_outside(tmp_path / "outside", package)
     version = run(sys.executable, "-c", "import qlora_native; print(qlora_native.__version__)").strip()
     assert said.startswith(f"qlora_native {version} on ")
+
+
+def test_readmes_program_compiles_as_it_stands(tmp_path):
+    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
+    readme = (ROOT / "README.md").read_text()
+    for language, file in (("cpp", "main.cpp"), ("cmake", "CMakeLists.txt")):
+        (text,) = re.findall(rf"^```{language}\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+        (tmp_path / file).write_text(text)
+    cmake("-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", f"-Dqlora_native_DIR={package}")
+    cmake("--build", tmp_path / "build")
+    assert float(run(tmp_path / "build/trainer")) == pytest.approx(264.192, rel=1e-5)
 
 
 def test_other_version_is_accepted(tmp_path):
