@@ -54,6 +54,8 @@ void check_decoded_scales(const QuantizedWeightView& w) {
 
 void quantize(const QuantizeArgs& args, const Stream& stream) {
   check(args.elements >= 0, "elements", ">= 0", args.elements);
+  check_elements(args.elements, 1, "elements");
+  check_dtype(args.dtype, "dtype");
   check_bits(args.bits, "bits");
   check_blocksize(args.blocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
@@ -66,6 +68,7 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
 
 void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
   check(args.blocks >= 0, "blocks", ">= 0", args.blocks);
+  check_elements(args.blocks, 1, "blocks");
   check(args.nested_blocksize >= 1, "nested_blocksize", ">= 1", args.nested_blocksize);
   check_pointer(args.absmax, args.blocks > 0, "absmax");
   check_pointer(args.nested_code, true, "nested_code");
@@ -77,6 +80,7 @@ void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
 
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   check_weight(args.weight, stream);
+  check_dtype(args.dtype, "dtype");
   check_pointer(args.out, true, "out");
   backend_for(stream).dequantize(args, stream);
 }
