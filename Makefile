@@ -2,7 +2,9 @@
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
 # make test-arm   the C++ library and its tests for 64-bit Arm, cross-compiled and run under QEMU on two processors
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
-# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores)
+# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores),
+#                 and the C++ tests with threads under ThreadSanitizer
+# make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target; with CXX=clang++ libFuzzer chooses them
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -31,7 +33,7 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python sanitize sass lint format bench clean distclean
+.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python sanitize fuzz sass lint format bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -85,6 +87,8 @@ test-gpu:
 sanitizers := address,undefined
 # Its frames on the heap, for uses after return, are aligned to 32 bytes in GCC 12; vectors of 64 fault there.
 asan_options := detect_stack_use_after_return=0
+# ThreadSanitizer does not know how libgomp's threads wait for each other, so it sees threads of the tests' own pool.
+threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_SANITIZE=$(sanitizers)
@@ -97,6 +101,26 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	    ASAN_OPTIONS=$(asan_options):detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
 	    LDFLAGS=-fsanitize=$(sanitizers) $(python) -m pytest --ignore=tests/test_finetune.py --ignore=tests/test_memory.py \
 	    --ignore=tests/test_smollm2.py $(ARGS)
+	$(VENV)/bin/cmake -S . -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DQLN_BUILD_TESTS=ON \
+	    -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_OPENMP=OFF -DQLN_SANITIZE=thread
+	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
+	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
+
+# Of the C++ trainer's readers and of the C++ API. What is found is written to build/fuzz/, and belongs below
+# tests/fuzz/corpus/ with its repair.
+FUZZ_SECONDS ?= 600
+fuzz_targets := safetensors api
+comma := ,
+fuzz: $(stamp)-build
+	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
+	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
+	$(VENV)/bin/cmake --build build/fuzz --target $(fuzz_targets:%=fuzz_%)
+	for target in $(fuzz_targets); do \
+	    mkdir -p build/fuzz/corpus/$$target; \
+	    ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) \
+	        -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus/$$target tests/fuzz/corpus/$$target; \
+	done
 
 # Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
 sass: build-cpp $(stamp)-sass $(stamp)-test

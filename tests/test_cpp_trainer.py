@@ -1,7 +1,6 @@
 """examples/cpp_trainer, built from the installed package: it learns, its gradients and its adapter are torch's."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +29,6 @@ FEW = ("--sequence", SEQUENCE, "--batch", BATCH, "--seed", SEED, "--clip", 0, "-
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
-    build = tmp_path_factory.mktemp("trainer")
-    cmake("-S", EXAMPLE, "-B", build, "-G", "Ninja", f"-Dqlora_native_DIR={package}", "-DCMAKE_CXX_FLAGS=-Werror")
-    cmake("--build", build)
-    if shutil.which("nvcc"):  # where there is a toolkit, the part for a GPU compiles and links too
-        assert list(build.rglob("cuda.cpp.o"))
-    return build / "trainer"
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model that has seen some Python, in 4 bits with double quantization."""
     folder = tmp_path_factory.mktemp("base")
@@ -60,10 +48,10 @@ def losses(output):
     return [float(line.rpartition(" ")[2]) for line in output.splitlines() if line.startswith("held-out loss")]
 
 
-def test_trainer_learns_nothing_or_saves_another_adapter(program, base, tmp_path):
+def test_trainer_learns_nothing_or_saves_another_adapter(trainer, base, tmp_path):
     out = tmp_path / "adapter"
     data = ("--model", base, "--data", TEXT, "--out", out, "--logits", tmp_path / "logits.safetensors")
-    before, after = losses(run(program, *data, "--steps", 60, "--dropout", 0.05, "--every", 20))
+    before, after = losses(run(trainer, *data, "--steps", 60, "--dropout", 0.05, "--every", 20))
     assert after < before - 0.1, (before, after)
     saved = load_file(tmp_path / "logits.safetensors")
     ids, actual = saved["input_ids"].long(), saved["logits"]
@@ -75,7 +63,7 @@ def test_trainer_learns_nothing_or_saves_another_adapter(program, base, tmp_path
     assert (actual - expected).norm() < 1e-4 * expected.norm()
     assert (actual - without).norm() > 0.02 * without.norm(), "an adapter that does nothing"
     # A second run gives the same bits.
-    run(program, *data, "--steps", 60, "--dropout", 0.05, "--every", 60)
+    run(trainer, *data, "--steps", 60, "--dropout", 0.05, "--every", 60)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], actual)
 
 
@@ -96,12 +84,12 @@ def gradients(model, batch):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_gradient_of_an_adapter_is_wrong(program, base, tmp_path):
+def test_gradient_of_an_adapter_is_wrong(trainer, base, tmp_path):
     """AdamW's first step with a gradient moves by its sign: B in step one, while B is 0, and A in step two."""
     states = []
     for steps in (1, 2):
         out = tmp_path / f"after-{steps}"
-        run(program, "--model", base, "--data", TEXT, "--out", out, "--steps", steps, *FEW)
+        run(trainer, "--model", base, "--data", TEXT, "--out", out, "--steps", steps, *FEW)
         model = in_torch(base, out)
         states.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora" in name})
     first, second = windows()
@@ -122,12 +110,12 @@ def test_gradient_of_an_adapter_is_wrong(program, base, tmp_path):
         assert not wrong.any(), f"{name}: {int(wrong.sum())} of {int(clear.sum())}"
 
 
-def trained(program, base, out, *options, **environment):
+def trained(trainer, base, out, *options, **environment):
     """Losses and logits of a few steps."""
     options = (*("--steps", 6, "--lr", 3e-3, "--warmup", 0, "--sequence", SEQUENCE, "--batch", BATCH), *options)
     files = ("--model", base, "--data", TEXT, "--out", out, "--logits", out / "logits.safetensors")
     # A small model: two threads would wait for each other longer than they work.
-    output = run(program, *files, *options, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    output = run(trainer, *files, *options, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     return losses(output), load_file(out / "logits.safetensors")["logits"]
 
 
@@ -139,21 +127,21 @@ def check_same_training(actual, expected):
     assert expected_loss[1] < expected_loss[0] - 0.01, "a training that does nothing"
 
 
-def test_other_backend_trains_another_adapter(program, base, tmp_path):
+def test_other_backend_trains_another_adapter(trainer, base, tmp_path):
     """The kernels of --device cuda, in the emulator."""
-    emulated = trained(program, base, tmp_path / "emulated", QLN_BACKEND="cuda_emulated")
-    check_same_training(emulated, trained(program, base, tmp_path / "cpu"))
+    emulated = trained(trainer, base, tmp_path / "emulated", QLN_BACKEND="cuda_emulated")
+    check_same_training(emulated, trained(trainer, base, tmp_path / "cpu"))
 
 
 @pytest.mark.skipif(NO_GPU != "", reason=NO_GPU)
-def test_gpu_trains_another_adapter(program, base, tmp_path):
-    gpu = trained(program, base, tmp_path / "cuda", "--device", "cuda")
-    check_same_training(gpu, trained(program, base, tmp_path / "cpu"))
+def test_gpu_trains_another_adapter(trainer, base, tmp_path):
+    gpu = trained(trainer, base, tmp_path / "cuda", "--device", "cuda")
+    check_same_training(gpu, trained(trainer, base, tmp_path / "cpu"))
 
 
 @pytest.mark.skipif(NO_GPU == "", reason="a GPU can be used here")
-def test_missing_gpu_is_not_named(program, base, tmp_path):
-    command = [program, "--device", "cuda", "--model", base, "--data", TEXT, "--out", tmp_path / "out"]
+def test_missing_gpu_is_not_named(trainer, base, tmp_path):
+    command = [trainer, "--device", "cuda", "--model", base, "--data", TEXT, "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"trainer: --device cuda: {NO_GPU}\n")
 
@@ -177,17 +165,21 @@ def test_trainer_without_the_toolkit_is_not_built(tmp_path):
     ("change", "message"),
     [
         (("--device", "gpu"), "expected cpu or cuda, got gpu"),
-        (("--rank", "x"), "--rank: expected a number of at least 1"),
+        (("--rank", "x"), "--rank: expected a whole number from 1 to 65536, got x"),
+        (("--rank", "1.5"), "--rank: expected a whole number"),
+        (("--steps", "1e300"), "--steps: expected a whole number"),
+        (("--lr", "nan"), "--lr: expected a number from 0"),
         (("--rnak", "8"), "unknown option --rnak"),
-        (("--dropout", "1.5"), "lora.dropout"),
+        (("--dropout", "1.5"), "--dropout: expected a number from 0 to 0.999, got 1.5"),
         (("--model", "/nowhere"), "/nowhere"),
-        (("--sequence", "1000000"), "too short"),
+        (("--data", os.devnull), "is empty, or no file that can be mapped"),
+        (("--sequence", "65536"), "too short"),
     ],
 )
-def test_bad_input_is_accepted(program, base, tmp_path, change, message):
+def test_bad_option_is_refused(trainer, base, tmp_path, change, message):
     options = {"--model": base, "--data": TEXT, "--out": tmp_path / "out", "--steps": "1", **dict([change])}
     done = subprocess.run(
-        [program, *(str(part) for pair in options.items() for part in pair)], capture_output=True, text=True
+        [trainer, *(str(part) for pair in options.items() for part in pair)], capture_output=True, text=True
     )
     assert done.returncode != 0 and message in done.stderr
     assert not (tmp_path / "out").exists()

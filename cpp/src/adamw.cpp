@@ -30,11 +30,18 @@ void check_group(const AdamW8bitGroup& group, const Stream& stream, std::int64_t
 void check_tensor(const AdamW8bitTensor& tensor, int group_count, const Stream& stream, std::int64_t index) {
   const auto field = field_of("tensors", index);
   check(tensor.elements >= 0, field("elements"), ">= 0", tensor.elements);
+  check_elements(tensor.elements, 1, field("elements"));
+  check_dtype(tensor.param_dtype, field("param_dtype"));
+  check_dtype(tensor.grad_dtype, field("grad_dtype"));
   check(
       tensor.group >= 0 && tensor.group < group_count, field("group"),
       [&] { return "below " + std::to_string(group_count); }, tensor.group);
   check_pointer(tensor.step, true, field("step"));
-  if (stream.device == Device::cpu) check(*tensor.step >= 0, field("step"), ">= 0", *tensor.step);
+  if (stream.device == Device::cpu) {
+    constexpr std::int64_t kMostSteps = std::numeric_limits<std::int64_t>::max();  // after which there is no next
+    check(*tensor.step >= 0, field("step"), ">= 0", *tensor.step);
+    check(*tensor.step < kMostSteps, field("step"), "fewer than 2^63 - 1 steps", *tensor.step);
+  }
   const bool any = tensor.elements > 0;
   check_pointer(tensor.param, any, field("param"));
   check_pointer(tensor.grad, any, field("grad"));

@@ -1,8 +1,10 @@
 // Argument checks that more than one operation needs. All throw Error and write nothing.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <string>
 
@@ -14,6 +16,22 @@ namespace qlora_native {
 template <class Argument>
 void check_pointer(const void* pointer, bool needed, const Argument& argument) {
   check(pointer != nullptr || !needed, argument, "a pointer", "null");
+}
+
+// Offsets in bytes into so many elements fit into 64 bits.
+constexpr std::int64_t kMostElements = std::numeric_limits<std::int64_t>::max() / 8;
+
+// Neither is negative.
+template <class Argument>
+void check_elements(std::int64_t rows, std::int64_t cols, const Argument& argument) {
+  check(cols == 0 || rows <= kMostElements / cols, argument, "fewer than 2^60 elements",
+        [&] { return std::to_string(rows) + " * " + std::to_string(cols); });
+}
+
+template <class Argument>
+void check_dtype(DType dtype, const Argument& argument) {
+  check(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16, argument, "a DType",
+        static_cast<int>(dtype));
 }
 
 inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
@@ -37,8 +55,7 @@ inline void check_code(const float* code, int bits, const Stream& stream, const 
 inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check(w.N >= 1, "weight.N", ">= 1", w.N);
   check(w.K >= 1, "weight.K", ">= 1", w.K);
-  check(w.N <= std::numeric_limits<std::int64_t>::max() / 8 / w.K, "weight.N", "N * K below 2^60",
-        [&] { return std::to_string(w.N) + " * " + std::to_string(w.K); });
+  check_elements(w.N, w.K, "weight.N");
   check_bits(w.bits, "weight.bits");
   check_blocksize(w.blocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
@@ -59,15 +76,20 @@ void check_matrix(const BasicMatrix<Pointer>& matrix, std::int64_t rows, std::in
   };
   const auto field = [=](const char* name) { return [=] { return std::string(argument) + name; }; };
   check(matrix.rows == rows && matrix.cols == cols, argument, shape(rows, cols), shape(matrix.rows, matrix.cols));
+  check_dtype(matrix.dtype, field(".dtype"));
   check(matrix.dtype == dtype, field(".dtype"), name_of(dtype), name_of(matrix.dtype));
   check(
       rows <= 1 || matrix.stride >= cols, field(".stride"), [&] { return ">= " + std::to_string(cols); },
       matrix.stride);
+  check_elements(rows, rows <= 1 ? cols : matrix.stride, argument);
   check_pointer(matrix.data, rows > 0 && cols > 0, field(".data"));
 }
 
-inline void check_lora(const LoraView& lora) {
+// N and K: those of the weight beside it.
+inline void check_lora(const LoraView& lora, std::int64_t N, std::int64_t K) {
   check(lora.rank >= 0, "lora.rank", ">= 0", lora.rank);
+  check_elements(lora.rank, std::max(N, K), "lora.rank");
+  check_dtype(lora.dtype, "lora.dtype");
   check(std::isfinite(lora.scaling), "lora.scaling", "a finite value", lora.scaling);
   check(lora.dropout >= 0.0f && lora.dropout < 1.0f, "lora.dropout", "a probability in [0, 1)", lora.dropout);
 }

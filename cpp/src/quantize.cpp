@@ -1,12 +1,61 @@
 #include "qlora_native/quantize.h"
 
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
 #include "backend.h"
 #include "check.h"
+#include "common/layout.h"
 
 namespace qlora_native {
+namespace {
+
+// The index of the first value that is NaN or infinite; -1: none is. All ones in the exponent carry into the sign bit.
+// The inner loop has no way out, so that the compiler makes vectors of it.
+std::int64_t first_non_finite(const float* values, std::int64_t count) {
+  constexpr std::int64_t kChunk = 4096;
+  constexpr std::uint32_t kExponent = 0x7F800000, kLowestOfExponent = 0x00800000;
+  for (std::int64_t begin = 0; begin < count; begin += kChunk) {
+    const std::int64_t end = std::min(begin + kChunk, count);
+    std::uint32_t carries = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      carries |= (std::bit_cast<std::uint32_t>(values[i]) & kExponent) + kLowestOfExponent;
+    }
+    if (carries >> 31 == 0) continue;
+    return std::find_if_not(values + begin, values + end, [](float value) { return std::isfinite(value); }) - values;
+  }
+  return -1;
+}
+
+void check_finite(const float* values, std::int64_t count, const char* argument) {
+  const std::int64_t bad = first_non_finite(values, count);
+  check(bad < 0, argument, "finite values", [&] { return std::to_string(values[bad]) + " at " + std::to_string(bad); });
+}
+
+// Finite factors may have an infinite product. A bound for all scales that share one of nested_absmax is enough as a
+// rule; where it is infinite each of them is decoded.
+void check_decoded_scales(const QuantizedWeightView& w) {
+  float largest_level = 0.0f;
+  for (int i = 0; i < 256; ++i) largest_level = std::max(largest_level, std::fabs(w.nested_code[i]));
+  for (std::int64_t begin = 0; begin < w.blocks(); begin += w.nested_blocksize) {
+    const float nested_absmax = std::fabs(w.nested_absmax[begin / w.nested_blocksize]);
+    if (std::isfinite(nested_scale(largest_level, nested_absmax, std::fabs(*w.offset)))) continue;
+    const std::int64_t end = std::min(begin + w.nested_blocksize, w.blocks());
+    for (std::int64_t block = begin; block < end; ++block) {
+      const float scale = scale_of_block(w, block);
+      check(std::isfinite(scale), "weight.absmax", "codes of finite scales",
+            [&] { return "one of " + std::to_string(scale) + " at " + std::to_string(block); });
+    }
+  }
+}
+
+}  // namespace
 
 void quantize(const QuantizeArgs& args, const Stream& stream) {
   check(args.elements >= 0, "elements", ">= 0", args.elements);
+  check_elements(args.elements, 1, "elements");
+  check_dtype(args.dtype, "dtype");
   check_bits(args.bits, "bits");
   check_blocksize(args.blocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
@@ -19,6 +68,7 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
 
 void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
   check(args.blocks >= 0, "blocks", ">= 0", args.blocks);
+  check_elements(args.blocks, 1, "blocks");
   check(args.nested_blocksize >= 1, "nested_blocksize", ">= 1", args.nested_blocksize);
   check_pointer(args.absmax, args.blocks > 0, "absmax");
   check_pointer(args.nested_code, true, "nested_code");
@@ -30,8 +80,22 @@ void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
 
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   check_weight(args.weight, stream);
+  check_dtype(args.dtype, "dtype");
   check_pointer(args.out, true, "out");
   backend_for(stream).dequantize(args, stream);
+}
+
+void check_quantized_weight(const QuantizedWeightView& weight, const Stream& stream) {
+  check_weight(weight, stream);
+  if (stream.device != Device::cpu) return;
+  if (weight.nested_absmax == nullptr) {
+    check_finite(static_cast<const float*>(weight.absmax), weight.blocks(), "weight.absmax");
+    return;
+  }
+  check_finite(weight.nested_code, 256, "weight.nested_code");
+  check_finite(weight.nested_absmax, ceil_div(weight.blocks(), weight.nested_blocksize), "weight.nested_absmax");
+  check_finite(weight.offset, 1, "weight.offset");
+  check_decoded_scales(weight);
 }
 
 }  // namespace qlora_native

@@ -1,5 +1,9 @@
 #include "adapter.h"
 
+#include "files.h"
+#include "json.h"
+#include "safetensors.h"
+
 namespace trainer {
 namespace {
 
@@ -20,15 +24,22 @@ void save_adapter(const std::filesystem::path& folder, Llama& model, const LoraC
     tensors[prefix + ".lora_B.weight"] = tensor_of(linear->b().value, linear->out());
   }
   std::filesystem::create_directories(folder);
-  write_safetensors(folder / "adapter_model.safetensors", tensors);
-  write_text(
-      folder / "adapter_config.json",
+  NewFile weights(folder / "adapter_model.safetensors"), config(folder / "adapter_config.json");
+  write_safetensors(weights, tensors);
+  config.write(
       "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"bias\": \"none\",\n"
       "  \"base_model_name_or_path\": " +
-          json_string(base) + ",\n  \"r\": " + std::to_string(lora.rank) + ",\n  \"lora_alpha\": " +
-          std::to_string(lora.alpha) + ",\n  \"lora_dropout\": " + std::to_string(lora.dropout) +
-          ",\n  \"target_modules\": [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\", \"gate_proj\", \"up_proj\", "
-          "\"down_proj\"]\n}\n");
+      json_string(base) + ",\n  \"r\": " + std::to_string(lora.rank) +
+      ",\n  \"lora_alpha\": " + std::to_string(lora.alpha) + ",\n  \"lora_dropout\": " + std::to_string(lora.dropout) +
+      ",\n  \"target_modules\": [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\", \"gate_proj\", \"up_proj\", "
+      "\"down_proj\"]\n}\n");
+  // Until both are on the disk, an adapter of before stays. Then its config goes first and the new one comes last,
+  // because PEFT takes no folder for an adapter that has none: an interrupted run leaves no mixture of two adapters.
+  weights.sync();
+  config.sync();
+  remove_file(folder / "adapter_config.json");
+  weights.publish();
+  config.publish();
 }
 
 }  // namespace trainer

@@ -1,43 +1,54 @@
-// A reader of JSON: the headers of safetensors files and a model's config. Everything but surrogate pairs.
+// A reader of JSON: a model's config, the headers of safetensors files, bitsandbytes' quant_state. Such files come from
+// elsewhere, so nothing in them is believed. Text that is not JSON, a key that is there twice, and a value of another
+// type than the one asked for are errors, which name the file and the key.
 #pragma once
 
-#include <map>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
-#include <variant>
 #include <vector>
 
 namespace trainer {
 
+struct JsonValue;  // in json.cpp
+
+// A value in a document. The document lives as long as one of its values does. Every mistake is a std::runtime_error.
 class Json {
  public:
-  using Array = std::vector<Json>;
-  using Object = std::map<std::string, Json, std::less<>>;
+  static constexpr std::int64_t kLargest = std::int64_t{1} << 53;  // up to here a double has every integer
 
-  // Throws std::runtime_error with the position of the mistake.
-  static Json parse(std::string_view text);
+  // `source` is what errors call the text: the name of its file.
+  static Json parse(std::string_view text, std::string source);
 
-  bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_); }
-  // Each throws std::runtime_error if the value is of another type.
-  bool boolean() const { return get<bool>("true or false"); }
-  double number() const { return get<double>("a number"); }
-  const std::string& string() const { return get<std::string>("a string"); }
-  const Array& array() const { return get<Array>("an array"); }
-  const Object& object() const { return get<Object>("an object"); }
-  std::int64_t integer() const { return static_cast<std::int64_t>(number()); }
+  bool is_null() const;
+  bool boolean() const;
+  double number() const;
+  float float32() const;  // a number that is finite in fp32
+  // A number in [least, most] that is written without a fraction and an exponent.
+  std::int64_t integer(std::int64_t least, std::int64_t most = kLargest) const;
+  const std::string& string() const;
+  std::vector<Json> array() const;
+  std::vector<std::string> keys() const;             // of an object
+  Json operator[](std::string_view key) const;       // of an object: null if it has no such key
+  const std::string& name() const { return name_; }  // "config.json: rope_parameters.rope_theta"
 
-  // The value of a key: null if there is none.
-  const Json& operator[](std::string_view key) const;
+  // "config.json: hidden_size: expected `expected`, got -64"
+  [[noreturn]] void fail(const std::string& expected) const;
 
  private:
-  friend class JsonParser;
+  Json(std::shared_ptr<const JsonValue> value, std::string name);
   template <class T>
   const T& get(const char* expected) const;
 
-  std::variant<std::nullptr_t, bool, double, std::string, Array, Object> value_ = nullptr;
+  std::shared_ptr<const JsonValue> value_;
+  std::string name_;
 };
 
 // `text` in quotes, escaped.
 std::string json_string(std::string_view text);
+
+// `text` as a part of one line: as it is, or if it is long or has control characters, the beginning of it in quotes.
+std::string in_a_line(std::string_view text);
 
 }  // namespace trainer

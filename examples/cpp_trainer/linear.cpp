@@ -1,20 +1,36 @@
 #include "linear.h"
 
 #include <cmath>
+#include <limits>
+#include <span>
 #include <stdexcept>
+
+#include "json.h"
 
 namespace qn = qlora_native;
 
 namespace trainer {
 namespace {
 
-// What bitsandbytes writes beside the codes, as JSON in a tensor of bytes.
+// What bitsandbytes writes beside the codes, as JSON in a tensor of bytes whose name ends with the format.
 Json quant_state(const Checkpoint& checkpoint, const std::string& weight) {
-  const Tensor& bytes = checkpoint.at(checkpoint.starting_with(weight + ".quant_state.bitsandbytes__"));
-  return Json::parse({reinterpret_cast<const char*>(bytes.data), bytes.bytes});
+  for (const std::string format : {"nf4", "fp4"}) {
+    const std::string name = weight + ".quant_state.bitsandbytes__" + format;
+    if (!checkpoint.contains(name)) continue;
+    const std::span<const std::uint8_t> bytes = checkpoint.bytes(name);
+    const Json state = Json::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, name);
+    if (state["quant_type"].string() != format) state["quant_type"].fail(format);
+    return state;
+  }
+  throw std::runtime_error(weight + ": expected nf4 or fp4 of bitsandbytes, got no " + weight +
+                           ".quant_state.bitsandbytes__nf4 or __fp4");
 }
 
-std::int64_t size(const Json& state, std::size_t i) { return state["shape"].array().at(i).integer(); }
+Shape shape_of(const Json& state) {
+  Shape shape;
+  for (const Json& size : state["shape"].array()) shape.push_back(size.integer(1));
+  return shape;
+}
 
 constexpr qn::DType kF32 = qn::DType::f32;
 
@@ -44,33 +60,45 @@ qn::AdamW8bitTensor Parameter::optimizer_view() {
           .step = step_.data()};
 }
 
-QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, const LoraConfig& lora, std::mt19937& random)
-    : name_(std::move(name)), config_(lora), a_(0), b_(0) {
+QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, std::int64_t out, std::int64_t in,
+                         const LoraConfig& lora, std::mt19937& random)
+    : name_(std::move(name)),
+      config_(lora),
+      weight_{.N = out, .K = in},
+      a_(static_cast<std::size_t>(lora.rank * in)),
+      b_(static_cast<std::size_t>(out * lora.rank)) {
+  read_weight(checkpoint);
+  // PEFT's: Kaiming-uniform with a = sqrt(5), which is uniform within 1 / sqrt(K).
+  const float limit = 1.0f / std::sqrt(static_cast<float>(in));
+  for (float& value : a_.value) value = limit * (2.0f * std::ldexp(static_cast<float>(random() >> 8), -24) - 1.0f);
+}
+
+void QloraLinear::read_weight(const Checkpoint& checkpoint) {
   const std::string weight = name_ + ".weight";
   const Json state = quant_state(checkpoint, weight);
-  weight_.N = size(state, 0);
-  weight_.K = size(state, 1);
-  weight_.blocksize = static_cast<int>(state["blocksize"].integer());
-  const auto read = [&](const char* suffix, Floats& out, std::int64_t expected) -> const float* {
-    const std::vector<float> values = checkpoint.floats(weight + suffix);
+  const Shape expected = {weight_.N, weight_.K}, shape = shape_of(state);
+  if (shape != expected)
+    throw std::runtime_error(weight + ": expected " + text_of(expected) + " as config.json says, got " +
+                             in_a_line(text_of(shape)));
+  weight_.blocksize = static_cast<int>(state["blocksize"].integer(32, 4096));
+  const auto read = [&](const char* suffix, Floats& out, std::int64_t length) {
+    const std::vector<float> values = checkpoint.floats(weight + suffix, {length});
     out.assign(values.begin(), values.end());
-    if (static_cast<std::int64_t>(out.size()) != expected)
-      throw std::runtime_error(weight + suffix + ": expected " + std::to_string(expected) + " values");
     return out.data();
   };
-  const auto read_bytes = [&](const std::string& tensor, Shared<std::uint8_t>& out, std::int64_t expected) {
-    const Tensor& bytes = checkpoint.at(tensor);
-    if (bytes.dtype != "U8" || bytes.elements() != expected)
-      throw std::runtime_error(tensor + ": expected " + std::to_string(expected) + " bytes");
-    const auto* first = reinterpret_cast<const std::uint8_t*>(bytes.data);
-    out.assign(first, first + bytes.bytes);
+  const auto read_bytes = [&](const std::string& name, Shared<std::uint8_t>& out, std::int64_t length) {
+    const std::span<const std::uint8_t> bytes = checkpoint.bytes(name);
+    if (bytes.size() != static_cast<std::size_t>(length))
+      throw std::runtime_error(name + ": expected " + std::to_string(length) + " bytes, got " +
+                               std::to_string(bytes.size()));
+    out.assign(bytes.begin(), bytes.end());
     return out.data();
   };
   weight_.codes = read_bytes(weight, codes_, (weight_.elements() + 1) / 2);
   weight_.code = read(".quant_map", code_, 16);
   if (checkpoint.contains(weight + ".nested_absmax")) {
-    weight_.nested_blocksize = static_cast<int>(state["nested_blocksize"].integer());
-    offset_.assign(1, static_cast<float>(state["nested_offset"].number()));
+    weight_.nested_blocksize = static_cast<int>(state["nested_blocksize"].integer(1, std::numeric_limits<int>::max()));
+    offset_.assign(1, state["nested_offset"].float32());
     weight_.offset = offset_.data();
     weight_.absmax = read_bytes(weight + ".absmax", absmax_codes_, weight_.blocks());
     weight_.nested_code = read(".nested_quant_map", nested_code_, 256);
@@ -79,12 +107,11 @@ QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, const L
   } else {
     weight_.absmax = read(".absmax", absmax_, weight_.blocks());
   }
-
-  a_ = Parameter(static_cast<std::size_t>(config_.rank * in()));
-  b_ = Parameter(static_cast<std::size_t>(out() * config_.rank));
-  // PEFT's: Kaiming-uniform with a = sqrt(5), which is uniform within 1 / sqrt(K).
-  const float limit = 1.0f / std::sqrt(static_cast<float>(in()));
-  for (float& value : a_.value) value = limit * (2.0f * std::ldexp(static_cast<float>(random() >> 8), -24) - 1.0f);
+  try {
+    qn::check_quantized_weight(weight_);  // on the cpu, which sees all of it
+  } catch (const qn::Error& error) {
+    throw std::runtime_error(name_ + "." + error.what());
+  }
 }
 
 qn::LoraView QloraLinear::lora() const {

@@ -36,8 +36,10 @@ class Parameter {
 // there once the device is synchronized.
 class QloraLinear {
  public:
-  // `name`.weight of the checkpoint, as bitsandbytes lays it out. B starts at zero.
-  QloraLinear(const Checkpoint& checkpoint, std::string name, const LoraConfig& lora, std::mt19937& random);
+  // `name`.weight [out, in] of the checkpoint, as bitsandbytes lays it out. B starts at zero. Throws
+  // std::runtime_error where the checkpoint has no such weight, or one that is not whole and finite.
+  QloraLinear(const Checkpoint& checkpoint, std::string name, std::int64_t out, std::int64_t in, const LoraConfig& lora,
+              std::mt19937& random);
 
   // x and y stay the caller's; backward needs x again. A seed of 0 switches dropout off.
   void forward(const float* x, std::int64_t rows, float* y, std::uint64_t seed);
@@ -51,6 +53,7 @@ class QloraLinear {
   Parameter& b() { return b_; }
 
  private:
+  void read_weight(const Checkpoint& checkpoint);
   qlora_native::LoraView lora() const;
 
   std::string name_;

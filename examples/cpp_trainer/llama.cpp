@@ -10,58 +10,89 @@ void add(std::span<const float> x, std::span<float> y) {
   for (std::size_t i = 0; i < x.size(); ++i) y[i] += x[i];
 }
 
+const std::string kWhy = "as config.json says";
+
+std::vector<float> dense(const Checkpoint& checkpoint, const std::string& name, const Shape& shape) {
+  return checkpoint.floats(name, shape, kWhy);
+}
+
 }  // namespace
 
 LlamaConfig LlamaConfig::read(const std::filesystem::path& folder) {
-  const Json json = Json::parse(MappedFile(folder / "config.json").text());
-  const auto expect = [](bool ok, const std::string& what) {
-    if (!ok) throw std::runtime_error("config.json: this trainer expects " + what);
+  const std::filesystem::path path = folder / "config.json";
+  return parse(Json::parse(MappedFile(path).text(), path.string()));
+}
+
+LlamaConfig LlamaConfig::parse(const Json& json) {
+  constexpr std::int64_t kLargest = 1 << 24, kMostHeads = 1 << 12;
+  const auto expect = [](bool ok, const Json& field, const std::string& expected) {
+    if (!ok) field.fail(expected + ", for this trainer");
   };
-  expect(!json["model_type"].is_null() && json["model_type"].string() == "llama", "model_type llama");
+  expect(json["model_type"].string() == "llama", json["model_type"], "llama");
   for (const char* bias : {"attention_bias", "mlp_bias"})
-    expect(json[bias].is_null() || !json[bias].boolean(), "no biases");
-  expect(json["hidden_act"].is_null() || json["hidden_act"].string() == "silu", "hidden_act silu");
+    expect(json[bias].is_null() || !json[bias].boolean(), json[bias], "no biases");
+  expect(json["hidden_act"].is_null() || json["hidden_act"].string() == "silu", json["hidden_act"], "silu");
 
   LlamaConfig config;
-  config.width = json["hidden_size"].integer();
-  config.inner = json["intermediate_size"].integer();
-  config.layers = json["num_hidden_layers"].integer();
-  config.heads = json["num_attention_heads"].integer();
-  config.kv_heads = json["num_key_value_heads"].is_null() ? config.heads : json["num_key_value_heads"].integer();
-  config.head_dim = json["head_dim"].is_null() ? config.width / config.heads : json["head_dim"].integer();
-  config.vocabulary = json["vocab_size"].integer();
-  config.eps = static_cast<float>(json["rms_norm_eps"].number());
+  config.width = json["hidden_size"].integer(1, kLargest);
+  config.inner = json["intermediate_size"].integer(1, kLargest);
+  config.layers = json["num_hidden_layers"].integer(1, kLargest);
+  config.vocabulary = json["vocab_size"].integer(1, kLargest);
+  config.heads = json["num_attention_heads"].integer(1, kMostHeads);
+  const Json kv_heads = json["num_key_value_heads"], head_dim = json["head_dim"];
+  config.kv_heads = kv_heads.is_null() ? config.heads : kv_heads.integer(1, config.heads);
+  expect(config.heads % config.kv_heads == 0, kv_heads, "a divisor of num_attention_heads");
+  expect(!head_dim.is_null() || config.width % config.heads == 0, head_dim,
+         "a number, where num_attention_heads does not divide hidden_size");
+  config.head_dim = head_dim.is_null() ? config.width / config.heads : head_dim.integer(1, kLargest / config.heads);
+  expect(config.head_dim % 2 == 0, head_dim, "an even size of a head, whose halves rotary embeddings turn");
+
+  if (const Json eps = json["rms_norm_eps"]; !eps.is_null()) {
+    config.eps = eps.float32();
+    expect(config.eps >= 0.0f, eps, "a number of at least 0");
+  }
+  const Json tied = json["tie_word_embeddings"];
+  config.is_head_tied = !tied.is_null() && tied.boolean();
   // transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-  const Json& rope = json["rope_parameters"];
-  const Json& theta = rope.is_null() ? json["rope_theta"] : rope["rope_theta"];
-  if (!theta.is_null()) config.theta = theta.number();
-  expect(json["rope_scaling"].is_null(), "rotary embeddings without scaling");
-  expect(rope.is_null() || rope["rope_type"].is_null() || rope["rope_type"].string() == "default",
-         "rotary embeddings without scaling");
+  const Json rope = json["rope_parameters"];
+  if (const Json theta = rope.is_null() ? json["rope_theta"] : rope["rope_theta"]; !theta.is_null()) {
+    config.theta = theta.number();
+    expect(config.theta > 0.0, theta, "a number above 0");
+  }
+  expect(json["rope_scaling"].is_null(), json["rope_scaling"], "rotary embeddings without scaling");
+  if (!rope.is_null() && !rope["rope_type"].is_null())
+    expect(rope["rope_type"].string() == "default", rope["rope_type"], "rotary embeddings without scaling");
   return config;
 }
 
-Llama::Llama(const std::filesystem::path& folder, const LoraConfig& lora, std::uint32_t seed)
-    : config_(LlamaConfig::read(folder)),
-      checkpoint_(folder),
-      embeddings_(checkpoint_.floats("model.embed_tokens.weight")),
-      norm_(checkpoint_.floats("model.norm.weight")),
-      head_(checkpoint_.contains("lm_head.weight") ? checkpoint_.floats("lm_head.weight") : embeddings_,
-            config_.vocabulary, config_.width) {
+Llama::Llama(const LlamaConfig& config, const Checkpoint& checkpoint, const LoraConfig& lora, std::uint32_t seed)
+    : config_(config),
+      embeddings_(dense(checkpoint, "model.embed_tokens.weight", {config.vocabulary, config.width})),
+      norm_(dense(checkpoint, "model.norm.weight", {config.width})),
+      head_(config.is_head_tied ? embeddings_ : dense(checkpoint, "lm_head.weight", {config.vocabulary, config.width}),
+            config.vocabulary, config.width) {
+  const std::int64_t width = config.width, inner = config.inner;
+  const std::int64_t q_width = config.heads * config.head_dim, kv_width = config.kv_heads * config.head_dim;
   std::mt19937 random(seed);
-  for (std::int64_t i = 0; i < config_.layers; ++i) {
-    const std::string prefix = "model.layers." + std::to_string(i) + ".";
-    const auto linear = [&](const char* name) { return QloraLinear(checkpoint_, prefix + name, lora, random); };
-    blocks_.push_back({.attention_norm = checkpoint_.floats(prefix + "input_layernorm.weight"),
-                       .mlp_norm = checkpoint_.floats(prefix + "post_attention_layernorm.weight"),
-                       .q = linear("self_attn.q_proj"),
-                       .k = linear("self_attn.k_proj"),
-                       .v = linear("self_attn.v_proj"),
-                       .o = linear("self_attn.o_proj"),
-                       .gate = linear("mlp.gate_proj"),
-                       .up = linear("mlp.up_proj"),
-                       .down = linear("mlp.down_proj")});
+  const auto prefix_of = [](std::int64_t layer) { return "model.layers." + std::to_string(layer) + "."; };
+  for (std::int64_t i = 0; i < config.layers; ++i) {
+    const auto norm = [&](const char* name) { return dense(checkpoint, prefix_of(i) + name, {width}); };
+    const auto linear = [&](const char* name, std::int64_t out, std::int64_t in) {
+      return QloraLinear(checkpoint, prefix_of(i) + name, out, in, lora, random);
+    };
+    blocks_.push_back({.attention_norm = norm("input_layernorm.weight"),
+                       .mlp_norm = norm("post_attention_layernorm.weight"),
+                       .q = linear("self_attn.q_proj", q_width, width),
+                       .k = linear("self_attn.k_proj", kv_width, width),
+                       .v = linear("self_attn.v_proj", kv_width, width),
+                       .o = linear("self_attn.o_proj", width, q_width),
+                       .gate = linear("mlp.gate_proj", inner, width),
+                       .up = linear("mlp.up_proj", inner, width),
+                       .down = linear("mlp.down_proj", width, inner)});
   }
+  if (checkpoint.contains_any_below(prefix_of(config.layers)))
+    throw std::runtime_error("expected " + std::to_string(config.layers) + " layers " + kWhy +
+                             ", got one more in the checkpoint: " + prefix_of(config.layers) + "*");
 }
 
 std::vector<QloraLinear*> Llama::linears() {

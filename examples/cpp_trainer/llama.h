@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "device.h"
+#include "json.h"
 #include "layers.h"
 #include "linear.h"
 #include "safetensors.h"
@@ -18,15 +19,21 @@ struct LlamaConfig {
   std::int64_t width = 0, inner = 0, layers = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   float eps = 1e-6f;
   double theta = 10000.0;
+  bool is_head_tied = false;  // to the embeddings
 
-  // From a folder's config.json. Throws std::runtime_error on a model of another kind.
+  // From a folder's config.json. Throws std::runtime_error on a model of another kind, and on sizes that no model has:
+  // no product of those that are left is too large for 64 bits.
   static LlamaConfig read(const std::filesystem::path& folder);
+  static LlamaConfig parse(const Json& json);
 };
 
 class Llama {
  public:
-  // A folder written by `python -m qlora_native quantize`, or by transformers with bitsandbytes.
-  Llama(const std::filesystem::path& folder, const LoraConfig& lora, std::uint32_t seed);
+  // A folder written by `python -m qlora_native quantize`, or by transformers with bitsandbytes. Throws
+  // std::runtime_error where a tensor is missing or is not as the config implies.
+  Llama(const std::filesystem::path& folder, const LoraConfig& lora, std::uint32_t seed)
+      : Llama(LlamaConfig::read(folder), Checkpoint(folder), lora, seed) {}
+  Llama(const LlamaConfig& config, const Checkpoint& checkpoint, const LoraConfig& lora, std::uint32_t seed);
 
   // Tokens are [sequences, length]. Logits are [sequences * length, vocabulary], valid until the next call.
   // Dropout takes its masks from `seed`; 0: none.
@@ -57,7 +64,6 @@ class Llama {
   void backward(Block& block);
 
   LlamaConfig config_;
-  Checkpoint checkpoint_;
   std::vector<float> embeddings_, norm_;
   std::vector<Block> blocks_;
   Head head_;

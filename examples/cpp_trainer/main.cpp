@@ -16,17 +16,21 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <map>
-#include <random>
+#include <new>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "adapter.h"
+#include "data.h"
 #include "device.h"
 #include "llama.h"
 #include "qlora_native/qlora_native.h"
@@ -38,7 +42,8 @@ namespace {
 struct Options {
   std::string model, data, out, logits, device = "cpu";
   bool token_ids = false;
-  std::int64_t steps = 200, sequence = 128, batch = 4, warmup = 10, held_out_batches = 8, every = 50;
+  std::int64_t steps = 200, warmup = 10, every = 50;
+  trainer::Batches batches{.sequence = 128, .batch = 4, .held_out = 8};
   double lr = 1e-3, weight_decay = 0.0, clip = 1.0;
   trainer::LoraConfig lora;
   std::uint32_t seed = 1;
@@ -53,37 +58,47 @@ constexpr const char* kUsage =
     "  --lr LR (1e-3)  --warmup STEPS (10)  --weight-decay W (0)  --clip NORM (1)  --seed N (1)\n"
     "  --logits FILE      the trained model's logits of the first held-out sequence, as safetensors\n";
 
+constexpr const char* kNoMemory = "trainer: there is too little memory: try a smaller --batch or --sequence\n";
+
 Options parse(int count, char** arguments) {
   Options o;
   const auto text = [](std::string& out) { return [&out](const char* value) { out = value; }; };
-  const auto number = [](auto& out, double least) {
-    return [&out, least](const char* value) {
+  const auto number = [](auto& out, double least, double most) {
+    using Value = std::remove_reference_t<decltype(out)>;
+    return [&out, least, most](const char* value) {
       char* end = nullptr;
       const double parsed = std::strtod(value, &end);
-      if (*value == '\0' || *end != '\0' || !(parsed >= least))
-        throw std::invalid_argument("expected a number of at least " + std::to_string(least) + ", got " + value);
-      out = static_cast<std::remove_reference_t<decltype(out)>>(parsed);
+      const bool is_whole = parsed == std::trunc(parsed);
+      if (*value == '\0' || *end != '\0' || !(parsed >= least && parsed <= most) ||
+          (std::is_integral_v<Value> && !is_whole)) {
+        std::ostringstream message;
+        message << "expected " << (std::is_integral_v<Value> ? "a whole number" : "a number") << " from " << least
+                << " to " << most << ", got " << value;
+        throw std::invalid_argument(message.str());
+      }
+      out = static_cast<Value>(parsed);
     };
   };
+  constexpr double kMany = 1e9, kLongest = 65536;  // products of two or three of them stay below 2^63
   const std::map<std::string, std::function<void(const char*)>> options = {
       {"--model", text(o.model)},
       {"--data", text(o.data)},
       {"--out", text(o.out)},
       {"--logits", text(o.logits)},
       {"--device", text(o.device)},
-      {"--steps", number(o.steps, 1)},
-      {"--batch", number(o.batch, 1)},
-      {"--sequence", number(o.sequence, 1)},
-      {"--held-out", number(o.held_out_batches, 1)},
-      {"--every", number(o.every, 1)},
-      {"--rank", number(o.lora.rank, 1)},
-      {"--alpha", number(o.lora.alpha, 0)},
-      {"--dropout", number(o.lora.dropout, 0)},
-      {"--lr", number(o.lr, 0)},
-      {"--warmup", number(o.warmup, 0)},
-      {"--weight-decay", number(o.weight_decay, 0)},
-      {"--clip", number(o.clip, 0)},
-      {"--seed", number(o.seed, 0)},
+      {"--steps", number(o.steps, 1, kMany)},
+      {"--batch", number(o.batches.batch, 1, kLongest)},
+      {"--sequence", number(o.batches.sequence, 1, kLongest)},
+      {"--held-out", number(o.batches.held_out, 1, kLongest)},
+      {"--every", number(o.every, 1, kMany)},
+      {"--rank", number(o.lora.rank, 1, kLongest)},
+      {"--alpha", number(o.lora.alpha, 0, kMany)},
+      {"--dropout", number(o.lora.dropout, 0, 0.999)},
+      {"--lr", number(o.lr, 0, kMany)},
+      {"--warmup", number(o.warmup, 0, kMany)},
+      {"--weight-decay", number(o.weight_decay, 0, kMany)},
+      {"--clip", number(o.clip, 0, kMany)},
+      {"--seed", number(o.seed, 0, std::numeric_limits<std::uint32_t>::max())},
   };
   for (int i = 1; i < count; ++i) {
     const std::string name = arguments[i];
@@ -105,60 +120,12 @@ Options parse(int count, char** arguments) {
   return o;
 }
 
-// Windows of a text: random ones of its first nine tenths, and the same ones of its last tenth every time.
-class Data {
- public:
-  Data(const Options& o) : sequence_(o.sequence), batch_(o.batch), random_(o.seed) {
-    const trainer::MappedFile file(o.data);
-    const std::size_t width = o.token_ids ? sizeof(std::int32_t) : 1;
-    tokens_.resize(file.size() / width);
-    if (o.token_ids)
-      std::memcpy(tokens_.data(), file.data(), tokens_.size() * width);
-    else
-      std::transform(file.data(), file.data() + tokens_.size(), tokens_.begin(),
-                     [](std::byte byte) { return std::to_integer<std::int32_t>(byte); });
-    training_ = static_cast<std::int64_t>(tokens_.size()) * 9 / 10;
-    const std::int64_t held_out = static_cast<std::int64_t>(tokens_.size()) - training_;
-    if (held_out < sequence_ + 1)
-      throw std::runtime_error(o.data + ": too short: a tenth of it must hold " + std::to_string(sequence_ + 1) +
-                               " tokens");
-    held_out_batches_ = std::min(o.held_out_batches, std::max<std::int64_t>(1, held_out / (batch_ * (sequence_ + 1))));
-  }
-
-  // Inputs and targets, each [batch, sequence].
-  void training_batch() {
-    fill([&](std::int64_t) {
-      return static_cast<std::int64_t>(random_() % static_cast<std::uint64_t>(training_ - sequence_));
-    });
-  }
-  void held_out_batch(std::int64_t index) {
-    const std::int64_t windows = (static_cast<std::int64_t>(tokens_.size()) - training_) / (sequence_ + 1);
-    fill([&](std::int64_t i) { return training_ + (index * batch_ + i) % windows * (sequence_ + 1); });
-  }
-  std::int64_t held_out_batches() const { return held_out_batches_; }
-
-  std::vector<std::int32_t> inputs, targets;
-
- private:
-  template <class Start>
-  void fill(Start&& start) {
-    inputs.clear();
-    targets.clear();
-    for (std::int64_t i = 0; i < batch_; ++i) {
-      const auto first = tokens_.begin() + start(i);
-      inputs.insert(inputs.end(), first, first + sequence_);
-      targets.insert(targets.end(), first + 1, first + 1 + sequence_);
-    }
-  }
-
-  std::int64_t sequence_, batch_, training_ = 0, held_out_batches_ = 0;
-  std::mt19937 random_;
-  std::vector<std::int32_t> tokens_;
-};
-
 class Trainer {
  public:
-  explicit Trainer(const Options& o) : o_(o), model_(o.model, o.lora, o.seed), data_(o) {
+  explicit Trainer(const Options& o)
+      : o_(o),
+        model_(o.model, o.lora, o.seed),
+        data_(o.data, o.token_ids, model_.config().vocabulary, o.batches, o.seed) {
     for (trainer::QloraLinear* linear : model_.linears())
       for (trainer::Parameter* parameter : {&linear->a(), &linear->b()}) {
         optimizer_.push_back(parameter->optimizer_view());
@@ -178,7 +145,7 @@ class Trainer {
       const double loss = train(step);
       shown = step == 1 ? loss : 0.9 * shown + 0.1 * loss;
       const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-      const double rate = static_cast<double>(step * o_.batch * o_.sequence) / elapsed.count();
+      const double rate = static_cast<double>(step * o_.batches.batch * o_.batches.sequence) / elapsed.count();
       const bool evaluate = step % o_.every == 0 && step != o_.steps;
       if (terminal || evaluate)
         std::printf("%sstep %lld/%lld  loss %.4f  %.0f tokens/s", terminal ? "\r" : "", static_cast<long long>(step),
@@ -197,7 +164,7 @@ class Trainer {
  private:
   double train(std::int64_t step) {
     data_.training_batch();
-    const std::span<float> logits = model_.forward(data_.inputs, o_.sequence, static_cast<std::uint64_t>(step));
+    const std::span<float> logits = model_.forward(data_.inputs, o_.batches.sequence, static_cast<std::uint64_t>(step));
     const double loss = loss_of(logits);
     model_.backward(logits);
     scale_[0] = 1.0f;
@@ -226,7 +193,7 @@ class Trainer {
     double total = 0.0;
     for (std::int64_t i = 0; i < data_.held_out_batches(); ++i) {
       data_.held_out_batch(i);
-      total += loss_of(model_.forward(data_.inputs, o_.sequence, 0));
+      total += loss_of(model_.forward(data_.inputs, o_.batches.sequence, 0));
     }
     return total / static_cast<double>(data_.held_out_batches());
   }
@@ -238,19 +205,21 @@ class Trainer {
   }
 
   void save_logits() {
+    const std::int64_t length = o_.batches.sequence;
     data_.held_out_batch(0);
-    const std::span<const std::int32_t> ids = std::span(data_.inputs).first(static_cast<std::size_t>(o_.sequence));
-    const std::span<float> logits = model_.forward(ids, o_.sequence, 0);
+    const std::span<const std::int32_t> ids = std::span(data_.inputs).first(static_cast<std::size_t>(length));
+    const std::span<float> logits = model_.forward(ids, length, 0);
+    trainer::NewFile file(o_.logits);
     trainer::write_safetensors(
-        o_.logits,
-        {{"input_ids", {"I32", {1, o_.sequence}, std::as_bytes(ids).data(), ids.size_bytes()}},
-         {"logits",
-          {"F32", {1, o_.sequence, model_.config().vocabulary}, std::as_bytes(logits).data(), logits.size_bytes()}}});
+        file, {{"input_ids", {"I32", {1, length}, std::as_bytes(ids).data(), ids.size_bytes()}},
+               {"logits",
+                {"F32", {1, length, model_.config().vocabulary}, std::as_bytes(logits).data(), logits.size_bytes()}}});
+    file.publish();
   }
 
   const Options& o_;
   trainer::Llama model_;
-  Data data_;
+  trainer::Data data_;
   std::vector<qn::AdamW8bitTensor> optimizer_;
   std::vector<const trainer::Parameter*> parameters_;
   std::int64_t trainable_ = 0;
@@ -268,6 +237,12 @@ int main(int count, char** arguments) {
   } catch (const std::invalid_argument& error) {  // qlora_native::Error is one
     std::fprintf(stderr, "trainer: %s\n%s", error.what(), kUsage);
     return 2;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "%s", kNoMemory);
+    return 1;
+  } catch (const std::length_error&) {  // of a vector that no memory would hold
+    std::fprintf(stderr, "%s", kNoMemory);
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "trainer: %s\n", error.what());
     return 1;

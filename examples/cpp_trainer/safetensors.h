@@ -5,60 +5,48 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "json.h"
+#include "files.h"
 
 namespace trainer {
 
+using Shape = std::vector<std::int64_t>;
+std::string text_of(const Shape& shape);  // "[576, 64]"
+
 struct Tensor {
   std::string dtype;  // "F32", "BF16", "F16", "U8", "I32", ...
-  std::vector<std::int64_t> shape;
+  Shape shape;
   const std::byte* data = nullptr;
   std::size_t bytes = 0;
-
-  std::int64_t elements() const;
 };
 
-// A file, mapped into memory as long as this lives.
-class MappedFile {
- public:
-  explicit MappedFile(const std::filesystem::path& path);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  const std::byte* data() const { return data_; }
-  std::size_t size() const { return size_; }
-  std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
-
- private:
-  const std::byte* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-
-// The tensors of all *.safetensors files of a folder, by name. They are not read until they are used.
+// The tensors of all *.safetensors files of a folder, by name. They are not read until they are used. Every mistake is
+// a std::runtime_error that names the file or the tensor.
 class Checkpoint {
  public:
   explicit Checkpoint(const std::filesystem::path& folder);
+  // Of one such file in the caller's memory. `name` is what errors call it.
+  Checkpoint(std::string_view file, const std::string& name) { add(file, name); }
 
   bool contains(const std::string& name) const { return tensors_.contains(name); }
-  // Throws std::runtime_error naming what is missing.
-  const Tensor& at(const std::string& name) const;
-  // The name of the one tensor that begins so.
-  const std::string& starting_with(const std::string& prefix) const;
-  // A copy as fp32.
-  std::vector<float> floats(const std::string& name) const;
+  bool contains_any_below(const std::string& prefix) const;
+  // A copy as fp32 of a tensor of that shape, whose values must be finite. `why` ends the sentence about another shape.
+  std::vector<float> floats(const std::string& name, const Shape& shape, const std::string& why = "") const;
+  // A tensor of U8.
+  std::span<const std::uint8_t> bytes(const std::string& name) const;
 
  private:
-  void add(const MappedFile& file, const std::filesystem::path& path);
+  void add(std::string_view file, const std::string& name);
+  const Tensor& at(const std::string& name) const;
 
   std::vector<std::unique_ptr<MappedFile>> files_;
   std::map<std::string, Tensor> tensors_;
 };
 
-// Writes such a file: under another name first, so that it appears whole or not at all.
-void write_safetensors(const std::filesystem::path& path, const std::map<std::string, Tensor>& tensors);
-void write_text(const std::filesystem::path& path, const std::string& text);
+void write_safetensors(NewFile& file, const std::map<std::string, Tensor>& tensors);
 
 }  // namespace trainer

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -402,6 +403,70 @@ void errors_name_the_argument() {
   for (float value : y) EXPECT(value == 0.0f);  // nothing was written
 }
 
+// What a weight contains is checked where it is loaded.
+void contents_of_weights_are_checked() {
+  const Layer layer;
+  qn::check_quantized_weight(layer.weight.view());
+  expect_error("weight.blocksize", [&] {
+    qn::QuantizedWeightView view = layer.weight.view();
+    view.blocksize = 0;
+    qn::check_quantized_weight(view);
+  });
+
+  // Double-quantized: each of the tables, in turn, with a value that is none, or scales that only decode to one.
+  const auto refused = [&](const std::string& argument,
+                           const std::function<void(Weight&, std::vector<float>&)>& change) {
+    Weight weight = layer.weight;
+    std::vector<float> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
+    change(weight, levels);
+    qn::QuantizedWeightView view = weight.view();
+    view.nested_code = levels.data();
+    expect_error(argument, [&] { qn::check_quantized_weight(view); });
+  };
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    refused("weight.nested_absmax", [&](Weight& weight, auto&) { weight.nested_absmax[0] = bad; });
+    refused("weight.nested_code", [&](Weight&, auto& levels) { levels[255] = bad; });
+    refused("weight.offset", [&](Weight& weight, auto&) { weight.offset = bad; });
+  }
+  refused("weight.absmax", [&](Weight& weight, auto& levels) {
+    weight.absmax_codes.back() = 255;
+    weight.nested_absmax[0] = 3e38f;
+    levels[255] = 2.0f;
+  });
+  // The same levels where no scale uses the one that is too large.
+  Weight large = layer.weight;
+  std::vector<float> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
+  std::replace(large.absmax_codes.begin(), large.absmax_codes.end(), std::uint8_t{255}, std::uint8_t{254});
+  levels[255] = 3e38f;
+  large.offset = -1.0f;
+  qn::QuantizedWeightView view = large.view();
+  view.nested_code = levels.data();
+  large.nested_absmax[0] = 100.0f;
+  qn::check_quantized_weight(view);  // and scales below 0, which double quantization may round to
+
+  // fp32 scales: every place of a length that no vector divides, and beyond a chunk of the check.
+  std::vector<std::uint8_t> codes(5003 * 16);
+  std::vector<float> scales(5003, 1.0f);
+  view = {.N = 5003, .K = 32, .blocksize = 32, .codes = codes.data(), .absmax = scales.data()};
+  view.code = qn::codebook("nf4").data();
+  scales[7] = std::numeric_limits<float>::max();
+  scales[8] = -std::numeric_limits<float>::denorm_min();
+  qn::check_quantized_weight(view);
+  for (const std::size_t place : {0, 17, 4095, 4096, 5002}) {
+    for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
+      scales[place] = bad;
+      try {
+        qn::check_quantized_weight(view);
+        EXPECT(false);
+      } catch (const qn::Error& error) {
+        EXPECT(error.argument() == "weight.absmax");
+        EXPECT(std::string(error.what()).ends_with(" at " + std::to_string(place)));
+      }
+    }
+    scales[place] = 1.0f;
+  }
+}
+
 // Two tensors with ragged blocks, one with 8-bit and one with fp32 moments, of a single group.
 struct Optimizer {
   static constexpr std::int64_t sizes[2] = {300, 70};
@@ -616,6 +681,7 @@ int main(int count, char** arguments) {
   known_values();
   matches_plain_sums();
   errors_name_the_argument();
+  contents_of_weights_are_checked();
   grids_cover_and_share();
   activations_are_packed_in_equal_blocks();
   blocks_fit_the_caches_of_the_machine();

@@ -6,6 +6,6 @@
 #include "qlora_native/error.h"     // Error, Unavailable
 #include "qlora_native/linear.h"    // linear_forward, linear_backward_input, lora_gradients
 #include "qlora_native/paged.h"     // PagedArena: state of adamw_8bit_step that does not stay on the GPU
-#include "qlora_native/quantize.h"  // quantize, quantize_absmax, dequantize
+#include "qlora_native/quantize.h"  // quantize, quantize_absmax, dequantize, check_quantized_weight
 #include "qlora_native/runtime.h"   // instruction sets, threads
 #include "qlora_native/types.h"     // DType, Device, Stream, Matrix, QuantizedWeightView

@@ -51,4 +51,12 @@ struct DequantizeArgs {
 };
 QLN_API void dequantize(const DequantizeArgs& args, const Stream& stream = {});
 
+// Checks what a weight contains, once, where it comes from: a file, a state dict, another program. Every operation
+// checks the shape, the settings and the pointers of the weight that it is given, and code; this reads the scales too:
+// one that is NaN or infinite, or decodes to such a value, would reach every result. Throws Error. A negative scale is
+// none: double quantization rounds to such.
+// The cost is that of reading the scales, about 1/30 of the bytes of a 4-bit weight in blocks of 64, double-quantized.
+// On cuda the host does not see the values: what they are is the caller's to know.
+QLN_API void check_quantized_weight(const QuantizedWeightView& weight, const Stream& stream = {});
+
 }  // namespace qlora_native

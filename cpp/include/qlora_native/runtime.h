@@ -18,6 +18,11 @@ using ParallelFor = void (*)(std::int64_t tasks, void (*body)(void* context, std
 
 // Replaces the thread pool (OpenMP's by default, where the library was built with it). `threads` says how many
 // threads that pool has at the moment. Not to be called while an operation runs.
+//
+// Fork after use: GCC's OpenMP does not survive fork(). In a child that was forked after its parent's first parallel
+// operation, here or anywhere in the process, the child's first operation waits for threads that it does not have, for
+// ever. Fork before that, start the program anew (exec), let the child run with one thread (omp_set_num_threads(1)), or
+// give a pool that begins its threads in each process, like the one of tests/cpp/pool.h.
 QLN_API void set_thread_pool(ParallelFor parallel_for, int (*threads)());
 
 // Threads an operation would use now.

@@ -1,0 +1,229 @@
+// Stands in for libFuzzer where the compiler has none, with the same command line:
+//
+//   fuzz_x [-runs=N] [-max_total_time=SECONDS] [-seed=N] [-artifact_prefix=FOLDER/] FOLDER|FILE...
+//
+// Inputs are those of the folders, changed at random. It does not see what they reach in the program, only how they
+// ended: an input with a new outcome is kept and changed further. A file is run as it is. An input that ends the
+// program is written to crash-<seed> first.
+#include <sanitizer/common_interface_defs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "fuzz.h"
+
+namespace {
+
+using Bytes = std::vector<std::uint8_t>;
+
+constexpr std::size_t kLongest = 1 << 16;
+constexpr unsigned kSecondsOfAnInput = 20;
+
+Bytes current;
+std::string crash_file;
+
+void save_current() {
+  std::ofstream(crash_file, std::ios::binary)
+      .write(reinterpret_cast<const char*>(current.data()), static_cast<std::streamsize>(current.size()));
+  std::fprintf(stderr, "the input is in %s\n", crash_file.c_str());
+}
+
+void end(int signal) {
+  std::fprintf(stderr, signal == SIGALRM ? "an input takes too long\n" : "aborted\n");
+  save_current();
+  std::_Exit(1);
+}
+
+void run(const Bytes& input) {
+  current = input;
+  alarm(kSecondsOfAnInput);
+  outcome = "ok";
+  LLVMFuzzerTestOneInput(current.data(), current.size());
+  alarm(0);
+}
+
+Bytes read(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+class Mutator {
+ public:
+  explicit Mutator(std::uint64_t seed) : random_(seed) {}
+
+  std::size_t below(std::size_t n) { return n == 0 ? 0 : random_() % n; }
+
+  Bytes mutate(const std::vector<Bytes>& corpus) {
+    Bytes bytes = corpus[below(corpus.size())];
+    for (std::size_t changes = 1 + below(6); changes > 0; --changes) change(bytes, corpus);
+    bytes.resize(std::min(bytes.size(), kLongest));
+    return bytes;
+  }
+
+ private:
+  void change(Bytes& bytes, const std::vector<Bytes>& corpus) {
+    const std::size_t at = below(bytes.size() + 1), length = std::min(bytes.size() - at, 1 + below(16));
+    const auto from = bytes.begin() + static_cast<std::ptrdiff_t>(at);
+    const auto to = from + static_cast<std::ptrdiff_t>(length);
+    const auto replace = [&](const auto& with) {
+      bytes.insert(bytes.erase(from, to), std::begin(with), std::end(with));
+    };
+    switch (below(9)) {
+      case 0:
+        if (length > 0) *from ^= static_cast<std::uint8_t>(1u << below(8));
+        break;
+      case 1:
+        if (length > 0) *from = static_cast<std::uint8_t>(random_());
+        break;
+      case 2:
+        bytes.erase(from, to);
+        break;
+      case 3:
+        replace(Bytes(below(8), static_cast<std::uint8_t>(random_())));
+        break;
+      case 4: {  // a part of this or another input
+        const Bytes& other = corpus[below(corpus.size())];
+        const std::size_t first = below(other.size()), count = std::min(other.size() - first, 1 + below(64));
+        const Bytes part(other.begin() + static_cast<std::ptrdiff_t>(first),
+                         other.begin() + static_cast<std::ptrdiff_t>(first + count));
+        replace(part);
+        break;
+      }
+      case 5:
+        replace(kWords[below(kWords.size())]);
+        break;
+      case 6:
+        change_number(bytes, at);
+        break;
+      case 7: {  // an integer, in binary
+        const std::int64_t value = kNumbers[below(kNumbers.size())];
+        const auto* const first = reinterpret_cast<const std::uint8_t*>(&value);
+        const std::size_t count = std::min(std::size_t{1} << below(4), bytes.size() - at);
+        std::copy_n(first, count, from);
+        break;
+      }
+      default:
+        if (length > 0) *from = static_cast<std::uint8_t>(*from + 1 - 2 * below(2));
+    }
+  }
+
+  // The next decimal number becomes another.
+  void change_number(Bytes& bytes, std::size_t at) {
+    const auto is_digit = [](std::uint8_t byte) { return byte >= '0' && byte <= '9'; };
+    const auto first = std::find_if(bytes.begin() + static_cast<std::ptrdiff_t>(at), bytes.end(), is_digit);
+    const auto last = std::find_if_not(first, bytes.end(), is_digit);
+    const std::string number = std::to_string(kNumbers[below(kNumbers.size())] + static_cast<int>(below(3)) - 1);
+    bytes.insert(bytes.erase(first, last), number.begin(), number.end());
+  }
+
+  static constexpr std::array<std::int64_t, 18> kNumbers = {
+      1,   2,    3,     16,        31,        32,        48,        64,        255,
+      256, 4096, 65536, 1LL << 24, 1LL << 31, 1LL << 32, 1LL << 53, 1LL << 60, -(1LL << 62)};
+  static inline const std::vector<std::string> kWords = {"\"",
+                                                         "{",
+                                                         "}",
+                                                         "[",
+                                                         "]",
+                                                         ",",
+                                                         ":",
+                                                         "null",
+                                                         "true",
+                                                         "NaN",
+                                                         "-",
+                                                         "0",
+                                                         ".5",
+                                                         "1e400",
+                                                         "e-9",
+                                                         "\\u0000",
+                                                         "\\ud83d\\ude00",
+                                                         "F32",
+                                                         "BF16",
+                                                         "U8",
+                                                         "I64",
+                                                         "F99",
+                                                         "shape",
+                                                         "dtype",
+                                                         "data_offsets",
+                                                         "hidden_size",
+                                                         "head_dim",
+                                                         "blocksize",
+                                                         "nested_blocksize",
+                                                         std::string(1, '\0'),
+                                                         std::string(3, '\xff')};
+
+  std::mt19937_64 random_;
+};
+
+// An error without its numbers, which are new every time.
+std::string kind_of(const std::string& text) {
+  std::string kind;
+  std::copy_if(text.begin(), text.end(), std::back_inserter(kind), [](char c) { return c < '0' || c > '9'; });
+  return kind.substr(0, 160);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  std::uint64_t runs = ~std::uint64_t{0}, seconds = ~std::uint64_t{0}, seed = std::random_device{}();
+  std::string prefix;  // of the names of files that are written
+  std::vector<std::filesystem::path> files;
+  bool is_folder = false;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    const auto value_of = [&](const std::string& option, std::uint64_t& value) {
+      if (!argument.starts_with(option)) return false;
+      value = std::strtoull(argument.c_str() + option.size(), nullptr, 10);
+      return true;
+    };
+    if (value_of("-runs=", runs) || value_of("-max_total_time=", seconds) || value_of("-seed=", seed)) continue;
+    if (const std::string option = "-artifact_prefix="; argument.starts_with(option)) {
+      prefix = argument.substr(option.size());
+      continue;
+    }
+    if (argument.starts_with("-")) continue;  // an option of libFuzzer's that has no meaning here
+    if (!std::filesystem::is_directory(argument)) {
+      files.emplace_back(argument);
+      continue;
+    }
+    is_folder = true;
+    for (const auto& entry : std::filesystem::directory_iterator(argument)) files.push_back(entry.path());
+  }
+  std::sort(files.begin(), files.end());
+  if (files.empty()) {
+    std::fprintf(stderr, "expected files, or folders with some\n");
+    return 2;
+  }
+
+  crash_file = prefix + "crash-" + std::to_string(seed);
+  __sanitizer_set_death_callback(save_current);
+  std::signal(SIGALRM, end);
+  std::signal(SIGABRT, end);
+  const auto start = std::chrono::steady_clock::now();
+  const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  std::vector<Bytes> corpus;
+  std::unordered_set<std::string> outcomes;
+  const auto try_input = [&](const Bytes& input, bool is_kept) {
+    run(input);
+    if (outcomes.insert(kind_of(outcome)).second || is_kept) corpus.push_back(input);
+  };
+  for (const auto& file : files) try_input(read(file), true);
+  std::uint64_t done = files.size();
+  Mutator mutator(seed);
+  for (; is_folder && done < runs && elapsed() < static_cast<double>(seconds); ++done)
+    try_input(mutator.mutate(corpus), false);
+  std::printf("%llu inputs in %.0f s, seed %llu: %zu outcomes, no crash\n", static_cast<unsigned long long>(done),
+              elapsed(), static_cast<unsigned long long>(seed), outcomes.size());
+  return 0;
+}
