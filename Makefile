@@ -4,7 +4,7 @@
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores),
 #                 and the C++ tests with threads under ThreadSanitizer
-# make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target; with CXX=clang++ libFuzzer chooses them
+# make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target, chosen by libFuzzer (CXX=clang++) and atheris
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -106,12 +106,13 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
 	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
 
-# Of the C++ trainer's readers and of the C++ API. What is found is written to build/fuzz/, and belongs below
-# tests/fuzz/corpus/ with its repair.
+# Of the C++ trainer's readers, of the C++ API, and of every way in from Python, there with coverage as the guide where
+# atheris can be installed. What is found is written to build/fuzz/, and belongs below tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
 fuzz_targets := safetensors api
+python_fuzz_targets := entries layer optimizer config folder json ops
 comma := ,
-fuzz: $(stamp)-build
+fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
 	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
@@ -120,6 +121,11 @@ fuzz: $(stamp)-build
 	    mkdir -p build/fuzz/corpus/$$target; \
 	    ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) \
 	        -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus/$$target tests/fuzz/corpus/$$target; \
+	done
+	$(requirements) fuzz | $(pip) install -r /dev/stdin || echo "atheris cannot be installed here: inputs are random"
+	for target in $(python_fuzz_targets); do \
+	    if [ $$target != ops ] && $(python) -c 'import atheris' 2> /dev/null; then guide=--atheris; else guide=; fi; \
+	    $(python) tests/fuzz/fuzz_python.py $$target --seconds $(FUZZ_SECONDS) $$guide; \
 	done
 
 # Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.

@@ -441,3 +441,33 @@ def test_out_that_is_a_file_is_one_sentence(trainer, model, tmp_path):
     (tmp_path / "out").write_text("")
     done = train(trainer, model, tmp_path / "out")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(tmp_path / "out") in done.stderr
+
+
+def test_text_for_a_vocabulary_that_is_no_byte_is_refused(trainer, model, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.randn(300, WIDTH)
+    save_file(tensors, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
+    check_refused(train(trainer, model, tmp_path / "out"), "and the model's is 300: tokenize it, and give --token-ids")
+
+
+def test_model_in_16_bits_is_told_how_to_be_quantized(trainer, model, tmp_path):
+    tensors = {name: tensor for name, tensor in load_file(model / "model.safetensors").items() if "weight." not in name}
+    save_file(tensors, model / "model.safetensors")
+    check_model_is_refused(trainer, model, tmp_path, "is quantized first: python -m qlora_native quantize --model")
+
+
+# ---- what it says ----
+
+
+def test_help_is_printed(trainer):
+    done = subprocess.run([trainer, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith("trainer --model FOLDER --data FILE --out FOLDER")
+
+
+def test_first_step_is_printed_at_once(trainer, model, tmp_path):
+    done = train(trainer, model, tmp_path / "out")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[2].startswith("step 1/"), done.stdout
+    assert all(line.count("step ") <= 1 for line in lines)

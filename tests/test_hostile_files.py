@@ -198,6 +198,13 @@ def test_weight_without_its_codes_is_named(copies):
     refused(copies, f"expected the tensor {UP}, whose quant_state is there, got none", "nf4")
 
 
+def test_scale_of_another_dtype_is_named(copies):
+    state = load_file(copies / "nf4/model.safetensors")
+    del state[f"{UP}.nested_absmax"]
+    save_file(state, copies / "nf4/model.safetensors")
+    refused(copies, f"{UP}, absmax: expected torch.float32, got torch.uint8", "nf4")
+
+
 def test_scale_that_is_not_finite_is_named(copies):
     state = load_file(copies / "nf4/model.safetensors")
     state[f"{UP}.nested_absmax"][0] = float("nan")

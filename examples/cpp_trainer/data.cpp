@@ -17,6 +17,10 @@ Data::Data(const std::filesystem::path& path, bool is_token_ids, std::int64_t vo
   const auto expect = [&](bool ok, const std::string& what) {
     if (!ok) throw std::runtime_error(path.string() + ": " + what);
   };
+  constexpr std::int64_t kBytes = 256;
+  expect(is_token_ids || vocabulary == kBytes,
+         "a text's tokens are its bytes, for a vocabulary of 256, and the model's is " + std::to_string(vocabulary) +
+             ": tokenize it, and give --token-ids");
   const std::size_t width = is_token_ids ? sizeof(std::int32_t) : 1;
   expect(file.size() % width == 0, "expected int32 token ids, got " + std::to_string(file.size()) + " bytes");
   tokens_.resize(file.size() / width);

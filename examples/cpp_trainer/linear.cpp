@@ -22,8 +22,9 @@ Json quant_state(const Checkpoint& checkpoint, const std::string& weight) {
     if (state["quant_type"].string() != format) state["quant_type"].fail(format);
     return state;
   }
-  throw std::runtime_error(weight + ": expected nf4 or fp4 of bitsandbytes, got no " + weight +
-                           ".quant_state.bitsandbytes__nf4 or __fp4");
+  throw std::runtime_error(weight +
+                           ": expected nf4 or fp4 of bitsandbytes, got no quant_state; a model in 16 bits is " +
+                           "quantized first: python -m qlora_native quantize --model FOLDER --out FOLDER-nf4");
 }
 
 Shape shape_of(const Json& state) {

@@ -41,7 +41,7 @@ namespace {
 
 struct Options {
   std::string model, data, out, logits, device = "cpu";
-  bool token_ids = false;
+  bool token_ids = false, help = false;
   std::int64_t steps = 200, warmup = 10, every = 50;
   trainer::Batches batches{.sequence = 128, .batch = 4, .held_out = 8};
   double lr = 1e-3, weight_decay = 0.0, clip = 1.0;
@@ -56,6 +56,7 @@ constexpr const char* kUsage =
     "  --steps N (200)  --batch N (4)  --sequence TOKENS (128)  --held-out BATCHES (8)  --every STEPS (50)\n"
     "  --rank R (8)  --alpha A (16)  --dropout P (0)\n"
     "  --lr LR (1e-3)  --warmup STEPS (10)  --weight-decay W (0)  --clip NORM (1)  --seed N (1)\n"
+    "  --help             print this\n"
     "  --logits FILE      the trained model's logits of the first held-out sequence, as safetensors\n";
 
 constexpr const char* kNoMemory = "trainer: there is too little memory: try a smaller --batch or --sequence\n";
@@ -102,6 +103,10 @@ Options parse(int count, char** arguments) {
   };
   for (int i = 1; i < count; ++i) {
     const std::string name = arguments[i];
+    if (name == "--help" || name == "-h") {
+      o.help = true;
+      return o;
+    }
     if (name == "--token-ids") {
       o.token_ids = true;
       continue;
@@ -137,20 +142,29 @@ class Trainer {
   void run() {
     std::printf("qlora_native %s on %s; %lld trainable parameters\n", qn::version().c_str(),
                 trainer::device().name().c_str(), static_cast<long long>(trainable_));
+    std::fflush(stdout);
     std::printf("held-out loss before: %.4f\n", held_out_loss());
+    std::fflush(stdout);
     const bool terminal = isatty(STDOUT_FILENO) != 0;
-    const auto start = std::chrono::steady_clock::now();
+    using Clock = std::chrono::steady_clock;
+    constexpr std::chrono::seconds kBetweenLines(10);  // in a log; a terminal shows every step on one line
+    const auto start = Clock::now();
+    auto last_line = start;
     double shown = 0.0;
     for (std::int64_t step = 1; step <= o_.steps; ++step) {
       const double loss = train(step);
       shown = step == 1 ? loss : 0.9 * shown + 0.1 * loss;
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      const auto now = Clock::now();
+      const std::chrono::duration<double> elapsed = now - start;
       const double rate = static_cast<double>(step * o_.batches.batch * o_.batches.sequence) / elapsed.count();
       const bool evaluate = step % o_.every == 0 && step != o_.steps;
-      if (terminal || evaluate)
-        std::printf("%sstep %lld/%lld  loss %.4f  %.0f tokens/s", terminal ? "\r" : "", static_cast<long long>(step),
-                    static_cast<long long>(o_.steps), shown, rate);
-      if (evaluate) std::printf("  held-out loss %.4f\n", held_out_loss());
+      const bool is_due = step == 1 || now - last_line >= kBetweenLines;
+      if (!terminal && !evaluate && !is_due) continue;
+      last_line = now;
+      std::printf("%sstep %lld/%lld  loss %.4f  %.0f tokens/s", terminal ? "\r" : "", static_cast<long long>(step),
+                  static_cast<long long>(o_.steps), shown, rate);
+      if (evaluate) std::printf("  held-out loss %.4f", held_out_loss());
+      if (evaluate || !terminal) std::printf("\n");
       std::fflush(stdout);
     }
     std::printf("%sheld-out loss after: %.4f\n", terminal ? "\n" : "", held_out_loss());
@@ -232,6 +246,10 @@ class Trainer {
 int main(int count, char** arguments) {
   try {
     const Options options = parse(count, arguments);
+    if (options.help) {
+      std::printf("%s", kUsage);
+      return 0;
+    }
     trainer::use_device(options.device);
     Trainer(options).run();
   } catch (const std::invalid_argument& error) {  // qlora_native::Error is one

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from .integrations.merge import convert
 
             print(convert(args.base, args.out, adapter, args.to, args.blocksize, not args.no_double_quant))
-        except (ValueError, OSError, ImportError) as error:
+        except (TypeError, ValueError, OSError, ImportError) as error:
             raise SystemExit(f"{args.command}: {error}") from None
         return
     values = report()

@@ -201,7 +201,7 @@ def fuzz_folder(choices: Choices) -> None:
             _damage(choices, adapter if merging and choices.one_in(2) else base)
         try:
             convert(base, out, adapter if merging else None, choices.of(("nf4", "fp32")), progress=False)
-        except (ValueError, OSError):
+        except (TypeError, ValueError, OSError):
             assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
             raise
         assert len(Checkpoint(out).shards) > 0
@@ -277,7 +277,7 @@ PROMISED: dict[str, tuple[type[Exception], ...]] = {
     "layer": (ValueError, TypeError),
     "optimizer": (ValueError, TypeError),
     "config": (ValueError, TypeError),
-    "folder": (ValueError, OSError),
+    "folder": (TypeError, ValueError, OSError),
     "json": (ValueError,),
     "ops": (Exception,),
 }

@@ -110,7 +110,8 @@ def convert(
 
     Raises:
         FileNotFoundError, FileExistsError: a folder lacks its files; `out` is taken.
-        ValueError: the adapter is not one that can be merged, or does not fit the base. Nothing is written.
+        TypeError, ValueError: the files are damaged, or lack what the model has; the adapter is not one that can be
+            merged, or does not fit the base. Nothing is written.
     """
     if to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
