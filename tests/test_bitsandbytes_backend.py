@@ -280,3 +280,10 @@ print(backend.enabled())
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.split() == [str(value == "1"), "False"]
     assert "Overriding" not in shown.stderr
+
+
+def test_variable_with_another_value_is_named_in_an_error(monkeypatch):
+    monkeypatch.setenv("QLORA_NATIVE_BNB", "true")
+    with pytest.raises(ValueError, match="QLORA_NATIVE_BNB: expected 0 or 1, got 'true'"):
+        backend.autoload()
+    assert not backend.enabled()

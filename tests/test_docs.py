@@ -174,6 +174,12 @@ def test_field_has_other_values(checkpoint, tmp_path):
     assert torch.equal(q.codes.view(-1), first(theirs).weight.view(torch.uint8).view(-1))
 
 
+def test_misspelled_field_is_ignored_there_and_named_here():
+    transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ="nf4")
+    with pytest.raises(TypeError, match="expected bnb_4bit_quant_type, got 'bnb_4bit_quant_typ'"):
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ="nf4")
+
+
 def test_nan_is_loaded_here_or_refused_there(tmp_path, caplog):
     model = models.make("llama", torch.bfloat16, width=128, inner=192)
     model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = float("nan")
@@ -269,6 +275,14 @@ def test_weight_comes_back_from_merging_there_or_not_here(checkpoint):
             adapted.unmerge_adapter()
         after = adapted.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == comes_back
+
+
+def test_ia3_is_refused_there_and_merged_here(checkpoint):
+    theirs, ours = both(checkpoint)
+    ia3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="Cannot merge ia3"):
+        peft.get_peft_model(theirs, ia3).merge_and_unload()
+    assert len(models.layers_of(peft.get_peft_model(ours, ia3).merge_and_unload())) == LINEARS
 
 
 def test_loftq_begins_farther_from_the_weight(checkpoint):

@@ -19,6 +19,8 @@ sys.path.insert(0, str(EXAMPLES))
 import docstrings  # noqa: E402
 import finetune  # noqa: E402
 import pairs  # noqa: E402
+import processes  # noqa: E402
+import qlora_native as qn  # noqa: E402
 
 DATA = [{"prompt": f"What is {i} plus 1?", "response": f"It is {i + 1}.", "group": str(i // 4)} for i in range(40)]
 LAYERS = 2
@@ -54,9 +56,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments, launcher=()):
+def run(folder, *arguments, launcher=(), model="model"):
     return subprocess.run(
-        [sys.executable, *launcher, EXAMPLES / "finetune.py", "--model", folder / "model", *arguments],
+        [sys.executable, *launcher, EXAMPLES / "finetune.py", "--model", folder / model, *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -94,6 +96,47 @@ def test_run_on_own_data_leaves_something_out(folder, options):
         "adapter_model.safetensors",
     }
     assert not list(output.glob(".partial*")), "unfinished files stay behind"
+
+
+@pytest.mark.parametrize("written_by", ["quantize_model", "bitsandbytes"])
+def test_model_in_4_bits_is_trained_as_it_is(folder, written_by):
+    """Ours, and bitsandbytes' where that is installed, which transformers would give to it."""
+    name = f"4-bit-{written_by}"
+    if written_by == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        stock = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        with torch.compiler.set_stance("force_eager"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=stock)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+        qn.nn.quantize_model(model, double_quant=False, progress=False)
+    model.save_pretrained(folder / name)
+    pairs_vocabulary(folder).save_pretrained(folder / name)
+    shown = run(folder, "--data", folder / "data.jsonl", "--output", folder / f"out-{name}", *SHORT, model=name)
+    assert shown.returncode == 0, shown.stderr
+    figures = json.loads((folder / f"out-{name}" / "figures.json").read_text())
+    assert figures["held_out_loss"]["after"] < figures["held_out_loss"]["before"]
+    assert "nf4" in figures["base_weight_bytes"] and figures["arguments"]["no_double_quant"] is True
+
+
+def test_format_that_the_files_do_not_have_is_named(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    qn.nn.quantize_model(model, progress=False).save_pretrained(folder / "nf4")
+    pairs_vocabulary(folder).save_pretrained(folder / "nf4")
+    shown = run(folder, "--data", folder / "data.jsonl", "--format", "fp4", model="nf4")
+    assert shown.returncode != 0
+    assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
+
+
+def test_one_process_in_the_place_of_several_is_said(monkeypatch):
+    """What accelerate launch --cpu --num_processes 2 starts: one process that knows where it should meet others."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert processes.join("cpu") == "cpu"
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit, match="accelerate launch: expected several processes, .*, got one"):
+        processes.join("cpu")
 
 
 SHORT = ["--steps", "8", "--dropout", "0", "--batch-size", "5"]

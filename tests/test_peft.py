@@ -25,7 +25,9 @@ from lora import (  # noqa: E402
 )
 from safetensors.torch import load_file  # noqa: E402
 
+import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
+from qlora_native.nn import Linear4bit  # noqa: E402
 
 # transformers on what PEFT asks it; PEFT on the shape of lora_bias.
 pytestmark = [
@@ -97,19 +99,79 @@ def test_plain_adapter_with_options_computes_something_else(family, changes, mon
 
 
 @families
-@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}], ids=lambda changes: next(iter(changes)))
-def test_adapter_that_the_product_cannot_compute_takes_the_fused_way(family, changes, monkeypatch):
-    if "lora_bias" in changes:
-        with pytest.warns(peft.utils.warning.PeftWarning, match="LoRA tensor"):
-            ours, theirs = pair(family, **changes)
-    else:
-        ours, theirs = pair(family, **changes)
+def test_adapter_with_a_bias_takes_the_way_of_peft(family, monkeypatch):
+    with pytest.warns(peft.utils.warning.PeftWarning, match="LoRA tensor"):
+        ours, theirs = pair(family, lora_bias=True)
     assert fused_layers(ours, monkeypatch) == 0
     actual, expected = logits_and_gradients(ours), logits_and_gradients(theirs)
     assert actual.keys() == expected.keys()
     assert_close(actual.pop("logits"), expected.pop("logits"), ORDER)
     # Together: the gradient of a key's bias is the rounding of zero, as attention does not change with that bias.
     assert_close(*(torch.cat([g.flatten() for g in gradients.values()]) for gradients in (actual, expected)), ORDER)
+
+
+def of_another_magnitude(ours, theirs):
+    """DoRA's magnitudes, which start as the norms they are divided by, away from these."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in ours.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 0.5 + torch.rand(parameter.shape, generator=generator)
+    peft.set_peft_model_state_dict(theirs, peft.get_peft_model_state_dict(ours))
+    return ours, theirs
+
+
+@families
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_is_fused_and_equals_peft(family, dropout, monkeypatch):
+    """Forward and gradients, of the magnitudes too; with dropout, which both draw from the same generator."""
+    ours, theirs = of_another_magnitude(*pair(family, use_dora=True, lora_dropout=dropout))
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    results = []
+    for model in (ours, theirs):
+        model.train()
+        torch.manual_seed(7)
+        results.append(logits_and_gradients(model))
+    actual, expected = results
+    assert actual.keys() == expected.keys() and sum("magnitude" in name for name in actual) == LINEARS[family]
+    for name, tensor in actual.items():
+        assert_close(tensor, expected[name], ORDER)
+
+
+def test_dora_in_bf16_is_as_near_to_fp32_as_peft(monkeypatch):
+    ours, theirs = of_another_magnitude(*pair("llama", torch.bfloat16, use_dora=True))
+    ids, ratios = models.ids, []
+    for seed in range(5):
+        monkeypatch.setattr(models, "ids", partial(ids, seed=seed))
+        exact = logits_and_gradients(copy.deepcopy(theirs).float())
+        results = [logits_and_gradients(copy.deepcopy(model)) for model in (ours, theirs)]
+        assert results[0]["logits"].dtype == torch.bfloat16
+        error, other = (sum(relative_error(t, exact[n]) ** 2 for n, t in r.items()) ** 0.5 for r in results)
+        ratios.append(error / other)
+    assert median(ratios) < 1.5, ratios
+
+
+def test_dora_decodes_the_weight_once_until_it_changes(monkeypatch):
+    ours, theirs = of_another_magnitude(*pair(use_dora=True))
+    layer = next(module for module in ours.modules() if isinstance(module, LoraLinear4bit))
+    x = torch.randn(3, layer.in_features)
+    decoded = []
+    dequantize = Linear4bit.dequantize
+    monkeypatch.setattr(Linear4bit, "dequantize", lambda *args: decoded.append(args) or dequantize(*args))
+    layer(x), layer(x).sum().backward()
+    assert len(decoded) == 1
+    base = layer.base_layer
+    for change in (
+        lambda: base.replace_weight(qn.quantize(2 * dequantize(base))),
+        lambda: base.load_state_dict({**base.state_dict(), "absmax": base.absmax.flip(0).clone()}),
+    ):
+        change()
+        decoded.clear()
+        actual = layer(x)
+        assert len(decoded) == 1
+        lora = (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        weight = dequantize(base) + lora[2] * lora[1] @ lora[0]
+        factor = layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1)
+        assert_close(actual, factor * (x @ weight.t()), ORDER)
 
 
 @families

@@ -127,7 +127,7 @@ def test_training_under_peft_goes_on_elsewhere(folders, family, changes, monkeyp
     assert {name for name, m in ours.named_modules() if isinstance(m, LoraLinear4bit)} == wrappers
     after = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert after.keys() == adapters.keys() and all(after[name] is p for name, p in adapters.items())
-    assert fused_layers(ours, monkeypatch) == (0 if "use_dora" in changes else len(wrappers))
+    assert fused_layers(ours, monkeypatch) == len(wrappers)
     for model, o in ((ours, optimizer), (expected, other)):
         step(model, o)
     assert_close(logits(ours), logits(expected), 1e-4)
@@ -192,7 +192,7 @@ def test_layer_that_cannot_be_replaced_leaves_half_a_model(folders):
         replace(good)
     with pytest.raises(TypeError, match="model: expected an nn.Module, got dict"):
         replace({})
-    with pytest.warns(UserWarning, match="found no bitsandbytes.nn.Linear4bit"):
+    with pytest.warns(UserWarning, match=r"found no bitsandbytes.nn.Linear4bit, but 1 torch\.nn.*\.Linear"):
         replace(nn.Sequential(nn.Linear(2, 2)))
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     merged = peft.get_peft_model(stock(folders), config)

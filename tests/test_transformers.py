@@ -116,6 +116,13 @@ def test_field_that_we_do_not_have_is_taken(options, message):
         BitsAndBytesConfig(**options)
 
 
+def test_misspelled_field_is_named_with_the_one_that_was_meant():
+    with pytest.raises(TypeError, match="expected bnb_4bit_use_double_quant, got 'bnb_4bit_use_doublequant'"):
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_doublequant=True)
+    with pytest.raises(TypeError, match="blocksize, .*, got 'no_such_thing', which is no field"):
+        BitsAndBytesConfig(load_in_4bit=True, no_such_thing=1)
+
+
 def test_memory_holds_more_than_the_4_bit_model_and_one_shard(tmp_path):
     """While a 16-bit checkpoint is quantized, and while the 4-bit one that came of it is read."""
     shard = 8 * 2**20
@@ -247,6 +254,76 @@ def _bitsandbytes():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("bitsandbytes")
+
+
+# ---- live models that quantize_model has quantized -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt-neox", "t5"))
+@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("fp4", False)])
+def test_live_quantized_model_comes_back_bit_for_bit(folders, family, format, double_quant, tmp_path):
+    model = load(folders[family], family, dtype=torch.bfloat16)
+    skip = ("lm_head", "layers.1", "o_proj", "block.0")
+    qn.nn.quantize_model(model, skip, format, 128, double_quant, progress=False)
+    layers = models.layers_of(model)
+    assert layers and type(model.hf_quantizer).__name__ == "Quantizer"
+    expected = models.logits(model)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    for options in ({"quantization_config": config()}, {"quantization_config": config("fp4", False, blocksize=32)}):
+        again = load(tmp_path, family, **options)
+        assert models.layers_of(again).keys() == layers.keys()
+        state = again.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        assert torch.equal(models.logits(again), expected)
+
+
+def test_live_quantized_model_is_read_by_bitsandbytes(tmp_path):
+    bnb = _bitsandbytes()
+    model = qn.nn.quantize_model(models.make("llama", torch.bfloat16, width=128, inner=192), progress=False)
+    model.save_pretrained(tmp_path)
+    with torch.compiler.set_stance("force_eager"):
+        stock = load(tmp_path)
+    found = {name: m for name, m in stock.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert found.keys() == models.layers_of(model).keys()
+    for name, layer in models.layers_of(model).items():
+        assert torch.equal(found[name].weight.data.view(-1), layer.weight.view(-1)), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int4"}, "format: expected nf4 or fp4, the formats of the files that transformers reads, got int4"),
+        ({"codebook": torch.linspace(-1, 1, 16)}, "format: expected nf4 or fp4, .*, got codebook"),
+    ],
+)
+def test_live_model_in_a_format_without_files_is_not_saved(options, message, tmp_path):
+    model = qn.nn.quantize_model(models.make("llama"), progress=False, **options)
+    assert not hasattr(model.config, "quantization_config")
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adapted = peft.get_peft_model(model, lora())
+    adapted.save_pretrained(tmp_path / "adapter")  # an adapter is
+
+
+def test_live_model_in_a_module_of_ones_own_is_saved(tmp_path):
+    inner = models.make("llama")
+    qn.nn.quantize_model(nn.ModuleDict({"model": inner}), progress=False)
+    inner.save_pretrained(tmp_path)
+    again = load(tmp_path, quantization_config=config())
+    assert torch.equal(models.logits(again), models.logits(inner))
+
+
+def test_live_model_with_layers_of_another_method_is_not_saved(folders, tmp_path):
+    _bitsandbytes()
+    options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "o_proj"]}
+    with torch.compiler.set_stance("force_eager"):
+        model = load(folders["llama"], quantization_config=transformers.BitsAndBytesConfig(**options))
+    qn.nn.quantize_model(model, progress=False)
+    with pytest.raises(
+        ValueError, match="model: expected all quantized layers to be ours, got others, of bitsandbytes"
+    ):
+        model.save_pretrained(tmp_path / "out")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
+from ._neighbours import adopt_quantized, check_peft_is_guarded, guard_peft, transformers_models
 from ._weight import (
     CODEBOOKS,
     DYNAMIC_MAP,
@@ -98,6 +99,7 @@ class Linear4bit(nn.Linear):
     def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
         """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
         nn.Module.__init__(self)
+        guard_peft()
         self.product_dtype: torch.dtype | None = None
         self.replace_weight(q)
         self.bias = bias
@@ -155,11 +157,12 @@ class Linear4bit(nn.Linear):
 
     def weight_names(self) -> list[str]:
         """Names, as in the state dict, of the tensors that are the quantized weight."""
-        return [name for name in _STATE if getattr(self, name) is not None]
+        return list(self.weight_tensors())
 
     def weight_tensors(self) -> dict[str, Tensor]:
         """The quantized weight's tensors by those names."""
-        return {name: getattr(self, name) for name in self.weight_names()}
+        stored = {**self._parameters, **self._buffers}  # not `self.weight`, which PEFT reads: integrations/decoded.py
+        return {name: stored[name] for name in _STATE if stored[name] is not None}
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -182,8 +185,13 @@ class Linear4bit(nn.Linear):
 
     @property
     def W_q(self) -> nn.Parameter:
-        """The codes, under the name by which PEFT knows a weight that `dequantize()` decodes."""
-        return self.weight
+        """The codes, under the name by which PEFT knows a weight that `dequantize()` decodes.
+
+        Raises:
+            RuntimeError: PEFT asks, and it was imported after this layer was made: it would take codes for weights.
+        """
+        check_peft_is_guarded()
+        return self._parameters["weight"]
 
     @property
     def double_quant(self) -> bool:
@@ -212,7 +220,7 @@ class Linear4bit(nn.Linear):
     def reset_parameters(self) -> None:
         """Make it a layer of zeros, as the constructor does: for a layer that left the meta device empty."""
         with torch.no_grad():
-            for tensor in (self.weight, self.absmax, self.nested_absmax, self.offset, self.bias):
+            for tensor in (self._parameters["weight"], self.absmax, self.nested_absmax, self.offset, self.bias):
                 if tensor is not None:
                     tensor.zero_()
             if self.nested_code is not None:
@@ -227,8 +235,8 @@ class Linear4bit(nn.Linear):
         """
         errors = []
         assign = args[0].get("assign_to_params_buffers", False)
-        for name in (*self.weight_names(), "bias"):
-            own, tensor = getattr(self, name), state_dict.get(prefix + name)
+        for name, own in (*self.weight_tensors().items(), ("bias", self.bias)):
+            tensor = state_dict.get(prefix + name)
             if own is None or tensor is None:
                 continue
             try:
@@ -255,7 +263,7 @@ class Linear4bit(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         """Move or cast: the quantized weight moves and is never cast."""
-        weight = {id(tensor) for tensor in (getattr(self, name) for name in _STATE) if tensor is not None}
+        weight = {id(tensor) for tensor in self.weight_tensors().values()}
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -283,6 +291,9 @@ def quantize_model(
     stays too, such as an output layer tied to the embedding, and one that a model of transformers keeps in fp32 (T5
     casts its input to the weight's dtype). A module or weight that appears several times is quantized once and stays
     shared. All of it or nothing: layers are replaced when every one has been quantized.
+
+    A model of transformers is from then on one that transformers knows as quantized: `save_pretrained` writes
+    bitsandbytes' format with its quantization_config, or raises a ValueError that names the format it cannot write.
 
     Args:
         skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name
@@ -325,6 +336,9 @@ def quantize_model(
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(model.get_submodule(name))])
+    if names:
+        for pretrained in transformers_models(model):
+            adopt_quantized(pretrained)
     return model
 
 

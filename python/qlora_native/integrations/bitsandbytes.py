@@ -10,7 +10,9 @@ optimizer. `enable` changes no module, so whatever expects bitsandbytes' own kee
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from collections import Counter
 from typing import Any
 
 from ._versions import require
@@ -56,7 +58,9 @@ def replace(model: nn.Module) -> nn.Module:
     named = list(model.named_modules(remove_duplicate=False))
     found = [(name, module) for name, module in named if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not found:
-        warnings.warn("replace: found no bitsandbytes.nn.Linear4bit", stacklevel=2)
+        others = Counter(f"{type(m).__module__}.{type(m).__name__}" for _, m in named if isinstance(m, nn.Linear))
+        instead = ", ".join(f"{count} {name}" for name, count in others.items()) or "no linear layer either"
+        warnings.warn(f"replace: found no bitsandbytes.nn.Linear4bit, but {instead}", stacklevel=2)
         return model
     adapted = {id(module): (name, module) for name, module in named if _is_lora(module)}.values()
     for name, module in adapted:
@@ -75,6 +79,10 @@ def replace(model: nn.Module) -> nn.Module:
         for _, module in adapted:
             module.__class__ = LoraLinear4bit  # with the attributes of a lora.Linear, it needs no others
             module.is_target_conv_1d_layer = False
+    if "peft" in sys.modules:
+        from .peft_methods import guard_layers
+
+        guard_layers(model)
     _tell_transformers(model)
     return model
 

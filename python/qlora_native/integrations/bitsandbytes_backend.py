@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .._errors import FLOAT_DTYPES
+from .._errors import FLOAT_DTYPES, bad
 from .._weight import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
 
 __all__ = ["autoload", "disable", "enable", "enabled"]
@@ -88,8 +88,15 @@ def devices() -> list[str]:
 
 
 def autoload() -> None:
-    """What bitsandbytes calls when it is imported (entry point of the group `bitsandbytes.backends`)."""
-    if os.environ.get("QLORA_NATIVE_BNB") == "1":
+    """What bitsandbytes calls when it is imported (entry point of the group `bitsandbytes.backends`).
+
+    Raises:
+        ValueError: QLORA_NATIVE_BNB is neither 0 nor 1. bitsandbytes then fails to be imported, with this message.
+    """
+    value = os.environ.get("QLORA_NATIVE_BNB") or "0"
+    if value not in ("0", "1"):
+        raise bad("QLORA_NATIVE_BNB", "0 or 1", repr(value))
+    if value == "1":
         enable()
 
 

@@ -1,13 +1,13 @@
-"""LoRA of PEFT on `Linear4bit`: adapter and quantized weight run as one fused product.
+"""LoRA of PEFT on `Linear4bit`: adapter and quantized weight run as one fused product, DoRA's too.
 
-    register()
     model = get_peft_model(quantized_model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.save_pretrained(folder)
     model = PeftModel.from_pretrained(quantized_model, folder)
 
 The dispatch is PEFT's own (`LoraConfig._register_custom_module`, asked before its built-in layers), and is not written
-into adapter files, so that these load anywhere. `register(config)` sets it up for one config alone.
-`integrations.transformers` and `integrations.bitsandbytes` call `register()` for the models they make.
+into adapter files, so that these load anywhere. Importing this module sets it up, for every config, along with what
+keeps PEFT's other methods right (peft_methods.py). It is imported where a `Linear4bit` is made and PEFT has been
+imported, and by `integrations.transformers` and `integrations.bitsandbytes`.
 
 **The adapter's dtype.** PEFT makes adapters in the base layer's `compute_dtype` and then, by default
 (`autocast_adapter_dtype=True`), in fp32. Leave it so for training: AdamW's steps are about `lr` in size, and bf16
@@ -29,6 +29,7 @@ require("peft")
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -36,16 +37,19 @@ from torch import Tensor, nn
 from .. import functional
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
+from .decoded import base_to_merge_into, run_over_decoded
+from .dora import RowNorms
+from .peft_methods import install
 
 __all__ = ["LoraLinear4bit", "register"]
 
 
 def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
-    """Make PEFT put `LoraLinear4bit` around every targeted `Linear4bit`.
+    """Make PEFT put `LoraLinear4bit` around every targeted `Linear4bit`: done already, since this module is imported.
 
     Args:
         lora_config: changed in place, before it is given to `get_peft_model` or `PeftModel.from_pretrained`. None:
-            every config from here on. Layers that are not a `Linear4bit` keep PEFT's dispatch.
+            every config, as without the call. Layers that are not a `Linear4bit` keep PEFT's dispatch.
 
     Returns:
         The same `lora_config`.
@@ -55,6 +59,7 @@ def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
     """
     if lora_config is None:
         LoraModel._create_new_module = staticmethod(_create_new_module)
+        install()
         return None
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config: expected a peft.LoraConfig, got {type(lora_config).__name__}")
@@ -75,11 +80,13 @@ def _create_new_module(lora_config: LoraConfig, *args: Any, **kwargs: Any) -> nn
 class LoraLinear4bit(PeftLoraLinear):
     """PEFT's LoRA linear over a `Linear4bit` base layer.
 
-    With exactly one plain adapter active, forward and backward are `qlora_native.functional.linear` with the adapter
-    inside the product. Everything else that PEFT offers (several adapters, DoRA and the other variants, `lora_bias`,
+    With exactly one adapter active, plain or DoRA, forward and backward are `qlora_native.functional.linear` with the
+    adapter inside the product. Everything else that PEFT offers (several adapters, other variants, `lora_bias`,
     `adapter_names`, disabled adapters, hooks on the inner layers) takes PEFT's own way around the same base layer.
     """
 
+    merges_by_itself = True  # peft_methods.py leaves `merge` and `unmerge` alone
+    _row_norms: RowNorms | None = None
     _unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # weight and bias from before `merge`
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,14 +94,29 @@ class LoraLinear4bit(PeftLoraLinear):
         adapter = None if args or kwargs else self._fusable_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
+        lora = (self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
         dropout = self.lora_dropout[adapter]
-        return self.base_layer(
-            x,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            lora_scaling=self.scaling[adapter],
-            lora_dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        if adapter in self.lora_variant:
+            return self._dora(x, adapter, lora, dropout if drops else None)
+        return self.base_layer(x, *lora, lora_dropout=dropout.p if drops else 0.0)
+
+    def _dora(self, x: Tensor, adapter: str, lora: tuple[Tensor, Tensor, float], dropout: nn.Module | None) -> Tensor:
+        """DoRA: the product of weight and adapter, each row times magnitude / norm, which PEFT takes for a constant.
+
+        With f that factor and b the bias: y = f (W + s B A) x + b, and with dropout, which PEFT applies to what the
+        magnitude acts on, y = f (W + s B A) d + W (x - d) + b for d = dropout(x).
+        """
+        base = self.base_layer
+        if self._row_norms is None:
+            self._row_norms = RowNorms()
+        factor = self.lora_magnitude_vector[adapter].weight / self._row_norms(base, *lora)
+        dropped = x if dropout is None else dropout(x)
+        product = base(dropped, *lora)
+        y = factor * product
+        if base.bias is not None:  # `base` has added it to each product
+            y = y - (factor - 1 if dropout is None else factor) * base.bias
+        return (y if dropout is None else y + base(x - dropped)).to(product.dtype)
 
     def _fusable_adapter(self) -> str | None:
         """The name of the one active adapter if the fused product can compute it, else None."""
@@ -108,7 +130,7 @@ class LoraLinear4bit(PeftLoraLinear):
         # adapter would compute something else; a hook on an inner module expects that module to be called.
         inner = (self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
         plain = (
-            name not in self.lora_variant
+            (name not in self.lora_variant or self._is_dora(name))
             and not self.lora_bias[name]
             and not self.fan_in_fan_out
             and isinstance(self.base_layer, Linear4bit)
@@ -118,6 +140,20 @@ class LoraLinear4bit(PeftLoraLinear):
             and not any(_has_hooks(module) for module in inner)
         )
         return name if plain else None
+
+    def _is_dora(self, name: str) -> bool:
+        """Whether the adapter is DoRA that can be fused; not in a trace, as its norms look at the weight's memory."""
+        vector = self.lora_magnitude_vector[name] if name in self.lora_magnitude_vector else None
+        return (
+            type(self.lora_variant[name]) is DoraLinearVariant
+            and type(vector) is DoraLinearLayer
+            and not _has_hooks(vector)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _needs_peft_to_merge(self, names: list[str]) -> bool:
+        """Whether one of the adapters is of a variant whose merged weight is PEFT's to compute."""
+        return any(not isinstance(self.lora_variant.get(name), DoraLinearVariant | None) for name in names)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight, in fp32, and quantize the sum as the weight was. Takes one fp32 weight of memory.
@@ -129,13 +165,17 @@ class LoraLinear4bit(PeftLoraLinear):
             adapter_names: the adapters to merge (default: the active ones).
 
         Raises:
-            NotImplementedError: an adapter is of a variant that has no merged weight here (DoRA has).
+            NotImplementedError: PEFT does not merge an adapter's variant, or a layer of another method is in between.
             ValueError: the merged weight is not finite, or `lora_bias` meets a layer without a bias. Nothing changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
+        if self._needs_peft_to_merge([*self.merged_adapters, *names]):
+            if self._unmerged is not None:
+                raise NotImplementedError(f"adapters {names}: merge them together with {self.merged_adapters}")
+            return run_over_decoded(self, PeftLoraLinear.merge, safe_merge, names)
+        base = base_to_merge_into(self)
         original = self._unmerged or (base.quantized_weight, None if base.bias is None else base.bias.data.clone())
         names = [*self.merged_adapters, *names]
         weight, bias = self._merged(*original, names)
@@ -149,6 +189,8 @@ class LoraLinear4bit(PeftLoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._unmerged is None:
+            return run_over_decoded(self, PeftLoraLinear.unmerge)
         weight, bias = self._unmerged
         self._set_base(weight.to(self.get_base_layer().weight.device), bias)
         self._unmerged = None
@@ -166,10 +208,8 @@ class LoraLinear4bit(PeftLoraLinear):
                 # The magnitude is that of base and this adapter alone, as in the forward pass (PEFT).
                 norm = torch.linalg.norm(original + delta, dim=1)
                 weight = (self.lora_magnitude_vector[name].weight / norm)[:, None] * (weight + delta)
-            elif variant is None:
-                weight += delta
             else:
-                raise NotImplementedError(f"adapter {name!r}: merging {type(variant).__name__} is not available")
+                weight += delta
             if self.lora_bias[name]:
                 if bias is None:
                     raise ValueError(f"adapter {name!r}: expected a layer with a bias for lora_bias, got one without")
@@ -198,3 +238,6 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+register()

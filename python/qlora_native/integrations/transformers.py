@@ -16,7 +16,9 @@ The quantizer is registered under transformers' public registration as "qlora_na
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 from typing import Any
 
 from ._versions import require
@@ -34,13 +36,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from .. import _C, functional
-from .._errors import bad, check_blocksize
+from .._errors import bad, bad_type, check_blocksize
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
 METHOD = "qlora_native"
+_FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
 @register_quantization_config(METHOD)
@@ -61,10 +64,14 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         """Take the fields, as transformers' own does.
 
         Raises:
-            ValueError, TypeError: a field has a value that we do not have.
+            ValueError, TypeError: a field has a value that we do not have, or there is no such field.
         """
         for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):  # of a file; not fields
             kwargs.pop(name, None)
+        for name in kwargs:
+            if name not in _FIELDS:
+                near = difflib.get_close_matches(name, [*_FIELDS, "blocksize"], 1) or sorted((*_FIELDS, "blocksize"))
+                raise bad_type("BitsAndBytesConfig", f"{', '.join(near)}", f"{name!r}, which is no field of it")
         super().__init__(*args, **kwargs)
         check_blocksize(blocksize)
         self.blocksize = blocksize
@@ -297,7 +304,8 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     if not in_file or not (ours or (quantization_config_from_args is None and not is_bitsandbytes_available())):
         return _merge_quantization_configs(quantization_config, quantization_config_from_args)
     # How the weights are stored is the file's to say. In which dtype to multiply is the caller's.
-    fields = {name: value for name, value in quantization_config.items() if name != "bnb_4bit_quant_storage"}
+    known = {*_FIELDS, "blocksize"} - {"bnb_4bit_quant_storage"}  # a file may have fields of a later version
+    fields = {name: value for name, value in quantization_config.items() if name in known}
     config = BitsAndBytesConfig(**fields)
     if ours and quantization_config_from_args.product_dtype is not None:
         config.bnb_4bit_compute_dtype = quantization_config_from_args.product_dtype

@@ -1,0 +1,56 @@
+"""What transformers and PEFT have to know about our layers, for programs that have imported them.
+
+Both find layers by their class, and `Linear4bit` is an `nn.Linear`: untold, PEFT takes its codes for a weight and
+transformers writes a file that nothing reads. Nothing is imported here that the program has not imported itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from torch import nn
+
+_PEFT = "qlora_native.integrations.peft"
+
+
+def guard_peft() -> None:
+    """Load our integration where PEFT has been imported; called for every layer that is made."""
+    if "peft" in sys.modules and _PEFT not in sys.modules:
+        try:
+            importlib.import_module(_PEFT)
+        except ImportError:  # an old PEFT, which is no matter until it is used with the layer: it raises again there
+            return
+
+
+def check_peft_is_guarded() -> None:
+    """Called when PEFT asks about a layer.
+
+    Raises:
+        RuntimeError: our integration is not there, as PEFT was imported after the layer was made.
+        ImportError: PEFT is of another version than we know.
+    """
+    if "peft" in sys.modules and _PEFT not in sys.modules:
+        importlib.import_module(_PEFT)
+        raise RuntimeError(
+            f"Linear4bit: expected {_PEFT} to be imported before get_peft_model, got a PEFT that was imported after "
+            "the layer was made and would take its codes for the weight. Import it, and make the model anew"
+        )
+
+
+def transformers_models(model: nn.Module) -> list[nn.Module]:
+    """`model`, or the outermost modules in it, that transformers saves; none where it has not been imported."""
+    if "transformers" not in sys.modules:
+        return []
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in transformers_models(child)]
+
+
+def adopt_quantized(model: nn.Module) -> None:
+    """Make transformers see one of its models, in which layers are ours now, as quantized (integrations/adopt.py)."""
+    from .integrations.adopt import adopt_quantized as adopt
+
+    adopt(model)

@@ -1,0 +1,226 @@
+"""PEFT's methods other than LoRA, and LoRA's variants, over `Linear4bit`. docs/peft.md is the table of what does what.
+
+PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`, so each of its tuners takes one for a layer whose
+`weight` it may read, add to and replace. There are more than forty of them, in as many styles, so nothing here is
+written for one tuner: what they do to a layer goes through three places, and each is made to mean what the tuner means.
+
+- **Reading.** While PEFT makes its layers, and for as long as a tuner stands over one, a `Linear4bit` is a
+  `DecodedLinear4bit`: the same tensors, but `weight` is the decoded weight. What multiplies stays the 4-bit product. (A
+  layer under plain LoRA or DoRA goes back to `Linear4bit`: these read no weight.)
+- **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, which is then
+  quantized as the weight was. What was there before is kept, and `unmerge` brings it back bit for bit.
+- **Writing** anywhere else raises. A method whose start changes the weight (PiSSA, OLoRA, ...) is refused before
+  anything is changed: the rest would have to be rounded to 4 bits, and the model would no longer be the one it was.
+
+A tuner that is not in `METHODS` has not been tried and is refused, so that a new PEFT brings no unknown results.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..nn import Linear4bit
+from .decoded import DecodedLinear4bit, WeightWritten, run_over_decoded
+
+__all__ = ["METHODS", "guard_layers", "install"]
+
+# PEFT's types whose layers may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
+METHODS = frozenset(
+    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LOHA LOKR LORA MISS OFT "
+    "OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT XLORA".split()
+)
+# Values of init_lora_weights that begin so, and fields of a LoraConfig, with which LoRA starts by changing the weight.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+CHANGES_BASE_FIELDS = ("kasa_config",)
+
+
+# ---- what PEFT calls -------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Put this between PEFT's tuners and our layers, once: whatever makes, merges or unloads PEFT's layers."""
+    if getattr(BaseTuner.inject_adapter, "_qlora_native", False):
+        return
+    for name, wrapper in (
+        ("__init__", _made_over_decoded),
+        ("inject_adapter", _made_over_decoded),
+        ("merge_and_unload", _unloaded),
+        ("unload", _unloaded),
+    ):
+        wrapped = wrapper(getattr(BaseTuner, name))
+        wrapped._qlora_native = True
+        setattr(BaseTuner, name, wrapped)
+
+
+def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap BaseTuner's `__init__` or `inject_adapter`, which both take the model first and both make layers."""
+
+    @functools.wraps(method)
+    def wrapped(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+            return method(self, model, *args, **kwargs)
+        for config in vars(self).get("peft_config", {}).values():
+            _check_modules_to_save(model, config)
+        with _decoded(model), _checked(self):
+            return method(self, model, *args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _checked(tuner: BaseTuner) -> Iterator[None]:
+    """While `tuner` makes layers: one over a quantized layer is refused, before it is made, if its method is."""
+    if "_create_and_replace" in vars(tuner):  # `__init__` has called `inject_adapter`
+        yield
+        return
+    method = tuner._create_and_replace
+
+    @functools.wraps(method)
+    def create(config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, Linear4bit):
+            return method(config, adapter_name, target, *args, **kwargs)
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if type(base) is not DecodedLinear4bit and name != "LORA":
+            raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
+        _check_config(name, config, kwargs.get("parameter_name"))
+        try:
+            return method(config, adapter_name, target, *args, **kwargs)
+        except WeightWritten as error:
+            raise WeightWritten(f"{name}: {error}") from None
+
+    vars(tuner)["_create_and_replace"] = create
+    try:
+        yield
+    finally:
+        del vars(tuner)["_create_and_replace"]
+
+
+def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse, by its name, a quantized layer among those that are to be trained as a whole."""
+    wanted = getattr(config, "modules_to_save", None) or ()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and any(name == key or name.endswith(f".{key}") for key in wanted):
+            raise NotImplementedError(f"modules_to_save: expected modules that are not quantized, got {name}")
+
+
+def _check_config(method: str, config: PeftConfig, parameter: str | None) -> None:
+    """Refuse what cannot be right over quantized layers.
+
+    Args:
+        method: PEFT's name of it.
+        config: as it was given to PEFT.
+        parameter: the one of a layer's that `target_parameters` names, if it is not the layer that is named.
+
+    Raises:
+        NotImplementedError: the method, or the start of LoRA, is one that is refused. It is named.
+    """
+    if parameter not in (None, "weight"):
+        raise NotImplementedError(f"{method}, target_parameters: expected weight of a Linear4bit, got {parameter}")
+    if method not in METHODS:
+        raise NotImplementedError(
+            f"{method} over Linear4bit: expected one of the methods in docs/peft.md, got one that has not been tried"
+        )
+    start = getattr(config, "init_lora_weights", None)
+    field = next((name for name in CHANGES_BASE_FIELDS if getattr(config, name, None)), None)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        field = f"init_lora_weights={start!r}"
+    if method == "LORA" and field is not None:
+        raise NotImplementedError(
+            f"LoRA with {field} over Linear4bit: it starts by changing the weight, and what is left would be rounded "
+            "to 4 bits once more. Start it over the model in 16 bits, or use initialize_loftq of "
+            "qlora_native.integrations.loftq"
+        )
+
+
+def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what takes PEFT's layers out of a model: PEFT puts weights back where they are, which takes plain layers."""
+
+    @functools.wraps(method)
+    def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.model.modules() if type(module) is DecodedLinear4bit]
+        for layer in layers:
+            layer.__class__ = Linear4bit
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.__class__ = DecodedLinear4bit
+            _undecode(self.model, layers)  # all of them, but where it failed
+
+    return wrapped
+
+
+@contextmanager
+def _decoded(model: nn.Module) -> Iterator[None]:
+    """The quantized layers of `model` as PEFT sees them, while it makes its own; some of them from then on."""
+    plain = [module for module in model.modules() if type(module) is Linear4bit]
+    for layer in plain:
+        layer.__class__ = DecodedLinear4bit
+    try:
+        yield
+        guard_layers(model)
+    finally:
+        _undecode(model, plain)
+
+
+def guard_layers(model: nn.Module) -> None:
+    """Make what layers of PEFT in `model` read of quantized ones, and merge into them, the decoded weight.
+
+    Called when PEFT has made its layers, and where quantized layers come under layers of PEFT that are there already.
+    """
+    for holder in model.modules():
+        if _reads_weight(holder):
+            base = holder.get_base_layer()
+            if type(base) is Linear4bit:
+                base.__class__ = DecodedLinear4bit
+            _guard_merges(type(holder))
+
+
+def _undecode(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Make those of `layers` whose weight nothing in `model` reads plain `Linear4bit` again."""
+    read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
+    for layer in layers:
+        if type(layer) is DecodedLinear4bit and id(layer) not in read:
+            layer.__class__ = Linear4bit
+
+
+def _reads_weight(holder: nn.Module) -> bool:
+    """Whether `holder` is a layer of PEFT over a quantized one that may read its weight, as LoRA and DoRA do not."""
+    if not isinstance(holder, BaseTunerLayer) or not isinstance(holder.get_base_layer(), Linear4bit):
+        return False
+    if not getattr(holder, "merges_by_itself", False):
+        return True
+    return not all(isinstance(variant, DoraLinearVariant) for variant in holder.lora_variant.values())
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+def _guard_merges(cls: type) -> None:
+    """Make `merge` and `unmerge` of a class of PEFT's layers run over decoded weights where weights are quantized."""
+    for name in ("merge", "unmerge"):
+        method = getattr(cls, name)
+        if getattr(cls, "merges_by_itself", False) or getattr(method, "_qlora_native", False):
+            continue
+        guarded = _over_decoded(method)
+        guarded._qlora_native = True
+        setattr(cls, name, guarded)
+
+
+def _over_decoded(method: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def guarded(self: BaseTunerLayer, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_base_layer(), Linear4bit):
+            return run_over_decoded(self, method, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return guarded
