@@ -36,7 +36,7 @@ import qlora_native.integrations.{module}
     [
         ("transformers", "transformers", "4.57.6"),
         ("merge", "transformers", "5.22.2"),
-        ("peft", "peft", "0.18.1"),
+        ("peft", "peft", "0.20.0"),
         ("bitsandbytes", "bitsandbytes", "0.49.0"),
     ],
 )
