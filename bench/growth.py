@@ -5,8 +5,8 @@
 Two tables. The first has the products of M = 1 ... 4096 rows on one thread, on all, and on all beside a busy process
 that multiplies on as many threads: ours, torch's dense product, and decode-then-dense (W decoded whole, then torch's
 product), whose 1.05-fold time is the most that a product may take (cpp/src/cpu/way.h). The second has a training step
-of SmolLM2 (step.py), alone and with two more processes that train the same way on the same cores: ours, and LoRA over
-bf16 weights.
+of SmolLM2 (step.py), alone, beside the busy process, and with two more processes that train the same way on the same
+cores: ours, and LoRA over bf16 weights.
 
 Contestants take turns in one process (timing.py); medians. --output writes bench/results/growth-<machine>.{json,md}.
 """
@@ -38,6 +38,7 @@ BESIDE = "beside a busy process"
 BUDGET_S = 0.8  # of one cell's contestants together
 COPIES = 6  # of the weight: what one call reads is not in the caches any more
 PROCESSES = 3  # that train at once
+ALONE, SHARED = "alone", f"{PROCESSES} that train"
 STEPS = 3
 
 
@@ -126,7 +127,7 @@ def train(stack: str, steps: int) -> list[float]:
 
 
 def measure_training() -> list[dict[str, object]]:
-    """A row of the second table for each stack: median seconds of a step alone and among PROCESSES."""
+    """A row of the second table for each stack: median seconds of a step, by what else runs on the cores."""
 
     def median(stack: str) -> float:
         command = [sys.executable, __file__, "--train", stack]
@@ -135,9 +136,12 @@ def measure_training() -> list[dict[str, object]]:
 
     rows = []
     for stack in (OURS, "bf16 + PEFT"):
-        alone = median(stack)
+        seconds = {ALONE: median(stack)}
+        with beside("--busy"):
+            seconds[BESIDE] = median(stack)
         with beside(f"--train-on={stack}", PROCESSES - 1):
-            rows.append({"stack": stack, "alone": alone, "shared": median(stack)})
+            seconds[SHARED] = median(stack)
+        rows.append({"stack": stack, "seconds": seconds})
     return rows
 
 
@@ -164,11 +168,15 @@ def lines(report: dict) -> str:
                 own, dense, decoded = (row["seconds"][name] for name in (OURS, DENSE, DECODED))
                 cells += [f"{1e3 * own:.3g}", f"{dense / own:.2f} ×", f"{decoded / own:.2f} ×"]
             text.append(f"| {M} | " + " | ".join(cells) + " |")
-    text += [f"\n## A training step of SmolLM2, {PROCESSES} processes on the same cores\n"]
-    text += ["| | alone, s | shared, s | slower by |", "|---|---|---|---|"]
+    text += ["\n## A training step of SmolLM2\n"]
+    text += [
+        f"| | {ALONE}, s |" + "".join(f" {c}, s | slower by |" for c in (BESIDE, SHARED)),
+        "|---|---|---|---|---|---|",
+    ]
     for row in report["training"]:
-        ratio = row["shared"] / row["alone"]
-        text.append(f"| {row['stack']} | {row['alone']:.2f} | {row['shared']:.2f} | {ratio:.2f} × |")
+        alone, *others = (row["seconds"][condition] for condition in (ALONE, BESIDE, SHARED))
+        cells = [f"{alone:.2f}", *(f"{seconds:.2f} | {seconds / alone:.2f} ×" for seconds in others)]
+        text.append(f"| {row['stack']} | " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
 
 
