@@ -7,12 +7,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <list>
 #include <memory>
 #include <new>
 #include <numeric>
 
 #include "simt/context.h"
+#include "simt/store_buffer.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -47,6 +49,7 @@ qln_switch_stack:
 namespace qlora_native::cuda_emulated::emulator {
 
 thread_local const Position* position = nullptr;
+constinit thread_local bool concurrent = false;
 
 namespace {
 
@@ -63,6 +66,11 @@ constexpr std::size_t kStackBytes = 256 * 1024;
 #else
 constexpr std::size_t kStackBytes = 64 * 1024;
 #endif
+
+// Blocks that run at the same time under the schedule concurrent, where memory has room for more on a device.
+constexpr std::size_t kResidentBlocks = 6;
+constexpr int kMostTurnsLog2 = 9;           // of fibers, until another block may run
+constexpr std::size_t kMostPublished = 32;  // pieces of memory, whenever another block may run
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
@@ -99,12 +107,15 @@ class Stacks {
 };
 thread_local Stacks stacks;
 
+// What the fiber that runs sees of memory that other blocks may write.
+void load_global(void* to, const void* from, std::size_t bytes);
+
 struct Copy {
   void* to;
   const void* from;
   int bytes, zeros;
   void run() const {
-    std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    load_global(to, from, static_cast<std::size_t>(bytes));
     std::memset(static_cast<std::byte*>(to) + bytes, 0, static_cast<std::size_t>(zeros));
   }
 };
@@ -130,6 +141,7 @@ struct Fiber {
   std::uint32_t value = 0;
   std::vector<Copy> copies;               // not yet of a group
   std::vector<std::vector<Copy>> groups;  // oldest first
+  StoreBuffer stores;                     // that the thread alone sees
 };
 
 thread_local Fiber* current = nullptr;
@@ -142,13 +154,18 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> order;
+  std::size_t next;  // of the order: who runs
+  int left;          // fibers that have not ended
   std::byte* smem = nullptr;
+  StoreBuffer stores;  // that the block alone sees
 
   explicit Block(std::int64_t index)
       : index(index),
         fibers(static_cast<std::size_t>(grid->threads)),
         warps(static_cast<std::size_t>(grid->threads / kWarp)),
-        order(static_cast<std::size_t>(grid->threads)) {
+        order(static_cast<std::size_t>(grid->threads)),
+        next(order.size()),
+        left(grid->threads) {
     // Exactly as large as was asked for, so that AddressSanitizer sees the first byte beyond; every float a NaN.
     void* memory = nullptr;
     const std::size_t begin = smem_begin(index);
@@ -184,13 +201,12 @@ struct Block {
     Context::arrived(self.context, self.block->scheduler);
     grid->thread(grid->arguments);
     self.state = Fiber::State::done;
+    --self.block->left;
     self.context.switch_to(self.block->scheduler, /*last=*/true);
     __builtin_unreachable();
   }
 
-  bool done() const {
-    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == Fiber::State::done; });
-  }
+  bool done() const { return left == 0; }
 
   void release_barrier() {
     const Fiber* first = nullptr;
@@ -201,26 +217,33 @@ struct Block {
         fail("threads of a block wait at different barriers: " + text(first->site) + " and " + text(fiber.site));
       }
     }
-    for (Fiber& fiber : fibers) fiber.state = Fiber::State::ready;
+    for (Fiber& fiber : fibers) {
+      fiber.state = Fiber::State::ready;
+      fiber.stores.move_to(stores);
+    }
   }
 
-  // Runs every fiber as far as it comes; whether any came further.
-  bool advance() {
-    bool any = false;
-    for (bool ran = true; ran; any |= ran) {
-      ran = false;
-      schedule.arrange(order);
-      for (int i : order) {
-        Fiber& fiber = fibers[static_cast<std::size_t>(i)];
-        if (fiber.state == Fiber::State::waiting && *fiber.flag == fiber.value) fiber.state = Fiber::State::ready;
-        if (fiber.state != Fiber::State::ready) continue;
-        ran = true;
-        current = &fiber;
-        position = &fiber.position;
-        scheduler.switch_to(fiber.context);
-        current = nullptr;
+  // Runs every fiber as far as it comes, round after round, until none comes further or `turns` have been taken.
+  // Whether any came further.
+  bool advance(std::int64_t turns) {
+    bool any = false, ran = true;  // in this round; the rest of one that had begun decides nothing
+    while (turns > 0) {
+      if (next == order.size()) {
+        release_barrier();
+        if (!ran) break;
+        ran = false;
+        schedule.arrange(order);
+        next = 0;
       }
-      release_barrier();
+      Fiber& fiber = fibers[static_cast<std::size_t>(order[next++])];
+      if (fiber.state == Fiber::State::waiting && *fiber.flag == fiber.value) fiber.state = Fiber::State::ready;
+      if (fiber.state != Fiber::State::ready) continue;
+      ran = any = true;
+      --turns;
+      current = &fiber;
+      position = &fiber.position;
+      scheduler.switch_to(fiber.context);
+      current = nullptr;
     }
     return any;
   }
@@ -248,6 +271,112 @@ void suspend(Fiber& self, Fiber::State state, Site site) {
   self.context.switch_to(self.block->scheduler);
 }
 
+// Whether the address is of the thread's stack or of the block's shared memory.
+bool is_of_block(const Fiber& fiber, const void* p) {
+  const auto* const at = static_cast<const std::byte*>(p);
+  return (at >= fiber.stack && at < fiber.stack + kStackBytes) ||
+         (at >= fiber.block->smem && at < fiber.block->smem + grid->smem_bytes);
+}
+
+void load_global(void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  if (!concurrent) return;
+  current->block->stores.overlay(to, from, bytes);
+  current->stores.overlay(to, from, bytes);
+}
+
+[[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
+  std::string waits;
+  for (const Block& block : blocks) waits += block.waits();
+  fail("deadlock:" + waits);
+}
+
+// A block is started when those before it have ended or wait for others: only waits between blocks need more at once.
+void run_in_order(std::int64_t count) {
+  std::list<Block> started;
+  std::int64_t next = 0;
+  while (next < count || !started.empty()) {
+    bool progress = false;
+    for (auto block = started.begin(); block != started.end();) {
+      progress |= block->advance(std::numeric_limits<std::int64_t>::max());
+      block = block->done() ? started.erase(block) : std::next(block);
+    }
+    if (progress) continue;
+    if (next == count) {
+      if (started.empty()) break;
+      fail_of_deadlock(started);
+    }
+    started.emplace_back(schedule.place(next++, count));
+  }
+}
+
+// Several blocks at once, each for a random number of turns.
+class ConcurrentRun {
+ public:
+  explicit ConcurrentRun(std::int64_t count) : count_(count) {}
+
+  void run() {
+    while (next_ < count_ || !resident_.empty()) {
+      while (next_ < count_ && resident_.size() < kResidentBlocks) start();
+      Block& picked = *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.below(resident_.size())));
+      bool progress = picked.advance(std::int64_t{1} << schedule.below(kMostTurnsLog2 + 1));
+      publish_some(picked);
+      for (auto block = resident_.begin(); block != resident_.end();) {
+        if (!progress) progress = block->advance(1);
+        block = block->done() ? end(block) : std::next(block);
+      }
+      if (progress) continue;
+      if (next_ < count_) {
+        start();
+      } else if (!publish_one()) {
+        fail_of_deadlock(resident_);
+      }
+    }
+    of_ended_.publish_all();
+  }
+
+ private:
+  using Blocks = std::list<Block>;
+
+  void start() { resident_.emplace_back(next_++); }
+  Blocks::iterator end(Blocks::iterator block) {
+    for (Fiber& fiber : block->fibers) fiber.stores.move_to(of_ended_);
+    block->stores.move_to(of_ended_);
+    return resident_.erase(block);
+  }
+
+  // Stores that nothing has published yet become visible, some sooner than others.
+  void publish_some(Block& block) {
+    StoreBuffer* const buffers[] = {&of_ended_, &block.stores,
+                                    &block.fibers[schedule.below(block.fibers.size())].stores};
+    StoreBuffer& buffer = *buffers[schedule.below(std::size(buffers))];
+    for (std::size_t left = schedule.below(kMostPublished); left > 0 && !buffer.empty(); --left) {
+      buffer.publish(schedule.below(buffer.size()));
+    }
+  }
+  // Where all wait for what is in a buffer. False: there is nothing in any.
+  bool publish_one() {
+    std::vector<StoreBuffer*> buffers;
+    const auto add = [&](StoreBuffer& buffer) {
+      if (!buffer.empty()) buffers.push_back(&buffer);
+    };
+    add(of_ended_);
+    for (Block& block : resident_) {
+      add(block.stores);
+      for (Fiber& fiber : block.fibers) add(fiber.stores);
+    }
+    if (buffers.empty()) return false;
+    StoreBuffer& buffer = *buffers[schedule.below(buffers.size())];
+    buffer.publish(schedule.below(buffer.size()));
+    return true;
+  }
+
+  const std::int64_t count_;
+  std::int64_t next_ = 0;
+  Blocks resident_;
+  StoreBuffer of_ended_;  // stores of blocks that have ended
+};
+
 }  // namespace
 
 // ---- the schedule ----
@@ -256,14 +385,19 @@ Schedule Schedule::from_environment() {
   Schedule result;
   const char* value = std::getenv("QLN_SCHEDULE");
   const std::string name = value == nullptr ? "" : value;
-  const std::string random = "random:";
+  const auto has_seed = [&](const std::string& order) {
+    if (name.compare(0, order.size(), order) != 0) return false;
+    result.state_ = std::strtoull(name.c_str() + order.size(), nullptr, 10);
+    return true;
+  };
   if (name == "reverse") {
     result.order_ = Order::reverse;
-  } else if (name.compare(0, random.size(), random) == 0) {
+  } else if (has_seed("random:")) {
     result.order_ = Order::random;
-    result.state_ = std::strtoull(name.c_str() + random.size(), nullptr, 10);
+  } else if (has_seed("concurrent:")) {
+    result.order_ = Order::concurrent;
   } else if (!name.empty() && name != "forward") {
-    fail("QLN_SCHEDULE: expected forward, reverse or random:SEED, got " + name);
+    fail("QLN_SCHEDULE: expected forward, reverse, random:SEED or concurrent:SEED, got " + name);
   }
   return result;
 }
@@ -275,7 +409,7 @@ std::uint32_t Schedule::next() {
 
 void Schedule::arrange(std::vector<int>& order) {
   if (order_ == Order::reverse && order.front() == 0) std::reverse(order.begin(), order.end());
-  if (order_ != Order::random) return;
+  if (!is_random()) return;
   for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[next() % (i + 1)]);
 }
 
@@ -283,7 +417,9 @@ std::int64_t Schedule::place(std::int64_t i, std::int64_t count) const {
   return order_ == Order::reverse ? count - 1 - i : i;
 }
 
-bool Schedule::coin() { return order_ == Order::random && next() % 2 == 0; }
+bool Schedule::coin() { return is_random() && next() % 2 == 0; }
+
+std::size_t Schedule::below(std::size_t count) { return next() % count; }
 
 // ---- a grid ----
 
@@ -305,26 +441,25 @@ void run(const Grid& launched) {
   if (current != nullptr) fail("a kernel launches another");
   schedule = Schedule::from_environment();
   grid = &launched;
-  // A block is started when those before it have ended or wait for others: only waits between blocks need more at once.
-  std::list<Block> started;
-  std::int64_t next = 0;
-  while (next < launched.blocks || !started.empty()) {
-    bool progress = false;
-    for (auto block = started.begin(); block != started.end();) {
-      progress |= block->advance();
-      block = block->done() ? started.erase(block) : std::next(block);
-    }
-    if (progress) continue;
-    if (next == launched.blocks) {
-      if (started.empty()) break;
-      std::string waits;
-      for (const Block& block : started) waits += block.waits();
-      fail("deadlock:" + waits);
-    }
-    started.emplace_back(schedule.place(next++, launched.blocks));
+  concurrent = schedule.is_concurrent();
+  if (concurrent) {
+    ConcurrentRun(launched.blocks).run();
+  } else {
+    run_in_order(launched.blocks);
   }
+  concurrent = false;
   position = nullptr;
   grid = nullptr;
+}
+
+void spoil(void* memory, std::size_t bytes) {
+  std::memset(memory, 0xFF, bytes);  // every float a NaN
+  static thread_local std::uint32_t calls = 0;
+  if (!Schedule::from_environment().is_concurrent() || ++calls % 2 == 0) return;
+  const std::uint32_t raised_flag = 1;
+  for (std::size_t i = 0; i + sizeof(raised_flag) <= bytes; i += sizeof(raised_flag)) {
+    std::memcpy(static_cast<std::byte*>(memory) + i, &raised_flag, sizeof(raised_flag));
+  }
 }
 
 // ---- called by fibers ----
@@ -348,7 +483,43 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
   }
 }
 
+void cut() {
+  if (concurrent) suspend(*current, Fiber::State::ready, current->site);
+}
+
+void load(void* to, const void* from, std::size_t bytes) {
+  if (is_of_block(*current, from)) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  if (schedule.coin()) cut();
+  load_global(to, from, bytes);
+}
+
+void store(void* to, const void* from, std::size_t bytes) {
+  if (is_of_block(*current, to)) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  if (schedule.coin()) cut();
+  current->stores.put(to, from, bytes);
+}
+
+void share_stores() {
+  if (concurrent) current->stores.move_to(current->block->stores);
+}
+
+void signal(std::uint32_t* flag, std::uint32_t value) {
+  cut();
+  if (concurrent) {
+    current->stores.publish_all();
+    current->block->stores.publish_all();
+  }
+  *flag = value;
+}
+
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site) {
+  cut();
   if (*flag == value) return;
   current->flag = flag;
   current->value = value;
@@ -359,6 +530,7 @@ void copy_async(void* to, const void* from, int bytes, int zeros) {
   const auto aligned = [&](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % (bytes + zeros) == 0; };
   if (!aligned(to) || (bytes > 0 && !aligned(from))) fail("cp.async of a misaligned address");
   const Copy copy{to, from, bytes, zeros};
+  if (concurrent && schedule.coin()) cut();
   if (schedule.coin()) return copy.run();
   current->copies.push_back(copy);
 }

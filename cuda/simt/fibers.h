@@ -1,5 +1,22 @@
 // The engine of the emulator: threads of a block are fibers that one host thread runs in turn, until each waits for
 // the others or ends. host.h builds on it what a kernel sees.
+//
+// Under the schedules forward, reverse and random a fiber runs until it waits, and a block is started when those before
+// it have ended or wait for others. They find what is wrong inside a block. The schedule concurrent finds what is wrong
+// between blocks; its model is this:
+//
+//   - Several blocks are resident. Each runs for a random number of turns, then another one does. Where all of them
+//     wait for a block that has not begun, that one becomes resident too.
+//   - A fiber may be cut before every access to global memory by load_vector, store_vector or cp_async, and always is
+//     before signal, wait_for and an atomic. It goes on after other threads of this block and of others have run.
+//   - What store_vector writes to global memory the thread alone sees at first. From the block's next barrier on (or
+//     the warp's sync_warp) the block sees it. All see it when a thread that sees it calls signal, or at a random
+//     later time, one 16-byte piece sooner than another; at the latest when the kernel has ended.
+//   - A Workspace begins as NaN or, every other time, as words of 1: flags that an earlier call has left raised.
+//
+// What it does not see: accesses through plain pointers are neither cut nor buffered, so what passes between blocks of
+// a kernel must go through load_vector and store_vector, and what a thread has stored through store_vector it must not
+// read through a plain pointer in the same kernel. A load is never early: that wait_for acquires is taken for granted.
 #pragma once
 
 #include <cstddef>
@@ -21,18 +38,21 @@ struct Site {
 
 namespace emulator {
 
-// The order of fibers and blocks, from QLN_SCHEDULE: "forward", "reverse" or "random:SEED". A result that depends on
-// it shows a missing barrier. Every launch begins with the seed again.
+// The order of fibers and blocks, from QLN_SCHEDULE: "forward", "reverse", "random:SEED" or "concurrent:SEED". A result
+// that depends on it shows a missing barrier. Every launch begins with the seed again.
 class Schedule {
  public:
   static Schedule from_environment();
   void arrange(std::vector<int>& order);                         // of the fibers of a block: again for each round
   std::int64_t place(std::int64_t i, std::int64_t count) const;  // the i-th of the blocks
   bool coin();  // whether an asynchronous copy is done at once: what a device may do, too
+  bool is_concurrent() const { return order_ == Order::concurrent; }
+  std::size_t below(std::size_t count);  // a random number
 
  private:
-  enum class Order { forward, reverse, random } order_ = Order::forward;
+  enum class Order { forward, reverse, random, concurrent } order_ = Order::forward;
   std::uint64_t state_ = 0;
+  bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
   std::uint32_t next();
 };
 
@@ -54,6 +74,9 @@ constexpr std::size_t kReservedSmemBytes = 1024;
 // device would forgive (a deadlock, lanes that meet at different calls) ends the process, with file and line.
 void run(const Grid& grid);
 
+// Fills memory that a kernel has not written yet with what it must not rely on.
+void spoil(void* memory, std::size_t bytes);
+
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
 // Of the fiber that runs, for the wrappers of host.h.
@@ -71,6 +94,15 @@ void barrier(Site site);  // of the block
 void meet(void* lane, void (*all)(void* const* lanes), Site site);
 // Until *flag == value, which another block brings about.
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
+// *flag = value, behind every store that the thread sees.
+void signal(std::uint32_t* flag, std::uint32_t value);
+
+// Whether the schedule is concurrent: only then is an access to memory more than a copy.
+extern constinit thread_local bool concurrent;
+void load(void* to, const void* from, std::size_t bytes);
+void store(void* to, const void* from, std::size_t bytes);
+void cut();           // lets other threads and blocks run
+void share_stores();  // with the block
 
 // Copies that are only queued until they are waited for, in groups, as cp.async has them.
 void copy_async(void* to, const void* from, int bytes, int zeros);

@@ -4,7 +4,9 @@
 //
 //   - Threads are fibers. They meet in sync_threads() and in everything a warp does together; lanes that meet at
 //     different calls, or never, end the process with file and line.
-//   - QLN_SCHEDULE=forward|reverse|random:SEED is the order in which fibers run: results must not depend on it.
+//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run: results must not
+//   depend
+//     on it. Under the last one blocks run at the same time, and stores become visible late (fibers.h has its model).
 //   - cp_async only queues; cp_async_wait copies. Shared memory, and memory of a Workspace, begins as NaN.
 //   - Vectors are loaded and stored at aligned addresses only.
 #pragma once
@@ -58,8 +60,8 @@ inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
   return {.data = memory};
 }
 inline void release_own(const DeviceMemory& memory, const Stream&) { std::free(memory.data); }
-// Fresh memory holds anything: NaN, so that who reads it is found.
-inline void spoil(void* memory, std::size_t bytes) { std::memset(memory, 0xFF, bytes); }
+// Fresh memory holds anything: mostly NaN, so that who reads it is found.
+inline void spoil(void* memory, std::size_t bytes) { emulator::spoil(memory, bytes); }
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) { std::memset(data, byte, bytes); }
 
@@ -96,6 +98,7 @@ void meet(Lane& lane, const All&, Site site) {
 }
 
 inline void sync_warp(Site site = Site::current()) {
+  emulator::share_stores();
   int nothing = 0;
   meet(nothing, [](int* const*) {}, site);
 }
@@ -136,12 +139,18 @@ inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current(
 // ---- between blocks ----
 
 // The block's writes before signal() are seen by the block that waited for it.
-inline void signal(std::uint32_t* flag, std::uint32_t value) { *flag = value; }
+inline void signal(std::uint32_t* flag, std::uint32_t value) { emulator::signal(flag, value); }
 inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site = Site::current()) {
   emulator::wait_for(flag, value, site);
 }
-inline void atomic_add(std::uint64_t* at, std::uint64_t value) { *at += value; }
-inline void atomic_min(std::uint64_t* at, std::uint64_t value) { *at = value < *at ? value : *at; }
+inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
+  emulator::cut();
+  *at += value;
+}
+inline void atomic_min(std::uint64_t* at, std::uint64_t value) {
+  emulator::cut();
+  *at = value < *at ? value : *at;
+}
 
 // ---- copies and vectors ----
 
@@ -149,14 +158,23 @@ template <class T, int kCount>
 Vector<T, kCount> load_vector(const T* from) {
   if (reinterpret_cast<std::uintptr_t>(from) % (sizeof(T) * kCount) != 0) emulator::fail("a misaligned load");
   Vector<T, kCount> vector;
-  std::memcpy(&vector, from, sizeof(vector));
+  if (emulator::concurrent) {
+    emulator::load(&vector, from, sizeof(vector));
+  } else {
+    std::memcpy(&vector, from, sizeof(vector));
+  }
   return vector;
 }
 
 template <class T, int kCount>
 void store_vector(T* to, const Vector<T, kCount>& vector) {
   if (reinterpret_cast<std::uintptr_t>(to) % (sizeof(T) * kCount) != 0) emulator::fail("a misaligned store");
-  std::memcpy(to, &vector, sizeof(vector));
+  static_assert(sizeof(vector) <= 16);
+  if (emulator::concurrent) {
+    emulator::store(to, &vector, sizeof(vector));
+  } else {
+    std::memcpy(to, &vector, sizeof(vector));
+  }
 }
 
 // A value that a device keeps in a register, where its compiler would rather compute it again and again in a loop.

@@ -9,6 +9,7 @@
 #include <functional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
@@ -17,13 +18,20 @@
 namespace qlora_native::cuda_emulated {
 namespace {
 
-const std::vector<std::string> kSchedules = {"forward", "reverse", "random:1", "random:2", "random:3"};
+const std::vector<std::string> kConcurrent = {"concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4",
+                                              "concurrent:5"};
+const std::vector<std::string> kSchedules = [] {
+  std::vector<std::string> all = {"forward", "reverse", "random:1", "random:2", "random:3"};
+  all.insert(all.end(), kConcurrent.begin(), kConcurrent.end());
+  return all;
+}();
 
 // What `run` gives under each schedule.
 template <class Result>
-std::vector<Result> under_each_schedule(const std::function<Result()>& run) {
+std::vector<Result> under_each_schedule(const std::function<Result()>& run,
+                                        const std::vector<std::string>& schedules = kSchedules) {
   std::vector<Result> results;
-  for (const std::string& schedule : kSchedules) {
+  for (const std::string& schedule : schedules) {
     setenv("QLN_SCHEDULE", schedule.c_str(), 1);
     results.push_back(run());
   }
@@ -241,6 +249,154 @@ __global__ void in_order_kernel(std::uint32_t* turn, float* sum) {
   }
 }
 
+// Partial sums on their way between blocks, as in a product whose tiles several blocks share: all but the last block
+// leave theirs and raise a flag, the last one adds them in order. `Mistake`: what is wrong.
+enum class Mistake {
+  none,
+  flag_before_sums,        // raised first
+  flag_without_release,    // written as any other store
+  flag_without_barrier,    // of the threads whose sums it stands for
+  sums_before_flag,        // read first
+  sums_without_barrier,    // of the thread that has waited and the others
+  flags_that_stay_raised,  // from one launch to the next
+};
+constexpr int kSharers = 4, kSharedSums = 64 * 4;  // blocks; sums of each, four a thread
+
+template <Mistake kMistake>
+__global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* flags, float* out) {
+  const int t = thread_index();
+  const std::int64_t block = block_index();
+  if (block < kSharers - 1) {
+    const auto raise = [&] {
+      if (t != 0) return;
+      if constexpr (kMistake == Mistake::flag_without_release) {
+        store_vector<std::uint32_t, 1>(flags + block, {{1}});
+      } else {
+        signal(flags + block, 1);
+      }
+    };
+    if constexpr (kMistake == Mistake::flag_before_sums) raise();
+    for (int i = 4 * t; i < kSharedSums; i += 4 * block_threads()) {
+      store_vector<float, 4>(sums + block * kSharedSums + i, load_vector<float, 4>(in + block * kSharedSums + i));
+    }
+    if constexpr (kMistake != Mistake::flag_without_barrier) sync_threads();
+    if constexpr (kMistake != Mistake::flag_before_sums) raise();
+    return;
+  }
+  auto own = load_vector<float, 4>(in + block * kSharedSums + 4 * t);
+  for (int other = 0; other < kSharers - 1; ++other) {
+    const auto wait = [&] {
+      if (t == 0) wait_for(flags + other, 1);
+      if constexpr (kMistake != Mistake::sums_without_barrier) sync_threads();
+    };
+    if constexpr (kMistake != Mistake::sums_before_flag) wait();
+    const auto theirs = load_vector<float, 4>(sums + other * kSharedSums + 4 * t);
+    if constexpr (kMistake == Mistake::sums_before_flag) wait();
+    for (int i = 0; i < 4; ++i) own.at[i] += theirs.at[i];
+  }
+  store_vector<float, 4>(out + 4 * t, own);
+}
+
+// Of two launches over the same memory, the second with other numbers.
+template <Mistake kMistake>
+std::vector<float> shared_sums() {
+  alignas(16) float in[kSharers * kSharedSums], sums[kSharers * kSharedSums];
+  std::uint32_t flags[kSharers] = {};
+  std::vector<float> results;
+  fill_bytes(&sums[0], 0xFF, sizeof(sums), {});
+  for (int turn = 0; turn < 2; ++turn) {
+    alignas(16) float out[kSharedSums];
+    for (int i = 0; i < kSharers * kSharedSums; ++i) in[i] = static_cast<float>(i % 101 + 1000 * turn);
+    if (turn == 0 || kMistake != Mistake::flags_that_stay_raised) fill_bytes(&flags[0], 0, sizeof(flags), {});
+    launch<shared_sum_kernel<kMistake>>({kSharers, 64}, {}, &in[0], &sums[0], &flags[0], &out[0]);
+    results.insert(results.end(), &out[0], &out[kSharedSums]);
+  }
+  for (float& value : results) value = std::isnan(value) ? -1.0f : value;
+  return results;
+}
+
+std::vector<float> expected_shared_sums() {
+  std::vector<float> expected;
+  for (int turn = 0; turn < 2; ++turn) {
+    for (int i = 0; i < kSharedSums; ++i) {
+      float sum = 0.0f;
+      for (int block = 0; block < kSharers; ++block) {
+        sum += static_cast<float>((block * kSharedSums + i) % 101 + 1000 * turn);
+      }
+      expected.push_back(sum);
+    }
+  }
+  return expected;
+}
+
+// By most seeds, for a block may be late enough by chance; each seed gives the same every time.
+template <Mistake kMistake>
+bool is_caught() {
+  const std::vector<float> expected = expected_shared_sums();
+  std::size_t caught = 0;
+  for (const auto& results : under_each_schedule<std::vector<float>>(shared_sums<kMistake>, kConcurrent)) {
+    caught += results != expected;
+  }
+  return 2 * caught > kConcurrent.size();
+}
+
+void sums_pass_from_block_to_block_under_each_schedule() {
+  EXPECT(all_equal(under_each_schedule<std::vector<float>>(shared_sums<Mistake::none>), expected_shared_sums()));
+}
+void flag_raised_before_its_sums_is_caught() { EXPECT(is_caught<Mistake::flag_before_sums>()); }
+void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_release>()); }
+void flag_without_barrier_before_it_is_caught() { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
+void sums_read_before_their_flag_are_caught() { EXPECT(is_caught<Mistake::sums_before_flag>()); }
+void sums_read_without_a_barrier_are_caught() { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
+void flag_that_is_not_reset_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
+
+void seed_is_one_interleaving() {
+  const auto run = [] { return shared_sums<Mistake::flag_before_sums>(); };
+  const auto results = under_each_schedule<std::vector<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
+  EXPECT(results[0] == results[1]);
+  EXPECT(results[0] != results[2]);
+}
+
+// The two words of a piece of memory: each thread sees its own store at once, and the block that of all after a
+// barrier.
+__global__ void own_store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
+  const int t = thread_index(), n = block_threads();
+  store_vector<std::uint32_t, 1>(memory + t, {{static_cast<std::uint32_t>(t)}});
+  seen[t] = load_vector<std::uint32_t, 1>(memory + t).at[0];
+  sync_threads();
+  seen[n + t] = load_vector<std::uint32_t, 1>(memory + (t + 1) % n).at[0];
+  sync_threads();
+  store_vector<std::uint32_t, 1>(memory + t, {{static_cast<std::uint32_t>(100 + t)}});
+  sync_warp();
+  seen[2 * n + t] = load_vector<std::uint32_t, 1>(memory + (t ^ 1)).at[0];
+}
+
+void block_sees_its_own_stores() {
+  const auto run = [] {
+    alignas(16) std::uint32_t memory[64] = {};
+    std::vector<std::uint32_t> seen(3 * 64);
+    launch<own_store_kernel>({1, 64}, {}, &memory[0], seen.data());
+    seen.insert(seen.end(), &memory[0], &memory[64]);
+    return seen;
+  };
+  std::vector<std::uint32_t> expected;
+  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(t);
+  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back((t + 1) % 64);
+  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + (t ^ 1));
+  for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + t);
+  EXPECT(all_equal(under_each_schedule<std::vector<std::uint32_t>>(run), expected));
+}
+
+void workspace_begins_as_nan_or_as_raised_flags() {
+  setenv("QLN_SCHEDULE", "concurrent:1", 1);
+  std::uint32_t nan[2], flags[2];
+  spoil(&nan[0], sizeof(nan));
+  spoil(&flags[0], sizeof(flags));
+  if (flags[0] != 1) std::swap(nan, flags);
+  EXPECT(flags[0] == 1 && flags[1] == 1 && nan[0] == 0xFFFFFFFF && nan[1] == 0xFFFFFFFF);
+  unsetenv("QLN_SCHEDULE");
+}
+
 // Two chunks of 16 bytes from `in`, the second of which is not there, in each other's places; one word moves on.
 __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
   const SharedPlace first = SharedPlace(dynamic_smem<std::uint32_t>()).at(32);
@@ -419,7 +575,8 @@ void shared_memory_ends_where_it_was_said() {
 
 void unknown_schedule_is_refused() {
   setenv("QLN_SCHEDULE", "sideways", 1);
-  EXPECT(contains(last_words([] { rounds<true>(); }), "forward, reverse or random:SEED, got sideways"));
+  EXPECT(
+      contains(last_words([] { rounds<true>(); }), "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
   unsetenv("QLN_SCHEDULE");
 }
 
@@ -430,6 +587,16 @@ int run_all() {
   missing_wait_is_found();
   copies_fill_with_zeros_and_must_be_aligned();
   blocks_wait_for_each_other();
+  sums_pass_from_block_to_block_under_each_schedule();
+  flag_raised_before_its_sums_is_caught();
+  flag_without_release_is_caught();
+  flag_without_barrier_before_it_is_caught();
+  sums_read_before_their_flag_are_caught();
+  sums_read_without_a_barrier_are_caught();
+  flag_that_is_not_reset_is_caught();
+  seed_is_one_interleaving();
+  block_sees_its_own_stores();
+  workspace_begins_as_nan_or_as_raised_flags();
   host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
