@@ -21,6 +21,8 @@ from qlora_native import _C
 
 TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
+# Blocks at the same time: for what passes between them, the sums of a tile that several share and the optimizer's step.
+CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
 # Of the cases, under every schedule but the first, which takes all: prime, so that each loop of cases.py is sampled.
 EVERY = 17
 
@@ -30,7 +32,7 @@ def run(*command, schedule="forward", **more):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", (*SCHEDULES, CONCURRENT[0]))
 def test_case_fails_under_an_order_of_threads(schedule):
     step = 1 if schedule == SCHEDULES[0] else EVERY
     shown = run("-c", f"import test_emulated; test_emulated.run_conformance({step})", schedule=schedule)
@@ -56,6 +58,24 @@ def test_order_of_threads_changes_a_bit():
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.parametrize("schedule", CONCURRENT)
+def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
+    """Tiles of 16, 64 and 128 rows whose inner dimension several blocks share, forward and backward."""
+    command = "-c", "import test_emulated; print(test_emulated.shared_tiles_digest())"
+    shown = {order: run(*command, schedule=order, QLN_PRINT_CONFIG="1") for order in (SCHEDULES[0], schedule)}
+    digests = {order: done.stdout.strip() for order, done in shown.items()}
+    assert all(digests.values()), shown
+    assert len(set(digests.values())) == 1, digests
+    tiles = re.findall(r"(\d+) tiles of (\d+x\d+), \d+ steps each, (\d+) blocks", shown[schedule].stderr)
+    shared = {tile for count, tile, blocks in tiles if int(blocks) > 1 and int(count) % int(blocks) != 0}
+    assert shared == {"16x128", "64x128", "128x128"}, tiles
+
+
+def shared_tiles_digest():
+    """Of products in two 16-bit dtypes; the last K is no whole number of vectors."""
+    return digest(((12, 200, 704), (40, 130, 960), (100, 130, 704), (40, 130, 333)), cases.DTYPES[1:])
+
+
 def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.DTYPES):
     """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
     import test_determinism
@@ -69,7 +89,7 @@ def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.
     return total.hexdigest()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+@pytest.mark.parametrize("schedule", (*SCHEDULES[:3], *CONCURRENT))
 def test_optimizer_has_other_bits_than_on_the_cpu(schedule):
     shown = run("-c", "import test_emulated; print(test_emulated.optimizer_digest())", schedule=schedule)
     assert shown.stdout.strip() == optimizer_digest(), shown.stderr[-2000:]

@@ -598,7 +598,12 @@ std::vector<Case> cases() {
                        .bias = true,
                        .rank = format == 0 ? 16 : 0,
                        .dropout = 0.125f});
+    // More panels of few rows than one total is the sum of.
+    all.push_back({.M = 8, .N = 1700, .K = 70, .dtype = dtype});
   }
+  // More rows of X, and more ranks of U, than are packed at once.
+  for (const DType dtype : {DType::f32, DType::bf16})
+    all.push_back({.M = 40'000, .N = 3, .K = 5, .dtype = dtype, .rank = 70, .dropout = 0.3f});
   std::size_t i = 0;
   for (int format = 0; format < static_cast<int>(formats().size()); ++format)
     for (const int blocksize : kBlocksizes)
@@ -724,6 +729,8 @@ void adamw_steps_to_the_bit() {
     for (const DType param_dtype : kDTypes)
       for (const DType grad_dtype : {DType::f32, param_dtype})
         for (const bool in_8_bits : {true, false}) actual.emplace_back(elements, param_dtype, grad_dtype, in_8_bits);
+  // More than a GPU's kernels take at once.
+  for (int i = 0; i < 600; ++i) actual.emplace_back(3, DType::f32, DType::f32, true);
   std::vector<Parameter> expected = actual;
   std::int64_t skipped = 0;
   for (int round = 0; round < 3; ++round) {

@@ -525,6 +525,11 @@ void adamw_steps_or_skips() {
   qn::adamw_8bit_step(args);
   EXPECT(optimizer.skipped == 5 && optimizer.steps[0] == 1 && same_bits(optimizer.params[0], after));
 
+  Optimizer large;
+  large.grads[1].back() = 0x1.fffffep63f;  // the largest that is taken
+  qn::adamw_8bit_step(large.args());
+  EXPECT(large.skipped == 0 && large.steps[0] == 1);
+
   // A learning rate in memory takes the place of the one in the group, each time as it is then.
   Optimizer given, read;
   float lr = 0.02f;

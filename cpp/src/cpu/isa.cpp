@@ -86,17 +86,23 @@ std::vector<Isa> find_isas() {
   __builtin_cpu_init();
   // No test for F16C: older compilers do not know its name, and every processor with AVX2 has it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl");
   // Of the processors with BF16 only Cooper Lake lacks VBMI.
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  [[maybe_unused]] const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #if QLN_AMX
   isas.push_back({"amx_bf16", amx_bf16_backend, amx_missing(bf16)});
 #else
   isas.push_back({"amx_bf16", nullptr, kNotBuilt});
 #endif
+#if QLN_AVX512
   isas.push_back({"avx512_bf16", avx512_bf16_backend, unless(bf16, kNotInProcessor)});
   isas.push_back({"avx512", avx512_backend, unless(avx512, kNotInProcessor)});
+#else
+  for (const char* name : {"avx512_bf16", "avx512"}) isas.push_back({name, nullptr, kNotBuilt});
+#endif
   isas.push_back({"avx2", avx2_backend, unless(avx2, kNotInProcessor)});
 #else
   for (const char* name : {"amx_bf16", "avx512_bf16", "avx512", "avx2"}) isas.push_back({name, nullptr, kNotBuilt});

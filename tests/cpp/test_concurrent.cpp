@@ -1,0 +1,256 @@
+// The CUDA kernels over their emulator while blocks run at the same time (cuda/simt/fibers.h): what passes between
+// blocks, the sums of a tile that several share, and what one kernel leaves in a workspace for the next, gives the same
+// bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a failure.
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "common/codebook.h"
+#include "common/float16.h"
+#include "expect.h"
+#include "gemm_config.h"
+#include "qlora_native/qlora_native.h"
+
+namespace qn = qlora_native;
+using qn::DType;
+
+namespace {
+
+using Bytes = std::vector<std::uint8_t>;
+
+// What `run` gives under other orders is what it gives under the first.
+template <class Name>
+void expect_same_bits(const std::function<Bytes()>& run, const Name& name) {
+  Bytes expected;
+  for (const char* schedule : {"forward", "reverse", "random:1", "concurrent:1", "concurrent:2", "concurrent:3"}) {
+    setenv("QLN_SCHEDULE", schedule, 1);
+    const Bytes found = run();
+    if (expected.empty()) expected = found;
+    EXPECT(found == expected);
+    if (found != expected) std::printf("  %s under %s\n", name().c_str(), schedule);
+  }
+  unsetenv("QLN_SCHEDULE");
+}
+
+struct Random {
+  std::uint64_t state = 1;
+  float next() {  // in [-1, 1)
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
+  }
+};
+
+// A matrix without gaps, in memory that vectors can reach.
+class Tensor {
+ public:
+  Tensor(DType dtype, std::int64_t rows, std::int64_t cols)
+      : dtype_(dtype), rows_(rows), cols_(cols), words_((bytes() + sizeof(Word) - 1) / sizeof(Word)) {}
+  Tensor& fill(Random& random, float scale) {
+    for (std::int64_t i = 0; i < rows_ * cols_; ++i) {
+      const float value = scale * random.next();
+      if (dtype_ == DType::f32) {
+        reinterpret_cast<float*>(data())[i] = value;
+      } else {
+        reinterpret_cast<std::uint16_t*>(data())[i] =
+            dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value);
+      }
+    }
+    return *this;
+  }
+  std::byte* data() { return words_.data()->bytes; }
+  const std::byte* data() const { return words_.data()->bytes; }
+  qn::ConstMatrix in() const { return {data(), dtype_, rows_, cols_, cols_}; }
+  qn::Matrix out() { return {data(), dtype_, rows_, cols_, cols_}; }
+  void append_to(Bytes& all) const {
+    const auto* const begin = reinterpret_cast<const std::uint8_t*>(data());
+    all.insert(all.end(), begin, begin + bytes());
+  }
+
+ private:
+  struct alignas(64) Word {
+    std::byte bytes[64];
+  };
+  std::size_t bytes() const { return static_cast<std::size_t>(rows_ * cols_) * qn::size_of(dtype_); }
+  DType dtype_;
+  std::int64_t rows_, cols_;
+  std::vector<Word> words_;
+};
+
+// ---- products ----
+
+struct Case {
+  std::int64_t M, N, K;
+  DType dtype;
+  std::int64_t rank;
+};
+constexpr float kDropout = 0.25f;
+
+// Everything that is computed of a layer: its quantized weight too.
+Bytes results(const Case& c) {
+  const auto& [M, N, K, dtype, rank] = c;
+  Random random;
+  Tensor weight(DType::f32, N, K), x(dtype, M, K), dy(dtype, M, N), bias(dtype, 1, N), a(DType::f32, rank, K),
+      b(DType::f32, N, rank);
+  for (Tensor* tensor : {&weight, &x, &dy, &bias, &a, &b}) tensor->fill(random, 1.0f);
+
+  const std::int64_t blocks = (N * K + 63) / 64;
+  Tensor codes(DType::f16, 1, (N * K + 3) / 4), absmax(DType::f32, 1, blocks), absmax_codes(DType::f16, 1, blocks),
+      nested(DType::f32, 1, (blocks + 255) / 256), offset(DType::f32, 1, 1);
+  const auto as_codes = [](Tensor& tensor) { return reinterpret_cast<std::uint8_t*>(tensor.data()); };
+  const auto as_floats = [](Tensor& tensor) { return reinterpret_cast<float*>(tensor.data()); };
+  qn::NonFinite non_finite;
+  qn::quantize({.weight = weight.data(),
+                .elements = N * K,
+                .blocksize = 64,
+                .code = qn::codebook("nf4").data(),
+                .codes = as_codes(codes),
+                .absmax = as_floats(absmax),
+                .non_finite = &non_finite});
+  qn::quantize_absmax({.absmax = as_floats(absmax),
+                       .blocks = blocks,
+                       .nested_code = qn::dynamic_map().data(),
+                       .codes = as_codes(absmax_codes),
+                       .nested_absmax = as_floats(nested),
+                       .offset = as_floats(offset)});
+  const qn::QuantizedWeightView view{.N = N,
+                                     .K = K,
+                                     .blocksize = 64,
+                                     .codes = as_codes(codes),
+                                     .absmax = absmax_codes.data(),
+                                     .code = qn::codebook("nf4").data(),
+                                     .nested_absmax = as_floats(nested),
+                                     .nested_code = qn::dynamic_map().data(),
+                                     .offset = as_floats(offset)};
+
+  const qn::LoraView lora{.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = kDropout, .seed = 77};
+  Tensor y(dtype, M, N), u(dtype, M, rank), dx(dtype, M, K), v(dtype, M, rank), da(DType::f32, rank, K),
+      db(DType::f32, N, rank);
+  // U and V are in a workspace of the call, and then in the caller's memory.
+  qn::linear_forward({.weight = view, .lora = lora, .x = x.in(), .bias = bias.data(), .y = y.out()});
+  qn::linear_backward_input({.weight = view, .lora = lora, .dy = dy.in(), .dx = dx.out()});
+  Bytes all;
+  y.append_to(all);
+  dx.append_to(all);
+  qn::linear_forward({.weight = view, .lora = lora, .x = x.in(), .bias = bias.data(), .y = y.out(), .u = u.out()});
+  qn::linear_backward_input({.weight = view, .lora = lora, .dy = dy.in(), .dx = dx.out(), .v = v.out()});
+  qn::lora_gradients(
+      {.lora = lora, .x = x.in(), .dy = dy.in(), .u = u.in(), .v = v.in(), .da = da.data(), .db = db.data()});
+  for (const Tensor* tensor : {&codes, &absmax_codes, &nested, &offset, &y, &u, &dx, &v, &da, &db})
+    tensor->append_to(all);
+  return all;
+}
+
+// Few rows; tiles of 16, 64, 128 and 256 rows, whole vectors and not; and in fp32 what has no tiles. U, V, dA and dB
+// are long sums, which several blocks share through a workspace.
+constexpr Case kCases[] = {
+    {4, 200, 704, DType::bf16, 16},  {12, 200, 704, DType::bf16, 70},  {40, 130, 333, DType::f16, 5},
+    {100, 130, 704, DType::f16, 16}, {200, 130, 448, DType::bf16, 16}, {40, 130, 960, DType::f32, 5},
+};
+
+void products_have_the_same_bits() {
+  for (const Case& each : kCases) {
+    expect_same_bits([&each] { return results(each); },
+                     [&each] {
+                       return "M=" + std::to_string(each.M) + " N=" + std::to_string(each.N) +
+                              " K=" + std::to_string(each.K) + " " + qn::name_of(each.dtype);
+                     });
+  }
+}
+
+// Otherwise the cases would show nothing of the flags.
+void several_blocks_share_a_tile() {
+  for (const Case& each : kCases) {
+    if (each.dtype == DType::f32 || each.M <= qn::kGemvRows) continue;
+    qn::GemmProblem problem{.rows = each.M, .cols = each.N, .inner = each.K, .dtype = each.dtype, .bits = 4};
+    problem.aligned = problem.aligned_64 = each.K % 32 == 0;
+    problem.multiprocessors = 3;  // the emulator's
+    problem.smem_bytes = 227 * 1024;
+    problem.reserved_smem_bytes = 1024;
+    EXPECT(qn::gemm_config(problem).splits_a_tile());
+  }
+}
+
+// ---- the optimizer ----
+
+// Tensors of several kinds, each with its state, two steps of them, and one that is skipped.
+Bytes optimizer_results() {
+  constexpr std::int64_t kInBf16 = 300;
+  const std::array<std::int64_t, 5> sizes = {1, 256, kInBf16, 5000, 20'000};
+  std::vector<Tensor> tensors;  // of each size: parameter, gradient, codes, codes, absmax, absmax
+  std::vector<std::int64_t> steps(sizes.size());
+  std::vector<qn::AdamW8bitTensor> views;
+  Random random;
+  for (const std::int64_t elements : sizes) {
+    const DType dtype = elements == kInBf16 ? DType::bf16 : DType::f32;
+    for (int i = 0; i < 2; ++i) tensors.push_back(Tensor(dtype, 1, elements).fill(random, 1.0f));
+    for (int i = 0; i < 2; ++i) tensors.emplace_back(DType::f16, 1, (elements + 1) / 2);
+    std::memset(tensors[tensors.size() - 2].data(), 127, static_cast<std::size_t>(elements));
+    for (int i = 0; i < 2; ++i) tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
+  }
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    Tensor* const its = &tensors[6 * i];
+    views.push_back({.param = its[0].data(),
+                     .grad = its[1].data(),
+                     .param_dtype = its[0].in().dtype,
+                     .grad_dtype = its[1].in().dtype,
+                     .elements = sizes[i],
+                     .state1 = its[2].data(),
+                     .state2 = its[3].data(),
+                     .absmax1 = reinterpret_cast<float*>(its[4].data()),
+                     .absmax2 = reinterpret_cast<float*>(its[5].data()),
+                     .step = &steps[i]});
+  }
+  const qn::AdamW8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
+  std::int64_t skipped = 0;
+  for (int step = 0; step < 3; ++step) {
+    auto& last_grad = reinterpret_cast<float*>(tensors[tensors.size() - 5].data())[sizes.back() - 1];
+    const float kept = last_grad;
+    if (step == 1) last_grad = 1e30f;
+    qn::adamw_8bit_step({.tensors = views.data(),
+                         .count = static_cast<std::int64_t>(views.size()),
+                         .groups = &group,
+                         .group_count = 1,
+                         .skipped = &skipped});
+    last_grad = kept;
+    EXPECT(skipped == (step == 0 ? 0 : 1));
+  }
+  Bytes all;
+  for (const Tensor& tensor : tensors) tensor.append_to(all);
+  for (const std::int64_t step : steps) EXPECT(step == 2);
+  return all;
+}
+
+void optimizer_has_the_same_bits() {
+  expect_same_bits(optimizer_results, [] { return std::string("AdamW8bit"); });
+}
+
+// What a GPU alone can see, for the host's check of it is passed by.
+void learning_rate_that_is_no_number_skips_the_step() {
+  for (const float lr : {NAN, INFINITY, -1.0f}) {
+    float param = 1.0f, grad = 1.0f, m = 0.0f, v = 0.0f;
+    std::int64_t step = 0, skipped = 0;
+    const qn::AdamW8bitTensor tensor{
+        .param = &param, .grad = &grad, .elements = 1, .state1 = &m, .state2 = &v, .step = &step};
+    const qn::AdamW8bitGroup group{.device_lr = &lr};
+    qn::backend_for({}).adamw_8bit_step(
+        {.tensors = &tensor, .count = 1, .groups = &group, .group_count = 1, .skipped = &skipped}, {});
+    EXPECT(skipped == 1 && step == 0 && param == 1.0f && m == 0.0f);
+  }
+}
+
+}  // namespace
+
+int main() {
+  several_blocks_share_a_tile();
+  products_have_the_same_bits();
+  optimizer_has_the_same_bits();
+  learning_rate_that_is_no_number_skips_the_step();
+  return report();
+}
