@@ -1,6 +1,7 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
 # make test-arm   the C++ library and its tests for 64-bit Arm, cross-compiled and run under QEMU on two processors
+# make mutants    plant mistakes in the kernels, one at a time, and see which a test notices (ARGS="--only gemm")
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores),
 #                 and the C++ tests with threads under ThreadSanitizer
@@ -33,7 +34,8 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python sanitize fuzz sass lint format bench clean distclean
+.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz sass lint format bench \
+    clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +56,10 @@ test-cpp: build-cpp
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(ARGS)
+
+# In a copy of the tree below build/mutants, an hour or so on two cores. `make test` tries a sample of them.
+mutants: $(stamp)-build
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(python) tools/mutants.py $(or $(ARGS),--output)
 
 # The compiler and QEMU are Debian's packages; as root they are installed where they are missing.
 arm_packages := g++-aarch64-linux-gnu qemu-user

@@ -1,0 +1,692 @@
+"""The mutants of mutants.py, as data: which text of which file becomes which other, and which test must notice.
+
+A find-text must occur once in its file, so a refactoring that changes it changes this list too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A C++ test: what CMake calls it, and the environment in which it runs."""
+
+    target: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+EMULATED = {"QLN_BACKEND": "cuda_emulated"}
+SUITES = {
+    "simt": Suite("qln_test_simt"),
+    "gemm_config": Suite("qln_test_gemm_config"),
+    "gemm_layout": Suite("qln_test_gemm_layout"),
+    "code_sums": Suite("qln_test_code_sums"),
+    "nearest_codes": Suite("qln_test_nearest_codes"),
+    "concurrent": Suite("qln_test_concurrent", EMULATED),
+    "core_emulated": Suite("qln_test", EMULATED),
+    "conformance_emulated": Suite("qln_test_conformance", EMULATED),
+    "panels": Suite("qln_test_panels", EMULATED),
+    "paged": Suite("qln_test_paged", EMULATED),
+    # Over the best instruction set of the build: AVX2 or Advanced SIMD.
+    "core": Suite("qln_test"),
+    "conformance": Suite("qln_test_conformance"),
+    "conformance_tiles": Suite("qln_test_conformance", {"QLN_FORCE_ISA": "amx_emulated"}),
+    "encoder": Suite("qln_test_encoder_avx2"),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake, and the suites that should notice it, the fastest first."""
+
+    file: str
+    mistake: str
+    find: str
+    replace: str
+    suites: tuple[str, ...]
+    reason: str = ""  # why nothing can notice it; then it must survive
+    in_sample: bool = False  # its suite is built of a file or two: in seconds
+
+    def __str__(self) -> str:
+        """What names it to people."""
+        return f"{self.file}: {self.mistake}"
+
+
+def _without(text: str, rest: str = "") -> tuple[str, str]:
+    return text, rest
+
+
+CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
+ON_GPU = ("conformance_emulated",)
+
+GEMM_BLOCK = "cuda/device/gemm_block.cuh"
+LEAVE = """      sums_.leave(sums_of(part.run));
+      sync_threads();
+      if (thread_index() == 0) signal(args_.ready + part.run, 1);
+"""
+WAIT = """      if (thread_index() == 0) wait_for(args_.ready + other, 1);
+      sync_threads();
+      sums_.add(sums_of(other));
+"""
+
+BETWEEN_BLOCKS = [
+    Mutant(
+        GEMM_BLOCK,
+        "the flag is raised before the sums are stored",
+        LEAVE,
+        """      if (thread_index() == 0) signal(args_.ready + part.run, 1);
+      sums_.leave(sums_of(part.run));
+      sync_threads();
+""",
+        CONCURRENT,
+    ),
+    Mutant(GEMM_BLOCK, "no barrier before the flag", LEAVE, LEAVE.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(
+        GEMM_BLOCK,
+        "the flag is an ordinary store, without release",
+        "signal(args_.ready + part.run, 1)",
+        "store_vector<std::uint32_t, 1>(args_.ready + part.run, {{1}})",
+        CONCURRENT,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "sums are read before their flag",
+        WAIT,
+        """      sums_.add(sums_of(other));
+      if (thread_index() == 0) wait_for(args_.ready + other, 1);
+      sync_threads();
+""",
+        CONCURRENT,
+    ),
+    Mutant(GEMM_BLOCK, "no barrier after the wait", WAIT, WAIT.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(GEMM_BLOCK, "nobody waits", WAIT, WAIT.split("\n", 1)[1], CONCURRENT),
+    Mutant(
+        "cuda/device/gemm.cuh",
+        "the flags are not reset",
+        "    fill_bytes(args.ready, 0, flags, stream);\n",
+        "",
+        CONCURRENT,
+    ),
+]
+
+GEMM = [
+    Mutant(GEMM_BLOCK, "a step is not waited for", *_without("      cp_async_wait<kStages - 2>();\n"), CONCURRENT),
+    Mutant(
+        GEMM_BLOCK,
+        "one copy fewer is waited for",
+        "cp_async_wait<kStages - 2>();",
+        "cp_async_wait<kStages - 1>();",
+        CONCURRENT,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "no barrier in the main loop",
+        *_without("      sync_threads();  // this step is there for all, and the one before has been read by all\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "no barrier between two tiles",
+        *_without("    sync_threads();  // the next tile begins with stages that have been read\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "no barrier between two parts of the rank",
+        *_without("      sync_threads();  // before the stage is filled again\n"),
+        (*CONCURRENT, *ON_GPU),
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "the last part of the inner dimension is left out",
+        "left.inner() < last_inner() ? whole + 1 : whole",
+        "left.inner() < last_inner() ? whole : whole",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "the mask is that of the next column",
+        "row0() + lane.row<Tile>(), col0() + lane.col<Tile>());\n      }",
+        "row0() + lane.row<Tile>(), col0() + lane.col<Tile>() + 1);\n      }",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "a part of the rank that is not whole is left out",
+        "for (int k = 0; k * kMmaInner < there; ++k)",
+        "for (int k = 0; (k + 1) * kMmaInner <= there; ++k)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/gemm_sums.cuh",
+        "the bias is that of the first group of columns",
+        "bias[j] = to_f32(bias_of[first + j]);",
+        "bias[j] = to_f32(bias_of[j]);",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/gemm_weights.cuh",
+        "vectors of a line meet in a bank",
+        "(vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2))",
+        "(vector ^ (col % 2))",
+        ("gemm_layout",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/device/gemm_weights.cuh",
+        "a vector holds the codes of another",
+        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;",
+        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + 4 * (vector % Tile::kGroup) + i;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/gemm_config.cpp",
+        "the steps that no share has are left out",
+        "config.rest = static_cast<int>(all % config.blocks);",
+        "config.rest = 0;",
+        ("gemm_config",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/gemm_config.cpp",
+        "the last part of a long sum is left out",
+        "length == 0 ? 1 : ceil_div(inner, length)",
+        "length == 0 ? 1 : inner / length",
+        ("gemm_config",),
+        in_sample=True,
+    ),
+]
+
+ON_CHIP = [
+    Mutant(
+        "cuda/device/weight_chunk.cuh",
+        "the level is that of the next block",
+        "raw.level = from_.levels[block];",
+        "raw.level = from_.levels[block + 1];",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/weight_chunk.cuh",
+        "a chunk in two blocks has one scale",
+        "scale_.rest = scale_of(scales, block + 1);",
+        "scale_.rest = scale_of(scales, block);",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/weight_chunk.cuh",
+        "the codes of a byte change places",
+        "{{code[byte >> 4], code[byte & 15]}}",
+        "{{code[byte & 15], code[byte >> 4]}}",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/decode.cuh",
+        "the scale's scale is the first",
+        "w_.nested_absmax[block >> scales_.sharing]",
+        "w_.nested_absmax[0]",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/low_rank.cuh",
+        "the last part of a sum goes beyond its end",
+        "inner - begin < split.length ? inner : begin + split.length",
+        "begin + split.length",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/low_rank.cuh",
+        "a part of a shared sum is left out",
+        "for (int part = 0; part < count; ++part)",
+        "for (int part = 0; part < count - 1; ++part)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/low_rank.cuh",
+        "a shared sum is not scaled",
+        "from_f32<T>(sum * scale)",
+        "from_f32<T>(sum)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/product.cuh",
+        "no barrier in the main loop",
+        *_without("    sync_threads();  // this step is there, and the one before has been read\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/device/product.cuh",
+        "no barrier between the adapter's part and the weight's",
+        *_without("  sync_threads();  // what has been multiplied before has been read\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/device/sources.cuh",
+        "the mask of dA is transposed",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, m, k);",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, k, m);",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/sources.cuh",
+        "of two neighbours the other is dropped",
+        "i % 2 == 0 ? 0xFFFF0000u : 0x0000FFFFu",
+        "i % 2 != 0 ? 0xFFFF0000u : 0x0000FFFFu",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/sources.cuh",
+        "the scale's scale is that of another block",
+        "scales.of_blocks[block >> scales.sharing]",
+        "scales.of_blocks[(block + 1) >> scales.sharing]",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/kernels/gemv_forward.cu",
+        "no barrier before the sums are written again",
+        *_without("    sync_threads();  // before the sums are written again\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/kernels/gemv_forward.cu",
+        "the second row has the first one's scale",
+        "now.chunk[row].decode(decoded[row], i, units[row], table)",
+        "now.chunk[row].decode(decoded[row], i, units[0], table)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/kernels/gemv_forward.cu",
+        "warps take each other's parts of the rank too",
+        "r0 < rank; r0 += kGemvWarps * kMmaInner)",
+        "r0 < rank; r0 += kMmaInner)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/kernels/panels.cu",
+        "the adapter's part of a panel has a row too many",
+        "is_below ? row - rows >= rank",
+        "is_below ? row - rows > rank",
+        ("panels",),
+    ),
+    Mutant(
+        "cuda/kernels/panels.cu",
+        "both panels have one place",
+        "i % 2 * panel_elements_",
+        "i % 1 * panel_elements_",
+        ("panels",),
+    ),
+    Mutant(
+        "cuda/side_stream.cpp",
+        "a panel is decoded while its place is in use",
+        *_without("    driver_->wait(stream_, used_);\n"),
+        ("panels",),
+    ),
+    Mutant(
+        "cuda/side_stream.cpp",
+        "a panel is multiplied before it is decoded",
+        *_without("    driver_->wait(caller, prepared_);\n"),
+        ("panels",),
+    ),
+]
+
+QUANTIZERS = [
+    Mutant(
+        "cuda/device/nearest_code.cuh",
+        "a bucket's own midpoints count as those before",
+        "before += bucket_bits(midpoint[m]) < bucket;",
+        "before += bucket_bits(midpoint[m]) <= bucket;",
+        ("nearest_codes",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/device/nearest_code.cuh",
+        "a bucket with three midpoints is searched in one step",
+        "most > 3 ? 4 : most > 1 ? 2 : 1",
+        "most > 3 ? 4 : 1",
+        ("nearest_codes",),
+    ),
+    Mutant(
+        "cuda/device/nearest_code.cuh",
+        "midpoints are computed before the values are there",
+        *_without("        sync_warp();\n        midpoint[i]", "        midpoint[i]"),
+        ("nearest_codes",),
+    ),
+    Mutant(
+        "cuda/device/code_sums.cuh",
+        "a tie takes the level above",
+        "while (least(cell) > midpoints[code]) ++code;",
+        "while (least(cell) >= midpoints[code]) ++code;",
+        ("code_sums",),
+    ),
+    Mutant(
+        "cuda/device/code_sums.cuh",
+        "a midpoint carries one float too early",
+        "(0xFFFFu - lower)",
+        "(0x10000u - lower)",
+        ("code_sums",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/kernels/quantize.cu",
+        "half of a block's lanes find its largest element",
+        "(absmax), 1 << teams.lane_bits)",
+        "(absmax), (1 << teams.lane_bits) / 2)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/kernels/quantize.cu",
+        "what is not finite is reported at the block's beginning",
+        "report(args.non_finite, at + i)",
+        "report(args.non_finite, at)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/kernels/quantize_absmax.cu",
+        "no barrier before the warps' sums are added",
+        "= value;\n  sync_threads();\n",
+        "= value;\n",
+        CONCURRENT,
+    ),
+]
+
+OPTIMIZER = [
+    Mutant(
+        "cuda/kernels/adamw_8bit_step.cu",
+        "the flag of unusable gradients is not reset",
+        *_without("  fill_bytes(shared.unusable, 0, sizeof(*shared.unusable), stream);\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/kernels/adamw_8bit_step.cu",
+        "the step is that of the last one",
+        "const std::int64_t count = *item.counter + 1;",
+        "const std::int64_t count = *item.counter;",
+        ("core_emulated", *ON_GPU),
+    ),
+    Mutant(
+        "cuda/kernels/adamw_8bit_step.cu",
+        "a learning rate that is no number is taken",
+        *_without("    usable &= is_finite_size(lr_of(group));\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/kernels/adamw_8bit_step.cu",
+        "every launch counts a skipped step",
+        *_without("  updates.skipped = nullptr;\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/device/adamw_lists.cuh",
+        "the second half of a list is not found",
+        "jump = kMost / 2; jump > 0",
+        "jump = kMost / 4; jump > 0",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/adamw_block.cuh",
+        "the second moment's scale is not stored",
+        "if (lane_index() < 2) *absmax = most;",
+        "if (lane_index() < 1) *absmax = most;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/device/adamw_block.cuh",
+        "what a block lacks is not 0",
+        "place.load_codes(item.state1, kZeroCode1)",
+        "place.load_codes(item.state1, 0)",
+        ON_GPU,
+    ),
+]
+
+ADAMW, BACKWARD = "cpp/src/cpu/generic/adamw-inl.h", "cpp/src/cpu/generic/backward-inl.h"
+PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/generic/product_nn-inl.h", "cpp/src/cpu/generic/product_nt-inl.h"
+FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/generic/forward_few-inl.h", "cpp/src/cpu/generic/forward_many-inl.h"
+ROWS, SCALES, QUANTIZE = (f"cpp/src/cpu/generic/{name}-inl.h" for name in ("rows", "scales", "quantize"))
+
+ON_CPU = [
+    Mutant(
+        ADAMW,
+        "what a block lacks is not 0",
+        "state1(tensor.state1, first, count, kZeroCode1)",
+        "state1(tensor.state1, first, count)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        ADAMW,
+        "the first moment's largest is not that by size",
+        "most1 = max_abs(most1, m[k]);",
+        "most1 = max(most1, m[k]);",
+        CONFORMANCE,
+    ),
+    Mutant(
+        ADAMW,
+        "what lies near a midpoint is not compared with it",
+        "uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, Encoder<true>::kEdge)) << step;",
+        "uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, 0)) << step;",
+        CONFORMANCE,
+    ),
+    Mutant(
+        ADAMW,
+        "the largest gradient that may be is refused",
+        "(reduce_max_i32(most)) <= limit",
+        "(reduce_max_i32(most)) < limit",
+        ("core",),
+    ),
+    Mutant(
+        BACKWARD,
+        "V is not scaled for what is dropped",
+        "const float scale = lora.scaling * dropout_scale(lora);",
+        "const float scale = lora.scaling;",
+        CONFORMANCE,
+    ),
+    Mutant(
+        BACKWARD,
+        "every block of rows is written to the first one's",
+        "(args.dx, m + row, col, sums, 1.0f)",
+        "(args.dx, row, col, sums, 1.0f)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        BACKWARD,
+        "every block of rows has the first one's mask",
+        "dropout_of(lora), m};",
+        "dropout_of(lora), 0};",
+        CONFORMANCE,
+    ),
+    Mutant(
+        BACKWARD,
+        "every block of ranks is written to the first one's",
+        "write(first + row, col, sums);",
+        "write(row, col, sums);",
+        CONFORMANCE,
+    ),
+    Mutant(
+        FORWARD_MANY,
+        "every block of rows has the first one's mask",
+        "dropped(args.x, 1.0f, dropout, first_row)",
+        "dropped(args.x, 1.0f, dropout, 0)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        FORWARD_MANY,
+        "U is what the last block of K gives",
+        "(end - c) * Dot::kUnits, sums, c != 0, none)",
+        "(end - c) * Dot::kUnits, sums, false, none)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        PRODUCT_NN,
+        "both panels have one place",
+        "part.panels + u / step % 2 * kPanelFloats",
+        "part.panels + u / step % 1 * kPanelFloats",
+        CONFORMANCE,
+    ),
+    Mutant(
+        PRODUCT_NN,
+        "a total is what its last panels give",
+        "add_sums(part, part.sums, part.totals, u / step != kPanelsOfTotal)",
+        "add_sums(part, part.sums, part.totals, false)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        PRODUCT_NN,
+        "the mask is that of the next row",
+        "lora.dropout.keep_bits(lora.first_row + part.groups.first(g) + row, c)",
+        "lora.dropout.keep_bits(lora.first_row + part.groups.first(g) + row + 1, c)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        PRODUCT_NT,
+        "a chain begins with nothing",
+        "sums + n * kWidth * kLanes, accumulate || unit != 0, decoding)",
+        "sums + n * kWidth * kLanes, accumulate, decoding)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        PRODUCT_NT,
+        "what the products leave of a panel is not decoded",
+        "next);\n        next.finish();",
+        "next);",
+        CONFORMANCE,
+    ),
+    Mutant(
+        ROWS,
+        "a chunk in two blocks has one scale",
+        "part(scales[++block - first_block])",
+        "part(scales[block++ - first_block])",
+        CONFORMANCE,
+    ),
+    Mutant(
+        ROWS,
+        "the last of an odd row's codes is left out",
+        "(count + (odd ? 2 : 1)) / 2",
+        "(count + 1) / 2",
+        CONFORMANCE,
+    ),
+    Mutant(
+        SCALES,
+        "neighbours in two nested blocks have one scale's scale",
+        "if (nested_of(block) != nested_of(block + lanes - 1)) {",
+        "if (nested_of(block) != nested_of(block)) {",
+        CONFORMANCE,
+    ),
+    Mutant(
+        SCALES,
+        "a scale is rounded once, not twice",
+        "add(mul(values[k], nested), set1(offset_))",
+        "fma(values[k], nested, set1(offset_))",
+        CONFORMANCE,
+    ),
+    Mutant(
+        FORWARD_FEW,
+        "rows of U are as long as the rank",
+        "load(lora->u + m * lora->padded_rank + r)",
+        "load(lora->u + m * lora->b.cols + r)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        FORWARD_FEW,
+        "rows of W that fill no tile have no adapter",
+        "kRows, count - j), x, lora, sums + j * kM);",
+        "kRows, count - j), x, nullptr, sums + j * kM);",
+        CONFORMANCE,
+    ),
+    Mutant(
+        QUANTIZE,
+        "what is not finite is counted from its block on",
+        "found.first = first + i;",
+        "found.first = i;",
+        CONFORMANCE,
+    ),
+    Mutant(
+        QUANTIZE,
+        "a bucket's own midpoint counts as one before",
+        "bucket_of(codebook.midpoint[i]) < bucket) ++i;",
+        "bucket_of(codebook.midpoint[i]) <= bucket) ++i;",
+        CONFORMANCE,
+    ),
+    Mutant(
+        "cpp/src/cpu/generic/dropout-inl.h",
+        "the mask is that of the next eight elements",
+        "static_cast<std::uint64_t>(chunk * 8 + part)",
+        "static_cast<std::uint64_t>(chunk * 8 + part + 1)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        "cpp/src/cpu/generic/tiles-inl.h",
+        "both columns of tiles are the first",
+        "kB = 6 + j % 2;",
+        "kB = 6 + j % 1;",
+        ("conformance_tiles",),
+    ),
+    Mutant(
+        "cpp/src/cpu/generic/tiles-inl.h",
+        "sums of a panel replace those before",
+        "    if (accumulate)\n      tiles",
+        "    if (false)\n      tiles",
+        ("conformance_tiles",),
+    ),
+]
+
+ARENA, UPDATE = "cpp/src/paged.cpp", "cpp/src/paged_update.cpp"
+PAGED_OPTIMIZER = [
+    Mutant(ARENA, "state moves before the caller has come", *_without("  driver_->wait(in_, entered_);\n"), PAGED),
+    Mutant(ARENA, "state comes before it is back", *_without("  driver_->wait(in_, sent_);\n"), PAGED),
+    Mutant(
+        ARENA,
+        "the update does not wait for its state",
+        *_without("  driver_->wait(stream, stretch.fetched);\n"),
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "state goes back before it is updated",
+        *_without("  driver_->wait(out_, stretch.updated);\n"),
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "a slot is filled before it is copied back",
+        *_without("    if (slot.used) driver_->wait(in_, slot.copied_back);\n"),
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "the caller does not wait for what goes back",
+        *_without("  if (pinned_) driver_->wait(stream, sent_);\n"),
+        PAGED,
+    ),
+    Mutant(ARENA, "the ring has two slots", "kSlots = 3;", "kSlots = 2;", PAGED),
+    Mutant(
+        ARENA,
+        "a fetch that was in time counts as a stall",
+        "driver_->is_earlier(stretch.ready, stretch.fetched)",
+        "driver_->is_earlier(stretch.fetched, stretch.ready)",
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "state at the very beginning is not found",
+        "found->second->data_ <= at",
+        "found->second->data_ < at",
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "stretches that share a block of managed memory",
+        "array(state_bytes, is_whole && is_open ? kAlignment : kPage)",
+        "array(state_bytes, kAlignment)",
+        PAGED,
+    ),
+    Mutant(
+        UPDATE,
+        "the scales of a later stretch are the first ones",
+        *_without("    stretch.absmax2 += first / kAdamW8bitBlocksize;\n"),
+        PAGED,
+    ),
+    Mutant(UPDATE, "nothing is fetched ahead", *_without("  fetch(i + 1);\n"), PAGED),
+    Mutant(UPDATE, "no room is left for others", "to_come + kSpareBytes;", "to_come;", PAGED),
+]
+
+MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]

@@ -1,0 +1,236 @@
+"""Plants mistakes in the kernels, one at a time, and asks whether a test notices.
+
+Each mutant of mutant_list.py is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
+off by one. This program changes a copy of the tree, never the tree itself; it builds the one C++ test that should
+notice and runs it. A mutant that no test notices says that a test is missing, or, where its `reason` says why, that
+nothing can be noticed. The exit status is 1 where a mutant survives without a reason.
+
+    python tools/mutants.py                  all of them (make mutants)
+    python tools/mutants.py --sample         those few that are built and tested in seconds, as `make test` does
+    python tools/mutants.py --only gemm_sums those whose file or description has this text
+    python tools/mutants.py --check          only that each is still a change of the tree: nothing is built
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutant_list import MUTANTS, SUITES, Mutant
+
+ROOT = Path(__file__).resolve().parent.parent
+# A test that takes so many times as long as over the tree as it is, and so many seconds, hangs.
+TIMES_LONGER, LEAST_TIMEOUT = 10, 30
+# Only what tests need. Of the instruction sets of x86 one is enough: all of them compile the same algorithms, so each
+# further one would only compile them again, and -O3 takes minutes. A mutant may leave a variable unused.
+CONFIGURE = (
+    "-DQLN_BUILD_TESTS=ON",
+    "-DQLN_BUILD_PYTHON=OFF",
+    "-DQLN_CUDA=OFF",
+    "-DQLN_AVX512=OFF",
+    "-DQLN_OPTIMIZE=-O1",
+    "-DQLN_WERROR=OFF",
+)
+
+
+class BuildError(Exception):
+    """A tree that does not compile."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a test said: `noticed_by` is the test's function, or how the process ended; None: it passed."""
+
+    noticed_by: str | None
+    seconds: float
+
+
+class Tree:
+    """A copy of the tree and its build, both below `folder`, where they stay for the next time."""
+
+    def __init__(self, folder: Path, jobs: int):
+        """Only what differs from the tree is written, so that only that is built again."""
+        self.source, self.build, self.jobs = folder / "source", folder / "build", jobs
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "CMakeLists.txt", "cmake", "cpp"]
+            + ["cuda", "tests/cpp"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        ).stdout
+        names = {name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()}
+        self.source.mkdir(parents=True, exist_ok=True)
+        for old in [path for path in self.source.rglob("*") if path.is_file()]:
+            if str(old.relative_to(self.source)) not in names:
+                old.unlink()
+        for name in names:
+            self._put(name, (ROOT / name).read_bytes())
+        self.environment = {**os.environ, "CCACHE_BASEDIR": str(folder), "CCACHE_NOHASHDIR": "1"}
+        if not (self.build / "build.ninja").is_file():
+            self._call("cmake", "-S", str(self.source), "-B", str(self.build), "-G", "Ninja", *CONFIGURE)
+
+    def plant(self, mutant: Mutant) -> None:
+        """Makes the mistake in the copy."""
+        text = (ROOT / mutant.file).read_text()
+        self._put(mutant.file, text.replace(mutant.find, mutant.replace).encode())
+
+    def restore(self, mutant: Mutant) -> None:
+        """Takes it back."""
+        self._put(mutant.file, (ROOT / mutant.file).read_bytes())
+
+    def make(self, targets: list[str]) -> None:
+        """Builds tests."""
+        self._call("cmake", "--build", str(self.build), f"-j{self.jobs}", "--target", *targets)
+
+    def run(self, name: str, timeout: float | None = None) -> Outcome:
+        """Runs a suite, for so many seconds at most."""
+        suite, begin = SUITES[name], time.monotonic()
+        try:
+            done = subprocess.run(
+                [str(self.build / suite.target)],
+                env={**self.environment, **suite.environment},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome("a hang", time.monotonic() - begin)
+        noticed_by = None if done.returncode == 0 else self._first_failure(done)
+        return Outcome(noticed_by, time.monotonic() - begin)
+
+    def _first_failure(self, done: subprocess.CompletedProcess[str]) -> str:
+        failed = re.search(r"^(\S+):(\d+): failed: ", done.stdout, re.MULTILINE)
+        if failed:
+            return _function_at(self.build / failed[1], int(failed[2]))
+        if emulator := re.search(r"^cuda_emulated: (?:thread .*?: )?([^:\n]*)", done.stderr, re.MULTILINE):
+            return f"the emulator: {emulator[1]}"
+        return f"a crash (signal {-done.returncode})" if done.returncode < 0 else f"exit status {done.returncode}"
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self.source / name
+        if path.is_file() and path.read_bytes() == content:  # so that nothing is built again
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def _call(self, *command: str) -> None:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildError((done.stdout + done.stderr)[-4000:])
+
+
+def _function_at(path: Path, line: int) -> str:
+    """The name of the function of a C++ test in which a line lies."""
+    for text in reversed(path.read_text().splitlines()[:line]):
+        if begin := re.match(r"(?:  )?(?:template <.*> )?\w[\w:<>,&* ]* \**(\w+)\(.*\{( .*)?$", text):
+            return begin[1]
+    return f"{path.name}:{line}"
+
+
+def mistakes_of_the_list() -> list[str]:
+    """Where the list does not fit the tree: each mutant must change one place, and name a suite that exists."""
+    mistakes, seen = [], set()
+    for mutant in MUTANTS:
+        count = (ROOT / mutant.file).read_text().count(mutant.find) if (ROOT / mutant.file).is_file() else 0
+        if count != 1:
+            mistakes.append(f"{mutant}: its text occurs {count} times in {mutant.file}, expected once:\n{mutant.find}")
+        if mutant.find == mutant.replace:
+            mistakes.append(f"{mutant}: changes nothing")
+        if str(mutant) in seen:
+            mistakes.append(f"{mutant}: is listed twice")
+        seen.add(str(mutant))
+        mistakes += [f"{mutant}: no suite is called {suite}" for suite in mutant.suites if suite not in SUITES]
+    return mistakes
+
+
+def try_mutants(mutants: list[Mutant], tree: Tree) -> list[tuple[Mutant, str, Outcome]]:
+    """Each with the suite that noticed it, or its last one."""
+    names = sorted({suite for mutant in mutants for suite in mutant.suites})
+    tree.make(sorted({SUITES[name].target for name in names}))
+    timeouts = {}
+    for name in names:
+        outcome = tree.run(name)
+        if outcome.noticed_by is not None:
+            sys.exit(f"{name} fails over the tree as it is: {outcome.noticed_by}")
+        timeouts[name] = max(LEAST_TIMEOUT, TIMES_LONGER * outcome.seconds)
+        print(f"without a mutant: {name} passes in {outcome.seconds:.1f} s", flush=True)
+    results = []
+    for mutant in mutants:
+        tree.plant(mutant)
+        begin = time.monotonic()
+        try:
+            for suite in mutant.suites:
+                tree.make([SUITES[suite].target])
+                outcome = tree.run(suite, timeouts[suite])
+                if outcome.noticed_by is not None:
+                    break
+        except BuildError as error:
+            sys.exit(f"{mutant}: does not compile\n{error}")
+        finally:
+            tree.restore(mutant)
+        results.append((mutant, suite, outcome))
+        verdict = f"noticed by {suite}: {outcome.noticed_by}" if outcome.noticed_by else "SURVIVES"
+        print(f"{time.monotonic() - begin:6.1f} s  {mutant}: {verdict}", flush=True)
+    return results
+
+
+def table_of(results: list[tuple[Mutant, str, Outcome]]) -> str:
+    """All of them, as Markdown."""
+    noticed = sum(outcome.noticed_by is not None for _, _, outcome in results)
+    lines = [
+        "# Mutants of the kernels, and what notices them",
+        "",
+        f"{len(results)} mistakes, planted one at a time by `make mutants`: {noticed} are noticed by a test, "
+        f"{len(results) - noticed} by none, for the reason beside each.",
+        "",
+        "| file | mistake | suite | noticed by |",
+        "|---|---|---|---|",
+    ]
+    for mutant, suite, outcome in results:
+        verdict = f"`{outcome.noticed_by}`" if outcome.noticed_by else f"nothing: {mutant.reason or 'NO REASON'}"
+        lines.append(f"| {mutant.file} | {mutant.mistake} | {suite} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true", help="only the few that are tested in seconds")
+    parser.add_argument("--only", default="", help="only those whose file or description has this text")
+    parser.add_argument("--check", action="store_true", help="only whether each changes one place of the tree")
+    parser.add_argument("--output", action="store_true", help="write bench/results/mutants.md")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/mutants", help="for the copy and its build")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler at once")
+    arguments = parser.parse_args()
+    if mistakes := mistakes_of_the_list():
+        print("\n".join(mistakes), file=sys.stderr)
+        return 2
+    if arguments.check:
+        return 0
+    if shutil.which("ninja") is None or shutil.which("cmake") is None:
+        sys.exit("cmake and ninja are needed; the environment of `make` has them")
+    mutants = [m for m in MUTANTS if arguments.only in str(m) and (m.in_sample or not arguments.sample)]
+    results = try_mutants(mutants, Tree(arguments.folder.resolve(), arguments.jobs))
+    survivors = [mutant for mutant, _, outcome in results if outcome.noticed_by is None]
+    unexplained = [mutant for mutant in survivors if not mutant.reason]
+    needless = [mutant for mutant, _, outcome in results if outcome.noticed_by is not None and mutant.reason]
+    print(f"\n{len(results)} mutants: {len(results) - len(survivors)} noticed, {len(survivors)} not")
+    for mutant in survivors:
+        print(f"  survives: {mutant}: {mutant.reason or 'no reason is known: a test is missing'}")
+    for mutant in needless:
+        print(f"  is noticed, though a reason says that it cannot be: {mutant}")
+    if arguments.output:
+        (ROOT / "bench/results/mutants.md").write_text(table_of(results))
+    return 1 if unexplained or needless else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
