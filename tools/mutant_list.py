@@ -112,13 +112,13 @@ BETWEEN_BLOCKS = [
 ]
 
 GEMM = [
-    Mutant(GEMM_BLOCK, "a step is not waited for", *_without("      cp_async_wait<kStages - 2>();\n"), CONCURRENT),
+    Mutant(GEMM_BLOCK, "a step is not waited for", *_without("      cp_async_wait<kStages - 2>();\n"), ON_GPU),
     Mutant(
         GEMM_BLOCK,
         "one copy fewer is waited for",
         "cp_async_wait<kStages - 2>();",
         "cp_async_wait<kStages - 1>();",
-        CONCURRENT,
+        ON_GPU,
     ),
     Mutant(
         GEMM_BLOCK,

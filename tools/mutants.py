@@ -9,11 +9,15 @@ nothing can be noticed. The exit status is 1 where a mutant survives without a r
     python tools/mutants.py --sample         those few that are built and tested in seconds, as `make test` does
     python tools/mutants.py --only gemm_sums those whose file or description has this text
     python tools/mutants.py --check          only that each is still a change of the tree: nothing is built
+
+With --output what was found goes to bench/results/mutants.json and .md, where mutants that were not tried now keep
+what was found before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -26,6 +30,7 @@ from pathlib import Path
 from mutant_list import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "bench/results/mutants"
 # A test that takes so many times as long as over the tree as it is, and so many seconds, hangs.
 TIMES_LONGER, LEAST_TIMEOUT = 10, 30
 # Only what tests need. Of the instruction sets of x86 one is enough: all of them compile the same algorithms, so each
@@ -73,6 +78,7 @@ class Tree:
         for name in names:
             self._put(name, (ROOT / name).read_bytes())
         self.environment = {**os.environ, "CCACHE_BASEDIR": str(folder), "CCACHE_NOHASHDIR": "1"}
+        self.environment["QLN_STOP_AT_FAILURE"] = "1"
         if not (self.build / "build.ninja").is_file():
             self._call("cmake", "-S", str(self.source), "-B", str(self.build), "-G", "Ninja", *CONFIGURE)
 
@@ -182,22 +188,29 @@ def try_mutants(mutants: list[Mutant], tree: Tree) -> list[tuple[Mutant, str, Ou
     return results
 
 
-def table_of(results: list[tuple[Mutant, str, Outcome]]) -> str:
-    """All of them, as Markdown."""
-    noticed = sum(outcome.noticed_by is not None for _, _, outcome in results)
+def write_report(results: list[tuple[Mutant, str, Outcome]]) -> None:
+    """As data and as Markdown: what was found now, and of the other mutants what was found before."""
+    data = REPORT.with_suffix(".json")
+    found = json.loads(data.read_text()) if data.is_file() else {}
+    for mutant, suite, outcome in results:
+        found[str(mutant)] = {"suite": suite, "noticed_by": outcome.noticed_by}
+    found = {str(mutant): found[str(mutant)] for mutant in MUTANTS if str(mutant) in found}
+    data.write_text(json.dumps(found, indent=1) + "\n")
+    noticed = sum(each["noticed_by"] is not None for each in found.values())
     lines = [
         "# Mutants of the kernels, and what notices them",
         "",
-        f"{len(results)} mistakes, planted one at a time by `make mutants`: {noticed} are noticed by a test, "
-        f"{len(results) - noticed} by none, for the reason beside each.",
+        f"{len(found)} mistakes, planted one at a time by `make mutants`: {noticed} are noticed by a test, "
+        f"{len(found) - noticed} by none, for the reason beside each.",
         "",
         "| file | mistake | suite | noticed by |",
         "|---|---|---|---|",
     ]
-    for mutant, suite, outcome in results:
-        verdict = f"`{outcome.noticed_by}`" if outcome.noticed_by else f"nothing: {mutant.reason or 'NO REASON'}"
-        lines.append(f"| {mutant.file} | {mutant.mistake} | {suite} | {verdict} |")
-    return "\n".join(lines) + "\n"
+    for mutant in MUTANTS:
+        if each := found.get(str(mutant)):
+            verdict = f"`{each['noticed_by']}`" if each["noticed_by"] else f"nothing: {mutant.reason or 'NO REASON'}"
+            lines.append(f"| {mutant.file} | {mutant.mistake} | {each['suite']} | {verdict} |")
+    REPORT.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
@@ -206,7 +219,7 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="only the few that are tested in seconds")
     parser.add_argument("--only", default="", help="only those whose file or description has this text")
     parser.add_argument("--check", action="store_true", help="only whether each changes one place of the tree")
-    parser.add_argument("--output", action="store_true", help="write bench/results/mutants.md")
+    parser.add_argument("--output", action="store_true", help="write bench/results/mutants.json and .md")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/mutants", help="for the copy and its build")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler at once")
     arguments = parser.parse_args()
@@ -228,7 +241,7 @@ def main() -> int:
     for mutant in needless:
         print(f"  is noticed, though a reason says that it cannot be: {mutant}")
     if arguments.output:
-        (ROOT / "bench/results/mutants.md").write_text(table_of(results))
+        write_report(results)
     return 1 if unexplained or needless else 0
 
 

@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <utility>
 
 #include "simt/context.h"
 #include "simt/store_buffer.h"
@@ -124,6 +125,7 @@ struct Warp {
   int arrived = 0;
   Site site;
   void* lanes[kWarp];
+  bool is_held_back = false;
 };
 
 struct Block;
@@ -223,6 +225,18 @@ struct Block {
     }
   }
 
+  // Under a random order some warps take no part for some rounds: others come as far as barriers let them.
+  void hold_back_some_warps() {
+    constexpr std::size_t kRounds = 8;  // in the mean
+    if (!schedule.is_random() || schedule.below(kRounds) != 0) return;
+    for (Warp& warp : warps) warp.is_held_back = schedule.coin();
+  }
+  bool let_all_warps_run() {  // whether any did not
+    bool any = false;
+    for (Warp& warp : warps) any |= std::exchange(warp.is_held_back, false);
+    return any;
+  }
+
   // Runs every fiber as far as it comes, round after round, until none comes further or `turns` have been taken.
   // Whether any came further.
   bool advance(std::int64_t turns) {
@@ -230,14 +244,15 @@ struct Block {
     while (turns > 0) {
       if (next == order.size()) {
         release_barrier();
-        if (!ran) break;
+        if (!ran && !let_all_warps_run()) break;
         ran = false;
         schedule.arrange(order);
+        hold_back_some_warps();
         next = 0;
       }
       Fiber& fiber = fibers[static_cast<std::size_t>(order[next++])];
       if (fiber.state == Fiber::State::waiting && *fiber.flag == fiber.value) fiber.state = Fiber::State::ready;
-      if (fiber.state != Fiber::State::ready) continue;
+      if (fiber.state != Fiber::State::ready || fiber.warp->is_held_back) continue;
       ran = any = true;
       --turns;
       current = &fiber;
@@ -454,8 +469,10 @@ void run(const Grid& launched) {
 
 void spoil(void* memory, std::size_t bytes) {
   std::memset(memory, 0xFF, bytes);  // every float a NaN
+  // Not each second time: a product takes so many workspaces that its flags would always be in such a one, or never.
   static thread_local std::uint32_t calls = 0;
-  if (!Schedule::from_environment().is_concurrent() || ++calls % 2 == 0) return;
+  constexpr std::uint32_t kGoldenRatio = 0x9E3779B9;
+  if (!Schedule::from_environment().is_concurrent() || (++calls * kGoldenRatio) >> 31 == 0) return;
   const std::uint32_t raised_flag = 1;
   for (std::size_t i = 0; i + sizeof(raised_flag) <= bytes; i += sizeof(raised_flag)) {
     std::memcpy(static_cast<std::byte*>(memory) + i, &raised_flag, sizeof(raised_flag));

@@ -2,7 +2,8 @@
 // the others or ends. host.h builds on it what a kernel sees.
 //
 // Under the schedules forward, reverse and random a fiber runs until it waits, and a block is started when those before
-// it have ended or wait for others. They find what is wrong inside a block. The schedule concurrent finds what is wrong
+// it have ended or wait for others; under random some warps are held back while others run. They find what is wrong
+// inside a block. The schedule concurrent finds what is wrong
 // between blocks; its model is this:
 //
 //   - Several blocks are resident. Each runs for a random number of turns, then another one does. Where all of them
@@ -12,7 +13,7 @@
 //   - What store_vector writes to global memory the thread alone sees at first. From the block's next barrier on (or
 //     the warp's sync_warp) the block sees it. All see it when a thread that sees it calls signal, or at a random
 //     later time, one 16-byte piece sooner than another; at the latest when the kernel has ended.
-//   - A Workspace begins as NaN or, every other time, as words of 1: flags that an earlier call has left raised.
+//   - A Workspace begins as NaN or, half of the times, as words of 1: flags that an earlier call has left raised.
 //
 // What it does not see: accesses through plain pointers are neither cut nor buffered, so what passes between blocks of
 // a kernel must go through load_vector and store_vector, and what a thread has stored through store_vector it must not
@@ -47,12 +48,12 @@ class Schedule {
   std::int64_t place(std::int64_t i, std::int64_t count) const;  // the i-th of the blocks
   bool coin();  // whether an asynchronous copy is done at once: what a device may do, too
   bool is_concurrent() const { return order_ == Order::concurrent; }
+  bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
   std::size_t below(std::size_t count);  // a random number
 
  private:
   enum class Order { forward, reverse, random, concurrent } order_ = Order::forward;
   std::uint64_t state_ = 0;
-  bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
   std::uint32_t next();
 };
 
