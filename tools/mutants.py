@@ -8,6 +8,7 @@ nothing can be noticed. The exit status is 1 where a mutant survives without a r
     python tools/mutants.py                  all of them (make mutants)
     python tools/mutants.py --sample         those few that are built and tested in seconds, as `make test` does
     python tools/mutants.py --only gemm_sums those whose file or description has this text
+    python tools/mutants.py --new --output   those that the report lacks: after a run that was interrupted
     python tools/mutants.py --check          only that each is still a change of the tree: nothing is built
 
 With --output what was found goes to bench/results/mutants.json and .md, where mutants that were not tried now keep
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +159,7 @@ def mistakes_of_the_list() -> list[str]:
     return mistakes
 
 
-def try_mutants(mutants: list[Mutant], tree: Tree) -> list[tuple[Mutant, str, Outcome]]:
+def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, str, Outcome]]:
     """Each with the suite that noticed it, or its last one."""
     names = sorted({suite for mutant in mutants for suite in mutant.suites})
     tree.make(sorted({SUITES[name].target for name in names}))
@@ -168,7 +170,6 @@ def try_mutants(mutants: list[Mutant], tree: Tree) -> list[tuple[Mutant, str, Ou
             sys.exit(f"{name} fails over the tree as it is: {outcome.noticed_by}")
         timeouts[name] = max(LEAST_TIMEOUT, TIMES_LONGER * outcome.seconds)
         print(f"without a mutant: {name} passes in {outcome.seconds:.1f} s", flush=True)
-    results = []
     for mutant in mutants:
         tree.plant(mutant)
         begin = time.monotonic()
@@ -182,20 +183,24 @@ def try_mutants(mutants: list[Mutant], tree: Tree) -> list[tuple[Mutant, str, Ou
             sys.exit(f"{mutant}: does not compile\n{error}")
         finally:
             tree.restore(mutant)
-        results.append((mutant, suite, outcome))
         verdict = f"noticed by {suite}: {outcome.noticed_by}" if outcome.noticed_by else "SURVIVES"
         print(f"{time.monotonic() - begin:6.1f} s  {mutant}: {verdict}", flush=True)
-    return results
+        yield mutant, suite, outcome
+
+
+def last_report() -> dict[str, dict[str, str | None]]:
+    """What was found before, by mutant."""
+    data = REPORT.with_suffix(".json")
+    return json.loads(data.read_text()) if data.is_file() else {}
 
 
 def write_report(results: list[tuple[Mutant, str, Outcome]]) -> None:
     """As data and as Markdown: what was found now, and of the other mutants what was found before."""
-    data = REPORT.with_suffix(".json")
-    found = json.loads(data.read_text()) if data.is_file() else {}
+    found = last_report()
     for mutant, suite, outcome in results:
         found[str(mutant)] = {"suite": suite, "noticed_by": outcome.noticed_by}
     found = {str(mutant): found[str(mutant)] for mutant in MUTANTS if str(mutant) in found}
-    data.write_text(json.dumps(found, indent=1) + "\n")
+    REPORT.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     noticed = sum(each["noticed_by"] is not None for each in found.values())
     lines = [
         "# Mutants of the kernels, and what notices them",
@@ -218,6 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="only the few that are tested in seconds")
     parser.add_argument("--only", default="", help="only those whose file or description has this text")
+    parser.add_argument("--new", action="store_true", help="only those that the report does not have")
     parser.add_argument("--check", action="store_true", help="only whether each changes one place of the tree")
     parser.add_argument("--output", action="store_true", help="write bench/results/mutants.json and .md")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/mutants", help="for the copy and its build")
@@ -231,7 +237,13 @@ def main() -> int:
     if shutil.which("ninja") is None or shutil.which("cmake") is None:
         sys.exit("cmake and ninja are needed; the environment of `make` has them")
     mutants = [m for m in MUTANTS if arguments.only in str(m) and (m.in_sample or not arguments.sample)]
-    results = try_mutants(mutants, Tree(arguments.folder.resolve(), arguments.jobs))
+    if arguments.new:
+        mutants = [mutant for mutant in mutants if str(mutant) not in last_report()]
+    results = []
+    for result in try_mutants(mutants, Tree(arguments.folder.resolve(), arguments.jobs)):
+        results.append(result)
+        if arguments.output:
+            write_report([result])
     survivors = [mutant for mutant, _, outcome in results if outcome.noticed_by is None]
     unexplained = [mutant for mutant in survivors if not mutant.reason]
     needless = [mutant for mutant, _, outcome in results if outcome.noticed_by is not None and mutant.reason]
@@ -240,8 +252,6 @@ def main() -> int:
         print(f"  survives: {mutant}: {mutant.reason or 'no reason is known: a test is missing'}")
     for mutant in needless:
         print(f"  is noticed, though a reason says that it cannot be: {mutant}")
-    if arguments.output:
-        write_report(results)
     return 1 if unexplained or needless else 0
 
 
