@@ -115,12 +115,13 @@ class Tree:
         return Outcome(noticed_by, time.monotonic() - begin)
 
     def _first_failure(self, done: subprocess.CompletedProcess[str]) -> str:
-        failed = re.search(r"^(\S+):(\d+): failed: ", done.stdout, re.MULTILINE)
-        if failed:
+        if failed := re.search(r"^(\S+\.cpp):(\d+): ", done.stdout, re.MULTILINE):
             return _function_at(self.build / failed[1], int(failed[2]))
         if emulator := re.search(r"^cuda_emulated: (?:thread .*?: )?([^:\n]*)", done.stderr, re.MULTILINE):
             return f"the emulator: {emulator[1]}"
-        return f"a crash (signal {-done.returncode})" if done.returncode < 0 else f"exit status {done.returncode}"
+        if done.returncode < 0:
+            return f"a crash (signal {-done.returncode})"
+        return done.stdout.rstrip().rpartition("\n")[2] or f"exit status {done.returncode}"  # or how many codes
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.source / name
