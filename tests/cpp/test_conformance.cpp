@@ -588,6 +588,7 @@ std::vector<Case> cases() {
                                   {8, 70, 1088},
                                   {17, 70, 1088},
                                   {33, 66, 1100},
+                                  {129, 136, 128},
                                   {257, 130, 96}})
       for (const int format : {0, 3})
         all.push_back({.M = M,

@@ -169,6 +169,7 @@ struct Call {
   std::vector<float> out, low_rank;
   std::vector<int> times;  // that each element of out was computed
   int products = 0;
+  const void* panel = nullptr;  // of the last product
   bool multiplies = true;
   std::size_t bytes = 0;  // of the largest allocation
   int held = 0;           // allocations that were not given back
@@ -179,6 +180,8 @@ Call call;
 void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   const Layer& layer = *call.layer;
   ++call.products;
+  EXPECT(args.right.data != call.panel);  // a device decodes the next one while this one is multiplied
+  call.panel = args.right.data;
   const std::int64_t weight_inner = call.backward ? layer.N : layer.K, rank = layer.rank;
   const std::int64_t out_cols = call.backward ? layer.K : layer.N;
   const std::int64_t offset = static_cast<float*>(args.out.data) - call.out.data();
