@@ -563,6 +563,7 @@ ON_CPU = [
         "(count + (odd ? 2 : 1)) / 2",
         "(count + 1) / 2",
         CONFORMANCE,
+        reason="a row that begins in a low nibble has an odd number of elements, so both give the same bytes",
     ),
     Mutant(
         SCALES,
