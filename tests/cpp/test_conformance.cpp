@@ -573,7 +573,8 @@ std::vector<Case> cases() {
     for (const std::int64_t rank : kRanks)
       for (const float dropout : {0.0f, 0.3f})
         for (const DType lora_dtype : {DType::f32, dtype})
-          for (const auto& [M, N, K] : {std::array<std::int64_t, 3>{0, 5, 9}, {1, 80, 96}, {3, 20, 96}, {9, 3, 65}, {33, 40, 200}})
+          for (const auto& [M, N, K] :
+               {std::array<std::int64_t, 3>{0, 5, 9}, {1, 80, 96}, {3, 20, 96}, {9, 3, 65}, {33, 40, 200}})
             all.push_back({.M = M,
                            .N = N,
                            .K = K,
