@@ -102,7 +102,8 @@ void Checkpoint::add(std::string_view file, const std::string& name) {
       for (const std::string& item : entry.keys()) entry[item].string();
       continue;
     }
-    Tensor tensor{.dtype = entry["dtype"].string()};
+    Tensor tensor;
+    tensor.dtype = entry["dtype"].string();
     const std::size_t element = size_of(tensor.dtype);
     if (element == 0) entry["dtype"].fail("a dtype that is known here");
     for (const Json& size : entry["shape"].array()) tensor.shape.push_back(size.integer(0));
