@@ -3,8 +3,8 @@
 # make test-arm   the C++ library and its tests for 64-bit Arm, cross-compiled and run under QEMU on two processors
 # make mutants    plant mistakes in the kernels, one at a time, and see which a test notices (ARGS="--only gemm")
 # make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
-# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (half an hour on two cores),
-#                 and the C++ tests with threads under ThreadSanitizer
+# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer, and the C++ tests with
+#                 threads under ThreadSanitizer (half an hour on two cores)
 # make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target, chosen by libFuzzer (CXX=clang++) and atheris
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
@@ -97,7 +97,7 @@ asan_options := detect_stack_use_after_return=0
 threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_SANITIZE=$(sanitizers)
+	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_SANITIZE=$(sanitizers)
 	$(VENV)/bin/cmake --build build/sanitize
 	ASAN_OPTIONS=$(asan_options) $(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
@@ -121,7 +121,8 @@ comma := ,
 fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
-	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
+	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF \
+	    -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
 	$(VENV)/bin/cmake --build build/fuzz --target $(fuzz_targets:%=fuzz_%)
 	for target in $(fuzz_targets); do \
 	    mkdir -p build/fuzz/corpus/$$target; \

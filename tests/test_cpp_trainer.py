@@ -173,7 +173,7 @@ def test_trainer_without_the_toolkit_is_not_built(tmp_path):
         (("--dropout", "1.5"), "--dropout: expected a number from 0 to 0.999, got 1.5"),
         (("--model", "/nowhere"), "/nowhere"),
         (("--data", os.devnull), "is empty, or no file that can be mapped"),
-        (("--sequence", "65536"), "too short"),
+        (("--data", ROOT / ".clang-format"), "too short"),
     ],
 )
 def test_bad_option_is_refused(trainer, base, tmp_path, change, message):
