@@ -356,6 +356,13 @@ def test_damaged_adapter_is_refused(copies, damage, message):
     check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
 
 
+def test_adapter_of_a_layer_that_the_model_lacks_is_refused(copies):
+    """The files may have more than config.json describes; what is merged must be the model's."""
+    edit(copies / "one/config.json", lambda config: config.update(num_hidden_layers=0, layer_types=[]))
+    message = "expected changes to tensors that the base has, got model.layers.0.mlp.up_proj.weight"
+    check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
+
+
 # ---- state dicts of layers -------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,9 @@ std::string kind_of(const std::string& text) {
 
 }  // namespace
 
+// GCC's library of UndefinedBehaviorSanitizer does not know of that callback: it is to raise a signal.
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1"; }
+
 int main(int count, char** arguments) {
   std::uint64_t runs = ~std::uint64_t{0}, seconds = ~std::uint64_t{0}, seed = std::random_device{}();
   std::string prefix;  // of the names of files that are written

@@ -159,7 +159,7 @@ class _Conversion:
 
     def check(self) -> None:
         """Raise ValueError unless the files have what the model has, and the adapter changes nothing else."""
-        there = self._check_names()
+        there = self._check_names() & self.model.names()
         missing = sorted(self.lora.names() - there) if self.lora is not None else []
         if missing:
             raise bad("adapter", "changes to tensors that the base has", f"{missing[0]}, which it has not")

@@ -99,6 +99,10 @@ class Skeleton:
         elif stored_as_linear:
             raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
 
+    def names(self) -> set[str]:
+        """The names of the model's tensors."""
+        return set(self._state)
+
     def shape(self, name: str) -> list[int]:
         """The shape of the model's tensor `name`."""
         return list(self._state[name].shape)
