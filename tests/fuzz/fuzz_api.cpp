@@ -276,7 +276,7 @@ void linear_backward_input(Input& input, Memory& memory) {
 void lora_gradients(Input& input, Memory& memory) {
   const Shape shape = draw_shape(input);
   const qn::DType dtype = input.dtype();
-  qn::LoraGradientsArgs args{.lora = draw_lora(input, memory, shape),
+  qn::LoraGradientsArgs args{.lora = draw_lora(input, memory, {.rank = shape.rank}),  // no memory for a and b
                              .x = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.K, dtype),
                              .dy = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.N, dtype),
                              .u = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.rank, dtype),

@@ -14,7 +14,8 @@ class Scales {
         nested_code_(w.nested_code),
         offset_(w.offset != nullptr ? *w.offset : 0.0f),
         nested_blocksize_(w.nested_blocksize),
-        nested_shift_((w.nested_blocksize & (w.nested_blocksize - 1)) == 0
+        // Without nested scales their blocksize may be any number.
+        nested_shift_(w.nested_absmax != nullptr && (w.nested_blocksize & (w.nested_blocksize - 1)) == 0
                           ? __builtin_ctz(static_cast<unsigned>(w.nested_blocksize))
                           : -1),
         levels_(w.nested_code != nullptr ? w.nested_code : kNoLevels) {}
