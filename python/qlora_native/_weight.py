@@ -285,7 +285,7 @@ class QuantizedWeight:
         if len(packed) != 1:
             raise bad("state_dict", f"one key {name + '.quant_state.bitsandbytes__nf4'!r} or __fp4", f"{len(packed)}")
         nested = f"{name}.nested_absmax" in state_dict
-        state = _read_state(packed[0], entry(packed[0].removeprefix(name)), nested)
+        state = read_quant_state(packed[0], entry(packed[0].removeprefix(name)), nested)
         N, K = state["shape"]
         codes = _bytes_of(name, entry(""), ceil_div(N * K, 2))
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
@@ -316,7 +316,7 @@ def _bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
     return codes.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _read_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
+def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
     """The JSON object of bitsandbytes' quant_state, with the fields that are used checked."""
     longest = 1 << 16  # bytes; bitsandbytes writes some 200
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > longest or packed.is_meta:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._errors import bad
 from .._json import parse_object
-from .._weight import QuantizedWeight
+from .._weight import QuantizedWeight, read_quant_state
 
 __all__ = ["Checkpoint", "file_inside", "new_folder", "open_safetensors", "write_shards"]
 
@@ -112,7 +112,10 @@ class Checkpoint:
         return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> list[int]:
-        """The shape of the tensor as it is in the file."""
+        """The shape of the tensor as it is in the file, of a quantized weight (N, K); no values are read."""
+        if self.quantized(name):
+            key = next(key for key in self._file_of if key.startswith(f"{name}{QUANT_STATE}"))
+            return read_quant_state(key, self[key], f"{name}.nested_absmax" in self)["shape"]
         return self._file(name).get_slice(name).get_shape()
 
     def quantized(self, name: str) -> bool:

@@ -179,10 +179,7 @@ class _Conversion:
             file_names[own] = name
             there.add(own)
             there.update(self.model.names_made_of(name))
-            if self.checkpoint.quantized(name):
-                self.model.check_shape(name, list(self.checkpoint.quantized_weight(name).shape), stored_as_linear=True)
-            else:
-                self.model.check_shape(name, self.checkpoint.shape(name))
+            self.model.check_shape(name, self.checkpoint.shape(name), self.checkpoint.quantized(name))
         if missing := sorted(self.model.needed(there) - there):
             raise bad(
                 str(self.checkpoint.folder),

@@ -84,19 +84,19 @@ class Skeleton:
             name for name in self._state if name not in shared and not any(pattern.search(name) for pattern in ignored)
         }
 
-    def check_shape(self, name: str, shape: list[int], stored_as_linear: bool = False) -> None:
+    def check_shape(self, name: str, shape: list[int], is_quantized: bool) -> None:
         """Raise ValueError if the file's tensor `name` has another shape than the model's, or is quantized for nothing.
 
-        stored_as_linear: whether it is a quantized weight, [out, in] even of a Conv1D, which has its own [in, out].
+        is_quantized: then it is [out, in] even of a Conv1D, which has its own weight [in, out].
         """
         own = self.name_of(name)
         if own in self._state:
             expected = self.shape(own)
-            if stored_as_linear and isinstance(self.module(own.rpartition(".")[0]), Conv1D):
+            if is_quantized and isinstance(self.module(own.rpartition(".")[0]), Conv1D):
                 expected.reverse()
             if shape != expected:
                 raise bad(name, f"the shape {expected}, as config.json says", shape)
-        elif stored_as_linear:
+        elif is_quantized:
             raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
 
     def names(self) -> set[str]:
