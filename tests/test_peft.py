@@ -58,10 +58,8 @@ def test_fused_layer_differs_from_peft(family, monkeypatch):
         assert_close(tensor, expected[name], ORDER)
 
 
-@families
-def test_fused_layer_in_bf16_is_as_near_to_fp32_as_peft(family, monkeypatch):
-    ours, theirs = pair(family, torch.bfloat16)
-    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+def check_as_near_to_fp32(ours, theirs, monkeypatch):
+    """Logits and gradients of `ours`, in bf16, are about as far from fp32 as those of `theirs`."""
     ids, ratios = models.ids, []
     for seed in range(5):
         monkeypatch.setattr(models, "ids", partial(ids, seed=seed))
@@ -72,6 +70,13 @@ def test_fused_layer_in_bf16_is_as_near_to_fp32_as_peft(family, monkeypatch):
         ratios.append(error / other)
     # Each is the noise of a chain of bf16 roundings: of one input it is anything, in the median over several it is not.
     assert median(ratios) < 1.5, ratios
+
+
+@families
+def test_fused_layer_in_bf16_is_as_near_to_fp32_as_peft(family, monkeypatch):
+    ours, theirs = pair(family, torch.bfloat16)
+    assert fused_layers(ours, monkeypatch) == LINEARS[family]
+    check_as_near_to_fp32(ours, theirs, monkeypatch)
 
 
 @families
@@ -139,15 +144,7 @@ def test_dora_is_fused_and_equals_peft(family, dropout, monkeypatch):
 
 def test_dora_in_bf16_is_as_near_to_fp32_as_peft(monkeypatch):
     ours, theirs = of_another_magnitude(*pair("llama", torch.bfloat16, use_dora=True))
-    ids, ratios = models.ids, []
-    for seed in range(5):
-        monkeypatch.setattr(models, "ids", partial(ids, seed=seed))
-        exact = logits_and_gradients(copy.deepcopy(theirs).float())
-        results = [logits_and_gradients(copy.deepcopy(model)) for model in (ours, theirs)]
-        assert results[0]["logits"].dtype == torch.bfloat16
-        error, other = (sum(relative_error(t, exact[n]) ** 2 for n, t in r.items()) ** 0.5 for r in results)
-        ratios.append(error / other)
-    assert median(ratios) < 1.5, ratios
+    check_as_near_to_fp32(ours, theirs, monkeypatch)
 
 
 def test_dora_decodes_the_weight_once_until_it_changes(monkeypatch):
