@@ -25,7 +25,7 @@ FIGURES = {
     "bitsandbytes_packed": "bitsandbytes packed",
     "torch_fused": "torch fused",
 }
-# Where a report has the ratio of a training step.
+# This is where a report has the ratio of a training step.
 STEP_RATIOS = {"step": "ratio", "step_dense": "dense_ratio"}
 LEFT_OUT = "–"
 

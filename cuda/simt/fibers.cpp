@@ -369,7 +369,7 @@ class ConcurrentRun {
       buffer.publish(schedule.below(buffer.size()));
     }
   }
-  // Where all wait for what is in a buffer. False: there is nothing in any.
+  // Makes one store visible where all blocks wait for what is in a buffer. Returns false if all buffers are empty.
   bool publish_one() {
     std::vector<StoreBuffer*> buffers;
     const auto add = [&](StoreBuffer& buffer) {

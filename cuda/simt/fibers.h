@@ -3,8 +3,7 @@
 //
 // Under the schedules forward, reverse and random a fiber runs until it waits, and a block is started when those before
 // it have ended or wait for others; under random some warps are held back while others run. They find what is wrong
-// inside a block. The schedule concurrent finds what is wrong
-// between blocks; its model is this:
+// inside a block. The schedule concurrent finds what is wrong between blocks; its model is this:
 //
 //   - Several blocks are resident. Each runs for a random number of turns, then another one does. Where all of them
 //     wait for a block that has not begun, that one becomes resident too.

@@ -4,9 +4,8 @@
 //
 //   - Threads are fibers. They meet in sync_threads() and in everything a warp does together; lanes that meet at
 //     different calls, or never, end the process with file and line.
-//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run: results must not
-//   depend
-//     on it. Under the last one blocks run at the same time, and stores become visible late (fibers.h has its model).
+//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
+//     depend on it. Under the last one blocks run at the same time, and stores become visible late (fibers.h).
 //   - cp_async only queues; cp_async_wait copies. Shared memory, and memory of a Workspace, begins as NaN.
 //   - Vectors are loaded and stored at aligned addresses only.
 #pragma once

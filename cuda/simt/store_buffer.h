@@ -24,7 +24,7 @@ class StoreBuffer {
     piece.written |= ((1u << bytes) - 1) << first;
   }
 
-  // Of the bytes at `from`, which are in `to` as memory has them, those that are in here replace the others.
+  // `to` holds the bytes at `from` as memory has them. Those that are in here take their place.
   void overlay(void* to, const void* from, std::size_t bytes) const {
     if (pieces_.empty()) return;
     const auto* const begin = static_cast<const std::byte*>(from);

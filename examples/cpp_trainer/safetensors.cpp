@@ -35,7 +35,7 @@ std::size_t size_of(std::string_view dtype) {
   return 0;
 }
 
-// Of a tensor; none if 64 bits do not hold their number.
+// The bytes of a tensor. There is no result if 64 bits do not hold their number.
 std::optional<std::size_t> bytes_of(const Shape& shape, std::size_t element) {
   std::size_t bytes = element;
   for (const std::int64_t size : shape)

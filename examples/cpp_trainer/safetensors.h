@@ -29,7 +29,7 @@ struct Tensor {
 class Checkpoint {
  public:
   explicit Checkpoint(const std::filesystem::path& folder);
-  // Of one such file in the caller's memory. `name` is what errors call it.
+  // Reads one such file in the caller's memory. `name` is what errors call it.
   Checkpoint(std::string_view file, const std::string& name) { add(file, name); }
 
   bool contains(const std::string& name) const { return tensors_.contains(name); }

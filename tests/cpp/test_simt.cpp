@@ -296,7 +296,7 @@ __global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* f
   store_vector<float, 4>(out + 4 * t, own);
 }
 
-// Of two launches over the same memory, the second with other numbers.
+// Two launches use the same memory, the second with other numbers.
 template <Mistake kMistake>
 std::vector<float> shared_sums() {
   alignas(16) float in[kSharers * kSharedSums], sums[kSharers * kSharedSums];
