@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sharding import leave
 from torch import nn
 
 import qlora_native as qn
@@ -363,7 +364,7 @@ def distributed(rank, folder):
         wrapped(x.chunk(2)[rank]).square().mean().backward()
         optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_processes_drift_apart(tmp_path):

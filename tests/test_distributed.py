@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 import models  # noqa: E402
 from lora import LINEARS, assert_close, config, families  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from sharding import prepared_by_accelerate  # noqa: E402
+from sharding import leave, prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import register  # noqa: E402
@@ -129,8 +129,7 @@ def worker(rank, folder):
             model.save_pretrained(folder / name, save_embedding_layers=False, state_dict=state)
     for family in LINEARS:
         torch.save(trained(family, folder / "trainer", PROCESSES), folder / f"trainer-{family}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
