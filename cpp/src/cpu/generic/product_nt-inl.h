@@ -209,8 +209,9 @@ struct ProductNt {
                     bool accumulate, Decoding& decoding) {
     constexpr int kRows = std::is_same_v<Decoding, NoDecoder> ? kRowsOfStrip[kWidth] : kRowsOfDecodingStrip[kWidth];
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
-    for (std::int64_t n = 0; n < rows; n += kRows)
-      for (std::int64_t unit = 0; unit < units; unit += kChain)
+    // All rows of W for a chain, so that its part of the strip is read from the first-level cache, but for once.
+    for (std::int64_t unit = 0; unit < units; unit += kChain)
+      for (std::int64_t n = 0; n < rows; n += kRows)
         tile<kWidth, kRows>(x + unit * kWidth * kLanes, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
                             sums + n * kWidth * kLanes, accumulate || unit != 0, decoding);
   }
