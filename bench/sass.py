@@ -2,7 +2,7 @@
 
     make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
-    make sass ARGS=--output       writes those figures, and results/sass.md for people
+    make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md
 
 A kernel's main loop is the one with the most tensor-core instructions (HMMA) that are in no loop inside of it, or, in a
 kernel without, with the most instructions; or, in one that has a loop for what vectors can reach and one for the rest,
@@ -27,11 +27,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cycles
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
+README = ROOT / "cuda/README.md"
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
 SLACK = 0.02
 
@@ -85,10 +87,10 @@ def nvcc_version() -> str:
     return re.search(r"release ([\d.]+)", " ".join(run(nvcc, "--version")))[1]
 
 
-def report(library: Path, pattern: str = "") -> dict[str, dict[str, Any]]:
+def report(compiled: Sequence[Kernel]) -> dict[str, dict[str, Any]]:
     """{kernel: {architecture: figures}}."""
     found: dict[str, dict[str, Any]] = {}
-    for kernel in kernels(library, pattern):
+    for kernel in compiled:
         found.setdefault(kernel.name, {})[kernel.architecture] = figures(kernel)
     return dict(sorted(found.items()))
 
@@ -172,7 +174,7 @@ def peer_library() -> Path | None:
     return max(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"), default=None)
 
 
-def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
+def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled: Sequence[Kernel]) -> str:
     """The report for people."""
 
     def table(found: dict[str, Any]) -> str:
@@ -180,9 +182,47 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     text = [title, table(ours), *adamw_step(ours)]
+    text += ["What bounds a step of the tensor-core product, by the model of bench/cycles.py:"]
+    text += ["\n".join(cycles.table(compiled))]
     if theirs:
         text += ["bitsandbytes, likewise:", table(theirs)]
     return "\n\n".join(text) + "\n"
+
+
+BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
+# What cuda/README.md shows of a kernel in bf16 over 4-bit weights: {its name there: its name}.
+SHOWN = {
+    **{
+        f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true> >"
+        for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
+        for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
+    },
+    "few rows": "gemv_kernel<Bf16, 8, 4, true>",
+    "decoding a panel": "panel_kernel<Bf16, 4>",
+    "dequantize": "dequantize_kernel<Bf16, 4>",
+    "AdamW8bit, update": "update_kernel<Bf16>",
+}
+
+
+def short_table(committed: dict[str, Any]) -> str:
+    """The table of cuda/README.md, of the committed figures."""
+    newest = ARCHITECTURES[-1]
+    lines = [
+        f"| {newest}, nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight or element |",
+        "|---|---|---|---|---|",
+    ]
+    for title, name in SHOWN.items():
+        figure = committed["kernels"][name][newest]
+        unit = figure.get("per_weight", figure.get("per_element", ""))
+        share = f"{figure['hmma']:.0%}" if "hmma" in figure else ""
+        lines.append(f"| {title} | {figure['registers']} | {figure['loop']} | {share} | {unit} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """A document with the table between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table + END + rest.split(END)[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.library.exists():
         raise SystemExit(f"{args.library} is missing: make test-cpp builds it")
     version = nvcc_version()
-    ours = report(args.library, args.kernels)
+    compiled = kernels(args.library, args.kernels)
+    ours = report(compiled)
     if not ours:
         if version and not args.kernels:
             raise SystemExit(f"{args.library} holds no kernels, although there is an nvcc")
@@ -212,17 +253,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(ours)} kernels for {' and '.join(ARCHITECTURES)}: {len(wrong)} faults")
         return 1 if wrong else 0
     library = peer_library()
-    theirs = report(library, PEER) if library and not args.kernels else {}
+    theirs = report(kernels(library, PEER)) if library and not args.kernels else {}
     title = f"nvcc {version}" + (f"; bitsandbytes {importlib.metadata.version('bitsandbytes')}" if theirs else "")
     if not args.output:
-        print(markdown(ours, theirs, title), end="")
+        print(markdown(ours, theirs, title, compiled), end="")
         return 0
     entries = []
     for name, both in ours.items():
         lines = [f"{json.dumps(architecture)}: {json.dumps(figure)}" for architecture, figure in both.items()]
         entries.append(f"{json.dumps(name)}: {{\n   " + ",\n   ".join(lines) + "}")
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
-    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title)))
+    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title), compiled))
+    README.write_text(with_table(README.read_text(), short_table(json.loads(RESULTS.read_text()))))
     return 0
 
 

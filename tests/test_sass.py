@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import shutil
 from pathlib import Path
 
@@ -171,3 +172,30 @@ def test_fault_is_not_seen(sass):
     other = copy.deepcopy(committed)
     other["new"] = {"sm_80": figure}
     assert sass.faults(other, committed) == ["new for sm_80: no committed figure (make sass ARGS=--output writes it)"]
+
+
+def test_table_of_the_readme_is_that_of_the_figures(sass):
+    committed = json.loads(sass.RESULTS.read_text())
+    text = sass.README.read_text()
+    assert sass.with_table(text, sass.short_table(committed)) == text
+
+
+def test_shared_memory_is_counted_by_the_width_of_each_access(machine_code):
+    cycles = importlib.import_module("cycles")
+    opcodes = {
+        "LDS": 1, "LDS.64": 2, "LDS.128": 4, "LDS.U8": 1, "STS.128": 4, "LDSM.16.M88.4": 4, "LDSM.16.MT88.2": 2,
+        "LDGSTS.E.BYPASS.128": 4, "LDGSTS.E": 1, "LDG.E.128": 0, "HMMA.16816.F32.BF16": 0,
+    }  # fmt: skip
+    for opcode, expected in opcodes.items():
+        assert cycles.shared_cycles([machine_code.Instruction(0, "", opcode, "")]) == expected, opcode
+
+
+def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
+    cycles = importlib.import_module("cycles")
+    loop = [("LDSM.16.M88.4", "")] * 32 + [("HMMA.16816.F32.BF16", "")] * 128 + [("BRA", "`(.L_0)")]
+    code = tuple(machine_code.Instruction(16 * i, "", *each) for i, each in enumerate(loop))
+    kernel = machine_code.Kernel("gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true> >", "sm_90", code, 255, 0)
+    step = cycles.step_of(kernel)
+    assert step is not None and step.bound == "tensor"
+    assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048)
+    assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true>", "sm_90", code, 255, 0)) is None
