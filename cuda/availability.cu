@@ -1,17 +1,45 @@
-// Whether this machine can run the cuda backend, of a build that has it.
+// Whether this machine can run the cuda backend, of a build that has it: what the CUDA runtime says.
+#include "availability.h"
+
 #include <cuda_runtime.h>
 
 #include "qlora_native/runtime.h"
+#include "simt/check.h"
 
 namespace qlora_native {
+namespace {
 
-std::string cuda_unavailable_reason() {
-  int devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&devices);
-  if (error == cudaSuccess && devices > 0) return "";
-  cudaGetLastError();
-  return std::string("no CUDA device can be used here: ") +
-         (error == cudaSuccess ? "the driver reports none" : cudaGetErrorString(error));
+bool read(CudaMachine::Gpu& gpu, int device) {
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) return false;
+  gpu = {properties.name, properties.major, properties.minor};
+  return true;
 }
 
+}  // namespace
+
+std::string cuda_unavailable_reason() {
+  CudaMachine machine{.runtime_version = CUDART_VERSION};
+  cudaDriverGetVersion(&machine.driver_version);
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess && error != cudaErrorNoDevice) machine.error = cudaGetErrorString(error);
+  for (int device = 0; device < devices; ++device) {
+    if (CudaMachine::Gpu gpu; read(gpu, device)) machine.gpus.push_back(gpu);
+  }
+  cudaGetLastError();  // the next call must not report what this one asked
+  return unavailable_reason(machine);
+}
+
+namespace cuda {
+
+std::string remedy_for(cudaError_t error) {
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion) return "";
+  int device = 0;
+  CudaMachine::Gpu gpu;
+  if (cudaGetDevice(&device) != cudaSuccess || !read(gpu, device)) return "";
+  return ": " + no_code_for(gpu);
+}
+
+}  // namespace cuda
 }  // namespace qlora_native

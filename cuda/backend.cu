@@ -1,7 +1,7 @@
 // The table of the backend, "cuda" or "cuda_emulated": each operation with its stream's device current.
 #include "backend.h"
 
-#include "kernels/kernels.h"
+#include "operations.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -13,7 +13,7 @@ namespace {
 template <class Args, void (*kOperation)(const Args&, const Stream&)>
 void on_device(const Args& args, const Stream& stream) {
   const DeviceGuard guard(stream);
-  kOperation(args, stream);
+  with_device_tensors(args, [&](const Args& on_device) { kOperation(on_device, stream); });
 }
 
 }  // namespace

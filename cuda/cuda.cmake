@@ -25,18 +25,22 @@ if(qln_with_cuda)
     if(qln_nvcc_version VERSION_GREATER_EQUAL 12.8)
       list(APPEND qln_architectures 100 120)
     endif()
-    # Machine code for each, and PTX of the last for what comes after.
+    # Machine code for each, and PTX for others: of the last for what comes after it, of the first for what is between
+    # (sm_87, sm_103, sm_110), whose drivers compile it.
     list(TRANSFORM qln_architectures APPEND -real)
+    list(GET qln_architectures 0 qln_first)
     list(POP_BACK qln_architectures qln_last)
+    string(REPLACE -real -virtual qln_first ${qln_first})
     string(REPLACE -real "" qln_last ${qln_last})
-    set(CMAKE_CUDA_ARCHITECTURES ${qln_architectures} ${qln_last} CACHE STRING "GPU architectures" FORCE)
+    set(CMAKE_CUDA_ARCHITECTURES ${qln_architectures} ${qln_first} ${qln_last} CACHE STRING "GPU architectures" FORCE)
   endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   if(CCACHE_PROGRAM AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   endif()
-  file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/kernels/*.cu)
+  file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemm/*.cu cuda/quantize/*.cu
+       cuda/adamw/*.cu)
   list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu cuda/memory.cu)
   # No contraction, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra
@@ -49,7 +53,8 @@ if(qln_with_cuda)
 else()
   set(qln_cuda_sources cuda/no_cuda.cpp)
 endif()
-list(APPEND qln_cuda_sources cuda/gemm_config.cpp cuda/side_stream.cpp)
+list(APPEND qln_cuda_sources cuda/availability.cpp cuda/product/config.cpp
+     cuda/product/side_stream.cpp)
 
 set(qln_cuda_objects)
 if(QLN_CUDA_EMULATED)

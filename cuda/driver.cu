@@ -2,7 +2,7 @@
 #include <memory>
 
 #include "capture.h"
-#include "driver.h"
+#include "paged/driver.h"
 #include "simt/check.h"
 
 namespace qlora_native::cuda {
@@ -26,14 +26,14 @@ class RuntimeDriver final : public Driver {
     return status != cudaStreamCaptureStatusNone;
   }
   std::size_t free_bytes() override {
-    const Current current(device_);
+    const CurrentDevice current(device_);
     std::size_t free = 0, total = 0;
     QLN_CHECK_CUDA(cudaMemGetInfo(&free, &total));
     return free;
   }
 
   void* allocate(Memory kind, std::size_t bytes) override {
-    const Current current(device_);
+    const CurrentDevice current(device_);
     void* memory = nullptr;
     switch (kind) {
       case Memory::managed:
@@ -49,6 +49,7 @@ class RuntimeDriver final : public Driver {
     return memory;
   }
   void release(Memory kind, void* memory) noexcept override {
+    const RelaxedCapture relaxed;
     if (kind == Memory::pinned)
       cudaFreeHost(memory);
     else
@@ -66,7 +67,7 @@ class RuntimeDriver final : public Driver {
   }
 
   void* create_stream() override {
-    const Current current(device_);
+    const CurrentDevice current(device_);
     const RelaxedCapture relaxed;
     cudaStream_t stream = nullptr;
     QLN_CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -84,11 +85,11 @@ class RuntimeDriver final : public Driver {
     QLN_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(stream)));
   }
 
-  void* create_event() override {
-    const Current current(device_);
+  void* create_event(bool timed) override {
+    const CurrentDevice current(device_);
     const RelaxedCapture relaxed;
     cudaEvent_t event = nullptr;
-    QLN_CHECK_CUDA(cudaEventCreate(&event));  // with times: is_earlier() compares them
+    QLN_CHECK_CUDA(cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
     return event;
   }
   void destroy_event(void* event) noexcept override { cudaEventDestroy(event_of(event)); }
@@ -100,6 +101,7 @@ class RuntimeDriver final : public Driver {
   }
   void synchronize(void* event) noexcept override { cudaEventSynchronize(event_of(event)); }
   bool is_done(void* event) override {
+    const RelaxedCapture relaxed;  // another thread may be capturing
     const cudaError_t error = cudaEventQuery(event_of(event));
     if (error == cudaErrorNotReady) {
       cudaGetLastError();  // no failure: the next call must not report it
@@ -115,21 +117,6 @@ class RuntimeDriver final : public Driver {
   }
 
  private:
-  // Makes the device current.
-  class Current {
-   public:
-    explicit Current(int device) {
-      QLN_CHECK_CUDA(cudaGetDevice(&before_));
-      QLN_CHECK_CUDA(cudaSetDevice(device));
-    }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
-    ~Current() { cudaSetDevice(before_); }
-
-   private:
-    int before_ = 0;
-  };
-
 #if CUDART_VERSION >= 13000
   cudaMemLocation location_of(Place place) const {
     cudaMemLocation location{};

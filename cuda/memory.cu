@@ -10,7 +10,7 @@ namespace qlora_native::cuda {
 namespace {
 
 // Of free memory that a pool keeps: more than a call takes over 28,672 columns in 16 bits, which copies 8192 rows
-// beside its panels (kernels/panels.cu).
+// beside its panels (product/panels.cu).
 constexpr std::uint64_t kKeptBytes = std::uint64_t{512} << 20;
 
 cudaMemPool_t make_pool(int device) {

@@ -20,7 +20,7 @@ class Suite:
 EMULATED = {"QLN_BACKEND": "cuda_emulated"}
 SUITES = {
     "simt": Suite("qln_test_simt"),
-    "gemm_config": Suite("qln_test_gemm_config"),
+    "product_config": Suite("qln_test_product_config"),
     "gemm_layout": Suite("qln_test_gemm_layout"),
     "code_sums": Suite("qln_test_code_sums"),
     "nearest_codes": Suite("qln_test_nearest_codes"),
@@ -61,14 +61,18 @@ def _without(text: str, rest: str = "") -> tuple[str, str]:
 CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
 ON_GPU = ("conformance_emulated",)
 
-GEMM_BLOCK = "cuda/device/gemm_block.cuh"
+GEMM_BLOCK = "cuda/product/gemm/gemm.cuh"
 LEAVE = """      sums_.leave(sums_of(part.run));
       sync_threads();
       if (thread_index() == 0) signal(args_.ready + part.run, 1);
 """
-WAIT = """      if (thread_index() == 0) wait_for(args_.ready + other, 1);
+WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
+        wait_for(args_.ready + other, 1);
+      }
       sync_threads();
-      sums_.add(sums_of(other));
+"""
+ADD = """#pragma unroll 1
+      for (int other = part.run + 1; other <= last; ++other) sums_.add(sums_of(other));
 """
 
 BETWEEN_BLOCKS = [
@@ -93,17 +97,21 @@ BETWEEN_BLOCKS = [
     Mutant(
         GEMM_BLOCK,
         "sums are read before their flag",
-        WAIT,
-        """      sums_.add(sums_of(other));
-      if (thread_index() == 0) wait_for(args_.ready + other, 1);
-      sync_threads();
-""",
+        WAIT + ADD,
+        ADD + WAIT,
         CONCURRENT,
     ),
     Mutant(GEMM_BLOCK, "no barrier after the wait", WAIT, WAIT.replace("      sync_threads();\n", ""), CONCURRENT),
-    Mutant(GEMM_BLOCK, "nobody waits", WAIT, WAIT.split("\n", 1)[1], CONCURRENT),
     Mutant(
-        "cuda/device/gemm.cuh",
+        GEMM_BLOCK,
+        "runs are given out by the blocks' indices",
+        "args_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(args_.ticket)",
+        "static_cast<int>(block_index())",
+        CONCURRENT,
+    ),
+    Mutant(GEMM_BLOCK, "nobody waits", WAIT, "      sync_threads();\n", CONCURRENT),
+    Mutant(
+        GEMM_BLOCK,
         "the flags are not reset",
         "    fill_bytes(args.ready, 0, flags, stream);\n",
         "",
@@ -160,14 +168,14 @@ GEMM = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/gemm_sums.cuh",
+        "cuda/product/gemm/sums.cuh",
         "the bias is that of the first group of columns",
         "bias[j] = to_f32(bias_of[first + j]);",
         "bias[j] = to_f32(bias_of[j]);",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/gemm_weights.cuh",
+        "cuda/product/gemm/operands.cuh",
         "vectors of a line meet in a bank",
         "(vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2))",
         "(vector ^ (col % 2))",
@@ -175,26 +183,26 @@ GEMM = [
         in_sample=True,
     ),
     Mutant(
-        "cuda/device/gemm_weights.cuh",
+        "cuda/product/gemm/operands.cuh",
         "a vector holds the codes of another",
         "return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;",
         "return vector / Tile::kGroup * Tile::kGroupCols / 2 + 4 * (vector % Tile::kGroup) + i;",
         ON_GPU,
     ),
     Mutant(
-        "cuda/gemm_config.cpp",
+        "cuda/product/config.cpp",
         "the steps that no share has are left out",
         "config.rest = static_cast<int>(all % config.blocks);",
         "config.rest = 0;",
-        ("gemm_config",),
+        ("product_config",),
         in_sample=True,
     ),
     Mutant(
-        "cuda/gemm_config.cpp",
+        "cuda/product/config.cpp",
         "the last part of a long sum is left out",
         "length == 0 ? 1 : ceil_div(inner, length)",
         "length == 0 ? 1 : inner / length",
-        ("gemm_config",),
+        ("product_config",),
         in_sample=True,
     ),
 ]
@@ -229,101 +237,101 @@ ON_CHIP = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/low_rank.cuh",
+        "cuda/product/low_rank.cuh",
         "the last part of a sum goes beyond its end",
         "inner - begin < split.length ? inner : begin + split.length",
         "begin + split.length",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/low_rank.cuh",
+        "cuda/product/low_rank.cuh",
         "a part of a shared sum is left out",
         "for (int part = 0; part < count; ++part)",
         "for (int part = 0; part < count - 1; ++part)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/low_rank.cuh",
+        "cuda/product/low_rank.cuh",
         "a shared sum is not scaled",
         "from_f32<T>(sum * scale)",
         "from_f32<T>(sum)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/product.cuh",
+        "cuda/product/general.cuh",
         "no barrier in the main loop",
         *_without("    sync_threads();  // this step is there, and the one before has been read\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/device/product.cuh",
+        "cuda/product/general.cuh",
         "no barrier between the adapter's part and the weight's",
         *_without("  sync_threads();  // what has been multiplied before has been read\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/device/sources.cuh",
+        "cuda/product/sources.cuh",
         "the mask of dA is transposed",
         "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, m, k);",
         "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, k, m);",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/sources.cuh",
+        "cuda/product/dropout.cuh",
         "of two neighbours the other is dropped",
         "i % 2 == 0 ? 0xFFFF0000u : 0x0000FFFFu",
         "i % 2 != 0 ? 0xFFFF0000u : 0x0000FFFFu",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/sources.cuh",
+        "cuda/product/sources.cuh",
         "the scale's scale is that of another block",
         "scales.of_blocks[block >> scales.sharing]",
         "scales.of_blocks[(block + 1) >> scales.sharing]",
         ON_GPU,
     ),
     Mutant(
-        "cuda/kernels/gemv_forward.cu",
+        "cuda/product/gemv.cu",
         "no barrier before the sums are written again",
         *_without("    sync_threads();  // before the sums are written again\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/kernels/gemv_forward.cu",
+        "cuda/product/gemv.cu",
         "the second row has the first one's scale",
         "now.chunk[row].decode(decoded[row], i, units[row], table)",
         "now.chunk[row].decode(decoded[row], i, units[0], table)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/kernels/gemv_forward.cu",
+        "cuda/product/gemv.cu",
         "warps take each other's parts of the rank too",
         "r0 < rank; r0 += kGemvWarps * kMmaInner)",
         "r0 < rank; r0 += kMmaInner)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/kernels/panels.cu",
+        "cuda/product/panels.cu",
         "the adapter's part of a panel has a row too many",
         "is_below ? row - rows >= rank",
         "is_below ? row - rows > rank",
         ("panels",),
     ),
     Mutant(
-        "cuda/kernels/panels.cu",
+        "cuda/product/panels.cu",
         "both panels have one place",
         "i % 2 * panel_elements_",
         "i % 1 * panel_elements_",
         ("panels",),
     ),
     Mutant(
-        "cuda/side_stream.cpp",
+        "cuda/product/side_stream.cpp",
         "a panel is decoded while its place is in use",
         *_without("    driver_->wait(stream_, used_);\n"),
         ("panels",),
     ),
     Mutant(
-        "cuda/side_stream.cpp",
+        "cuda/product/side_stream.cpp",
         "a panel is multiplied before it is decoded",
         *_without("    driver_->wait(caller, prepared_);\n"),
         ("panels",),
@@ -332,7 +340,7 @@ ON_CHIP = [
 
 QUANTIZERS = [
     Mutant(
-        "cuda/device/nearest_code.cuh",
+        "cuda/quantize/nearest_code.cuh",
         "a bucket's own midpoints count as those before",
         "before += bucket_bits(midpoint[m]) < bucket;",
         "before += bucket_bits(midpoint[m]) <= bucket;",
@@ -340,27 +348,27 @@ QUANTIZERS = [
         in_sample=True,
     ),
     Mutant(
-        "cuda/device/nearest_code.cuh",
+        "cuda/quantize/nearest_code.cuh",
         "a bucket with three midpoints is searched in one step",
         "most > 3 ? 4 : most > 1 ? 2 : 1",
         "most > 3 ? 4 : 1",
         ("nearest_codes",),
     ),
     Mutant(
-        "cuda/device/nearest_code.cuh",
+        "cuda/quantize/nearest_code.cuh",
         "midpoints are computed before the values are there",
         *_without("        sync_warp();\n        midpoint[i]", "        midpoint[i]"),
         ("nearest_codes",),
     ),
     Mutant(
-        "cuda/device/code_sums.cuh",
+        "cuda/adamw/code_sums.cuh",
         "a tie takes the level above",
         "while (least(cell) > midpoints[code]) ++code;",
         "while (least(cell) >= midpoints[code]) ++code;",
         ("code_sums",),
     ),
     Mutant(
-        "cuda/device/code_sums.cuh",
+        "cuda/adamw/code_sums.cuh",
         "a midpoint carries one float too early",
         "(0xFFFFu - lower)",
         "(0x10000u - lower)",
@@ -368,21 +376,21 @@ QUANTIZERS = [
         in_sample=True,
     ),
     Mutant(
-        "cuda/kernels/quantize.cu",
+        "cuda/quantize/quantize.cu",
         "half of a block's lanes find its largest element",
         "(absmax), 1 << teams.lane_bits)",
         "(absmax), (1 << teams.lane_bits) / 2)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/kernels/quantize.cu",
+        "cuda/quantize/quantize.cu",
         "what is not finite is reported at the block's beginning",
         "report(args.non_finite, at + i)",
         "report(args.non_finite, at)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/kernels/quantize_absmax.cu",
+        "cuda/quantize/quantize_absmax.cu",
         "no barrier before the warps' sums are added",
         "= value;\n  sync_threads();\n",
         "= value;\n",
@@ -392,46 +400,46 @@ QUANTIZERS = [
 
 OPTIMIZER = [
     Mutant(
-        "cuda/kernels/adamw_8bit_step.cu",
+        "cuda/adamw/step.cu",
         "the flag of unusable gradients is not reset",
         *_without("  fill_bytes(shared.unusable, 0, sizeof(*shared.unusable), stream);\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/kernels/adamw_8bit_step.cu",
+        "cuda/adamw/step.cu",
         "the step is that of the last one",
         "const std::int64_t count = *item.counter + 1;",
         "const std::int64_t count = *item.counter;",
         ("core_emulated", *ON_GPU),
     ),
     Mutant(
-        "cuda/kernels/adamw_8bit_step.cu",
+        "cuda/adamw/step.cu",
         "a learning rate that is no number is taken",
         *_without("    usable &= is_finite_size(lr_of(group));\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/kernels/adamw_8bit_step.cu",
+        "cuda/adamw/step.cu",
         "every launch counts a skipped step",
         *_without("  updates.skipped = nullptr;\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/device/adamw_lists.cuh",
+        "cuda/adamw/plan.cuh",
         "the second half of a list is not found",
         "jump = kMost / 2; jump > 0",
         "jump = kMost / 4; jump > 0",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/adamw_block.cuh",
+        "cuda/adamw/block.cuh",
         "the second moment's scale is not stored",
         "if (lane_index() < 2) *absmax = most;",
         "if (lane_index() < 1) *absmax = most;",
         ON_GPU,
     ),
     Mutant(
-        "cuda/device/adamw_block.cuh",
+        "cuda/adamw/block.cuh",
         "what a block lacks is not 0",
         "place.load_codes(item.state1, kZeroCode1)",
         "place.load_codes(item.state1, 0)",
@@ -630,7 +638,7 @@ ON_CPU = [
     ),
 ]
 
-ARENA, UPDATE = "cpp/src/paged.cpp", "cpp/src/paged_update.cpp"
+ARENA, UPDATE = "cpp/src/paged/arena.cpp", "cpp/src/paged/update.cpp"
 PAGED_OPTIMIZER = [
     Mutant(ARENA, "state moves before the caller has come", *_without("  driver_->wait(in_, entered_);\n"), PAGED),
     Mutant(ARENA, "state comes before it is back", *_without("  driver_->wait(in_, sent_);\n"), PAGED),

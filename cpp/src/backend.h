@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "driver.h"
+#include "paged/driver.h"
 #include "qlora_native/adamw.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/quantize.h"

@@ -3,7 +3,7 @@
 
 #include "common/layout.h"
 #include "device/elements.cuh"
-#include "device/problem.cuh"
+#include "device/weight_chunk.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -7,10 +7,12 @@
 #pragma once
 
 #include "common/layout.h"
-#include "gemm_config.h"
+#include "device/elements.cuh"
 #include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
+
+constexpr int kChunk = 32;
 
 // Where the scale of a position of a weight is found.
 struct WeightScales {
@@ -20,6 +22,33 @@ struct WeightScales {
   // As shifts: elements and chunks of a block, and blocks to one of `of_blocks`, -1 where those are no power of two.
   int block, chunk, sharing;
 };
+
+inline bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
+inline int log2_of(int n) {
+  int log2 = 0;
+  while ((1 << log2) < n) ++log2;
+  return log2;
+}
+inline WeightScales scales_of(const QuantizedWeightView& w) {
+  const bool nested = w.nested_absmax != nullptr;
+  const int block = log2_of(w.blocksize), chunk = block - log2_of(kChunk);
+  if (!nested) return {static_cast<const float*>(w.absmax), w.codes, false, block, chunk, 0};
+  return {w.nested_absmax,
+          static_cast<const std::uint8_t*>(w.absmax),
+          true,
+          block,
+          chunk,
+          is_power_of_two(w.nested_blocksize) ? log2_of(w.nested_blocksize) : -1};
+}
+inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements() / kChunk; }
+inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
+  return static_cast<std::uint32_t>(chunks_of(w) - 1);
+}
+// Whether the weight is made of whole chunks that lie at multiples of 16 bytes, and 32 bits count them.
+inline bool is_aligned(const QuantizedWeightView& w) {
+  return w.K % kChunk == 0 && is_aligned(w.codes, kVectorBytes) && chunks_of(w) <= 0xFFFFFFFF &&
+         (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
+}
 
 template <bool kAligned>
 struct ChunkScale {
@@ -109,8 +138,8 @@ class PendingScale<false> {
     if (count <= 0) return;
     const std::int64_t block = scales.block_of(element), next = (block + 1) * w.blocksize;
     scale_.first = scale_of(scales, block);
-    scale_.end = next - element < kGemmChunk ? static_cast<int>(next - element) : kGemmChunk;
-    if (scale_.end < (count < kGemmChunk ? count : kGemmChunk)) scale_.rest = scale_of(scales, block + 1);
+    scale_.end = next - element < kChunk ? static_cast<int>(next - element) : kChunk;
+    if (scale_.end < (count < kChunk ? count : kChunk)) scale_.rest = scale_of(scales, block + 1);
   }
   __device__ __forceinline__ ChunkScale<false> finish(const ScaleReader<false>&) const { return scale_; }
 
@@ -130,7 +159,7 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
                                              Vector<std::uint32_t, kCodeWords> (&to)[kBits / 4]) {
   constexpr int kOfWord = 32 / kBits;
 #pragma unroll
-  for (int word = 0; word < kGemmChunk / kOfWord; ++word) {
+  for (int word = 0; word < kChunk / kOfWord; ++word) {
     std::uint32_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < kOfWord && kOfWord * word + i < count; ++i) {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <bit>
 #include <type_traits>
 
@@ -16,31 +17,34 @@ namespace qlora_native::cuda {
 
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Stream& stream) {
-    QLN_CHECK_CUDA(cudaGetDevice(&before_));
-    if (stream.index != before_) QLN_CHECK_CUDA(cudaSetDevice(stream.index));
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  explicit DeviceGuard(const Stream& stream) : current_(stream.index) {}
 
  private:
-  int before_ = 0;
+  CurrentDevice current_;
 };
 
 inline cudaStream_t handle_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
+// So much shared memory a block has without asking for more.
+constexpr std::size_t kSmemWithoutAsking = 48 * 1024;
+
+// Asks for as much as the kernel's launches have wanted yet, once a device.
+template <auto kKernel>
+void ask_for_smem(std::size_t bytes, int device) {
+  constexpr int kDevices = 64;  // any more are asked at each launch
+  static std::atomic<std::size_t> asked[kDevices];
+  const bool is_kept = device >= 0 && device < kDevices;
+  if (is_kept && asked[device].load(std::memory_order_relaxed) >= bytes) return;
+  QLN_CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  if (is_kept) asked[device].store(bytes, std::memory_order_relaxed);
+}
+
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
-  if (shape.blocks == 0) return;
   if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
-  constexpr std::size_t kWithoutAsking = 48 * 1024;
   const auto* function = reinterpret_cast<const void*>(kernel);
-  if (shape.smem_bytes > kWithoutAsking) {
-    QLN_CHECK_CUDA(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shape.smem_bytes)));
-  }
   void* pointers[] = {&arguments...};
   QLN_CHECK_CUDA(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.blocks)),
                                   dim3(static_cast<unsigned>(shape.threads)), pointers, shape.smem_bytes,
@@ -48,13 +52,25 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
 }
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
+  if (shape.blocks == 0) return;
+  if (shape.smem_bytes > kSmemWithoutAsking) ask_for_smem<kKernel>(shape.smem_bytes, stream.index);
   launch_kernel(kKernel, shape, stream, args...);
 }
 
 // What a Workspace has where the host program gives no memory (memory.cu).
 DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
 void release_own(const DeviceMemory& memory, const Stream& stream);
+// What the emulator does with a call's memory (host.h), and a device does not need.
+inline void take_over(const DeviceMemory&, std::size_t) {}
+inline void hand_back(const DeviceMemory&) {}
 inline void spoil(void*, std::size_t) {}
+struct DeviceWork {
+  DeviceWork() {}
+};
+template <class Args, class Run>
+void with_device_tensors(const Args& args, const Run& run) {
+  run(args);
+}
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream& stream) {
   QLN_CHECK_CUDA(cudaMemsetAsync(data, byte, bytes, handle_of(stream)));
@@ -119,10 +135,21 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* flag)
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
-__device__ __forceinline__ void wait_for(const std::uint32_t* flag, std::uint32_t value) {
-  while (load_acquire(flag) != value) {
-  }
+// An acquiring load empties the first-level cache, which the multiply uses: so it comes once, after the value has.
+__device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* flag) {
+  std::uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
 }
+__device__ __forceinline__ void wait_for(const std::uint32_t* flag, std::uint32_t value) {
+  while (load_relaxed(flag) != value) {
+  }
+  load_acquire(flag);
+}
+// One more each time it is called: how often it was before, by any block.
+__device__ __forceinline__ int take_ticket(std::uint32_t* counter) { return static_cast<int>(atomicAdd(counter, 1u)); }
+// Ends the kernel: the next call of the runtime says that it failed.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
 __device__ __forceinline__ void atomic_add(std::uint64_t* at, std::uint64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
 }

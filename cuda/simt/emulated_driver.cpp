@@ -1,12 +1,11 @@
 #include "simt/emulated_driver.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "simt/fibers.h"
+#include "simt/memory.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -28,22 +27,26 @@ std::size_t EmulatedDriver::free_bytes() { return options_->free_bytes; }
 // ---- memory ----
 
 void* EmulatedDriver::allocate(Memory kind, std::size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kPage, bytes) != 0) throw std::bad_alloc();
-  if (kind == Memory::device) std::memset(memory, 0xFF, bytes);  // NaN, as a Workspace begins
-  if (kind == Memory::managed) managed_[static_cast<std::byte*>(memory)] = {std::vector<bool>(pages_of(bytes))};
-  names_[memory] = kind == Memory::managed ? "managed" : kind == Memory::pinned ? "pinned" : "ring";
+  const std::string name = kind == Memory::managed ? "managed" : kind == Memory::pinned ? "pinned" : "ring";
+  std::byte* const memory =
+      kind == Memory::device ? emulator::allocate_on_device(bytes, name) : emulator::allocate_for_both(bytes, name);
+  if (kind == Memory::device) {
+    const emulator::DeviceWork work;
+    std::memset(memory, 0xFF, bytes);  // NaN, as a Workspace begins
+  }
+  if (kind == Memory::managed) managed_[memory] = {std::vector<bool>(pages_of(bytes))};
+  names_[memory] = name;
   ++left_;
   options_->trace("allocate " + names_[memory]);
   return memory;
 }
 
-void EmulatedDriver::release(Memory, void* memory) noexcept {
+void EmulatedDriver::release(Memory kind, void* memory) noexcept {
   options_->trace("release " + names_[memory]);
   managed_.erase(static_cast<std::byte*>(memory));
   names_.erase(memory);
   --left_;
-  std::free(memory);
+  kind == Memory::device ? emulator::release_on_device(memory) : emulator::release_for_both(memory);
 }
 
 void EmulatedDriver::advise(void* memory, std::size_t) { options_->trace("advise " + name_of(memory)); }
@@ -115,15 +118,19 @@ void EmulatedDriver::prefetch(void* memory, std::size_t bytes, Place place, void
 void EmulatedDriver::copy(void* to, const void* from, std::size_t bytes, void* stream) {
   options_->trace(name_of_stream(stream) + ": copy " + name_of(from) + ", " + std::to_string(bytes) + " to " +
                   name_of(to));
-  put(stream, [to, from, bytes] { std::memcpy(to, from, bytes); });
+  put(stream, [to, from, bytes] {
+    const emulator::DeviceWork work;
+    std::memcpy(to, from, bytes);
+  });
 }
 
 // ---- events ----
 
-void* EmulatedDriver::create_event() {
+void* EmulatedDriver::create_event(bool timed) {
   ++left_;
   auto* const event = new Event;
   event->name = "event " + std::to_string(events_++);
+  event->timed = timed;
   return event;
 }
 
@@ -158,7 +165,9 @@ bool EmulatedDriver::is_done(void* event) {
 }
 
 bool EmulatedDriver::is_earlier(void* first, void* second) {
-  return static_cast<Event*>(first)->time < static_cast<Event*>(second)->time;
+  const auto &one = *static_cast<Event*>(first), &other = *static_cast<Event*>(second);
+  if (!one.timed || !other.timed) emulator::fail("the times of events are compared that have none");
+  return one.time < other.time;
 }
 
 std::unique_ptr<Driver> make_driver(int) { return std::make_unique<EmulatedDriver>(); }

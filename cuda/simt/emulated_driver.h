@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "driver.h"
+#include "paged/driver.h"
 
 namespace qlora_native::cuda_emulated {
 
@@ -39,7 +39,7 @@ class EmulatedDriver final : public Driver {
   void destroy_stream(void* stream) noexcept override;
   void prefetch(void* memory, std::size_t bytes, Place place, void* stream) override;
   void copy(void* to, const void* from, std::size_t bytes, void* stream) override;
-  void* create_event() override;
+  void* create_event(bool timed) override;
   void destroy_event(void* event) noexcept override;
   void record(void* event, void* stream) override;
   void wait(void* stream, void* event) override;
@@ -58,6 +58,7 @@ class EmulatedDriver final : public Driver {
     EmulatedStream* stream = nullptr;  // where it was recorded; null: the caller's, in which all is done
     std::size_t work = 0;              // of the stream, that comes before it
     std::int64_t time = 0;             // when it was reached
+    bool timed = false;
   };
   void put(void* stream, std::function<void()> work);
   static void run(EmulatedStream& stream, std::size_t work);

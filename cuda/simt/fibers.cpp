@@ -325,14 +325,16 @@ void run_in_order(std::int64_t count) {
   }
 }
 
-// Several blocks at once, each for a random number of turns.
+// Several blocks at once, each for a random number of turns. They begin in any order, as CUDA's do.
 class ConcurrentRun {
  public:
-  explicit ConcurrentRun(std::int64_t count) : count_(count) {}
+  explicit ConcurrentRun(std::int64_t count) : to_start_(static_cast<std::size_t>(count)) {
+    std::iota(to_start_.begin(), to_start_.end(), std::int64_t{0});
+  }
 
   void run() {
-    while (next_ < count_ || !resident_.empty()) {
-      while (next_ < count_ && resident_.size() < kResidentBlocks) start();
+    while (!to_start_.empty() || !resident_.empty()) {
+      while (!to_start_.empty() && resident_.size() < kResidentBlocks) start();
       Block& picked = *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.below(resident_.size())));
       bool progress = picked.advance(std::int64_t{1} << schedule.below(kMostTurnsLog2 + 1));
       publish_some(picked);
@@ -340,12 +342,7 @@ class ConcurrentRun {
         if (!progress) progress = block->advance(1);
         block = block->done() ? end(block) : std::next(block);
       }
-      if (progress) continue;
-      if (next_ < count_) {
-        start();
-      } else if (!publish_one()) {
-        fail_of_deadlock(resident_);
-      }
+      if (!progress && !publish_one()) fail_of_deadlock(resident_);
     }
     of_ended_.publish_all();
   }
@@ -353,7 +350,11 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
-  void start() { resident_.emplace_back(next_++); }
+  void start() {
+    std::swap(to_start_[schedule.below(to_start_.size())], to_start_.back());
+    resident_.emplace_back(to_start_.back());
+    to_start_.pop_back();
+  }
   Blocks::iterator end(Blocks::iterator block) {
     for (Fiber& fiber : block->fibers) fiber.stores.move_to(of_ended_);
     block->stores.move_to(of_ended_);
@@ -386,8 +387,7 @@ class ConcurrentRun {
     return true;
   }
 
-  const std::int64_t count_;
-  std::int64_t next_ = 0;
+  std::vector<std::int64_t> to_start_;
   Blocks resident_;
   StoreBuffer of_ended_;  // stores of blocks that have ended
 };

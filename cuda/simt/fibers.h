@@ -5,8 +5,8 @@
 // it have ended or wait for others; under random some warps are held back while others run. They find what is wrong
 // inside a block. The schedule concurrent finds what is wrong between blocks; its model is this:
 //
-//   - Several blocks are resident. Each runs for a random number of turns, then another one does. Where all of them
-//     wait for a block that has not begun, that one becomes resident too.
+//   - Blocks begin in a random order, and six are resident at once. Each runs for a random number of turns, then
+//     another one does. Where all of them wait for a block that has not begun, that is a deadlock.
 //   - A fiber may be cut before every access to global memory by load_vector, store_vector or cp_async, and always is
 //     before signal, wait_for and an atomic. It goes on after other threads of this block and of others have run.
 //   - What store_vector writes to global memory the thread alone sees at first. From the block's next barrier on (or

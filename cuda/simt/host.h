@@ -8,6 +8,7 @@
 //     depend on it. Under the last one blocks run at the same time, and stores become visible late (fibers.h).
 //   - cp_async only queues; cp_async_wait copies. Shared memory, and memory of a Workspace, begins as NaN.
 //   - Vectors are loaded and stored at aligned addresses only.
+//   - The device's memory is apart from the host's: memory.h says how that is held up.
 #pragma once
 
 #include <cmath>
@@ -20,7 +21,9 @@
 
 #include "common/float16.h"
 #include "qlora_native/runtime.h"
+#include "simt/call_memory.h"
 #include "simt/fibers.h"
+#include "simt/memory.h"
 
 #define __global__
 #define __device__
@@ -34,9 +37,16 @@ namespace qlora_native::cuda_emulated {
 
 // ---- launches and memory, for host code ----
 
+// While one lives, what the host program runs reads and writes the device's memory as the device would: a dense product
+// that was put into a stream.
+using emulator::DeviceWork;
+
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
+  int number = 0;
+  (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
   const std::tuple<const Args&...> all(args...);
+  const DeviceWork work;
   emulator::run(
       {.blocks = shape.blocks,
        .threads = shape.threads,
@@ -53,16 +63,25 @@ class DeviceGuard {
 
 // What a Workspace has where the host program gives no memory.
 inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
-  constexpr std::size_t kAlignment = 256;  // cudaMalloc's
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
-  return {.data = memory};
+  return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
-inline void release_own(const DeviceMemory& memory, const Stream&) { std::free(memory.data); }
+inline void release_own(const DeviceMemory& memory, const Stream&) { emulator::release_on_device(memory.data); }
+// Of memory that the host program gives: from here on it is the device's, until the other is called.
+inline void take_over(const DeviceMemory& memory, std::size_t bytes) {
+  emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
+}
+inline void hand_back(const DeviceMemory& memory) { emulator::withdraw(memory.data); }
 // Fresh memory holds anything: mostly NaN, so that who reads it is found.
-inline void spoil(void* memory, std::size_t bytes) { emulator::spoil(memory, bytes); }
+inline void spoil(void* memory, std::size_t bytes) {
+  const DeviceWork work;
+  emulator::spoil(memory, bytes);
+}
 
-inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) { std::memset(data, byte, bytes); }
+inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
+  emulator::check_argument("fill_bytes", 1, data);
+  const DeviceWork work;
+  std::memset(data, byte, bytes);
+}
 
 // As few as make several blocks of a persistent grid wait for each other.
 inline int multiprocessors(const Stream&) { return 3; }
@@ -142,6 +161,11 @@ inline void signal(std::uint32_t* flag, std::uint32_t value) { emulator::signal(
 inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site = Site::current()) {
   emulator::wait_for(flag, value, site);
 }
+inline int take_ticket(std::uint32_t* counter) {
+  emulator::cut();
+  return static_cast<int>((*counter)++);
+}
+[[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
   emulator::cut();
   *at += value;

@@ -51,7 +51,7 @@ constexpr std::size_t kLeastSmemBytes = 99 * 1024;
 
 // Where a table in shared memory begins that SharedPlace::row_of_byte looks into: so many bytes behind a multiple of
 // 64 KB. A block's begins at address 0 (in the machine code of sm_80), or behind the KB that a device keeps for itself
-// (of sm_90), so that there is such a place near the beginning; gemm_config asks whether it is no more than that.
+// (of sm_90), so that there is such a place near the beginning; product_config asks whether it is no more than that.
 constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 
 }  // namespace qlora_native::QLN_CUDA

@@ -10,14 +10,24 @@ class Workspace {
  public:
   Workspace(std::size_t bytes, const Stream& stream) : stream_(stream) {
     if (bytes == 0) return;
-    memory_ = hooks().allocate != nullptr ? hooks().allocate(bytes, stream) : allocate_own(bytes, stream);
+    if (hooks().allocate != nullptr) {
+      memory_ = hooks().allocate(bytes, stream);
+      take_over(memory_, bytes);
+    } else {
+      memory_ = allocate_own(bytes, stream);
+    }
     spoil(memory_.data, bytes);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
     if (memory_.data == nullptr) return;
-    hooks().allocate != nullptr ? hooks().release(memory_, stream_) : release_own(memory_, stream_);
+    if (hooks().allocate != nullptr) {
+      hand_back(memory_);
+      hooks().release(memory_, stream_);
+    } else {
+      release_own(memory_, stream_);
+    }
   }
   std::byte* data() const { return static_cast<std::byte*>(memory_.data); }
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
-#include "device/code_sums.cuh"
+#include "adamw/code_sums.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -15,7 +15,7 @@
 #include "common/codebook.h"
 #include "common/float16.h"
 #include "expect.h"
-#include "gemm_config.h"
+#include "product/config.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -171,12 +171,12 @@ void products_have_the_same_bits() {
 void several_blocks_share_a_tile() {
   for (const Case& each : kCases) {
     if (each.dtype == DType::f32 || each.M <= qn::kGemvRows) continue;
-    qn::GemmProblem problem{.rows = each.M, .cols = each.N, .inner = each.K, .dtype = each.dtype, .bits = 4};
-    problem.aligned = problem.aligned_64 = each.K % 32 == 0;
-    problem.multiprocessors = 3;  // the emulator's
-    problem.smem_bytes = 227 * 1024;
-    problem.reserved_smem_bytes = 1024;
-    EXPECT(qn::gemm_config(problem).splits_a_tile());
+    qn::ProductShape shape{.rows = each.M, .cols = each.N, .inner = each.K, .dtype = each.dtype, .bits = 4};
+    shape.aligned = shape.aligned_64 = each.K % 32 == 0;
+    shape.multiprocessors = 3;  // the emulator's
+    shape.smem_bytes = 227 * 1024;
+    shape.reserved_smem_bytes = 1024;
+    EXPECT(std::get<qn::GemmConfig>(qn::product_config(shape)).splits_a_tile());
   }
 }
 

@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "device/gemm_left.cuh"
-#include "device/gemm_weights.cuh"
 #include "expect.h"
+#include "product/gemm/operands.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -107,7 +106,7 @@ void weight_is_decoded_to_another_place() {
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {
         const unsigned byte = Weights::byte_of_piece(v % kPieceVectors, j / 2);
-        const unsigned along = v / kPieceVectors * kGemmChunk + 2 * byte + j % 2;  // from the thread's first code
+        const unsigned along = v / kPieceVectors * kChunk + 2 * byte + j % 2;  // from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
         memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }
@@ -167,8 +166,8 @@ template <int kRows, int kCols>
 void check() {
   using Tile = GemmTile<kRows, kCols, true>;
   left_operand_is_handed_out_wrong<Tile>();
-  weight_is_decoded_to_another_place<Tile, RowsOfWeight<Tile>>();
-  weight_is_decoded_to_another_place<Tile, ColumnsOfWeight<Tile>>();
+  weight_is_decoded_to_another_place<Tile, DecodedRows<Tile>>();
+  weight_is_decoded_to_another_place<Tile, DecodedColumns<Tile>>();
   element_of_the_tile_has_no_lane_or_two<Tile>();
 }
 

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "device/nearest_code.cuh"
+#include "quantize/nearest_code.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -26,11 +26,15 @@ __global__ void encode_kernel(const float* code, const float* t, std::int64_t ei
   }
 }
 
+template <class T>
+using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
+
 std::int64_t wrong_codes(const char* name, const float* code, std::vector<float> t) {
   while (t.size() % kEight != 0) t.push_back(0.0f);
   const auto eights = static_cast<std::int64_t>(t.size()) / kEight;
-  std::vector<std::uint32_t> codes(t.size() / kEight);
-  launch<encode_kernel>({1, kThreads, sizeof(NearestCodes::Table)}, Stream{}, code, static_cast<const float*>(t.data()),
+  const Managed<float> code_on_device(code, code + 16), t_on_device(t.begin(), t.end());
+  Managed<std::uint32_t> codes(t.size() / kEight);
+  launch<encode_kernel>({1, kThreads, sizeof(NearestCodes::Table)}, Stream{}, code_on_device.data(), t_on_device.data(),
                         eights, codes.data());
   const SortedCodebook sorted = sort_codebook(code);
   std::int64_t wrong = 0;

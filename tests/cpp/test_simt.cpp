@@ -17,6 +17,10 @@
 namespace qlora_native::cuda_emulated {
 namespace {
 
+// Memory that the test and its kernels share.
+template <class T>
+using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
+
 const std::vector<std::string> kConcurrent = {"concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4",
                                               "concurrent:5"};
 const std::vector<std::string> kSchedules = [] {
@@ -86,8 +90,8 @@ __global__ void reverse_kernel(const float* in, float* out) {
 }
 
 template <bool kBarrier>
-std::vector<float> reversed() {
-  std::vector<float> in(128), out(128);
+Managed<float> reversed() {
+  Managed<float> in(128), out(128);
   for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
   launch<reverse_kernel<kBarrier>>({1, 128, 128 * sizeof(float)}, {}, in.data(), out.data());
   for (float& value : out) value = std::isnan(value) ? -1.0f : value;  // so that results compare
@@ -110,20 +114,20 @@ __global__ void rounds_kernel(int* out) {
 }
 
 template <bool kBarrier>
-std::vector<int> rounds() {
-  std::vector<int> out(96);
+Managed<int> rounds() {
+  Managed<int> out(96);
   launch<rounds_kernel<kBarrier>>({1, 96, 96 * sizeof(int)}, {}, out.data());
   return out;
 }
 
 void missing_barrier_is_found_by_the_schedule() {
-  std::vector<float> expected(128);
+  Managed<float> expected(128);
   for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
-  EXPECT(all_equal(under_each_schedule<std::vector<float>>(reversed<true>), expected));
-  EXPECT(!all_equal(under_each_schedule<std::vector<float>>(reversed<false>), expected));
-  const std::vector<int> right = rounds<true>();
-  EXPECT(all_equal(under_each_schedule<std::vector<int>>(rounds<true>), right));
-  EXPECT(!all_equal(under_each_schedule<std::vector<int>>(rounds<false>), right));
+  EXPECT(all_equal(under_each_schedule<Managed<float>>(reversed<true>), expected));
+  EXPECT(!all_equal(under_each_schedule<Managed<float>>(reversed<false>), expected));
+  const Managed<int> right = rounds<true>();
+  EXPECT(all_equal(under_each_schedule<Managed<int>>(rounds<true>), right));
+  EXPECT(!all_equal(under_each_schedule<Managed<int>>(rounds<false>), right));
 }
 
 __global__ void two_barriers_kernel(int) {
@@ -167,15 +171,15 @@ const int kLanesPartLine = __LINE__ - 3;
 
 void lanes_meet() {
   const auto run = [] {
-    std::vector<int> out(64);
+    Managed<int> out(64);
     launch<lanes_sum_kernel>({1, 64}, {}, out.data());
     return out;
   };
-  std::vector<int> expected(64);
+  Managed<int> expected(64);
   for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
-  EXPECT(all_equal(under_each_schedule<std::vector<int>>(run), expected));
-  int out = 0;
-  const std::string words = last_words([&] { launch<lanes_part_kernel>({1, 32}, {}, &out); });
+  EXPECT(all_equal(under_each_schedule<Managed<int>>(run), expected));
+  Managed<int> out(1);
+  const std::string words = last_words([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
   EXPECT(contains(words, "lanes of a warp meet at different calls"));
   EXPECT(contains(words, here(kLanesPartLine - 2)) && contains(words, here(kLanesPartLine)));
 }
@@ -204,8 +208,8 @@ __global__ void ring_kernel(const float* in, float* out) {
 }
 
 template <int kLeft>
-std::vector<float> ring() {
-  std::vector<float> in(128), out(32);
+Managed<float> ring() {
+  Managed<float> in(128), out(32);
   for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i * i % 97);
   launch<ring_kernel<kLeft>>({1, 32, 64 * sizeof(float)}, {}, in.data(), out.data());
   for (float& value : out) value = std::isnan(value) ? -1.0f : value;
@@ -213,10 +217,10 @@ std::vector<float> ring() {
 }
 
 void missing_wait_is_found() {
-  std::vector<float> expected(32);
+  Managed<float> expected(32);
   for (int i = 0; i < 128; ++i) expected[(i + 31) % 32] += static_cast<float>(i * i % 97);
-  EXPECT(all_equal(under_each_schedule<std::vector<float>>(ring<1>), expected));
-  for (const auto& result : under_each_schedule<std::vector<float>>(ring<2>)) EXPECT(result != expected);
+  EXPECT(all_equal(under_each_schedule<Managed<float>>(ring<1>), expected));
+  for (const auto& result : under_each_schedule<Managed<float>>(ring<2>)) EXPECT(result != expected);
 }
 
 __global__ void partial_copy_kernel(const float* in, float* out) {
@@ -229,22 +233,28 @@ __global__ void partial_copy_kernel(const float* in, float* out) {
 __global__ void misaligned_copy_kernel(const float* in) { cp_async<8>(dynamic_smem<float>() + 1, in); }
 
 void copies_fill_with_zeros_and_must_be_aligned() {
-  alignas(16) const float in[4] = {1, 2, 3, 4};
-  float out[4];
-  launch<partial_copy_kernel>({1, 32, 16}, {}, &in[0], &out[0]);
+  const Managed<float> in = {1, 2, 3, 4};
+  Managed<float> out(4);
+  launch<partial_copy_kernel>({1, 32, 16}, {}, in.data(), out.data());
   EXPECT(out[0] == 1 && out[1] == 2 && out[2] == 0 && out[3] == 0);
-  EXPECT(contains(last_words([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, &in[0]); }), "misaligned"));
+  EXPECT(contains(last_words([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, in.data()); }), "misaligned"));
 }
 
 // ---- between blocks ----
 
-// Blocks add to a running sum in their order, whichever is first to come.
-__global__ void in_order_kernel(std::uint32_t* turn, float* sum) {
-  wait_for(turn, static_cast<std::uint32_t>(block_index()));
+// Blocks add to a running sum in the order of their tickets; or of their indices, which is a mistake, because blocks
+// begin in any order.
+template <bool kTickets>
+__global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* turn, float* sum) {
+  std::uint32_t& order = *dynamic_smem<std::uint32_t>();
+  if (thread_index() == 0) {
+    order = static_cast<std::uint32_t>(kTickets ? take_ticket(ticket) : block_index());
+    wait_for(turn, order);
+  }
   sync_threads();
   if (thread_index() == 0) {
-    *sum = *sum * 0.5f + static_cast<float>(block_index());
-    signal(turn, static_cast<std::uint32_t>(block_index() + 1));
+    *sum = *sum * 0.5f + static_cast<float>(order);
+    signal(turn, order + 1);
   }
 }
 
@@ -298,24 +308,25 @@ __global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* f
 
 // Two launches use the same memory, the second with other numbers.
 template <Mistake kMistake>
-std::vector<float> shared_sums() {
-  alignas(16) float in[kSharers * kSharedSums], sums[kSharers * kSharedSums];
-  std::uint32_t flags[kSharers] = {};
-  std::vector<float> results;
-  fill_bytes(&sums[0], 0xFF, sizeof(sums), {});
+Managed<float> shared_sums() {
+  Managed<float> in(kSharers * kSharedSums), sums(kSharers * kSharedSums);
+  Managed<std::uint32_t> flags(kSharers);
+  Managed<float> results;
+  fill_bytes(sums.data(), 0xFF, sums.size() * sizeof(float), {});
   for (int turn = 0; turn < 2; ++turn) {
-    alignas(16) float out[kSharedSums];
+    Managed<float> out(kSharedSums);
     for (int i = 0; i < kSharers * kSharedSums; ++i) in[i] = static_cast<float>(i % 101 + 1000 * turn);
-    if (turn == 0 || kMistake != Mistake::flags_that_stay_raised) fill_bytes(&flags[0], 0, sizeof(flags), {});
-    launch<shared_sum_kernel<kMistake>>({kSharers, 64}, {}, &in[0], &sums[0], &flags[0], &out[0]);
-    results.insert(results.end(), &out[0], &out[kSharedSums]);
+    if (turn == 0 || kMistake != Mistake::flags_that_stay_raised)
+      fill_bytes(flags.data(), 0, flags.size() * sizeof(flags[0]), {});
+    launch<shared_sum_kernel<kMistake>>({kSharers, 64}, {}, in.data(), sums.data(), flags.data(), out.data());
+    results.insert(results.end(), out.begin(), out.end());
   }
   for (float& value : results) value = std::isnan(value) ? -1.0f : value;
   return results;
 }
 
-std::vector<float> expected_shared_sums() {
-  std::vector<float> expected;
+Managed<float> expected_shared_sums() {
+  Managed<float> expected;
   for (int turn = 0; turn < 2; ++turn) {
     for (int i = 0; i < kSharedSums; ++i) {
       float sum = 0.0f;
@@ -331,16 +342,16 @@ std::vector<float> expected_shared_sums() {
 // By most seeds, for a block may be late enough by chance; each seed gives the same every time.
 template <Mistake kMistake>
 bool is_caught() {
-  const std::vector<float> expected = expected_shared_sums();
+  const Managed<float> expected = expected_shared_sums();
   std::size_t caught = 0;
-  for (const auto& results : under_each_schedule<std::vector<float>>(shared_sums<kMistake>, kConcurrent)) {
+  for (const auto& results : under_each_schedule<Managed<float>>(shared_sums<kMistake>, kConcurrent)) {
     caught += results != expected;
   }
   return 2 * caught > kConcurrent.size();
 }
 
 void sums_pass_from_block_to_block_under_each_schedule() {
-  EXPECT(all_equal(under_each_schedule<std::vector<float>>(shared_sums<Mistake::none>), expected_shared_sums()));
+  EXPECT(all_equal(under_each_schedule<Managed<float>>(shared_sums<Mistake::none>), expected_shared_sums()));
 }
 void flag_raised_before_its_sums_is_caught() { EXPECT(is_caught<Mistake::flag_before_sums>()); }
 void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_release>()); }
@@ -351,7 +362,7 @@ void flag_that_is_not_reset_is_caught() { EXPECT(is_caught<Mistake::flags_that_s
 
 void seed_is_one_interleaving() {
   const auto run = [] { return shared_sums<Mistake::flag_before_sums>(); };
-  const auto results = under_each_schedule<std::vector<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
+  const auto results = under_each_schedule<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
   EXPECT(results[0] == results[1]);
   EXPECT(results[0] != results[2]);
 }
@@ -372,26 +383,26 @@ __global__ void own_store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
 
 void block_sees_its_own_stores() {
   const auto run = [] {
-    alignas(16) std::uint32_t memory[64] = {};
-    std::vector<std::uint32_t> seen(3 * 64);
-    launch<own_store_kernel>({1, 64}, {}, &memory[0], seen.data());
-    seen.insert(seen.end(), &memory[0], &memory[64]);
+    Managed<std::uint32_t> memory(64);
+    Managed<std::uint32_t> seen(3 * 64);
+    launch<own_store_kernel>({1, 64}, {}, memory.data(), seen.data());
+    seen.insert(seen.end(), memory.begin(), memory.end());
     return seen;
   };
-  std::vector<std::uint32_t> expected;
+  Managed<std::uint32_t> expected;
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(t);
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back((t + 1) % 64);
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + (t ^ 1));
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + t);
-  EXPECT(all_equal(under_each_schedule<std::vector<std::uint32_t>>(run), expected));
+  EXPECT(all_equal(under_each_schedule<Managed<std::uint32_t>>(run), expected));
 }
 
 void workspace_begins_as_nan_or_as_raised_flags() {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
   int nan = 0, flags = 0;
   for (int i = 0; i < 100; ++i) {
-    std::uint32_t words[2];
-    spoil(&words[0], sizeof(words));
+    Managed<std::uint32_t> words(2);
+    spoil(words.data(), words.size() * sizeof(words[0]));
     nan += words[0] == 0xFFFFFFFF && words[1] == 0xFFFFFFFF;
     flags += words[0] == 1 && words[1] == 1;
   }
@@ -414,9 +425,9 @@ __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
 __global__ void misaligned_place_kernel() { load_shared<float>(SharedPlace(dynamic_smem<float>()).at(2)); }
 
 void place_in_shared_memory_is_another() {
-  alignas(16) const std::uint32_t in[8] = {1, 0x200, 3, 4, 5, 6, 7, 8};
-  alignas(16) std::uint32_t out[8];
-  launch<places_kernel>({1, kWarp, 64}, {}, &in[0], &out[0]);
+  const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
+  Managed<std::uint32_t> out(8);
+  launch<places_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
   const std::uint32_t expected[8] = {3 + 2, 0, 0, 0, 1, 0x200, 3, 4};
   for (int i = 0; i < 8; ++i) EXPECT(out[i] == expected[i]);
   EXPECT(contains(last_words([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
@@ -436,8 +447,8 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
 
 void row_of_a_table_is_another() {
   constexpr int kBlocks = 2;  // whose shared memory begins at different places
-  std::uint32_t out[kBlocks * kWarp];
-  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, &out[0]);
+  Managed<std::uint32_t> out(kBlocks * kWarp);
+  launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
   const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
   for (int i = 0; i < kBlocks * kWarp; ++i) {
     EXPECT(out[i] == static_cast<std::uint32_t>(rows[i % 4] * kWarp + i % kWarp));
@@ -449,8 +460,8 @@ __global__ void place_kernel(std::uint32_t* to_rows) {
 }
 
 void blocks_do_not_have_both_places_of_shared_memory() {
-  std::uint32_t to_rows[2];
-  launch<place_kernel>({2, kWarp, 1024}, {}, &to_rows[0]);
+  Managed<std::uint32_t> to_rows(2);
+  launch<place_kernel>({2, kWarp, 1024}, {}, to_rows.data());
   EXPECT(to_rows[0] == 0 && to_rows[1] == kRowsBegin);
 }
 
@@ -465,19 +476,32 @@ void emulated_device_has_other_shared_memory_than_was_said() {
 
 void blocks_wait_for_each_other() {
   const auto run = [] {
-    std::uint32_t turn = 0;
-    float sum = 0.0f;
-    launch<in_order_kernel>({7, 64}, {}, &turn, &sum);
-    return sum;
+    Managed<std::uint32_t> ticket(1), turn(1);
+    Managed<float> sum(1);
+    launch<in_order_kernel<true>>({7, 64, 128}, {}, ticket.data(), turn.data(), sum.data());
+    return sum[0];
   };
   EXPECT(all_equal(under_each_schedule<float>(run), 10.03125f));
-  std::uint32_t turn = 9;
-  float sum = 0.0f;
-  EXPECT(contains(last_words([&] { launch<in_order_kernel>({2, 32}, {}, &turn, &sum); }), "waits for another block"));
+  Managed<std::uint32_t> ticket(1), turn = {9};
+  Managed<float> sum(1);
+  const std::string words =
+      last_words([&] { launch<in_order_kernel<true>>({2, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+  EXPECT(contains(words, "waits for another block"));
+}
+
+void wait_for_a_block_that_has_not_begun_is_caught() {
+  setenv("QLN_SCHEDULE", "concurrent:1", 1);
+  Managed<std::uint32_t> ticket(1), turn(1);
+  Managed<float> sum(1);
+  // More blocks than the device holds at once.
+  const std::string words =
+      last_words([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+  EXPECT(contains(words, "deadlock") && contains(words, "waits for another block"));
+  unsetenv("QLN_SCHEDULE");
 }
 
 void host_threads_run_grids_at_once() {
-  std::vector<std::vector<int>> results(4);
+  std::vector<Managed<int>> results(4);
   std::vector<std::thread> threads;
   for (auto& result : results) threads.emplace_back([&result] { result = rounds<true>(); });
   for (std::thread& thread : threads) thread.join();
@@ -514,8 +538,8 @@ __global__ void transpose_kernel(const Bf16* in, Bf16* out) {
 
 template <class T>
 void tensor_core_gives_the_product() {
-  std::vector<T> a(256), b(128);
-  std::vector<float> c(128);
+  Managed<T> a(256), b(128);
+  Managed<float> c(128);
   for (int i = 0; i < 256; ++i) a[i] = from_f32<T>(static_cast<float>(i * 7 % 31 - 15));
   for (int i = 0; i < 128; ++i) b[i] = from_f32<T>(static_cast<float>(i * 5 % 29 - 14));
   launch<tile_kernel<T>>({1, 32, 384 * sizeof(T)}, {}, a.data(), b.data(), c.data());
@@ -526,9 +550,9 @@ void tensor_core_gives_the_product() {
       EXPECT(c[m * 8 + n] == sum);
     }
   }
-  alignas(16) Bf16 in[64], out[64];
+  Managed<Bf16> in(64), out(64);
   for (int i = 0; i < 64; ++i) in[i].bits = static_cast<std::uint16_t>(i);
-  launch<transpose_kernel>({1, 32}, {}, &in[0], &out[0]);
+  launch<transpose_kernel>({1, 32}, {}, in.data(), out.data());
   for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
 }
 
@@ -546,8 +570,8 @@ __global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
 
 template <class T>
 void first_of_a_pair_is_in_the_low_half() {
-  std::uint32_t packed[kWarp / 2];
-  launch<pack_kernel<T>>({1, kWarp, kWarp * sizeof(float)}, {}, 0xFF800A01u, &packed[0]);
+  Managed<std::uint32_t> packed(kWarp / 2);
+  launch<pack_kernel<T>>({1, kWarp, kWarp * sizeof(float)}, {}, 0xFF800A01u, packed.data());
   for (int i = 0; i < kWarp / 2; ++i) {
     const float first = i % 2 == 0 ? 0x01 - 100.5f : 0x80 - 100.5f, second = i % 2 == 0 ? 0x0A - 100.5f : 0xFF - 100.5f;
     EXPECT((packed[i] & 0xFFFF) == from_f32<T>(first).bits && packed[i] >> 16 == from_f32<T>(second).bits);
@@ -559,20 +583,105 @@ void first_of_a_pair_is_in_the_low_half() {
 __global__ void beyond_the_end_kernel(float* out, int index) { *out = dynamic_smem<float>()[index]; }
 
 void shared_memory_begins_as_nan() {
-  float out = 0.0f;
-  launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, &out, 31);
-  EXPECT(std::isnan(out));
+  Managed<float> out(1);
+  launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 31);
+  EXPECT(std::isnan(out[0]));
 }
 
 void shared_memory_ends_where_it_was_said() {
 #ifdef __SANITIZE_ADDRESS__
-  float out = 0.0f;
+  Managed<float> out(1);
   const std::string words =
-      last_words([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, &out, 32); });
+      last_words([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 32); });
   EXPECT(contains(words, "heap-buffer-overflow") && contains(words, "beyond_the_end_kernel"));
 #endif
   EXPECT(contains(last_words([] { launch<missed_barrier_kernel>({1, 32, emulator::max_smem_bytes() + 1}, {}, 0); }),
                   "shared memory"));
+}
+
+// ---- memory of the device and of the host ----
+
+struct Twice {
+  int padded;  // four bytes of padding follow
+  const float* from;
+  float* to;
+};
+__global__ void twice_kernel(const Twice args) {
+  const int t = thread_index();
+  args.to[t] = 2.0f * args.from[t];
+}
+
+void memory_of_the_host_is_caught_in_the_arguments_of_a_kernel() {
+  std::vector<float> host(kWarp);
+  Managed<float> both(kWarp);
+  const auto words = [](const Twice& args) { return last_words([&] { launch<twice_kernel>({1, kWarp}, {}, args); }); };
+  EXPECT(words({1, both.data(), both.data()}).empty());
+  const std::string read = words({1, host.data(), both.data()});
+  EXPECT(contains(read, "twice_kernel: argument 1 has at byte 8 an address of the host's memory"));
+  EXPECT(contains(words({1, both.data(), host.data()}), "twice_kernel: argument 1 has at byte 16 an address"));
+  float on_the_stack = 0.0f;
+  EXPECT(contains(words({1, both.data(), &on_the_stack}), "at byte 16 an address"));
+  EXPECT(contains(last_words([&] { fill_bytes(host.data(), 0, 4, {}); }), "fill_bytes: argument 1"));
+}
+
+void memory_of_the_device_is_reached_by_kernels_alone() {
+  const Managed<float> in(kWarp, 3.0f);
+  Managed<float> out(kWarp);
+  std::byte* const memory = emulator::allocate_on_device(kWarp * sizeof(float), "planted");
+  auto* const device = reinterpret_cast<float*>(memory);
+  launch<twice_kernel>({1, kWarp}, {}, Twice{1, in.data(), device});
+  launch<twice_kernel>({1, kWarp}, {}, Twice{1, device, out.data()});
+  for (const float value : out) EXPECT(value == 12.0f);
+  constexpr char kSentence[] = "the host reads or writes memory of the device while no kernel runs: planted";
+  EXPECT(contains(last_words([&] { out[0] = device[0]; }), kSentence));
+  EXPECT(contains(last_words([&] { device[0] = 1.0f; }), kSentence));
+  {
+    const DeviceWork work;
+    EXPECT(device[0] == 6.0f);
+  }
+  EXPECT(contains(last_words([&] { out[0] = device[0]; }), kSentence));
+  emulator::release_on_device(memory);
+}
+
+// A call over tensors that overlap, and whose rows have gaps.
+struct Scaled {
+  ConstMatrix x;
+  Matrix y;
+};
+void add_tensors(CallMemory& memory, Scaled& args) {
+  memory.add(args.x);
+  memory.add(args.y);
+}
+__global__ void scaled_kernel(const Scaled args, bool spoils_x) {
+  for (std::int64_t i = thread_index(); i < args.x.rows * args.x.cols; i += block_threads()) {
+    const std::int64_t row = i / args.x.cols, col = i % args.x.cols;
+    const float value = static_cast<const float*>(args.x.data)[row * args.x.stride + col];
+    static_cast<float*>(args.y.data)[row * args.y.stride + col] = 2.0f * value;
+    if (spoils_x) static_cast<float*>(const_cast<void*>(args.x.data))[row * args.x.stride + col] = 0.0f;
+  }
+}
+
+void tensors_of_a_call_are_on_the_device_while_it_runs() {
+  // x: columns 1 ... 3 of 5 rows of 10, y: columns 5 ... 7 of the same.
+  std::vector<float> host(50, 1.0f);
+  const Scaled args = {.x = {host.data() + 1, DType::f32, 5, 3, 10}, .y = {host.data() + 5, DType::f32, 5, 3, 10}};
+  const auto run = [&](bool spoils_x) {
+    with_device_tensors(args, [&](const Scaled& on_device) {
+      EXPECT(on_device.x.data != args.x.data && emulator::is_reachable(on_device.x.data));
+      const auto between = static_cast<const float*>(on_device.y.data) - static_cast<const float*>(on_device.x.data);
+      EXPECT(between == 4);
+      launch<scaled_kernel>({1, kWarp}, {}, on_device, spoils_x);
+    });
+  };
+  run(false);
+  for (int i = 0; i < 50; ++i) EXPECT(host[i] == (i % 10 >= 5 && i % 10 < 8 ? 2.0f : 1.0f));
+  EXPECT(contains(last_words([&] { run(true); }), "has written a tensor that its call only reads"));
+  const std::string words = last_words([&] {
+    with_device_tensors(args, [&](const Scaled& on_device) {
+      host[0] = *static_cast<const float*>(on_device.x.data);  // as a check on the host would
+    });
+  });
+  EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));
 }
 
 void unknown_schedule_is_refused() {
@@ -589,6 +698,7 @@ int run_all() {
   missing_wait_is_found();
   copies_fill_with_zeros_and_must_be_aligned();
   blocks_wait_for_each_other();
+  wait_for_a_block_that_has_not_begun_is_caught();
   sums_pass_from_block_to_block_under_each_schedule();
   flag_raised_before_its_sums_is_caught();
   flag_without_release_is_caught();
@@ -610,6 +720,9 @@ int run_all() {
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
   shared_memory_ends_where_it_was_said();
+  memory_of_the_host_is_caught_in_the_arguments_of_a_kernel();
+  memory_of_the_device_is_reached_by_kernels_alone();
+  tensors_of_a_call_are_on_the_device_while_it_runs();
   unknown_schedule_is_refused();
   return report();
 }

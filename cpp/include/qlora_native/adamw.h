@@ -51,11 +51,13 @@ struct AdamW8bitGroup {
 
 // A gradient is unusable if g * inv_scale is NaN, or too large for its square to be finite in fp32 (about 1.8e19). One
 // of those anywhere, or *found_inf != 0, and the whole step is skipped: nothing is written but *skipped.
-// param, grad, state, step, inv_scale, found_inf and skipped are memory of the stream's device.
+// tensors and groups are lists in the host's memory, read before the call returns. What they point to (param, grad,
+// state1, state2, absmax1, absmax2, step, device_lr), inv_scale, found_inf and skipped are memory of the stream's
+// device.
 struct AdamW8bitArgs {
-  const AdamW8bitTensor* tensors = nullptr;  // [count], each parameter once
+  const AdamW8bitTensor* tensors = nullptr;  // [count], the host's; each parameter once
   std::int64_t count = 0;
-  const AdamW8bitGroup* groups = nullptr;  // [group_count]
+  const AdamW8bitGroup* groups = nullptr;  // [group_count], the host's
   int group_count = 0;
   const float* inv_scale = nullptr;  // [1], what gradients are multiplied by (clipping, loss scaling); null: 1
   const float* found_inf = nullptr;  // [1], as torch's GradScaler gives it; null: 0

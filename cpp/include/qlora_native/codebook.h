@@ -1,4 +1,5 @@
-// The codebooks of the 4-bit formats and the 8-bit dynamic maps.
+// The codebooks of the 4-bit formats and the 8-bit dynamic maps, in the host's memory: for an operation on cuda they
+// are copied to the device first.
 #pragma once
 
 #include <array>

@@ -4,6 +4,8 @@
 //   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
 //   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
+// Every pointer is to memory of the stream's device (types.h), codebooks and scales too.
+//
 // W is decoded in tiles on the way into the multiply, rounded once to the dtype of X, as are A, B, U and V; every sum
 // is fp32. Results do not depend on the number of threads; several threads may call at once. Extra memory of a call: on
 // the cpu 8 MB and 1 MB a thread, kept for the next; on cuda 128 KB a multiprocessor; or what set_dense_gemm says.

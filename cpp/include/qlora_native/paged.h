@@ -49,7 +49,7 @@ class QLN_API PagedArena {
   PagedArena& operator=(const PagedArena&) = delete;
   ~PagedArena();  // CUDA frees such memory when the device has done all that it was asked for before
 
-  std::byte* data() const;
+  std::byte* data() const;  // host and device reach it; whatever was asked of the device must be done first
   std::size_t bytes() const;
   // Puts pointers to the state of states[index] into `tensor`: state1, state2, absmax1 and absmax2.
   void place(std::size_t index, AdamW8bitTensor& tensor) const;

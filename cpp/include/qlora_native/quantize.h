@@ -1,5 +1,6 @@
 // Blockwise quantization of a weight, and its inverse. The layout of the result is documented on
-// QuantizedWeightView (types.h).
+// QuantizedWeightView (types.h). Every pointer is to memory of the stream's device: code, nested_code and non_finite
+// too, so on cuda a table of codebook.h is copied there first.
 #pragma once
 
 #include "qlora_native/export.h"

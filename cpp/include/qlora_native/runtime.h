@@ -44,7 +44,7 @@ using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream)
 QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
 
 // A dense product, all of it in one dtype: out = left . right + bias. Sums are fp32 and rounded once, with the bias in
-// them.
+// them. Every pointer is to memory of the stream's device.
 struct DenseGemmArgs {
   ConstMatrix left;   // [rows, inner]
   ConstMatrix right;  // [inner, cols]; with transpose_right [cols, inner]
@@ -57,7 +57,7 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 // The host program's dense product, for linear_forward and linear_backward_input of many rows: they then decode the
 // weight a panel at a time and multiply with this. Null, as it begins: the library's own kernels decode on the way, for
 // any number of rows. It is called by several threads at once, and may throw. Not to be set while an operation runs.
-//   cuda  From 769 rows on. It puts its work into the stream. Extra memory of such a call: two panels, 32 MB at most,
+//   cuda  From 769 rows on. It puts its work into the stream. Extra memory of such a call: two panels, 64 MB at most,
 //         and with an adapter 8192 * (inner dimension + rank) elements.
 //   cpu   Where that product is the faster one (cpp/src/cpu/way.h): on processors with AMX, bf16 from 1024 rows on, and
 //         fp16 from 33 on if AMX multiplies that too. It is to use the threads of the library's pool. Extra memory: a

@@ -1,5 +1,5 @@
-// The vocabulary of the library: element types, devices, and views over the caller's memory.
-// Nothing here owns memory. Every matrix is row-major; a stride counts elements.
+// The vocabulary of the library: element types, devices, and views over the caller's memory, which is the stream's
+// device's (Stream). Nothing here owns memory. Every matrix is row-major; a stride counts elements.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +17,9 @@ constexpr const char* name_of(DType dtype) {
 enum class Device : std::int8_t { cpu, cuda };
 
 // Where and in which order an operation runs. `handle` is a cudaStream_t on cuda, unused on cpu.
+//
+// What the arguments of an operation point to is memory of that device: on cuda, memory that its kernels can read, of
+// cudaMalloc, cudaMallocManaged or a mapped cudaHostAlloc. A pointer of the host's own says so where it is declared.
 struct Stream {
   Device device = Device::cpu;
   int index = 0;

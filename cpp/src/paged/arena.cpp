@@ -1,0 +1,312 @@
+#include "paged/arena.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
+#include "backend.h"
+#include "check.h"
+#include "common/layout.h"
+
+namespace qlora_native {
+namespace {
+
+// Between arrays: the alignment of cudaMalloc, which vector loads need.
+constexpr std::size_t kAlignment = 256;
+// Between stretches: the blocks in which the driver moves managed memory, so that none belongs to two of them.
+constexpr std::size_t kPage = std::size_t{2} << 20;
+// One is filled while one is updated and one copied back.
+constexpr std::size_t kSlots = 3;
+
+std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+std::int64_t piece_of(std::int64_t elements, std::size_t element_bytes, std::size_t stretch_bytes) {
+  const auto block = static_cast<std::size_t>(kAdamW8bitBlocksize);
+  const std::size_t blocks = std::max<std::size_t>(stretch_bytes / (2 * element_bytes * block), 1);
+  return std::min(elements, static_cast<std::int64_t>(blocks * block));
+}
+
+}  // namespace
+
+std::map<const std::byte*, PagedArena::Impl*> PagedArena::Impl::all_;
+std::shared_mutex PagedArena::Impl::all_mutex_;
+
+// ---- layout ----
+
+// Where an array begins. Each has an address of its own, also an empty one: torch saves no two tensors at one address.
+std::size_t PagedArena::Impl::array(std::size_t bytes, std::size_t alignment) {
+  const std::size_t begin = round_up(bytes_, alignment);
+  bytes_ = begin + std::max<std::size_t>(bytes, 1);
+  return begin;
+}
+
+// Whole parameters share a stretch, one range, as long as they fit. One that is larger than a stretch has its own: its
+// pieces are a range of each of its arrays.
+void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes) {
+  bool is_open = false;  // the last stretch, for more parameters
+  for (const PagedState& state : states) {
+    Entry entry{.elements = state.elements, .element_bytes = state.in_8_bits ? sizeof(std::uint8_t) : sizeof(float)};
+    entry.piece = piece_of(entry.elements, entry.element_bytes, stretch_bytes);
+    const std::size_t state_bytes = entry.state_bytes(entry.elements),
+                      absmax_bytes = entry.absmax_bytes(entry.elements);
+    const bool is_whole = entry.piece == entry.elements;
+    const std::size_t bytes = 2 * (round_up(state_bytes, kAlignment) + round_up(absmax_bytes, kAlignment));
+    if (is_whole && is_open && bytes_ + bytes - stretches_.back().ranges[0].begin > stretch_bytes) is_open = false;
+    if (!is_whole) is_open = false;
+    const std::size_t between = is_whole ? kAlignment : kPage;
+    entry.state1 = array(state_bytes, is_whole && is_open ? kAlignment : kPage);
+    entry.state2 = array(state_bytes, between);
+    if (entry.in_8_bits()) {
+      entry.absmax1 = array(absmax_bytes, between);
+      entry.absmax2 = array(absmax_bytes, between);
+    }
+    if (is_whole) {
+      if (!is_open) stretches_.push_back({.ranges = {{entry.state1, entry.state1}}});
+      is_open = true;
+      stretches_.back().ranges[0].end = bytes_;
+      entry.first_stretch = stretches_.size() - 1;
+    } else {
+      entry.first_stretch = stretches_.size();
+      for (std::int64_t first = 0; first < entry.elements; first += entry.piece) {
+        const std::int64_t end = std::min(first + entry.piece, entry.elements);
+        Stretch stretch;
+        for (const std::size_t at : {entry.state1, entry.state2}) {
+          stretch.ranges.push_back({at + entry.state_bytes(first), at + entry.state_bytes(end)});
+        }
+        for (const std::size_t at : {entry.absmax1, entry.absmax2}) {
+          if (entry.in_8_bits())
+            stretch.ranges.push_back({at + entry.absmax_bytes(first), at + entry.absmax_bytes(end)});
+        }
+        stretches_.push_back(std::move(stretch));
+      }
+    }
+    entries_.push_back(entry);
+  }
+}
+
+std::size_t PagedArena::Impl::size_of(std::size_t stretch) const {
+  std::size_t bytes = 0;
+  for (const Range& range : stretches_[stretch].ranges) bytes += round_up(range.end - range.begin, kAlignment);
+  return bytes;
+}
+
+// ---- memory ----
+
+void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOptions& options) {
+  lay_out(states, options.stretch_bytes);
+  bytes_ = std::max(bytes_, kAlignment);  // an address of its own, whatever is in it
+  pinned_ = options.pinned || !driver_->is_concurrent();
+  data_ =
+      static_cast<std::byte*>(driver_->allocate(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, bytes_));
+  if (pinned_) {
+    for (std::size_t i = 0; i < stretches_.size(); ++i) slot_bytes_ = std::max(slot_bytes_, size_of(i));
+    slots_.resize(std::min(kSlots, stretches_.size()));
+    if (slot_bytes_ > 0) {
+      ring_ = static_cast<std::byte*>(driver_->allocate(Driver::Memory::device, slot_bytes_ * slots_.size()));
+    }
+    for (Slot& slot : slots_) slot.copied_back = driver_->create_event();
+  } else {
+    driver_->advise(data_, bytes_);
+  }
+  std::memset(data_, 0, bytes_);  // by the host, where it stays until it is fetched
+  in_ = driver_->create_stream();
+  out_ = driver_->create_stream();
+  for (void** event : {&entered_, &left_, &sent_}) *event = driver_->create_event();
+  for (Stretch& stretch : stretches_) {
+    for (void** event : {&stretch.fetched, &stretch.ready}) *event = driver_->create_event(/*timed=*/true);
+    stretch.updated = driver_->create_event();
+  }
+  const std::unique_lock lock(all_mutex_);
+  all_[data_ + bytes_] = this;
+}
+
+PagedArena::Impl::~Impl() {
+  if (data_ != nullptr) {
+    const std::unique_lock lock(all_mutex_);
+    all_.erase(data_ + bytes_);
+  }
+  std::vector<void*> events{entered_, left_, sent_};
+  for (const Slot& slot : slots_) events.push_back(slot.copied_back);
+  for (const Stretch& stretch : stretches_) {
+    events.insert(events.end(), {stretch.fetched, stretch.ready, stretch.updated});
+  }
+  for (void* event : {left_, sent_}) {
+    if (event != nullptr) driver_->synchronize(event);
+  }
+  for (void* stream : {in_, out_}) {
+    if (stream != nullptr) driver_->destroy_stream(stream);
+  }
+  for (void* event : events) {
+    if (event != nullptr) driver_->destroy_event(event);
+  }
+  if (ring_ != nullptr) driver_->release(Driver::Memory::device, ring_);
+  if (data_ != nullptr) driver_->release(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, data_);
+}
+
+PagedArena::Impl* PagedArena::Impl::find(const void* state) {
+  const auto* const at = static_cast<const std::byte*>(state);
+  const std::shared_lock lock(all_mutex_);
+  const auto found = all_.upper_bound(at);
+  return found != all_.end() && found->second->data_ <= at ? found->second : nullptr;
+}
+
+// The state that lies where this tensor's does, if that is one of the arena's: else it is someone's own use of the
+// memory, which a kernel reaches too, only slower.
+const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const AdamW8bitTensor& tensor) const {
+  const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(tensor.state1) - data_);
+  auto found = std::upper_bound(entries_.begin(), entries_.end(), offset,
+                                [](std::size_t at, const Entry& entry) { return at < entry.state1; });
+  if (found == entries_.begin()) return nullptr;
+  const Entry& entry = *--found;
+  const bool in_8_bits = tensor.absmax1 != nullptr;
+  const auto is_at = [&](const void* p, std::size_t at) { return p == data_ + at; };
+  const bool is_its = entry.elements == tensor.elements && entry.in_8_bits() == in_8_bits &&
+                      is_at(tensor.state1, entry.state1) && is_at(tensor.state2, entry.state2) &&
+                      (!in_8_bits || (is_at(tensor.absmax1, entry.absmax1) && is_at(tensor.absmax2, entry.absmax2)));
+  return is_its ? &entry : nullptr;
+}
+
+PagedStats PagedArena::Impl::stats() {
+  stats_.bytes_managed = stats_.bytes_resident = 0;
+  for (Stretch& stretch : stretches_) {
+    count_stall(stretch);
+    for (const Range& range : stretch.ranges) {
+      const std::size_t bytes = range.end - range.begin;
+      stats_.bytes_managed += static_cast<std::int64_t>(bytes);
+      if (pinned_ || bytes == 0 || !driver_->is_on_device(data_ + range.begin, bytes)) continue;
+      stats_.bytes_resident += static_cast<std::int64_t>(bytes);
+    }
+  }
+  return stats_;
+}
+
+void PagedArena::Impl::count_stall(Stretch& stretch) {
+  if (!stretch.uncounted || !driver_->is_done(stretch.ready) || !driver_->is_done(stretch.fetched)) return;
+  if (driver_->is_earlier(stretch.ready, stretch.fetched)) ++stats_.stalls;
+  stretch.uncounted = false;
+}
+
+// ---- a step ----
+
+// f(home, in the slot, bytes) for each range of a stretch.
+template <class F>
+void PagedArena::Impl::each_in_slot(const Stretch& stretch, const F& f) const {
+  std::byte* at = ring_ + stretch.slot * slot_bytes_;
+  for (const Range& range : stretch.ranges) {
+    f(data_ + range.begin, at, range.end - range.begin);
+    at += round_up(range.end - range.begin, kAlignment);
+  }
+}
+
+void* PagedArena::Impl::resident(std::size_t stretch, void* home) const {
+  if (!pinned_) return home;
+  auto* const p = static_cast<std::byte*>(home);
+  void* found = nullptr;
+  each_in_slot(stretches_[stretch], [&](std::byte* begin, std::byte* at, std::size_t bytes) {
+    if (p >= begin && p < begin + bytes) found = at + (p - begin);
+  });
+  return found;
+}
+
+// Nothing moves before the caller's stream has come here: it may have written to the state, and until the backward has
+// ended its activations need the memory. Nor before what went back in the last step is back.
+void PagedArena::Impl::begin(void* stream) {
+  driver_->record(entered_, stream);
+  driver_->wait(in_, entered_);
+  driver_->wait(out_, entered_);
+  driver_->wait(in_, sent_);
+}
+
+void PagedArena::Impl::fetch(std::size_t index) {
+  Stretch& stretch = stretches_[index];
+  count_stall(stretch);
+  if (pinned_) {
+    stretch.slot = next_slot_++ % slots_.size();
+    Slot& slot = slots_[stretch.slot];
+    if (slot.used) driver_->wait(in_, slot.copied_back);
+    each_in_slot(stretch, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(at, home, n, in_); });
+  } else {
+    for (const Range& range : stretch.ranges) {
+      driver_->prefetch(data_ + range.begin, range.end - range.begin, Driver::Place::device, in_);
+    }
+    stretch.resident = true;
+  }
+  driver_->record(stretch.fetched, in_);
+  ++stats_.prefetches;
+}
+
+void PagedArena::Impl::enter(std::size_t index, void* stream) {
+  Stretch& stretch = stretches_[index];
+  driver_->record(stretch.ready, stream);
+  driver_->wait(stream, stretch.fetched);
+  stretch.uncounted = true;
+}
+
+void PagedArena::Impl::leave(std::size_t index, void* stream, bool evict) {
+  Stretch& stretch = stretches_[index];
+  if (!pinned_ && !evict) return;
+  driver_->record(stretch.updated, stream);
+  driver_->wait(out_, stretch.updated);
+  if (pinned_) {
+    Slot& slot = slots_[stretch.slot];
+    each_in_slot(stretch, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(home, at, n, out_); });
+    driver_->record(slot.copied_back, out_);
+    slot.used = true;
+  } else {
+    for (const Range& range : stretch.ranges) {
+      driver_->prefetch(data_ + range.begin, range.end - range.begin, Driver::Place::host, out_);
+    }
+    stretch.resident = false;
+  }
+}
+
+// Who reads the state after the step finds it: managed memory is right wherever it lies, a ring's must be back.
+void PagedArena::Impl::finish(void* stream) {
+  driver_->record(sent_, out_);
+  if (pinned_) driver_->wait(stream, sent_);
+  driver_->record(left_, stream);
+}
+
+// ---- the public class ----
+
+namespace {
+
+std::unique_ptr<Driver> driver_of(const Stream& stream) {
+  const Backend& backend = backend_for(stream);
+  if (backend.make_driver == nullptr) {
+    throw Unavailable("PagedArena: the backend cpu pages nothing; state of the CPU is ordinary memory");
+  }
+  return backend.make_driver(stream.index);
+}
+
+}  // namespace
+
+PagedArena::PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options)
+    : PagedArena(states, driver_of(stream), options) {}
+
+PagedArena::PagedArena(const std::vector<PagedState>& states, std::unique_ptr<Driver> driver,
+                       const PagedOptions& options) {
+  for (std::size_t i = 0; i < states.size(); ++i) {
+    const std::int64_t elements = states[i].elements;
+    check(elements >= 0, [&] { return "states[" + std::to_string(i) + "].elements"; }, ">= 0", elements);
+  }
+  check(options.stretch_bytes >= 1, "stretch_bytes", ">= 1", options.stretch_bytes);
+  impl_ = std::make_unique<Impl>(std::move(driver));
+  impl_->open(states, options);
+}
+
+PagedArena::~PagedArena() = default;
+
+std::byte* PagedArena::data() const { return impl_->data(); }
+std::size_t PagedArena::bytes() const { return impl_->bytes(); }
+PagedStats PagedArena::stats() { return impl_->stats(); }
+
+void PagedArena::place(std::size_t index, AdamW8bitTensor& tensor) const {
+  const Impl::Entry& entry = impl_->entry(index);
+  tensor.state1 = data() + entry.state1;
+  tensor.state2 = data() + entry.state2;
+  tensor.absmax1 = entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax1) : nullptr;
+  tensor.absmax2 = entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax2) : nullptr;
+}
+
+}  // namespace qlora_native

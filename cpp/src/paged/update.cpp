@@ -1,0 +1,98 @@
+#include "paged/update.h"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <utility>
+
+#include "paged/arena.h"
+
+namespace qlora_native {
+namespace {
+
+// Memory is short where less than this would be left on the device with all state there. A choice, not measured: room
+// for what libraries allocate beside torch when they are first used.
+constexpr std::size_t kSpareBytes = std::size_t{512} << 20;
+
+}  // namespace
+
+AdamW8bitTensor stretch_of(const AdamW8bitTensor& tensor, std::int64_t first, std::int64_t elements) {
+  const bool in_8_bits = tensor.absmax1 != nullptr;
+  const std::size_t state_bytes = in_8_bits ? sizeof(std::uint8_t) : sizeof(float);
+  const auto at = [first](auto* p, std::size_t bytes) { return p + static_cast<std::size_t>(first) * bytes; };
+  AdamW8bitTensor stretch = tensor;
+  stretch.elements = elements;
+  stretch.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
+  stretch.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
+  stretch.state1 = at(static_cast<std::byte*>(tensor.state1), state_bytes);
+  stretch.state2 = at(static_cast<std::byte*>(tensor.state2), state_bytes);
+  if (in_8_bits) {
+    stretch.absmax1 += first / kAdamW8bitBlocksize;
+    stretch.absmax2 += first / kAdamW8bitBlocksize;
+  }
+  return stretch;
+}
+
+PagedUpdate::PagedUpdate(const AdamW8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
+  std::vector<UpdatePart> others;
+  std::optional<bool> captured;  // into a graph: nothing is asked for, kernels reach the state wherever it is
+  std::map<std::pair<PagedArena::Impl*, std::size_t>, std::size_t> visit_of;
+  for (std::int64_t i = 0; i < args.count; ++i) {
+    const AdamW8bitTensor& tensor = args.tensors[i];
+    PagedArena::Impl* const arena = tensor.elements > 0 ? PagedArena::Impl::find(tensor.state1) : nullptr;
+    const PagedArena::Impl::Entry* const entry = arena != nullptr ? arena->entry_of(tensor) : nullptr;
+    if (entry != nullptr && !captured) captured = arena->driver().is_capturing(stream_);
+    if (entry == nullptr || *captured) {
+      others.push_back({tensor, i});
+      continue;
+    }
+    if (std::find(arenas_.begin(), arenas_.end(), arena) == arenas_.end()) arenas_.push_back(arena);
+    for (std::int64_t first = 0, stretch = 0; first < tensor.elements; first += entry->piece, ++stretch) {
+      const std::pair key{arena, entry->first_stretch + static_cast<std::size_t>(stretch)};
+      const auto [found, is_new] = visit_of.try_emplace(key, visits_.size());
+      if (is_new) visits_.push_back({key.first, key.second, {}});
+      const std::int64_t elements = std::min(entry->piece, tensor.elements - first);
+      visits_[found->second].parts.push_back({stretch_of(tensor, first, elements), i});
+    }
+  }
+  if (!others.empty()) visits_.insert(visits_.begin(), {nullptr, 0, std::move(others)});
+  begin();
+}
+
+void PagedUpdate::begin() {
+  if (arenas_.empty()) return;
+  std::size_t to_come = 0;
+  for (const Visit& visit : visits_) to_come += visit.arena != nullptr ? visit.arena->bytes_to_come(visit.stretch) : 0;
+  is_short_ = arenas_.front()->driver().free_bytes() < to_come + kSpareBytes;
+  for (PagedArena::Impl* arena : arenas_) arena->begin(stream_);
+  fetch(0);
+}
+
+void PagedUpdate::fetch(std::size_t visit) {
+  if (visit < visits_.size() && visits_[visit].arena != nullptr) visits_[visit].arena->fetch(visits_[visit].stretch);
+}
+
+void PagedUpdate::before(std::size_t i) {
+  fetch(i + 1);
+  Visit& visit = visits_[i];
+  if (visit.arena == nullptr) return;
+  visit.arena->enter(visit.stretch, stream_);
+  for (UpdatePart& part : visit.parts) {
+    AdamW8bitTensor& tensor = part.tensor;
+    tensor.state1 = visit.arena->resident(visit.stretch, tensor.state1);
+    tensor.state2 = visit.arena->resident(visit.stretch, tensor.state2);
+    if (tensor.absmax1 == nullptr) continue;
+    tensor.absmax1 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax1));
+    tensor.absmax2 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax2));
+  }
+}
+
+void PagedUpdate::after(std::size_t i) {
+  if (visits_[i].arena != nullptr) visits_[i].arena->leave(visits_[i].stretch, stream_, is_short_);
+}
+
+void PagedUpdate::finish() {
+  for (PagedArena::Impl* arena : arenas_) arena->finish(stream_);
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,140 @@
+// What the kernels of an AdamW8bit step take: tensors in pieces, pieces in lists, and which block is whose.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+#include "common/adamw.h"
+#include "common/layout.h"
+#include "device/elements.cuh"
+#include "paged/update.h"
+
+namespace qlora_native::QLN_CUDA {
+
+constexpr int kBlock = kAdamW8bitBlocksize;
+static_assert(kBlock == kWarp * kEight);
+
+// What look_kernel makes of a tensor, and update_kernel needs.
+struct TensorStep {
+  AdamWCoefficients coefficients;
+  std::int64_t* counter;
+  std::int64_t count;  // becomes *counter, unless the step is skipped
+};
+
+// Of one step: what both kernels take.
+struct WholeStep {
+  const float* inv_scale;
+  const float* found_inf;
+  std::uint32_t* unusable;  // [1]: some gradient is, or a learning rate
+  TensorStep* steps;        // of all tensors of the step
+};
+
+// The items of a launch, blocks of all of them in a row: first the whole ones, of arrays that vectors can reach.
+template <class Item, int kMost>
+struct BlockList {
+  std::uint32_t count, whole_blocks, blocks;
+  std::uint32_t begin[kMost + 1];  // the block at which an item begins; beyond the last one, where that ends
+  Item items[kMost];
+
+  // There are fewer than 2^32 blocks: no memory holds a thousand billion elements.
+  void add(const Item& item, std::int64_t its_blocks, bool is_whole) {
+    begin[count] = blocks;
+    items[count++] = item;
+    blocks += static_cast<std::uint32_t>(its_blocks);
+    if (is_whole) whole_blocks = blocks;
+  }
+  void end() { std::fill(begin + count, begin + kMost + 1, blocks); }
+};
+
+struct LookItem {
+  const void* grad;
+  std::int64_t* counter;  // null: its step is computed with another item
+  std::uint32_t tensor;   // index into WholeStep::steps
+  std::uint16_t last;     // elements of its last block
+  std::uint8_t dtype, group;
+};
+constexpr int kMostLooks = 1024, kMostGroups = 32;
+struct Looks {
+  WholeStep shared;
+  AdamW8bitGroup groups[kMostGroups];
+  BlockList<LookItem, kMostLooks> list;
+};
+
+struct UpdateItem {
+  void* param;
+  const void* grad;
+  void *state1, *state2;
+  float *absmax1, *absmax2;
+  std::uint32_t tensor;
+  std::uint16_t last;
+  std::uint8_t param_dtype, grad_dtype;
+};
+constexpr int kMostUpdates = 512;
+struct Updates {
+  WholeStep shared;
+  std::int64_t* skipped;   // null: another launch counts
+  std::uint32_t to_count;  // tensors
+  BlockList<UpdateItem, kMostUpdates> list;
+};
+// What a kernel may have.
+constexpr std::size_t kParameterBytes = 32764;
+static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates) <= kParameterBytes);
+
+__device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
+
+// f(item, block of the item, whether it is its last, whether the item is another than before) for each of the blocks
+// [first, end) that is this warp's. The search comes only after an item's last block.
+template <int kThreads, class Item, int kMost, class F>
+__device__ __forceinline__ void each_block(const BlockList<Item, kMost>& list, std::uint32_t first, std::uint32_t end,
+                                           const F& f) {
+  constexpr std::uint32_t kWarps = kThreads / kWarp;
+  static_assert(std::has_single_bit(static_cast<unsigned>(kMost)));
+  const std::uint32_t step = static_cast<std::uint32_t>(grid_blocks()) * kWarps;
+  std::uint32_t item = 0, begin = 0, item_end = 0;
+  for (std::uint32_t block = first + static_cast<std::uint32_t>(block_index()) * kWarps + thread_index() / kWarp;
+       block < end; block += step) {
+    const bool is_new = block >= item_end;
+    if (is_new) {
+      item = 0;  // the last one that begins at `block` or before
+#pragma unroll 1
+      for (std::uint32_t jump = kMost / 2; jump > 0; jump /= 2) {
+        if (list.begin[item + jump] <= block) item += jump;
+      }
+      begin = list.begin[item];
+      item_end = list.begin[item + 1];
+    }
+    f(list.items[item], block - begin, block + 1 == item_end, is_new);
+  }
+}
+
+struct Piece {
+  UpdatePart part;
+  bool is_whole;
+};
+using Pieces = std::vector<Piece>;
+
+// The pieces of all parts that are of `dtype`, the whole ones first. in_vectors(tensor): whether vectors can reach it.
+template <class InVectors>
+Pieces pieces_of(const std::vector<UpdatePart>& parts, DType AdamW8bitTensor::* dtype_of, DType dtype,
+                 const InVectors& in_vectors) {
+  Pieces whole, rest;
+  for (const UpdatePart& part : parts) {
+    const AdamW8bitTensor& tensor = part.tensor;
+    if (tensor.*dtype_of != dtype) continue;
+    const std::int64_t elements = in_vectors(tensor) ? tensor.elements / kBlock * kBlock : 0;
+    if (elements > 0) whole.push_back({{stretch_of(tensor, 0, elements), part.index}, true});
+    if (elements > 0 && elements == tensor.elements) continue;
+    rest.push_back({{stretch_of(tensor, elements, tensor.elements - elements), part.index}, false});
+    if (elements > 0) rest.back().part.tensor.step = nullptr;  // counted with the other
+  }
+  whole.insert(whole.end(), rest.begin(), rest.end());
+  return whole;
+}
+
+inline std::uint16_t last_of(const AdamW8bitTensor& tensor) {
+  return static_cast<std::uint16_t>(tensor.elements - (ceil_div(tensor.elements, kBlock) - 1) * kBlock);
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,17 @@
+// The operations of the backend's table (backend.cu), each in the folder of its name. Arguments have been checked.
+#pragma once
+
+#include "backend.h"
+#include "simt/simt.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void quantize(const QuantizeArgs&, const Stream&);                          // quantize/
+void quantize_absmax(const QuantizeAbsmaxArgs&, const Stream&);             // quantize/
+void dequantize(const DequantizeArgs&, const Stream&);                      // quantize/
+void linear_forward(const LinearForwardArgs&, const Stream&);               // product/linear.cu
+void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);  // product/linear.cu
+void lora_gradients(const LoraGradientsArgs&, const Stream&);               // product/
+void adamw_8bit_step(const AdamW8bitArgs&, const Stream&);                  // adamw/step.cu
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,166 @@
+#include "product/config.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+
+#include "common/layout.h"
+
+namespace qlora_native {
+namespace {
+
+// Blocks that a multiprocessor holds of the kernel for few rows, whose table of the codebook takes 32 KB.
+constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
+// A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
+constexpr std::int64_t kLeastSteps = 4;
+
+// Whether more than an eighth of a dimension in parts of `large` would be zeros that it has not in parts of `small`.
+bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
+  constexpr std::int64_t kPart = 8;
+  const std::int64_t in_large = ceil_div(size, large) * large, in_small = ceil_div(size, small) * small;
+  return (in_large - in_small) * kPart > in_large;
+}
+
+// As few rows as hold all of M, so that no tensor core multiplies zeros. Of many rows as many as shared memory has room
+// for: each weight is decoded once for all rows of a tile, and the tall one keeps the tensor cores busiest. The wide
+// one is the next: its warps have as many columns as those of the tall one, so that they load the left operand as
+// rarely.
+void choose_tile(const ProductShape& shape, GemmConfig& config) {
+  const auto choose = [&](int rows, int cols) {
+    config.tile_rows = rows;
+    config.tile_cols = cols;
+  };
+  const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
+  if (shape.rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
+  if (shape.rows <= kGemmMiddleRows || !shape.aligned || !fits(kGemmManyRows, kGemmCols)) {
+    return choose(kGemmMiddleRows, kGemmCols);
+  }
+  if (fits(kGemmTallRows, kGemmCols) && !wastes(shape.rows, kGemmTallRows, kGemmManyRows)) {
+    return choose(kGemmTallRows, kGemmCols);
+  }
+  const bool wide = shape.aligned_64 && fits(kGemmManyRows, kGemmWideCols);
+  choose(kGemmManyRows, wide && !wastes(shape.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
+}
+
+// How many blocks of its tile a multiprocessor holds at once. It has 1 KB more than a block may have, and keeps 1 KB of
+// each.
+int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config) {
+  constexpr std::size_t kReserved = 1024;
+  const std::size_t bytes = gemm_smem_bytes(config.tile_rows, config.tile_cols) + kReserved;
+  const int most = gemm_blocks(config.tile_rows);
+  return shape.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
+}
+
+// `count` in parts of one size, a multiple of `unit`, none of them above `most`.
+std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t unit) {
+  return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
+}
+
+// The multiprocessors' share of time in which they have a tile, of `rows` by `cols` tiles of 128 x 128, of which `part`
+// of the columns are multiplied at a time.
+double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int multiprocessors) {
+  const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, multiprocessors); };
+  const std::int64_t all = cols / part * waves(rows * part) + waves(rows * (cols % part));
+  return static_cast<double>(rows * cols) / static_cast<double>(all * multiprocessors);
+}
+
+// By panels, unless their products are too small for the device: cuBLAS's tiles are 128 x 128, a multiprocessor each,
+// and where more than a quarter of the multiprocessors has none the dense product has no 73 % of its rate (kFusedRows)
+// either. Of the panels that memory allows, the smallest whose products keep 95 % of the multiprocessors busy, or those
+// that keep the most.
+std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
+  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks) return std::nullopt;
+  PanelsConfig config;
+  config.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kPanelCopiedRows, kPanelCols);
+  const std::int64_t column = column_of_panel(shape.inner, shape.rank);
+  const std::int64_t tile_bytes = kPanelCols * column * static_cast<std::int64_t>(size_of(shape.dtype));
+  const std::int64_t col_tiles = ceil_div(shape.cols, kPanelCols);
+  constexpr double kEnough = 0.95, kLeast = 0.75;
+  double best = 0.0;
+  for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
+       tiles * tile_bytes <= kPanelMostBytes && best < kEnough; ++tiles) {
+    const std::int64_t of_panel = even_part(col_tiles, tiles, 1);
+    const double busy =
+        busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, of_panel, shape.multiprocessors);
+    if (busy > best) {
+      best = busy;
+      config.cols = of_panel * kPanelCols;
+    }
+    if (tiles >= col_tiles) break;
+  }
+  if (best >= kLeast) return config;
+  return std::nullopt;
+}
+
+}  // namespace
+
+ProductConfig product_config(const ProductShape& shape) {
+  if (shape.rows <= kGemvRows && !shape.backward) {
+    const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
+    const std::int64_t blocks = shape.rows == 0 ? 0 : std::min(most, ceil_div(shape.cols, kGemvCols));
+    return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
+  }
+  if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
+  // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
+  if (shape.dtype == DType::f32 || shape.bits != 4) return GeneralConfig{};
+  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
+  GemmConfig config{.aligned = shape.aligned};
+  choose_tile(shape, config);
+  config.row_tiles = ceil_div(shape.rows, config.tile_rows);
+  config.tiles = config.row_tiles * ceil_div(shape.cols, config.tile_cols);
+  config.steps = static_cast<int>(ceil_div(shape.inner, kGemmStep));
+  const std::int64_t all = config.tiles * config.steps;
+  const std::int64_t most = std::int64_t{blocks_of_multiprocessor(shape, config)} * shape.multiprocessors;
+  config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastSteps)));
+  if (config.blocks > 0) {
+    config.share = all / config.blocks;
+    config.rest = static_cast<int>(all % config.blocks);
+  }
+  return config;
+}
+
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
+  constexpr std::int64_t kLeastLength = 256;           // a shorter sum is mostly the exchange of its result
+  constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // of 256 threads and 128 registers
+  const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
+  const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
+  const std::int64_t parts = std::max<std::int64_t>(most, 1);
+  const std::int64_t length = ceil_div(ceil_div(inner, parts), kGemmStep) * kGemmStep;  // whole vectors, whole steps
+  return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
+}
+
+namespace {
+
+std::string number(std::int64_t n) { return std::to_string(n); }
+
+std::string name_of_way(const ProductShape& shape, const GeneralConfig&) {
+  return shape.dtype == DType::f32 ? "CUDA cores" : "tensor cores, of decoded elements";
+}
+std::string name_of_way(const ProductShape&, const GemvConfig& config) {
+  return "GEMV, " + number(config.blocks) + " blocks";
+}
+std::string name_of_way(const ProductShape&, const GemmConfig& config) {
+  return "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
+         number(config.tile_cols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
+}
+std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
+  return "panels of " + number(config.cols) + " columns, " + number(config.rows) +
+         " rows at once, for the host program's product";
+}
+
+}  // namespace
+
+std::string text_of(const ProductShape& shape, const ProductConfig& config) {
+  return "[" + number(shape.rows) + ", " + number(shape.inner) + "] to [" + number(shape.rows) + ", " +
+         number(shape.cols) + "] in " + name_of(shape.dtype) + ", " + number(shape.bits) + " bits, " +
+         (shape.aligned ? "aligned" : "not aligned") + ", " + number(shape.multiprocessors) +
+         " multiprocessors: " + std::visit([&](const auto& way) { return name_of_way(shape, way); }, config);
+}
+
+void print_if_asked(const ProductShape& shape, const ProductConfig& config) {
+  const char* asked = std::getenv("QLN_PRINT_CONFIG");
+  if (asked != nullptr && *asked == '1') std::fprintf(stderr, "%s\n", text_of(shape, config).c_str());
+}
+
+}  // namespace qlora_native

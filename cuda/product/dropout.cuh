@@ -1,0 +1,47 @@
+// Dropout on the adapter's input, as kernels apply it: the mask is computed again from seed and position (philox.h).
+#pragma once
+
+#include "common/philox.h"
+#include "device/elements.cuh"
+#include "qlora_native/linear.h"
+
+namespace qlora_native::QLN_CUDA {
+
+struct Dropout {
+  std::uint64_t seed;
+  const std::uint64_t* device_seed;  // null, or what prepared() adds to it
+  std::uint32_t threshold;           // 0: everything is kept
+  float scale;                       // 1 / (1 - p)
+  explicit Dropout(const LoraView& lora)
+      : seed(lora.seed),
+        device_seed(lora.device_seed),
+        threshold(dropout_threshold(lora.dropout)),
+        scale(1.0f / (1.0f - lora.dropout)) {}
+  // As a kernel uses it: its seed is read once.
+  __device__ Dropout prepared() const {
+    Dropout dropout = *this;
+    dropout.seed = dropout_seed(seed, device_seed);
+    return dropout;
+  }
+  __device__ bool keeps(std::int64_t m, std::int64_t k) const {
+    return threshold == 0 || dropout_keeps(seed, m, k, threshold);
+  }
+  // What is kept of elements (m, k) ... (m, k+7), which share their random bits: k is a multiple of 8.
+  template <class Words>
+  __device__ __forceinline__ Words kept_of(Words values, std::int64_t m, std::int64_t k) const {
+    if (threshold == 0) return values;
+    const PhiloxBlock random = dropout_random(seed, m, k);
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      if (dropout_keeps(random, i, threshold)) continue;
+      if constexpr (std::is_same_v<Words, Eight>) {
+        values.at[i / 2] &= i % 2 == 0 ? 0xFFFF0000u : 0x0000FFFFu;
+      } else {
+        values.at[i] = 0;
+      }
+    }
+    return values;
+  }
+};
+
+}  // namespace qlora_native::QLN_CUDA

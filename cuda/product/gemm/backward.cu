@@ -1,0 +1,10 @@
+// The backward product on tensor cores, over columns of the weight.
+#include "product/gemm/gemm.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream) {
+  gemm<DecodedColumns>(product, config, stream);
+}
+
+}  // namespace qlora_native::QLN_CUDA

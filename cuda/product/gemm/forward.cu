@@ -1,0 +1,10 @@
+// The forward product on tensor cores, over rows of the weight.
+#include "product/gemm/gemm.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream) {
+  gemm<DecodedRows>(product, config, stream);
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,470 @@
+// The product with a quantized weight on tensor cores, forward and backward: README.md follows a tile through it.
+//
+// A block, 8 warps, computes a tile of out, or a part of its inner dimension, after the other. The inner dimension
+// passes through shared memory, 64 at a time: the left operand as it is, the weight as codes, which the thread that has
+// brought them decodes. While a step is multiplied the weight's next one is decoded:
+//
+//   step          i - 1        i            i + 1        ...
+//   codes         ▒ on their way, stages ahead ▒
+//   decode        i            i + 1        i + 2             into one of two places, from which all warps read
+//   multiply      i - 1        i            i + 1
+//
+// One barrier a step serves all: who passes it knows that step i is there, the left operand and the decoded weight, and
+// that all have read step i - 1, in whose places the thread may write.
+#pragma once
+
+#include "device/elements.cuh"
+#include "product/gemm/operands.cuh"
+#include "product/gemm/sums.cuh"
+#include "product/gemm/tile.cuh"
+#include "product/product.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+struct GemmArgs : Product {
+  WeightScales scales;
+  std::uint32_t last_chunk;  // of an aligned weight
+  bool low_rank_vectors;     // rows of low_rank are whole 16-byte vectors
+  GemmConfig config;
+  // Tiles whose steps several blocks share: the sums of each block that has not the tile's first step, and whether they
+  // are there.
+  float* sums;
+  std::uint32_t* ready;
+  std::uint32_t* ticket;  // how many blocks have begun
+};
+
+template <class T, class Weights, class Tile>
+struct GemmShared {
+  // 16 copies of each byte's pair: lanes that are served at once ask 16 of a bank each.
+  using Table = PairTable<16, kRowBytes / sizeof(Vector<float, 2>)>;
+  struct Row {
+    typename Table::Pair pairs[16];
+    std::byte weights[kLineVectors * kVectorBytes];
+  };
+  static_assert(2 * Tile::kCols >= 256 && sizeof(Row) == kRowBytes);
+  // The left operand of a step and the next one's codes, which only the thread reads that has brought them.
+  struct Stage {
+    LeftStage<T, Tile> left;
+    std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
+  };
+  Row rows[2 * Tile::kCols];  // the table, in the first 256, and the decoded weights of this step and of the next
+  Stage stages[Tile::kStages];
+  typename ScaleReader<Tile::kAligned>::Nested nested;
+  int run;  // the block's
+
+  // `rows` begin where the table must, which is not far from the beginning: product_config has asked the device. Where
+  // it is further all the same, the rest would be another block's memory.
+  static __device__ GemmShared& of_block() {
+    std::byte* const smem = dynamic_smem<std::byte>();
+    const std::uint32_t before = SharedPlace(smem).to_rows();
+    if (before > kGemmMostReservedSmem) trap();
+    return *reinterpret_cast<GemmShared*>(smem + before);
+  }
+  static constexpr std::size_t bytes() {
+    static_assert(kRowsBegin == kGemmMostReservedSmem);
+    constexpr std::size_t kBytes = kRowsBegin + sizeof(GemmShared);
+    static_assert(kBytes == gemm_smem_bytes(Tile::kRows, Tile::kCols));
+    static_assert(Tile::kRows > kGemmMiddleRows || kBytes <= kLeastSmemBytes);
+    return kBytes;
+  }
+};
+
+template <class T, class Weights, class Tile>
+class Gemm {
+  using Shared = GemmShared<T, Weights, Tile>;
+  using Stage = typename Shared::Stage;
+  using Left = LeftStage<T, Tile>;
+  using Scale = ChunkScale<Tile::kAligned>;
+  static constexpr bool kAligned = Tile::kAligned;
+  static constexpr int kStages = Tile::kStages, kPieces = Tile::kPieces;
+
+ public:
+  __device__ Gemm(const GemmArgs& args, Shared& shared)
+      : args_(args), shared_(shared), scales_(args.weight, args.scales, shared.nested), table_(shared.rows->pairs) {}
+
+  // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
+  __device__ void run() {
+    for (std::uint32_t done = 0;;) {  // steps: 2^32 of them would be minutes
+      const Part part = part_after(done);
+      if (part.count == 0) return;
+      go_to(part);
+      sums_.clear();
+      if (part.first == 0) add_low_rank();
+      multiply(part.first, part.count);
+      finish(part);
+      done += static_cast<std::uint32_t>(part.count);
+    }
+  }
+
+  // The block's run, and tables that the whole of it needs. Where tiles are shared, runs are given out from the last to
+  // the first, in the order in which blocks begin: a block waits for later runs alone, so for blocks that have begun.
+  __device__ void prepare() {
+    if (thread_index() == 0) {
+      const auto begun = args_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(args_.ticket);
+      shared_.run = args_.config.blocks - 1 - begun;
+    }
+    Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
+    shared_.nested.fill(args_.weight);
+    sync_threads();
+  }
+
+ private:
+  // Of a run that part which is of one tile: steps first ... first + count - 1 of the tile.
+  struct Part {
+    int run;
+    std::int64_t tile;
+    int first, count;
+  };
+  __device__ Part part_after(std::uint32_t done) const {
+    const GemmConfig& config = args_.config;
+    const int run = shared_.run;
+    const std::int64_t step = config.begin_of(run) + done, rest = config.begin_of(run + 1) - step;
+    const int first = static_cast<int>(step % config.steps), rest_of_tile = config.steps - first;
+    return {run, step / config.steps, first, rest < rest_of_tile ? static_cast<int>(rest) : rest_of_tile};
+  }
+  __device__ void go_to(const Part& part) {
+    row_tile_ = static_cast<int>(part.tile % args_.config.row_tiles);
+    col_tile_ = static_cast<int>(part.tile / args_.config.row_tiles);
+  }
+  // Where the tile begins.
+  __device__ __forceinline__ std::int64_t row0() const { return std::int64_t{row_tile_} * Tile::kRows; }
+  __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
+  // What it has of its size.
+  __device__ __forceinline__ int rows() const {
+    return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
+  }
+  __device__ __forceinline__ int cols() const {
+    return static_cast<int>(args_.cols - col0() < Tile::kCols ? args_.cols - col0() : Tile::kCols);
+  }
+
+  // ---- the inner dimension in steps -------------------------------------------------------------------------------
+
+  // Stages are passed as bytes from the first.
+  static constexpr std::uint32_t kStage = sizeof(Stage);
+  static_assert(offsetof(Stage, left) == 0 && kStage % kStageAlignment == 0);
+  static constexpr std::uint32_t kCodes = offsetof(Stage, codes);
+  static constexpr std::uint32_t kLast = (kStages - 1) * kStage;
+  static constexpr std::uint32_t stage_after(std::uint32_t stage) {
+    return kStages == 2 ? kLast - stage : stage == kLast ? 0 : stage + kStage;
+  }
+  static constexpr std::uint32_t stage_before(std::uint32_t stage) {
+    return kStages == 2 ? kLast - stage : stage == 0 ? kLast : stage - kStage;
+  }
+  // So are the places of decoded weights.
+  static constexpr std::uint32_t kWeights = Tile::kCols * kLineBytes;
+  __device__ SharedPlace place_in_stage(std::size_t bytes) const {
+    return SharedPlace(shared_.stages).at(static_cast<std::uint32_t>(bytes)).kept();
+  }
+  __device__ SharedPlace place_in_weights(std::size_t bytes) const {
+    return SharedPlace(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).kept();
+  }
+  // Of a thread's share of the left operand. That of the codes begins kCodes further on.
+  __device__ SharedPlace place_of_share(const Lane& lane) const { return place_in_stage(lane.thread * kVectorBytes); }
+
+  // Where this thread reads and writes: in the first stage, and as far into every other.
+  struct Places {
+    SharedPlace left, share;     // what ldmatrix is pointed at; what is copied
+    SharedPlace weights, piece;  // likewise; what is decoded
+    __device__ Places(const Gemm& gemm, const Lane& lane)
+        : left(gemm.place_in_stage(Left::first_of(lane))),
+          share(gemm.place_of_share(lane)),
+          weights(gemm.place_in_weights(Weights::first_of(lane))),
+          piece(gemm.place_in_weights(Weights::place_of(lane.thread))) {}
+  };
+
+  // How much of a step the inner dimension has.
+  __device__ __forceinline__ int inner_of_step(int step) const {
+    const int whole = static_cast<int>(args_.inner / kGemmStep);
+    return step < whole ? kGemmStep : step == whole ? last_inner() : 0;
+  }
+  __device__ __forceinline__ int last_inner() const { return static_cast<int>(args_.inner % kGemmStep); }
+
+  // What this thread brings of the weight: the codes of a step go to a stage, their scales to registers.
+  struct Source {
+    unsigned thread;
+    Position<kAligned> position;  // in the weight
+    PendingScale<kAligned> scale;
+  };
+  // Of so many steps: the weight is that far ahead of the multiply.
+  using Scales = Scale[kStages - 1];
+
+  __device__ void multiply(int first, int steps) {
+    const Lane lane;
+    const Places at(*this, lane);
+    const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
+    LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
+    const std::int64_t element =
+        Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
+    Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
+    Scales scales = {};
+    const int end = first + steps;
+    // The first step that has not all of the inner dimension, or not this thread's vector of it.
+    const int whole = static_cast<int>(args_.inner / kGemmStep);
+    const int left_end = kAligned && left.inner() < last_inner() ? whole + 1 : whole;
+
+    // The weight is one step ahead: its first one is decoded before the loop.
+    fetch_weight(at.share.at(kLast), source, first);
+    cp_async_commit();
+    const Scale first_scale = source.scale.finish(scales_);
+#pragma unroll 1
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+      if (ahead < steps) {
+        fetch_left(at.share.at(ahead * kStage), left, first + ahead, left_end);
+        fetch_weight(at.share.at(ahead * kStage), source, first + ahead + 1);
+      }
+      cp_async_commit();  // an empty group too: the n-th is always step n's
+      push(scales, source);
+    }
+    cp_async_wait<kStages - 1>();
+    const Codes first_codes = codes_at(at.share.at(kLast));
+#pragma unroll
+    for (unsigned v = 0; v < kPieceVectors; ++v) decode(at.piece, first_codes, first_scale, v);
+
+    std::uint32_t now = 0, weights = 0;
+#pragma unroll 1
+    for (int step = first; step < end; ++step) {
+      cp_async_wait<kStages - 2>();
+      sync_threads();  // this step is there for all, and the one before has been read by all
+      if (step + kStages - 1 < end) {
+        const SharedPlace to = at.share.at(stage_before(now));
+        fetch_left(to, left, step + kStages - 1, left_end);
+        fetch_weight(to, source, step + kStages);
+      }
+      cp_async_commit();
+      const Codes codes = codes_at(at.share.at(now));
+      const SharedPlace next = at.piece.at(weights ^ kWeights);
+#pragma unroll
+      for (unsigned k = 0; k < kPieceVectors; ++k) {
+        decode(next, codes, scales[0], k);
+        sums_.multiply(at.left.at(now), at.weights.at(weights), k);
+      }
+      push(scales, source);
+      now = stage_after(now);
+      weights ^= kWeights;
+    }
+    sync_threads();  // the next tile begins with stages that have been read
+  }
+  static_assert(kPieceVectors * kMmaInner == kGemmStep);
+
+  __device__ __forceinline__ void fetch_left(const SharedPlace& to, LeftRows<T, Tile>& left, int step,
+                                             int left_end) const {
+    if constexpr (kAligned) {
+      left.fetch_vectors(to, step < left_end);
+    } else {
+      left.fetch_elements(to, args_.left.stride, rows(), inner_of_step(step));
+    }
+    left.next_step();
+  }
+  __device__ __forceinline__ void fetch_weight(const SharedPlace& to, Source& source, int step) const {
+    if constexpr (kAligned) {
+      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      const std::uint32_t last = args_.last_chunk - (kPieces - 1);
+      const std::uint32_t chunk = source.position < last ? source.position : last;
+      const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        cp_async_or_zeros(to.at(kCodes + i * kGemmThreads * kChunkBytes), from + i * kChunkBytes, 1);
+      }
+      source.scale.fetch(scales_, chunk);
+      source.position += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
+    } else {
+      const int inner = inner_of_step(step) - static_cast<int>(Weights::inner_of(source.thread));
+      const int col = cols() - static_cast<int>(Weights::col_of(source.thread));
+      const int count = inner <= 0 || col <= 0 ? 0 : Weights::kForward ? inner : col;
+      Vector<std::uint32_t, kCodeWords> words[1];
+      gather_codes<4>(args_.weight.codes, source.position, count, words);
+      store_shared(to.at(kCodes), words[0]);
+      source.scale.fetch(args_.weight, scales_, source.position, count);
+      source.position += Weights::step(args_.weight);
+    }
+  }
+  // What fetch_weight() has begun to read is the last of the scales.
+  __device__ __forceinline__ void push(Scales& scales, const Source& source) const {
+#pragma unroll
+    for (int s = 0; s < kStages - 2; ++s) scales[s] = scales[s + 1];
+    scales[kStages - 2] = source.scale.finish(scales_);
+  }
+
+  struct Codes {
+    Vector<std::uint32_t, kCodeWords> of[kPieces];
+  };
+  __device__ __forceinline__ Codes codes_at(const SharedPlace& from) const {
+    Codes codes;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      codes.of[i] = load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(kCodes + i * kGemmThreads * kChunkBytes));
+    }
+    return codes;
+  }
+  // One vector of each of the thread's pieces. `to`: where the first piece's first one stands.
+  __device__ __forceinline__ void decode(const SharedPlace& to, const Codes& codes, const Scale& scale,
+                                         unsigned vector) const {
+#pragma unroll
+    for (unsigned i = 0; i < kPieces; ++i) {
+      Eight eight;
+#pragma unroll
+      for (unsigned j = 0; j < 4; ++j) {
+        const unsigned byte = Weights::byte_of_piece(vector, j);
+        const auto pair = table_.of_byte(codes.of[i].at[byte / 4], byte % 4);
+        const int e = static_cast<int>(2 * byte);
+        eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
+      }
+      store_shared(to.flipped((i * kPieceVectors + vector) * kVectorBytes), eight);
+    }
+  }
+
+  // ---- the adapter: a few more of the inner dimension --------------------------------------------------------------
+
+  __device__ __forceinline__ float right_at(std::int64_t r, std::int64_t col) const {
+    const std::int64_t rank = args_.low_rank.cols;
+    if (r >= rank || col >= args_.cols) return 0.0f;
+    return args_.right_factor *
+           load_as_f32(args_.right, args_.right_dtype, Weights::kForward ? col * rank + r : r * args_.cols + col);
+  }
+
+  // Both operands as in other steps, through the first stage and the first place of the weights.
+  __device__ void add_low_rank() {
+    const Lane lane;
+    const Places at(*this, lane);
+    const std::int64_t rank = args_.low_rank.cols;
+#pragma unroll 1
+    for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
+      const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
+      const LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
+      if (args_.low_rank_vectors) {
+        left.fetch_vectors(at.share, left.inner() < there);
+      } else {
+        left.fetch_elements(at.share, args_.low_rank.stride, rows(), there);
+      }
+      cp_async_commit();
+#pragma unroll 1
+      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
+      cp_async_wait<0>();
+      sync_threads();
+#pragma unroll 1
+      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
+      sync_threads();  // before the stage is filled again
+    }
+    if constexpr (!Weights::kForward) {
+      // Before anything else is in the sums, because the mask falls on nothing else.
+      if (rank > 0 && args_.dropout.threshold > 0) {
+        sums_.drop(args_.dropout.prepared(), row0() + lane.row<Tile>(), col0() + lane.col<Tile>());
+      }
+    }
+  }
+  // A vector of what the thread has of a step, where decode() would put it.
+  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
+                                            unsigned vector) const {
+    const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+    Eight eight;
+#pragma unroll
+    for (unsigned j = 0; j < 4; ++j) {
+      const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
+      const unsigned e = vector / kPieceVectors * kChunk + 2 * byte;
+      eight.at[j] = Weights::kForward ? pack_pair<T>(right_at(r + e, col), right_at(r + e + 1, col))
+                                      : pack_pair<T>(right_at(r, col + e), right_at(r, col + e + 1));
+    }
+    store_shared(to.flipped(vector * kVectorBytes), eight);
+  }
+
+  // ---- results -----------------------------------------------------------------------------------------------------
+
+  __device__ void finish(const Part& part) {
+    go_to(part);
+    if (part.first > 0) {
+      sums_.leave(sums_of(part.run));
+      sync_threads();
+      if (thread_index() == 0) signal(args_.ready + part.run, 1);
+      return;
+    }
+    // The runs after this one that have the rest of the tile. A thread waits for each, all at once.
+    const int last = args_.config.run_of((part.tile + 1) * args_.config.steps - 1);
+    if (last > part.run) {
+      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
+        wait_for(args_.ready + other, 1);
+      }
+      sync_threads();
+#pragma unroll 1
+      for (int other = part.run + 1; other <= last; ++other) sums_.add(sums_of(other));
+    }
+    const Lane lane;
+    const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
+    const T* const bias = static_cast<const T*>(args_.bias);
+    sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
+                bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row<Tile>()),
+                cols() - static_cast<int>(lane.col<Tile>()));
+  }
+  __device__ __forceinline__ float* sums_of(int run) const {
+    return args_.sums + std::int64_t{run} * Tile::kRows * Tile::kCols;
+  }
+
+  const GemmArgs& args_;
+  Shared& shared_;
+  const ScaleReader<kAligned> scales_;
+  const typename Shared::Table table_;
+  int row_tile_ = 0, col_tile_ = 0;
+  GemmSums<T, Weights, Tile> sums_;
+};
+
+// Weights: DecodedRows (forward) or DecodedColumns (backward).
+template <class T, template <class> class Weights, class Tile>
+__global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const __grid_constant__ GemmArgs args) {
+  Gemm<T, Weights<Tile>, Tile> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
+  gemm.prepare();
+  gemm.run();
+}
+
+// ---- on the host ----
+
+template <template <class> class Weights>
+void gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
+  GemmArgs args{product,
+                scales_of(product.weight),
+                last_chunk_of(product.weight),
+                rows_are_vectors(product.low_rank, product.low_rank.cols),
+                config,
+                /*sums=*/nullptr,
+                /*ready=*/nullptr,
+                /*ticket=*/nullptr};
+  const int blocks = config.blocks;
+  if (blocks == 0) return;
+
+  // The flags and the ticket come last, behind sums that are a whole number of vectors.
+  const auto sums = static_cast<std::size_t>(blocks) * config.tile_rows * config.tile_cols * sizeof(float);
+  const std::size_t flags = static_cast<std::size_t>(blocks + 1) * sizeof(std::uint32_t);
+  const Workspace workspace(config.splits_a_tile() ? sums + flags : 0, stream);
+  if (config.splits_a_tile()) {
+    args.sums = reinterpret_cast<float*>(workspace.data());
+    args.ready = reinterpret_cast<std::uint32_t*>(workspace.data() + sums);
+    args.ticket = args.ready + blocks;
+    fill_bytes(args.ready, 0, flags, stream);
+  }
+  const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
+    using Tile = GemmTile<kRows, kCols, kAligned>;
+    launch<gemm_kernel<T, Weights, Tile>>({blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()}, stream,
+                                          args);
+  };
+  // What product_config chooses among.
+  const auto start_tile = [&]<class T>() {
+    if (config.tile_cols == kGemmWideCols) return start.template operator()<T, kGemmManyRows, kGemmWideCols, true>();
+    switch (config.tile_rows) {
+      case kGemmTallRows:
+        return start.template operator()<T, kGemmTallRows, kGemmCols, true>();
+      case kGemmManyRows:
+        return start.template operator()<T, kGemmManyRows, kGemmCols, true>();
+      case kGemmMiddleRows:
+        if (config.aligned) return start.template operator()<T, kGemmMiddleRows, kGemmCols, true>();
+        return start.template operator()<T, kGemmMiddleRows, kGemmCols, false>();
+      case kGemmFewRows:
+        if (config.aligned) return start.template operator()<T, kGemmFewRows, kGemmCols, true>();
+        return start.template operator()<T, kGemmFewRows, kGemmCols, false>();
+    }
+  };
+  if (args.left.dtype == DType::bf16) {
+    start_tile.template operator()<Bf16>();
+  } else {
+    start_tile.template operator()<F16>();
+  }
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,138 @@
+// The sums of a tile, in registers, through its life: products are added to them, other blocks' sums, at last the bias.
+#pragma once
+
+#include "device/elements.cuh"
+#include "product/dropout.cuh"
+#include "product/gemm/operands.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+template <class T, class Weights, class Tile>
+class GemmSums {
+  static constexpr int kRowFragments = Tile::kRowFragments, kColFragments = Tile::kColFragments;
+  static constexpr int kLaneCols = Tile::kLaneCols, kGroups = Tile::kGroups;
+  static constexpr int kLaneRows = 2 * kRowFragments;
+
+ public:
+  __device__ __forceinline__ void clear() {
+    each([](float& sum) { sum = 0.0f; });
+  }
+
+  // Adds the products of the k-th 16 of a step. `left`, `weights`: what the lane points ldmatrix at first.
+  __device__ __forceinline__ void multiply(const SharedPlace& left, const SharedPlace& weights, unsigned k) {
+    std::uint32_t a[kRowFragments][4], b[kColFragments / 2][4];
+#pragma unroll
+    for (int i = 0; i < kRowFragments; ++i) ldmatrix_x4(a[i], LeftStage<T, Tile>::operand(left, k, i));
+#pragma unroll
+    for (int p = 0; p < kColFragments / 2; ++p) Weights::load(b[p], Weights::operands(weights, k, p));
+#pragma unroll
+    for (int p = 0; p < kColFragments / 2; ++p) {
+#pragma unroll
+      for (int i = 0; i < kRowFragments; ++i) {
+        mma_16x8x16<T>(sum_[i][2 * p], a[i], {b[p][0], b[p][1]});
+        mma_16x8x16<T>(sum_[i][2 * p + 1], a[i], {b[p][2], b[p][3]});
+      }
+    }
+  }
+
+  // Sets to zero what dropout drops. `row`, `col`: the lane's first of the result. In two loops: the random bits are
+  // much code, the sums are registers and must be named.
+  __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
+    static_assert(8 % kLaneCols == 0 && kGroups * kLaneRows <= 32);  // neighbours share their bits
+    std::uint32_t kept[kLaneCols] = {};
+#pragma unroll 1
+    for (int i = kGroups * kLaneRows - 1; i >= 0; --i) {
+      const std::int64_t first = col + i / kLaneRows * Tile::kGroupCols;
+      const PhiloxBlock random = dropout_random(dropout.seed, row + i % kLaneRows * 8, first);
+#pragma unroll
+      for (int j = 0; j < kLaneCols; ++j) {
+        kept[j] = kept[j] << 1 | (dropout_keeps(random, first + j, dropout.threshold) ? 1u : 0u);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups * kLaneRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kLaneCols; ++j) {
+        float& sum = at(i % kLaneRows, i / kLaneRows, j);
+        sum = (kept[j] >> i & 1) != 0 ? sum : 0.0f;
+      }
+    }
+  }
+
+  // Where several blocks share a tile's steps: to memory of the block that had to leave it, in the order in which
+  // threads hold them, and from there to the one that goes on.
+  __device__ void leave(float* of_block) const {
+    float* to = of_block + thread_index() * 4;
+#pragma unroll
+    for (int i = 0; i < kRowFragments; ++i) {
+#pragma unroll
+      for (int f = 0; f < kColFragments; ++f) {
+        const float (&s)[4] = sum_[i][f];
+        store_vector<float, 4>(to + (i * kColFragments + f) * kGemmThreads * 4, {{s[0], s[1], s[2], s[3]}});
+      }
+    }
+  }
+  __device__ void add(const float* of_block) {
+    const float* from = of_block + thread_index() * 4;
+#pragma unroll
+    for (int i = 0; i < kRowFragments; ++i) {
+#pragma unroll
+      for (int f = 0; f < kColFragments; ++f) {
+        const auto s = load_vector<float, 4>(from + (i * kColFragments + f) * kGemmThreads * 4);
+#pragma unroll
+        for (int part = 0; part < 4; ++part) sum_[i][f][part] += s.at[part];
+      }
+    }
+  }
+
+  // Sum plus bias, rounded once, of `rows` rows and `cols` columns that are there, counted from the lane's first. `out`
+  // and `bias`: of that; a bias of null is none.
+  __device__ void store(T* out, std::int64_t stride, const T* bias_of, int rows, int cols) const {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int first = group * Tile::kGroupCols, rest = cols - first;
+      if (rest <= 0) return;
+      const int count = rest < kLaneCols ? rest : kLaneCols;
+      float bias[kLaneCols] = {};
+      if (bias_of != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kLaneCols; ++j) {
+          if (j < count) bias[j] = to_f32(bias_of[first + j]);
+        }
+      }
+      T* to = out + first;
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        T values[kLaneCols];
+#pragma unroll
+        for (int j = 0; j < kLaneCols; ++j) values[j] = from_f32<T>(at(i, group, j) + bias[j]);
+        if (i * 8 < rows) store_elements(to, count, values);
+        to += 8 * stride;
+      }
+    }
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+#pragma unroll
+    for (auto& fragments : sum_) {
+#pragma unroll
+      for (auto& sums : fragments) {
+#pragma unroll
+        for (float& sum : sums) f(sum);
+      }
+    }
+  }
+  // Of the lane's i-th row, which are 8 apart, the j-th of the neighbours of a group.
+  __device__ __forceinline__ float& at(int i, int group, int j) {
+    return sum_[i / 2][group * Tile::kGroup + j / 2][i % 2 * 2 + j % 2];
+  }
+  __device__ __forceinline__ const float& at(int i, int group, int j) const {
+    return sum_[i / 2][group * Tile::kGroup + j / 2][i % 2 * 2 + j % 2];
+  }
+
+  float sum_[kRowFragments][kColFragments][4];
+};
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,31 @@
+// lora_gradients: dA = V^T . drop(X) and dB = s * dY^T . U, sums over the rows (device/low_rank.cuh).
+#include "operations.h"
+#include "product/low_rank.cuh"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+template <class T>
+void gradients(const LoraGradientsArgs& args, const Stream& stream) {
+  const std::int64_t M = args.x.rows, N = args.dy.cols, K = args.x.cols, rank = args.lora.rank;
+  const auto columns = [](const ConstMatrix& matrix) {
+    return Columns<T>{{static_cast<const T*>(matrix.data), matrix.stride}};
+  };
+  if (args.da != nullptr) {
+    const KeptColumns<T> x{columns(args.x), Dropout(args.lora)};
+    const Matrix da{.data = args.da, .dtype = args.lora.dtype, .rows = rank, .cols = K, .stride = K};
+    low_rank_product(columns(args.v), x, M, 1.0f, da, stream);
+  }
+  if (args.db != nullptr) {
+    const Matrix db{.data = args.db, .dtype = args.lora.dtype, .rows = N, .cols = rank, .stride = rank};
+    low_rank_product(columns(args.dy), columns(args.u), M, args.lora.scaling, db, stream);
+  }
+}
+
+}  // namespace
+
+void lora_gradients(const LoraGradientsArgs& args, const Stream& stream) {
+  with_type(args.x.dtype, [&]<class T>() { gradients<T>(args, stream); });
+}
+
+}  // namespace qlora_native::QLN_CUDA

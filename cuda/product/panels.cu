@@ -1,0 +1,258 @@
+// The product of many rows: the weight is decoded a panel at a time, and the host
+// program's dense product (runtime.h) multiplies the left operand by it. README.md has a picture of it ("Large M").
+//
+//             left      a panel                              out
+//   forward   [X | U]   [rows of W | rows of s*B]^T          columns of Y
+//   backward  [dY | V]  columns of W, above columns of A     columns of dX
+//
+// The adapter's part is in the same sums, so that out is rounded and written once. For that the left operand is copied
+// beside U or V; without an adapter it is multiplied where it lies.
+#include <algorithm>
+
+#include "device/decode.cuh"
+#include "hooks.h"
+#include "product/product.cuh"
+#include "product/side_stream.h"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+constexpr int kThreads = 256;
+static_assert(kPanelAlignment == kEight);
+// Elements, of 2 bytes at least, of a panel and of the left operand's copy are counted in 32 bits: a column of out
+// takes kPanelMostBytes / kPanelCols of a panel at most.
+static_assert(kPanelCopiedRows * kPanelMostBytes / kPanelCols / 2 < (std::int64_t{1} << 31));
+
+// A matrix [all_rows, stride] that is written: the first `eights` of each of the first `rows` as vectors, all else one
+// by one.
+struct Extent {
+  std::uint32_t rows, eights, all_rows, stride;
+};
+template <class WriteEight, class WriteOne>
+__device__ __forceinline__ void write_all(const Extent& to, const WriteEight& write_eight, const WriteOne& write_one) {
+  const std::uint32_t first = static_cast<std::uint32_t>(block_index()) * kThreads + thread_index();
+  const std::uint32_t threads = static_cast<std::uint32_t>(grid_blocks()) * kThreads;
+  for (std::uint32_t i = first; i < to.rows * to.eights; i += threads) {
+    write_eight(i / to.eights, i % to.eights * kEight);
+  }
+  const std::uint32_t beside = to.stride - to.eights * kEight, all_beside = to.rows * beside;
+  const std::uint32_t all = all_beside + (to.all_rows - to.rows) * to.stride;
+  for (std::uint32_t i = first; i < all; i += threads) {
+    if (i < all_beside) {
+      write_one(i / beside, to.eights * kEight + i % beside);
+    } else {
+      write_one(to.rows + (i - all_beside) / to.stride, (i - all_beside) % to.stride);
+    }
+  }
+}
+
+// A part of W, with the adapter's to its right (forward) or below it, and zeros elsewhere.
+struct Panel {
+  Extent extent;
+  QuantizedWeightView weight;
+  WeightScales scales;
+  std::int64_t first_row, first_col;  // of W, where its part begins
+  std::uint32_t rows, cols;           // of that part
+  const void* right;                  // B [N, rank] or A [rank, K]
+  DType right_dtype;
+  float right_factor;
+  std::uint32_t rank;
+  bool is_below;
+
+  __device__ __forceinline__ std::int64_t element(std::uint32_t row, std::uint32_t col) const {
+    return (first_row + row) * weight.K + first_col + col;
+  }
+  __device__ __forceinline__ float value(std::uint32_t row, std::uint32_t col) const {
+    if (row < rows && col < cols) {
+      const std::int64_t e = element(row, col);
+      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block));
+    }
+    if (is_below ? row - rows >= rank || col >= cols : col - cols >= rank) return 0.0f;
+    const std::int64_t at =
+        is_below ? (row - rows) * weight.K + first_col + col : (first_row + row) * rank + col - cols;
+    return right_factor * load_as_f32(right, right_dtype, at);
+  }
+};
+
+template <class T, int kBits>
+__global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__ Panel panel, T* to) {
+  const EightDecoder<kBits> decoder(panel.weight, panel.scales);
+  const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * panel.extent.stride + col; };
+  write_all(
+      panel.extent,
+      [&](std::uint32_t row, std::uint32_t col) {
+        float values[kEight];
+        decoder.decode(panel.element(row, col), values);
+        store_eight_aligned_from_f32(place(row, col), values);
+      },
+      [&](std::uint32_t row, std::uint32_t col) { *place(row, col) = from_f32<T>(panel.value(row, col)); });
+}
+
+// [left | low_rank | zeros]
+template <class T>
+struct SideBySide {
+  Extent extent;
+  const T *left, *low_rank;
+  std::int64_t left_stride, low_rank_stride;
+  std::uint32_t cols, rank;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) side_by_side_kernel(const __grid_constant__ SideBySide<T> from, T* to) {
+  const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * from.extent.stride + col; };
+  write_all(
+      from.extent,
+      [&](std::uint32_t row, std::uint32_t col) {
+        T values[kEight];
+        load_eight_aligned(from.left + row * from.left_stride + col, values);
+        store_aligned(place(row, col), values);
+      },
+      [&](std::uint32_t row, std::uint32_t col) {
+        const std::uint32_t r = col - from.cols;
+        *place(row, col) = col < from.cols ? from.left[row * from.left_stride + col]
+                           : r < from.rank ? from.low_rank[row * from.low_rank_stride + r]
+                                           : from_f32<T>(0.0f);
+      });
+}
+
+// ---- on the host ----
+
+template <class T>
+const T* row_of(const ConstMatrix& matrix, std::int64_t row) {
+  return static_cast<const T*>(matrix.data) + row * matrix.stride;
+}
+template <class T>
+T* row_of(const Matrix& matrix, std::int64_t row) {
+  return static_cast<T*>(matrix.data) + row * matrix.stride;
+}
+std::uint32_t in_32_bits(std::int64_t n) { return static_cast<std::uint32_t>(n); }
+
+// One product after the other: every panel for the first rows of out, then every panel for the next.
+template <class T>
+class PanelProducts {
+ public:
+  PanelProducts(const Product& product, const PanelsConfig& config, const Stream& stream)
+      : product_(product),
+        config_(config),
+        stream_(stream),
+        rank_(product.low_rank.cols),
+        column_(column_of_panel(product.inner, rank_)),
+        inner_(rank_ > 0 ? column_ : product.inner),
+        panels_(ceil_div(product.cols, config.cols)),
+        count_(panels_ * ceil_div(product.rows, config.rows)),
+        panel_elements_(config.cols * column_),
+        workspace_(bytes(), stream) {}
+
+  void run() {
+    SideStream::of(stream_).overlap(
+        count_, stream_.handle, [this](std::int64_t i, void* stream) { decode(i, stream); },
+        [this](std::int64_t i) { multiply(i); });
+  }
+
+ private:
+  struct Part {
+    std::int64_t first, count;
+  };
+  Part cols_of(std::int64_t i) const { return part_of(i % panels_, config_.cols, product_.cols); }
+  Part rows_of(std::int64_t i) const { return part_of(i / panels_, config_.rows, product_.rows); }
+  static Part part_of(std::int64_t i, std::int64_t size, std::int64_t all) {
+    return {i * size, std::min(size, all - i * size)};
+  }
+
+  // Two panels, and a copy of some rows of the left operand where there is an adapter.
+  std::size_t bytes() const {
+    const std::int64_t copied = rank_ > 0 ? rows_of(0).count * column_ : 0;
+    return static_cast<std::size_t>(places() * panel_elements_ + copied) * sizeof(T);
+  }
+  std::int64_t places() const { return std::min<std::int64_t>(count_, 2); }
+  T* place_of(std::int64_t i) const { return reinterpret_cast<T*>(workspace_.data()) + i % 2 * panel_elements_; }
+  T* copy() const { return reinterpret_cast<T*>(workspace_.data()) + places() * panel_elements_; }
+  std::int64_t panel_stride() const { return product_.backward ? config_.cols : column_; }
+
+  void decode(std::int64_t i, void* stream) const {
+    const QuantizedWeightView& w = product_.weight;
+    const Part cols = cols_of(i);
+    const std::uint32_t rows = in_32_bits(product_.backward ? product_.inner : cols.count);
+    const std::uint32_t weight_cols = in_32_bits(product_.backward ? cols.count : product_.inner);
+    const bool in_vectors = eights_are_vectors(w) && w.K % kEight == 0;
+    const Panel panel{.extent = {.rows = rows,
+                                 .eights = in_vectors ? weight_cols / kEight : 0,
+                                 .all_rows = in_32_bits(product_.backward ? inner_ : cols.count),
+                                 .stride = in_32_bits(panel_stride())},
+                      .weight = w,
+                      .scales = scales_of(w),
+                      .first_row = product_.backward ? 0 : cols.first,
+                      .first_col = product_.backward ? cols.first : 0,
+                      .rows = rows,
+                      .cols = weight_cols,
+                      .right = product_.right,
+                      .right_dtype = product_.right_dtype,
+                      .right_factor = product_.right_factor,
+                      .rank = in_32_bits(rank_),
+                      .is_below = product_.backward};
+    LaunchShape shape = shape_for(panel.extent);
+    shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;
+    const Stream beside{.device = stream_.device, .index = stream_.index, .handle = stream};
+    if (w.bits == 4) {
+      launch<panel_kernel<T, 4>>(shape, beside, panel, place_of(i));
+    } else {
+      launch<panel_kernel<T, 8>>(shape, beside, panel, place_of(i));
+    }
+  }
+
+  void multiply(std::int64_t i) const {
+    const Part rows = rows_of(i), cols = cols_of(i);
+    if (rank_ > 0 && cols.first == 0) copy_left(rows);
+    const DType dtype = product_.left.dtype;
+    const T* const left = rank_ > 0 ? copy() : row_of<T>(product_.left, rows.first);
+    const std::int64_t left_stride = rank_ > 0 ? column_ : product_.left.stride;
+    const T* const bias = static_cast<const T*>(product_.bias);
+    const DenseGemmArgs product{
+        .left = {left, dtype, rows.count, inner_, left_stride},
+        .right = {place_of(i), dtype, product_.backward ? inner_ : cols.count, product_.backward ? cols.count : inner_,
+                  panel_stride()},
+        .transpose_right = !product_.backward,
+        .bias = bias == nullptr ? nullptr : bias + cols.first,
+        .out = {row_of<T>(product_.out, rows.first) + cols.first, dtype, rows.count, cols.count, product_.out.stride}};
+    const DeviceWork work;
+    hooks().dense_gemm(product, stream_);
+  }
+
+  void copy_left(const Part& rows) const {
+    const ConstMatrix &left = product_.left, &low_rank = product_.low_rank;
+    const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kEight == 0;
+    const std::uint32_t count = in_32_bits(rows.count), cols = in_32_bits(product_.inner);
+    const SideBySide<T> from{.extent = {.rows = count,
+                                        .eights = in_vectors ? cols / kEight : 0,
+                                        .all_rows = count,
+                                        .stride = in_32_bits(column_)},
+                             .left = row_of<T>(left, rows.first),
+                             .low_rank = row_of<T>(low_rank, rows.first),
+                             .left_stride = left.stride,
+                             .low_rank_stride = low_rank.stride,
+                             .cols = cols,
+                             .rank = in_32_bits(rank_)};
+    launch<side_by_side_kernel<T>>(shape_for(from.extent), stream_, from, copy());
+  }
+
+  LaunchShape shape_for(const Extent& extent) const {
+    return looping_grid(std::int64_t{extent.all_rows} * (extent.stride / kEight), kThreads, stream_);
+  }
+
+  const Product& product_;
+  const PanelsConfig& config_;
+  const Stream& stream_;
+  const std::int64_t rank_;
+  const std::int64_t column_;  // elements of a panel for each column of out
+  const std::int64_t inner_;   // of the product
+  const std::int64_t panels_, count_, panel_elements_;
+  const Workspace workspace_;
+};
+
+}  // namespace
+
+void multiply(const Product& product, const PanelsConfig& config, const Stream& stream) {
+  with_type(product.left.dtype, [&]<class T>() { PanelProducts<T>(product, config, stream).run(); });
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,75 @@
+// A product with a quantized weight: what is multiplied, as every way (config.h) takes it.
+//
+//   out[rows, cols] = left[rows, inner] . W'[inner, cols]  +  low_rank[rows, rank] . right'[rank, cols]  +  bias
+//
+//             left   low_rank   W'     right'               the columns of out are
+//   forward   X      U          W^T    (s*B)^T              rows of W and of B
+//   backward  dY     V          W      A, after dropout     columns of W and of A
+#pragma once
+
+#include "device/weight_chunk.cuh"
+#include "product/config.h"
+#include "product/dropout.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+struct Product {
+  QuantizedWeightView weight;
+  bool backward;
+  std::int64_t rows, cols, inner;
+  ConstMatrix left;      // [rows, inner]
+  ConstMatrix low_rank;  // [rows, rank]
+  const void* right;     // B [cols, rank] or A [rank, cols]
+  DType right_dtype;
+  float right_factor;  // s, or 1
+  Dropout dropout;     // backward: what it drops of low_rank . right'
+  const void* bias;    // forward: [cols] in left's dtype, or null
+  Matrix out;
+};
+
+inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
+  return {.weight = args.weight,
+          .backward = false,
+          .rows = args.x.rows,
+          .cols = args.weight.N,
+          .inner = args.weight.K,
+          .left = args.x,
+          .low_rank = u,
+          .right = args.lora.b,
+          .right_dtype = args.lora.dtype,
+          .right_factor = args.lora.scaling,
+          .dropout = Dropout(args.lora),
+          .bias = args.bias,
+          .out = args.y};
+}
+inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix& v) {
+  return {.weight = args.weight,
+          .backward = true,
+          .rows = args.dy.rows,
+          .cols = args.weight.K,
+          .inner = args.weight.N,
+          .left = args.dy,
+          .low_rank = v,
+          .right = args.lora.a,
+          .right_dtype = args.lora.dtype,
+          .right_factor = 1.0f,
+          .dropout = Dropout(args.lora),
+          .bias = nullptr,
+          .out = args.dx};
+}
+
+// Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits count those of a tile.
+inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
+  const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
+  return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
+         (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
+}
+
+// One for each way: general.cu, gemv.cu, panels.cu, gemm/forward.cu and gemm/backward.cu.
+void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
+void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
+void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
+void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream);
+void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream);
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,38 @@
+// A stream beside a caller's, in which the next panel is decoded while the caller's multiplies one (panels.cu).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "paged/driver.h"
+#include "qlora_native/types.h"
+
+namespace qlora_native {
+
+class SideStream {
+ public:
+  explicit SideStream(std::unique_ptr<Driver> driver);
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  ~SideStream();
+
+  // The one of a caller's stream, which no other stream shares: two callers do not wait for each other, and what is
+  // captured into a graph stays in that one.
+  static SideStream& of(const Stream& caller);
+
+  // For each i in [0, count): prepare(i, stream), then use(i), in the caller's stream. i + 1 is prepared in this one
+  // while i is used, and not before i - 1 has been: two places are enough for what is prepared. Whatever is put into
+  // the caller's stream after this comes after all of it, also after an exception.
+  void overlap(std::int64_t count, void* caller, const std::function<void(std::int64_t i, void* stream)>& prepare,
+               const std::function<void(std::int64_t i)>& use);
+
+ private:
+  std::mutex mutex_;  // several threads may have the same stream
+  std::unique_ptr<Driver> driver_;
+  void* stream_ = nullptr;
+  void *used_ = nullptr, *prepared_ = nullptr;  // events
+};
+
+}  // namespace qlora_native

@@ -1,0 +1,186 @@
+// The operands of a product (product.cuh): each is a small object that gives the elements (i, k), already rounded to
+// the dtype in which the product takes them. kAlongInner says along which index its memory runs.
+//
+// A product asks for eight that are neighbours in memory, of which the first is element e = i * stride + k, or k *
+// stride + i, and that index along which memory runs a multiple of 8. load() or, where eights are no vectors, gather()
+// starts their loads; finish() makes elements of what has come, after the multiply of the step before.
+#pragma once
+
+#include <bit>
+
+#include "common/layout.h"
+#include "device/elements.cuh"
+#include "device/weight_chunk.cuh"
+#include "product/dropout.cuh"
+#include "qlora_native/linear.h"
+
+namespace qlora_native::QLN_CUDA {
+
+template <class T>
+struct MatrixElements {
+  using Element = T;
+  using Raw = EightOf<T>;
+  const T* data;
+  std::int64_t stride;
+  // Whether eights are vectors.
+  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
+  __device__ Raw load(std::int64_t e) const { return load_words_aligned(data + e); }
+  __device__ Raw gather(std::int64_t e, int count) const { return gather_words(data + e, count); }
+  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const { return raw; }
+};
+// (i, k) of a matrix with rows i.
+template <class T>
+struct Rows : MatrixElements<T> {
+  static constexpr bool kAlongInner = true;
+};
+// (i, k) of a matrix with columns i.
+template <class T>
+struct Columns : MatrixElements<T> {
+  static constexpr bool kAlongInner = false;
+};
+
+// X after dropout, not yet scaled: by rows m, or by columns k.
+template <class T>
+struct KeptRows : Rows<T> {
+  Dropout dropout;
+  __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t m, std::int64_t k) const {
+    return dropout.kept_of(raw, m, k);
+  }
+};
+template <class T>
+struct KeptColumns : Columns<T> {
+  Dropout dropout;
+  __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t k, std::int64_t m) const {
+    return dropout.kept_of(raw, m, k);
+  }
+};
+
+// A source as a kernel uses it.
+template <class Source>
+__device__ Source prepared(const Source& source) {
+  return source;
+}
+template <class T>
+__device__ KeptRows<T> prepared(const KeptRows<T>& source) {
+  return {Rows<T>(source), source.dropout.prepared()};
+}
+template <class T>
+__device__ KeptColumns<T> prepared(const KeptColumns<T>& source) {
+  return {Columns<T>(source), source.dropout.prepared()};
+}
+
+// Elements of a quantized weight. Four bits in a 16-bit dtype are multiplied elsewhere (gemm.cuh), and have no vectors.
+template <class T>
+struct WeightElements {
+  using Element = T;
+  static constexpr bool kMayBe4Bit = sizeof(T) == 4;
+  // Of a vector: codes, their scale or what multiplies its level, the level. Else the elements themselves.
+  using Raw = EightOf<T>;
+  QuantizedWeightView w;
+  WeightScales scales;
+  std::int64_t stride;
+  bool vectors;  // eight neighbours are 4 or 8 aligned bytes with one scale
+
+  explicit WeightElements(const QuantizedWeightView& w)
+      : w(w), scales(scales_of(w)), stride(w.K), vectors((w.bits == 8 || kMayBe4Bit) && is_aligned(w)) {}
+
+  __device__ bool has_vectors() const { return vectors; }
+  __device__ Raw load(std::int64_t e) const {
+    Raw raw{};
+    if (kMayBe4Bit && w.bits == 4) {
+      raw.at[0] = *reinterpret_cast<const std::uint32_t*>(w.codes + e / 2);
+    } else {
+      const auto codes = load_vector<std::uint32_t, 2>(reinterpret_cast<const std::uint32_t*>(w.codes + e));
+      raw.at[0] = codes.at[0];
+      raw.at[1] = codes.at[1];
+    }
+    const std::int64_t block = e >> scales.block;
+    raw.at[2] = std::bit_cast<std::uint32_t>(scales.of_blocks[block >> scales.sharing]);
+    if (scales.nested) raw.at[3] = static_cast<const std::uint8_t*>(w.absmax)[block];
+    return raw;
+  }
+  __device__ Raw gather(std::int64_t e, int count) const {
+    constexpr int kWords = sizeof(Raw) / 4;
+    Raw raw{};
+#pragma unroll 1
+    for (int word = 0; word < kWords; ++word) {
+#pragma unroll
+      for (int i = 1; i < kWords; ++i) raw.at[i - 1] = raw.at[i];
+      raw.at[kWords - 1] = word_of<T>(word, [&](int i) {
+        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block)) : 0.0f;
+      });
+    }
+    return raw;
+  }
+  // Called by all lanes of a warp: they hold the codebook.
+  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
+    if (!vectors) return raw;
+    float scale = std::bit_cast<float>(raw.at[2]);
+    if (scales.nested) scale = nested_scale(w.nested_code[raw.at[3]], scale, *w.offset);
+    if (kMayBe4Bit && w.bits == 4) {
+      const float level = w.code[thread_index() % 16];
+      return words_of<T>([&](int i) {
+        const std::uint32_t code = raw.at[0] >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
+        return shfl(level, static_cast<int>(code % 16)) * scale;
+      });
+    }
+    scale /= 127.0f;
+    return words_of<T>(
+        [&](int i) { return static_cast<float>(static_cast<std::int8_t>(byte_of(raw.at[i / 4], i % 4))) * scale; });
+  }
+};
+// W by rows n, or by columns k.
+template <class T>
+struct WeightRows : WeightElements<T> {
+  using WeightElements<T>::WeightElements;
+  static constexpr bool kAlongInner = true;
+};
+template <class T>
+struct WeightColumns : WeightElements<T> {
+  using WeightElements<T>::WeightElements;
+  static constexpr bool kAlongInner = false;
+};
+
+// `factor` times A or B, rounded to T.
+template <class T>
+struct LoraElements {
+  using Element = T;
+  using Raw = EightOf<float>;  // or half as many words of 16-bit elements
+  const void* data;
+  DType dtype;
+  std::int64_t stride;
+  float factor;
+
+  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
+  __device__ Raw load(std::int64_t e) const {
+    if (dtype == DType::f32) return load_words_aligned(static_cast<const float*>(data) + e);
+    return raw_of(load_words_aligned(static_cast<const Bf16*>(data) + e));  // or F16
+  }
+  __device__ Raw gather(std::int64_t e, int count) const {
+    if (dtype == DType::f32) return gather_words(static_cast<const float*>(data) + e, count);
+    return raw_of(gather_words(static_cast<const Bf16*>(data) + e, count));
+  }
+  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
+    return words_of<T>([&](int i) {
+      if (dtype == DType::f32) return factor * std::bit_cast<float>(raw.at[i]);
+      const auto bits = static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16));
+      return factor * (dtype == DType::bf16 ? to_f32(Bf16{bits}) : to_f32(F16{bits}));
+    });
+  }
+
+ private:
+  __device__ static Raw raw_of(const Eight& eight) {
+    return {{eight.at[0], eight.at[1], eight.at[2], eight.at[3], 0, 0, 0, 0}};
+  }
+};
+// By rows, or by columns.
+template <class T>
+struct LoraRows : LoraElements<T> {
+  static constexpr bool kAlongInner = true;
+};
+template <class T>
+struct LoraColumns : LoraElements<T> {
+  static constexpr bool kAlongInner = false;
+};
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,170 @@
+// quantize: as many lanes as a block of the weight has eights, up to a warp, find its largest element together and then
+// write its codes. A weight is read once, but for blocks of more than 256: these come from the first cache again.
+#include "common/layout.h"
+#include "device/elements.cuh"
+#include "device/weight_chunk.cuh"
+#include "operations.h"
+#include "quantize/nearest_code.cuh"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+constexpr int kThreads = 256;
+// On a multiprocessor, of threads with 48 registers: while one block's loads are on their way, others compute.
+constexpr int kBlocksAtOnce = 5;
+
+__device__ void report(NonFinite* non_finite, std::int64_t element) {
+  // -1, which means none, is the largest of the unsigned.
+  atomic_add(reinterpret_cast<std::uint64_t*>(&non_finite->count), 1);
+  atomic_min(reinterpret_cast<std::uint64_t*>(&non_finite->first), static_cast<std::uint64_t>(element));
+}
+
+__device__ __forceinline__ bool is_finite(float value) { return value - value == 0.0f; }
+
+// The codes of eight elements of [-1, 1], up to a rounding error, as they are stored.
+template <int kBits>
+class Encoder;
+template <>
+class Encoder<4> {
+ public:
+  using Codes = Vector<std::uint32_t, 1>;
+  static constexpr std::size_t kSmemBytes = sizeof(NearestCodes::Table);
+  // Called by all threads of a block, whose shared memory becomes the table.
+  __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
+  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.of_eight(t)}}; }
+
+ private:
+  __device__ static const NearestCodes::Table& filled(const float* code) {
+    NearestCodes::Table& table = *dynamic_smem<NearestCodes::Table>();
+    table.fill(code);
+    return table;
+  }
+  const NearestCodes nearest_;
+};
+template <>
+class Encoder<8> {
+ public:
+  using Codes = Vector<std::uint32_t, 2>;
+  static constexpr std::size_t kSmemBytes = 0;
+  __device__ explicit Encoder(const float*) {}
+  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const {
+    const auto four = [&](int i) {
+      const std::uint32_t low = pick_bytes(level(t[i]), level(t[i + 1]), 0x40);
+      return pick_bytes(low, pick_bytes(level(t[i + 2]), level(t[i + 3]), 0x40), 0x5410);
+    };
+    return {{four(0), four(4)}};
+  }
+
+ private:
+  // The nearest integer to 127 t, in the lowest bits.
+  __device__ __forceinline__ static std::uint32_t level(float t) {
+    return std::bit_cast<std::uint32_t>(t * 127.0f + CodebookBuckets::kInteger);
+  }
+};
+
+// How threads share the weight: a team of 2^lane_bits lanes takes a block of 2^block_bits elements.
+struct Teams {
+  int block_bits, lane_bits;
+  std::int64_t in_vectors;  // blocks that are whole, and of whose eights elements and codes are vectors: the first
+};
+
+// Blocks begin ... end - 1.
+template <class T, int kBits, bool kVectors>
+__device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const Teams& teams,
+                                                const Encoder<kBits>& encoder, std::int64_t begin, std::int64_t end) {
+  const int lane = thread_index() & ((1 << teams.lane_bits) - 1);
+  const int chunk_elements = kEight << teams.lane_bits, block_elements = 1 << teams.block_bits;
+  const int team_of_warp = thread_index() % kWarp >> teams.lane_bits;
+  const std::int64_t team = (block_index() * kThreads + thread_index()) >> teams.lane_bits;
+  const std::int64_t all_teams = grid_blocks() * kThreads >> teams.lane_bits;
+  // All lanes of a warp take part in every round, those without a block too: with the first.
+  for (std::int64_t block = begin + team; block - team_of_warp < end; block += all_teams) {
+    const bool is_one = block < end;
+    const std::int64_t at = ((is_one ? block : begin) << teams.block_bits) + lane * kEight;
+    const T* const weight = static_cast<const T*>(args.weight) + at;
+    const std::int64_t left = args.elements - at;
+    float w[kEight];
+    const auto load = [&](int chunk) {
+      if constexpr (kVectors) {
+        load_eight_aligned_as_f32(weight + chunk, w);
+      } else {
+        const T* const from = weight + kept(static_cast<std::uint32_t>(chunk));  // one address, not eight
+#pragma unroll
+        for (int i = 0; i < kEight; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
+      }
+    };
+    float absmax = 0.0f;
+    int chunk = block_elements;
+    do {
+      chunk -= chunk_elements;
+      load(chunk);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) absmax = larger_or_nan(absmax, fabsf(w[i]));
+    } while (chunk > 0);
+    // As bits, of which NaN has more than infinity, and that more than a number.
+    absmax = std::bit_cast<float>(max_of_lanes(std::bit_cast<std::uint32_t>(absmax), 1 << teams.lane_bits));
+    if (!is_one) continue;
+    if (lane == 0) args.absmax[block] = absmax;
+    if (!is_finite(absmax)) {  // the caller throws: there are no codes
+      for (; chunk < block_elements; chunk += chunk_elements) {
+#pragma unroll 1
+        for (int i = chunk; i < chunk + kEight && i < left; ++i) {
+          if (!is_finite(to_f32(weight[i]))) report(args.non_finite, at + i);
+        }
+      }
+      continue;
+    }
+    const float inverse = inverse_absmax(absmax);
+    const auto codes = [&](int chunk) { return args.codes + static_cast<std::uint64_t>(at + chunk) * kBits / 8; };
+    while (true) {  // the first chunk is still there
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) w[i] *= inverse;
+      const auto words = encoder(w);
+      if constexpr (kVectors) {
+        store_vector(reinterpret_cast<std::uint32_t*>(codes(chunk)), words);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBits; ++i) {
+          if (chunk + i * 8 / kBits < left)
+            codes(chunk)[i] = static_cast<std::uint8_t>(byte_of(words.at[i / 4], i % 4));
+        }
+      }
+      chunk += chunk_elements;
+      if (chunk >= block_elements) break;
+      load(chunk);
+    }
+  }
+}
+
+template <class T, int kBits>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_kernel(const QuantizeArgs args, const Teams teams) {
+  const Encoder<kBits> encoder(args.code);
+  quantize_blocks<T, kBits, true>(args, teams, encoder, 0, teams.in_vectors);
+  quantize_blocks<T, kBits, false>(args, teams, encoder, teams.in_vectors, ceil_div(args.elements, args.blocksize));
+}
+
+}  // namespace
+
+void quantize(const QuantizeArgs& args, const Stream& stream) {
+  fill_bytes(&args.non_finite->count, 0, sizeof(args.non_finite->count), stream);
+  fill_bytes(&args.non_finite->first, 0xFF, sizeof(args.non_finite->first), stream);
+  const int block_bits = log2_of(args.blocksize), eights_bits = block_bits - log2_of(kEight);
+  const bool are_vectors = is_aligned(args.weight, kVectorBytes) && is_aligned(args.codes, args.bits);
+  const Teams teams{.block_bits = block_bits,
+                    .lane_bits = eights_bits < log2_of(kWarp) ? eights_bits : log2_of(kWarp),
+                    .in_vectors = are_vectors ? args.elements / args.blocksize : 0};
+  LaunchShape shape = looping_grid(ceil_div(args.elements, kEight), kThreads, stream);
+  const auto launch_for = [&]<class T, int kBits>() {
+    shape.smem_bytes = Encoder<kBits>::kSmemBytes;
+    launch<quantize_kernel<T, kBits>>(shape, stream, args, teams);
+  };
+  with_type(args.dtype, [&]<class T>() {
+    if (args.bits == 4) {
+      launch_for.template operator()<T, 4>();
+    } else {
+      launch_for.template operator()<T, 8>();
+    }
+  });
+}
+
+}  // namespace qlora_native::QLN_CUDA

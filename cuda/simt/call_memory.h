@@ -1,0 +1,173 @@
+// The tensors of a call on the emulated device. The caller's lie in the host's memory: with_device_tensors() copies
+// them to the device's, runs the call over the copies, and copies the results back.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "common/layout.h"
+#include "qlora_native/adamw.h"
+#include "qlora_native/linear.h"
+#include "qlora_native/quantize.h"
+
+namespace qlora_native::cuda_emulated {
+
+class CallMemory {
+ public:
+  CallMemory() = default;
+  CallMemory(const CallMemory&) = delete;
+  CallMemory& operator=(const CallMemory&) = delete;
+  ~CallMemory();
+
+  // One call of these for each tensor, in any order. Null is none. The call only reads what a pointer to const is for.
+  template <class T>
+  void add(T*& pointer, std::int64_t count) {
+    add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(sizeof(T)), 0, !std::is_const_v<T>);
+  }
+  template <class T>  // void or const void
+  void add(T*& pointer, DType dtype, std::int64_t count) {
+    add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(size_of(dtype)), 0, !std::is_const_v<T>);
+  }
+  template <class Pointer>
+  void add(BasicMatrix<Pointer>& matrix) {
+    const auto size = static_cast<std::int64_t>(size_of(matrix.dtype));
+    add_rows(&matrix.data, matrix.data, matrix.rows, matrix.cols * size, matrix.stride * size,
+             !std::is_const_v<std::remove_pointer_t<Pointer>>);
+  }
+
+  // After the last add: makes room, copies, and points the arguments to the copies.
+  void move_to_device();
+  // After the kernels: copies the results back. Ends the process if a tensor was written that the call only reads.
+  void copy_back() const;
+
+ private:
+  struct View {
+    void* pointer;  // where the arguments keep the tensor's address
+    std::byte* host;
+    std::int64_t rows, row_bytes, stride_bytes;
+    bool is_written;
+    std::byte* device = nullptr;
+
+    std::byte* end() const { return rows == 0 ? host : host + (rows - 1) * stride_bytes + row_bytes; }
+    template <class F>
+    void each_row(const F& f) const {
+      for (std::int64_t row = 0; row < rows; ++row) f(host + row * stride_bytes, device + row * stride_bytes);
+    }
+  };
+  void add_rows(void* pointer, const void* host, std::int64_t rows, std::int64_t row_bytes, std::int64_t stride_bytes,
+                bool is_written);
+
+  std::vector<View> views_;
+  std::byte* memory_ = nullptr;  // of the device
+};
+
+// ---- the tensors of each operation; a pointer that it does not use becomes null ----
+
+inline void add_tensors(CallMemory& memory, QuantizedWeightView& w) {
+  memory.add(w.codes, (w.elements() * w.bits + 7) / 8);
+  if (w.bits == 8) w.code = nullptr;
+  memory.add(w.code, 16);
+  if (w.nested_absmax == nullptr) {
+    memory.add(w.absmax, DType::f32, w.blocks());
+    w.nested_code = w.offset = nullptr;
+    return;
+  }
+  memory.add(reinterpret_cast<const std::uint8_t*&>(w.absmax), w.blocks());
+  memory.add(w.nested_absmax, ceil_div(w.blocks(), w.nested_blocksize));
+  memory.add(w.nested_code, 256);
+  memory.add(w.offset, 1);
+}
+inline void add_tensors(CallMemory& memory, LoraView& lora, std::int64_t N, std::int64_t K) {
+  memory.add(lora.a, lora.dtype, lora.rank * K);
+  memory.add(lora.b, lora.dtype, N * lora.rank);
+  memory.add(lora.device_seed, 1);
+}
+inline void add_tensors(CallMemory& memory, LinearForwardArgs& args) {
+  add_tensors(memory, args.weight);
+  add_tensors(memory, args.lora, args.weight.N, args.weight.K);
+  memory.add(args.x);
+  memory.add(args.bias, args.x.dtype, args.weight.N);
+  memory.add(args.y);
+  memory.add(args.u);
+}
+inline void add_tensors(CallMemory& memory, LinearBackwardInputArgs& args) {
+  add_tensors(memory, args.weight);
+  add_tensors(memory, args.lora, args.weight.N, args.weight.K);
+  memory.add(args.dy);
+  memory.add(args.dx);
+  memory.add(args.v);
+}
+inline void add_tensors(CallMemory& memory, LoraGradientsArgs& args) {
+  args.lora.a = args.lora.b = nullptr;
+  add_tensors(memory, args.lora, args.dy.cols, args.x.cols);
+  memory.add(args.x);
+  memory.add(args.dy);
+  memory.add(args.u);
+  memory.add(args.v);
+  memory.add(args.da, args.lora.dtype, args.lora.rank * args.x.cols);
+  memory.add(args.db, args.lora.dtype, args.dy.cols * args.lora.rank);
+}
+inline void add_tensors(CallMemory& memory, QuantizeArgs& args) {
+  memory.add(args.weight, args.dtype, args.elements);
+  if (args.bits == 8) args.code = nullptr;
+  memory.add(args.code, 16);
+  memory.add(args.codes, (args.elements * args.bits + 7) / 8);
+  memory.add(args.absmax, ceil_div(args.elements, args.blocksize));
+  memory.add(args.non_finite, 1);
+}
+inline void add_tensors(CallMemory& memory, QuantizeAbsmaxArgs& args) {
+  memory.add(args.absmax, args.blocks);
+  memory.add(args.nested_code, 256);
+  memory.add(args.codes, args.blocks);
+  memory.add(args.nested_absmax, ceil_div(args.blocks, args.nested_blocksize));
+  memory.add(args.offset, 1);
+}
+inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
+  add_tensors(memory, args.weight);
+  memory.add(args.out, args.dtype, args.weight.elements());
+}
+inline void add_tensors(CallMemory& memory, AdamW8bitTensor& tensor) {
+  const std::int64_t n = tensor.elements;
+  memory.add(tensor.param, tensor.param_dtype, n);
+  memory.add(tensor.grad, tensor.grad_dtype, n);
+  if (tensor.absmax1 != nullptr) {
+    memory.add(reinterpret_cast<std::uint8_t*&>(tensor.state1), n);
+    memory.add(reinterpret_cast<std::uint8_t*&>(tensor.state2), n);
+    memory.add(tensor.absmax1, ceil_div(n, kAdamW8bitBlocksize));
+    memory.add(tensor.absmax2, ceil_div(n, kAdamW8bitBlocksize));
+  } else {
+    memory.add(tensor.state1, DType::f32, n);
+    memory.add(tensor.state2, DType::f32, n);
+  }
+  memory.add(tensor.step, 1);
+}
+
+template <class Args, class Run>
+void with_device_tensors(const Args& args, const Run& run) {
+  CallMemory memory;
+  Args copy = args;
+  add_tensors(memory, copy);
+  memory.move_to_device();
+  run(copy);
+  memory.copy_back();
+}
+// Its lists are the host's, and the addresses in them the device's.
+template <class Run>
+void with_device_tensors(const AdamW8bitArgs& args, const Run& run) {
+  CallMemory memory;
+  std::vector<AdamW8bitTensor> tensors(args.tensors, args.tensors + args.count);
+  std::vector<AdamW8bitGroup> groups(args.groups, args.groups + args.group_count);
+  AdamW8bitArgs copy = args;
+  copy.tensors = tensors.data();
+  copy.groups = groups.data();
+  for (AdamW8bitTensor& tensor : tensors) add_tensors(memory, tensor);
+  for (AdamW8bitGroup& group : groups) memory.add(group.device_lr, 1);
+  memory.add(copy.inv_scale, 1);
+  memory.add(copy.found_inf, 1);
+  memory.add(copy.skipped, 1);
+  memory.move_to_device();
+  run(copy);
+  memory.copy_back();
+}
+
+}  // namespace qlora_native::cuda_emulated

@@ -1,0 +1,302 @@
+// product_config: which way a product takes; on tensor cores that the blocks share the steps of all tiles, each of them
+// once, for any shape and device.
+#include "product/config.h"
+
+#include <algorithm>
+
+#include "common/layout.h"
+#include "expect.h"
+
+namespace qlora_native {
+namespace {
+
+constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 256, 257, 384, 4096, 100000};
+constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 256, 300, 4096, 14336};
+constexpr std::size_t kLeastSmem = 99 * 1024, kAmpereSmem = 163 * 1024, kHopperSmem = 227 * 1024;
+constexpr int kMultiprocessors[] = {1, 3, 108, 132};
+
+template <class F>
+void for_each_shape(const F& f) {
+  for (const std::int64_t rows : kRows) {
+    for (const std::int64_t cols : kSizes) {
+      for (const std::int64_t inner : kSizes) {
+        for (const int multiprocessors : kMultiprocessors) {
+          for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15, 21, 23}) {
+            f(ProductShape{.rows = rows,
+                           .cols = cols,
+                           .inner = inner,
+                           .dtype = DType::bf16,
+                           .backward = flags / 2 % 2 == 1,
+                           .aligned = flags % 2 == 1,
+                           .aligned_64 = flags / 4 % 2 == 1,
+                           .multiprocessors = multiprocessors,
+                           .smem_bytes = flags >= 16  ? kAmpereSmem
+                                         : flags >= 8 ? kHopperSmem
+                                                      : kLeastSmem});
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Config>
+bool takes(const ProductShape& shape) {
+  return std::holds_alternative<Config>(product_config(shape));
+}
+PanelsConfig panels_of(const ProductShape& shape) { return std::get<PanelsConfig>(product_config(shape)); }
+
+bool is_for_few_rows(const ProductShape& shape) { return shape.rows <= kGemvRows && !shape.backward; }
+
+void every_step_is_done_once() {
+  for_each_shape([](const ProductShape& shape) {
+    if (is_for_few_rows(shape)) return;
+    const auto config = std::get<GemmConfig>(product_config(shape));
+    EXPECT((config.blocks == 0) == (shape.rows == 0));
+    if (config.blocks == 0) return;
+    EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
+    bool splits = false;
+    for (int i = 0; i < config.blocks; ++i) {
+      EXPECT(config.begin_of(i) < config.begin_of(i + 1));
+      EXPECT(config.run_of(config.begin_of(i)) == i && config.run_of(config.begin_of(i + 1) - 1) == i);
+      splits |= config.begin_of(i + 1) % config.steps != 0;
+    }
+    EXPECT(splits == config.splits_a_tile());
+  });
+}
+
+void tiles_cover_the_result() {
+  for_each_shape([](const ProductShape& shape) {
+    if (is_for_few_rows(shape)) return;
+    const auto config = std::get<GemmConfig>(product_config(shape));
+    const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
+    EXPECT(config.row_tiles * config.tile_rows >= shape.rows);
+    EXPECT(shape.rows == 0 || col_tiles * config.tile_cols >= shape.cols);
+    EXPECT(std::int64_t{config.steps} * kGemmStep >= shape.inner);
+  });
+}
+
+void tile_is_one_that_was_compiled_and_fits() {
+  for_each_shape([](const ProductShape& shape) {
+    if (is_for_few_rows(shape)) return;
+    const auto config = std::get<GemmConfig>(product_config(shape));
+    const int rows = config.tile_rows, cols = config.tile_cols;
+    if (cols == kGemmWideCols) {
+      EXPECT(rows == kGemmManyRows && shape.aligned_64);
+    } else {
+      EXPECT(cols == kGemmCols);
+      EXPECT(rows == kGemmFewRows || rows == kGemmMiddleRows ||
+             (shape.aligned && (rows == kGemmManyRows || rows == kGemmTallRows)));
+    }
+    EXPECT((rows == kGemmFewRows) == (shape.rows <= kGemmFewRows));
+    EXPECT(rows <= kGemmMiddleRows || shape.rows > kGemmMiddleRows);
+    EXPECT(gemm_smem_bytes(rows, cols) <= shape.smem_bytes);
+  });
+}
+
+void device_holds_all_blocks_at_once() {
+  for_each_shape([](const ProductShape& shape) {
+    if (is_for_few_rows(shape)) return;
+    const auto config = std::get<GemmConfig>(product_config(shape));
+    const int of_multiprocessor = config.tile_rows <= kGemmMiddleRows && shape.smem_bytes == kHopperSmem ? 2 : 1;
+    EXPECT(config.blocks <= of_multiprocessor * shape.multiprocessors);
+  });
+}
+
+struct Tile {
+  int rows, cols;
+  bool operator==(const Tile&) const = default;
+};
+constexpr Tile kMiddle = {kGemmMiddleRows, kGemmCols}, kMany = {kGemmManyRows, kGemmCols};
+constexpr Tile kWide = {kGemmManyRows, kGemmWideCols}, kTall = {kGemmTallRows, kGemmCols};
+
+// As many rows as there is memory for, and no more than an eighth of them zeros that another tile has not.
+void tile_for_many_rows_wastes_least() {
+  ProductShape shape = {
+      .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .multiprocessors = 132};
+  const auto tile_of = [&](std::int64_t rows, std::size_t smem_bytes) {
+    shape.rows = rows;
+    shape.smem_bytes = smem_bytes;
+    const auto config = std::get<GemmConfig>(product_config(shape));
+    return Tile{config.tile_rows, config.tile_cols};
+  };
+  for (const bool backward : {false, true}) {
+    shape.backward = backward;
+    for (const std::int64_t rows : {129, 255, 256, 385, 512, 641, 768, 4096}) {
+      EXPECT(tile_of(rows, kHopperSmem) == kTall && tile_of(rows, kAmpereSmem) == kTall);
+      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+    }
+    for (const std::int64_t rows : {65, 128, 257, 384, 513, 640}) {
+      EXPECT(tile_of(rows, kHopperSmem) == kWide && tile_of(rows, kAmpereSmem) == kMany);
+      EXPECT(tile_of(rows, kLeastSmem) == kMiddle);
+    }
+    EXPECT(tile_of(64, kHopperSmem) == kMiddle);
+  }
+  for (const std::int64_t cols : {128, 300, 384}) {  // the wide one's would be mostly zeros
+    shape.cols = cols;
+    EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
+  }
+  for (const std::int64_t cols : {129, 256, 512, 960, 1100, 14336}) {
+    shape.cols = cols;
+    EXPECT(tile_of(128, kHopperSmem) == kWide);
+  }
+  shape.aligned_64 = false;  // a block of the quantization may end within a step
+  EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
+  shape.aligned = false;
+  EXPECT(tile_of(128, kHopperSmem) == kMiddle && tile_of(129, kHopperSmem) == kMiddle);
+}
+
+void device_that_keeps_more_shared_memory_gets_the_general_kernel() {
+  ProductShape shape = {.rows = 300, .cols = 4096, .inner = 4096, .dtype = DType::bf16, .smem_bytes = kHopperSmem};
+  for (const std::size_t reserved : {0, 1024}) {
+    shape.reserved_smem_bytes = reserved;
+    EXPECT(takes<GemmConfig>(shape));
+  }
+  shape.reserved_smem_bytes = 1025;  // a device to come
+  EXPECT(takes<GeneralConfig>(shape));
+}
+
+// Its blocks loop over the columns: how many there are is a matter of speed, unless there is none.
+void few_rows_get_their_kernel() {
+  for_each_shape([](ProductShape shape) {
+    if (!is_for_few_rows(shape)) return;
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const int bits : {4, 8}) {
+        shape.dtype = dtype;
+        shape.bits = bits;
+        const auto config = std::get<GemvConfig>(product_config(shape));
+        EXPECT(config.aligned == shape.aligned);
+        EXPECT((config.blocks == 0) == (shape.rows == 0));
+        EXPECT(config.blocks * kGemvCols < shape.cols + kGemvCols);
+      }
+    }
+  });
+}
+
+void fp32_and_eight_bits_get_the_general_kernel() {
+  const ProductShape shape = {.rows = 64, .cols = 64, .inner = 64, .aligned = true};
+  ProductShape eight_bits = shape;
+  eight_bits.dtype = DType::f16;
+  EXPECT(takes<GemmConfig>(eight_bits));
+  eight_bits.bits = 8;
+  EXPECT(takes<GeneralConfig>(shape));
+  EXPECT(takes<GeneralConfig>(eight_bits));
+}
+
+ProductShape many_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner) {
+  return {.rows = rows,
+          .cols = cols,
+          .inner = inner,
+          .dtype = DType::bf16,
+          .aligned = true,
+          .aligned_64 = true,
+          .dense_gemm = true,
+          .multiprocessors = 132};
+}
+
+bool is_by_panels(const ProductShape& shape) { return takes<PanelsConfig>(shape); }
+
+void many_rows_get_panels_where_they_can() {
+  EXPECT(is_by_panels(many_rows(2048, 4096, 4096)));
+  EXPECT(is_by_panels(many_rows(769, 14336, 1024)) && !is_by_panels(many_rows(768, 14336, 1024)));
+  for (const int bits : {4, 8}) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (const bool backward : {false, true}) {
+        for (const std::int64_t rank : {0, 16}) {
+          ProductShape shape = many_rows(4096, 4000, 1111);
+          shape.bits = bits;
+          shape.dtype = dtype;
+          shape.backward = backward;
+          shape.rank = rank;
+          shape.aligned = shape.aligned_64 = false;
+          EXPECT(is_by_panels(shape));
+          shape.masks = true;
+          EXPECT(!is_by_panels(shape));
+          shape.masks = false;
+          shape.dense_gemm = false;
+          EXPECT(!is_by_panels(shape));
+        }
+      }
+    }
+  }
+}
+
+// The smallest panel whose products fill the device: of 132 multiprocessors, 128 or more in each wave.
+void panel_is_within_its_memory_and_fills_the_device() {
+  EXPECT(panels_of(many_rows(4096, 4096, 4096)).cols == 1024);
+  EXPECT(panels_of(many_rows(2048, 4096, 4096)).cols == 1024);
+  EXPECT(panels_of(many_rows(1024, 4096, 4096)).cols == 2048);
+  EXPECT(panels_of(many_rows(8192, 4096, 14336)).cols == 256);
+  EXPECT(panels_of(many_rows(4096, 4096, 14336)).cols == 512);
+  EXPECT(panels_of(many_rows(2048, 4096, 14336)).cols == 1024);
+  EXPECT(!is_by_panels(many_rows(1024, 4096, 14336)));       // 32 MB have half as many tiles as it takes
+  EXPECT(!is_by_panels(many_rows(100'000, 4096, 140'000)));  // not even 128 columns
+  // Its 13 by 16 tiles take two waves, however they are cut.
+  EXPECT(panels_of(many_rows(1600, 2048, 4096)).cols == 1024);
+  for (const std::int64_t rows : {769, 8192, 8193, 100'000}) {
+    for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256}) {
+      for (const std::int64_t inner : {1, 100, 4096, 28672, 65536}) {
+        for (const std::int64_t rank : {0, 1, 64}) {
+          for (const DType dtype : {DType::f32, DType::bf16}) {
+            for (const int multiprocessors : {1, 132}) {
+              ProductShape shape = many_rows(rows, cols, inner);
+              shape.dtype = dtype;
+              shape.rank = rank;
+              shape.multiprocessors = multiprocessors;
+              if (!is_by_panels(shape)) continue;
+              const PanelsConfig config = panels_of(shape);
+              const std::int64_t column = column_of_panel(inner, rank);
+              EXPECT(column >= inner + rank && column < inner + rank + kPanelAlignment);
+              EXPECT(config.cols > 0 && config.cols % kPanelCols == 0);
+              EXPECT(config.cols * column * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
+              EXPECT(rank == 0 ? config.rows == rows : config.rows <= kPanelCopiedRows && config.rows > rows / 16);
+              const std::int64_t tiles =
+                  ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
+              EXPECT(4 * tiles >= 3 * multiprocessors);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void parts_of_a_long_sum_cover_it() {
+  for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
+    for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
+      for (const int multiprocessors : kMultiprocessors) {
+        const LowRankSplit split = low_rank_split(tiles, inner, multiprocessors);
+        EXPECT(split.parts >= 1 && split.parts * split.length >= inner);
+        EXPECT(split.parts == 1 || (split.parts - 1) * split.length < inner);
+        EXPECT(split.parts == 1 || split.parts * tiles <= 2 * multiprocessors);
+      }
+    }
+  }
+}
+
+void steps_are_counted_beyond_an_int() {
+  const std::int64_t many = std::int64_t{1} << 34;
+  const auto config = std::get<GemmConfig>(product_config(
+      {.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100}));
+  EXPECT(config.steps == many / kGemmStep && config.begin_of(config.blocks) == many / kGemmStep);
+}
+
+}  // namespace
+}  // namespace qlora_native
+
+int main() {
+  using namespace qlora_native;
+  every_step_is_done_once();
+  tiles_cover_the_result();
+  tile_is_one_that_was_compiled_and_fits();
+  device_holds_all_blocks_at_once();
+  tile_for_many_rows_wastes_least();
+  device_that_keeps_more_shared_memory_gets_the_general_kernel();
+  few_rows_get_their_kernel();
+  fp32_and_eight_bits_get_the_general_kernel();
+  many_rows_get_panels_where_they_can();
+  panel_is_within_its_memory_and_fills_the_device();
+  parts_of_a_long_sum_cover_it();
+  steps_are_counted_beyond_an_int();
+  return report();
+}
