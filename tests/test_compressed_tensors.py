@@ -29,7 +29,7 @@ LARGEST = {"int4": 7, "int8": 127}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    make("LlamaForCausalLM", torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    make("LlamaForCausalLM", torch.bfloat16, intermediate_size=128).save_pretrained(folder, max_shard_size="60KB")
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
