@@ -56,6 +56,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         added = tokenizer.added_tokens_decoder
+        bare, whole = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (False, True))
     except Exception as error:  # what transformers and tokenizers raise on strange files is of many types
         text = " ".join(str(error).split())
         raise bad(str(path), "a tokenizer of transformers", f"something else ({text})") from None
@@ -70,7 +71,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str
         _add_bytes(writer, path, state)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _add_special(writer, path, tokenizer)
+    _add_special(writer, path, tokenizer, bare, whole)
     return note
 
 
@@ -162,22 +163,22 @@ def _add_characters(
 def _prefix_space(state: dict[str, Any]) -> bool | None:
     """Whether a space is put in front of a text, as SentencePiece does; None where this is not SentencePiece's BPE."""
     pre, normalizer = state["pre_tokenizer"], state["normalizer"]
-    if pre is not None and pre["type"] == "Metaspace" and not pre.get("split") and normalizer is None:
-        return pre["prepend_scheme"] != "never"
+    if normalizer is None and pre is not None and pre["type"] == "Metaspace" and pre["replacement"] == "▁":
+        return None if pre.get("split") else pre["prepend_scheme"] != "never"
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    kinds = [step["type"] for step in steps]
-    if pre is None and kinds in (["Prepend", "Replace"], ["Replace"]) and steps[-1]["content"] == "▁":
-        return kinds[0] == "Prepend"
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if pre is None and steps in ([prepend, replace], [replace]):
+        return len(steps) == 2
     return None
 
 
-def _add_special(writer: gguf.GGUFWriter, path: Path, tokenizer: Any) -> None:
-    """The special tokens, which of them a text gets, and the chat template."""
+def _add_special(writer: gguf.GGUFWriter, path: Path, tokenizer: Any, bare: list[int], whole: list[int]) -> None:
+    """The special tokens, which of them a text gets (`whole` of `bare`), and the chat template."""
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")}
     for kind, number in ids.items():
         if number is not None:
             getattr(writer, f"add_{kind}_token_id")(number)
-    bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     starts, ends = whole[:1] == [ids["bos"]] != bare[:1], whole[-1:] == [ids["eos"]] != bare[-1:]
     if whole != [ids["bos"]] * starts + bare + [ids["eos"]] * ends:
         raise bad(f"{path}: post_processor", "one that adds bos_token, eos_token or nothing", tokenizer.decode(whole))
