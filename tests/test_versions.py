@@ -38,6 +38,7 @@ import qlora_native.integrations.{module}
         ("merge", "transformers", "5.22.2"),
         ("peft", "peft", "0.20.0"),
         ("bitsandbytes", "bitsandbytes", "0.49.0"),
+        ("gguf", "gguf", "0.16.3"),
     ],
 )
 def test_old_library_is_one_sentence(module, package, got):

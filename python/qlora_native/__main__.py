@@ -35,7 +35,7 @@ def report() -> dict[str, str]:
         "CUDA devices": ", ".join(devices) or "none that torch sees",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built'}, "
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        **{name: _version_of(name) for name in ("bitsandbytes", "peft", "transformers")},
+        **{name: _version_of(name) for name in ("bitsandbytes", "gguf", "peft", "transformers")},
         "Python": sys.version.split()[0],
         "platform": f"{platform.platform()}, {_processor()}",
     }
