@@ -1,4 +1,7 @@
-"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does. README.md's, too."""
+"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
+
+So do README.md's code and the commands of docs/serving.md.
+"""
 
 import json
 import os
@@ -111,6 +114,19 @@ def test_python_in_the_readme_fails(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
 def test_command_on_the_page_fails(folder, names, text):
+    run_commands(folder, text)
+
+
+def test_commands_of_the_page_on_serving_run(folder, names):
+    """One after the other: they read what those before have written."""
+    pytest.importorskip("gguf")
+    texts = [text for _, text in blocks("bash", ROOT / "docs" / "serving.md")]
+    assert len(texts) == 3
+    for text in texts:
+        run_commands(folder, text)
+
+
+def run_commands(folder, text):
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -120,7 +136,7 @@ def test_command_on_the_page_fails(folder, names, text):
     shown = subprocess.run(["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     for out in re.findall(r"--out (\S+)", text):
-        assert (folder / out / "config.json").exists()
+        assert (folder / out).is_file() if out.endswith(".gguf") else (folder / out / "config.json").exists()
 
 
 # ---- what is different: the lines of the table, in its order ---------------------------------------------------------

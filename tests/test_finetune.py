@@ -1,4 +1,4 @@
-"""examples/finetune.py on a model and data small enough for seconds, and the pieces that prepare its data."""
+"""examples/finetune.py, generate.py and finetune.ipynb on a model small enough for seconds, and what prepares data."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,12 +18,15 @@ sys.path.insert(0, str(EXAMPLES))
 
 import docstrings  # noqa: E402
 import finetune  # noqa: E402
+import generate  # noqa: E402
 import pairs  # noqa: E402
 import processes  # noqa: E402
 import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 DATA = [{"prompt": f"What is {i} plus 1?", "response": f"It is {i + 1}.", "group": str(i // 4)} for i in range(40)]
 LAYERS = 2
+CONFIG = BitsAndBytesConfig(load_in_4bit=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +59,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments, launcher=(), model="model"):
+def run(folder, *arguments, launcher=(), model="model", program="finetune.py"):
     return subprocess.run(
-        [sys.executable, *launcher, EXAMPLES / "finetune.py", "--model", folder / model, *arguments],
+        [sys.executable, *launcher, EXAMPLES / program, "--model", folder / model, *arguments],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -170,8 +173,78 @@ def test_launched_run_learns_something_else(folder, alone, launcher):
     assert figures["held_out_loss"]["after"] == pytest.approx(alone["held_out_loss"]["after"], rel=1e-3)
 
 
-def pairs_vocabulary(folder):
-    return transformers.AutoTokenizer.from_pretrained(folder / "model")
+# ---- generate.py and the notebook ------------------------------------------------------------------------------------
+
+
+def in_4_bits(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return qn.nn.quantize_model(model, skip=("lm_head",), progress=False)
+
+
+@pytest.fixture(scope="module")
+def two_adapters(folder):
+    """Folders of two adapters that say different things."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear")
+        config.init_lora_weights = False
+        peft.get_peft_model(in_4_bits(folder / "model"), config).save_pretrained(folder / f"adapter-{seed}")
+    return [folder / "adapter-1", folder / "adapter-2"]
+
+
+def test_generate_switches_and_merges(folder, two_adapters, tmp_path):
+    """What it prints is what each adapter says alone, and what the merged model says that it saves."""
+    prompt, merged = "What is 3 plus 1?", tmp_path / "merged"
+    options = ["--adapter", *two_adapters, "--prompt", prompt, "--merge", merged, "--dtype", "float32"]
+    shown = run(folder, *options, program="generate.py")
+    assert shown.returncode == 0, shown.stderr
+    sections = dict(section.split("\n", 1) for section in shown.stdout.strip().split("\n\n"))
+    tokenizer, adapted = pairs_vocabulary(folder), [in_4_bits(folder / "model")]
+    adapted += [peft.PeftModel.from_pretrained(in_4_bits(folder / "model"), path) for path in two_adapters]
+    adapted.append(transformers.AutoModelForCausalLM.from_pretrained(merged, quantization_config=CONFIG))
+    assert sum(isinstance(module, qn.nn.Linear4bit) for module in adapted[-1].modules()) == 7 * LAYERS
+    answers = [" ".join(finetune.answers(model, tokenizer, [prompt])[0].split()) for model in adapted]
+    names = ["without an adapter", *(f"adapter-{i}: {path}" for i, path in enumerate(two_adapters, 1))]
+    assert sections == {
+        name: f"  {prompt}\n    {answer}" for name, answer in zip([*names, f"merged: {merged}"], answers, strict=True)
+    }
+    assert len(set(answers[:3])) == 3
+    assert pairs_vocabulary(tmp_path, "merged").vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "nowhere"], "--adapter: no adapter_config.json in nowhere"),
+        (["--adapter", "adapter", "--merge", "adapter"], "--merge: expected a new folder, adapter exists"),
+    ],
+)
+def test_bad_argument_of_generate_is_named(options, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        generate.arguments(["--model", "model", "--prompt", "a", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_notebook_runs_from_its_first_cell_to_its_last(folder, tmp_path):
+    """Without Jupyter: its code in one program, on a small model."""
+    cells = json.loads((EXAMPLES / "finetune.ipynb").read_text())["cells"]
+    assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert code.count("\nMODEL = None") == 1
+    code = code.replace("\nMODEL = None", f"\nMODEL = {str(folder / 'model')!r}")
+    code += "\nassert losses[-1] < losses[0], losses\nassert abs(before - after) < 1e-6 * before, (before, after)\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "step 10: loss" in shown.stdout and "loaded again" in shown.stdout
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def pairs_vocabulary(folder, name="model"):
+    return transformers.AutoTokenizer.from_pretrained(folder / name)
 
 
 @pytest.mark.parametrize(

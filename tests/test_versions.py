@@ -38,6 +38,7 @@ import qlora_native.integrations.{module}
         ("merge", "transformers", "5.22.2"),
         ("peft", "peft", "0.20.0"),
         ("bitsandbytes", "bitsandbytes", "0.49.0"),
+        ("gguf", "gguf", "0.16.3"),
     ],
 )
 def test_old_library_is_one_sentence(module, package, got):
@@ -68,7 +69,8 @@ def test_old_torch_is_one_sentence():
 
 def test_bounds_are_those_of_the_extras():
     extras = PROJECT["optional-dependencies"]
-    bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(extras["transformers"] + extras["bitsandbytes"])))
+    named = extras["transformers"] + extras["bitsandbytes"] + extras["export"]
+    bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(named)))
     assert {name: bounds[name] for name in _versions.LEAST} == _versions.LEAST
 
 

@@ -1,4 +1,4 @@
-"""`qlora-native`, or `python -m qlora_native`: what a bug report needs to say; `merge` and `quantize` checkpoints."""
+"""`qlora-native`, or `python -m qlora_native`: what a bug report needs to say; `merge`, `quantize`, `export` models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import _C, __version__
+
+PACKED = ("int4", "int8")  # formats that are written as compressed-tensors has them
 
 
 def report() -> dict[str, str]:
@@ -32,7 +35,7 @@ def report() -> dict[str, str]:
         "CUDA devices": ", ".join(devices) or "none that torch sees",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built'}, "
         f"CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        **{name: _version_of(name) for name in ("bitsandbytes", "peft", "transformers")},
+        **{name: _version_of(name) for name in ("bitsandbytes", "gguf", "peft", "transformers")},
         "Python": sys.version.split()[0],
         "platform": f"{platform.platform()}, {_processor()}",
     }
@@ -74,13 +77,55 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     quantize.add_argument(
         "--model", required=True, dest="base", help="folder of the model, or its id in the hub's cache"
     )
-    merge.add_argument("--to", choices=["bf16", "fp16", "fp32", "nf4", "fp4"], default="bf16")
+    merge.add_argument(
+        "--to",
+        choices=["bf16", "fp16", "fp32", "nf4", "fp4", *PACKED],
+        default="bf16",
+        help="int4 and int8: a folder of compressed-tensors",
+    )
     quantize.add_argument("--to", choices=["nf4", "fp4"], default="nf4")
     for command in (merge, quantize):
         command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
         command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
         command.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, in 4 bits")
-    return parser.parse_args(argv)
+    _add_export(commands)
+    args = parser.parse_args(argv)
+    if args.command == "export":
+        given = [name for name in ("model", "base", "adapter") if getattr(args, name) is not None]
+        if given not in (["model"], ["base", "adapter"]):
+            parser.error("export: expected --model, or --base and --adapter")
+    return args
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a model or an adapter for servers: GGUF, compressed-tensors")
+    export.add_argument("--model", help="folder of a model, in 16 or in 4 bits, or its id in the hub's cache")
+    export.add_argument("--base", help="the model that --adapter was trained for, as --model")
+    export.add_argument(
+        "--adapter", type=Path, help="folder of a LoRA adapter, as PEFT saved it, to become a GGUF file"
+    )
+    export.add_argument("--out", type=Path, required=True, help="a new file, or folder; it appears when it is complete")
+    export.add_argument(
+        "--to",
+        help="a GGUF file: f32, f16, bf16, and of a model q8_0, q5_1, q5_0, q4_1, q4_0 (default: the model's dtype, of "
+        "an adapter f32). A folder of compressed-tensors, of a model: int4, int8",
+    )
+    export.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, for int4 and int8")
+
+
+def convert(args: argparse.Namespace) -> Any:
+    """Do what `merge`, `quantize` or `export` is to do. Returns a report to be shown."""
+    if args.command != "export" or (args.model is not None and args.to in PACKED):
+        from .integrations import merge
+
+        source = args.model if args.command == "export" else args.base
+        double_quant = not getattr(args, "no_double_quant", True)
+        return merge.convert(source, args.out, getattr(args, "adapter", None), args.to, args.blocksize, double_quant)
+    from .integrations import gguf
+
+    if args.model is not None:
+        return gguf.export_model(args.model, args.out, args.to)
+    return gguf.export_adapter(args.base, args.adapter, args.out, args.to or "f32")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,11 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(cmake_dir())
         return
     if args.command is not None:
-        adapter = getattr(args, "adapter", None)
         try:
-            from .integrations.merge import convert
-
-            print(convert(args.base, args.out, adapter, args.to, args.blocksize, not args.no_double_quant))
+            print(convert(args))
         except (TypeError, ValueError, OSError, ImportError) as error:
             raise SystemExit(f"{args.command}: {error}") from None
         return

@@ -151,22 +151,27 @@ def fuzz_config(choices: Choices) -> None:
 
 @cache
 def _folders() -> Path:
-    """A model of one layer in shards, in one file and in 4 bits, and an adapter."""
+    """A model of one layer in shards, in one file with a tokenizer and in 4 bits, and an adapter."""
     import peft
     import transformers
+    from tokenizers import ByteLevelBPETokenizer
 
     from qlora_native.integrations.merge import convert
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     folder = Path(tempfile.mkdtemp())
-    config = transformers.LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    config = transformers.LlamaConfig(vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                                       num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder / "shards", max_shard_size="2KB")
     model.save_pretrained(folder / "one")
     convert(folder / "one", folder / "nf4", to="nf4", progress=False)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some words"], vocab_size=259, special_tokens=["<s>"], show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
+    tokenizer.save_pretrained(folder / "one")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(folder / "adapter")
     return folder
 
@@ -205,6 +210,31 @@ def fuzz_folder(choices: Choices) -> None:
             assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
             raise
         assert len(Checkpoint(out).shards) > 0
+
+
+def fuzz_export(choices: Choices) -> None:
+    """`export` over damaged folders: an error, or a file that the package gguf reads."""
+    import gguf
+
+    from qlora_native.integrations.gguf import export_adapter, export_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        name = choices.of(("one", "one", "nf4"))
+        base, adapter, out = Path(scratch) / name, Path(scratch) / "adapter", Path(scratch) / "out"
+        shutil.copytree(_folders() / name, base)
+        shutil.copytree(_folders() / "adapter", adapter)
+        adapts = choices.one_in(2)
+        for _ in range(1 + choices.below(2)):
+            _damage(choices, adapter if adapts and choices.one_in(2) else base)
+        try:
+            if adapts:
+                export_adapter(base, adapter, out, choices.of(("f32", "f16")))
+            else:
+                export_model(base, out, choices.of((None, "f16", "q8_0")), progress=False)
+        except (TypeError, ValueError, OSError):
+            assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
+            raise
+        assert len(gguf.GGUFReader(out).tensors) > 0
 
 
 # ---- the ops themselves ----------------------------------------------------------------------------------------------
@@ -278,6 +308,7 @@ PROMISED: dict[str, tuple[type[Exception], ...]] = {
     "optimizer": (ValueError, TypeError),
     "config": (ValueError, TypeError),
     "folder": (TypeError, ValueError, OSError),
+    "export": (TypeError, ValueError, OSError),
     "json": (ValueError,),
     "ops": (Exception,),
 }
@@ -322,7 +353,7 @@ def batch(target: str, inputs: list[bytes]) -> tuple[bytes, str] | None:
 
 def prepare(target: str) -> None:
     """What is done once, before children are forked."""
-    if target == "folder":
+    if target in ("folder", "export"):
         _folders()
     elif target == "config":
         import qlora_native.integrations.transformers  # noqa: F401
@@ -339,7 +370,7 @@ def fuzz(target: str, seconds: float, seed: int) -> int:
     random_bytes = random.Random(f"{seed} {target}").randbytes
     length = random.Random(seed).randrange
     deadline, count, inputs = time.monotonic() + seconds, 0, corpus(target)
-    size = 20 if target == "folder" else 1000
+    size = 20 if target in ("folder", "export") else 1000
     while True:
         finding = batch(target, inputs)
         if finding is not None:

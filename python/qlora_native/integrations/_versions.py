@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 # The least version of each. pyproject.toml has the same bounds in its extras, and a test compares.
-LEAST = {"transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50"}
+LEAST = {"transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50", "gguf": "0.17"}
 
 
 def require(package: str) -> None:

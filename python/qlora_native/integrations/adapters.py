@@ -89,6 +89,11 @@ class Adapter:
         biases = {f"{path}.bias" for path, parts in self.layers.items() if "lora_B.bias" in parts}
         return {f"{path}.weight" for path in self.layers} | biases | set(self.replaced)
 
+    def check_names(self, there: set[str]) -> None:
+        """Raise ValueError unless all tensors that it changes are `there`."""
+        if missing := sorted(self.names() - there):
+            raise bad("adapter", "changes to tensors that the base has", f"{missing[0]}, which it has not")
+
     def scaling(self, path: str) -> float:
         """alpha / rank of the layer, or alpha / sqrt(rank) for rsLoRA."""
         parts = self.layers[path]
@@ -97,6 +102,21 @@ class Adapter:
         alpha = next((value for pattern, value in self._alphas if pattern.match(path)), self._alpha)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
+    def factors(self, path: str, shape: list[int]) -> tuple[Tensor, Tensor]:
+        """(left [out, rank], right [rank, in]) of the layer `path`, whose weight has that shape; B A of a linear layer.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        parts = self.layers[path]
+        if "lora_embedding_A" in parts:
+            left, right = parts["lora_embedding_A"].t(), parts["lora_embedding_B"].t()
+        else:
+            left, right = parts["lora_B"], parts["lora_A"]
+        if shape != [left.shape[0], right.shape[1]]:
+            raise bad(f"adapter, {path}", f"the weight's shape {shape}", [left.shape[0], right.shape[1]])
+        return left, right
+
     def merged_weight(self, path: str, weight: Tensor) -> Tensor:
         """`weight` [out, in] of the layer `path` with the adapter in it, fp32.
 
@@ -104,12 +124,7 @@ class Adapter:
             ValueError: the adapter's shapes do not fit it.
         """
         parts = self.layers[path]
-        if "lora_embedding_A" in parts:
-            left, right = parts["lora_embedding_A"].t(), parts["lora_embedding_B"].t()
-        else:
-            left, right = parts["lora_B"], parts["lora_A"]
-        if weight.shape != (left.shape[0], right.shape[1]):
-            raise bad(f"adapter, {path}", f"the weight's shape {list(weight.shape)}", [left.shape[0], right.shape[1]])
+        left, right = self.factors(path, list(weight.shape))
         merged = torch.addmm(weight.float(), left.float(), right.float(), alpha=self.scaling(path))
         if "lora_magnitude_vector" in parts:
             magnitude = parts["lora_magnitude_vector"].float()

@@ -1,15 +1,10 @@
-"""Checkpoint folders of safetensors files: checked, read tensor by tensor, written whole or not at all."""
+"""Checkpoint folders of safetensors files: checked, read tensor by tensor, written shard by shard."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,7 @@ from .._errors import bad
 from .._json import parse_object
 from .._weight import QuantizedWeight, read_quant_state
 
-__all__ = ["Checkpoint", "file_inside", "new_folder", "open_safetensors", "write_shards"]
+__all__ = ["Checkpoint", "file_inside", "open_safetensors", "other_files", "write_shards"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -175,85 +170,11 @@ def _read_index(folder: Path) -> dict[str, str]:
     return file_of
 
 
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` by a rename when all has ended well.
-
-    What a killed process leaves is called `.<out>.partial-<random>`. The next call for `out` removes it: a process that
-    writes holds a lock on its folder, which ends with the process.
-
-    Raises:
-        FileExistsError: `out` is there and not an empty folder, at the beginning or at the end.
-    """
-    out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: expected a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.partial-"
-    for left in out.parent.glob(f"{_literal(prefix)}*"):
-        _remove_if_dead(left)
-    staged, lock = _locked_folder(out.parent, prefix)
-    try:
-        yield staged
-        for path in (*staged.iterdir(), staged):
-            _sync(path)
-        try:
-            os.replace(staged, out)  # an empty folder of that name gives way
-        except OSError:
-            if out.is_dir() and any(out.iterdir()):
-                raise FileExistsError(f"{out}: expected a new or empty folder; another run has filled it") from None
-            raise
-        _sync(out.parent)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _literal(text: str) -> str:
-    """A pattern for glob that matches `text` alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder and the descriptor that holds its lock."""
-    while True:
-        path = parent / f"{prefix}{secrets.token_hex(8)}"
-        path.mkdir()
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks, where nobody takes this for a leftover either
-            return path, lock
-        if path.exists():
-            return path, lock
-        os.close(lock)  # another process took it for a leftover before it was locked
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Remove what a killed process has left; leave what a live one is writing, or what cannot be told."""
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def other_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation config and whatever else lies beside the weights and is no weights of another format."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(weights)]
+    return [file_inside(folder, name) for name in names if name != "config.json"]
 
 
 def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) -> int:

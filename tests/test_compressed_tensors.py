@@ -1,0 +1,138 @@
+"""Folders in compressed-tensors' format: its own library and transformers read the codes that quantize() makes."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("gguf")  # gguf_files
+pytest.importorskip("compressed_tensors")
+
+import models  # noqa: E402
+from compressed_tensors.compressors import BaseCompressor  # noqa: E402
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
+from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+from gguf_files import make  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.integrations.merge import convert  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+LARGEST = {"int4": 7, "int8": 127}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make("LlamaForCausalLM", torch.bfloat16, intermediate_size=128).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def stored(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def codes_of(q):
+    """int8 [N, K]: what the codes of a weight mean, in steps."""
+    if q.format == "int8":
+        return q.codes.view(torch.int8)
+    return torch.stack([q.codes >> 4, q.codes & 15], dim=-1).view(q.shape).to(torch.int8) - 8
+
+
+@pytest.mark.parametrize("blocksize", [32, 64])
+@pytest.mark.parametrize("to", LARGEST)
+def test_codes_and_scales_are_those_of_quantize(base, to, blocksize, tmp_path):
+    arguments = ["--model", str(base), "--out", str(tmp_path / "out"), "--to", to, "--blocksize", str(blocksize)]
+    main(["export", *arguments])
+    files, config = stored(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    scheme = QuantizationConfig.model_validate(config["quantization_config"]).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    layers = {name: m for name, m in models.load(base).named_modules() if isinstance(m, torch.nn.Linear)}
+    assert config["quantization_config"]["ignore"] == ["lm_head"] and len(layers) == 15
+    for name, layer in layers.items():
+        if name == "lm_head":
+            assert torch.equal(files["lm_head.weight"], layer.weight)
+            continue
+        q = qn.quantize(layer.weight.detach(), to, blocksize, double_quant=False)
+        scale = (q.absmax / LARGEST[to]).to(torch.bfloat16).view(q.shape[0], -1)
+        entries = {key.removeprefix(f"{name}."): files.pop(key) for key in list(files) if key.startswith(f"{name}.")}
+        assert entries.keys() == {"weight_packed", "weight_scale", "weight_shape"}
+        assert entries["weight_shape"].tolist() == list(q.shape)
+        assert torch.equal(unpack_from_int32(entries["weight_packed"], scheme.weights.num_bits, q.shape), codes_of(q))
+        assert torch.equal(entries["weight_scale"], scale)
+        exact = codes_of(q).view(q.shape[0], -1, blocksize) * scale.float()[..., None]
+        assert torch.equal(compressor.decompress(entries, scheme)["weight"], exact.view(q.shape).to(torch.bfloat16))
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_model_is_read_back_by_transformers(architecture, tmp_path):
+    make(architecture, torch.bfloat16).save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "out", to="int4", blocksize=32, progress=False)
+    actual, expected = models.load(tmp_path / "out"), models.load(tmp_path / "base")
+    for name, layer in expected.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            q = qn.quantize(layer.weight.detach(), "int4", 32, double_quant=False)
+            scale = (q.absmax / 7).to(torch.bfloat16).float()
+            layer.weight.data = (codes_of(q).view(-1, 32) * scale[:, None]).view(q.shape).to(torch.bfloat16)
+    assert torch.equal(models.logits(actual), models.logits(expected))
+
+
+@pytest.mark.parametrize("to", LARGEST)
+def test_adapter_is_merged_before_the_one_rounding(base, to, tmp_path):
+    model = peft.get_peft_model(
+        models.load(base, dtype=torch.float32),
+        peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["--base", str(base), "--adapter", str(tmp_path / "adapter")]
+    main(["merge", *command, "--out", str(tmp_path / "out"), "--to", to, "--blocksize", "32"])
+    convert(base, tmp_path / "merged", tmp_path / "adapter", "fp32", progress=False)
+    files, merged = stored(tmp_path / "out"), stored(tmp_path / "merged")
+    for name in {key.removesuffix(".weight_packed") for key in files if key.endswith("_packed")}:
+        q = qn.quantize(merged[f"{name}.weight"], to, 32, double_quant=False)
+        packed = files[f"{name}.weight_packed"]
+        assert torch.equal(unpack_from_int32(packed, 4 if to == "int4" else 8, q.shape), codes_of(q)), name
+
+
+def test_error_reported_is_the_one_that_was_made(base, tmp_path):
+    """Of a model in NF4, whose levels int4 does not have: what it meant is rounded again."""
+    convert(base, tmp_path / "nf4", to="nf4", progress=False)
+    report = convert(tmp_path / "nf4", tmp_path / "out", to="int4", blocksize=32, progress=False)
+    convert(tmp_path / "nf4", tmp_path / "exact", to="fp32", progress=False)
+    files, exact = stored(tmp_path / "out"), stored(tmp_path / "exact")
+    errors, weights = [], []
+    for name, error in report.errors.items():
+        weight = exact[f"{name}.weight"].double()
+        codes = unpack_from_int32(files[f"{name}.weight_packed"], 4, weight.shape).double()
+        decoded = (codes.view(len(weight), -1, 32) * files[f"{name}.weight_scale"].double()[..., None]).view_as(weight)
+        errors.append((decoded - weight).norm())
+        weights.append(weight.norm())
+        assert error == pytest.approx((errors[-1] / weights[-1]).item(), rel=1e-4)
+    assert report.quantized == len(errors) == 14
+    assert report.error == pytest.approx((torch.stack(errors).norm() / torch.stack(weights).norm()).item(), rel=1e-4)
+
+
+def test_layer_that_the_format_lacks_is_refused(base, tmp_path):
+    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="to: expected bf16, fp16, fp32, nf4 or fp4 for a GPT2LMHeadModel, got int4"):
+        convert(tmp_path / "gpt2", tmp_path / "out", to="int4", progress=False)
+    message = (
+        "blocksize: expected a divisor of 64, which a row of model.layers.0.mlp.gate_proj has, for compressed-tens"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert(base, tmp_path / "out", to="int8", blocksize=128, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
+def test_folder_is_no_base_for_another_conversion(base, tmp_path):
+    convert(base, tmp_path / "int4", to="int4", blocksize=32, progress=False)
+    with pytest.raises(ValueError, match="expected all tensors of a LlamaForCausalLM, got no model.layers"):
+        convert(tmp_path / "int4", tmp_path / "out", to="bf16", progress=False)
