@@ -19,6 +19,6 @@ void gemv_forward(const LinearForwardArgs&, const ConstMatrix& u, const GemmConf
 void panels_forward(const LinearForwardArgs&, const ConstMatrix& u, const GemmConfig&, const Stream&);
 void panels_backward(const LinearBackwardInputArgs&, const ConstMatrix& v, const GemmConfig&, const Stream&);
 void lora_gradients(const LoraGradientsArgs&, const Stream&);
-void adamw_8bit_step(const AdamW8bitArgs&, const Stream&);
+void optimizer_8bit_step(const Optimizer8bitArgs&, const Stream&);
 
 }  // namespace qlora_native::QLN_CUDA
