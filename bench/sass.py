@@ -156,14 +156,15 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def adamw_step(found: dict[str, Any]) -> Iterator[str]:
-    """What a step of the 8-bit AdamW costs: each gradient is looked at, then all is updated."""
-    for dtype in ("float", "Bf16", "F16"):
-        look, update = (found.get(f"{kernel}_kernel<{dtype}>", {}) for kernel in ("look", "update"))
-        sums = {arch: look[arch]["per_element"] + update[arch]["per_element"] for arch in look if arch in update}
-        if sums:
-            costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
-            yield f"A step of AdamW8bit in {dtype}, look and update: {costs} thread-instructions a parameter; goal: 90."
+def optimizer_steps(found: dict[str, Any]) -> Iterator[str]:
+    """What a step of each 8-bit optimizer costs: each gradient is looked at, then all is updated."""
+    for rule, goal in (("AdamW", "; goal: 90"), ("Lion", ""), ("AdEMAMix", "")):
+        for dtype in ("float", "Bf16", "F16"):
+            look, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("look", "update"))
+            sums = {arch: look[arch]["per_element"] + update[arch]["per_element"] for arch in look if arch in update}
+            if sums:
+                costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
+                yield f"A step of {rule} in {dtype}, look and update: {costs} thread-instructions a parameter{goal}."
 
 
 def peer_library() -> Path | None:
@@ -181,7 +182,7 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
         lines = [HEADER, ["---"] * len(HEADER), *rows(found)]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
-    text = [title, table(ours), *adamw_step(ours)]
+    text = [title, table(ours), *optimizer_steps(ours)]
     text += ["What bounds a step of the tensor-core product, by the model of bench/cycles.py:"]
     text += ["\n".join(cycles.table(compiled))]
     if theirs:

@@ -12,6 +12,6 @@ void dequantize(const DequantizeArgs&, const Stream&);                      // q
 void linear_forward(const LinearForwardArgs&, const Stream&);               // product/linear.cu
 void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);  // product/linear.cu
 void lora_gradients(const LoraGradientsArgs&, const Stream&);               // product/
-void adamw_8bit_step(const AdamW8bitArgs&, const Stream&);                  // adamw/step.cu
+void optimizer_8bit_step(const Optimizer8bitArgs&, const Stream&);          // optimizer/step.cu
 
 }  // namespace qlora_native::QLN_CUDA

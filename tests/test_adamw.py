@@ -19,6 +19,12 @@ U32 = unit_roundoff(torch.float32)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 31, 255, 256, 257, 5000, 65536)  # 8-bit moments from 256 on: see `small`
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "min_8bit_size": 256}
+# One class for each algorithm of the core (test_optimizers.py has the others), with options for it.
+ALGORITHMS = {
+    qn.optim.AdamW8bit: OPTIONS,
+    qn.optim.Lion8bit: {name: OPTIONS[name] for name in OPTIONS if name != "eps"},
+    qn.optim.AdEMAMix8bit: OPTIONS | {"betas": (0.9, 0.99, 0.999), "alpha": 4.0, "t_alpha": 3, "t_beta3": 3},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -328,16 +334,17 @@ def test_step_differs_from_bitsandbytes():
 
 
 def digest():
-    """A hash over parameters and moments of every kind after a few steps. test_isas.py compares it too."""
+    """A hash over parameters and moments of every kind, after steps of each algorithm. test_isas.py compares it too."""
     hashed = hashlib.sha256()
-    params = [p for dtype in DTYPES for p in parameters((*SIZES[1:], 100_003), dtype)]
-    optimizer = qn.optim.AdamW8bit(params, **OPTIONS)
-    for seed in range(4):
-        set_gradients(params, seed, DTYPES[seed % 3])
-        optimizer.step()
-    for param in params:
-        for tensor in (param.detach(), *optimizer.state[param].values()):
-            hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for cls, options in ALGORITHMS.items():
+        params = [p for dtype in DTYPES for p in parameters((*SIZES[1:], 100_003), dtype)]
+        optimizer = cls(params, **options)
+        for seed in range(4):
+            set_gradients(params, seed, DTYPES[seed % 3])
+            optimizer.step()
+        for param in params:
+            for tensor in (param.detach(), *optimizer.state[param].values()):
+                hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 

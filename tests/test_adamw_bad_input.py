@@ -1,6 +1,7 @@
 """Bad input to AdamW8bit, as tables: what is passed, and the error. Each error leaves everything as it was."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -179,7 +180,7 @@ def test_op_reaches_beyond_the_end_of_a_state(change, message):
         "steps": [torch.zeros(2, dtype=torch.int64)],
     }
     options = ([2], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64), [], [])
-    step = torch.ops.qlora_native.adamw_8bit_step
+    step = functools.partial(torch.ops.qlora_native.optimizer_8bit_step, "adamw")
     step(*arguments.values(), *options)
     with pytest.raises(ValueError, match=re.escape(message)):
         step(*(arguments | change).values(), *options)
@@ -216,7 +217,7 @@ def test_op_takes_a_learning_rate(rates, message):
     arguments = ([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [], [torch.tensor(0)], [1])
     options = ([1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=re.escape(message)):
-        torch.ops.qlora_native.adamw_8bit_step(*arguments, *options, *rates)
+        torch.ops.qlora_native.optimizer_8bit_step("adamw", *arguments, *options, *rates)
     assert torch.equal(arguments[0][0], torch.ones(3))
 
 
@@ -272,9 +273,9 @@ STATE = [
     (
         state_of_adamw,
         ValueError,
-        "state[0]: expected step, state1 and state2 of an AdamW8bit, got step, exp_avg, exp_avg_sq",
+        "state[0]: expected step, state1 and state2 of AdamW8bit, got step, exp_avg, exp_avg_sq",
     ),
-    (lambda s: state_of(s, state2=None), ValueError, "state[0]: expected step, state1 and state2 of an AdamW8bit"),
+    (lambda s: state_of(s, state2=None), ValueError, "state[0]: expected step, state1 and state2 of AdamW8bit"),
     (
         lambda s: state_of(s, state2=torch.zeros(64, 70)),
         TypeError,
@@ -312,7 +313,7 @@ STATE = [
     (
         lambda s: state_of(s, qmap1=torch.zeros(256)),
         ValueError,
-        "state[0].qmap1: expected the dynamic map of AdamW8bit, got another map",
+        "state[0].qmap1: expected the dynamic map of an 8-bit optimizer, got another map",
     ),
     (lambda s: group_of(s, lr=-1.0), ValueError, f"lr: {SIZE}-1.0"),
     (lambda s: group_of(s, betas=(0.9, 1.0)), ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
@@ -332,7 +333,11 @@ STATE = [
     (lambda s: state_of(s, step=NAN), ValueError, "state[0].step: expected an integer >= 0, got nan"),
     (lambda s: state_of(s, step=2**63), ValueError, "state[0].step: expected an integer >= 0, got 9223372036854775808"),
     (lambda s: state_of(s, __bnb_optimizer_quant_state__=3), TypeError, "expected a dict, got int"),
-    (lambda s: state_of(s, qmap1=[0.0]), ValueError, "state[0].qmap1: expected the dynamic map of AdamW8bit, got an"),
+    (
+        lambda s: state_of(s, qmap1=[0.0]),
+        ValueError,
+        "state[0].qmap1: expected the dynamic map of an 8-bit optimizer, got an",
+    ),
     (lambda s: state_of(s, absmax1=freed((18,))), ValueError, "state[0].absmax1: expected a tensor with memory"),
     (
         lambda s: state_of(s, state1=s["state"][0]["state1"].to("meta")),

@@ -18,12 +18,16 @@ from torch import nn
 
 import qlora_native as qn
 from qlora_native import _C, optim
+from qlora_native._paged import is_pageable
 
 ON_GPU = torch.cuda.is_available() and not _C.cuda_unavailable_reason()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
-PAGED = optim.is_pageable(DEVICE)
+PAGED = is_pageable(DEVICE)
 paged = pytest.mark.skipif(not PAGED, reason="neither a GPU nor the emulated one: see the first test")
 gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
+every_optimizer = pytest.mark.parametrize(
+    "cls", [optim.PagedAdamW8bit, optim.PagedAdam8bit, optim.PagedLion8bit, optim.PagedAdEMAMix8bit]
+)
 
 SIZES = ((16, 70), (0,), (5000,), (96, 130), (1,), (40_000,))
 
@@ -60,7 +64,7 @@ def step(params, optimizer, seed, left_out=()):
 
 def assert_same_as_ordinary(params, optimizer, steps, left_out=()):
     """After `steps` steps from start(), with the same options."""
-    others, ordinary = start(optim.AdamW8bit)
+    others, ordinary = start(getattr(optim, type(optimizer).__name__.removeprefix("Paged")))
     for seed in range(steps):
         step(others, ordinary, seed, left_out if seed == 0 else ())
     assert_same([p.detach() for p in params], [p.detach() for p in others])
@@ -68,8 +72,9 @@ def assert_same_as_ordinary(params, optimizer, steps, left_out=()):
 
 
 @paged
-def test_paged_moments_are_others():
-    params, optimizer = start(optim.PagedAdamW8bit)
+@every_optimizer
+def test_paged_moments_are_others(cls):
+    params, optimizer = start(cls)
     for seed in range(3):
         step(params, optimizer, seed)
     assert_same_as_ordinary(params, optimizer, 3)
@@ -90,12 +95,13 @@ def test_paged_moments_are_not_all_paged():
 
 
 @paged
-def test_paged_moments_are_ordinary_after_loading():
-    params, optimizer = start(optim.PagedAdamW8bit)
+@every_optimizer
+def test_paged_moments_are_ordinary_after_loading(cls):
+    params, optimizer = start(cls)
     step(params, optimizer, 0)
     managed = optimizer.stats()["bytes_managed"]
     saved = copy.deepcopy(optimizer.state_dict())
-    twins, twin = start(optim.PagedAdamW8bit)
+    twins, twin = start(cls)
     for param, other in zip(twins, params, strict=True):
         param.data.copy_(other.data)
     state = optimizer.state_dict()
@@ -182,10 +188,22 @@ def test_paged_arena_takes_bad_input():
         _C.PagedArena([(1, True), (-1, False)], DEVICE.type == "cuda", 0)
     with pytest.raises(ValueError, match="stretch_bytes: expected >= 1, got 0"):
         _C.PagedArena([(1, True)], DEVICE.type == "cuda", 0, stretch_bytes=0)
+    with pytest.raises(ValueError, match="algorithm: expected adamw, lion or ademamix, got sgd"):
+        _C.PagedArena([(1, True)], DEVICE.type == "cuda", 0, "sgd")
     with pytest.raises(IndexError):
         _C.PagedArena([], DEVICE.type == "cuda", 0).arrays(0)
     unused = _C.PagedArena([(3, False)], DEVICE.type == "cuda", 0).arrays(0)
     assert len(unused) == 2 and torch.from_dlpack(unused[0]).device == DEVICE
+
+
+@paged
+@pytest.mark.parametrize(
+    ("algorithm", "elements"), [("adamw", [3, 3, 1, 1]), ("lion", [3, 1]), ("ademamix", [6, 3, 2, 1])]
+)
+def test_paged_arena_has_the_arrays_of_an_algorithm(algorithm, elements):
+    """The moments in 8 bits, then their scales; of ademamix the first of either are two moments'."""
+    arrays = _C.PagedArena([(3, True)], DEVICE.type == "cuda", 0, algorithm).arrays(0)
+    assert [torch.from_dlpack(array).numel() for array in arrays] == elements
 
 
 def test_paged_arena_of_the_cpu_is_made():

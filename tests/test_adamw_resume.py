@@ -15,7 +15,12 @@ from torch import nn
 import qlora_native as qn
 
 OPTIMIZERS = [qn.optim.AdamW8bit, qn.optim.PagedAdamW8bit]
-pytestmark = pytest.mark.filterwarnings("ignore:PagedAdamW8bit. no GPU")
+EVERY_OPTIMIZER = [
+    getattr(qn.optim, paged + name)
+    for name in ("AdamW8bit", "Adam8bit", "Lion8bit", "AdEMAMix8bit")
+    for paged in ("", "Paged")
+]
+pytestmark = pytest.mark.filterwarnings("ignore:Paged.*8bit. no GPU")
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -83,7 +88,7 @@ def test_new_process_continues_with_other_bits(tmp_path):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda parts: pickled(parts)], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
 def test_copy_continues_with_other_bits(cls, how):
     parts = start(cls)
     train(*parts, range(5))
@@ -172,7 +177,7 @@ def backward(model, seed=0):
     return loss
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
 def test_loss_does_not_fall(cls):
     model = linear()
     optimizer = cls(model.parameters(), lr=1e-2)
@@ -296,10 +301,10 @@ def test_opcheck():
     absmax = [torch.zeros(2) for _ in range(2)]
     step, skipped = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     arguments = (
-        [param], [grad], [codes[0]], [codes[1]], [absmax[0]], [absmax[1]], [step], [1], [1e-3], [0.9], [0.999], [1e-8],
-        [0.01], None, None, skipped, [torch.tensor(2e-3)], [0],
+        "adamw", [param], [grad], [codes[0]], [codes[1]], [absmax[0]], [absmax[1]], [step], [1], [1e-3], [0.9], [0.999],
+        [1e-8], [0.01], None, None, skipped, [torch.tensor(2e-3)], [0],
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.qlora_native.adamw_8bit_step, arguments)
+    torch.library.opcheck(torch.ops.qlora_native.optimizer_8bit_step, arguments)
 
 
 def test_machine_without_gpu_is_not_mentioned_or_too_often():

@@ -212,13 +212,13 @@ def test_operation_runs_elsewhere_or_without_being_asked(monkeypatch):
         "gemm_4bit": ("linear_forward", lambda: ops.gemm_4bit(x, codes, (64, 128), absmax, 64, "nf4")),
         "gemv_4bit": ("linear_forward", lambda: ops.gemv_4bit(x, codes, (64, 128), absmax, code, 64)),
         "optimizer_update_8bit_blockwise": (
-            "adamw_8bit_step",
+            "optimizer_8bit_step",
             lambda: step(
                 "optimizer_update_8bit_blockwise", torch.uint8, *numbers, 1, 0.1, *maps, *torch.zeros(2, 20), 0.0, 1.0
             ),
         ),
         "optimizer_update_32bit": (
-            "adamw_8bit_step",
+            "optimizer_8bit_step",
             lambda: step("optimizer_update_32bit", torch.float32, None, 0.0, 1.0, *numbers, 0.0, 1, 0.1, 1.0),
         ),
     }

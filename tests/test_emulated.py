@@ -96,7 +96,7 @@ def test_optimizer_has_other_bits_than_on_the_cpu(schedule):
 
 
 def optimizer_digest():
-    """Of AdamW8bit over every kind of tensor, and over more tensors and groups than a launch takes."""
+    """Of each algorithm over every kind of tensor, and of AdamW8bit over more of them than a launch takes."""
     import test_adamw
 
     hashed = hashlib.sha256(test_adamw.digest().encode())

@@ -30,7 +30,8 @@ def optimizer():
     lists |= {name: [tensor] for name, tensor in (zeros | scales).items()}
     numbers = {"lr": [1e-3], "beta1": [0.9], "beta2": [0.99], "eps": [1e-8], "weight_decay": [0.0]}
     one = {"inv_scale": torch.ones(1), "found_inf": torch.zeros(1), "skipped": torch.zeros(1, dtype=torch.int64)}
-    return {**lists, "group_sizes": [1], **numbers, **one, "lr_tensors": [torch.ones(1)], "lr_groups": [0]}
+    rates = {"lr_tensors": [torch.ones(1)], "lr_groups": [0]}
+    return {"algorithm": "adamw", **lists, "group_sizes": [1], **numbers, **one, **rates}
 
 
 CALLS = {
@@ -46,7 +47,7 @@ CALLS = {
         | {"v": torch.ones(M, RANK), "lora_scaling": 1.0, "lora_dropout": 0.5, "seed": torch.tensor(7)}
         | {"dtype": torch.float32}
     ),
-    "adamw_8bit_step": optimizer,
+    "optimizer_8bit_step": optimizer,
 }
 
 

@@ -361,14 +361,14 @@ QUANTIZERS = [
         ("nearest_codes",),
     ),
     Mutant(
-        "cuda/adamw/code_sums.cuh",
+        "cuda/optimizer/code_sums.cuh",
         "a tie takes the level above",
         "while (least(cell) > midpoints[code]) ++code;",
         "while (least(cell) >= midpoints[code]) ++code;",
         ("code_sums",),
     ),
     Mutant(
-        "cuda/adamw/code_sums.cuh",
+        "cuda/optimizer/code_sums.cuh",
         "a midpoint carries one float too early",
         "(0xFFFFu - lower)",
         "(0x10000u - lower)",
@@ -400,82 +400,89 @@ QUANTIZERS = [
 
 OPTIMIZER = [
     Mutant(
-        "cuda/adamw/step.cu",
+        "cuda/optimizer/step.cu",
         "the flag of unusable gradients is not reset",
         *_without("  fill_bytes(shared.unusable, 0, sizeof(*shared.unusable), stream);\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/adamw/step.cu",
+        "cuda/optimizer/step.cu",
         "the step is that of the last one",
         "const std::int64_t count = *item.counter + 1;",
         "const std::int64_t count = *item.counter;",
         ("core_emulated", *ON_GPU),
     ),
     Mutant(
-        "cuda/adamw/step.cu",
+        "cuda/optimizer/step.cu",
         "a learning rate that is no number is taken",
         *_without("    usable &= is_finite_size(lr_of(group));\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/adamw/step.cu",
+        "cuda/optimizer/step.cu",
         "every launch counts a skipped step",
         *_without("  updates.skipped = nullptr;\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/adamw/plan.cuh",
+        "cuda/optimizer/plan.cuh",
         "the second half of a list is not found",
         "jump = kMost / 2; jump > 0",
         "jump = kMost / 4; jump > 0",
         ON_GPU,
     ),
     Mutant(
-        "cuda/adamw/block.cuh",
-        "the second moment's scale is not stored",
-        "if (lane_index() < 2) *absmax = most;",
-        "if (lane_index() < 1) *absmax = most;",
+        "cuda/optimizer/block.cuh",
+        "the last moment's scale is not stored",
+        "if (lane_index() < kMoments) *absmax = largest;",
+        "if (lane_index() < kMoments - 1) *absmax = largest;",
         ON_GPU,
     ),
     Mutant(
-        "cuda/adamw/block.cuh",
+        "cuda/optimizer/block.cuh",
         "what a block lacks is not 0",
-        "place.load_codes(item.state1, kZeroCode1)",
-        "place.load_codes(item.state1, 0)",
+        "place.load_codes(item.state[k], zero_code(k))",
+        "place.load_codes(item.state[k], 0)",
         ON_GPU,
     ),
 ]
 
-ADAMW, BACKWARD = "cpp/src/cpu/generic/adamw-inl.h", "cpp/src/cpu/generic/backward-inl.h"
+STEP, BACKWARD = "cpp/src/cpu/generic/optimizer-inl.h", "cpp/src/cpu/generic/backward-inl.h"
 PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/generic/product_nn-inl.h", "cpp/src/cpu/generic/product_nt-inl.h"
 FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/generic/forward_few-inl.h", "cpp/src/cpu/generic/forward_many-inl.h"
 ROWS, SCALES, QUANTIZE = (f"cpp/src/cpu/generic/{name}-inl.h" for name in ("rows", "scales", "quantize"))
 
 ON_CPU = [
     Mutant(
-        ADAMW,
+        STEP,
         "what a block lacks is not 0",
-        "state1(tensor.state1, first, count, kZeroCode1)",
-        "state1(tensor.state1, first, count)",
+        "sizeof(T) == 1 ? zero_code(k) : std::uint8_t{0}",
+        "std::uint8_t{0}",
         CONFORMANCE,
     ),
     Mutant(
-        ADAMW,
+        STEP,
         "the first moment's largest is not that by size",
-        "most1 = max_abs(most1, m[k]);",
-        "most1 = max(most1, m[k]);",
+        "most[k] = is_signed(k) ? max_abs(most[k], m[k]) : max(most[k], m[k]);",
+        "most[k] = max(most[k], m[k]);",
         CONFORMANCE,
     ),
     Mutant(
-        ADAMW,
+        STEP,
         "what lies near a midpoint is not compared with it",
         "uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, Encoder<true>::kEdge)) << step;",
         "uncertain |= static_cast<std::uint32_t>(any_low_half_below(least, 0)) << step;",
         CONFORMANCE,
     ),
     Mutant(
-        ADAMW,
+        STEP,
+        "the sign of a subnormal number is less than 1",
+        "mul(mul(x, large), large)",
+        "mul(x, large)",
+        CONFORMANCE,
+    ),
+    Mutant(
+        STEP,
         "the largest gradient that may be is refused",
         "(reduce_max_i32(most)) <= limit",
         "(reduce_max_i32(most)) < limit",
@@ -684,14 +691,21 @@ PAGED_OPTIMIZER = [
     Mutant(
         ARENA,
         "stretches that share a block of managed memory",
-        "array(state_bytes, is_whole && is_open ? kAlignment : kPage)",
-        "array(state_bytes, kAlignment)",
+        "array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage)",
+        "array(of_first * state_bytes, kAlignment)",
         PAGED,
     ),
     Mutant(
         UPDATE,
         "the scales of a later stretch are the first ones",
-        *_without("    stretch.absmax2 += first / kAdamW8bitBlocksize;\n"),
+        "absmax_of(stretch, k) += first / kOptimizer8bitBlocksize;",
+        "absmax_of(stretch, k) += 0;",
+        PAGED,
+    ),
+    Mutant(
+        ARENA,
+        "an arena takes the state of an algorithm with more moments for its own",
+        *_without(" && entry.moments == moments_of(algorithm)"),
         PAGED,
     ),
     Mutant(UPDATE, "nothing is fetched ahead", *_without("  fetch(i + 1);\n"), PAGED),

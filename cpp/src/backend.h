@@ -4,8 +4,8 @@
 #include <memory>
 
 #include "paged/driver.h"
-#include "qlora_native/adamw.h"
 #include "qlora_native/linear.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
@@ -17,7 +17,7 @@ struct Backend {
   void (*linear_forward)(const LinearForwardArgs&, const Stream&);
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
   void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
-  void (*adamw_8bit_step)(const AdamW8bitArgs&, const Stream&);
+  void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null where nothing is paged
 };
 

@@ -6,8 +6,9 @@
 #include <vector>
 
 #include "common/layout.h"
-#include "qlora_native/adamw.h"
+#include "common/optimizer.h"
 #include "qlora_native/linear.h"
+#include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
 
 namespace qlora_native::cuda_emulated {
@@ -126,18 +127,24 @@ inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   add_tensors(memory, args.weight);
   memory.add(args.out, args.dtype, args.weight.elements());
 }
-inline void add_tensors(CallMemory& memory, AdamW8bitTensor& tensor) {
+// The moments that the algorithm has; a caller may leave anything in the other pointers.
+inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {
   const std::int64_t n = tensor.elements;
   memory.add(tensor.param, tensor.param_dtype, n);
   memory.add(tensor.grad, tensor.grad_dtype, n);
-  if (tensor.absmax1 != nullptr) {
-    memory.add(reinterpret_cast<std::uint8_t*&>(tensor.state1), n);
-    memory.add(reinterpret_cast<std::uint8_t*&>(tensor.state2), n);
-    memory.add(tensor.absmax1, ceil_div(n, kAdamW8bitBlocksize));
-    memory.add(tensor.absmax2, ceil_div(n, kAdamW8bitBlocksize));
-  } else {
-    memory.add(tensor.state1, DType::f32, n);
-    memory.add(tensor.state2, DType::f32, n);
+  void** const states[] = {&tensor.state1, &tensor.state2, &tensor.state3};
+  float** const absmaxes[] = {&tensor.absmax1, &tensor.absmax2, &tensor.absmax3};
+  const bool in_8_bits = tensor.absmax1 != nullptr;
+  for (int moment = 0; moment < kMostMoments; ++moment) {
+    if (moment >= moments_of(algorithm)) {
+      *states[moment] = nullptr;
+      *absmaxes[moment] = nullptr;
+    } else if (in_8_bits) {
+      memory.add(reinterpret_cast<std::uint8_t*&>(*states[moment]), n);
+      memory.add(*absmaxes[moment], ceil_div(n, kOptimizer8bitBlocksize));
+    } else {
+      memory.add(*states[moment], DType::f32, n);
+    }
   }
   memory.add(tensor.step, 1);
 }
@@ -153,15 +160,15 @@ void with_device_tensors(const Args& args, const Run& run) {
 }
 // Its lists are the host's, and the addresses in them the device's.
 template <class Run>
-void with_device_tensors(const AdamW8bitArgs& args, const Run& run) {
+void with_device_tensors(const Optimizer8bitArgs& args, const Run& run) {
   CallMemory memory;
-  std::vector<AdamW8bitTensor> tensors(args.tensors, args.tensors + args.count);
-  std::vector<AdamW8bitGroup> groups(args.groups, args.groups + args.group_count);
-  AdamW8bitArgs copy = args;
+  std::vector<Optimizer8bitTensor> tensors(args.tensors, args.tensors + args.count);
+  std::vector<Optimizer8bitGroup> groups(args.groups, args.groups + args.group_count);
+  Optimizer8bitArgs copy = args;
   copy.tensors = tensors.data();
   copy.groups = groups.data();
-  for (AdamW8bitTensor& tensor : tensors) add_tensors(memory, tensor);
-  for (AdamW8bitGroup& group : groups) memory.add(group.device_lr, 1);
+  for (Optimizer8bitTensor& tensor : tensors) add_tensors(memory, tensor, args.algorithm);
+  for (Optimizer8bitGroup& group : groups) memory.add(group.device_lr, 1);
   memory.add(copy.inv_scale, 1);
   memory.add(copy.found_inf, 1);
   memory.add(copy.skipped, 1);

@@ -40,7 +40,7 @@ constexpr qn::DType kF32 = qn::DType::f32;
 Parameter::Parameter(std::size_t elements) : value(elements), grad(elements), step_(1) {
   constexpr std::size_t kSmallest8bit = 4096;  // bitsandbytes' min_8bit_size
   if (elements >= kSmallest8bit) {
-    const std::size_t blocks = (elements + qn::kAdamW8bitBlocksize - 1) / qn::kAdamW8bitBlocksize;
+    const std::size_t blocks = (elements + qn::kOptimizer8bitBlocksize - 1) / qn::kOptimizer8bitBlocksize;
     absmax1_.resize(blocks);
     absmax2_.resize(blocks);
   }
@@ -49,7 +49,7 @@ Parameter::Parameter(std::size_t elements) : value(elements), grad(elements), st
   state2_.resize(bytes);
 }
 
-qn::AdamW8bitTensor Parameter::optimizer_view() {
+qn::Optimizer8bitTensor Parameter::optimizer_view() {
   const bool in_8bit = !absmax1_.empty();
   return {.param = value.data(),
           .grad = grad.data(),

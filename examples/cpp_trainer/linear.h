@@ -24,7 +24,7 @@ class Parameter {
   Floats value, grad;
 
   explicit Parameter(std::size_t elements);
-  qlora_native::AdamW8bitTensor optimizer_view();
+  qlora_native::Optimizer8bitTensor optimizer_view();
 
  private:
   Shared<std::uint8_t> state1_, state2_;  // codes, or floats

@@ -191,14 +191,15 @@ class Trainer {
     // A linear warm-up, then linearly down to a tenth.
     const double progress = static_cast<double>(step) / static_cast<double>(o_.steps);
     const double warm = static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(o_.warmup, 1));
-    const qn::AdamW8bitGroup group{.lr = o_.lr * std::min(warm, 1.0 - 0.9 * progress), .weight_decay = o_.weight_decay};
-    qn::adamw_8bit_step({.tensors = optimizer_.data(),
-                         .count = static_cast<std::int64_t>(optimizer_.size()),
-                         .groups = &group,
-                         .group_count = 1,
-                         .inv_scale = scale_.data(),
-                         .skipped = skipped_.data()},
-                        trainer::device().stream());
+    const qn::Optimizer8bitGroup group{.lr = o_.lr * std::min(warm, 1.0 - 0.9 * progress),
+                                       .weight_decay = o_.weight_decay};
+    qn::optimizer_8bit_step({.tensors = optimizer_.data(),
+                             .count = static_cast<std::int64_t>(optimizer_.size()),
+                             .groups = &group,
+                             .group_count = 1,
+                             .inv_scale = scale_.data(),
+                             .skipped = skipped_.data()},
+                            trainer::device().stream());
     trainer::device().synchronize();
     return loss;
   }
@@ -234,7 +235,7 @@ class Trainer {
   const Options& o_;
   trainer::Llama model_;
   trainer::Data data_;
-  std::vector<qn::AdamW8bitTensor> optimizer_;
+  std::vector<qn::Optimizer8bitTensor> optimizer_;
   std::vector<const trainer::Parameter*> parameters_;
   std::int64_t trainable_ = 0;
   trainer::Floats scale_ = trainer::Floats(1);  // of the gradients

@@ -23,7 +23,8 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "codebook", [](const std::string& format) { return qn::codebook(format); }, pybind11::arg("format"),
       "The 16 levels of \"nf4\", \"fp4\" or \"int4\".");
-  module.def("dynamic_map", &qn::dynamic_map, pybind11::arg("is_signed") = true,
-             "The 256 ascending levels of the 8-bit dynamic map: of the double-quantized scales and AdamW's moments.");
+  module.def(
+      "dynamic_map", &qn::dynamic_map, pybind11::arg("is_signed") = true,
+      "The 256 ascending levels of the 8-bit dynamic map: of the double-quantized scales and the optimizers' moments.");
   qn::bind_paged(module);
 }

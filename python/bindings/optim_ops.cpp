@@ -1,9 +1,12 @@
-// The torch op of the optimizer, as ops.cpp has those of the products. Its fake is in python/qlora_native/_ops.py.
+// The torch op of the optimizers, as ops.cpp has those of the products. Its fake is in python/qlora_native/_ops.py.
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
-#include "qlora_native/adamw.h"
+#include "algorithm.h"
+#include "common/optimizer.h"
 #include "tensors.h"
 
 namespace qlora_native {
@@ -31,7 +34,7 @@ std::vector<int> groups_of(const std::vector<std::int64_t>& group_sizes, std::si
 }
 
 // Takes what belongs to one parameter after the other from a list of tensors. Each of these is one parameter's, or of
-// several in turn, where each parameter has room for whole blocks of kAdamW8bitBlocksize elements, one at least.
+// several in turn, where each parameter has room for whole blocks of kOptimizer8bitBlocksize elements, one at least.
 class Taker {
  public:
   Taker(const Tensors& tensors, const char* list, const Tensor& like) : tensors_(tensors), list_(list), like_(like) {}
@@ -81,22 +84,37 @@ class Taker {
   ScalarType type_ = ScalarType::Undefined;
 };
 
-void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tensors& state1, const Tensors& state2,
-                        const Tensors& absmax1, const Tensors& absmax2, const Tensors& steps,
-                        const std::vector<std::int64_t>& group_sizes, const std::vector<double>& lr,
-                        const std::vector<double>& beta1, const std::vector<double>& beta2,
-                        const std::vector<double>& eps, const std::vector<double>& weight_decay,
-                        const OptionalTensor& inv_scale, const OptionalTensor& found_inf, const Tensor& skipped,
-                        const Tensors& lr_tensors, const std::vector<std::int64_t>& lr_groups) {
+using Numbers = std::vector<double>;
+
+void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& params, const Tensors& grads,
+                            const Tensors& state1, const Tensors& state2, const Tensors& absmax1,
+                            const Tensors& absmax2, const Tensors& steps, const std::vector<std::int64_t>& group_sizes,
+                            const Numbers& lr, const Numbers& beta1, const Numbers& beta2, const Numbers& eps,
+                            const Numbers& weight_decay, const OptionalTensor& inv_scale,
+                            const OptionalTensor& found_inf, const Tensor& skipped, const Tensors& lr_tensors,
+                            const std::vector<std::int64_t>& lr_groups, const Numbers& beta3, const Numbers& alpha,
+                            const Numbers& t_alpha, const Numbers& t_beta3) {
+  const Algorithm algorithm = algorithm_of(algorithm_name);
   const std::size_t count = params.size();
   check_length(grads.size(), count, "grads");
   for (const auto* values : {&lr, &beta1, &beta2, &eps, &weight_decay}) {
     check_length(values->size(), group_sizes.size(), "lr, beta1, beta2, eps and weight_decay");
   }
   const std::vector<int> group_of = groups_of(group_sizes, count);
-  std::vector<AdamW8bitGroup> groups(group_sizes.size());
+  std::vector<Optimizer8bitGroup> groups(group_sizes.size());
   for (std::size_t i = 0; i < groups.size(); ++i) {
     groups[i] = {.lr = lr[i], .beta1 = beta1[i], .beta2 = beta2[i], .eps = eps[i], .weight_decay = weight_decay[i]};
+  }
+  if (algorithm == Algorithm::ademamix) {
+    for (const auto* values : {&beta3, &alpha, &t_alpha, &t_beta3}) {
+      check_length(values->size(), groups.size(), "beta3, alpha, t_alpha and t_beta3");
+    }
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+      groups[i].beta3 = beta3[i];
+      groups[i].alpha = alpha[i];
+      groups[i].t_alpha = t_alpha[i];
+      groups[i].t_beta3 = t_beta3[i];
+    }
   }
   check_length(lr_tensors.size(), lr_groups.size(), "lr_tensors");
   for (std::size_t i = 0; i < lr_groups.size(); ++i) {
@@ -111,15 +129,16 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
   // In place of parameters and gradients with other strides.
   Tensors copies;
   std::vector<std::pair<Tensor, Tensor>> written;  // a parameter, and what the core writes for it
-  std::vector<AdamW8bitTensor> tensors(count);
+  std::vector<Optimizer8bitTensor> tensors(count);
   Taker states1(state1, "state1", skipped), states2(state2, "state2", skipped), all_steps(steps, "steps", skipped);
   Taker absmaxes1(absmax1, "absmax1", skipped), absmaxes2(absmax2, "absmax2", skipped);
+  const int moments = moments_of(algorithm), in_first = moments == 3 ? 2 : 1;  // the third moment follows the first
   for (std::size_t i = 0; i < count; ++i) {
-    AdamW8bitTensor& tensor = tensors[i];
+    Optimizer8bitTensor& tensor = tensors[i];
     const auto name = [&](const char* list) { return ListItem{list, static_cast<std::int64_t>(i)}; };
     const ScalarType param_type = params[i].scalar_type(), grad_type = grads[i].scalar_type();
     const std::int64_t elements = params[i].numel();
-    const std::int64_t blocks = (elements + kAdamW8bitBlocksize - 1) / kAdamW8bitBlocksize;
+    const std::int64_t blocks = (elements + kOptimizer8bitBlocksize - 1) / kOptimizer8bitBlocksize;
     tensor.elements = elements;
     tensor.group = group_of[i];
     tensor.param_dtype = dtype_of(param_type, name("params"));
@@ -136,17 +155,23 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
     const ScalarType state_type = states1.type();
     check(state_type == ScalarType::Byte || state_type == ScalarType::Float, states1.name(), "uint8 or float32",
           [&] { return name_of_type(state_type); });
-    tensor.state1 = states1.take(state_type, elements, blocks, kAdamW8bitBlocksize);
-    tensor.state2 = states2.take(state_type, elements, blocks, kAdamW8bitBlocksize);
-    if (state_type == ScalarType::Byte) {
-      tensor.absmax1 = static_cast<float*>(absmaxes1.take(ScalarType::Float, blocks, blocks, 1));
-      tensor.absmax2 = static_cast<float*>(absmaxes2.take(ScalarType::Float, blocks, blocks, 1));
+    const bool in_8_bits = state_type == ScalarType::Byte;
+    tensor.state1 = states1.take(state_type, in_first * elements, blocks, in_first * kOptimizer8bitBlocksize);
+    if (moments > 1) tensor.state2 = states2.take(state_type, elements, blocks, kOptimizer8bitBlocksize);
+    if (in_8_bits) {
+      tensor.absmax1 = static_cast<float*>(absmaxes1.take(ScalarType::Float, in_first * blocks, blocks, in_first));
+      if (moments > 1) tensor.absmax2 = static_cast<float*>(absmaxes2.take(ScalarType::Float, blocks, blocks, 1));
+    }
+    if (moments == 3) {
+      tensor.state3 = static_cast<std::byte*>(tensor.state1) + elements * (in_8_bits ? 1 : 4);
+      if (in_8_bits) tensor.absmax3 = tensor.absmax1 + blocks;
     }
     tensor.step = static_cast<std::int64_t*>(all_steps.take(ScalarType::Long, 1, 1, 1));
   }
   for (const Taker* list : {&states1, &states2, &absmaxes1, &absmaxes2, &all_steps}) list->check_end();
 
-  AdamW8bitArgs args;
+  Optimizer8bitArgs args;
+  args.algorithm = algorithm;
   args.tensors = tensors.data();
   args.count = static_cast<std::int64_t>(count);
   args.groups = groups.data();
@@ -157,28 +182,32 @@ void adamw_8bit_step_op(const Tensors& params, const Tensors& grads, const Tenso
   args.inv_scale = scalar(inv_scale, "inv_scale");
   args.found_inf = scalar(found_inf, "found_inf");
   args.skipped = static_cast<std::int64_t*>(data_of(skipped, ScalarType::Long, 1, skipped, "skipped"));
-  adamw_8bit_step(args, stream_of(skipped));
+  optimizer_8bit_step(args, stream_of(skipped));
   for (auto& [param, copy] : written) torch::stable::copy_(param, copy);
 }
 
 template <class Library>
 void implement_optimizer(Library& library) {
-  library.impl("adamw_8bit_step", TORCH_BOX(&adamw_8bit_step_op));
+  library.impl("optimizer_8bit_step", TORCH_BOX(&optimizer_8bit_step_op));
 }
 
 }  // namespace
 }  // namespace qlora_native
 
+// algorithm: adamw, lion, which has no state2 and no absmax2, or ademamix, of which state1 is [2, elements] and absmax1
+// [2, blocks]: the fast moment, then the slow one. beta3, alpha, t_alpha and t_beta3 are read for ademamix alone.
+//
 // Parameters stand in the order of their groups; absmax1 and absmax2 are those of the parameters whose state is uint8,
 // in order. lr_tensors[i], one fp32 value, takes the place of lr[lr_groups[i]]. A tensor of state1, state2, absmax1,
 // absmax2 or steps may be that of several parameters (Taker). What is mutated is written in place, or nothing but
-// `skipped` (adamw.h).
+// `skipped` (optimizer.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
-      "adamw_8bit_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, "
-      "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] steps, int[] group_sizes, float[] lr, float[] beta1, "
-      "float[] beta2, float[] eps, float[] weight_decay, Tensor? inv_scale, Tensor? found_inf, Tensor(g!) skipped, "
-      "Tensor[] lr_tensors, int[] lr_groups) -> ()");
+      "optimizer_8bit_step(str algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
+      "Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] steps, int[] group_sizes, "
+      "float[] lr, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, Tensor? inv_scale, "
+      "Tensor? found_inf, Tensor(g!) skipped, Tensor[] lr_tensors, int[] lr_groups, float[] beta3=[], "
+      "float[] alpha=[], float[] t_alpha=[], float[] t_beta3=[]) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement_optimizer(library); }

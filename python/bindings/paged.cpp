@@ -9,8 +9,11 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "algorithm.h"
 
 namespace py = pybind11;
 
@@ -23,11 +26,13 @@ struct Paged {
   Stream stream;
 };
 
-Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, int index,
+Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, int index, const std::string& algorithm,
            const std::optional<std::size_t>& stretch_bytes, bool pinned) {
   const py::gil_scoped_release released;
   std::vector<PagedState> list;
-  for (const auto& [elements, in_8_bits] : states) list.push_back({elements, in_8_bits});
+  for (const auto& [elements, in_8_bits] : states) {
+    list.push_back({elements, in_8_bits, algorithm_of(algorithm)});
+  }
   PagedOptions options{.pinned = pinned};
   if (stretch_bytes) options.stretch_bytes = *stretch_bytes;
   const Stream stream{.device = cuda ? Device::cuda : Device::cpu, .index = index};
@@ -62,20 +67,23 @@ py::capsule array(const Paged& paged, void* data, DLDataType dtype, std::int64_t
   });
 }
 
-// state1, state2, and absmax1, absmax2 where moments are in 8 bits.
+// state1, state2 if there is one, and absmax1, absmax2 where moments are in 8 bits. Of ademamix state1 and absmax1 are
+// those of two moments.
 std::vector<py::capsule> arrays(const Paged& paged, std::size_t index) {
   const PagedState& state = paged.states.at(index);
   constexpr DLDataType kByte = {kDLUInt, 8, 1}, kFloat = {kDLFloat, 32, 1};
-  AdamW8bitTensor tensor;
+  Optimizer8bitTensor tensor;
   paged.arena->place(index, tensor);
   std::vector<py::capsule> found;
-  for (void* p : {tensor.state1, tensor.state2}) {
-    found.push_back(array(paged, p, state.in_8_bits ? kByte : kFloat, state.elements));
+  const std::int64_t blocks = (state.elements + kOptimizer8bitBlocksize - 1) / kOptimizer8bitBlocksize;
+  const int in_first = tensor.state3 != nullptr ? 2 : 1;
+  found.push_back(array(paged, tensor.state1, state.in_8_bits ? kByte : kFloat, in_first * state.elements));
+  if (tensor.state2 != nullptr) {
+    found.push_back(array(paged, tensor.state2, state.in_8_bits ? kByte : kFloat, state.elements));
   }
   if (!state.in_8_bits) return found;
-  for (float* p : {tensor.absmax1, tensor.absmax2}) {
-    found.push_back(array(paged, p, kFloat, (state.elements + kAdamW8bitBlocksize - 1) / kAdamW8bitBlocksize));
-  }
+  found.push_back(array(paged, tensor.absmax1, kFloat, in_first * blocks));
+  if (tensor.absmax2 != nullptr) found.push_back(array(paged, tensor.absmax2, kFloat, blocks));
   return found;
 }
 
@@ -92,11 +100,12 @@ py::dict stats(const Paged& paged) {
 }  // namespace
 
 void bind_paged(py::module_& module) {
-  py::class_<Paged>(module, "PagedArena", "State of 8-bit AdamW that does not stay on the GPU (paged.h).")
-      .def(py::init(&make), py::arg("states"), py::arg("cuda"), py::arg("index"), py::arg("stretch_bytes") = py::none(),
-           py::arg("pinned") = false)
+  py::class_<Paged>(module, "PagedArena", "State of an 8-bit optimizer that does not stay on the GPU (paged.h).")
+      .def(py::init(&make), py::arg("states"), py::arg("cuda"), py::arg("index"), py::arg("algorithm") = "adamw",
+           py::arg("stretch_bytes") = py::none(), py::arg("pinned") = false)
       .def("arrays", &arrays, py::arg("index"),
-           "DLPack capsules over state1, state2 and, of 8-bit moments, absmax1 and absmax2 of states[index].")
+           "DLPack capsules over state1, state2 and, of 8-bit moments, absmax1 and absmax2 of states[index], as far as "
+           "the algorithm has them.")
       .def("stats", &stats);
 }
 

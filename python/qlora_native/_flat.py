@@ -1,4 +1,4 @@
-"""Where the moments of AdamW8bit live: those of a group's parameters side by side in a few tensors."""
+"""Where the moments of an 8-bit optimizer live: those of a group's parameters side by side in a few tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optim_state import BLOCKSIZE, shapes_of
+from ._optim_state import BLOCKSIZE, Algorithm, shapes_of
 from ._weight import ceil_div
 
 
@@ -20,6 +20,7 @@ class FlatStates:
     what torch keeps about each of them is no longer in the caches after a backward.
 
     Args:
+        algorithm: the optimizer's.
         params: as they are stepped.
         states: theirs, well-formed (`are_states`); what they hold is moved, and replaced by the views.
 
@@ -28,14 +29,19 @@ class FlatStates:
         tensors: by name, as the op takes them: in 8 bits, then in fp32, where there are any.
     """
 
-    def __init__(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> None:
+    def __init__(self, algorithm: Algorithm, params: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         """See the class."""
+        # Elements that each block of a parameter has of a name.
+        units = {"step": 0, **dict(zip(algorithm.scales, algorithm.moments, strict=True))}
+        units |= {name: BLOCKSIZE * count for name, count in zip(algorithm.states, algorithm.moments, strict=True)}
         parts = [[i for i, state in enumerate(states) if ("absmax1" in state) is flag] for flag in (True, False)]
         self.order = parts[0] + parts[1]
         self.tensors: dict[str, list[Tensor]] = {}
         for part in filter(None, parts):
             for name in list(states[part[0]]):
-                self.tensors.setdefault(name, []).append(_move(name, [(params[i], states[i]) for i in part]))
+                self.tensors.setdefault(name, []).append(
+                    _move(name, units[name], [(params[i], states[i]) for i in part])
+                )
         self._params = params
         self._views = list(chain.from_iterable(map(dict.values, states)))
         self._moments = [state["state1"] for state in states]
@@ -55,11 +61,11 @@ class FlatStates:
         )
 
 
-def are_states(params: list[Tensor], states: list[dict[str, Any]]) -> bool:
-    """Whether states are what AdamW8bit makes of them, and nobody has put something else there."""
+def are_states(algorithm: Algorithm, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
+    """Whether states are what the optimizer makes of them, and nobody has put something else there."""
 
     def is_state(param: Tensor, state: dict[str, Any]) -> bool:
-        expected = shapes_of(param, "absmax1" in state) | {"step": (torch.int64, ())}
+        expected = shapes_of(algorithm, param, "absmax1" in state) | {"step": (torch.int64, ())}
         return state.keys() == expected.keys() and all(
             isinstance(tensor := state[name], Tensor)
             and (tensor.dtype, tuple(tensor.shape), tensor.device) == (*wanted, param.device)
@@ -69,9 +75,8 @@ def are_states(params: list[Tensor], states: list[dict[str, Any]]) -> bool:
     return all(map(is_state, params, states))
 
 
-def _move(name: str, items: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+def _move(name: str, unit: int, items: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
     """One tensor for what states have under a name. A parameter has room for whole blocks there, one at least."""
-    unit = {"step": 0, "absmax1": 1, "absmax2": 1}.get(name, BLOCKSIZE)  # elements a block
     sizes = [max(1, ceil_div(param.numel(), BLOCKSIZE)) * unit or 1 for param, _ in items]
     first = items[0][1][name]
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)

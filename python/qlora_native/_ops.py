@@ -70,10 +70,10 @@ def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype):
     return x.new_empty((rank, x.shape[-1]), dtype=dtype), x.new_empty((dy.shape[-1], rank), dtype=dtype)
 
 
-@torch.library.register_fake("qlora_native::adamw_8bit_step")
+@torch.library.register_fake("qlora_native::optimizer_8bit_step")
 def _(
-    params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
-    inv_scale, found_inf, skipped, lr_tensors, lr_groups,
+    algorithm, params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
+    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(),
 ):  # fmt: skip
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ BLOCKSIZE = 256
 # bitsandbytes hides the quantized state of a parameter in a dict under this name.
 _BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
 _MAPS = {"qmap1": DYNAMIC_MAP, "qmap2": UNSIGNED_DYNAMIC_MAP}
-
+# What bitsandbytes writes into groups also for optimizers that are not AdEMAMix.
+_ADEMAMIX_OPTIONS = ("alpha", "t_alpha", "t_beta3")
 
 # Arguments of bitsandbytes' optimizers that ours has not, and their values that mean what ours does.
 _BITSANDBYTES_ARGUMENTS = {
@@ -28,6 +30,49 @@ _BITSANDBYTES_ARGUMENTS = {
 }
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """What the optimizers of optim.py differ in. Its arithmetic is the C++ core's (optimizer.h).
+
+    Attributes:
+        name: as the op knows it.
+        moments: how many moments lie in state1, and how many in state2, if there is one.
+        numbers: options of a parameter group that are sizes.
+        steps: options that are a count of steps, or None.
+        betas: how many there are.
+        bitsandbytes_arguments: those of _BITSANDBYTES_ARGUMENTS that bitsandbytes' class takes, or once took.
+    """
+
+    name: str
+    moments: tuple[int, ...]
+    numbers: tuple[str, ...] = ("lr", "eps", "weight_decay")
+    steps: tuple[str, ...] = ()
+    betas: int = 2
+    bitsandbytes_arguments: tuple[str, ...] = tuple(_BITSANDBYTES_ARGUMENTS)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states that hold moments."""
+        return ("state1", "state2")[: len(self.moments)]
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Names of their scales."""
+        return ("absmax1", "absmax2")[: len(self.moments)]
+
+
+ADAMW = Algorithm("adamw", (1, 1))
+LION = Algorithm("lion", (1,), bitsandbytes_arguments=("args", "block_wise", "percentile_clipping"))
+ADEMAMIX = Algorithm(
+    "ademamix",
+    (2, 1),
+    numbers=("lr", "eps", "weight_decay", "alpha"),
+    steps=("t_alpha", "t_beta3"),
+    betas=3,
+    bitsandbytes_arguments=(),
+)
+
+
 class Kept:
     """A tensor that `Optimizer.load_state_dict` passes through: it casts all others to the dtype of the parameter."""
 
@@ -35,27 +80,37 @@ class Kept:
         self.tensor = tensor
 
 
-def shapes_of(param: Tensor, in_8_bits: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def shapes_of(algorithm: Algorithm, param: Tensor, in_8_bits: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """(dtype, shape) of the moments of a parameter, and of their scales if they are in 8 bits."""
-    shapes = dict.fromkeys(("state1", "state2"), (torch.uint8 if in_8_bits else torch.float32, tuple(param.shape)))
+    several = [(count,) if count > 1 else () for count in algorithm.moments]
+    dtype, blocks = torch.uint8 if in_8_bits else torch.float32, ceil_div(param.numel(), BLOCKSIZE)
+    shapes = {name: (dtype, (*first, *param.shape)) for name, first in zip(algorithm.states, several, strict=True)}
     if in_8_bits:
-        shapes |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (ceil_div(param.numel(), BLOCKSIZE),)))
+        shapes |= {
+            name: (torch.float32, (*first, blocks)) for name, first in zip(algorithm.scales, several, strict=True)
+        }
     return shapes
 
 
-def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool) -> dict[str, Kept]:
-    """The state of a parameter. `copied`: to its device; else moments and scales are the saved tensors themselves."""
+def checked_state(
+    name: str, saved: dict[str, Any], param: Tensor, copied: bool, algorithm: Algorithm, owner: str
+) -> dict[str, Kept]:
+    """The state of a parameter. `copied`: to its device; else moments and scales are the saved tensors themselves.
+
+    `owner`: the name of the optimizer, for errors.
+    """
     if not isinstance(saved, dict):
         raise bad_type(name, "a dict", type(saved).__name__)
     inner = saved.get(_BITSANDBYTES_STATE, {})
     if not isinstance(inner, dict):
         raise bad_type(f"{name}, {_BITSANDBYTES_STATE}", "a dict", type(inner).__name__)
     saved = {**saved, **inner}
-    missing = [key for key in ("step", "state1", "state2") if key not in saved]
-    if missing:
-        raise bad(name, "step, state1 and state2 of an AdamW8bit", ", ".join(map(str, saved)))
+    missing = [key for key in ("step", *algorithm.states) if key not in saved]
+    if missing or ("state2" in saved and "state2" not in algorithm.states):
+        wanted = "step and state1" if len(algorithm.states) == 1 else "step, state1 and state2"
+        raise bad(name, f"{wanted} of {owner}", ", ".join(map(str, saved)))
     in_8_bits = isinstance(saved["state1"], Tensor) and saved["state1"].dtype == torch.uint8
-    expected = shapes_of(param, in_8_bits)
+    expected = shapes_of(algorithm, param, in_8_bits)
     state = {"step": torch.tensor(_checked_step(f"{name}.step", saved["step"]), device=param.device)}
     for key, (dtype, shape) in expected.items():
         tensor = saved.get(key)
@@ -72,18 +127,33 @@ def checked_state(name: str, saved: dict[str, Any], param: Tensor, copied: bool)
         state[key] = tensor.to(param.device, copy=True).contiguous() if copied else tensor
     for key, levels in _MAPS.items():
         if in_8_bits and key in saved and not (isinstance(saved[key], Tensor) and is_dynamic_map(saved[key], levels)):
-            raise bad(f"{name}.{key}", "the dynamic map of AdamW8bit", "another map")
+            raise bad(f"{name}.{key}", "the dynamic map of an 8-bit optimizer", "another map")
     return {key: Kept(tensor) for key, tensor in state.items()}
 
 
-def check_bitsandbytes_arguments(arguments: dict[str, Any], is_paged: bool) -> None:
-    """Raise unless arguments that bitsandbytes' optimizers take on top mean what ours does."""
-    meanings = {**_BITSANDBYTES_ARGUMENTS, "is_paged": (is_paged,)}
+def bitsandbytes_state(state: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
+    """The state of a parameter as bitsandbytes keeps it: the step is a number, and the maps lie beside the codes."""
+    found = {**state, "step": int(state["step"])}
+    if "absmax1" in state:
+        for key in tuple(_MAPS)[: len(algorithm.states)]:
+            found[key] = _MAPS[key].to(state["state1"].device, copy=True)
+    return found
+
+
+def check_bitsandbytes_arguments(
+    arguments: dict[str, Any], algorithm: Algorithm, is_paged: bool, names: tuple[str, str]
+) -> None:
+    """Raise unless arguments that bitsandbytes' optimizers take on top mean what ours does.
+
+    `names`: of the optimizer that is not paged and of the one that is.
+    """
+    meanings = {name: _BITSANDBYTES_ARGUMENTS[name] for name in algorithm.bitsandbytes_arguments}
+    meanings["is_paged"] = (is_paged,)
     for name, value in arguments.items():
         if name not in meanings:
             raise TypeError(f"{name}: expected an argument of this optimizer, got another")
         if value not in meanings[name]:
-            other = "; the other of AdamW8bit and PagedAdamW8bit is meant" if name == "is_paged" else ""
+            other = f"; the other of {names[0]} and {names[1]} is meant" if name == "is_paged" else ""
             raise bad(name, f"{meanings[name][0]}, as this optimizer has nothing else{other}", repr(value))
 
 
@@ -119,23 +189,34 @@ def check_state_dict(state_dict: Any) -> None:
             raise bad(f"{name}['params']", "a list of numbers or names", repr(params)[:80])
 
 
-def check_options(options: dict[str, Any]) -> None:
+def options_of(group: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
+    """A saved parameter group without what bitsandbytes writes there for other optimizers."""
+    foreign = set(_ADEMAMIX_OPTIONS) - {*algorithm.numbers, *algorithm.steps}
+    return {name: value for name, value in group.items() if name not in foreign}
+
+
+def check_options(options: dict[str, Any], algorithm: Algorithm) -> None:
     """Raise unless the options of a parameter group are there, and within their ranges."""
-    missing = [name for name in ("lr", "eps", "weight_decay", "betas", "min_8bit_size") if name not in options]
+    needed = (*algorithm.numbers, "betas", *algorithm.steps, "min_8bit_size")
+    missing = [name for name in needed if name not in options]
     if missing:
         raise bad("param_groups", f"{missing[0]} in each", f"only {', '.join(options)}")
-    for name in ("lr", "eps", "weight_decay"):
+    for name in (*algorithm.numbers, *algorithm.steps):
         value = options[name]
+        if value is None and name in algorithm.steps:
+            continue
         if isinstance(value, Tensor):
             value = value.item() if value.numel() == 1 and not value.is_meta else math.nan
         if not isinstance(value, (int, float)):
             raise bad_type(name, "a number", type(value).__name__)
         if not 0 <= value <= sys.float_info.max:
             raise bad(name, "a finite number >= 0", options[name])
-    betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise bad_type("betas", "two numbers", betas)
+    betas, count = options["betas"], {2: "two", 3: "three"}[algorithm.betas]
+    if not isinstance(betas, (tuple, list)) or len(betas) != algorithm.betas:
+        raise bad_type("betas", f"{count} numbers", betas)
     if not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
-        raise bad("betas", "two numbers in [0, 1)", betas)
+        raise bad("betas", f"{count} numbers in [0, 1)", betas)
+    if options.get("t_beta3") and "t_beta3" in algorithm.steps and 0 in (betas[0], betas[2]):
+        raise bad("betas", "the first and the third in (0, 1), as t_beta3 takes their logarithms", betas)
     if not isinstance(options["min_8bit_size"], int):
         raise bad_type("min_8bit_size", "an int", type(options["min_8bit_size"]).__name__)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _ops  # noqa: F401  (the fake kernel)
 from ._errors import bad, bad_type, check_float_dtype
 from ._flat import FlatStates
+from ._optim_state import Algorithm
 
 
 def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
@@ -58,36 +59,33 @@ def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
 class Batch:
     """The tensors of one device's step, as the op takes them."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, algorithm: Algorithm, groups: int) -> None:
         """No tensor yet, of so many parameter groups."""
+        self.algorithm = algorithm
         self.sizes = [0] * groups
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.steps: list[Tensor] = []
-        self.state1: list[Tensor] = []
-        self.state2: list[Tensor] = []
-        self.absmax1: list[Tensor] = []
-        self.absmax2: list[Tensor] = []
+        # By name; what an algorithm has not stays empty.
+        self.moments: dict[str, list[Tensor]] = {name: [] for name in ("state1", "state2", "absmax1", "absmax2")}
 
     # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
     def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         """A group's parameters with their gradients and states."""
         self._add(group, params, grads)
         self.steps += [state["step"] for state in states]
-        self.state1 += [state["state1"] for state in states]
-        self.state2 += [state["state2"] for state in states]
+        for name in self.algorithm.states:
+            self.moments[name] += [state[name] for state in states]
         in_8_bits = [state for state in states if "absmax1" in state]
-        self.absmax1 += [state["absmax1"] for state in in_8_bits]
-        self.absmax2 += [state["absmax2"] for state in in_8_bits]
+        for name in self.algorithm.scales:
+            self.moments[name] += [state[name] for state in in_8_bits]
 
     def add_flat(self, group: int, params: list[Tensor], grads: list[Tensor], flat: FlatStates) -> None:
         """The same, with all their states."""
         self._add(group, [params[i] for i in flat.order], [grads[i] for i in flat.order])
         self.steps += flat.tensors["step"]
-        self.state1 += flat.tensors["state1"]
-        self.state2 += flat.tensors["state2"]
-        self.absmax1 += flat.tensors.get("absmax1", [])
-        self.absmax2 += flat.tensors.get("absmax2", [])
+        for name, tensors in self.moments.items():
+            tensors += flat.tensors.get(name, [])
 
     def _add(self, group: int, params: list[Tensor], grads: list[Tensor]) -> None:
         self.sizes[group] = len(params)
@@ -97,8 +95,8 @@ class Batch:
     def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
         """Step them all. `groups`: the optimizer's."""
         rates = [_device_lr(group["lr"], skipped.device) for group in groups]
-        torch.ops.qlora_native.adamw_8bit_step.default(
-            self.params, self.grads, self.state1, self.state2, self.absmax1, self.absmax2, self.steps, self.sizes,
+        torch.ops.qlora_native.optimizer_8bit_step.default(
+            self.algorithm.name, self.params, self.grads, *self.moments.values(), self.steps, self.sizes,
             [float(group["lr"]) if rate is None else 0.0 for group, rate in zip(groups, rates, strict=True)],
             [float(group["betas"][0]) for group in groups],
             [float(group["betas"][1]) for group in groups],
@@ -108,6 +106,14 @@ class Batch:
             skipped,
             [rate for rate in rates if rate is not None],
             [index for index, rate in enumerate(rates) if rate is not None],
+            *self._of_ademamix(groups),
         )  # fmt: skip
         # For autograd: a parameter that a graph has saved was changed.
         torch.autograd.graph.increment_version(self.params)
+
+    def _of_ademamix(self, groups: list[dict[str, Any]]) -> tuple[list[float], ...]:
+        """The options that only AdEMAMix has: beta3, alpha, t_alpha and t_beta3."""
+        if self.algorithm.betas < 3:
+            return ()
+        beta3 = [float(group["betas"][2]) for group in groups]
+        return beta3, *([float(group[name] or 0.0) for group in groups] for name in ("alpha", "t_alpha", "t_beta3"))

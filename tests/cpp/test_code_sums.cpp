@@ -1,10 +1,10 @@
-// CodeSums, by which the CUDA kernels quantize AdamW's moments, against the midpoints of the map, for every float in
-// its range: from half of what is nearest to 0, which is much nearer than the first midpoint, to a rounding error
-// beyond 1.
+// CodeSums, by which the CUDA kernels quantize an optimizer's moments, against the midpoints of the map, for every
+// float in its range: from half of what is nearest to 0, which is much nearer than the first midpoint, to a rounding
+// error beyond 1.
 #include <cmath>
 #include <cstdio>
 
-#include "adamw/code_sums.cuh"
+#include "optimizer/code_sums.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -183,22 +183,24 @@ void several_blocks_share_a_tile() {
 // ---- the optimizer ----
 
 // Tensors of several kinds, each with its state, two steps of them, and one that is skipped.
-Bytes optimizer_results() {
+Bytes optimizer_results(qn::Algorithm algorithm) {
   constexpr std::int64_t kInBf16 = 300;
   const std::array<std::int64_t, 5> sizes = {1, 256, kInBf16, 5000, 20'000};
-  std::vector<Tensor> tensors;  // of each size: parameter, gradient, codes, codes, absmax, absmax
+  std::vector<Tensor> tensors;  // of each size: parameter, gradient, three of codes, three of absmax
   std::vector<std::int64_t> steps(sizes.size());
-  std::vector<qn::AdamW8bitTensor> views;
+  std::vector<qn::Optimizer8bitTensor> views;
   Random random;
   for (const std::int64_t elements : sizes) {
     const DType dtype = elements == kInBf16 ? DType::bf16 : DType::f32;
     for (int i = 0; i < 2; ++i) tensors.push_back(Tensor(dtype, 1, elements).fill(random, 1.0f));
-    for (int i = 0; i < 2; ++i) tensors.emplace_back(DType::f16, 1, (elements + 1) / 2);
-    std::memset(tensors[tensors.size() - 2].data(), 127, static_cast<std::size_t>(elements));
-    for (int i = 0; i < 2; ++i) tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
+    for (int i = 0; i < 3; ++i) {
+      tensors.emplace_back(DType::f16, 1, (elements + 1) / 2);
+      std::memset(tensors.back().data(), i == 1 ? 0 : 127, static_cast<std::size_t>(elements));
+    }
+    for (int i = 0; i < 3; ++i) tensors.emplace_back(DType::f32, 1, (elements + 255) / 256);
   }
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    Tensor* const its = &tensors[6 * i];
+    Tensor* const its = &tensors[8 * i];
     views.push_back({.param = its[0].data(),
                      .grad = its[1].data(),
                      .param_dtype = its[0].in().dtype,
@@ -206,21 +208,24 @@ Bytes optimizer_results() {
                      .elements = sizes[i],
                      .state1 = its[2].data(),
                      .state2 = its[3].data(),
-                     .absmax1 = reinterpret_cast<float*>(its[4].data()),
-                     .absmax2 = reinterpret_cast<float*>(its[5].data()),
+                     .state3 = its[4].data(),
+                     .absmax1 = reinterpret_cast<float*>(its[5].data()),
+                     .absmax2 = reinterpret_cast<float*>(its[6].data()),
+                     .absmax3 = reinterpret_cast<float*>(its[7].data()),
                      .step = &steps[i]});
   }
-  const qn::AdamW8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
+  const qn::Optimizer8bitGroup group{.lr = 0.01, .weight_decay = 0.1};
   std::int64_t skipped = 0;
   for (int step = 0; step < 3; ++step) {
-    auto& last_grad = reinterpret_cast<float*>(tensors[tensors.size() - 5].data())[sizes.back() - 1];
+    auto& last_grad = reinterpret_cast<float*>(tensors[tensors.size() - 7].data())[sizes.back() - 1];
     const float kept = last_grad;
     if (step == 1) last_grad = 1e30f;
-    qn::adamw_8bit_step({.tensors = views.data(),
-                         .count = static_cast<std::int64_t>(views.size()),
-                         .groups = &group,
-                         .group_count = 1,
-                         .skipped = &skipped});
+    qn::optimizer_8bit_step({.tensors = views.data(),
+                             .count = static_cast<std::int64_t>(views.size()),
+                             .groups = &group,
+                             .group_count = 1,
+                             .skipped = &skipped,
+                             .algorithm = algorithm});
     last_grad = kept;
     EXPECT(skipped == (step == 0 ? 0 : 1));
   }
@@ -231,7 +236,10 @@ Bytes optimizer_results() {
 }
 
 void optimizer_has_the_same_bits() {
-  EXPECT(has_the_same_bits(optimizer_results, [] { return std::string("AdamW8bit"); }));
+  for (const qn::Algorithm algorithm : {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix}) {
+    EXPECT(has_the_same_bits([&] { return optimizer_results(algorithm); },
+                             [&] { return "algorithm " + std::to_string(static_cast<int>(algorithm)); }));
+  }
 }
 
 // What a GPU alone can see, for the host's check of it is passed by.
@@ -239,10 +247,10 @@ void learning_rate_that_is_no_number_skips_the_step() {
   for (const float lr : {NAN, INFINITY, -1.0f}) {
     float param = 1.0f, grad = 1.0f, m = 0.0f, v = 0.0f;
     std::int64_t step = 0, skipped = 0;
-    const qn::AdamW8bitTensor tensor{
+    const qn::Optimizer8bitTensor tensor{
         .param = &param, .grad = &grad, .elements = 1, .state1 = &m, .state2 = &v, .step = &step};
-    const qn::AdamW8bitGroup group{.device_lr = &lr};
-    qn::backend_for({}).adamw_8bit_step(
+    const qn::Optimizer8bitGroup group{.device_lr = &lr};
+    qn::backend_for({}).optimizer_8bit_step(
         {.tensors = &tensor, .count = 1, .groups = &group, .group_count = 1, .skipped = &skipped}, {});
     EXPECT(skipped == 1 && step == 0 && param == 1.0f && m == 0.0f);
   }

@@ -20,10 +20,10 @@
 #include <thread>
 #include <vector>
 
-#include "common/adamw.h"
 #include "common/codebook.h"
 #include "common/float16.h"
 #include "common/layout.h"
+#include "common/optimizer.h"
 #include "common/philox.h"
 #include "expect.h"
 #include "pool.h"
@@ -659,12 +659,12 @@ std::uint8_t nearest(const std::array<float, 256>& map, double value) {  // a ti
   return static_cast<std::uint8_t>(code);
 }
 
-// One parameter with its state, and a step of it as common/adamw.h defines it.
+// One parameter with its state, and a step of it as common/optimizer.h defines it.
 struct Parameter {
   Tensor param, grad;
   bool in_8_bits;
-  std::vector<std::uint8_t> codes1, codes2;
-  std::vector<float> absmax1, absmax2, m, v;
+  std::vector<std::uint8_t> codes[qn::kMostMoments];
+  std::vector<float> absmax[qn::kMostMoments], moments[qn::kMostMoments];
   std::int64_t step = 0;
 
   Parameter(std::int64_t elements, DType param_dtype, DType grad_dtype, bool in_8_bits)
@@ -672,59 +672,73 @@ struct Parameter {
     Random random(static_cast<std::uint64_t>(elements));
     param.fill(random, 1.0f);
     const auto count = static_cast<std::size_t>(elements);
-    codes1.assign(count, 127);
-    codes2.assign(count, 0);
-    absmax1.assign((count + 255) / 256, 0.0f);
-    absmax2 = absmax1;
-    m.assign(count, 0.0f);
-    v = m;
+    for (int k = 0; k < qn::kMostMoments; ++k) {
+      codes[k].assign(count, qn::zero_code(k));
+      absmax[k].assign((count + 255) / 256, 0.0f);
+      moments[k].assign(count, 0.0f);
+    }
   }
-  qn::AdamW8bitTensor view(int group) {
-    return {.param = param.data(),
-            .grad = grad.data(),
-            .param_dtype = param.dtype(),
-            .grad_dtype = grad.dtype(),
-            .elements = param.cols(),
-            .state1 = in_8_bits ? static_cast<void*>(codes1.data()) : m.data(),
-            .state2 = in_8_bits ? static_cast<void*>(codes2.data()) : v.data(),
-            .absmax1 = in_8_bits ? absmax1.data() : nullptr,
-            .absmax2 = in_8_bits ? absmax2.data() : nullptr,
-            .step = &step,
-            .group = group};
+  qn::Optimizer8bitTensor view(int group) {
+    qn::Optimizer8bitTensor tensor{.param = param.data(),
+                                   .grad = grad.data(),
+                                   .param_dtype = param.dtype(),
+                                   .grad_dtype = grad.dtype(),
+                                   .elements = param.cols(),
+                                   .step = &step,
+                                   .group = group};
+    for (int k = 0; k < qn::kMostMoments; ++k) {
+      qn::state_of(tensor, k) = in_8_bits ? static_cast<void*>(codes[k].data()) : moments[k].data();
+      qn::absmax_of(tensor, k) = in_8_bits ? absmax[k].data() : nullptr;
+    }
+    return tensor;
   }
-  void step_by_definition(const qn::AdamW8bitGroup& group, float inv_scale) {
-    const qn::AdamWCoefficients c = qn::adamw_coefficients(group, ++step, inv_scale);
-    const std::size_t elements = m.size();
+  template <class Rule>
+  void step_by_definition(const qn::Optimizer8bitGroup& group, float inv_scale) {
+    const qn::StepCoefficients c = Rule::coefficients(group, ++step, inv_scale);
+    const std::size_t elements = moments[0].size();
     for (std::size_t first = 0; first < elements; first += 256) {
-      float &most1 = absmax1[first / 256], &most2 = absmax2[first / 256];
-      const float decayed1 = most1 * c.beta1, decayed2 = most2 * c.beta2;
       const std::size_t end = std::min(elements, first + 256);
-      most1 = most2 = 0.0f;
+      float kept[Rule::kMoments], most[Rule::kMoments] = {};
+      for (int k = 0; k < Rule::kMoments; ++k) kept[k] = absmax[k][first / 256] * Rule::kept(c, k);
       for (std::size_t i = first; i < end; ++i) {
-        m[i] = in_8_bits ? qn::kDynamicMap[codes1[i]] * decayed1 : m[i] * c.beta1;
-        v[i] = in_8_bits ? qn::kUnsignedDynamicMap[codes2[i]] * decayed2 : v[i] * c.beta2;
+        float m[Rule::kMoments];
+        for (int k = 0; k < Rule::kMoments; ++k) {
+          m[k] = in_8_bits ? map_of(k)[codes[k][i]] * kept[k] : moments[k][i] * Rule::kept(c, k);
+        }
         const auto at = static_cast<std::int64_t>(i);
-        param.set(0, at, qn::adamw_update(c, param.at(0, at), grad.at(0, at), m[i], v[i]));
-        most1 = std::max(most1, std::fabs(m[i]));
-        most2 = std::max(most2, v[i]);
+        param.set(0, at, Rule::template update<qn::FloatMath>(c, param.at(0, at), grad.at(0, at), m));
+        for (int k = 0; k < Rule::kMoments; ++k) {
+          moments[k][i] = m[k];
+          most[k] = std::max(most[k], std::fabs(m[k]));
+        }
       }
-      for (std::size_t i = first; i < end && in_8_bits; ++i) {
-        codes1[i] = nearest(qn::kDynamicMap, m[i] * qn::inverse_absmax(most1));
-        codes2[i] = nearest(qn::kUnsignedDynamicMap, v[i] * qn::inverse_absmax(most2));
+      for (int k = 0; k < Rule::kMoments && in_8_bits; ++k) {
+        absmax[k][first / 256] = most[k];
+        for (std::size_t i = first; i < end; ++i) {
+          codes[k][i] = nearest(map_of(k), moments[k][i] * qn::inverse_absmax(most[k]));
+        }
       }
     }
   }
   bool same_as(const Parameter& other) const {
     if (param.bytes() != other.param.bytes() || step != other.step) return false;
-    if (in_8_bits)
-      return codes1 == other.codes1 && codes2 == other.codes2 && absmax1 == other.absmax1 && absmax2 == other.absmax2;
-    return m == other.m && v == other.v;
+    for (int k = 0; k < qn::kMostMoments; ++k) {
+      if (in_8_bits && (codes[k] != other.codes[k] || absmax[k] != other.absmax[k])) return false;
+      if (!in_8_bits && moments[k] != other.moments[k]) return false;
+    }
+    return true;
+  }
+
+ private:
+  static const std::array<float, 256>& map_of(int moment) {
+    return qn::is_signed(moment) ? qn::kDynamicMap : qn::kUnsignedDynamicMap;
   }
 };
 
-void adamw_steps_to_the_bit() {
-  const qn::AdamW8bitGroup groups[2] = {{.lr = 0.01, .weight_decay = 0.1},
-                                        {.lr = 3e-4, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.0}};
+void optimizer_steps_to_the_bit(qn::Algorithm algorithm) {
+  const qn::Optimizer8bitGroup groups[2] = {
+      {.lr = 0.01, .weight_decay = 0.1},
+      {.lr = 3e-4, .beta1 = 0.8, .beta2 = 0.95, .eps = 1e-6, .weight_decay = 0.0, .t_alpha = 2.0, .t_beta3 = 3.0}};
   const float inv_scale = 0.37f;
   std::vector<Parameter> actual;
   for (const std::int64_t elements : {1, 255, 256, 257, 4099})
@@ -737,24 +751,52 @@ void adamw_steps_to_the_bit() {
   std::int64_t skipped = 0;
   for (int round = 0; round < 3; ++round) {
     use_pool(round + 1);
-    std::vector<qn::AdamW8bitTensor> tensors;
+    std::vector<qn::Optimizer8bitTensor> tensors;
     for (std::size_t i = 0; i < actual.size(); ++i) {
       Random random(i + 100 * static_cast<std::size_t>(round));
       // From one to the next step gradients shrink by orders of magnitude: moments that become codes near 0.
       actual[i].grad.fill(random, std::pow(0.03f, static_cast<float>(round)));
       expected[i].grad = actual[i].grad;
       tensors.push_back(actual[i].view(static_cast<int>(i % 2)));
-      expected[i].step_by_definition(groups[i % 2], inv_scale);
+      qn::with_rule(algorithm, [&]<class Rule>() { expected[i].step_by_definition<Rule>(groups[i % 2], inv_scale); });
     }
-    qn::adamw_8bit_step({.tensors = tensors.data(),
-                         .count = static_cast<std::int64_t>(tensors.size()),
-                         .groups = groups,
-                         .group_count = 2,
-                         .inv_scale = &inv_scale,
-                         .skipped = &skipped});
+    qn::optimizer_8bit_step({.tensors = tensors.data(),
+                             .count = static_cast<std::int64_t>(tensors.size()),
+                             .groups = groups,
+                             .group_count = 2,
+                             .inv_scale = &inv_scale,
+                             .skipped = &skipped,
+                             .algorithm = algorithm});
     for (std::size_t i = 0; i < actual.size(); ++i) EXPECT(actual[i].same_as(expected[i]));
   }
   EXPECT(skipped == 0);
+}
+
+// Where beta1 m + (1 - beta1) g is 0 or -0 an element stays as it is, -0 too; where it is as small as a float can be it
+// moves by all of lr.
+void lion_moves_by_the_sign_of_the_smallest_numbers() {
+  const float smallest = std::numeric_limits<float>::denorm_min();
+  const float grads[] = {smallest, -smallest, 0.0f, -0.0f, 1.8e19f, -1.8e19f, 0.0f, -0.0f};
+  const float params[] = {1.0f, 1.0f, -0.0f, -0.0f, 1.0f, 1.0f, 0.0f, 0.0f};
+  const float expected[] = {0.5f, 1.5f, -0.0f, -0.0f, 0.5f, 1.5f, 0.0f, 0.0f};
+  std::vector<float> param, grad, m(64, -0.0f);
+  for (int i = 0; i < 64; ++i) {
+    param.push_back(params[i % 8]);
+    grad.push_back(grads[i % 8]);
+  }
+  std::int64_t step = 0, skipped = 0;
+  const qn::Optimizer8bitGroup group{.lr = 0.5, .beta1 = 0.0, .beta2 = 0.0, .weight_decay = 0.0};
+  const qn::Optimizer8bitTensor tensor{
+      .param = param.data(), .grad = grad.data(), .elements = 64, .state1 = m.data(), .step = &step};
+  qn::optimizer_8bit_step({.tensors = &tensor,
+                           .count = 1,
+                           .groups = &group,
+                           .group_count = 1,
+                           .skipped = &skipped,
+                           .algorithm = qn::Algorithm::lion});
+  for (std::size_t i = 0; i < 64; ++i) {
+    EXPECT(std::bit_cast<std::uint32_t>(param[i]) == std::bit_cast<std::uint32_t>(expected[i % 8]));
+  }
 }
 
 // ---- bad input ----
@@ -771,7 +813,7 @@ void expect_refused(const std::string& argument, const std::function<void()>& ca
 }
 
 // Each argument of each operation that cannot be as it is, and that its result is then not touched. (Those of
-// linear_forward and of adamw_8bit_step are in test_core.cpp.)
+// linear_forward and of optimizer_8bit_step are in test_core.cpp.)
 void bad_input_is_refused_by_its_name() {
   const Tensor weight = random_weight({5, 63}, DType::f32);
   const Quantized quantized(weight, formats()[0], 64, true);
@@ -872,7 +914,10 @@ int main() {
   values_that_are_not_finite_are_counted();
   products_are_the_sums_of_float64();
   bits_are_the_same_in_every_run_and_for_any_number_of_threads();
-  adamw_steps_to_the_bit();
+  for (const qn::Algorithm algorithm : {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix}) {
+    optimizer_steps_to_the_bit(algorithm);
+  }
+  lion_moves_by_the_sign_of_the_smallest_numbers();
   bad_input_is_refused_by_its_name();
   return report();
 }

@@ -570,6 +570,49 @@ void adamw_steps_or_skips() {
   refused("tensors[0].elements", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].elements = -1; });
 }
 
+// What an algorithm has not is not read, and what it has is checked.
+void algorithms_check_what_they_read() {
+  const auto args_of = [](Optimizer& optimizer, qn::Algorithm algorithm) {
+    qn::Optimizer8bitArgs args = optimizer.args();
+    args.algorithm = algorithm;
+    return args;
+  };
+  Optimizer lion;
+  const std::vector<float> before = lion.params[1];
+  lion.group = {.lr = 0.01, .weight_decay = 0.0, .beta3 = 7.0, .alpha = -1.0};
+  for (qn::Optimizer8bitTensor& tensor : lion.tensors) tensor.state2 = tensor.absmax2 = nullptr;
+  qn::optimizer_8bit_step(args_of(lion, qn::Algorithm::lion));
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    EXPECT(lion.params[1][i] == before[i] - std::copysign(0.01f, lion.grads[1][i]));
+  }
+
+  using Change = std::function<void(Optimizer&, qn::Optimizer8bitArgs&)>;
+  std::vector<std::uint8_t> codes3(300);
+  std::vector<float> slow(70), absmax3(2);
+  const auto refused = [&](const std::string& argument, const Change& change) {
+    expect_error(argument, [&] {
+      Optimizer damaged;
+      damaged.tensors[0].state3 = codes3.data();
+      damaged.tensors[0].absmax3 = absmax3.data();
+      damaged.tensors[1].state3 = slow.data();
+      qn::Optimizer8bitArgs args = args_of(damaged, qn::Algorithm::ademamix);
+      change(damaged, args);
+      qn::optimizer_8bit_step(args);
+    });
+  };
+  refused("algorithm", [](Optimizer&, qn::Optimizer8bitArgs& args) { args.algorithm = static_cast<qn::Algorithm>(3); });
+  refused("tensors[1].state3", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[1].state3 = nullptr; });
+  refused("tensors[0].absmax3", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.tensors[0].absmax3 = nullptr; });
+  refused("groups[0].beta3", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.beta3 = 1.0; });
+  refused("groups[0].alpha", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.alpha = -1.0; });
+  refused("groups[0].t_alpha", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.t_alpha = NAN; });
+  refused("groups[0].t_beta3", [](Optimizer& o, qn::Optimizer8bitArgs&) { o.group.t_beta3 = -1.0; });
+  refused("groups[0].beta1", [](Optimizer& o, qn::Optimizer8bitArgs&) {
+    o.group.beta1 = 0.0;
+    o.group.t_beta3 = 10.0;
+  });
+}
+
 void cuda_says_why() {
   if (qn::cuda_unavailable_reason().empty()) return;
   const Layer layer;
@@ -694,6 +737,7 @@ int main(int count, char** arguments) {
   dequantize_reaches_any_address();
   if (std::getenv("QLN_BACKEND") == nullptr) large_output_is_written_otherwise();  // the cpu's alone
   adamw_steps_or_skips();
+  algorithms_check_what_they_read();
   cuda_says_why();
   same_bits_for_concurrent_callers();
   same_bits_for_any_number_of_threads();

@@ -1,13 +1,13 @@
-// The quantizer of AdamW's moments against a search of the map, for every float in the map's range. Compiled once for
-// each instruction set that has one of its own; the scalar backend is that search. Under an emulator, where that takes
-// very long, for one batch in 61.
+// The quantizer of an optimizer's moments against a search of the map, for every float in the map's range. Compiled
+// once for each instruction set that has one of its own; the scalar backend is that search. Under an emulator, where
+// that takes very long, for one batch in 61.
 #include <bit>
 #include <cstdio>
 #include <cstdlib>
 
 #include QLN_SIMD_HEADER  // with the Table256 of an instruction set
 
-#include "cpu/generic/adamw-inl.h"
+#include "cpu/generic/optimizer-inl.h"
 
 namespace qlora_native {
 namespace {
@@ -32,7 +32,7 @@ bool has_feature() {
 #endif
 }
 
-// As update_block() does, of a block whose largest is 1.
+// As update_8bit() does, of a block whose largest is 1.
 template <bool kSigned>
 void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* codes) {
   F32 t[kTableVectors], scaled[kTableVectors], number[kTableVectors];

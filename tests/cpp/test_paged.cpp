@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/optimizer.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
 #include "simt/emulated_driver.h"
@@ -31,16 +32,16 @@ float draw(std::uint64_t& seed) {  // in [-1, 1)
 
 struct Parameter {
   std::vector<float> values, grads;
-  std::vector<std::uint8_t> state1, state2;  // bytes, in ordinary memory
-  std::vector<float> absmax1, absmax2;
+  std::vector<std::uint8_t> states[3];  // bytes, in ordinary memory
+  std::vector<float> absmax[3];
   std::int64_t step = 0;
-  qn::AdamW8bitTensor tensor;
+  qn::Optimizer8bitTensor tensor;
 };
 
 class Training {
  public:
   // states[group]: its parameters
-  explicit Training(const std::vector<std::vector<qn::PagedState>>& states) {
+  explicit Training(const std::vector<std::vector<qn::PagedState>>& states) : algorithm_(states[0][0].algorithm) {
     for (std::size_t group = 0; group < states.size(); ++group) {
       for (const qn::PagedState& state : states[group]) {
         auto p = std::make_unique<Parameter>();
@@ -48,19 +49,17 @@ class Training {
         p->values.resize(elements);
         p->grads.resize(elements);
         for (float& value : p->values) value = draw(seed_);
-        p->state1.resize(elements * (state.in_8_bits ? 1 : 4));
-        p->state2 = p->state1;
-        p->absmax1.resize(state.in_8_bits ? (elements + 255) / 256 : 0);
-        p->absmax2 = p->absmax1;
         p->tensor = {.param = p->values.data(),
                      .grad = p->grads.data(),
                      .elements = state.elements,
-                     .state1 = p->state1.data(),
-                     .state2 = p->state2.data(),
-                     .absmax1 = state.in_8_bits ? p->absmax1.data() : nullptr,
-                     .absmax2 = state.in_8_bits ? p->absmax2.data() : nullptr,
                      .step = &p->step,
                      .group = static_cast<int>(group)};
+        for (int k = 0; k < qn::moments_of(algorithm_); ++k) {
+          p->states[k].resize(elements * (state.in_8_bits ? 1 : 4));
+          p->absmax[k].resize(state.in_8_bits ? (elements + 255) / 256 : 0);
+          state_of(p->tensor, k) = p->states[k].data();
+          absmax_of(p->tensor, k) = state.in_8_bits ? p->absmax[k].data() : nullptr;
+        }
         parameters_.push_back(std::move(p));
       }
     }
@@ -74,42 +73,62 @@ class Training {
     }
   }
 
+  // The same of state1 and absmax1 alone.
+  void use_first_moments(const qn::PagedArena& arena) {
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      qn::Optimizer8bitTensor placed;
+      arena.place(i, placed);
+      parameters_[i]->tensor.state1 = placed.state1;
+      parameters_[i]->tensor.absmax1 = placed.absmax1;
+    }
+  }
+
   // `left_out`: a parameter without a gradient.
   void step(std::int64_t left_out = -1, bool unusable = false) {
-    const std::vector<qn::AdamW8bitGroup> groups = {{.lr = 1e-2}, {.lr = 1e-3}};
-    std::vector<qn::AdamW8bitTensor> tensors;
+    const std::vector<qn::Optimizer8bitGroup> groups = {{.lr = 1e-2}, {.lr = 1e-3}};
+    std::vector<qn::Optimizer8bitTensor> tensors;
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       for (float& grad : parameters_[i]->grads) grad = draw(seed_);
       if (static_cast<std::int64_t>(i) != left_out) tensors.push_back(parameters_[i]->tensor);
     }
     if (unusable) parameters_.back()->grads.back() = 1e30f;
-    qn::adamw_8bit_step({.tensors = tensors.data(),
-                         .count = static_cast<std::int64_t>(tensors.size()),
-                         .groups = groups.data(),
-                         .group_count = 2,
-                         .skipped = &skipped_});
+    qn::optimizer_8bit_step({.tensors = tensors.data(),
+                             .count = static_cast<std::int64_t>(tensors.size()),
+                             .groups = groups.data(),
+                             .group_count = 2,
+                             .skipped = &skipped_,
+                             .algorithm = algorithm_});
   }
 
   bool same_bits(const Training& other) const {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       const Parameter &a = *parameters_[i], &b = *other.parameters_[i];
       const auto same = [](const void* x, const void* y, std::size_t n) { return n == 0 || std::memcmp(x, y, n) == 0; };
-      const qn::AdamW8bitTensor &s = a.tensor, &t = b.tensor;
+      const qn::Optimizer8bitTensor &s = a.tensor, &t = b.tensor;
       if (!same(s.param, t.param, a.values.size() * 4) || a.step != b.step) return false;
-      if (!same(s.state1, t.state1, a.state1.size()) || !same(s.state2, t.state2, a.state2.size())) return false;
-      if (!same(s.absmax1, t.absmax1, a.absmax1.size() * 4)) return false;
-      if (!same(s.absmax2, t.absmax2, a.absmax2.size() * 4)) return false;
+      for (int k = 0; k < qn::kMostMoments; ++k) {
+        if (!same(state_of(s, k), state_of(t, k), a.states[k].size())) return false;
+        if (!same(absmax_of(s, k), absmax_of(t, k), a.absmax[k].size() * 4)) return false;
+      }
     }
     return skipped_ == other.skipped_;
   }
 
  private:
+  qn::Algorithm algorithm_;
   std::uint64_t seed_ = 1;
   std::vector<std::unique_ptr<Parameter>> parameters_;
   std::int64_t skipped_ = 0;
 };
 
 const std::vector<qn::PagedState> kMixed = {{300}, {0}, {5000}, {17, false}, {1}, {9000, false}, {256}, {40'000}};
+
+constexpr qn::Algorithm kAlgorithms[] = {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix};
+
+std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedState> states) {
+  for (qn::PagedState& state : states) state.algorithm = algorithm;
+  return states;
+}
 
 // ---- layout ----
 
@@ -120,7 +139,7 @@ void test_arrays_overlap() {
     const auto arena = make_arena(kMixed, driver, {.stretch_bytes = stretch_bytes});
     std::vector<std::pair<const std::byte*, std::size_t>> arrays;
     for (std::size_t i = 0; i < kMixed.size(); ++i) {
-      qn::AdamW8bitTensor t;
+      qn::Optimizer8bitTensor t;
       arena->place(i, t);
       const auto elements = static_cast<std::size_t>(kMixed[i].elements);
       const std::size_t bytes = elements * (kMixed[i].in_8_bits ? 1 : 4), scales = (elements + 255) / 256 * 4;
@@ -145,8 +164,30 @@ void test_arrays_overlap() {
 
 // ---- the same bits ----
 
-void test_paged_step_leaves_other_bits() {
-  const std::vector<std::vector<qn::PagedState>> groups = {kMixed, {{70'000}, {3000}}};
+// The slow moment of ademamix follows the fast one, as in bitsandbytes' tensors.
+void test_state_of_an_algorithm_is_its_own() {
+  for (const qn::Algorithm algorithm : kAlgorithms) {
+    for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
+      EmulatedDriver::Options driver;
+      const auto arena = make_arena(of(algorithm, kMixed), driver, {.stretch_bytes = stretch_bytes});
+      for (std::size_t i = 0; i < kMixed.size(); ++i) {
+        qn::Optimizer8bitTensor t;
+        arena->place(i, t);
+        for (int k = 0; k < qn::kMostMoments; ++k) {
+          EXPECT((state_of(t, k) != nullptr) == (k < qn::moments_of(algorithm)));
+          EXPECT((absmax_of(t, k) != nullptr) == (k < qn::moments_of(algorithm) && kMixed[i].in_8_bits));
+        }
+        if (algorithm != qn::Algorithm::ademamix) continue;
+        const std::int64_t elements = kMixed[i].elements, bytes = kMixed[i].in_8_bits ? elements : 4 * elements;
+        EXPECT(t.state3 == static_cast<std::byte*>(t.state1) + bytes);
+        EXPECT(!kMixed[i].in_8_bits || t.absmax3 == t.absmax1 + (elements + 255) / 256);
+      }
+    }
+  }
+}
+
+void paged_step_leaves_the_same_bits(qn::Algorithm algorithm) {
+  const std::vector<std::vector<qn::PagedState>> groups = {of(algorithm, kMixed), of(algorithm, {{70'000}, {3000}})};
   for (const bool pinned : {false, true}) {
     for (const bool eager : {false, true}) {
       for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
@@ -169,6 +210,26 @@ void test_paged_step_leaves_other_bits() {
       }
     }
   }
+}
+
+void test_paged_step_leaves_other_bits() {
+  for (const qn::Algorithm algorithm : kAlgorithms) paged_step_leaves_the_same_bits(algorithm);
+}
+
+// The arena holds one moment, a step of adamw finds the other elsewhere: nothing is fetched, and nothing is wrong.
+void test_step_of_another_algorithm_leaves_the_same_bits() {
+  const std::vector<qn::PagedState> states(2, {5000});
+  EmulatedDriver::Options driver{.concurrent = false};
+  const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.stretch_bytes = 8192});
+  Training paged({states}), plain({states});
+  paged.use_first_moments(*arena);
+  bool called = false;
+  driver.trace = [&](const std::string&) { called = true; };
+  for (int step = 0; step < 2; ++step) {
+    for (Training* training : {&paged, &plain}) training->step();
+    EXPECT(paged.same_bits(plain));
+  }
+  EXPECT(!called);
 }
 
 void test_graph_asks_for_memory() {
@@ -385,7 +446,9 @@ void test_bad_input_is_taken() {
 
 int main() {
   test_arrays_overlap();
+  test_state_of_an_algorithm_is_its_own();
   test_paged_step_leaves_other_bits();
+  test_step_of_another_algorithm_leaves_the_same_bits();
   test_graph_asks_for_memory();
   test_order_of_managed_memory();
   test_order_of_ring();

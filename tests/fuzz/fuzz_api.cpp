@@ -293,19 +293,19 @@ double draw_rate(Input& input) {
   return kValues[input.below(std::size(kValues))];
 }
 
-void adamw_8bit_step(Input& input, Memory& memory) {
-  std::vector<qn::AdamW8bitGroup> groups(static_cast<std::size_t>(input.below(3)));
-  for (qn::AdamW8bitGroup& group : groups) {
+void optimizer_8bit_step(Input& input, Memory& memory) {
+  std::vector<qn::Optimizer8bitGroup> groups(static_cast<std::size_t>(input.below(3)));
+  for (qn::Optimizer8bitGroup& group : groups) {
     if (input.below(4) == 1) group = {draw_rate(input), draw_rate(input), draw_rate(input), draw_rate(input)};
     if (input.below(4) == 1) group.device_lr = memory.floats(1);
   }
-  std::vector<qn::AdamW8bitTensor> tensors(static_cast<std::size_t>(input.below(4)));
-  for (qn::AdamW8bitTensor& tensor : tensors) {
+  std::vector<qn::Optimizer8bitTensor> tensors(static_cast<std::size_t>(input.below(4)));
+  for (qn::Optimizer8bitTensor& tensor : tensors) {
     tensor = {.param_dtype = input.dtype(), .grad_dtype = input.dtype(), .elements = 7 * input.byte() % 1000};
     if (input.rarely()) tensor.elements = input.hostile();
     tensor.param = memory.values(tensor.elements, tensor.param_dtype);
     tensor.grad = memory.values(tensor.elements, tensor.grad_dtype);
-    const Wide blocks = ceil_div(tensor.elements, qn::kAdamW8bitBlocksize);
+    const Wide blocks = ceil_div(tensor.elements, qn::kOptimizer8bitBlocksize);
     if (input.below(2) == 0) {
       tensor.absmax1 = memory.floats(blocks);
       tensor.absmax2 = memory.floats(blocks);
@@ -316,14 +316,30 @@ void adamw_8bit_step(Input& input, Memory& memory) {
     tensor.step = memory.integer(input.rarely() ? input.hostile() : input.below(4) * 1000);
     tensor.group = input.rarely() ? input.hostile_int() : input.below(2);
   }
-  qn::AdamW8bitArgs args{.tensors = tensors.data(),
-                         .count = input.rarely() ? -1 : static_cast<std::int64_t>(tensors.size()),
-                         .groups = groups.data(),
-                         .group_count = input.rarely() ? -1 : static_cast<int>(groups.size())};
+  qn::Optimizer8bitArgs args{.tensors = tensors.data(),
+                             .count = input.rarely() ? -1 : static_cast<std::int64_t>(tensors.size()),
+                             .groups = groups.data(),
+                             .group_count = input.rarely() ? -1 : static_cast<int>(groups.size())};
   if (input.below(2) == 1) args.inv_scale = memory.floats(1);
   if (input.below(4) == 1) args.found_inf = memory.floats(1);
   args.skipped = memory.integer(0);
-  call(memory, [&] { qn::adamw_8bit_step(args); });
+  // Last, so that an input from before there were algorithms means what it meant.
+  args.algorithm =
+      input.rarely() ? static_cast<qn::Algorithm>(input.hostile_int()) : static_cast<qn::Algorithm>(input.below(3));
+  for (qn::Optimizer8bitTensor& tensor : tensors) {
+    if (args.algorithm != qn::Algorithm::ademamix || input.below(8) == 1) continue;
+    const bool in_8bit = tensor.absmax1 != nullptr;
+    tensor.state3 = in_8bit ? static_cast<void*>(memory.bytes(tensor.elements)) : memory.floats(tensor.elements);
+    if (in_8bit) tensor.absmax3 = memory.floats(ceil_div(tensor.elements, qn::kOptimizer8bitBlocksize));
+  }
+  for (qn::Optimizer8bitGroup& group : groups) {
+    if (input.below(4) != 1) continue;
+    group.beta3 = draw_rate(input);
+    group.alpha = draw_rate(input);
+    group.t_alpha = draw_rate(input);
+    group.t_beta3 = draw_rate(input);
+  }
+  call(memory, [&] { qn::optimizer_8bit_step(args); });
 }
 
 }  // namespace
@@ -331,7 +347,7 @@ void adamw_8bit_step(Input& input, Memory& memory) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   constexpr void (*kCalls[])(Input&, Memory&) = {
       quantize,       quantize_absmax,       dequantize,     check_quantized_weight,
-      linear_forward, linear_backward_input, lora_gradients, adamw_8bit_step};
+      linear_forward, linear_backward_input, lora_gradients, optimizer_8bit_step};
   Input input(data, size);
   const auto operation = kCalls[input.below(std::size(kCalls))];
   Memory memory(input);

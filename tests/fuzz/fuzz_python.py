@@ -96,9 +96,9 @@ def fuzz_layer(choices: Choices) -> None:
 
 
 def fuzz_optimizer(choices: Choices) -> None:
-    """AdamW8bit.load_state_dict: all of it or nothing, and what it accepts can be stepped."""
+    """load_state_dict of an optimizer: all of it or nothing, and what it accepts can be stepped."""
     params = [torch.nn.Parameter(torch.ones(70, 64)), torch.nn.Parameter(torch.ones(5))]
-    optimizer = qn.optim.AdamW8bit(params)
+    optimizer = choices.of((qn.optim.AdamW8bit, qn.optim.Lion8bit, qn.optim.AdEMAMix8bit))(params)
     for param in params:
         param.grad = torch.full_like(param, 0.1)
     optimizer.step()
@@ -257,7 +257,7 @@ def fuzz_ops(choices: Choices) -> None:
         (ops.linear_forward, [x, *weight, torch.ones(N, dtype=dtype), *adapter]),
         (ops.linear_backward_input, [dy, *weight, *adapter, choices.one_in(2)]),
         (ops.lora_gradients, [x, dy, low, low, *adapter[2:], dtype]),
-        (ops.adamw_8bit_step, _step_arguments(choices)),
+        (ops.optimizer_8bit_step, _step_arguments(choices)),
     ]
     op, arguments = choices.of(calls)
     for _ in range(choices.below(4)):
@@ -282,12 +282,15 @@ def _step_arguments(choices: Choices) -> list[Any]:
     numel = choices.of((1, 255, 256, 257, 4096, 5000))
     blocks = -(-numel // 256)
     in_8_bits = choices.one_in(2)
-    moments = [torch.zeros(numel, dtype=torch.uint8 if in_8_bits else torch.float32) for _ in range(2)]
-    scales = [[torch.zeros(blocks)] if in_8_bits else [] for _ in range(2)]
+    algorithm = choices.of(("adamw", "lion", "ademamix"))
+    counts = {"adamw": (1, 1), "lion": (1, 0), "ademamix": (2, 1)}[algorithm]  # of moments in state1 and in state2
+    dtype = torch.uint8 if in_8_bits else torch.float32
+    moments = [[torch.zeros(count * numel, dtype=dtype)] if count else [] for count in counts]
+    scales = [[torch.zeros(count * blocks)] if count and in_8_bits else [] for count in counts]
     return [
-        [torch.ones(numel)], [torch.ones(numel)], [moments[0]], [moments[1]], *scales,
+        algorithm, [torch.ones(numel)], [torch.ones(numel)], *moments, *scales,
         [torch.zeros((), dtype=torch.int64)], [1], [1e-3], [0.9], [0.999], [1e-8], [0.0], None, None,
-        torch.zeros(1, dtype=torch.int64), [], [],
+        torch.zeros(1, dtype=torch.int64), [], [], [0.9999], [5.0], [0.0], [choices.of((0.0, 10.0))],
     ]  # fmt: skip
 
 

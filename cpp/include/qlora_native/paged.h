@@ -1,9 +1,9 @@
-// Memory for the state of an 8-bit AdamW that does not stay on the GPU: PagedArena.
+// Memory for the state of an 8-bit optimizer that does not stay on the GPU: PagedArena.
 //
 // An arena holds the state of one parameter group, in the order in which it is updated, in memory that host and device
-// share (cudaMallocManaged). adamw_8bit_step finds out by the addresses that a state lies in an arena, and then goes
-// through it in stretches: while one is updated, the next comes to the device on a stream of the arena's own, and where
-// memory is short the one before goes back. Nothing waits but the caller's stream, on events.
+// share (cudaMallocManaged). optimizer_8bit_step finds out by the addresses that a state lies in an arena, and then
+// goes through it in stretches: while one is updated, the next comes to the device on a stream of the arena's own, and
+// where memory is short the one before goes back. Nothing waits but the caller's stream, on events.
 //
 // Where managed memory cannot be used by host and device at once, the state lives in pinned memory of the host, and
 // three stretches of device memory are its ring: one is filled, one updated, one copied back.
@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "qlora_native/adamw.h"
+#include "qlora_native/optimizer.h"
 
 namespace qlora_native {
 
@@ -22,6 +22,7 @@ class Driver;
 struct PagedState {
   std::int64_t elements = 0;
   bool in_8_bits = true;  // else fp32, without absmax
+  Algorithm algorithm = Algorithm::adamw;
 };
 
 struct PagedOptions {
@@ -51,8 +52,9 @@ class QLN_API PagedArena {
 
   std::byte* data() const;  // host and device reach it; whatever was asked of the device must be done first
   std::size_t bytes() const;
-  // Puts pointers to the state of states[index] into `tensor`: state1, state2, absmax1 and absmax2.
-  void place(std::size_t index, AdamW8bitTensor& tensor) const;
+  // Puts pointers to the state of states[index] into `tensor`; what it has not is null there. Of ademamix the second
+  // and the third moment lie as bitsandbytes keeps them: state3 is state1 + elements, absmax3 absmax1 + blocks.
+  void place(std::size_t index, Optimizer8bitTensor& tensor) const;
   PagedStats stats();  // waits for nothing; not while a step is being issued
 
   class Impl;

@@ -324,7 +324,7 @@ const Backend& reference_backend() {
       .linear_forward = reference::linear_forward,
       .linear_backward_input = reference::linear_backward_input,
       .lora_gradients = reference::lora_gradients,
-      .adamw_8bit_step = reference::adamw_8bit_step,
+      .optimizer_8bit_step = reference::optimizer_8bit_step,
   };
   return backend;
 }

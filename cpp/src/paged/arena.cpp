@@ -20,9 +20,9 @@ constexpr std::size_t kSlots = 3;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-std::int64_t piece_of(std::int64_t elements, std::size_t element_bytes, std::size_t stretch_bytes) {
-  const auto block = static_cast<std::size_t>(kAdamW8bitBlocksize);
-  const std::size_t blocks = std::max<std::size_t>(stretch_bytes / (2 * element_bytes * block), 1);
+std::int64_t piece_of(std::int64_t elements, std::size_t bytes_of_element, std::size_t stretch_bytes) {
+  const auto block = static_cast<std::size_t>(kOptimizer8bitBlocksize);
+  const std::size_t blocks = std::max<std::size_t>(stretch_bytes / (bytes_of_element * block), 1);
   return std::min(elements, static_cast<std::int64_t>(blocks * block));
 }
 
@@ -45,23 +45,31 @@ std::size_t PagedArena::Impl::array(std::size_t bytes, std::size_t alignment) {
 void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes) {
   bool is_open = false;  // the last stretch, for more parameters
   for (const PagedState& state : states) {
-    Entry entry{.elements = state.elements, .element_bytes = state.in_8_bits ? sizeof(std::uint8_t) : sizeof(float)};
-    entry.piece = piece_of(entry.elements, entry.element_bytes, stretch_bytes);
+    Entry entry{.elements = state.elements,
+                .element_bytes = state.in_8_bits ? sizeof(std::uint8_t) : sizeof(float),
+                .moments = moments_of(state.algorithm)};
+    const auto moments = static_cast<std::size_t>(entry.moments);
+    entry.piece = piece_of(entry.elements, moments * entry.element_bytes, stretch_bytes);
     const std::size_t state_bytes = entry.state_bytes(entry.elements),
                       absmax_bytes = entry.absmax_bytes(entry.elements);
     const bool is_whole = entry.piece == entry.elements;
-    const std::size_t bytes = 2 * (round_up(state_bytes, kAlignment) + round_up(absmax_bytes, kAlignment));
+    const std::size_t bytes = moments * (round_up(state_bytes, kAlignment) + round_up(absmax_bytes, kAlignment));
     if (is_whole && is_open && bytes_ + bytes - stretches_.back().ranges[0].begin > stretch_bytes) is_open = false;
     if (!is_whole) is_open = false;
     const std::size_t between = is_whole ? kAlignment : kPage;
-    entry.state1 = array(state_bytes, is_whole && is_open ? kAlignment : kPage);
-    entry.state2 = array(state_bytes, between);
+    // The third moment follows the first in its array. (Where that is cut, its stretches share blocks of managed
+    // memory.)
+    const std::size_t of_first = moments == 3 ? 2 : 1;
+    entry.state[0] = array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
+    entry.state[2] = entry.state[0] + state_bytes;
+    if (moments > 1) entry.state[1] = array(state_bytes, between);
     if (entry.in_8_bits()) {
-      entry.absmax1 = array(absmax_bytes, between);
-      entry.absmax2 = array(absmax_bytes, between);
+      entry.absmax[0] = array(of_first * absmax_bytes, between);
+      entry.absmax[2] = entry.absmax[0] + absmax_bytes;
+      if (moments > 1) entry.absmax[1] = array(absmax_bytes, between);
     }
     if (is_whole) {
-      if (!is_open) stretches_.push_back({.ranges = {{entry.state1, entry.state1}}});
+      if (!is_open) stretches_.push_back({.ranges = {{entry.state[0], entry.state[0]}}});
       is_open = true;
       stretches_.back().ranges[0].end = bytes_;
       entry.first_stretch = stretches_.size() - 1;
@@ -70,12 +78,13 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
       for (std::int64_t first = 0; first < entry.elements; first += entry.piece) {
         const std::int64_t end = std::min(first + entry.piece, entry.elements);
         Stretch stretch;
-        for (const std::size_t at : {entry.state1, entry.state2}) {
+        for (int k = 0; k < entry.moments; ++k) {
+          const std::size_t at = entry.state[k];
           stretch.ranges.push_back({at + entry.state_bytes(first), at + entry.state_bytes(end)});
         }
-        for (const std::size_t at : {entry.absmax1, entry.absmax2}) {
-          if (entry.in_8_bits())
-            stretch.ranges.push_back({at + entry.absmax_bytes(first), at + entry.absmax_bytes(end)});
+        for (int k = 0; k < entry.moments && entry.in_8_bits(); ++k) {
+          const std::size_t at = entry.absmax[k];
+          stretch.ranges.push_back({at + entry.absmax_bytes(first), at + entry.absmax_bytes(end)});
         }
         stretches_.push_back(std::move(stretch));
       }
@@ -152,17 +161,20 @@ PagedArena::Impl* PagedArena::Impl::find(const void* state) {
 
 // The state that lies where this tensor's does, if that is one of the arena's: else it is someone's own use of the
 // memory, which a kernel reaches too, only slower.
-const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const AdamW8bitTensor& tensor) const {
+const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const Optimizer8bitTensor& tensor,
+                                                          Algorithm algorithm) const {
   const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(tensor.state1) - data_);
   auto found = std::upper_bound(entries_.begin(), entries_.end(), offset,
-                                [](std::size_t at, const Entry& entry) { return at < entry.state1; });
+                                [](std::size_t at, const Entry& entry) { return at < entry.state[0]; });
   if (found == entries_.begin()) return nullptr;
   const Entry& entry = *--found;
   const bool in_8_bits = tensor.absmax1 != nullptr;
-  const auto is_at = [&](const void* p, std::size_t at) { return p == data_ + at; };
-  const bool is_its = entry.elements == tensor.elements && entry.in_8_bits() == in_8_bits &&
-                      is_at(tensor.state1, entry.state1) && is_at(tensor.state2, entry.state2) &&
-                      (!in_8_bits || (is_at(tensor.absmax1, entry.absmax1) && is_at(tensor.absmax2, entry.absmax2)));
+  bool is_its =
+      entry.elements == tensor.elements && entry.in_8_bits() == in_8_bits && entry.moments == moments_of(algorithm);
+  for (int k = 0; k < entry.moments; ++k) {
+    is_its &= state_of(tensor, k) == data_ + entry.state[k];
+    if (is_its && in_8_bits) is_its = reinterpret_cast<std::byte*>(absmax_of(tensor, k)) == data_ + entry.absmax[k];
+  }
   return is_its ? &entry : nullptr;
 }
 
@@ -301,12 +313,13 @@ std::byte* PagedArena::data() const { return impl_->data(); }
 std::size_t PagedArena::bytes() const { return impl_->bytes(); }
 PagedStats PagedArena::stats() { return impl_->stats(); }
 
-void PagedArena::place(std::size_t index, AdamW8bitTensor& tensor) const {
+void PagedArena::place(std::size_t index, Optimizer8bitTensor& tensor) const {
   const Impl::Entry& entry = impl_->entry(index);
-  tensor.state1 = data() + entry.state1;
-  tensor.state2 = data() + entry.state2;
-  tensor.absmax1 = entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax1) : nullptr;
-  tensor.absmax2 = entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax2) : nullptr;
+  for (int k = 0; k < kMostMoments; ++k) {
+    const bool is_there = k < entry.moments;
+    state_of(tensor, k) = is_there ? data() + entry.state[k] : nullptr;
+    absmax_of(tensor, k) = is_there && entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax[k]) : nullptr;
+  }
 }
 
 }  // namespace qlora_native

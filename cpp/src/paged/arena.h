@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/layout.h"
+#include "common/optimizer.h"
 #include "paged/driver.h"
 #include "qlora_native/paged.h"
 
@@ -20,11 +21,12 @@ class PagedArena::Impl {
     std::int64_t piece;         // elements in each of its stretches, but the last
     std::size_t first_stretch;  // shared with others where one piece is all
     std::size_t element_bytes;
-    std::size_t state1, state2, absmax1, absmax2;  // offsets
+    int moments;
+    std::size_t state[kMostMoments], absmax[kMostMoments];  // offsets
     bool in_8_bits() const { return element_bytes == 1; }
     std::size_t state_bytes(std::int64_t count) const { return static_cast<std::size_t>(count) * element_bytes; }
     std::size_t absmax_bytes(std::int64_t count) const {
-      return in_8_bits() ? static_cast<std::size_t>(ceil_div(count, kAdamW8bitBlocksize)) * sizeof(float) : 0;
+      return in_8_bits() ? static_cast<std::size_t>(ceil_div(count, kOptimizer8bitBlocksize)) * sizeof(float) : 0;
     }
   };
 
@@ -37,7 +39,7 @@ class PagedArena::Impl {
   std::byte* data() const { return data_; }
   std::size_t bytes() const { return bytes_; }
   const Entry& entry(std::size_t index) const { return entries_[index]; }
-  const Entry* entry_of(const AdamW8bitTensor& tensor) const;
+  const Entry* entry_of(const Optimizer8bitTensor& tensor, Algorithm algorithm) const;
   Driver& driver() const { return *driver_; }
   PagedStats stats();
 

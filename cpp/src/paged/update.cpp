@@ -16,31 +16,31 @@ constexpr std::size_t kSpareBytes = std::size_t{512} << 20;
 
 }  // namespace
 
-AdamW8bitTensor stretch_of(const AdamW8bitTensor& tensor, std::int64_t first, std::int64_t elements) {
+Optimizer8bitTensor stretch_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t elements) {
   const bool in_8_bits = tensor.absmax1 != nullptr;
   const std::size_t state_bytes = in_8_bits ? sizeof(std::uint8_t) : sizeof(float);
   const auto at = [first](auto* p, std::size_t bytes) { return p + static_cast<std::size_t>(first) * bytes; };
-  AdamW8bitTensor stretch = tensor;
+  Optimizer8bitTensor stretch = tensor;
   stretch.elements = elements;
   stretch.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
   stretch.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
-  stretch.state1 = at(static_cast<std::byte*>(tensor.state1), state_bytes);
-  stretch.state2 = at(static_cast<std::byte*>(tensor.state2), state_bytes);
-  if (in_8_bits) {
-    stretch.absmax1 += first / kAdamW8bitBlocksize;
-    stretch.absmax2 += first / kAdamW8bitBlocksize;
+  for (int k = 0; k < kMostMoments; ++k) {
+    if (state_of(tensor, k) != nullptr) {
+      state_of(stretch, k) = at(static_cast<std::byte*>(state_of(tensor, k)), state_bytes);
+    }
+    if (absmax_of(tensor, k) != nullptr) absmax_of(stretch, k) += first / kOptimizer8bitBlocksize;
   }
   return stretch;
 }
 
-PagedUpdate::PagedUpdate(const AdamW8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
+PagedUpdate::PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
   std::vector<UpdatePart> others;
   std::optional<bool> captured;  // into a graph: nothing is asked for, kernels reach the state wherever it is
   std::map<std::pair<PagedArena::Impl*, std::size_t>, std::size_t> visit_of;
   for (std::int64_t i = 0; i < args.count; ++i) {
-    const AdamW8bitTensor& tensor = args.tensors[i];
+    const Optimizer8bitTensor& tensor = args.tensors[i];
     PagedArena::Impl* const arena = tensor.elements > 0 ? PagedArena::Impl::find(tensor.state1) : nullptr;
-    const PagedArena::Impl::Entry* const entry = arena != nullptr ? arena->entry_of(tensor) : nullptr;
+    const PagedArena::Impl::Entry* const entry = arena != nullptr ? arena->entry_of(tensor, args.algorithm) : nullptr;
     if (entry != nullptr && !captured) captured = arena->driver().is_capturing(stream_);
     if (entry == nullptr || *captured) {
       others.push_back({tensor, i});
@@ -78,12 +78,13 @@ void PagedUpdate::before(std::size_t i) {
   if (visit.arena == nullptr) return;
   visit.arena->enter(visit.stretch, stream_);
   for (UpdatePart& part : visit.parts) {
-    AdamW8bitTensor& tensor = part.tensor;
-    tensor.state1 = visit.arena->resident(visit.stretch, tensor.state1);
-    tensor.state2 = visit.arena->resident(visit.stretch, tensor.state2);
-    if (tensor.absmax1 == nullptr) continue;
-    tensor.absmax1 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax1));
-    tensor.absmax2 = static_cast<float*>(visit.arena->resident(visit.stretch, tensor.absmax2));
+    Optimizer8bitTensor& tensor = part.tensor;
+    for (int k = 0; k < kMostMoments; ++k) {
+      void*& state = state_of(tensor, k);
+      float*& absmax = absmax_of(tensor, k);
+      if (state != nullptr) state = visit.arena->resident(visit.stretch, state);
+      if (absmax != nullptr) absmax = static_cast<float*>(visit.arena->resident(visit.stretch, absmax));
+    }
   }
 }
 

@@ -1,4 +1,5 @@
-// The update of adamw_8bit_step where some state lies in a PagedArena: what is updated when, and what moves meanwhile.
+// The update of optimizer_8bit_step where some state lies in a PagedArena: what is updated when, and what moves
+// meanwhile.
 #pragma once
 
 #include <vector>
@@ -9,17 +10,17 @@ namespace qlora_native {
 
 // A tensor of a step, or a piece of one: whole blocks, and all up to its end.
 struct UpdatePart {
-  AdamW8bitTensor tensor;  // where a kernel finds them
-  std::int64_t index;      // which one of AdamW8bitArgs::tensors
+  Optimizer8bitTensor tensor;  // where a kernel finds them
+  std::int64_t index;          // which one of Optimizer8bitArgs::tensors
 };
 
 // Elements [first, first + elements) of a tensor; first is a multiple of the blocksize.
-AdamW8bitTensor stretch_of(const AdamW8bitTensor& tensor, std::int64_t first, std::int64_t elements);
+Optimizer8bitTensor stretch_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t elements);
 
 class PagedUpdate {
  public:
   // Asks for the first stretch, so that it comes while the gradients are looked at.
-  PagedUpdate(const AdamW8bitArgs& args, const Stream& stream);
+  PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream);
 
   // launch(parts) puts the update of some parts into the stream; all calls together cover every tensor once. First come
   // those that are not paged, together.

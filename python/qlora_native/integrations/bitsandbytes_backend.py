@@ -299,7 +299,7 @@ def _step(
     before = torch.tensor(step - 1, dtype=torch.int64, device=p.device)
     scale = None if gnorm_scale == 1.0 else torch.tensor(gnorm_scale, dtype=torch.float32, device=p.device)
     groups = ([value] for value in options)
-    _ops.adamw_8bit_step(
-        [p], [g], [state1], [state2], absmax1, absmax2, [before], [1], *groups, scale, None, skipped, [], []
+    _ops.optimizer_8bit_step(
+        "adamw", [p], [g], [state1], [state2], absmax1, absmax2, [before], [1], *groups, scale, None, skipped, [], []
     )  # fmt: skip
     return not skipped

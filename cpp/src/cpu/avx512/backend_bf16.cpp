@@ -1,4 +1,5 @@
-// The backend for AVX-512 with BF16 and VBMI: bfloat16 products in pairs, AdamW's tables as bytes, the rest as without.
+// The backend for AVX-512 with BF16 and VBMI: bfloat16 products in pairs, the optimizer's tables as bytes, the rest as
+// without.
 #include "cpu/isa.h"
 
 #include "cpu/avx512/table_vbmi.h"
@@ -13,7 +14,7 @@ namespace qlora_native {
 const Backend& avx512_bf16_backend() {
   static const Backend backend = [] {
     Backend with_pairs = with_bf16_products<avx512_backend>();
-    with_pairs.adamw_8bit_step = adamw_step;
+    with_pairs.optimizer_8bit_step = optimizer_step;
     return with_pairs;
   }();
   return backend;

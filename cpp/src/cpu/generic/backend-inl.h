@@ -4,6 +4,6 @@
 #pragma once
 
 #include "backend.h"
-#include "cpu/generic/adamw-inl.h"
 #include "cpu/generic/linear-inl.h"
+#include "cpu/generic/optimizer-inl.h"
 #include "cpu/generic/quantize-inl.h"

@@ -17,7 +17,7 @@ void lora_gradients_f32(const LoraGradientsArgs& args, const Stream&) {
 }
 
 constexpr Backend kBackendF32{quantize_weight,           quantize_scales,    dequantize_weight, linear_forward_f32,
-                              linear_backward_input_f32, lora_gradients_f32, adamw_step};
+                              linear_backward_input_f32, lora_gradients_f32, optimizer_step};
 
 }  // namespace
 }  // namespace qlora_native

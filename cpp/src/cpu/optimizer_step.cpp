@@ -1,4 +1,4 @@
-#include "cpu/adamw_step.h"
+#include "cpu/optimizer_step.h"
 
 #include <algorithm>
 #include <atomic>
@@ -12,15 +12,15 @@ namespace {
 
 // Elements of a task: its 16 bytes an element are a quarter of a megabyte, so that thousands of small tensors share
 // few tasks and one large tensor makes enough of them for any number of threads.
-constexpr std::int64_t kTaskElements = 64 * kAdamW8bitBlocksize;
+constexpr std::int64_t kTaskElements = 64 * kOptimizer8bitBlocksize;
 
 // The tensors one behind the other, each beginning a new block; cut into tasks of kTaskElements.
 class Tasks {
  public:
-  explicit Tasks(const AdamW8bitArgs& args) : args_(args), begin_(static_cast<std::size_t>(args.count) + 1) {
+  explicit Tasks(const Optimizer8bitArgs& args) : args_(args), begin_(static_cast<std::size_t>(args.count) + 1) {
     for (std::int64_t i = 0; i < args.count; ++i) {
-      const std::int64_t blocks = ceil_div(args.tensors[i].elements, kAdamW8bitBlocksize);
-      begin_[static_cast<std::size_t>(i) + 1] = begin_[static_cast<std::size_t>(i)] + blocks * kAdamW8bitBlocksize;
+      const std::int64_t blocks = ceil_div(args.tensors[i].elements, kOptimizer8bitBlocksize);
+      begin_[static_cast<std::size_t>(i) + 1] = begin_[static_cast<std::size_t>(i)] + blocks * kOptimizer8bitBlocksize;
     }
   }
 
@@ -34,26 +34,26 @@ class Tasks {
     auto next = std::upper_bound(begin_.begin(), begin_.end(), at);  // where the tensor after this one begins
     for (; at < end; at = *next++) {
       const std::int64_t index = next - begin_.begin() - 1;
-      const AdamW8bitTensor& tensor = args_.tensors[index];
+      const Optimizer8bitTensor& tensor = args_.tensors[index];
       const std::int64_t begin = begin_[static_cast<std::size_t>(index)];
-      f(index, AdamWStretch{&tensor, at - begin, std::min(std::min(end, *next) - begin, tensor.elements)});
+      f(index, OptimizerStretch{&tensor, at - begin, std::min(std::min(end, *next) - begin, tensor.elements)});
     }
   }
 
  private:
-  const AdamW8bitArgs& args_;
+  const Optimizer8bitArgs& args_;
   std::vector<std::int64_t> begin_;
 };
 
 }  // namespace
 
-void adamw_8bit_step(const AdamW8bitArgs& args, const AdamWKernels& kernels) {
+void optimizer_8bit_step(const Optimizer8bitArgs& args, const OptimizerKernels& kernels) {
   const float inv_scale = args.inv_scale != nullptr ? *args.inv_scale : 1.0f;
   const Tasks tasks(args);
   std::atomic<bool> usable{args.found_inf == nullptr || *args.found_inf == 0.0f};
   if (usable) {
     parallel_for(tasks.count(), [&](std::int64_t task) {
-      tasks.run(task, [&](std::int64_t, const AdamWStretch& stretch) {
+      tasks.run(task, [&](std::int64_t, const OptimizerStretch& stretch) {
         if (!kernels.is_usable(stretch, inv_scale)) usable.store(false, std::memory_order_relaxed);
       });
     });
@@ -62,15 +62,17 @@ void adamw_8bit_step(const AdamW8bitArgs& args, const AdamWKernels& kernels) {
     ++*args.skipped;
     return;
   }
-  std::vector<AdamWCoefficients> coefficients(static_cast<std::size_t>(args.count));
-  for (std::int64_t i = 0; i < args.count; ++i) {
-    const AdamW8bitTensor& tensor = args.tensors[i];
-    coefficients[static_cast<std::size_t>(i)] =
-        adamw_coefficients(args.groups[tensor.group], ++*tensor.step, inv_scale);
-  }
+  std::vector<StepCoefficients> coefficients(static_cast<std::size_t>(args.count));
+  with_rule(args.algorithm, [&]<class Rule>() {
+    for (std::int64_t i = 0; i < args.count; ++i) {
+      const Optimizer8bitTensor& tensor = args.tensors[i];
+      coefficients[static_cast<std::size_t>(i)] =
+          Rule::coefficients(args.groups[tensor.group], ++*tensor.step, inv_scale);
+    }
+  });
   parallel_for(tasks.count(), [&](std::int64_t task) {
-    tasks.run(task, [&](std::int64_t index, const AdamWStretch& stretch) {
-      kernels.update(stretch, coefficients[static_cast<std::size_t>(index)]);
+    tasks.run(task, [&](std::int64_t index, const OptimizerStretch& stretch) {
+      kernels.update(args.algorithm, stretch, coefficients[static_cast<std::size_t>(index)]);
     });
   });
 }

@@ -1,4 +1,4 @@
-// A dynamic map's quantizer for AdamW's moments: CodeSums.
+// A dynamic map's quantizer for the moments of an optimizer: CodeSums.
 #pragma once
 
 #include "common/codebook.h"

@@ -1,5 +1,5 @@
-// adamw_8bit_step: two launches for hundreds of tensors. In look_kernel every gradient is looked at, because one that
-// is unusable anywhere stops the step everywhere, and a thread a tensor computes the coefficients of its step;
+// optimizer_8bit_step: two launches for hundreds of tensors. In look_kernel every gradient is looked at, because one
+// that is unusable anywhere stops the step everywhere, and a thread a tensor computes the coefficients of its step;
 // update_kernel then does the step, and counts it. (One launch would have to wait for all its own blocks in between,
 // and so could have no more of them than fit the device at once, of a kernel that needs four times the registers of a
 // look.)
@@ -15,8 +15,8 @@
 #include <map>
 #include <vector>
 
-#include "adamw/block.cuh"
 #include "operations.h"
+#include "optimizer/block.cuh"
 
 namespace qlora_native::QLN_CUDA {
 namespace {
@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kLookThreads = 256;
 
-template <class T>
+template <class T, class Rule>
 __global__ void __launch_bounds__(kLookThreads) look_kernel(const __grid_constant__ Looks looks) {
   const WholeStep& shared = looks.shared;
   const auto& list = looks.list;
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kLookThreads) look_kernel(const __grid_constan
        i += grid_blocks() * kLookThreads) {
     const LookItem& item = list.items[i];
     if (item.counter == nullptr) continue;
-    const AdamW8bitGroup& group = looks.groups[item.group];
+    const Optimizer8bitGroup& group = looks.groups[item.group];
     const std::int64_t count = *item.counter + 1;
-    shared.steps[item.tensor] = {adamw_coefficients(group, count, inv_scale), item.counter, count};
+    shared.steps[item.tensor] = {Rule::coefficients(group, count, inv_scale), item.counter, count};
     usable &= is_finite_size(lr_of(group));
   }
   each_block<kLookThreads>(list, 0, list.whole_blocks, [&](const LookItem& item, std::uint32_t block, bool, bool) {
@@ -61,59 +61,64 @@ __global__ void __launch_bounds__(kLookThreads) look_kernel(const __grid_constan
 
 // ---- the update ----
 
-constexpr int kUpdateThreads = 384, kUpdateBlocks = 2;  // of a multiprocessor
+// Blocks of a multiprocessor, and threads: registers for what a lane has of its eight elements.
+constexpr int kUpdateBlocks = 2;
+template <class Rule>
+constexpr int kUpdateThreads = Rule::kMoments <= 2 ? 384 : 256;
 
-template <class T>
-__global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
-    update_kernel(const __grid_constant__ Updates updates) {
+template <class T, class Rule>
+__global__ void __launch_bounds__(kUpdateThreads<Rule>, kUpdateBlocks)
+    update_kernel(const __grid_constant__ Updates<Rule> updates) {
+  constexpr int kThreads = kUpdateThreads<Rule>;
   const WholeStep& shared = updates.shared;
   const auto& list = updates.list;
-  const std::int64_t thread = block_index() * kUpdateThreads + thread_index();
+  const std::int64_t thread = block_index() * kThreads + thread_index();
   if (*shared.unusable != 0 || (shared.found_inf != nullptr && *shared.found_inf != 0.0f)) {
     if (thread == 0 && updates.skipped != nullptr) ++*updates.skipped;
     return;
   }
-  for (std::int64_t i = thread; i < updates.to_count; i += grid_blocks() * kUpdateThreads) {
+  for (std::int64_t i = thread; i < updates.to_count; i += grid_blocks() * kThreads) {
     *shared.steps[i].counter = shared.steps[i].count;
   }
   MomentTables& tables = *dynamic_smem<MomentTables>();
   constexpr int kWords = kVectorBytes / sizeof(std::uint32_t);
-  for (int i = thread_index(); i < static_cast<int>(sizeof(MomentTables) / kVectorBytes); i += kUpdateThreads) {
+  for (int i = thread_index(); i < static_cast<int>(kTableBytes<Rule> / kVectorBytes); i += kThreads) {
     const auto* const from = reinterpret_cast<const std::uint32_t*>(&kTables) + i * kWords;
     store_vector<std::uint32_t, kWords>(reinterpret_cast<std::uint32_t*>(&tables) + i * kWords,
                                         load_vector<std::uint32_t, kWords>(from));
   }
   sync_threads();
-  AdamWCoefficients c;
-  const auto get_coefficients = [&](const UpdateItem& item, bool is_new) {
+  StepCoefficients c;
+  const auto get_coefficients = [&](const UpdateItem<Rule>& item, bool is_new) {
     if (is_new) c = shared.steps[item.tensor].coefficients;
   };
-  each_block<kUpdateThreads>(list, 0, list.whole_blocks,
-                             [&](const UpdateItem& item, std::uint32_t block, bool is_last, bool is_new) {
-                               get_coefficients(item, is_new);
-                               update_8bit(Neighbours<T>(item, block, is_last), c, tables, block);
-                             });
-  each_block<kUpdateThreads>(list, list.whole_blocks, list.blocks,
-                             [&](const UpdateItem& item, std::uint32_t block, bool is_last, bool is_new) {
-                               get_coefficients(item, is_new);
-                               const Apart place(item, block, is_last);
-                               if (item.absmax1 != nullptr) {
-                                 update_8bit(place, c, tables, block);
-                               } else {
-                                 update_32bit(place, c);
-                               }
-                             });
+  each_block<kThreads>(list, 0, list.whole_blocks,
+                       [&](const UpdateItem<Rule>& item, std::uint32_t block, bool is_last, bool is_new) {
+                         get_coefficients(item, is_new);
+                         update_8bit<Rule>(Neighbours<T, Rule>(item, block, is_last), c, tables, block);
+                       });
+  each_block<kThreads>(list, list.whole_blocks, list.blocks,
+                       [&](const UpdateItem<Rule>& item, std::uint32_t block, bool is_last, bool is_new) {
+                         get_coefficients(item, is_new);
+                         const Apart<Rule> place(item, block, is_last);
+                         if (item.absmax[0] != nullptr) {
+                           update_8bit<Rule>(place, c, tables, block);
+                         } else {
+                           update_32bit(place, c);
+                         }
+                       });
 }
 
 // Counts, if no launch before has.
-template <class T>
-void launch_update(Updates& updates, const Stream& stream) {
-  constexpr std::int64_t kWarps = kUpdateThreads / kWarp;
+template <class T, class Rule>
+void launch_update(Updates<Rule>& updates, const Stream& stream) {
+  constexpr int kThreads = kUpdateThreads<Rule>;
+  constexpr std::int64_t kWarps = kThreads / kWarp;
   // No more than the device holds at once, so that a block fills its tables once; one, also where there is nothing.
   const std::int64_t most = kUpdateBlocks * multiprocessors(stream);
   const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(updates.list.blocks, kWarps), 1, most);
-  launch<update_kernel<T>>({.blocks = blocks, .threads = kUpdateThreads, .smem_bytes = sizeof(MomentTables)}, stream,
-                           updates);
+  launch<update_kernel<T, Rule>>({.blocks = blocks, .threads = kThreads, .smem_bytes = kTableBytes<Rule>}, stream,
+                                 updates);
   updates.to_count = 0;
   updates.skipped = nullptr;
 }
@@ -128,8 +133,8 @@ void each_dtype(const F& f) {
   }
 }
 
-template <class T>
-void look_at(const Pieces& pieces, const AdamW8bitGroup* groups, const WholeStep& shared, const Stream& stream) {
+template <class T, class Rule>
+void look_at(const Pieces& pieces, const Optimizer8bitGroup* groups, const WholeStep& shared, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
     Looks looks{.shared = shared, .groups = {}, .list = {}};
     std::map<int, std::uint8_t> places;  // of groups
@@ -148,39 +153,40 @@ void look_at(const Pieces& pieces, const AdamW8bitGroup* groups, const WholeStep
     }
     looks.list.end();
     const std::int64_t warps = std::max<std::int64_t>(looks.list.blocks, ceil_div(looks.list.count, kWarp));
-    launch<look_kernel<T>>(looping_grid(warps * kWarp, kLookThreads, stream), stream, looks);
+    launch<look_kernel<T, Rule>>(looping_grid(warps * kWarp, kLookThreads, stream), stream, looks);
   }
 }
 
 // Fills `updates`, its lists one after the other, and launches them.
-template <class T>
-void update(const Pieces& pieces, Updates& updates, const Stream& stream) {
+template <class T, class Rule>
+void update(const Pieces& pieces, Updates<Rule>& updates, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
     updates.list.count = updates.list.whole_blocks = updates.list.blocks = 0;
-    for (; next < pieces.size() && updates.list.count < kMostUpdates; ++next) {
+    for (; next < pieces.size() && updates.list.count < kMostUpdates<Rule>; ++next) {
       const auto& [tensor, index] = pieces[next].part;
-      updates.list.add({.param = tensor.param,
-                        .grad = tensor.grad,
-                        .state1 = tensor.state1,
-                        .state2 = tensor.state2,
-                        .absmax1 = tensor.absmax1,
-                        .absmax2 = tensor.absmax2,
-                        .tensor = static_cast<std::uint32_t>(index),
-                        .last = last_of(tensor),
-                        .param_dtype = static_cast<std::uint8_t>(tensor.param_dtype),
-                        .grad_dtype = static_cast<std::uint8_t>(tensor.grad_dtype)},
-                       ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
+      UpdateItem<Rule> item{.param = tensor.param,
+                            .grad = tensor.grad,
+                            .state = {},
+                            .absmax = {},
+                            .tensor = static_cast<std::uint32_t>(index),
+                            .last = last_of(tensor),
+                            .param_dtype = static_cast<std::uint8_t>(tensor.param_dtype),
+                            .grad_dtype = static_cast<std::uint8_t>(tensor.grad_dtype)};
+      for (int k = 0; k < Rule::kMoments; ++k) {
+        item.state[k] = state_of(tensor, k);
+        item.absmax[k] = absmax_of(tensor, k);
+      }
+      updates.list.add(item, ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
     }
     updates.list.end();
-    launch_update<T>(updates, stream);
+    launch_update<T, Rule>(updates, stream);
   }
 }
 
 bool is_vector_aligned(const void* p) { return is_aligned(p, kVectorBytes); }
 
-}  // namespace
-
-void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
+template <class Rule>
+void step(const Optimizer8bitArgs& args, const Stream& stream) {
   const std::size_t step_bytes = static_cast<std::size_t>(args.count) * sizeof(TensorStep);
   const Workspace workspace(step_bytes + sizeof(std::uint32_t), stream);
   const WholeStep shared{.inv_scale = args.inv_scale,
@@ -193,23 +199,31 @@ void adamw_8bit_step(const AdamW8bitArgs& args, const Stream& stream) {
   std::vector<UpdatePart> tensors;
   for (std::int64_t i = 0; i < args.count; ++i) tensors.push_back({args.tensors[i], i});
   each_dtype([&]<class T>(DType dtype) {
-    look_at<T>(pieces_of(tensors, &AdamW8bitTensor::grad_dtype, dtype,
-                         [](const AdamW8bitTensor& tensor) { return is_vector_aligned(tensor.grad); }),
-               args.groups, shared, stream);
+    look_at<T, Rule>(pieces_of(tensors, &Optimizer8bitTensor::grad_dtype, dtype,
+                               [](const Optimizer8bitTensor& tensor) { return is_vector_aligned(tensor.grad); }),
+                     args.groups, shared, stream);
   });
 
-  Updates updates{
+  Updates<Rule> updates{
       .shared = shared, .skipped = args.skipped, .to_count = static_cast<std::uint32_t>(args.count), .list = {}};
   paged.run([&](const std::vector<UpdatePart>& parts) {
     each_dtype([&]<class T>(DType dtype) {
-      const auto in_vectors = [](const AdamW8bitTensor& t) {
-        return t.absmax1 != nullptr && t.param_dtype == t.grad_dtype && is_vector_aligned(t.param) &&
-               is_vector_aligned(t.grad) && is_vector_aligned(t.state1) && is_vector_aligned(t.state2);
+      const auto in_vectors = [](const Optimizer8bitTensor& t) {
+        bool found = t.absmax1 != nullptr && t.param_dtype == t.grad_dtype && is_vector_aligned(t.param) &&
+                     is_vector_aligned(t.grad);
+        for (int k = 0; k < Rule::kMoments; ++k) found &= is_vector_aligned(state_of(t, k));
+        return found;
       };
-      update<T>(pieces_of(parts, &AdamW8bitTensor::param_dtype, dtype, in_vectors), updates, stream);
+      update<T, Rule>(pieces_of(parts, &Optimizer8bitTensor::param_dtype, dtype, in_vectors), updates, stream);
     });
   });
-  if (args.count == 0) launch_update<float>(updates, stream);  // a step of nothing may be skipped
+  if (args.count == 0) launch_update<float, Rule>(updates, stream);  // a step of nothing may be skipped
+}
+
+}  // namespace
+
+void optimizer_8bit_step(const Optimizer8bitArgs& args, const Stream& stream) {
+  with_rule(args.algorithm, [&]<class Rule>() { step<Rule>(args, stream); });
 }
 
 }  // namespace qlora_native::QLN_CUDA

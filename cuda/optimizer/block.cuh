@@ -1,27 +1,51 @@
-// AdamW's update of a block of 256 elements by a warp: `update_8bit` and, for moments in fp32, `update_32bit`.
+// An optimizer's update of a block of 256 elements by a warp: `update_8bit` and, for moments in fp32, `update_32bit`.
 #pragma once
 
-#include "adamw/code_sums.cuh"
-#include "adamw/plan.cuh"
-#include "common/adamw.h"
+#include "common/optimizer.h"
+#include "optimizer/code_sums.cuh"
+#include "optimizer/plan.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
-// In shared memory: lanes look up different entries, which constant memory would serve one after the other.
-struct alignas(kVectorBytes) MomentTables {
-  std::array<float, 256> levels1 = kDynamicMap, levels2 = kUnsignedDynamicMap;
-  CodeSums<true> sums1;
-  CodeSums<false> sums2;
+// What decodes and encodes moments of one dynamic map. In shared memory: lanes look up different entries, which
+// constant memory would serve one after the other.
+template <bool kSigned>
+struct alignas(kVectorBytes) MapTables {
+  std::array<float, 256> levels = kSigned ? kDynamicMap : kUnsignedDynamicMap;
+  CodeSums<kSigned> sums;
+};
+struct MomentTables {
+  MapTables<true> of_signed;
+  MapTables<false> of_unsigned;
+
+  template <int kMoment>
+  __device__ __forceinline__ const MapTables<is_signed(kMoment)>& of() const {
+    if constexpr (is_signed(kMoment))
+      return of_signed;
+    else
+      return of_unsigned;
+  }
 };
 __device__ const MomentTables kTables{};
+// What a rule needs of them.
+template <class Rule>
+constexpr std::size_t kTableBytes = Rule::kMoments == 1 ? sizeof(MapTables<true>) : sizeof(MomentTables);
+
+// f(k) for each moment of a rule; k is a constant.
+template <class Rule, class F>
+__device__ __forceinline__ void each_moment(const F& f) {
+  f(std::integral_constant<int, 0>());
+  if constexpr (Rule::kMoments > 1) f(std::integral_constant<int, 1>());
+  if constexpr (Rule::kMoments > 2) f(std::integral_constant<int, 2>());
+}
 
 // What a lane has of a block of 256, and where: eight neighbours, in vectors.
-template <class T>
+template <class T, class Rule>
 struct Neighbours {
-  const UpdateItem& item;
+  const UpdateItem<Rule>& item;
   std::int64_t first;
 
-  __device__ __forceinline__ Neighbours(const UpdateItem& item, std::uint32_t block, bool)
+  __device__ __forceinline__ Neighbours(const UpdateItem<Rule>& item, std::uint32_t block, bool)
       : item(item), first(std::int64_t{block} * kBlock + lane_index() * kEight) {}
   __device__ __forceinline__ void load_param(float (&to)[kEight]) const {
     load_eight_aligned_as_f32(static_cast<const T*>(item.param) + first, to);
@@ -47,12 +71,13 @@ struct Neighbours {
 };
 
 // The same of any block: every 32nd element, as far as there are any; the others are 0.
+template <class Rule>
 struct Apart {
-  const UpdateItem& item;
+  const UpdateItem<Rule>& item;
   std::int64_t first;
   int count;
 
-  __device__ __forceinline__ Apart(const UpdateItem& item, std::uint32_t block, bool is_last)
+  __device__ __forceinline__ Apart(const UpdateItem<Rule>& item, std::uint32_t block, bool is_last)
       : item(item),
         first(std::int64_t{block} * kBlock + lane_index()),
         count((is_last ? item.last : kBlock) - lane_index()) {}
@@ -107,57 +132,71 @@ __device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeSums<kSigne
   return words;
 }
 
-// The codes whose level is 0.
-constexpr std::uint8_t kZeroCode1 = 127, kZeroCode2 = 0;
-static_assert(kDynamicMap[kZeroCode1] == 0.0f && kUnsignedDynamicMap[kZeroCode2] == 0.0f);
+static_assert(kDynamicMap[zero_code(0)] == 0.0f && kUnsignedDynamicMap[zero_code(1)] == 0.0f);
 
-template <class Place>
-__device__ __forceinline__ void update_8bit(const Place& place, const AdamWCoefficients& c, const MomentTables& tables,
+template <class Rule, class Place>
+__device__ __forceinline__ void update_8bit(const Place& place, const StepCoefficients& c, const MomentTables& tables,
                                             std::uint32_t block) {
-  const UpdateItem& item = place.item;
-  const bool is_odd = lane_index() % 2 != 0;  // odd lanes do for the second moment what even ones do for the first
-  float* const absmax = (is_odd ? item.absmax2 : item.absmax1) + block;
-  const float decayed = *absmax * (is_odd ? c.beta2 : c.beta1);
-  const float decayed1 = shfl(decayed, 0), decayed2 = shfl(decayed, 1);
-  float param[kEight], grad[kEight], m[kEight], v[kEight];
+  constexpr int kMoments = Rule::kMoments;
+  const UpdateItem<Rule>& item = place.item;
+  // Each lane does for the scale of one moment what its neighbours do for the others'.
+  const int mine = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
+  float* const absmax = item.absmax[mine] + block;
+  const float scale = *absmax * Rule::kept(c, mine);
+  float kept[kMoments], param[kEight], grad[kEight], m[kMoments][kEight], most[kMoments] = {};
+#pragma unroll
+  for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
   place.load_param(param);
   place.load_grad(grad);
-  const Vector<std::uint32_t, 2> codes1 = place.load_codes(item.state1, kZeroCode1);
-  const Vector<std::uint32_t, 2> codes2 = place.load_codes(item.state2, kZeroCode2);
-  float most1 = 0.0f, most2 = 0.0f;
+  Vector<std::uint32_t, 2> codes[kMoments];
+#pragma unroll
+  for (int k = 0; k < kMoments; ++k) codes[k] = place.load_codes(item.state[k], zero_code(k));
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    m[i] = tables.levels1[byte_of(codes1.at[i / 4], i % 4)] * decayed1;
-    v[i] = tables.levels2[byte_of(codes2.at[i / 4], i % 4)] * decayed2;
-    param[i] = adamw_update(c, param[i], grad[i], m[i], v[i]);
-    most1 = fmaxf(most1, fabsf(m[i]));
-    most2 = fmaxf(most2, v[i]);
+    float moments[kMoments];
+    each_moment<Rule>(
+        [&](auto k) { moments[k()] = tables.of<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * kept[k()]; });
+    param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
+#pragma unroll
+    for (int k = 0; k < kMoments; ++k) {
+      m[k][i] = moments[k];
+      most[k] = fmaxf(most[k], is_signed(k) ? fabsf(moments[k]) : moments[k]);
+    }
   }
   place.store_param(param);
-  const auto bits1 = max_of_warp(std::bit_cast<std::uint32_t>(most1));
-  const auto bits2 = max_of_warp(std::bit_cast<std::uint32_t>(most2));
-  const auto most = std::bit_cast<float>(is_odd ? bits2 : bits1);
-  if (lane_index() < 2) *absmax = most;  // which all lanes have read before they met
-  const float inverse = inverse_absmax(most);
-  place.store_codes(item.state1, encode(tables.sums1, m, shfl(inverse, 0)));
-  place.store_codes(item.state2, encode(tables.sums2, v, shfl(inverse, 1)));
+  std::uint32_t bits[kMoments];
+#pragma unroll
+  for (int k = 0; k < kMoments; ++k) bits[k] = max_of_warp(std::bit_cast<std::uint32_t>(most[k]));
+  std::uint32_t its = bits[0];
+#pragma unroll
+  for (int k = 1; k < kMoments; ++k) its = mine == k ? bits[k] : its;
+  const auto largest = std::bit_cast<float>(its);
+  if (lane_index() < kMoments) *absmax = largest;  // which all lanes have read before they met
+  const float inverse = inverse_absmax(largest);
+  each_moment<Rule>(
+      [&](auto k) { place.store_codes(item.state[k()], encode(tables.of<k()>().sums, m[k()], shfl(inverse, k()))); });
 }
 
-__device__ __forceinline__ void update_32bit(const Apart& place, const AdamWCoefficients& c) {
-  const UpdateItem& item = place.item;
-  float param[kEight], grad[kEight], m[kEight], v[kEight];
+template <class Rule>
+__device__ __forceinline__ void update_32bit(const Apart<Rule>& place, const StepCoefficients& c) {
+  constexpr int kMoments = Rule::kMoments;
+  const UpdateItem<Rule>& item = place.item;
+  float param[kEight], grad[kEight], m[kMoments][kEight];
   place.load_param(param);
   place.load_grad(grad);
-  place.load(item.state1, DType::f32, m);
-  place.load(item.state2, DType::f32, v);
+#pragma unroll
+  for (int k = 0; k < kMoments; ++k) place.load(item.state[k], DType::f32, m[k]);
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    m[i] *= c.beta1;
-    v[i] *= c.beta2;
-    param[i] = adamw_update(c, param[i], grad[i], m[i], v[i]);
+    float moments[kMoments];
+#pragma unroll
+    for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::kept(c, k);
+    param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
+#pragma unroll
+    for (int k = 0; k < kMoments; ++k) m[k][i] = moments[k];
   }
-  place.store(item.state1, DType::f32, m);
-  place.store(item.state2, DType::f32, v);
+#pragma unroll
+  for (int k = 0; k < kMoments; ++k) place.store(item.state[k], DType::f32, m[k]);
   place.store_param(param);
 }
 

@@ -1,4 +1,4 @@
-// What the kernels of an AdamW8bit step take: tensors in pieces, pieces in lists, and which block is whose.
+// What the kernels of an optimizer's step take: tensors in pieces, pieces in lists, and which block is whose.
 #pragma once
 
 #include <algorithm>
@@ -6,19 +6,19 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/adamw.h"
 #include "common/layout.h"
+#include "common/optimizer.h"
 #include "device/elements.cuh"
 #include "paged/update.h"
 
 namespace qlora_native::QLN_CUDA {
 
-constexpr int kBlock = kAdamW8bitBlocksize;
+constexpr int kBlock = kOptimizer8bitBlocksize;
 static_assert(kBlock == kWarp * kEight);
 
 // What look_kernel makes of a tensor, and update_kernel needs.
 struct TensorStep {
-  AdamWCoefficients coefficients;
+  StepCoefficients coefficients;
   std::int64_t* counter;
   std::int64_t count;  // becomes *counter, unless the step is skipped
 };
@@ -58,29 +58,33 @@ struct LookItem {
 constexpr int kMostLooks = 1024, kMostGroups = 32;
 struct Looks {
   WholeStep shared;
-  AdamW8bitGroup groups[kMostGroups];
+  Optimizer8bitGroup groups[kMostGroups];
   BlockList<LookItem, kMostLooks> list;
 };
 
+template <class Rule>
 struct UpdateItem {
   void* param;
   const void* grad;
-  void *state1, *state2;
-  float *absmax1, *absmax2;
+  void* state[Rule::kMoments];
+  float* absmax[Rule::kMoments];
   std::uint32_t tensor;
   std::uint16_t last;
   std::uint8_t param_dtype, grad_dtype;
 };
-constexpr int kMostUpdates = 512;
+template <class Rule>
+constexpr int kMostUpdates = Rule::kMoments <= 2 ? 512 : 256;
+template <class Rule>
 struct Updates {
   WholeStep shared;
   std::int64_t* skipped;   // null: another launch counts
   std::uint32_t to_count;  // tensors
-  BlockList<UpdateItem, kMostUpdates> list;
+  BlockList<UpdateItem<Rule>, kMostUpdates<Rule>> list;
 };
 // What a kernel may have.
 constexpr std::size_t kParameterBytes = 32764;
-static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates) <= kParameterBytes);
+static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates<AdamW>) <= kParameterBytes &&
+              sizeof(Updates<Lion>) <= kParameterBytes && sizeof(Updates<AdEMAMix>) <= kParameterBytes);
 
 __device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
 
@@ -117,11 +121,11 @@ using Pieces = std::vector<Piece>;
 
 // The pieces of all parts that are of `dtype`, the whole ones first. in_vectors(tensor): whether vectors can reach it.
 template <class InVectors>
-Pieces pieces_of(const std::vector<UpdatePart>& parts, DType AdamW8bitTensor::* dtype_of, DType dtype,
+Pieces pieces_of(const std::vector<UpdatePart>& parts, DType Optimizer8bitTensor::* dtype_of, DType dtype,
                  const InVectors& in_vectors) {
   Pieces whole, rest;
   for (const UpdatePart& part : parts) {
-    const AdamW8bitTensor& tensor = part.tensor;
+    const Optimizer8bitTensor& tensor = part.tensor;
     if (tensor.*dtype_of != dtype) continue;
     const std::int64_t elements = in_vectors(tensor) ? tensor.elements / kBlock * kBlock : 0;
     if (elements > 0) whole.push_back({{stretch_of(tensor, 0, elements), part.index}, true});
@@ -133,7 +137,7 @@ Pieces pieces_of(const std::vector<UpdatePart>& parts, DType AdamW8bitTensor::* 
   return whole;
 }
 
-inline std::uint16_t last_of(const AdamW8bitTensor& tensor) {
+inline std::uint16_t last_of(const Optimizer8bitTensor& tensor) {
   return static_cast<std::uint16_t>(tensor.elements - (ceil_div(tensor.elements, kBlock) - 1) * kBlock);
 }
 

@@ -1,0 +1,194 @@
+// The arithmetic of the 8-bit optimizers (qlora_native/optimizer.h), one element and one tensor at a time: what every
+// backend must agree with.
+//
+// A rule is one algorithm. It says how many moments it has, what these are multiplied by when they are decoded, and how
+// an element moves; all around it (blocks, codes, lists of tensors, skipped steps, paging) is the same for every rule.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "common/host_device.h"
+#include "qlora_native/optimizer.h"
+
+namespace qlora_native {
+
+// Of the largest rule. Moments are counted from 0: moment 0 is state1, with its absmax1.
+constexpr int kMostMoments = 3;
+
+// Which dynamic map a moment has, whatever the rule: state2 alone is never negative.
+constexpr bool is_signed(int moment) { return moment != 1; }
+// The code whose level is 0.
+constexpr std::uint8_t zero_code(int moment) { return is_signed(moment) ? 127 : 0; }
+
+constexpr int moments_of(Algorithm algorithm) {
+  return algorithm == Algorithm::lion ? 1 : algorithm == Algorithm::adamw ? 2 : 3;
+}
+
+// The state of a moment, and its scales.
+QLN_HOST_DEVICE inline void*& state_of(Optimizer8bitTensor& tensor, int moment) {
+  return moment == 0 ? tensor.state1 : moment == 1 ? tensor.state2 : tensor.state3;
+}
+QLN_HOST_DEVICE inline void* state_of(const Optimizer8bitTensor& tensor, int moment) {
+  return moment == 0 ? tensor.state1 : moment == 1 ? tensor.state2 : tensor.state3;
+}
+QLN_HOST_DEVICE inline float*& absmax_of(Optimizer8bitTensor& tensor, int moment) {
+  return moment == 0 ? tensor.absmax1 : moment == 1 ? tensor.absmax2 : tensor.absmax3;
+}
+QLN_HOST_DEVICE inline float* absmax_of(const Optimizer8bitTensor& tensor, int moment) {
+  return moment == 0 ? tensor.absmax1 : moment == 1 ? tensor.absmax2 : tensor.absmax3;
+}
+
+// What a rule computes with where values are floats. An instruction set has one of its own for its vectors; operators
+// are the compiler's for both.
+struct FloatMath {
+  using Value = float;
+  QLN_HOST_DEVICE static float root(float x) { return std::sqrt(x); }
+  QLN_HOST_DEVICE static float sign(float x) { return static_cast<float>(x > 0.0f) - static_cast<float>(x < 0.0f); }
+};
+
+// The coefficients of one tensor's step, in every lane of a value. Each rule uses those that it needs.
+template <class Math>
+struct CoefficientsOf {
+  using Value = typename Math::Value;
+  Value inv_scale;     // of the gradient
+  Value beta1, grad1;  // grad: 1 - beta, what the gradient, or its square, counts in the moment
+  Value beta2, grad2;
+  Value decay;               // of the parameter: 1 - lr * weight_decay
+  Value step_size, eps;      // with both bias corrections, where there are any
+  Value beta3, grad3, slow;  // of the slow moment; slow: what it counts beside the fast one
+};
+using StepCoefficients = CoefficientsOf<FloatMath>;
+
+// |g * inv_scale| may be so large: the largest float whose square is finite.
+constexpr float kLargestGradient = 0x1.fffffep63f;
+
+// The learning rate of a group, where its memory can be read.
+QLN_HOST_DEVICE inline double lr_of(const Optimizer8bitGroup& group) {
+  return group.device_lr != nullptr ? double{*group.device_lr} : group.lr;
+}
+// A size: not NaN either.
+QLN_HOST_DEVICE inline bool is_finite_size(double value) { return value >= 0.0 && value <= 0x1.fffffffffffffp1023; }
+
+// Both bias corrections are in two coefficients:
+//
+//   lr * (m / c1) / (sqrt(v / c2) + eps) = step_size * (m / (sqrt(v) + sqrt(c2) * eps))    step_size = lr * sqrt(c2) /
+//   c1
+struct AdamW {
+  static constexpr int kMoments = 2;
+
+  // `step` is this one's, counted from 1.
+  QLN_HOST_DEVICE static StepCoefficients coefficients(const Optimizer8bitGroup& group, std::int64_t step,
+                                                       float inv_scale) {
+    const double t = static_cast<double>(step);
+    const double lr = lr_of(group);
+    const double correction1 = 1.0 - std::pow(group.beta1, t);
+    const double correction2 = std::sqrt(1.0 - std::pow(group.beta2, t));
+    return {
+        .inv_scale = inv_scale,
+        .beta1 = static_cast<float>(group.beta1),
+        .grad1 = static_cast<float>(1.0 - group.beta1),
+        .beta2 = static_cast<float>(group.beta2),
+        .grad2 = static_cast<float>(1.0 - group.beta2),
+        .decay = static_cast<float>(1.0 - lr * group.weight_decay),
+        .step_size = static_cast<float>(lr * correction2 / correction1),
+        .eps = static_cast<float>(group.eps * correction2),
+    };
+  }
+
+  // What a moment, or its scale, is multiplied by when it is decoded.
+  QLN_HOST_DEVICE static float kept(const StepCoefficients& c, int moment) { return moment == 1 ? c.beta2 : c.beta1; }
+
+  // The new value of a parameter. Its moments are given multiplied by `kept`, and updated.
+  template <class Math>
+  QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,
+                                                     typename Math::Value grad, typename Math::Value (&m)[kMoments]) {
+    const typename Math::Value g = grad * c.inv_scale;
+    m[0] = m[0] + g * c.grad1;
+    m[1] = m[1] + g * g * c.grad2;
+    return param * c.decay - c.step_size * (m[0] / (Math::root(m[1]) + c.eps));
+  }
+};
+
+// With alpha = 0 its bits are AdamW's. The slow moment has no bias correction; `slow` holds the fast one's:
+//
+//   m / c1 + alpha s = (m + slow * s) / c1                                                  slow = alpha * c1
+struct AdEMAMix {
+  static constexpr int kMoments = 3;
+
+  QLN_HOST_DEVICE static StepCoefficients coefficients(const Optimizer8bitGroup& group, std::int64_t step,
+                                                       float inv_scale) {
+    StepCoefficients c = AdamW::coefficients(group, step, inv_scale);
+    const double t = static_cast<double>(step);
+    const double alpha = t < group.t_alpha ? t / group.t_alpha * group.alpha : group.alpha;
+    c.slow = static_cast<float>(alpha * (1.0 - std::pow(group.beta1, t)));
+    double beta3 = group.beta3;
+    if (t < group.t_beta3) {
+      const double part = t / group.t_beta3, log1 = std::log(group.beta1), log3 = std::log(beta3);
+      beta3 = std::min(beta3, std::exp(log1 * log3 / ((1.0 - part) * log3 + part * log1)));
+    }
+    c.beta3 = static_cast<float>(beta3);
+    c.grad3 = static_cast<float>(1.0 - beta3);
+    return c;
+  }
+
+  QLN_HOST_DEVICE static float kept(const StepCoefficients& c, int moment) {
+    return moment == 1 ? c.beta2 : moment == 2 ? c.beta3 : c.beta1;
+  }
+
+  template <class Math>
+  QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,
+                                                     typename Math::Value grad, typename Math::Value (&m)[kMoments]) {
+    const typename Math::Value g = grad * c.inv_scale;
+    m[0] = m[0] + g * c.grad1;
+    m[1] = m[1] + g * g * c.grad2;
+    m[2] = m[2] + g * c.grad3;
+    return param * c.decay - c.step_size * ((m[0] + c.slow * m[2]) / (Math::root(m[1]) + c.eps));
+  }
+};
+
+struct Lion {
+  static constexpr int kMoments = 1;
+
+  QLN_HOST_DEVICE static StepCoefficients coefficients(const Optimizer8bitGroup& group, std::int64_t, float inv_scale) {
+    const double lr = lr_of(group);
+    return {
+        .inv_scale = inv_scale,
+        .beta1 = static_cast<float>(group.beta1),
+        .grad1 = static_cast<float>(1.0 - group.beta1),
+        .beta2 = static_cast<float>(group.beta2),
+        .grad2 = static_cast<float>(1.0 - group.beta2),
+        .decay = static_cast<float>(1.0 - lr * group.weight_decay),
+        .step_size = static_cast<float>(lr),
+    };
+  }
+
+  // The moment is needed as it is: beta1 is for the direction, beta2 for the moment itself.
+  QLN_HOST_DEVICE static float kept(const StepCoefficients&, int) { return 1.0f; }
+
+  template <class Math>
+  QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,
+                                                     typename Math::Value grad, typename Math::Value (&m)[kMoments]) {
+    const typename Math::Value g = grad * c.inv_scale;
+    const typename Math::Value direction = Math::sign(m[0] * c.beta1 + g * c.grad1);
+    m[0] = m[0] * c.beta2 + g * c.grad2;
+    return param * c.decay - c.step_size * direction;
+  }
+};
+
+// f.template operator()<Rule>() with the rule of an algorithm.
+template <class F>
+decltype(auto) with_rule(Algorithm algorithm, const F& f) {
+  switch (algorithm) {
+    case Algorithm::lion:
+      return f.template operator()<Lion>();
+    case Algorithm::ademamix:
+      return f.template operator()<AdEMAMix>();
+    case Algorithm::adamw:
+      break;
+  }
+  return f.template operator()<AdamW>();
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,22 @@
+// What the optimizers of every instruction set share: whether a step happens at all, and its cutting into tasks.
+// An instruction set brings two functions over a stretch of one tensor's blocks.
+#pragma once
+
+#include "common/optimizer.h"
+
+namespace qlora_native {
+
+// Elements [first, end) of `tensor`; first is a multiple of the blocksize.
+struct OptimizerStretch {
+  const Optimizer8bitTensor* tensor;
+  std::int64_t first, end;
+};
+
+struct OptimizerKernels {
+  bool (*is_usable)(const OptimizerStretch& stretch, float inv_scale);  // every gradient is at most kLargestGradient
+  void (*update)(Algorithm algorithm, const OptimizerStretch& stretch, const StepCoefficients& coefficients);
+};
+
+void optimizer_8bit_step(const Optimizer8bitArgs& args, const OptimizerKernels& kernels);
+
+}  // namespace qlora_native

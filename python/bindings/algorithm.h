@@ -1,0 +1,18 @@
+// The algorithms of the optimizer by the names that Python has for them.
+#pragma once
+
+#include <string>
+
+#include "qlora_native/error.h"
+#include "qlora_native/optimizer.h"
+
+namespace qlora_native {
+
+inline Algorithm algorithm_of(const std::string& name) {
+  if (name == "adamw") return Algorithm::adamw;
+  if (name == "lion") return Algorithm::lion;
+  check(name == "ademamix", "algorithm", "adamw, lion or ademamix", name);
+  return Algorithm::ademamix;
+}
+
+}  // namespace qlora_native

@@ -1,0 +1,467 @@
+"""Adam8bit, Lion8bit and AdEMAMix8bit: their arithmetic against float64, bitsandbytes' classes, and state dicts.
+
+What they share with AdamW8bit, its blocks and its skipped steps, is tested in test_adamw*.py; that every instruction
+set and the emulated GPU give the same bits, of each algorithm, in test_isas.py and test_emulated.py.
+"""
+
+import copy
+import io
+import itertools
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from test_adamw import ALGORITHMS, DTYPES, MAPS, OPTIONS, U32, check_moment, parameters, set_gradients
+from test_adamw_resume import assert_same
+from torch import nn
+
+import qlora_native as qn
+from qlora_native.testing import assert_close_by_norm, unit_roundoff
+
+BLOCKSIZE = 256
+CLASSES = {"AdamW8bit": 1e-2, "Adam8bit": 0.0, "Lion8bit": 0.0, "AdEMAMix8bit": 1e-2}  # and their weight_decay
+pytestmark = pytest.mark.filterwarnings("ignore:Paged.*8bit. no GPU")
+
+
+def peers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("bitsandbytes").optim
+
+
+# ---- one step against float64 ----------------------------------------------------------------------------------------
+
+
+def slots(state, count):
+    """(codes or values, absmax or None) of each moment; the slow one of AdEMAMix comes last."""
+    if count < 3:
+        return [(state[f"state{i + 1}"], state.get(f"absmax{i + 1}")) for i in range(count)]
+    scales = state.get("absmax1", (None, None))
+    fast, slow = ((state["state1"][i], scales[i]) for i in (0, 1))
+    return [fast, (state["state2"], state.get("absmax2")), slow]
+
+
+def decoded(state, count):
+    """The moments in float64."""
+    found = []
+    for i, (moment, scales) in enumerate(slots(state, count)):
+        if scales is not None:
+            scales = scales.double().repeat_interleave(BLOCKSIZE)[: moment.numel()]
+            moment = MAPS[i == 1].double()[moment.long()] * scales.view(moment.shape)
+        found.append(moment.double())
+    return found
+
+
+def lion(p, g, moments, t, lr, betas, weight_decay, **_):
+    """(parameter, moments, largest change of the parameter by roundings) after a step, in float64."""
+    (m,) = moments
+    direction = betas[0] * m + (1 - betas[0]) * g
+    # Four roundings may turn the sign.
+    uncertain = direction.abs() < 4 * U32 * (betas[0] * m.abs() + (1 - betas[0]) * g.abs())
+    new = p * (1 - lr * weight_decay) - lr * direction.sign()
+    return new, [betas[1] * m + (1 - betas[1]) * g], 2 * lr * uncertain + U32 * lr
+
+
+def ademamix(p, g, moments, t, lr, betas, weight_decay, eps, alpha, t_alpha=None, t_beta3=None, **_):
+    """The same, as the paper has it: algorithm 1, with the schedules of its section 3.2."""
+    m, v, slow = moments
+    beta1, beta2, beta3 = betas
+    if t_alpha:
+        alpha = min(t * alpha / t_alpha, alpha)
+    if t_beta3 and t < t_beta3:
+        log1, log3 = math.log(beta1), math.log(beta3)
+        beta3 = math.exp(log1 * log3 / ((1 - t / t_beta3) * log3 + t / t_beta3 * log1))
+
+    def update(m, v, slow):
+        return lr * (m / (1 - beta1**t) + alpha * slow) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+    sizes = [
+        beta1 * m.abs() + (1 - beta1) * g.abs(),
+        beta2 * v + (1 - beta2) * g * g,
+        beta3 * slow.abs() + (1 - beta3) * g.abs(),
+    ]
+    m, v, slow = beta1 * m + (1 - beta1) * g, sizes[1], beta3 * slow + (1 - beta3) * g
+    # As AdamW's twelve roundings of the update's terms, and four of the slow moment's.
+    return p * (1 - lr * weight_decay) - update(m, v, slow), [m, v, slow], 16 * U32 * update(*sizes)
+
+
+ORACLES = {qn.optim.Lion8bit: lion, qn.optim.AdEMAMix8bit: ademamix}
+
+
+def check_step(optimizer):
+    """Make a step, and compare parameters and moments with the oracle's from the same state, as test_adamw.py does."""
+    group, oracle = optimizer.param_groups[0], ORACLES[type(optimizer)]
+    count = sum(optimizer.algorithm.moments)
+    before = [(p.detach().double(), p.grad.double(), copy.deepcopy(optimizer.state[p])) for p in group["params"]]
+    optimizer.step()
+    for param, (p, g, state) in zip(group["params"], before, strict=True):
+        name = f"{param.numel()} elements, {param.dtype}"
+        moments = decoded(state, count) if state else [torch.zeros_like(p) for _ in range(count)]
+        t = int(state["step"]) + 1 if state else 1
+        exact, expected, roundings = oracle(p, g, moments, t, **group)
+        tolerance = U32 * 3 * p.abs() + roundings + torch.finfo(torch.float32).smallest_normal
+        if param.dtype != torch.float32:
+            tolerance += unit_roundoff(param.dtype) * exact.abs() + torch.finfo(param.dtype).smallest_normal
+        assert_close_by_norm(f"parameter of {name}", param.detach(), exact, tolerance)
+        new = optimizer.state[param]
+        assert int(new["step"]) == t
+        for i, (found, moment) in enumerate(zip(slots(new, count), expected, strict=True)):
+            terms = moment.abs() + moments[i].abs()  # both parts of the new one are at most so large
+            check_moment(f"moment {i} of {name}", *found, moment, terms, MAPS[i == 1])
+
+
+@pytest.mark.parametrize("grad", DTYPES, ids=str)
+@pytest.mark.parametrize("param", DTYPES, ids=str)
+@pytest.mark.parametrize("cls", ORACLES)
+def test_step_is_that_of_float64(cls, param, grad):
+    optimizer = cls(parameters(dtype=param), **ALGORITHMS[cls])
+    for seed in range(5):  # the schedules end after three
+        set_gradients(optimizer.param_groups[0]["params"], seed, grad)
+        check_step(optimizer)
+
+
+UNSCHEDULED = {"betas": (0.9, 0.99, 0.999), "alpha": 4.0, "t_alpha": None, "t_beta3": None}
+
+
+@pytest.mark.parametrize("options", [{}, {"t_alpha": 0}, {"t_alpha": 4}, {"t_beta3": 2.5}], ids=str)
+def test_schedule_of_ademamix_is_that_of_the_paper(options):
+    """None of either, one alone, and over a number of steps that is not whole."""
+    optimizer = qn.optim.AdEMAMix8bit(parameters(), **{**OPTIONS, **UNSCHEDULED, **options})
+    for seed in range(5):
+        set_gradients(optimizer.param_groups[0]["params"], seed)
+        check_step(optimizer)
+
+
+def test_beta3_below_beta1_is_had_at_once():
+    """As in bitsandbytes: the schedule is at most beta3."""
+    results = []
+    for t_beta3 in (None, 3):
+        options = {**OPTIONS, **UNSCHEDULED, "betas": (0.99, 0.9, 0.5), "t_beta3": t_beta3}
+        optimizer = qn.optim.AdEMAMix8bit(parameters(), **options)
+        for seed in range(5):
+            set_gradients(optimizer.param_groups[0]["params"], seed)
+            optimizer.step()
+        results.append([p.detach() for p in optimizer.state])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_is_adamw_with_another_default(weight_decay):
+    """As in bitsandbytes, whose Adam decouples its weight decay too."""
+    assert qn.optim.Adam8bit(parameters()).param_groups[0]["weight_decay"] == 0.0
+    states = []
+    for cls in (qn.optim.Adam8bit, qn.optim.AdamW8bit):
+        optimizer = cls(parameters(), **{**OPTIONS, "weight_decay": weight_decay})
+        for seed in range(3):
+            set_gradients(optimizer.param_groups[0]["params"], seed)
+            optimizer.step()
+        states.append(([p.detach() for p in optimizer.state], optimizer.state_dict()))
+    assert_same(*states)
+
+
+def test_ademamix_without_its_slow_moment_is_adamw():
+    results = []
+    for cls, more in (
+        (qn.optim.AdEMAMix8bit, {"betas": (*OPTIONS["betas"], 0.9), "alpha": 0.0}),
+        (qn.optim.AdamW8bit, {}),
+    ):
+        optimizer = cls(parameters(), **{**OPTIONS, **more})
+        for seed in range(4):
+            set_gradients(optimizer.param_groups[0]["params"], seed)
+            optimizer.step()
+        results.append([(p.detach(), state["state2"]) for p, state in optimizer.state.items()])
+    assert_same(*results)
+
+
+# ---- the state -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("min_8bit_size", [1, 10**6])
+def test_state_has_the_layout_of_bitsandbytes(min_8bit_size):
+    shapes = {"Lion8bit": {"state1": (3, 100), "absmax1": (2,)}}
+    shapes["AdamW8bit"] = shapes["Adam8bit"] = {**shapes["Lion8bit"], "state2": (3, 100), "absmax2": (2,)}
+    shapes["AdEMAMix8bit"] = {**shapes["AdamW8bit"], "state1": (2, 3, 100), "absmax1": (2, 2)}
+    for name, expected in shapes.items():
+        if min_8bit_size > 300:
+            expected = {key: shape for key, shape in expected.items() if key.startswith("state")}
+        param = nn.Parameter(torch.zeros(3, 100))
+        results = []
+        for module in (qn.optim, peers()):
+            optimizer = getattr(module, name)([param], min_8bit_size=min_8bit_size)
+            param.grad = torch.ones(3, 100)
+            optimizer.step()
+            state = optimizer.state[param]
+            results.append({k: (t.shape, t.dtype, t.is_contiguous()) for k, t in state.items() if k in expected})
+            assert {key for key in state if not key.startswith(("step", "qmap"))} == expected.keys()
+        assert {key: tuple(value[0]) for key, value in results[0].items()} == expected
+        assert results[0] == results[1]
+        assert qn.optim.__dict__[name]([param]).stats() == {"skipped_steps": 0, "state_bytes": 0}
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+# What its quantizer on the CPU misses, as in test_adamw.py.
+COARSE, MOST_COARSE, MOST_DIFFERENT = 2**-13, 0.01, 0.03
+SCHEDULES = {"t_alpha": 6, "t_beta3": 8, "alpha": 3.0}
+
+
+def pair(name, seed=0, lr=1e-2, **options):
+    """Our optimizer and bitsandbytes' over parameters of the same values, of which one keeps fp32 moments."""
+    params = [parameters((100, 4096, 5000), seed=seed) for _ in range(2)]
+    made = [
+        getattr(module, name)(own, lr=lr, **options) for module, own in zip((qn.optim, peers()), params, strict=True)
+    ]
+    return (*params, *made)
+
+
+def give(gradients, *params):
+    generator = torch.Generator().manual_seed(gradients)
+    values = [1e-3 * torch.randn(param.shape, generator=generator) for param in params[0]]
+    for own in params:
+        for param, value in zip(own, values, strict=True):
+            param.grad = value.clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adam8bit", {"weight_decay": 0.1}),
+        ("Lion8bit", {"weight_decay": 0.1}),
+        ("AdEMAMix8bit", {"betas": (0.9, 0.99, 0.999), "weight_decay": 0.1}),
+        ("AdEMAMix8bit", {"betas": (0.9, 0.99, 0.999), "weight_decay": 0.1, **SCHEDULES}),
+    ],
+    ids=str,
+)
+def test_step_is_that_of_bitsandbytes(name, options):
+    """From its state, each time: parameters up to roundings, and the codes that its CPU quantizer can tell apart."""
+    ours, theirs, optimizer, peer = pair(name, **options)
+    count = sum(optimizer.algorithm.moments)
+    for step in range(12):
+        with torch.no_grad():
+            for param, other in zip(ours, theirs, strict=True):
+                param.copy_(other)
+        give(step, ours, theirs)
+        if step > 0:
+            optimizer.load_state_dict(peer.state_dict())
+        before = [copy.deepcopy(optimizer.state[param]) for param in ours]
+        optimizer.step()
+        peer.step()
+        for param, other, state in zip(ours, theirs, before, strict=True):
+            rounding = U32 * (
+                4 * other.detach().abs() + 10 * optimizer.defaults["lr"] * (1 + options.get("alpha", 5.0))
+            )
+            if name == "Lion8bit":
+                moments = decoded(state, 1) if state else [torch.zeros(param.shape).double()]
+                _, _, turned = lion(param.detach(), param.grad.double(), moments, 0, **optimizer.param_groups[0])
+                rounding = rounding + turned
+            assert_close_by_norm("parameter", param.detach(), other.detach().double(), rounding)
+            found, expected = (slots(o.state[p], count) for o, p in ((optimizer, param), (peer, other)))
+            for i, ((codes, scales), (their_codes, their_scales)) in enumerate(zip(found, expected, strict=True)):
+                if scales is None:
+                    torch.testing.assert_close(codes, their_codes)
+                    continue
+                torch.testing.assert_close(scales, their_scales)
+                off = (codes.int() - their_codes.int()).abs()
+                fine = MAPS[i == 1][codes.long()].abs() >= COARSE
+                shares = (off > 1).float().mean(), off[fine].float().mean()
+                assert off[fine].max() <= 1, f"step {step}, moment {i}: {off[fine].max()} codes off"
+                assert shares[0] <= MOST_COARSE and shares[1] <= MOST_DIFFERENT, f"step {step}, moment {i}: {shares}"
+
+
+def through_a_file(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def train(params, optimizer, steps):
+    for step in steps:
+        give(step, params)
+        optimizer.step()
+
+
+def options_of(name):
+    return SCHEDULES if name == "AdEMAMix8bit" else {}
+
+
+@pytest.mark.parametrize("paged", ["", "Paged"])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_ours_continues_in_bitsandbytes(name, paged):
+    """It takes what we return and steps; from what it returns ours goes on with the bits of one that never left."""
+    name = paged + name
+    options = options_of(name.removeprefix("Paged"))
+    ours, theirs, optimizer, peer = pair(name, lr=torch.tensor(2.0**-7), **options)
+    train(ours, optimizer, range(5))
+    peer.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
+    for param, other in zip(ours, theirs, strict=True):
+        state, taken = optimizer.state[param], peer.state[other]
+        assert taken["step"] == 5 and type(taken["step"]) is int
+        for key in state.keys() - {"step"}:
+            assert torch.equal(state[key], taken[key]), key
+        other.data.copy_(param.data)
+    assert {key: peer.param_groups[0][key] for key in options} == options and peer.param_groups[0]["lr"] == 2.0**-7
+    twins, _, twin, _ = pair(name, **options)
+    twin.load_state_dict(through_a_file(peer.state_dict()))
+    for param, other in zip(twins, ours, strict=True):
+        param.data.copy_(other.data)
+    train(theirs, peer, [5])
+    assert not any(torch.equal(param, other) for param, other in zip(ours, theirs, strict=True))
+    train(twins, twin, range(5, 10))
+    train(ours, optimizer, range(5, 10))
+    assert_same([p.detach() for p in twins], [p.detach() for p in ours])
+    assert_same(twin.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("paged", ["", "Paged"])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_bitsandbytes_continues_in_ours(name, paged):
+    """We take what it returns and step; from what we return it goes on with the bits of one that never left."""
+    name = paged + name
+    options = options_of(name.removeprefix("Paged"))
+    ours, theirs, optimizer, peer = pair(name, lr=3e-3, **options)
+    train(theirs, peer, range(5))
+    optimizer.load_state_dict(through_a_file(peer.state_dict()))
+    for param, other in zip(ours, theirs, strict=True):
+        state, taken = peer.state[other], optimizer.state[param]
+        assert int(taken["step"]) == 5
+        assert taken.keys() == {key for key in state if not key.startswith("qmap")}
+        for key in taken.keys() - {"step"}:
+            assert taken[key].dtype == state[key].dtype and torch.equal(taken[key], state[key]), key
+    assert optimizer.param_groups[0]["lr"] == 3e-3
+    assert {key: optimizer.param_groups[0].get(key) for key in options} == options
+    _, twins, _, twin = pair(name, **options)
+    twin.load_state_dict(through_a_file(optimizer.to_bitsandbytes()))
+    for param, other in zip(twins, theirs, strict=True):
+        param.data.copy_(other.data)
+    train(ours, optimizer, [5])  # in place, which is not the peer's place
+    for own, each in ((theirs, peer), (twins, twin)):
+        train(own, each, range(5, 10))
+    assert_same([p.detach() for p in twins], [p.detach() for p in theirs])
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+SIZE = "expected a finite number >= 0, got "
+REFUSED = [
+    ("Lion8bit", {"betas": (0.9, 0.99, 0.999)}, TypeError, "betas: expected two numbers, got (0.9, 0.99, 0.999)"),
+    ("Lion8bit", {"betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
+    ("Lion8bit", {"eps": 1e-8}, TypeError, "eps: expected an argument of this optimizer, got another"),
+    ("Lion8bit", {"amsgrad": False}, TypeError, "amsgrad: expected an argument of this optimizer, got another"),
+    ("Lion8bit", {"weight_decay": -0.1}, ValueError, f"weight_decay: {SIZE}-0.1"),
+    ("Lion8bit", {"is_paged": True}, ValueError, "the other of Lion8bit and PagedLion8bit is meant"),
+    ("PagedLion8bit", {"is_paged": False}, ValueError, "is_paged: expected True, as this"),
+    ("Adam8bit", {"amsgrad": True}, ValueError, "amsgrad: expected False, as this optimizer"),
+    ("Adam8bit", {"is_paged": True}, ValueError, "the other of Adam8bit and PagedAdam8bit is meant"),
+    ("AdEMAMix8bit", {"betas": (0.9, 0.999)}, TypeError, "betas: expected three numbers, got (0.9, 0.999)"),
+    ("AdEMAMix8bit", {"betas": (0.9, 0.999, 1.0)}, ValueError, "betas: expected three numbers in [0, 1), got (0.9, 0."),
+    ("AdEMAMix8bit", {"alpha": -1.0}, ValueError, f"alpha: {SIZE}-1.0"),
+    ("AdEMAMix8bit", {"alpha": None}, TypeError, "alpha: expected a number, got NoneType"),
+    ("AdEMAMix8bit", {"t_alpha": -5}, ValueError, f"t_alpha: {SIZE}-5"),
+    ("AdEMAMix8bit", {"t_beta3": NAN}, ValueError, f"t_beta3: {SIZE}nan"),
+    ("AdEMAMix8bit", {"t_beta3": "x"}, TypeError, "t_beta3: expected a number, got str"),
+    ("AdEMAMix8bit", {"t_beta3": 9, "betas": (0.0, 0.9, 0.9)}, ValueError, "betas: expected the first and the third"),
+    ("AdEMAMix8bit", {"optim_bits": 8}, TypeError, "optim_bits: expected an argument of this optimizer, got another"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "error", "message"), REFUSED, ids=lambda value: str(value)[:50])
+def test_option_is_refused_by_name(name, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(qn.optim, name)(parameters((300,)), **options)
+    optimizer = getattr(qn.optim, name)(parameters((300,)))
+    if options.keys() <= optimizer.defaults.keys() - {"eps"}:
+        with pytest.raises(error, match=re.escape(message)):
+            optimizer.add_param_group({"params": parameters((300,)), **options})
+
+
+def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
+    old = {"args": None, "block_wise": True, "percentile_clipping": 100}
+    for paged in (False, True):
+        names = [("Paged" if paged else "") + name for name in CLASSES]
+        for name, arguments in zip(names, (old | {"amsgrad": False},) * 2 + (old, {}), strict=True):
+            getattr(qn.optim, name)(parameters((3,)), is_paged=paged, **arguments)
+
+
+def test_option_that_changes_later_is_refused_by_name():
+    optimizer = qn.optim.AdEMAMix8bit(parameters((300,)))
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    before = optimizer.param_groups[0]["params"][0].detach().clone()
+    for change, message in (
+        ({"alpha": -1.0}, f"groups[0].alpha: {SIZE}-1"),
+        ({"betas": (0.9, 0.999, 1.0)}, "groups[0].beta3: expected a number in [0, 1), got 1"),
+        (
+            {"betas": (0.0, 0.9, 0.9), "t_beta3": 5},
+            "groups[0].beta1: expected a number in (0, 1), as t_beta3 takes its",
+        ),
+        ({"t_alpha": NAN}, f"groups[0].t_alpha: {SIZE}nan"),
+    ):
+        kept = dict(optimizer.param_groups[0])
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer.step()
+        optimizer.param_groups[0].update(kept)
+    assert torch.equal(optimizer.param_groups[0]["params"][0], before)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), list(itertools.permutations(("AdamW8bit", "Lion8bit", "AdEMAMix8bit"), 2)), ids=str
+)
+@pytest.mark.parametrize("module", ["ours", "bitsandbytes"])
+def test_state_dict_of_another_algorithm_is_refused(name, other, module):
+    """Its groups lack an option, or its states are others."""
+    source = getattr(qn.optim if module == "ours" else peers(), other)(parameters((300, 5000)))
+    set_gradients(source.param_groups[0]["params"], 0)
+    source.step()
+    optimizer = getattr(qn.optim, name)(parameters((300, 5000)))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError), match=r"betas|param_groups|state\[0\]"):
+        optimizer.load_state_dict(source.state_dict())
+    assert_same(optimizer.state_dict(), before)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize("value", ["nan", "inf", "2e19"])
+def test_step_with_an_unusable_gradient_is_skipped(cls, value):
+    params = parameters((300, 257, 70_001))
+    optimizer = cls(params, **ALGORITHMS[cls])
+    set_gradients(params, 0)
+    optimizer.step()
+    expected = copy.deepcopy(([p.detach() for p in params], optimizer.state_dict()["state"]))
+    set_gradients(params, 1)
+    params[2].grad[-1] = float(value)
+    optimizer.step()
+    assert_same(([p.detach() for p in params], optimizer.state_dict()["state"]), expected)
+    assert optimizer.stats()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_loss_scale_and_learning_rate_in_memory_are_heeded(cls):
+    """Scales that are powers of two leave the bits as they are; a rate is read at each step."""
+    results = []
+    for scaled in (False, True):
+        params = parameters((300, 5000))
+        lr = torch.tensor(0.01171875) if scaled else 0.01171875  # exact in fp32
+        optimizer = cls(params, **{**ALGORITHMS[cls], "lr": lr})
+        for seed in range(3):
+            set_gradients(params, seed)
+            if scaled:
+                optimizer.grad_scale = torch.tensor(1024.0)
+                for param in params:
+                    param.grad *= 1024.0
+            optimizer.step()
+            if scaled:
+                lr *= 0.5
+            else:
+                optimizer.param_groups[0]["lr"] *= 0.5
+        results.append([p.detach() for p in params])
+    assert_same(*results)
