@@ -7,7 +7,7 @@
 #                 threads under ThreadSanitizer (half an hour on two cores)
 # make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target, chosen by libFuzzer (CXX=clang++) and atheris
 # make wheels     wheels that need no compiler, for PYTHONS="python3.11 python3.13": built for old systems, installed, tested
-#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for most of an hour on two cores)
+#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for much longer)
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -140,7 +140,7 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 # CUDAARCHS is for checks of every change; wheels are for every GPU.
 PYTHONS ?= $(PYTHON)
 wheels: $(stamp)-build $(stamp)-wheels
-	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) --torch $(foreach word,$(TORCH),'$(word)') $(ARGS)
+	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) --torch '$(TORCH)' $(ARGS)
 
 # Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
 sass: build-cpp $(stamp)-sass $(stamp)-test

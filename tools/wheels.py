@@ -33,6 +33,8 @@ LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 # A warning is an error where every change is checked, over the libraries that belong to the compiler.
 OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_layers.py", "test_docs.py")
+# Where there are a compiler and cmake, the C++ package too.
+PACKAGE_TESTS = ("test_package.py::test_wheel_holds_no_package",)
 # A product, then what is loaded: torch's OpenMP and no second one.
 PRODUCT = """
 import torch, qlora_native as qn
@@ -137,14 +139,17 @@ def build(python: str, kind: str) -> Path:
 
 
 def check_files(wheel: Path, kind: str) -> None:
-    """Its size is within the limit, and it brings no library but ours."""
+    """Its size is within the limit, it brings no library but ours, and its C++ package asks for no CUDA toolkit."""
     megabytes = wheel.stat().st_size / 1e6
     if megabytes > LIMITS[kind]:
         raise SystemExit(f"{wheel.name}: expected at most {LIMITS[kind]} MB, got {megabytes:.2f}")
     with zipfile.ZipFile(wheel) as archive:
+        targets = archive.read("qlora_native/lib/cmake/qlora_native/qlora_nativeTargets.cmake").decode()
         libraries = sorted(Path(name).name.split(".")[0] for name in archive.namelist() if ".so" in name)
     if libraries != ["_C", "libqlora_native", "libqlora_native_torch"]:
         raise SystemExit(f"{wheel.name}: expected the module, the library and the ops, got {libraries}")
+    if "CUDA::" in targets:
+        raise SystemExit(f"{wheel.name}: expected a C++ package that needs no CUDA toolkit, got {targets}")
 
 
 # ---- testing ---------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def test(python: str, kind: str, torch: list[str], system_torch: bool) -> dict[s
     pip = (interpreter, "-m", "pip", "install", "-q")
     if not system_torch:
         run(*pip, *torch)
-    run(*pip, f"{wheel}[bitsandbytes]", *requirements("test", "finetune"))
+    run(*pip, f"{wheel}[bitsandbytes]", *requirements("build", "test", "finetune"))
     emulated = subprocess.run(
         [str(interpreter), "-c", PRODUCT],
         env={**os.environ, "QLN_BACKEND": "cuda_emulated"},
@@ -170,7 +175,8 @@ def test(python: str, kind: str, torch: list[str], system_torch: bool) -> dict[s
         raise SystemExit(f"{wheel.name}: expected no emulator inside, got {emulated.stderr or emulated.stdout}")
     torch_version = run(interpreter, "-c", PRODUCT).split()[-1]  # after warnings
     began = time.monotonic()
-    shown = run(interpreter, "-m", "pytest", *(f"tests/{name}" for name in TESTS))
+    tests = (*TESTS, *(PACKAGE_TESTS if shutil.which("c++") else ()))
+    shown = run(interpreter, "-m", "pytest", *(f"tests/{name}" for name in tests))
     return {
         "kind": kind,
         "wheel": wheel.name,
@@ -223,7 +229,7 @@ def main() -> None:
     parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="an interpreter: python3.12, or a path")
     parser.add_argument("--cuda", action="store_true", help="wheels with the CUDA backend, by nvcc")
     parser.add_argument("--only", choices=["build", "test"], help="one half")
-    parser.add_argument("--torch", nargs="+", default=["torch>=2.10"], help="what pip is to install for the tests")
+    parser.add_argument("--torch", default="torch>=2.10", help="what pip is to install before the wheel, in words")
     parser.add_argument("--system-torch", action="store_true", help="test with the torch that PYTHON has")
     parser.add_argument("--output", action="store_true", help="write bench/results/wheels.json and .md")
     args = parser.parse_args()
@@ -234,7 +240,7 @@ def main() -> None:
             wheel = build(python, kind)
             print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
         if args.only != "build":
-            row = test(python, kind, args.torch, args.system_torch)
+            row = test(python, kind, args.torch.split(), args.system_torch)
             print(f"Python {row['Python']}, torch {row['torch']}: {row['result']}", flush=True)
             if args.output:
                 write([row])
