@@ -6,6 +6,8 @@
 # make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer, and the C++ tests with
 #                 threads under ThreadSanitizer (half an hour on two cores)
 # make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target, chosen by libFuzzer (CXX=clang++) and atheris
+# make wheels     wheels that need no compiler, for PYTHONS="python3.11 python3.13": built for old systems, installed, tested
+#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for much longer)
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting and style
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
@@ -34,8 +36,8 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz sass lint format bench \
-    clean distclean
+.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz wheels sass lint format \
+    bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -135,6 +137,11 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	    $(python) tests/fuzz/fuzz_python.py $$target --seconds $(FUZZ_SECONDS) $$guide; \
 	done
 
+# CUDAARCHS is for checks of every change; wheels are for every GPU.
+PYTHONS ?= $(PYTHON)
+wheels: $(stamp)-build $(stamp)-wheels
+	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) --torch '$(TORCH)' $(ARGS)
+
 # Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
 sass: build-cpp $(stamp)-sass $(stamp)-test
 	$(python) bench/sass.py $(ARGS)
@@ -189,6 +196,10 @@ $(stamp)-test: pyproject.toml $(stamp)-build
 
 $(stamp)-bench: pyproject.toml $(stamp)-build
 	$(requirements) bench | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-wheels: pyproject.toml | $(stamp)-venv
+	$(requirements) wheels | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-sass: pyproject.toml | $(stamp)-venv

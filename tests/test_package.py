@@ -1,5 +1,8 @@
-"""The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel."""
+"""The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel. What is in
+the wheel.
+"""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -31,16 +34,18 @@ def build_outside(folder, package):
     """Build tests/cpp/outside against a package's folder of CMake files, run it, and return what it says."""
     cmake("-S", ROOT / "tests/cpp/outside", "-B", folder, "-G", "Ninja", f"-Dqlora_native_DIR={package}")
     cmake("--build", folder)
-    return run(folder / "outside")
+    return run(folder / "outside", env={**os.environ, "OMP_NUM_THREADS": "3"})
 
 
-# The shared one without the kernels of x86 and Arm, as on other processors: it compiles in seconds.
+# The shared one leaves OpenMP to the program, as that of `make wheels` does, and the kernels of x86 and Arm out, as on
+# other processors: it compiles in seconds.
 @pytest.mark.parametrize(("shared", "scalar"), [("OFF", False), ("ON", True)])
 def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
     """CUDA is left out here: the wheel has it where nvcc was found."""
     cmake(
         *("-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'first'}"),
-        *("-DQLN_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}", *(("-DQLN_X86=OFF", "-DQLN_ARM=OFF") if scalar else ())),
+        *("-DQLN_CUDA=OFF", f"-DBUILD_SHARED_LIBS={shared}", f"-DQLN_OPENMP_IN_PROGRAM={shared}"),
+        *(("-DQLN_X86=OFF", "-DQLN_ARM=OFF") if scalar else ()),
     )
     cmake("--build", tmp_path / "build")
     cmake("--install", tmp_path / "build")
@@ -50,6 +55,7 @@ def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
     libraries = sorted(path.name for path in package.parent.parent.iterdir() if path.is_file())
     assert any(name.endswith(".so") for name in libraries) == (shared == "ON"), libraries
     said = build_outside(tmp_path / "outside", package)
+    assert "3 threads" in said
     assert said.startswith("qlora_native 0.") and ("on scalar" in said) == scalar, said
 
 
@@ -91,3 +97,26 @@ def test_torch_ops_are_for_python_alone(tmp_path):
     )
     cmake("--build", tmp_path)
     assert run(tmp_path / "libtorch_example").count("relative error") == 2
+
+
+def test_wheel_has_types_licence_and_headers():
+    files = [str(file) for file in importlib.metadata.files("qlora_native")]
+    for name in ("qlora_native/py.typed", "licenses/LICENSE", "qlora_native/include/qlora_native/qlora_native.h"):
+        assert any(file.endswith(name) for file in files), name
+    # Neither sources nor tests: `..` is the command of the entry point.
+    assert {file.split("/")[0].split("-")[0] for file in files} <= {"qlora_native", ".."}
+    assert {Path(file).suffix for file in files if file.startswith("qlora_native/")} <= {
+        *(".py", ".pyc", ".typed", ".so", ".a", ".h", ".cpp", ".cmake"),
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="readelf's tables")
+def test_wheel_needs_torchs_library_and_the_systems():
+    """And no OpenMP runtime: inside Python the threads are torch's. auditwheel would put its own copy beside them."""
+    package = Path(run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()).parents[2]
+    libraries = [*package.glob("*.so"), *package.glob("lib/*.so")]
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", run("readelf", "-d", *libraries)))
+    ours, torchs = {"libqlora_native", "libqlora_native_torch"}, {"libtorch_cpu"}
+    system = {"libc", "libdl", "libgcc_s", "libm", "libpthread", "librt", "libstdc++"}
+    loader = {name for name in needed if name.startswith("ld-linux")}
+    assert torchs <= needed <= ours | torchs | system | loader, needed

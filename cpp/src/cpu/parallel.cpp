@@ -7,7 +7,7 @@
 #include "qlora_native/runtime.h"
 
 #ifdef _OPENMP
-#include <omp.h>
+#include "cpu/openmp_pool.h"
 #endif
 
 namespace qlora_native {
@@ -15,11 +15,8 @@ namespace {
 
 // The pool of a build on its own: OpenMP's, or without it the calling thread.
 #ifdef _OPENMP
-void default_parallel_for(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
-#pragma omp parallel for schedule(static, 1)
-  for (std::int64_t task = 0; task < tasks; ++task) body(context, task, task + 1);
-}
-int default_threads() { return omp_get_max_threads(); }
+constexpr auto default_parallel_for = openmp_parallel_for;
+constexpr auto default_threads = openmp_threads;
 #else
 void default_parallel_for(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
   body(context, 0, tasks);
