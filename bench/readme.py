@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench/readme.py begins -->\n", "<!-- bench/readme.py ends -->\n"
 # Reports in the order of their columns.
 COLUMNS = {
+    "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512.json",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-2-threads-avx2.json",
     "AMD EPYC (Zen 4)": "amd-epyc-2-threads-avx512_bf16.json",
 }

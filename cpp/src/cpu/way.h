@@ -1,6 +1,7 @@
 // Which way a product over a quantized weight takes on the cpu. A plain function of what is known beforehand, so that
-// it can be read and tested: never slower than 1.05 times decoding all of W and multiplying by the host program's dense
-// product, on any machine.
+// it can be read and tested. What it is to keep: never slower than 1.05 times decoding all of W and multiplying by the
+// host program's dense product. bench/growth.py measures that. It holds on an AMD EPYC (Zen 4); on an Intel Xeon
+// (Cascade Lake) fp32 products of 2048 rows take 1.05 to 1.14 times as long, for they decode W again for each 480 rows.
 #pragma once
 
 #include <cstdint>
