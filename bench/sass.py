@@ -201,7 +201,7 @@ SHOWN = {
     "few rows": "gemv_kernel<Bf16, 8, 4, true>",
     "decoding a panel": "panel_kernel<Bf16, 4>",
     "dequantize": "dequantize_kernel<Bf16, 4>",
-    "AdamW8bit, update": "update_kernel<Bf16>",
+    "AdamW8bit, update": "update_kernel<Bf16, AdamW>",
 }
 
 
