@@ -1,6 +1,7 @@
-// What a kernel may use. The files below cuda/kernels are compiled twice: by nvcc over device.cuh, as the backend
-// "cuda", and by the host's compiler over host.h, an emulator, as the backend "cuda_emulated". QLN_CUDA is the
-// namespace of the one being compiled; what both define has the same name and meaning in both.
+// What a kernel may use. The .cu files of the operations (product/, quantize/, optimizer/) are compiled twice: by nvcc
+// over device.cuh, as the backend "cuda", and by the host's compiler over host.h, an emulator, as the backend
+// "cuda_emulated". QLN_CUDA is the namespace of the one being compiled; what both define has the same name and meaning
+// in both.
 //
 //   launch<kernel>(shape, stream, args...)      no <<<>>>
 //   dynamic_smem<T>()                           the block's shared memory; no __shared__
