@@ -191,23 +191,29 @@ def _damage(choices: Choices, folder: Path) -> None:
         path.write_bytes(size.to_bytes(8, "little") + header + data[8 + length :])
 
 
+def _damaged_copies(choices: Choices, scratch: str, names: tuple[str, ...]) -> tuple[Path, Path, bool]:
+    """A base of one of these names and an adapter, one of them damaged; and whether the adapter takes part."""
+    base, adapter = Path(scratch) / choices.of(names), Path(scratch) / "adapter"
+    shutil.copytree(_folders() / base.name, base)
+    shutil.copytree(_folders() / "adapter", adapter)
+    adapts = choices.one_in(2)
+    for _ in range(1 + choices.below(2)):
+        _damage(choices, adapter if adapts and choices.one_in(2) else base)
+    return base, adapter, adapts
+
+
 def fuzz_folder(choices: Choices) -> None:
     """`quantize` and `merge` over damaged folders: an error, or a result that has every tensor."""
     from qlora_native.integrations.checkpoints import Checkpoint
     from qlora_native.integrations.merge import convert
 
     with tempfile.TemporaryDirectory() as scratch:
-        name = choices.of(("shards", "one", "nf4"))
-        base, adapter, out = Path(scratch) / name, Path(scratch) / "adapter", Path(scratch) / "out"
-        shutil.copytree(_folders() / name, base)
-        shutil.copytree(_folders() / "adapter", adapter)
-        merging = choices.one_in(2)
-        for _ in range(1 + choices.below(2)):
-            _damage(choices, adapter if merging and choices.one_in(2) else base)
+        base, adapter, merging = _damaged_copies(choices, scratch, ("shards", "one", "nf4"))
+        out = Path(scratch) / "out"
         try:
             convert(base, out, adapter if merging else None, choices.of(("nf4", "fp32")), progress=False)
         except (TypeError, ValueError, OSError):
-            assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
+            assert {path.name for path in Path(scratch).iterdir()} == {base.name, "adapter"}, "something was left"
             raise
         assert len(Checkpoint(out).shards) > 0
 
@@ -219,20 +225,15 @@ def fuzz_export(choices: Choices) -> None:
     from qlora_native.integrations.gguf import export_adapter, export_model
 
     with tempfile.TemporaryDirectory() as scratch:
-        name = choices.of(("one", "one", "nf4"))
-        base, adapter, out = Path(scratch) / name, Path(scratch) / "adapter", Path(scratch) / "out"
-        shutil.copytree(_folders() / name, base)
-        shutil.copytree(_folders() / "adapter", adapter)
-        adapts = choices.one_in(2)
-        for _ in range(1 + choices.below(2)):
-            _damage(choices, adapter if adapts and choices.one_in(2) else base)
+        base, adapter, adapts = _damaged_copies(choices, scratch, ("one", "one", "nf4"))
+        out = Path(scratch) / "out"
         try:
             if adapts:
                 export_adapter(base, adapter, out, choices.of(("f32", "f16")))
             else:
                 export_model(base, out, choices.of((None, "f16", "q8_0")), progress=False)
         except (TypeError, ValueError, OSError):
-            assert {path.name for path in Path(scratch).iterdir()} == {name, "adapter"}, "something was left"
+            assert {path.name for path in Path(scratch).iterdir()} == {base.name, "adapter"}, "something was left"
             raise
         assert len(gguf.GGUFReader(out).tensors) > 0
 
