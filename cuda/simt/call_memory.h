@@ -132,18 +132,17 @@ inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorit
   const std::int64_t n = tensor.elements;
   memory.add(tensor.param, tensor.param_dtype, n);
   memory.add(tensor.grad, tensor.grad_dtype, n);
-  void** const states[] = {&tensor.state1, &tensor.state2, &tensor.state3};
-  float** const absmaxes[] = {&tensor.absmax1, &tensor.absmax2, &tensor.absmax3};
   const bool in_8_bits = tensor.absmax1 != nullptr;
   for (int moment = 0; moment < kMostMoments; ++moment) {
+    void*& state = state_of(tensor, moment);
+    float*& absmax = absmax_of(tensor, moment);
     if (moment >= moments_of(algorithm)) {
-      *states[moment] = nullptr;
-      *absmaxes[moment] = nullptr;
+      state = absmax = nullptr;
     } else if (in_8_bits) {
-      memory.add(reinterpret_cast<std::uint8_t*&>(*states[moment]), n);
-      memory.add(*absmaxes[moment], ceil_div(n, kOptimizer8bitBlocksize));
+      memory.add(reinterpret_cast<std::uint8_t*&>(state), n);
+      memory.add(absmax, ceil_div(n, kOptimizer8bitBlocksize));
     } else {
-      memory.add(*states[moment], DType::f32, n);
+      memory.add(state, DType::f32, n);
     }
   }
   memory.add(tensor.step, 1);
