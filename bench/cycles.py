@@ -71,10 +71,12 @@ class Step:
 
 def step_of(kernel: Kernel) -> Step | None:
     """The cycles of a kernel of the tensor-core product; None of another."""
-    match = re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
+    thin = re.match(r"thin_gemm_kernel<\w+, (\d+)>", kernel.name)
+    match = thin or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None
-    rows, cols = int(match[1]), int(match[2])
+    rows, cols = int(match[1]), 128 if thin else int(match[2])
+    turns = 1 / 2 if thin else 1  # its step is 128
     device = DEVICES[kernel.architecture]
     loop = main_loop(kernel.code, kernel.name)
     share = device.bandwidth / device.multiprocessors / device.clock
@@ -82,8 +84,8 @@ def step_of(kernel: Kernel) -> Step | None:
         kernel.name,
         kernel.architecture,
         {
-            "shared memory": WARPS * shared_cycles(loop),
-            "issue": WARPS * len(loop) / SCHEDULERS,
+            "shared memory": WARPS * shared_cycles(loop) * turns,
+            "issue": WARPS * len(loop) / SCHEDULERS * turns,
             "tensor": rows * cols * STEP / device.multiply_adds,
             "DRAM": cols * STEP * BYTES_OF_WEIGHT / share,
         },

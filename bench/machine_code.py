@@ -236,6 +236,8 @@ def count(code: Sequence[Instruction], *kinds: str) -> int:
 
 # Kernels with two loops: over what vector loads can reach, and over the rest.
 IN_VECTORS = r"(dequantize|panel|side_by_side|look|update)_kernel<"
+# Kernels whose main loop stands in another, and how often it is passed in one turn of that: the turn is what counts.
+NESTED = {r"thin_gemm_kernel<": 2}
 
 
 def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:
@@ -254,7 +256,12 @@ def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction,
         return 0 if fills_tables else sum(i.opcode.startswith(("LDG.E.128", "STG.E.128")) for i in loop)
 
     prefers = vectors if re.match(IN_VECTORS, name) else lambda loop: 0
-    return found[max(range(len(found)), key=lambda n: (count(own[n], "HMMA"), prefers(own[n]), len(own[n])))]
+    main = max(range(len(found)), key=lambda n: (count(own[n], "HMMA"), prefers(own[n]), len(own[n])))
+    for pattern, times in NESTED.items():
+        if re.match(pattern, name):
+            around = min((n for n, body in enumerate(bodies) if body > bodies[main]), key=lambda n: len(bodies[n]))
+            return tuple(own[around]) + found[main] * times
+    return found[main]
 
 
 def kinds(code: Sequence[Instruction]) -> dict[str, int]:

@@ -45,6 +45,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     # A warp's mma takes 16 of the inner dimension of 8 columns or, in ours, of 16; those of other rows take the same
     # weights once more.
     (r"gemm_kernel<\w+, \w+, GemmTile<(?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
+    (r"thin_gemm_kernel<\w+, (?P<rows>\d+)", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # Its turns are of 64 weights a lane; what else has a multiply-add in it is not as much as a turn.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
@@ -193,6 +194,7 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
 BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
 # What cuda/README.md shows of a kernel in bf16 over 4-bit weights: {its name there: its name}.
 SHOWN = {
+    **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}>" for rows in (16, 32, 64)},
     **{
         f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true> >"
         for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))

@@ -61,60 +61,60 @@ def _without(text: str, rest: str = "") -> tuple[str, str]:
 CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
 ON_GPU = ("conformance_emulated",)
 
-GEMM_BLOCK = "cuda/product/gemm/gemm.cuh"
-LEAVE = """      sums_.leave(sums_of(part.run));
+GEMM_BLOCK, RUNS, THIN = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin"))
+LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
       sync_threads();
-      if (thread_index() == 0) signal(args_.ready + part.run, 1);
+      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
 """
 WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
-        wait_for(args_.ready + other, 1);
+        wait_for(shared_.ready + other, 1);
       }
       sync_threads();
 """
 ADD = """#pragma unroll 1
-      for (int other = part.run + 1; other <= last; ++other) sums_.add(sums_of(other));
+      for (int other = part.run + 1; other <= last; ++other) sums.add(shared_.of_runs + std::int64_t{other} * kSums);
 """
 
 BETWEEN_BLOCKS = [
     Mutant(
-        GEMM_BLOCK,
+        RUNS,
         "the flag is raised before the sums are stored",
         LEAVE,
-        """      if (thread_index() == 0) signal(args_.ready + part.run, 1);
-      sums_.leave(sums_of(part.run));
+        """      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
+      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
       sync_threads();
 """,
         CONCURRENT,
     ),
-    Mutant(GEMM_BLOCK, "no barrier before the flag", LEAVE, LEAVE.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(RUNS, "no barrier before the flag", LEAVE, LEAVE.replace("      sync_threads();\n", ""), CONCURRENT),
     Mutant(
-        GEMM_BLOCK,
+        RUNS,
         "the flag is an ordinary store, without release",
-        "signal(args_.ready + part.run, 1)",
-        "store_vector<std::uint32_t, 1>(args_.ready + part.run, {{1}})",
+        "signal(shared_.ready + part.run, 1)",
+        "store_vector<std::uint32_t, 1>(shared_.ready + part.run, {{1}})",
         CONCURRENT,
     ),
     Mutant(
-        GEMM_BLOCK,
+        RUNS,
         "sums are read before their flag",
         WAIT + ADD,
         ADD + WAIT,
         CONCURRENT,
     ),
-    Mutant(GEMM_BLOCK, "no barrier after the wait", WAIT, WAIT.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(RUNS, "no barrier after the wait", WAIT, WAIT.replace("      sync_threads();\n", ""), CONCURRENT),
     Mutant(
-        GEMM_BLOCK,
+        RUNS,
         "runs are given out by the blocks' indices",
-        "args_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(args_.ticket)",
+        "shared_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(shared_.ticket)",
         "static_cast<int>(block_index())",
         CONCURRENT,
     ),
-    Mutant(GEMM_BLOCK, "nobody waits", WAIT, "      sync_threads();\n", CONCURRENT),
+    Mutant(RUNS, "nobody waits", WAIT, "      sync_threads();\n", CONCURRENT),
     Mutant(
-        GEMM_BLOCK,
+        RUNS,
         "the flags are not reset",
-        "    fill_bytes(args.ready, 0, flags, stream);\n",
-        "",
+        "if (workspace_.data() != nullptr) fill_bytes(",
+        "if (false) fill_bytes(",
         CONCURRENT,
     ),
 ]
@@ -166,6 +166,28 @@ GEMM = [
         "for (int k = 0; k * kMmaInner < there; ++k)",
         "for (int k = 0; (k + 1) * kMmaInner <= there; ++k)",
         ON_GPU,
+    ),
+    Mutant(THIN, "a step is not waited for", *_without("      cp_async_wait<kStages - 2>();\n"), ON_GPU),
+    Mutant(
+        THIN,
+        "no barrier in the main loop",
+        *_without("      sync_threads();  // this step is there for all, and the one before has been read by all\n"),
+        CONCURRENT,
+    ),
+    Mutant(THIN, "a warp adds its own sums once more", "exchange.at((thread ^ kWarp)", "exchange.at((thread)", ON_GPU),
+    Mutant(
+        THIN,
+        "the end of the inner dimension is left out",
+        "step < whole || (step == whole && inner < tail)",
+        "step < whole",
+        ON_GPU,
+    ),
+    Mutant(
+        THIN,
+        "chunks of a line meet in a bank",
+        "(chunk ^ line / 2 % kChunks)",
+        "chunk",
+        ("gemm_layout",),
     ),
     Mutant(
         "cuda/product/gemm/sums.cuh",

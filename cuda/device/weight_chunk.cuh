@@ -79,19 +79,31 @@ class ScaleReader {
     float scale = 0.0f;
     std::uint32_t level = 0;
   };
-  // The levels, in shared memory.
-  struct Nested {
+  // In shared memory.
+  struct Levels {
     float code[256];
-    float offset;
     __device__ void fill(const QuantizedWeightView& w) {
-      if (thread_index() == 0) offset = w.nested_absmax == nullptr ? 0.0f : *w.offset;
       for (int i = thread_index(); i < 256; i += block_threads()) {
         code[i] = w.nested_absmax == nullptr ? 1.0f : w.nested_code[i];
       }
     }
   };
+  __device__ static float offset_of(const QuantizedWeightView& w) {
+    return w.nested_absmax == nullptr ? 0.0f : *w.offset;
+  }
+  struct Nested {
+    Levels levels;
+    float offset;
+    __device__ void fill(const QuantizedWeightView& w) {
+      if (thread_index() == 0) offset = offset_of(w);
+      levels.fill(w);
+    }
+  };
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Nested& nested)
-      : w_(w), from_(from), code_(SharedPlace(nested.code).kept()) {}
+      : ScaleReader(w, from, nested.levels) {}
+  // Whose finish() is given the offset.
+  __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Levels& levels)
+      : w_(w), from_(from), code_(SharedPlace(levels.code).kept()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
     return position >> (kAligned ? from_.chunk : from_.block);
   }
@@ -99,9 +111,11 @@ class ScaleReader {
     raw.scale = from_.of_blocks[kAligned || from_.sharing >= 0 ? block >> from_.sharing : block / w_.nested_blocksize];
     raw.level = from_.levels[block];
   }
+  __device__ __forceinline__ float finish(const Raw& raw, float offset) const {
+    return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale, offset);
+  }
   __device__ __forceinline__ float finish(const Raw& raw) const {
-    return nested_scale(load_shared<float>(code_.at(raw.level * sizeof(float))), raw.scale,
-                        load_shared<float>(code_.at(offsetof(Nested, offset))));
+    return finish(raw, load_shared<float>(code_.at(offsetof(Nested, offset))));
   }
 
  private:
@@ -122,6 +136,9 @@ class PendingScale<true> {
   }
   __device__ __forceinline__ ChunkScale<true> finish(const ScaleReader<true>& scales) const {
     return {scales.finish(raw_)};
+  }
+  __device__ __forceinline__ float finish(const ScaleReader<true>& scales, float offset) const {
+    return scales.finish(raw_, offset);
   }
 
  private:

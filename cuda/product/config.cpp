@@ -32,6 +32,13 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
     config.tile_cols = cols;
   };
   const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
+  if (shape.rows <= kGemmMiddleRows && shape.aligned_64 && !shape.backward) {
+    config.thin = true;
+    return choose(shape.rows <= kGemmFewRows ? kGemmFewRows
+                  : shape.rows <= kThinRows  ? kThinRows
+                                             : kGemmMiddleRows,
+                  kGemmCols);
+  }
   if (shape.rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
   if (shape.rows <= kGemmMiddleRows || !shape.aligned || !fits(kGemmManyRows, kGemmCols)) {
     return choose(kGemmMiddleRows, kGemmCols);
@@ -47,7 +54,8 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
 // each.
 int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config) {
   constexpr std::size_t kReserved = 1024;
-  const std::size_t bytes = gemm_smem_bytes(config.tile_rows, config.tile_cols) + kReserved;
+  const std::size_t bytes = kReserved + (config.thin ? thin_smem_bytes(config.tile_rows)
+                                                     : gemm_smem_bytes(config.tile_rows, config.tile_cols));
   const int most = gemm_blocks(config.tile_rows);
   return shape.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
 }
@@ -109,7 +117,7 @@ ProductConfig product_config(const ProductShape& shape) {
   choose_tile(shape, config);
   config.row_tiles = ceil_div(shape.rows, config.tile_rows);
   config.tiles = config.row_tiles * ceil_div(shape.cols, config.tile_cols);
-  config.steps = static_cast<int>(ceil_div(shape.inner, kGemmStep));
+  config.steps = static_cast<int>(ceil_div(shape.inner, config.thin ? kThinStep : kGemmStep));
   const std::int64_t all = config.tiles * config.steps;
   const std::int64_t most = std::int64_t{blocks_of_multiprocessor(shape, config)} * shape.multiprocessors;
   config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastSteps)));

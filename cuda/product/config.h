@@ -31,6 +31,16 @@ constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
   const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
   return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
 }
+// The forward product of up to kGemmMiddleRows rows whose decoded weight stays in registers (thin.cuh): tiles of 16, 32
+// or 64 rows by kGemmCols, and longer steps, in as many stages as 48 KB hold, so that two blocks fit an A100 as well.
+// Bytes of shared memory: a table of codes and of levels, and for each stage the left operand and codes.
+constexpr int kThinRows = 32, kThinStep = 128;
+constexpr int thin_stage_bytes(int tile_rows) { return kThinStep * (2 * tile_rows + kGemmCols / 2); }
+constexpr int thin_stages(int tile_rows) { return 48 * 1024 / thin_stage_bytes(tile_rows); }
+constexpr std::size_t thin_smem_bytes(int tile_rows) {
+  constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
+  return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
+}
 // The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
@@ -87,6 +97,7 @@ struct GemvConfig {
 // `rest` blocks one more.
 struct GemmConfig {
   bool aligned = false;  // the product's
+  bool thin = false;     // by thin.cuh
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;
   std::int64_t tiles = 0;  // those of the first columns, then those of the next

@@ -31,6 +31,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
 }
 
 void multiply(const Product& product, const GemmConfig& config, const Stream& stream) {
+  if (config.thin) return multiply_thin(product, config, stream);
   product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
 }
 

@@ -65,10 +65,20 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
          (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
 }
 
-// One for each way: general.cu, gemv.cu, panels.cu, gemm/forward.cu and gemm/backward.cu.
+// An element of right', in fp32; 0 beyond the rank and beyond the columns.
+template <bool kForward>
+__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col) {
+  const std::int64_t rank = product.low_rank.cols;
+  if (r >= rank || col >= product.cols) return 0.0f;
+  return product.right_factor *
+         load_as_f32(product.right, product.right_dtype, kForward ? col * rank + r : r * product.cols + col);
+}
+
+// One for each way: general.cu, gemv.cu, panels.cu, and of GemmConfig gemm/thin.cu, forward.cu and backward.cu.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
+void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream);
 void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream);
 void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream);
 

@@ -5,6 +5,7 @@
 
 #include "expect.h"
 #include "product/gemm/operands.cuh"
+#include "product/gemm/thin.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -67,8 +68,8 @@ template <class Tile>
 void left_operand_is_handed_out_wrong() {
   using Left = LeftStage<Bf16, Tile>;
   Memory memory;
-  for (unsigned place = 0; place < Tile::kRows * kVectorsOfStep; ++place) {
-    const unsigned row = place / kVectorsOfStep, vector = Left::vector_at(place);
+  for (unsigned place = 0; place < Tile::kRows * Left::kVectors; ++place) {
+    const unsigned row = place / Left::kVectors, vector = Left::vector_at(place);
     EXPECT(Left::place(row, vector) == place);
     for (unsigned j = 0; j < 8; ++j) memory.put(place * kVectorBytes + 2 * j, {8 * vector + j, row});
   }
@@ -171,16 +172,86 @@ void check() {
   element_of_the_tile_has_no_lane_or_two<Tile>();
 }
 
+// Whether lanes that are served at once, 4 bytes each, are in all of the 32 banks.
+bool words_meet(const unsigned (&offsets)[kWarp]) {
+  std::uint32_t banks = 0;
+  for (const unsigned offset : offsets) banks |= 1u << offset / 4 % 32;
+  return banks != ~0u;
+}
+
+template <int kRows>
+void check_thin() {
+  using Tile = ThinTile<kRows>;
+  using Left = LeftStage<Bf16, Tile>;
+  using Codes = ThinCodes<Tile>;
+  constexpr unsigned kPlaces = kGemmThreads * Codes::kOfThread;
+  for (unsigned place = 0; place < kPlaces; ++place) {
+    EXPECT(Codes::place(Codes::col_at(place), Codes::chunk_at(place)) == place);
+  }
+  // A thread's second chunk is the same one of a later row.
+  for (unsigned place = kGemmThreads; place < kPlaces; ++place) {
+    const unsigned before = place - kGemmThreads;
+    EXPECT(Codes::chunk_at(place) == Codes::chunk_at(before));
+    EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kOfThread);
+  }
+  for (unsigned place = 0; place < kRows * Left::kVectors; ++place) {
+    EXPECT(Left::place(place / Left::kVectors, Left::vector_at(place)) == place);
+  }
+  std::vector<int> codes(Tile::kCols * Tile::kStep / 8), sums(kRows * Tile::kCols);
+  for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
+    for (unsigned c = 0; c < Tile::kHalf / kChunk; ++c) {
+      for (unsigned i = 0; i < Tile::kColFragments; ++i) {
+        for (unsigned row = 0; row < 2; ++row) {
+          unsigned words[kWarp];
+          for (unsigned thread = 0; thread < kWarp; ++thread) {
+            const ThinLane<Tile> lane(warp * kWarp + thread);
+            const unsigned chunk = lane.half() * (Tile::kHalf / kChunk) + c;
+            words[thread] = Codes::place(lane.col(i) + row, chunk) * kVectorBytes + lane.t * 4;
+            ++codes[words[thread] / 4];
+          }
+          EXPECT(!words_meet(words));
+        }
+      }
+      for (unsigned first = 0; first < kWarp; first += 8) {  // a quarter of a warp is served at once
+        unsigned vectors[8];
+        for (unsigned k = 0; k < 8; ++k) {
+          const ThinLane<Tile> lane(warp * kWarp + first + k);
+          const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + c * (kChunk / Left::kVector) + lane.t;
+          vectors[k] = Left::place(lane.loaded_row(), vector) * kVectorBytes;
+        }
+        EXPECT(!meet(vectors));
+      }
+    }
+    for (unsigned thread = 0; thread < kWarp; ++thread) {
+      const ThinLane<Tile> lane(warp * kWarp + thread);
+      for (unsigned part = 0; part < 4; ++part) {
+        for (unsigned f = 0; f < Tile::kRowFragments; ++f) {
+          const unsigned row = f * kMmaCols + lane.row(part % 2), col = lane.col(lane.half()) + part / 2;
+          ++sums[row * Tile::kCols + col];
+        }
+        // mma's column 2t + j of eight is the row that lane g = 2t + j has loaded.
+        const ThinLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
+        EXPECT(owner.loaded_row() == lane.row(part % 2));
+      }
+    }
+  }
+  EXPECT(std::all_of(codes.begin(), codes.end(), [](int count) { return count == 1; }));
+  EXPECT(std::all_of(sums.begin(), sums.end(), [](int count) { return count == 1; }));
+}
+
 }  // namespace
 }  // namespace qlora_native::cuda_emulated
 
 int main() {
   using namespace qlora_native;
-  using cuda_emulated::check;
+  using cuda_emulated::check, cuda_emulated::check_thin;
   check<kGemmFewRows, kGemmCols>();
   check<kGemmMiddleRows, kGemmCols>();
   check<kGemmManyRows, kGemmCols>();
   check<kGemmManyRows, kGemmWideCols>();
   check<kGemmTallRows, kGemmCols>();
+  check_thin<kGemmFewRows>();
+  check_thin<kThinRows>();
+  check_thin<kGemmMiddleRows>();
   return report();
 }

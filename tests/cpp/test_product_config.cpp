@@ -72,7 +72,7 @@ void tiles_cover_the_result() {
     const std::int64_t col_tiles = config.row_tiles == 0 ? 0 : config.tiles / config.row_tiles;
     EXPECT(config.row_tiles * config.tile_rows >= shape.rows);
     EXPECT(shape.rows == 0 || col_tiles * config.tile_cols >= shape.cols);
-    EXPECT(std::int64_t{config.steps} * kGemmStep >= shape.inner);
+    EXPECT(std::int64_t{config.steps} * (config.thin ? kThinStep : kGemmStep) >= shape.inner);
   });
 }
 
@@ -81,6 +81,13 @@ void tile_is_one_that_was_compiled_and_fits() {
     if (is_for_few_rows(shape)) return;
     const auto config = std::get<GemmConfig>(product_config(shape));
     const int rows = config.tile_rows, cols = config.tile_cols;
+    EXPECT(config.thin == (shape.aligned_64 && !shape.backward && shape.rows > 0 && shape.rows <= kGemmMiddleRows));
+    if (config.thin) {
+      EXPECT(cols == kGemmCols && (rows == kGemmFewRows || rows == kThinRows || rows == kGemmMiddleRows));
+      EXPECT(rows >= shape.rows && (rows == kGemmFewRows || rows < 2 * shape.rows));
+      EXPECT(thin_smem_bytes(rows) <= kLeastSmem && 2 * (thin_smem_bytes(rows) + 1024) <= kAmpereSmem + 1024);
+      return;
+    }
     if (cols == kGemmWideCols) {
       EXPECT(rows == kGemmManyRows && shape.aligned_64);
     } else {
@@ -98,7 +105,9 @@ void device_holds_all_blocks_at_once() {
   for_each_shape([](const ProductShape& shape) {
     if (is_for_few_rows(shape)) return;
     const auto config = std::get<GemmConfig>(product_config(shape));
-    const int of_multiprocessor = config.tile_rows <= kGemmMiddleRows && shape.smem_bytes == kHopperSmem ? 2 : 1;
+    const bool two = config.thin ? shape.smem_bytes > kLeastSmem
+                                 : config.tile_rows <= kGemmMiddleRows && shape.smem_bytes == kHopperSmem;
+    const int of_multiprocessor = two ? 2 : 1;
     EXPECT(config.blocks <= of_multiprocessor * shape.multiprocessors);
   });
 }

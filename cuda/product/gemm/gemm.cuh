@@ -15,23 +15,12 @@
 
 #include "device/elements.cuh"
 #include "product/gemm/operands.cuh"
+#include "product/gemm/runs.cuh"
 #include "product/gemm/sums.cuh"
 #include "product/gemm/tile.cuh"
 #include "product/product.cuh"
 
 namespace qlora_native::QLN_CUDA {
-
-struct GemmArgs : Product {
-  WeightScales scales;
-  std::uint32_t last_chunk;  // of an aligned weight
-  bool low_rank_vectors;     // rows of low_rank are whole 16-byte vectors
-  GemmConfig config;
-  // Tiles whose steps several blocks share: the sums of each block that has not the tile's first step, and whether they
-  // are there.
-  float* sums;
-  std::uint32_t* ready;
-  std::uint32_t* ticket;  // how many blocks have begun
-};
 
 template <class T, class Weights, class Tile>
 struct GemmShared {
@@ -80,12 +69,16 @@ class Gemm {
 
  public:
   __device__ Gemm(const GemmArgs& args, Shared& shared)
-      : args_(args), shared_(shared), scales_(args.weight, args.scales, shared.nested), table_(shared.rows->pairs) {}
+      : args_(args),
+        shared_(shared),
+        runs_(args.config, args.shared_sums),
+        scales_(args.weight, args.scales, shared.nested),
+        table_(shared.rows->pairs) {}
 
   // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
   __device__ void run() {
     for (std::uint32_t done = 0;;) {  // steps: 2^32 of them would be minutes
-      const Part part = part_after(done);
+      const Part part = runs_.part_after(shared_.run, done);
       if (part.count == 0) return;
       go_to(part);
       sums_.clear();
@@ -96,32 +89,15 @@ class Gemm {
     }
   }
 
-  // The block's run, and tables that the whole of it needs. Where tiles are shared, runs are given out from the last to
-  // the first, in the order in which blocks begin: a block waits for later runs alone, so for blocks that have begun.
+  // The block's run, and tables that the whole of it needs.
   __device__ void prepare() {
-    if (thread_index() == 0) {
-      const auto begun = args_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(args_.ticket);
-      shared_.run = args_.config.blocks - 1 - begun;
-    }
+    if (thread_index() == 0) shared_.run = runs_.take();
     Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
     sync_threads();
   }
 
  private:
-  // Of a run that part which is of one tile: steps first ... first + count - 1 of the tile.
-  struct Part {
-    int run;
-    std::int64_t tile;
-    int first, count;
-  };
-  __device__ Part part_after(std::uint32_t done) const {
-    const GemmConfig& config = args_.config;
-    const int run = shared_.run;
-    const std::int64_t step = config.begin_of(run) + done, rest = config.begin_of(run + 1) - step;
-    const int first = static_cast<int>(step % config.steps), rest_of_tile = config.steps - first;
-    return {run, step / config.steps, first, rest < rest_of_tile ? static_cast<int>(rest) : rest_of_tile};
-  }
   __device__ void go_to(const Part& part) {
     row_tile_ = static_cast<int>(part.tile % args_.config.row_tiles);
     col_tile_ = static_cast<int>(part.tile / args_.config.row_tiles);
@@ -315,13 +291,6 @@ class Gemm {
 
   // ---- the adapter: a few more of the inner dimension --------------------------------------------------------------
 
-  __device__ __forceinline__ float right_at(std::int64_t r, std::int64_t col) const {
-    const std::int64_t rank = args_.low_rank.cols;
-    if (r >= rank || col >= args_.cols) return 0.0f;
-    return args_.right_factor *
-           load_as_f32(args_.right, args_.right_dtype, Weights::kForward ? col * rank + r : r * args_.cols + col);
-  }
-
   // Both operands as in other steps, through the first stage and the first place of the weights.
   __device__ void add_low_rank() {
     const Lane lane;
@@ -361,8 +330,10 @@ class Gemm {
     for (unsigned j = 0; j < 4; ++j) {
       const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
       const unsigned e = vector / kPieceVectors * kChunk + 2 * byte;
-      eight.at[j] = Weights::kForward ? pack_pair<T>(right_at(r + e, col), right_at(r + e + 1, col))
-                                      : pack_pair<T>(right_at(r, col + e), right_at(r, col + e + 1));
+      eight.at[j] = Weights::kForward ? pack_pair<T>(right_at<Weights::kForward>(args_, r + e, col),
+                                                     right_at<Weights::kForward>(args_, r + e + 1, col))
+                                      : pack_pair<T>(right_at<Weights::kForward>(args_, r, col + e),
+                                                     right_at<Weights::kForward>(args_, r, col + e + 1));
     }
     store_shared(to.flipped(vector * kVectorBytes), eight);
   }
@@ -371,22 +342,7 @@ class Gemm {
 
   __device__ void finish(const Part& part) {
     go_to(part);
-    if (part.first > 0) {
-      sums_.leave(sums_of(part.run));
-      sync_threads();
-      if (thread_index() == 0) signal(args_.ready + part.run, 1);
-      return;
-    }
-    // The runs after this one that have the rest of the tile. A thread waits for each, all at once.
-    const int last = args_.config.run_of((part.tile + 1) * args_.config.steps - 1);
-    if (last > part.run) {
-      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
-        wait_for(args_.ready + other, 1);
-      }
-      sync_threads();
-#pragma unroll 1
-      for (int other = part.run + 1; other <= last; ++other) sums_.add(sums_of(other));
-    }
+    if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) return;
     const Lane lane;
     const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
@@ -394,12 +350,10 @@ class Gemm {
                 bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row<Tile>()),
                 cols() - static_cast<int>(lane.col<Tile>()));
   }
-  __device__ __forceinline__ float* sums_of(int run) const {
-    return args_.sums + std::int64_t{run} * Tile::kRows * Tile::kCols;
-  }
 
   const GemmArgs& args_;
   Shared& shared_;
+  const Runs runs_;
   const ScaleReader<kAligned> scales_;
   const typename Shared::Table table_;
   int row_tile_ = 0, col_tile_ = 0;
@@ -418,31 +372,13 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const
 
 template <template <class> class Weights>
 void gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
-  GemmArgs args{product,
-                scales_of(product.weight),
-                last_chunk_of(product.weight),
-                rows_are_vectors(product.low_rank, product.low_rank.cols),
-                config,
-                /*sums=*/nullptr,
-                /*ready=*/nullptr,
-                /*ticket=*/nullptr};
-  const int blocks = config.blocks;
-  if (blocks == 0) return;
-
-  // The flags and the ticket come last, behind sums that are a whole number of vectors.
-  const auto sums = static_cast<std::size_t>(blocks) * config.tile_rows * config.tile_cols * sizeof(float);
-  const std::size_t flags = static_cast<std::size_t>(blocks + 1) * sizeof(std::uint32_t);
-  const Workspace workspace(config.splits_a_tile() ? sums + flags : 0, stream);
-  if (config.splits_a_tile()) {
-    args.sums = reinterpret_cast<float*>(workspace.data());
-    args.ready = reinterpret_cast<std::uint32_t*>(workspace.data() + sums);
-    args.ticket = args.ready + blocks;
-    fill_bytes(args.ready, 0, flags, stream);
-  }
+  if (config.blocks == 0) return;
+  const SumsMemory memory(config, stream);
+  const GemmArgs args(product, config, memory);
   const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
-    launch<gemm_kernel<T, Weights, Tile>>({blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()}, stream,
-                                          args);
+    launch<gemm_kernel<T, Weights, Tile>>({config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()},
+                                          stream, args);
   };
   // What product_config chooses among.
   const auto start_tile = [&]<class T>() {

@@ -11,17 +11,17 @@ namespace qlora_native::QLN_CUDA {
 // ---- the left operand
 // ------------------------------------------------------------------------------------------------
 
-// 64 elements of each row of a tile's left operand, as eight 16-byte vectors. ldmatrix reads the same vector of eight
-// rows at once: it stands at another place in each, so that all lie in different banks.
+// A step of each row of a tile's left operand, as 16-byte vectors. Lanes read the same vector of several rows at once:
+// it stands at another place in each, so that all lie in different banks.
 template <class T, class Tile>
 struct LeftStage {
   static constexpr unsigned kVector = kVectorBytes / sizeof(T);
-  static constexpr unsigned kRowBytes = kVectorsOfStep * kVectorBytes;
-  alignas(kStageAlignment) T at[Tile::kRows * kGemmStep];
+  static constexpr unsigned kVectors = Tile::kStep / kVector, kRowBytes = kVectors * kVectorBytes;
+  alignas(kStageAlignment) T at[Tile::kRows * Tile::kStep];
 
   // In vectors: of a row's, and which of a row's stands at a place.
-  static constexpr unsigned place(unsigned row, unsigned vector) { return row * kVectorsOfStep + (vector ^ row % 8); }
-  static constexpr unsigned vector_at(unsigned place) { return place % kVectorsOfStep ^ place / kVectorsOfStep % 8; }
+  static constexpr unsigned place(unsigned row, unsigned vector) { return row * kVectors + (vector ^ row % 8); }
+  static constexpr unsigned vector_at(unsigned place) { return place % kVectors ^ place / kVectors % 8; }
   // In bytes, of what a lane points ldmatrix at: of 16 rows both halves of 16 of the inner dimension, as mma takes
   // them.
   __device__ static unsigned first_of(const Lane& lane) {
@@ -33,15 +33,15 @@ struct LeftStage {
   }
 };
 
-// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to`: its place in a
-// stage, which is that of its number, so that a warp writes neighbours.
+// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row, where a row has eight.
+// `to`: its place in a stage, which is that of its number, so that a warp writes neighbours.
 template <class T, class Tile>
 class LeftRows {
   using Stage = LeftStage<T, Tile>;
   static constexpr int kVector = Stage::kVector;
-  static constexpr int kRowsAtOnce = kGemmThreads / kVectorsOfStep;
+  static constexpr int kRowsAtOnce = kGemmThreads / Stage::kVectors;
   static constexpr int kRowsOfThread = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  static constexpr std::uint32_t kBytesApart = kRowsAtOnce * kGemmStep * sizeof(T);
+  static constexpr std::uint32_t kBytesApart = kRowsAtOnce * Stage::kRowBytes;
 
  public:
   // Of the thread's vector, in a step.
@@ -58,7 +58,7 @@ class LeftRows {
       vectors_[i] = static_cast<std::uint32_t>(there) * static_cast<std::uint32_t>(matrix.stride / kVector);
     }
   }
-  __device__ __forceinline__ void next_step() { first_ += kGemmStep; }
+  __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
 
   // Of rows that are vectors. Zeros, if the thread's is not there.
   __device__ __forceinline__ void fetch_vectors(const SharedPlace& to, bool there) const {
@@ -88,7 +88,7 @@ class LeftRows {
   }
 
  private:
-  __device__ int row(int i) const { return static_cast<int>(thread_ / kVectorsOfStep) + i * kRowsAtOnce; }
+  __device__ int row(int i) const { return static_cast<int>(thread_ / Stage::kVectors) + i * kRowsAtOnce; }
 
   const unsigned thread_;
   const T* first_;                        // in the tile's first row

@@ -13,7 +13,7 @@ constexpr int kGemmThreads = kGemmWarps * kWarp;
 // kRows x kCols of the result.
 template <int kRows_, int kCols_, bool kAligned_>
 struct GemmTile {
-  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kRows = kRows_, kCols = kCols_, kStep = kGemmStep;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kBlocks = gemm_blocks(kRows), kStages = gemm_stages(kRows);
 
@@ -68,6 +68,5 @@ struct Lane {
 // Rows of what ldmatrix reads are cut into vectors of 16 bytes, and lie in lines of at least 128, which begin at
 // multiples of 128: vectors change places by flipping bits of an address.
 constexpr int kStageAlignment = 128;
-constexpr unsigned kVectorsOfStep = kGemmStep / 8;
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,31 @@
+// The forward product of few rows on tensor cores.
+#include "product/gemm/thin.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream) {
+  if (config.blocks == 0) return;
+  const SumsMemory memory(config, stream);
+  const GemmArgs args(product, config, memory);
+  const auto start = [&]<class T, int kRows>() {
+    launch<thin_gemm_kernel<T, kRows>>({config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()}, stream,
+                                       args);
+  };
+  const auto start_tile = [&]<class T>() {
+    switch (config.tile_rows) {
+      case kGemmFewRows:
+        return start.template operator()<T, kGemmFewRows>();
+      case kThinRows:
+        return start.template operator()<T, kThinRows>();
+      case kGemmMiddleRows:
+        return start.template operator()<T, kGemmMiddleRows>();
+    }
+  };
+  if (args.left.dtype == DType::bf16) {
+    start_tile.template operator()<Bf16>();
+  } else {
+    start_tile.template operator()<F16>();
+  }
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,426 @@
+// The forward product of up to 64 rows of x on tensor cores: Y^T = [W | s*B] . [X | U]^T.
+//
+// A tile has all rows of x and 128 columns of the result, which are rows of W. With so few rows what takes time is
+// shared memory, not the tensor cores, so decoded weights do not pass through it: a lane decodes what it multiplies,
+// and the weight is mma's operand of 16 rows, as in gemv.cu. x is the one of 8. A step is 128 of the inner dimension.
+// Warps share the rows of W in four, and each step in two halves, so that x is read four times, not eight; at the end
+// of a tile the two warps that have the same rows of W add up their sums.
+//
+//   inner dimension of a half    0 ... 7  8 ... 15  16 ... 23  24 ... 31  then 32 ... 63 likewise
+//   rows 2g, 2g + 1 of 16        t = 0    t = 1     t = 2      t = 3      lane (g, t), 4 bytes of codes of each row
+//
+// In which order the inner dimension is summed is free, so of mma's 16 a lane's four come from its own 8. A half has
+// one scale in each row of W.
+#pragma once
+
+#include "product/gemm/operands.cuh"
+#include "product/gemm/runs.cuh"
+#include "product/gemm/tile.cuh"
+#include "product/product.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+template <int kRows_>
+struct ThinTile {
+  static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kThinStep, kStages = thin_stages(kRows);
+  static constexpr int kHalves = 2, kHalf = kStep / kHalves;  // of a step
+  static constexpr int kWarpCols = kCols / (kGemmWarps / kHalves);
+  // Of the result, transposed: 16 of its columns by 8 of its rows.
+  static constexpr int kColFragments = kWarpCols / kMmaRows, kRowFragments = kRows / kMmaCols;
+  static_assert(kColFragments == kHalves && kRowFragments % 2 == 0 && kHalf == 2 * kChunk);
+};
+
+// Of a fragment's 16 rows of W mma gives lane (g, t) two. They are neighbours, as the columns of the result then are.
+// Of its eight rows of x the lane loads one, and has two of the result: those that are loaded at once lie in different
+// banks.
+template <class Tile>
+struct ThinLane : Lane {
+  using Lane::Lane;
+  __device__ __forceinline__ unsigned half() const { return warp % Tile::kHalves; }
+  // The first column of the result in its i-th fragment.
+  __device__ __forceinline__ unsigned col(unsigned i) const {
+    return warp / Tile::kHalves * Tile::kWarpCols + i * kMmaRows + 2 * g;
+  }
+  __device__ __forceinline__ unsigned loaded_row() const { return g / 2 + g % 2 * 4; }
+  __device__ __forceinline__ unsigned row(unsigned j) const { return t + j * 4; }
+};
+
+// Codes of a step: of each row of W four chunks, as they are in memory. A warp reads the same chunk of every second row
+// of a fragment at once: these are put beside each other, and their chunks change places, so that all lie in different
+// banks. As numbers of chunks from the first.
+template <class Tile>
+struct ThinCodes {
+  static constexpr unsigned kChunks = Tile::kStep / kChunk;  // of a row
+  static constexpr unsigned kOfThread = Tile::kCols * kChunks / kGemmThreads;
+
+  static constexpr unsigned place(unsigned col, unsigned chunk) {
+    const unsigned line = col / kMmaRows * kMmaRows + col % 2 * (kMmaRows / 2) + col % kMmaRows / 2;
+    return line * kChunks + (chunk ^ line / 2 % kChunks);
+  }
+  // What stands at a place.
+  static constexpr unsigned col_at(unsigned place) {
+    const unsigned line = place / kChunks;
+    return line / kMmaRows * kMmaRows + line % (kMmaRows / 2) * 2 + line / (kMmaRows / 2) % 2;
+  }
+  static constexpr unsigned chunk_at(unsigned place) { return place % kChunks ^ place / kChunks / 2 % kChunks; }
+
+  std::uint8_t at[Tile::kCols * Tile::kStep / 2];
+};
+
+template <class T, class Tile>
+struct ThinShared {
+  using Table = PairTable<16>;
+  using Levels = typename ScaleReader<true>::Levels;
+  struct Stage {
+    LeftStage<T, Tile> left;
+    ThinCodes<Tile> codes;
+  };
+  typename Table::Pair pairs[Table::kPairs];
+  Stage stages[Tile::kStages];
+  Levels levels;
+  static constexpr std::size_t bytes() {
+    static_assert(sizeof(ThinShared) == thin_smem_bytes(Tile::kRows));
+    return sizeof(ThinShared);
+  }
+};
+
+// The sums of a tile, in registers: of a warp's half of each step, and then of both halves.
+template <class T, class Tile>
+class ThinSums {
+  static constexpr int kColFragments = Tile::kColFragments, kRowFragments = Tile::kRowFragments;
+
+ public:
+  // Of eight neighbours in the inner dimension: what two mma take of a fragment of the weight.
+  using Weights = std::uint32_t[kColFragments][2][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kColFragments; ++i) {
+#pragma unroll
+      for (int f = 0; f < kRowFragments; ++f) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) sum_[i][f][part] = 0.0f;
+      }
+    }
+  }
+  // `left`: the lane's eight in the first rows of x.
+  __device__ __forceinline__ void multiply(const Weights& weights, const SharedPlace& left) {
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int i = 0; i < kColFragments; ++i) {
+          mma_16x8x16<T>(sum_[i][f], weights[i][k], {x.at[2 * k], x.at[2 * k + 1]});
+        }
+      }
+    }
+  }
+  // Of four neighbours, with left(row) those of the lane's row behind `row` others.
+  template <class Left>
+  __device__ __forceinline__ void multiply_four(const std::uint32_t (&weights)[kColFragments][4], const Left& left) {
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      const Vector<std::uint32_t, 2> x = left(f * kMmaCols);
+#pragma unroll
+      for (int i = 0; i < kColFragments; ++i) mma_16x8x16<T>(sum_[i][f], weights[i], {x.at[0], x.at[1]});
+    }
+  }
+  // The two warps that have the same columns and other halves of the steps: one gets the sums of the first fragment,
+  // the other those of the second. `exchange`: shared memory that no one reads or writes meanwhile.
+  __device__ __forceinline__ void join(const SharedPlace& exchange, unsigned half) {
+    const unsigned thread = thread_index();
+    const SharedPlace mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      Vector<float, 4> given;
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        given.at[part] = half == 0 ? sum_[1][f][part] : sum_[0][f][part];
+        sum_[0][f][part] = half == 0 ? sum_[0][f][part] : sum_[1][f][part];
+      }
+      store_shared(mine.at(f * kGemmThreads * kVectorBytes), given);
+    }
+    sync_threads();
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      const auto taken = load_shared<Vector<float, 4>>(other.at(f * kGemmThreads * kVectorBytes));
+#pragma unroll
+      for (int part = 0; part < 4; ++part) sum_[0][f][part] += taken.at[part];
+    }
+    sync_threads();
+  }
+
+  // Joined sums to and from memory, as in GemmSums.
+  __device__ void leave(float* of_run) const {
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      const float (&s)[4] = sum_[0][f];
+      store_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
+    }
+  }
+  __device__ void add(const float* of_run) {
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+      const auto s = load_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4);
+#pragma unroll
+      for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
+    }
+  }
+  // Sum plus bias, rounded once, of the `rows` rows and of the lane's `cols` columns that are there. `out` and
+  // `bias_of`: of the first of its columns; a bias of null is none.
+  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* bias_of, int rows,
+                        int cols) const {
+    if (cols <= 0) return;
+    const int count = cols < 2 ? cols : 2;
+    float bias[2] = {};
+    if (bias_of != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (j < count) bias[j] = to_f32(bias_of[j]);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kRowFragments; ++f) {
+#pragma unroll
+      for (unsigned j = 0; j < 2; ++j) {
+        const int row = f * kMmaCols + static_cast<int>(lane.row(j));
+        const T values[2] = {from_f32<T>(sum_[0][f][j] + bias[0]), from_f32<T>(sum_[0][f][2 + j] + bias[1])};
+        if (row < rows) store_elements(out + row * stride, count, values);
+      }
+    }
+  }
+
+ private:
+  // Of each fragment, part p: the lane's row p % 2 of x, and row p / 2 of W.
+  float sum_[kColFragments][kRowFragments][4];
+};
+
+template <class T, class Tile>
+class ThinGemm {
+  using Shared = ThinShared<T, Tile>;
+  using Stage = typename Shared::Stage;
+  using Left = LeftStage<T, Tile>;
+  using PlacesOfCodes = ThinCodes<Tile>;
+  using Sums = ThinSums<T, Tile>;
+  static constexpr int kStages = Tile::kStages, kFragments = Tile::kColFragments;
+  static constexpr unsigned kCodes = offsetof(Stage, codes);
+
+ public:
+  __device__ ThinGemm(const GemmArgs& args, Shared& shared)
+      : args_(args),
+        shared_(shared),
+        runs_(args.config, args.shared_sums),
+        scales_(args.weight, args.scales, shared.levels),
+        table_(shared.pairs) {
+    auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // there is no room for it beside them
+    if (thread_index() == 0) first_step = static_cast<std::uint32_t>(args.config.begin_of(runs_.take()));
+    Shared::Table::fill(shared.pairs, args.weight.code);
+    shared.levels.fill(args.weight);
+    sync_threads();
+    first_step_ = first_step;
+    sync_threads();
+  }
+
+  // Its place is kept, in 32 bits, which count the steps of an aligned weight; all else is made anew where it is
+  // needed, so that it fills no registers in between.
+  __device__ void run() {
+    for (std::uint32_t step = first_step_;;) {
+      sums_.clear();
+      add_low_rank(part_at(step));
+      multiply(part_at(step));
+      sums_.join(place_in_stages(0), ThinLane<Tile>().half());
+      const Part part = part_at(step);
+      if (runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) store(part.tile * Tile::kCols);
+      if (part.is_last) return;
+      step += static_cast<std::uint32_t>(part.count);
+    }
+  }
+
+ private:
+  __device__ Part part_at(std::uint32_t step) const { return runs_.part_at(kept(step)); }
+  __device__ __forceinline__ int rows() const { return static_cast<int>(args_.rows); }
+  __device__ SharedPlace place_in_stages(unsigned bytes) const { return SharedPlace(shared_.stages).at(bytes).kept(); }
+  // What a lane reads at first of x: eight neighbours; and of the codes, of its first row.
+  __device__ SharedPlace operand_of(const ThinLane<Tile>& lane) const {
+    const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
+    return place_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
+  }
+  __device__ SharedPlace codes_of(const ThinLane<Tile>& lane) const {
+    const unsigned chunk = PlacesOfCodes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
+    return place_in_stages(kCodes + chunk * kVectorBytes + lane.t * 4);
+  }
+  // Where it puts what it brings, of both.
+  __device__ SharedPlace share_of(const Lane& lane) const { return place_in_stages(lane.thread * kVectorBytes); }
+
+  // What a lane has of a step of the weight: of each fragment two rows.
+  template <class OfRow>
+  using OfRows = OfRow[kFragments][2];
+  template <class F>
+  __device__ __forceinline__ static void for_rows(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) f(i, row);
+    }
+  }
+  // A chunk of the weight, or its last one: what the product has not of a step is multiplied by zeros of x, or its
+  // column is not stored.
+  __device__ __forceinline__ std::uint32_t there(std::uint32_t chunk) const {
+    return chunk < args_.last_chunk ? chunk : args_.last_chunk;
+  }
+  __device__ __forceinline__ std::uint32_t chunk_of(std::int64_t col, std::int64_t inner) const {
+    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(col * args_.weight.K + inner) / kChunk);
+  }
+  __device__ __forceinline__ std::uint32_t chunks_of_row() const {
+    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(args_.weight.K) / kChunk);
+  }
+
+  __device__ __forceinline__ float scale_of(const typename ScaleReader<true>::Raw& raw) const {
+    const SharedPlace levels(shared_.levels.code);
+    return nested_scale(load_shared<float>(levels.at(raw.level * sizeof(float))), raw.scale,
+                        ScaleReader<true>::offset_of(args_.weight));
+  }
+
+  __device__ void multiply(const Part& part) {
+    const ThinLane<Tile> lane;
+    const SharedPlace share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
+    const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = part.tile * Tile::kCols;
+    const int whole = static_cast<int>(args_.inner / Tile::kStep);
+    const int tail = static_cast<int>(args_.inner % Tile::kStep);
+    constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
+    const int row = static_cast<int>(lane.thread / Left::kVectors);
+    const int inner = static_cast<int>(Left::vector_at(lane.thread) * Left::kVector);
+    const T* x = static_cast<const T*>(args_.left.data) + row * args_.left.stride + inner0 + inner;
+    // The first chunk that this thread brings, and the first whose scale the lane needs.
+    std::uint32_t brought =
+        chunk_of(col0 + PlacesOfCodes::col_at(lane.thread), inner0 + PlacesOfCodes::chunk_at(lane.thread) * kChunk);
+    std::uint32_t decoded = chunk_of(col0 + lane.col(0), inner0 + lane.half() * Tile::kHalf);
+    constexpr std::uint32_t kColsAtOnce = Tile::kCols / PlacesOfCodes::kOfThread;
+
+    const auto fetch = [&](const SharedPlace& to, int step) {
+      // Of every 16th row the same vector; zeros for what is not there.
+      const bool is_there = step < whole || (step == whole && inner < tail);
+#pragma unroll
+      for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
+        cp_async_or_zeros(to.at(i * kRowsAtOnce * Left::kRowBytes), x + i * kRowsAtOnce * args_.left.stride,
+                          is_there && row + i * kRowsAtOnce < rows());
+      }
+      x += Tile::kStep;
+#pragma unroll
+      for (unsigned i = 0; i < PlacesOfCodes::kOfThread; ++i) {
+        const std::uint32_t chunk = there(brought + i * kColsAtOnce * chunks_of_row());
+        cp_async_or_zeros(to.at(kCodes + i * kGemmThreads * kVectorBytes),
+                          args_.weight.codes + std::uint64_t{chunk} * kVectorBytes, 1);
+      }
+      brought += Tile::kStep / kChunk;
+    };
+    OfRows<typename ScaleReader<true>::Raw> pending;
+    const auto fetch_scales = [&] {
+      for_rows([&](int i, int row) {
+        const std::uint32_t chunk = there(decoded + (i * kMmaRows + row) * chunks_of_row());
+        scales_.fetch(pending[i][row], scales_.block_of(chunk));
+      });
+      decoded += Tile::kStep / kChunk;
+    };
+    OfRows<float> scale;
+    const auto finish_scales = [&] { for_rows([&](int i, int row) { scale[i][row] = scale_of(pending[i][row]); }); };
+
+    // By how many steps are left, this one too.
+    const auto stage_of = [](int rest) { return static_cast<std::uint32_t>(rest % kStages * sizeof(Stage)); };
+    const int end = part.first + part.count;
+#pragma unroll 1
+    for (int rest = part.count; rest > part.count - (kStages - 1); --rest) {
+      if (rest > 0) fetch(share.at(stage_of(rest)), end - rest);
+      cp_async_commit();  // an empty group too: the n-th is always step n's
+    }
+    fetch_scales();
+    finish_scales();
+#pragma unroll 1
+    for (int rest = part.count; rest > 0; --rest) {
+      cp_async_wait<kStages - 2>();
+      sync_threads();  // this step is there for all, and the one before has been read by all
+      const int ahead = rest - (kStages - 1);
+      if (ahead > 0) fetch(share.at(stage_of(rest + 1)), end - ahead);
+      cp_async_commit();
+      const std::uint32_t now = stage_of(rest);
+      fetch_scales();
+#pragma unroll 1  // one chunk at a time, for want of registers
+      for (int c = 0; c < Tile::kHalf / kChunk; ++c) {
+        typename Sums::Weights weights;
+        for_rows([&](int i, int row) {
+          constexpr unsigned kLine = PlacesOfCodes::kChunks * kVectorBytes;
+          const unsigned line = i * kMmaRows + row * (kMmaRows / 2);
+          const auto word = load_shared<std::uint32_t>(codes.at(now + line * kLine).flipped(c * kVectorBytes));
+#pragma unroll
+          for (int byte = 0; byte < 4; ++byte) {
+            const auto pair = table_.of_byte(word, byte);
+            weights[i][byte / 2][byte % 2 * 2 + row] =
+                pack_pair<T>(pair.at[0] * scale[i][row], pair.at[1] * scale[i][row]);
+          }
+        });
+        sums_.multiply(weights, operand.at(now).flipped(c * (kChunk * sizeof(T))));
+      }
+      finish_scales();
+    }
+    sync_threads();  // the stages have been read
+  }
+
+  // The adapter: more of the same sums, with U in place of x and B in place of the weight. They are few and not read
+  // again: both come from global memory, of mma's 16 of the rank a lane's four. The halves take turns.
+  __device__ void add_low_rank(const Part& part) {
+    if (part.first > 0) return;
+    const ThinLane<Tile> lane;
+    const int rank = static_cast<int>(args_.low_rank.cols);
+#pragma unroll 1
+    for (int r0 = lane.half() * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
+      const int r = r0 + 4 * lane.t;
+      std::uint32_t weights[kFragments][4];
+      for_rows([&](int i, int row) {
+        const std::int64_t col = part.tile * Tile::kCols + lane.col(i) + row;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          weights[i][2 * pair + row] =
+              pack_pair<T>(right_at<true>(args_, r + 2 * pair, col), right_at<true>(args_, r + 2 * pair + 1, col));
+        }
+      });
+      const T* u = static_cast<const T*>(args_.low_rank.data) + lane.loaded_row() * args_.low_rank.stride + r;
+      sums_.multiply_four(weights, [&](int row) {
+        std::uint32_t bits[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (row + static_cast<int>(lane.loaded_row()) < rows() && r + j < rank)
+            bits[j] = u[row * args_.low_rank.stride + j].bits;
+        }
+        return Vector<std::uint32_t, 2>{{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
+      });
+    }
+  }
+
+  __device__ void store(std::int64_t col0) const {
+    const ThinLane<Tile> lane;
+    const std::int64_t col = col0 + lane.col(lane.half()), cols = args_.cols - col;
+    const T* const bias = static_cast<const T*>(args_.bias);
+    sums_.store(lane, static_cast<T*>(args_.out.data) + col, args_.out.stride, bias == nullptr ? nullptr : bias + col,
+                rows(), cols < 2 ? static_cast<int>(cols) : 2);
+  }
+
+  const GemmArgs& args_;
+  Shared& shared_;
+  const Runs runs_;
+  const ScaleReader<true> scales_;
+  const typename Shared::Table table_;
+  std::uint32_t first_step_;  // of the block's run
+  Sums sums_;
+};
+
+template <class T, int kRows>
+__global__ void __launch_bounds__(kGemmThreads, gemm_blocks(kRows))
+    thin_gemm_kernel(const __grid_constant__ GemmArgs args) {
+  using Tile = ThinTile<kRows>;
+  ThinGemm<T, Tile> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
+  gemm.run();
+}
+
+}  // namespace qlora_native::QLN_CUDA
