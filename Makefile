@@ -9,7 +9,7 @@
 # make wheels     wheels that need no compiler, for PYTHONS="python3.11 python3.13": built for old systems, installed, tested
 #                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for much longer)
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
-# make lint       check formatting and style
+# make lint       check formatting, style and the types of examples/
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
 #
@@ -146,9 +146,11 @@ wheels: $(stamp)-build $(stamp)-wheels
 sass: build-cpp $(stamp)-sass $(stamp)-test
 	$(python) bench/sass.py $(ARGS)
 
-lint: $(stamp)-lint
+# mypy reads the types of torch, transformers and PEFT; the package is read from python/, so nothing is built.
+lint: $(stamp)-lint $(stamp)-finetune
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_files)
 
 format: $(stamp)-lint

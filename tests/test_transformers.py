@@ -314,6 +314,37 @@ def test_live_model_in_a_module_of_ones_own_is_saved(tmp_path):
     assert torch.equal(models.logits(again), models.logits(inner))
 
 
+def _by_hand(model):
+    for block in model.model.layers:
+        block.mlp.up_proj = qn.nn.Linear4bit.from_linear(block.mlp.up_proj)
+
+
+@pytest.mark.parametrize(
+    "quantize_part",
+    [
+        lambda model: qn.nn.quantize_model(model.model, progress=False),
+        lambda model: qn.nn.quantize_model(model.model.layers[0], progress=False),
+        _by_hand,
+    ],
+    ids=["inner model", "a block", "by hand"],
+)
+def test_live_model_with_a_quantized_part_comes_back_bit_for_bit(quantize_part, tmp_path):
+    model = models.make("llama")
+    quantize_part(model)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, quantization_config=config())
+    assert models.layers_of(again).keys() == models.layers_of(model).keys()
+    assert torch.equal(models.logits(again), models.logits(model))
+
+
+def test_live_model_with_a_part_in_a_format_without_files_is_not_saved(tmp_path):
+    model = models.make("llama")
+    qn.nn.quantize_model(model.model, format="int8", progress=False)
+    with pytest.raises(ValueError, match="^model.layers.0.*: format: expected nf4 or fp4, .*, got int8"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_live_model_with_layers_of_another_method_is_not_saved(folders, tmp_path):
     _bitsandbytes()
     options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "o_proj"]}

@@ -12,15 +12,17 @@ import sys
 from torch import nn
 
 _PEFT = "qlora_native.integrations.peft"
+_GUARDS = {"peft": _PEFT, "transformers": "qlora_native.integrations.adopt"}
 
 
-def guard_peft() -> None:
-    """Load our integration where PEFT has been imported; called for every layer that is made."""
-    if "peft" in sys.modules and _PEFT not in sys.modules:
-        try:
-            importlib.import_module(_PEFT)
-        except ImportError:  # an old PEFT, which is no matter until it is used with the layer: it raises again there
-            return
+def guard_neighbours() -> None:
+    """Load our integrations with what has been imported of the two; called for every layer that is made."""
+    for neighbour, integration in _GUARDS.items():
+        if neighbour in sys.modules and integration not in sys.modules:
+            try:
+                importlib.import_module(integration)
+            except ImportError:  # an old one, which is no matter until it is used with the layer: it raises again there
+                continue
 
 
 def check_peft_is_guarded() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
-from ._neighbours import adopt_quantized, check_peft_is_guarded, guard_peft, transformers_models
+from ._neighbours import adopt_quantized, check_peft_is_guarded, guard_neighbours, transformers_models
 from ._weight import (
     CODEBOOKS,
     DYNAMIC_MAP,
@@ -99,7 +99,7 @@ class Linear4bit(nn.Linear):
     def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
         """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
         nn.Module.__init__(self)
-        guard_peft()
+        guard_neighbours()
         self.product_dtype: torch.dtype | None = None
         self.replace_weight(q)
         self.bias = bias
@@ -294,6 +294,7 @@ def quantize_model(
 
     A model of transformers is from then on one that transformers knows as quantized: `save_pretrained` writes
     bitsandbytes' format with its quantization_config, or raises a ValueError that names the format it cannot write.
+    So does that of a model of which `model` is a part.
 
     Args:
         skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -77,3 +79,18 @@ def _why_not_saved(model: nn.Module, layers: dict[str, Linear4bit], dense: list[
         if not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")
     return None
+
+
+_save_pretrained = PreTrainedModel.save_pretrained
+
+
+@functools.wraps(_save_pretrained)
+def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    # Where a part of it was quantized, such as model.model, or a layer put in by hand, the whole was not told.
+    told = isinstance(vars(self).get("hf_quantizer"), Quantizer)
+    if not told and any(isinstance(module, Linear4bit) for module in self.modules()):
+        adopt_quantized(self)
+    _save_pretrained(self, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained = _save

@@ -46,7 +46,6 @@ METHOD = "qlora_native"
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
-@register_quantization_config(METHOD)
 class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     """transformers' `BitsAndBytesConfig` with the same fields, for our layers; `blocksize` comes on top.
 
@@ -99,6 +98,10 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: those of transformers' own are not enough to tell what differs."""
         return self.to_dict()
+
+
+# Not as a decorator, which to a type checker returns transformers' base class and not ours.
+register_quantization_config(METHOD)(BitsAndBytesConfig)
 
 
 @register_quantizer(METHOD)
