@@ -87,7 +87,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             if getattr(self, name) != value:
                 raise bad(name, f"{value}, as qlora_native has no other", getattr(self, name))
         if self.bnb_4bit_quant_type not in FORMATS:
-            raise bad("bnb_4bit_quant_type", " or ".join(FORMATS), repr(self.bnb_4bit_quant_type))
+            raise bad("bnb_4bit_quant_type", "one of " + ", ".join(FORMATS), repr(self.bnb_4bit_quant_type))
 
     @property
     def product_dtype(self) -> torch.dtype | None:
