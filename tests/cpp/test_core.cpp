@@ -425,7 +425,10 @@ void contents_of_weights_are_checked() {
   };
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     refused("weight.nested_absmax", [&](Weight& weight, auto&) { weight.nested_absmax[0] = bad; });
-    refused("weight.nested_code", [&](Weight&, auto& levels) { levels[255] = bad; });
+    refused("weight.nested_code", [&](Weight& weight, auto& levels) {
+      weight.absmax_codes.back() = 255;  // a level that no scale has may be anything
+      levels[255] = bad;
+    });
     refused("weight.offset", [&](Weight& weight, auto&) { weight.offset = bad; });
   }
   refused("weight.absmax", [&](Weight& weight, auto& levels) {
