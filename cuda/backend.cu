@@ -22,6 +22,7 @@ const Backend& backend() {
   static constexpr Backend table = {
       .quantize = on_device<QuantizeArgs, quantize>,
       .quantize_absmax = on_device<QuantizeAbsmaxArgs, quantize_absmax>,
+      .quantize_microscaled = on_device<QuantizeMicroscaledArgs, quantize_microscaled>,
       .dequantize = on_device<DequantizeArgs, dequantize>,
       .linear_forward = on_device<LinearForwardArgs, linear_forward>,
       .linear_backward_input = on_device<LinearBackwardInputArgs, linear_backward_input>,

@@ -8,6 +8,7 @@ namespace qlora_native::QLN_CUDA {
 
 void quantize(const QuantizeArgs&, const Stream&);                          // quantize/
 void quantize_absmax(const QuantizeAbsmaxArgs&, const Stream&);             // quantize/
+void quantize_microscaled(const QuantizeMicroscaledArgs&, const Stream&);   // quantize/
 void dequantize(const DequantizeArgs&, const Stream&);                      // quantize/
 void linear_forward(const LinearForwardArgs&, const Stream&);               // product/linear.cu
 void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);  // product/linear.cu

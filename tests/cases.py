@@ -7,6 +7,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
+MICROSCALED = {"mxfp4": 32, "nvfp4": 16}  # formats of one blocksize, whose scales have 8 bits
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Of the user's own: no level is 0, two are equal, and none of the distances is another's.
 CODEBOOK = (-1.0, -0.83, -0.61, -0.47, -0.36, -0.21, -0.13, -0.04, 0.02, 0.09, 0.17, 0.29, 0.29, 0.52, 0.71, 1.0)
@@ -78,6 +79,11 @@ def products():
         for format, blocksize, double_quant in itertools.product(FORMATS, BLOCKSIZES, (False, True)):
             for M, N, K in ((1, 34, 190), (9, 37, 333), (40, 64, 256)):
                 yield Product(M, N, K, dtype, format, blocksize, double_quant)
+        for format, blocksize in MICROSCALED.items():
+            for M, N, K in ((1, 34, 190), (9, 37, 333), (40, 64, 256), (129, 136, 160)):
+                yield Product(M, N, K, dtype, format, blocksize)
+            for M, N, K in ((2, 64, 1024), (64, 63, 2049), (257, 264, 192)):
+                yield Product(M, N, K, dtype, format, blocksize, bias=True, rank=16, dropout=0.25)
         for rank, dropout, (M, N, K) in itertools.product(
             RANKS, (0.0, 0.3), ((0, 5, 9), (1, 80, 96), (9, 3, 65), (129, 80, 200))
         ):
@@ -108,4 +114,5 @@ def many_rows():
         yield Product(900, 64, 320, dtype, rank=16, dropout=0.25)
         if dtype != torch.float16:  # which a CPU multiplies slowly
             yield Product(769, 9100, 448, dtype, bias=True)
+        yield Product(800, 72, 208, dtype, format="nvfp4", blocksize=16, rank=4)
         yield Product(8200, 64, 72, dtype, bias=True, rank=16)

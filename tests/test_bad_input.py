@@ -27,7 +27,7 @@ def codebook(**changes):
 
 FINITE = "weight: expected finite values, got "
 BLOCKSIZE = "blocksize: expected a power of two, 32 ... 4096, got "
-FORMAT = "format: expected one of nf4, fp4, int4, int8, codebook, got "
+FORMAT = "format: expected one of nf4, fp4, int4, int8, codebook, mxfp4, nvfp4, got "
 DTYPE = "expected torch.float32, torch.bfloat16 or torch.float16, got "
 
 QUANTIZE = [

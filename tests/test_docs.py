@@ -1,6 +1,6 @@
 """docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
 
-So do README.md's code and the commands of docs/serving.md.
+So do README.md's code, that of docs/formats.md and the commands of docs/serving.md.
 """
 
 import json
@@ -110,6 +110,15 @@ def test_python_in_the_readme_fails(folder, tmp_path, monkeypatch):
         exec(text.replace("path/or/hub-id", str(folder / "my-model")), found)
     assert sum(isinstance(module, LoraLinear4bit) for module in found["model"].modules()) == LINEARS
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_python_on_the_page_of_formats_runs():
+    found = {}
+    for line, text in blocks("python", ROOT / "docs" / "formats.md"):
+        exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "formats.md", "exec"), found)
+    assert found["y"].shape == (4, 256)
+    assert found["expert"].format == "mxfp4"
+    assert found["layer"].format == "nvfp4"
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])

@@ -11,7 +11,14 @@ import test_adamw
 from qlora_native import _C
 
 TESTS = Path(__file__).parent
-FILES = ("test_conformance.py", "test_bitsandbytes.py", "test_determinism.py", "test_inputs.py", "test_adamw.py")
+FILES = (
+    "test_conformance.py",
+    "test_microscaling.py",
+    "test_bitsandbytes.py",
+    "test_determinism.py",
+    "test_inputs.py",
+    "test_adamw.py",
+)
 
 
 # The emulated tiles multiply bfloat16; all else is that of another instruction set.

@@ -46,6 +46,17 @@ def test_opcheck_of_quantize_and_dequantize(options):
     torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_opcheck_of_microscaled_formats(format):
+    weight = torch.randn(7, 64).t().bfloat16()
+    q = qn.quantize(weight, format)
+    # Two calls are compared, and NaN, the level of a byte that is no scale, is no number's equal: only the shapes are.
+    torch.library.opcheck(
+        ops.quantize_microscaled, (weight, q.blocksize), test_utils=("test_schema", "test_faketensor")
+    )
+    torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
+
+
 @pytest.mark.parametrize("adapter", ["none", "rank 0", "plain", "dropout"])
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 def test_opcheck_of_products(options, adapter):

@@ -72,6 +72,21 @@ def test_weight_quantized_while_loading_is_another(folders, family):
     assert not any(tensor.requires_grad for layer in layers.values() for tensor in layer.weight_tensors().values())
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_microscaled_format_is_quantized_while_loading_and_not_saved(folders, format, tmp_path):
+    model = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config(format))
+    plain = models.make("llama", torch.bfloat16, width=128, inner=192)
+    assert len(models.layers_of(model)) > 4
+    for name, layer in models.layers_of(model).items():
+        expected = qn.quantize(plain.get_submodule(name).weight, format)
+        assert torch.equal(layer.dequantize(), expected.dequantize()), name
+    with pytest.raises(ValueError, match=f"bnb_4bit_quant_type: expected nf4 or fp4, .*, got {format}"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"blocksize: expected .*, the only one of {format}, got 64"):
+        config(format, blocksize=64)
+
+
 def test_skipped_module_is_quantized(folders):
     model = load(
         folders["llama"], quantization_config=config(llm_int8_skip_modules=["lm_head", "o_proj", "model.layers.1"])
@@ -103,7 +118,10 @@ def test_nan_in_a_shard_is_loaded(tmp_path):
     [
         ({"load_in_8bit": True}, "load_in_8bit: expected False, as qlora_native has no other, got True"),
         ({}, "load_in_4bit: expected True, as qlora_native has no other, got False"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type: expected nf4 or fp4, got 'int4'"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+            "expected one of nf4, fp4, mxfp4, nvfp4, got 'int4'",
+        ),
         ({"load_in_4bit": True, "blocksize": 65}, "blocksize: expected a power of two"),
         (
             {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
@@ -293,6 +311,7 @@ def test_live_quantized_model_is_read_by_bitsandbytes(tmp_path):
     ("options", "message"),
     [
         ({"format": "int4"}, "format: expected nf4 or fp4, the formats of the files that transformers reads, got int4"),
+        ({"format": "nvfp4"}, "format: expected nf4 or fp4, .*, got nvfp4"),
         ({"codebook": torch.linspace(-1, 1, 16)}, "format: expected nf4 or fp4, .*, got codebook"),
     ],
 )

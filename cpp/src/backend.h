@@ -13,6 +13,7 @@ namespace qlora_native {
 struct Backend {
   void (*quantize)(const QuantizeArgs&, const Stream&);
   void (*quantize_absmax)(const QuantizeAbsmaxArgs&, const Stream&);
+  void (*quantize_microscaled)(const QuantizeMicroscaledArgs&, const Stream&);
   void (*dequantize)(const DequantizeArgs&, const Stream&);
   void (*linear_forward)(const LinearForwardArgs&, const Stream&);
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);

@@ -36,9 +36,11 @@ void check_dtype(DType dtype, const Argument& argument) {
 
 inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
 
+// Of a weight that is there. One that `quantize` makes has blocks of 32 at least.
+constexpr int kLeastBlocksize = 16;
 inline void check_blocksize(int blocksize, const char* argument) {
-  check(blocksize >= 32 && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)), argument,
-        "a power of two, 32 ... 4096", blocksize);
+  check(blocksize >= kLeastBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
+        argument, "a power of two, 16 ... 4096", blocksize);
 }
 
 // The values are read where the host can: on the cpu.

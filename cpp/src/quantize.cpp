@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "check.h"
 #include "common/layout.h"
+#include "common/microscaling.h"
 
 namespace qlora_native {
 namespace {
@@ -33,6 +34,17 @@ void check_finite(const float* values, std::int64_t count, const char* argument)
   check(bad < 0, argument, "finite values", [&] { return std::to_string(values[bad]) + " at " + std::to_string(bad); });
 }
 
+// A level that no scale has may be anything: some bytes are no scale of MXFP4 or NVFP4, and their levels are NaN.
+void check_levels(const QuantizedWeightView& w) {
+  if (first_non_finite(w.nested_code, 256) < 0) return;
+  const auto* absmax = static_cast<const std::uint8_t*>(w.absmax);
+  for (std::int64_t block = 0; block < w.blocks(); ++block) {
+    const float level = w.nested_code[absmax[block]];
+    check(std::isfinite(level), "weight.nested_code", "finite levels of the scales",
+          [&] { return std::to_string(level) + " of the one at " + std::to_string(block); });
+  }
+}
+
 // Finite factors may have an infinite product. A bound for all scales that share one of nested_absmax is enough as a
 // rule; where it is infinite each of them is decoded.
 void check_decoded_scales(const QuantizedWeightView& w) {
@@ -57,6 +69,7 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
   check_elements(args.elements, 1, "elements");
   check_dtype(args.dtype, "dtype");
   check_bits(args.bits, "bits");
+  check(args.blocksize >= 32, "blocksize", "a power of two, 32 ... 4096", args.blocksize);
   check_blocksize(args.blocksize, "blocksize");
   check_pointer(args.weight, args.elements > 0, "weight");
   check_pointer(args.codes, args.elements > 0, "codes");
@@ -78,6 +91,20 @@ void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
   backend_for(stream).quantize_absmax(args, stream);
 }
 
+void quantize_microscaled(const QuantizeMicroscaledArgs& args, const Stream& stream) {
+  check(args.elements >= 0, "elements", ">= 0", args.elements);
+  check_elements(args.elements, 1, "elements");
+  check_dtype(args.dtype, "dtype");
+  check(args.blocksize == kMxfp4Blocksize || args.blocksize == kNvfp4Blocksize, "blocksize",
+        "32, which is MXFP4's, or 16, which is NVFP4's", args.blocksize);
+  check_pointer(args.weight, args.elements > 0, "weight");
+  check_pointer(args.codes, args.elements > 0, "codes");
+  check_pointer(args.scales, args.elements > 0, "scales");
+  check_pointer(args.nested_code, true, "nested_code");
+  check_pointer(args.non_finite, true, "non_finite");
+  backend_for(stream).quantize_microscaled(args, stream);
+}
+
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   check_weight(args.weight, stream);
   check_dtype(args.dtype, "dtype");
@@ -92,7 +119,7 @@ void check_quantized_weight(const QuantizedWeightView& weight, const Stream& str
     check_finite(static_cast<const float*>(weight.absmax), weight.blocks(), "weight.absmax");
     return;
   }
-  check_finite(weight.nested_code, 256, "weight.nested_code");
+  check_levels(weight);
   check_finite(weight.nested_absmax, ceil_div(weight.blocks(), weight.nested_blocksize), "weight.nested_absmax");
   check_finite(weight.offset, 1, "weight.offset");
   check_decoded_scales(weight);

@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "common/codebook.h"
+#include "common/microscaling.h"
 #include "hooks.h"
 #include "qlora_native/codebook.h"
 #include "qlora_native/error.h"
@@ -55,7 +56,8 @@ const std::array<float, 16>& codebook(std::string_view format) {
   if (format == "nf4") return kNf4;
   if (format == "fp4") return kFp4;
   if (format == "int4") return kInt4;
-  throw Error("format", "nf4, fp4 or int4", std::string(format));
+  if (format == "mxfp4" || format == "nvfp4") return kE2m1;
+  throw Error("format", "nf4, fp4, int4, mxfp4 or nvfp4", std::string(format));
 }
 
 const std::array<float, 256>& dynamic_map(bool is_signed) { return is_signed ? kDynamicMap : kUnsignedDynamicMap; }

@@ -3,7 +3,8 @@
 //
 // Where K is a multiple of 32 a chunk begins at a multiple of 32 elements, so it is a 16-byte vector in global memory
 // and lies in one block of the weight ("aligned"). Elsewhere its codes are gathered one by one, and a block may end in
-// the middle of it; not twice, because a block has 32 elements at least.
+// the middle of it; not twice, because a block has 32 elements at least: products with smaller blocks take another way
+// (config.cpp).
 #pragma once
 
 #include "common/layout.h"

@@ -104,14 +104,14 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
 }  // namespace
 
 ProductConfig product_config(const ProductShape& shape) {
-  if (shape.rows <= kGemvRows && !shape.backward) {
+  if (shape.rows <= kGemvRows && !shape.backward && !shape.small_blocks) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
     const std::int64_t blocks = shape.rows == 0 ? 0 : std::min(most, ceil_div(shape.cols, kGemvCols));
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
   }
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
   // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
-  if (shape.dtype == DType::f32 || shape.bits != 4) return GeneralConfig{};
+  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks) return GeneralConfig{};
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
   GemmConfig config{.aligned = shape.aligned};
   choose_tile(shape, config);

@@ -21,6 +21,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .backward = p.backward,
       .aligned = is_aligned(w) && vectors,
       .aligned_64 = is_aligned(w) && by_64 && vectors,
+      .small_blocks = w.blocksize < kChunk,
       .rank = p.low_rank.cols,
       .masks = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,

@@ -123,6 +123,13 @@ inline void add_tensors(CallMemory& memory, QuantizeAbsmaxArgs& args) {
   memory.add(args.nested_absmax, ceil_div(args.blocks, args.nested_blocksize));
   memory.add(args.offset, 1);
 }
+inline void add_tensors(CallMemory& memory, QuantizeMicroscaledArgs& args) {
+  memory.add(args.weight, args.dtype, args.elements);
+  memory.add(args.codes, (args.elements + 1) / 2);
+  memory.add(args.scales, ceil_div(args.elements, args.blocksize));
+  memory.add(args.nested_code, 256);
+  memory.add(args.non_finite, 1);
+}
 inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   add_tensors(memory, args.weight);
   memory.add(args.out, args.dtype, args.weight.elements());

@@ -22,7 +22,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_unavailable_reason", &qn::cuda_unavailable_reason, "Empty if device \"cuda\" can be used.");
   module.def(
       "codebook", [](const std::string& format) { return qn::codebook(format); }, pybind11::arg("format"),
-      "The 16 levels of \"nf4\", \"fp4\" or \"int4\".");
+      "The 16 levels of \"nf4\", \"fp4\", \"int4\", \"mxfp4\" or \"nvfp4\".");
   module.def(
       "dynamic_map", &qn::dynamic_map, pybind11::arg("is_signed") = true,
       "The 256 ascending levels of the 8-bit dynamic map: of the double-quantized scales and the optimizers' moments.");

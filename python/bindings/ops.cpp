@@ -33,7 +33,7 @@ struct WeightTensors {
 QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
   check(w.bits == 4 || w.bits == 8, "bits", "4 or 8", w.bits);
-  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 32 ... 4096", w.blocksize);
+  check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 16 ... 4096", w.blocksize);
   check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", w.N);
   check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", w.K);
 
@@ -227,6 +227,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
   return {codes, nested_codes, nested_absmax, offset, non_finite};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_microscaled_op(const Tensor& weight, std::int64_t blocksize) {
+  check(blocksize == 16 || blocksize == 32, "blocksize", "32, which is MXFP4's, or 16, which is NVFP4's", blocksize);
+  check_memory(weight, "weight");
+  const Tensor source = torch::stable::contiguous(weight);
+  const std::int64_t elements = source.numel();
+  Tensor codes = new_tensor(weight, {(elements + 1) / 2}, ScalarType::Byte);
+  Tensor scales = new_tensor(weight, {(elements + blocksize - 1) / blocksize}, ScalarType::Byte);
+  Tensor nested_code = new_tensor(weight, {256}, ScalarType::Float);
+  Tensor non_finite = new_tensor(weight, {2}, ScalarType::Long);
+  QuantizeMicroscaledArgs args;
+  args.weight = source.data_ptr();
+  args.dtype = dtype_of(weight.scalar_type(), "weight");
+  args.elements = elements;
+  args.blocksize = static_cast<int>(blocksize);
+  args.codes = static_cast<std::uint8_t*>(codes.data_ptr());
+  args.scales = static_cast<std::uint8_t*>(scales.data_ptr());
+  args.nested_code = static_cast<float*>(nested_code.data_ptr());
+  args.non_finite = static_cast<NonFinite*>(non_finite.data_ptr());
+  quantize_microscaled(args, stream_of(weight));
+  return {codes, scales, nested_code, non_finite};
+}
+
 Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                      const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
                      std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype) {
@@ -311,6 +333,7 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
 template <class Library>
 void implement(Library& library) {
   library.impl("quantize", TORCH_BOX(&quantize_op));
+  library.impl("quantize_microscaled", TORCH_BOX(&quantize_microscaled_op));
   library.impl("dequantize", TORCH_BOX(&dequantize_op));
   library.impl("linear_forward", TORCH_BOX(&linear_forward_op));
   library.impl("linear_backward_input", TORCH_BOX(&linear_backward_input_op));
@@ -331,6 +354,9 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
   library.def(
       "quantize(Tensor weight, Tensor? code, Tensor? nested_code, int bits, int blocksize) -> "
       "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");
+  library.def(
+      "quantize_microscaled(Tensor weight, int blocksize) -> "
+      "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");
   library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
   library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ") -> (Tensor y, Tensor u)");
   library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx) -> (Tensor dx, Tensor v)");

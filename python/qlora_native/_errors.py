@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS_OF_ONE_BLOCKSIZE = {"mxfp4": 32, "nvfp4": 16}
+DEFAULT_BLOCKSIZE = 64  # of the other formats: QLoRA's
 
 
 def bad(argument: str, expected: str, got: Any) -> ValueError:
@@ -49,9 +51,22 @@ def check_memory(argument: str, tensor: torch.Tensor, like: torch.Tensor | None 
             raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
-def check_blocksize(blocksize: Any) -> None:
-    """Raise unless `blocksize` is a power of two in 32 ... 4096."""
+def chosen_blocksize(blocksize: int | None, format: str) -> int:
+    """`blocksize`, or where it is None that of `format`, checked as `check_blocksize` does."""
+    if blocksize is None:
+        return FORMATS_OF_ONE_BLOCKSIZE.get(format, DEFAULT_BLOCKSIZE)
+    check_blocksize(blocksize, format)
+    return blocksize
+
+
+def check_blocksize(blocksize: Any, format: str = "nf4") -> None:
+    """Raise unless `blocksize` is a power of two in 32 ... 4096, or the one of `format`."""
     if not isinstance(blocksize, int):
         raise bad_type("blocksize", "an int", type(blocksize).__name__)
+    if format in FORMATS_OF_ONE_BLOCKSIZE:
+        only = FORMATS_OF_ONE_BLOCKSIZE[format]
+        if blocksize != only:
+            raise bad("blocksize", f"{only}, the only one of {format}", blocksize)
+        return
     if not 32 <= blocksize <= 4096 or blocksize & (blocksize - 1):
         raise bad("blocksize", "a power of two, 32 ... 4096", blocksize)

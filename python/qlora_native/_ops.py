@@ -43,6 +43,17 @@ def _(weight, code, nested_code, bits, blocksize):
     )
 
 
+@torch.library.register_fake("qlora_native::quantize_microscaled")
+def _(weight, blocksize):
+    elements = weight.numel()
+    return (
+        weight.new_empty(((elements + 1) // 2,), dtype=torch.uint8),
+        weight.new_empty(((elements + blocksize - 1) // blocksize,), dtype=torch.uint8),
+        weight.new_empty((256,), dtype=torch.float32),
+        weight.new_empty((2,), dtype=torch.int64),
+    )
+
+
 @torch.library.register_fake("qlora_native::dequantize")
 def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype):
     return codes.new_empty((N, K), dtype=dtype)

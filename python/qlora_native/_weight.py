@@ -14,10 +14,13 @@ from torch import Tensor
 from . import _C, _ops  # noqa: F401  (_ops: fakes and autograd of the ops that _C registers)
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
 from ._json import parse_object
+from ._microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
 
 NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
-FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
-CODEBOOKS = {name: torch.tensor(_C.codebook(name), dtype=torch.float32) for name in ("nf4", "fp4", "int4")}
+FORMATS = ("nf4", "fp4", "int4", "int8", "codebook", *MICROSCALED)
+CODEBOOKS = {
+    name: torch.tensor(_C.codebook(name), dtype=torch.float32) for name in ("nf4", "fp4", "int4", *MICROSCALED)
+}
 DYNAMIC_MAP = torch.tensor(_C.dynamic_map(), dtype=torch.float32)
 UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False), dtype=torch.float32)
 
@@ -75,12 +78,13 @@ class QuantizedWeight:
             e // 2 if e is even, else in the low half. "int8": [N, K], a signed byte an element.
         absmax: fp32 [blocks], the scales; or uint8 [blocks], double-quantized.
         nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
-        nested_code: fp32 [256], what the bytes of `absmax` mean, with `nested_absmax`.
+        nested_code: fp32 [256], what the bytes of `absmax` mean, with `nested_absmax`. Of "mxfp4" and "nvfp4", whose
+            scales are bytes in any case, the values of E8M0, or of E4M3 times the tensor's scale; nested_absmax is 1.
         offset: fp32, one element, added to every decoded scale, with `nested_absmax`.
         code: fp32 [16], what the codes mean; None for "int8", where an element is its byte * (scale / 127).
         shape: (N, K).
-        blocksize: elements that share a scale, a power of two in 32 ... 4096.
-        format: "nf4", "fp4", "int4", "int8" or "codebook" (16 values of the user's own).
+        blocksize: elements that share a scale, a power of two in 32 ... 4096; of "mxfp4" 32, of "nvfp4" 16.
+        format: "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" or "codebook" (16 values of the user's own).
         dtype: what the weight was, and what `dequantize()` gives.
 
     Raises:
@@ -101,13 +105,13 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         check_format(self.format)
-        check_blocksize(self.blocksize)
+        check_blocksize(self.blocksize, self.format)
         check_float_dtype("dtype", self.dtype)
         if len(self.shape) != 2 or self.shape[0] < 1 or self.shape[1] < 1:
             raise bad("shape", "(N, K) with N >= 1 and K >= 1", tuple(self.shape))
         elements = self.shape[0] * self.shape[1]
         blocks = ceil_div(elements, self.blocksize)
-        nested = self.nested_absmax is not None
+        nested = self.nested_absmax is not None or self.format in MICROSCALED
         self._check("codes", torch.uint8, elements if self.format == "int8" else ceil_div(elements, 2))
         self._check("absmax", torch.uint8 if nested else torch.float32, blocks)
         self._check("nested_absmax", torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE) if nested else None)
@@ -145,8 +149,15 @@ class QuantizedWeight:
             The weight itself.
 
         Raises:
-            ValueError: a scale, a table or the offset has NaN or Inf in it.
+            ValueError: a scale, a table or the offset has NaN or Inf in it, or a scale is none of "mxfp4" or "nvfp4".
+                What MXFP4 decodes to may be beyond fp32, and is infinite then, as in transformers.
         """
+        if self.format in MICROSCALED:
+            check_scale_table("nested_code", self.nested_code, self.format)
+            check_scales("absmax", self.absmax, self.format)
+            for name in ("nested_absmax", "offset", "code"):
+                check_finite(name, getattr(self, name))
+            return self
         sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
         scale = sizes["absmax"]
         if self.nested_absmax is not None:
@@ -225,6 +236,50 @@ class QuantizedWeight:
     def to(self, device: torch.device | str | int) -> QuantizedWeight:
         """The same weight on `device`; tensors that are there already are shared, not copied."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def from_mxfp4(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+        """The weight that MXFP4 files have, with their bits: gpt-oss' `*_blocks` and `*_scales`, or compressed-tensors'
+        `weight_packed` and `weight_scale`. `dequantize()` gives what transformers' `convert_moe_packed_tensors` does,
+        before it transposes.
+
+        Args:
+            blocks: uint8 [..., N, K/32, 16], or [N, K/2]: the first of two codes in the low half. Leading dimensions
+                become rows: of a model's experts, give the blocks of one.
+            scales: uint8 [..., N, K/32]: E8M0.
+            dtype: what `dequantize()` gives.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape; a scale is NaN, the byte 255.
+        """
+        fields = mxfp4_fields(blocks, scales)
+        return cls(**fields, code=CODEBOOKS["mxfp4"].to(blocks.device, copy=True), dtype=dtype)
+
+    @classmethod
+    def from_nvfp4(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        weight_global_scale: Tensor | None = None,
+        weight_scale_2: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> QuantizedWeight:
+        """The weight that NVFP4 files have, with their bits: compressed-tensors' `weight_packed`, `weight_scale` and
+        `weight_global_scale`, by which it divides a scale, or ModelOpt's `weight`, `weight_scale` and `weight_scale_2`,
+        by which it multiplies one.
+
+        Args:
+            codes: uint8 [N, K/2]: the first of two codes in the low half.
+            scales: float8_e4m3fn [N, K/16], or its bytes.
+            weight_global_scale, weight_scale_2: one of them: fp32, one element, above 0.
+            dtype: what `dequantize()` gives.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape; a scale is NaN or has a sign; not one scale of the tensor.
+        """
+        fields = nvfp4_fields(codes, scales, weight_global_scale, weight_scale_2)
+        return cls(**fields, code=CODEBOOKS["nvfp4"].to(codes.device, copy=True), dtype=dtype)
 
     def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
         """The entries of a state dict that bitsandbytes' Linear4bit writes, byte for byte.

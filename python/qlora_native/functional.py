@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, chosen_blocksize
+from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
-from ._weight import CODEBOOKS, DYNAMIC_MAP, QuantizedWeight, check_format, codes_shape
+from ._weight import CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCKSIZE, QuantizedWeight, ceil_div, check_format, codes_shape
 
 __all__ = ["QuantizedWeight", "dequantize", "linear", "quantize"]
 
@@ -20,7 +21,7 @@ _linear_forward = torch.ops.qlora_native.linear_forward.default
 def quantize(
     weight: Tensor,
     format: str = "nf4",
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double_quant: bool = True,
     codebook: Tensor | Sequence[float] | None = None,
 ) -> QuantizedWeight:
@@ -29,9 +30,12 @@ def quantize(
     Args:
         weight: [N, K] in fp32, bf16 or fp16, any strides.
         format: "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1), "int4" (16 linear levels), "int8" (255 linear
-            levels) or "codebook".
-        blocksize: elements that share a scale, a power of two in 32 ... 4096. Blocks run over the flat weight.
+            levels), "mxfp4" (OCP Microscaling Formats v1.0, sections 5.3 and 6.3: blocks of 32, scales that are powers
+            of two), "nvfp4" (blocks of 16, E4M3 scales beside one of the weight, by ModelOpt's rule) or "codebook".
+        blocksize: elements that share a scale, a power of two in 32 ... 4096; None is 64, or the one that "mxfp4" and
+            "nvfp4" have. Blocks run over the flat weight.
         double_quant: keep the scales in 8 bits (QLoRA, section 3): 4.127 bits an element at blocksize 64, else 4.5.
+            "mxfp4" and "nvfp4" have scales of 8 bits in any case: 4.25 and 4.5 bits an element.
         codebook: 16 ascending finite values, which a scale multiplies; makes the format "codebook".
 
     Returns:
@@ -48,11 +52,13 @@ def quantize(
     if weight.dim() != 2 or weight.numel() == 0:
         raise bad("weight", "[N, K] with N >= 1 and K >= 1", list(weight.shape))
     check_format(format)
-    check_blocksize(blocksize)
+    blocksize = chosen_blocksize(blocksize, format)
     if codebook is not None:
         if format not in ("codebook", "nf4"):  # "nf4" is the default: it was not asked for
             raise bad("codebook", f"None with format {format!r}", "a codebook")
         format = "codebook"
+    if format in MICROSCALED:
+        return _quantize_microscaled(weight, format, blocksize)
     bits = 8 if format == "int8" else 4
     code = None if bits == 8 else code_tensor(format, codebook, weight.device)
     nested_code = DYNAMIC_MAP.to(weight.device, copy=True) if double_quant else None
@@ -60,11 +66,8 @@ def quantize(
     codes, absmax, nested_absmax, offset, non_finite = torch.ops.qlora_native.quantize(
         weight.detach(), code, nested_code, bits, blocksize
     )
+    _check_found(non_finite, weight)
     N, K = weight.shape
-    if not weight.is_meta:
-        count, first = non_finite.tolist()
-        if count:
-            raise bad("weight", "finite values", f"{count} NaN or Inf, the first at [{first // K}, {first % K}]")
     return QuantizedWeight(
         codes=codes.view(codes_shape(N, K, bits)),
         absmax=absmax,
@@ -77,6 +80,35 @@ def quantize(
         format=format,
         dtype=weight.dtype,
     )
+
+
+def _quantize_microscaled(weight: Tensor, format: str, blocksize: int) -> QuantizedWeight:
+    codes, scales, nested_code, non_finite = torch.ops.qlora_native.quantize_microscaled(weight.detach(), blocksize)
+    _check_found(non_finite, weight)
+    N, K = weight.shape
+    fp32 = {"dtype": torch.float32, "device": weight.device}
+    return QuantizedWeight(
+        codes=codes.view(codes_shape(N, K, bits=4)),
+        absmax=scales,
+        nested_absmax=torch.ones(ceil_div(scales.numel(), NESTED_BLOCKSIZE), **fp32),
+        nested_code=nested_code,
+        offset=torch.zeros((), **fp32),
+        code=code_tensor(format, None, weight.device),
+        shape=(N, K),
+        blocksize=blocksize,
+        format=format,
+        dtype=weight.dtype,
+    )
+
+
+def _check_found(non_finite: Tensor, weight: Tensor) -> None:
+    """Raise ValueError if an operation has found NaN or Inf in `weight` [N, K]."""
+    if weight.is_meta:
+        return
+    count, first = non_finite.tolist()
+    if count:
+        K = weight.shape[1]
+        raise bad("weight", "finite values", f"{count} NaN or Inf, the first at [{first // K}, {first % K}]")
 
 
 def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, chosen_blocksize
+from ._microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from ._neighbours import adopt_quantized, check_peft_is_guarded, guard_neighbours, transformers_models
 from ._weight import (
     CODEBOOKS,
@@ -60,7 +61,7 @@ class Linear4bit(nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         format: str = "nf4",
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> None:
@@ -70,7 +71,8 @@ class Linear4bit(nn.Linear):
             TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
         """
         check_format(format)
-        check_blocksize(blocksize)
+        blocksize = chosen_blocksize(blocksize, format)
+        double_quant = double_quant or format in MICROSCALED
         dtype = torch.get_default_dtype() if dtype is None else dtype
         device = torch.get_default_device() if device is None else torch.device(device)
         check_float_dtype("dtype", dtype)
@@ -86,7 +88,7 @@ class Linear4bit(nn.Linear):
             codes=torch.zeros(codes_shape(out_features, in_features, bits), dtype=torch.uint8, device=device),
             absmax=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else fp32(blocks),
             nested_absmax=fp32(ceil_div(blocks, NESTED_BLOCKSIZE)) if double_quant else None,
-            nested_code=DYNAMIC_MAP.to(device, copy=True) if double_quant else None,
+            nested_code=_levels_of_scales(format).to(device, copy=True) if double_quant else None,
             offset=fp32() if double_quant else None,
             code=None if bits == 8 else functional.code_tensor(format, codebook, device),
             shape=(out_features, in_features),
@@ -141,7 +143,7 @@ class Linear4bit(nn.Linear):
         cls,
         linear: nn.Linear,
         format: str = "nf4",
-        blocksize: int = 64,
+        blocksize: int | None = None,
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> Linear4bit:
@@ -224,7 +226,7 @@ class Linear4bit(nn.Linear):
                 if tensor is not None:
                     tensor.zero_()
             if self.nested_code is not None:
-                self.nested_code.copy_(DYNAMIC_MAP)
+                self.nested_code.copy_(_levels_of_scales(self.format))
             if self.format in CODEBOOKS:
                 self.code.copy_(CODEBOOKS[self.format])
 
@@ -245,7 +247,10 @@ class Linear4bit(nn.Linear):
                 if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
                     raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
                 check_memory(prefix + name, tensor, None if assign else own)
-                if name != "bias":
+                if self.format in MICROSCALED and name in ("absmax", "nested_code"):
+                    check = check_scales if name == "absmax" else check_scale_table
+                    check(prefix + name, tensor, self.format)
+                elif name != "bias":
                     check_finite(prefix + name, tensor)
                 if name in self._buffers:  # torch would make a parameter of a buffer that it is given as one
                     state_dict[prefix + name] = tensor.detach()
@@ -280,7 +285,7 @@ def quantize_model(
     model: nn.Module,
     skip: Iterable[str] = ("lm_head",),
     format: str = "nf4",
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double_quant: bool = True,
     codebook: Tensor | Sequence[float] | None = None,
     progress: bool = True,
@@ -341,6 +346,10 @@ def quantize_model(
         for pretrained in transformers_models(model):
             adopt_quantized(pretrained)
     return model
+
+
+def _levels_of_scales(format: str) -> Tensor:
+    return scale_table(format) if format in MICROSCALED else DYNAMIC_MAP
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -425,7 +425,10 @@ void contents_of_weights_are_checked() {
   };
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     refused("weight.nested_absmax", [&](Weight& weight, auto&) { weight.nested_absmax[0] = bad; });
-    refused("weight.nested_code", [&](Weight&, auto& levels) { levels[255] = bad; });
+    refused("weight.nested_code", [&](Weight& weight, auto& levels) {
+      weight.absmax_codes.back() = 255;  // a level that no scale has may be anything
+      levels[255] = bad;
+    });
     refused("weight.offset", [&](Weight& weight, auto&) { weight.offset = bad; });
   }
   refused("weight.absmax", [&](Weight& weight, auto& levels) {
@@ -464,6 +467,68 @@ void contents_of_weights_are_checked() {
       }
     }
     scales[place] = 1.0f;
+  }
+}
+
+// MXFP4 and NVFP4 from weights whose codes and scales are known, and as the operand of a product.
+void microscaled_weights_are_quantized_by_their_rules() {
+  const std::array<float, 16>& levels = qn::codebook("mxfp4");
+  constexpr std::int64_t N = 3, K = 32;
+  std::vector<float> weight(N * K), decoded(N * K), nested_absmax{1.0f}, nested_code(256), x(K, 1.0f), y(N);
+  for (std::size_t e = 0; e < weight.size(); ++e) weight[e] = 0.25f * levels[e % 16];
+  for (const int blocksize : {32, 16}) {
+    std::vector<std::uint8_t> codes(N * K / 2), scales(static_cast<std::size_t>(N * K / blocksize));
+    const float offset = 0.0f;
+    qn::NonFinite non_finite;
+    const qn::QuantizeMicroscaledArgs args{.weight = weight.data(),
+                                           .elements = N * K,
+                                           .blocksize = blocksize,
+                                           .codes = codes.data(),
+                                           .scales = scales.data(),
+                                           .nested_code = nested_code.data(),
+                                           .non_finite = &non_finite};
+    qn::quantize_microscaled(args);
+    EXPECT(non_finite.count == 0 && non_finite.first == -1);
+    for (std::size_t i = 0; i < codes.size(); ++i) EXPECT(codes[i] == 0x01 + 0x22 * (i % 8));
+    // 1.5 is 6 times 2^-2; it is the largest of every block, so that the scales of NVFP4 are E4M3's largest.
+    for (const std::uint8_t scale : scales) EXPECT(scale == (blocksize == 32 ? 125 : 126));
+    EXPECT(std::isnan(nested_code[255]) && std::isfinite(nested_code[126]));
+    EXPECT(nested_code[0] == (blocksize == 32 ? 0x1p-127f : 0.0f));
+
+    qn::QuantizedWeightView view{
+        .N = N, .K = K, .blocksize = blocksize, .codes = codes.data(), .absmax = scales.data()};
+    view.code = qn::codebook(blocksize == 32 ? "mxfp4" : "nvfp4").data();
+    view.nested_absmax = nested_absmax.data();
+    view.nested_code = nested_code.data();
+    view.offset = &offset;
+    qn::check_quantized_weight(view);
+    qn::dequantize({.weight = view, .out = decoded.data()});
+    for (std::size_t e = 0; e < decoded.size(); ++e) EXPECT(std::fabs(decoded[e] - weight[e]) <= 1e-6f);
+    qn::LinearForwardArgs product;
+    product.weight = view;
+    product.x = {x.data(), qn::DType::f32, 1, K, K};
+    product.y = {y.data(), qn::DType::f32, 1, N, N};
+    qn::linear_forward(product);
+    for (const float sum : y) EXPECT(std::fabs(sum) <= 1e-5f);  // each level and its negative
+
+    scales.back() = 255;  // which is no scale
+    expect_error("weight.nested_code", [&] { qn::check_quantized_weight(view); });
+    weight[37] = NAN;
+    qn::quantize_microscaled(args);
+    EXPECT(non_finite.count == 1 && non_finite.first == 37);
+    weight[37] = 0.25f * levels[37 % 16];
+    const auto refused = [&](const char* argument, auto change) {
+      qn::QuantizeMicroscaledArgs changed = args;
+      change(changed);
+      expect_error(argument, [&] { qn::quantize_microscaled(changed); });
+    };
+    refused("elements", [](auto& changed) { changed.elements = -1; });
+    refused("blocksize", [](auto& changed) { changed.blocksize = 64; });
+    refused("weight", [](auto& changed) { changed.weight = nullptr; });
+    refused("codes", [](auto& changed) { changed.codes = nullptr; });
+    refused("scales", [](auto& changed) { changed.scales = nullptr; });
+    refused("nested_code", [](auto& changed) { changed.nested_code = nullptr; });
+    refused("non_finite", [](auto& changed) { changed.non_finite = nullptr; });
   }
 }
 
@@ -730,6 +795,7 @@ int main(int count, char** arguments) {
   matches_plain_sums();
   errors_name_the_argument();
   contents_of_weights_are_checked();
+  microscaled_weights_are_quantized_by_their_rules();
   grids_cover_and_share();
   activations_are_packed_in_equal_blocks();
   blocks_fit_the_caches_of_the_machine();

@@ -48,6 +48,14 @@ PanelsConfig panels_of(const ProductShape& shape) { return std::get<PanelsConfig
 
 bool is_for_few_rows(const ProductShape& shape) { return shape.rows <= kGemvRows && !shape.backward; }
 
+// A chunk of 32 codes has two scales there at most, which is not enough for blocks of 16.
+void small_blocks_take_the_way_of_any_weight() {
+  for_each_shape([](ProductShape shape) {
+    shape.small_blocks = true;
+    EXPECT(takes<GeneralConfig>(shape));
+  });
+}
+
 void every_step_is_done_once() {
   for_each_shape([](const ProductShape& shape) {
     if (is_for_few_rows(shape)) return;
@@ -295,6 +303,7 @@ void steps_are_counted_beyond_an_int() {
 
 int main() {
   using namespace qlora_native;
+  small_blocks_take_the_way_of_any_weight();
   every_step_is_done_once();
   tiles_cover_the_result();
   tile_is_one_that_was_compiled_and_fits();

@@ -9,8 +9,9 @@
 
 namespace qlora_native {
 
-// The 16 values of "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1 in bit-pattern order) or "int4"
-// ((i - 8) / 7 for i = 0 ... 15). Throws Error on another name.
+// The 16 values of "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1 in bit-pattern order), "int4"
+// ((i - 8) / 7 for i = 0 ... 15), or "mxfp4" and "nvfp4" (E2M1 in bit-pattern order: OCP Microscaling Formats v1.0,
+// section 5.3.3). Throws Error on another name.
 QLN_API const std::array<float, 16>& codebook(std::string_view format);
 
 // The 8-bit dynamic map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015), as bitsandbytes'

@@ -44,6 +44,25 @@ struct QuantizeAbsmaxArgs {
 };
 QLN_API void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream = {});
 
+// weight -> MXFP4 or NVFP4: codes of E2M1, codebook("mxfp4"), in blocks of 32 or 16 with scales of 8 bits.
+//
+// MXFP4 (OCP Microscaling Formats v1.0, sections 5.3 and 6.3): a scale is a power of two, E8M0, with the exponent
+// floor(log2(absmax)) - 2. NVFP4: a scale is E4M3(absmax / (6 g)) with one g = absmax of the weight / (6 * 448), the
+// rule of NVIDIA's ModelOpt. Codes are the nearest of w / scale, ties to even, and saturate at 6.
+//
+// The result is a double-quantized weight (types.h) with `scales` as its absmax, nested_absmax all 1, and offset 0.
+struct QuantizeMicroscaledArgs {
+  const void* weight = nullptr;  // [elements], contiguous
+  DType dtype = DType::f32;
+  std::int64_t elements = 0;
+  int blocksize = 32;               // 32: MXFP4; 16: NVFP4
+  std::uint8_t* codes = nullptr;    // out, [ceil(elements / 2)]
+  std::uint8_t* scales = nullptr;   // out, [ceil(elements / blocksize)]
+  float* nested_code = nullptr;     // out, [256]: what a scale means, NVFP4's times g; NaN where a byte is no scale
+  NonFinite* non_finite = nullptr;  // out. If it reports any, the others are not to be used.
+};
+QLN_API void quantize_microscaled(const QuantizeMicroscaledArgs& args, const Stream& stream = {});
+
 // codes -> w, each element fp32 level * scale, rounded once to `dtype`. Bit-identical to bitsandbytes.
 struct DequantizeArgs {
   QuantizedWeightView weight;

@@ -52,7 +52,7 @@ struct QuantizedWeightView {
   std::int64_t N = 0;
   std::int64_t K = 0;
   int bits = 4;
-  int blocksize = 64;                    // a power of two, 32 ... 4096
+  int blocksize = 64;                    // a power of two, 16 ... 4096
   const std::uint8_t* codes = nullptr;   // [ceil(N*K * bits / 8)]
   const void* absmax = nullptr;          // [blocks] float, or uint8 when nested_absmax is given
   const float* code = nullptr;           // [16]; not used with 8 bits

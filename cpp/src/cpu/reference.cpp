@@ -11,6 +11,7 @@
 #include "common/philox.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/quantize_microscaled.h"
 #include "cpu/reference.h"
 #include "cpu/scratch.h"
 
@@ -320,6 +321,7 @@ const Backend& reference_backend() {
   static constexpr Backend backend = {
       .quantize = reference::quantize,
       .quantize_absmax = reference::quantize_absmax,
+      .quantize_microscaled = quantize_microscaled_on_cpu,
       .dequantize = reference::dequantize,
       .linear_forward = reference::linear_forward,
       .linear_backward_input = reference::linear_backward_input,

@@ -12,11 +12,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .._errors import bad
 from ..nn import Linear4bit
-from .transformers import BitsAndBytesConfig, Quantizer, adopt
+from .transformers import FILE_FORMATS, FORMATS, BitsAndBytesConfig, Quantizer, adopt
 
 __all__ = ["adopt_quantized"]
-
-FORMATS = ("nf4", "fp4")  # of bitsandbytes, whose files ours are
 
 
 class _Unsaved(Quantizer):
@@ -74,7 +72,7 @@ def _why_not_saved(model: nn.Module, layers: dict[str, Linear4bit], dense: list[
         return bad("model", "all quantized layers to be ours", f"others, of {method}: no file holds both")
     keep = [*dense, *(model._keep_in_fp32_modules or ())]
     for name, layer in layers.items():
-        if layer.format not in FORMATS:
+        if layer.format not in FILE_FORMATS:
             return bad(f"{name}: format", "nf4 or fp4, the formats of the files that transformers reads", layer.format)
         if not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")

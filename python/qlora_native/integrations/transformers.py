@@ -36,13 +36,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from .. import _C, functional
-from .._errors import bad, bad_type, check_blocksize
+from .._errors import bad, bad_type, chosen_blocksize
+from .._microscaling import MICROSCALED
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
 METHOD = "qlora_native"
+FILE_FORMATS = ("nf4", "fp4")  # of bitsandbytes, whose files ours are
+FORMATS = (*FILE_FORMATS, *MICROSCALED)
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
@@ -51,15 +54,16 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     Attributes:
         load_in_4bit: True. LLM.int8() (`load_in_8bit`) is not ours.
-        bnb_4bit_quant_type: "nf4" or "fp4" (transformers' default). Other formats: `qlora_native.nn.quantize_model`.
-        bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3).
+        bnb_4bit_quant_type: "nf4", "fp4" (transformers' default), "mxfp4" or "nvfp4", of which bitsandbytes has no
+            files: `save_pretrained` refuses them. Other formats: `qlora_native.nn.quantize_model`.
+        bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
         bnb_4bit_compute_dtype: what activations are cast to for the product. float32, the default, leaves them alone:
             sums are fp32 in any case.
         llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied.
-        blocksize: elements that share a scale, a power of two in 32 ... 4096.
+        blocksize: elements that share a scale, as `qlora_native.quantize`; after construction it is never None.
     """
 
-    def __init__(self, *args: Any, blocksize: int = 64, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, blocksize: int | None = None, **kwargs: Any) -> None:
         """Take the fields, as transformers' own does.
 
         Raises:
@@ -72,8 +76,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
                 near = difflib.get_close_matches(name, [*_FIELDS, "blocksize"], 1) or sorted((*_FIELDS, "blocksize"))
                 raise bad_type("BitsAndBytesConfig", f"{', '.join(near)}", f"{name!r}, which is no field of it")
         super().__init__(*args, **kwargs)
-        check_blocksize(blocksize)
-        self.blocksize = blocksize
+        self.blocksize = chosen_blocksize(blocksize, self.bnb_4bit_quant_type)
         self.quant_method = METHOD
         for name, value in (
             ("load_in_8bit", False),
@@ -83,8 +86,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         ):
             if getattr(self, name) != value:
                 raise bad(name, f"{value}, as qlora_native has no other", getattr(self, name))
-        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
-            raise bad("bnb_4bit_quant_type", "nf4 or fp4", repr(self.bnb_4bit_quant_type))
+        if self.bnb_4bit_quant_type not in FORMATS:
+            raise bad("bnb_4bit_quant_type", "one of " + ", ".join(FORMATS), repr(self.bnb_4bit_quant_type))
 
     @property
     def product_dtype(self) -> torch.dtype | None:
@@ -124,7 +127,14 @@ class Quantizer(HfQuantizer):
     }
 
     def is_serializable(self) -> bool:
-        """It is: `get_state_dict_and_metadata` says how."""
+        """It is: `get_state_dict_and_metadata` says how.
+
+        Raises:
+            ValueError: bitsandbytes' files have no such format. transformers' own message would not say.
+        """
+        format = self.quantization_config.bnb_4bit_quant_type
+        if format not in FILE_FORMATS:
+            raise bad("bnb_4bit_quant_type", "nf4 or fp4, the formats of the files that transformers reads", format)
         return True
 
     @property

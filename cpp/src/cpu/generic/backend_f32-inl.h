@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/generic/backend-inl.h"
+#include "cpu/quantize_microscaled.h"
 
 namespace qlora_native {
 namespace {
@@ -16,8 +17,9 @@ void lora_gradients_f32(const LoraGradientsArgs& args, const Stream&) {
   with_dtype(args.x.dtype, [&](auto dtype) { Linear<DotF32<dtype()>>::lora_gradients(args); });
 }
 
-constexpr Backend kBackendF32{quantize_weight,           quantize_scales,    dequantize_weight, linear_forward_f32,
-                              linear_backward_input_f32, lora_gradients_f32, optimizer_step};
+constexpr Backend kBackendF32{quantize_weight,    quantize_scales,    quantize_microscaled_on_cpu,
+                              dequantize_weight,  linear_forward_f32, linear_backward_input_f32,
+                              lora_gradients_f32, optimizer_step};
 
 }  // namespace
 }  // namespace qlora_native

@@ -167,8 +167,8 @@ class QuantizedRows {
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
-  static constexpr std::int64_t kSegment = 64;  // chunks whose scales are decoded at once
-  static constexpr std::int64_t kMostScales = kSegment * kChunk / 32 + 2;
+  static constexpr std::int64_t kSegment = 64;                             // chunks whose scales are decoded at once
+  static constexpr std::int64_t kMostScales = kSegment * kChunk / 16 + 2;  // of the smallest blocks
 
   // `count` chunks of aligned rows, where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
