@@ -149,8 +149,9 @@ std::string name_of_way(const ProductShape&, const GemvConfig& config) {
   return "GEMV, " + number(config.blocks) + " blocks";
 }
 std::string name_of_way(const ProductShape&, const GemmConfig& config) {
-  return "tensor cores, " + number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" +
-         number(config.tile_cols) + ", " + number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
+  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + number(config.tiles) + " tiles of " +
+         number(config.tile_rows) + "x" + number(config.tile_cols) + ", " + number(config.steps) + " steps each, " +
+         number(config.blocks) + " blocks";
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +
