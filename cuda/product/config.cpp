@@ -12,8 +12,8 @@ namespace {
 
 // Blocks that a multiprocessor holds of the kernel for few rows, whose table of the codebook takes 32 KB.
 constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
-// A run of fewer steps is mostly the start of its pipeline and the exchange of its sums.
-constexpr std::int64_t kLeastSteps = 4;
+// A run over less of the inner dimension is mostly the start of its pipeline and the exchange of its sums.
+constexpr std::int64_t kLeastInner = 256;
 
 // Whether more than an eighth of a dimension in parts of `large` would be zeros that it has not in parts of `small`.
 bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
@@ -117,10 +117,11 @@ ProductConfig product_config(const ProductShape& shape) {
   choose_tile(shape, config);
   config.row_tiles = ceil_div(shape.rows, config.tile_rows);
   config.tiles = config.row_tiles * ceil_div(shape.cols, config.tile_cols);
-  config.steps = static_cast<int>(ceil_div(shape.inner, config.thin ? kThinStep : kGemmStep));
+  const std::int64_t step = config.thin ? kThinStep : kGemmStep;
+  config.steps = static_cast<int>(ceil_div(shape.inner, step));
   const std::int64_t all = config.tiles * config.steps;
   const std::int64_t most = std::int64_t{blocks_of_multiprocessor(shape, config)} * shape.multiprocessors;
-  config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastSteps)));
+  config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastInner / step)));
   if (config.blocks > 0) {
     config.share = all / config.blocks;
     config.rest = static_cast<int>(all % config.blocks);

@@ -368,25 +368,34 @@ class ThinGemm {
   }
 
   // The adapter: more of the same sums, with U in place of x and B in place of the weight. They are few and not read
-  // again: both come from global memory, of mma's 16 of the rank a lane's four. The halves take turns.
+  // again: both come from global memory, of mma's 16 of the rank a lane's four. The halves take turns. What a lane has
+  // of B waits in shared memory until it is whole: one piece of code loads each pair, and no registers are held
+  // meanwhile.
   __device__ void add_low_rank(const Part& part) {
-    if (part.first > 0) return;
-    const ThinLane<Tile> lane;
     const int rank = static_cast<int>(args_.low_rank.cols);
+    if (part.first > 0 || rank == 0) return;
+    const ThinLane<Tile> lane;
+    const SharedPlace mine = place_in_stages(lane.thread * (2 * kVectorBytes));
 #pragma unroll 1
     for (int r0 = lane.half() * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
       const int r = r0 + 4 * lane.t;
+#pragma unroll 1
+      for (unsigned word = 0; word < kFragments * 4; ++word) {
+        const std::int64_t col = part.tile * Tile::kCols + lane.col(word / 4) + word % 2;
+        const int first = r + word / 2 % 2 * 2;
+        store_shared(mine.at(word * 4),
+                     pack_pair<T>(right_at<true>(args_, first, col), right_at<true>(args_, first + 1, col)));
+      }
       std::uint32_t weights[kFragments][4];
-      for_rows([&](int i, int row) {
-        const std::int64_t col = part.tile * Tile::kCols + lane.col(i) + row;
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          weights[i][2 * pair + row] =
-              pack_pair<T>(right_at<true>(args_, r + 2 * pair, col), right_at<true>(args_, r + 2 * pair + 1, col));
-        }
-      });
-      const T* u = static_cast<const T*>(args_.low_rank.data) + lane.loaded_row() * args_.low_rank.stride + r;
+      for (int i = 0; i < kFragments; ++i) {
+        const auto words = load_shared<Vector<std::uint32_t, 4>>(mine.at(i * kVectorBytes));
+#pragma unroll
+        for (int w = 0; w < 4; ++w) weights[i][w] = words.at[w];
+      }
+      const T* const u = static_cast<const T*>(args_.low_rank.data) + lane.loaded_row() * args_.low_rank.stride + r;
       sums_.multiply_four(weights, [&](int row) {
+        sync_warp();  // a row at a time, for want of registers
         std::uint32_t bits[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -396,6 +405,7 @@ class ThinGemm {
         return Vector<std::uint32_t, 2>{{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
       });
     }
+    sync_threads();  // before the stages are filled
   }
 
   __device__ void store(std::int64_t col0) const {
