@@ -82,7 +82,7 @@ def products():
         for format, blocksize in MICROSCALED.items():
             for M, N, K in ((1, 34, 190), (9, 37, 333), (40, 64, 256), (129, 136, 160)):
                 yield Product(M, N, K, dtype, format, blocksize)
-            for M, N, K in ((2, 64, 1024), (64, 63, 2049), (257, 264, 192)):
+            for M, N, K in ((2, 64, 1024), (64, 63, 2049), (258, 264, 192)):
                 yield Product(M, N, K, dtype, format, blocksize, bias=True, rank=16, dropout=0.25)
         for rank, dropout, (M, N, K) in itertools.product(
             RANKS, (0.0, 0.3), ((0, 5, 9), (1, 80, 96), (9, 3, 65), (129, 80, 200))

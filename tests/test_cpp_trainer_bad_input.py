@@ -314,7 +314,7 @@ def test_blocksize_that_is_no_power_of_two_is_refused(trainer, model, tmp_path):
     )
     tensors[f"{UP}.absmax"] = torch.zeros(32, dtype=torch.uint8)
     save_file(tensors, model / "model.safetensors")
-    check_model_is_refused(trainer, model, tmp_path, f"{UP}.blocksize: expected a power of two, 32 ... 4096, got 48")
+    check_model_is_refused(trainer, model, tmp_path, f"{UP}.blocksize: expected a power of two, 16 ... 4096, got 48")
 
 
 @pytest.mark.parametrize(
