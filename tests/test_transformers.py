@@ -356,7 +356,7 @@ def test_live_model_with_a_quantized_part_comes_back_bit_for_bit(quantize_part, 
     assert torch.equal(models.logits(again), models.logits(model))
 
 
-def test_live_model_with_a_part_in_a_format_without_files_is_not_saved(tmp_path):
+def test_live_model_with_a_part_in_a_format_without_files_is_refused_by_name(tmp_path):
     model = models.make("llama")
     qn.nn.quantize_model(model.model, format="int8", progress=False)
     with pytest.raises(ValueError, match="^model.layers.0.*: format: expected nf4 or fp4, .*, got int8"):

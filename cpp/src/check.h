@@ -36,7 +36,7 @@ void check_dtype(DType dtype, const Argument& argument) {
 
 inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
 
-// Of a weight that is there. One that `quantize` makes has blocks of 32 at least.
+// NVFP4 has the smallest blocks of all weights. Those that `quantize` makes have 32 elements at least.
 constexpr int kLeastBlocksize = 16;
 inline void check_blocksize(int blocksize, const char* argument) {
   check(blocksize >= kLeastBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),

@@ -102,7 +102,7 @@ class ScaleReader {
   };
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Nested& nested)
       : ScaleReader(w, from, nested.levels) {}
-  // Whose finish() is given the offset.
+  // A reader of levels alone has its finish() given the offset.
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Levels& levels)
       : w_(w), from_(from), code_(SharedPlace(levels.code).kept()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
@@ -137,9 +137,6 @@ class PendingScale<true> {
   }
   __device__ __forceinline__ ChunkScale<true> finish(const ScaleReader<true>& scales) const {
     return {scales.finish(raw_)};
-  }
-  __device__ __forceinline__ float finish(const ScaleReader<true>& scales, float offset) const {
-    return scales.finish(raw_, offset);
   }
 
  private:

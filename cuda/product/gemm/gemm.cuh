@@ -325,15 +325,14 @@ class Gemm {
   __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
                                             unsigned vector) const {
     const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+    const auto at = [&](std::int64_t r, std::int64_t col) { return right_at<Weights::kForward>(args_, r, col); };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
       const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
       const unsigned e = vector / kPieceVectors * kChunk + 2 * byte;
-      eight.at[j] = Weights::kForward ? pack_pair<T>(right_at<Weights::kForward>(args_, r + e, col),
-                                                     right_at<Weights::kForward>(args_, r + e + 1, col))
-                                      : pack_pair<T>(right_at<Weights::kForward>(args_, r, col + e),
-                                                     right_at<Weights::kForward>(args_, r, col + e + 1));
+      eight.at[j] = Weights::kForward ? pack_pair<T>(at(r + e, col), at(r + e + 1, col))
+                                      : pack_pair<T>(at(r, col + e), at(r, col + e + 1));
     }
     store_shared(to.flipped(vector * kVectorBytes), eight);
   }

@@ -33,8 +33,8 @@ struct LeftStage {
   }
 };
 
-// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row, where a row has eight.
-// `to`: its place in a stage, which is that of its number, so that a warp writes neighbours.
+// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to`: its place in a
+// stage, which is that of its number, so that a warp writes neighbours.
 template <class T, class Tile>
 class LeftRows {
   using Stage = LeftStage<T, Tile>;

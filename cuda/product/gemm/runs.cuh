@@ -58,7 +58,7 @@ struct GemmArgs : Product {
   SharedSums shared_sums;
 };
 
-// Of a run that part which is of one tile: steps first ... first + count - 1 of the tile.
+// A part of a run lies in one tile: it has the steps first ... first + count - 1 of that tile.
 struct Part {
   int run;
   std::int64_t tile;

@@ -25,13 +25,13 @@ struct ThinTile {
   static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kThinStep, kStages = thin_stages(kRows);
   static constexpr int kHalves = 2, kHalf = kStep / kHalves;  // of a step
   static constexpr int kWarpCols = kCols / (kGemmWarps / kHalves);
-  // Of the result, transposed: 16 of its columns by 8 of its rows.
+  // A fragment is mma's 16 by 8: so many columns of the result, and rows, for its sums are transposed.
   static constexpr int kColFragments = kWarpCols / kMmaRows, kRowFragments = kRows / kMmaCols;
   static_assert(kColFragments == kHalves && kRowFragments % 2 == 0 && kHalf == 2 * kChunk);
 };
 
-// Of a fragment's 16 rows of W mma gives lane (g, t) two. They are neighbours, as the columns of the result then are.
-// Of its eight rows of x the lane loads one, and has two of the result: those that are loaded at once lie in different
+// mma gives lane (g, t) two of a fragment's 16 rows of W. They are neighbours, as the columns of the result then are.
+// The lane loads one of its eight rows of x, and has two of the result; rows that are loaded at once lie in different
 // banks.
 template <class Tile>
 struct ThinLane : Lane {
@@ -277,12 +277,6 @@ class ThinGemm {
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(args_.weight.K) / kChunk);
   }
 
-  __device__ __forceinline__ float scale_of(const typename ScaleReader<true>::Raw& raw) const {
-    const SharedPlace levels(shared_.levels.code);
-    return nested_scale(load_shared<float>(levels.at(raw.level * sizeof(float))), raw.scale,
-                        ScaleReader<true>::offset_of(args_.weight));
-  }
-
   __device__ void multiply(const Part& part) {
     const ThinLane<Tile> lane;
     const SharedPlace share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
@@ -325,7 +319,10 @@ class ThinGemm {
       decoded += Tile::kStep / kChunk;
     };
     OfRows<float> scale;
-    const auto finish_scales = [&] { for_rows([&](int i, int row) { scale[i][row] = scale_of(pending[i][row]); }); };
+    const auto finish_scales = [&] {
+      const float offset = ScaleReader<true>::offset_of(args_.weight);  // read anew: no register is left to keep it
+      for_rows([&](int i, int row) { scale[i][row] = scales_.finish(pending[i][row], offset); });
+    };
 
     // By how many steps are left, this one too.
     const auto stage_of = [](int rest) { return static_cast<std::uint32_t>(rest % kStages * sizeof(Stage)); };
@@ -396,13 +393,9 @@ class ThinGemm {
       const T* const u = static_cast<const T*>(args_.low_rank.data) + lane.loaded_row() * args_.low_rank.stride + r;
       sums_.multiply_four(weights, [&](int row) {
         sync_warp();  // a row at a time, for want of registers
-        std::uint32_t bits[4] = {};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (row + static_cast<int>(lane.loaded_row()) < rows() && r + j < rank)
-            bits[j] = u[row * args_.low_rank.stride + j].bits;
-        }
-        return Vector<std::uint32_t, 2>{{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
+        const bool has_row = row + static_cast<int>(lane.loaded_row()) < rows();
+        const Eight words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
+        return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });
     }
     sync_threads();  // before the stages are filled
