@@ -284,7 +284,11 @@ def _filled(key, value, index=0):
         ),
         (_json('"nested_offset": ', '"nested_offset": NaN, "n": '), ValueError, "finite fp32 number, got nan"),
         (_json('"nested_offset": ', '"nested_offset": true, "n": '), ValueError, "finite fp32 number, got True"),
-        (_json("[8, 64]", "[-64, -64]"), ValueError, r"shape: expected \[N, K\] of at least 1 .* got \[-64, -64\]"),
+        (
+            _json("[8, 64]", "[-64, -64]"),
+            ValueError,
+            r"shape: expected \[N, K\] or \[E, N, K\] of at least 1 .* got \[-64, -64\]",
+        ),
         (_json("[8, 64]", "[8, 4611686018427387904]"), ValueError, "shape: expected .* fewer than 2"),
         (_json("[8, 64]", "[true, 512]"), ValueError, r"shape: expected .* got \[True, 512\]"),
         (_json('"blocksize": 64', '"blocksize": 0'), ValueError, "blocksize: expected a power of two, .* got 0"),

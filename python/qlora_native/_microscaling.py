@@ -52,8 +52,10 @@ def mxfp4_fields(blocks: Tensor, scales: Tensor) -> dict[str, Any]:
     """`blocks` and `scales` as `QuantizedWeight.from_mxfp4` takes them, to the fields that they make."""
     _check_bytes("blocks", blocks)
     _check_bytes("scales", scales)
+    shape: tuple[int, ...]
     if blocks.dim() >= 3 and blocks.shape[-1] == 16 and blocks.shape[:-1] == scales.shape:
-        shape = (math.prod(scales.shape[:-1]), 32 * scales.shape[-1])
+        rows = scales.shape[:-1] if scales.dim() == 3 else (math.prod(scales.shape[:-1]),)
+        shape = (*rows, 32 * scales.shape[-1])
     elif blocks.dim() == 2 and scales.dim() == 2 and tuple(blocks.shape) == (scales.shape[0], 16 * scales.shape[1]):
         shape = (scales.shape[0], 32 * scales.shape[1])
     else:
@@ -109,15 +111,15 @@ def _one(name: str, tensor: Any) -> Tensor:
 
 
 def _fields(
-    format: str, codes: Tensor, scales: Tensor, shape: tuple[int, int], name: str, levels: Tensor
+    format: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], name: str, levels: Tensor
 ) -> dict[str, Any]:
-    if shape[0] < 1 or shape[1] < 1:
+    if min(shape) < 1:
         raise bad(name, "at least one", list(scales.shape))
     check_scales(name, scales, format)
     blocks = scales.numel()
     return {
         # Here the first of two codes is in the high half, there in the low one.
-        "codes": ((codes >> 4) | (codes << 4)).detach().reshape(shape[0], shape[1] // 2).contiguous(),
+        "codes": ((codes >> 4) | (codes << 4)).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
         "absmax": scales.detach().reshape(-1).contiguous(),
         "nested_absmax": torch.ones(-(-blocks // 256), dtype=torch.float32, device=codes.device),
         "nested_code": scale_table(format, levels).to(codes.device),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,24 @@ def transformers_models(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, PreTrainedModel):
         return [model]
     return [found for child in model.children() for found in transformers_models(child)]
+
+
+def find_experts(model: nn.Module) -> list[Any]:
+    """The modules of `model` with experts that transformers runs (integrations/experts.py); none without it."""
+    if "transformers" not in sys.modules:
+        return []
+    try:
+        from .integrations.experts import find_experts as find
+    except ImportError:  # an old one, which keeps experts as modules of their own
+        return []
+    return list(find(model))
+
+
+def run_quantized_experts(module: nn.Module) -> None:
+    """Let transformers run the quantized experts of `module` (integrations/experts.py)."""
+    from .integrations.experts import run_quantized
+
+    run_quantized(module)
 
 
 def adopt_quantized(model: nn.Module) -> None:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _C, _ops  # noqa: F401  (_ops: fakes and autograd of the ops that _C registers)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_blocksize, check_float_dtype, check_memory
-from ._json import parse_object
+from ._errors import bad, bad_type, check_blocksize, check_float_dtype, check_memory
 from ._microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
+from ._quant_state import NESTED_BLOCKSIZE, bytes_of, read_quant_state
 
-NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook", *MICROSCALED)
 CODEBOOKS = {
     name: torch.tensor(_C.codebook(name), dtype=torch.float32) for name in ("nf4", "fp4", "int4", *MICROSCALED)
@@ -60,29 +59,34 @@ def check_format(format: Any) -> None:
         raise bad("format", "one of " + ", ".join(FORMATS), repr(format))
 
 
-def codes_shape(N: int, K: int, bits: int) -> tuple[int, int]:
-    """The shape of the codes of W [N, K]: a row of bytes a row of W, or one column where a byte would straddle rows."""
+def codes_shape(*shape: int, bits: int) -> tuple[int, ...]:
+    """The shape of the codes of W [N, K] or [E, N, K]: a row of bytes a row of W, or one column where a byte would
+    straddle rows.
+    """
     if bits == 8:
-        return N, K
-    return (N, K // 2) if K % 2 == 0 else (ceil_div(N * K, 2), 1)
+        return shape
+    *leading, K = shape
+    return (*leading, K // 2) if K % 2 == 0 else (ceil_div(math.prod(shape), 2), 1)
 
 
 @dataclass(slots=True, eq=False)
 class QuantizedWeight:
     """A quantized weight W [N, K]: codes, scales and what they mean. A plain container; its tensors are never copied.
 
-    Elements are numbered e = n * K + k, and block e // blocksize shares one scale, as in bitsandbytes.
+    Elements are numbered e = n * K + k, and block e // blocksize shares one scale, as in bitsandbytes. The weights of a
+    layer's experts are one such weight [E, N, K], whose bytes are those of the weight [E * N, K].
 
     Attributes:
         codes: uint8, contiguous. 4 bits: [N, K/2] (any K odd: [ceil(N*K/2), 1]), element e in the high half of byte
-            e // 2 if e is even, else in the low half. "int8": [N, K], a signed byte an element.
+            e // 2 if e is even, else in the low half. "int8": [N, K], a signed byte an element. Of experts: [E, N, K/2]
+            and [E, N, K].
         absmax: fp32 [blocks], the scales; or uint8 [blocks], double-quantized.
         nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
         nested_code: fp32 [256], what the bytes of `absmax` mean, with `nested_absmax`. Of "mxfp4" and "nvfp4", whose
             scales are bytes in any case, the values of E8M0, or of E4M3 times the tensor's scale; nested_absmax is 1.
         offset: fp32, one element, added to every decoded scale, with `nested_absmax`.
         code: fp32 [16], what the codes mean; None for "int8", where an element is its byte * (scale / 127).
-        shape: (N, K).
+        shape: (N, K), or (E, N, K).
         blocksize: elements that share a scale, a power of two in 32 ... 4096; of "mxfp4" 32, of "nvfp4" 16.
         format: "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" or "codebook" (16 values of the user's own).
         dtype: what the weight was, and what `dequantize()` gives.
@@ -98,7 +102,7 @@ class QuantizedWeight:
     nested_code: Tensor | None
     offset: Tensor | None
     code: Tensor | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     blocksize: int
     format: str
     dtype: torch.dtype
@@ -107,9 +111,9 @@ class QuantizedWeight:
         check_format(self.format)
         check_blocksize(self.blocksize, self.format)
         check_float_dtype("dtype", self.dtype)
-        if len(self.shape) != 2 or self.shape[0] < 1 or self.shape[1] < 1:
-            raise bad("shape", "(N, K) with N >= 1 and K >= 1", tuple(self.shape))
-        elements = self.shape[0] * self.shape[1]
+        if len(self.shape) not in (2, 3) or min(self.shape) < 1:
+            raise bad("shape", "(N, K) or (E, N, K), each at least 1", tuple(self.shape))
+        elements = math.prod(self.shape)
         blocks = ceil_div(elements, self.blocksize)
         nested = self.nested_absmax is not None or self.format in MICROSCALED
         self._check("codes", torch.uint8, elements if self.format == "int8" else ceil_div(elements, 2))
@@ -202,7 +206,7 @@ class QuantizedWeight:
     @property
     def bits_per_weight(self) -> float:
         """Bits stored an element of W, scales and tables included."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+        return 8 * self.nbytes / math.prod(self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -210,7 +214,7 @@ class QuantizedWeight:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def op_arguments(self) -> tuple[Any, ...]:
-        """The weight as the torch ops take it: codes ... code, N, K, bits, blocksize."""
+        """The weight as the torch ops take it: codes ... code, N, K, bits, blocksize; of experts, N and K of one."""
         return (
             self.codes,
             self.absmax,
@@ -218,20 +222,24 @@ class QuantizedWeight:
             self.nested_code,
             self.offset,
             self.code,
-            *self.shape,
+            *self.shape[-2:],
             self.bits,
             self.blocksize,
         )
 
+    def flat(self) -> QuantizedWeight:
+        """The same weight, of experts [E, N, K] as one [E * N, K]; shares the tensors."""
+        return self if len(self.shape) == 2 else replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W [N, K] in `dtype` (default: `self.dtype`): fp32 code * fp32 scale, rounded once. Not differentiable.
+        """W, as `shape` says, in `dtype` (default: `self.dtype`): fp32 code * fp32 scale, rounded once. No gradient.
 
         Raises:
             TypeError: `dtype` is not fp32, bf16 or fp16.
         """
         dtype = self.dtype if dtype is None else dtype
         check_float_dtype("dtype", dtype)
-        return torch.ops.qlora_native.dequantize(*self.op_arguments(), dtype)
+        return torch.ops.qlora_native.dequantize(*self.flat().op_arguments(), dtype).view(self.shape)
 
     def to(self, device: torch.device | str | int) -> QuantizedWeight:
         """The same weight on `device`; tensors that are there already are shared, not copied."""
@@ -244,8 +252,8 @@ class QuantizedWeight:
         before it transposes.
 
         Args:
-            blocks: uint8 [..., N, K/32, 16], or [N, K/2]: the first of two codes in the low half. Leading dimensions
-                become rows: of a model's experts, give the blocks of one.
+            blocks: uint8 [N, K/32, 16], or [N, K/2]: the first of two codes in the low half. Of a layer's experts
+                [E, N, K/32, 16], which make a weight [E, N, K]; further leading dimensions become rows.
             scales: uint8 [..., N, K/32]: E8M0.
             dtype: what `dequantize()` gives.
 
@@ -281,14 +289,17 @@ class QuantizedWeight:
         fields = nvfp4_fields(codes, scales, weight_global_scale, weight_scale_2)
         return cls(**fields, code=CODEBOOKS["nvfp4"].to(codes.device, copy=True), dtype=dtype)
 
-    def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
+    def to_bitsandbytes(self, prefix: str = "", name: str = "weight", transposed: bool = False) -> dict[str, Tensor]:
         """The entries of a state dict that bitsandbytes' Linear4bit writes, byte for byte.
 
         Args:
             prefix: in front of every key, as in `nn.Module.state_dict`: "model.layers.0.mlp.up_proj.".
+            name: the parameter's, as in `bitsandbytes.nn.parametrize.replace_parameter_4bit`: of experts "down_proj".
+            transposed: the parameter is W transposed, as those of experts [E, K, N] are. bitsandbytes, which has none
+                such, takes no notice of what this adds to quant_state.
 
         Returns:
-            `weight` uint8 [ceil(N*K/2), 1], `weight.absmax`, `weight.quant_map`, with double quantization
+            `weight` uint8 [elements/2, 1], `weight.absmax`, `weight.quant_map`, with double quantization
             `weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4` (or
             `__fp4`), the bytes of a JSON object. Tables are copies: safetensors refuses shared memory.
 
@@ -305,6 +316,8 @@ class QuantizedWeight:
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
+        if transposed:
+            state["transposed"] = True
         tensors = {"": self.codes.reshape(-1, 1), ".absmax": self.absmax, ".quant_map": self.code.clone()}
         if self.nested_absmax is not None:
             tensors[".nested_absmax"] = self.nested_absmax
@@ -314,10 +327,12 @@ class QuantizedWeight:
             state["nested_offset"] = self.offset.item()
         text = bytearray(json.dumps(state).encode())
         tensors[f".quant_state.bitsandbytes__{self.format}"] = torch.frombuffer(text, dtype=torch.uint8)
-        return {f"{prefix}weight{suffix}": tensor for suffix, tensor in tensors.items()}
+        return {f"{prefix}{name}{suffix}": tensor for suffix, tensor in tensors.items()}
 
     @classmethod
-    def from_bitsandbytes(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
+    def from_bitsandbytes(
+        cls, state_dict: Mapping[str, Tensor], prefix: str = "", name: str = "weight"
+    ) -> QuantizedWeight:
         """The weight that bitsandbytes' Linear4bit wrote under `prefix` (see `to_bitsandbytes`); shares its tensors.
 
         Any `quant_storage` dtype is read. The stored maps and offset are used, never recomputed.
@@ -325,7 +340,7 @@ class QuantizedWeight:
         Raises:
             ValueError, TypeError: an entry is missing, or its length, dtype or content is wrong.
         """
-        name = f"{prefix}weight"
+        name = f"{prefix}{name}"
 
         def entry(suffix: str) -> Tensor:
             if name + suffix not in state_dict:
@@ -341,18 +356,18 @@ class QuantizedWeight:
             raise bad("state_dict", f"one key {name + '.quant_state.bitsandbytes__nf4'!r} or __fp4", f"{len(packed)}")
         nested = f"{name}.nested_absmax" in state_dict
         state = read_quant_state(packed[0], entry(packed[0].removeprefix(name)), nested)
-        N, K = state["shape"]
-        codes = _bytes_of(name, entry(""), ceil_div(N * K, 2))
+        shape = state["shape"]
+        codes = bytes_of(name, entry(""), ceil_div(math.prod(shape), 2))
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
         try:
             q = cls(
-                codes=codes.view(codes_shape(N, K, bits=4)),
+                codes=codes.view(codes_shape(*shape, bits=4)),
                 absmax=entry(".absmax"),
                 nested_absmax=entry(".nested_absmax") if nested else None,
                 nested_code=entry(".nested_quant_map") if nested else None,
                 offset=offset,
                 code=entry(".quant_map"),
-                shape=(N, K),
+                shape=tuple(shape),
                 blocksize=state["blocksize"],
                 format=state["quant_type"],
                 dtype=getattr(torch, state["dtype"]),
@@ -360,41 +375,3 @@ class QuantizedWeight:
             return q.check_values()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}, {error}") from None
-
-
-def _bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
-    """The codes of a file as `count` bytes, whatever dtype (bitsandbytes' quant_storage) they are stored in."""
-    if codes.dtype not in (torch.uint8, torch.int8, *FLOAT_DTYPES):
-        raise bad_type(name, "codes stored as uint8, int8, float16, bfloat16 or float32", codes.dtype)
-    if codes.numel() * codes.element_size() != count:
-        raise bad(name, f"{count} bytes, as its quant_state says", f"{codes.dtype} {list(codes.shape)}")
-    return codes.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
-    """The JSON object of bitsandbytes' quant_state, with the fields that are used checked."""
-    longest = 1 << 16  # bytes; bitsandbytes writes some 200
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > longest or packed.is_meta:
-        raise bad(key, "the bytes of a JSON object", f"{packed.dtype} {list(packed.shape)}")
-    state = parse_object(bytes(packed.tolist()), key)
-    if missing := sorted({"quant_type", "blocksize", "dtype", "shape"} - state.keys()):
-        raise bad(key, "quant_type, blocksize, dtype and shape", f"no {', '.join(missing)}")
-
-    def is_size(value: Any) -> bool:
-        return type(value) is int and value >= 1
-
-    shape = state["shape"]
-    if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_size, shape)) or shape[0] * shape[1] >= 2**60:
-        raise bad(f"{key}: shape", "[N, K] of at least 1 and fewer than 2^60 elements", shape)
-    if state["quant_type"] not in ("nf4", "fp4"):
-        raise bad(f"{key}: quant_type", "nf4 or fp4", repr(state["quant_type"]))
-    if state["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]:
-        raise bad(f"{key}: dtype", "float32, bfloat16 or float16", repr(state["dtype"]))
-    if nested:
-        if state.get("nested_blocksize") != NESTED_BLOCKSIZE:
-            raise bad(f"{key}: nested_blocksize", f"{NESTED_BLOCKSIZE}", repr(state.get("nested_blocksize")))
-        offset = state.get("nested_offset")
-        # Within fp32, too: an integer of a thousand digits has no float at all.
-        if type(offset) not in (int, float) or not -3.4e38 < offset < 3.4e38:
-            raise bad(f"{key}: nested_offset", "a finite fp32 number", repr(offset))
-    return state

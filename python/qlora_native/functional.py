@@ -29,7 +29,8 @@ def quantize(
     """Quantize a weight in blocks, each element to the nearest level of its block's scale.
 
     Args:
-        weight: [N, K] in fp32, bf16 or fp16, any strides.
+        weight: [N, K] in fp32, bf16 or fp16, any strides; or [E, N, K], the weights of a layer's experts. One that is
+            neither contiguous nor of two dimensions is copied.
         format: "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1), "int4" (16 linear levels), "int8" (255 linear
             levels), "mxfp4" (OCP Microscaling Formats v1.0, sections 5.3 and 6.3: blocks of 32, scales that are powers
             of two), "nvfp4" (blocks of 16, E4M3 scales beside one of the weight, by ModelOpt's rule) or "codebook".
@@ -50,52 +51,51 @@ def quantize(
     if not isinstance(weight, Tensor):
         raise bad_type("weight", "a tensor", type(weight).__name__)
     check_float_dtype("weight", weight.dtype)
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise bad("weight", "[N, K] with N >= 1 and K >= 1", list(weight.shape))
+    if weight.dim() not in (2, 3) or weight.numel() == 0:
+        raise bad("weight", "[N, K] or [E, N, K], each at least 1", list(weight.shape))
     check_format(format)
     blocksize = chosen_blocksize(blocksize, format)
     if codebook is not None:
         if format not in ("codebook", "nf4"):  # "nf4" is the default: it was not asked for
             raise bad("codebook", f"None with format {format!r}", "a codebook")
         format = "codebook"
+    rows = weight.detach().reshape(-1, weight.shape[-1])
     if format in MICROSCALED:
-        return _quantize_microscaled(weight, format, blocksize)
+        return _quantize_microscaled(rows, weight, format, blocksize)
     bits = 8 if format == "int8" else 4
     code = None if bits == 8 else code_tensor(format, codebook, weight.device)
     nested_code = DYNAMIC_MAP.to(weight.device, copy=True) if double_quant else None
 
     codes, absmax, nested_absmax, offset, non_finite = torch.ops.qlora_native.quantize(
-        weight.detach(), code, nested_code, bits, blocksize
+        rows, code, nested_code, bits, blocksize
     )
     _check_found(non_finite, weight)
-    N, K = weight.shape
     return QuantizedWeight(
-        codes=codes.view(codes_shape(N, K, bits)),
+        codes=codes.view(codes_shape(*weight.shape, bits=bits)),
         absmax=absmax,
         nested_absmax=nested_absmax if double_quant else None,
         nested_code=nested_code,
         offset=offset if double_quant else None,
         code=code,
-        shape=(N, K),
+        shape=tuple(weight.shape),
         blocksize=blocksize,
         format=format,
         dtype=weight.dtype,
     )
 
 
-def _quantize_microscaled(weight: Tensor, format: str, blocksize: int) -> QuantizedWeight:
-    codes, scales, nested_code, non_finite = torch.ops.qlora_native.quantize_microscaled(weight.detach(), blocksize)
+def _quantize_microscaled(rows: Tensor, weight: Tensor, format: str, blocksize: int) -> QuantizedWeight:
+    codes, scales, nested_code, non_finite = torch.ops.qlora_native.quantize_microscaled(rows, blocksize)
     _check_found(non_finite, weight)
-    N, K = weight.shape
     fp32 = {"dtype": torch.float32, "device": weight.device}
     return QuantizedWeight(
-        codes=codes.view(codes_shape(N, K, bits=4)),
+        codes=codes.view(codes_shape(*weight.shape, bits=4)),
         absmax=scales,
         nested_absmax=torch.ones(ceil_div(scales.numel(), NESTED_BLOCKSIZE), **fp32),
         nested_code=nested_code,
         offset=torch.zeros((), **fp32),
         code=code_tensor(format, None, weight.device),
-        shape=(N, K),
+        shape=tuple(weight.shape),
         blocksize=blocksize,
         format=format,
         dtype=weight.dtype,
@@ -103,13 +103,16 @@ def _quantize_microscaled(weight: Tensor, format: str, blocksize: int) -> Quanti
 
 
 def _check_found(non_finite: Tensor, weight: Tensor) -> None:
-    """Raise ValueError if an operation has found NaN or Inf in `weight` [N, K]."""
+    """Raise ValueError if an operation has found NaN or Inf in `weight` [N, K] or [E, N, K]."""
     if weight.is_meta:
         return
     count, first = non_finite.tolist()
     if count:
-        K = weight.shape[1]
-        raise bad("weight", "finite values", f"{count} NaN or Inf, the first at [{first // K}, {first % K}]")
+        index: list[int] = []
+        for size in reversed(weight.shape):
+            first, last = divmod(first, size)
+            index.insert(0, last)
+        raise bad("weight", "finite values", f"{count} NaN or Inf, the first at {index}")
 
 
 def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: torch.device) -> Tensor:
@@ -129,7 +132,7 @@ def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: 
 
 
 def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """W [N, K] in `dtype` (default: the dtype of the weight that was quantized): fp32 code * fp32 scale, rounded once.
+    """W in `dtype` (default: the dtype of the weight that was quantized): fp32 code * fp32 scale, rounded once.
 
     Bit-identical to bitsandbytes for its formats. Not differentiable.
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._errors import bad
 from .._json import parse_object
-from .._weight import QuantizedWeight, read_quant_state
+from .._quant_state import read_quant_state
+from .._weight import QuantizedWeight
 
 __all__ = ["Checkpoint", "file_inside", "open_safetensors", "other_files", "write_shards"]
 

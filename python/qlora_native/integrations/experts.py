@@ -1,0 +1,139 @@
+"""Experts of transformers' models: which parameters they are, and how quantized ones are run.
+
+transformers keeps the experts of a layer as parameters of three dimensions, in modules whose forward is chosen by name
+from a registry (`ExpertsInterface`). A module that the registry runs says how: whether its weights are transposed, have
+biases or a gate, and its `_apply_gate` is its activation. So what is quantized here is recognised by that, not by the
+name of a family, and run by an implementation of that registry. Importing this module registers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ._versions import require
+
+require("transformers")
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from .._errors import FLOAT_DTYPES, bad
+from .._experts import Experts4bit
+
+__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "run_quantized"]
+
+IMPLEMENTATION = "qlora_native"
+# What transformers' decorator `use_experts_implementation` tells of a module.
+_CONVENTION = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+# Classes that multiply rows sorted by expert by torch.bmm(x [E, T, K], W [E, K, N]), outside the registry.
+_BATCHED = ("Llama4TextExperts",)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module with the weights of a layer's experts.
+
+    Attributes:
+        path: of the module in the model.
+        module: the module.
+        names: its parameters of three dimensions: of the first product, then of the second.
+        transposed: they are [E, K, N], else [E, N, K].
+    """
+
+    path: str
+    module: nn.Module
+    names: tuple[str, str]
+    transposed: bool
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(E, N, K) of both.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        first, second = (self._shape(name) for name in self.names)
+        halves = 2 if getattr(self.module, "has_gate", True) else 1
+        if second != (first[0], first[2], first[1] // halves) or first[1] % halves:
+            got = f"{list(first)} and {list(second)}"
+            raise bad(self.path, f"experts of one shape, [E, {halves} * I, H] and [E, H, I]", got)
+        return first, second
+
+    def _shape(self, name: str) -> tuple[int, int, int]:
+        E, *sizes = getattr(self.module, name).shape
+        return (E, *(reversed(sizes) if self.transposed else sizes))
+
+
+def find_experts(model: nn.Module) -> Iterator[Experts]:
+    """The modules of `model` whose experts can be quantized, by every path of a shared one."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        names = _names(module)
+        if names is not None and all(_is_stack(module._parameters.get(name)) for name in names):
+            yield Experts(path, module, names, bool(getattr(module, "is_transposed", True)))
+
+
+def _names(module: nn.Module) -> tuple[str, str] | None:
+    """The names of a module's experts, if how it multiplies by them is known."""
+    if type(module).__name__ in _BATCHED:
+        return "gate_up_proj", "down_proj"
+    if hasattr(type(module).forward, "__wrapped__") and all(hasattr(module, name) for name in _CONVENTION):
+        return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return None
+
+
+def _is_stack(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.dim() == 3 and parameter.dtype in FLOAT_DTYPES and parameter.numel() > 0
+
+
+def run_quantized(module: nn.Module) -> None:
+    """Let the registry run the experts of `module`, and of all that share its config, by ours."""
+    if type(module).__name__ not in _BATCHED:
+        module.config._experts_implementation = IMPLEMENTATION
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """An implementation of transformers' `ExpertsInterface`: quantized experts; others run by its "grouped_mm".
+
+    Rows are sorted by expert without waiting for a GPU, and every sum is taken in one order.
+
+    Args:
+        self: the module of the experts.
+        hidden_states: [T, H].
+        top_k_index: [T, k], the experts of each row.
+        top_k_weights: [T, k], their weights, through which gradients reach the router.
+        args, kwargs: what a later version of the registry may add goes to its own implementation.
+
+    Returns:
+        [T, H].
+
+    Raises:
+        NotImplementedError: experts are spread over processes.
+    """
+    first = getattr(self, "gate_up_proj" if self.has_gate else "up_proj")
+    if not isinstance(first, Experts4bit):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights, *args, **kwargs)
+    if getattr(self, "_is_expert_parallel", False):
+        raise NotImplementedError("Experts4bit: expected all experts in one process, got expert parallelism")
+    T, k = top_k_index.shape
+    order = torch.argsort(top_k_index.reshape(-1), stable=True)
+    experts = torch.arange(first.num_experts + 1, device=order.device)
+    offsets = torch.searchsorted(top_k_index.reshape(-1)[order], experts)
+    bias = self.gate_up_proj_bias if self.has_bias and self.has_gate else self.up_proj_bias if self.has_bias else None
+    # Each of the T * k rows is read once, so that its gradient is written once, in one order on every device.
+    rows = hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(T * k, -1)[order]
+    inner = first(rows, offsets, bias)
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    y = self.down_proj(inner, offsets, self.down_proj_bias if self.has_bias else None)
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device))
+    y = y[back].view(T, k, -1) * top_k_weights.unsqueeze(-1)
+    return y.sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
