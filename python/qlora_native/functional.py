@@ -243,7 +243,8 @@ def linear_grouped(
     of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
     lora = _checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
     y = _product(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
-    return y if back is None else _Permuted.apply(y, *back).view(*x.shape[:-1], N)
+    y = y if back is None else _Permuted.apply(y, *back)
+    return y.view(*x.shape[:-1], N)
 
 
 def _product(*arguments: Any) -> Tensor:
