@@ -129,6 +129,8 @@ struct DotBf16 {
   static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
     for (int i = 0; i < kVectors; ++i) {
+      chunk.v[i] = zero();
+      if (2 * i * kLanes >= count) continue;
       F32 part[2];
       for (int half = 0; half < 2; ++half) part[half] = dense_vector<kFrom>(p, scale, 2 * i + half, count);
       chunk.v[i] = to_bf16(part);

@@ -121,7 +121,8 @@ struct DotF32 {
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
-    for (int i = 0; i < kVectors; ++i) chunk.v[i] = round_to<kType>(dense_vector<kFrom>(p, scale, i, count));
+    for (int i = 0; i < kVectors; ++i)
+      chunk.v[i] = i * kLanes < count ? round_to<kType>(dense_vector<kFrom>(p, scale, i, count)) : zero();
     return chunk;
   }
 

@@ -103,7 +103,7 @@ class ForwardMany final : public Job {
     const int width = piece.width;
     const DenseRows<Dot, false> a(lora_a(lora, args_.x.cols));
     const DenseRows<Dot, false> x(rows_of(args_.x, adapted.begin, count), 1.0f, dropout, first_row_ + adapted.begin);
-    const bool is_packed = !dropout && width == strips_.width(piece.strip);
+    const std::int64_t strip_row = strips_.width(piece.strip) * kLanes, piece_row = width * kLanes;
     const Matrix u = rows_of(args_.u, adapted.begin, count);
     constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
     float* panel = reinterpret_cast<float*>(
@@ -119,14 +119,16 @@ class ForwardMany final : public Job {
       const std::int64_t tile_rows = Product::whole_tiles(ranks);
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
-        const float* block = x_ + (strips_.first(piece.strip) * units_ + c * Dot::kUnits * width) * kLanes;
-        if (!is_packed) {
+        // The piece's vectors of the strip serve as they are packed, unless elements are dropped.
+        const float* block = x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
+                             (piece.vector - strips_.first(piece.strip)) * kLanes;
+        if (dropout) {
           Product::pack_strip(x, first, width, c, end, packed);
           block = packed;
         }
         Product::decode_panel(a, r, ranks, tile_rows, c, end, panel);
-        Product::strip(tiles, width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, width * kLanes, c != 0,
-                       none);
+        Product::strip(tiles, width, block, dropout ? piece_row : strip_row, panel, tile_rows, (end - c) * Dot::kUnits,
+                       sums, piece_row, c != 0, none);
       }
       Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, u, first, r);
     }
@@ -166,18 +168,27 @@ class ForwardMany final : public Job {
       for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
       const LoraView& lora = adapted_[pieces_[i].adapter].lora;
       const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
+      // Another adapter's rows are far off, where no processor expects them.
+      if (next < end) prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), n, count));
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
         Product::decode_panel(b, n, count, tile_rows, c, smaller(c + Product::kBlockChunks, chunks), panel);
         for (std::size_t of = i; of < next; ++of) {
           const Piece& piece = pieces_[of];
           const std::int64_t into_strip = (piece.vector - strips_.first(piece.strip)) * kLanes;
-          Product::strip(tiles, piece.width, packed_u(piece) + unit * piece.width * kLanes, panel, tile_rows, units,
-                         sums + x.sums(piece.strip, tile_rows) + into_strip, strips_.width(piece.strip) * kLanes, true,
-                         none);
+          const std::int64_t u_row = piece.width * kLanes, sums_row = strips_.width(piece.strip) * kLanes;
+          Product::strip(tiles, piece.width, packed_u(piece) + unit * u_row, u_row, panel, tile_rows, units,
+                         sums + x.sums(piece.strip, tile_rows) + into_strip, sums_row, true, none);
         }
       }
     }
+  }
+
+  // Asks for a contiguous matrix.
+  static void prefetch(const ConstMatrix& m) {
+    const auto* bytes = static_cast<const char*>(m.data);
+    const std::int64_t count = m.rows * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
+    for (std::int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 3);
   }
 
   Rows w_;

@@ -160,8 +160,8 @@ struct ProductNt {
 
   // One register tile: kWidth vectors of rows of x times kRows rows of W, and its share of another panel's decoding.
   template <int kWidth, int kRows, class Decoding>
-  [[gnu::noinline]] static void tile(const float* x, const float* panel, std::int64_t units, float* sums,
-                                     std::int64_t sums_row, bool accumulate, Decoding& decoding) {
+  [[gnu::noinline]] static void tile(const float* x, std::int64_t x_row, const float* panel, std::int64_t units,
+                                     float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kWidth];
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
@@ -171,7 +171,7 @@ struct ProductNt {
       F32 rows[kWidth];
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) rows[i] = load(x + i * kLanes);
-      x += kWidth * kLanes;
+      x += x_row;
 #pragma GCC unroll 16
       for (int j = 0; j < kRows; ++j) {
         const float* weight = panel + j * kPanelStride + unit;
@@ -204,25 +204,25 @@ struct ProductNt {
       }
   }
 
-  // `sums_row`: floats from the sums of a row of W to those of its next, which are more than kWidth vectors where x is
-  // some vectors of a wider strip.
+  // `x_row` and `sums_row`: floats from a unit of x, and from the sums of a row of W, to the next. They are more than
+  // kWidth vectors where those are a part of a wider strip.
   template <int kWidth, class Decoding>
-  static void strip(const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    std::int64_t sums_row, bool accumulate, Decoding& decoding) {
+  static void strip(const float* x, std::int64_t x_row, const float* panel, std::int64_t rows, std::int64_t units,
+                    float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     constexpr int kRows = std::is_same_v<Decoding, NoDecoder> ? kRowsOfStrip[kWidth] : kRowsOfDecodingStrip[kWidth];
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
     // All rows of W for a chain, so that its part of the strip is read from the first-level cache, but for once.
     for (std::int64_t unit = 0; unit < units; unit += kChain)
       for (std::int64_t n = 0; n < rows; n += kRows)
-        tile<kWidth, kRows>(x + unit * kWidth * kLanes, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
+        tile<kWidth, kRows>(x + unit * x_row, x_row, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
                             sums + n * sums_row, sums_row, accumulate || unit != 0, decoding);
   }
   // The same by tiles: blocks of 2 x 2, or of four rows of tiles where the strip is one tile wide.
   template <int kWidth, class Decoding>
-  static void strip_of_tiles(Tiles& tiles, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
-                             float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
-    constexpr std::int64_t kRow = kWidth * kLanes;  // of the strip
-    const TileGrid<const float*> b{x, kRow, kLanes, kTileUnits * kRow};
+  static void strip_of_tiles(Tiles& tiles, const float* x, std::int64_t x_row, const float* panel, std::int64_t rows,
+                             std::int64_t units, float* sums, std::int64_t sums_row, bool accumulate,
+                             Decoding& decoding) {
+    const TileGrid<const float*> b{x, x_row, kLanes, kTileUnits * x_row};
     const auto multiply = [&](auto tile_rows, std::int64_t n) {
       multiply_tiles<tile_rows, kWidth>(
           tiles, {panel + n * kPanelStride, kPanelStride, kTileRows * kPanelStride, kTileUnits}, b, units,
@@ -235,21 +235,22 @@ struct ProductNt {
     for (; n < rows; n += kTileRows) multiply(std::integral_constant<int, 1>(), n);
   }
   template <class Decoding>
-  static void strip(Tiles& tiles, int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
-                    float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
+  static void strip(Tiles& tiles, int width, const float* x, std::int64_t x_row, const float* panel, std::int64_t rows,
+                    std::int64_t units, float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     if constexpr (kTiled<Dot>) {
-      if (width == 1) return strip_of_tiles<1>(tiles, x, panel, rows, units, sums, sums_row, accumulate, decoding);
-      return strip_of_tiles<2>(tiles, x, panel, rows, units, sums, sums_row, accumulate, decoding);
+      if (width == 1)
+        return strip_of_tiles<1>(tiles, x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
+      return strip_of_tiles<2>(tiles, x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
     } else {
       switch (width) {
         case 1:
-          return strip<1>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
+          return strip<1>(x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
         case 2:
-          return strip<2>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
+          return strip<2>(x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
         case 3:
-          return strip<3>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
+          return strip<3>(x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
         default:
-          return strip<kWidestStrip>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
+          return strip<kWidestStrip>(x, x_row, panel, rows, units, sums, sums_row, accumulate, decoding);
       }
     }
   }
@@ -275,9 +276,10 @@ struct ProductNt {
                              std::int64_t tile_rows, float* sums, bool accumulate, Decoding& decoding) {
     NoDecoder none;
     for (std::int64_t s = x.first; s < x.last; ++s) {
+      const std::int64_t row = x.strips.width(s) * kLanes;
       const auto strip_with = [&](auto& meanwhile) {
-        strip(tiles, x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, sums + x.sums(s, tile_rows),
-              x.strips.width(s) * kLanes, accumulate, meanwhile);
+        strip(tiles, x.strips.width(s), x.strip(s, unit), row, panel, tile_rows, units, sums + x.sums(s, tile_rows),
+              row, accumulate, meanwhile);
       };
       if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
         // Decoding takes longer than one strip's products, so all strips share it.
