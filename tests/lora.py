@@ -69,15 +69,21 @@ def logits(model, **forward):
 def fused_layers(model, monkeypatch, **forward):
     """How many layers run base and adapter as one product in one forward pass."""
     count = 0
-    linear = qn.functional.linear
+    linear, linear_grouped = qn.functional.linear, qn.functional.linear_grouped
 
     def counted(x, q, bias=None, lora_a=None, *args, **kwargs):
         nonlocal count
         count += lora_a is not None
         return linear(x, q, bias, lora_a, *args, **kwargs)
 
+    def counted_groups(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return linear_grouped(*args, **kwargs)
+
     with monkeypatch.context() as patch:
         patch.setattr(qn.functional, "linear", counted)
+        patch.setattr(qn.functional, "linear_grouped", counted_groups)
         logits(model, **forward)
     return count
 

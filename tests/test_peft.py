@@ -215,7 +215,7 @@ def test_combined_adapter_is_another_or_not_fused(combination, monkeypatch):
 
 
 @families
-def test_mixed_batch_uses_one_adapter_for_all_rows(family, monkeypatch):
+def test_batch_of_several_adapters_is_one_product(family, monkeypatch):
     ours, theirs = pair_of_two(family)
     ours.eval(), theirs.eval()
     alone = {}
@@ -224,11 +224,29 @@ def test_mixed_batch_uses_one_adapter_for_all_rows(family, monkeypatch):
         alone[name] = logits(ours)
     with ours.disable_adapter():
         alone["__base__"] = logits(ours)
-    for names in (["default", "__base__"], ["second", "default"]):
-        assert fused_layers(ours, monkeypatch, adapter_names=names) == 0
+    for names in (["default", "__base__"], ["second", "default"], ["second", "second"]):
+        assert fused_layers(ours, monkeypatch, adapter_names=names) == LINEARS[family]
         mixed = logits(ours, adapter_names=names)
         assert_close(mixed, logits(theirs, adapter_names=names), ORDER)
         assert_close(mixed, torch.stack([alone[name][row] for row, name in enumerate(names)]), ORDER)
+
+
+@pytest.mark.parametrize("names", [["second", "__base__", "default"], ["default", "default", "second"]], ids=str)
+def test_adapters_of_a_batch_may_differ_in_rank_and_are_trained(names, monkeypatch):
+    """PEFT refuses a model in training mode; its layers compute the gradients, and so do ours."""
+    ours, _ = pair()
+    ours.add_adapter("second", register(config(r=7, lora_alpha=3)))
+    layer = next(module for module in ours.modules() if isinstance(module, LoraLinear4bit))
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    adapters = [m[name].weight for m in (layer.lora_A, layer.lora_B) for name in dict.fromkeys(names) if name in m]
+    for adapter in adapters:
+        adapter.requires_grad_()
+    results = []
+    for forward in (LoraLinear4bit.forward, peft.tuners.lora.Linear.forward):
+        y = forward(layer, x, adapter_names=names)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *adapters))))
+    for ours_, theirs_ in zip(*results, strict=True):
+        assert_close(ours_, theirs_, ORDER)
 
 
 def test_hook_on_an_inner_module_is_not_called():

@@ -133,13 +133,20 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         lora_b: Tensor | None = None,
         lora_scaling: float = 1.0,
         lora_dropout: float = 0.0,
+        adapter_index: Tensor | None = None,
     ) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in the dtype of x; the adapter as `qlora_native.linear`'s."""
-        lora = (lora_a, lora_b, lora_scaling, lora_dropout)
-        if self.product_dtype is None or self.product_dtype == x.dtype:
-            return functional.linear(x, self.quantized_weight, self.bias, *lora)
-        y = functional.linear(x.to(self.product_dtype), self.quantized_weight, self.bias, *lora)
-        return y.to(x.dtype)
+        """x [..., in_features] -> [..., out_features] in the dtype of x; the adapter as `qlora_native.linear`'s.
+
+        `adapter_index`: int64 [...], which of the adapters in `lora_a` [count, rank, in_features] and `lora_b` [count,
+        out_features, rank] each row of x has, as `qlora_native.functional.linear_grouped` takes it.
+        """
+        q, lora = self.quantized_weight, (lora_a, lora_b, lora_scaling, lora_dropout)
+        rows = x if self.product_dtype is None else x.to(self.product_dtype)
+        if adapter_index is None:
+            y = functional.linear(rows, q, self.bias, *lora)
+        else:
+            y = functional.linear_grouped(rows, q, None, self.bias, *lora, adapter_index=adapter_index)
+        return y if self.product_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

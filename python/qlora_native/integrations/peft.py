@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
+from .adapter_batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
 from .decoded import base_to_merge_into, run_over_decoded
 from .dora import RowNorms
 from .peft_methods import install
@@ -81,8 +82,9 @@ class LoraLinear4bit(PeftLoraLinear):
     """PEFT's LoRA linear over a `Linear4bit` base layer.
 
     With exactly one adapter active, plain or DoRA, forward and backward are `qlora_native.functional.linear` with the
-    adapter inside the product. Everything else that PEFT offers (several adapters, other variants, `lora_bias`,
-    `adapter_names`, disabled adapters, hooks on the inner layers) takes PEFT's own way around the same base layer.
+    adapter inside the product; with `adapter_names`, of plain adapters that share a dtype and a dropout, they are
+    `linear_grouped` with all of them inside. Everything else that PEFT offers (several active adapters, other variants,
+    `lora_bias`, disabled adapters, hooks on the inner layers) takes PEFT's own way around the same base layer.
     """
 
     merges_by_itself = True  # peft_methods.py leaves `merge` and `unmerge` alone
@@ -91,6 +93,8 @@ class LoraLinear4bit(PeftLoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base layer and adapters applied to `x` [..., in_features], giving [..., out_features] in the dtype of x."""
+        if (names := kwargs.get("adapter_names")) is not None and not args and len(kwargs) == 1:
+            return self._batch(x, names)
         adapter = None if args or kwargs else self._fusable_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -100,6 +104,16 @@ class LoraLinear4bit(PeftLoraLinear):
         if adapter in self.lora_variant:
             return self._dora(x, adapter, lora, dropout if drops else None)
         return self.base_layer(x, *lora, lora_dropout=dropout.p if drops else 0.0)
+
+    def _batch(self, x: Tensor, sample_names: list[str]) -> Tensor:
+        """x [samples, ..., in_features], of which each sample has the adapter of its name."""
+        self._check_forward_args(x, adapter_names=sample_names)
+        names = distinct(sample_names, self)
+        fuses = not self.disable_adapters and names and all(map(self._is_plain, names)) and can_be_stacked(self, names)
+        if not fuses or any(name in self.lora_variant for name in names):
+            return super().forward(x, adapter_names=sample_names)
+        index, dropout = index_of_rows(x, sample_names, names), dropout_of(self, names[0])
+        return self.base_layer(x, *stacked(self, names), lora_dropout=dropout, adapter_index=index)
 
     def _dora(self, x: Tensor, adapter: str, lora: tuple[Tensor, Tensor, float], dropout: nn.Module | None) -> Tensor:
         """DoRA: the product of weight and adapter, each row times magnitude / norm, which PEFT takes for a constant.
@@ -125,11 +139,14 @@ class LoraLinear4bit(PeftLoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1:
             return None
-        name = active[0]
+        return active[0] if self._is_plain(active[0]) else None
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether an adapter is what the product computes: plain, or DoRA of which it computes a part."""
         # A variant, another base layer (two tuners stacked) or an inner module that is not what PEFT makes for a plain
         # adapter would compute something else; a hook on an inner module expects that module to be called.
         inner = (self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
-        plain = (
+        return (
             (name not in self.lora_variant or self._is_dora(name))
             and not self.lora_bias[name]
             and not self.fan_in_fan_out
@@ -139,7 +156,6 @@ class LoraLinear4bit(PeftLoraLinear):
             and isinstance(self.lora_dropout[name], (nn.Dropout, nn.Identity))
             and not any(_has_hooks(module) for module in inner)
         )
-        return name if plain else None
 
     def _is_dora(self, name: str) -> bool:
         """Whether the adapter is DoRA that can be fused; not in a trace, as its norms look at the weight's memory."""

@@ -1,0 +1,47 @@
+"""PEFT's `adapter_names=`: a batch whose samples have adapters of their own, as one product over the 4-bit weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+
+def distinct(names: Sequence[str], layer: nn.Module) -> list[str]:
+    """The adapters that `layer` has of those that samples ask for, in the order of the first sample of each."""
+    return [name for name in dict.fromkeys(names) if name != BASE and name in layer.lora_A]
+
+
+def can_be_stacked(layer: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the adapters share a dtype, and a dropout that is one number: they may differ in rank and scaling."""
+    dtypes = {layer.lora_A[name].weight.dtype for name in names} | {layer.lora_B[name].weight.dtype for name in names}
+    return len(dtypes) == 1 and len({dropout_of(layer, name) for name in names}) == 1
+
+
+def dropout_of(layer: nn.Module, name: str) -> float:
+    """The probability with which the adapter drops elements now."""
+    dropout = layer.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def stacked(layer: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """A [count, rank, K] and s * B [count, N, rank] of the adapters, with zeros up to the largest rank."""
+    rank = max(layer.lora_A[name].weight.shape[0] for name in names)
+
+    def missing(name: str) -> int:
+        return rank - layer.lora_A[name].weight.shape[0]
+
+    a = [F.pad(layer.lora_A[name].weight, (0, 0, 0, missing(name))) for name in names]
+    b = [F.pad(layer.lora_B[name].weight * layer.scaling[name], (0, missing(name))) for name in names]
+    return torch.stack(a), torch.stack(b)
+
+
+def index_of_rows(x: Tensor, sample_names: Sequence[str], names: Sequence[str]) -> Tensor:
+    """int64 [...]: which of `names` each row of x [samples, ..., K] has, -1 for none."""
+    of_name = {name: i for i, name in enumerate(names)}
+    of_sample = torch.tensor([of_name.get(name, -1) for name in sample_names], device=x.device)
+    return of_sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
