@@ -57,7 +57,9 @@ inline void check_code(const float* code, int bits, const Stream& stream, const 
 inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check(w.N >= 1, "weight.N", ">= 1", w.N);
   check(w.K >= 1, "weight.K", ">= 1", w.K);
+  check(w.count >= 1, "weight.count", ">= 1", w.count);
   check_elements(w.N, w.K, "weight.N");
+  check_elements(w.count, w.N * w.K, "weight.count");
   check_bits(w.bits, "weight.bits");
   check_blocksize(w.blocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
@@ -91,9 +93,36 @@ void check_matrix(const BasicMatrix<Pointer>& matrix, std::int64_t rows, std::in
 inline void check_lora(const LoraView& lora, std::int64_t N, std::int64_t K) {
   check(lora.rank >= 0, "lora.rank", ">= 0", lora.rank);
   check_elements(lora.rank, std::max(N, K), "lora.rank");
+  check(lora.count >= 1, "lora.count", ">= 1", lora.count);
+  check_elements(lora.count, lora.rank * std::max(N, K), "lora.count");
   check_dtype(lora.dtype, "lora.dtype");
   check(std::isfinite(lora.scaling), "lora.scaling", "a finite value", lora.scaling);
   check(lora.dropout >= 0.0f && lora.dropout < 1.0f, "lora.dropout", "a probability in [0, 1)", lora.dropout);
+}
+
+// Each of `rows` rows must be in a group where groups have weights of their own. Offsets are read where the host can:
+// on the cpu.
+inline void check_groups(const RowGroups& groups, std::int64_t weights, std::int64_t adapters, std::int64_t rows,
+                         const Stream& stream) {
+  check(groups.count >= 0, "groups.count", ">= 0", groups.count);
+  const auto one_or_each = [&] {
+    return groups.count <= 1 ? "1" : "1 or groups.count, which is " + std::to_string(groups.count);
+  };
+  check(weights == 1 || weights == groups.count, "weight.count", one_or_each, weights);
+  check(adapters == 1 || adapters == groups.count, "lora.count", one_or_each, adapters);
+  check_pointer(groups.offsets, groups.count > 0, "groups.offsets");
+  if (groups.count == 0 || stream.device != Device::cpu) return;
+  const auto at = [&](std::int64_t g) { return [=] { return "groups.offsets[" + std::to_string(g) + "]"; }; };
+  const std::int64_t* offsets = groups.offsets;
+  if (weights > 1) check(offsets[0] == 0, at(0), "0, for every row has a weight", offsets[0]);
+  check(offsets[0] >= 0, at(0), ">= 0", offsets[0]);
+  for (std::int64_t g = 0; g < groups.count; ++g)
+    check(
+        offsets[g] <= offsets[g + 1], at(g + 1),
+        [&] { return ">= " + std::to_string(offsets[g]) + ", the one before"; }, offsets[g + 1]);
+  check(
+      offsets[groups.count] == rows, at(groups.count), [&] { return std::to_string(rows) + ", the number of rows"; },
+      offsets[groups.count]);
 }
 
 }  // namespace qlora_native

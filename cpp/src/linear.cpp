@@ -9,6 +9,7 @@ void linear_forward(const LinearForwardArgs& args, const Stream& stream) {
   check_weight(args.weight, stream);
   check_lora(args.lora, args.weight.N, args.weight.K);
   check(args.x.rows >= 0, "x.rows", ">= 0", args.x.rows);
+  check_groups(args.groups, args.weight.count, args.lora.count, args.x.rows, stream);
   check_matrix(args.x, args.x.rows, args.weight.K, args.x.dtype, "x");
   check_matrix(args.y, args.x.rows, args.weight.N, args.x.dtype, "y");
   check_pointer(args.lora.a, args.lora.rank > 0, "lora.a");
@@ -21,6 +22,7 @@ void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& st
   check_weight(args.weight, stream);
   check_lora(args.lora, args.weight.N, args.weight.K);
   check(args.dy.rows >= 0, "dy.rows", ">= 0", args.dy.rows);
+  check_groups(args.groups, args.weight.count, args.lora.count, args.dy.rows, stream);
   check_matrix(args.dy, args.dy.rows, args.weight.N, args.dy.dtype, "dy");
   check_pointer(args.lora.a, args.lora.rank > 0, "lora.a");
   check_pointer(args.lora.b, args.lora.rank > 0, "lora.b");
@@ -34,6 +36,7 @@ void lora_gradients(const LoraGradientsArgs& args, const Stream& stream) {
   check(args.x.cols >= 1, "x.cols", ">= 1", args.x.cols);
   check(args.dy.cols >= 1, "dy.cols", ">= 1", args.dy.cols);
   check_lora(args.lora, args.dy.cols, args.x.cols);
+  check_groups(args.groups, 1, args.lora.count, args.x.rows, stream);
   check_matrix(args.x, args.x.rows, args.x.cols, args.x.dtype, "x");
   check_matrix(args.dy, args.x.rows, args.dy.cols, args.x.dtype, "dy");
   check_matrix(args.u, args.x.rows, args.lora.rank, args.x.dtype, "u");

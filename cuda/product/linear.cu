@@ -43,6 +43,10 @@ void multiply(const Product& product, const Stream& stream) {
   std::visit([&](const auto& way) { multiply(product, way, stream); }, config);
 }
 
+void check_one_group(const RowGroups& groups) {
+  if (groups.count > 0) throw Unavailable("groups: products of rows in groups have no CUDA kernel yet");
+}
+
 template <class T>
 void forward(const LinearForwardArgs& args, const Stream& stream) {
   const LoraView& lora = args.lora;
@@ -71,10 +75,12 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
 }  // namespace
 
 void linear_forward(const LinearForwardArgs& args, const Stream& stream) {
+  check_one_group(args.groups);
   with_type(args.x.dtype, [&]<class T>() { forward<T>(args, stream); });
 }
 
 void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream) {
+  check_one_group(args.groups);
   with_type(args.dy.dtype, [&]<class T>() { backward<T>(args, stream); });
 }
 

@@ -28,6 +28,7 @@ struct WeightTensors {
   Tensor codes, absmax;
   OptionalTensor nested_absmax, nested_code, offset, code;
   std::int64_t N, K, bits, blocksize;
+  std::int64_t count = 1;
 };
 
 QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
@@ -36,10 +37,12 @@ QuantizedWeightView view_of(const WeightTensors& w, const Tensor& like) {
   check(w.blocksize >= 1 && w.blocksize < kLimit, "blocksize", "a power of two, 16 ... 4096", w.blocksize);
   check(w.N >= 1 && w.N < kLimit, "N", "1 ... 2^31", w.N);
   check(w.K >= 1 && w.K < kLimit / 4, "K", "1 ... 2^29", w.K);
+  check(w.count >= 1 && w.count < kLimit / w.N, "weights", "at least 1, and N * weights below 2^31", w.count);
 
   QuantizedWeightView view;
   view.N = w.N;
   view.K = w.K;
+  view.count = w.count;
   view.bits = static_cast<int>(w.bits);
   view.blocksize = static_cast<int>(w.blocksize);
   view.nested_blocksize = kNestedBlocksize;
@@ -90,14 +93,25 @@ LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Te
   if (!lora.a && !lora.b) return view;
   check(lora.a.has_value(), "lora_a", "a tensor beside lora_b", "None");
   check(lora.b.has_value(), "lora_b", "a tensor beside lora_a", "None");
-  check(lora.a->dim() == 2, "lora_a", "[rank, K]", [&] { return std::to_string(lora.a->dim()) + " dimensions"; });
+  const std::int64_t dim = lora.a->dim();
+  check(dim == 2 || dim == 3, "lora_a", "[rank, K] or [count, rank, K]",
+        [&] { return std::to_string(dim) + " dimensions"; });
   const ScalarType type = lora.a->scalar_type();
-  view.rank = lora.a->size(0);
+  if (dim == 3) view.count = lora.a->size(0);
+  view.rank = lora.a->size(dim - 2);
   view.dtype = dtype_of(type, "lora_a");
-  view.a = data_of(*lora.a, type, view.rank * w.K, like, "lora_a");
-  view.b = data_of(*lora.b, type, w.N * view.rank, like, "lora_b");
+  view.a = data_of(*lora.a, type, view.count * view.rank * w.K, like, "lora_a");
+  view.b = data_of(*lora.b, type, view.count * w.N * view.rank, like, "lora_b");
   set_dropout(view, lora.dropout, lora.seed, like);
   return view;
+}
+
+RowGroups groups_of(const OptionalTensor& offsets, const Tensor& like) {
+  if (!offsets) return {};
+  check(offsets->numel() >= 2, "offsets", "one element more than there are groups", offsets->numel());
+  return {.count = offsets->numel() - 1,
+          .offsets = static_cast<const std::int64_t*>(
+              data_of(*offsets, ScalarType::Long, offsets->numel(), like, "offsets"))};
 }
 
 // A [..., cols] tensor as a matrix. It is copied if its last stride is not 1 or its leading dimensions do not
@@ -267,13 +281,15 @@ std::tuple<Tensor, Tensor> linear_forward_op(const Tensor& x, const Tensor& code
                                              std::int64_t K, std::int64_t bits, std::int64_t blocksize,
                                              const OptionalTensor& bias, const OptionalTensor& lora_a,
                                              const OptionalTensor& lora_b, double lora_scaling, double lora_dropout,
-                                             const OptionalTensor& seed) {
+                                             const OptionalTensor& seed, const OptionalTensor& offsets,
+                                             std::int64_t weights) {
   LinearForwardArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, x);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, weights}, x);
+  args.groups = groups_of(offsets, x);
   args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, x);
   const Rows rows = rows_of(x, K, "x");
   args.x = rows.matrix;
-  if (bias) args.bias = data_of(*bias, x.scalar_type(), N, x, "bias");
+  if (bias) args.bias = data_of(*bias, x.scalar_type(), weights * N, x, "bias");
   Tensor y, u;
   std::tie(y, args.y) = new_rows(x, args.x, N);
   std::tie(u, args.u) = new_low_rank(x, args.x, args.lora.rank);
@@ -285,9 +301,11 @@ std::tuple<Tensor, Tensor> linear_backward_input_op(
     const Tensor& dy, const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
     const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code, std::int64_t N,
     std::int64_t K, std::int64_t bits, std::int64_t blocksize, const OptionalTensor& lora_a,
-    const OptionalTensor& lora_b, double lora_scaling, double lora_dropout, const OptionalTensor& seed, bool need_dx) {
+    const OptionalTensor& lora_b, double lora_scaling, double lora_dropout, const OptionalTensor& seed, bool need_dx,
+    const OptionalTensor& offsets, std::int64_t weights) {
   LinearBackwardInputArgs args;
-  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, dy);
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, weights}, dy);
+  args.groups = groups_of(offsets, dy);
   args.lora = view_of({lora_a, lora_b, lora_scaling, lora_dropout, seed}, args.weight, dy);
   const Rows rows = rows_of(dy, N, "dy");
   args.dy = rows.matrix;
@@ -304,7 +322,8 @@ std::tuple<Tensor, Tensor> linear_backward_input_op(
 
 std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, const Tensor& u, const Tensor& v,
                                              double lora_scaling, double lora_dropout, const OptionalTensor& seed,
-                                             ScalarType dtype) {
+                                             ScalarType dtype, const OptionalTensor& offsets,
+                                             std::int64_t adapters) {
   check(x.dim() >= 1, "x", "[..., K]", "no dimension");
   check(dy.dim() >= 1, "dy", "[..., N]", "no dimension");
   check(u.dim() == 2, "u", "[M, rank]", [&] { return std::to_string(u.dim()) + " dimensions"; });
@@ -315,7 +334,10 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
   const Rows x_rows = rows_of(x, K, "x"), dy_rows = rows_of(dy, N, "dy");
   const Rows u_rows = rows_of(u, rank, "u"), v_rows = rows_of(v, rank, "v");
   LoraGradientsArgs args;
+  check(adapters >= 0, "adapters", ">= 0", adapters);
   args.lora.rank = rank;
+  args.lora.count = adapters == 0 ? 1 : adapters;
+  args.groups = groups_of(offsets, x);
   args.lora.dtype = dtype_of(dtype, "dtype");
   args.lora.scaling = static_cast<float>(lora_scaling);
   set_dropout(args.lora, lora_dropout, seed, x);
@@ -323,7 +345,10 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
   args.dy = dy_rows.matrix;
   args.u = u_rows.matrix;
   args.v = v_rows.matrix;
-  Tensor da = new_tensor(x, {rank, K}, dtype), db = new_tensor(x, {N, rank}, dtype);
+  const auto new_gradient = [&](std::int64_t rows, std::int64_t cols) {
+    return adapters == 0 ? new_tensor(x, {rows, cols}, dtype) : new_tensor(x, {adapters, rows, cols}, dtype);
+  };
+  Tensor da = new_gradient(rank, K), db = new_gradient(N, rank);
   args.da = da.data_ptr();
   args.db = db.data_ptr();
   lora_gradients(args, stream_of(x));
@@ -347,6 +372,8 @@ void implement(Library& library) {
   "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, Tensor? code, " \
   "int N, int K, int bits, int blocksize"
 #define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
+// Rows in groups (linear.h): offsets [groups + 1], and the weights that the codes are of.
+#define QLN_GROUPS "Tensor? offsets=None, int weights=1"
 
 // Run when this library is loaded.
 STABLE_TORCH_LIBRARY(qlora_native, library) {
@@ -358,11 +385,11 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
       "quantize_microscaled(Tensor weight, int blocksize) -> "
       "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");
   library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
-  library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ") -> (Tensor y, Tensor u)");
-  library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx) -> (Tensor dx, Tensor v)");
+  library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ", " QLN_GROUPS ") -> (Tensor y, Tensor u)");
+  library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx, " QLN_GROUPS ") -> (Tensor dx, Tensor v)");
   library.def(
       "lora_gradients(Tensor x, Tensor dy, Tensor u, Tensor v, float lora_scaling, float lora_dropout, Tensor? seed, "
-      "ScalarType dtype) -> (Tensor da, Tensor db)");
+      "ScalarType dtype, Tensor? offsets=None, int adapters=0) -> (Tensor da, Tensor db)");
 }
 
 // The same functions for both: the core picks the backend by the stream's device.

@@ -24,9 +24,9 @@ _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
 
 def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
     """A new [M, rank] tensor; empty where there is no adapter."""
-    if lora_a is None or lora_a.shape[0] == 0:
+    if lora_a is None or lora_a.shape[-2] == 0:
         return rows.new_empty((0,))
-    return rows.new_empty((math.prod(rows.shape[:-1]), lora_a.shape[0]))
+    return rows.new_empty((math.prod(rows.shape[:-1]), lora_a.shape[-2]))
 
 
 @torch.library.register_fake("qlora_native::quantize")
@@ -62,7 +62,7 @@ def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, block
 @torch.library.register_fake("qlora_native::linear_forward")
 def _(
     x, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
-    bias, lora_a, lora_b, lora_scaling, lora_dropout, seed,
+    bias, lora_a, lora_b, lora_scaling, lora_dropout, seed, offsets=None, weights=1,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], N)), _low_rank(x, lora_a)
 
@@ -70,15 +70,16 @@ def _(
 @torch.library.register_fake("qlora_native::linear_backward_input")
 def _(
     dy, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
-    lora_a, lora_b, lora_scaling, lora_dropout, seed, need_dx,
+    lora_a, lora_b, lora_scaling, lora_dropout, seed, need_dx, offsets=None, weights=1,
 ):  # fmt: skip
     return dy.new_empty((*dy.shape[:-1], K) if need_dx else (0,)), _low_rank(dy, lora_a)
 
 
 @torch.library.register_fake("qlora_native::lora_gradients")
-def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype):
-    rank = u.shape[1]
-    return x.new_empty((rank, x.shape[-1]), dtype=dtype), x.new_empty((dy.shape[-1], rank), dtype=dtype)
+def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype, offsets=None, adapters=0):
+    rank, of_each = u.shape[1], (adapters,) if adapters else ()
+    da = x.new_empty((*of_each, rank, x.shape[-1]), dtype=dtype)
+    return da, x.new_empty((*of_each, dy.shape[-1], rank), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::optimizer_8bit_step")
@@ -100,31 +101,46 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     # x and u serve the adapter's gradients alone; without one they may go.
     adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
     kept = (x, u) if adapter else (None, None)
-    ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]])
+    # A call without groups may leave them to their defaults.
+    offsets, ctx.weights = inputs[_FORWARD["offsets"] :] if len(inputs) == len(_FORWARD) else (None, 1)
+    ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
     ctx.lora_scaling, ctx.lora_dropout = inputs[_FORWARD["lora_scaling"]], inputs[_FORWARD["lora_dropout"]]
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * len(_FORWARD)
+    gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if dy is None:
         return tuple(gradients)
-    x, u, *weight, lora_a, lora_b, seed = ctx.saved_tensors
+    x, u, *weight, lora_a, lora_b, seed, offsets = ctx.saved_tensors
     need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], x is not None
     lora = (ctx.lora_scaling, ctx.lora_dropout, seed)
     if need_dx or need_adapter:
-        dx, v = _ops.linear_backward_input(dy, *weight, *ctx.weight_sizes, lora_a, lora_b, *lora, need_dx)
+        dx, v = _ops.linear_backward_input(
+            dy, *weight, *ctx.weight_sizes, lora_a, lora_b, *lora, need_dx, offsets, ctx.weights
+        )
         if need_dx:
             gradients[_FORWARD["x"]] = dx
     if need_adapter:
-        if lora_a.shape[0] == 0:
+        if lora_a.shape[-2] == 0:
             da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
         else:
-            da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype)
+            adapters = lora_a.shape[0] if lora_a.dim() == 3 else 0
+            da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype, offsets, adapters)
         gradients[_FORWARD["lora_a"]], gradients[_FORWARD["lora_b"]] = da, db
     if ctx.needs_input_grad[_FORWARD["bias"]]:
-        gradients[_FORWARD["bias"]] = dy.reshape(-1, dy.shape[-1]).sum(0)
+        gradients[_FORWARD["bias"]] = _bias_gradient(dy, offsets, ctx.weights)
     return tuple(gradients)
+
+
+def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
+    """Sums of the rows of `dy` [..., N]: [N], or [weights, N] where each group has a bias of its own."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    if weights == 1:
+        return rows.sum(0)
+    each = torch.arange(weights, device=rows.device)
+    group = torch.repeat_interleave(each, offsets.diff(), output_size=rows.shape[0])
+    return (group == each[:, None]).to(rows.dtype) @ rows  # on a GPU index_add would use atomics
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
 from ._weight import CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCKSIZE, QuantizedWeight, ceil_div, check_format, codes_shape
 
-__all__ = ["QuantizedWeight", "dequantize", "linear", "quantize"]
+__all__ = ["QuantizedWeight", "dequantize", "linear", "linear_grouped", "quantize"]
 
 _linear_forward = torch.ops.qlora_native.linear_forward.default
 
@@ -178,43 +179,133 @@ def linear(
         TypeError: a wrong dtype, or no tensor or QuantizedWeight.
         ValueError: a wrong shape, device, scaling or probability.
     """
-    if not isinstance(q, QuantizedWeight):
-        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
-    if not isinstance(x, Tensor):
-        raise bad_type("x", "a tensor", type(x).__name__)
-    device = q.codes.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device.type))
-    if len(q.shape) != 2:
-        raise bad("q", "a weight [N, K]; linear_grouped takes those of experts", list(q.shape))
+    x = _checked_input(x, q, 2)
     N, K = q.shape
-    if x.dtype not in FLOAT_DTYPES:
-        check_float_dtype("x", x.dtype)
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise bad("x", f"[..., {K}] for a weight [{N}, {K}]", list(x.shape))
-    if x.device != device:
-        raise bad("x", f"a tensor on {device}, where the weight is", x.device)
     if bias is not None:
-        bias = _checked_bias(bias, N, x)
-    seed = None
-    if lora_a is not None or lora_b is not None:
-        lora_a, lora_b = _checked_adapter(lora_a, lora_b, N, K, device)
-        if not math.isfinite(lora_scaling):
-            raise bad("lora_scaling", "a finite number", lora_scaling)
-        if not 0 <= lora_dropout < 1:
-            raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
-        if lora_dropout > 0:
-            seed = draw_seed(x)
-    elif not 0 <= lora_dropout < 1:
-        raise bad("lora_dropout", "a probability in [0, 1)", lora_dropout)
-    arguments = (x, *q.op_arguments(), bias, lora_a, lora_b, lora_scaling, lora_dropout, seed)
+        bias = _checked_bias(bias, (N,), x)
+    lora = _checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
+    return _product(x, *q.op_arguments(), bias, *lora)
+
+
+def linear_grouped(
+    x: Tensor,
+    q: QuantizedWeight,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scaling: float = 1.0,
+    lora_dropout: float = 0.0,
+    *,
+    adapter_index: Tensor | None = None,
+) -> Tensor:
+    """`linear` of rows in groups, which have weights and adapters of their own: the experts of a mixture, or many
+    fine-tunes of one model in a batch. One call computes all groups; it differentiates and rounds as `linear`.
+
+    Args:
+        x: [T, K] with `offsets`, [..., K] with `adapter_index`.
+        q: W [E, N, K], of which group g takes number g, or W [N, K], which all groups share.
+        offsets: int64 [G + 1]: group g is rows offsets[g] ... offsets[g+1]-1 of x, and may be empty. They ascend, and
+            the last is T. Rows before the first group, which only a shared weight allows, have no adapter.
+        bias: [E, N], or [N] with a shared weight.
+        lora_a: [G, rank, K]: one adapter a group; or [rank, K]: one for all.
+        lora_b: [G, N, rank], or [N, rank].
+        lora_scaling, lora_dropout: as `linear`; dropout's mask goes by the row in the order of the groups.
+        adapter_index: int64 [...], in the place of `offsets` with a shared weight: which of the adapters each row has,
+            -1 for none. Rows are sorted for it, so it costs a copy of x and of y where they are not.
+
+    Returns:
+        y [T, N], or [..., N] with `adapter_index`, in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: as `linear`; groups, weights, adapters and biases are not as many; offsets that do not
+            ascend or do not end at T; an index out of range. On a GPU, where reading them would wait for the device,
+            the values of offsets and indices are not checked: no memory but the operands' is touched.
+    """
+    x = _checked_input(x, q, 3)
+    *experts, N, K = q.shape
+    if (offsets is None) == (adapter_index is None):
+        got = "both" if adapter_index is not None else "none"
+        raise bad("offsets, adapter_index", "one of them", got)
+    back = None
+    rows = x.reshape(-1, K)
+    if adapter_index is not None:
+        if experts:
+            raise bad("adapter_index", "offsets instead, where each group has a weight of its own", "an index")
+        rows, offsets, back = _sorted_by_adapter(rows, adapter_index, lora_a, x.shape[:-1])
+    elif x.dim() != 2:
+        raise bad("x", f"[T, {K}] with offsets", list(x.shape))
+    groups = _checked_offsets(offsets, rows)
+    if experts and experts[0] != groups:
+        raise bad("offsets", f"[{experts[0] + 1}] for a weight {list(q.shape)}", [groups + 1])
+    if bias is not None:
+        bias = _checked_bias(bias, (*experts, N), x)
+    of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
+    lora = _checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
+    y = _product(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
+    y = y if back is None else _Permuted.apply(y, *back)
+    return y.view(*x.shape[:-1], N)
+
+
+def _product(*arguments: Any) -> Tensor:
+    """The op linear_forward, by the shortest way that autograd and torch.compile leave."""
     if torch.compiler.is_compiling():
         return _linear_forward(*arguments)[0]
-    if torch.is_grad_enabled() and _any_requires_grad(x, bias, lora_a, lora_b):
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
         return LinearFunction.apply(*arguments)[0]
     # Past the registered autograd formula, which is Python: 10 us a call even where no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
         return _linear_forward(*arguments)[0]
+
+
+class _Permuted(torch.autograd.Function):
+    """x[order], whose gradient is a gather by the inverse: that of an index adds up, on a GPU by atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+def _sorted_by_adapter(
+    rows: Tensor, index: Tensor, lora_a: Tensor | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """(rows of x by their adapter, offsets of the adapters, what brings rows of y back), the last None if in order."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise bad_type("adapter_index", "an int64 tensor", getattr(index, "dtype", type(index).__name__))
+    if index.shape != shape:
+        raise bad("adapter_index", f"{list(shape)}, as the rows of x", list(index.shape))
+    if index.device != rows.device:
+        raise bad("adapter_index", f"a tensor on {rows.device}, where x is", index.device)
+    if not isinstance(lora_a, Tensor) or lora_a.dim() != 3:
+        got = list(lora_a.shape) if isinstance(lora_a, Tensor) else type(lora_a).__name__
+        raise bad("lora_a", "[adapters, rank, K] with adapter_index", got)
+    flat, adapters = index.reshape(-1), lora_a.shape[0]
+    readable = not (index.is_cuda or index.is_meta or torch.compiler.is_compiling())
+    if readable and (out_of_range := (flat < -1) | (flat >= adapters)).any():
+        first = int(out_of_range.nonzero()[0])
+        raise bad("adapter_index", f"-1 ... {adapters - 1}", f"{int(flat[first])} at row {first}")
+    each = torch.arange(adapters + 1, device=index.device)
+    if readable and bool((flat.diff() >= 0).all()):
+        return rows, torch.searchsorted(flat, each), None
+    values, order = torch.sort(flat, stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return _Permuted.apply(rows, order, inverse), torch.searchsorted(values, each), (inverse, order)
+
+
+def _checked_offsets(offsets: Tensor, rows: Tensor) -> int:
+    """How many groups there are. The core checks the values where it can read them."""
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
+        raise bad_type("offsets", "an int64 tensor", getattr(offsets, "dtype", type(offsets).__name__))
+    if offsets.dim() != 1 or offsets.numel() < 2:
+        raise bad("offsets", "[groups + 1]", list(offsets.shape))
+    if offsets.device != rows.device:
+        raise bad("offsets", f"a tensor on {rows.device}, where x is", offsets.device)
+    return offsets.numel() - 1
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -225,35 +316,71 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _checked_input(x: Tensor, q: QuantizedWeight, most_dimensions: int) -> Tensor:
+    """`x` [..., K] as the op takes it: in autocast's dtype."""
+    if not isinstance(q, QuantizedWeight):
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    if not isinstance(x, Tensor):
+        raise bad_type("x", "a tensor", type(x).__name__)
+    if len(q.shape) > most_dimensions:
+        raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
+    device = q.codes.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
+        x = x.to(torch.get_autocast_dtype(device.type))
+    K = q.shape[-1]
+    if x.dtype not in FLOAT_DTYPES:
+        check_float_dtype("x", x.dtype)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise bad("x", f"[..., {K}] for a weight {list(q.shape)}", list(x.shape))
+    if x.device != device:
+        raise bad("x", f"a tensor on {device}, where the weight is", x.device)
+    return x
 
 
-def _checked_bias(bias: Tensor, N: int, x: Tensor) -> Tensor:
+def _checked_bias(bias: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """`bias` as the op takes it: contiguous, in the dtype of x."""
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise bad_type("bias", "a floating-point tensor", getattr(bias, "dtype", type(bias).__name__))
-    if bias.shape != (N,):
-        raise bad("bias", f"[{N}]", list(bias.shape))
+    if bias.shape != shape:
+        raise bad("bias", list(shape), list(bias.shape))
     if bias.device != x.device:
         raise bad("bias", f"a tensor on {x.device}, where x is", bias.device)
     return bias.to(x.dtype).contiguous()
 
 
-def _checked_adapter(
-    lora_a: Tensor | None, lora_b: Tensor | None, N: int, K: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """`lora_a` and `lora_b` as the op takes them: contiguous."""
+def _checked_lora(
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float,
+    weight_shape: tuple[int, int],
+    x: Tensor,
+    of_each: tuple[int, ...] = (),
+) -> tuple[Tensor | None, Tensor | None, float, float, Tensor | None]:
+    """The adapter as the op takes it, contiguous, with a seed where it drops.
+
+    Args:
+        of_each: (count,) where there are adapters [count, rank, K] and [count, N, rank].
+    """
+    if not 0 <= dropout < 1:
+        raise bad("lora_dropout", "a probability in [0, 1)", dropout)
+    if lora_a is None and lora_b is None:
+        return None, None, scaling, dropout, None
+    N, K = weight_shape
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
             raise bad_type(name, "a tensor, as lora_a and lora_b come together", type(tensor).__name__)
         check_float_dtype(name, tensor.dtype)
-        if tensor.device != device:
-            raise bad(name, f"a tensor on {device}, where the weight is", tensor.device)
-    if lora_a.dim() != 2 or lora_a.shape[1] != K:
-        raise bad("lora_a", f"[rank, {K}]", list(lora_a.shape))
-    if lora_b.shape != (N, lora_a.shape[0]):
-        raise bad("lora_b", f"[{N}, {lora_a.shape[0]}], the rank of lora_a", list(lora_b.shape))
+        if tensor.device != x.device:
+            raise bad(name, f"a tensor on {x.device}, where the weight is", tensor.device)
+    count = "".join(f"{each}, " for each in of_each)
+    if lora_a.dim() != len(of_each) + 2 or lora_a.shape[-1] != K or lora_a.shape[:-2] != of_each:
+        raise bad("lora_a", f"[{count}rank, {K}]", list(lora_a.shape))
+    rank = lora_a.shape[-2]
+    if lora_b.shape != (*of_each, N, rank):
+        raise bad("lora_b", f"[{count}{N}, {rank}], the rank of lora_a", list(lora_b.shape))
     if lora_b.dtype != lora_a.dtype:
         raise bad_type("lora_b", f"{lora_a.dtype}, the dtype of lora_a", lora_b.dtype)
-    return lora_a.contiguous(), lora_b.contiguous()
+    if not math.isfinite(scaling):
+        raise bad("lora_scaling", "a finite number", scaling)
+    return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -162,9 +163,14 @@ Tensor random_weight(Shape shape, DType dtype) {
 
 class Quantized {
  public:
-  Quantized(const Tensor& weight, Format format, int blocksize, bool double_quant)
-      : shape_{weight.rows(), weight.cols()}, format_(format), blocksize_(blocksize), double_quant_(double_quant) {
-    const std::int64_t elements = shape_.N * shape_.K, blocks = qn::ceil_div(elements, blocksize);
+  // `weight` is `count` weights, one below the other.
+  Quantized(const Tensor& weight, Format format, int blocksize, bool double_quant, std::int64_t count = 1)
+      : shape_{weight.rows() / count, weight.cols()},
+        count_(count),
+        format_(format),
+        blocksize_(blocksize),
+        double_quant_(double_quant) {
+    const std::int64_t elements = count * shape_.N * shape_.K, blocks = qn::ceil_div(elements, blocksize);
     codes.resize(static_cast<std::size_t>(qn::bytes_of_codes(elements, format.bits)));
     absmax.resize(static_cast<std::size_t>(blocks));
     qn::quantize({.weight = weight.data(),
@@ -189,6 +195,7 @@ class Quantized {
   qn::QuantizedWeightView view() const {
     qn::QuantizedWeightView view{.N = shape_.N,
                                  .K = shape_.K,
+                                 .count = count_,
                                  .bits = format_.bits,
                                  .blocksize = blocksize_,
                                  .codes = codes.data(),
@@ -205,8 +212,8 @@ class Quantized {
   // The weight as common/layout.h defines it, rounded once.
   Tensor decoded(DType dtype) const {
     const qn::QuantizedWeightView w = view();
-    Tensor values(dtype, shape_.N, shape_.K);
-    for (std::int64_t e = 0; e < shape_.N * shape_.K; ++e)
+    Tensor values(dtype, count_ * shape_.N, shape_.K);
+    for (std::int64_t e = 0; e < w.elements(); ++e)
       values.set(e / shape_.K, e % shape_.K, qn::value_of_element(w, e, qn::scale_of_block(w, e / blocksize_)));
     return values;
   }
@@ -218,6 +225,7 @@ class Quantized {
 
  private:
   Shape shape_;
+  std::int64_t count_;
   Format format_;
   int blocksize_;
   bool double_quant_;
@@ -363,7 +371,14 @@ struct Case {
   std::int64_t rank = 0;
   float dropout = 0.0f;
   DType lora_dtype = DType::f32;
-  std::int64_t gap = 0;  // between rows, of everything that has a stride
+  std::int64_t gap = 0;                    // between rows, of everything that has a stride
+  std::vector<std::int64_t> offsets = {};  // of groups, each with an adapter of its own
+  bool own_weights = false;                // and a weight
+  bool shared_adapter = false;             // or one adapter for all groups
+
+  std::int64_t groups() const { return offsets.empty() ? 0 : static_cast<std::int64_t>(offsets.size()) - 1; }
+  std::int64_t weights() const { return own_weights ? groups() : 1; }
+  std::int64_t adapters() const { return groups() > 0 && !shared_adapter ? groups() : 1; }
 
   std::string name() const {
     char text[200];
@@ -372,7 +387,10 @@ struct Case {
                   formats()[static_cast<std::size_t>(format)].name, blocksize, double_quant ? " dq" : "",
                   bias ? " bias" : "", static_cast<int>(rank), qn::name_of(lora_dtype), static_cast<double>(dropout),
                   static_cast<int>(gap));
-    return text;
+    std::string name = text;
+    if (!offsets.empty()) name += own_weights ? ", weights of groups" : ", adapters of groups";
+    for (const std::int64_t offset : offsets) name += " " + std::to_string(offset);
+    return name;
   }
 };
 
@@ -381,19 +399,19 @@ class Layer {
  public:
   explicit Layer(const Case& c)
       : c_(c),
-        weight_(random_weight({c.N, c.K}, DType::f32), formats()[static_cast<std::size_t>(c.format)], c.blocksize,
-                c.double_quant),
+        weight_(random_weight({c.weights() * c.N, c.K}, DType::f32), formats()[static_cast<std::size_t>(c.format)],
+                c.blocksize, c.double_quant, c.weights()),
         x_(c.dtype, c.M, c.K, c.gap),
         dy_(c.dtype, c.M, c.N, c.gap),
-        bias_(c.dtype, 1, c.N),
-        a_(c.lora_dtype, c.rank, c.K),
-        b_(c.lora_dtype, c.N, c.rank),
+        bias_(c.dtype, c.weights(), c.N),
+        a_(c.lora_dtype, c.adapters() * c.rank, c.K),
+        b_(c.lora_dtype, c.adapters() * c.N, c.rank),
         y_(c.dtype, c.M, c.N, c.gap),
         u_(c.dtype, c.M, c.rank, c.gap),
         dx_(c.dtype, c.M, c.K, c.gap),
         v_(c.dtype, c.M, c.rank, c.gap),
-        da_(c.lora_dtype, c.rank, c.K),
-        db_(c.lora_dtype, c.N, c.rank) {
+        da_(c.lora_dtype, c.adapters() * c.rank, c.K),
+        db_(c.lora_dtype, c.adapters() * c.N, c.rank) {
     Random random(static_cast<std::uint64_t>(c.M + 1000 * c.N + c.K));
     x_.fill(random, 1.0f);
     dy_.fill(random, 1.0f);
@@ -403,7 +421,9 @@ class Layer {
   }
 
   void run() {
+    const qn::RowGroups groups{.count = c_.groups(), .offsets = c_.offsets.data()};
     const qn::LoraView lora{.rank = c_.rank,
+                            .count = c_.adapters(),
                             .dtype = c_.lora_dtype,
                             .a = a_.data(),
                             .b = b_.data(),
@@ -412,14 +432,22 @@ class Layer {
                             .seed = kSeed};
     qn::linear_forward({.weight = weight_.view(),
                         .lora = lora,
+                        .groups = groups,
                         .x = x_.in(),
                         .bias = c_.bias ? bias_.data() : nullptr,
                         .y = y_.out(),
                         .u = u_.out()});
-    qn::linear_backward_input({.weight = weight_.view(), .lora = lora, .dy = dy_.in(), .dx = dx_.out(), .v = v_.out()});
+    qn::linear_backward_input(
+        {.weight = weight_.view(), .lora = lora, .groups = groups, .dy = dy_.in(), .dx = dx_.out(), .v = v_.out()});
     if (c_.rank > 0)
-      qn::lora_gradients(
-          {.lora = lora, .x = x_.in(), .dy = dy_.in(), .u = u_.in(), .v = v_.in(), .da = da_.data(), .db = db_.data()});
+      qn::lora_gradients({.lora = lora,
+                          .groups = groups,
+                          .x = x_.in(),
+                          .dy = dy_.in(),
+                          .u = u_.in(),
+                          .v = v_.in(),
+                          .da = da_.data(),
+                          .db = db_.data()});
   }
 
   // The bytes of all results.
@@ -432,48 +460,13 @@ class Layer {
 
   void check() const {
     for (const Tensor* tensor : {&y_, &u_, &dx_, &v_}) EXPECT(tensor->keeps_to_its_columns());
-    const std::int64_t M = c_.M, N = c_.N, K = c_.K, R = c_.rank;
-    const std::vector<double> w = weight_.decoded(c_.dtype).values(), x = x_.values(), dy = dy_.values();
-    const std::vector<double> u = u_.values(), v = v_.values();
-    // The adapter as the products use it: rounded to the dtype of x, of B also times s.
-    std::vector<double> a, b, sb, dropped = x;
-    for (double value : a_.values()) a.push_back(rounded(c_.dtype, static_cast<float>(value)));
-    for (double value : b_.values()) {
-      b.push_back(rounded(c_.dtype, static_cast<float>(value)));
-      sb.push_back(rounded(c_.dtype, kScaling * static_cast<float>(value)));
+    if (c_.groups() == 0) return check_rows(0, c_.M, 0, 0);
+    if (c_.offsets[0] > 0) check_rows(0, c_.offsets[0], 0, -1);
+    for (std::int64_t g = 0; g < c_.groups(); ++g) {
+      const auto i = static_cast<std::size_t>(g);
+      check_rows(c_.offsets[i], c_.offsets[i + 1], c_.own_weights ? g : 0, g);
     }
-    const std::uint32_t threshold = qn::dropout_threshold(c_.dropout);
-    std::vector<double> mask(x.size(), 1.0);
-    for (std::int64_t i = 0; i < M * K && R > 0; ++i)
-      if (!qn::dropout_keeps(kSeed, i / K, i % K, threshold)) mask[static_cast<std::size_t>(i)] = 0.0;
-    for (std::size_t i = 0; i < x.size(); ++i) dropped[i] *= mask[i];
-    const double keep = double{1.0f / (1.0f - c_.dropout)}, s = double{kScaling};
-
-    Sums y(M, N), dx(M, K);
-    y.add_product(x, transposed(w, N, K), K);
-    if (c_.bias)
-      for (std::int64_t i = 0; i < M * N; ++i) y.add(i, bias_.at(0, i % N));
-    dx.add_product(dy, w, N);
-    if (R > 0) {
-      Sums u_sums(M, R), v_sums(M, R), low_rank(M, K), da(R, K), db(N, R);
-      u_sums.add_product(dropped, transposed(a, R, K), K);
-      u_sums.scale(keep);
-      expect_close("u", u_, u_sums, c_.dtype);
-      v_sums.add_product(dy, b, N);
-      v_sums.scale(s * keep);
-      expect_close("v", v_, v_sums, c_.dtype);
-      y.add_product(u, transposed(sb, N, R), R);
-      low_rank.add_product(v, a, R);
-      low_rank.multiply(mask);
-      dx.add(low_rank);
-      da.add_product(transposed(v, M, R), dropped, M);
-      expect_close("da", da_, da, c_.dtype);
-      db.add_product(transposed(dy, M, N), u, M);
-      db.scale(s);
-      expect_close("db", db_, db, c_.dtype);
-    }
-    expect_close("y", y_, y, c_.dtype);
-    expect_close("dx", dx_, dx, c_.dtype);
+    if (c_.shared_adapter) check_gradients(c_.offsets[0], c_.M, 0);
   }
 
  private:
@@ -486,6 +479,78 @@ class Layer {
       for (std::int64_t j = 0; j < cols; ++j)
         result[static_cast<std::size_t>(j * rows + i)] = m[static_cast<std::size_t>(i * cols + j)];
     return result;
+  }
+
+  // Rows begin ... end-1 of a matrix.
+  static std::vector<double> rows_of(const Tensor& m, std::int64_t begin, std::int64_t end) {
+    std::vector<double> values;
+    for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t j = 0; j < m.cols(); ++j) values.push_back(m.at(i, j));
+    return values;
+  }
+  std::vector<double> mask_of(std::int64_t begin, std::int64_t end) const {
+    const std::uint32_t threshold = qn::dropout_threshold(c_.dropout);
+    std::vector<double> mask;
+    for (std::int64_t i = begin * c_.K; i < end * c_.K; ++i)
+      mask.push_back(c_.rank == 0 || qn::dropout_keeps(kSeed, i / c_.K, i % c_.K, threshold) ? 1.0 : 0.0);
+    return mask;
+  }
+
+  // Rows of x that are multiplied by weight number `weight`, and by adapter number `adapter`, or -1: by none.
+  void check_rows(std::int64_t begin, std::int64_t end, std::int64_t weight, std::int64_t adapter) const {
+    const bool own = !c_.shared_adapter;
+    if (c_.shared_adapter && adapter > 0) adapter = 0;
+    const std::int64_t M = end - begin, N = c_.N, K = c_.K, R = adapter < 0 ? 0 : c_.rank;
+    const std::vector<double> w = rows_of(weight_.decoded(c_.dtype), weight * N, (weight + 1) * N);
+    const std::vector<double> x = rows_of(x_, begin, end), dy = rows_of(dy_, begin, end);
+    const std::vector<double> u = rows_of(u_, begin, end), v = rows_of(v_, begin, end), mask = mask_of(begin, end);
+    std::vector<double> dropped = x;
+    for (std::size_t i = 0; i < x.size(); ++i) dropped[i] *= mask[i];
+    const double keep = double{1.0f / (1.0f - c_.dropout)}, s = double{kScaling};
+
+    Sums y(M, N), dx(M, K);
+    y.add_product(x, transposed(w, N, K), K);
+    if (c_.bias)
+      for (std::int64_t i = 0; i < M * N; ++i) y.add(i, bias_.at(weight, i % N));
+    dx.add_product(dy, w, N);
+    if (R > 0) {
+      // The adapter as the products use it: rounded to the dtype of x, of B also times s.
+      std::vector<double> a, b, sb;
+      for (double value : rows_of(a_, adapter * R, (adapter + 1) * R))
+        a.push_back(rounded(c_.dtype, static_cast<float>(value)));
+      for (double value : rows_of(b_, adapter * N, (adapter + 1) * N)) {
+        b.push_back(rounded(c_.dtype, static_cast<float>(value)));
+        sb.push_back(rounded(c_.dtype, kScaling * static_cast<float>(value)));
+      }
+      Sums u_sums(M, R), v_sums(M, R), low_rank(M, K);
+      u_sums.add_product(dropped, transposed(a, R, K), K);
+      u_sums.scale(keep);
+      expect_close("u", u, u_sums, c_.dtype, c_.dtype);
+      v_sums.add_product(dy, b, N);
+      v_sums.scale(s * keep);
+      expect_close("v", v, v_sums, c_.dtype, c_.dtype);
+      y.add_product(u, transposed(sb, N, R), R);
+      low_rank.add_product(v, a, R);
+      low_rank.multiply(mask);
+      dx.add(low_rank);
+      if (own) check_gradients(begin, end, adapter);
+    }
+    expect_close("y", rows_of(y_, begin, end), y, c_.dtype, c_.dtype);
+    expect_close("dx", rows_of(dx_, begin, end), dx, c_.dtype, c_.dtype);
+  }
+  // dA and dB of an adapter, which are sums over its rows.
+  void check_gradients(std::int64_t begin, std::int64_t end, std::int64_t adapter) const {
+    const std::int64_t M = end - begin, N = c_.N, K = c_.K, R = c_.rank;
+    if (R == 0) return;
+    const std::vector<double> mask = mask_of(begin, end);
+    std::vector<double> dropped = rows_of(x_, begin, end);
+    for (std::size_t i = 0; i < dropped.size(); ++i) dropped[i] *= mask[i];
+    Sums da(R, K), db(N, R);
+    da.add_product(transposed(rows_of(v_, begin, end), M, R), dropped, M);
+    expect_close("da", rows_of(da_, adapter * R, (adapter + 1) * R), da, c_.dtype, c_.lora_dtype);
+    db.add_product(transposed(rows_of(dy_, begin, end), M, N), rows_of(u_, begin, end), M);
+    db.scale(double{kScaling});
+    expect_close("db", rows_of(db_, adapter * N, (adapter + 1) * N), db, c_.dtype, c_.lora_dtype);
   }
 
   // A matrix of sums in float64; beside each sqrt(terms) * |row| * |column| of the products in it.
@@ -530,14 +595,14 @@ class Layer {
     }
   };
 
-  // `multiplied`: the dtype of the operands, which decides how a sum rounds.
-  void expect_close(const char* name, const Tensor& actual, const Sums& expected, DType multiplied) const {
-    const std::vector<double> values = actual.values();
-    const double smallest = std::max(smallest_normal(multiplied), smallest_normal(actual.dtype()));
+  // `multiplied`: the dtype of the operands, which decides how a sum rounds; `dtype`: of the results.
+  void expect_close(const char* name, const std::vector<double>& values, const Sums& expected, DType multiplied,
+                    DType dtype) const {
+    const double smallest = std::max(smallest_normal(multiplied), smallest_normal(dtype));
     double worst = 0.0;
     std::size_t where = 0;
     for (std::size_t i = 0; i < values.size(); ++i) {
-      const double allowed = unit_roundoff(actual.dtype()) * std::fabs(expected.value[i]) +
+      const double allowed = unit_roundoff(dtype) * std::fabs(expected.value[i]) +
                              kSumFactor * sum_roundoff(multiplied) * expected.norms[i] + smallest;
       const double excess = std::fabs(values[i] - expected.value[i]) / allowed;
       if (!(excess <= worst)) {  // a NaN too
@@ -622,6 +687,51 @@ std::vector<Case> cases() {
   return all;
 }
 
+// Groups of no row, of one, of all, and those that end inside of a vector, a strip or a group of rows; weights whose
+// blocks, and bytes, straddle experts; rows before the first group, which have no adapter.
+std::vector<Case> grouped_cases() {
+  struct Groups {
+    std::int64_t M;
+    std::vector<std::int64_t> offsets;
+  };
+  const Groups experts[] = {{1, {0, 1}},       {5, {0, 0, 5, 5}}, {70, {0, 1, 1, 10, 61, 70}},
+                            {40, {0, 40, 40}}, {0, {0, 0, 0}},    {131, {0, 8, 17, 33, 50, 99, 99, 131}}};
+  const Groups adapters[] = {{7, {2, 2, 3, 7}}, {6, {0, 1, 2, 3, 4, 5, 6}}, {150, {5, 13, 21, 22, 22, 64, 96, 150}},
+                             {33, {33, 33}},    {48, {0, 16, 48}},          {200, {0, 96, 200}}};
+  std::vector<Case> all;
+  for (const DType dtype : kDTypes)
+    for (const bool own_weights : {true, false})
+      for (const Groups& groups : own_weights ? std::span<const Groups>(experts) : std::span<const Groups>(adapters))
+        for (const Shape shape : {Shape{66, 192}, Shape{35, 65}, Shape{7, 1}})
+          for (const std::int64_t rank : {0, 5, 70}) {
+            if (rank == 70 && shape.K != 192) continue;
+            const std::size_t i = all.size();
+            all.push_back({.M = groups.M,
+                           .N = shape.N,
+                           .K = shape.K,
+                           .dtype = dtype,
+                           .format = i % 5 == 0 ? 3 : 0,
+                           .double_quant = i % 3 != 0,
+                           .bias = i % 2 == 0,
+                           .rank = rank,
+                           .dropout = i % 4 == 1 ? 0.3f : 0.0f,
+                           .lora_dtype = i % 2 == 0 ? dtype : DType::f32,
+                           .gap = static_cast<std::int64_t>(i % 3),
+                           .offsets = groups.offsets,
+                           .own_weights = own_weights && groups.offsets.size() > 2,
+                           .shared_adapter = i % 7 == 3});
+          }
+  return all;
+}
+
+void products_of_groups_are_the_sums_of_float64() {
+  for (const Case& each : grouped_cases()) {
+    Layer layer(each);
+    layer.run();
+    layer.check();
+  }
+}
+
 void products_are_the_sums_of_float64() {
   for (const Case& each : cases()) {
     Layer layer(each);
@@ -638,6 +748,26 @@ void bits_are_the_same_in_every_run_and_for_any_number_of_threads() {
          {std::array<std::int64_t, 3>{1, 320, 512}, {4, 100, 513}, {16, 129, 1100}, {64, 70, 320}, {130, 48, 200}}) {
       const Case each{
           .M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f, .lora_dtype = dtype};
+      std::vector<char> expected;
+      for (const int threads : {1, 1, 2, 3, 3}) {
+        use_pool(threads);
+        Layer layer(each);
+        layer.run();
+        if (expected.empty()) expected = layer.bytes();
+        EXPECT(layer.bytes() == expected);
+      }
+    }
+  for (const DType dtype : kDTypes)
+    for (const bool own_weights : {true, false}) {
+      const Case each{.M = 140,
+                      .N = 100,
+                      .K = 320,
+                      .dtype = dtype,
+                      .bias = true,
+                      .rank = 16,
+                      .dropout = 0.25f,
+                      .offsets = {0, 3, 12, 80, 140},
+                      .own_weights = own_weights};
       std::vector<char> expected;
       for (const int threads : {1, 1, 2, 3, 3}) {
         use_pool(threads);
@@ -883,6 +1013,28 @@ void bad_input_is_refused_by_its_name() {
   expect_refused("lora.b", change(b, qn::linear_backward_input, [](B& args) { args.lora.b = nullptr; }));
   expect_refused("lora.rank", change(b, qn::linear_backward_input, [](B& args) { args.lora.rank = -1; }));
 
+  static std::int64_t offsets[] = {0, 2, 5};
+  const qn::RowGroups groups{.count = 2, .offsets = offsets};
+  const auto groups_are = [&](std::int64_t weights, std::int64_t adapters, std::array<std::int64_t, 3> values) {
+    return change(b, qn::linear_backward_input, [=](B& args) {
+      std::copy(values.begin(), values.end(), offsets);
+      args.groups = groups;
+      args.weight.count = weights;
+      args.weight.N = 5 / weights;  // its memory holds 5 rows
+      args.dy.cols = args.weight.N;
+      args.lora.count = adapters;
+    });
+  };
+  expect_refused("weight.count", groups_are(3, 1, {0, 2, 5}));
+  expect_refused("lora.count", groups_are(1, 3, {0, 2, 5}));
+  expect_refused("groups.offsets[0]", groups_are(2, 2, {1, 2, 5}));
+  expect_refused("groups.offsets[0]", groups_are(1, 2, {-1, 2, 5}));
+  expect_refused("groups.offsets[1]", groups_are(1, 2, {3, 2, 5}));
+  expect_refused("groups.offsets[2]", groups_are(1, 2, {0, 2, 6}));
+  expect_refused("groups.offsets[2]", groups_are(2, 2, {0, 2, 4}));
+  expect_refused("groups.offsets", change(b, qn::linear_backward_input, [=](B& args) { args.groups = {2, nullptr}; }));
+  expect_refused("groups.count", change(b, qn::linear_backward_input, [](B& args) { args.groups.count = -1; }));
+
   const qn::LoraGradientsArgs g{
       .lora = lora, .x = x.in(), .dy = dy.in(), .u = u.in(), .v = u.in(), .da = out.data(), .db = out.data()};
   using G = qn::LoraGradientsArgs;
@@ -913,6 +1065,7 @@ int main() {
   scale_in_8_bits_is_the_nearest();
   values_that_are_not_finite_are_counted();
   products_are_the_sums_of_float64();
+  products_of_groups_are_the_sums_of_float64();
   bits_are_the_same_in_every_run_and_for_any_number_of_threads();
   for (const qn::Algorithm algorithm : {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix}) {
     optimizer_steps_to_the_bit(algorithm);

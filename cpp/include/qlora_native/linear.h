@@ -4,6 +4,9 @@
 //   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
 //   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
+// Where the rows of X are in groups (RowGroups), each group has a weight and an adapter of its own, or an adapter
+// alone.
+//
 // Every pointer is to memory of the stream's device (types.h), codebooks and scales too.
 //
 // W is decoded in tiles on the way into the multiply, rounded once to the dtype of X, as are A, B, U and V; every sum
@@ -16,12 +19,13 @@
 
 namespace qlora_native {
 
-// The low-rank adapter (LoRA, Hu et al. 2021). rank 0: none.
+// The low-rank adapter (LoRA, Hu et al. 2021), or `count` of one shape, one after another. rank 0: none.
 struct LoraView {
   std::int64_t rank = 0;
+  std::int64_t count = 1;
   DType dtype = DType::f32;
-  const void* a = nullptr;  // [rank, K], contiguous
-  const void* b = nullptr;  // [N, rank], contiguous
+  const void* a = nullptr;  // [count, rank, K], contiguous
+  const void* b = nullptr;  // [count, N, rank], contiguous
   float scaling = 1.0f;     // s; any finite value
   // Dropout on the adapter's input. Element (m,k) is dropped where a hash of (seed, m, k) falls below the
   // probability (common/philox.h), so that the backward pass recomputes the mask instead of storing it.
@@ -32,11 +36,25 @@ struct LoraView {
   const std::uint64_t* device_seed = nullptr;
 };
 
+// Rows of X that are sorted by what they are multiplied with: group g is rows offsets[g] ... offsets[g+1]-1, and may be
+// empty. Weights and adapters are `count` each, of which group g takes number g, or one, which all groups share.
+//
+//   the experts of a mixture      weight.count == count; every row is in a group
+//   adapters over one base        weight.count == 1 and lora.count == count; rows before the first group have none
+//
+// On the cpu the offsets are checked. On cuda the host cannot read them without waiting for the device, so kernels keep
+// to the rows that there are, whatever the offsets say.
+struct RowGroups {
+  std::int64_t count = 0;                 // 0: the rows are one group
+  const std::int64_t* offsets = nullptr;  // [count + 1], ascending, the last is M; memory of the stream's device
+};
+
 struct LinearForwardArgs {
   QuantizedWeightView weight;
   LoraView lora;
+  RowGroups groups;
   ConstMatrix x;               // [M, K]
-  const void* bias = nullptr;  // [N] in x's dtype, or null
+  const void* bias = nullptr;  // [weight.count, N] in x's dtype, or null
   Matrix y;                    // out, [M, N] in x's dtype
   Matrix u;                    // out, [M, rank] in x's dtype; null data: not wanted
 };
@@ -45,6 +63,7 @@ QLN_API void linear_forward(const LinearForwardArgs& args, const Stream& stream 
 struct LinearBackwardInputArgs {
   QuantizedWeightView weight;
   LoraView lora;
+  RowGroups groups;
   ConstMatrix dy;  // [M, N]
   Matrix dx;       // out, [M, K] in dy's dtype; null data: only v is wanted
   Matrix v;        // out, [M, rank] in dy's dtype; null data: not wanted
@@ -52,13 +71,14 @@ struct LinearBackwardInputArgs {
 QLN_API void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
 
 struct LoraGradientsArgs {
-  LoraView lora;       // a and b are not read
+  LoraView lora;  // a and b are not read
+  RowGroups groups;
   ConstMatrix x;       // [M, K]
   ConstMatrix dy;      // [M, N] in x's dtype
   ConstMatrix u;       // [M, rank] as linear_forward gave it
   ConstMatrix v;       // [M, rank] as linear_backward_input gave it
-  void* da = nullptr;  // out, [rank, K] in lora.dtype, contiguous; or null
-  void* db = nullptr;  // out, [N, rank] in lora.dtype, contiguous; or null
+  void* da = nullptr;  // out, [lora.count, rank, K] in lora.dtype, contiguous; or null
+  void* db = nullptr;  // out, [lora.count, N, rank] in lora.dtype, contiguous; or null
 };
 QLN_API void lora_gradients(const LoraGradientsArgs& args, const Stream& stream = {});
 

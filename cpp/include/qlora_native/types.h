@@ -38,7 +38,8 @@ struct BasicMatrix {
 using ConstMatrix = BasicMatrix<const void*>;
 using Matrix = BasicMatrix<void*>;
 
-// A quantized weight W[N,K]. The layout is bitsandbytes': elements are numbered e = n*K + k, and block
+// A quantized weight W[N,K], or `count` of one shape, one after another, as the experts of a mixture are: W[count,N,K].
+// The layout is bitsandbytes': elements are numbered e = (i*N + n)*K + k, i being which of them, and block
 // e / blocksize shares one scale, so blocks straddle rows where K is not a multiple of the blocksize.
 //
 //   bits == 4   codes[e/2] holds element e in its high nibble if e is even, in its low one if e is odd;
@@ -51,9 +52,10 @@ using Matrix = BasicMatrix<void*>;
 struct QuantizedWeightView {
   std::int64_t N = 0;
   std::int64_t K = 0;
+  std::int64_t count = 1;
   int bits = 4;
   int blocksize = 64;                    // a power of two, 16 ... 4096
-  const std::uint8_t* codes = nullptr;   // [ceil(N*K * bits / 8)]
+  const std::uint8_t* codes = nullptr;   // [ceil(count*N*K * bits / 8)]
   const void* absmax = nullptr;          // [blocks] float, or uint8 when nested_absmax is given
   const float* code = nullptr;           // [16]; not used with 8 bits
   const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)] or null
@@ -61,7 +63,7 @@ struct QuantizedWeightView {
   const float* offset = nullptr;         // [1], with nested_absmax
   int nested_blocksize = 256;
 
-  constexpr std::int64_t elements() const { return N * K; }
+  constexpr std::int64_t elements() const { return count * N * K; }
   constexpr std::int64_t blocks() const { return (elements() + blocksize - 1) / blocksize; }
 };
 

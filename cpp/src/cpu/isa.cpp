@@ -30,7 +30,7 @@ constexpr const char* kNotPermitted = "is not permitted by the operating system,
 
 struct Isa {
   const char* name;
-  const Backend& (*backend)();
+  const CpuBackend& (*backend)();
   const char* missing;  // one of the reasons above, or null: it can be used
 };
 
@@ -143,7 +143,7 @@ const Isa& current() {
 
 }  // namespace
 
-const Backend& cpu_backend() { return current().backend(); }
+const Backend& cpu_backend() { return current().backend().table; }
 
 std::string current_isa() { return current().name; }
 

@@ -15,7 +15,7 @@ struct StageView {
   void (*body)(void* context, std::int64_t task);
   void* context;
 };
-constexpr int kMostStages = 4;
+constexpr int kMostStages = 5;
 
 // Runs the stages one after another: each begins when all tasks of the one before have ended. They share one use of the
 // pool, because a pool waits at its end for every one of its threads, which on a busy machine may not even have begun.

@@ -45,7 +45,7 @@ bool can_take(const WayProblem& p, Way way) {
     case Way::tiles:
       return p.tiles;
     case Way::panels:
-      return p.dense_gemm && !p.dropout &&
+      return p.dense_gemm && !p.dropout && p.one_adapter &&
              panel_columns((p.product == WayProblem::Product::forward ? p.K : p.N) + p.rank, p.dtype) > 0;
   }
   return false;
@@ -89,17 +89,20 @@ Way way_of(const WayProblem& problem) {
 }
 
 WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                       const ConstMatrix& activations, bool tiles) {
+                       const WeightRows& rows, DType dtype, bool tiles) {
+  const auto& adapters = rows.adapters;
   return {.product = product,
-          .dtype = activations.dtype,
-          .M = activations.rows,
+          .dtype = dtype,
+          .M = rows.end - rows.begin,
           .N = weight.N,
           .K = weight.K,
-          .rank = lora.rank,
-          .dropout = lora.rank > 0 && lora.dropout > 0.0f,
+          .rank = adapters.empty() ? 0 : lora.rank,
+          .one_adapter = adapters.empty() || (adapters.size() == 1 && adapters.front().begin <= rows.begin &&
+                                              adapters.front().end >= rows.end),
+          .dropout = !adapters.empty() && lora.dropout > 0.0f,
           .tiles = tiles,
           .dense_gemm = hooks().dense_gemm != nullptr,
-          .dense_tiles = dense_product_has_tiles(activations.dtype)};
+          .dense_tiles = dense_product_has_tiles(dtype)};
 }
 
 std::string text_of(const WayProblem& p, Way way) {
@@ -109,6 +112,7 @@ std::string text_of(const WayProblem& p, Way way) {
   text += " [" + number(p.M) + ", " + number(forward ? p.N : p.K) + "] of W [" + number(p.N) + ", " + number(p.K) +
           "] in " + qlora_native::name_of(p.dtype);
   if (p.rank > 0) text += ", rank " + number(p.rank);
+  if (!p.one_adapter) text += ", several adapters";
   if (p.dropout) text += ", dropout";
   return text + ": " + name_of(way);
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/linear.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native {
@@ -23,14 +24,15 @@ struct WayProblem {
   DType dtype = DType::f32;
   std::int64_t M = 0, N = 0, K = 0;
   std::int64_t rank = 0;
+  bool one_adapter = true;  // all rows have the same, or none
   bool dropout = false;
   bool tiles = false;        // the instruction set multiplies this dtype by tiles
   bool dense_gemm = false;   // the host program has a dense product
   bool dense_tiles = false;  // and it multiplies this dtype by tiles
 };
-// Of one call on this machine.
+// Of the rows that one weight multiplies, on this machine.
 WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                       const ConstMatrix& activations, bool tiles);
+                       const WeightRows& rows, DType dtype, bool tiles);
 
 // Rows of x that few_rows can multiply.
 constexpr std::int64_t kMostFewRows = 8;

@@ -11,8 +11,8 @@
 
 namespace qlora_native {
 
-const Backend& amx_bf16_backend() {
-  static const Backend backend = TiledBackend<avx512_bf16_backend, true>::backend();
+const CpuBackend& amx_bf16_backend() {
+  static const CpuBackend backend = TiledBackend<avx512_bf16_backend, true>::backend();
   return backend;
 }
 

@@ -10,8 +10,8 @@
 
 namespace qlora_native {
 
-const Backend& amx_emulated_backend() {
-  static const Backend backend = TiledBackend<reference_backend, false>::backend();
+const CpuBackend& amx_emulated_backend() {
+  static const CpuBackend backend = TiledBackend<reference_backend, false>::backend();
   return backend;
 }
 

@@ -7,6 +7,6 @@
 
 namespace qlora_native {
 
-const Backend& avx2_backend() { return kBackendF32; }
+const CpuBackend& avx2_backend() { return kBackendF32; }
 
 }  // namespace qlora_native

@@ -11,10 +11,10 @@
 
 namespace qlora_native {
 
-const Backend& avx512_bf16_backend() {
-  static const Backend backend = [] {
-    Backend with_pairs = with_bf16_products<avx512_backend>();
-    with_pairs.optimizer_8bit_step = optimizer_step;
+const CpuBackend& avx512_bf16_backend() {
+  static const CpuBackend backend = [] {
+    CpuBackend with_pairs = with_bf16_products<kProductsOf<DotBf16>, avx512_backend>();
+    with_pairs.table.optimizer_8bit_step = optimizer_step;
     return with_pairs;
   }();
   return backend;

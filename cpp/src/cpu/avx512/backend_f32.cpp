@@ -7,6 +7,6 @@
 
 namespace qlora_native {
 
-const Backend& avx512_backend() { return kBackendF32; }
+const CpuBackend& avx512_backend() { return kBackendF32; }
 
 }  // namespace qlora_native

@@ -1,25 +1,25 @@
-// A backend whose products of bfloat16 have a Dot of their own. To be included after a DotBf16.
+// A backend whose products of bfloat16 are its own.
 #pragma once
 
-#include "backend.h"
-#include "cpu/generic/linear-inl.h"
+#include "cpu/isa.h"
 
 namespace qlora_native {
 namespace {
 
 // `kOthers`: the backend of the other dtypes and operations.
-template <const Backend& (*kOthers)()>
-Backend with_bf16_products() {
-  Backend backend = kOthers();
-  backend.linear_forward = [](const LinearForwardArgs& args, const Stream& stream) {
-    args.x.dtype == DType::bf16 ? Linear<DotBf16>::forward(args) : kOthers().linear_forward(args, stream);
+template <const Products& kProducts, const CpuBackend& (*kOthers)()>
+CpuBackend with_bf16_products() {
+  CpuBackend backend = kOthers();
+  backend.bf16 = &kProducts;
+  backend.table.linear_forward = [](const LinearForwardArgs& args, const Stream& stream) {
+    args.x.dtype == DType::bf16 ? linear_forward(args, kProducts) : kOthers().table.linear_forward(args, stream);
   };
-  backend.linear_backward_input = [](const LinearBackwardInputArgs& args, const Stream& stream) {
-    args.dy.dtype == DType::bf16 ? Linear<DotBf16>::backward_input(args)
-                                 : kOthers().linear_backward_input(args, stream);
+  backend.table.linear_backward_input = [](const LinearBackwardInputArgs& args, const Stream& stream) {
+    args.dy.dtype == DType::bf16 ? linear_backward_input(args, kProducts)
+                                 : kOthers().table.linear_backward_input(args, stream);
   };
-  backend.lora_gradients = [](const LoraGradientsArgs& args, const Stream& stream) {
-    args.x.dtype == DType::bf16 ? Linear<DotBf16>::lora_gradients(args) : kOthers().lora_gradients(args, stream);
+  backend.table.lora_gradients = [](const LoraGradientsArgs& args, const Stream& stream) {
+    args.x.dtype == DType::bf16 ? lora_gradients(args, kProducts) : kOthers().table.lora_gradients(args, stream);
   };
   return backend;
 }

@@ -2,24 +2,32 @@
 #pragma once
 
 #include "cpu/generic/backend-inl.h"
+#include "cpu/isa.h"
 #include "cpu/quantize_microscaled.h"
 
 namespace qlora_native {
 namespace {
 
-void linear_forward_f32(const LinearForwardArgs& args, const Stream&) {
-  with_dtype(args.x.dtype, [&](auto dtype) { Linear<DotF32<dtype()>>::forward(args); });
-}
-void linear_backward_input_f32(const LinearBackwardInputArgs& args, const Stream&) {
-  with_dtype(args.dy.dtype, [&](auto dtype) { Linear<DotF32<dtype()>>::backward_input(args); });
-}
-void lora_gradients_f32(const LoraGradientsArgs& args, const Stream&) {
-  with_dtype(args.x.dtype, [&](auto dtype) { Linear<DotF32<dtype()>>::lora_gradients(args); });
-}
+constexpr Products kProductsF32{
+    [](const LinearForwardArgs& args, const WeightRows& part) {
+      return with_dtype(args.x.dtype, [&](auto dtype) { return Linear<DotF32<dtype()>>::forward(args, part); });
+    },
+    [](const LinearBackwardInputArgs& args, const WeightRows& part) {
+      return with_dtype(args.dy.dtype, [&](auto dtype) { return Linear<DotF32<dtype()>>::backward_input(args, part); });
+    },
+    [](const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+      return with_dtype(args.x.dtype, [&](auto dtype) { return lora_gradient_a<DotF32<dtype()>>(args, part, first); });
+    },
+    [](const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+      return with_dtype(args.x.dtype, [&](auto dtype) { return lora_gradient_b<DotF32<dtype()>>(args, part, first); });
+    }};
 
-constexpr Backend kBackendF32{quantize_weight,    quantize_scales,    quantize_microscaled_on_cpu,
-                              dequantize_weight,  linear_forward_f32, linear_backward_input_f32,
-                              lora_gradients_f32, optimizer_step};
+constexpr CpuBackend kBackendF32{
+    {quantize_weight, quantize_scales, quantize_microscaled_on_cpu, dequantize_weight,
+     [](const LinearForwardArgs& args, const Stream&) { linear_forward(args, kProductsF32); },
+     [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
+     [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, optimizer_step},
+    &kProductsF32};
 
 }  // namespace
 }  // namespace qlora_native

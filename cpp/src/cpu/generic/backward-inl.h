@@ -1,131 +1,248 @@
 // linear_backward_input and lora_gradients, all of them through ProductNn.
 #pragma once
 
+#include <memory>
+
 #include "cpu/generic/lora-inl.h"
 #include "cpu/generic/product_nn-inl.h"
+#include "cpu/job.h"
 
 namespace qlora_native {
 namespace {
 
-template <class Dot>
-struct Backward {
-  using Product = ProductNn<Dot>;
-  using Groups = typename Product::Groups;
-  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
-  static constexpr int kVectors = Dot::kColumnVectors;
+// The sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
+template <DType kTo, int kVectors>
+void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+  constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
+  char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
+  for (int i = 0; i < kVectors && col + i * kLanes < out.cols; ++i)
+    store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
+                        static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
+}
+// The same to column `row` of out, from row `col` on.
+template <DType kTo, int kVectors>
+void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+  constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
+  char values[kChunk * kTarget];
+  for (int i = 0; i < kVectors; ++i) store_from_f32<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
+  const std::int64_t count = smaller<std::int64_t>(kChunk, out.rows - col);
+  for (std::int64_t i = 0; i < count; ++i)
+    __builtin_memcpy(static_cast<char*>(out.data) + ((col + i) * out.stride + row) * kTarget, values + i * kTarget,
+                     kTarget);
+}
 
-  template <class Rows>
-  static void input(const Rows& w, const LinearBackwardInputArgs& args) {
+// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies.
+template <class Dot, class Rows>
+class BackwardInput final : public Job {
+ public:
+  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w), args_(args) {
     const LoraView& lora = args.lora;
-    const std::int64_t N = args.weight.N, K = args.weight.K;
-    const std::int64_t stride = Product::packed_stride(Product::units_of(N)), v_units = Product::units_of(lora.rank);
-    const std::int64_t v_stride = lora.rank > 0 ? Product::packed_stride(v_units) : 0;
-    const std::int64_t block = rows_per_block(args.dy.rows, (stride + 2 * v_stride) * 4, Product::kGroup);
-    for (std::int64_t m = 0; m < args.dy.rows; m += block) {
-      const Groups groups(smaller(block, args.dy.rows - m));
-      float* dy = packed_rows(groups.packed_rows() * (stride + 2 * v_stride));
-      float* v = dy + groups.packed_rows() * stride;
-      const typename Product::LowRank low_rank{v, v_units, DenseRows<Dot, false>(lora_a(lora, K)), dropout_of(lora), m};
-      const DenseRows<Dot, true> b(lora_b(lora, N));
-      Matrix v_out = rows_of(args.v, m, groups.rows);
-      if (v_out.data == nullptr)
-        v_out = {v + groups.packed_rows() * v_stride, Dot::kActivation, groups.rows, lora.rank, lora.rank};
-      const float scale = lora.scaling * dropout_scale(lora);
-      const auto write_v = [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-        write_row<Dot::kActivation>(v_out, row, col, sums, scale);
-      };
-      const auto write_dx = [&args, m](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-        write_row<Dot::kActivation>(args.dx, m + row, col, sums, 1.0f);
-      };
-      auto low_rank_product = Product::product(dy, groups, b, nullptr, write_v);
-      auto pack_v = Product::pack(readable(v_out), groups, v);
-      auto product = Product::product(dy, groups, w, lora.rank > 0 ? &low_rank : nullptr, write_dx);
-      if (args.dx.data == nullptr) product.tasks = 0;
-      if (lora.rank == 0) low_rank_product.tasks = 0;
-      if (lora.rank == 0 || args.dx.data == nullptr) pack_v.tasks = 0;
-      parallel_stages(Product::pack(rows_of(args.dy, m, groups.rows), groups, dy), low_rank_product, pack_v, product);
+    v_units_ = Product::units_of(lora.rank);
+    dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
+    v_stride_ = lora.rank > 0 ? Product::packed_stride(v_units_) : 0;
+    rows_ = part.end - part.begin;
+    rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kGroup));
+    first_row_ = part.begin;
+    args_.dy = rows_of(args.dy, part.begin, rows_);
+    args_.dx = rows_of(args.dx, part.begin, rows_);
+    args_.v = rows_of(args.v, part.begin, rows_);
+    groups_ = Groups(rows_);
+    adapted_ = adapted_rows(lora, part, rows_, args.weight);
+    std::int64_t group = 0;
+    for (const Adapted& of : adapted_) {
+      const GroupRange range = Product::groups_of(groups_, of.begin, of.end, group);
+      low_ranks_.push_back({nullptr, v_units_, DenseRows<Dot, false>(lora_a(of.lora, args.weight.K)), range});
+      group = range.end - 1;
+      packed_v_rows_ += groups_.first_packed(range.end) - groups_.first(range.begin);
     }
+    floats_dy_ = groups_.packed_rows() * dy_stride_;
+    floats_v_ = packed_v_rows_ * v_stride_;
+    bytes_ = (floats_dy_ + floats_v_) * 4;
+    if (!adapted_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
   }
 
-  // dA = V^T . drop(X), dB^T = s * U^T . dY: the inner dimension is M.
-  static void gradients(const LoraGradientsArgs& args) {
-    const LoraView& lora = args.lora;
-    if (args.x.rows == 0) {  // sums of nothing
-      const std::size_t size = size_of(lora.dtype) * static_cast<std::size_t>(lora.rank);
-      if (args.da != nullptr) __builtin_memset(args.da, 0, size * static_cast<std::size_t>(args.x.cols));
-      if (args.db != nullptr) __builtin_memset(args.db, 0, size * static_cast<std::size_t>(args.dy.cols));
-      return;
+  void cut(std::int64_t threads) override {
+    tasks_[0] = groups_.count;
+    for (std::size_t i = 0; i < adapted_.size(); ++i) {
+      v_cuts_.push_back(Product::cut(groups_, low_ranks_[i].groups, b_of(adapted_[i]), threads));
+      tasks_[1] += v_cuts_.back().tasks();
     }
-    if (args.da != nullptr) {
-      const DenseRows<Dot, false> x(args.x, 1.0f, dropout_of(lora));
-      const Matrix da{args.da, lora.dtype, lora.rank, args.x.cols, args.x.cols};
-      transposed_times(args.v, x, [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-        with_dtype(lora.dtype, [&](auto dtype) { write_row<dtype()>(da, row, col, sums, 1.0f); });
-      });
+    if (args_.dx.data == nullptr) return;
+    for (const LowRank& of : low_ranks_) tasks_[2] += of.groups.count();
+    cut_ = Product::cut(groups_, {0, groups_.count}, w_, threads);
+    tasks_[3] = cut_.tasks();
+  }
+  void prepare(std::byte* memory) override {
+    dy_ = reinterpret_cast<float*>(memory);
+    float* v = dy_ + floats_dy_;
+    for (LowRank& of : low_ranks_) {
+      of.v = v;
+      v += (groups_.first_packed(of.groups.end) - groups_.first(of.groups.begin)) * v_stride_;
     }
-    if (args.db != nullptr) {
-      const DenseRows<Dot, false> dy(args.dy);
-      const Matrix db{args.db, lora.dtype, args.dy.cols, lora.rank, lora.rank};
-      transposed_times(args.u, dy, [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-        with_dtype(lora.dtype, [&](auto dtype) { write_column<dtype()>(db, row, col, sums, lora.scaling); });
-      });
+    if (!adapted_.empty() && args_.v.data == nullptr)
+      args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
+  }
+  void run(int stage, std::int64_t task) override {
+    switch (stage) {
+      case 0:
+        return Product::pack(args_.dy, groups_.first(task), groups_.first_packed(task + 1),
+                             dy_ + groups_.first(task) * dy_stride_);
+      case 1:
+        return low_rank(task);
+      case 2:
+        return pack_low_rank(task);
+      default:
+        return multiply(task);
     }
   }
 
  private:
-  static float* packed_rows(std::int64_t floats) {
-    return reinterpret_cast<float*>(scratch(Slot::call, static_cast<std::size_t>(floats) * sizeof(float)));
+  using Product = ProductNn<Dot>;
+  using Groups = typename Product::Groups;
+  using GroupRange = typename Product::GroupRange;
+  using LowRank = typename Product::LowRank;
+  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+  static constexpr int kVectors = Dot::kColumnVectors;
+
+  DenseRows<Dot, true> b_of(const Adapted& adapted) const { return lora_b(adapted.lora, args_.weight.N); }
+
+  // V = s/(1-p) * dY . B of one adapter, for the rows that are its own.
+  void low_rank(std::int64_t task) {
+    std::size_t i = 0;
+    for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
+    const Adapted& of = adapted_[i];
+    const float scale = of.lora.scaling * dropout_scale(of.lora);
+    Product::product(v_cuts_[i], task, dy_, groups_, b_of(of), {},
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                       if (row >= of.begin && row < of.end) write_row<Dot::kActivation>(args_.v, row, col, sums, scale);
+                     });
+  }
+  // One group's rows of V, of one adapter.
+  void pack_low_rank(std::int64_t task) {
+    std::size_t i = 0;
+    for (; task >= low_ranks_[i].groups.count(); ++i) task -= low_ranks_[i].groups.count();
+    const Adapted& of = adapted_[i];
+    const LowRank& low_rank = low_ranks_[i];
+    const std::int64_t group = low_rank.groups.begin + task, first = groups_.first(group);
+    Product::pack(readable(rows_of(args_.v, of.begin, of.end - of.begin)), first - of.begin,
+                  groups_.first_packed(group + 1) - of.begin,
+                  low_rank.v + (first - groups_.first(low_rank.groups.begin)) * v_stride_);
+  }
+  void multiply(std::int64_t task) {
+    const Dropout dropout = adapted_.empty() ? Dropout{} : dropout_of(args_.lora);
+    Product::product(cut_, task, dy_, groups_, w_, {low_ranks_, dropout, first_row_},
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                       write_row<Dot::kActivation>(args_.dx, row, col, sums, 1.0f);
+                     });
   }
 
-  // left[M, rank]^T . right[M, cols], over blocks of ranks.
-  template <class Rows, class Write>
-  static void transposed_times(ConstMatrix left, const Rows& right, Write write) {
-    const std::int64_t M = left.rows, stride = Product::packed_stride(Product::units_of(M));
-    const std::int64_t block = rows_per_block(left.cols, stride * 4 + M * kSize, Product::kGroup);
-    for (std::int64_t first = 0; first < left.cols; first += block) {
-      const Groups groups(smaller(block, left.cols - first));
-      const std::int64_t packed_floats = groups.packed_rows() * stride;
-      const std::int64_t copy_floats = ceil_div(groups.rows * M * kSize, 4);
-      float* packed = packed_rows(packed_floats + copy_floats);
-      char* copy = reinterpret_cast<char*>(packed + packed_floats);
-      const char* from = static_cast<const char*>(left.data) + first * kSize;
-      constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
-      const auto turn = [=](std::int64_t task) {
-        const std::int64_t end = smaller((task + 1) * kTurned, M);
-        for (std::int64_t m = task * kTurned; m < end; ++m)
-          for (std::int64_t r = 0; r < groups.rows; ++r)
-            __builtin_memcpy(copy + (r * M + m) * kSize, from + (m * left.stride + r) * kSize, kSize);
-      };
-      const auto write_from_first = [=](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-        write(first + row, col, sums);
-      };
-      parallel_stages(Stage{ceil_div(M, kTurned), turn},
-                      Product::pack({copy, Dot::kActivation, groups.rows, M, M}, groups, packed),
-                      Product::product(packed, groups, right, nullptr, write_from_first));
+  Rows w_;
+  LinearBackwardInputArgs args_;  // of this job's rows
+  std::int64_t first_row_;        // of the call's, as dropout counts them
+  Groups groups_{0};
+  std::vector<Adapted> adapted_;
+  std::vector<LowRank> low_ranks_;  // one for each of these
+  std::int64_t v_units_, dy_stride_, v_stride_, packed_v_rows_ = 0;
+  std::int64_t floats_dy_, floats_v_;
+  std::vector<typename Product::Cut> v_cuts_;
+  typename Product::Cut cut_;
+  float* dy_ = nullptr;
+};
+
+// dA = V^T . drop(X), or dB^T = s * U^T . dY: left[rows, rank]^T . right[rows, cols], the inner dimension being the
+// rows of x that the adapter is for. Stage 0 turns left, 1 packs it, 2 multiplies.
+template <class Dot>
+class LoraGradient final : public Job {
+ public:
+  enum class Of { a, b };
+
+  LoraGradient(Of of, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first)
+      : of_(of), first_(first), dtype_(args.lora.dtype) {
+    const LoraView& lora = args.lora;
+    inner_ = part.end - part.begin;
+    const bool of_a = of == Of::a;
+    left_ = rows_of(of_a ? args.v : args.u, part.begin, inner_);
+    const ConstMatrix right = rows_of(of_a ? args.x : args.dy, part.begin, inner_);
+    right_ = DenseRows<Dot, false>(right, 1.0f, of_a ? dropout_of(lora) : Dropout{}, part.begin);
+    const std::int64_t elements = part.adapter * lora.rank * right.cols;
+    if (of_a)
+      out_ = {elements_at(args.da, dtype_, elements), dtype_, lora.rank, right.cols, right.cols};
+    else
+      out_ = {elements_at(args.db, dtype_, elements), dtype_, right.cols, lora.rank, lora.rank};
+    scale_ = of_a ? 1.0f : lora.scaling;
+    stride_ = Product::packed_stride(Product::units_of(inner_));
+    rows_ = smaller(lora.rank - first, rows_per_block(lora.rank, stride_ * 4 + inner_ * kSize, Product::kGroup));
+    groups_ = Groups(rows_);
+    bytes_ = groups_.packed_rows() * stride_ * 4 + rows_ * inner_ * kSize;
+  }
+
+  void cut(std::int64_t threads) override {
+    cut_ = Product::cut(groups_, {0, groups_.count}, right_, threads);
+    tasks_[0] = ceil_div(inner_, kTurned);
+    tasks_[1] = groups_.count;
+    tasks_[2] = cut_.tasks();
+  }
+  void prepare(std::byte* memory) override {
+    packed_ = reinterpret_cast<float*>(memory);
+    turned_ = reinterpret_cast<char*>(packed_ + groups_.packed_rows() * stride_);
+  }
+  void run(int stage, std::int64_t task) override {
+    switch (stage) {
+      case 0:
+        return turn(task);
+      case 1:
+        return Product::pack({turned_, Dot::kActivation, rows_, inner_, inner_}, groups_.first(task),
+                             groups_.first_packed(task + 1), packed_ + groups_.first(task) * stride_);
+      default:
+        return Product::product(
+            cut_, task, packed_, groups_, right_, {},
+            [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) { write(first_ + row, col, sums); });
     }
   }
 
-  template <DType kTo>
-  static void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
-    constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
-    char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
-    for (int i = 0; i < Dot::kColumnVectors && col + i * kLanes < out.cols; ++i)
-      store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
-                          static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
+ private:
+  using Product = ProductNn<Dot>;
+  using Groups = typename Product::Groups;
+  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+  static constexpr int kVectors = Dot::kColumnVectors;
+  static constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
+
+  void turn(std::int64_t task) {
+    const char* from = static_cast<const char*>(left_.data) + first_ * kSize;
+    const std::int64_t end = smaller((task + 1) * kTurned, inner_);
+    for (std::int64_t m = task * kTurned; m < end; ++m)
+      for (std::int64_t r = 0; r < rows_; ++r)
+        __builtin_memcpy(turned_ + (r * inner_ + m) * kSize, from + (m * left_.stride + r) * kSize, kSize);
   }
-  // Row `col` ... of out, element `row` of each.
-  template <DType kTo>
-  static void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
-    constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
-    char values[kChunk * kTarget];
-    for (int i = 0; i < Dot::kColumnVectors; ++i)
-      store_from_f32<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
-    const std::int64_t count = smaller<std::int64_t>(kChunk, out.rows - col);
-    for (std::int64_t i = 0; i < count; ++i)
-      __builtin_memcpy(static_cast<char*>(out.data) + ((col + i) * out.stride + row) * kTarget, values + i * kTarget,
-                       kTarget);
+  void write(std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors]) const {
+    with_dtype(dtype_, [&](auto dtype) {
+      of_ == Of::a ? write_row<dtype()>(out_, row, col, sums, scale_)
+                   : write_column<dtype()>(out_, row, col, sums, scale_);
+    });
   }
+
+  Of of_;
+  std::int64_t first_;  // of the ranks
+  DType dtype_;
+  ConstMatrix left_;
+  DenseRows<Dot, false> right_{ConstMatrix{}};
+  Matrix out_;
+  float scale_;
+  std::int64_t inner_, stride_;
+  Groups groups_{0};
+  typename Product::Cut cut_;
+  float* packed_ = nullptr;
+  char* turned_ = nullptr;
 };
+
+template <class Dot>
+std::unique_ptr<Job> lora_gradient_a(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::a, args, part, first);
+}
+template <class Dot>
+std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::b, args, part, first);
+}
 
 }  // namespace
 }  // namespace qlora_native

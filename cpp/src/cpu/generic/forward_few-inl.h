@@ -1,11 +1,12 @@
 // linear_forward of a few rows of x: lanes along K, and a weight is decoded where it is used.
 #pragma once
 
+#include <span>
+
 #include "cpu/generic/lora-inl.h"
-#include "cpu/parallel.h"
+#include "cpu/job.h"
 #include "cpu/scratch.h"
 #include "cpu/way.h"
-#include "qlora_native/runtime.h"
 
 namespace qlora_native {
 namespace {
@@ -29,11 +30,11 @@ struct FewRows {
       });
   }
 
-  // The low-rank part for row n of B: `u` is [row][padded rank], in floats.
+  // The low-rank part of one adapter for row n of B: `u` is [row][padded rank], in floats, zero in rows of others.
   struct LowRank {
     ConstMatrix b;
     float scaling = 0.0f;
-    const float* u = nullptr;
+    float* u = nullptr;
     std::int64_t padded_rank = 0;
 
     // Asks for rows n ... n+count-1 of B.
@@ -109,15 +110,15 @@ struct FewRows {
           }
     }
     // The low-rank part of rows n ... n+count-1, then the sums to out[m][j].
-    [[gnu::always_inline]] void finish(std::int64_t n, int count, const LowRank* lora, float* out) {
+    [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
       add_up();
-      if (lora != nullptr)
-        for (std::int64_t r = 0; r < lora->b.cols; r += kLanes)
+      for (const LowRank& lora : loras)
+        for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
 #pragma GCC unroll 8
           for (int j = 0; j < kRows; ++j) {
-            const F32 b = j < count ? lora->row(n + j, r) : zero();
+            const F32 b = j < count ? lora.row(n + j, r) : zero();
 #pragma GCC unroll 8
-            for (int m = 0; m < kM; ++m) total[j][m] = fma(b, load(lora->u + m * lora->padded_rank + r), total[j][m]);
+            for (int m = 0; m < kM; ++m) total[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total[j][m]);
           }
 #pragma GCC unroll 8
       for (int i = 0; i < kM * kRows; i += 4) {
@@ -135,8 +136,8 @@ struct FewRows {
 
   // out[m][j] for kRowsOf<kM> aligned rows from n on.
   template <int kM, class Rows>
-  static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x, const LowRank* lora,
-                         float* out) {
+  static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x,
+                         std::span<const LowRank> loras, float* out) {
     constexpr int kRows = kRowsOf<kM>;
     Sums<kM> sums;
     const std::uint8_t* codes[kRows];
@@ -148,7 +149,7 @@ struct FewRows {
     // The rows after these are next in memory, and next to be read. Into the second-level cache: asked for in the
     // first, they cost a third more time.
     const std::int64_t ahead = kRows * w.row_bytes();
-    if (lora != nullptr) lora->prefetch(n + kRows, kRows);
+    for (const LowRank& lora : loras) lora.prefetch(n + kRows, kRows);
     const std::int64_t whole = w.cols() / kStepElements<Dot>;
     for (std::int64_t s = 0; s < whole; ++s) {
       typename Rows::QuantizedStep step[kRows];
@@ -168,11 +169,12 @@ struct FewRows {
           step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes, scale[j] + whole * Dot::kStepChunks);
         sums.multiply(whole, x, step);
       }
-    sums.finish(n, kRows, lora, out);
+    sums.finish(n, kRows, loras, out);
   }
   // The same for `count` rows of any kind.
   template <int kM, class Rows>
-  static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, const LowRank* lora, float* out) {
+  static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
+                          float* out) {
     Sums<kM> sums;
     w.template steps<kRowsOf<kM>>(n, count, [&](std::int64_t s, const auto& step) {
       // In registers: as far as the compiler knows x might lie where the sums do, and each had to be stored at once.
@@ -180,46 +182,47 @@ struct FewRows {
       copy.multiply(s, x, step);
       sums = copy;
     });
-    sums.finish(n, count, lora, out);
+    sums.finish(n, count, loras, out);
   }
 
-  // write(m, n, count, sums) for all rows of W, kGroup of them at most. `w` must live until the stage has run.
+  // Rows of W that a task takes where there are `rows` of them.
+  template <int kM>
+  static std::int64_t task_rows(std::int64_t rows, std::int64_t threads) {
+    constexpr int kRows = kRowsOf<kM>;
+    return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksOfThread) * kRows;
+  }
+  // write(m, n, count, sums) for rows `begin` ... end-1 of W, kGroup of them at most.
   template <int kM, class Rows, class Write>
-  static auto product(const Rows& w, const float* x, const LowRank* lora, Write write) {
+  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const float* x,
+                       std::span<const LowRank> loras, const Write& write) {
     constexpr int kRows = kRowsOf<kM>;
     static_assert(kGroup % kRows == 0);
     const std::int64_t row_chunks = w.cols() / kChunk;
-    const std::int64_t tiles = ceil_div(w.rows(), std::int64_t{kRows});
-    const std::int64_t task_rows = ceil_div(tiles, num_threads() * kTasksOfThread) * kRows;
-    const auto multiply = [=, &w](std::int64_t task) {
-      // [tile][m][row of the tile]; the last tile is written with up to three floats too many
-      float sums[kM * kGroup + 3], of_row[kGroup] = {};
-      float* scales = nullptr;
+    // [tile][m][row of the tile]; the last tile is written with up to three floats too many
+    float sums[kM * kGroup + 3], of_row[kGroup] = {};
+    float* scales = nullptr;
+    if constexpr (Rows::kQuantized)
+      if (w.aligned())
+        scales = reinterpret_cast<float*>(
+            scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_chunks) * sizeof(float)));
+    for (std::int64_t first = begin; first < end; first += kGroup) {
+      const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
+      int whole = 0;
       if constexpr (Rows::kQuantized)
-        if (w.aligned())
-          scales = reinterpret_cast<float*>(
-              scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_chunks) * sizeof(float)));
-      const std::int64_t end = smaller((task + 1) * task_rows, w.rows());
-      for (std::int64_t first = task * task_rows; first < end; first += kGroup) {
-        const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
-        int whole = 0;
-        if constexpr (Rows::kQuantized)
-          if (scales != nullptr) {
-            w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
-            whole = count / kRows * kRows;
-            for (int j = 0; j < whole; j += kRows)
-              whole_rows<kM>(w, first + j, scales + j * row_chunks, x, lora, sums + j * kM);
-          }
-        for (int j = whole; j < count; j += kRows)
-          ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, lora, sums + j * kM);
-        for (int m = 0; m < kM; ++m) {
-          for (int j = 0; j < count; j += kRows)
-            __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
-          write(m, first, count, of_row);
+        if (scales != nullptr) {
+          w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
+          whole = count / kRows * kRows;
+          for (int j = 0; j < whole; j += kRows)
+            whole_rows<kM>(w, first + j, scales + j * row_chunks, x, loras, sums + j * kM);
         }
+      for (int j = whole; j < count; j += kRows)
+        ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, sums + j * kM);
+      for (int m = 0; m < kM; ++m) {
+        for (int j = 0; j < count; j += kRows)
+          __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
+        write(m, first, count, of_row);
       }
-    };
-    return Stage{ceil_div(w.rows(), task_rows), multiply};
+    }
   }
   // Calls f with the number of rows of x as a compile-time constant.
   template <class F>
@@ -228,65 +231,114 @@ struct FewRows {
       ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
     }(std::make_integer_sequence<int, kMostFewRows>());
   }
+};
 
-  template <class Rows>
-  static void forward(const Rows& w, const LinearForwardArgs& args) {
-    const int rows = static_cast<int>(args.x.rows);
-    const std::int64_t rank = args.lora.rank;
-    const std::int64_t padded_rank = ceil_div(rank, kLanes) * kLanes;
-    const std::int64_t x_floats = steps(w) * rows * kStepUnits;
-    const Dropout dropout = dropout_of(args.lora);
-    float* x = reinterpret_cast<float*>(scratch(
-        Slot::call, static_cast<std::size_t>(x_floats * (dropout ? 2 : 1) + rows * padded_rank) * sizeof(float)));
-    pack(DenseRows<Dot, false>(args.x), rows, x);
-    LowRank lora{lora_b(args.lora, args.weight.N), args.lora.scaling, nullptr, padded_rank};
-    float* dropped = x;
-    float* u = x + x_floats;
-    if (rank > 0) {
-      if (dropout) {
-        dropped = x + x_floats;
-        u = dropped + x_floats;
-        pack(DenseRows<Dot, false>(args.x, 1.0f, dropout), rows, dropped);
-      }
-      __builtin_memset(u, 0, static_cast<std::size_t>(rows * padded_rank) * sizeof(float));
-      lora.u = u;
-    }
-    const DenseRows<Dot, false> a(lora_a(args.lora, args.x.cols));
-    const auto write_u = [&args, u, padded_rank](int m, std::int64_t first, int count, const float* sums) {
-      const F32 scale = set1(dropout_scale(args.lora));
-      for (int r = 0; r < count; r += kLanes) {
-        const int lanes = smaller(kLanes, count - r);
-        // U is rounded like any operand of a product.
-        const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
-        store_from_f32<DType::f32>(u + m * padded_rank + first + r, value, lanes);
-        if (args.u.data != nullptr) store_elements(args.u, m, first + r, value, lanes);
-      }
-    };
-    const auto write_y = [&args](int m, std::int64_t first, int count, const float* sums) {
-      for (int j = 0; j < count; j += kLanes) {
-        const int lanes = smaller(kLanes, count - j);
-        store_elements(args.y, m, first + j, add(load(sums + j), bias(args, first + j, lanes)), lanes);
-      }
-    };
-    with_rows_of_x(rows, [&](auto kM) {
-      const auto y = product<kM>(w, x, rank > 0 ? &lora : nullptr, write_y);
-      if (rank > 0)
-        parallel_stages(product<kM>(a, dropped, nullptr, write_u), y);
-      else
-        parallel_stages(y);
+// X is packed beforehand; stage 0 computes U, stage 1 multiplies.
+template <class Dot, class Rows>
+class ForwardFew final : public Job {
+ public:
+  ForwardFew(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
+    rows_ = part.end - part.begin;
+    first_row_ = part.begin;
+    args_.x = rows_of(args.x, part.begin, rows_);
+    args_.y = rows_of(args.y, part.begin, rows_);
+    args_.u = rows_of(args.u, part.begin, rows_);
+    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+    adapted_ = adapted_rows(args.lora, part, rows_, args.weight);
+    for (const Adapted& of : adapted_)
+      loras_.push_back({lora_b(of.lora, args.weight.N), of.lora.scaling, nullptr, padded_rank()});
+    x_floats_ = Product::steps(w) * rows_ * Product::kStepUnits;
+    u_floats_ = rows_ * padded_rank();
+    bytes_ = (x_floats_ * (drops() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
+  }
+
+  void cut(std::int64_t threads) override {
+    Product::with_rows_of_x(static_cast<int>(rows_), [&](auto kM) {
+      u_task_ = Product::template task_rows<kM>(args_.lora.rank, threads);
+      y_task_ = Product::template task_rows<kM>(w_.rows(), threads);
     });
+    tasks_[0] = adapted_.empty() ? 0 : static_cast<std::int64_t>(adapted_.size()) * u_tasks();
+    tasks_[1] = ceil_div(w_.rows(), y_task_);
+  }
+  void prepare(std::byte* memory) override {
+    const int rows = static_cast<int>(rows_);
+    x_ = dropped_ = reinterpret_cast<float*>(memory);
+    Product::pack(DenseRows<Dot, false>(args_.x), rows, x_);
+    float* u = x_ + x_floats_;
+    if (drops()) {
+      dropped_ = u;
+      u += x_floats_;
+      Product::pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), rows, dropped_);
+    }
+    __builtin_memset(u, 0, loras_.size() * static_cast<std::size_t>(u_floats_) * sizeof(float));
+    for (LowRank& lora : loras_) {
+      lora.u = u;
+      u += u_floats_;
+    }
+  }
+  void run(int stage, std::int64_t task) override {
+    Product::with_rows_of_x(static_cast<int>(rows_),
+                            [&](auto kM) { stage == 0 ? low_rank<kM>(task) : multiply<kM>(task); });
   }
 
  private:
+  using Product = FewRows<Dot>;
+  using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+
+  std::int64_t padded_rank() const { return ceil_div(args_.lora.rank, kLanes) * kLanes; }
+  std::int64_t u_tasks() const { return ceil_div(args_.lora.rank, u_task_); }
+  bool drops() const { return !adapted_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
+
+  // U of one adapter for all rows, of which those that are its own are kept.
+  template <int kM>
+  void low_rank(std::int64_t task) {
+    const Adapted& of = adapted_[static_cast<std::size_t>(task / u_tasks())];
+    const LowRank& lora = loras_[static_cast<std::size_t>(task / u_tasks())];
+    const std::int64_t begin = task % u_tasks() * u_task_;
+    const F32 scale = set1(dropout_scale(of.lora));
+    Product::template multiply<kM>(
+        DenseRows<Dot, false>(lora_a(of.lora, args_.x.cols)), begin, smaller(begin + u_task_, of.lora.rank), dropped_,
+        {}, [&](int m, std::int64_t first, int count, const float* sums) {
+          if (m < of.begin || m >= of.end) return;
+          for (int r = 0; r < count; r += kLanes) {
+            const int lanes = smaller(kLanes, count - r);
+            // U is rounded like any operand of a product.
+            const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
+            store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value, lanes);
+            if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
+          }
+        });
+  }
+  template <int kM>
+  void multiply(std::int64_t task) {
+    const std::int64_t begin = task * y_task_;
+    Product::template multiply<kM>(w_, begin, smaller(begin + y_task_, w_.rows()), x_, loras_,
+                                   [&](int m, std::int64_t first, int count, const float* sums) {
+                                     for (int j = 0; j < count; j += kLanes) {
+                                       const int lanes = smaller(kLanes, count - j);
+                                       store_elements(args_.y, m, first + j,
+                                                      add(load(sums + j), bias(first + j, lanes)), lanes);
+                                     }
+                                   });
+  }
 
   static void store_elements(Matrix out, std::int64_t row, std::int64_t col, F32 values, int count) {
     store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + col) * kSize, values, count);
   }
-  static F32 bias(const LinearForwardArgs& args, std::int64_t n, int count) {
-    if (args.bias == nullptr) return zero();
-    return load_as_f32<Dot::kActivation>(static_cast<const char*>(args.bias) + n * kSize, count);
+  F32 bias(std::int64_t n, int count) const {
+    if (args_.bias == nullptr) return zero();
+    return load_as_f32<Dot::kActivation>(static_cast<const char*>(args_.bias) + n * kSize, count);
   }
+
+  Rows w_;
+  LinearForwardArgs args_;  // of this job's rows
+  std::int64_t first_row_;  // of the call's, as dropout counts them
+  std::vector<Adapted> adapted_;
+  std::vector<LowRank> loras_;
+  std::int64_t x_floats_, u_floats_;
+  std::int64_t u_task_ = 0, y_task_ = 0;  // rows of A, and of W, that a task takes
+  float *x_ = nullptr, *dropped_ = nullptr;
 };
 
 }  // namespace

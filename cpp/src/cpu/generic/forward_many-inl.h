@@ -4,15 +4,54 @@
 #include "cpu/blocking.h"
 #include "cpu/generic/lora-inl.h"
 #include "cpu/generic/product_nt-inl.h"
-#include "cpu/parallel.h"
+#include "cpu/job.h"
 #include "cpu/scratch.h"
-#include "qlora_native/runtime.h"
 
 namespace qlora_native {
 namespace {
 
-template <class Dot>
-struct ManyRows {
+// Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies.
+template <class Dot, class Rows>
+class ForwardMany final : public Job {
+ public:
+  ForwardMany(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
+    const LoraView& lora = args.lora;
+    units_ = Product::padded_units(w);
+    u_units_ = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
+    rows_ = part.end - part.begin;
+    rows_ = smaller(rows_, rows_per_block(rows_, (units_ + 2 * u_units_) * 4, kStripRows));
+    first_row_ = part.begin;
+    args_.x = rows_of(args.x, part.begin, rows_);
+    args_.y = rows_of(args.y, part.begin, rows_);
+    args_.u = rows_of(args.u, part.begin, rows_);
+    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+    strips_ = Strips(ceil_div(rows_, kLanes), Product::kStripVectors, Product::kWidest);
+    adapted_ = adapted_rows(lora, part, rows_, args.weight);
+    cut_into_pieces();
+    floats_x_ = strips_.first(strips_.count()) * kLanes * units_;
+    floats_u_ = piece_vectors_ * kLanes * u_units_;
+    bytes_ = (floats_x_ + floats_u_) * 4;
+    if (!adapted_.empty() && args.u.data == nullptr)
+      bytes_ += rows_ * lora.rank * static_cast<std::int64_t>(size_of(args.x.dtype));
+  }
+
+  void cut(std::int64_t threads) override {
+    const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
+    grid_ = make_grid(strips_.count(), args_.weight.N,
+                      {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile}, threads,
+                      kTasksPerThread);
+    tasks_[0] = strips_.count();
+    tasks_[1] = grid_.row_parts * grid_.column_tiles;
+  }
+  void prepare(std::byte* memory) override {
+    x_ = reinterpret_cast<float*>(memory);
+    u_ = x_ + floats_x_;
+    if (!adapted_.empty() && args_.u.data == nullptr)
+      args_.u = {u_ + floats_u_, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
+  }
+  void run(int stage, std::int64_t task) override { stage == 0 ? pack(task) : multiply(task); }
+
+ private:
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
@@ -20,114 +59,139 @@ struct ManyRows {
   static constexpr std::int64_t kMostStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
   static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // fewer rows, and decoding again would show
 
-  template <class Rows>
-  static void forward(const Rows& w, const LinearForwardArgs& args) {
-    const LoraView& lora = args.lora;
-    const std::int64_t units = Product::padded_units(w);
-    const std::int64_t u_units = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
-    const std::int64_t block = rows_per_block(args.x.rows, (units + 2 * u_units) * 4, kStripRows);
-    for (std::int64_t m = 0; m < args.x.rows; m += block) {
-      const std::int64_t rows = smaller(block, args.x.rows - m);
-      LinearForwardArgs part = args;
-      part.x = rows_of(args.x, m, rows);
-      part.y = rows_of(args.y, m, rows);
-      part.u = rows_of(args.u, m, rows);
-      forward_block(w, part, m, units, u_units);
+  // The vectors of a strip that have rows of one adapter, all of them where there is one adapter. The rows of U that
+  // are packed for a piece are zero where they are another adapter's.
+  struct Piece {
+    std::size_t adapter;  // of adapted_
+    std::int64_t strip;
+    std::int64_t vector;  // of all vectors of rows
+    int width;
+    std::int64_t before;  // vectors of the pieces before it
+  };
+  void cut_into_pieces() {
+    first_piece_.assign(static_cast<std::size_t>(strips_.count() + 1), 0);
+    std::size_t adapter = 0;
+    for (std::int64_t s = 0; s < strips_.count(); ++s) {
+      const std::int64_t begin = strips_.first(s) * kLanes, end = begin + strips_.width(s) * kLanes;
+      for (std::size_t i = adapter; i < adapted_.size() && adapted_[i].begin < end; ++i) {
+        const std::int64_t first = larger(adapted_[i].begin, begin) / kLanes;
+        const std::int64_t last = ceil_div(smaller(adapted_[i].end, end), kLanes);
+        pieces_.push_back({i, s, first, static_cast<int>(last - first), piece_vectors_});
+        piece_vectors_ += last - first;
+        if (adapted_[i].end <= end) adapter = i + 1;
+      }
+      first_piece_[static_cast<std::size_t>(s + 1)] = pieces_.size();
     }
   }
+  float* packed_u(const Piece& piece) const { return u_ + piece.before * u_units_ * kLanes; }
 
- private:
-  template <class Rows>
-  static void forward_block(const Rows& w, LinearForwardArgs args, std::int64_t first_row, std::int64_t units,
-                            std::int64_t u_units) {
-    const LoraView& lora = args.lora;
-    const std::int64_t vectors = ceil_div(args.x.rows, kLanes), rows = vectors * kLanes;
-    const Strips strips(vectors, Product::kStripVectors, Product::kWidest);
-    float* x = reinterpret_cast<float*>(
-        scratch(Slot::call, static_cast<std::size_t>(rows * (units + 2 * u_units)) * sizeof(float)));
-    float* u = x + rows * units;
-    if (lora.rank > 0 && args.u.data == nullptr)
-      args.u = {u + rows * u_units, Dot::kActivation, args.x.rows, lora.rank, lora.rank};
-
-    const auto pack = [&](std::int64_t strip) {
-      const DenseRows<Dot, false> dense(args.x);
-      Product::pack_strip(dense, strips.first(strip) * kLanes, strips.width(strip), 0, ceil_div(args.x.cols, kChunk),
-                          x + strips.first(strip) * units * kLanes);
-      if (lora.rank > 0) low_rank(args, first_row, strips, strip, x, units, u, u_units);
-    };
-
-    const std::int64_t N = args.weight.N;
-    const std::int64_t most_strips = for_second_level(kMostStrips, kFewestStrips, caches());
-    const Grid grid = make_grid(
-        strips.count(), N, {most_strips, kFewestStrips, kWidestTask, Product::kWidestTile, Product::kNarrowestTile},
-        num_threads(), kTasksPerThread);
-    const auto multiply = [&](std::int64_t task) {
-      const std::int64_t first = task % grid.row_parts * grid.row_part;
-      const std::int64_t last = smaller(first + grid.row_part, strips.count());
-      const std::int64_t begin = task / grid.row_parts * grid.column_tile;
-      const std::int64_t end = smaller(begin + grid.column_tile, N);
-      const std::int64_t vectors = strips.first(last) - strips.first(first);
-      float* panels = reinterpret_cast<float*>(scratch(
-          Slot::thread, static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) *
-                            sizeof(float)));
-      float* sums = panels + 2 * Product::kPanelFloats;
-      const typename Product::Packed packed_x{x, units, strips, first, last}, packed_u{u, u_units, strips, first, last};
-      const DenseRows<Dot, true> b(lora_b(lora, N), lora.scaling);
-      typename Product::Tiles tiles;
-      Product::multiply(
-          tiles, w, begin, end, packed_x, panels, sums, [&](std::int64_t n, std::int64_t rows, float* panel) {
-            typename Product::NoDecoder none;
-            for (std::int64_t c = 0; c < ceil_div(lora.rank, kChunk); c += Product::kBlockChunks) {
-              const std::int64_t unit = c * Dot::kUnits;
-              Product::decode_panel(b, n, smaller(rows, end - n), rows, c,
-                                    smaller(c + Product::kBlockChunks, ceil_div(lora.rank, kChunk)), panel);
-              Product::multiply_panel(tiles, packed_u, unit, smaller(Product::kBlockUnits, u_units - unit), panel, rows,
-                                      sums, true, none);
-            }
-            for (std::int64_t s = first; s < last; ++s)
-              Product::write(sums + packed_x.sums(s, rows), strips.width(s), rows, 1.0f, args.bias, args.y,
-                             strips.first(s) * kLanes, n);
-          });
-    };
-    parallel_stages(Stage{strips.count(), pack}, Stage{grid.row_parts * grid.column_tiles, multiply});
+  void pack(std::int64_t strip) {
+    Product::pack_strip(DenseRows<Dot, false>(args_.x), strips_.first(strip) * kLanes, strips_.width(strip), 0,
+                        ceil_div(args_.x.cols, kChunk), x_ + strips_.first(strip) * units_ * kLanes);
+    for (std::size_t i = first_piece_[static_cast<std::size_t>(strip)];
+         i < first_piece_[static_cast<std::size_t>(strip + 1)]; ++i)
+      low_rank(pieces_[i]);
   }
 
-  // U = drop(X) . A^T / (1-p) for one strip: to args.u, and packed as more units of x.
-  static void low_rank(const LinearForwardArgs& args, std::int64_t first_row, const Strips& strips, std::int64_t strip,
-                       const float* x, std::int64_t units, float* u, std::int64_t u_units) {
-    const LoraView& lora = args.lora;
+  // U = drop(X) . A^T / (1-p) for one piece: to args.u, and packed as more units of x.
+  void low_rank(const Piece& piece) {
+    const Adapted& adapted = adapted_[piece.adapter];
+    const LoraView& lora = adapted.lora;
     const Dropout dropout = dropout_of(lora);
-    const std::int64_t first = strips.first(strip), chunks = ceil_div(args.x.cols, kChunk);
-    const int width = strips.width(strip);
-    const DenseRows<Dot, false> a(lora_a(lora, args.x.cols));
-    const DenseRows<Dot, false> dropped(args.x, 1.0f, dropout, first_row);
-    constexpr std::int64_t kMaskedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
+    const std::int64_t chunks = ceil_div(args_.x.cols, kChunk), count = adapted.end - adapted.begin;
+    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // of the adapter's rows; others are left out
+    const int width = piece.width;
+    const DenseRows<Dot, false> a(lora_a(lora, args_.x.cols));
+    const DenseRows<Dot, false> x(rows_of(args_.x, adapted.begin, count), 1.0f, dropout, first_row_ + adapted.begin);
+    const bool is_packed = !dropout && width == strips_.width(piece.strip);
+    const Matrix u = rows_of(args_.u, adapted.begin, count);
+    constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
     float* panel = reinterpret_cast<float*>(
-        scratch(Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + kMaskedFloats +
+        scratch(Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + kPackedFloats +
                                                        Product::kWidestTile * Product::kWidest * kLanes) *
                                   sizeof(float)));
-    float* masked = panel + Product::kPanelFloats;
-    float* sums = masked + kMaskedFloats;
+    float* packed = panel + Product::kPanelFloats;
+    float* sums = packed + kPackedFloats;
     typename Product::Tiles tiles;
+    typename Product::NoDecoder none;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
-      const std::int64_t count = smaller(Product::kWidestTile, lora.rank - r);
-      const std::int64_t tile_rows = Product::whole_tiles(count);
+      const std::int64_t ranks = smaller(Product::kWidestTile, lora.rank - r);
+      const std::int64_t tile_rows = Product::whole_tiles(ranks);
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
-        const float* block = x + (first * units + c * Dot::kUnits * width) * kLanes;
-        if (dropout) {
-          Product::pack_strip(dropped, first * kLanes, width, c, end, masked);
-          block = masked;
+        const float* block = x_ + (strips_.first(piece.strip) * units_ + c * Dot::kUnits * width) * kLanes;
+        if (!is_packed) {
+          Product::pack_strip(x, first, width, c, end, packed);
+          block = packed;
         }
-        Product::decode_panel(a, r, count, tile_rows, c, end, panel);
-        typename Product::NoDecoder none;
-        Product::strip(tiles, width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, c != 0, none);
+        Product::decode_panel(a, r, ranks, tile_rows, c, end, panel);
+        Product::strip(tiles, width, block, panel, tile_rows, (end - c) * Dot::kUnits, sums, width * kLanes, c != 0,
+                       none);
       }
-      Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, args.u, first * kLanes, r);
+      Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, u, first, r);
     }
-    Product::pack_strip(DenseRows<Dot, true>(readable(args.u)), first * kLanes, width, 0, ceil_div(lora.rank, kChunk),
-                        u + first * u_units * kLanes);
+    Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, 0, ceil_div(lora.rank, kChunk),
+                        packed_u(piece));
   }
+
+  void multiply(std::int64_t task) {
+    const std::int64_t N = args_.weight.N;
+    const std::int64_t first = task % grid_.row_parts * grid_.row_part;
+    const std::int64_t last = smaller(first + grid_.row_part, strips_.count());
+    const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
+    const std::int64_t end = smaller(begin + grid_.column_tile, N);
+    const std::int64_t vectors = strips_.first(last) - strips_.first(first);
+    float* panels = reinterpret_cast<float*>(scratch(
+        Slot::thread,
+        static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) * sizeof(float)));
+    float* sums = panels + 2 * Product::kPanelFloats;
+    const typename Product::Packed x{x_, units_, strips_, first, last};
+    typename Product::Tiles tiles;
+    Product::multiply(tiles, w_, begin, end, x, panels, sums,
+                      [&](std::int64_t n, std::int64_t tile_rows, float* panel) {
+                        add_low_rank(tiles, x, n, smaller(tile_rows, end - n), tile_rows, panel, sums);
+                        for (std::int64_t s = first; s < last; ++s)
+                          Product::write(sums + x.sums(s, tile_rows), strips_.width(s), tile_rows, 1.0f, args_.bias,
+                                         args_.y, strips_.first(s) * kLanes, n);
+                      });
+  }
+
+  // Adds U . (s*B)^T to the sums of `count` rows of W from n on.
+  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, std::int64_t n,
+                    std::int64_t count, std::int64_t tile_rows, float* panel, float* sums) {
+    typename Product::NoDecoder none;
+    const std::int64_t chunks = ceil_div(args_.lora.rank, kChunk);
+    const std::size_t end = first_piece_[static_cast<std::size_t>(x.last)];
+    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.first)], next; i < end; i = next) {
+      for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
+      const LoraView& lora = adapted_[pieces_[i].adapter].lora;
+      const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
+      for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
+        const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
+        Product::decode_panel(b, n, count, tile_rows, c, smaller(c + Product::kBlockChunks, chunks), panel);
+        for (std::size_t of = i; of < next; ++of) {
+          const Piece& piece = pieces_[of];
+          const std::int64_t into_strip = (piece.vector - strips_.first(piece.strip)) * kLanes;
+          Product::strip(tiles, piece.width, packed_u(piece) + unit * piece.width * kLanes, panel, tile_rows, units,
+                         sums + x.sums(piece.strip, tile_rows) + into_strip, strips_.width(piece.strip) * kLanes, true,
+                         none);
+        }
+      }
+    }
+  }
+
+  Rows w_;
+  LinearForwardArgs args_;  // of this job's rows
+  std::int64_t first_row_;  // of the call's, as dropout counts them
+  std::int64_t units_, u_units_;
+  Strips strips_{0, 1, 1};
+  std::vector<Adapted> adapted_;
+  std::vector<Piece> pieces_;             // in the order of their rows
+  std::vector<std::size_t> first_piece_;  // of each strip
+  std::int64_t piece_vectors_ = 0;
+  std::int64_t floats_x_, floats_u_;
+  Grid grid_;
+  float *x_ = nullptr, *u_ = nullptr;
 };
 
 }  // namespace

@@ -1,10 +1,14 @@
-// The three functions of linear.h for activations of one dtype, each by the way that way.h chooses.
+// The products of linear.h for activations of one dtype, each by the way that way.h chooses.
 #pragma once
+
+#include <memory>
 
 #include "cpu/generic/backward-inl.h"
 #include "cpu/generic/forward_few-inl.h"
 #include "cpu/generic/forward_many-inl.h"
+#include "cpu/generic/make_job-inl.h"
 #include "cpu/generic/panels-inl.h"
+#include "cpu/linear.h"
 #include "cpu/way.h"
 
 namespace qlora_native {
@@ -12,38 +16,37 @@ namespace {
 
 template <class Dot>
 struct Linear {
-  static void forward(const LinearForwardArgs& args) {
-    if (args.x.rows == 0) return;
-    switch (choose(WayProblem::Product::forward, args.weight, args.lora, args.x)) {
+  static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
+    switch (choose(WayProblem::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
       case Way::few_rows:
-        return with_rows<Dot>(args.weight, [&](const auto& rows) { FewRows<Dot>::forward(rows, args); });
+        return make_job<Dot, ForwardFew, Dot>(args, part);
       case Way::panels:
-        return with_rows<Element>(args.weight, [&](const auto& rows) { Panels<Dot>::forward(rows, args); });
+        return make_job<Element, ForwardPanels, Dot>(args, part);
       default:
-        return with_rows<Dot>(args.weight, [&](const auto& rows) { ManyRows<Dot>::forward(rows, args); });
+        return make_job<Dot, ForwardMany, Dot>(args, part);
     }
   }
-  static void backward_input(const LinearBackwardInputArgs& args) {
-    if (args.dy.rows == 0) return;
-    if (choose(WayProblem::Product::backward_input, args.weight, args.lora, args.dy) == Way::panels)
-      with_rows<Element>(args.weight, [&](const auto& rows) { Panels<Dot>::backward_input(rows, args); });
-    else
-      with_rows<Dot>(args.weight, [&](const auto& rows) { Backward<Dot>::input(rows, args); });
+  static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
+    if (choose(WayProblem::Product::backward_input, args.weight, args.lora, part, args.dy.dtype) == Way::panels)
+      return make_job<Element, BackwardInputPanels, Dot>(args, part);
+    return make_job<Dot, BackwardInput, Dot>(args, part);
   }
-  // Panels have no part in it, for both matrices are dense; the inner dimension is the rows of x.
-  static void lora_gradients(const LoraGradientsArgs& args) { Backward<Dot>::gradients(args); }
 
  private:
   using Element = DotF32<Dot::kActivation>;  // what panels decode: one element after the other, rounded
 
   static Way choose(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                    const ConstMatrix& activations) {
-    const WayProblem problem = way_problem(product, weight, lora, activations, false);
+                    const WeightRows& part, DType dtype) {
+    const WayProblem problem = way_problem(product, weight, lora, part, dtype, false);
     const Way way = way_of(problem);
     print_if_asked(problem, way);
     return way;
   }
 };
+
+template <class Dot>
+constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input, lora_gradient_a<Dot>,
+                               lora_gradient_b<Dot>};
 
 }  // namespace
 }  // namespace qlora_native

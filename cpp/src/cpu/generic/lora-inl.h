@@ -1,7 +1,10 @@
 // The adapter's matrices and its dropout, and rows of matrices, as the products take them.
 #pragma once
 
+#include <vector>
+
 #include "cpu/generic/rows-inl.h"
+#include "cpu/linear.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native {
@@ -28,6 +31,36 @@ inline BasicMatrix<Pointer> rows_of(BasicMatrix<Pointer> m, std::int64_t first, 
   return m;
 }
 inline ConstMatrix readable(Matrix m) { return {m.data, m.dtype, m.rows, m.cols, m.stride}; }
+
+inline const void* elements_at(const void* data, DType dtype, std::int64_t elements) {
+  if (data == nullptr) return nullptr;
+  return static_cast<const char*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
+}
+inline void* elements_at(void* data, DType dtype, std::int64_t elements) {
+  return const_cast<void*>(elements_at(static_cast<const void*>(data), dtype, elements));
+}
+
+// One adapter and the rows that it is for, counted from a job's first row.
+struct Adapted {
+  LoraView lora;
+  std::int64_t begin, end;
+};
+// Those of `rows` rows from part.begin on. `all`: the adapters of the call.
+inline std::vector<Adapted> adapted_rows(const LoraView& all, const WeightRows& part, std::int64_t rows,
+                                         const QuantizedWeightView& weight) {
+  std::vector<Adapted> adapted;
+  for (const AdapterRows& of : part.adapters) {
+    const std::int64_t begin = larger(of.begin, part.begin) - part.begin;
+    const std::int64_t end = smaller(of.end, part.begin + rows) - part.begin;
+    if (begin >= end) continue;
+    LoraView lora = all;
+    lora.count = 1;
+    lora.a = elements_at(all.a, all.dtype, of.adapter * all.rank * weight.K);
+    lora.b = elements_at(all.b, all.dtype, of.adapter * all.rank * weight.N);
+    adapted.push_back({lora, begin, end});
+  }
+  return adapted;
+}
 
 }  // namespace
 }  // namespace qlora_native

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/generic/lora-inl.h"
+#include "cpu/job.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/way.h"
@@ -146,6 +147,58 @@ struct Panels {
     hooks().dense_gemm(
         {.left = left, .right = readable(panel), .transpose_right = transposed, .bias = bias, .out = out}, {});
   }
+};
+
+// The arguments of a job's rows, which have one adapter or none: the first of `args`.lora.
+template <class Args>
+Args with_one_adapter(Args args, const WeightRows& part) {
+  const std::vector<Adapted> adapted = adapted_rows(args.lora, part, part.end - part.begin, args.weight);
+  if (adapted.empty())
+    args.lora.rank = 0;
+  else
+    args.lora = adapted.front().lora;
+  return args;
+}
+
+template <class Dot, class Rows>
+class ForwardPanels final : public Job {
+ public:
+  ForwardPanels(const Rows& w, const LinearForwardArgs& args, const WeightRows& part)
+      : w_(w), args_(with_one_adapter(args, part)) {
+    rows_ = part.end - part.begin;
+    args_.x = rows_of(args.x, part.begin, rows_);
+    args_.y = rows_of(args.y, part.begin, rows_);
+    args_.u = rows_of(args.u, part.begin, rows_);
+    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+  }
+  void cut(std::int64_t) override {}
+  void prepare(std::byte*) override {}
+  void run(int, std::int64_t) override { Panels<Dot>::forward(w_, args_); }
+  bool runs_alone() const override { return true; }
+
+ private:
+  Rows w_;
+  LinearForwardArgs args_;  // of this job's rows
+};
+
+template <class Dot, class Rows>
+class BackwardInputPanels final : public Job {
+ public:
+  BackwardInputPanels(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part)
+      : w_(w), args_(with_one_adapter(args, part)) {
+    rows_ = part.end - part.begin;
+    args_.dy = rows_of(args.dy, part.begin, rows_);
+    args_.dx = rows_of(args.dx, part.begin, rows_);
+    args_.v = rows_of(args.v, part.begin, rows_);
+  }
+  void cut(std::int64_t) override {}
+  void prepare(std::byte*) override {}
+  void run(int, std::int64_t) override { Panels<Dot>::backward_input(w_, args_); }
+  bool runs_alone() const override { return true; }
+
+ private:
+  Rows w_;
+  LinearBackwardInputArgs args_;  // of this job's rows
 };
 
 }  // namespace

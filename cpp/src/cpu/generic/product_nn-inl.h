@@ -8,12 +8,12 @@
 // With tiles, packed L is A, a quarter of a chunk of the panel is B, and the sums are C (tiles-inl.h).
 #pragma once
 
+#include <span>
+
 #include "cpu/blocking.h"
 #include "cpu/generic/rows-inl.h"
 #include "cpu/generic/tiles-inl.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "qlora_native/runtime.h"
 
 namespace qlora_native {
 namespace {
@@ -67,18 +67,39 @@ struct ProductNn {
       return group * (rows / count) + smaller(group, rows % count);
     }
     int size(std::int64_t group) const { return static_cast<int>(first(group + 1) - first(group)); }
-    // Rows of packed L: those past the end, of a last tile, are zero.
-    std::int64_t packed_rows() const { return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows; }
+    // Where a group begins in packed L. Those rows of a last tile that are past the end are zero.
+    std::int64_t first_packed(std::int64_t group) const {
+      if (group < count) return first(group);
+      return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows;
+    }
+    std::int64_t packed_rows() const { return first_packed(count); }
     std::int64_t rows, count;
   };
+  // Some of the groups, one after another.
+  struct GroupRange {
+    std::int64_t begin, end;
+    std::int64_t count() const { return end - begin; }
+  };
+  // The groups that have a row of begin ... end-1, looked for from group `from` on.
+  static GroupRange groups_of(const Groups& groups, std::int64_t begin, std::int64_t end, std::int64_t from) {
+    while (groups.first(from + 1) <= begin) ++from;
+    GroupRange range{from, from + 1};
+    while (groups.first(range.end) < end) ++range.end;
+    return range;
+  }
 
-  // An adapter's part of the sums, added before the product's own: mask o (V . A).
+  // One adapter's part of the sums of its groups, added before the product's own: V . A.
   struct LowRank {
-    const float* v = nullptr;  // packed
+    float* v = nullptr;  // packed, from the first row of the first group on; zero in rows of other adapters
     std::int64_t units = 0;
     DenseRows<Dot, false> a;
+    GroupRange groups;
+  };
+  // Those of a product: mask o (the sum of all).
+  struct LowRanks {
+    std::span<const LowRank> parts;
     Dropout dropout;
-    std::int64_t first_row = 0;
+    std::int64_t first_row = 0;  // the row that dropout counts for the first one of L
   };
 
   static std::int64_t units_of(std::int64_t inner) { return ceil_div(inner, Dot::kElementsPerUnit); }
@@ -86,19 +107,16 @@ struct ProductNn {
   // Whole chunks, and not a power of two: rows a power of two apart would share few cache sets.
   static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
 
-  static auto pack(ConstMatrix left, Groups groups, float* out) {
+  // Rows `first` ... end-1 of left, one after another from `out` on; those that left has not are zero.
+  static void pack(ConstMatrix left, std::int64_t first, std::int64_t end, float* out) {
     const DenseRows<Dot, true> rows(left);
-    const std::int64_t units = units_of(left.cols), chunks = ceil_div(left.cols, kChunk);
-    const auto pack_group = [=](std::int64_t group) {
-      const std::int64_t first = groups.first(group);
-      const std::int64_t end = group + 1 < groups.count ? groups.first(group + 1) : groups.packed_rows();
-      for (std::int64_t row = first; row < end; ++row)
-        rows.template chunks<1>(row, row < rows.rows(), 0, chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
-          float* packed = out + row * packed_stride(units) + c * Dot::kUnits;
-          for (int i = 0; i < Dot::kVectors; ++i) store(packed + i * kLanes, chunk[0].v[i]);
-        });
-    };
-    return Stage{groups.count, pack_group};
+    const std::int64_t stride = packed_stride(units_of(left.cols)), chunks = ceil_div(left.cols, kChunk);
+    for (std::int64_t row = first; row < end; ++row, out += stride)
+      rows.template chunks<1>(row, row >= 0 && row < rows.rows(), 0, chunks,
+                              [&](std::int64_t c, const Chunk(&chunk)[1]) {
+                                for (int i = 0; i < Dot::kVectors; ++i)
+                                  store(out + c * Dot::kUnits + i * kLanes, chunk[0].v[i]);
+                              });
   }
 
   // Units u0 ... u1-1 (rows of W), chunks c0 ... c1-1 (columns).
@@ -294,11 +312,24 @@ struct ProductNn {
     std::int64_t step;  // units of a panel
     float* panels;      // two
     float* sums;
-    float* totals;  // as sums, or null: sums go on to the end
+    float* totals;              // as sums, or null: sums go on to the end
+    std::int64_t left_row = 0;  // the row of L with which packed L begins
 
     std::int64_t width() const { return c1 - c0; }
-    float* sums_of(std::int64_t group, std::int64_t chunk) const {
-      return sums + ((group - g0) * width() + (chunk - c0)) * kGroup * kChunk;
+    float* sums_of(std::int64_t group, std::int64_t chunk) const { return at(sums, group, chunk); }
+    float* at(float* all, std::int64_t group, std::int64_t chunk) const {
+      return all + ((group - g0) * width() + (chunk - c0)) * kGroup * kChunk;
+    }
+    // Of the groups that are in `range` too.
+    Part within(GroupRange range, std::int64_t row) const {
+      Part part = *this;
+      part.g0 = larger(g0, range.begin);
+      part.g1 = smaller(g1, range.end);
+      part.left_row = row;
+      if (part.g0 >= part.g1) return part;
+      part.sums = at(sums, part.g0, c0);
+      if (totals != nullptr) part.totals = at(totals, part.g0, c0);
+      return part;
     }
   };
 
@@ -340,48 +371,69 @@ struct ProductNn {
     if (has_totals) add_sums(part, part.totals, part.sums, true);
   }
 
-  // left . w, each row and chunk of the result handed to write(row, first column, sums in natural order). `w` and
-  // `lora` must live until the stage has run.
-  template <class Rows, class Write>
-  static auto product(const float* left, Groups groups, const Rows& w, const LowRank* lora, Write write) {
-    const std::int64_t chunks = ceil_div(w.cols(), kChunk);
+  // How left . w is cut into tasks, for some of the groups of left's rows.
+  struct Cut {
+    Tiling tiling{};
+    Grid grid{};
+    GroupRange groups{};
+    std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
+  };
+  template <class Rows>
+  static Cut cut(const Groups& groups, GroupRange range, const Rows& w, std::int64_t threads) {
     const Tiling cut = tiling(groups.rows, Rows::kQuantized && !w.aligned());
     const std::int64_t most_groups =
         larger<std::int64_t>(for_second_level(kMostSums, 1, caches()) / (cut.chunks * kChunk * kGroup), 1);
     const std::int64_t fewest_groups = 128 / kGroup;
-    const Grid grid = make_grid(groups.count, chunks, {most_groups, fewest_groups, cut.chunks, 1, 1}, num_threads(),
-                                cut.tasks_per_thread);
-    const auto part_of_product = [=, &w](std::int64_t task) {
-      const std::int64_t g0 = task % grid.row_parts * grid.row_part;
-      const std::int64_t g1 = smaller(g0 + grid.row_part, groups.count);
-      const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
-      const std::int64_t c1 = smaller(c0 + grid.column_tile, chunks), width = c1 - c0;
-      const bool has_totals = !kOneChain && cut.step() < Dot::kRestart / Dot::kElementsPerUnit;
-      const std::int64_t count = (g1 - g0) * width * kGroup * kChunk;  // of sums
-      float* panels = reinterpret_cast<float*>(scratch(
-          Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (has_totals ? 2 : 1) * count) * sizeof(float)));
-      float* sums = panels + 2 * kPanelFloats;
-      const Part part{groups, g0, g1, c0, c1, cut.step(), panels, sums, has_totals ? sums + count : nullptr};
-      Tiles tiles;
-      if (lora != nullptr) {
-        multiply(tiles, lora->a, lora->v, part, false);
-        if (lora->dropout) drop(*lora, part);
-      }
-      multiply(tiles, w, left, part, lora != nullptr);
-      for (std::int64_t g = g0; g < g1; ++g)
-        for (int row = 0; row < groups.size(g); ++row)
-          for (std::int64_t c = c0; c < c1; ++c) {
-            F32 natural[Dot::kColumnVectors];
-            const float* from = part.sums_of(g, c) + row * kChunk;
-            for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
-            if (!Rows::kNatural) Dot::to_natural(natural);
-            write(groups.first(g) + row, c * kChunk, natural);
-          }
-    };
-    return Stage{grid.row_parts * grid.column_tiles, part_of_product};
+    const Grid grid = make_grid(range.count(), ceil_div(w.cols(), kChunk),
+                                {most_groups, fewest_groups, cut.chunks, 1, 1}, threads, cut.tasks_per_thread);
+    return {cut, grid, range};
+  }
+
+  // A task of left . w: each row and chunk of the result is handed to write(row, first column, sums in natural order).
+  template <class Rows, class Write>
+  static void product(const Cut& cut, std::int64_t task, const float* left, const Groups& groups, const Rows& w,
+                      const LowRanks& lora, const Write& write) {
+    const Grid& grid = cut.grid;
+    const std::int64_t g0 = cut.groups.begin + task % grid.row_parts * grid.row_part;
+    const std::int64_t g1 = smaller(g0 + grid.row_part, cut.groups.end);
+    const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
+    const std::int64_t c1 = smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk)), width = c1 - c0;
+    const bool has_totals = !kOneChain && cut.tiling.step() < Dot::kRestart / Dot::kElementsPerUnit;
+    const std::int64_t count = (g1 - g0) * width * kGroup * kChunk;  // of sums
+    float* panels = reinterpret_cast<float*>(scratch(
+        Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (has_totals ? 2 : 1) * count) * sizeof(float)));
+    float* sums = panels + 2 * kPanelFloats;
+    const Part part{groups, g0, g1, c0, c1, cut.tiling.step(), panels, sums, has_totals ? sums + count : nullptr};
+    Tiles tiles;
+    const bool begun = add_low_rank(tiles, lora, part, count);
+    multiply(tiles, w, left, part, begun);
+    for (std::int64_t g = g0; g < g1; ++g)
+      for (int row = 0; row < groups.size(g); ++row)
+        for (std::int64_t c = c0; c < c1; ++c) {
+          F32 natural[Dot::kColumnVectors];
+          const float* from = part.sums_of(g, c) + row * kChunk;
+          for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+          if (!Rows::kNatural) Dot::to_natural(natural);
+          write(groups.first(g) + row, c * kChunk, natural);
+        }
   }
 
  private:
+  // Begins the sums of a part with what its adapters give, and says whether there is an adapter.
+  static bool add_low_rank(Tiles& tiles, const LowRanks& lora, const Part& part, std::int64_t floats) {
+    if (lora.parts.empty()) return false;
+    const LowRank& first = lora.parts.front();
+    // The only adapter of all groups sets the sums; several add to them.
+    const bool covers = lora.parts.size() == 1 && first.groups.begin <= part.g0 && first.groups.end >= part.g1;
+    if (!covers) __builtin_memset(part.sums, 0, static_cast<std::size_t>(floats) * sizeof(float));
+    for (const LowRank& of : lora.parts) {
+      const Part own = part.within(of.groups, part.groups.first(of.groups.begin));
+      if (own.g0 < own.g1) multiply(tiles, of.a, of.v, own, !covers);
+    }
+    if (lora.dropout) drop(lora, part);
+    return true;
+  }
+
   template <class Rows, class Decoding>
   static void multiply_panel(Tiles& tiles, std::int64_t cols, const float* left, std::int64_t units, std::int64_t u,
                              std::int64_t end, const float* panel, const Part& part, bool accumulate,
@@ -396,7 +448,7 @@ struct ProductNn {
         const float* from = panel + (c - part.c0) * (end - u) * kChunk;
         for (std::int64_t g = part.g0; g < part.g1; ++g) {
           const std::int64_t stride = packed_stride(units);
-          const float* rows = left + part.groups.first(g) * stride + u;
+          const float* rows = left + (part.groups.first(g) - part.left_row) * stride + u;
           if (g == part.g0)
             group(part.groups.size(g), rows, stride, from, end - u, vectors, part.sums_of(g, c), accumulate, decoding);
           else
@@ -419,7 +471,8 @@ struct ProductNn {
         const float* from = panel + (c - part.c0) * steps * kChunk;
         const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t g, int first) {
           multiply_tiles<row_tiles, tile_columns>(
-              tiles, {left + part.groups.first(g) * stride + u, stride, kTileRows * stride, kTileUnits},
+              tiles,
+              {left + (part.groups.first(g) - part.left_row) * stride + u, stride, kTileRows * stride, kTileUnits},
               {from + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, steps,
               {part.sums_of(g, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
         };
@@ -470,7 +523,7 @@ struct ProductNn {
       }
   }
 
-  static void drop(const LowRank& lora, const Part& part) {
+  static void drop(const LowRanks& lora, const Part& part) {
     for (std::int64_t g = part.g0; g < part.g1; ++g)
       for (int row = 0; row < part.groups.size(g); ++row)
         for (std::int64_t c = part.c0; c < part.c1; ++c) {

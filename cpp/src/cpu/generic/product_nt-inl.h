@@ -56,7 +56,7 @@ struct ProductNt {
     return ceil_div(rows.cols(), kChunk) * Dot::kUnits;
   }
 
-  // Rows of x from `first` on, chunks c0 ... c1-1, as one strip. Rows past the end are zero.
+  // Rows of x from `first` on, chunks c0 ... c1-1, as one strip. Rows before the first and past the end are zero.
   template <class Rows>
   static void pack_strip(const Rows& x, std::int64_t first, int width, std::int64_t c0, std::int64_t c1, float* out) {
     alignas(64) float rows[kLanes][Dot::kUnits];
@@ -65,7 +65,7 @@ struct ProductNt {
       for (int vector = 0; vector < width; ++vector) {
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = first + vector * kLanes + lane;
-          x.template chunks<1>(row, row < x.rows(), c, c + 1, [&](std::int64_t, const Chunk(&chunk)[1]) {
+          x.template chunks<1>(row, row >= 0 && row < x.rows(), c, c + 1, [&](std::int64_t, const Chunk(&chunk)[1]) {
             for (int i = 0; i < Dot::kVectors; ++i) store(&rows[lane][i * kLanes], chunk[0].v[i]);
           });
         }
@@ -161,7 +161,7 @@ struct ProductNt {
   // One register tile: kWidth vectors of rows of x times kRows rows of W, and its share of another panel's decoding.
   template <int kWidth, int kRows, class Decoding>
   [[gnu::noinline]] static void tile(const float* x, const float* panel, std::int64_t units, float* sums,
-                                     bool accumulate, Decoding& decoding) {
+                                     std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     F32 sum[kRows][kWidth];
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j)
@@ -199,32 +199,34 @@ struct ProductNt {
     for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 4
       for (int i = 0; i < kWidth; ++i) {
-        float* out = sums + (j * kWidth + i) * kLanes;
+        float* out = sums + j * sums_row + i * kLanes;
         store(out, accumulate ? add(load(out), sum[j][i]) : sum[j][i]);
       }
   }
 
+  // `sums_row`: floats from the sums of a row of W to those of its next, which are more than kWidth vectors where x is
+  // some vectors of a wider strip.
   template <int kWidth, class Decoding>
   static void strip(const float* x, const float* panel, std::int64_t rows, std::int64_t units, float* sums,
-                    bool accumulate, Decoding& decoding) {
+                    std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     constexpr int kRows = std::is_same_v<Decoding, NoDecoder> ? kRowsOfStrip[kWidth] : kRowsOfDecodingStrip[kWidth];
     constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
     // All rows of W for a chain, so that its part of the strip is read from the first-level cache, but for once.
     for (std::int64_t unit = 0; unit < units; unit += kChain)
       for (std::int64_t n = 0; n < rows; n += kRows)
         tile<kWidth, kRows>(x + unit * kWidth * kLanes, panel + n * kPanelStride + unit, smaller(kChain, units - unit),
-                            sums + n * kWidth * kLanes, accumulate || unit != 0, decoding);
+                            sums + n * sums_row, sums_row, accumulate || unit != 0, decoding);
   }
   // The same by tiles: blocks of 2 x 2, or of four rows of tiles where the strip is one tile wide.
   template <int kWidth, class Decoding>
   static void strip_of_tiles(Tiles& tiles, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
-                             float* sums, bool accumulate, Decoding& decoding) {
-    constexpr std::int64_t kRow = kWidth * kLanes;  // of the strip and of its sums
+                             float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
+    constexpr std::int64_t kRow = kWidth * kLanes;  // of the strip
     const TileGrid<const float*> b{x, kRow, kLanes, kTileUnits * kRow};
     const auto multiply = [&](auto tile_rows, std::int64_t n) {
       multiply_tiles<tile_rows, kWidth>(
           tiles, {panel + n * kPanelStride, kPanelStride, kTileRows * kPanelStride, kTileUnits}, b, units,
-          {sums + n * kRow, kRow, kTileRows * kRow, kLanes}, accumulate, decoding);
+          {sums + n * sums_row, sums_row, kTileRows * sums_row, kLanes}, accumulate, decoding);
     };
     constexpr int kBlockRows = 4 / kWidth;
     std::int64_t n = 0;
@@ -234,20 +236,20 @@ struct ProductNt {
   }
   template <class Decoding>
   static void strip(Tiles& tiles, int width, const float* x, const float* panel, std::int64_t rows, std::int64_t units,
-                    float* sums, bool accumulate, Decoding& decoding) {
+                    float* sums, std::int64_t sums_row, bool accumulate, Decoding& decoding) {
     if constexpr (kTiled<Dot>) {
-      if (width == 1) return strip_of_tiles<1>(tiles, x, panel, rows, units, sums, accumulate, decoding);
-      return strip_of_tiles<2>(tiles, x, panel, rows, units, sums, accumulate, decoding);
+      if (width == 1) return strip_of_tiles<1>(tiles, x, panel, rows, units, sums, sums_row, accumulate, decoding);
+      return strip_of_tiles<2>(tiles, x, panel, rows, units, sums, sums_row, accumulate, decoding);
     } else {
       switch (width) {
         case 1:
-          return strip<1>(x, panel, rows, units, sums, accumulate, decoding);
+          return strip<1>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
         case 2:
-          return strip<2>(x, panel, rows, units, sums, accumulate, decoding);
+          return strip<2>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
         case 3:
-          return strip<3>(x, panel, rows, units, sums, accumulate, decoding);
+          return strip<3>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
         default:
-          return strip<kWidestStrip>(x, panel, rows, units, sums, accumulate, decoding);
+          return strip<kWidestStrip>(x, panel, rows, units, sums, sums_row, accumulate, decoding);
       }
     }
   }
@@ -275,7 +277,7 @@ struct ProductNt {
     for (std::int64_t s = x.first; s < x.last; ++s) {
       const auto strip_with = [&](auto& meanwhile) {
         strip(tiles, x.strips.width(s), x.strip(s, unit), panel, tile_rows, units, sums + x.sums(s, tile_rows),
-              accumulate, meanwhile);
+              x.strips.width(s) * kLanes, accumulate, meanwhile);
       };
       if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
         // Decoding takes longer than one strip's products, so all strips share it.
@@ -324,7 +326,7 @@ struct ProductNt {
 
   static std::int64_t whole_tiles(std::int64_t rows) { return ceil_div(rows, kNarrowestTile) * kNarrowestTile; }
 
-  // The sums of one strip, times `scale`, plus bias, to rows m ... and columns n ... of `out`.
+  // The sums of one strip, times `scale`, plus bias, to rows m ... and columns n ... of `out`, as far as it has them.
   static void write(const float* sums, int width, std::int64_t tile_rows, float scale, const void* bias, Matrix out,
                     std::int64_t m, std::int64_t n) {
     constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
@@ -340,6 +342,7 @@ struct ProductNt {
         transpose(block);
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = m + vector * kLanes + lane;
+          if (row < 0) continue;
           if (row >= out.rows) break;
           store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize,
                                            add(mul(block[lane], set1(scale)), added), columns);

@@ -77,10 +77,12 @@ class QuantizedRows {
  public:
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
-  explicit QuantizedRows(const QuantizedWeightView& w)
+  // `which` of w.count weights.
+  explicit QuantizedRows(const QuantizedWeightView& w, std::int64_t which = 0)
       : w_(w),
+        first_row_(which * w.N),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
-        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N == 1)),
+        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N * w.count == 1)),
         scales_(w) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
@@ -101,7 +103,7 @@ class QuantizedRows {
       if (begin + whole == end) continue;
       std::int64_t first_block[kRows] = {};
       for (int i = 0; i < count; ++i) {
-        const std::int64_t first = (n + i) * w_.K + begin * kChunk;
+        const std::int64_t first = element(n + i, begin);
         first_block[i] = first >> shift_;
         scales_.decode(first_block[i], ((first + elements - 1) >> shift_) + 1 - first_block[i], scales[i]);
       }
@@ -109,8 +111,8 @@ class QuantizedRows {
         typename Dot::Chunk chunk[kRows] = {};
         const std::int64_t left = elements - (c - begin) * kChunk;
         for (int i = 0; i < count; ++i)
-          chunk[i] = decode_ragged((n + i) * w_.K + c * kChunk, static_cast<int>(smaller<std::int64_t>(kChunk, left)),
-                                   scales[i], first_block[i]);
+          chunk[i] = decode_ragged(element(n + i, c), static_cast<int>(smaller<std::int64_t>(kChunk, left)), scales[i],
+                                   first_block[i]);
         sink(c, chunk);
       }
     }
@@ -136,7 +138,7 @@ class QuantizedRows {
       rows = 1;
     }
     for (std::int64_t row = 0; row < rows; ++row, out += stride) {
-      const std::int64_t first = (n + row) * per_row + c0, first_block = first >> shift;
+      const std::int64_t first = (first_row_ + n + row) * per_row + c0, first_block = first >> shift;
       scales_.decode(first_block, ((first + count - 1) >> shift) + 1 - first_block, out);
       if (shift != 0)  // from the last on: no scale is overwritten before it is read
         for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
@@ -163,7 +165,7 @@ class QuantizedRows {
   }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
-  const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(n * w_.K + c * kChunk); }
+  const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
@@ -190,6 +192,8 @@ class QuantizedRows {
     }
   }
 
+  // The first element of row n's chunk c.
+  std::int64_t element(std::int64_t n, std::int64_t c) const { return (first_row_ + n) * w_.K + c * kChunk; }
   const std::uint8_t* codes_of(std::int64_t element) const { return w_.codes + (element * kBits >> 3); }
 
   template <bool kOdd>
@@ -222,19 +226,18 @@ class QuantizedRows {
   }
 
   QuantizedWeightView w_;
+  std::int64_t first_row_;
   int shift_;
   bool aligned_;  // a chunk lies in one block and begins in a high nibble
   Scales scales_;
   Table16 code_{};
 };
 
-// Calls f with the rows of a weight as the products of a Dot take them.
+// Calls f with the rows of `which` of the weights, as the products of a Dot take them.
 template <class Dot, class F>
-inline void with_rows(const QuantizedWeightView& weight, F&& f) {
-  if (weight.bits == 4)
-    f(QuantizedRows<Dot, 4>(weight));
-  else
-    f(QuantizedRows<Dot, 8>(weight));
+inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&& f) {
+  if (weight.bits == 4) return f(QuantizedRows<Dot, 4>(weight, which));
+  return f(QuantizedRows<Dot, 8>(weight, which));
 }
 
 // A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.

@@ -7,6 +7,6 @@
 
 namespace qlora_native {
 
-const Backend& neon_backend() { return kBackendF32; }
+const CpuBackend& neon_backend() { return kBackendF32; }
 
 }  // namespace qlora_native

@@ -4,11 +4,12 @@
 #include "cpu/neon/dot_bf16.h"
 
 #include "cpu/generic/backend_bf16-inl.h"
+#include "cpu/generic/linear-inl.h"
 
 namespace qlora_native {
 
-const Backend& neon_bf16_backend() {
-  static const Backend backend = with_bf16_products<neon_backend>();
+const CpuBackend& neon_bf16_backend() {
+  static const CpuBackend backend = with_bf16_products<kProductsOf<DotBf16>, neon_backend>();
   return backend;
 }
 

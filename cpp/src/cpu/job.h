@@ -1,0 +1,52 @@
+// Work for the thread pool that may run beside other work: the products of a mixture's experts do.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace qlora_native {
+
+// A product, or as many of its rows as its memory allows: stages of tasks, as those of run_stages.
+class Job {
+ public:
+  static constexpr int kStages = 4;
+
+  Job() = default;
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
+  virtual ~Job() = default;
+
+  // Rows of the operand that is given row by row, from the first of what was asked for on.
+  std::int64_t rows() const { return rows_; }
+  // Memory that its tasks share.
+  std::int64_t bytes() const { return bytes_; }
+  std::int64_t tasks(int stage) const { return tasks_[stage]; }
+
+  // Chooses the tasks for so many threads. No result depends on it.
+  virtual void cut(std::int64_t threads) = 0;
+  // Takes bytes() of memory; called once, by one thread, before the first stage.
+  virtual void prepare(std::byte* memory) = 0;
+  virtual void run(int stage, std::int64_t task) = 0;
+
+  // Whether it uses the pool by itself, so that nothing runs beside it. It then is one task of the calling thread.
+  virtual bool runs_alone() const { return false; }
+
+ protected:
+  std::int64_t rows_ = 0, bytes_ = 0, tasks_[kStages] = {};
+};
+
+// Runs jobs side by side: a stage begins when that before it has ended in every job. Their memory together is that of
+// one call; what does not fit runs after.
+class Jobs {
+ public:
+  void add(std::unique_ptr<Job> job);
+  void run();
+
+ private:
+  std::vector<std::unique_ptr<Job>> jobs_;
+  std::int64_t bytes_ = 0;
+};
+
+}  // namespace qlora_native

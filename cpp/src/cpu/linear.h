@@ -1,0 +1,47 @@
+// The products of linear.h on the cpu: rows are cut by what multiplies them, and each piece becomes a Job of the
+// instruction set's.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cpu/job.h"
+#include "qlora_native/linear.h"
+
+namespace qlora_native {
+
+// Rows begin ... end-1 of X, or dY, that an adapter is for.
+struct AdapterRows {
+  std::int64_t adapter = 0;  // which
+  std::int64_t begin = 0, end = 0;
+};
+
+// Rows begin ... end-1 of X, or dY, that one weight multiplies.
+struct WeightRows {
+  std::int64_t weight = 0;  // which
+  std::int64_t begin = 0, end = 0;
+  std::span<const AdapterRows> adapters;  // ascending; rows that are in none have no adapter
+};
+
+// What an instruction set provides: each makes a Job for as many of the rows as its memory allows, from the first on.
+struct Products {
+  std::unique_ptr<Job> (*forward)(const LinearForwardArgs&, const WeightRows&);
+  std::unique_ptr<Job> (*backward_input)(const LinearBackwardInputArgs&, const WeightRows&);
+  // Row first ... of dA, or column first ... of dB; the Job's rows are these.
+  std::unique_ptr<Job> (*gradient_a)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
+  std::unique_ptr<Job> (*gradient_b)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
+};
+
+void linear_forward(const LinearForwardArgs& args, const Products& products);
+void linear_backward_input(const LinearBackwardInputArgs& args, const Products& products);
+void lora_gradients(const LoraGradientsArgs& args, const Products& products);
+
+// The rows that adapters are for, those without a row too, in args' groups. Empty where the rank is 0.
+std::vector<AdapterRows> adapter_rows(const LoraView& lora, const RowGroups& groups, std::int64_t rows);
+// The rows that weights multiply, those without a row left out. `adapters` must live as long as they do.
+std::vector<WeightRows> weight_rows(const QuantizedWeightView& weight, const RowGroups& groups, std::int64_t rows,
+                                    std::span<const AdapterRows> adapters);
+
+}  // namespace qlora_native
