@@ -24,14 +24,24 @@ from transformers.core_model_loading import (
     apply_renamings,
     log_conversion_errors,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import functional
 from .._errors import bad
 from .._experts import Experts4bit
 from .._quant_state import read_quant_state
+from .._sizes import note_left
 from .._weight import NESTED_BLOCKSIZE, QuantizedWeight, ceil_div
+from .experts import find_experts, run_quantized
 
-__all__ = ["experts_by_path", "file_has", "names_in_files", "read_conversions", "saved_conversions", "saved_entries"]
+__all__ = [
+    "experts_by_path",
+    "names_in_files",
+    "read_conversions",
+    "replace_experts",
+    "saved_conversions",
+    "saved_entries",
+]
 
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _COMPANIONS = (
@@ -67,6 +77,40 @@ def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
 def file_has(names: set[str], path: str) -> bool:
     """Whether `path` is one of `names`, either of which may begin below the model's base."""
     return any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for name in names)
+
+
+def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: set[str] | None) -> None:
+    """Put `Experts4bit` without values in the place of experts, and let transformers run them.
+
+    Args:
+        model: on the meta device.
+        config: a `BitsAndBytesConfig` of ours.
+        keep: modules that stay in 16 bits, as transformers has such names.
+        quantized: what the files have in 4 bits, where they are quantized already: nothing else is then replaced.
+    """
+    for found in list(find_experts(model)):
+        paths = [f"{found.path}.{name}" for name in found.names]
+        if not all(should_convert_module(path, keep) for path in (found.path, *paths)):
+            note_left(found.module, "named in llm_int8_skip_modules")
+        elif quantized is not None and not all(file_has(quantized, path) for path in paths):
+            note_left(found.module, "experts that the file has in 16 bits")
+        else:
+            for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
+                layer = Experts4bit(
+                    E,
+                    K,
+                    N,
+                    "meta",
+                    getattr(found.module, name).dtype,
+                    transposed=found.transposed,
+                    format="mxfp4" if config.experts_in_mxfp4 else config.bnb_4bit_quant_type,
+                    blocksize=None if config.experts_in_mxfp4 else config.blocksize,
+                    double_quant=config.bnb_4bit_use_double_quant,
+                )
+                layer.product_dtype = config.product_dtype
+                del found.module._parameters[name]
+                setattr(found.module, name, layer)
+            run_quantized(found.module)
 
 
 def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quantizer: Any) -> list[Any]:

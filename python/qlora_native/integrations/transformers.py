@@ -42,8 +42,14 @@ from .._microscaling import MICROSCALED
 from .._sizes import left_alone, note_left, size_report
 from .._weight import QuantizedWeight
 from ..nn import Experts4bit, Linear4bit
-from .expert_files import experts_by_path, file_has, names_in_files, read_conversions, saved_conversions, saved_entries
-from .experts import find_experts, run_quantized
+from .expert_files import (
+    experts_by_path,
+    names_in_files,
+    read_conversions,
+    replace_experts,
+    saved_conversions,
+    saved_entries,
+)
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
@@ -171,7 +177,8 @@ class Quantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        self._replace_experts(model, names_in_files(checkpoint_files, model) if self.pre_quantized else None)
+        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        replace_experts(model, config, keep, names_in_files(checkpoint_files, model) if self.pre_quantized else None)
         linears = modules_to_quantize(model, config.llm_int8_skip_modules)
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
@@ -200,35 +207,6 @@ class Quantizer(HfQuantizer):
             layer.product_dtype = config.product_dtype
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
-
-    def _replace_experts(self, model: nn.Module, quantized: set[str] | None) -> None:
-        """Put `Experts4bit` in the place of experts; where `quantized` names what a file has in 4 bits, of these."""
-        config = self.quantization_config
-        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        for found in list(find_experts(model)):
-            paths = [f"{found.path}.{name}" for name in found.names]
-            if not all(should_convert_module(path, keep) for path in (found.path, *paths)):
-                note_left(found.module, "named in llm_int8_skip_modules")
-            elif quantized is not None and not all(file_has(quantized, path) for path in paths):
-                note_left(found.module, "experts that the file has in 16 bits")
-            else:
-                for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
-                    format = "mxfp4" if config.experts_in_mxfp4 else config.bnb_4bit_quant_type
-                    layer = Experts4bit(
-                        E,
-                        K,
-                        N,
-                        "meta",
-                        getattr(found.module, name).dtype,
-                        transposed=found.transposed,
-                        format=format,
-                        blocksize=None if config.experts_in_mxfp4 else config.blocksize,
-                        double_quant=config.bnb_4bit_use_double_quant,
-                    )
-                    layer.product_dtype = config.product_dtype
-                    del found.module._parameters[name]
-                    setattr(found.module, name, layer)
-                run_quantized(found.module)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """What is done with the tensors of a checkpoint: experts are quantized one by one."""
