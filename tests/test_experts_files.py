@@ -103,6 +103,19 @@ load("bf16").save_pretrained({str(tmp_path / "nf4")!r}, max_shard_size={shard}) 
     assert extra[1] < shard / 2, megabytes(extra)  # one expert at a time, where scales are of one expert
 
 
+def test_strict_config_refuses_experts_of_an_unknown_family(tmp_path):
+    experts = {"kv_channels": 16, "num_local_experts": 4}
+    options = transformers.JetMoeConfig(**{**moe.COMMON, **experts, "intermediate_size": 32, "num_hidden_layers": 1})
+    transformers.JetMoeForCausalLM(options).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"strict: expected .* got model.layers.0.mlp.input_linear.weight, 65,536 bytes"
+    ):
+        transformers.JetMoeForCausalLM.from_pretrained(tmp_path, quantization_config=config(strict=True))
+    model = transformers.JetMoeForCausalLM.from_pretrained(tmp_path, quantization_config=config())
+    assert "a parameter of JetMoeParallelExperts, whose use is not known" in str(size_report(model))
+    assert "strict" not in model.config.to_json_string()
+
+
 def test_expert_of_another_shape_or_with_nan_is_named(folders, tmp_path):
     state = {n: t for path in folders["olmoe"].glob("*.safetensors") for n, t in load_file(path).items()}
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -216,6 +229,42 @@ def test_layout_of_bitsandbytes_own_experts_is_read(folders, family, tmp_path):
         layer = experts[f"model.layers.1.mlp.experts.{own}"]
         assert torch.equal(layer.parameter(), weight)
         assert torch.equal(layer.weight.flatten(), state[f"model.layers.1.mlp.experts.{own}"].flatten())
+
+
+def test_stock_transformers_refuses_a_file_that_it_cannot_read(folders, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("bitsandbytes")
+    load(folders["qwen3-moe"], "qwen3-moe", quantization_config=config()).save_pretrained(tmp_path)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path, "qwen3-moe")
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+def test_live_parameters_of_bitsandbytes_are_taken_over(family):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    from qlora_native.integrations.bitsandbytes import replace
+
+    model = moe.make(family, moe_intermediate_size=64)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for layer in model.model.layers:
+            for own in ("gate_up_proj", "down_proj"):
+                replace_parameter_4bit(layer.mlp.experts, own, compress_statistics=True, quant_type="nf4")
+        expected = model(**moe.batch()).logits
+        experts = model.model.layers[0].mlp.experts
+        pointer = experts.parametrizations.down_proj.original.data_ptr()
+        if family == "gpt-oss":
+            with pytest.warns(UserWarning, match="left gate_up_proj, down_proj of model.layers.0.mlp.experts"):
+                replace(model)
+            assert not moe.experts_of(model)
+            return
+        replace(model)
+        assert len(moe.experts_of(model)) == 4 and experts.down_proj.weight.data_ptr() == pointer
+        assert relative(model(**moe.batch()).logits, expected) < 1e-5
 
 
 def mxfp4_checkpoint(folder, out):

@@ -24,7 +24,7 @@ from .._errors import FLOAT_DTYPES, bad
 from .._experts import Experts4bit
 from ..functional import _Permuted as Permuted
 
-__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "run_quantized"]
+__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
 
 IMPLEMENTATION = "qlora_native"
 # What transformers' decorator `use_experts_implementation` tells of a module.
@@ -71,12 +71,12 @@ class Experts:
 def find_experts(model: nn.Module) -> Iterator[Experts]:
     """The modules of `model` whose experts can be quantized, by every path of a shared one."""
     for path, module in model.named_modules(remove_duplicate=False):
-        names = _names(module)
+        names = names_of_experts(module)
         if names is not None and all(_is_stack(module._parameters.get(name)) for name in names):
             yield Experts(path, module, names, bool(getattr(module, "is_transposed", True)))
 
 
-def _names(module: nn.Module) -> tuple[str, str] | None:
+def names_of_experts(module: nn.Module) -> tuple[str, str] | None:
     """The names of a module's experts, if how it multiplies by them is known."""
     if type(module).__name__ in _BATCHED:
         return "gate_up_proj", "down_proj"

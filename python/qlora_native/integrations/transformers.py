@@ -39,7 +39,7 @@ from transformers.utils import is_bitsandbytes_available, is_peft_available
 from .. import _C, functional
 from .._errors import bad, bad_type, chosen_blocksize
 from .._microscaling import MICROSCALED
-from .._sizes import left_alone, note_left, size_report
+from .._sizes import has_note, left_alone, linears_of_routers, note_left, size_report
 from .._weight import QuantizedWeight
 from ..nn import Experts4bit, Linear4bit
 from .expert_files import (
@@ -178,11 +178,13 @@ class Quantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        if not self.pre_quantized and (routers := linears_of_routers(model)):
+            keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
         replace_experts(model, config, keep, names_in_files(checkpoint_files, model) if self.pre_quantized else None)
         linears = modules_to_quantize(model, config.llm_int8_skip_modules)
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
-            if type(module) is nn.Linear and name not in linears:
+            if type(module) is nn.Linear and name not in linears and not has_note(module):
                 note_left(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
         unknown = [left for left in left_alone(model, planned | _weights_of_experts(model)) if left.unknown]
         if unknown and config.strict:
