@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import moe  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from test_experts import decoded, families, relative  # noqa: E402
 
 from qlora_native.integrations.peft_experts import ParamWrapper  # noqa: E402
@@ -146,6 +147,45 @@ def test_several_adapters_at_once_are_their_sum(family):
     for model in (ours, theirs):
         model.set_adapter("second")
     assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"], r".*\.(q_proj|gate_proj|up_proj|down_proj)"],
+    ids=["all-linear", "list", "regex"],
+)
+@pytest.mark.filterwarnings("ignore:target_modules. .* are experts")
+def test_target_modules_mean_what_they_mean_over_16_bits(family, targets):
+    """PEFT takes names of experts from before they were parameters for these, where it knows the family."""
+    if (family, targets) == ("llama4", "all-linear"):
+        pytest.skip("PEFT takes Llama 4's router for a linear layer, over 16 bits too: it returns a tuple")
+    ours, theirs = pair(family, target_modules=targets, target_parameters=None)
+    names = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    assert names[0] == names[1] != set()
+    assert bool(adapted(ours)) == (family == "qwen3-moe" or (family == "mixtral" and targets == "all-linear"))
+    assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+
+
+def test_adapter_from_before_experts_were_parameters_is_read(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        for e in range(moe.E):
+            for name, out, size in (("gate", 32, 64), ("up", 32, 64), ("down", 64, 32)):
+                path = f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{name}_proj"
+                tensors[f"{path}.lora_A.weight"] = 0.1 * torch.randn(4, size, generator=generator)
+                tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(tmp_path)
+    quantized = moe.make("qwen3-moe")
+    dense = copy.deepcopy(quantized)
+    decoded(dense, quantize_model(quantized, progress=False))
+    plain = quantized(**moe.batch()).logits
+    ours, theirs = (
+        peft.PeftModel.from_pretrained(model, tmp_path)(**moe.batch()).logits for model in (quantized, dense)
+    )
+    assert relative(ours, theirs) < 1e-5 and relative(ours, plain) > 1e-2
 
 
 def test_merged_weight_that_is_not_finite_is_refused_and_nothing_is_changed():

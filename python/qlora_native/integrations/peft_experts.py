@@ -126,15 +126,15 @@ def check_experts_config(method: str, config: PeftConfig) -> None:
 
 @contextmanager
 def experts_as_parameters(model: nn.Module) -> Iterator[None]:
-    """While PEFT looks for the parameters to target, it finds quantized experts by the names of their parameters."""
+    """While PEFT looks for what to target, it finds quantized experts by the names that they had as parameters."""
     holders = [m for m in model.modules() if any(isinstance(child, Experts4bit) for child in m.children())]
-    holders = [module for module in holders if "named_parameters" not in vars(module)]
-    for module in holders:
+    patched = [m for m in dict.fromkeys((model, *holders)) if "named_parameters" not in vars(m)] if holders else []
+    for module in patched:
         vars(module)["named_parameters"] = _with_experts(module)
     try:
         yield
     finally:
-        for module in holders:
+        for module in patched:
             del vars(module)["named_parameters"]
 
 
@@ -143,9 +143,8 @@ def _with_experts(module: nn.Module) -> Any:
 
     def named(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
         yield from named_parameters(prefix, recurse, remove_duplicate)
-        if not recurse:
-            for name, child in module.named_children():
-                if isinstance(child, Experts4bit):  # PEFT asks for no more than the name
-                    yield f"{prefix}.{name}" if prefix else name, child._parameters["weight"]
+        for name, child in module.named_modules() if recurse else module.named_children():
+            if isinstance(child, Experts4bit):  # PEFT asks for no more than the name
+                yield f"{prefix}.{name}" if prefix else name, child._parameters["weight"]
 
     return named

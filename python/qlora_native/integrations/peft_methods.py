@@ -18,6 +18,7 @@ A tuner that is not in `METHODS` has not been tried and is refused, so that a ne
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,10 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
     def create(config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         name = getattr(config.peft_type, "value", config.peft_type)
+        if isinstance(base, Experts4bit):  # by the name that it has as a module, which over 16 bits is none
+            key = kwargs.get("current_key", args[-1] if args else "experts")
+            warnings.warn(f"target_modules: {key} are experts, left as they are: see target_parameters", stacklevel=2)
+            return None
         if targeted_experts(target, kwargs.get("parameter_name")):
             check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
