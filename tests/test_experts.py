@@ -255,6 +255,18 @@ def test_nan_in_an_expert_is_named_and_nothing_is_changed():
     assert not moe.experts_of(model) and not layers_of(model)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_scale_that_is_nan_in_a_state_dict_is_named_and_nothing_is_changed(double_quant):
+    model = quantize_model(moe.make("mixtral"), double_quant=double_quant, progress=False)
+    name = f"model.layers.0.mlp.experts.down_proj.{'nested_absmax' if double_quant else 'absmax'}"
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    before = state[name].clone()
+    state[name][0] = torch.nan
+    with pytest.raises(RuntimeError, match=f"{name}: expected finite values, got NaN or Inf"):
+        model.load_state_dict(state)
+    assert torch.equal(model.state_dict()[name], before)
+
+
 @families
 def test_report_counts_every_byte_once_with_a_reason(family):
     model = quantize_model(moe.make(family, torch.bfloat16), progress=False)

@@ -125,9 +125,7 @@ def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quan
     paths = frozenset(experts_by_path(model))
     if not paths:
         return conversions
-    made: list[Any] = [
-        _experts_converter(c, c.operations, paths, c) if _is_of_experts(c, paths) else c for c in conversions
-    ]
+    made: list[Any] = [_experts_converter(c, paths) if _is_of_experts(c, paths) else c for c in conversions]
     for tail in sorted({".".join(path.split(".")[-2:]) for path in paths}):
         if mxfp4:
             sources, operation = [f"{tail}{suffix}$" for suffix in _MXFP4], _ReadMxfp4()
@@ -135,8 +133,7 @@ def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quan
             sources, operation = [f"{tail}{suffix}$" for suffix in _COMPANIONS], _ReadEntries(quantizer)
         else:
             sources, operation = [f"{tail}$"], _Whole()
-        plain = WeightConverter(sources, [tail], [operation])
-        made.append(_experts_converter(plain, plain.operations, paths, plain))
+        made.append(_experts_converter(WeightConverter(sources, [tail], [operation]), paths))
     return made
 
 
@@ -148,12 +145,10 @@ def _is_of_experts(conversion: Any, paths: frozenset[str]) -> bool:
     return any(path == target or path.endswith(f".{target}") for path in paths)
 
 
-def _experts_converter(
-    like: WeightConverter, operations: list[ConversionOps], paths: frozenset[str], scope: WeightConverter
-) -> _ExpertsConverter:
+def _experts_converter(like: WeightConverter, paths: frozenset[str]) -> _ExpertsConverter:
     sources, targets = list(like._original_source_patterns), list(like._original_target_patterns)
-    made = _ExpertsConverter(sources, targets, operations, like.force_cpu)
-    made.scope_prefix, made.base_model_prefix = scope.scope_prefix, scope.base_model_prefix
+    made = _ExpertsConverter(sources, targets, like.operations, like.force_cpu)
+    made.scope_prefix, made.base_model_prefix = like.scope_prefix, like.base_model_prefix
     made.paths = paths
     return made
 
