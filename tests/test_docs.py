@@ -1,6 +1,6 @@
 """docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
 
-So do README.md's code, that of docs/formats.md and the commands of docs/serving.md.
+So do README.md's code, that of docs/formats.md and docs/experts.md, and the commands of docs/serving.md.
 """
 
 import json
@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     bnb = pytest.importorskip("bitsandbytes")
 
 import models  # noqa: E402
+import moe  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from lora import assert_close  # noqa: E402
 from sharding import prepared_by_accelerate  # noqa: E402
@@ -119,6 +120,17 @@ def test_python_on_the_page_of_formats_runs():
     assert found["y"].shape == (4, 256)
     assert found["expert"].format == "mxfp4"
     assert found["layer"].format == "nvfp4"
+
+
+def test_python_on_the_page_of_experts_runs(tmp_path, monkeypatch):
+    moe.make("qwen3-moe", torch.bfloat16).save_pretrained(tmp_path / "my-mixture")
+    monkeypatch.chdir(tmp_path)
+    found = {"__name__": "docs"}
+    for line, text in blocks("python", ROOT / "docs" / "experts.md"):
+        exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "experts.md", "exec"), found)
+    assert len(moe.experts_of(found["model"])) == len(moe.experts_of(found["again"])) == 4
+    assert found["report"].quantized > 0
+    assert len(moe.experts_of(found["merged"])) == 4
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
@@ -238,17 +250,19 @@ def test_dtype_beside_a_quantized_file_acts(checkpoint, tmp_path):
     assert first(theirs).weight.quant_state.dtype == first(ours).compute_dtype == torch.bfloat16
 
 
-def test_expert_is_quantized(tmp_path):
+def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):
     small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     options = transformers.MixtralConfig(
         vocab_size=models.VOCABULARY, num_hidden_layers=1, num_local_experts=2, **small
     )
     transformers.MixtralForCausalLM(options).to(torch.bfloat16).save_pretrained(tmp_path)
-    for model in both(tmp_path):
-        experts = {name: p for name, p in model.named_parameters() if ".experts." in name}
-        assert experts and {p.dtype for p in experts.values()} == {torch.bfloat16}
-        assert {p.dim() for p in experts.values()} == {3}
-        assert first(model) is not None
+    theirs, ours = both(tmp_path)
+    experts = {name: p for name, p in theirs.named_parameters() if ".experts." in name}
+    assert experts and {p.dtype for p in experts.values()} == {torch.bfloat16}
+    assert {p.dim() for p in experts.values()} == {3}
+    found = {name: m for name, m in ours.named_modules() if isinstance(m, qn.nn.Experts4bit)}
+    assert found.keys() == experts.keys()
+    assert not any(p.dim() == 3 and p.is_floating_point() for p in ours.parameters())
 
 
 def test_preparation_casts(checkpoint):

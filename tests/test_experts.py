@@ -208,6 +208,30 @@ def test_experts_of_an_unknown_family_are_named_or_refused():
     assert "a parameter of Stack, whose use is not known" in str(size_report(model))
 
 
+def test_family_outside_the_registry_keeps_its_experts_and_runs():
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32}
+    options = {**moe.COMMON, **latent, **experts, "ffn_hidden_size": 96, "num_layers": 1, "head_dim": 8}
+    options["num_key_value_heads"] = 4
+    del options["num_hidden_layers"]
+    model = transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**options)).eval()
+    with pytest.warns(UserWarning, match="layers.0.mlp.experts.gate_up_proj, 98,304 bytes, is left as it is"):
+        quantize_model(model, progress=False)
+    assert not moe.experts_of(model) and layers_of(model)
+    router = model.model.layers[0].mlp.router.classifier  # a linear layer, whose weight the router reads
+    assert type(router) is nn.Linear and "a router: model.layers.0.mlp.router.classifier" in str(size_report(model))
+    assert model(**moe.batch()).loss.isfinite()
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "llama4"])
+def test_compiled_model_computes_the_same(family):
+    model = quantize_model(moe.make(family), progress=False)
+    with torch.no_grad():
+        expected = model(**moe.batch()).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=family != "llama4")
+        assert torch.equal(compiled(**moe.batch()).logits, expected)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_experts_of_unequal_shape_are_refused(family):
     model = moe.make(family)
@@ -229,6 +253,18 @@ def test_nan_in_an_expert_is_named_and_nothing_is_changed():
     with pytest.raises(ValueError, match=message):
         quantize_model(model, progress=False)
     assert not moe.experts_of(model) and not layers_of(model)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_scale_that_is_nan_in_a_state_dict_is_named_and_nothing_is_changed(double_quant):
+    model = quantize_model(moe.make("mixtral"), double_quant=double_quant, progress=False)
+    name = f"model.layers.0.mlp.experts.down_proj.{'nested_absmax' if double_quant else 'absmax'}"
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    before = state[name].clone()
+    state[name][0] = torch.nan
+    with pytest.raises(RuntimeError, match=f"{name}: expected finite values, got NaN or Inf"):
+        model.load_state_dict(state)
+    assert torch.equal(model.state_dict()[name], before)
 
 
 @families

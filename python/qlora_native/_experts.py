@@ -146,12 +146,12 @@ class Experts4bit(QuantizedLayer):
             bias: [E, N].
 
         Returns:
-            y [T, N], in the dtype of x.
+            y [T, N], in the dtype of x; under `torch.autocast` in its dtype.
         """
-        rows = x if self.product_dtype is None else x.to(self.product_dtype)
-        lora_a, lora_b, scaling = self._adapter()
-        y = _grouped(rows, self.quantized_weight, offsets, bias, lora_a, lora_b, scaling)
-        return y.to(x.dtype)
+        q, adapter = self.quantized_weight, self._adapter()
+        if self.product_dtype is None or self.product_dtype == x.dtype:
+            return functional.linear_grouped(x, q, offsets, bias, *adapter)
+        return functional.linear_grouped(x.to(self.product_dtype), q, offsets, bias, *adapter).to(x.dtype)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """All adapters as one: several are one of the sum of their ranks."""
@@ -197,16 +197,3 @@ class Experts4bit(QuantizedLayer):
             f"{tuple(self.shape)}, transposed={self.transposed}, format={self.format}, blocksize={self.blocksize}, "
             f"double_quant={self.double_quant}"
         )
-
-
-def _grouped(x, q, offsets, bias, lora_a, lora_b, scaling):
-    w = q.dequantize(x.dtype)
-    ends = offsets.tolist()
-    out = []
-    for e in range(q.shape[0]):
-        rows = x[ends[e] : ends[e + 1]]
-        y = torch.nn.functional.linear(rows, w[e], None if bias is None else bias[e].to(x.dtype))
-        if lora_a is not None:
-            y = y + scaling * (rows.to(lora_a.dtype) @ lora_a[e].t() @ lora_b[e].t()).to(x.dtype)
-        out.append(y)
-    return torch.cat(out)

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._layer import QuantizedLayer
 
-__all__ = ["Left", "Row", "SizeReport", "left_alone", "note_left", "size_report"]
+__all__ = ["Left", "Row", "SizeReport", "has_note", "left_alone", "linears_of_routers", "note_left", "size_report"]
 
 _NOTE = "_why_not_quantized"  # an attribute of a module that was left alone on purpose
 _SHOWN = 3  # names of a row
@@ -123,6 +123,27 @@ def note_left(module: nn.Module, reason: str) -> None:
     setattr(module, _NOTE, reason)
 
 
+def has_note(module: nn.Module) -> bool:
+    """Whether it is known why the weights of `module` were not quantized."""
+    return _NOTE in vars(module)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses experts: it stays in its own precision, as a small change sends a row elsewhere."""
+    return any(word in type(module).__name__.lower() for word in ("router", "gating"))
+
+
+def linears_of_routers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers in routers, which are noted there as such."""
+    found = []
+    for path, router in model.named_modules():
+        for name, child in router.named_children() if is_router(router) else ():
+            if type(child) is nn.Linear:
+                note_left(child, "a router")
+                found.append(f"{path}.{name}" if path else name)
+    return found
+
+
 def left_alone(model: nn.Module, quantized: set[int]) -> Iterator[Left]:
     """The parameters of `model` but those whose id is in `quantized`, with the reason why each stays."""
     seen: set[int] = set()
@@ -144,9 +165,9 @@ def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]
         return f"{parameter.dtype} already", False
     if isinstance(module, nn.Embedding):
         return "an embedding", False
-    if _NOTE in vars(module):
+    if has_note(module):
         return vars(module)[_NOTE], False
-    if "router" in kind.lower():
+    if is_router(module):
         return "a router", False
     if isinstance(module, _ConvNd):
         return "a convolution", False

@@ -21,7 +21,7 @@ from ._neighbours import (
     run_quantized_experts,
     transformers_models,
 )
-from ._sizes import SizeReport, left_alone, note_left, size_report
+from ._sizes import SizeReport, left_alone, linears_of_routers, note_left, size_report
 from ._weight import QuantizedWeight
 
 __all__ = ["Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
@@ -172,8 +172,8 @@ def quantize_model(
     shared. All of it or nothing: layers are replaced when every one has been quantized.
 
     The experts of a mixture, which transformers keeps as parameters of three dimensions, become `Experts4bit`, and are
-    run by the implementation "qlora_native" of its registry of experts; routers stay. What was quantized, what was not
-    and why is `size_report(model)`; with a progress bar it is printed.
+    run by the implementation "qlora_native" of its registry of experts. Routers stay, linear layers in them too. What
+    was quantized, what was not and why is `size_report(model)`; with a progress bar it is printed.
 
     A model of transformers is from then on one that transformers knows as quantized: `save_pretrained` writes
     bitsandbytes' format with its quantization_config, or raises a ValueError that names the format it cannot write.
@@ -275,8 +275,11 @@ def _skipped(found: Any, skip: tuple[str, ...]) -> bool:
 def _to_quantize(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
     """Paths of the linear layers to replace, every path of a shared one."""
     modules = list(model.named_modules(remove_duplicate=False))
-    skipped = {id(module) for name, module in modules if _is_named(skip, name)}
-    found = [(name, module) for name, module in modules if type(module) is nn.Linear and id(module) not in skipped]
+    routers = {id(model.get_submodule(name)) for name in linears_of_routers(model)}
+    skipped = {id(module) for name, module in modules if _is_named(skip, name)} - routers
+    found = [
+        (name, module) for name, module in modules if type(module) is nn.Linear and id(module) not in skipped | routers
+    ]
     chosen = {id(module) for _, module in found}
     staying = {
         id(parameter)
@@ -285,9 +288,11 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
         for parameter in module.parameters(recurse=False)
     }
     for module in model.modules():
-        if type(module) is nn.Linear and id(module) in skipped:
+        if type(module) is not nn.Linear or id(module) in routers:
+            continue
+        if id(module) in skipped:
             note_left(module, "named in skip, or kept in fp32")
-        elif type(module) is nn.Linear and id(module.weight) in staying:
+        elif id(module.weight) in staying:
             note_left(module, "tied to a weight that stays")
     return [name for name, module in found if id(module.weight) not in staying]
 

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .._errors import bad
-from ..nn import Linear4bit
+from .._layer import QuantizedLayer
+from .experts import find_experts
 from .transformers import FILE_FORMATS, FORMATS, BitsAndBytesConfig, Quantizer, adopt
 
 __all__ = ["adopt_quantized"]
@@ -41,11 +42,12 @@ def adopt_quantized(model: nn.Module) -> None:
     such format, or no such list would say which layers they are, `save_pretrained` raises a ValueError that says so.
 
     Args:
-        model: a `PreTrainedModel` with `Linear4bit` layers in it.
+        model: a `PreTrainedModel` with quantized layers in it.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     first = next(iter(layers.values()))
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    dense += [found.path for found in find_experts(model)]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=first.format if first.format in FORMATS else "nf4",
@@ -65,7 +67,7 @@ def adopt_quantized(model: nn.Module) -> None:
         model.config.quantization_config = before
 
 
-def _why_not_saved(model: nn.Module, layers: dict[str, Linear4bit], dense: list[str]) -> ValueError | None:
+def _why_not_saved(model: nn.Module, layers: dict[str, QuantizedLayer], dense: list[str]) -> ValueError | None:
     other: Any = vars(model).get("hf_quantizer")
     if other is not None and not isinstance(other, Quantizer) and getattr(model, "is_quantized", False):
         method = getattr(other.quantization_config.quant_method, "value", other.quantization_config.quant_method)
@@ -86,7 +88,7 @@ _save_pretrained = PreTrainedModel.save_pretrained
 def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     # Where a part of it was quantized, such as model.model, or a layer put in by hand, the whole was not told.
     told = isinstance(vars(self).get("hf_quantizer"), Quantizer)
-    if not told and any(isinstance(module, Linear4bit) for module in self.modules()):
+    if not told and any(isinstance(module, QuantizedLayer) for module in self.modules()):
         adopt_quantized(self)
     _save_pretrained(self, *args, **kwargs)
 

@@ -25,9 +25,11 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 
 from .._errors import bad, bad_type
-from .._weight import QuantizedWeight, codes_shape
+from .._layer import QuantizedLayer
+from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 from .bitsandbytes_backend import disable, enable, enabled
+from .bitsandbytes_experts import from_quant_state, put_experts, quantized_experts
 
 __all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
 
@@ -37,6 +39,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def replace(model: nn.Module) -> nn.Module:
     """Put a `qlora_native.nn.Linear4bit` in the place of every `bitsandbytes.nn.Linear4bit` in `model`, in place.
+
+    Parameters of experts that `bitsandbytes.nn.parametrize.replace_parameter_4bit` has quantized become `Experts4bit`
+    where they are [experts, N, K] and transformers' registry runs them; others stay, with a warning.
 
     The codes, the scales and the bias are shared, not copied; `compute_dtype` means what it did. LoRA layers of PEFT
     around them go on with the same adapters, parameter by parameter, so an optimizer that holds these stays valid. A
@@ -57,7 +62,8 @@ def replace(model: nn.Module) -> nn.Module:
         raise bad("model", "a module that contains bitsandbytes layers", "one: use quantized_weight and from_quantized")
     named = list(model.named_modules(remove_duplicate=False))
     found = [(name, module) for name, module in named if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    if not found:
+    experts = quantized_experts(model)
+    if not found and not experts:
         others = Counter(f"{type(m).__module__}.{type(m).__name__}" for _, m in named if isinstance(m, nn.Linear))
         instead = ", ".join(f"{count} {name}" for name, count in others.items()) or "no linear layer either"
         warnings.warn(f"replace: found no bitsandbytes.nn.Linear4bit, but {instead}", stacklevel=2)
@@ -70,6 +76,7 @@ def replace(model: nn.Module) -> nn.Module:
     for name, module in found:
         if id(module) not in layers:
             layers[id(module)] = _layer(name, module)
+    put_experts(experts)
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
@@ -105,19 +112,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight:
         state.original_nested = False  # the scales that it computes with: not quantized once more
         codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
         state.absmax = absmax
-    N, K = state.shape
-    return QuantizedWeight(
-        codes=codes.reshape(-1).view(torch.uint8).view(codes_shape(N, K, bits=4)),
-        absmax=state.absmax,
-        nested_absmax=state.state2.absmax if state.nested else None,
-        nested_code=state.state2.code if state.nested else None,
-        offset=state.offset.float() if state.nested else None,
-        code=state.code,
-        shape=(N, K),
-        blocksize=state.blocksize,
-        format=state.quant_type,
-        dtype=state.dtype,
-    ).check_values()
+    return from_quant_state(codes, state)
 
 
 def _layer(name: str, module: nn.Module) -> Linear4bit:
@@ -151,7 +146,7 @@ def _tell_transformers(model: nn.Module) -> None:
 
             fields = own.quantization_config.to_dict()
             fields.pop("bnb_4bit_quant_storage", None)
-            blocksize = next(layer.blocksize for layer in module.modules() if isinstance(layer, Linear4bit))
+            blocksize = next(layer.blocksize for layer in module.modules() if isinstance(layer, QuantizedLayer))
             config = BitsAndBytesConfig(**fields, blocksize=blocksize)
             module.is_loaded_in_4bit = False
             adopt(module, Quantizer(config))

@@ -22,8 +22,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from .._errors import FLOAT_DTYPES, bad
 from .._experts import Experts4bit
+from ..functional import _Permuted as Permuted
 
-__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "run_quantized"]
+__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
 
 IMPLEMENTATION = "qlora_native"
 # What transformers' decorator `use_experts_implementation` tells of a module.
@@ -70,12 +71,12 @@ class Experts:
 def find_experts(model: nn.Module) -> Iterator[Experts]:
     """The modules of `model` whose experts can be quantized, by every path of a shared one."""
     for path, module in model.named_modules(remove_duplicate=False):
-        names = _names(module)
+        names = names_of_experts(module)
         if names is not None and all(_is_stack(module._parameters.get(name)) for name in names):
             yield Experts(path, module, names, bool(getattr(module, "is_transposed", True)))
 
 
-def _names(module: nn.Module) -> tuple[str, str] | None:
+def names_of_experts(module: nn.Module) -> tuple[str, str] | None:
     """The names of a module's experts, if how it multiplies by them is known."""
     if type(module).__name__ in _BATCHED:
         return "gate_up_proj", "down_proj"
@@ -124,15 +125,15 @@ def experts_forward(
     experts = torch.arange(first.num_experts + 1, device=order.device)
     offsets = torch.searchsorted(top_k_index.reshape(-1)[order], experts)
     bias = self.gate_up_proj_bias if self.has_bias and self.has_gate else self.up_proj_bias if self.has_bias else None
-    # Each of the T * k rows is read once, so that its gradient is written once, in one order on every device.
-    rows = hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(T * k, -1)[order]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device))
+    # Gradients of the k copies of a row are added by `expand`, in one order on every device.
+    rows = Permuted.apply(hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(T * k, -1), order, back)
     inner = first(rows, offsets, bias)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     y = self.down_proj(inner, offsets, self.down_proj_bias if self.has_bias else None)
     if self.has_post_expert_norm:
         y = self.post_expert_norm(y)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device))
-    y = y[back].view(T, k, -1) * top_k_weights.unsqueeze(-1)
+    y = Permuted.apply(y, back, order).view(T, k, -1) * top_k_weights.unsqueeze(-1)
     return y.sum(dim=1).to(hidden_states.dtype)
 
 

@@ -151,6 +151,11 @@ class _Conversion:
             if isinstance(self.model.module(path), Conv1D):
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
             compressed_tensors.check_layer(path, self.model.shape(f"{path}.weight")[1], self.blocksize)
+        if self.format is not None and (stacks := self.model.stacks()):
+            self.report.notes.append(
+                f"{len(stacks)} tensors of experts, {sum(stacks.values()):,} elements, stay in 16 bits: they are "
+                "quantized where transformers loads the checkpoint in 16 bits"
+            )
         self.others = other_files(self.checkpoint.folder)
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from ..nn import Linear4bit
 from .adapter_batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
 from .decoded import base_to_merge_into, run_over_decoded
 from .dora import RowNorms
+from .peft_experts import ParamWrapper, targeted_experts
 from .peft_methods import install
 
 __all__ = ["LoraLinear4bit", "register"]
@@ -72,10 +73,12 @@ _peft_create_new_module = LoraModel._create_new_module
 
 
 @functools.wraps(_peft_create_new_module)
-def _create_new_module(lora_config: LoraConfig, *args: Any, **kwargs: Any) -> nn.Module:
+def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
     if Linear4bit not in (lora_config._custom_modules or {}):
         register(lora_config)
-    return _peft_create_new_module(lora_config, *args, **kwargs)
+    if targeted_experts(target, kwargs.get("parameter_name")):
+        return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
+    return _peft_create_new_module(lora_config, adapter_name, target, **kwargs)
 
 
 class LoraLinear4bit(PeftLoraLinear):

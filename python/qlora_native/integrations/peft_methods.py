@@ -18,6 +18,7 @@ A tuner that is not in `METHODS` has not been tried and is refused, so that a ne
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..nn import Linear4bit
+from .._layer import QuantizedLayer
+from ..nn import Experts4bit, Linear4bit
 from .decoded import DecodedLinear4bit, WeightWritten, run_over_decoded
+from .peft_experts import check_experts_config, experts_as_parameters, targeted_experts
 
 __all__ = ["METHODS", "guard_layers", "install"]
 
@@ -65,11 +68,11 @@ def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
             return method(self, model, *args, **kwargs)
         for config in vars(self).get("peft_config", {}).values():
             _check_modules_to_save(model, config)
-        with _decoded(model), _checked(self):
+        with _decoded(model), experts_as_parameters(model), _checked(self):
             return method(self, model, *args, **kwargs)
 
     return wrapped
@@ -86,9 +89,15 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
     @functools.wraps(method)
     def create(config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        name = getattr(config.peft_type, "value", config.peft_type)
+        if isinstance(base, Experts4bit):  # by the name that it has as a module, which over 16 bits is none
+            key = kwargs.get("current_key", args[-1] if args else "experts")
+            warnings.warn(f"target_modules: {key} are experts, left as they are: see target_parameters", stacklevel=2)
+            return None
+        if targeted_experts(target, kwargs.get("parameter_name")):
+            check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
             return method(config, adapter_name, target, *args, **kwargs)
-        name = getattr(config.peft_type, "value", config.peft_type)
         if type(base) is not DecodedLinear4bit and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
@@ -108,7 +117,10 @@ def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     """Refuse, by its name, a quantized layer among those that are to be trained as a whole."""
     wanted = getattr(config, "modules_to_save", None) or ()
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and any(name == key or name.endswith(f".{key}") for key in wanted):
+        quantized = isinstance(module, Linear4bit) or any(
+            isinstance(m, Experts4bit) for m in (module, *module.children())
+        )
+        if quantized and any(name == key or name.endswith(f".{key}") for key in wanted):
             raise NotImplementedError(f"modules_to_save: expected modules that are not quantized, got {name}")
 
 

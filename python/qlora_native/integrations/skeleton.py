@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .._errors import bad
 from .._json import parse_object
 from .checkpoints import Checkpoint, file_inside
+from .experts import find_experts
 from .transformers import modules_to_quantize
 
 __all__ = ["Skeleton"]
@@ -121,6 +122,8 @@ class Skeleton:
         is_quantized: then it is [out, in] even of a Conv1D, which has its own weight [in, out].
         """
         own = self.name_of(name)
+        if is_quantized and not own.endswith(".weight"):
+            raise bad(name, "experts in 16 bits", "quantized ones, which are converted as a live model only")
         if own in self._state:
             expected = self.shape(own)
             if is_quantized and isinstance(self.module(own.rpartition(".")[0]), Conv1D):
@@ -134,6 +137,11 @@ class Skeleton:
         """Paths of the `nn.Linear` layers that transformers would not give to bitsandbytes: lm_head."""
         layers = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
         return [name for name in layers if name not in self.linears]
+
+    def stacks(self) -> dict[str, int]:
+        """{name: elements} of experts that transformers keeps as one tensor of three dimensions."""
+        found = ((f"{e.path}.{name}", getattr(e.module, name)) for e in find_experts(self._model) for name in e.names)
+        return {name: parameter.numel() for name, parameter in found}
 
     def names(self) -> set[str]:
         """The names of the model's tensors."""

@@ -16,6 +16,7 @@ The quantizer is registered under transformers' public registration as "qlora_na
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
@@ -38,12 +39,22 @@ from transformers.utils import is_bitsandbytes_available, is_peft_available
 from .. import _C, functional
 from .._errors import bad, bad_type, chosen_blocksize
 from .._microscaling import MICROSCALED
+from .._sizes import has_note, left_alone, linears_of_routers, note_left, size_report
 from .._weight import QuantizedWeight
-from ..nn import Linear4bit
+from ..nn import Experts4bit, Linear4bit
+from .expert_files import (
+    experts_by_path,
+    names_in_files,
+    read_conversions,
+    replace_experts,
+    saved_conversions,
+    saved_entries,
+)
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
 METHOD = "qlora_native"
+logger = transformers.logging.get_logger(__name__)
 FILE_FORMATS = ("nf4", "fp4")  # of bitsandbytes, whose files ours are
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
@@ -61,9 +72,13 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             sums are fp32 in any case.
         llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied.
         blocksize: elements that share a scale, as `qlora_native.quantize`; after construction it is never None.
+        strict: refuse a model with weights of which it is not known how they are multiplied by; not written to files.
+        experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept: set where a file of gpt-oss is read.
     """
 
-    def __init__(self, *args: Any, blocksize: int | None = None, **kwargs: Any) -> None:
+    experts_in_mxfp4 = False
+
+    def __init__(self, *args: Any, blocksize: int | None = None, strict: bool = False, **kwargs: Any) -> None:
         """Take the fields, as transformers' own does.
 
         Raises:
@@ -78,6 +93,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         super().__init__(*args, **kwargs)
         self.blocksize = chosen_blocksize(blocksize, self.bnb_4bit_quant_type)
         self.quant_method = METHOD
+        self.strict = strict
         for name, value in (
             ("load_in_8bit", False),
             ("load_in_4bit", True),
@@ -96,7 +112,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a file has them: with bitsandbytes as the method, which is the format of the weights."""
-        return {**super().to_dict(), "quant_method": "bitsandbytes"}
+        fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
+        return {name: value for name, value in fields.items() if name not in ("strict", "experts_in_mxfp4")}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: those of transformers' own are not enough to tell what differs."""
@@ -126,12 +143,20 @@ class Quantizer(HfQuantizer):
         ]
     }
 
+    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+        """As transformers' own. Of files with experts in MXFP4 the rest is in 16 bits, and is quantized."""
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.experts_in_mxfp4:
+            self.pre_quantized = False
+
     def is_serializable(self) -> bool:
         """It is: `get_state_dict_and_metadata` says how.
 
         Raises:
             ValueError: bitsandbytes' files have no such format. transformers' own message would not say.
         """
+        if self.quantization_config.experts_in_mxfp4:
+            raise bad("experts", "nf4 or fp4, the formats of the files that transformers reads", "mxfp4")
         format = self.quantization_config.bnb_4bit_quant_type
         if format not in FILE_FORMATS:
             raise bad("bnb_4bit_quant_type", "nf4 or fp4, the formats of the files that transformers reads", format)
@@ -148,9 +173,26 @@ class Quantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
-        for name in modules_to_quantize(model, config.llm_int8_skip_modules):
+        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        if not self.pre_quantized and (routers := linears_of_routers(model)):
+            keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
+        replace_experts(model, config, keep, names_in_files(checkpoint_files, model) if self.pre_quantized else None)
+        linears = modules_to_quantize(model, config.llm_int8_skip_modules)
+        planned = {id(model.get_submodule(name).weight) for name in linears}
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear and name not in linears and not has_note(module):
+                note_left(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
+        unknown = [left for left in left_alone(model, planned | _weights_of_experts(model)) if left.unknown]
+        if unknown and config.strict:
+            raise bad("strict", "weights that are known how to be multiplied by", "; ".join(map(str, unknown)))
+        for left in unknown:
+            if left.is_stack:
+                logger.warning(str(left))
+        for name in linears:
             linear = model.get_submodule(name)
             transposed = isinstance(linear, Conv1D)
             in_features, out_features = reversed(linear.weight.shape) if not transposed else linear.weight.shape
@@ -168,17 +210,26 @@ class Quantizer(HfQuantizer):
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """What is done with the tensors of a checkpoint: experts are quantized one by one."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return read_conversions(conversions, model, self.quantization_config.experts_in_mxfp4, self)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        missing = [path for path, layer in experts_by_path(model).items() if not getattr(layer, "was_read", False)]
+        if missing:
+            raise bad("the checkpoint", f"the experts {missing[0]}", f"none, and {len(missing) - 1} more are missing")
         # Not kept for saving: what is written is what get_state_dict_and_metadata gives, which has the files' names.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
         adopt(model, self)
+        logger.info("\n%s", size_report(model))
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether it is part of a quantized weight: its shape in the file is another than in the model."""
         module, _, name = param_name.rpartition(".")
-        return name != "bias" and isinstance(model.get_submodule(module), Linear4bit)
+        return name != "bias" and isinstance(model.get_submodule(module), (Linear4bit, Experts4bit))
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done with each weight that has been read."""
@@ -197,6 +248,10 @@ class Quantizer(HfQuantizer):
                 for own in module.weight_names():
                     del state[prefix + own]
                 state.update(module.quantized_weight.to_bitsandbytes(prefix))
+            elif isinstance(module, Experts4bit):
+                for own in module.weight_names():
+                    del state[f"{name}.{own}"]
+                state.update(saved_entries(name, module))
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -206,6 +261,11 @@ class Quantizer(HfQuantizer):
                 dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
                 dense.bias = module.bias
                 model.set_submodule(name, dense.train(module.training))
+        for path, experts in experts_by_path(model).items():
+            parent, _, own = path.rpartition(".")
+            module = model.get_submodule(parent)
+            del module._modules[own]
+            setattr(module, own, nn.Parameter(experts.parameter(dtype), requires_grad=False))
         return model
 
 
@@ -292,6 +352,8 @@ def adopt(model: nn.Module, quantizer: Quantizer) -> None:
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
+    if experts_by_path(model):
+        model._weight_conversions = saved_conversions(model)
     # By this name PEFT's prepare_model_for_kbit_training knows a model whose layers have W_q and dequantize(): it turns
     # checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import bitsandbytes.)
     model.hqq_quantized = True
@@ -299,6 +361,11 @@ def adopt(model: nn.Module, quantizer: Quantizer) -> None:
         from . import peft
 
         peft.register()
+
+
+def _weights_of_experts(model: nn.Module) -> set[int]:
+    """Ids of the tensors of quantized experts."""
+    return {id(tensor) for experts in experts_by_path(model).values() for tensor in experts.parameters()}
 
 
 def _has_operation(conversion: Any, operation: type) -> bool:
@@ -313,6 +380,10 @@ _merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
 @functools.wraps(_merge_quantization_configs)
 def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     ours = isinstance(quantization_config_from_args, BitsAndBytesConfig)
+    if ours and isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "mxfp4":
+        config = copy.copy(quantization_config_from_args)
+        config.experts_in_mxfp4 = True
+        return config
     in_file = isinstance(quantization_config, dict) and quantization_config.get("load_in_4bit", False)
     if not in_file or not (ours or (quantization_config_from_args is None and not is_bitsandbytes_available())):
         return _merge_quantization_configs(quantization_config, quantization_config_from_args)

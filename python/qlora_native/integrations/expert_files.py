@@ -1,0 +1,369 @@
+"""Experts in files: read into 4 bits while transformers loads a model, and named as files have them.
+
+In a 16-bit checkpoint experts are a tensor each, which transformers stacks, or one tensor [E, ...]. Here they are read
+one after the other. In files of ours, and of `bitsandbytes.nn.parametrize`, they are the entries that bitsandbytes
+writes for a weight, under the parameter's name. In those of gpt-oss they are MXFP4, whose bytes are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    log_conversion_errors,
+)
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .. import functional
+from .._errors import bad
+from .._experts import Experts4bit
+from .._quant_state import read_quant_state
+from .._sizes import note_left
+from .._weight import NESTED_BLOCKSIZE, QuantizedWeight, ceil_div
+from .experts import find_experts, run_quantized
+
+__all__ = [
+    "experts_by_path",
+    "names_in_files",
+    "read_conversions",
+    "replace_experts",
+    "saved_conversions",
+    "saved_entries",
+]
+
+_QUANT_STATE = ".quant_state.bitsandbytes__"
+_COMPANIONS = (
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    *(_QUANT_STATE + f for f in ("nf4", "fp4")),
+)
+_MXFP4 = ("_blocks", "_scales")
+
+
+def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
+    """{path of the parameter: what stands there}."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Experts4bit)}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
+    """The model's names of parameters that bitsandbytes has quantized in safetensors files; others are not read."""
+    found = set()
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                found.update(name.partition(_QUANT_STATE)[0] for name in opened.keys() if _QUANT_STATE in name)
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    return {apply_renamings(name, renamings) for name in found}
+
+
+def file_has(names: set[str], path: str) -> bool:
+    """Whether `path` is one of `names`, either of which may begin below the model's base."""
+    return any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for name in names)
+
+
+def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: set[str] | None) -> None:
+    """Put `Experts4bit` without values in the place of experts, and let transformers run them.
+
+    Args:
+        model: on the meta device.
+        config: a `BitsAndBytesConfig` of ours.
+        keep: modules that stay in 16 bits, as transformers has such names.
+        quantized: what the files have in 4 bits, where they are quantized already: nothing else is then replaced.
+    """
+    for found in list(find_experts(model)):
+        paths = [f"{found.path}.{name}" for name in found.names]
+        if not all(should_convert_module(path, keep) for path in (found.path, *paths)):
+            note_left(found.module, "named in llm_int8_skip_modules")
+        elif quantized is not None and not all(file_has(quantized, path) for path in paths):
+            note_left(found.module, "experts that the file has in 16 bits")
+        else:
+            for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
+                layer = Experts4bit(
+                    E,
+                    K,
+                    N,
+                    "meta",
+                    getattr(found.module, name).dtype,
+                    transposed=found.transposed,
+                    format="mxfp4" if config.experts_in_mxfp4 else config.bnb_4bit_quant_type,
+                    blocksize=None if config.experts_in_mxfp4 else config.blocksize,
+                    double_quant=config.bnb_4bit_use_double_quant,
+                )
+                layer.product_dtype = config.product_dtype
+                del found.module._parameters[name]
+                setattr(found.module, name, layer)
+            run_quantized(found.module)
+
+
+def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quantizer: Any) -> list[Any]:
+    """transformers' conversions of a checkpoint, with those of experts made to end in `Experts4bit`.
+
+    Args:
+        conversions: those of the model, and of its quantizer.
+        model: with `Experts4bit` in it, which have no values yet.
+        mxfp4: the files have experts as those of gpt-oss do.
+        quantizer: transformers casts no tensor that an operation with a `hf_quantizer` reads.
+    """
+    paths = frozenset(experts_by_path(model))
+    if not paths:
+        return conversions
+    made: list[Any] = [_experts_converter(c, paths) if _is_of_experts(c, paths) else c for c in conversions]
+    for tail in sorted({".".join(path.split(".")[-2:]) for path in paths}):
+        if mxfp4:
+            sources, operation = [f"{tail}{suffix}$" for suffix in _MXFP4], _ReadMxfp4()
+        elif quantizer.pre_quantized:
+            sources, operation = [f"{tail}{suffix}$" for suffix in _COMPANIONS], _ReadEntries(quantizer)
+        else:
+            sources, operation = [f"{tail}$"], _Whole()
+        made.append(_experts_converter(WeightConverter(sources, [tail], [operation]), paths))
+    return made
+
+
+def _is_of_experts(conversion: Any, paths: frozenset[str]) -> bool:
+    """Whether a conversion makes parameters that are quantized experts."""
+    if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        return False
+    target = conversion.target_patterns[0].lstrip(".")
+    return any(path == target or path.endswith(f".{target}") for path in paths)
+
+
+def _experts_converter(like: WeightConverter, paths: frozenset[str]) -> _ExpertsConverter:
+    sources, targets = list(like._original_source_patterns), list(like._original_target_patterns)
+    made = _ExpertsConverter(sources, targets, like.operations, like.force_cpu)
+    made.scope_prefix, made.base_model_prefix = like.scope_prefix, like.base_model_prefix
+    made.paths = paths
+    return made
+
+
+class _ExpertsConverter(WeightConverter):
+    """A conversion that makes a parameter of experts: quantized ones are made expert by expert.
+
+    Attributes:
+        paths: of the parameters that are quantized; others are made as ever.
+    """
+
+    __slots__ = ("paths",)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """As any conversion's, but that of a quantized parameter the name is that of its codes."""
+        renamed, pattern = super().rename_source_key(source_key)
+        if pattern is not None and file_has(self.paths, renamed):
+            renamed += ".weight"
+        return renamed, pattern
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> dict[str, Any]:
+        """The tensors of an `Experts4bit`, by their names; of other parameters what transformers makes."""
+        path = layer_name.removesuffix(".weight")
+        if path not in self.paths:
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+        layer = model.get_submodule(path)
+        with log_conversion_errors(
+            layer_name, loading_info, (len(self.collected_tensors), layer_name), self.operations
+        ):
+            expected = layer.weight_names()
+            q = self._read(path, layer, model, config)
+            layer.replace_weight(q)
+            layer.was_read = True
+        if loading_info is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
+            loading_info.missing_keys.difference_update(f"{path}.{name}" for name in expected)
+        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
+
+    def _read(self, path: str, layer: Experts4bit, model: Any, config: Any) -> QuantizedWeight:
+        first = self.operations[0]
+        if isinstance(first, (_ReadEntries, _ReadMxfp4)):
+            return first.read(path, layer, {name: _value(t[0]) for name, t in self._taken().items()})
+        return _quantized(path, layer, self._single_experts(path, layer, model, config))
+
+    def _single_experts(self, path: str, layer: Experts4bit, model: Any, config: Any) -> Iterable[Tensor]:
+        """Each expert's weight [N, K], or one tensor of all [E, N, K]: as read, and made of several where it is."""
+        lists = self._taken()
+        counts = {len(tensors) for tensors in lists.values()}
+        if counts == {1} and layer.num_experts > 1:
+            counts = {layer.num_experts}
+            lists = {name: [_value(tensors[0])] for name, tensors in lists.items()}
+        elif counts != {layer.num_experts} or len(lists) != len(self.source_patterns):
+            got = ", ".join(f"{len(lists.get(name, ()))} of {name}" for name in self.source_patterns)
+            raise bad(path, f"{layer.num_experts} experts, as config.json says", got)
+        shapes: dict[str, torch.Size] = {}
+        for e in range(len(next(iter(lists.values())))):
+            parts = {}
+            for name, tensors in lists.items():
+                part, tensors[e] = _value(tensors[e]), None
+                if part.shape != shapes.setdefault(name, part.shape):
+                    shape = list(shapes[name])
+                    raise bad(path, f"experts of one shape, {shape} of {name}", f"{list(part.shape)} of expert {e}")
+                parts[name] = [part]
+            for operation in self.operations:
+                parts = operation.convert(
+                    parts,
+                    source_patterns=self.source_patterns,
+                    target_patterns=self.target_patterns,
+                    full_layer_name=path,
+                    model=model,
+                    config=config,
+                )
+            (made,) = parts.values()
+            made = made[0] if isinstance(made, list) else made
+            expected = [len(made) if made.dim() == 3 else 0, *layer.shape[1:]]
+            if list(made.shape) != expected:
+                raise bad(path, f"{list(layer.shape)}, as config.json says", [layer.num_experts, *made.shape[1:]])
+            made = made.transpose(1, 2) if layer.transposed else made
+            yield from (made[0],) if len(made) == 1 else (made,)
+
+    def _taken(self) -> dict[str, list[Any]]:
+        """What was collected, which is not held any longer."""
+        taken = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return taken
+
+
+def _value(tensor: Any) -> Tensor:
+    """A tensor of a file, which transformers may have left to be read, or gives to a thread to read."""
+    if isinstance(tensor, Future):
+        return tensor.result()
+    return tensor() if callable(tensor) and not isinstance(tensor, Tensor) else tensor
+
+
+def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> QuantizedWeight:
+    """Experts as `layer` wants them. In 16 bits there is one at a time, or where blocks or scales are of all, all."""
+    options = (layer.format, layer.blocksize, layer.double_quant)
+    whole_blocks = layer.out_features * layer.in_features % layer.blocksize == 0
+    apart = whole_blocks and (layer.format == "mxfp4" or not layer.double_quant)
+    quantized: list[QuantizedWeight] = []
+    together: Tensor | None = None
+    e = 0
+    for e, weight in enumerate(experts):
+        try:
+            if weight.dim() == 3:
+                return functional.quantize(weight, *options)
+            if apart:
+                quantized.append(functional.quantize(weight, *options))
+                continue
+            if together is None:
+                together = weight.new_empty(layer._shape)
+            together[e] = weight
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}, expert {e}: {error}") from None
+    if together is None:
+        return _stacked(quantized)
+    try:
+        return functional.quantize(together, *options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _stacked(experts: list[QuantizedWeight]) -> QuantizedWeight:
+    """Experts that share nothing but the meaning of their bytes, as one weight."""
+    first = experts[0]
+    absmax = torch.cat([q.absmax for q in experts])
+    nested = first.nested_absmax
+    if nested is not None:  # those of MXFP4, which are 1
+        nested = nested.new_ones(ceil_div(absmax.numel(), NESTED_BLOCKSIZE))
+    codes = torch.stack([q.codes for q in experts])
+    return replace(first, codes=codes, absmax=absmax, nested_absmax=nested, shape=(len(experts), *first.shape))
+
+
+class _Whole(ConversionOps):
+    """Experts that a file has as one tensor."""
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        """The tensor, under the parameter's name."""
+        return {target_patterns[0]: next(iter(input_dict.values()))}
+
+
+class _ReadEntries(ConversionOps):
+    """The entries that bitsandbytes writes for a weight."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        """Of experts that the file has in 16 bits, which stay so, the tensor."""
+        if len(input_dict) != 1:
+            raise bad(target_patterns[0], "experts in 16 bits", ", ".join(input_dict))
+        return {target_patterns[0]: next(iter(input_dict.values()))}
+
+    def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
+        """The weight with the file's bytes."""
+        parent, _, own = path.rpartition(".")
+        tail = f"{parent.rpartition('.')[2]}.{own}"
+        entries = {f"{path}{name.removesuffix('$').removeprefix(tail)}": tensor for name, tensor in found.items()}
+        q = QuantizedWeight.from_bitsandbytes(entries, f"{parent}.", own)
+        key = next(key for key in entries if _QUANT_STATE in key)
+        state = read_quant_state(key, entries[key], q.nested_absmax is not None)
+        if bool(state.get("transposed", False)) != layer.transposed:
+            expected = f"blocks along the {'rows' if layer.transposed else 'last dimension'} of {list(layer.shape)}"
+            raise bad(path, f"{expected}, as they are written here", "blocks along the other")
+        if q.shape != layer._shape:
+            raise bad(path, f"{list(layer._shape)}, as config.json says", list(q.shape))
+        return q
+
+
+class _ReadMxfp4(ConversionOps):
+    """The blocks and scales of gpt-oss."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Nothing: experts that stay in 16 bits are not read from these files.
+
+        Raises:
+            ValueError: it is called.
+        """
+        raise bad("llm_int8_skip_modules", "no experts, which the file has in MXFP4", ", ".join(input_dict))
+
+    def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
+        """The weight with the file's bytes."""
+        if len(found) != 2:
+            raise bad(path, "blocks and scales", ", ".join(name.removesuffix("$") for name in found))
+        # transformers casts what it reads to the model's dtype, in which every byte is exact.
+        blocks, scales = (
+            next(t for name, t in found.items() if name.endswith(f"{suffix}$")).to(torch.uint8) for suffix in _MXFP4
+        )
+        try:
+            q = QuantizedWeight.from_mxfp4(blocks, scales, layer.compute_dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}, {error}") from None
+        if q.shape != layer._shape:
+            raise bad(path, f"{list(layer._shape)}, as config.json says", list(q.shape))
+        return q
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def saved_conversions(model: nn.Module) -> list[Any]:
+    """The conversions that transformers is to undo when it saves `model`: not those of quantized experts.
+
+    What of the same layers is in 16 bits is then written as the model has it, which transformers reads too.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+    paths = frozenset(experts_by_path(model))
+    return [c for c in conversions if not isinstance(c, _ExpertsConverter) and not _is_of_experts(c, paths)]
+
+
+def saved_entries(path: str, layer: Experts4bit) -> dict[str, Tensor]:
+    """The entries of a file for the parameter at `path`."""
+    parent, _, own = path.rpartition(".")
+    return layer.quantized_weight.to_bitsandbytes(f"{parent}." if parent else "", own, layer.transposed)

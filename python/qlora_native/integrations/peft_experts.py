@@ -1,0 +1,150 @@
+"""LoRA of PEFT on quantized experts: `target_parameters` names them, and adapters run inside the same product.
+
+    config = LoraConfig(r=8, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    model = get_peft_model(quantized_model, config)
+
+PEFT adds an adapter to a parameter of three dimensions by making the sum of both, at every step, in 16 bits. Here each
+expert's A and B go into the product with its weight in 4 bits. Adapters are PEFT's own in shape and name, so their
+files go both ways.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .. import functional
+from .._experts import Experts4bit
+from .._weight import QuantizedWeight
+
+__all__ = ["ParamWrapper", "check_experts_config", "experts_as_parameters", "targeted_experts"]
+
+
+class ParamWrapper(PeftParamWrapper):
+    """PEFT's layer over one parameter of a module, for quantized experts. PEFT knows it by this very name."""
+
+    _unmerged: QuantizedWeight | None = None  # the weight from before `merge`
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module below, whose product with this parameter has the active adapters in it."""
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        plain = self.disable_adapters or self.merged
+        names = [] if plain else [name for name in self.active_adapters if name in self.lora_A]
+        experts = self.get_param()
+        before, experts.adapters = experts.adapters, [self._adapter(name) for name in names]
+        try:
+            return self.base_layer(x, *args, **kwargs)
+        finally:
+            experts.adapters = before
+
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """A [E, r, K], B [E, N, r] and the scaling of an adapter, which PEFT keeps as [r * E, K] and [N, E * r]."""
+        E = self.num_experts
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        a = first.reshape(E, -1, first.shape[-1])
+        b = second.reshape(second.shape[0], -1, E).permute(2, 0, 1)
+        # Of a transposed parameter of a module that does not say so (Llama 4), PEFT's A is what B is here.
+        if self._did_swap_in_out_features == self.get_param().transposed:
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
+        return a, b, self.scaling[name]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the weights, which rounds the sum to 4 bits: the weights of one layer are decoded for it.
+
+        Args:
+            safe_merge: of no effect: NaN and Inf are refused in any case.
+            adapter_names: the adapters to merge (default: the active ones).
+
+        Raises:
+            ValueError: the merged weights are not finite. Nothing is changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        experts = self.get_param()
+        original = self._unmerged or experts.quantized_weight
+        weight = original.dequantize(torch.float32)
+        for name in names:
+            a, b, scaling = self._adapter(name)
+            for e in range(self.num_experts):
+                weight[e].addmm_(b[e].float(), a[e].float(), alpha=scaling)
+        if not weight.isfinite().all():
+            raise ValueError(f"adapters {names}: expected finite merged weights, got NaN or Inf")
+        codebook = original.code if original.format == "codebook" else None
+        double_quant = original.nested_absmax is not None
+        merged = functional.quantize(weight, original.format, original.blocksize, double_quant, codebook)
+        experts.replace_weight(replace(merged, dtype=original.dtype))
+        self._unmerged = original
+        self.merged_adapters[:] = names
+        warnings.warn("merging into 4-bit weights rounds the sum to 4 bits again", stacklevel=2)
+
+    def unmerge(self) -> None:
+        """Put the weights from before `merge` back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        experts = self.get_param()
+        experts.replace_weight(self._unmerged.to(experts.device))
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+
+def targeted_experts(target: nn.Module, parameter: str | None) -> bool:
+    """Whether `parameter` of a module, or of what a layer of PEFT stands over, is quantized experts."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return parameter is not None and isinstance(base._modules.get(parameter), Experts4bit)
+
+
+def check_experts_config(method: str, config: PeftConfig) -> None:
+    """Refuse, before anything is made, what cannot be right over quantized experts.
+
+    Raises:
+        NotImplementedError: the method is not LoRA, or it starts from the weights.
+    """
+    if method != "LORA":
+        raise NotImplementedError(f"{method}, target_parameters: expected LoRA over quantized experts")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() != "gaussian":
+        raise NotImplementedError(
+            f"LoRA with init_lora_weights={start!r} over quantized experts: expected True, False or 'gaussian', for "
+            "the others start from the weights in 16 bits"
+        )
+
+
+@contextmanager
+def experts_as_parameters(model: nn.Module) -> Iterator[None]:
+    """While PEFT looks for what to target, it finds quantized experts by the names that they had as parameters."""
+    holders = [m for m in model.modules() if any(isinstance(child, Experts4bit) for child in m.children())]
+    patched = [m for m in dict.fromkeys((model, *holders)) if "named_parameters" not in vars(m)] if holders else []
+    for module in patched:
+        vars(module)["named_parameters"] = _with_experts(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del vars(module)["named_parameters"]
+
+
+def _with_experts(module: nn.Module) -> Any:
+    named_parameters = module.named_parameters
+
+    def named(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
+        yield from named_parameters(prefix, recurse, remove_duplicate)
+        for name, child in module.named_modules() if recurse else module.named_children():
+            if isinstance(child, Experts4bit):  # PEFT asks for no more than the name
+                yield f"{prefix}.{name}" if prefix else name, child._parameters["weight"]
+
+    return named

@@ -1,0 +1,223 @@
+"""LoRA of PEFT on quantized experts: what it computes and trains, its files, merging, and what is refused."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+import moe  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from test_experts import decoded, families, relative  # noqa: E402
+
+from qlora_native.integrations.peft_experts import ParamWrapper  # noqa: E402
+from qlora_native.nn import quantize_model  # noqa: E402
+from qlora_native.optim import AdamW8bit  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`", "ignore:merging into", "ignore:Already merged"
+    ),
+]
+
+
+def names_of(family):
+    where = "feed_forward" if family == "llama4" else "mlp"
+    return [f"{where}.experts.gate_up_proj", f"{where}.experts.down_proj"]
+
+
+def config(family, **changes):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "target_parameters": names_of(family)}
+    return peft.LoraConfig(**{**options, **changes})
+
+
+def pair(family, **changes):
+    """A quantized model and the same one decoded, each with the same random adapter."""
+    quantized = moe.make(family)
+    dense = copy.deepcopy(quantized)
+    quantize_model(quantized, progress=False)
+    decoded(dense, quantized)
+    models = [peft.get_peft_model(model, config(family, **changes)) for model in (quantized, dense)]
+    randomize(*models)
+    return models
+
+
+def randomize(*models, adapter="default"):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in models[0].named_parameters():
+        if f".{adapter}." in name and "lora_" in name:
+            values = 0.1 * torch.randn(parameter.shape, generator=generator)
+            for model in models:
+                model.get_parameter(name).data.copy_(values)
+
+
+def adapted(model):
+    return [module for module in model.modules() if isinstance(module, ParamWrapper)]
+
+
+@families
+def test_adapter_is_that_of_peft_over_the_decoded_model(family):
+    ours, theirs = pair(family)
+    trained = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert len(adapted(ours)) == len(moe.experts_of(ours)) > 0
+    outputs = []
+    for model in (ours, theirs):
+        output = model(**moe.batch())
+        output.loss.backward()
+        outputs.append(output.logits)
+    assert relative(*outputs) < 1e-5
+    for name in trained:
+        expected = theirs.get_parameter(name).grad
+        assert relative(ours.get_parameter(name).grad, expected) < 1e-4, name
+        assert expected.abs().max() > 0
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+
+
+@families
+def test_training_lowers_the_loss_and_leaves_the_weights_alone(family):
+    model = quantize_model(moe.make(family, torch.bfloat16), progress=False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model = peft.get_peft_model(model, config(family))
+    model.enable_input_require_grads()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for _ in range(8):
+        loss = model(**moe.batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    for layer in adapted(model):
+        assert all(weight.weight.abs().max() > 0 for weight in layer.lora_B.values())
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@families
+def test_stock_peft_reads_the_adapter_and_the_other_way_round(family, tmp_path):
+    ours, theirs = pair(family)
+    expected = ours(**moe.batch()).logits
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    bases = ours.unload(), theirs.unload()
+    read = [
+        peft.PeftModel.from_pretrained(base, tmp_path / name)
+        for base, name in zip(bases, ("theirs", "ours"), strict=True)
+    ]
+    assert torch.equal(read[0](**moe.batch()).logits, expected)
+    assert relative(read[1](**moe.batch()).logits, expected) < 1e-5
+
+
+@families
+def test_merging_rounds_once_and_unmerging_brings_the_bits_back(family):
+    ours, theirs = pair(family)
+    before = {n: t.clone() for n, t in ours.state_dict().items()}
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    experts = moe.experts_of(ours)
+    for name, layer in experts.items():
+        expected = theirs.base_model.get_submodule(name.rpartition(".")[0].removeprefix("base_model."))
+        merged = getattr(expected, name.rpartition(".")[2])
+        assert relative(layer.parameter(), merged) < 0.12, name  # NF4's own error on normal values
+    with torch.no_grad():
+        output = ours(**moe.batch()).logits
+        ours.unmerge_adapter()
+        after = ours.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        merged = ours.merge_and_unload()
+        assert not adapted(merged) and torch.equal(merged(**moe.batch()).logits, output)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "llama4"])
+def test_several_adapters_at_once_are_their_sum(family):
+    ours, theirs = pair(family)
+    for model in (ours, theirs):
+        model.add_adapter("second", config(family, r=2))
+        model.base_model.set_adapter(["default", "second"])
+    randomize(ours, theirs, adapter="second")
+    assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+    for model in (ours, theirs):
+        model.set_adapter("second")
+    assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"], r".*\.(q_proj|gate_proj|up_proj|down_proj)"],
+    ids=["all-linear", "list", "regex"],
+)
+@pytest.mark.filterwarnings("ignore:target_modules. .* are experts")
+def test_target_modules_mean_what_they_mean_over_16_bits(family, targets):
+    """PEFT takes names of experts from before they were parameters for these, where it knows the family."""
+    if (family, targets) == ("llama4", "all-linear"):
+        pytest.skip("PEFT takes Llama 4's router for a linear layer, over 16 bits too: it returns a tuple")
+    ours, theirs = pair(family, target_modules=targets, target_parameters=None)
+    names = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    assert names[0] == names[1] != set()
+    assert bool(adapted(ours)) == (family == "qwen3-moe" or (family == "mixtral" and targets == "all-linear"))
+    assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
+
+
+def test_adapter_from_before_experts_were_parameters_is_read(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        for e in range(moe.E):
+            for name, out, size in (("gate", 32, 64), ("up", 32, 64), ("down", 64, 32)):
+                path = f"base_model.model.model.layers.{layer}.mlp.experts.{e}.{name}_proj"
+                tensors[f"{path}.lora_A.weight"] = 0.1 * torch.randn(4, size, generator=generator)
+                tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(tmp_path)
+    quantized = moe.make("qwen3-moe")
+    dense = copy.deepcopy(quantized)
+    decoded(dense, quantize_model(quantized, progress=False))
+    plain = quantized(**moe.batch()).logits
+    ours, theirs = (
+        peft.PeftModel.from_pretrained(model, tmp_path)(**moe.batch()).logits for model in (quantized, dense)
+    )
+    assert relative(ours, theirs) < 1e-5 and relative(ours, plain) > 1e-2
+
+
+def test_merged_weight_that_is_not_finite_is_refused_and_nothing_is_changed():
+    ours, _ = pair("mixtral")
+    before = {n: t.clone() for n, t in ours.state_dict().items() if "lora" not in n}
+    layer = adapted(ours)[0]
+    layer.lora_A["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="expected finite merged weights"):
+        layer.merge()
+    after = ours.state_dict()
+    assert not layer.merged and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda names: peft.LoraConfig(target_parameters=names, init_lora_weights="pissa"), "pissa.*over quantized"),
+        (lambda names: peft.LoraConfig(target_parameters=names, init_lora_weights="orthogonal"), "orthogonal"),
+        (lambda names: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]), "modules_to_save"),
+    ],
+)
+def test_what_needs_the_weights_in_16_bits_is_refused(make, message):
+    model = quantize_model(moe.make("mixtral"), progress=False)
+    modules = {name: id(module) for name, module in model.named_modules()}
+    with warnings.catch_warnings(), pytest.raises(NotImplementedError, match=message):
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, make(names_of("mixtral")))
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+
+
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_what_peft_has_for_no_parameter_is_refused_by_it(changes):
+    model = quantize_model(moe.make("mixtral"), progress=False)
+    with pytest.raises(ValueError, match="ParamWrapper does not work with"):
+        peft.get_peft_model(model, config("mixtral", target_modules=[], **changes))
