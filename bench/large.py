@@ -1,10 +1,13 @@
-"""A QLoRA training step of a Llama of 7 billion parameters, on this machine: seconds by part, and peak memory.
+"""A QLoRA training step of a model that does not fit in 16 bits, on this machine: seconds by part, and peak memory.
 
-    python bench/large.py [--layers 32] [--width 4096] [--tokens 128] [--rank 16] [--output FILE]
+    python bench/large.py [--shape llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--tokens 128] [--rank 16]
+                          [--expert-rank 4] [--output FILE]
 
-The shape is Llama-7B's; the weights are random, for neither time nor memory depends on them. A layer is made in bf16,
-quantized (NF4, double quantization) and freed before the next one is made, so that the whole model never exists in 16
-bits. LoRA on all seven linears of every layer through PEFT and the fused product, gradient checkpointing, AdamW8bit.
+The shapes are those models'; the weights are random, for neither time nor memory depends on them. A layer is made in
+bf16, quantized (NF4, double quantization) and freed before the next one is made, so that the whole model never exists
+in 16 bits. The experts of gpt-oss are made of random MXFP4 bytes, as its files have them, and never exist in 16 bits.
+LoRA on all linear layers, and of rank `--expert-rank` on each expert, through PEFT and the fused products; gradient
+checkpointing; AdamW8bit.
 """
 
 from __future__ import annotations
@@ -14,23 +17,75 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import qlora_native as qn
 import torch
+from qlora_native.integrations.experts import find_experts, run_quantized
 from qlora_native.integrations.peft import register
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import machine
 import report
 
-VOCABULARY = 32_000
-MLP_RATIO = 11008 / 4096  # of Llama-7B
-HEAD = 128
 STANDARD_DEVIATION = 0.02
+NOT_QUANTIZED = ("lm_head", "gate", "router")  # a mixture's router stays in its own precision
+
+
+def llama_7b(layers: int) -> PreTrainedConfig:
+    """Llama-7B's (Touvron et al. 2023, table 2)."""
+    return LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32_000,
+    )
+
+
+def qwen3_30b_a3b(layers: int) -> PreTrainedConfig:
+    """Qwen3-30B-A3B's (its config.json): 128 experts a layer, of which a token takes 8."""
+    return Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151_936,
+    )
+
+
+def gpt_oss_20b(layers: int) -> PreTrainedConfig:
+    """gpt-oss-20b's (its config.json): 32 experts a layer, of which a token takes 4."""
+    return GptOssConfig(
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        vocab_size=201_088,
+        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+    )
+
+
+SHAPES: dict[str, tuple[Callable[[int], PreTrainedConfig], int]] = {  # config of so many layers, and how many it has
+    "llama-7b": (llama_7b, 32),
+    "qwen3-30b-a3b": (qwen3_30b_a3b, 48),
+    "gpt-oss-20b": (gpt_oss_20b, 24),
+}
 
 
 class Clock:
@@ -48,25 +103,46 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def quantized_llama(config: LlamaConfig, clock: Clock) -> LlamaForCausalLM:
-    """A model of random weights whose linears, but for lm_head, are quantized as they are made."""
+def random_values(like: Tensor) -> nn.Parameter:
+    """Values for a tensor on the meta device: ones for a vector, else a million random ones again and again."""
+    values = torch.empty(like.shape, dtype=like.dtype)
+    if like.dim() == 1:
+        return nn.Parameter(values.fill_(1.0), requires_grad=False)
+    million = torch.empty(min(values.numel(), 1 << 20), dtype=like.dtype).normal_(std=STANDARD_DEVIATION)
+    for part in values.view(-1).split(million.numel()):
+        part.copy_(million[: part.numel()])
+    return nn.Parameter(values, requires_grad=False)
+
+
+def mxfp4_experts(layer: nn.Module) -> None:
+    """Give the experts of a layer on the meta device weights of random MXFP4 bytes."""
+    for found in find_experts(layer):
+        for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
+            blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 122, (E, N, K // 32), dtype=torch.uint8)  # 2**-9 ... 2**-6
+            weight = qn.QuantizedWeight.from_mxfp4(blocks, scales)
+            del found.module._parameters[name]
+            setattr(found.module, name, qn.nn.Experts4bit.from_quantized(weight, found.transposed))
+        run_quantized(found.module)
+
+
+def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
+    """A model of random weights, whose layers are quantized as they are made."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
-
-    def materialize(like: Tensor) -> nn.Parameter:
-        values = torch.empty(like.shape, dtype=like.dtype)
-        filled = values.fill_(1.0) if like.dim() == 1 else values.normal_(std=STANDARD_DEVIATION)
-        return nn.Parameter(filled, requires_grad=False)
-
-    for path in [path for path, _ in model.named_modules()]:  # a list of the modules would keep their weights
-        module = model.get_submodule(path)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            with clock.part("make weights"):
-                module.register_parameter(name, materialize(parameter))
-        if isinstance(module, nn.Linear) and path != "lm_head":
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    inner = model.model
+    inner.rotary_emb = type(inner.rotary_emb)(config)  # its buffers are computed, not loaded
+    for part in (*inner.layers, model):
+        with clock.part("make weights"):
+            if config.model_type == "gpt_oss" and part is not model:
+                mxfp4_experts(part)
+            for module in part.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    if parameter.is_meta:
+                        module.register_parameter(name, random_values(parameter))
+        if part is not model:
             with clock.part("quantize"):
-                model.set_submodule(path, qn.nn.Linear4bit.from_linear(module))
+                qn.nn.quantize_model(part, NOT_QUANTIZED, progress=False)
     return model
 
 
@@ -82,44 +158,48 @@ def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tenso
     return loss.item()
 
 
-def measure(layers: int, width: int, tokens: int, rank: int) -> dict[str, object]:
-    """Make the model, and take two training steps, of which the second one is timed.
+def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank: int) -> dict[str, Any]:
+    """Make the model, and take two training steps, of which the second one is timed, and its operations counted.
 
     Raises:
         RuntimeError: the loss of the same tokens does not fall.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=round(width * MLP_RATIO),
-        num_hidden_layers=layers,
-        num_attention_heads=width // HEAD,
-        num_key_value_heads=width // HEAD,
-        vocab_size=VOCABULARY,
-    )
+    make, all_layers = SHAPES[shape]
+    layers = all_layers if layers is None else layers
     torch.manual_seed(0)
     making, step = Clock(), Clock()
-    model = quantized_llama(config, making)
+    model = quantized_model(make(layers), making)
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    parameters = sum(
-        module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
-        for module in model.modules()
-        if getattr(module, "weight", None) is not None
+    parameters = sum(size for _, size in weights_of(model))
+    experts = [path for path, module in model.named_modules() if isinstance(module, qn.nn.Experts4bit)]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=[path for path, module in model.named_modules() if isinstance(module, qn.nn.Linear4bit)],
+        target_parameters=experts,
+        rank_pattern=dict.fromkeys(experts, expert_rank),
+        task_type="CAUSAL_LM",
     )
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with making.part("adapters"):
         model = get_peft_model(model, register(lora))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = qn.optim.AdamW8bit(trainable, lr=1e-3)
-    ids = torch.randint(VOCABULARY, (1, tokens))
-    losses = [step_parts(model, optimizer, ids, Clock()), step_parts(model, optimizer, ids, step)]
-    losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
+    ids = torch.randint(model.config.vocab_size, (1, tokens))
+    losses = [step_parts(model, optimizer, ids, Clock())]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        losses.append(step_parts(model, optimizer, ids, step))
+    with torch.no_grad():
+        losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
     if not losses[0] > losses[1] > losses[2]:
         raise RuntimeError(f"expected losses that fall, got {losses}")
     return {
+        "shape": shape,
+        "layers": layers,
+        "of_layers": all_layers,
         "parameters": parameters,
         "trainable": sum(parameter.numel() for parameter in trainable),
         "base_bytes": base,
@@ -127,25 +207,67 @@ def measure(layers: int, width: int, tokens: int, rank: int) -> dict[str, object
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "tokens": tokens,
         "rank": rank,
+        "expert_rank": expert_rank if experts else None,
         "losses": losses,
         "making_s": making.seconds,
         "step_s": step.seconds,
+        "operations_s": operations(profile),
         "tokens_per_s": tokens / sum(step.seconds.values()),
         "threads": torch.get_num_threads(),
     }
 
 
+def weights_of(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(name, elements) of each weight, those in 4 bits as what they are of."""
+    for path, module in model.named_modules():
+        if isinstance(module, (qn.nn.Linear4bit, qn.nn.Experts4bit)):
+            q = module.quantized_weight
+            yield path, torch.Size(q.shape).numel()
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{path}.{name}", parameter.numel()
+
+
+# Where the time of a step goes, by the names of torch's operations; the first that fits is taken.
+OPERATIONS = {
+    "4-bit products, forward": ("qlora_native::linear_forward",),
+    "4-bit products, dX": ("qlora_native::linear_backward_input",),
+    "adapters' gradients": ("qlora_native::lora_gradients",),
+    "optimizer": ("qlora_native::optimizer_8bit_step",),
+    "attention": ("attention",),
+    "dense products: the head, routers": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "loss": ("log_softmax", "nll_loss"),
+    "sorting of tokens by expert": ("aten::sort", "aten::index_select", "aten::gather", "aten::scatter"),
+}
+
+
+def operations(profile: Any) -> dict[str, float]:
+    """Seconds of the main thread by kind of operation, without those of operations that they call."""
+    seconds = dict.fromkeys((*OPERATIONS, "the rest of torch"), 0.0)
+    for event in profile.key_averages():
+        kinds = (kind for kind, names in OPERATIONS.items() if any(name in event.key for name in names))
+        seconds[next(kinds, "the rest of torch")] += event.self_cpu_time_total * 1e-6
+    return seconds
+
+
 def lines(found: dict) -> str:
     """The result as text."""
     gigabytes = {name: found[name] / 2**30 for name in ("bytes_in_16_bits", "base_bytes", "peak_bytes")}
+    ranks = f"rank {found['rank']}" + (f", of experts {found['expert_rank']}" if found["expert_rank"] else "")
+
+    def seconds(of: str) -> list[str]:
+        return [f"  {seconds:8.2f} s  {part}" for part, seconds in found[of].items()]
+
     text = [
-        f"{found['parameters'] / 1e9:.2f} billion parameters, {found['trainable'] / 1e6:.1f} million trainable "
-        f"(rank {found['rank']}), {found['threads']} threads",
+        f"{found['shape']}, {found['layers']} of {found['of_layers']} layers: {found['parameters'] / 1e9:.2f} billion "
+        f"parameters, {found['trainable'] / 1e6:.1f} million trainable ({ranks}), {found['threads']} threads",
         f"in 16 bits {gigabytes['bytes_in_16_bits']:.2f} GiB, here {gigabytes['base_bytes']:.2f} GiB; "
         f"peak of the process {gigabytes['peak_bytes']:.2f} GiB",
-        *(f"  {seconds:8.2f} s  {part}" for part, seconds in found["making_s"].items()),
+        *seconds("making_s"),
         f"a step of {found['tokens']} tokens: {found['tokens_per_s']:.1f} tokens/s, losses {found['losses']}",
-        *(f"  {seconds:8.2f} s  {part}" for part, seconds in found["step_s"].items()),
+        *seconds("step_s"),
+        "the same by operation:",
+        *seconds("operations_s"),
     ]
     return "\n".join(text)
 
@@ -153,13 +275,14 @@ def lines(found: dict) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=4096, help="a multiple of 128")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, where memory does not hold all")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--expert-rank", type=int, default=4)
     parser.add_argument("--output", type=Path, help="also write JSON")
     args = parser.parse_args()
-    found = measure(args.layers, args.width, args.tokens, args.rank)
+    found = measure(args.shape, args.layers, args.tokens, args.rank, args.expert_rank)
     print(lines(found))
     if args.output is not None:
         report.write(args.output, json.dumps({"machine": machine.describe(), **found}, indent=1))
