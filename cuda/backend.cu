@@ -27,6 +27,7 @@ const Backend& backend() {
       .linear_forward = on_device<LinearForwardArgs, linear_forward>,
       .linear_backward_input = on_device<LinearBackwardInputArgs, linear_backward_input>,
       .lora_gradients = on_device<LoraGradientsArgs, lora_gradients>,
+      .cross_entropy = on_device<CrossEntropyArgs, cross_entropy>,
       .optimizer_8bit_step = on_device<Optimizer8bitArgs, optimizer_8bit_step>,
       .make_driver = make_driver,
   };

@@ -13,6 +13,7 @@ void dequantize(const DequantizeArgs&, const Stream&);                      // q
 void linear_forward(const LinearForwardArgs&, const Stream&);               // product/linear.cu
 void linear_backward_input(const LinearBackwardInputArgs&, const Stream&);  // product/linear.cu
 void lora_gradients(const LoraGradientsArgs&, const Stream&);               // product/
+void cross_entropy(const CrossEntropyArgs&, const Stream&);                 // loss/
 void optimizer_8bit_step(const Optimizer8bitArgs&, const Stream&);          // optimizer/step.cu
 
 }  // namespace qlora_native::QLN_CUDA

@@ -14,6 +14,7 @@ from pathlib import Path
 import cases
 import pytest
 import test_conformance as conformance
+import test_grouped as grouped
 import torch
 
 import qlora_native as qn
@@ -58,6 +59,19 @@ def test_products_by_panels_are_within_the_bounds():
 def test_dropout_of_a_gradient_leaves_the_panels():
     _, ways = run("check_dropout()", QLN_FORCE_WAY="panels")
     assert ways == ["vectors", "vectors"]
+
+
+def check_groups():
+    for dtype in cases.DTYPES:
+        for rows in grouped.ROUTINGS.values():
+            grouped.test_groups_are_products_of_their_own(dtype, rows, True)
+        grouped.test_one_adapter_may_serve_all_groups(dtype)
+        grouped.test_index_gives_each_row_its_adapter(dtype, [0, 0, 1, 2, 2])
+
+
+def test_experts_by_panels_are_products_of_their_own():
+    _, ways = run("check_groups()", QLN_FORCE_WAY="panels")
+    assert set(ways) == {"panels", "vectors"}  # rows of one weight with several adapters leave the panels
 
 
 def check_dropout():

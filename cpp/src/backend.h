@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "paged/driver.h"
+#include "qlora_native/cross_entropy.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -18,6 +19,7 @@ struct Backend {
   void (*linear_forward)(const LinearForwardArgs&, const Stream&);
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
   void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
+  void (*cross_entropy)(const CrossEntropyArgs&, const Stream&);
   void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null where nothing is paged
 };

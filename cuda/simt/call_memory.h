@@ -108,6 +108,13 @@ inline void add_tensors(CallMemory& memory, LoraGradientsArgs& args) {
   memory.add(args.da, args.lora.dtype, args.lora.rank * args.x.cols);
   memory.add(args.db, args.lora.dtype, args.dy.cols * args.lora.rank);
 }
+inline void add_tensors(CallMemory& memory, CrossEntropyArgs& args) {
+  memory.add(args.logits);
+  memory.add(args.labels, args.logits.rows);
+  memory.add(args.loss, args.logits.rows);
+  memory.add(args.log_probability, args.logits.rows);
+  memory.add(args.row_gradients, args.logits.rows);
+}
 inline void add_tensors(CallMemory& memory, QuantizeArgs& args) {
   memory.add(args.weight, args.dtype, args.elements);
   if (args.bits == 8) args.code = nullptr;

@@ -110,8 +110,8 @@ RowGroups groups_of(const OptionalTensor& offsets, const Tensor& like) {
   if (!offsets) return {};
   check(offsets->numel() >= 2, "offsets", "one element more than there are groups", offsets->numel());
   return {.count = offsets->numel() - 1,
-          .offsets = static_cast<const std::int64_t*>(
-              data_of(*offsets, ScalarType::Long, offsets->numel(), like, "offsets"))};
+          .offsets =
+              static_cast<const std::int64_t*>(data_of(*offsets, ScalarType::Long, offsets->numel(), like, "offsets"))};
 }
 
 // A [..., cols] tensor as a matrix. It is copied if its last stride is not 1 or its leading dimensions do not
@@ -322,8 +322,7 @@ std::tuple<Tensor, Tensor> linear_backward_input_op(
 
 std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, const Tensor& u, const Tensor& v,
                                              double lora_scaling, double lora_dropout, const OptionalTensor& seed,
-                                             ScalarType dtype, const OptionalTensor& offsets,
-                                             std::int64_t adapters) {
+                                             ScalarType dtype, const OptionalTensor& offsets, std::int64_t adapters) {
   check(x.dim() >= 1, "x", "[..., K]", "no dimension");
   check(dy.dim() >= 1, "dy", "[..., N]", "no dimension");
   check(u.dim() == 2, "u", "[M, rank]", [&] { return std::to_string(u.dim()) + " dimensions"; });
@@ -385,8 +384,10 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
       "quantize_microscaled(Tensor weight, int blocksize) -> "
       "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");
   library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
-  library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ", " QLN_GROUPS ") -> (Tensor y, Tensor u)");
-  library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx, " QLN_GROUPS ") -> (Tensor dx, Tensor v)");
+  library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ", " QLN_GROUPS
+              ") -> (Tensor y, Tensor u)");
+  library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx, " QLN_GROUPS
+              ") -> (Tensor dx, Tensor v)");
   library.def(
       "lora_gradients(Tensor x, Tensor dy, Tensor u, Tensor v, float lora_scaling, float lora_dropout, Tensor? seed, "
       "ScalarType dtype, Tensor? offsets=None, int adapters=0) -> (Tensor da, Tensor db)");

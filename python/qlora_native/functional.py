@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, chosen_blocksize
+from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from ._inputs import checked_bias, checked_input, checked_lora
+from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
 from ._weight import CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCKSIZE, QuantizedWeight, ceil_div, check_format, codes_shape
 
-__all__ = ["QuantizedWeight", "dequantize", "linear", "linear_grouped", "quantize"]
+__all__ = ["QuantizedWeight", "dequantize", "linear", "linear_cross_entropy", "linear_grouped", "quantize"]
 
 _linear_forward = torch.ops.qlora_native.linear_forward.default
 
@@ -179,11 +180,11 @@ def linear(
         TypeError: a wrong dtype, or no tensor or QuantizedWeight.
         ValueError: a wrong shape, device, scaling or probability.
     """
-    x = _checked_input(x, q, 2)
+    x = checked_input(x, q, 2)
     N, K = q.shape
     if bias is not None:
-        bias = _checked_bias(bias, (N,), x)
-    lora = _checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
+        bias = checked_bias(bias, (N,), x)
+    lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
     return _product(x, *q.op_arguments(), bias, *lora)
 
 
@@ -222,7 +223,7 @@ def linear_grouped(
             ascend or do not end at T; an index out of range. On a GPU, where reading them would wait for the device,
             the values of offsets and indices are not checked: no memory but the operands' is touched.
     """
-    x = _checked_input(x, q, 3)
+    x = checked_input(x, q, 3)
     *experts, N, K = q.shape
     if (offsets is None) == (adapter_index is None):
         got = "both" if adapter_index is not None else "none"
@@ -239,9 +240,9 @@ def linear_grouped(
     if experts and experts[0] != groups:
         raise bad("offsets", f"[{experts[0] + 1}] for a weight {list(q.shape)}", [groups + 1])
     if bias is not None:
-        bias = _checked_bias(bias, (*experts, N), x)
+        bias = checked_bias(bias, (*experts, N), x)
     of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
-    lora = _checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
+    lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
     y = _product(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
     y = y if back is None else _Permuted.apply(y, *back)
     return y.view(*x.shape[:-1], N)
@@ -306,81 +307,3 @@ def _checked_offsets(offsets: Tensor, rows: Tensor) -> int:
     if offsets.device != rows.device:
         raise bad("offsets", f"a tensor on {rows.device}, where x is", offsets.device)
     return offsets.numel() - 1
-
-
-def draw_seed(x: Tensor) -> Tensor:
-    """The seed of one dropout mask, int64 []: drawn on the CPU, where it costs no launch; for an `x` on a GPU that is
-    captured into a CUDA graph, or compiled, which may capture it, on that GPU, so that every replay draws another.
-    """
-    on_gpu = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
-
-
-def _checked_input(x: Tensor, q: QuantizedWeight, most_dimensions: int) -> Tensor:
-    """`x` [..., K] as the op takes it: in autocast's dtype."""
-    if not isinstance(q, QuantizedWeight):
-        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
-    if not isinstance(x, Tensor):
-        raise bad_type("x", "a tensor", type(x).__name__)
-    if len(q.shape) > most_dimensions:
-        raise bad("q", "a weight [N, K]; linear_grouped multiplies by several", list(q.shape))
-    device = q.codes.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype in FLOAT_DTYPES:
-        x = x.to(torch.get_autocast_dtype(device.type))
-    K = q.shape[-1]
-    if x.dtype not in FLOAT_DTYPES:
-        check_float_dtype("x", x.dtype)
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise bad("x", f"[..., {K}] for a weight {list(q.shape)}", list(x.shape))
-    if x.device != device:
-        raise bad("x", f"a tensor on {device}, where the weight is", x.device)
-    return x
-
-
-def _checked_bias(bias: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """`bias` as the op takes it: contiguous, in the dtype of x."""
-    if not isinstance(bias, Tensor) or not bias.is_floating_point():
-        raise bad_type("bias", "a floating-point tensor", getattr(bias, "dtype", type(bias).__name__))
-    if bias.shape != shape:
-        raise bad("bias", list(shape), list(bias.shape))
-    if bias.device != x.device:
-        raise bad("bias", f"a tensor on {x.device}, where x is", bias.device)
-    return bias.to(x.dtype).contiguous()
-
-
-def _checked_lora(
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    dropout: float,
-    weight_shape: tuple[int, int],
-    x: Tensor,
-    of_each: tuple[int, ...] = (),
-) -> tuple[Tensor | None, Tensor | None, float, float, Tensor | None]:
-    """The adapter as the op takes it, contiguous, with a seed where it drops.
-
-    Args:
-        of_each: (count,) where there are adapters [count, rank, K] and [count, N, rank].
-    """
-    if not 0 <= dropout < 1:
-        raise bad("lora_dropout", "a probability in [0, 1)", dropout)
-    if lora_a is None and lora_b is None:
-        return None, None, scaling, dropout, None
-    N, K = weight_shape
-    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if not isinstance(tensor, Tensor):
-            raise bad_type(name, "a tensor, as lora_a and lora_b come together", type(tensor).__name__)
-        check_float_dtype(name, tensor.dtype)
-        if tensor.device != x.device:
-            raise bad(name, f"a tensor on {x.device}, where the weight is", tensor.device)
-    count = "".join(f"{each}, " for each in of_each)
-    if lora_a.dim() != len(of_each) + 2 or lora_a.shape[-1] != K or lora_a.shape[:-2] != of_each:
-        raise bad("lora_a", f"[{count}rank, {K}]", list(lora_a.shape))
-    rank = lora_a.shape[-2]
-    if lora_b.shape != (*of_each, N, rank):
-        raise bad("lora_b", f"[{count}{N}, {rank}], the rank of lora_a", list(lora_b.shape))
-    if lora_b.dtype != lora_a.dtype:
-        raise bad_type("lora_b", f"{lora_a.dtype}, the dtype of lora_a", lora_b.dtype)
-    if not math.isfinite(scaling):
-        raise bad("lora_scaling", "a finite number", scaling)
-    return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None

@@ -382,6 +382,7 @@ const CpuBackend& reference_backend() {
       .linear_forward = reference::linear_forward,
       .linear_backward_input = reference::linear_backward_input,
       .lora_gradients = reference::lora_gradients,
+      .cross_entropy = reference::cross_entropy,
       .optimizer_8bit_step = reference::optimizer_8bit_step,
   }};
   return backend;

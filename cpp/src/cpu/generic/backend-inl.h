@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backend.h"
+#include "cpu/generic/cross_entropy-inl.h"
 #include "cpu/generic/linear-inl.h"
 #include "cpu/generic/optimizer-inl.h"
 #include "cpu/generic/quantize-inl.h"

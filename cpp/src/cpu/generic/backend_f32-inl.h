@@ -26,7 +26,8 @@ constexpr CpuBackend kBackendF32{
     {quantize_weight, quantize_scales, quantize_microscaled_on_cpu, dequantize_weight,
      [](const LinearForwardArgs& args, const Stream&) { linear_forward(args, kProductsF32); },
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
-     [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, optimizer_step},
+     [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
+     optimizer_step},
     &kProductsF32};
 
 }  // namespace

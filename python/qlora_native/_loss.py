@@ -1,0 +1,335 @@
+"""The cross-entropy of a linear layer's logits, which are made a few rows at a time and never exist as a whole.
+
+Of each chunk of rows the logits are one product, the op `cross_entropy_` makes them their own gradient in place, and
+what that is multiplied by follows at once. The gradients of the mean or the sum are known, but for one factor, before
+backward begins: forward computes those that are wanted, and backward scales them. Without a reduction every row has a
+factor of its own, so backward makes the logits again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers the ops)
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from ._inputs import checked_bias, checked_input, checked_lora
+from ._weight import QuantizedWeight
+
+_ops = torch.ops.qlora_native
+# Bytes of logits that a chunk holds. Fewer rows, and the weight would be read so often that it shows.
+CHUNK_BYTES = 16 << 20
+_FEWEST_ROWS = 16
+# Rows of a dense weight whose gradient is added to the sum at once, which is fp32.
+_GRADIENT_ROWS = 4096
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scaling: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_logprobs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`F.cross_entropy(z(F.linear(hidden, weight, bias)), labels)` without the logits, which exist 16 MB at a time.
+
+    Differentiable, once, in hidden, a dense weight, bias, lora_a and lora_b. The logits are rounded to the dtype of
+    hidden, as `F.linear` does; the loss is fp32. Beside the result and the gradients a call takes the logits of its
+    rows and what `linear` takes; the gradient of a dense weight that is trained is summed in fp32.
+
+    Args:
+        hidden: [..., K] in fp32, bf16 or fp16.
+        weight: [V, K]: a dense one of the dtype of hidden, or a QuantizedWeight, which is not trained.
+        labels: int64 [...], each in 0 ... V-1 or `ignore_index`. They are not shifted.
+        bias: [V].
+        lora_a, lora_b, lora_scaling: an adapter of the head, as `linear`'s: [rank, K] and [V, rank].
+        ignore_index: the label of rows that have no loss and no gradient.
+        reduction: "mean" over the rows that are not ignored (NaN where all are, as torch's), "sum", or "none": fp32
+            [...], 0 in ignored rows.
+        label_smoothing: in [0, 1], as `F.cross_entropy`'s.
+        logit_scale: s of z(l) = s * l (Granite's 1 / logits_scaling).
+        softcap: c of z(l) = c * tanh(s * l / c) (Gemma 2's final_logit_softcapping); None: none.
+        z_loss: factor of the square of the logarithm of the softmax's denominator, which is added (PaLM, section 5).
+        return_logprobs: also give the log-probability of each label, fp32 [...], not differentiable: with "none" and
+            neither smoothing nor z_loss the loss is its negative, and is.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or number; labels out of range (how many, and the first).
+            On a GPU, where reading the labels would wait for it, those make their rows NaN.
+    """
+    quantized = isinstance(weight, QuantizedWeight)
+    if quantized:
+        hidden = checked_input(hidden, weight, 2, "hidden")
+        device, (V, K) = weight.device, weight.shape
+    else:
+        hidden, weight = _checked_dense(hidden, weight)
+        device, (V, K) = weight.device, weight.shape
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise bad_type("labels", "an int64 tensor", getattr(labels, "dtype", type(labels).__name__))
+    if labels.shape != hidden.shape[:-1] or labels.device != device:
+        raise bad("labels", f"{list(hidden.shape[:-1])} on {device}", f"{list(labels.shape)} on {labels.device}")
+    if reduction not in ("mean", "sum", "none"):
+        raise bad("reduction", "'mean', 'sum' or 'none'", repr(reduction))
+    if not 0 <= label_smoothing <= 1:
+        raise bad("label_smoothing", "a number in [0, 1]", label_smoothing)
+    if not math.isfinite(logit_scale):
+        raise bad("logit_scale", "a finite number", logit_scale)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise bad("softcap", "a number above 0, or None", softcap)
+    if not 0 <= z_loss < math.inf:
+        raise bad("z_loss", "a number of at least 0", z_loss)
+    if bias is not None:
+        bias = checked_bias(bias, (V,), hidden)
+    lora_a, lora_b, lora_scaling, _, _ = checked_lora(lora_a, lora_b, lora_scaling, 0.0, (V, K), hidden)
+    if lora_a is not None and lora_a.shape[0] == 0:
+        lora_a = lora_b = None
+    flat = labels.reshape(-1).contiguous()
+    factor = None
+    if reduction == "mean":
+        factor = (1.0 / (flat != ignore_index).sum().to(torch.float32)).expand(flat.shape[0]).contiguous()
+    of_weight = (None, *weight.op_arguments()) if quantized else (weight, *[None] * 6, V, K, 0, 0)
+    loss, logprobs = LinearCrossEntropy.apply(
+        reduction, factor, hidden.reshape(-1, K).contiguous(), flat, *of_weight, bias, lora_a, lora_b, lora_scaling,
+        ignore_index, logit_scale, softcap or 0.0, label_smoothing, z_loss,
+    )  # fmt: skip
+    if reduction == "none":
+        loss = loss.view(labels.shape)
+    return (loss, logprobs.view(labels.shape)) if return_logprobs else loss
+
+
+def _checked_dense(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the product: autocast's, or the one that they share."""
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor" + " or a QuantizedWeight" * (name == "weight"), type(tensor).__name__)
+        check_float_dtype(name, tensor.dtype)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise bad("weight", "[V, K] with V >= 1 and K >= 1", list(weight.shape))
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise bad("hidden", f"[..., {weight.shape[1]}] for a weight {list(weight.shape)}", list(hidden.shape))
+    if hidden.device != weight.device:
+        raise bad("hidden", f"a tensor on {weight.device}, where the weight is", hidden.device)
+    if weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type) and weight.dtype in FLOAT_DTYPES:
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        return hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise bad_type("hidden", f"{weight.dtype}, the dtype of the weight", hidden.dtype)
+    return hidden, weight
+
+
+@torch.library.register_fake("qlora_native::cross_entropy_")
+def _(logits, labels, ignore_index, scale, softcap, label_smoothing, z_loss, gradient, row_gradients=None):
+    rows = logits.new_empty((logits.shape[0],), dtype=torch.float32)
+    return rows, torch.empty_like(rows)
+
+
+@dataclass
+class Head:
+    """What multiplies the hidden states: a dense weight [V, K], or a quantized one by the arguments of its ops."""
+
+    dense: Tensor | None
+    quantized: tuple[Any, ...]
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+
+    @property
+    def words(self) -> int:
+        """V."""
+        return self.quantized[6] if self.dense is None else self.dense.shape[0]
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(logits [rows, V], U [rows, rank] if there is an adapter)."""
+        if self.dense is None:
+            lora = (self.lora_a, self.lora_b, self.scaling, 0.0, None)
+            y, u = _ops.linear_forward(x, *self.quantized, self.bias, *lora)
+            return y, (None if self.lora_a is None else u)
+        y = torch.nn.functional.linear(x, self.dense, self.bias)
+        if self.lora_a is None:
+            return y, None
+        u = x @ self.lora_a.to(x.dtype).T
+        return y.addmm_(u, (self.scaling * self.lora_b).to(x.dtype).T), u
+
+    def hidden_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the gradient by x [rows, K], V [rows, rank] if there is an adapter)."""
+        if self.dense is None:
+            dx, v = _ops.linear_backward_input(
+                dy, *self.quantized, self.lora_a, self.lora_b, self.scaling, 0.0, None, True
+            )
+            return dx, (None if self.lora_a is None else v)
+        dx = dy @ self.dense
+        if self.lora_a is None:
+            return dx, None
+        v = dy @ (self.scaling * self.lora_b).to(dy.dtype)
+        return dx.addmm_(v, self.lora_a.to(dy.dtype)), v
+
+
+class Gradients:
+    """Sums over chunks, in fp32: of a dense weight, the bias and the adapter, as far as they are wanted."""
+
+    def __init__(self, head: Head, K: int, wanted: tuple[bool, bool, bool], like: Tensor) -> None:
+        """Zeros for what is `wanted`: of weight, bias and adapter; empty tensors for the rest."""
+
+        def zeros(wanted: bool, *shape: int) -> Tensor:
+            return like.new_zeros(shape if wanted else (0,), dtype=torch.float32)
+
+        rank = head.lora_a.shape[0] if head.lora_a is not None else 0
+        self.head, (weight, bias, adapter) = head, wanted
+        self.weight = zeros(weight, head.words, K)
+        self.bias = zeros(bias, head.words)
+        self.a, self.b = zeros(adapter, rank, K), zeros(adapter, head.words, rank)
+        self.wanted = wanted
+
+    def add(self, x: Tensor, dy: Tensor, u: Tensor | None, v: Tensor | None) -> None:
+        """Add those of a chunk: x [rows, K], dy [rows, V], and what the adapter left."""
+        weight, bias, adapter = self.wanted
+        if weight:
+            for first in range(0, dy.shape[1], _GRADIENT_ROWS):
+                rows = slice(first, first + _GRADIENT_ROWS)
+                self.weight[rows] += dy[:, rows].T @ x
+        if bias:
+            self.bias += dy.sum(0, dtype=torch.float32)
+        if adapter:
+            da, db = _ops.lora_gradients(x, dy, u, v, self.head.scaling, 0.0, None, torch.float32)
+            self.a += da
+            self.b += db
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of weight, bias, A and B, in their dtypes."""
+        head = self.head
+        of = (head.dense, head.bias, head.lora_a, head.lora_b)
+        sums = (self.weight, self.bias, self.a, self.b)
+        return tuple(s if t is None else s.to(t.dtype) for s, t in zip(sums, of, strict=True))  # type: ignore[return-value]
+
+
+def chunks(rows: int, words: int, dtype: torch.dtype) -> list[slice]:
+    """Rows that are taken at once."""
+    fitting = CHUNK_BYTES // (words * dtype.itemsize) // _FEWEST_ROWS * _FEWEST_ROWS
+    most = max(fitting, _FEWEST_ROWS)
+    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
+
+
+def _head_of(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Head]:
+    """(hidden, labels, head) of the op's first arguments."""
+    hidden, labels, dense, *quantized, bias, lora_a, lora_b, scaling = arguments
+    return hidden, labels, Head(dense, tuple(quantized), bias, lora_a, lora_b, scaling)
+
+
+_HEAD = 17  # arguments that _head_of takes
+
+
+@torch.library.custom_op(
+    "qlora_native::linear_cross_entropy",
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden, Tensor labels, Tensor? weight, Tensor? codes, Tensor? absmax, Tensor? nested_absmax, "
+        "Tensor? nested_code, Tensor? offset, Tensor? code, int N, int K, int bits, int blocksize, Tensor? bias, "
+        "Tensor? lora_a, Tensor? lora_b, float lora_scaling, int ignore_index, float scale, float softcap, "
+        "float label_smoothing, float z_loss, bool[] wanted, Tensor? row_gradients) -> "
+        "(Tensor loss, Tensor log_probability, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db)"
+    ),
+)
+def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
+    """(loss [T], log-probability of the label [T], and the gradients of the loss's sum, those that are wanted).
+
+    `wanted`: of hidden, a dense weight, bias, adapter; others are empty tensors. `row_gradients` [T]: what each row's
+    gradients are multiplied by.
+    """
+    hidden, labels, head = _head_of(arguments[:_HEAD])
+    *loss_options, wanted, row_gradients = arguments[_HEAD:]
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    log_probability = torch.empty_like(loss)
+    dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
+    gradients = Gradients(head, hidden.shape[1], tuple(wanted[1:]), hidden)
+    for rows in chunks(hidden.shape[0], head.words, hidden.dtype):
+        x = hidden[rows]
+        logits, u = head.logits(x)
+        factors = None if row_gradients is None else row_gradients[rows]
+        loss[rows], log_probability[rows] = _ops.cross_entropy_(
+            logits, labels[rows], *loss_options, any(wanted), factors
+        )
+        if not any(wanted):
+            continue
+        v = None
+        if wanted[0] or wanted[3]:
+            dx, v = head.hidden_gradient(logits)
+            if wanted[0]:
+                dhidden[rows] = dx
+        gradients.add(x, logits, u, v)
+    return (loss, log_probability, dhidden, *gradients.results())
+
+
+@_linear_cross_entropy.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, _, head = _head_of(arguments[:_HEAD])
+    wanted = arguments[_HEAD + 5]
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
+    return (
+        loss,
+        torch.empty_like(loss),
+        dhidden,
+        *Gradients(head, hidden.shape[1], tuple(wanted[1:]), hidden).results(),
+    )
+
+
+# Where the tensors that may be trained stand among the op's arguments.
+_HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = 0, 2, 13, 14, 15
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The op with its gradients. Takes `reduction` and `row_gradients` before its arguments up to `z_loss`; gives the
+    loss, reduced or [T], and the log-probabilities [T], which are not differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reduction: str, factor: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """`factor`: fp32 [T], by which the mean multiplies each row's loss."""
+        needed = ctx.needs_input_grad[2:]
+        wanted = [needed[_HIDDEN], needed[_WEIGHT], needed[_BIAS], needed[_LORA_A] or needed[_LORA_B]]
+        now = wanted if reduction != "none" else [False] * 4
+        loss, log_probability, *gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, now, factor)
+        ctx.mark_non_differentiable(log_probability)
+        ctx.set_materialize_grads(False)
+        ctx.reduction, ctx.wanted = reduction, wanted
+        if reduction == "none":
+            ctx.tensors = [i for i, each in enumerate(arguments) if isinstance(each, Tensor)]
+            ctx.others = [None if i in ctx.tensors else each for i, each in enumerate(arguments)]
+            ctx.save_for_backward(*(arguments[i] for i in ctx.tensors))
+            return loss, log_probability
+        ctx.save_for_backward(*gradients)
+        return (loss if factor is None else loss * factor).sum(), log_probability
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
+        """Gradients of hidden, weight, bias, lora_a and lora_b."""
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if dloss is None or not any(ctx.wanted):
+            return tuple(results)
+        if ctx.reduction == "none":
+            arguments = list(ctx.others)
+            for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                arguments[i] = tensor
+            row_gradients = dloss.float().contiguous()
+            gradients = torch.ops.qlora_native.linear_cross_entropy(*arguments, ctx.wanted, row_gradients)[2:]
+        else:
+            gradients = [gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        for place, gradient in zip((_HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B), gradients, strict=True):
+            if ctx.needs_input_grad[2 + place]:
+                results[2 + place] = gradient
+        return tuple(results)
