@@ -98,6 +98,12 @@ def linear_cross_entropy(
     if lora_a is not None and lora_a.shape[0] == 0:
         lora_a = lora_b = None
     flat = labels.reshape(-1).contiguous()
+    if not (flat.is_cuda or flat.is_meta or torch.compiler.is_compiling()):
+        outside = (flat != ignore_index) & ((flat < 0) | (flat >= V))
+        if outside.any():
+            first = int(outside.nonzero()[0])
+            got = f"{int(outside.sum())} others, the first {int(flat[first])} at row {first}"
+            raise bad("labels", f"0 ... {V - 1} or {ignore_index}", got)
     factor = None
     if reduction == "mean":
         factor = (1.0 / (flat != ignore_index).sum().to(torch.float32)).expand(flat.shape[0]).contiguous()
