@@ -2,7 +2,7 @@
 
 **Shapes** are [N, K] = [out_features, in_features], torch's order for a weight. `4096x14336` is the down projection of
 an 8-billion-parameter Llama, which ggml's benchmark calls m=4096, k=14336; `14336x4096` is its gate and up projection.
-All weights are NF4 with double quantization and blocksize 64: 0.5159 bytes a weight.
+Weights are NF4 with double quantization and blocksize 64, 0.5159 bytes a weight, where a case names no other format.
 
 **Devices** have cases and goals of their own: "cpu", and "cuda", a GPU.
 """
@@ -15,8 +15,10 @@ OURS = "qlora_native"  # among the contestants
 BLOCKSIZE = 64
 LORA_RANK = 16
 LORA_SCALING = 2.0
+# Formats, each with the blocksize that it has here.
+BLOCKSIZES = {"nf4": BLOCKSIZE, "mxfp4": 32, "nvfp4": 16}
 # bytes a weight: half for the code, one for each scale, four for each 256 scales
-BYTES_PER_WEIGHT = 1 / 2 + 1 / BLOCKSIZE + 4 / (256 * BLOCKSIZE)
+BYTES_PER_WEIGHT = {format: 1 / 2 + 1 / size + 4 / (256 * size) for format, size in BLOCKSIZES.items()}
 
 SQUARE = (4096, 4096)
 DOWN = (4096, 14336)
@@ -45,6 +47,7 @@ class Case:
                layer: `Linear4bit.forward` | op: the torch op without its Python wrapper | autograd: the backward pass
     rank       of the adapter inside the product. Such a case is compared with our own product without it
     threads    0: all of the machine's
+    format     of the weight. A product with another one than nf4 is compared with our own with nf4
     memory     default: as glibc's allocator comes, fresh pages from the system for every block of 32 MB and more
                kept: freed memory stays with the process, so that no call pays for page faults (timing.py)
     """
@@ -57,6 +60,7 @@ class Case:
     rank: int = 0
     dropout: float = 0.0
     threads: int = 0
+    format: str = "nf4"
     memory: str = "default"
 
     @property
@@ -65,6 +69,8 @@ class Case:
         parts = [self.operation]
         if self.rank and self.operation != "lora_gradients":
             parts.append(f"+ LoRA r={self.rank}")
+        if self.format != "nf4":
+            parts.append(self.format)
         if self.dropout:
             parts.append(f"dropout {self.dropout:g}")
         if self.via != "function":
@@ -90,7 +96,7 @@ class Case:
         size = 4 if self.dtype == "float32" else 2
         if self.operation == "lora_gradients":
             return self.M * (N + K) * size
-        return N * K * (BYTES_PER_WEIGHT + (size if self.operation in ("quantize", "dequantize") else 0))
+        return N * K * (BYTES_PER_WEIGHT[self.format] + (size if self.operation in ("quantize", "dequantize") else 0))
 
 
 def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
@@ -132,6 +138,9 @@ def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
         *products("forward", (1, 16, 64, 256, 512), dtype="float32"),
         *products("dx", (16, 64, 256, 512), dtype="float32"),
     ]
+    if shape == SQUARE:
+        for format in ("mxfp4", "nvfp4"):
+            found += products("forward", (1, 16, 256), format=format) + products("dx", (256,), format=format)
     if shape != DOWN:  # where a call takes a second
         for operation in ("forward", "dx"):
             found += products(operation, (2048,), rank=LORA_RANK) + products(operation, (2048,), dtype="float32")

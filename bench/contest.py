@@ -16,6 +16,7 @@ from peers import ours
 
 Contestants = dict[str, Callable[[int], Any]]
 WITHOUT_LORA = "without LoRA"
+NF4 = "in NF4"
 # The copies of a weight that take turns are together this many times the last-level cache.
 CACHE_MULTIPLE = 2
 
@@ -23,12 +24,12 @@ CACHE_MULTIPLE = 2
 class Weights:
     """One weight of a shape in every form that the cases need, each in several copies."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], format: str = "nf4") -> None:
         """Random normal values of a size that keeps activations near 1, and their quantization."""
         torch.manual_seed(0)
         self.shape = shape
         self.weight = torch.randn(shape).mul_(shape[1] ** -0.5).bfloat16()
-        self.quantized = ours.quantize(self.weight)
+        self.quantized = ours.quantize(self.weight, format)
         self._dense: dict[torch.dtype, Tensor] = {}
         self._exact: dict[torch.dtype, Tensor] = {}
         self._copies: dict[tuple[str, torch.dtype], list[Any]] = {}
@@ -44,6 +45,12 @@ class Weights:
         if dtype not in self._exact:
             self._exact = {dtype: self.dense(dtype).double()}  # one at a time: it is large
         return self._exact[dtype]
+
+    def own_copies(self) -> list[Any]:
+        """What was quantized, as often."""
+        return [self.quantized] + [
+            ours.copy(self.quantized) for _ in range(copies_needed(ours.nbytes(self.quantized)) - 1)
+        ]
 
     def copies(self, adapter: ModuleType, dtype: torch.dtype) -> list[Any]:
         """The weight as `adapter` holds it, often enough that no cache holds them all."""
@@ -112,6 +119,8 @@ def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[
 def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
     """forward and dx, in every form of `via`, with an adapter or without."""
     dtype = getattr(torch, case.dtype)
+    if case.format != "nf4":
+        return _product_in_format(case, weights)
     N, K = case.shape
     forward = case.operation == "forward"
     left = torch.randn(case.M, K if forward else N).to(dtype)
@@ -154,6 +163,29 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
         else:
             allowed = None if name in (ours.NAME, WITHOUT_LORA) else tolerances[name]
             errors[name] = checks.product(name, result, left[rows], right, dtype, added, allowed)
+    return found, errors
+
+
+def _product_in_format(case: Case, weights: Weights) -> tuple[Contestants, dict[str, float]]:
+    """forward and dx over a weight of `case.format`, beside the same over NF4."""
+    dtype = getattr(torch, case.dtype)
+    N, K = case.shape
+    forward = case.operation == "forward"
+    left = torch.randn(case.M, K if forward else N).to(dtype)
+    function = ours.forward if forward else ours.backward_input
+    in_format = Weights(case.shape, case.format)
+    found: Contestants = {}
+    errors = {}
+    for name, each, held in (
+        (ours.NAME, in_format, in_format.own_copies()),
+        (NF4, weights, weights.copies(ours, dtype)),
+    ):
+        found[name] = lambda i, held=held: function(held[i % len(held)], left)
+        exact = each.exact(dtype)
+        rows = checks.rows_of(case.M)
+        errors[name] = checks.product(
+            name, found[name](0)[rows], left[rows], exact.t() if forward else exact, dtype, None, None
+        )
     return found, errors
 
 

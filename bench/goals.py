@@ -323,6 +323,7 @@ def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, 
         return
     for row in result["rows"]:
         plain = row["via"] == "function" and not row["dropout"] and not row["threads"] and tuple(row["shape"]) == shape
+        plain = plain and row.get("format", "nf4") == "nf4"
         same = all(row[field] == getattr(goal, field) for field in ("operation", "dtype", "rank", "memory"))
         if plain and same and row["M"] in goal.Ms:
             value = _value(goal, row)

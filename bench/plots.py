@@ -64,7 +64,8 @@ GROWTH = "Time of a product against the width of a square weight, the rows of ac
 
 def _rows(result: dict, **wanted: Any) -> list[dict]:
     """Rows with these fields; what is not named must be as in the plain case."""
-    plain = {"via": "function", "memory": "default", "dropout": 0.0, "rank": 0, "threads": 0, "dtype": DTYPE}
+    plain = {"via": "function", "memory": "default", "dropout": 0.0, "rank": 0, "threads": 0, "dtype": DTYPE,
+             "format": "nf4"}  # fmt: skip
     wanted = plain | wanted
     return [row for row in result["rows"] if all(row.get(k, plain.get(k)) == v for k, v in wanted.items())]
 

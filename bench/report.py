@@ -22,6 +22,7 @@ PEERS = {
     "torchao": "torchao",
     "ggml IQ4_NL": "ggml",
     "without LoRA": "no LoRA",
+    "in NF4": "NF4",
     "PEFT unfused": "PEFT",
 }
 NOISY = 0.02  # of the processors, used by others: above it the figures are not to be trusted

@@ -59,7 +59,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
     add("--target-modules", nargs="+", default="all-linear", help="names of the layers that get an adapter")
-    add("--format", choices=["nf4", "fp4", "int4", "int8"], help="of the weights (default: the model's own, else nf4)")
+    add(
+        "--format",
+        choices=["nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4"],
+        help="of the weights (default: the model's own, else nf4)",
+    )
     add("--no-double-quant", action="store_true", help="keep the block scales in fp32 instead of 8 bits")
     add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=8, help="pairs a step")
@@ -297,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
     trainable, total = parameters(model)
     scales = "scales in fp32" if args.no_double_quant else "double quantization"
+    if args.format in ("mxfp4", "nvfp4"):
+        scales = "scales in 8 bits"
     print(f"\npairs: {len(pairs)} for training, {len(held_pairs)} held out (loss measured on {len(held)} of them)")
     print(f"base weights: {bytes_16:,} bytes in 16 bits, {bytes_quantized:,} in {args.format} with {scales}", end="")
     print(f" ({bytes_16 / bytes_quantized:.2f} times smaller)")

@@ -84,6 +84,11 @@ def products():
                 yield Product(M, N, K, dtype, format, blocksize)
             for M, N, K in ((2, 64, 1024), (64, 63, 2049), (258, 264, 192)):
                 yield Product(M, N, K, dtype, format, blocksize, bias=True, rank=16, dropout=0.25)
+        # Small blocks, on rows of whole chunks of 64 and on ragged ones, by every way that a CPU has for them.
+        for format, blocksize in (*MICROSCALED.items(), ("nf4", 32)):
+            for M, (N, K) in itertools.product((1, 3, 8, 9, 48, 300), ((70, 320), (37, 333))):
+                if dtype != torch.float16:
+                    yield Product(M, N, K, dtype, format, blocksize)
         for rank, dropout, (M, N, K) in itertools.product(
             RANKS, (0.0, 0.3), ((0, 5, 9), (1, 80, 96), (9, 3, 65), (129, 80, 200))
         ):

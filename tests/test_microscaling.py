@@ -169,6 +169,10 @@ def test_scale_that_is_none_is_refused_where_a_weight_is_loaded(format, byte):
     q.absmax.data[1] = byte
     with pytest.raises(ValueError, match=f"absmax: expected scales of {format}"):
         q.check_values()
+    for shape in ((), (255,), (256, 1)):
+        table = {**layer.state_dict(), "nested_code": torch.ones(shape)}
+        with pytest.raises(RuntimeError, match="nested_code: expected shape"):
+            layer.load_state_dict(table)
     table = {**layer.state_dict(), "nested_code": torch.ones(256)}
     with pytest.raises(RuntimeError, match="nested_code: expected .* finite values and NaN after them"):
         layer.load_state_dict(table)

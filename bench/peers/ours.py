@@ -21,8 +21,8 @@ def supports(case: object) -> bool:
     return True
 
 
-def quantize(weight: Tensor) -> qn.QuantizedWeight:
-    return qn.quantize(weight, format="nf4", blocksize=BLOCKSIZE, double_quant=True)
+def quantize(weight: Tensor, format: str = "nf4") -> qn.QuantizedWeight:
+    return qn.quantize(weight, format, BLOCKSIZE if format == "nf4" else None, double_quant=True)
 
 
 def hold(weight: Tensor, dense: Tensor, dtype: torch.dtype) -> qn.QuantizedWeight:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import _C, __version__
+from ._microscaling import MICROSCALED
 
 PACKED = ("int4", "int8")  # formats that are written as compressed-tensors has them
 
@@ -79,11 +80,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     merge.add_argument(
         "--to",
+        type=_stored_format,
         choices=["bf16", "fp16", "fp32", "nf4", "fp4", *PACKED],
         default="bf16",
         help="int4 and int8: a folder of compressed-tensors",
     )
-    quantize.add_argument("--to", choices=["nf4", "fp4"], default="nf4")
+    quantize.add_argument("--to", type=_stored_format, choices=["nf4", "fp4"], default="nf4")
     for command in (merge, quantize):
         command.add_argument("--out", type=Path, required=True, help="a new folder; it appears when it is complete")
         command.add_argument("--blocksize", type=int, default=64, help="weights that share a scale, in 4 bits")
@@ -95,6 +97,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if given not in (["model"], ["base", "adapter"]):
             parser.error("export: expected --model, or --base and --adapter")
     return args
+
+
+def _stored_format(name: str) -> str:
+    if name in MICROSCALED:
+        raise argparse.ArgumentTypeError(
+            f"expected a format that can be written, got {name}: the 4-bit files written here are bitsandbytes', which "
+            f"has nf4 and fp4; a model is put into {name} while it is loaded (BitsAndBytesConfig, quantize_model)"
+        )
+    return name
 
 
 def _add_export(commands: Any) -> None:

@@ -44,6 +44,8 @@ def check_scale_table(name: str, table: Tensor, format: str) -> None:
     if table.is_meta:
         return
     count = len(MICROSCALED[format])
+    if table.shape != (256,):
+        raise bad(name, "shape [256]", list(table.shape))
     if not (table[:count].isfinite().all() and table[count:].isnan().all()):
         raise bad(name, f"{count} finite values and NaN after them, as {format} has", "another table")
 

@@ -129,6 +129,7 @@ struct Format {
   const char* name;
   int bits;
   const float* code;
+  bool microscaled = false;
 };
 // Of the user's own: no level is 0, two are equal, and none of the distances is another's.
 constexpr float kOwnCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
@@ -139,6 +140,16 @@ const std::vector<Format>& formats() {
                                           {"int4", 4, qn::codebook("int4").data()},
                                           {"int8", 8, nullptr},
                                           {"own", 4, kOwnCodebook}};
+  return all;
+}
+
+// Those of products: after the formats of any blocksize the ones that have one and scales of 8 bits.
+const std::vector<Format>& product_formats() {
+  static const std::vector<Format> all = [] {
+    std::vector<Format> both = formats();
+    for (const char* name : {"mxfp4", "nvfp4"}) both.push_back({name, 4, qn::codebook(name).data(), true});
+    return both;
+  }();
   return all;
 }
 
@@ -173,6 +184,20 @@ class Quantized {
     const std::int64_t elements = count * shape_.N * shape_.K, blocks = qn::ceil_div(elements, blocksize);
     codes.resize(static_cast<std::size_t>(qn::bytes_of_codes(elements, format.bits)));
     absmax.resize(static_cast<std::size_t>(blocks));
+    if (format.microscaled) {
+      absmax_codes.resize(absmax.size());
+      nested_absmax.assign((absmax.size() + 255) / 256, 1.0f);
+      nested_code.resize(256);
+      qn::quantize_microscaled({.weight = weight.data(),
+                                .dtype = weight.dtype(),
+                                .elements = elements,
+                                .blocksize = blocksize,
+                                .codes = codes.data(),
+                                .scales = absmax_codes.data(),
+                                .nested_code = nested_code.data(),
+                                .non_finite = &non_finite});
+      return;
+    }
     qn::quantize({.weight = weight.data(),
                   .dtype = weight.dtype(),
                   .elements = elements,
@@ -201,10 +226,10 @@ class Quantized {
                                  .codes = codes.data(),
                                  .absmax = absmax.data(),
                                  .code = format_.code};
-    if (double_quant_) {
+    if (double_quant_ || format_.microscaled) {
       view.absmax = absmax_codes.data();
       view.nested_absmax = nested_absmax.data();
-      view.nested_code = qn::dynamic_map().data();
+      view.nested_code = format_.microscaled ? nested_code.data() : qn::dynamic_map().data();
       view.offset = &offset;
     }
     return view;
@@ -219,7 +244,7 @@ class Quantized {
   }
 
   std::vector<std::uint8_t> codes, absmax_codes;
-  std::vector<float> absmax, nested_absmax;
+  std::vector<float> absmax, nested_absmax, nested_code;
   float offset = 0.0f;
   qn::NonFinite non_finite;
 
@@ -265,6 +290,20 @@ void decoded_weight_is_level_times_scale_rounded_once() {
         });
       }
     });
+  }
+}
+
+void decoded_microscaled_weight_is_level_times_scale_rounded_once() {
+  for (const Shape shape : kShapes) {
+    const Tensor weight = random_weight(shape, DType::f32);
+    for (const auto& [format, blocksize] : {std::pair{5, 32}, std::pair{6, 16}}) {
+      const Quantized quantized(weight, product_formats()[static_cast<std::size_t>(format)], blocksize, false);
+      for (const DType dtype : kDTypes) {
+        Tensor decoded(dtype, shape.N, shape.K);
+        qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
+        expect_same_bits(decoded, quantized.decoded(dtype), [&] { return "blocksize " + std::to_string(blocksize); });
+      }
+    }
   }
 }
 
@@ -384,7 +423,7 @@ struct Case {
     char text[200];
     std::snprintf(text, sizeof(text), "M=%d N=%d K=%d %s %s blocksize %d%s%s rank %d %s dropout %g gap %d",
                   static_cast<int>(M), static_cast<int>(N), static_cast<int>(K), qn::name_of(dtype),
-                  formats()[static_cast<std::size_t>(format)].name, blocksize, double_quant ? " dq" : "",
+                  product_formats()[static_cast<std::size_t>(format)].name, blocksize, double_quant ? " dq" : "",
                   bias ? " bias" : "", static_cast<int>(rank), qn::name_of(lora_dtype), static_cast<double>(dropout),
                   static_cast<int>(gap));
     std::string name = text;
@@ -399,8 +438,8 @@ class Layer {
  public:
   explicit Layer(const Case& c)
       : c_(c),
-        weight_(random_weight({c.weights() * c.N, c.K}, DType::f32), formats()[static_cast<std::size_t>(c.format)],
-                c.blocksize, c.double_quant, c.weights()),
+        weight_(random_weight({c.weights() * c.N, c.K}, DType::f32),
+                product_formats()[static_cast<std::size_t>(c.format)], c.blocksize, c.double_quant, c.weights()),
         x_(c.dtype, c.M, c.K, c.gap),
         dy_(c.dtype, c.M, c.N, c.gap),
         bias_(c.dtype, c.weights(), c.N),
@@ -624,6 +663,11 @@ class Layer {
   Tensor y_, u_, dx_, v_, da_, db_;
 };
 
+// Blocks of which a chunk of 64 elements has two or four.
+struct SmallBlocks {
+  int format, blocksize;
+};
+constexpr SmallBlocks kSmallBlocks[] = {{0, 32}, {5, 32}, {6, 16}};
 constexpr std::int64_t kRows[] = {0, 1, 7, 8, 9, 16, 17, 33, 129};
 constexpr std::int64_t kRanks[] = {0, 1, 16, 70};
 
@@ -684,6 +728,17 @@ std::vector<Case> cases() {
                          .format = format,
                          .blocksize = blocksize,
                          .double_quant = double_quant});
+  for (const SmallBlocks& small : kSmallBlocks)
+    for (const DType dtype : {DType::f32, DType::bf16})
+      for (const std::int64_t M : {1, 3, 8, 9, 48, 300})
+        for (const auto& [N, K] : {Shape{70, 320}, Shape{19, 1088}, Shape{37, 333}, Shape{20, 200}})
+          all.push_back({.M = M,
+                         .N = N,
+                         .K = K,
+                         .dtype = dtype,
+                         .format = small.format,
+                         .blocksize = small.blocksize,
+                         .rank = M % 2 * 4});
   return all;
 }
 
@@ -742,41 +797,41 @@ void products_are_the_sums_of_float64() {
 
 // ---- determinism ----
 
+void expect_same_bits_for_any_number_of_threads(const Case& each) {
+  std::vector<char> expected;
+  for (const int threads : {1, 1, 2, 3, 3}) {
+    use_pool(threads);
+    Layer layer(each);
+    layer.run();
+    if (expected.empty()) expected = layer.bytes();
+    EXPECT(layer.bytes() == expected);
+  }
+}
+
 void bits_are_the_same_in_every_run_and_for_any_number_of_threads() {
   for (const DType dtype : kDTypes)
     for (const auto& [M, N, K] :
          {std::array<std::int64_t, 3>{1, 320, 512}, {4, 100, 513}, {16, 129, 1100}, {64, 70, 320}, {130, 48, 200}}) {
       const Case each{
           .M = M, .N = N, .K = K, .dtype = dtype, .bias = true, .rank = 16, .dropout = 0.25f, .lora_dtype = dtype};
-      std::vector<char> expected;
-      for (const int threads : {1, 1, 2, 3, 3}) {
-        use_pool(threads);
-        Layer layer(each);
-        layer.run();
-        if (expected.empty()) expected = layer.bytes();
-        EXPECT(layer.bytes() == expected);
-      }
+      expect_same_bits_for_any_number_of_threads(each);
     }
   for (const DType dtype : kDTypes)
-    for (const bool own_weights : {true, false}) {
-      const Case each{.M = 140,
-                      .N = 100,
-                      .K = 320,
-                      .dtype = dtype,
-                      .bias = true,
-                      .rank = 16,
-                      .dropout = 0.25f,
-                      .offsets = {0, 3, 12, 80, 140},
-                      .own_weights = own_weights};
-      std::vector<char> expected;
-      for (const int threads : {1, 1, 2, 3, 3}) {
-        use_pool(threads);
-        Layer layer(each);
-        layer.run();
-        if (expected.empty()) expected = layer.bytes();
-        EXPECT(layer.bytes() == expected);
-      }
-    }
+    for (const bool own_weights : {true, false})
+      expect_same_bits_for_any_number_of_threads({.M = 140,
+                                                  .N = 100,
+                                                  .K = 320,
+                                                  .dtype = dtype,
+                                                  .bias = true,
+                                                  .rank = 16,
+                                                  .dropout = 0.25f,
+                                                  .offsets = {0, 3, 12, 80, 140},
+                                                  .own_weights = own_weights});
+  for (const SmallBlocks& small : kSmallBlocks)
+    for (const DType dtype : {DType::f32, DType::bf16})
+      for (const std::int64_t M : {1, 9, 130})
+        expect_same_bits_for_any_number_of_threads(
+            {.M = M, .N = 140, .K = 1088, .dtype = dtype, .format = small.format, .blocksize = small.blocksize});
 }
 
 // ---- the optimizer ----
@@ -1060,6 +1115,7 @@ int main() {
   }
   use_pool(2);  // not OpenMP's: on a busy machine its threads would spin at the end of each of many small tasks
   decoded_weight_is_level_times_scale_rounded_once();
+  decoded_microscaled_weight_is_level_times_scale_rounded_once();
   scale_that_is_not_finite_decodes_as_defined();
   code_is_that_of_the_nearest_level();
   scale_in_8_bits_is_the_nearest();

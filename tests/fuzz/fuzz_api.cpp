@@ -165,7 +165,7 @@ Matrix draw_matrix(Input& input, Memory& memory, std::int64_t rows, std::int64_t
 
 Wide ceil_div(Wide a, Wide b) { return b > 0 ? (a + b - 1) / b : 0; }
 
-int draw_blocksize(Input& input) { return input.rarely() ? input.hostile_int() : 32 << input.below(3); }
+int draw_blocksize(Input& input) { return input.rarely() ? input.hostile_int() : 16 << input.below(4); }
 
 qn::QuantizedWeightView draw_weight(Input& input, Memory& memory, std::int64_t N, std::int64_t K) {
   qn::QuantizedWeightView view{.N = N, .K = K};
@@ -222,6 +222,19 @@ void quantize(Input& input, Memory& memory) {
   qn::NonFinite non_finite;
   args.non_finite = input.rarely() ? nullptr : &non_finite;
   call(memory, [&] { qn::quantize(args); });
+}
+
+void quantize_microscaled(Input& input, Memory& memory) {
+  qn::QuantizeMicroscaledArgs args{.dtype = input.dtype(), .elements = input.byte() * input.byte() % 5000};
+  if (input.rarely()) args.elements = input.hostile();
+  args.blocksize = input.rarely() ? input.hostile_int() : 16 << input.below(2);
+  args.weight = memory.values(args.elements, args.dtype);
+  args.codes = memory.bytes(ceil_div(args.elements, 2));
+  args.scales = memory.bytes(ceil_div(args.elements, args.blocksize));
+  args.nested_code = memory.floats(256);
+  qn::NonFinite non_finite;
+  args.non_finite = input.rarely() ? nullptr : &non_finite;
+  call(memory, [&] { qn::quantize_microscaled(args); });
 }
 
 void quantize_absmax(Input& input, Memory& memory) {
@@ -345,9 +358,15 @@ void optimizer_8bit_step(Input& input, Memory& memory) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  constexpr void (*kCalls[])(Input&, Memory&) = {
-      quantize,       quantize_absmax,       dequantize,     check_quantized_weight,
-      linear_forward, linear_backward_input, lora_gradients, optimizer_8bit_step};
+  constexpr void (*kCalls[])(Input&, Memory&) = {quantize,
+                                                 quantize_absmax,
+                                                 dequantize,
+                                                 check_quantized_weight,
+                                                 linear_forward,
+                                                 linear_backward_input,
+                                                 lora_gradients,
+                                                 optimizer_8bit_step,
+                                                 quantize_microscaled};
   Input input(data, size);
   const auto operation = kCalls[input.below(std::size(kCalls))];
   Memory memory(input);

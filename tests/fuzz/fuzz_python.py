@@ -78,7 +78,8 @@ def fuzz_entries(choices: Choices) -> None:
 
 def fuzz_layer(choices: Choices) -> None:
     """Linear4bit.load_state_dict: what it accepts is finite, and the layer multiplies."""
-    layer = qn.nn.Linear4bit(70, 6, format=choices.of(("nf4", "int8")), double_quant=choices.one_in(2))
+    format = choices.of(("nf4", "int8", "mxfp4", "nvfp4"))
+    layer = qn.nn.Linear4bit(70, 6, format=format, double_quant=choices.one_in(2))
     state: dict[str, Any] = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     for _ in range(1 + choices.below(3)):
         key = choices.of(sorted(state)) if state else "weight"
@@ -246,7 +247,9 @@ def fuzz_ops(choices: Choices) -> None:
     ops = torch.ops.qlora_native
     N, K, M, rank = 1 + choices.below(9), 1 + choices.below(130), choices.below(40), choices.below(5)
     dtype = choices.of((torch.float32, torch.bfloat16, torch.float16))
-    q = qn.quantize(torch.ones(N, K), choices.of(("nf4", "int8")), choices.of((32, 64, 4096)), choices.one_in(2))
+    format = choices.of(("nf4", "int8", "mxfp4", "nvfp4"))
+    blocksize = choices.of((32, 64, 4096)) if format in ("nf4", "int8") else None
+    q = qn.quantize(torch.ones(N, K), format, blocksize, choices.one_in(2))
     weight = [*q.op_arguments()]
     seed = torch.tensor(choices.below(1 << 16))
     adapter = [torch.ones(rank, K, dtype=dtype), torch.ones(N, rank, dtype=dtype), 0.5, choices.of((0.0, 0.25)), seed]
@@ -254,6 +257,7 @@ def fuzz_ops(choices: Choices) -> None:
     low = torch.ones(M, rank, dtype=dtype)
     calls: list[tuple[Any, list[Any]]] = [
         (ops.quantize, [torch.ones(N, K, dtype=dtype), q.code, q.nested_code, q.bits, q.blocksize]),
+        (ops.quantize_microscaled, [torch.ones(N, K, dtype=dtype), choices.of((16, 32))]),
         (ops.dequantize, [*weight, dtype]),
         (ops.linear_forward, [x, *weight, torch.ones(N, dtype=dtype), *adapter]),
         (ops.linear_backward_input, [dy, *weight, *adapter, choices.one_in(2)]),

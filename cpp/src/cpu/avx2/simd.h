@@ -253,6 +253,9 @@ inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVecto
   values[0] = lookup(t, nibbles);
 }
 
+// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
+inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
+
 // 8 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

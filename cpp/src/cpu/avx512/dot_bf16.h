@@ -3,6 +3,8 @@
 // the odd ones. The instruction treats subnormal inputs and results as zero, whatever the control register says.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/avx512/simd.h"
 
 #include "cpu/generic/dot_f32-inl.h"
@@ -52,6 +54,19 @@ struct DotBf16 {
     return kOdd ? Chunk{{from_low, from_high}} : Chunk{{from_high, from_low}};
   }
 
+  // 64 weights of kScales blocks, 2 or 4: an index names the block too.
+  template <int kScales>
+  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const float* scales) {
+    const __m512i words = load_words(bytes), block = block_bits<kScales>(), nibbles = _mm512_set1_epi16(0x0F);
+    const __m512i high = _mm512_or_si512(_mm512_srli_epi16(words, 4), block);
+    const __m512i low = _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr);
+    const auto lookup = [&](__m512i index) {
+      if constexpr (kScales == 4) return lookup_in_four(code, scales, index);
+      return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, levels_of_two(code, scales)));
+    };
+    return {{lookup(high), lookup(low)}};
+  }
+
   static Chunk decode8(const std::uint8_t* bytes, float step) {
     F32 even[2], odd[2];
     for (int g = 0; g < 2; ++g) {
@@ -81,7 +96,7 @@ struct DotBf16 {
           _mm512_castps_si512(chunk[0].v[k % 2]), k < 2 ? evens : odds, _mm512_castps_si512(chunk[1].v[k % 2])));
     return step;
   }
-  struct Step4 {
+  struct StepOfOneBlock {
     __m512i high, low;  // in each byte the index that its high or low nibble stands for: the fifth bit names the chunk
     __m512i levels;     // 16 of each chunk
     F32 vector(int k) const {
@@ -89,15 +104,28 @@ struct DotBf16 {
       return _mm512_castsi512_ps(_mm512_permutexvar_epi16(k < 2 ? pair : _mm512_srli_epi16(pair, 8), levels));
     }
   };
-  static Step4 step4(const std::uint8_t* codes, Table16 code, const float* scales) {
+  // A step of smaller blocks is decoded at once, for its tables take more registers than what they decode to.
+  template <int kScales>
+  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, Step>;
+  template <int kScales>
+  static Step4<kScales> step4(const std::uint8_t* codes, Table16 code, const float* scales) {
     const __m512i words = _mm512_loadu_si512(codes);
-    const __m512i nibbles = _mm512_set1_epi8(0x0F);
-    const __m512i chunk = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
-    constexpr int kAndOr = 0xEA;  // (a & b) | c
-    return {_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, chunk, kAndOr),
-            _mm512_ternarylogic_epi64(words, nibbles, chunk, kAndOr),
-            reinterpret_cast<__m512i>(
-                _mm512_cvtne2ps_pbh(mul(code.level, set1(scales[1])), mul(code.level, set1(scales[0]))))};
+    const __m512i nibbles = _mm512_set1_epi8(0x0F), block = block_bits<kStepChunks * kScales>();
+    const __m512i high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, block, kAndOr);
+    const __m512i low = _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr);
+    if constexpr (kScales == 1) {
+      return {high, low, levels_of_two(code, scales)};
+    } else {
+      const __m512i index[kStepVectors] = {high, low, _mm512_srli_epi16(high, 8), _mm512_srli_epi16(low, 8)};
+      Step step;
+      for (int k = 0; k < kStepVectors; ++k) {
+        step.v[k] = lookup_in_four(code, scales, index[k]);
+        // Each half of the vector has four blocks of its own.
+        if constexpr (kScales == 4)
+          step.v[k] = blend_words(step.v[k], lookup_in_four(code, scales + 4, index[k]), 0xFFFF0000);
+      }
+      return step;
+    }
   }
   struct Step8 {
     __m512i chunk[kStepChunks];  // four bytes a lane
@@ -187,6 +215,31 @@ struct DotBf16 {
   }
 
  private:
+  static constexpr int kAndOr = 0xEA;  // of a ternary logic instruction: (a & b) | c
+
+  // The levels of two blocks, 16 words each.
+  static __m512i levels_of_two(Table16 code, const float* scales) {
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(mul(code.level, set1(scales[1])), mul(code.level, set1(scales[0]))));
+  }
+  static F32 lookup_in_four(Table16 code, const float* scales, __m512i index) {
+    return _mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(levels_of_two(code, scales), index, levels_of_two(code, scales + 2)));
+  }
+  struct Bytes {
+    alignas(64) std::uint8_t byte[64];
+  };
+  // In bits 4 and 5 of each byte the number of its block, modulo four, of kBlocks blocks in a vector.
+  template <int kBlocks>
+  static __m512i block_bits() {
+    static constexpr Bytes kBits = [] {
+      Bytes bits{};
+      for (int i = 0; i < 64; ++i) bits.byte[i] = static_cast<std::uint8_t>(i * kBlocks / 64 % 4 << 4);
+      return bits;
+    }();
+    return _mm512_load_si512(kBits.byte);
+  }
+
   static constexpr std::uint64_t kEven = 0x5555555555555555, kOdd64 = 0xAAAAAAAAAAAAAAAA;
 
   static __m512i word_numbers() {

@@ -246,6 +246,11 @@ inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVecto
   values[0] = lookup(t, nibbles);
 }
 
+// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
+inline F32 scales_of_16(const float* scales) {
+  return _mm512_mask_broadcastss_ps(set1(scales[0]), 0xFF00, _mm_load_ss(scales + 1));
+}
+
 // 16 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -6,6 +6,8 @@
 // (L lanes). Activations are put in the same order when they are packed.
 #pragma once
 
+#include <type_traits>
+
 #include "qlora_native/types.h"
 
 namespace qlora_native {
@@ -67,6 +69,24 @@ struct DotF32 {
     return chunk;
   }
 
+  // 64 weights of kScales blocks, 2 or 4, which `scales` has in order.
+  template <int kScales>
+  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
+                                                     const float* scales) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 even[kNibbleVectors], odd[kNibbleVectors];
+      lookup_in_blocks<kScales>(code, scales, g, high_nibbles(p), even);
+      lookup_in_blocks<kScales>(code, scales, g, low_nibbles(p), odd);
+      for (int i = 0; i < kNibbleVectors; ++i) {
+        chunk.v[2 * (g + i)] = even[i];
+        chunk.v[2 * (g + i) + 1] = odd[i];
+      }
+    }
+    return chunk;
+  }
+
   // 64 weights from 64 signed bytes; `step` is what a byte of 1 stands for.
   static Chunk decode8(const std::uint8_t* bytes, float step) {
     Chunk chunk;
@@ -89,7 +109,7 @@ struct DotF32 {
     }
   };
   static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
-  struct Step4 {
+  struct StepOfOneBlock {
     const std::uint8_t* bytes;
     Table table;
     F32 vector(int k) const {
@@ -100,8 +120,28 @@ struct DotF32 {
       return values[k % kNibbleVectors];
     }
   };
-  [[gnu::always_inline]] static Step4 step4(const std::uint8_t* codes, const Table16& code, const float* scales) {
-    return {codes, table(code, scales[0])};
+  template <int kScales>
+  struct StepOfBlocks {
+    const std::uint8_t* bytes;
+    Table16 code;
+    const float* scales;
+    [[gnu::always_inline]] F32 vector(int k) const {
+      const int turn = k / kNibbleVectors, g = turn / 2 * kNibbleVectors;
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 values[kNibbleVectors];
+      lookup_in_blocks<kScales>(code, scales, g, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      return values[k % kNibbleVectors];
+    }
+  };
+  template <int kScales>
+  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, StepOfBlocks<kScales>>;
+  template <int kScales>
+  [[gnu::always_inline]] static Step4<kScales> step4(const std::uint8_t* codes, const Table16& code,
+                                                     const float* scales) {
+    if constexpr (kScales == 1)
+      return {codes, table(code, scales[0])};
+    else
+      return {codes, code, scales};
   }
   using Step8 = Step;
   static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
@@ -170,6 +210,20 @@ struct DotF32 {
   }
 
  private:
+  // What nibbles stand for, the even or the odd ones of groups g ... g+kNibbleVectors-1, in a chunk of kScales blocks.
+  template <int kScales, class Nibbles>
+  [[gnu::always_inline]] static void lookup_in_blocks(const Table16& code, const float* scales, int g, Nibbles nibbles,
+                                                      F32 (&values)[kNibbleVectors]) {
+    static_assert(kGroup * kNibbleVectors <= 32);
+    if constexpr (kScales == 2) {  // a lookup is in one block
+      lookup_nibbles<kType>(table(code, scales[g * kGroup / 32]), nibbles, values);
+    } else {  // as many multiplications as for four tables, or fewer
+      static_assert(kScales == 4);
+      lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, values);
+      for (int i = 0; i < kNibbleVectors; ++i)
+        values[i] = round_to<kType>(mul(values[i], scales_of_16(scales + (g + i) * kGroup / 16)));
+    }
+  }
   // The bits of vector i's elements, lane by lane.
   static std::uint32_t vector_bits(std::uint64_t bits, int i) {
     return every_second_bit(bits >> ((i / 2) * kGroup), i % 2);

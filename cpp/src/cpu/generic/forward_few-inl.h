@@ -144,7 +144,7 @@ struct FewRows {
     const float* scale[kRows];
     for (int j = 0; j < kRows; ++j) {
       codes[j] = w.codes_at(n + j, 0);
-      scale[j] = scales + j * (w.cols() / kChunk);
+      scale[j] = scales + j * (w.cols() / kChunk) * Rows::kChunkScales;
     }
     // The rows after these are next in memory, and next to be read. Into the second-level cache: asked for in the
     // first, they cost a third more time.
@@ -157,7 +157,7 @@ struct FewRows {
       for (int j = 0; j < kRows; ++j) {
         const std::uint8_t* p = codes[j] + s * Rows::kStepBytes;
         for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
-        step[j] = w.step(p, scale[j] + s * Dot::kStepChunks);
+        step[j] = w.step(p, scale[j] + s * Dot::kStepChunks * Rows::kChunkScales);
       }
       sums.multiply(s, x, step);
     }
@@ -166,7 +166,8 @@ struct FewRows {
         typename Rows::QuantizedStep step[kRows];
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; ++j)
-          step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes, scale[j] + whole * Dot::kStepChunks);
+          step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
+                                scale[j] + whole * Dot::kStepChunks * Rows::kChunkScales);
         sums.multiply(whole, x, step);
       }
     sums.finish(n, kRows, loras, out);
@@ -197,23 +198,24 @@ struct FewRows {
                        std::span<const LowRank> loras, const Write& write) {
     constexpr int kRows = kRowsOf<kM>;
     static_assert(kGroup % kRows == 0);
-    const std::int64_t row_chunks = w.cols() / kChunk;
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
     // [tile][m][row of the tile]; the last tile is written with up to three floats too many
     float sums[kM * kGroup + 3], of_row[kGroup] = {};
     float* scales = nullptr;
     if constexpr (Rows::kQuantized)
       if (w.aligned())
         scales = reinterpret_cast<float*>(
-            scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_chunks) * sizeof(float)));
+            scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_scales) * sizeof(float)));
     for (std::int64_t first = begin; first < end; first += kGroup) {
       const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
       int whole = 0;
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
-          w.chunk_scales(first, count, 0, row_chunks, scales, row_chunks);
+          w.prefetch_scales(first + count, kGroup, 0, w.cols() / kChunk);
+          w.chunk_scales(first, count, 0, w.cols() / kChunk, scales, row_scales);
           whole = count / kRows * kRows;
           for (int j = 0; j < whole; j += kRows)
-            whole_rows<kM>(w, first + j, scales + j * row_chunks, x, loras, sums + j * kM);
+            whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, sums + j * kM);
         }
       for (int j = whole; j < count; j += kRows)
         ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, sums + j * kM);

@@ -154,7 +154,8 @@ struct ProductNn {
       stepwise_ = w.aligned() && rows == units_ * kUnitRows;
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
-      w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_);
+      w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_ * Rows::kChunkScales);
+      w.prefetch_scales(u1 * kUnitRows, rows, c0, c1);
       clear_rest(panel, units_, width_);
       start(0);
     }
@@ -174,9 +175,10 @@ struct ProductNn {
         __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
       }
       put(from_, scale_, out_);
-      if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + 1, out_ + whole_steps(units_) * kChunk);
+      if (chunk_ + 1 < width_)
+        put(from_ + Rows::kChunkBytes, scale_ + Rows::kChunkScales, out_ + whole_steps(units_) * kChunk);
       from_ += kUnitRows * w_.row_bytes();
-      scale_ += kUnitRows * width_;
+      scale_ += kUnitRows * width_ * Rows::kChunkScales;
       out_ += kChunk;
       if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
     }
@@ -193,14 +195,15 @@ struct ProductNn {
       chunk_ = chunk;
       left_ = units_;
       from_ = codes_ + chunk * Rows::kChunkBytes;
-      scale_ = scales_ + chunk;
+      scale_ = scales_ + chunk * Rows::kChunkScales;
       out_ = panel_ + chunk * whole_steps(units_) * kChunk;
     }
 
     [[gnu::always_inline]] void put(const std::uint8_t* codes, const float* scales, float* out) const {
       Chunk chunk[kUnitRows];
 #pragma GCC unroll 2
-      for (int i = 0; i < kUnitRows; ++i) chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales[i * width_]);
+      for (int i = 0; i < kUnitRows; ++i)
+        chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales + i * width_ * Rows::kChunkScales);
       const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
       for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
     }
@@ -215,7 +218,7 @@ struct ProductNn {
     const std::uint8_t* from_ = nullptr;
     const float* scale_ = nullptr;
     float* out_ = nullptr;
-    float scales_[kPanelFloats / kChunk * kUnitRows];
+    float scales_[kPanelFloats / kChunk * kUnitRows * Rows::kChunkScales];
   };
   struct NoDecoder {
     void step() {}

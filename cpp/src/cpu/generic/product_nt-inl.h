@@ -109,7 +109,11 @@ struct ProductNt {
       out_ = panel;
       scale_ = scales_;
       ahead_ = next != nullptr ? next - from_ : 0;
-      w.chunk_scales(n, count, c0, c1, scales_, kBlockChunks);
+      w.chunk_scales(n, count, c0, c1, scales_, kBlockChunks * Rows::kChunkScales);
+      if (c1 * kChunk < w.cols())
+        w.prefetch_scales(n, count, c1, smaller(c1 + (c1 - c0), w.cols() / kChunk));
+      else
+        w.prefetch_scales(n + count, count, 0, c1 - c0);
       for (std::int64_t row = count; row < rows; ++row)
         __builtin_memset(panel + row * kPanelStride, 0,
                          static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));
@@ -121,16 +125,17 @@ struct ProductNt {
     void step() {
       if (left_ == 0) return;
       for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from_ + ahead_ + i, 0, 2);
-      put(w_.chunk(from_, scale_[0]), out_);
-      if (chunk_ + 1 < c1_ - c0_) put(w_.chunk(from_ + Rows::kChunkBytes, scale_[1]), out_ + Dot::kUnits);
+      put(w_.chunk(from_, scale_), out_);
+      if (chunk_ + 1 < c1_ - c0_)
+        put(w_.chunk(from_ + Rows::kChunkBytes, scale_ + Rows::kChunkScales), out_ + Dot::kUnits);
       chunk_ += 2;
       from_ += 2 * Rows::kChunkBytes;
       out_ += 2 * Dot::kUnits;
-      scale_ += 2;
+      scale_ += 2 * Rows::kChunkScales;
       if (chunk_ < c1_ - c0_) return;
       from_ += w_.row_bytes() - chunk_ * Rows::kChunkBytes;  // the next row
       out_ += kPanelStride - chunk_ * Dot::kUnits;
-      scale_ += kBlockChunks - chunk_;
+      scale_ += (kBlockChunks - chunk_) * Rows::kChunkScales;
       chunk_ = 0;
       --left_;
     }
@@ -152,7 +157,7 @@ struct ProductNt {
     const std::uint8_t* from_ = nullptr;
     float* out_ = nullptr;
     const float* scale_ = nullptr;
-    float scales_[kWidestTile * kBlockChunks];
+    float scales_[kWidestTile * kBlockChunks * Rows::kChunkScales];
   };
   struct NoDecoder {
     void step() {}

@@ -263,7 +263,7 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
 
 constexpr int kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
 
-template <DType kType, int kBits, bool kStream>
+template <DType kType, bool kStream>
 inline void dequantize_as(const DequantizeArgs& args) {
   using Dot = DotF32<kType>;
   // Long stretches: in a sixteenth of these a large weight took 7 to 37 % longer.
@@ -272,35 +272,32 @@ inline void dequantize_as(const DequantizeArgs& args) {
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
   flat.N = 1;
-  const QuantizedRows<Dot, kBits> rows(flat);
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
   const std::int64_t of_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
   const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
-  parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
-    const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
-    rows.template chunks<1, kAheadBytes>(0, 1, first, last, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
-      store_chunk<kType, kStream>(chunk[0], static_cast<char*>(args.out) + c * kChunk * kSize,
-                                  smaller<std::int64_t>(kChunk, flat.K - c * kChunk));
+  with_rows<Dot>(flat, [&](const auto& rows) {
+    parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
+      const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
+      const auto store = [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
+        store_chunk<kType, kStream>(chunk[0], static_cast<char*>(args.out) + c * kChunk * kSize,
+                                    smaller<std::int64_t>(kChunk, flat.K - c * kChunk));
+      };
+      rows.template chunks<1, kAheadBytes>(0, 1, first, last, store);
+      if (kStream) end_stream();
     });
-    if (kStream) end_stream();
   });
 }
 
-template <DType kType, int kBits>
+template <DType kType>
 inline void dequantize_as(const DequantizeArgs& args) {
   if (written_past_caches(args.out, args.weight.elements() * static_cast<std::int64_t>(size_of(kType))))
-    dequantize_as<kType, kBits, true>(args);
+    dequantize_as<kType, true>(args);
   else
-    dequantize_as<kType, kBits, false>(args);
+    dequantize_as<kType, false>(args);
 }
 
 inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
-  with_dtype(args.dtype, [&](auto dtype) {
-    if (args.weight.bits == 4)
-      dequantize_as<dtype(), 4>(args);
-    else
-      dequantize_as<dtype(), 8>(args);
-  });
+  with_dtype(args.dtype, [&](auto dtype) { dequantize_as<dtype()>(args); });
 }
 
 }  // namespace

@@ -34,19 +34,21 @@ inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+template <DType kType, bool kStream>
+[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
+  using Dot = DotF32<kType>;
+  for (int g = 0; g < Dot::kVectors / 2; ++g)
+    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
+                                chunk.v[2 * g + 1]);
+}
 // `count` elements of a chunk to consecutive ones at `out`. kStream: past the caches, where all 64 of them are stored.
 template <DType kType, bool kStream = false>
 [[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
                                                std::int64_t count) {
-  using Dot = DotF32<kType>;
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  const auto store_to = [&](char* to, auto stream) {
-    for (int g = 0; g < Dot::kVectors / 2; ++g)
-      store_pairs<kType, stream()>(to + g * Dot::kGroup * kSize, chunk.v[2 * g], chunk.v[2 * g + 1]);
-  };
-  if (count == kChunk) return store_to(out, std::bool_constant<kStream>());
+  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
   char copy[kChunk * kSize];
-  store_to(copy, std::false_type());
+  store_whole_chunk<kType, false>(chunk, copy);
   __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
 }
 
@@ -72,17 +74,20 @@ inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& 
   });
 }
 
-template <class Dot, int kBits>
+// kScales: how many scales a chunk has. It has one where blocks are as large or larger; of 4-bit codes in smaller ones
+// it has one for each block.
+template <class Dot, int kBits, int kScales = 1>
 class QuantizedRows {
  public:
   static constexpr bool kQuantized = true;
   static constexpr bool kNatural = false;
+  static constexpr std::int64_t kChunkScales = kScales;
   // `which` of w.count weights.
   explicit QuantizedRows(const QuantizedWeightView& w, std::int64_t which = 0)
       : w_(w),
         first_row_(which * w.N),
         shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))),
-        aligned_(w.blocksize >= kChunk && (w.K % kChunk == 0 || w.N * w.count == 1)),
+        aligned_(w.blocksize >= kScaleElements && (w.K % kChunk == 0 || w.N * w.count == 1)),
         scales_(w) {
     if constexpr (kBits == 4) code_ = table16(w.code);
   }
@@ -125,31 +130,39 @@ class QuantizedRows {
 
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
-  // Every chunk is whole, lies in one block and begins in a high nibble.
+  // Every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of the chunks c0 ... c1-1 of `rows` rows from n on, which `out` has `stride` apart.
+  // The scales of the chunks c0 ... c1-1 of `rows` rows from n on, which `out` has `stride` floats apart.
   void chunk_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1, float* out,
                     std::int64_t stride) const {
-    const int shift = shift_ - __builtin_ctz(kChunk);  // chunks -> blocks
-    const std::int64_t per_row = w_.K / kChunk;
-    std::int64_t count = c1 - c0;
+    const int shift = shift_ - __builtin_ctz(kScaleElements);  // scales that are handed out -> blocks
+    const std::int64_t per_row = w_.K / kChunk * kScales;
+    std::int64_t count = (c1 - c0) * kScales;
     if (count == per_row && stride == count) {  // one long row
       count *= rows;
       rows = 1;
     }
+    if (shift == 0)
+      return scales_.decode_rows((first_row_ + n) * per_row + c0 * kScales, per_row, rows, count, out, stride);
     for (std::int64_t row = 0; row < rows; ++row, out += stride) {
-      const std::int64_t first = (first_row_ + n + row) * per_row + c0, first_block = first >> shift;
+      const std::int64_t first = (first_row_ + n + row) * per_row + c0 * kScales, first_block = first >> shift;
       scales_.decode(first_block, ((first + count - 1) >> shift) + 1 - first_block, out);
-      if (shift != 0)  // from the last on: no scale is overwritten before it is read
-        for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+      // From the last on: no scale is overwritten before it is read.
+      for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
     }
   }
-  using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::Step4, typename Dot::Step8>;
+  // Asks for the same scales.
+  void prefetch_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1) const {
+    const std::int64_t first = element(n, c0);
+    const std::int64_t count = ((element(n, c1) - 1) >> shift_) - (first >> shift_) + 1;
+    scales_.prefetch(first >> shift_, w_.K >> shift_, smaller(rows, w_.N - n), count);
+  }
+  using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
-  // Dot::kStepChunks chunks from `codes` on, with as many scales.
+  // Dot::kStepChunks chunks from `codes` on, with their scales.
   [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
     if constexpr (kBits == 4)
-      return Dot::step4(codes, code_, scales);
+      return Dot::template step4<kScales>(codes, code_, scales);
     else
       return Dot::step8(codes, scales);
   }
@@ -157,11 +170,15 @@ class QuantizedRows {
   QuantizedStep half_step(const std::uint8_t* codes, const float* scales) const {
     std::uint8_t copy[kStepBytes] = {};
     __builtin_memcpy(copy, codes, kStepBytes / 2);
-    const float scale[2] = {scales[0], 0.0f};
-    return step(copy, scale);
+    float copy_of_scales[2 * kScales] = {};
+    __builtin_memcpy(copy_of_scales, scales, sizeof(copy_of_scales) / 2);
+    return step(copy, copy_of_scales);
   }
-  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, float scale) const {
-    return decode<false>(codes, scale);
+  [[gnu::always_inline]] typename Dot::Chunk chunk(const std::uint8_t* codes, const float* scales) const {
+    if constexpr (kScales > 1)
+      return Dot::template decode4_blocks<kScales>(codes, code_, scales);
+    else
+      return decode<false>(codes, scales[0]);
   }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
@@ -169,6 +186,8 @@ class QuantizedRows {
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
  private:
+  static_assert(kScales == 1 || (kBits == 4 && (kScales == 2 || kScales == 4)));
+  static constexpr int kScaleElements = kChunk / kScales;                  // elements that have one scale
   static constexpr std::int64_t kSegment = 64;                             // chunks whose scales are decoded at once
   static constexpr std::int64_t kMostScales = kSegment * kChunk / 16 + 2;  // of the smallest blocks
 
@@ -186,7 +205,7 @@ class QuantizedRows {
       for (int i = 0; i < kRows; ++i) {
         const std::uint8_t* p = codes[i] + j * kChunkBytes;
         if (kAhead != 0) __builtin_prefetch(p + kAhead, 0, 2);
-        chunks[i] = chunk(p, scales[i][j]);
+        chunks[i] = chunk(p, scales[i] + j * kScales);
       }
       sink(begin + j, chunks);
     }
@@ -228,7 +247,7 @@ class QuantizedRows {
   QuantizedWeightView w_;
   std::int64_t first_row_;
   int shift_;
-  bool aligned_;  // a chunk lies in one block and begins in a high nibble
+  bool aligned_;  // a chunk has kScales scales and begins in a high nibble
   Scales scales_;
   Table16 code_{};
 };
@@ -236,8 +255,10 @@ class QuantizedRows {
 // Calls f with the rows of `which` of the weights, as the products of a Dot take them.
 template <class Dot, class F>
 inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&& f) {
-  if (weight.bits == 4) return f(QuantizedRows<Dot, 4>(weight, which));
-  return f(QuantizedRows<Dot, 8>(weight, which));
+  if (weight.bits == 8) return f(QuantizedRows<Dot, 8>(weight, which));
+  if (weight.blocksize >= kChunk) return f(QuantizedRows<Dot, 4>(weight, which));
+  if (weight.blocksize == kChunk / 2) return f(QuantizedRows<Dot, 4, 2>(weight, which));
+  return f(QuantizedRows<Dot, 4, 4>(weight, which));
 }
 
 // A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.
@@ -245,6 +266,7 @@ template <class Dot, bool kNaturalOrder>
 class DenseRows {
  public:
   static constexpr bool kQuantized = false;
+  static constexpr std::int64_t kChunkScales = 0;
   static constexpr bool kNatural = kNaturalOrder;
   DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)
       : matrix_(matrix), scale_(scale), dropout_(dropout), first_row_(first_row) {}

@@ -27,32 +27,89 @@ class Scales {
                        static_cast<std::size_t>(count) * sizeof(float));
       return;
     }
+    if (count <= kFew) return decode_few(first, count, out);
     const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
-    if (count <= kFew) {
-      for (std::int64_t i = 0; i < count; ++i)  // two roundings, as below
-        out[i] = nested_code_[absmax[i]] * nested_absmax_[nested_of(first + i)] + offset_;
-      return;
-    }
-    constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
     for (std::int64_t i = 0; i < count; i += kAtOnce) {
       F32 values[kTableVectors];
       lookup_bytes(levels_, absmax + i, values, static_cast<int>(count - i < kAtOnce ? count - i : kAtOnce));
+      if (count - i >= kAtOnce && nested_of(first + i) == nested_of(first + i + kAtOnce - 1)) {
+        const F32 nested = set1(nested_absmax_[nested_of(first + i)]);
+        for (int k = 0; k < kTableVectors; ++k) store(out + i + k * kLanes, scaled(values[k], nested));
+        continue;
+      }
       for (int k = 0; k < kTableVectors && i + k * kLanes < count; ++k) {
-        const std::int64_t begin = i + k * kLanes, block = first + begin;
+        const std::int64_t begin = i + k * kLanes;
         const int lanes = static_cast<int>(count - begin < kLanes ? count - begin : kLanes);
-        F32 nested = set1(nested_absmax_[nested_of(block)]);
-        if (nested_of(block) != nested_of(block + lanes - 1)) {
-          float each[kLanes] = {};
-          for (int lane = 0; lane < lanes; ++lane) each[lane] = nested_absmax_[nested_of(block + lane)];
-          nested = load(each);
-        }
-        // Two roundings, as bitsandbytes': not a fused multiply-add.
-        store_from_f32<DType::f32>(out + begin, add(mul(values[k], nested), set1(offset_)), lanes);
+        store_from_f32<DType::f32>(out + begin, scaled(values[k], nested_of_lanes(first + begin, lanes)), lanes);
       }
     }
   }
+  // The same for `rows` rows, whose first blocks are `row_blocks` apart; out has them `stride` apart.
+  void decode_rows(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count, float* out,
+                   std::int64_t stride) const {
+    if (nested_absmax_ != nullptr && count <= kFew) {
+      for (std::int64_t row = 0; row < rows; ++row) decode_few(first + row * row_blocks, count, out + row * stride);
+      return;
+    }
+    if (nested_absmax_ == nullptr || count > kAtOnce / 2) {
+      for (std::int64_t row = 0; row < rows; ++row) decode(first + row * row_blocks, count, out + row * stride);
+      return;
+    }
+    // The bytes of many rows, then their levels, then the scales: a load waits long for parts that were just stored.
+    const std::int64_t together = kStaged / count;
+    for (std::int64_t row = 0; row < rows; row += together) {
+      const std::int64_t end = row + together < rows ? row + together : rows;
+      std::uint8_t bytes[kStaged] = {};
+      for (std::int64_t r = row; r < end; ++r)
+        copy_bytes(static_cast<const std::uint8_t*>(absmax_) + first + r * row_blocks, count,
+                   bytes + (r - row) * count);
+      float levels[kStaged + kLanes];
+      for (std::int64_t i = 0; i < (end - row) * count; i += kAtOnce) {
+        F32 values[kTableVectors];
+        lookup_bytes(levels_, bytes + i, values);
+        for (int k = 0; k < kTableVectors; ++k) store(levels + i + k * kLanes, values[k]);
+      }
+      for (std::int64_t r = row; r < end; ++r)
+        for (std::int64_t i = 0; i < count; i += kLanes) {
+          const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+          const F32 nested = nested_of_lanes(first + r * row_blocks + i, lanes);
+          store_from_f32<DType::f32>(out + r * stride + i, scaled(load(levels + (r - row) * count + i), nested), lanes);
+        }
+    }
+  }
+  // Asks for the scales of as many blocks and rows.
+  void prefetch(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count) const {
+    const std::int64_t size = nested_absmax_ == nullptr ? sizeof(float) : 1;
+    const char* from = static_cast<const char*>(absmax_) + first * size;
+    for (std::int64_t row = 0; row < rows; ++row, from += row_blocks * size)
+      for (std::int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
 
  private:
+  static constexpr std::int64_t kAtOnce = kTableVectors * kLanes;
+  static constexpr std::int64_t kStaged = 512;  // scales of short rows that are decoded together
+
+  [[gnu::always_inline]] void decode_few(std::int64_t first, std::int64_t count, float* out) const {
+    const auto* absmax = static_cast<const std::uint8_t*>(absmax_) + first;
+    for (std::int64_t i = 0; i < count; ++i)  // two roundings, as in scaled()
+      out[i] = nested_code_[absmax[i]] * nested_absmax_[nested_of(first + i)] + offset_;
+  }
+  // Two roundings, as bitsandbytes': not a fused multiply-add.
+  F32 scaled(F32 level, F32 nested) const { return add(mul(level, nested), set1(offset_)); }
+  // nested_absmax of the blocks first ... first+lanes-1.
+  F32 nested_of_lanes(std::int64_t first, int lanes) const {
+    if (nested_of(first) == nested_of(first + lanes - 1)) return set1(nested_absmax_[nested_of(first)]);
+    float each[kLanes] = {};
+    for (int lane = 0; lane < lanes; ++lane) each[lane] = nested_absmax_[nested_of(first + lane)];
+    return load(each);
+  }
+  // A call of memcpy would take longer than to copy so few.
+  static void copy_bytes(const std::uint8_t* from, std::int64_t count, std::uint8_t* to) {
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8) __builtin_memcpy(to + i, from + i, 8);
+    for (; i < count; ++i) to[i] = from[i];
+  }
+
   // Up to so many are looked up one by one: a vector's lookup goes through all of the table.
   static constexpr std::int64_t kFew = 4;
   static constexpr float kNoLevels[256] = {};

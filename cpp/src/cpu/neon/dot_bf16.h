@@ -65,6 +65,16 @@ struct DotBf16 {
     return chunk;
   }
 
+  // 64 weights of kScales blocks, 2 or 4.
+  template <int kScales>
+  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
+                                                     const float* scales) {
+    const Step4<kScales> step = step4<kScales>(bytes, code, scales);
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = step.vector(i);
+    return chunk;
+  }
+
   static Chunk decode8(const std::uint8_t* bytes, float step) {
     Chunk chunk;
     for (int g = 0; g < kChunk / 16; ++g) {
@@ -87,16 +97,22 @@ struct DotBf16 {
     F32 vector(int k) const { return chunk.v[k]; }
   };
   static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
+  template <int kScales>
   struct Step4 {
     const std::uint8_t* bytes;
-    Table table;
+    Table table[kScales];
     F32 vector(int k) const {
+      const int quarter = k / 4 * 2 + k % 2;  // of the chunk: the even or the odd ones of 16 elements
       const std::uint8_t* p = bytes + 16 * (k / 4);
-      return lookup_half(table, k / 2 % 2 == 0 ? high_nibbles(p) : low_nibbles(p), k % 2);
+      return lookup_half(table[quarter * kScales / 4], k / 2 % 2 == 0 ? high_nibbles(p) : low_nibbles(p), k % 2);
     }
   };
-  [[gnu::always_inline]] static Step4 step4(const std::uint8_t* codes, const Table16& code, const float* scales) {
-    return {codes, table(code, scales[0])};
+  template <int kScales>
+  [[gnu::always_inline]] static Step4<kScales> step4(const std::uint8_t* codes, const Table16& code,
+                                                     const float* scales) {
+    Step4<kScales> step{codes, {}};
+    for (int i = 0; i < kScales; ++i) step.table[i] = table(code, scales[i]);
+    return step;
   }
   using Step8 = Step;
   static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }

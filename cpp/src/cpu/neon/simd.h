@@ -281,6 +281,9 @@ inline uint8x16_t low_nibbles(const std::uint8_t* p) { return vandq_u8(load_from
 inline uint16x8_t first_words(uint8x16_t low, uint8x16_t high) { return vreinterpretq_u16_u8(vzip1q_u8(low, high)); }
 inline uint16x8_t last_words(uint8x16_t low, uint8x16_t high) { return vreinterpretq_u16_u8(vzip2q_u8(low, high)); }
 
+// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
+inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
+
 // kType: what the levels are rounded to.
 template <DType kType>
 [[gnu::always_inline]] inline void lookup_nibbles(const LevelTable& t, uint8x16_t nibbles,

@@ -33,6 +33,13 @@ struct DotBf16 {
       return table.level[nibble % 2 == 0 ? bytes[nibble / 2] >> 4 : bytes[nibble / 2] & 15];
     });
   }
+  template <int kScales>
+  static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const float* scales) {
+    return make_chunk([&](int e) {
+      const int nibble = e % 2 == 0 ? bytes[e / 2] >> 4 : bytes[e / 2] & 15;
+      return code.level[nibble] * scales[e * kScales / kChunk];
+    });
+  }
   static Chunk decode8(const std::uint8_t* bytes, float step) {
     return make_chunk([&](int e) { return static_cast<float>(static_cast<std::int8_t>(bytes[e])) * step; });
   }
@@ -40,6 +47,7 @@ struct DotBf16 {
   // Steps of few rows, which are multiplied by tiles too.
   static constexpr int kStepChunks = 1;
   struct Step {};
+  template <int kScales>
   using Step4 = Step;
   using Step8 = Step;
 
