@@ -144,7 +144,7 @@ class CrossEntropy {
   const CrossEntropyArgs& args_;
 };
 
-void cross_entropy_rows(const CrossEntropyArgs& args, const Stream&) {
+inline void cross_entropy_rows(const CrossEntropyArgs& args, const Stream&) {
   with_dtype(args.logits.dtype, [&](auto dtype) {
     const CrossEntropy<dtype()> of(args);
     parallel_for(args.logits.rows, [&](std::int64_t row) { of.row(row); });

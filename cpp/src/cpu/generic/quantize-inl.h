@@ -271,11 +271,11 @@ inline void dequantize_as(const DequantizeArgs& args) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
-  flat.N = 1;
+  flat.N = flat.count = 1;
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
   const std::int64_t of_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
   const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
-  with_rows<Dot>(flat, [&](const auto& rows) {
+  with_rows<Dot>(flat, 0, [&](const auto& rows) {
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
       const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
       const auto store = [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {

@@ -1,0 +1,285 @@
+"""The cross-entropy of a linear layer's logits: its definition in float64, torch's own function, its memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qlora_native as qn
+from qlora_native import _loss
+from qlora_native.functional import linear_cross_entropy
+from qlora_native.testing import SUM_FACTOR, unit_roundoff
+
+T, K, V, RANK = 37, 48, 1030, 3
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+OPTIONS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1},
+    "capped": {"softcap": 2.0, "logit_scale": 0.5},
+    "z loss": {"z_loss": 1e-2, "reduction": "sum"},
+    "everything": {"label_smoothing": 0.2, "softcap": 3.0, "logit_scale": 1.5, "z_loss": 1e-3, "reduction": "none"},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """Rows are cut as those of a large vocabulary."""
+    monkeypatch.setattr(_loss, "CHUNK_BYTES", 16 * V * 2)
+
+
+def operands(dtype, requires_grad=True):
+    """hidden [T, K], a dense weight [V, K], labels, bias, lora_a, lora_b."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(T, K).to(dtype), (torch.randn(V, K) / K**0.5).to(dtype)
+    labels = torch.randint(V, (T,))
+    labels[::5] = -100
+    bias, a, b = torch.randn(V).to(dtype), torch.randn(RANK, K) / K**0.5, torch.randn(V, RANK) / 2
+    for tensor in (hidden, weight, bias, a, b):
+        tensor.requires_grad_(requires_grad)
+    return hidden, weight, labels, bias, a, b
+
+
+def definition(hidden, weight, labels, bias, a, b, scaling=0.5, *, round_to=None, **options):
+    """(loss, log-probabilities) as the docstring defines them; logits are rounded to `round_to`."""
+    logits = hidden @ weight.T + bias + scaling * (hidden @ a.T) @ b.T
+    if round_to is not None:
+        logits = logits + (logits.to(round_to).to(logits.dtype) - logits).detach()
+    z = options.get("logit_scale", 1.0) * logits
+    if cap := options.get("softcap"):
+        z = cap * torch.tanh(z / cap)
+    lse = z.logsumexp(-1)
+    kept = labels != -100
+    smoothing = options.get("label_smoothing", 0.0)
+    rows = F.cross_entropy(z, labels, reduction="none", label_smoothing=smoothing)
+    rows = rows + options.get("z_loss", 0.0) * lse.square() * kept
+    logprobs = (z.gather(-1, labels.clamp(min=0)[:, None])[:, 0] - lse) * kept
+    reduction = options.get("reduction", "mean")
+    return {"mean": rows.sum() / kept.sum(), "sum": rows.sum(), "none": rows}[reduction], logprobs
+
+
+def gradients(loss, tensors):
+    weights = torch.linspace(0.5, 1.5, T).to(loss.dtype) if loss.dim() else None
+    return torch.autograd.grad(loss, tensors, weights)
+
+
+def assert_close(actual, expected, dtype, roundings=6):
+    error, norm = (actual.double() - expected.double()).norm(), expected.double().norm()
+    assert error <= SUM_FACTOR * roundings**0.5 * unit_roundoff(dtype) * norm, float(error / norm)
+
+
+@dtypes
+@options
+def test_loss_and_gradients_are_those_of_the_definition(dtype, options):
+    hidden, weight, labels, bias, a, b = operands(dtype)
+    tensors = (hidden, weight, bias, a, b)
+    loss, logprobs = linear_cross_entropy(hidden, weight, labels, bias, a, b, 0.5, return_logprobs=True, **options)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    x, w, c, d, e = doubles
+    expected, expected_logprobs = definition(x, w, labels, c, d, e, round_to=dtype, **options)
+    assert loss.dtype == torch.float32 and loss.shape == expected.shape
+    assert_close(loss.detach(), expected.detach(), dtype)
+    assert_close(logprobs, expected_logprobs.detach(), dtype)
+    for actual, wanted in zip(gradients(loss, tensors), gradients(expected, doubles), strict=True):
+        assert_close(actual, wanted, dtype)
+
+
+@dtypes
+@options
+def test_quantized_head_gives_what_its_decoded_weight_gives(dtype, options):
+    hidden, weight, labels, bias, a, b = operands(dtype)
+    q = qn.quantize(weight.detach())
+    loss = linear_cross_entropy(hidden, q, labels, bias, a, b, 0.5, **options)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (hidden, bias, a, b)]
+    x, c, d, e = doubles
+    expected, _ = definition(x, q.dequantize(dtype).double(), labels, c, d, e, round_to=dtype, **options)
+    assert_close(loss.detach(), expected.detach(), dtype)
+    for actual, wanted in zip(gradients(loss, (hidden, bias, a, b)), gradients(expected, doubles), strict=True):
+        assert_close(actual, wanted, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["sum"], OPTIONS["smoothed"]], ids=str)
+def test_error_is_at_most_that_of_the_unfused_loss(dtype, options):
+    """Both against float64 over the same operands; the median over seeds, as the promise for products has it."""
+    ratios = []
+    for seed in range(9):
+        hidden, weight, labels, *_ = operands(dtype)
+        torch.manual_seed(seed)
+        hidden = torch.randn(T, K).to(dtype).requires_grad_()
+        zeros = [torch.zeros(size, dtype=torch.float64) for size in ((V,), (1, K), (V, 1))]
+        double = hidden.detach().double().requires_grad_()
+        exact = torch.autograd.grad(definition(double, weight.detach().double(), labels, *zeros, **options)[0], double)[
+            0
+        ]
+        ours = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), labels, **options), hidden)[0]
+        logits = F.linear(hidden, weight.detach())
+        theirs = torch.autograd.grad(F.cross_entropy(logits.float(), labels, **options), hidden)[0]
+        ratios.append(float((ours.double() - exact).norm() / (theirs.double() - exact).norm()))
+    assert sorted(ratios)[4] <= 1.1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 33])
+def test_cutting_into_chunks_changes_no_row(rows, monkeypatch):
+    hidden, weight, labels, bias, _, _ = operands(torch.float32, requires_grad=False)
+    hidden, labels = hidden[:rows], labels[:rows]
+    loss = linear_cross_entropy(hidden, weight, labels, bias, reduction="none")
+    monkeypatch.setattr(_loss, "CHUNK_BYTES", 1 << 30)
+    whole = linear_cross_entropy(hidden, weight, labels, bias, reduction="none")
+    assert loss.shape == (rows,)
+    assert_close(loss, whole, torch.float32)
+
+
+def test_ignored_rows_have_no_loss_and_no_gradient():
+    hidden, weight, labels, bias, a, b = operands(torch.float32)
+    labels[:] = -100
+    loss = linear_cross_entropy(hidden, weight, labels, bias, a, b, reduction="sum", label_smoothing=0.1, z_loss=0.1)
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (hidden, weight, bias, a, b)))
+    assert linear_cross_entropy(hidden, weight, labels).isnan()  # as F.cross_entropy's mean
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_row_without_a_softmax_is_nan_and_others_are_not(value):
+    hidden, weight, labels, *_ = operands(torch.float32)
+    labels[:] = 3
+    with torch.no_grad():
+        hidden[4, 0] = value
+        hidden[4, 1:] = 0
+        weight[:, 0] = weight[:, 0].abs()
+    loss = linear_cross_entropy(hidden, weight.detach(), labels, reduction="none")
+    assert loss.isnan().tolist() == [row == 4 for row in range(T)]
+
+
+def test_masked_words_have_no_probability():
+    """A bias of -inf, by which words are left out, as in torch's own loss."""
+    hidden, weight, labels, bias, *_ = operands(torch.float32)
+    labels.clamp_(max=V // 2 - 1)
+    with torch.no_grad():
+        bias[V // 2 :] = -torch.inf
+    loss = linear_cross_entropy(hidden, weight, labels, bias)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), labels)
+    assert_close(loss.detach(), expected.detach(), torch.float32)
+    (ours,), (theirs,) = (torch.autograd.grad(each, hidden) for each in (loss, expected))
+    assert_close(ours, theirs, torch.float32, 12)
+
+
+def test_bits_are_the_same_for_any_number_of_threads():
+    hidden, weight, labels, *_ = operands(torch.bfloat16)
+    q = qn.quantize(weight.detach())
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        loss = linear_cross_entropy(hidden, q, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+def test_opcheck():
+    hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
+    logits = torch.randn(5, V)
+    torch.library.opcheck(
+        torch.ops.qlora_native.cross_entropy_, (logits, labels[:5], -100, 1.0, 0.0, 0.1, 0.0, True, torch.rand(5))
+    )
+    rest = (bias, a, b, 0.5, -100, 1.0, 0.0, 0.1, 0.0, [True, True, True, True], torch.rand(T))
+    dense = (hidden, labels, weight, *[None] * 6, V, K, 0, 0)
+    torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (*dense, *rest))
+    q = qn.quantize(weight)
+    rest = (bias, a, b, 0.5, -100, 1.0, 0.0, 0.1, 0.0, [True, False, True, True], None)
+    torch.library.opcheck(torch.ops.qlora_native.linear_cross_entropy, (hidden, labels, None, *q.op_arguments(), *rest))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_call_gives_the_bits_of_eager(reduction):
+    hidden, weight, labels, bias, a, b = operands(torch.float32)
+    q = qn.quantize(weight.detach())
+    torch.compiler.reset()
+
+    def call(hidden, bias, a, b):
+        return linear_cross_entropy(hidden, q, labels, bias, a, b, reduction=reduction)
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        loss = function(hidden, bias, a, b)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, bias, a, b))))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_autocast_multiplies_in_its_dtype():
+    hidden, weight, labels, bias, *_ = operands(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, bias)
+        expected = F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+    assert_close(loss.detach(), expected.detach(), torch.bfloat16)
+    for ours, theirs in zip(*(torch.autograd.grad(each, (hidden, weight)) for each in (loss, expected)), strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs, torch.bfloat16)
+
+
+PEAK = """
+import ctypes, resource, sys
+import torch
+import qlora_native as qn
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
+torch.set_num_threads(2)
+T, K, V = 1024, 64, 49152
+weight = torch.zeros(V, K, dtype=torch.bfloat16)
+if sys.argv[1] == "quantized":
+    weight = qn.quantize(weight)
+labels = torch.randint(V, (T,))
+
+def step(rows):
+    hidden = torch.zeros(rows, K, dtype=torch.bfloat16, requires_grad=True)
+    qn.functional.linear_cross_entropy(hidden, weight, labels[:rows]).backward()
+
+step(1)  # what is made once
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+before = status("VmRSS")
+step(T)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized"])
+def test_logits_never_exist_as_a_whole(kind):
+    """Of 1024 rows by 49,152 words the logits are 96 MB in bf16, and 192 in fp32."""
+    done = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 40 << 20, f"{int(done.stdout) / 2**20:.1f} MB"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"labels": torch.full((T,), V)}, rf"labels: expected 0 ... {V - 1} or -100, got {T} others, the first {V} at"),
+        ({"labels": torch.zeros(T)}, "labels: expected an int64 tensor"),
+        ({"labels": torch.zeros(T - 1).long()}, rf"labels: expected \[{T}\] on cpu, got \[{T - 1}\]"),
+        ({"weight": torch.zeros(V, K + 1)}, r"hidden: expected \[..., 49\] for a weight"),
+        ({"weight": torch.zeros(V, K).bfloat16()}, "hidden: expected torch.bfloat16, the dtype of the weight"),
+        ({"weight": None}, "weight: expected a tensor or a QuantizedWeight"),
+        ({"bias": torch.zeros(V + 1)}, rf"bias: expected \[{V}\]"),
+        ({"lora_b": torch.zeros(V, RANK + 1)}, rf"lora_b: expected \[{V}, {RANK}\]"),
+        ({"reduction": "max"}, "reduction: expected 'mean', 'sum' or 'none', got 'max'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\]"),
+        ({"softcap": 0.0}, "softcap: expected a number above 0, or None"),
+        ({"logit_scale": float("inf")}, "logit_scale: expected a finite number"),
+        ({"z_loss": -1.0}, "z_loss: expected a number of at least 0"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_refused_by_name(change, error):
+    hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
+    good = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "lora_a": a, "lora_b": b}
+    linear_cross_entropy(**good)
+    with pytest.raises((TypeError, ValueError), match=error):
+        linear_cross_entropy(**{**good, **change})
