@@ -46,6 +46,12 @@ def test_opcheck_of_quantize_and_dequantize(options):
     torch.library.opcheck(ops.dequantize, (*q.op_arguments(), torch.bfloat16))
 
 
+def test_opcheck_of_scales_in_8_bits():
+    q = qn.quantize(torch.randn(9, 640), double_quant=False)
+    nested = qn.quantize(torch.randn(9, 640)).nested_code
+    torch.library.opcheck(ops.quantize_absmax, (q.absmax, nested))
+
+
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_opcheck_of_microscaled_formats(format):
     weight = torch.randn(7, 64).t().bfloat16()

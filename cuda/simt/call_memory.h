@@ -7,6 +7,7 @@
 
 #include "common/layout.h"
 #include "common/optimizer.h"
+#include "qlora_native/cross_entropy.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"

@@ -194,6 +194,23 @@ std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& r
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax, const Tensor& nested_code) {
+  const std::int64_t blocks = absmax.numel();
+  Tensor codes = new_tensor(absmax, {blocks}, ScalarType::Byte);
+  Tensor nested_absmax = new_tensor(absmax, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
+  Tensor offset = torch::stable::new_zeros(absmax, {}, ScalarType::Float);
+  QuantizeAbsmaxArgs args;
+  args.absmax = static_cast<const float*>(data_of(absmax, ScalarType::Float, blocks, absmax, "absmax"));
+  args.blocks = blocks;
+  args.nested_blocksize = kNestedBlocksize;
+  args.nested_code = static_cast<const float*>(data_of(nested_code, ScalarType::Float, 256, absmax, "nested_code"));
+  args.codes = static_cast<std::uint8_t*>(codes.data_ptr());
+  args.nested_absmax = static_cast<float*>(nested_absmax.data_ptr());
+  args.offset = static_cast<float*>(offset.data_ptr());
+  quantize_absmax(args, stream_of(absmax));
+  return {codes, nested_absmax, offset};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& weight, const OptionalTensor& code,
                                                                const OptionalTensor& nested_code, std::int64_t bits,
                                                                std::int64_t blocksize) {
@@ -224,20 +241,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& wei
   args.non_finite = static_cast<NonFinite*>(non_finite.data_ptr());
   quantize(args, stream);
 
-  Tensor offset = torch::stable::new_zeros(weight, {}, ScalarType::Float);
-  if (!nested_code) return {codes, absmax, new_tensor(weight, {0}, ScalarType::Float), offset, non_finite};
-
-  Tensor nested_codes = new_tensor(weight, {blocks}, ScalarType::Byte);
-  Tensor nested_absmax = new_tensor(weight, {(blocks + kNestedBlocksize - 1) / kNestedBlocksize}, ScalarType::Float);
-  QuantizeAbsmaxArgs nested;
-  nested.absmax = args.absmax;
-  nested.blocks = blocks;
-  nested.nested_blocksize = kNestedBlocksize;
-  nested.nested_code = static_cast<const float*>(data_of(*nested_code, ScalarType::Float, 256, weight, "nested_code"));
-  nested.codes = static_cast<std::uint8_t*>(nested_codes.data_ptr());
-  nested.nested_absmax = static_cast<float*>(nested_absmax.data_ptr());
-  nested.offset = static_cast<float*>(offset.data_ptr());
-  quantize_absmax(nested, stream);
+  if (!nested_code) {
+    Tensor offset = torch::stable::new_zeros(weight, {}, ScalarType::Float);
+    return {codes, absmax, new_tensor(weight, {0}, ScalarType::Float), offset, non_finite};
+  }
+  auto [nested_codes, nested_absmax, offset] = quantize_absmax_op(absmax, *nested_code);
   return {codes, nested_codes, nested_absmax, offset, non_finite};
 }
 
@@ -357,6 +365,7 @@ std::tuple<Tensor, Tensor> lora_gradients_op(const Tensor& x, const Tensor& dy, 
 template <class Library>
 void implement(Library& library) {
   library.impl("quantize", TORCH_BOX(&quantize_op));
+  library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax_op));
   library.impl("quantize_microscaled", TORCH_BOX(&quantize_microscaled_op));
   library.impl("dequantize", TORCH_BOX(&dequantize_op));
   library.impl("linear_forward", TORCH_BOX(&linear_forward_op));
@@ -380,6 +389,8 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
   library.def(
       "quantize(Tensor weight, Tensor? code, Tensor? nested_code, int bits, int blocksize) -> "
       "(Tensor codes, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor non_finite)");
+  library.def(
+      "quantize_absmax(Tensor absmax, Tensor nested_code) -> (Tensor codes, Tensor nested_absmax, Tensor offset)");
   library.def(
       "quantize_microscaled(Tensor weight, int blocksize) -> "
       "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");

@@ -277,6 +277,7 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
             if wanted[0]:
                 dhidden[rows] = dx
         gradients.add(x, logits, u, v)
+        del logits  # before those of the next rows are made
     return (loss, log_probability, dhidden, *gradients.results())
 
 

@@ -43,6 +43,14 @@ def _(weight, code, nested_code, bits, blocksize):
     )
 
 
+@torch.library.register_fake("qlora_native::quantize_absmax")
+def _(absmax, nested_code):
+    blocks = absmax.numel()
+    nested_blocks = (blocks + _NESTED_BLOCKSIZE - 1) // _NESTED_BLOCKSIZE
+    codes = absmax.new_empty((blocks,), dtype=torch.uint8)
+    return codes, absmax.new_empty((nested_blocks,)), absmax.new_empty(())
+
+
 @torch.library.register_fake("qlora_native::quantize_microscaled")
 def _(weight, blocksize):
     elements = weight.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,13 @@ def quantize(
         format=format,
         dtype=weight.dtype,
     )
+
+
+def double_quantized(q: QuantizedWeight) -> QuantizedWeight:
+    """`q` with its fp32 scales in 8 bits (QLoRA, section 3), as `quantize` would have made it; shares its codes."""
+    nested_code = DYNAMIC_MAP.to(q.device, copy=True)
+    absmax, nested_absmax, offset = torch.ops.qlora_native.quantize_absmax(q.absmax, nested_code)
+    return replace(q, absmax=absmax, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset)
 
 
 def _quantize_microscaled(rows: Tensor, weight: Tensor, format: str, blocksize: int) -> QuantizedWeight:

@@ -245,10 +245,12 @@ def _value(tensor: Any) -> Tensor:
 
 
 def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> QuantizedWeight:
-    """Experts as `layer` wants them. In 16 bits there is one at a time, or where blocks or scales are of all, all."""
+    """Experts as `layer` wants them. In 16 bits there is one at a time, or where blocks are of several, or one scale is
+    of all, as NVFP4's, all.
+    """
     options = (layer.format, layer.blocksize, layer.double_quant)
     whole_blocks = layer.out_features * layer.in_features % layer.blocksize == 0
-    apart = whole_blocks and (layer.format == "mxfp4" or not layer.double_quant)
+    apart = whole_blocks and layer.format != "nvfp4"
     quantized: list[QuantizedWeight] = []
     together: Tensor | None = None
     e = 0
@@ -257,7 +259,7 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
             if weight.dim() == 3:
                 return functional.quantize(weight, *options)
             if apart:
-                quantized.append(functional.quantize(weight, *options))
+                quantized.append(functional.quantize(weight, layer.format, layer.blocksize, double_quant=False))
                 continue
             if together is None:
                 together = weight.new_empty(layer._shape)
@@ -265,22 +267,32 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}, expert {e}: {error}") from None
     if together is None:
-        return _stacked(quantized)
+        return _stacked(quantized, layer.double_quant)
     try:
         return functional.quantize(together, *options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from None
 
 
-def _stacked(experts: list[QuantizedWeight]) -> QuantizedWeight:
-    """Experts that share nothing but the meaning of their bytes, as one weight."""
+def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWeight:
+    """Experts that share nothing but the meaning of their bytes, as one weight; its scales in 8 bits if so wanted."""
     first = experts[0]
     absmax = torch.cat([q.absmax for q in experts])
-    nested = first.nested_absmax
-    if nested is not None:  # those of MXFP4, which are 1
-        nested = nested.new_ones(ceil_div(absmax.numel(), NESTED_BLOCKSIZE))
     codes = torch.stack([q.codes for q in experts])
-    return replace(first, codes=codes, absmax=absmax, nested_absmax=nested, shape=(len(experts), *first.shape))
+    q = replace(
+        first,
+        codes=codes,
+        absmax=absmax,
+        # Those of MXFP4, which are 1.
+        nested_absmax=None if first.nested_absmax is None else first.nested_absmax.new_ones(nested_blocks(absmax)),
+        shape=(len(experts), *first.shape),
+    )
+    return functional.double_quantized(q) if double_quant and q.nested_absmax is None else q
+
+
+def nested_blocks(absmax: Tensor) -> int:
+    """How many scales of scales there are."""
+    return ceil_div(absmax.numel(), NESTED_BLOCKSIZE)
 
 
 class _Whole(ConversionOps):
