@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 FILES = (
     "test_conformance.py",
     "test_grouped.py",
+    "test_loss.py",
     "test_microscaling.py",
     "test_bitsandbytes.py",
     "test_determinism.py",

@@ -795,6 +795,98 @@ void products_are_the_sums_of_float64() {
   }
 }
 
+// ---- the loss ----
+
+struct LossCase {
+  std::int64_t rows, V;
+  DType dtype;
+  float scale = 1.0f, softcap = 0.0f, label_smoothing = 0.0f, z_loss = 0.0f;
+  bool factors = false;
+  std::int64_t gap = 0;
+};
+
+// The loss of each row, its log-probability and its gradient, by their definition in float64. The sum of V exponentials
+// in fp32 may be off by kSumFactor * sqrt(V) roundings of 1.5 units each; a loss is a few numbers of the size of z.
+void losses_and_gradients_are_those_of_float64() {
+  constexpr std::int64_t kIgnored = -100;
+  std::vector<LossCase> all;
+  for (const DType dtype : kDTypes)
+    for (const std::int64_t V : {1, 5, 16, 63, 1030, 5000}) {
+      all.push_back({.rows = 3, .V = V, .dtype = dtype});
+      all.push_back({.rows = 4, .V = V, .dtype = dtype, .label_smoothing = 0.1f, .factors = true, .gap = 3});
+      all.push_back({.rows = 5, .V = V, .dtype = dtype, .scale = 0.5f, .softcap = 3.0f, .z_loss = 0.01f});
+    }
+  for (const LossCase& c : all) {
+    Random random(static_cast<std::uint64_t>(c.V));
+    Tensor logits(c.dtype, c.rows, c.V, c.gap);
+    logits.fill(random, 4.0f);
+    const std::vector<double> l = logits.values();
+    std::vector<std::int64_t> labels;
+    std::vector<float> factors, loss(static_cast<std::size_t>(c.rows)), log_probability = loss;
+    for (std::int64_t row = 0; row < c.rows; ++row) {
+      labels.push_back(row == 1 ? kIgnored : row * 7919 % c.V);
+      factors.push_back(c.factors ? 0.25f * static_cast<float>(row + 1) : 1.0f);
+    }
+    qn::CrossEntropyArgs args{.logits = logits.out(),
+                              .labels = labels.data(),
+                              .scale = c.scale,
+                              .softcap = c.softcap,
+                              .label_smoothing = c.label_smoothing,
+                              .z_loss = c.z_loss,
+                              .row_gradients = c.factors ? factors.data() : nullptr,
+                              .loss = loss.data(),
+                              .log_probability = log_probability.data()};
+    qn::cross_entropy(args);
+    EXPECT(logits.values() == l);
+    args.gradient = true;
+    const std::vector<float> before = loss;
+    qn::cross_entropy(args);
+    EXPECT(loss == before && logits.keeps_to_its_columns());
+    const double sums = kSumFactor * std::sqrt(static_cast<double>(c.V)) * 0x1p-23;
+    double worst = 0.0;
+    for (std::int64_t row = 0; row < c.rows; ++row) {
+      const auto r = static_cast<std::size_t>(row);
+      std::vector<double> z;
+      double largest = -INFINITY, sum = 0.0, exponentials = 0.0, size = 1.0;
+      for (std::int64_t i = 0; i < c.V; ++i) {
+        double value = double{c.scale} * l[static_cast<std::size_t>(row * c.V + i)];
+        if (c.softcap > 0.0f) value = double{c.softcap} * std::tanh(value / double{c.softcap});
+        z.push_back(value);
+        largest = std::max(largest, value);
+        size = std::max(size, std::fabs(value));
+        sum += value;
+      }
+      for (const double value : z) exponentials += std::exp(value - largest);
+      const double lse = largest + std::log(exponentials), smoothing = double{c.label_smoothing};
+      const bool kept = labels[r] != kIgnored;
+      const double target = kept ? z[static_cast<std::size_t>(labels[r])] : 0.0, V = static_cast<double>(c.V);
+      const double expected = lse - (1.0 - smoothing) * target - smoothing / V * sum + double{c.z_loss} * lse * lse;
+      // A soft cap's tanh is off by some units of 1, times the cap.
+      const double allowed =
+          sums * (1.0 + 2.0 * double{c.z_loss} * std::fabs(lse)) + 8.0 * 0x1p-24 * (size + lse * lse);
+      worst = std::max(worst, std::fabs(loss[r] - (kept ? expected : 0.0)) / allowed);
+      worst = std::max(worst, std::fabs(log_probability[r] - (kept ? target - lse : 0.0)) / allowed);
+      for (std::int64_t i = 0; i < c.V; ++i) {
+        const double p = std::exp(z[static_cast<std::size_t>(i)] - lse) * (1.0 + 2.0 * double{c.z_loss} * lse);
+        double gradient = p - smoothing / V - (i == labels[r] ? 1.0 - smoothing : 0.0);
+        double scale = double{c.scale} * double{factors[r]};
+        if (c.softcap > 0.0f) {
+          const double t = z[static_cast<std::size_t>(i)] / double{c.softcap};
+          scale *= 1.0 - t * t;
+        }
+        gradient *= kept ? scale : 0.0;
+        const double off = std::fabs(logits.at(row, i) - gradient);
+        worst = std::max(worst, off / (unit_roundoff(c.dtype) * std::fabs(gradient) + allowed * std::fabs(scale) +
+                                       smallest_normal(c.dtype)));
+      }
+    }
+    EXPECT(worst <= 1.0);
+    if (!(worst <= 1.0))
+      std::printf("  loss of %d x %d %s, softcap %g: %.3g times what is allowed\n", static_cast<int>(c.rows),
+                  static_cast<int>(c.V), qn::name_of(c.dtype), static_cast<double>(c.softcap), worst);
+  }
+}
+
 // ---- determinism ----
 
 void expect_same_bits_for_any_number_of_threads(const Case& each) {
@@ -1068,6 +1160,20 @@ void bad_input_is_refused_by_its_name() {
   expect_refused("lora.b", change(b, qn::linear_backward_input, [](B& args) { args.lora.b = nullptr; }));
   expect_refused("lora.rank", change(b, qn::linear_backward_input, [](B& args) { args.lora.rank = -1; }));
 
+  std::vector<std::int64_t> labels = {0, 4};
+  const qn::CrossEntropyArgs l{
+      .logits = {out.data(), DType::f32, 2, 5, 5}, .labels = labels.data(), .loss = out.data()};
+  using L = qn::CrossEntropyArgs;
+  expect_refused("logits.cols", change(l, qn::cross_entropy, [](L& args) { args.logits.cols = 0; }));
+  expect_refused("logits.stride", change(l, qn::cross_entropy, [](L& args) { args.logits.stride = 4; }));
+  expect_refused("labels", change(l, qn::cross_entropy, [](L& args) { args.labels = nullptr; }));
+  expect_refused("labels", change(l, qn::cross_entropy, [](L& args) { args.logits.cols = 4; }));
+  expect_refused("loss", change(l, qn::cross_entropy, [](L& args) { args.loss = nullptr; }));
+  expect_refused("scale", change(l, qn::cross_entropy, [](L& args) { args.scale = INFINITY; }));
+  expect_refused("softcap", change(l, qn::cross_entropy, [](L& args) { args.softcap = -1.0f; }));
+  expect_refused("label_smoothing", change(l, qn::cross_entropy, [](L& args) { args.label_smoothing = 1.5f; }));
+  expect_refused("z_loss", change(l, qn::cross_entropy, [](L& args) { args.z_loss = -0.5f; }));
+
   static std::int64_t offsets[] = {0, 2, 5};
   const qn::RowGroups groups{.count = 2, .offsets = offsets};
   const auto groups_are = [&](std::int64_t weights, std::int64_t adapters, std::array<std::int64_t, 3> values) {
@@ -1122,6 +1228,7 @@ int main() {
   values_that_are_not_finite_are_counted();
   products_are_the_sums_of_float64();
   products_of_groups_are_the_sums_of_float64();
+  losses_and_gradients_are_those_of_float64();
   bits_are_the_same_in_every_run_and_for_any_number_of_threads();
   for (const qn::Algorithm algorithm : {qn::Algorithm::adamw, qn::Algorithm::lion, qn::Algorithm::ademamix}) {
     optimizer_steps_to_the_bit(algorithm);
