@@ -151,7 +151,7 @@ class QuantizedRows {
       for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
     }
   }
-  // Asks for the same scales.
+  // Asks for such scales ahead of time; where rows end with the weight, for fewer.
   void prefetch_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1) const {
     const std::int64_t first = element(n, c0);
     const std::int64_t count = ((element(n, c1) - 1) >> shift_) - (first >> shift_) + 1;
