@@ -11,7 +11,7 @@ import ctypes
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cases import LORA_RANK, SQUARE
@@ -37,6 +37,17 @@ def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
         extra, threads = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         bound = FIXED_BOUND + threads * THREAD_BOUND
         yield {"operation": operation, "shape": shape, "M": M, "rank": rank, "bytes": extra, "bound": bound}
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes by which this process grows at most during a call, after one that has made what is made once."""
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+    before = _status("VmRSS")
+    result = call()
+    grown = _status("VmHWM") - before
+    del result
+    return grown
 
 
 def _status(field: str) -> int:

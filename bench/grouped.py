@@ -1,0 +1,211 @@
+"""What rows in groups cost: the experts of a mixture, many adapters over one weight, and the loss of a language model.
+
+    python bench/grouped.py [--output]
+
+Experts: 16 of [1024, 2048] with 512 tokens, of which each goes to two, drawn by Zipf's law; 64 with 1 to 4 tokens each;
+both products, against a loop over experts of torch's dense product, and of bitsandbytes' `matmul_4bit`. Adapters: 32 of
+rank 16 in one batch, against one. The loss: `linear_cross_entropy`, forward and backward, against
+`F.cross_entropy(F.linear(...))`, with its memory.
+
+Contestants take turns in one process (timing.py), with cold weights; medians. Results are compared with the dense
+loop's before they are timed. --output writes bench/results/grouped-<machine>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import qlora_native as qn
+import torch
+import torch.nn.functional as F
+from qlora_native.functional import linear_cross_entropy, linear_grouped
+from torch import Tensor
+
+import checks
+import machine
+import memory
+import timing
+from cases import OURS
+
+BUDGET_S = 6.0  # of one row's contestants together
+DENSE, BITSANDBYTES, ONE_ADAPTER = "dense, a loop", "bitsandbytes, a loop", "one adapter"
+UNFUSED = "torch, unfused"
+RANK = 16
+DTYPE = torch.bfloat16
+_ops = torch.ops.qlora_native
+
+
+def zipf(tokens: int, experts: int, top: int) -> Tensor:
+    """How many tokens each expert gets, where each token goes to `top` that are drawn by Zipf's law."""
+    torch.manual_seed(0)
+    likely = 1 / torch.arange(1, experts + 1, dtype=torch.float64)
+    return torch.multinomial(likely.expand(tokens, experts), top).flatten().bincount(minlength=experts)
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Where the rows of each group begin, and the last ends."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
+def by_expert(offsets: Tensor, product: Callable[[int, slice], Tensor], shape: tuple[int, int]) -> Tensor:
+    """The product of each expert that has rows, put together."""
+    y = torch.empty(shape, dtype=DTYPE)
+    for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if end > begin:
+            y[begin:end] = product(e, slice(begin, end))
+    return y
+
+
+def bitsandbytes_loop(weight: Tensor, offsets: Tensor, x: Tensor) -> Callable[[int], Tensor] | None:
+    """bitsandbytes' product, expert by expert; None where it is missing."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return None
+    held = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weight]
+    return lambda _: by_expert(
+        offsets, lambda e, rows: bnb.matmul_4bit(x[rows], held[e][0].t(), held[e][1]), (len(x), weight.shape[1])
+    )
+
+
+def experts(name: str, shape: tuple[int, int, int], lengths: Tensor, clock: timing.Cpu, probe: Callable) -> list[dict]:
+    """Y without and with adapters, and dX."""
+    E, N, K = shape
+    offsets, T = offsets_of(lengths), int(lengths.sum())
+    weight = (torch.randn(shape) / K**0.5).to(DTYPE)
+    q = qn.quantize(weight)
+    decoded = q.dequantize()
+    x, dy = torch.randn(T, K).to(DTYPE), torch.randn(T, N).to(DTYPE)
+    a, b = torch.randn(E, RANK, K) / K**0.5, torch.randn(E, N, RANK) / RANK**0.5
+    no_lora = (None, None, 1.0, 0.0, None)
+    forward = {
+        OURS: lambda _: linear_grouped(x, q, offsets),
+        DENSE: lambda _: by_expert(offsets, lambda e, rows: x[rows] @ decoded[e].T, (T, N)),
+        "with LoRA": lambda _: linear_grouped(x, q, offsets, None, a, b),
+    }
+    if (loop := bitsandbytes_loop(weight, offsets, x)) is not None:
+        forward[BITSANDBYTES] = loop
+    backward = {
+        OURS: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), *no_lora, True, offsets, E)[0],
+        DENSE: lambda _: by_expert(offsets, lambda e, rows: dy[rows] @ decoded[e], (T, K)),
+    }
+    rows = []
+    for product, contestants in (("Y", forward), ("dX", backward)):
+        checks.close(name, contestants[OURS](0), contestants[DENSE](0))
+        for call in contestants.values():
+            call(0)
+        found, _ = clock.alternate(contestants, probe, BUDGET_S)
+        rows.append({"name": f"{product}, {name}", "rows": T, "seconds": {k: t.median for k, t in found.items()}})
+    return rows
+
+
+def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Callable) -> list[dict]:
+    """Y and dX of a batch of `count` adapters and of one, over one weight."""
+    q = qn.quantize(torch.randn(N, K) / K**0.5)
+    x, dy = torch.randn(M, K).to(DTYPE), torch.randn(M, N).to(DTYPE)
+    a, b = torch.randn(count, RANK, K), torch.randn(count, N, RANK)
+    offsets = torch.arange(count + 1) * M // count
+    rest = (1.0, 0.0, None, True)
+    products = {
+        "Y": {
+            OURS: lambda _: linear_grouped(x, q, offsets, None, a, b),
+            ONE_ADAPTER: lambda _: qn.linear(x, q, None, a[0], b[0]),
+        },
+        "dX": {
+            OURS: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest, offsets, 1),
+            ONE_ADAPTER: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), a[0], b[0], *rest),
+        },
+    }
+    rows = []
+    for product, contestants in products.items():
+        found, _ = clock.alternate(contestants, probe, BUDGET_S)
+        name = f"{product} of [{N}, {K}], {count} adapters in a batch"
+        rows.append({"name": name, "rows": M, "seconds": {k: t.median for k, t in found.items()}})
+    return rows
+
+
+def losses(T: int, K: int, V: int, clock: timing.Cpu, probe: Callable) -> list[dict]:
+    """The loss and the gradient by the hidden states, of a dense head and of one in 4 bits."""
+    weight, labels = (torch.randn(V, K) / K**0.5).to(DTYPE), torch.randint(V, (T,))
+    q = qn.quantize(weight)
+    hidden = torch.randn(T, K).to(DTYPE)
+
+    def step(loss: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor]:
+        def call(_: int) -> Tensor:
+            with torch.enable_grad():
+                x = hidden.clone().requires_grad_()
+                return torch.autograd.grad(loss(x), x)[0]
+
+        return call
+
+    contestants = {
+        OURS: step(lambda x: linear_cross_entropy(x, weight, labels)),
+        UNFUSED: step(lambda x: F.cross_entropy(F.linear(x, weight).float(), labels)),
+        "a head in 4 bits": step(lambda x: linear_cross_entropy(x, q, labels)),
+    }
+    checks.close("loss", contestants[OURS](0), contestants[UNFUSED](0))
+    peaks = {name: memory.peak(lambda call=call: call(0)) for name, call in contestants.items()}
+    found, _ = clock.alternate(contestants, probe, 3 * BUDGET_S)
+    seconds = {k: t.median for k, t in found.items()}
+    return [{"name": f"loss of {V} words, K = {K}", "rows": T, "seconds": seconds, "peak_bytes": peaks}]
+
+
+@torch.no_grad()
+def measure() -> list[dict]:
+    """The rows of the report."""
+    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
+    torch.manual_seed(0)
+    clock, probe = timing.Cpu(), buffer.sum
+    few = torch.randint(1, 5, (64,))
+    return [
+        *experts("16 experts of [1024, 2048], top 2 of 512 tokens", (16, 1024, 2048), zipf(512, 16, 2), clock, probe),
+        *experts("16 experts of [2048, 1024], top 2 of 512 tokens", (16, 2048, 1024), zipf(512, 16, 2), clock, probe),
+        *experts("64 experts of [1024, 2048], 1 to 4 tokens each", (64, 1024, 2048), few, clock, probe),
+        *adapters(32, 256, 2048, 2048, clock, probe),
+        *losses(1024, 576, 49_152, clock, probe),
+    ]
+
+
+def lines(report: dict) -> str:
+    """The report in Markdown."""
+    description = report["machine"]
+    head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
+    threads = f"{description['threads']} threads"
+    text = [
+        "# Rows in groups, and the loss\n",
+        f"{head}, {threads}; NF4 with double quantization, bfloat16, LoRA of rank {RANK}; medians, in turn.\n",
+        "| | rows | ours, ms | against | ms | ours is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        own = row["seconds"][OURS]
+        for name, seconds in row["seconds"].items():
+            if name != OURS:
+                cells = (f"{1e3 * own:.3g}", name, f"{1e3 * seconds:.3g}", f"{seconds / own:.2f} × as fast")
+                text.append(f"| {row['name']} | {row['rows']} | " + " | ".join(cells) + " |")
+    for row in report["rows"]:
+        if peaks := row.get("peak_bytes"):
+            cells = ", ".join(f"{name} {peak / 2**20:.0f} MB" for name, peak in peaks.items())
+            text.append(f"\nMemory of the {row['name']}, forward and backward: {cells}.")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
+    args = parser.parse_args()
+    report = {"machine": machine.describe(), "rows": measure()}
+    if args.output:
+        path = Path(__file__).parent / "results" / f"grouped-{machine.file_name(report['machine'])}"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text(lines(report))
+    print(lines(report))
+
+
+if __name__ == "__main__":
+    main()
