@@ -104,6 +104,7 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
 }  // namespace
 
 ProductConfig product_config(const ProductShape& shape) {
+  if (shape.groups > 0) return GeneralConfig{};
   if (shape.rows <= kGemvRows && !shape.backward && !shape.small_blocks) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
     const std::int64_t blocks = shape.rows == 0 ? 0 : std::min(most, ceil_div(shape.cols, kGemvCols));
@@ -135,7 +136,7 @@ LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multipro
   const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
   const std::int64_t parts = std::max<std::int64_t>(most, 1);
-  const std::int64_t length = ceil_div(ceil_div(inner, parts), kGemmStep) * kGemmStep;  // whole vectors, whole steps
+  const std::int64_t length = low_rank_length(inner, parts);
   return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
 }
 

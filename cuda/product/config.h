@@ -2,6 +2,7 @@
 // that a result has the same bits whenever it is computed on the same kind of device.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -60,6 +61,12 @@ constexpr std::int64_t kPanelAlignment = 8;
 // Where there is an adapter, rows of the left operand that are copied beside its own at once.
 constexpr std::int64_t kPanelCopiedRows = 8192;
 
+// How many tiles of rows there are at most, where rows are in so many groups and no tile has rows of two: a group that
+// has rows has one tile that is not full, of one row at least.
+constexpr std::int64_t most_row_tiles(std::int64_t rows, std::int64_t groups, std::int64_t tile_rows) {
+  return (rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows;
+}
+
 // What is known of a product beforehand: out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or
 // by its columns (backward).
 struct ProductShape {
@@ -73,6 +80,7 @@ struct ProductShape {
   bool aligned_64 = false;    // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
   bool small_blocks = false;  // of fewer than the 32 elements that a chunk (weight_chunk.cuh) has one scale for, or two
   std::int64_t rank = 0;      // of the adapter
+  std::int64_t groups = 0;    // of rows; 0: they share all
   bool masks = false;         // dropout falls on the adapter's part alone, within the sums: backward
   bool dense_gemm = false;    // the host program has one (runtime.h)
   int multiprocessors = 1;
@@ -140,6 +148,10 @@ struct LowRankSplit {
   std::int64_t length;
 };
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
+// The length of one of `parts` parts, which are whole steps.
+constexpr std::int64_t low_rank_length(std::int64_t inner, std::int64_t parts) {
+  return (((inner + parts - 1) / parts + kGemmStep - 1) / kGemmStep) * kGemmStep;
+}
 
 // For people: QLN_PRINT_CONFIG=1 prints it for each product.
 std::string text_of(const ProductShape& shape, const ProductConfig& config);

@@ -5,11 +5,14 @@
 //             left   low_rank   W'     right'               the columns of out are
 //   forward   X      U          W^T    (s*B)^T              rows of W and of B
 //   backward  dY     V          W      A, after dropout     columns of W and of A
+//
+// Where rows are in groups, W', right' and bias are those of the row's group, or the group's right' alone.
 #pragma once
 
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
 #include "product/dropout.cuh"
+#include "product/groups.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -25,7 +28,25 @@ struct Product {
   Dropout dropout;     // backward: what it drops of low_rank . right'
   const void* bias;    // forward: [cols] in left's dtype, or null
   Matrix out;
+  Groups groups;      // of the rows; none where they share all
+  bool own_weights;   // of groups: a tile of out has rows of one group
+  bool own_adapters;  // of groups
+
+  // Which of them is a group's.
+  __device__ std::int64_t weight_of(int group) const { return own_weights ? group : 0; }
+  __device__ std::int64_t adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
+  __device__ std::int64_t elements_of_weight() const { return weight.N * weight.K; }
+  __device__ std::int64_t elements_of_right() const { return low_rank.cols * cols; }
 };
+
+// Where groups share both, a product does not see them: U and V are 0 in rows without the adapter.
+template <class Args>
+Groups groups_of_product(const Args& args) {
+  if (args.weight.count == 1 && args.lora.count == 1) return {};
+  return {.count = static_cast<int>(args.groups.count),
+          .offsets = args.groups.offsets,
+          .has_front = args.weight.count == 1};
+}
 
 inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
   return {.weight = args.weight,
@@ -40,7 +61,10 @@ inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
           .right_factor = args.lora.scaling,
           .dropout = Dropout(args.lora),
           .bias = args.bias,
-          .out = args.y};
+          .out = args.y,
+          .groups = groups_of_product(args),
+          .own_weights = args.weight.count > 1,
+          .own_adapters = args.lora.count > 1};
 }
 inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix& v) {
   return {.weight = args.weight,
@@ -55,7 +79,10 @@ inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix
           .right_factor = 1.0f,
           .dropout = Dropout(args.lora),
           .bias = nullptr,
-          .out = args.dx};
+          .out = args.dx,
+          .groups = groups_of_product(args),
+          .own_weights = args.weight.count > 1,
+          .own_adapters = args.lora.count > 1};
 }
 
 // Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits count those of a tile.
