@@ -64,6 +64,7 @@ struct FoundTile {
   RowTile tile;
   std::uint32_t before;  // how many tiles there are, if there is no such tile
 };
+constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
 
 // Tile number `wanted` of the groups' rows, kRows a tile, group after group. All lanes of a warp ask for the same: each
 // looks at one group of 32.

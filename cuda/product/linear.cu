@@ -24,6 +24,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .small_blocks = w.blocksize < kChunk,
       .rank = p.low_rank.cols,
       .groups = p.groups.count,
+      .own_weights = p.own_weights,
       .masks = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,
       .multiprocessors = multiprocessors(stream),

@@ -33,8 +33,8 @@ struct Product {
   bool own_adapters;  // of groups
 
   // Which of them is a group's.
-  __device__ std::int64_t weight_of(int group) const { return own_weights ? group : 0; }
-  __device__ std::int64_t adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
+  __device__ int weight_of(int group) const { return own_weights ? group : 0; }
+  __device__ int adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
   __device__ std::int64_t elements_of_weight() const { return weight.N * weight.K; }
   __device__ std::int64_t elements_of_right() const { return low_rank.cols * cols; }
 };
@@ -94,11 +94,27 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
 
 // An element of right', in fp32; 0 beyond the rank and beyond the columns.
 template <bool kForward>
-__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col) {
+__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
   const std::int64_t rank = product.low_rank.cols;
   if (r >= rank || col >= product.cols) return 0.0f;
   return product.right_factor *
-         load_as_f32(product.right, product.right_dtype, kForward ? col * rank + r : r * product.cols + col);
+         load_as_f32(product.right, product.right_dtype,
+                     adapter * product.elements_of_right() + (kForward ? col * rank + r : r * product.cols + col));
+}
+
+// Calls f(adapter, rows) for each adapter that rows of a tile have, at most kRows of them, with the rows that it is
+// for; U and V are 0 in rows that have none. A tile has rows of several where the groups share the weight.
+template <int kRows, class F>
+__device__ __forceinline__ void for_each_adapter(const Product& product, const RowTile& tile, const F& f) {
+  const bool in_turn = product.own_adapters && !product.own_weights;
+  int g = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_of(tile.group);
+  const int end = in_turn ? product.groups.count : g + 1;
+#pragma unroll 1
+  for (; g < end; ++g) {
+    const RowSpan rows = in_turn ? product.groups.rows_of(g, product.rows) : RowSpan{tile.begin, tile.end};
+    if (rows.begin >= tile.begin + kRows) return;
+    if (!rows.is_empty()) f(g, rows);
+  }
 }
 
 // One for each way: general.cu, gemv.cu, panels.cu, and of GemmConfig gemm/thin.cu, forward.cu and backward.cu.

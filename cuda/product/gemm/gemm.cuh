@@ -18,6 +18,7 @@
 #include "product/gemm/runs.cuh"
 #include "product/gemm/sums.cuh"
 #include "product/gemm/tile.cuh"
+#include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -58,7 +59,7 @@ struct GemmShared {
   }
 };
 
-template <class T, class Weights, class Tile>
+template <class T, class Weights, class Tile, bool kGroups>
 class Gemm {
   using Shared = GemmShared<T, Weights, Tile>;
   using Stage = typename Shared::Stage;
@@ -71,16 +72,19 @@ class Gemm {
   __device__ Gemm(const GemmArgs& args, Shared& shared)
       : args_(args),
         shared_(shared),
-        runs_(args.config, args.shared_sums),
+        tile_rows_(args),
+        runs_(tile_rows_.config(), args.shared_sums),
         scales_(args.weight, args.scales, shared.nested),
         table_(shared.rows->pairs) {}
 
   // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
   __device__ void run() {
+    if (kGroups && shared_.run < 0) return;
     for (std::uint32_t done = 0;;) {  // steps: 2^32 of them would be minutes
       const Part part = runs_.part_after(shared_.run, done);
       if (part.count == 0) return;
       go_to(part);
+      tile_rows_.go_to(part.tile);
       sums_.clear();
       if (part.first == 0) add_low_rank();
       multiply(part.first, part.count);
@@ -91,6 +95,7 @@ class Gemm {
 
   // The block's run, and tables that the whole of it needs.
   __device__ void prepare() {
+    tile_rows_.prepare();
     if (thread_index() == 0) shared_.run = runs_.take();
     Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
@@ -99,15 +104,22 @@ class Gemm {
 
  private:
   __device__ void go_to(const Part& part) {
-    row_tile_ = static_cast<int>(part.tile % args_.config.row_tiles);
-    col_tile_ = static_cast<int>(part.tile / args_.config.row_tiles);
+    row_tile_ = static_cast<int>(part.tile % tile_rows_.config().row_tiles);
+    col_tile_ = static_cast<int>(part.tile / tile_rows_.config().row_tiles);
   }
-  // Where the tile begins.
-  __device__ __forceinline__ std::int64_t row0() const { return std::int64_t{row_tile_} * Tile::kRows; }
+  // Where the tile begins, and where its rows end.
+  __device__ __forceinline__ std::int64_t row0() const {
+    if constexpr (kGroups) return tile_rows_.tile().begin;
+    return std::int64_t{row_tile_} * Tile::kRows;
+  }
+  __device__ __forceinline__ std::int64_t end_of_rows() const {
+    if constexpr (kGroups) return tile_rows_.tile().end;
+    return args_.rows;
+  }
   __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
   // What it has of its size.
   __device__ __forceinline__ int rows() const {
-    return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
+    return static_cast<int>(end_of_rows() - row0() < Tile::kRows ? end_of_rows() - row0() : Tile::kRows);
   }
   __device__ __forceinline__ int cols() const {
     return static_cast<int>(args_.cols - col0() < Tile::kCols ? args_.cols - col0() : Tile::kCols);
@@ -170,6 +182,7 @@ class Gemm {
     const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
     LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
     const std::int64_t element =
+        tile_rows_.weights_before() +
         Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
     Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
     Scales scales = {};
@@ -291,28 +304,18 @@ class Gemm {
 
   // ---- the adapter: a few more of the inner dimension --------------------------------------------------------------
 
-  // Both operands as in other steps, through the first stage and the first place of the weights.
   __device__ void add_low_rank() {
     const Lane lane;
     const Places at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
-#pragma unroll 1
-    for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
-      const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
-      const LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
-      if (args_.low_rank_vectors) {
-        left.fetch_vectors(at.share, left.inner() < there);
-      } else {
-        left.fetch_elements(at.share, args_.low_rank.stride, rows(), there);
+    if constexpr (kGroups) {
+      if (rank > 0) {
+        for_each_adapter<Tile::kRows>(args_, tile_rows_.tile(), [&](int adapter, const RowSpan& rows_of_adapter) {
+          add_adapter(lane, at, adapter, rows_of_adapter);
+        });
       }
-      cp_async_commit();
-#pragma unroll 1
-      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
-      cp_async_wait<0>();
-      sync_threads();
-#pragma unroll 1
-      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
-      sync_threads();  // before the stage is filled again
+    } else {
+      add_adapter(lane, at, 0, {});
     }
     if constexpr (!Weights::kForward) {
       // Before anything else is in the sums, because the mask falls on nothing else.
@@ -321,11 +324,38 @@ class Gemm {
       }
     }
   }
+  // Both operands as in other steps, through the first stage and the first place of the weights. Where there are
+  // groups, of the rows that the adapter is for.
+  __device__ __forceinline__ void add_adapter(const Lane& lane, const Places& at, int adapter,
+                                              const RowSpan& rows_of_adapter) {
+    const std::int64_t rank = args_.low_rank.cols;
+#pragma unroll 1
+    for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
+      const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
+      LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
+      if constexpr (kGroups) left.keep(rows_of_adapter.begin - row0(), rows_of_adapter.end - row0());
+      if (args_.low_rank_vectors) {
+        left.template fetch_vectors<kGroups>(at.share, left.inner() < there);
+      } else {
+        left.template fetch_elements<kGroups>(at.share, args_.low_rank.stride, rows(), there);
+      }
+      cp_async_commit();
+#pragma unroll 1
+      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v, adapter);
+      cp_async_wait<0>();
+      sync_threads();
+#pragma unroll 1
+      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
+      sync_threads();  // before the stage is filled again
+    }
+  }
   // A vector of what the thread has of a step, where decode() would put it.
-  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
-                                            unsigned vector) const {
+  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0, unsigned vector,
+                                            int adapter) const {
     const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
-    const auto at = [&](std::int64_t r, std::int64_t col) { return right_at<Weights::kForward>(args_, r, col); };
+    const auto at = [&](std::int64_t r, std::int64_t col) {
+      return right_at<Weights::kForward>(args_, r, col, adapter);
+    };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
@@ -346,12 +376,13 @@ class Gemm {
     const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
     sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row<Tile>()),
-                cols() - static_cast<int>(lane.col<Tile>()));
+                bias == nullptr ? nullptr : bias + tile_rows_.biases_before() + col,
+                rows() - static_cast<int>(lane.row<Tile>()), cols() - static_cast<int>(lane.col<Tile>()));
   }
 
   const GemmArgs& args_;
   Shared& shared_;
+  const TileRows<kGroups, Tile::kRows> tile_rows_;
   const Runs runs_;
   const ScaleReader<kAligned> scales_;
   const typename Shared::Table table_;
@@ -360,9 +391,9 @@ class Gemm {
 };
 
 // Weights: DecodedRows (forward) or DecodedColumns (backward).
-template <class T, template <class> class Weights, class Tile>
+template <class T, template <class> class Weights, class Tile, bool kGroups>
 __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const __grid_constant__ GemmArgs args) {
-  Gemm<T, Weights<Tile>, Tile> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
+  Gemm<T, Weights<Tile>, Tile, kGroups> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
   gemm.prepare();
   gemm.run();
 }
@@ -376,8 +407,11 @@ void gemm(const Product& product, const GemmConfig& config, const Stream& stream
   const GemmArgs args(product, config, memory);
   const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
-    launch<gemm_kernel<T, Weights, Tile>>({config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()},
-                                          stream, args);
+    const LaunchShape shape = {config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()};
+    if constexpr (kAligned && kCols == kGemmCols) {
+      if (config.grouped) return launch<gemm_kernel<T, Weights, Tile, true>>(shape, stream, args);
+    }
+    launch<gemm_kernel<T, Weights, Tile, false>>(shape, stream, args);
   };
   // What product_config chooses among.
   const auto start_tile = [&]<class T>() {
