@@ -43,7 +43,7 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
   };
   const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
   const std::int64_t rows = rows_of_weight(shape);
-  if (rows <= kGemmMiddleRows && shape.aligned_64 && !shape.backward && shape.groups == 0) {
+  if (rows <= (shape.groups > 0 ? kThinRows : kGemmMiddleRows) && shape.aligned_64 && !shape.backward) {
     config.thin = true;
     return choose(rows <= kGemmFewRows ? kGemmFewRows : rows <= kThinRows ? kThinRows : kGemmMiddleRows, kGemmCols);
   }

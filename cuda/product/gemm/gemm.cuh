@@ -107,19 +107,16 @@ class Gemm {
     row_tile_ = static_cast<int>(part.tile % tile_rows_.config().row_tiles);
     col_tile_ = static_cast<int>(part.tile / tile_rows_.config().row_tiles);
   }
-  // Where the tile begins, and where its rows end.
+  // Where the tile begins.
   __device__ __forceinline__ std::int64_t row0() const {
     if constexpr (kGroups) return tile_rows_.tile().begin;
     return std::int64_t{row_tile_} * Tile::kRows;
   }
-  __device__ __forceinline__ std::int64_t end_of_rows() const {
-    if constexpr (kGroups) return tile_rows_.tile().end;
-    return args_.rows;
-  }
   __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
   // What it has of its size.
   __device__ __forceinline__ int rows() const {
-    return static_cast<int>(end_of_rows() - row0() < Tile::kRows ? end_of_rows() - row0() : Tile::kRows);
+    if constexpr (kGroups) return tile_rows_.rows();
+    return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
   }
   __device__ __forceinline__ int cols() const {
     return static_cast<int>(args_.cols - col0() < Tile::kCols ? args_.cols - col0() : Tile::kCols);
@@ -333,7 +330,8 @@ class Gemm {
     for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
       const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
       LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
-      if constexpr (kGroups) left.keep(rows_of_adapter.begin - row0(), rows_of_adapter.end - row0());
+      if constexpr (kGroups)
+        left.keep(tile_rows_.in_tile(rows_of_adapter.begin), tile_rows_.in_tile(rows_of_adapter.end));
       if (args_.low_rank_vectors) {
         left.template fetch_vectors<kGroups>(at.share, left.inner() < there);
       } else {

@@ -60,10 +60,10 @@ class LeftRows {
   }
   __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
 
-  // Rows begin ... end-1 of the tile; it may lie beyond them.
-  __device__ __forceinline__ void keep(std::int64_t begin, std::int64_t end) {
-    first_kept_ = begin < 0 ? 0 : static_cast<int>(begin);
-    end_of_kept_ = end < Tile::kRows ? static_cast<int>(end) : Tile::kRows;
+  // Rows begin ... end-1 of the tile.
+  __device__ __forceinline__ void keep(int begin, int end) {
+    first_kept_ = begin;
+    end_of_kept_ = end;
   }
 
   // Of rows that are vectors. Zeros, if the thread's is not there, or if it is in none of the rows to be kept.

@@ -43,6 +43,15 @@ class TileRows {
   }
   // Where they find it afterwards.
   __device__ const RowTile& tile() const { return found().tile; }
+  __device__ int rows() const {
+    const std::int64_t there = tile().end - tile().begin;
+    return there < kRows ? static_cast<int>(there) : kRows;
+  }
+  // A row's number in the tile, from 0 to how many it has.
+  __device__ int in_tile(std::int64_t row) const {
+    const std::int64_t i = row - tile().begin;
+    return i < 0 ? 0 : i < rows() ? static_cast<int>(i) : rows();
+  }
   // How many elements, or elements of the bias, lie before the tile's weight, or bias.
   __device__ std::int64_t weights_before() const {
     if constexpr (kGroups) return args_.weight_of(tile().group) * args_.elements_of_weight();
