@@ -25,6 +25,12 @@ std::int64_t rows_of_weight(const ProductShape& shape) {
   return shape.own_weights ? ceil_div(shape.rows, shape.groups) : shape.rows;
 }
 
+// Whether a weight's rows are so few that reading it is all that matters: of groups on average half as many, so that
+// few have more.
+bool has_few_rows(const ProductShape& shape) {
+  return rows_of_weight(shape) <= (shape.own_weights ? kGemvRows / 2 : kGemvRows);
+}
+
 // Whether a tile of many rows is to be the tall one. Of a group half of its last tile is zeros, on average.
 bool fills_tall_tiles(const ProductShape& shape) {
   constexpr std::int64_t kPart = 8;
@@ -111,16 +117,17 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
 
 ProductConfig product_config(const ProductShape& shape) {
   const bool grouped = shape.groups > 0;
-  if (shape.rows <= kGemvRows && !shape.backward && !shape.small_blocks && !grouped) {
+  const bool is_made = !grouped || shape.aligned;  // groups have no kernels but of vectors and that for anything
+  if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_made) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
-    const std::int64_t blocks = shape.rows == 0 ? 0 : std::min(most, ceil_div(shape.cols, kGemvCols));
+    const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
+    const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
   }
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
   // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
-  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks) return GeneralConfig{};
+  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_made) return GeneralConfig{};
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
-  if (grouped && !shape.aligned) return GeneralConfig{};
   GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
   config.steps = static_cast<int>(ceil_div(shape.inner, config.thin ? kThinStep : kGemmStep));

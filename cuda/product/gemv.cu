@@ -8,6 +8,9 @@
 //   K of a turn    0 ... 31  32 ... 63  64 ... 95  96 ... 127
 //   row g, g + 8   t = 0     t = 1      t = 2      t = 3
 //
+// Where each group of rows has a weight of its own, a block has some of the columns of one group after another, up to
+// eight rows at a time.
+//
 // In bf16 and fp16 a tensor core multiplies: the weights are the operand of 16 rows, and x, filled up with zeros, the
 // one of 8. In which order K is summed is free, so of its 16 a lane's four come from its own 32. In fp32 CUDA cores do.
 #include "device/weight_chunk.cuh"
@@ -70,6 +73,11 @@ class GemvRows {
     }
     return {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
   }
+  // Likewise, of rows first ... last-1.
+  __device__ static Four load_four(const T* from, std::int64_t stride, int first, int last, int count,
+                                   const GemvLane& lane) {
+    return load_four(from, stride, last, lane.g < first ? 0 : count, lane);
+  }
   // All of the chunk at `from`; kVectors: `count` is 32 or more, or less than 1.
   template <bool kVectors>
   __device__ __forceinline__ void fetch(const T* from, std::int64_t stride, int rows, int count, const GemvLane& lane) {
@@ -122,13 +130,17 @@ class GemvRows<float, kRows> {
   };
 
   __device__ __forceinline__ static Four load_four(const float* from, std::int64_t stride, int rows, int count,
-                                                   const GemvLane&) {
+                                                   const GemvLane& lane) {
+    return load_four(from, stride, 0, rows, count, lane);
+  }
+  __device__ __forceinline__ static Four load_four(const float* from, std::int64_t stride, int first, int last,
+                                                   int count, const GemvLane&) {
     Four four{};
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
 #pragma unroll
       for (int i = 0; i < kFour; ++i) {
-        if (m < rows && i < count) four.row[m].at[i] = from[m * stride + i];
+        if (m >= first && m < last && i < count) four.row[m].at[i] = from[m * stride + i];
       }
     }
     return four;
@@ -247,7 +259,85 @@ __device__ __forceinline__ int left_of(std::int64_t whole, std::int64_t first) {
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
-template <class T, int kRows, int kBits, bool kAligned>
+// What of the product a block has at a time: some columns of up to kGemvRows rows.
+template <class T, bool kGroups>
+class GemvPart {
+ public:
+  __device__ explicit GemvPart(const GemvArgs& args)
+      : args_(args), apart_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
+  __device__ bool go_on() { return false; }  // it is all that the block has
+
+  __device__ std::int64_t begin() const { return block_index() * kGemvCols; }
+  __device__ std::int64_t end() const { return args_.weight.N; }
+  __device__ std::int64_t apart() const { return apart_; }
+  __device__ int rows() const { return rows_; }
+  __device__ const T* left() const { return static_cast<const T*>(args_.left.data); }
+  __device__ const T* low_rank() const { return static_cast<const T*>(args_.low_rank.data); }
+  __device__ T* out() const { return static_cast<T*>(args_.out.data); }
+  __device__ std::int64_t weights_before() const { return 0; }  // elements of other groups' weights
+  __device__ std::int64_t biases_before() const { return 0; }
+
+ private:
+  const GemvArgs& args_;
+  const std::int64_t apart_;
+  const int rows_;
+};
+
+// Where there are groups: a share of the columns of all tiles of rows, tile after tile.
+template <class T>
+class GemvPart<T, true> {
+ public:
+  __device__ explicit GemvPart(const GemvArgs& args) : args_(args), of_tile_(ceil_div(args.cols, kGemvCols)) {
+    const std::int64_t tiles = args.own_weights ? find_row_tile<kGemvRows>(args.groups, args.rows, kNoTile).before : 1;
+    const std::int64_t all = tiles * of_tile_, share = all / grid_blocks(), rest = all % grid_blocks();
+    const std::int64_t i = block_index();
+    next_ = i * share + (i < rest ? i : rest);
+    end_of_share_ = next_ + share + (i < rest ? 1 : 0);
+  }
+  // To the next tile that it has columns of, at first too: false where there is none.
+  __device__ bool go_on() {
+    if (next_ == end_of_share_) return false;
+    tile_ = {{0, args_.rows}, 0};
+    if (args_.own_weights) {
+      tile_ = find_row_tile<kGemvRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(next_ / of_tile_)).tile;
+    }
+    begin_ = next_ % of_tile_ * kGemvCols;
+    const std::int64_t last = begin_ + (end_of_share_ - next_) * kGemvCols;
+    end_ = last < args_.cols ? last : args_.cols;
+    next_ += ceil_div(end_ - begin_, kGemvCols);
+    rows_ = tile_.end - tile_.begin < kGemvRows ? static_cast<int>(tile_.end - tile_.begin) : kGemvRows;
+    left_ = row0_of(args_.left);
+    weights_before_ = args_.weight_of(tile_.group) * args_.elements_of_weight();
+    return true;
+  }
+
+  __device__ const RowTile& tile() const { return tile_; }
+  __device__ std::int64_t begin() const { return begin_; }
+  __device__ std::int64_t end() const { return end_; }
+  __device__ std::int64_t apart() const { return kGemvCols; }
+  __device__ int rows() const { return rows_; }
+  __device__ const T* left() const { return left_; }
+  __device__ const T* low_rank() const { return row0_of(args_.low_rank); }
+  __device__ T* out() const { return static_cast<T*>(args_.out.data) + tile_.begin * args_.out.stride; }
+  __device__ std::int64_t weights_before() const { return weights_before_; }
+  __device__ std::int64_t biases_before() const { return args_.weight_of(tile_.group) * args_.cols; }
+
+ private:
+  __device__ const T* row0_of(const ConstMatrix& matrix) const {
+    return static_cast<const T*>(matrix.data) + tile_.begin * matrix.stride;
+  }
+
+  const GemvArgs& args_;
+  const std::int64_t of_tile_;
+  std::int64_t next_, end_of_share_;  // counted over all tiles
+  std::int64_t begin_ = 0, end_ = 0;
+  RowTile tile_{};
+  int rows_ = 0;
+  const T* left_ = nullptr;
+  std::int64_t weights_before_ = 0;
+};
+
+template <class T, int kRows, int kBits, bool kAligned, bool kGroups>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     gemv_kernel(const __grid_constant__ GemvArgs args) {
   using Rows = GemvRows<T, kRows>;
@@ -255,8 +345,9 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   GemvShared<kAligned>& shared = *dynamic_smem<GemvShared<kAligned>>();
   const ScaleReader<kAligned> scales(w, args.scales, shared.nested);
   const GemvLane lane;
-  const std::int64_t K = w.K, rank = args.low_rank.cols, cols_of_grid = grid_blocks() * kGemvCols;
-  const int rows = static_cast<int>(args.left.rows);
+  const std::int64_t K = w.K, rank = args.low_rank.cols;
+  GemvPart<T, kGroups> part(args);
+  if (kGroups && !part.go_on()) return;
   struct Turn {
     GemvChunk<kBits, kAligned> chunk[2];
     Rows x;
@@ -266,7 +357,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     const int count = left_of(K, k);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const std::int64_t n = n0 + lane.g + 8 * row, element = n * K + k;
+      const std::int64_t n = n0 + lane.g + 8 * row, element = part.weights_before() + n * K + k;
       if constexpr (kAligned) {
         // What W has not is multiplied by zeros of x, or its sum is not stored: the last chunk will do.
         const auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
@@ -275,24 +366,24 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
         next.chunk[row].fetch(w, scales, element, n < w.N ? count : 0);
       }
     }
-    next.x.template fetch<kAligned>(static_cast<const T*>(args.left.data) + k, args.left.stride, rows, count, lane);
+    next.x.template fetch<kAligned>(part.left() + k, args.left.stride, part.rows(), count, lane);
   };
   // Of the warp's turn, and of the lane's chunk in it.
   const std::int64_t first = lane.warp * kTurn, mine = lane.t * kChunk;
   const auto fetch_first = [&](std::int64_t n0) {
-    if (n0 < w.N && first < K) fetch(n0, first + mine);
+    if (n0 < part.end() && first < K) fetch(n0, first + mine);
   };
 
   // The first codes are on their way while the tables are filled, and later those of the next columns while the sums of
   // these are exchanged: not where scales ask a table on the way, nor where the sums of eight rows fill the registers.
   constexpr bool kEarly = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
-  if constexpr (kEarly) fetch_first(block_index() * kGemvCols);
+  if constexpr (kEarly) fetch_first(part.begin());
   if constexpr (kBits == 4) GemvTable::fill(shared.pairs, w.code);
   shared.nested.fill(w);
   sync_threads();
   const GemvTable table(shared.pairs);
 
-  for (std::int64_t n0 = block_index() * kGemvCols; n0 < w.N; n0 += cols_of_grid) {
+  for (std::int64_t n0 = part.begin(); n0 < part.end(); n0 += part.apart()) {
     typename Rows::Sums sums;
     const std::int64_t n[2] = {n0 + lane.g, n0 + lane.g + 8};
     if constexpr (!kEarly) fetch_first(n0);
@@ -300,8 +391,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       now = next;
       const bool is_last = k + kGemvWarps * kTurn >= K;
       if constexpr (kEarly) {
-        const std::int64_t next_n0 = is_last ? n0 + cols_of_grid : n0;
-        if (next_n0 < w.N) fetch(next_n0, (is_last ? first : k + kGemvWarps * kTurn) + mine);
+        const std::int64_t next_n0 = is_last ? n0 + part.apart() : n0;
+        if (next_n0 < part.end()) fetch(next_n0, (is_last ? first : k + kGemvWarps * kTurn) + mine);
       } else {
         if (!is_last) fetch(n0, k + kGemvWarps * kTurn + mine);
       }
@@ -315,37 +406,57 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       }
     }
 
-    // The adapter: more of the same sums, with B in place of W. Four elements of U a lane.
+    // The adapter: more of the same sums, with B in place of W. Four elements of U a lane. Of rows first ... last-1;
+    // where there are several adapters, warps take turns at them too.
+    const auto add_adapter = [&](int adapter, int first, int last) {
+      const std::int64_t before = adapter * args.elements_of_right();
+      const int warp = kGroups ? (lane.warp + adapter) % kGemvWarps : lane.warp;
 #pragma unroll 1
-    for (std::int64_t r0 = lane.warp * kMmaInner; r0 < rank; r0 += kGemvWarps * kMmaInner) {
-      const std::int64_t r = r0 + lane.t * kFour;
-      float b[2][kFour];
+      for (std::int64_t r0 = warp * kMmaInner; r0 < rank; r0 += kGemvWarps * kMmaInner) {
+        const std::int64_t r = r0 + lane.t * kFour;
+        float b[2][kFour];
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
+        for (int row = 0; row < 2; ++row) {
 #pragma unroll
-        for (int j = 0; j < kFour; ++j) {
-          b[row][j] = 0.0f;
-          if (n[row] < w.N && r + j < rank) {
-            b[row][j] =
-                rounded<T>(args.right_factor * load_as_f32(args.right, args.right_dtype, n[row] * rank + r + j));
+          for (int j = 0; j < kFour; ++j) {
+            b[row][j] = 0.0f;
+            if (n[row] < w.N && r + j < rank) {
+              b[row][j] = rounded<T>(args.right_factor *
+                                     load_as_f32(args.right, args.right_dtype, before + n[row] * rank + r + j));
+            }
           }
         }
+        const T* const u = part.low_rank() + r;
+        Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, left_of(rank, r), lane), b);
       }
-      const T* const from = static_cast<const T*>(args.low_rank.data) + r;
-      Rows::add(sums, Rows::load_four(from, args.low_rank.stride, rows, left_of(rank, r), lane), b);
+    };
+    if constexpr (!kGroups) {
+      add_adapter(0, 0, part.rows());
+    } else if (rank > 0) {
+      for_each_adapter<kGemvRows>(args, part.tile(), [&](int adapter, const RowSpan& span) {
+        const std::int64_t first = span.begin - part.tile().begin, last = span.end - part.tile().begin;
+        add_adapter(adapter, first < 0 ? 0 : static_cast<int>(first),
+                    last < part.rows() ? static_cast<int>(last) : part.rows());
+      });
     }
 
     Rows::leave(sums, shared.sums[lane.warp], lane);
     sync_threads();
     const int m = thread_index() / kGemvCols, col = thread_index() % kGemvCols;
-    if (m < rows && n0 + col < w.N) {
+    if (m < part.rows() && n0 + col < w.N) {
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < kGemvWarps; ++warp) sum += shared.sums[warp][m][col];
-      if (args.bias != nullptr) sum += to_f32(static_cast<const T*>(args.bias)[n0 + col]);
-      static_cast<T*>(args.out.data)[m * args.out.stride + n0 + col] = from_f32<T>(sum);
+      if (args.bias != nullptr) sum += to_f32(static_cast<const T*>(args.bias)[part.biases_before() + n0 + col]);
+      part.out()[m * args.out.stride + n0 + col] = from_f32<T>(sum);
     }
     sync_threads();  // before the sums are written again
+    if constexpr (kGroups) {
+      if (n0 + part.apart() >= part.end() && part.go_on()) {
+        if constexpr (kEarly) fetch_first(part.begin());
+        n0 = part.begin() - part.apart();
+      }
+    }
   }
 }
 
@@ -355,8 +466,11 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
   const QuantizedWeightView& w = product.weight;
   const GemvArgs args{product, scales_of(w), last_chunk_of(w)};
   const auto start = [&]<class T, int kRows, int kBits, bool kAligned>() {
-    launch<gemv_kernel<T, kRows, kBits, kAligned>>({config.blocks, kGemvThreads, sizeof(GemvShared<kAligned>)}, stream,
-                                                   args);
+    const LaunchShape shape = {config.blocks, kGemvThreads, sizeof(GemvShared<kAligned>)};
+    if constexpr (kRows == kGemvRows && kAligned) {
+      if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
+    }
+    launch<gemv_kernel<T, kRows, kBits, kAligned, false>>(shape, stream, args);
   };
   const auto with_weight = [&]<class T, int kRows>() {
     if (w.bits == 4) {
@@ -368,7 +482,7 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
   };
   with_type(args.left.dtype, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {
-      if (args.left.rows == 1) return with_weight.template operator()<T, 1>();
+      if (args.left.rows == 1 && args.groups.count == 0) return with_weight.template operator()<T, 1>();
     }
     with_weight.template operator()<T, kGemvRows>();
   });

@@ -723,12 +723,17 @@ std::vector<Case> grouped_cases() {
                            .shared_adapter = i % 7 == 3});
           }
   // Rows that vectors can reach, of sizes for each tile of a GPU's.
-  const Groups few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
+  const Groups single = {21, {0, 1, 1, 18, 19, 20, 21}}, fewest = {70, {0, 1, 1, 10, 61, 70}},
+               few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
   const Groups most = {2050, {0, 2049, 2050}}, behind_others = {290, {10, 100, 100, 201, 290}};
   for (const DType dtype : {DType::bf16, DType::f16})
     for (const bool own_weights : {true, false})
-      for (const auto& [groups, N, K] :
-           {std::tuple{few, 72, 192}, {many, 136, 128}, {most, 72, 64}, {behind_others, 136, 128}})
+      for (const auto& [groups, N, K] : {std::tuple{single, 40, 320},
+                                         {fewest, 72, 192},
+                                         {few, 72, 192},
+                                         {many, 136, 128},
+                                         {most, 72, 64},
+                                         {behind_others, 136, 128}})
         for (const std::int64_t rank : {0, 16, 70}) {
           if ((own_weights && groups.offsets[0] > 0) || (groups.M > 1000 && (rank != 16 || !own_weights))) continue;
           const std::size_t i = all.size();
