@@ -29,6 +29,7 @@ SUITES = {
     "conformance_emulated": Suite("qln_test_conformance", EMULATED),
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
+    "row_groups": Suite("qln_test_row_groups", EMULATED),
     # Over the best instruction set of the build: AVX2 or Advanced SIMD.
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),
@@ -212,9 +213,9 @@ GEMM = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/config.cpp",
+        "cuda/product/config.h",
         "the steps that no share has are left out",
-        "config.rest = static_cast<int>(all % config.blocks);",
+        "config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);",
         "config.rest = 0;",
         ("product_config",),
         in_sample=True,
@@ -261,8 +262,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/low_rank.cuh",
         "the last part of a sum goes beyond its end",
-        "inner - begin < split.length ? inner : begin + split.length",
-        "begin + split.length",
+        "all.end - begin < length ? all.end : begin + length",
+        "begin + length",
         ON_GPU,
     ),
     Mutant(
@@ -357,6 +358,108 @@ ON_CHIP = [
         "a panel is multiplied before it is decoded",
         *_without("    driver_->wait(caller, prepared_);\n"),
         ("panels",),
+    ),
+]
+
+GROUPS, TILE_ROWS = "cuda/product/groups.cuh", "cuda/product/gemm/tile_rows.cuh"
+ROW_GROUPS = [
+    Mutant(
+        GROUPS,
+        "an offset beyond the rows is taken as it is",
+        "return at < 0 ? 0 : at < rows ? at : rows;",
+        "return at < 0 ? 0 : at;",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "a lane does not count the tiles of the one before it",
+        "if (lane >= apart) up_to",
+        "if (lane > apart) up_to",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "tiles of the first 32 groups are forgotten",
+        "before += shfl(up_to, kWarp - 1);",
+        "before = shfl(up_to, kWarp - 1);",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "rows before the first group are in none of the tiles",
+        "int first = groups.has_front ? -1 : 0;",
+        "int first = 0;",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "a row belongs to the group that ends before it",
+        "offset(middle + 1, rows) > row",
+        "offset(middle + 1, rows) >= row",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/config.h",
+        "a tile that is not full is not counted",
+        "(rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows",
+        "(rows + (tile_rows - 1)) / tile_rows",
+        ("product_config",),
+        in_sample=True,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "as many tiles as there may be are taken for all that there are",
+        "if (args_.own_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).before;",
+        "",
+        ON_GPU,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "the tile is another one while warps store the one before",
+        *_without("      sync_threads();  // the one before is not needed any more\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "the bias is that of the first group",
+        "return args_.weight_of(tile().group) * args_.cols;",
+        "return 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "the weight is that of the first group",
+        "        tile_rows_.weights_before() +\n",
+        "",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/gemm/operands.cuh",
+        "an adapter is for all rows of the tile",
+        "return row >= first_kept_ && row < end_of_kept_;",
+        "return row >= 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "rows before the first group have an adapter",
+        "if (rows.group < 0) all.end = 0;",
+        "if (rows.group < 0) part.adapter = 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "a gradient is the sum over other rows too",
+        "all = p.groups.rows_of(part.adapter, p.inner);",
+        "all = {p.groups.rows_of(part.adapter, p.inner).begin, p.inner};",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/gemv.cu",
+        "rows of another tile come after the last columns",
+        "end_ = last < args_.cols ? last : args_.cols;",
+        "end_ = last;",
+        ON_GPU,
     ),
 ]
 
@@ -734,4 +837,4 @@ PAGED_OPTIMIZER = [
     Mutant(UPDATE, "no room is left for others", "to_come + kSpareBytes;", "to_come;", PAGED),
 ]
 
-MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]
+MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *ROW_GROUPS, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]

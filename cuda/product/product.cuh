@@ -42,7 +42,7 @@ struct Product {
 // Where groups share both, a product does not see them: U and V are 0 in rows without the adapter.
 template <class Args>
 Groups groups_of_product(const Args& args) {
-  if (args.weight.count == 1 && args.lora.count == 1) return {};
+  if (args.weight.count == 1 && (args.lora.count == 1 || args.lora.rank == 0)) return {};
   return {.count = static_cast<int>(args.groups.count),
           .offsets = args.groups.offsets,
           .has_front = args.weight.count == 1};

@@ -722,6 +722,13 @@ std::vector<Case> grouped_cases() {
                            .own_weights = own_weights && groups.offsets.size() > 2,
                            .shared_adapter = i % 7 == 3});
           }
+  // More groups than a warp looks at together.
+  std::vector<std::int64_t> ends;
+  for (std::int64_t g = 0; g <= 70; ++g) ends.push_back(g * g * 100 / (70 * 70));
+  for (const bool own_weights : {true, false})
+    for (const auto& [N, K] : {std::array<std::int64_t, 2>{16, 64}, {3, 33}})
+      all.push_back(
+          {.M = 100, .N = N, .K = K, .dtype = DType::bf16, .rank = 4, .offsets = ends, .own_weights = own_weights});
   // Rows that vectors can reach, of sizes for each tile of a GPU's.
   const Groups single = {21, {0, 1, 1, 18, 19, 20, 21}}, fewest = {70, {0, 1, 1, 10, 61, 70}},
                few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
