@@ -392,10 +392,10 @@ ROW_GROUPS = [
         ("row_groups",),
     ),
     Mutant(
-        GROUPS,
-        "a row belongs to the group that ends before it",
-        "offset(middle + 1, rows) > row",
-        "offset(middle + 1, rows) >= row",
+        "cuda/product/product.cuh",
+        "the first adapter of a tile is left out",
+        "product.groups.group_of(tile.begin, product.rows) :",
+        "product.groups.group_of(tile.begin, product.rows) + 1 :",
         ON_GPU,
     ),
     Mutant(
@@ -431,6 +431,20 @@ ROW_GROUPS = [
         "the weight is that of the first group",
         "        tile_rows_.weights_before() +\n",
         "",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "no barrier between the choice of adapters and their use",
+        "      sync_threads();\n      const std::int64_t all = count * places;",
+        "      const std::int64_t all = count * places;",
+        (*CONCURRENT, *ON_GPU),
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "adapters of a step are all the first one",
+        "shared_.adapters[place / places]",
+        "shared_.adapters[0]",
         ON_GPU,
     ),
     Mutant(

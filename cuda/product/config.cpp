@@ -38,6 +38,14 @@ bool fills_tall_tiles(const ProductShape& shape) {
   return !wastes(shape.rows, kGemmTallRows, kGemmManyRows);
 }
 
+// Up to how many rows the thin one is for. With groups it has no registers for more. It multiplies with one adapter
+// after another, of which the other has several in a step.
+int most_thin_rows(const ProductShape& shape) {
+  constexpr std::int64_t kFewAdapters = 4;
+  if (shape.groups == 0) return kGemmMiddleRows;
+  return shape.own_weights || shape.groups <= kFewAdapters ? kThinRows : 0;
+}
+
 // As few rows as hold all of M, so that no tensor core multiplies zeros. Of many rows as many as shared memory has room
 // for: each weight is decoded once for all rows of a tile, and the tall one keeps the tensor cores busiest. The wide
 // one is the next: its warps have as many columns as those of the tall one, so that they load the left operand as
@@ -49,7 +57,7 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
   };
   const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
   const std::int64_t rows = rows_of_weight(shape);
-  if (rows <= (shape.groups > 0 ? kThinRows : kGemmMiddleRows) && shape.aligned_64 && !shape.backward) {
+  if (rows <= most_thin_rows(shape) && shape.aligned_64 && !shape.backward) {
     config.thin = true;
     return choose(rows <= kGemmFewRows ? kGemmFewRows : rows <= kThinRows ? kThinRows : kGemmMiddleRows, kGemmCols);
   }

@@ -432,12 +432,15 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     };
     if constexpr (!kGroups) {
       add_adapter(0, 0, part.rows());
-    } else if (rank > 0) {
-      for_each_adapter<kGemvRows>(args, part.tile(), [&](int adapter, const RowSpan& span) {
+    } else {
+      TileAdapters<kGemvRows> adapters(args, part.tile());
+#pragma unroll 1
+      while (adapters.next()) {
+        const RowSpan span = adapters.rows();
         const std::int64_t first = span.begin - part.tile().begin, last = span.end - part.tile().begin;
-        add_adapter(adapter, first < 0 ? 0 : static_cast<int>(first),
+        add_adapter(adapters.adapter(), first < 0 ? 0 : static_cast<int>(first),
                     last < part.rows() ? static_cast<int>(last) : part.rows());
-      });
+      }
     }
 
     Rows::leave(sums, shared.sums[lane.warp], lane);

@@ -102,20 +102,40 @@ __device__ __forceinline__ float right_at(const Product& product, std::int64_t r
                      adapter * product.elements_of_right() + (kForward ? col * rank + r : r * product.cols + col));
 }
 
-// Calls f(adapter, rows) for each adapter that rows of a tile have, at most kRows of them, with the rows that it is
-// for; U and V are 0 in rows that have none. A tile has rows of several where the groups share the weight.
-template <int kRows, class F>
-__device__ __forceinline__ void for_each_adapter(const Product& product, const RowTile& tile, const F& f) {
-  const bool in_turn = product.own_adapters && !product.own_weights;
-  int g = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_of(tile.group);
-  const int end = in_turn ? product.groups.count : g + 1;
-#pragma unroll 1
-  for (; g < end; ++g) {
-    const RowSpan rows = in_turn ? product.groups.rows_of(g, product.rows) : RowSpan{tile.begin, tile.end};
-    if (rows.begin >= tile.begin + kRows) return;
-    if (!rows.is_empty()) f(g, rows);
+// The adapters that rows of a tile have, kRows of them at most, one after another. U and V are 0 in rows that have
+// none. A tile has rows of several where the groups share the weight.
+template <int kRows>
+class TileAdapters {
+ public:
+  __device__ TileAdapters(const Product& product, const RowTile& tile) : product_(product), tile_(tile) {
+    const bool in_turn = product.own_adapters && !product.own_weights;
+    const int first = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_of(tile.group);
+    end_ = product.low_rank.cols == 0 ? 0 : in_turn ? product.groups.count : first + 1;
+    adapter_ = first - 1;
   }
-}
+  // To the next one: false where there is none.
+  __device__ bool next() {
+    while (++adapter_ < end_) {
+      rows_ = rows_of(product_, tile_, adapter_);
+      if (rows_.begin >= tile_.begin + kRows) break;
+      if (!rows_.is_empty()) return true;
+    }
+    return false;
+  }
+  __device__ int adapter() const { return adapter_; }
+  // That it is for, some of which may be other tiles'.
+  __device__ const RowSpan& rows() const { return rows_; }
+  __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
+    const bool in_turn = product.own_adapters && !product.own_weights;
+    return in_turn ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
+  }
+
+ private:
+  const Product& product_;
+  const RowTile& tile_;
+  int adapter_, end_;
+  RowSpan rows_{};
+};
 
 // One for each way: general.cu, gemv.cu, panels.cu, and of GemmConfig gemm/thin.cu, forward.cu and backward.cu.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);

@@ -323,7 +323,8 @@ void way_of_groups_with_own_weights_follows_their_average() {
 void way_of_groups_with_a_shared_weight_follows_all_rows() {
   for (const std::int64_t groups : {2, 1000}) {
     EXPECT(takes<GemvConfig>(in_groups(8, groups, false)));
-    EXPECT(std::get<GemmConfig>(product_config(in_groups(9, groups, false))).thin);
+    EXPECT(std::get<GemmConfig>(product_config(in_groups(9, groups, false))).thin == (groups == 2));
+    EXPECT(tile_of(in_groups(9, groups, false)).rows == kGemmFewRows);
     EXPECT(tile_of(in_groups(33, groups, false)) == kMiddle);
     EXPECT(tile_of(in_groups(128, groups, false)) == kMany);
     EXPECT(tile_of(in_groups(4096, groups, false)) == kTall);

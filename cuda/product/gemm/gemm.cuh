@@ -41,6 +41,9 @@ struct GemmShared {
   Stage stages[Tile::kStages];
   typename ScaleReader<Tile::kAligned>::Nested nested;
   int run;  // the block's
+  // Of rows in groups, that a step of the inner dimension has: -1 for none.
+  static constexpr int kAdapters = kGemmStep / kMmaInner;
+  int adapters[kAdapters];
 
   // `rows` begin where the table must, which is not far from the beginning: product_config has asked the device. Where
   // it is further all the same, the rest would be another block's memory.
@@ -306,13 +309,12 @@ class Gemm {
     const Places at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
     if constexpr (kGroups) {
-      if (rank > 0) {
-        for_each_adapter<Tile::kRows>(args_, tile_rows_.tile(), [&](int adapter, const RowSpan& rows_of_adapter) {
-          add_adapter(lane, at, adapter, rows_of_adapter);
-        });
-      }
+      add_adapters(lane, at);
     } else {
-      add_adapter(lane, at, 0, {});
+#pragma unroll 1
+      for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
+        add_low_rank_step(lane, at, r0, rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep);
+      }
     }
     if constexpr (!Weights::kForward) {
       // Before anything else is in the sums, because the mask falls on nothing else.
@@ -321,46 +323,88 @@ class Gemm {
       }
     }
   }
-  // Both operands as in other steps, through the first stage and the first place of the weights. Where there are
-  // groups, of the rows that the adapter is for.
-  __device__ __forceinline__ void add_adapter(const Lane& lane, const Places& at, int adapter,
-                                              const RowSpan& rows_of_adapter) {
-    const std::int64_t rank = args_.low_rank.cols;
+  // Of rows in groups those that the tile has rows of, as many at a time as a step has room for: each has so many
+  // places in it, whole products of mma.
+  __device__ __forceinline__ std::int64_t places_of_adapter() const {
+    return ceil_div(args_.low_rank.cols, kMmaInner) * kMmaInner;
+  }
+  __device__ void add_adapters(const Lane& lane, const Places& at) {
+    const std::int64_t places = places_of_adapter();
+    TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
-    for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
-      const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
-      LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
-      if constexpr (kGroups)
-        left.keep(tile_rows_.in_tile(rows_of_adapter.begin), tile_rows_.in_tile(rows_of_adapter.end));
-      if (args_.low_rank_vectors) {
-        left.template fetch_vectors<kGroups>(at.share, left.inner() < there);
-      } else {
-        left.template fetch_elements<kGroups>(at.share, args_.low_rank.stride, rows(), there);
+    for (;;) {
+      int count = 0;
+      while ((count + 1) * places <= kGemmStep || count == 0) {
+        if (!adapters.next()) break;
+        if (thread_index() == 0) shared_.adapters[count] = adapters.adapter();
+        ++count;
       }
-      cp_async_commit();
-#pragma unroll 1
-      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v, adapter);
-      cp_async_wait<0>();
+      if (count == 0) return;
+      for (int i = count; i < Shared::kAdapters; ++i) {
+        if (thread_index() == 0) shared_.adapters[i] = -1;
+      }
       sync_threads();
+      const std::int64_t all = count * places;
 #pragma unroll 1
-      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
-      sync_threads();  // before the stage is filled again
+      for (std::int64_t r0 = 0; r0 < all; r0 += kGemmStep) {
+        add_low_rank_step(lane, at, r0, all - r0 < kGemmStep ? static_cast<int>(all - r0) : kGemmStep);
+      }
     }
   }
+  // Which r of the rank, of which adapter, is at a place: the rank or more where there is none.
+  struct OfRank {
+    std::int64_t r;
+    int adapter;
+  };
+  __device__ __forceinline__ OfRank of_rank(std::int64_t place) const {
+    if constexpr (!kGroups) return {place, 0};
+    const std::int64_t places = places_of_adapter();
+    if (places > kGemmStep) return {place, shared_.adapters[0]};
+    const int adapter = shared_.adapters[place / places];
+    return {adapter < 0 ? args_.low_rank.cols : place % places, adapter < 0 ? 0 : adapter};
+  }
+  // Both operands as in other steps, through the first stage and the first place of the weights.
+  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Places& at, std::int64_t r0, int there) {
+    const int inner = LeftRows<T, Tile>::inner_of(lane);
+    const OfRank mine = of_rank(r0 + inner);
+    LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
+    int there_of_left = there;
+    if constexpr (kGroups) {
+      const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), mine.adapter);
+      left.keep(tile_rows_.in_tile(span.begin), tile_rows_.in_tile(span.end));
+      const std::int64_t rest = args_.low_rank.cols - mine.r;
+      there_of_left = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
+    }
+    if (args_.low_rank_vectors) {
+      left.template fetch_vectors<kGroups>(at.share, left.inner() < there_of_left);
+    } else {
+      left.template fetch_elements<kGroups>(at.share, args_.low_rank.stride, rows(), there_of_left);
+    }
+    cp_async_commit();
+#pragma unroll 1
+    for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
+    cp_async_wait<0>();
+    sync_threads();
+#pragma unroll 1
+    for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
+    sync_threads();  // before the stage is filled again
+  }
   // A vector of what the thread has of a step, where decode() would put it.
-  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0, unsigned vector,
-                                            int adapter) const {
-    const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
+                                            unsigned vector) const {
+    const unsigned first = vector / kPieceVectors * kChunk;
+    const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+    // Forward, its eight are neighbours along the rank.
+    const OfRank mine = of_rank(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
-      return right_at<Weights::kForward>(args_, r, col, adapter);
+      return right_at<Weights::kForward>(args_, r, col, mine.adapter);
     };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
-      const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
-      const unsigned e = vector / kPieceVectors * kChunk + 2 * byte;
-      eight.at[j] = Weights::kForward ? pack_pair<T>(at(r + e, col), at(r + e + 1, col))
-                                      : pack_pair<T>(at(r, col + e), at(r, col + e + 1));
+      const unsigned e = first + 2 * Weights::byte_of_piece(vector % kPieceVectors, j);
+      eight.at[j] = Weights::kForward ? pack_pair<T>(at(mine.r + 2 * j, col), at(mine.r + 2 * j + 1, col))
+                                      : pack_pair<T>(at(mine.r, col + e), at(mine.r, col + e + 1));
     }
     store_shared(to.flipped(vector * kVectorBytes), eight);
   }

@@ -45,6 +45,7 @@ class LeftRows {
 
  public:
   // Of the thread's vector, in a step.
+  __device__ static int inner_of(const Lane& lane) { return static_cast<int>(Stage::vector_at(lane.thread)) * kVector; }
   __device__ int inner() const { return static_cast<int>(Stage::vector_at(thread_)) * kVector; }
 
   // From row `row0` of the matrix, of which `rows` are there, and from `inner0` of the inner dimension.

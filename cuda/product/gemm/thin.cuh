@@ -395,9 +395,12 @@ class ThinGemm {
   __device__ void add_low_rank(const Part& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
     if constexpr (kGroups) {
-      for_each_adapter<Tile::kRows>(args_, tile_rows_.tile(), [&](int adapter, const RowSpan& rows) {
-        add_adapter(col0_of(part), adapter, tile_rows_.in_tile(rows.begin), tile_rows_.in_tile(rows.end));
-      });
+      TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
+#pragma unroll 1
+      while (adapters.next()) {
+        const RowSpan rows = adapters.rows();
+        add_adapter(col0_of(part), adapters.adapter(), tile_rows_.in_tile(rows.begin), tile_rows_.in_tile(rows.end));
+      }
     } else {
       add_adapter(col0_of(part), 0, 0, rows());
     }
@@ -408,8 +411,9 @@ class ThinGemm {
     const int rank = static_cast<int>(args_.low_rank.cols);
     const ThinLane<Tile> lane;
     const SharedPlace mine = place_in_stages(lane.thread * (2 * kVectorBytes));
+    const int first = kGroups ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
-    for (int r0 = lane.half() * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
+    for (int r0 = first * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
       const int r = r0 + 4 * lane.t;
 #pragma unroll 1
       for (unsigned word = 0; word < kFragments * 4; ++word) {
