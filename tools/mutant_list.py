@@ -62,7 +62,7 @@ def _without(text: str, rest: str = "") -> tuple[str, str]:
 CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
 ON_GPU = ("conformance_emulated",)
 
-GEMM_BLOCK, RUNS, THIN = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin"))
+GEMM_BLOCK, RUNS, THIN, THIN_SUMS = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin", "thin_sums"))
 LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
       sync_threads();
       if (thread_index() == 0) signal(shared_.ready + part.run, 1);
@@ -144,7 +144,7 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "no barrier between two parts of the rank",
-        *_without("      sync_threads();  // before the stage is filled again\n"),
+        *_without("    sync_threads();  // before the stage is filled again\n"),
         (*CONCURRENT, *ON_GPU),
     ),
     Mutant(
@@ -175,7 +175,9 @@ GEMM = [
         *_without("      sync_threads();  // this step is there for all, and the one before has been read by all\n"),
         CONCURRENT,
     ),
-    Mutant(THIN, "a warp adds its own sums once more", "exchange.at((thread ^ kWarp)", "exchange.at((thread)", ON_GPU),
+    Mutant(
+        THIN_SUMS, "a warp adds its own sums once more", "exchange.at((thread ^ kWarp)", "exchange.at((thread)", ON_GPU
+    ),
     Mutant(
         THIN,
         "the end of the inner dimension is left out",
@@ -184,7 +186,7 @@ GEMM = [
         ON_GPU,
     ),
     Mutant(
-        THIN,
+        THIN_SUMS,
         "chunks of a line meet in a bank",
         "(chunk ^ line / 2 % kChunks)",
         "chunk",
@@ -469,7 +471,7 @@ ROW_GROUPS = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/gemv.cu",
+        "cuda/product/gemv_part.cuh",
         "rows of another tile come after the last columns",
         "end_ = last < args_.cols ? last : args_.cols;",
         "end_ = last;",

@@ -14,185 +14,20 @@
 // In bf16 and fp16 a tensor core multiplies: the weights are the operand of 16 rows, and x, filled up with zeros, the
 // one of 8. In which order K is summed is free, so of its 16 a lane's four come from its own 32. In fp32 CUDA cores do.
 #include "device/weight_chunk.cuh"
-#include "product/product.cuh"
+#include "product/gemv_part.cuh"
+#include "product/gemv_rows.cuh"
 
 namespace qlora_native::QLN_CUDA {
 namespace {
 
-constexpr int kGemvWarps = 8;
-constexpr int kGemvThreads = kGemvWarps * kWarp;
-constexpr int kQuad = 4;                        // lanes that share a row
-constexpr int kFour = 4;                        // elements of a row that are multiplied at once
-constexpr int kTurn = kQuad * kChunk;           // of K, that a warp takes at once
-static_assert(kGemvCols == 2 * kWarp / kQuad);  // a lane has two rows of W
-
 // As many as lanes that shared memory serves at once: each of them has banks of its own.
 using GemvTable = PairTable<16>;
-
-struct GemvArgs : Product {
-  WeightScales scales;
-  std::uint32_t last_chunk;  // of an aligned weight
-};
 
 template <bool kAligned>
 struct GemvShared {
   GemvTable::Pair pairs[GemvTable::kPairs];
   typename ScaleReader<kAligned>::Nested nested;
   float sums[kGemvWarps][kGemvRows][kGemvCols];
-};
-
-struct GemvLane {
-  int warp, g, t;
-  __device__ GemvLane() : warp(thread_index() / kWarp), g(thread_index() % kWarp / kQuad), t(thread_index() % kQuad) {}
-};
-
-// ---- x, and the sums over it ----
-
-// Of up to kRows rows of x, what a lane needs of them in its warp's turn: 32 elements along K, four of which are
-// multiplied at once with the same of two rows of W. Sums: the warp's, of 16 rows of W with each row of x.
-//
-// In 16 bits a lane holds those of row g alone; mma's sums are those of W's rows g (c[0], c[1]) and g + 8 (c[2], c[3])
-// with x's rows 2t and 2t + 1.
-template <class T, int kRows>
-class GemvRows {
-  static_assert(kRows == kMmaCols);
-
- public:
-  struct Sums {
-    float c[4] = {};
-  };
-  using Four = Vector<std::uint32_t, 2>;
-
-  // Of the four at `from`, which is in row 0, those that are there: `count` along K.
-  __device__ static Four load_four(const T* from, std::int64_t stride, int rows, int count, const GemvLane& lane) {
-    from += lane.g * stride;
-    std::uint32_t bits[kFour] = {};
-#pragma unroll
-    for (int i = 0; i < kFour; ++i) {
-      if (lane.g < rows && i < count) bits[i] = from[i].bits;
-    }
-    return {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
-  }
-  // Likewise, of rows first ... last-1.
-  __device__ static Four load_four(const T* from, std::int64_t stride, int first, int last, int count,
-                                   const GemvLane& lane) {
-    return load_four(from, stride, last, lane.g < first ? 0 : count, lane);
-  }
-  // All of the chunk at `from`; kVectors: `count` is 32 or more, or less than 1.
-  template <bool kVectors>
-  __device__ __forceinline__ void fetch(const T* from, std::int64_t stride, int rows, int count, const GemvLane& lane) {
-    constexpr int kElements = kVectorBytes / sizeof(T);
-    static_assert(kElements == 2 * kFour);
-#pragma unroll
-    for (int i = 0; i < kChunk; i += kElements) {
-      Four& first = four_[i / kFour];
-      Four& second = four_[i / kFour + 1];
-      if constexpr (kVectors) {
-        Vector<std::uint32_t, 4> words{};
-        if (lane.g < rows && count > 0) {
-          words = load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from + lane.g * stride + i));
-        }
-        first = {{words.at[0], words.at[1]}};
-        second = {{words.at[2], words.at[3]}};
-      } else {
-        first = load_four(from + i, stride, rows, count - i, lane);
-        second = load_four(from + i + kFour, stride, rows, count - i - kFour, lane);
-      }
-    }
-  }
-  __device__ __forceinline__ Four four_at(int i) const { return four_[i / kFour]; }
-
-  __device__ __forceinline__ static void add(Sums& sums, const Four& x, const float (&w)[2][kFour]) {
-    const std::uint32_t a[4] = {pack_pair<T>(w[0][0], w[0][1]), pack_pair<T>(w[1][0], w[1][1]),
-                                pack_pair<T>(w[0][2], w[0][3]), pack_pair<T>(w[1][2], w[1][3])};
-    const std::uint32_t b[2] = {x.at[0], x.at[1]};
-    mma_16x8x16<T>(sums.c, a, b);
-  }
-  __device__ __forceinline__ static void leave(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
-                                               const GemvLane& lane) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) to[2 * lane.t + part % 2][lane.g + part / 2 * 8] = sums.c[part];
-  }
-
- private:
-  Four four_[kChunk / kFour];
-};
-
-// In fp32 a lane takes its part of K of all rows, from the first cache when it is multiplied: it is too much to hold.
-template <int kRows>
-class GemvRows<float, kRows> {
- public:
-  struct Sums {
-    float of[2][kRows] = {};
-  };
-  struct Four {
-    Vector<float, kFour> row[kRows];
-  };
-
-  __device__ __forceinline__ static Four load_four(const float* from, std::int64_t stride, int rows, int count,
-                                                   const GemvLane& lane) {
-    return load_four(from, stride, 0, rows, count, lane);
-  }
-  __device__ __forceinline__ static Four load_four(const float* from, std::int64_t stride, int first, int last,
-                                                   int count, const GemvLane&) {
-    Four four{};
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int i = 0; i < kFour; ++i) {
-        if (m >= first && m < last && i < count) four.row[m].at[i] = from[m * stride + i];
-      }
-    }
-    return four;
-  }
-  template <bool kVectors>
-  __device__ __forceinline__ void fetch(const float* from, std::int64_t stride, int rows, int count, const GemvLane&) {
-    from_ = from;
-    stride_ = stride;
-    rows_ = rows;
-    count_ = count;
-    vectors_ = kVectors;
-  }
-  __device__ __forceinline__ Four four_at(int i) const {
-    if (!vectors_) return load_four(from_ + i, stride_, rows_, count_ - i, GemvLane());
-    Four four{};
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      if (m < rows_ && count_ > 0) four.row[m] = load_vector<float, kFour>(from_ + m * stride_ + i);
-    }
-    return four;
-  }
-
-  __device__ __forceinline__ static void add(Sums& sums, const Four& x, const float (&w)[2][kFour]) {
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-#pragma unroll
-        for (int i = 0; i < kFour; ++i) sums.of[row][m] = fma(w[row][i], x.row[m].at[i], sums.of[row][m]);
-      }
-    }
-  }
-  // The lanes of a row add up their parts: to all of them, in one order.
-  __device__ __forceinline__ static void leave(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
-                                               const GemvLane& lane) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        float sum = sums.of[row][m];
-#pragma unroll
-        for (int mask = 1; mask < kQuad; mask *= 2) sum += shfl_xor(sum, mask);
-        if (lane.t == m % kQuad) to[m][lane.g + row * 8] = sum;
-      }
-    }
-  }
-
- private:
-  const float* from_;
-  std::int64_t stride_;
-  int rows_, count_;
-  bool vectors_;
 };
 
 // ---- the weight ----
@@ -258,84 +93,6 @@ __device__ __forceinline__ int left_of(std::int64_t whole, std::int64_t first) {
 // The sums of eight rows in fp32 leave registers for one block of a multiprocessor only.
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
-
-// What of the product a block has at a time: some columns of up to kGemvRows rows.
-template <class T, bool kGroups>
-class GemvPart {
- public:
-  __device__ explicit GemvPart(const GemvArgs& args)
-      : args_(args), apart_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
-  __device__ bool go_on() { return false; }  // it is all that the block has
-
-  __device__ std::int64_t begin() const { return block_index() * kGemvCols; }
-  __device__ std::int64_t end() const { return args_.weight.N; }
-  __device__ std::int64_t apart() const { return apart_; }
-  __device__ int rows() const { return rows_; }
-  __device__ const T* left() const { return static_cast<const T*>(args_.left.data); }
-  __device__ const T* low_rank() const { return static_cast<const T*>(args_.low_rank.data); }
-  __device__ T* out() const { return static_cast<T*>(args_.out.data); }
-  __device__ std::int64_t weights_before() const { return 0; }  // elements of other groups' weights
-  __device__ std::int64_t biases_before() const { return 0; }
-
- private:
-  const GemvArgs& args_;
-  const std::int64_t apart_;
-  const int rows_;
-};
-
-// Where there are groups: a share of the columns of all tiles of rows, tile after tile.
-template <class T>
-class GemvPart<T, true> {
- public:
-  __device__ explicit GemvPart(const GemvArgs& args) : args_(args), of_tile_(ceil_div(args.cols, kGemvCols)) {
-    const std::int64_t tiles = args.own_weights ? find_row_tile<kGemvRows>(args.groups, args.rows, kNoTile).before : 1;
-    const std::int64_t all = tiles * of_tile_, share = all / grid_blocks(), rest = all % grid_blocks();
-    const std::int64_t i = block_index();
-    next_ = i * share + (i < rest ? i : rest);
-    end_of_share_ = next_ + share + (i < rest ? 1 : 0);
-  }
-  // To the next tile that it has columns of, at first too: false where there is none.
-  __device__ bool go_on() {
-    if (next_ == end_of_share_) return false;
-    tile_ = {{0, args_.rows}, 0};
-    if (args_.own_weights) {
-      tile_ = find_row_tile<kGemvRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(next_ / of_tile_)).tile;
-    }
-    begin_ = next_ % of_tile_ * kGemvCols;
-    const std::int64_t last = begin_ + (end_of_share_ - next_) * kGemvCols;
-    end_ = last < args_.cols ? last : args_.cols;
-    next_ += ceil_div(end_ - begin_, kGemvCols);
-    rows_ = tile_.end - tile_.begin < kGemvRows ? static_cast<int>(tile_.end - tile_.begin) : kGemvRows;
-    left_ = row0_of(args_.left);
-    weights_before_ = args_.weight_of(tile_.group) * args_.elements_of_weight();
-    return true;
-  }
-
-  __device__ const RowTile& tile() const { return tile_; }
-  __device__ std::int64_t begin() const { return begin_; }
-  __device__ std::int64_t end() const { return end_; }
-  __device__ std::int64_t apart() const { return kGemvCols; }
-  __device__ int rows() const { return rows_; }
-  __device__ const T* left() const { return left_; }
-  __device__ const T* low_rank() const { return row0_of(args_.low_rank); }
-  __device__ T* out() const { return static_cast<T*>(args_.out.data) + tile_.begin * args_.out.stride; }
-  __device__ std::int64_t weights_before() const { return weights_before_; }
-  __device__ std::int64_t biases_before() const { return args_.weight_of(tile_.group) * args_.cols; }
-
- private:
-  __device__ const T* row0_of(const ConstMatrix& matrix) const {
-    return static_cast<const T*>(matrix.data) + tile_.begin * matrix.stride;
-  }
-
-  const GemvArgs& args_;
-  const std::int64_t of_tile_;
-  std::int64_t next_, end_of_share_;  // counted over all tiles
-  std::int64_t begin_ = 0, end_ = 0;
-  RowTile tile_{};
-  int rows_ = 0;
-  const T* left_ = nullptr;
-  std::int64_t weights_before_ = 0;
-};
 
 template <class T, int kRows, int kBits, bool kAligned, bool kGroups>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
