@@ -82,8 +82,10 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   } else {
     accumulate(sum, place, prepared(left), prepared(right), part.inner.end, part.inner.begin);
   }
-  // Where that costs registers, it is not kept through the sum but looked for once more.
-  const LowRankPart stored = kGroups || kSumsOverRows ? part_of_block() : part;
+  // It is not kept through the sum but looked for once more: else registers would be short. Without groups, in fp32,
+  // the search is what makes them so.
+  constexpr bool kIsKept = !kGroups && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
+  const LowRankPart stored = kIsKept ? part : part_of_block();
   place_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     const std::int64_t row = stored.first_row + i;
     if (p.split.parts == 1) {
