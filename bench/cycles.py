@@ -71,7 +71,7 @@ class Step:
 
 def step_of(kernel: Kernel) -> Step | None:
     """The cycles of a kernel of the tensor-core product; None of another."""
-    thin = re.match(r"thin_gemm_kernel<\w+, (\d+)>", kernel.name)
+    thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
     match = thin or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None

@@ -194,13 +194,19 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
 BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
 # What cuda/README.md shows of a kernel in bf16 over 4-bit weights: {its name there: its name}.
 SHOWN = {
-    **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}>" for rows in (16, 32, 64)},
+    **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
     **{
-        f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true> >"
+        f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
         for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
         for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
     },
-    "few rows": "gemv_kernel<Bf16, 8, 4, true>",
+    "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
+    "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
+    "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
+    **{
+        f"GEMM, {rows} × 128, {way}, in groups": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, 128, true>, true>"
+        for rows, way, layout in ((16, "dX", "DecodedColumns"), (128, "forward", "DecodedRows"))
+    },
     "decoding a panel": "panel_kernel<Bf16, 4>",
     "dequantize": "dequantize_kernel<Bf16, 4>",
     "AdamW8bit, update": "update_kernel<Bf16, AdamW>",

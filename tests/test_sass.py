@@ -194,8 +194,10 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
     cycles = importlib.import_module("cycles")
     loop = [("LDSM.16.M88.4", "")] * 32 + [("HMMA.16816.F32.BF16", "")] * 128 + [("BRA", "`(.L_0)")]
     code = tuple(machine_code.Instruction(16 * i, "", *each) for i, each in enumerate(loop))
-    kernel = machine_code.Kernel("gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true> >", "sm_90", code, 255, 0)
+    kernel = machine_code.Kernel(
+        "gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true>, false>", "sm_90", code, 255, 0
+    )
     step = cycles.step_of(kernel)
     assert step is not None and step.bound == "tensor"
     assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048)
-    assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true>", "sm_90", code, 255, 0)) is None
+    assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None

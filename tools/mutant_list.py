@@ -29,6 +29,7 @@ SUITES = {
     "conformance_emulated": Suite("qln_test_conformance", EMULATED),
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
+    "row_groups": Suite("qln_test_row_groups", EMULATED),
     # Over the best instruction set of the build: AVX2 or Advanced SIMD.
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),
@@ -61,7 +62,7 @@ def _without(text: str, rest: str = "") -> tuple[str, str]:
 CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
 ON_GPU = ("conformance_emulated",)
 
-GEMM_BLOCK, RUNS, THIN = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin"))
+GEMM_BLOCK, RUNS, THIN, THIN_SUMS = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin", "thin_sums"))
 LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
       sync_threads();
       if (thread_index() == 0) signal(shared_.ready + part.run, 1);
@@ -143,7 +144,7 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "no barrier between two parts of the rank",
-        *_without("      sync_threads();  // before the stage is filled again\n"),
+        *_without("    sync_threads();  // before the stage is filled again\n"),
         (*CONCURRENT, *ON_GPU),
     ),
     Mutant(
@@ -174,7 +175,9 @@ GEMM = [
         *_without("      sync_threads();  // this step is there for all, and the one before has been read by all\n"),
         CONCURRENT,
     ),
-    Mutant(THIN, "a warp adds its own sums once more", "exchange.at((thread ^ kWarp)", "exchange.at((thread)", ON_GPU),
+    Mutant(
+        THIN_SUMS, "a warp adds its own sums once more", "exchange.at((thread ^ kWarp)", "exchange.at((thread)", ON_GPU
+    ),
     Mutant(
         THIN,
         "the end of the inner dimension is left out",
@@ -183,7 +186,7 @@ GEMM = [
         ON_GPU,
     ),
     Mutant(
-        THIN,
+        THIN_SUMS,
         "chunks of a line meet in a bank",
         "(chunk ^ line / 2 % kChunks)",
         "chunk",
@@ -212,9 +215,9 @@ GEMM = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/config.cpp",
+        "cuda/product/config.h",
         "the steps that no share has are left out",
-        "config.rest = static_cast<int>(all % config.blocks);",
+        "config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);",
         "config.rest = 0;",
         ("product_config",),
         in_sample=True,
@@ -261,8 +264,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/low_rank.cuh",
         "the last part of a sum goes beyond its end",
-        "inner - begin < split.length ? inner : begin + split.length",
-        "begin + split.length",
+        "all.end - begin < length ? all.end : begin + length",
+        "begin + length",
         ON_GPU,
     ),
     Mutant(
@@ -357,6 +360,122 @@ ON_CHIP = [
         "a panel is multiplied before it is decoded",
         *_without("    driver_->wait(caller, prepared_);\n"),
         ("panels",),
+    ),
+]
+
+GROUPS, TILE_ROWS = "cuda/product/groups.cuh", "cuda/product/gemm/tile_rows.cuh"
+ROW_GROUPS = [
+    Mutant(
+        GROUPS,
+        "an offset beyond the rows is taken as it is",
+        "return at < 0 ? 0 : at < rows ? at : rows;",
+        "return at < 0 ? 0 : at;",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "a lane does not count the tiles of the one before it",
+        "if (lane >= apart) up_to",
+        "if (lane > apart) up_to",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "tiles of the first 32 groups are forgotten",
+        "before += shfl(up_to, kWarp - 1);",
+        "before = shfl(up_to, kWarp - 1);",
+        ("row_groups",),
+    ),
+    Mutant(
+        GROUPS,
+        "rows before the first group are in none of the tiles",
+        "int first = groups.has_front ? -1 : 0;",
+        "int first = 0;",
+        ("row_groups",),
+    ),
+    Mutant(
+        "cuda/product/product.cuh",
+        "the first adapter of a tile is left out",
+        "product.groups.group_of(tile.begin, product.rows) :",
+        "product.groups.group_of(tile.begin, product.rows) + 1 :",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/config.h",
+        "a tile that is not full is not counted",
+        "(rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows",
+        "(rows + (tile_rows - 1)) / tile_rows",
+        ("product_config",),
+        in_sample=True,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "as many tiles as there may be are taken for all that there are",
+        "if (args_.own_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).before;",
+        "",
+        ON_GPU,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "the tile is another one while warps store the one before",
+        *_without("      sync_threads();  // the one before is not needed any more\n"),
+        CONCURRENT,
+    ),
+    Mutant(
+        TILE_ROWS,
+        "the bias is that of the first group",
+        "return args_.weight_of(tile().group) * args_.cols;",
+        "return 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "the weight is that of the first group",
+        "        tile_rows_.weights_before() +\n",
+        "",
+        ON_GPU,
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "no barrier between the choice of adapters and their use",
+        "      sync_threads();\n      const std::int64_t all = count * places;",
+        "      const std::int64_t all = count * places;",
+        (*CONCURRENT, *ON_GPU),
+    ),
+    Mutant(
+        GEMM_BLOCK,
+        "adapters of a step are all the first one",
+        "shared_.adapters[place / places]",
+        "shared_.adapters[0]",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/gemm/operands.cuh",
+        "an adapter is for all rows of the tile",
+        "return row >= first_kept_ && row < end_of_kept_;",
+        "return row >= 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "rows before the first group have an adapter",
+        "if (rows.group < 0) all.end = 0;",
+        "if (rows.group < 0) part.adapter = 0;",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "a gradient is the sum over other rows too",
+        "all = p.groups.rows_of(part.adapter, p.inner);",
+        "all = {p.groups.rows_of(part.adapter, p.inner).begin, p.inner};",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/gemv_part.cuh",
+        "rows of another tile come after the last columns",
+        "end_ = last < args_.cols ? last : args_.cols;",
+        "end_ = last;",
+        ON_GPU,
     ),
 ]
 
@@ -762,4 +881,4 @@ PAGED_OPTIMIZER = [
     Mutant(UPDATE, "no room is left for others", "to_come + kSpareBytes;", "to_come;", PAGED),
 ]
 
-MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]
+MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *ROW_GROUPS, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]

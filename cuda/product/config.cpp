@@ -12,14 +12,38 @@ namespace {
 
 // Blocks that a multiprocessor holds of the kernel for few rows, whose table of the codebook takes 32 KB.
 constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
-// A run over less of the inner dimension is mostly the start of its pipeline and the exchange of its sums.
-constexpr std::int64_t kLeastInner = 256;
 
 // Whether more than an eighth of a dimension in parts of `large` would be zeros that it has not in parts of `small`.
 bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
   constexpr std::int64_t kPart = 8;
   const std::int64_t in_large = ceil_div(size, large) * large, in_small = ceil_div(size, small) * small;
   return (in_large - in_small) * kPart > in_large;
+}
+
+// Rows that a weight multiplies, on average.
+std::int64_t rows_of_weight(const ProductShape& shape) {
+  return shape.own_weights ? ceil_div(shape.rows, shape.groups) : shape.rows;
+}
+
+// Whether a weight's rows are so few that reading it is all that matters: of groups on average half as many, so that
+// few have more.
+bool has_few_rows(const ProductShape& shape) {
+  return rows_of_weight(shape) <= (shape.own_weights ? kGemvRows / 2 : kGemvRows);
+}
+
+// Whether a tile of many rows is to be the tall one. Of a group half of its last tile is zeros, on average.
+bool fills_tall_tiles(const ProductShape& shape) {
+  constexpr std::int64_t kPart = 8;
+  if (shape.own_weights) return rows_of_weight(shape) >= kPart * kGemmTallRows / 2;
+  return !wastes(shape.rows, kGemmTallRows, kGemmManyRows);
+}
+
+// Up to how many rows the thin one is for. With groups it has no registers for more. It multiplies with one adapter
+// after another, of which the other has several in a step.
+int most_thin_rows(const ProductShape& shape) {
+  constexpr std::int64_t kFewAdapters = 4;
+  if (shape.groups == 0) return kGemmMiddleRows;
+  return shape.own_weights || shape.groups <= kFewAdapters ? kThinRows : 0;
 }
 
 // As few rows as hold all of M, so that no tensor core multiplies zeros. Of many rows as many as shared memory has room
@@ -32,21 +56,17 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
     config.tile_cols = cols;
   };
   const auto fits = [&](int rows, int cols) { return shape.smem_bytes >= gemm_smem_bytes(rows, cols); };
-  if (shape.rows <= kGemmMiddleRows && shape.aligned_64 && !shape.backward) {
+  const std::int64_t rows = rows_of_weight(shape);
+  if (rows <= most_thin_rows(shape) && shape.aligned_64 && !shape.backward) {
     config.thin = true;
-    return choose(shape.rows <= kGemmFewRows ? kGemmFewRows
-                  : shape.rows <= kThinRows  ? kThinRows
-                                             : kGemmMiddleRows,
-                  kGemmCols);
+    return choose(rows <= kGemmFewRows ? kGemmFewRows : rows <= kThinRows ? kThinRows : kGemmMiddleRows, kGemmCols);
   }
-  if (shape.rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
-  if (shape.rows <= kGemmMiddleRows || !shape.aligned || !fits(kGemmManyRows, kGemmCols)) {
+  if (rows <= kGemmFewRows) return choose(kGemmFewRows, kGemmCols);
+  if (rows <= kGemmMiddleRows || !shape.aligned || !fits(kGemmManyRows, kGemmCols)) {
     return choose(kGemmMiddleRows, kGemmCols);
   }
-  if (fits(kGemmTallRows, kGemmCols) && !wastes(shape.rows, kGemmTallRows, kGemmManyRows)) {
-    return choose(kGemmTallRows, kGemmCols);
-  }
-  const bool wide = shape.aligned_64 && fits(kGemmManyRows, kGemmWideCols);
+  if (fits(kGemmTallRows, kGemmCols) && fills_tall_tiles(shape)) return choose(kGemmTallRows, kGemmCols);
+  const bool wide = shape.aligned_64 && fits(kGemmManyRows, kGemmWideCols) && shape.groups == 0;
   choose(kGemmManyRows, wide && !wastes(shape.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
 }
 
@@ -78,7 +98,7 @@ double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int m
 // either. Of the panels that memory allows, the smallest whose products keep 95 % of the multiprocessors busy, or those
 // that keep the most.
 std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
-  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks) return std::nullopt;
+  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks || shape.groups > 0) return std::nullopt;
   PanelsConfig config;
   config.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kPanelCopiedRows, kPanelCols);
   const std::int64_t column = column_of_panel(shape.inner, shape.rank);
@@ -104,29 +124,25 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
 }  // namespace
 
 ProductConfig product_config(const ProductShape& shape) {
-  if (shape.rows <= kGemvRows && !shape.backward && !shape.small_blocks) {
+  const bool grouped = shape.groups > 0;
+  const bool is_made = !grouped || shape.aligned;  // groups have no kernels but of vectors and that for anything
+  if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_made) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
-    const std::int64_t blocks = shape.rows == 0 ? 0 : std::min(most, ceil_div(shape.cols, kGemvCols));
+    const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
+    const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
   }
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
   // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
-  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks) return GeneralConfig{};
+  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_made) return GeneralConfig{};
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
-  GemmConfig config{.aligned = shape.aligned};
+  GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
-  config.row_tiles = ceil_div(shape.rows, config.tile_rows);
-  config.tiles = config.row_tiles * ceil_div(shape.cols, config.tile_cols);
-  const std::int64_t step = config.thin ? kThinStep : kGemmStep;
-  config.steps = static_cast<int>(ceil_div(shape.inner, step));
-  const std::int64_t all = config.tiles * config.steps;
-  const std::int64_t most = std::int64_t{blocks_of_multiprocessor(shape, config)} * shape.multiprocessors;
-  config.blocks = static_cast<int>(std::min(most, ceil_div(all, kLeastInner / step)));
-  if (config.blocks > 0) {
-    config.share = all / config.blocks;
-    config.rest = static_cast<int>(all % config.blocks);
-  }
-  return config;
+  config.steps = static_cast<int>(ceil_div(shape.inner, config.thin ? kThinStep : kGemmStep));
+  config.blocks = blocks_of_multiprocessor(shape, config) * shape.multiprocessors;
+  config.row_tiles = 1;
+  config.tiles = ceil_div(shape.cols, config.tile_cols);
+  return config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
@@ -135,7 +151,7 @@ LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multipro
   const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
   const std::int64_t parts = std::max<std::int64_t>(most, 1);
-  const std::int64_t length = ceil_div(ceil_div(inner, parts), kGemmStep) * kGemmStep;  // whole vectors, whole steps
+  const std::int64_t length = low_rank_length(inner, parts);
   return {static_cast<int>(length == 0 ? 1 : ceil_div(inner, length)), length};
 }
 

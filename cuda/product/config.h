@@ -2,6 +2,7 @@
 // that a result has the same bits whenever it is computed on the same kind of device.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -21,6 +22,8 @@ constexpr int kGemmStep = 64;
 constexpr int gemm_blocks(int tile_rows) { return tile_rows <= kGemmMiddleRows ? 2 : 1; }
 // Steps of the left operand, and of codes, that are in shared memory at once. Few rows wait for nothing but memory.
 constexpr int gemm_stages(int tile_rows) { return tile_rows == kGemmFewRows ? 4 : 2; }
+// A run over less of the inner dimension is mostly the start of its pipeline and the exchange of its sums.
+constexpr std::int64_t kLeastInner = 256;
 // The table of codes and the decoded weights must begin at a certain address: the device may keep so much before it.
 constexpr std::size_t kGemmMostReservedSmem = 1024;
 // Bytes of shared memory: rows of the table with two steps of decoded weights between them, 16-bit elements of the left
@@ -60,6 +63,12 @@ constexpr std::int64_t kPanelAlignment = 8;
 // Where there is an adapter, rows of the left operand that are copied beside its own at once.
 constexpr std::int64_t kPanelCopiedRows = 8192;
 
+// How many tiles of rows there are at most, where rows are in so many groups and no tile has rows of two: a group that
+// has rows has one tile that is not full, of one row at least.
+constexpr std::int64_t most_row_tiles(std::int64_t rows, std::int64_t groups, std::int64_t tile_rows) {
+  return (rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows;
+}
+
 // What is known of a product beforehand: out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or
 // by its columns (backward).
 struct ProductShape {
@@ -73,6 +82,8 @@ struct ProductShape {
   bool aligned_64 = false;    // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
   bool small_blocks = false;  // of fewer than the 32 elements that a chunk (weight_chunk.cuh) has one scale for, or two
   std::int64_t rank = 0;      // of the adapter
+  std::int64_t groups = 0;    // of rows; 0: they share all
+  bool own_weights = false;   // of the groups: no tile has rows of two
   bool masks = false;         // dropout falls on the adapter's part alone, within the sums: backward
   bool dense_gemm = false;    // the host program has one (runtime.h)
   int multiprocessors = 1;
@@ -99,6 +110,7 @@ struct GemvConfig {
 struct GemmConfig {
   bool aligned = false;  // the product's
   bool thin = false;     // by thin.cuh
+  bool grouped = false;  // how many tiles there are is known on the device: `row_tiles` or fewer
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;
   std::int64_t tiles = 0;  // those of the first columns, then those of the next
@@ -107,6 +119,18 @@ struct GemmConfig {
   int rest = 0;
   std::int64_t share = 0;
 
+  // Of as many tiles of rows, in no more blocks.
+  constexpr GemmConfig with_row_tiles(std::int64_t count) const {
+    GemmConfig config = *this;
+    const std::int64_t of_run = kLeastInner / (thin ? kThinStep : kGemmStep);
+    config.row_tiles = count;
+    config.tiles = row_tiles == 0 ? 0 : tiles / row_tiles * count;
+    const std::int64_t all = config.tiles * steps, most = (all + of_run - 1) / of_run;
+    config.blocks = most < blocks ? static_cast<int>(most) : blocks;
+    config.share = config.blocks == 0 ? 0 : all / config.blocks;
+    config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);
+    return config;
+  }
   // Where the run of block `i` begins: a number of steps, tile after tile.
   constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
   // In whose run a step is.
@@ -140,6 +164,10 @@ struct LowRankSplit {
   std::int64_t length;
 };
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
+// The length of one of `parts` parts, which are whole steps.
+constexpr std::int64_t low_rank_length(std::int64_t inner, std::int64_t parts) {
+  return (((inner + parts - 1) / parts + kGemmStep - 1) / kGemmStep) * kGemmStep;
+}
 
 // For people: QLN_PRINT_CONFIG=1 prints it for each product.
 std::string text_of(const ProductShape& shape, const ProductConfig& config);

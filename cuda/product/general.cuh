@@ -28,14 +28,11 @@ constexpr int kProductOfSum = 128;
 // thread has 4x4 neighbours.
 template <class T>
 struct ProductPlace {
-  std::int64_t rows, cols;  // of the whole result
+  std::int64_t rows, cols;  // where the result's end
   std::int64_t i0, j0;      // where the block's tile begins
   int row, col;             // of it, where the thread's begin
-  __device__ ProductPlace(std::int64_t rows, std::int64_t cols) : ProductPlace(rows, cols, block_index()) {}
-  __device__ ProductPlace(std::int64_t rows, std::int64_t cols, std::int64_t tile) : rows(rows), cols(cols) {
-    const std::int64_t across = ceil_div(cols, kProductTile);
-    i0 = tile / across * kProductTile;
-    j0 = tile % across * kProductTile;
+  __device__ ProductPlace(std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols)
+      : rows(rows), cols(cols), i0(i0), j0(j0) {
     const int lane = thread_index() % kWarp;
     row = kOnTensorCores<T> ? warp_row() + lane / 4 : thread_index() / 16 * 4;
     col = kOnTensorCores<T> ? warp_col() + lane % 4 * 2 : thread_index() % 16 * 4;
@@ -95,8 +92,8 @@ class PendingEights {
         i0_(i0),
         rows_(rows - i0 < kProductTile ? static_cast<int>(rows - i0) : kProductTile),
         vectors_(source.has_vectors() && (Source::kAlongInner ? inner : rows) % kEight == 0),
-        element_(Source::kAlongInner ? (i0 + i_of(0)) * source.stride + begin + k_of(0)
-                                     : (begin + k_of(0)) * source.stride + i0 + i_of(0)) {}
+        element_(source.first() + (Source::kAlongInner ? (i0 + i_of(0)) * source.stride + begin + k_of(0)
+                                                       : (begin + k_of(0)) * source.stride + i0 + i_of(0))) {}
   // The next step, of which so many k, or more, are there.
   __device__ __forceinline__ void fetch(int inner) {
 #pragma unroll
@@ -267,7 +264,8 @@ class StepProduct<float, Left, Right> {
 
 // ---- either ---------------------------------------------------------------------------------------------------------
 
-// total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8.
+// total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8 where memory runs along
+// k.
 template <class T, class Left, class Right>
 __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, const Left& left, const Right& right,
                            std::int64_t inner, std::int64_t begin = 0) {
@@ -322,10 +320,10 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
   join();
 }
 
-template <class T>
-LaunchShape product_grid(std::int64_t rows, std::int64_t cols) {
-  return {ceil_div(rows, kProductTile) * ceil_div(cols, kProductTile), kProductThreads,
-          kProductStages * sizeof(ProductStage)};
+// A block for each of the tiles in so many rows of them: those of a row are neighbours.
+constexpr std::int64_t product_tiles_across(std::int64_t cols) { return ceil_div(cols, kProductTile); }
+inline LaunchShape product_grid(std::int64_t row_tiles, std::int64_t cols) {
+  return {row_tiles * product_tiles_across(cols), kProductThreads, kProductStages * sizeof(ProductStage)};
 }
 
 }  // namespace qlora_native::QLN_CUDA

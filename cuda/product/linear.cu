@@ -23,6 +23,8 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .aligned_64 = is_aligned(w) && by_64 && vectors,
       .small_blocks = w.blocksize < kChunk,
       .rank = p.low_rank.cols,
+      .groups = p.groups.count,
+      .own_weights = p.own_weights,
       .masks = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,
       .multiprocessors = multiprocessors(stream),
@@ -43,8 +45,13 @@ void multiply(const Product& product, const Stream& stream) {
   std::visit([&](const auto& way) { multiply(product, way, stream); }, config);
 }
 
-void check_one_group(const RowGroups& groups) {
-  if (groups.count > 0) throw Unavailable("groups: products of rows in groups have no CUDA kernel yet");
+// The groups of rows of U, or V. Where they share the weight, rows before the first one have no adapter.
+template <class Args>
+Groups groups_of_low_rank(const Args& args) {
+  if (args.weight.count > 1 && args.lora.count == 1) return {};
+  Groups groups = groups_of_adapters(args.lora, args.groups);
+  groups.has_front = args.weight.count == 1;
+  return groups;
 }
 
 template <class T>
@@ -55,7 +62,8 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
     const Dropout dropout(lora);
     const KeptRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
     const LoraRows<T> a{{lora.a, lora.dtype, args.weight.K, 1.0f}};
-    low_rank_product(x, a, args.weight.K, dropout.scale, u.matrix(), stream);
+    low_rank_product(x, a, lora.rank * args.weight.K, args.weight.K, dropout.scale, u.matrix(),
+                     groups_of_low_rank(args), stream);
   }
   multiply(product_of(args, u.read_only()), stream);
 }
@@ -67,7 +75,8 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   if (lora.rank > 0) {
     const Rows<T> dy{{static_cast<const T*>(args.dy.data), args.dy.stride}};
     const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};
-    low_rank_product(dy, b, args.weight.N, lora.scaling * Dropout(lora).scale, v.matrix(), stream);
+    low_rank_product(dy, b, args.weight.N * lora.rank, args.weight.N, lora.scaling * Dropout(lora).scale, v.matrix(),
+                     groups_of_low_rank(args), stream);
   }
   if (args.dx.data != nullptr) multiply(product_of(args, v.read_only()), stream);
 }
@@ -75,12 +84,10 @@ void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
 }  // namespace
 
 void linear_forward(const LinearForwardArgs& args, const Stream& stream) {
-  check_one_group(args.groups);
   with_type(args.x.dtype, [&]<class T>() { forward<T>(args, stream); });
 }
 
 void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream) {
-  check_one_group(args.groups);
   with_type(args.dy.dtype, [&]<class T>() { backward<T>(args, stream); });
 }
 

@@ -8,17 +8,19 @@ namespace {
 template <class T>
 void gradients(const LoraGradientsArgs& args, const Stream& stream) {
   const std::int64_t M = args.x.rows, N = args.dy.cols, K = args.x.cols, rank = args.lora.rank;
+  const std::int64_t count = args.lora.count;
+  const Groups groups = groups_of_adapters(args.lora, args.groups);
   const auto columns = [](const ConstMatrix& matrix) {
     return Columns<T>{{static_cast<const T*>(matrix.data), matrix.stride}};
   };
   if (args.da != nullptr) {
     const KeptColumns<T> x{columns(args.x), Dropout(args.lora)};
-    const Matrix da{.data = args.da, .dtype = args.lora.dtype, .rows = rank, .cols = K, .stride = K};
-    low_rank_product(columns(args.v), x, M, 1.0f, da, stream);
+    const Matrix da{.data = args.da, .dtype = args.lora.dtype, .rows = count * rank, .cols = K, .stride = K};
+    low_rank_gradients(columns(args.v), x, count, M, 1.0f, da, groups, stream);
   }
   if (args.db != nullptr) {
-    const Matrix db{.data = args.db, .dtype = args.lora.dtype, .rows = N, .cols = rank, .stride = rank};
-    low_rank_product(columns(args.dy), columns(args.u), M, args.lora.scaling, db, stream);
+    const Matrix db{.data = args.db, .dtype = args.lora.dtype, .rows = count * N, .cols = rank, .stride = rank};
+    low_rank_gradients(columns(args.dy), columns(args.u), count, M, args.lora.scaling, db, groups, stream);
   }
 }
 

@@ -5,26 +5,93 @@
 
 #include "product/config.h"
 #include "product/general.cuh"
+#include "product/groups.cuh"
 #include "product/sources.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
+// Where rows of X are in groups, each row of U and V has the adapter of its group, or none and is 0; dA and dB are sums
+// over the rows of a group, of which `out` has one adapter's after another's.
+struct LowRankProduct {
+  Matrix out;
+  std::int64_t rows, inner;  // of out for an adapter, and of the sum
+  float scale;
+  Groups groups;
+  std::int64_t right_elements;  // U and V: of an adapter's A or B
+  LowRankSplit split;
+  float* parts;  // of sums that several blocks share: one `out` after the other
+};
+
+// Which of it is a block's: a tile of out, and a part of the sum.
+struct LowRankPart {
+  std::int64_t i0, rows;   // of an adapter's rows of out: where the tile begins, and where they end
+  std::int64_t adapter;    // -1: none
+  std::int64_t first_row;  // of the adapter's in out
+  std::int64_t j0, part;
+  RowSpan inner;
+};
+
+template <bool kGroups, bool kSumsOverRows>
+__device__ LowRankPart low_rank_part(const LowRankProduct& p) {
+  const std::int64_t across = product_tiles_across(p.out.cols), tile = block_index() / p.split.parts;
+  const std::int64_t down = tile / across;
+  LowRankPart part = {.i0 = down * kProductTile,
+                      .rows = p.rows,
+                      .adapter = 0,
+                      .first_row = 0,
+                      .j0 = tile % across * kProductTile,
+                      .part = block_index() % p.split.parts};
+  std::int64_t length = p.split.length;
+  RowSpan all = {0, p.inner};
+  if constexpr (kGroups && kSumsOverRows) {
+    const std::int64_t of_adapter = ceil_div(p.rows, kProductTile);
+    part.i0 = down % of_adapter * kProductTile;
+    part.adapter = down / of_adapter;
+    part.first_row = part.adapter * p.rows;
+    all = p.groups.rows_of(part.adapter, p.inner);
+    length = low_rank_length(all.is_empty() ? 0 : all.end - all.begin, p.split.parts);
+  } else if constexpr (kGroups) {
+    const RowTile rows = find_row_tile<kProductTile>(p.groups, p.rows, static_cast<std::uint32_t>(down)).tile;
+    part.i0 = rows.begin;
+    part.rows = rows.end;
+    part.adapter = rows.group;
+    if (rows.group < 0) all.end = 0;
+  }
+  const std::int64_t begin = all.begin + part.part * length;
+  part.inner = {begin, all.end - begin < length ? all.end : begin + length};
+  return part;
+}
+
 // out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded; or, where several blocks share a tile's k, the
-// sum over each block's part of them, one [rows, cols] after the other.
-template <class Left, class Right>
+// sum over each block's part of them.
+template <class Left, class Right, bool kGroups>
 __global__ void __launch_bounds__(kProductThreads, 2)
-    low_rank_kernel(const Left left, const Right right, std::int64_t inner, float scale, const Matrix out,
-                    const LowRankSplit split, float* parts) {
-  const ProductPlace<typename Left::Element> place(out.rows, out.cols, block_index() / split.parts);
-  const std::int64_t part = block_index() % split.parts, begin = part * split.length;
+    low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p) {
+  constexpr bool kSumsOverRows = !Left::kAlongInner;
+  const auto part_of_block = [&] { return low_rank_part<kGroups, kSumsOverRows>(p); };
+  const auto place_of = [&](const LowRankPart& part) {
+    return ProductPlace<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
+  };
+  const LowRankPart part = part_of_block();
+  if (kGroups && part.i0 >= part.rows) return;
+  const ProductPlace<typename Left::Element> place = place_of(part);
   ProductSums sum = {};
-  accumulate(sum, place, prepared(left), prepared(right), inner - begin < split.length ? inner : begin + split.length,
-             begin);
-  place.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
-    if (split.parts == 1) {
-      store_from_f32(out.data, out.dtype, i * out.stride + j, s * scale);
+  if constexpr (kGroups && !kSumsOverRows) {
+    accumulate(sum, place, prepared(left), skipped(right, part.adapter * p.right_elements), part.inner.end,
+               part.inner.begin);
+  } else {
+    accumulate(sum, place, prepared(left), prepared(right), part.inner.end, part.inner.begin);
+  }
+  // It is not kept through the sum but looked for once more: else registers would be short. Without groups, in fp32,
+  // the search is what makes them so.
+  constexpr bool kIsKept = !kGroups && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
+  const LowRankPart stored = kIsKept ? part : part_of_block();
+  place_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
+    const std::int64_t row = stored.first_row + i;
+    if (p.split.parts == 1) {
+      store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
     } else {
-      parts[(part * out.rows + i) * out.cols + j] = s;
+      p.parts[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
     }
   });
 }
@@ -41,21 +108,46 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
+// `tiles`: of out. `inner`: of a sum, on average.
 template <class Left, class Right>
-void low_rank_product(const Left& left, const Right& right, std::int64_t inner, float scale, const Matrix& out,
-                      const Stream& stream) {
-  LaunchShape shape = product_grid<typename Left::Element>(out.rows, out.cols);
-  const LowRankSplit split = low_rank_split(shape.blocks, inner, multiprocessors(stream));
-  shape.blocks *= split.parts;
-  const std::int64_t sums = split.parts == 1 ? 0 : split.parts * out.rows * out.cols;
+void start_low_rank(const Left& left, const Right& right, LowRankProduct product, std::int64_t row_tiles,
+                    std::int64_t inner, const Stream& stream) {
+  const Matrix& out = product.out;
+  LaunchShape shape = product_grid(row_tiles, out.cols);
+  product.split = low_rank_split(shape.blocks, inner, multiprocessors(stream));
+  const int parts = product.split.parts;
+  shape.blocks *= parts;
+  const std::int64_t sums = parts == 1 ? 0 : parts * out.rows * out.cols;
   const Workspace workspace(static_cast<std::size_t>(sums) * sizeof(float), stream);
-  float* const parts = reinterpret_cast<float*>(workspace.data());
-  launch<low_rank_kernel<Left, Right>>(shape, stream, left, right, inner, scale, out, split, parts);
-  if (split.parts == 1) return;
+  product.parts = reinterpret_cast<float*>(workspace.data());
+  if (product.groups.count > 0) {
+    launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product);
+  } else {
+    launch<low_rank_kernel<Left, Right, false>>(shape, stream, left, right, product);
+  }
+  if (parts == 1) return;
   with_type(out.dtype, [&]<class T>() {
-    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream, parts,
-                                   split.parts, scale, out);
+    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream, product.parts,
+                                   parts, product.scale, out);
   });
+}
+
+// U or V: `right` are the adapters' A or B, of so many elements each.
+template <class Left, class Right>
+void low_rank_product(const Left& left, const Right& right, std::int64_t right_elements, std::int64_t inner,
+                      float scale, const Matrix& out, const Groups& groups, const Stream& stream) {
+  const LowRankProduct product = {
+      .out = out, .rows = out.rows, .inner = inner, .scale = scale, .groups = groups, .right_elements = right_elements};
+  start_low_rank(left, right, product, most_row_tiles(out.rows, groups.all(), kProductTile), inner, stream);
+}
+
+// dA or dB of `count` adapters, [count, rows, out's cols], as sums over `inner` rows of X.
+template <class Left, class Right>
+void low_rank_gradients(const Left& left, const Right& right, std::int64_t count, std::int64_t inner, float scale,
+                        const Matrix& out, const Groups& groups, const Stream& stream) {
+  const std::int64_t rows = out.rows / count;
+  const LowRankProduct product = {.out = out, .rows = rows, .inner = inner, .scale = scale, .groups = groups};
+  start_low_rank(left, right, product, count * ceil_div(rows, kProductTile), ceil_div(inner, count), stream);
 }
 
 // U or V of a call: the caller's, where it wants to have it, or one in a workspace.

@@ -5,11 +5,14 @@
 //             left   low_rank   W'     right'               the columns of out are
 //   forward   X      U          W^T    (s*B)^T              rows of W and of B
 //   backward  dY     V          W      A, after dropout     columns of W and of A
+//
+// Where rows are in groups, W', right' and bias are those of the row's group, or the group's right' alone.
 #pragma once
 
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
 #include "product/dropout.cuh"
+#include "product/groups.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -25,7 +28,25 @@ struct Product {
   Dropout dropout;     // backward: what it drops of low_rank . right'
   const void* bias;    // forward: [cols] in left's dtype, or null
   Matrix out;
+  Groups groups;      // of the rows; none where they share all
+  bool own_weights;   // of groups: a tile of out has rows of one group
+  bool own_adapters;  // of groups
+
+  // Which of them is a group's.
+  __device__ int weight_of(int group) const { return own_weights ? group : 0; }
+  __device__ int adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
+  __device__ std::int64_t elements_of_weight() const { return weight.N * weight.K; }
+  __device__ std::int64_t elements_of_right() const { return low_rank.cols * cols; }
 };
+
+// Where groups share both, a product does not see them: U and V are 0 in rows without the adapter.
+template <class Args>
+Groups groups_of_product(const Args& args) {
+  if (args.weight.count == 1 && (args.lora.count == 1 || args.lora.rank == 0)) return {};
+  return {.count = static_cast<int>(args.groups.count),
+          .offsets = args.groups.offsets,
+          .has_front = args.weight.count == 1};
+}
 
 inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
   return {.weight = args.weight,
@@ -40,7 +61,10 @@ inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
           .right_factor = args.lora.scaling,
           .dropout = Dropout(args.lora),
           .bias = args.bias,
-          .out = args.y};
+          .out = args.y,
+          .groups = groups_of_product(args),
+          .own_weights = args.weight.count > 1,
+          .own_adapters = args.lora.count > 1};
 }
 inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix& v) {
   return {.weight = args.weight,
@@ -55,7 +79,10 @@ inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix
           .right_factor = 1.0f,
           .dropout = Dropout(args.lora),
           .bias = nullptr,
-          .out = args.dx};
+          .out = args.dx,
+          .groups = groups_of_product(args),
+          .own_weights = args.weight.count > 1,
+          .own_adapters = args.lora.count > 1};
 }
 
 // Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits count those of a tile.
@@ -67,12 +94,48 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
 
 // An element of right', in fp32; 0 beyond the rank and beyond the columns.
 template <bool kForward>
-__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col) {
+__device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
   const std::int64_t rank = product.low_rank.cols;
   if (r >= rank || col >= product.cols) return 0.0f;
   return product.right_factor *
-         load_as_f32(product.right, product.right_dtype, kForward ? col * rank + r : r * product.cols + col);
+         load_as_f32(product.right, product.right_dtype,
+                     adapter * product.elements_of_right() + (kForward ? col * rank + r : r * product.cols + col));
 }
+
+// The adapters that rows of a tile have, kRows of them at most, one after another. U and V are 0 in rows that have
+// none. A tile has rows of several where the groups share the weight.
+template <int kRows>
+class TileAdapters {
+ public:
+  __device__ TileAdapters(const Product& product, const RowTile& tile) : product_(product), tile_(tile) {
+    const bool in_turn = product.own_adapters && !product.own_weights;
+    const int first = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_of(tile.group);
+    end_ = product.low_rank.cols == 0 ? 0 : in_turn ? product.groups.count : first + 1;
+    adapter_ = first - 1;
+  }
+  // To the next one: false where there is none.
+  __device__ bool next() {
+    while (++adapter_ < end_) {
+      rows_ = rows_of(product_, tile_, adapter_);
+      if (rows_.begin >= tile_.begin + kRows) break;
+      if (!rows_.is_empty()) return true;
+    }
+    return false;
+  }
+  __device__ int adapter() const { return adapter_; }
+  // That it is for, some of which may be other tiles'.
+  __device__ const RowSpan& rows() const { return rows_; }
+  __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
+    const bool in_turn = product.own_adapters && !product.own_weights;
+    return in_turn ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
+  }
+
+ private:
+  const Product& product_;
+  const RowTile& tile_;
+  int adapter_, end_;
+  RowSpan rows_{};
+};
 
 // One for each way: general.cu, gemv.cu, panels.cu, and of GemmConfig gemm/thin.cu, forward.cu and backward.cu.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);

@@ -22,6 +22,7 @@ struct MatrixElements {
   using Raw = EightOf<T>;
   const T* data;
   std::int64_t stride;
+  __device__ static std::int64_t first() { return 0; }
   // Whether eights are vectors.
   __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
   __device__ Raw load(std::int64_t e) const { return load_words_aligned(data + e); }
@@ -79,10 +80,15 @@ struct WeightElements {
   QuantizedWeightView w;
   WeightScales scales;
   std::int64_t stride;
-  bool vectors;  // eight neighbours are 4 or 8 aligned bytes with one scale
+  bool vectors;              // eight neighbours are 4 or 8 aligned bytes with one scale
+  std::int64_t skipped = 0;  // elements of the weights before this one
 
   explicit WeightElements(const QuantizedWeightView& w)
       : w(w), scales(scales_of(w)), stride(w.K), vectors((w.bits == 8 || kMayBe4Bit) && is_aligned(w)) {}
+
+  __device__ std::int64_t first() const { return skipped; }
+  // Goes on to the weight that lies so many elements behind this one: it may begin within a byte.
+  __device__ void skip(std::int64_t elements) { skipped += elements; }
 
   __device__ bool has_vectors() const { return vectors; }
   __device__ Raw load(std::int64_t e) const {
@@ -129,6 +135,12 @@ struct WeightElements {
         [&](int i) { return static_cast<float>(static_cast<std::int8_t>(byte_of(raw.at[i / 4], i % 4))) * scale; });
   }
 };
+// The weight, or the adapter, that lies so many elements behind a source's.
+template <class Source>
+__device__ Source skipped(Source source, std::int64_t elements) {
+  source.skip(elements);
+  return source;
+}
 // W by rows n, or by columns k.
 template <class T>
 struct WeightRows : WeightElements<T> {
@@ -150,6 +162,12 @@ struct LoraElements {
   DType dtype;
   std::int64_t stride;
   float factor;
+
+  __device__ static std::int64_t first() { return 0; }
+  // Goes on to the adapter that lies so many elements behind this one.
+  __device__ void skip(std::int64_t elements) {
+    data = static_cast<const std::byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
+  }
 
   __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
   __device__ Raw load(std::int64_t e) const {

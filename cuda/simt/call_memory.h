@@ -80,34 +80,41 @@ inline void add_tensors(CallMemory& memory, QuantizedWeightView& w) {
   memory.add(w.offset, 1);
 }
 inline void add_tensors(CallMemory& memory, LoraView& lora, std::int64_t N, std::int64_t K) {
-  memory.add(lora.a, lora.dtype, lora.rank * K);
-  memory.add(lora.b, lora.dtype, N * lora.rank);
+  memory.add(lora.a, lora.dtype, lora.count * lora.rank * K);
+  memory.add(lora.b, lora.dtype, lora.count * N * lora.rank);
   memory.add(lora.device_seed, 1);
+}
+inline void add_tensors(CallMemory& memory, RowGroups& groups) {
+  if (groups.count == 0) groups.offsets = nullptr;
+  memory.add(groups.offsets, groups.count + 1);
 }
 inline void add_tensors(CallMemory& memory, LinearForwardArgs& args) {
   add_tensors(memory, args.weight);
+  add_tensors(memory, args.groups);
   add_tensors(memory, args.lora, args.weight.N, args.weight.K);
   memory.add(args.x);
-  memory.add(args.bias, args.x.dtype, args.weight.N);
+  memory.add(args.bias, args.x.dtype, args.weight.count * args.weight.N);
   memory.add(args.y);
   memory.add(args.u);
 }
 inline void add_tensors(CallMemory& memory, LinearBackwardInputArgs& args) {
   add_tensors(memory, args.weight);
+  add_tensors(memory, args.groups);
   add_tensors(memory, args.lora, args.weight.N, args.weight.K);
   memory.add(args.dy);
   memory.add(args.dx);
   memory.add(args.v);
 }
 inline void add_tensors(CallMemory& memory, LoraGradientsArgs& args) {
+  add_tensors(memory, args.groups);
   args.lora.a = args.lora.b = nullptr;
   add_tensors(memory, args.lora, args.dy.cols, args.x.cols);
   memory.add(args.x);
   memory.add(args.dy);
   memory.add(args.u);
   memory.add(args.v);
-  memory.add(args.da, args.lora.dtype, args.lora.rank * args.x.cols);
-  memory.add(args.db, args.lora.dtype, args.dy.cols * args.lora.rank);
+  memory.add(args.da, args.lora.dtype, args.lora.count * args.lora.rank * args.x.cols);
+  memory.add(args.db, args.lora.dtype, args.lora.count * args.dy.cols * args.lora.rank);
 }
 inline void add_tensors(CallMemory& memory, CrossEntropyArgs& args) {
   memory.add(args.logits);

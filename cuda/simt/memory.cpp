@@ -119,6 +119,12 @@ bool is_mapped(std::uintptr_t address) {
   // What user space has, but the first pages, which are never mapped.
   constexpr std::uintptr_t kFirst = 1 << 16, kLast = std::uintptr_t{1} << 47;
   if (address < kFirst || address >= kLast) return false;
+#ifdef __SANITIZE_ADDRESS__
+  // Two small numbers in one word look like an address of the sanitizer's shadow, where the host keeps nothing.
+  std::size_t scale = 0, offset = 0;
+  __asan_get_shadow_mapping(&scale, &offset);
+  if (address >= offset && address < offset + (kLast >> scale)) return false;
+#endif
   unsigned char resident = 0;
   return mincore(reinterpret_cast<void*>(address / page_bytes() * page_bytes()), 1, &resident) == 0;
 }

@@ -14,6 +14,7 @@
 #include "backend.h"
 #include "common/codebook.h"
 #include "common/float16.h"
+#include "common/layout.h"
 #include "expect.h"
 #include "product/config.h"
 #include "qlora_native/qlora_native.h"
@@ -91,25 +92,38 @@ struct Case {
   std::int64_t M, N, K;
   DType dtype;
   std::int64_t rank;
+  std::int64_t groups = 0;   // of rows, each with an adapter of its own
+  bool own_weights = false;  // and a weight
+
+  std::int64_t weights() const { return own_weights ? groups : 1; }
+  std::int64_t adapters() const { return groups > 0 ? groups : 1; }
+  // Ever larger groups.
+  std::vector<std::int64_t> offsets() const {
+    std::vector<std::int64_t> all;
+    for (std::int64_t g = 0; g <= groups; ++g) all.push_back(g * g * M / (groups * groups));
+    return all;
+  }
 };
 constexpr float kDropout = 0.25f;
 
 // Everything that is computed of a layer: its quantized weight too.
 Bytes results(const Case& c) {
-  const auto& [M, N, K, dtype, rank] = c;
+  const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank, elements = c.weights() * N * K;
+  const DType dtype = c.dtype;
+  const std::vector<std::int64_t> offsets = c.groups > 0 ? c.offsets() : std::vector<std::int64_t>();
   Random random;
-  Tensor weight(DType::f32, N, K), x(dtype, M, K), dy(dtype, M, N), bias(dtype, 1, N), a(DType::f32, rank, K),
-      b(DType::f32, N, rank);
+  Tensor weight(DType::f32, 1, elements), x(dtype, M, K), dy(dtype, M, N), bias(dtype, c.weights(), N),
+      a(DType::f32, c.adapters() * rank, K), b(DType::f32, c.adapters() * N, rank);
   for (Tensor* tensor : {&weight, &x, &dy, &bias, &a, &b}) tensor->fill(random, 1.0f);
 
-  const std::int64_t blocks = (N * K + 63) / 64;
-  Tensor codes(DType::f16, 1, (N * K + 3) / 4), absmax(DType::f32, 1, blocks), absmax_codes(DType::f16, 1, blocks),
+  const std::int64_t blocks = (elements + 63) / 64;
+  Tensor codes(DType::f16, 1, (elements + 3) / 4), absmax(DType::f32, 1, blocks), absmax_codes(DType::f16, 1, blocks),
       nested(DType::f32, 1, (blocks + 255) / 256), offset(DType::f32, 1, 1);
   const auto as_codes = [](Tensor& tensor) { return reinterpret_cast<std::uint8_t*>(tensor.data()); };
   const auto as_floats = [](Tensor& tensor) { return reinterpret_cast<float*>(tensor.data()); };
   qn::NonFinite non_finite;
   qn::quantize({.weight = weight.data(),
-                .elements = N * K,
+                .elements = elements,
                 .blocksize = 64,
                 .code = qn::codebook("nf4").data(),
                 .codes = as_codes(codes),
@@ -123,6 +137,7 @@ Bytes results(const Case& c) {
                        .offset = as_floats(offset)});
   const qn::QuantizedWeightView view{.N = N,
                                      .K = K,
+                                     .count = c.weights(),
                                      .blocksize = 64,
                                      .codes = as_codes(codes),
                                      .absmax = absmax_codes.data(),
@@ -131,37 +146,64 @@ Bytes results(const Case& c) {
                                      .nested_code = qn::dynamic_map().data(),
                                      .offset = as_floats(offset)};
 
-  const qn::LoraView lora{.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = kDropout, .seed = 77};
-  Tensor y(dtype, M, N), u(dtype, M, rank), dx(dtype, M, K), v(dtype, M, rank), da(DType::f32, rank, K),
-      db(DType::f32, N, rank);
+  const qn::LoraView lora{.rank = rank,
+                          .count = c.adapters(),
+                          .a = a.data(),
+                          .b = b.data(),
+                          .scaling = 0.5f,
+                          .dropout = kDropout,
+                          .seed = 77};
+  const qn::RowGroups groups{.count = c.groups, .offsets = offsets.data()};
+  Tensor y(dtype, M, N), u(dtype, M, rank), dx(dtype, M, K), v(dtype, M, rank), da(DType::f32, c.adapters() * rank, K),
+      db(DType::f32, c.adapters() * N, rank);
   // U and V are in a workspace of the call, and then in the caller's memory.
-  qn::linear_forward({.weight = view, .lora = lora, .x = x.in(), .bias = bias.data(), .y = y.out()});
-  qn::linear_backward_input({.weight = view, .lora = lora, .dy = dy.in(), .dx = dx.out()});
+  qn::linear_forward({.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out()});
+  qn::linear_backward_input({.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out()});
   Bytes all;
   y.append_to(all);
   dx.append_to(all);
-  qn::linear_forward({.weight = view, .lora = lora, .x = x.in(), .bias = bias.data(), .y = y.out(), .u = u.out()});
-  qn::linear_backward_input({.weight = view, .lora = lora, .dy = dy.in(), .dx = dx.out(), .v = v.out()});
-  qn::lora_gradients(
-      {.lora = lora, .x = x.in(), .dy = dy.in(), .u = u.in(), .v = v.in(), .da = da.data(), .db = db.data()});
+  qn::linear_forward(
+      {.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out(), .u = u.out()});
+  qn::linear_backward_input(
+      {.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out(), .v = v.out()});
+  qn::lora_gradients({.lora = lora,
+                      .groups = groups,
+                      .x = x.in(),
+                      .dy = dy.in(),
+                      .u = u.in(),
+                      .v = v.in(),
+                      .da = da.data(),
+                      .db = db.data()});
   for (const Tensor* tensor : {&codes, &absmax_codes, &nested, &offset, &y, &u, &dx, &v, &da, &db})
     tensor->append_to(all);
   return all;
 }
 
 // Few rows; tiles of 16, 64, 128 and 256 rows, whole vectors and not, two tiles and more than there are blocks; and in
-// fp32 what has no tiles. U, V, dA and dB are long sums, which several blocks share through a workspace.
+// fp32 what has no tiles. U, V, dA and dB are long sums, which several blocks share through a workspace. Then likewise
+// of rows in groups, with weights of their own and with adapters alone.
 constexpr Case kCases[] = {
-    {4, 200, 704, DType::bf16, 16}, {12, 200, 704, DType::bf16, 70}, {12, 1250, 256, DType::bf16, 5},
-    {40, 130, 333, DType::f16, 5},  {100, 130, 704, DType::f16, 16}, {200, 130, 448, DType::bf16, 16},
+    {4, 200, 704, DType::bf16, 16},
+    {12, 200, 704, DType::bf16, 70},
+    {12, 1250, 256, DType::bf16, 5},
+    {40, 130, 333, DType::f16, 5},
+    {100, 130, 704, DType::f16, 16},
+    {200, 130, 448, DType::bf16, 16},
     {40, 130, 960, DType::f32, 5},
+    {12, 200, 704, DType::bf16, 5, 5, true},
+    {60, 200, 704, DType::bf16, 16, 5, true},
+    {90, 200, 704, DType::f16, 16, 3, true},
+    {400, 136, 448, DType::bf16, 16, 3, true},
+    {200, 136, 448, DType::bf16, 70, 3, false},
+    {30, 200, 704, DType::bf16, 16, 9, false},
+    {40, 130, 960, DType::f32, 5, 3, true},
 };
 
 void products_have_the_same_bits() {
   for (const Case& each : kCases) {
     const auto name = [&each] {
       return "M=" + std::to_string(each.M) + " N=" + std::to_string(each.N) + " K=" + std::to_string(each.K) + " " +
-             qn::name_of(each.dtype);
+             qn::name_of(each.dtype) + " groups=" + std::to_string(each.groups);
     };
     EXPECT(has_the_same_bits([&each] { return results(each); }, name));
   }
@@ -170,13 +212,28 @@ void products_have_the_same_bits() {
 // Otherwise the cases would show nothing of the flags.
 void several_blocks_share_a_tile() {
   for (const Case& each : kCases) {
-    if (each.dtype == DType::f32 || each.M <= qn::kGemvRows) continue;
-    qn::ProductShape shape{.rows = each.M, .cols = each.N, .inner = each.K, .dtype = each.dtype, .bits = 4};
+    if (each.dtype == DType::f32 || each.M / each.weights() <= qn::kGemvRows) continue;
+    qn::ProductShape shape{.rows = each.M,
+                           .cols = each.N,
+                           .inner = each.K,
+                           .dtype = each.dtype,
+                           .bits = 4,
+                           .groups = each.groups,
+                           .own_weights = each.own_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
     shape.multiprocessors = 3;  // the emulator's
     shape.smem_bytes = 227 * 1024;
     shape.reserved_smem_bytes = 1024;
-    EXPECT(std::get<qn::GemmConfig>(qn::product_config(shape)).splits_a_tile());
+    const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));
+    // As blocks will find it.
+    std::int64_t row_tiles = config.row_tiles;
+    if (each.own_weights) {
+      const std::vector<std::int64_t> offsets = each.offsets();
+      row_tiles = 0;
+      for (std::size_t g = 0; g + 1 < offsets.size(); ++g)
+        row_tiles += qn::ceil_div(offsets[g + 1] - offsets[g], config.tile_rows);
+    }
+    EXPECT(config.with_row_tiles(row_tiles).splits_a_tile());
   }
 }
 

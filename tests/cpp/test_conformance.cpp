@@ -19,6 +19,7 @@
 #include <span>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "common/codebook.h"
@@ -776,6 +777,41 @@ std::vector<Case> grouped_cases() {
                            .own_weights = own_weights && groups.offsets.size() > 2,
                            .shared_adapter = i % 7 == 3});
           }
+  // More groups than a warp looks at together.
+  std::vector<std::int64_t> ends;
+  for (std::int64_t g = 0; g <= 70; ++g) ends.push_back(g * g * 100 / (70 * 70));
+  for (const bool own_weights : {true, false})
+    for (const auto& [N, K] : {std::array<std::int64_t, 2>{16, 64}, {3, 33}})
+      all.push_back(
+          {.M = 100, .N = N, .K = K, .dtype = DType::bf16, .rank = 4, .offsets = ends, .own_weights = own_weights});
+  // Rows that vectors can reach, of sizes for each tile of a GPU's.
+  const Groups single = {21, {0, 1, 1, 18, 19, 20, 21}}, fewest = {70, {0, 1, 1, 10, 61, 70}},
+               few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
+  const Groups most = {2050, {0, 2049, 2050}}, behind_others = {290, {10, 100, 100, 201, 290}};
+  for (const DType dtype : {DType::bf16, DType::f16})
+    for (const bool own_weights : {true, false})
+      for (const auto& [groups, N, K] : {std::tuple{single, 40, 320},
+                                         {fewest, 72, 192},
+                                         {few, 72, 192},
+                                         {many, 136, 128},
+                                         {most, 72, 64},
+                                         {behind_others, 136, 128}})
+        for (const std::int64_t rank : {0, 16, 70}) {
+          if ((own_weights && groups.offsets[0] > 0) || (groups.M > 1000 && (rank != 16 || !own_weights))) continue;
+          const std::size_t i = all.size();
+          all.push_back({.M = groups.M,
+                         .N = N,
+                         .K = K,
+                         .dtype = dtype,
+                         .bias = true,
+                         .rank = rank,
+                         .dropout = i % 2 == 0 ? 0.3f : 0.0f,
+                         .lora_dtype = i % 3 == 0 ? dtype : DType::f32,
+                         .gap = i % 4 == 0 ? 8 : 0,
+                         .offsets = groups.offsets,
+                         .own_weights = own_weights,
+                         .shared_adapter = i % 5 == 4});
+        }
   return all;
 }
 

@@ -56,20 +56,24 @@ void small_blocks_take_the_way_of_any_weight() {
   });
 }
 
+void expect_each_step_once(const GemmConfig& config) {
+  if (config.blocks == 0) return;
+  EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
+  bool splits = false;
+  for (int i = 0; i < config.blocks; ++i) {
+    EXPECT(config.begin_of(i) < config.begin_of(i + 1));
+    EXPECT(config.run_of(config.begin_of(i)) == i && config.run_of(config.begin_of(i + 1) - 1) == i);
+    splits |= config.begin_of(i + 1) % config.steps != 0;
+  }
+  EXPECT(splits == config.splits_a_tile());
+}
+
 void every_step_is_done_once() {
   for_each_shape([](const ProductShape& shape) {
     if (is_for_few_rows(shape)) return;
     const auto config = std::get<GemmConfig>(product_config(shape));
     EXPECT((config.blocks == 0) == (shape.rows == 0));
-    if (config.blocks == 0) return;
-    EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
-    bool splits = false;
-    for (int i = 0; i < config.blocks; ++i) {
-      EXPECT(config.begin_of(i) < config.begin_of(i + 1));
-      EXPECT(config.run_of(config.begin_of(i)) == i && config.run_of(config.begin_of(i + 1) - 1) == i);
-      splits |= config.begin_of(i + 1) % config.steps != 0;
-    }
-    EXPECT(splits == config.splits_a_tile());
+    expect_each_step_once(config);
   });
 }
 
@@ -278,6 +282,103 @@ void panel_is_within_its_memory_and_fills_the_device() {
   }
 }
 
+// ---- rows in groups ----
+
+ProductShape in_groups(std::int64_t rows, std::int64_t groups, bool own_weights) {
+  ProductShape shape = many_rows(rows, 4096, 4096);
+  shape.groups = groups;
+  shape.own_weights = own_weights;
+  shape.smem_bytes = kHopperSmem;
+  return shape;
+}
+Tile tile_of(const ProductShape& shape) {
+  const auto config = std::get<GemmConfig>(product_config(shape));
+  EXPECT(config.grouped == (shape.groups > 0));
+  return {config.tile_rows, config.tile_cols};
+}
+
+// By how many rows a group has on average, for more than that is not known.
+void way_of_groups_with_own_weights_follows_their_average() {
+  constexpr std::int64_t kGroups = 128;
+  const auto of_average = [&](std::int64_t rows) { return in_groups(rows * kGroups, kGroups, true); };
+  EXPECT(takes<GemvConfig>(in_groups(1, kGroups, true)) && takes<GemvConfig>(of_average(4)));
+  for (const std::int64_t rows : {5, 16, 17, 32}) {
+    const auto config = std::get<GemmConfig>(product_config(of_average(rows)));
+    EXPECT(config.thin && config.tile_rows == (rows <= 16 ? kGemmFewRows : kThinRows));
+  }
+  for (const bool backward : {false, true}) {
+    const auto shape = [&](std::int64_t rows) {
+      ProductShape result = of_average(rows);
+      result.backward = backward;
+      return result;
+    };
+    EXPECT(tile_of(shape(33)) == kMiddle && tile_of(shape(64)) == kMiddle);
+    EXPECT(tile_of(shape(65)) == kMany && tile_of(shape(1023)) == kMany);
+    EXPECT(tile_of(shape(1024)) == kTall);
+    if (backward) EXPECT(tile_of(shape(1)) == (Tile{kGemmFewRows, kGemmCols}));
+  }
+}
+
+// The weight is decoded for all rows, whatever adapters they have.
+void way_of_groups_with_a_shared_weight_follows_all_rows() {
+  for (const std::int64_t groups : {2, 1000}) {
+    EXPECT(takes<GemvConfig>(in_groups(8, groups, false)));
+    EXPECT(std::get<GemmConfig>(product_config(in_groups(9, groups, false))).thin == (groups == 2));
+    EXPECT(tile_of(in_groups(9, groups, false)).rows == kGemmFewRows);
+    EXPECT(tile_of(in_groups(33, groups, false)) == kMiddle);
+    EXPECT(tile_of(in_groups(128, groups, false)) == kMany);
+    EXPECT(tile_of(in_groups(4096, groups, false)) == kTall);
+    EXPECT(std::get<GemmConfig>(product_config(in_groups(4096, groups, false))).row_tiles == 16);
+  }
+}
+
+void groups_get_the_general_kernel_where_vectors_do_not_reach() {
+  for (const bool own_weights : {false, true}) {
+    for (const std::int64_t rows : {1, 100, 10'000}) {
+      ProductShape shape = in_groups(rows, 7, own_weights);
+      EXPECT(!is_by_panels(shape));
+      shape.aligned = shape.aligned_64 = false;
+      EXPECT(takes<GeneralConfig>(shape));
+      shape = in_groups(rows, 7, own_weights);
+      shape.small_blocks = true;
+      EXPECT(takes<GeneralConfig>(shape));
+      shape = in_groups(rows, 7, own_weights);
+      shape.dtype = DType::f32;
+      EXPECT(rows == 1 ? takes<GemvConfig>(shape) : takes<GeneralConfig>(shape));
+    }
+  }
+}
+
+// Blocks share out the tiles that they find, in no more runs than were launched.
+void steps_of_as_many_tiles_as_groups_have_are_done_once() {
+  for (const std::int64_t rows : {1, 100, 3000}) {
+    for (const std::int64_t groups : {2, 8, 128}) {
+      for (const bool backward : {false, true}) {
+        ProductShape shape = in_groups(rows, groups, true);
+        shape.backward = backward;
+        if (takes<GemvConfig>(shape)) continue;
+        const auto config = std::get<GemmConfig>(product_config(shape));
+        EXPECT(config.row_tiles == most_row_tiles(rows, groups, config.tile_rows));
+        for (std::int64_t tiles = 0; tiles <= config.row_tiles; tiles = 2 * tiles + 1) {
+          const GemmConfig found = config.with_row_tiles(tiles);
+          EXPECT(found.tiles == tiles * ceil_div(shape.cols, kGemmCols) && found.blocks <= config.blocks);
+          EXPECT((found.blocks == 0) == (tiles == 0));
+          expect_each_step_once(found);
+        }
+      }
+    }
+  }
+}
+
+void row_tiles_are_as_many_as_groups_of_any_sizes_may_have() {
+  EXPECT(most_row_tiles(0, 8, 64) == 0);
+  EXPECT(most_row_tiles(1, 128, 16) == 1);  // one group has it
+  EXPECT(most_row_tiles(5, 128, 16) == 5);  // five groups have one each
+  EXPECT(most_row_tiles(128, 2, 64) == 3);  // 65 and 63
+  EXPECT(most_row_tiles(130, 2, 64) == 4);  // 65 and 65
+  EXPECT(most_row_tiles(129, 1, 64) == 3);
+}
+
 void parts_of_a_long_sum_cover_it() {
   for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
     for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
@@ -286,6 +387,8 @@ void parts_of_a_long_sum_cover_it() {
         EXPECT(split.parts >= 1 && split.parts * split.length >= inner);
         EXPECT(split.parts == 1 || (split.parts - 1) * split.length < inner);
         EXPECT(split.parts == 1 || split.parts * tiles <= 2 * multiprocessors);
+        for (const std::int64_t of_group : {std::int64_t{0}, std::int64_t{1}, inner, 3 * inner})  // inner on average
+          EXPECT(split.parts * low_rank_length(of_group, split.parts) >= of_group);
       }
     }
   }
@@ -314,6 +417,11 @@ int main() {
   fp32_and_eight_bits_get_the_general_kernel();
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
+  way_of_groups_with_own_weights_follows_their_average();
+  way_of_groups_with_a_shared_weight_follows_all_rows();
+  groups_get_the_general_kernel_where_vectors_do_not_reach();
+  steps_of_as_many_tiles_as_groups_have_are_done_once();
+  row_tiles_are_as_many_as_groups_of_any_sizes_may_have();
   parts_of_a_long_sum_cover_it();
   steps_are_counted_beyond_an_int();
   return report();

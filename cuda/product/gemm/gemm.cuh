@@ -16,49 +16,15 @@
 #include "device/elements.cuh"
 #include "product/gemm/operands.cuh"
 #include "product/gemm/runs.cuh"
+#include "product/gemm/shared.cuh"
 #include "product/gemm/sums.cuh"
 #include "product/gemm/tile.cuh"
+#include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
-template <class T, class Weights, class Tile>
-struct GemmShared {
-  // 16 copies of each byte's pair: lanes that are served at once ask 16 of a bank each.
-  using Table = PairTable<16, kRowBytes / sizeof(Vector<float, 2>)>;
-  struct Row {
-    typename Table::Pair pairs[16];
-    std::byte weights[kLineVectors * kVectorBytes];
-  };
-  static_assert(2 * Tile::kCols >= 256 && sizeof(Row) == kRowBytes);
-  // The left operand of a step and the next one's codes, which only the thread reads that has brought them.
-  struct Stage {
-    LeftStage<T, Tile> left;
-    std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
-  };
-  Row rows[2 * Tile::kCols];  // the table, in the first 256, and the decoded weights of this step and of the next
-  Stage stages[Tile::kStages];
-  typename ScaleReader<Tile::kAligned>::Nested nested;
-  int run;  // the block's
-
-  // `rows` begin where the table must, which is not far from the beginning: product_config has asked the device. Where
-  // it is further all the same, the rest would be another block's memory.
-  static __device__ GemmShared& of_block() {
-    std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedPlace(smem).to_rows();
-    if (before > kGemmMostReservedSmem) trap();
-    return *reinterpret_cast<GemmShared*>(smem + before);
-  }
-  static constexpr std::size_t bytes() {
-    static_assert(kRowsBegin == kGemmMostReservedSmem);
-    constexpr std::size_t kBytes = kRowsBegin + sizeof(GemmShared);
-    static_assert(kBytes == gemm_smem_bytes(Tile::kRows, Tile::kCols));
-    static_assert(Tile::kRows > kGemmMiddleRows || kBytes <= kLeastSmemBytes);
-    return kBytes;
-  }
-};
-
-template <class T, class Weights, class Tile>
+template <class T, class Weights, class Tile, bool kGroups>
 class Gemm {
   using Shared = GemmShared<T, Weights, Tile>;
   using Stage = typename Shared::Stage;
@@ -71,16 +37,19 @@ class Gemm {
   __device__ Gemm(const GemmArgs& args, Shared& shared)
       : args_(args),
         shared_(shared),
-        runs_(args.config, args.shared_sums),
+        tile_rows_(args),
+        runs_(tile_rows_.config(), args.shared_sums),
         scales_(args.weight, args.scales, shared.nested),
         table_(shared.rows->pairs) {}
 
   // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
   __device__ void run() {
+    if (kGroups && shared_.run < 0) return;
     for (std::uint32_t done = 0;;) {  // steps: 2^32 of them would be minutes
       const Part part = runs_.part_after(shared_.run, done);
       if (part.count == 0) return;
       go_to(part);
+      tile_rows_.go_to(part.tile);
       sums_.clear();
       if (part.first == 0) add_low_rank();
       multiply(part.first, part.count);
@@ -91,6 +60,7 @@ class Gemm {
 
   // The block's run, and tables that the whole of it needs.
   __device__ void prepare() {
+    tile_rows_.prepare();
     if (thread_index() == 0) shared_.run = runs_.take();
     Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
@@ -99,14 +69,18 @@ class Gemm {
 
  private:
   __device__ void go_to(const Part& part) {
-    row_tile_ = static_cast<int>(part.tile % args_.config.row_tiles);
-    col_tile_ = static_cast<int>(part.tile / args_.config.row_tiles);
+    row_tile_ = static_cast<int>(part.tile % tile_rows_.config().row_tiles);
+    col_tile_ = static_cast<int>(part.tile / tile_rows_.config().row_tiles);
   }
   // Where the tile begins.
-  __device__ __forceinline__ std::int64_t row0() const { return std::int64_t{row_tile_} * Tile::kRows; }
+  __device__ __forceinline__ std::int64_t row0() const {
+    if constexpr (kGroups) return tile_rows_.tile().begin;
+    return std::int64_t{row_tile_} * Tile::kRows;
+  }
   __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
   // What it has of its size.
   __device__ __forceinline__ int rows() const {
+    if constexpr (kGroups) return tile_rows_.rows();
     return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
   }
   __device__ __forceinline__ int cols() const {
@@ -170,6 +144,7 @@ class Gemm {
     const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
     LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
     const std::int64_t element =
+        tile_rows_.weights_before() +
         Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
     Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
     Scales scales = {};
@@ -291,28 +266,17 @@ class Gemm {
 
   // ---- the adapter: a few more of the inner dimension --------------------------------------------------------------
 
-  // Both operands as in other steps, through the first stage and the first place of the weights.
   __device__ void add_low_rank() {
     const Lane lane;
     const Places at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
+    if constexpr (kGroups) {
+      add_adapters(lane, at);
+    } else {
 #pragma unroll 1
-    for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
-      const int there = rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep;
-      const LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), r0);
-      if (args_.low_rank_vectors) {
-        left.fetch_vectors(at.share, left.inner() < there);
-      } else {
-        left.fetch_elements(at.share, args_.low_rank.stride, rows(), there);
+      for (std::int64_t r0 = 0; r0 < rank; r0 += kGemmStep) {
+        add_low_rank_step(lane, at, r0, rank - r0 < kGemmStep ? static_cast<int>(rank - r0) : kGemmStep);
       }
-      cp_async_commit();
-#pragma unroll 1
-      for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
-      cp_async_wait<0>();
-      sync_threads();
-#pragma unroll 1
-      for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
-      sync_threads();  // before the stage is filled again
     }
     if constexpr (!Weights::kForward) {
       // Before anything else is in the sums, because the mask falls on nothing else.
@@ -321,18 +285,88 @@ class Gemm {
       }
     }
   }
+  // Of rows in groups those that the tile has rows of, as many at a time as a step has room for: each has so many
+  // places in it, whole products of mma.
+  __device__ __forceinline__ std::int64_t places_of_adapter() const {
+    return ceil_div(args_.low_rank.cols, kMmaInner) * kMmaInner;
+  }
+  __device__ void add_adapters(const Lane& lane, const Places& at) {
+    const std::int64_t places = places_of_adapter();
+    TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
+#pragma unroll 1
+    for (;;) {
+      int count = 0;
+      while ((count + 1) * places <= kGemmStep || count == 0) {
+        if (!adapters.next()) break;
+        if (thread_index() == 0) shared_.adapters[count] = adapters.adapter();
+        ++count;
+      }
+      if (count == 0) return;
+      for (int i = count; i < Shared::kAdapters; ++i) {
+        if (thread_index() == 0) shared_.adapters[i] = -1;
+      }
+      sync_threads();
+      const std::int64_t all = count * places;
+#pragma unroll 1
+      for (std::int64_t r0 = 0; r0 < all; r0 += kGemmStep) {
+        add_low_rank_step(lane, at, r0, all - r0 < kGemmStep ? static_cast<int>(all - r0) : kGemmStep);
+      }
+    }
+  }
+  // Which r of the rank, of which adapter, is at a place: the rank or more where there is none.
+  struct OfRank {
+    std::int64_t r;
+    int adapter;
+  };
+  __device__ __forceinline__ OfRank of_rank(std::int64_t place) const {
+    if constexpr (!kGroups) return {place, 0};
+    const std::int64_t places = places_of_adapter();
+    if (places > kGemmStep) return {place, shared_.adapters[0]};
+    const int adapter = shared_.adapters[place / places];
+    return {adapter < 0 ? args_.low_rank.cols : place % places, adapter < 0 ? 0 : adapter};
+  }
+  // Both operands as in other steps, through the first stage and the first place of the weights.
+  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Places& at, std::int64_t r0, int there) {
+    const int inner = LeftRows<T, Tile>::inner_of(lane);
+    const OfRank mine = of_rank(r0 + inner);
+    LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
+    int there_of_left = there;
+    if constexpr (kGroups) {
+      const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), mine.adapter);
+      left.keep(tile_rows_.in_tile(span.begin), tile_rows_.in_tile(span.end));
+      const std::int64_t rest = args_.low_rank.cols - mine.r;
+      there_of_left = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
+    }
+    if (args_.low_rank_vectors) {
+      left.template fetch_vectors<kGroups>(at.share, left.inner() < there_of_left);
+    } else {
+      left.template fetch_elements<kGroups>(at.share, args_.low_rank.stride, rows(), there_of_left);
+    }
+    cp_async_commit();
+#pragma unroll 1
+    for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
+    cp_async_wait<0>();
+    sync_threads();
+#pragma unroll 1
+    for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
+    sync_threads();  // before the stage is filled again
+  }
   // A vector of what the thread has of a step, where decode() would put it.
   __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
                                             unsigned vector) const {
-    const std::int64_t r = r0 + Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
-    const auto at = [&](std::int64_t r, std::int64_t col) { return right_at<Weights::kForward>(args_, r, col); };
+    const unsigned first = vector / kPieceVectors * kChunk;
+    const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
+    // Forward, its eight are neighbours along the rank.
+    const OfRank mine = of_rank(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
+    const auto at = [&](std::int64_t r, std::int64_t col) {
+      return right_at<Weights::kForward>(args_, r, col, mine.adapter);
+    };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
-      const unsigned byte = Weights::byte_of_piece(vector % kPieceVectors, j);
-      const unsigned e = vector / kPieceVectors * kChunk + 2 * byte;
-      eight.at[j] = Weights::kForward ? pack_pair<T>(at(r + e, col), at(r + e + 1, col))
-                                      : pack_pair<T>(at(r, col + e), at(r, col + e + 1));
+      const unsigned e = first + 2 * Weights::byte_of_piece(vector % kPieceVectors, j);
+      eight.at[j] = Weights::kForward ? pack_pair<T>(at(mine.r + 2 * j, col), at(mine.r + 2 * j + 1, col))
+                                      : pack_pair<T>(at(mine.r, col + e), at(mine.r, col + e + 1));
     }
     store_shared(to.flipped(vector * kVectorBytes), eight);
   }
@@ -346,12 +380,13 @@ class Gemm {
     const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
     sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                bias == nullptr ? nullptr : bias + col, rows() - static_cast<int>(lane.row<Tile>()),
-                cols() - static_cast<int>(lane.col<Tile>()));
+                bias == nullptr ? nullptr : bias + tile_rows_.biases_before() + col,
+                rows() - static_cast<int>(lane.row<Tile>()), cols() - static_cast<int>(lane.col<Tile>()));
   }
 
   const GemmArgs& args_;
   Shared& shared_;
+  const TileRows<kGroups, Tile::kRows> tile_rows_;
   const Runs runs_;
   const ScaleReader<kAligned> scales_;
   const typename Shared::Table table_;
@@ -360,9 +395,9 @@ class Gemm {
 };
 
 // Weights: DecodedRows (forward) or DecodedColumns (backward).
-template <class T, template <class> class Weights, class Tile>
+template <class T, template <class> class Weights, class Tile, bool kGroups>
 __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const __grid_constant__ GemmArgs args) {
-  Gemm<T, Weights<Tile>, Tile> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
+  Gemm<T, Weights<Tile>, Tile, kGroups> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
   gemm.prepare();
   gemm.run();
 }
@@ -376,8 +411,11 @@ void gemm(const Product& product, const GemmConfig& config, const Stream& stream
   const GemmArgs args(product, config, memory);
   const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
-    launch<gemm_kernel<T, Weights, Tile>>({config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()},
-                                          stream, args);
+    const LaunchShape shape = {config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()};
+    if constexpr (kAligned && kCols == kGemmCols) {
+      if (config.grouped) return launch<gemm_kernel<T, Weights, Tile, true>>(shape, stream, args);
+    }
+    launch<gemm_kernel<T, Weights, Tile, false>>(shape, stream, args);
   };
   // What product_config chooses among.
   const auto start_tile = [&]<class T>() {

@@ -45,6 +45,7 @@ class LeftRows {
 
  public:
   // Of the thread's vector, in a step.
+  __device__ static int inner_of(const Lane& lane) { return static_cast<int>(Stage::vector_at(lane.thread)) * kVector; }
   __device__ int inner() const { return static_cast<int>(Stage::vector_at(thread_)) * kVector; }
 
   // From row `row0` of the matrix, of which `rows` are there, and from `inner0` of the inner dimension.
@@ -60,16 +61,25 @@ class LeftRows {
   }
   __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
 
-  // Of rows that are vectors. Zeros, if the thread's is not there.
+  // Rows begin ... end-1 of the tile.
+  __device__ __forceinline__ void keep(int begin, int end) {
+    first_kept_ = begin;
+    end_of_kept_ = end;
+  }
+
+  // Of rows that are vectors. Zeros, if the thread's is not there, or if it is in none of the rows to be kept.
+  template <bool kKeepsSome = false>
   __device__ __forceinline__ void fetch_vectors(const SharedPlace& to, bool there) const {
     if (Tile::kRows < kRowsAtOnce && row(0) >= Tile::kRows) return;
     const auto* const first = reinterpret_cast<const std::byte*>(first_);
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      cp_async_or_zeros(to.at(i * kBytesApart), first + std::uint64_t{vectors_[i]} * kVectorBytes, there);
+      cp_async_or_zeros(to.at(i * kBytesApart), first + std::uint64_t{vectors_[i]} * kVectorBytes,
+                        there && (!kKeepsSome || is_kept(row(i))));
     }
   }
   // Of others, element by element: of `rows` rows of which `inner_there` of the step are there.
+  template <bool kKeepsSome = false>
   __device__ __forceinline__ void fetch_elements(const SharedPlace& to, std::int64_t stride, int rows,
                                                  int inner_there) const {
     const int rest = inner_there - inner();
@@ -80,7 +90,7 @@ class LeftRows {
       Vector<T, kVector> values{};
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        if (j < rest && row(i) < rows) values.at[j] = from[j];
+        if (j < rest && row(i) < rows && (!kKeepsSome || is_kept(row(i)))) values.at[j] = from[j];
       }
       store_shared(to.at(i * kBytesApart), values);
       from += kRowsAtOnce * stride;
@@ -88,11 +98,13 @@ class LeftRows {
   }
 
  private:
+  __device__ bool is_kept(int row) const { return row >= first_kept_ && row < end_of_kept_; }
   __device__ int row(int i) const { return static_cast<int>(thread_ / Stage::kVectors) + i * kRowsAtOnce; }
 
   const unsigned thread_;
   const T* first_;                        // in the tile's first row
   std::uint32_t vectors_[kRowsOfThread];  // from there to each of the thread's
+  int first_kept_ = 0, end_of_kept_ = Tile::kRows;
 };
 
 // ---- the weight

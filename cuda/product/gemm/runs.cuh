@@ -11,11 +11,18 @@
 
 namespace qlora_native::QLN_CUDA {
 
+// What a block of a product with groups found out (tile_rows.cuh): how many tiles there are, and which it is at.
+struct GroupedBlock {
+  GemmConfig config;
+  RowTile tile;
+};
+
 // Null, where no tile is shared.
 struct SharedSums {
   float* of_runs;         // what each run leaves, a tile each
   std::uint32_t* ready;   // by run: whether it has left them
   std::uint32_t* ticket;  // how many blocks have begun
+  GroupedBlock* of_blocks;
 };
 
 // On the host: memory for them, of a stream.
@@ -23,21 +30,27 @@ class SumsMemory {
  public:
   // The flags and the ticket come last, behind sums that are a whole number of vectors.
   SumsMemory(const GemmConfig& config, const Stream& stream)
-      : sums_(static_cast<std::size_t>(config.blocks) * config.tile_rows * config.tile_cols * sizeof(float)),
-        blocks_(config.blocks),
-        workspace_(config.splits_a_tile() ? sums_ + flags() : 0, stream) {
-    if (workspace_.data() != nullptr) fill_bytes(workspace_.data() + sums_, 0, flags(), stream);
+      : blocks_(config.blocks),
+        sums_(bytes_of<float>(config.blocks * config.tile_rows * config.tile_cols)),
+        found_(config.grouped ? bytes_of<GroupedBlock>(blocks_) : 0),
+        flags_(bytes_of<std::uint32_t>(blocks_ + 1)),
+        workspace_(config.grouped || config.splits_a_tile() ? sums_ + found_ + flags_ : 0, stream) {
+    if (workspace_.data() != nullptr) fill_bytes(workspace_.data() + sums_ + found_, 0, flags_, stream);
   }
   SharedSums shared() const {
-    if (workspace_.data() == nullptr) return {nullptr, nullptr, nullptr};
-    auto* const ready = reinterpret_cast<std::uint32_t*>(workspace_.data() + sums_);
-    return {reinterpret_cast<float*>(workspace_.data()), ready, ready + blocks_};
+    std::byte* const memory = workspace_.data();
+    if (memory == nullptr) return {};
+    auto* const ready = reinterpret_cast<std::uint32_t*>(memory + sums_ + found_);
+    return {reinterpret_cast<float*>(memory), ready, ready + blocks_, reinterpret_cast<GroupedBlock*>(memory + sums_)};
   }
 
  private:
-  std::size_t flags() const { return static_cast<std::size_t>(blocks_ + 1) * sizeof(std::uint32_t); }
-  const std::size_t sums_;
+  template <class T>
+  static std::size_t bytes_of(int count) {
+    return static_cast<std::size_t>(count) * sizeof(T);
+  }
   const int blocks_;
+  const std::size_t sums_, found_, flags_;
   const Workspace workspace_;
 };
 
@@ -72,6 +85,7 @@ class Runs {
 
   // The block's run, for one of its threads to ask. Where tiles are shared, runs are given out from the last to the
   // first, in the order in which blocks begin: a block waits for later runs alone, so for blocks that have begun.
+  // Negative where there are fewer runs than blocks, because groups have fewer tiles than they might.
   __device__ int take() const {
     const auto begun = shared_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(shared_.ticket);
     return config_.blocks - 1 - begun;

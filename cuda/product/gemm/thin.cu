@@ -8,8 +8,11 @@ void multiply_thin(const Product& product, const GemmConfig& config, const Strea
   const SumsMemory memory(config, stream);
   const GemmArgs args(product, config, memory);
   const auto start = [&]<class T, int kRows>() {
-    launch<thin_gemm_kernel<T, kRows>>({config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()}, stream,
-                                       args);
+    const LaunchShape shape = {config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()};
+    if constexpr (kRows <= kThinRows) {  // for more rows of groups it would have too few registers
+      if (config.grouped) return launch<thin_gemm_kernel<T, kRows, true>>(shape, stream, args);
+    }
+    launch<thin_gemm_kernel<T, kRows, false>>(shape, stream, args);
   };
   const auto start_tile = [&]<class T>() {
     switch (config.tile_rows) {

@@ -15,57 +15,11 @@
 
 #include "product/gemm/operands.cuh"
 #include "product/gemm/runs.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/gemm/thin_sums.cuh"
+#include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
 
 namespace qlora_native::QLN_CUDA {
-
-template <int kRows_>
-struct ThinTile {
-  static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kThinStep, kStages = thin_stages(kRows);
-  static constexpr int kHalves = 2, kHalf = kStep / kHalves;  // of a step
-  static constexpr int kWarpCols = kCols / (kGemmWarps / kHalves);
-  // A fragment is mma's 16 by 8: so many columns of the result, and rows, for its sums are transposed.
-  static constexpr int kColFragments = kWarpCols / kMmaRows, kRowFragments = kRows / kMmaCols;
-  static_assert(kColFragments == kHalves && kRowFragments % 2 == 0 && kHalf == 2 * kChunk);
-};
-
-// mma gives lane (g, t) two of a fragment's 16 rows of W. They are neighbours, as the columns of the result then are.
-// The lane loads one of its eight rows of x, and has two of the result; rows that are loaded at once lie in different
-// banks.
-template <class Tile>
-struct ThinLane : Lane {
-  using Lane::Lane;
-  __device__ __forceinline__ unsigned half() const { return warp % Tile::kHalves; }
-  // The first column of the result in its i-th fragment.
-  __device__ __forceinline__ unsigned col(unsigned i) const {
-    return warp / Tile::kHalves * Tile::kWarpCols + i * kMmaRows + 2 * g;
-  }
-  __device__ __forceinline__ unsigned loaded_row() const { return g / 2 + g % 2 * 4; }
-  __device__ __forceinline__ unsigned row(unsigned j) const { return t + j * 4; }
-};
-
-// Codes of a step: of each row of W four chunks, as they are in memory. A warp reads the same chunk of every second row
-// of a fragment at once: these are put beside each other, and their chunks change places, so that all lie in different
-// banks. As numbers of chunks from the first.
-template <class Tile>
-struct ThinCodes {
-  static constexpr unsigned kChunks = Tile::kStep / kChunk;  // of a row
-  static constexpr unsigned kOfThread = Tile::kCols * kChunks / kGemmThreads;
-
-  static constexpr unsigned place(unsigned col, unsigned chunk) {
-    const unsigned line = col / kMmaRows * kMmaRows + col % 2 * (kMmaRows / 2) + col % kMmaRows / 2;
-    return line * kChunks + (chunk ^ line / 2 % kChunks);
-  }
-  // What stands at a place.
-  static constexpr unsigned col_at(unsigned place) {
-    const unsigned line = place / kChunks;
-    return line / kMmaRows * kMmaRows + line % (kMmaRows / 2) * 2 + line / (kMmaRows / 2) % 2;
-  }
-  static constexpr unsigned chunk_at(unsigned place) { return place % kChunks ^ place / kChunks / 2 % kChunks; }
-
-  std::uint8_t at[Tile::kCols * Tile::kStep / 2];
-};
 
 template <class T, class Tile>
 struct ThinShared {
@@ -84,120 +38,7 @@ struct ThinShared {
   }
 };
 
-// The sums of a tile, in registers: of a warp's half of each step, and then of both halves.
-template <class T, class Tile>
-class ThinSums {
-  static constexpr int kColFragments = Tile::kColFragments, kRowFragments = Tile::kRowFragments;
-
- public:
-  // Of eight neighbours in the inner dimension: what two mma take of a fragment of the weight.
-  using Weights = std::uint32_t[kColFragments][2][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kColFragments; ++i) {
-#pragma unroll
-      for (int f = 0; f < kRowFragments; ++f) {
-#pragma unroll
-        for (int part = 0; part < 4; ++part) sum_[i][f][part] = 0.0f;
-      }
-    }
-  }
-  // `left`: the lane's eight in the first rows of x.
-  __device__ __forceinline__ void multiply(const Weights& weights, const SharedPlace& left) {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-#pragma unroll
-        for (int i = 0; i < kColFragments; ++i) {
-          mma_16x8x16<T>(sum_[i][f], weights[i][k], {x.at[2 * k], x.at[2 * k + 1]});
-        }
-      }
-    }
-  }
-  // Of four neighbours, with left(row) those of the lane's row behind `row` others.
-  template <class Left>
-  __device__ __forceinline__ void multiply_four(const std::uint32_t (&weights)[kColFragments][4], const Left& left) {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const Vector<std::uint32_t, 2> x = left(f * kMmaCols);
-#pragma unroll
-      for (int i = 0; i < kColFragments; ++i) mma_16x8x16<T>(sum_[i][f], weights[i], {x.at[0], x.at[1]});
-    }
-  }
-  // The two warps that have the same columns and other halves of the steps: one gets the sums of the first fragment,
-  // the other those of the second. `exchange`: shared memory that no one reads or writes meanwhile.
-  __device__ __forceinline__ void join(const SharedPlace& exchange, unsigned half) {
-    const unsigned thread = thread_index();
-    const SharedPlace mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      Vector<float, 4> given;
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        given.at[part] = half == 0 ? sum_[1][f][part] : sum_[0][f][part];
-        sum_[0][f][part] = half == 0 ? sum_[0][f][part] : sum_[1][f][part];
-      }
-      store_shared(mine.at(f * kGemmThreads * kVectorBytes), given);
-    }
-    sync_threads();
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const auto taken = load_shared<Vector<float, 4>>(other.at(f * kGemmThreads * kVectorBytes));
-#pragma unroll
-      for (int part = 0; part < 4; ++part) sum_[0][f][part] += taken.at[part];
-    }
-    sync_threads();
-  }
-
-  // Joined sums to and from memory, as in GemmSums.
-  __device__ void leave(float* of_run) const {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const float (&s)[4] = sum_[0][f];
-      store_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
-    }
-  }
-  __device__ void add(const float* of_run) {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const auto s = load_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4);
-#pragma unroll
-      for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
-    }
-  }
-  // Sum plus bias, rounded once, of the `rows` rows and of the lane's `cols` columns that are there. `out` and
-  // `bias_of`: of the first of its columns; a bias of null is none.
-  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* bias_of, int rows,
-                        int cols) const {
-    if (cols <= 0) return;
-    const int count = cols < 2 ? cols : 2;
-    float bias[2] = {};
-    if (bias_of != nullptr) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(bias_of[j]);
-      }
-    }
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-#pragma unroll
-      for (unsigned j = 0; j < 2; ++j) {
-        const int row = f * kMmaCols + static_cast<int>(lane.row(j));
-        const T values[2] = {from_f32<T>(sum_[0][f][j] + bias[0]), from_f32<T>(sum_[0][f][2 + j] + bias[1])};
-        if (row < rows) store_elements(out + row * stride, count, values);
-      }
-    }
-  }
-
- private:
-  // Of each fragment, part p: the lane's row p % 2 of x, and row p / 2 of W.
-  float sum_[kColFragments][kRowFragments][4];
-};
-
-template <class T, class Tile>
+template <class T, class Tile, bool kGroups>
 class ThinGemm {
   using Shared = ThinShared<T, Tile>;
   using Stage = typename Shared::Stage;
@@ -211,11 +52,16 @@ class ThinGemm {
   __device__ ThinGemm(const GemmArgs& args, Shared& shared)
       : args_(args),
         shared_(shared),
-        runs_(args.config, args.shared_sums),
+        tile_rows_(args),
+        runs_(tile_rows_.config(), args.shared_sums),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.pairs) {
     auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // there is no room for it beside them
-    if (thread_index() == 0) first_step = static_cast<std::uint32_t>(args.config.begin_of(runs_.take()));
+    tile_rows_.prepare();
+    if (thread_index() == 0) {
+      const int run = runs_.take();
+      first_step = kGroups && run < 0 ? kNoStep : static_cast<std::uint32_t>(tile_rows_.config().begin_of(run));
+    }
     Shared::Table::fill(shared.pairs, args.weight.code);
     shared.levels.fill(args.weight);
     sync_threads();
@@ -226,21 +72,37 @@ class ThinGemm {
   // Its place is kept, in 32 bits, which count the steps of an aligned weight; all else is made anew where it is
   // needed, so that it fills no registers in between.
   __device__ void run() {
+    if (kGroups && first_step_ == kNoStep) return;
     for (std::uint32_t step = first_step_;;) {
+      tile_rows_.go_to(part_at(step).tile);
       sums_.clear();
       add_low_rank(part_at(step));
       multiply(part_at(step));
       sums_.join(place_in_stages(0), ThinLane<Tile>().half());
       const Part part = part_at(step);
-      if (runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) store(part.tile * Tile::kCols);
+      if (runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) store(col0_of(part));
       if (part.is_last) return;
       step += static_cast<std::uint32_t>(part.count);
     }
   }
 
  private:
+  static constexpr std::uint32_t kNoStep = 0xFFFFFFFF;
   __device__ Part part_at(std::uint32_t step) const { return runs_.part_at(kept(step)); }
-  __device__ __forceinline__ int rows() const { return static_cast<int>(args_.rows); }
+  // Without groups there is one tile of rows.
+  __device__ __forceinline__ std::int64_t col0_of(const Part& part) const {
+    if constexpr (kGroups) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
+    return part.tile * Tile::kCols;
+  }
+  __device__ __forceinline__ int rows() const {
+    if constexpr (kGroups) return tile_rows_.rows();
+    return static_cast<int>(args_.rows);
+  }
+  // The tile's first row.
+  __device__ __forceinline__ const T* row0_of(const ConstMatrix& matrix) const {
+    const T* const data = static_cast<const T*>(matrix.data);
+    return kGroups ? data + tile_rows_.tile().begin * matrix.stride : data;
+  }
   __device__ SharedPlace place_in_stages(unsigned bytes) const { return SharedPlace(shared_.stages).at(bytes).kept(); }
   // What a lane reads at first of x: eight neighbours; and of the codes, of its first row.
   __device__ SharedPlace operand_of(const ThinLane<Tile>& lane) const {
@@ -271,7 +133,8 @@ class ThinGemm {
     return chunk < args_.last_chunk ? chunk : args_.last_chunk;
   }
   __device__ __forceinline__ std::uint32_t chunk_of(std::int64_t col, std::int64_t inner) const {
-    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(col * args_.weight.K + inner) / kChunk);
+    const std::int64_t element = tile_rows_.weights_before() + col * args_.weight.K + inner;
+    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
   }
   __device__ __forceinline__ std::uint32_t chunks_of_row() const {
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(args_.weight.K) / kChunk);
@@ -280,13 +143,14 @@ class ThinGemm {
   __device__ void multiply(const Part& part) {
     const ThinLane<Tile> lane;
     const SharedPlace share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
-    const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = part.tile * Tile::kCols;
+    const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = col0_of(part);
     const int whole = static_cast<int>(args_.inner / Tile::kStep);
     const int tail = static_cast<int>(args_.inner % Tile::kStep);
     constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
     const int row = static_cast<int>(lane.thread / Left::kVectors);
     const int inner = static_cast<int>(Left::vector_at(lane.thread) * Left::kVector);
-    const T* x = static_cast<const T*>(args_.left.data) + row * args_.left.stride + inner0 + inner;
+    const int rows_of_group = kGroups ? rows() : 0;  // kept: it is not among the kernel's arguments
+    const T* x = row0_of(args_.left) + row * args_.left.stride + inner0 + inner;
     // The first chunk that this thread brings, and the first whose scale the lane needs.
     std::uint32_t brought =
         chunk_of(col0 + PlacesOfCodes::col_at(lane.thread), inner0 + PlacesOfCodes::chunk_at(lane.thread) * kChunk);
@@ -299,7 +163,7 @@ class ThinGemm {
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
         cp_async_or_zeros(to.at(i * kRowsAtOnce * Left::kRowBytes), x + i * kRowsAtOnce * args_.left.stride,
-                          is_there && row + i * kRowsAtOnce < rows());
+                          is_there && row + i * kRowsAtOnce < (kGroups ? rows_of_group : rows()));
       }
       x += Tile::kStep;
 #pragma unroll
@@ -369,19 +233,34 @@ class ThinGemm {
   // of B waits in shared memory until it is whole: one piece of code loads each pair, and no registers are held
   // meanwhile.
   __device__ void add_low_rank(const Part& part) {
+    if (part.first > 0 || args_.low_rank.cols == 0) return;
+    if constexpr (kGroups) {
+      TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
+#pragma unroll 1
+      while (adapters.next()) {
+        const RowSpan rows = adapters.rows();
+        add_adapter(col0_of(part), adapters.adapter(), tile_rows_.in_tile(rows.begin), tile_rows_.in_tile(rows.end));
+      }
+    } else {
+      add_adapter(col0_of(part), 0, 0, rows());
+    }
+    sync_threads();  // before the stages are filled
+  }
+  // Of rows begin ... end-1 of the tile.
+  __device__ __forceinline__ void add_adapter(std::int64_t col0, int adapter, int begin, int end) {
     const int rank = static_cast<int>(args_.low_rank.cols);
-    if (part.first > 0 || rank == 0) return;
     const ThinLane<Tile> lane;
     const SharedPlace mine = place_in_stages(lane.thread * (2 * kVectorBytes));
+    const int first = kGroups ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
-    for (int r0 = lane.half() * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
+    for (int r0 = first * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
       const int r = r0 + 4 * lane.t;
 #pragma unroll 1
       for (unsigned word = 0; word < kFragments * 4; ++word) {
-        const std::int64_t col = part.tile * Tile::kCols + lane.col(word / 4) + word % 2;
+        const std::int64_t col = col0 + lane.col(word / 4) + word % 2;
         const int first = r + word / 2 % 2 * 2;
-        store_shared(mine.at(word * 4),
-                     pack_pair<T>(right_at<true>(args_, first, col), right_at<true>(args_, first + 1, col)));
+        store_shared(mine.at(word * 4), pack_pair<T>(right_at<true>(args_, first, col, adapter),
+                                                     right_at<true>(args_, first + 1, col, adapter)));
       }
       std::uint32_t weights[kFragments][4];
 #pragma unroll
@@ -390,27 +269,30 @@ class ThinGemm {
 #pragma unroll
         for (int w = 0; w < 4; ++w) weights[i][w] = words.at[w];
       }
-      const T* const u = static_cast<const T*>(args_.low_rank.data) + lane.loaded_row() * args_.low_rank.stride + r;
+      const T* const u = row0_of(args_.low_rank) + lane.loaded_row() * args_.low_rank.stride + r;
       sums_.multiply_four(weights, [&](int row) {
         sync_warp();  // a row at a time, for want of registers
-        const bool has_row = row + static_cast<int>(lane.loaded_row()) < rows();
+        const int of_tile = row + static_cast<int>(lane.loaded_row());
+        const bool has_row = of_tile < end && (!kGroups || of_tile >= begin);
         const Eight words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
         return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });
     }
-    sync_threads();  // before the stages are filled
   }
 
   __device__ void store(std::int64_t col0) const {
     const ThinLane<Tile> lane;
     const std::int64_t col = col0 + lane.col(lane.half()), cols = args_.cols - col;
     const T* const bias = static_cast<const T*>(args_.bias);
-    sums_.store(lane, static_cast<T*>(args_.out.data) + col, args_.out.stride, bias == nullptr ? nullptr : bias + col,
+    T* out = static_cast<T*>(args_.out.data) + col;
+    if constexpr (kGroups) out += tile_rows_.tile().begin * args_.out.stride;
+    sums_.store(lane, out, args_.out.stride, bias == nullptr ? nullptr : bias + tile_rows_.biases_before() + col,
                 rows(), cols < 2 ? static_cast<int>(cols) : 2);
   }
 
   const GemmArgs& args_;
   Shared& shared_;
+  const TileRows<kGroups, Tile::kRows> tile_rows_;
   const Runs runs_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
@@ -418,11 +300,11 @@ class ThinGemm {
   Sums sums_;
 };
 
-template <class T, int kRows>
+template <class T, int kRows, bool kGroups>
 __global__ void __launch_bounds__(kGemmThreads, gemm_blocks(kRows))
     thin_gemm_kernel(const __grid_constant__ GemmArgs args) {
   using Tile = ThinTile<kRows>;
-  ThinGemm<T, Tile> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
+  ThinGemm<T, Tile, kGroups> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
   gemm.run();
 }
 

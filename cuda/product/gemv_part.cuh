@@ -1,0 +1,91 @@
+// Which part of the product of few rows (gemv.cu) a block has.
+#pragma once
+
+#include "product/product.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+struct GemvArgs : Product {
+  WeightScales scales;
+  std::uint32_t last_chunk;  // of an aligned weight
+};
+
+// What of the product a block has at a time: some columns of up to kGemvRows rows.
+template <class T, bool kGroups>
+class GemvPart {
+ public:
+  __device__ explicit GemvPart(const GemvArgs& args)
+      : args_(args), apart_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
+  __device__ bool go_on() { return false; }  // it is all that the block has
+
+  __device__ std::int64_t begin() const { return block_index() * kGemvCols; }
+  __device__ std::int64_t end() const { return args_.weight.N; }
+  __device__ std::int64_t apart() const { return apart_; }
+  __device__ int rows() const { return rows_; }
+  __device__ const T* left() const { return static_cast<const T*>(args_.left.data); }
+  __device__ const T* low_rank() const { return static_cast<const T*>(args_.low_rank.data); }
+  __device__ T* out() const { return static_cast<T*>(args_.out.data); }
+  __device__ std::int64_t weights_before() const { return 0; }  // elements of other groups' weights
+  __device__ std::int64_t biases_before() const { return 0; }
+
+ private:
+  const GemvArgs& args_;
+  const std::int64_t apart_;
+  const int rows_;
+};
+
+// Where there are groups: a share of the columns of all tiles of rows, tile after tile.
+template <class T>
+class GemvPart<T, true> {
+ public:
+  __device__ explicit GemvPart(const GemvArgs& args) : args_(args), of_tile_(ceil_div(args.cols, kGemvCols)) {
+    const std::int64_t tiles = args.own_weights ? find_row_tile<kGemvRows>(args.groups, args.rows, kNoTile).before : 1;
+    const std::int64_t all = tiles * of_tile_, share = all / grid_blocks(), rest = all % grid_blocks();
+    const std::int64_t i = block_index();
+    next_ = i * share + (i < rest ? i : rest);
+    end_of_share_ = next_ + share + (i < rest ? 1 : 0);
+  }
+  // To the next tile that it has columns of, at first too: false where there is none.
+  __device__ bool go_on() {
+    if (next_ == end_of_share_) return false;
+    tile_ = {{0, args_.rows}, 0};
+    if (args_.own_weights) {
+      tile_ = find_row_tile<kGemvRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(next_ / of_tile_)).tile;
+    }
+    begin_ = next_ % of_tile_ * kGemvCols;
+    const std::int64_t last = begin_ + (end_of_share_ - next_) * kGemvCols;
+    end_ = last < args_.cols ? last : args_.cols;
+    next_ += ceil_div(end_ - begin_, kGemvCols);
+    rows_ = tile_.end - tile_.begin < kGemvRows ? static_cast<int>(tile_.end - tile_.begin) : kGemvRows;
+    left_ = row0_of(args_.left);
+    weights_before_ = args_.weight_of(tile_.group) * args_.elements_of_weight();
+    return true;
+  }
+
+  __device__ const RowTile& tile() const { return tile_; }
+  __device__ std::int64_t begin() const { return begin_; }
+  __device__ std::int64_t end() const { return end_; }
+  __device__ std::int64_t apart() const { return kGemvCols; }
+  __device__ int rows() const { return rows_; }
+  __device__ const T* left() const { return left_; }
+  __device__ const T* low_rank() const { return row0_of(args_.low_rank); }
+  __device__ T* out() const { return static_cast<T*>(args_.out.data) + tile_.begin * args_.out.stride; }
+  __device__ std::int64_t weights_before() const { return weights_before_; }
+  __device__ std::int64_t biases_before() const { return args_.weight_of(tile_.group) * args_.cols; }
+
+ private:
+  __device__ const T* row0_of(const ConstMatrix& matrix) const {
+    return static_cast<const T*>(matrix.data) + tile_.begin * matrix.stride;
+  }
+
+  const GemvArgs& args_;
+  const std::int64_t of_tile_;
+  std::int64_t next_, end_of_share_;  // counted over all tiles
+  std::int64_t begin_ = 0, end_ = 0;
+  RowTile tile_{};
+  int rows_ = 0;
+  const T* left_ = nullptr;
+  std::int64_t weights_before_ = 0;
+};
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,99 @@
+// Rows in groups (linear.h), as kernels find them. Offsets lie in the device's memory, and the host launches kernels
+// before it could read them: it knows how many tiles of rows there may be at most (config.h), and a block looks for its
+// own. An offset beyond the rows counts as their end, so that no kernel leaves them.
+#pragma once
+
+#include "common/layout.h"
+#include "qlora_native/linear.h"
+#include "simt/simt.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+struct RowSpan {
+  std::int64_t begin, end;
+  __device__ bool is_empty() const { return begin >= end; }
+};
+
+// A tile of rows begins with row `begin` and has no row behind `end`, which is that of its group: empty where there is
+// no such tile.
+struct RowTile : RowSpan {
+  int group;
+};
+
+struct Groups {
+  int count = 0;  // 0: all rows are one group
+  int apart = 1;  // group g begins at offset g * apart
+  const std::int64_t* offsets = nullptr;
+  bool has_front = false;  // whether rows before the first one are a group too, number -1
+
+  // How many they are, with that one.
+  int all() const { return count == 0 ? 1 : count + (has_front ? 1 : 0); }
+
+  __device__ std::int64_t offset(int g, std::int64_t rows) const {
+    const std::int64_t at = offsets[std::int64_t{g} * apart];
+    return at < 0 ? 0 : at < rows ? at : rows;
+  }
+  __device__ RowSpan rows_of(int g, std::int64_t rows) const {
+    if (count == 0) return {0, rows};
+    return {g < 0 ? 0 : offset(g, rows), offset(g + 1, rows)};
+  }
+  // The first group that ends behind a row; `count` where none does.
+  __device__ int group_of(std::int64_t row, std::int64_t rows) const {
+    int low = 0, high = count;
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      if (offset(middle + 1, rows) > row) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+};
+
+// The groups of rows that adapters are for. If they share one, they are one.
+inline Groups groups_of_adapters(const LoraView& lora, const RowGroups& groups) {
+  if (groups.count == 0) return {};
+  return {.count = static_cast<int>(lora.count),
+          .apart = static_cast<int>(groups.count / lora.count),
+          .offsets = groups.offsets};
+}
+
+struct FoundTile {
+  RowTile tile;
+  std::uint32_t before;  // how many tiles there are, if there is no such tile
+};
+constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
+
+// Tile number `wanted` of the groups' rows, kRows a tile, group after group. All lanes of a warp ask for the same: each
+// looks at one group of 32.
+template <int kRows>
+__device__ FoundTile find_row_tile(const Groups& groups, std::int64_t rows, std::uint32_t wanted) {
+  const int lane = thread_index() % kWarp;
+  std::uint32_t before = 0;
+#pragma unroll 1
+  for (int first = groups.has_front ? -1 : 0; first < groups.count; first += kWarp) {
+    const int group = first + lane;
+    const RowSpan span = group < groups.count ? groups.rows_of(group, rows) : RowSpan{0, 0};
+    const std::uint32_t tiles =
+        span.is_empty() ? 0 : static_cast<std::uint32_t>(ceil_div(span.end - span.begin, kRows));
+    std::uint32_t up_to = tiles;  // of the lanes up to this one
+#pragma unroll
+    for (int apart = 1; apart < kWarp; apart *= 2) {
+      const std::uint32_t of_lanes = shfl(up_to, lane < apart ? lane : lane - apart);
+      if (lane >= apart) up_to += of_lanes;
+    }
+    const std::uint32_t place = wanted - (before + up_to - tiles);
+    const std::uint32_t has_it = max_of_warp(place < tiles ? static_cast<std::uint32_t>(lane) + 1 : 0);
+    if (has_it > 0) {
+      const int source = static_cast<int>(has_it) - 1;
+      const std::int64_t begin = span.begin + std::int64_t{place} * kRows;
+      return {{{shfl(begin, source), shfl(span.end, source)}, first + source}, 0};
+    }
+    before += shfl(up_to, kWarp - 1);
+  }
+  return {{{0, 0}, 0}, before};
+}
+
+}  // namespace qlora_native::QLN_CUDA
