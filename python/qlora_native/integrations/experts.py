@@ -95,6 +95,23 @@ def run_quantized(module: nn.Module) -> None:
         module.config._experts_implementation = IMPLEMENTATION
 
 
+class _Dispatched(torch.autograd.Function):
+    """Each row of x [T, H] k times, sorted by expert: row i is x[order[i] // k]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
+        """x[order // k], without the k copies of x in between."""
+        ctx.save_for_backward(back)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The sum of the gradients of a row's copies, in one order on every device."""
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back).view(-1, ctx.k, gradient.shape[1]).sum(dim=1), None, None, None
+
+
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
@@ -126,8 +143,7 @@ def experts_forward(
     offsets = torch.searchsorted(top_k_index.reshape(-1)[order], experts)
     bias = self.gate_up_proj_bias if self.has_bias and self.has_gate else self.up_proj_bias if self.has_bias else None
     back = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device))
-    # Gradients of the k copies of a row are added by `expand`, in one order on every device.
-    rows = Permuted.apply(hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(T * k, -1), order, back)
+    rows = _Dispatched.apply(hidden_states, order, back, k)
     inner = first(rows, offsets, bias)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     y = self.down_proj(inner, offsets, self.down_proj_bias if self.has_bias else None)
