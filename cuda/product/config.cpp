@@ -178,8 +178,11 @@ std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
 }  // namespace
 
 std::string text_of(const ProductShape& shape, const ProductConfig& config) {
+  const std::string groups =
+      shape.groups == 0 ? ""
+                        : ", rows in " + number(shape.groups) + (shape.own_weights ? " groups" : " groups of adapters");
   return "[" + number(shape.rows) + ", " + number(shape.inner) + "] to [" + number(shape.rows) + ", " +
-         number(shape.cols) + "] in " + name_of(shape.dtype) + ", " + number(shape.bits) + " bits, " +
+         number(shape.cols) + "] in " + name_of(shape.dtype) + ", " + number(shape.bits) + " bits" + groups + ", " +
          (shape.aligned ? "aligned" : "not aligned") + ", " + number(shape.multiprocessors) +
          " multiprocessors: " + std::visit([&](const auto& way) { return name_of_way(shape, way); }, config);
 }
