@@ -107,24 +107,23 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
     """Y and dX of a batch of `count` adapters and of one, over one weight."""
     q = qn.quantize(torch.randn(N, K) / K**0.5)
     x, dy = torch.randn(M, K).to(DTYPE), torch.randn(M, N).to(DTYPE)
-    a, b = torch.randn(count, RANK, K), torch.randn(count, N, RANK)
     offsets = torch.arange(count + 1) * M // count
     rest = (1.0, 0.0, None, True)
-    products = {
-        "Y": {
-            OURS: lambda _: linear_grouped(x, q, offsets, None, a, b),
-            ONE_ADAPTER: lambda _: qn.linear(x, q, None, a[0], b[0]),
-        },
-        "dX": {
-            OURS: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest, offsets, 1),
-            ONE_ADAPTER: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), a[0], b[0], *rest),
-        },
-    }
     rows = []
-    for product, contestants in products.items():
-        found, _ = clock.alternate(contestants, probe, BUDGET_S)
-        name = f"{product} of [{N}, {K}], {count} adapters in a batch"
-        rows.append({"name": name, "rows": M, "seconds": {k: t.median for k, t in found.items()}})
+    for dtype in (DTYPE, torch.float32):  # of the adapters: as they are served, and as they are trained
+        a, b = torch.randn(count, RANK, K).to(dtype), torch.randn(count, N, RANK).to(dtype)
+        forward = {
+            OURS: lambda _, a=a, b=b: linear_grouped(x, q, offsets, None, a, b),
+            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: qn.linear(x, q, None, a, b),
+        }
+        backward = {
+            OURS: lambda _, a=a, b=b: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest, offsets, 1),
+            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest),
+        }
+        for product, contestants in (("Y", forward), ("dX", backward)):
+            found, _ = clock.alternate(contestants, probe, BUDGET_S)
+            name = f"{product} of [{N}, {K}], {count} adapters in {str(dtype)[6:]}"
+            rows.append({"name": name, "rows": M, "seconds": {k: t.median for k, t in found.items()}})
     return rows
 
 

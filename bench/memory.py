@@ -42,6 +42,7 @@ def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
 def peak(call: Callable[[], object]) -> int:
     """Bytes by which this process grows at most during a call, after one that has made what is made once."""
     call()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would be used again, and not seen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
     before = _status("VmRSS")
     result = call()
