@@ -180,13 +180,13 @@ def lines(report: dict) -> str:
         "| | rows | ours, ms | against | ms | ours is |",
         "|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
+    for row in report["measured"]:
         own = row["seconds"][OURS]
         for name, seconds in row["seconds"].items():
             if name != OURS:
                 cells = (f"{1e3 * own:.3g}", name, f"{1e3 * seconds:.3g}", f"{seconds / own:.2f} × as fast")
                 text.append(f"| {row['name']} | {row['rows']} | " + " | ".join(cells) + " |")
-    for row in report["rows"]:
+    for row in report["measured"]:
         if peaks := row.get("peak_bytes"):
             cells = ", ".join(f"{name} {peak / 2**20:.0f} MB" for name, peak in peaks.items())
             text.append(f"\nMemory of the {row['name']}, forward and backward: {cells}.")
@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
     args = parser.parse_args()
-    report = {"machine": machine.describe(), "rows": measure()}
+    report = {"machine": machine.describe(), "measured": measure()}
     if args.output:
         path = Path(__file__).parent / "results" / f"grouped-{machine.file_name(report['machine'])}"
         path.write_text(json.dumps(report, indent=1) + "\n")
