@@ -36,9 +36,9 @@ STANDARD_DEVIATION = 0.02
 NOT_QUANTIZED = ("lm_head", "gate", "router")  # a mixture's router stays in its own precision
 
 
-def llama_7b(layers: int) -> PreTrainedConfig:
+def llama_7b(layers: int, **changes: Any) -> PreTrainedConfig:
     """Llama-7B's (Touvron et al. 2023, table 2)."""
-    return LlamaConfig(
+    sizes = dict(
         hidden_size=4096,
         intermediate_size=11008,
         num_hidden_layers=layers,
@@ -46,11 +46,12 @@ def llama_7b(layers: int) -> PreTrainedConfig:
         num_key_value_heads=32,
         vocab_size=32_000,
     )
+    return LlamaConfig(**{**sizes, **changes})
 
 
-def qwen3_30b_a3b(layers: int) -> PreTrainedConfig:
+def qwen3_30b_a3b(layers: int, **changes: Any) -> PreTrainedConfig:
     """Qwen3-30B-A3B's (its config.json): 128 experts a layer, of which a token takes 8."""
-    return Qwen3MoeConfig(
+    sizes = dict(
         hidden_size=2048,
         intermediate_size=6144,
         moe_intermediate_size=768,
@@ -63,11 +64,12 @@ def qwen3_30b_a3b(layers: int) -> PreTrainedConfig:
         norm_topk_prob=True,
         vocab_size=151_936,
     )
+    return Qwen3MoeConfig(**{**sizes, **changes})
 
 
-def gpt_oss_20b(layers: int) -> PreTrainedConfig:
+def gpt_oss_20b(layers: int, **changes: Any) -> PreTrainedConfig:
     """gpt-oss-20b's (its config.json): 32 experts a layer, of which a token takes 4."""
-    return GptOssConfig(
+    sizes = dict(
         hidden_size=2880,
         intermediate_size=2880,
         num_hidden_layers=layers,
@@ -79,9 +81,10 @@ def gpt_oss_20b(layers: int) -> PreTrainedConfig:
         vocab_size=201_088,
         layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
     )
+    return GptOssConfig(**{**sizes, **changes})
 
 
-SHAPES: dict[str, tuple[Callable[[int], PreTrainedConfig], int]] = {  # config of so many layers, and how many it has
+SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of so many layers, and how many it has
     "llama-7b": (llama_7b, 32),
     "qwen3-30b-a3b": (qwen3_30b_a3b, 48),
     "gpt-oss-20b": (gpt_oss_20b, 24),
@@ -158,8 +161,10 @@ def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tenso
     return loss.item()
 
 
-def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank: int) -> dict[str, Any]:
+def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank: int, **changes: Any) -> dict[str, Any]:
     """Make the model, and take two training steps, of which the second one is timed, and its operations counted.
+
+    `changes`: other sizes than the shape's, for its config.
 
     Raises:
         RuntimeError: the loss of the same tokens does not fall.
@@ -170,7 +175,7 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
     layers = all_layers if layers is None else layers
     torch.manual_seed(0)
     making, step = Clock(), Clock()
-    model = quantized_model(make(layers), making)
+    model = quantized_model(make(layers, **changes), making)
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     parameters = sum(size for _, size in weights_of(model))
     experts = [path for path, module in model.named_modules() if isinstance(module, qn.nn.Experts4bit)]

@@ -35,11 +35,31 @@ def script(monkeypatch: pytest.MonkeyPatch):
             del sys.modules[name]
 
 
-def test_large_model_takes_two_steps(script):
-    found = script("large").measure(layers=2, width=256, tokens=16, rank=4)
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+MIXTURES = {
+    "llama-7b": {},
+    "qwen3-30b-a3b": {"moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2},
+    "gpt-oss-20b": {"num_local_experts": 6, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("shape", MIXTURES)
+def test_large_model_takes_two_steps(script, shape):
+    found = script("large").measure(shape, 2, 16, 4, 3, vocab_size=1000, **SMALL, **MIXTURES[shape])
     assert found["losses"][0] > found["losses"][1] > found["losses"][2]
     assert found["base_bytes"] < found["bytes_in_16_bits"]
-    assert found["trainable"] == 2 * 4 * (4 * 2 * 256 + 3 * (256 + 688))  # of four square and three other linears
+    attention = 2 * 4 * (256 + 256) + 2 * 4 * (256 + 128)  # q and o, then k and v, of rank 4
+    width, experts = (64, 6) if shape.startswith("qwen") else (352, 6)
+    of_experts = experts * 3 * ((256 + 2 * width) + (width + 256))  # gate and up, then down, of rank 3
+    of_mlp = 4 * 3 * (256 + 352)
+    assert found["trainable"] == 2 * (attention + (of_mlp if shape == "llama-7b" else of_experts))
+    assert found["operations_s"]["4-bit products, forward"] > 0
 
 
 @pytest.mark.parametrize("method", ["16 bits", "LoRA", "QLoRA"])
