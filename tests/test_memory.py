@@ -41,12 +41,19 @@ def call(M, N, K):
     a, b = torch.zeros(16, K), torch.zeros(N, 16)
     u = torch.zeros(M, 16, dtype=dtype)
     lora = (a, b, 1.0, 0.0, None)
+    experts = min(8, N)  # the same weight as that of several experts, each with an adapter
+    of_experts = qn.quantize(weight.view(experts, N // experts, K)).op_arguments()
+    groups = (torch.arange(experts + 1) * M // experts, experts)
+    loras = (torch.zeros(experts, 16, K), torch.zeros(experts, N // experts, 16), 1.0, 0.0, None)
+    dy_of_experts = torch.ones(M, N // experts, dtype=dtype)
     ops = torch.ops.qlora_native
     function = {
         "quantize": lambda: ops.quantize(weight, q.code, q.nested_code, 4, 64),
         "dequantize": lambda: (q.dequantize(dtype),),
         "forward": lambda: ops.linear_forward(x, *q.op_arguments(), None, *lora),
         "dx": lambda: ops.linear_backward_input(dy, *q.op_arguments(), *lora, True),
+        "experts": lambda: ops.linear_forward(x, *of_experts, None, *loras, *groups),
+        "dx of experts": lambda: ops.linear_backward_input(dy_of_experts, *of_experts, *loras, True, *groups),
         "adapter": lambda: ops.lora_gradients(x, dy, u, u, 1.0, 0.0, None, torch.float32),
     }[what]
     for tensor in (weight, x, dy):
@@ -63,7 +70,7 @@ print(call(M, N, K))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("what", ["quantize", "dequantize", "forward", "dx", "adapter"])
+@pytest.mark.parametrize("what", ["quantize", "dequantize", "forward", "dx", "adapter", "experts", "dx of experts"])
 def test_call_takes_no_more_memory_than_stated(what, dtype):
     scalar = _C.current_isa() == "scalar"
     M, N, K = (64, 256, 4096) if scalar and what != "dequantize" else (2048, 4096, 4096)
