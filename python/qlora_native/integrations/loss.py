@@ -1,0 +1,229 @@
+"""`fuse_loss(model)`: causal language models of transformers compute their loss without making logits.
+
+    fuse_loss(model)                        # then train as before: Trainer, any loop that reads outputs.loss
+
+transformers gives a model's logits and labels to its loss function. While the model trains, its head hands on what it
+would multiply instead, a `DeferredLogits`, and the loss function put here takes the loss of that by
+`qlora_native.functional.linear_cross_entropy`. What a family does to its logits on the way, a factor (Granite, Cohere)
+or a soft cap (Gemma 2), is kept in mind; anything else that looks at them, `outputs.logits` in a user's loop too, makes
+them after all. TRL's SFTTrainer has a loss of its own, which makes no logits either, and calls no loss function.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from ._versions import require
+
+require("transformers")
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .._errors import FLOAT_DTYPES
+from ..functional import linear_cross_entropy
+from ..nn import Linear4bit
+
+__all__ = ["DeferredLogits", "fuse_loss"]
+
+
+class DeferredLogits:
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+
+    Attributes:
+        head: the module that makes them.
+        hidden: [..., K], what it multiplies.
+        scale, softcap: s, and c or None.
+    """
+
+    def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
+        """Logits that nobody has asked for."""
+        self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
+        self.made: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The logits, as the model would have made them; once."""
+        if self.made is None:
+            logits = type(self.head).forward(self.head, self.hidden)
+            if self.softcap is not None:
+                self.made = self.softcap * torch.tanh(self.scale / self.softcap * logits)
+            else:
+                self.made = logits if self.scale == 1.0 else self.scale * logits
+        return self.made
+
+    def _changed(self, scale: float, softcap: float | None) -> DeferredLogits:
+        return DeferredLogits(self.head, self.hidden, scale, softcap)
+
+    def _times(self, factor: Any) -> Any:
+        """z times a number."""
+        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
+            # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
+            return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
+        return self.tensor() * factor
+
+    def __mul__(self, factor: Any) -> Any:
+        """A factor of the family's."""
+        return self._times(factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        """The same, as a divisor."""
+        return self._times(1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
+
+    def tanh(self) -> Any:
+        """A soft cap's: tanh(s * l) has the cap 1."""
+        return self._changed(self.scale, 1.0) if self.softcap is None else self.tensor().tanh()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's functions see the logits; but for tanh."""
+        if func is torch.tanh and len(args) == 1 and not kwargs:
+            return args[0].tanh()
+        made, named = tree_map(lambda each: each.tensor() if isinstance(each, cls) else each, (args, kwargs or {}))
+        return func(*made, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else that a tensor has."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Some of the logits."""
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        """The first dimension, as a tensor's."""
+        return self.hidden.shape[0]
+
+
+def fuse_loss(model: nn.Module) -> bool:
+    """Let a causal language model of transformers, or PEFT's model of one, train without making logits.
+
+    Its loss, and the gradients, are those that it had, but for rounding: logits are rounded to the dtype of the model
+    as before, and each loss is summed in fp32. While it trains with labels, `outputs.logits` is a `DeferredLogits`.
+    Calling it again changes nothing.
+
+    Returns:
+        Whether it does. If not, it is as it was, and a warning says why: another loss than causal language models have,
+        or a head that is neither an `nn.Linear` nor a `Linear4bit`, with one plain LoRA adapter or none.
+
+    Raises:
+        TypeError: `model` is no model of transformers.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(causal, "loss_function") or not hasattr(causal, "get_output_embeddings"):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    if causal.loss_function is _loss:
+        return True
+    head = causal.get_output_embeddings()
+    reason = None
+    if causal.loss_function is not ForCausalLMLoss:
+        reason = f"its loss function is {getattr(causal.loss_function, '__name__', causal.loss_function)}"
+    elif head is None or _operands(head) is None:
+        reason = f"its head is {type(head).__name__}"
+    elif "forward" in vars(head):
+        reason = "another library has replaced its head's forward"
+    if reason is not None:
+        warnings.warn(f"fuse_loss: {type(causal).__name__} keeps its own loss: {reason}", stacklevel=2)
+        return False
+    head._wants_loss = False
+    head.forward = MethodType(_head_forward, head)  # a method, so that a copy of the model has its own
+    causal.register_forward_pre_hook(_before, with_kwargs=True)
+    causal.register_forward_hook(_after, always_call=True)
+    causal.loss_function = _loss
+    return True
+
+
+def _before(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """Note whether the forward that begins is to give a loss that is differentiated."""
+    wants_loss = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+    model.get_output_embeddings()._wants_loss = wants_loss and not torch.compiler.is_compiling()
+
+
+def _after(model: nn.Module, *_: Any) -> None:
+    model.get_output_embeddings()._wants_loss = False
+
+
+def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What stands in the place of a head's forward."""
+    if head._wants_loss and not args and not kwargs and _operands(head) is not None:
+        return DeferredLogits(head, x)
+    return type(head).forward(head, x, *args, **kwargs)
+
+
+def _loss(
+    logits: Any,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """What transformers' `ForCausalLMLoss` gives, which looks at no other argument either."""
+    options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
+    if not isinstance(logits, DeferredLogits):
+        return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
+    if logits.made is not None:
+        return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    weight, bias, lora_a, lora_b, scaling = _operands(logits.head)  # type: ignore[misc]
+    loss = linear_cross_entropy(
+        logits.hidden,
+        weight,
+        shift_labels.to(logits.hidden.device).reshape(logits.hidden.shape[:-1]),
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        logit_scale=logits.scale,
+        softcap=logits.softcap,
+    )
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+def _operands(head: nn.Module) -> tuple[Any, ...] | None:
+    """(weight, bias, lora_a, lora_b, scaling) of a head that `linear_cross_entropy` can multiply by, else None."""
+    base, lora = head, (None, None, 1.0)
+    if hasattr(head, "lora_A"):
+        name = _plain_adapter(head)
+        if name is None:
+            return None
+        base = head.base_layer
+        if name:
+            lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
+    if isinstance(base, Linear4bit):
+        return None if base.product_dtype is not None else (base.quantized_weight, base.bias, *lora)
+    weight = getattr(base, "weight", None)
+    plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES
+    return (weight, base.bias, *lora) if plain else None
+
+
+def _plain_adapter(head: Any) -> str | None:
+    """The one active LoRA of PEFT's layer, "" if there is none; None where it computes something else."""
+    if head.disable_adapters or head.merged:
+        return ""
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if len(active) != 1:
+        return None if active else ""
+    name = active[0]
+    dropout = head.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    inner = (head.lora_A[name], head.lora_B[name])
+    plain = all(type(each) is nn.Linear and each.bias is None for each in inner) and name not in head.lora_variant
+    return name if plain and not drops and not getattr(head, "fan_in_fan_out", False) else None
