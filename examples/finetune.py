@@ -8,8 +8,9 @@
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, torch optimizes it. One line is qlora_native's: quantize_model()
-puts the linear layers into 4 bits. PEFT then runs adapter and weight as one matrix product.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
+puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse_loss() takes
+the loss without making logits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
+from qlora_native.integrations.loss import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
@@ -157,14 +158,14 @@ def loss_of(model: PeftModel, batch: list[Example]) -> tuple[Tensor, int]:
     device = next(model.parameters()).device
     ids, labels = ids.to(device), labels.to(device)
     wanted = labels != IGNORED
-    # The vocabulary is the widest matrix of a small model: compute logits for the positions that have a label.
+    options: dict[str, Any] = {"num_items_in_batch": 1}  # that is: their sum
+    # The vocabulary is the widest matrix of a small model: the loss is of the positions that have a label.
     # Padding stands on the right, where a causal model's earlier positions cannot see it: it needs no mask.
     if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits[wanted]
-    targets = labels[wanted]
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+        labels = labels[wanted].unsqueeze(0)
+        options["logits_to_keep"] = wanted
+    outputs = model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False, **options)
+    return outputs.loss, int(wanted.sum())
 
 
 @torch.inference_mode()
@@ -292,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # its adapters are fp32: see integrations/peft.py
+    fuse_loss(model)  # no logits in training
     examples = encode(tokenizer, pairs, args.seq_len)
     if processes.rank() > 0:  # the first one measures, shows and saves
         torch.manual_seed(args.seed + processes.rank())  # its own dropout
