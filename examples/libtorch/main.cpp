@@ -33,11 +33,11 @@ int main() try {
   const auto forward = op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
       int64_t, int64_t, int64_t, int64_t, const Optional&, const Optional&, const Optional&, double, double,
-      const Optional&)>("qlora_native::linear_forward");
+      const Optional&, const Optional&, int64_t)>("qlora_native::linear_forward");
   const auto backward = op<std::tuple<Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-      int64_t, int64_t, int64_t, int64_t, const Optional&, const Optional&, double, double, const Optional&, bool)>(
-      "qlora_native::linear_backward_input");
+      int64_t, int64_t, int64_t, int64_t, const Optional&, const Optional&, double, double, const Optional&, bool,
+      const Optional&, int64_t)>("qlora_native::linear_backward_input");
 
   torch::manual_seed(0);
   constexpr int64_t M = 32, N = 96, K = 128, kRank = 8, kBits = 4, kBlocksize = 64;
@@ -50,10 +50,11 @@ int main() try {
   const auto [codes, absmax, nested_absmax, offset, non_finite] = quantize.call(weight, code, {}, kBits, kBlocksize);
   const Tensor decoded =
       dequantize.call(codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, torch::kFloat).view({N, K});
+  // No groups of rows, and one weight.
   const auto [y, u] =
-      forward.call(x, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, {}, a, b, kScaling, 0.0, {});
+      forward.call(x, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, {}, a, b, kScaling, 0.0, {}, {}, 1);
   const auto [dx, v] =
-      backward.call(dy, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, a, b, kScaling, 0.0, {}, true);
+      backward.call(dy, codes, absmax, {}, {}, {}, code, N, K, kBits, kBlocksize, a, b, kScaling, 0.0, {}, true, {}, 1);
   const Tensor merged = decoded + kScaling * b.mm(a);
   expect_close("y", y, x.mm(merged.t()));
   expect_close("dx", dx, dy.mm(merged));

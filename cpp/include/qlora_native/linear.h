@@ -52,7 +52,7 @@ struct RowGroups {
 struct LinearForwardArgs {
   QuantizedWeightView weight;
   LoraView lora;
-  RowGroups groups;
+  RowGroups groups{};
   ConstMatrix x;               // [M, K]
   const void* bias = nullptr;  // [weight.count, N] in x's dtype, or null
   Matrix y;                    // out, [M, N] in x's dtype
@@ -63,7 +63,7 @@ QLN_API void linear_forward(const LinearForwardArgs& args, const Stream& stream 
 struct LinearBackwardInputArgs {
   QuantizedWeightView weight;
   LoraView lora;
-  RowGroups groups;
+  RowGroups groups{};
   ConstMatrix dy;  // [M, N]
   Matrix dx;       // out, [M, K] in dy's dtype; null data: only v is wanted
   Matrix v;        // out, [M, rank] in dy's dtype; null data: not wanted
@@ -72,7 +72,7 @@ QLN_API void linear_backward_input(const LinearBackwardInputArgs& args, const St
 
 struct LoraGradientsArgs {
   LoraView lora;  // a and b are not read
-  RowGroups groups;
+  RowGroups groups{};
   ConstMatrix x;       // [M, K]
   ConstMatrix dy;      // [M, N] in x's dtype
   ConstMatrix u;       // [M, rank] as linear_forward gave it
