@@ -13,8 +13,6 @@ from qlora_native import _C
 TESTS = Path(__file__).parent
 FILES = (
     "test_conformance.py",
-    "test_grouped.py",
-    "test_loss.py",
     "test_microscaling.py",
     "test_bitsandbytes.py",
     "test_determinism.py",

@@ -500,11 +500,12 @@ class Layer {
 
   void check() const {
     for (const Tensor* tensor : {&y_, &u_, &dx_, &v_}) EXPECT(tensor->keeps_to_its_columns());
-    if (c_.groups() == 0) return check_rows(0, c_.M, 0, 0);
-    if (c_.offsets[0] > 0) check_rows(0, c_.offsets[0], 0, -1);
+    const Tensor decoded = weight_.decoded(c_.dtype);
+    if (c_.groups() == 0) return check_rows(decoded, 0, c_.M, 0, 0);
+    if (c_.offsets[0] > 0) check_rows(decoded, 0, c_.offsets[0], 0, -1);
     for (std::int64_t g = 0; g < c_.groups(); ++g) {
       const auto i = static_cast<std::size_t>(g);
-      check_rows(c_.offsets[i], c_.offsets[i + 1], c_.own_weights ? g : 0, g);
+      check_rows(decoded, c_.offsets[i], c_.offsets[i + 1], c_.own_weights ? g : 0, g);
     }
     if (c_.shared_adapter) check_gradients(c_.offsets[0], c_.M, 0);
   }
@@ -536,12 +537,14 @@ class Layer {
     return mask;
   }
 
-  // Rows of x that are multiplied by weight number `weight`, and by adapter number `adapter`, or -1: by none.
-  void check_rows(std::int64_t begin, std::int64_t end, std::int64_t weight, std::int64_t adapter) const {
+  // Rows of x that are multiplied by weight number `weight` of those in `decoded`, and by adapter number `adapter`, or
+  // -1: by none.
+  void check_rows(const Tensor& decoded, std::int64_t begin, std::int64_t end, std::int64_t weight,
+                  std::int64_t adapter) const {
     const bool own = !c_.shared_adapter;
     if (c_.shared_adapter && adapter > 0) adapter = 0;
     const std::int64_t M = end - begin, N = c_.N, K = c_.K, R = adapter < 0 ? 0 : c_.rank;
-    const std::vector<double> w = rows_of(weight_.decoded(c_.dtype), weight * N, (weight + 1) * N);
+    const std::vector<double> w = rows_of(decoded, weight * N, (weight + 1) * N);
     const std::vector<double> x = rows_of(x_, begin, end), dy = rows_of(dy_, begin, end);
     const std::vector<double> u = rows_of(u_, begin, end), v = rows_of(v_, begin, end), mask = mask_of(begin, end);
     std::vector<double> dropped = x;
