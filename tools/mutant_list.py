@@ -637,10 +637,10 @@ ON_CPU = [
         CONFORMANCE,
     ),
     Mutant(
-        BACKWARD,
+        "cpp/src/cpu/generic/lora-inl.h",
         "V of every block of rows is written to the first one's",
-        "args_.v = rows_of(args.v, part.begin, rows_);\n    groups_",
-        "args_.v = rows_of(args.v, 0, rows_);\n    groups_",
+        "args.v = rows_of(args.v, part.begin, rows);",
+        "args.v = rows_of(args.v, 0, rows);",
         CONFORMANCE,
     ),
     Mutant(

@@ -35,7 +35,7 @@ void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&su
 template <class Dot, class Rows>
 class BackwardInput final : public Job {
  public:
-  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w), args_(args) {
+  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w) {
     const LoraView& lora = args.lora;
     v_units_ = Product::units_of(lora.rank);
     dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
@@ -43,9 +43,7 @@ class BackwardInput final : public Job {
     rows_ = part.end - part.begin;
     rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kGroup));
     first_row_ = part.begin;
-    args_.dy = rows_of(args.dy, part.begin, rows_);
-    args_.dx = rows_of(args.dx, part.begin, rows_);
-    args_.v = rows_of(args.v, part.begin, rows_);
+    args_ = args_of(args, part, rows_);
     groups_ = Groups(rows_);
     adapted_ = adapted_rows(lora, part, rows_, args.weight);
     std::int64_t group = 0;

@@ -239,13 +239,10 @@ struct FewRows {
 template <class Dot, class Rows>
 class ForwardFew final : public Job {
  public:
-  ForwardFew(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
+  ForwardFew(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
     rows_ = part.end - part.begin;
     first_row_ = part.begin;
-    args_.x = rows_of(args.x, part.begin, rows_);
-    args_.y = rows_of(args.y, part.begin, rows_);
-    args_.u = rows_of(args.u, part.begin, rows_);
-    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+    args_ = args_of(args, part, rows_);
     adapted_ = adapted_rows(args.lora, part, rows_, args.weight);
     for (const Adapted& of : adapted_)
       loras_.push_back({lora_b(of.lora, args.weight.N), of.lora.scaling, nullptr, padded_rank()});

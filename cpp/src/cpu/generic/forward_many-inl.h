@@ -14,17 +14,14 @@ namespace {
 template <class Dot, class Rows>
 class ForwardMany final : public Job {
  public:
-  ForwardMany(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w), args_(args) {
+  ForwardMany(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
     const LoraView& lora = args.lora;
     units_ = Product::padded_units(w);
     u_units_ = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));
     rows_ = part.end - part.begin;
     rows_ = smaller(rows_, rows_per_block(rows_, (units_ + 2 * u_units_) * 4, kStripRows));
     first_row_ = part.begin;
-    args_.x = rows_of(args.x, part.begin, rows_);
-    args_.y = rows_of(args.y, part.begin, rows_);
-    args_.u = rows_of(args.u, part.begin, rows_);
-    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+    args_ = args_of(args, part, rows_);
     strips_ = Strips(ceil_div(rows_, kLanes), Product::kStripVectors, Product::kWidest);
     adapted_ = adapted_rows(lora, part, rows_, args.weight);
     cut_into_pieces();

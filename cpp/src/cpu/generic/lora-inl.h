@@ -62,5 +62,20 @@ inline std::vector<Adapted> adapted_rows(const LoraView& all, const WeightRows& 
   return adapted;
 }
 
+// The arguments of `rows` rows from part.begin on, but for the adapters.
+inline LinearForwardArgs args_of(LinearForwardArgs args, const WeightRows& part, std::int64_t rows) {
+  args.x = rows_of(args.x, part.begin, rows);
+  args.y = rows_of(args.y, part.begin, rows);
+  args.u = rows_of(args.u, part.begin, rows);
+  args.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+  return args;
+}
+inline LinearBackwardInputArgs args_of(LinearBackwardInputArgs args, const WeightRows& part, std::int64_t rows) {
+  args.dy = rows_of(args.dy, part.begin, rows);
+  args.dx = rows_of(args.dx, part.begin, rows);
+  args.v = rows_of(args.v, part.begin, rows);
+  return args;
+}
+
 }  // namespace
 }  // namespace qlora_native

@@ -149,57 +149,37 @@ struct Panels {
   }
 };
 
-// The arguments of a job's rows, which have one adapter or none: the first of `args`.lora.
-template <class Args>
-Args with_one_adapter(Args args, const WeightRows& part) {
-  const std::vector<Adapted> adapted = adapted_rows(args.lora, part, part.end - part.begin, args.weight);
-  if (adapted.empty())
-    args.lora.rank = 0;
-  else
-    args.lora = adapted.front().lora;
-  return args;
-}
-
-template <class Dot, class Rows>
-class ForwardPanels final : public Job {
+// A product by panels. Its rows have one adapter or none.
+template <class Dot, class Rows, class Args>
+class PanelsJob final : public Job {
  public:
-  ForwardPanels(const Rows& w, const LinearForwardArgs& args, const WeightRows& part)
-      : w_(w), args_(with_one_adapter(args, part)) {
+  PanelsJob(const Rows& w, const Args& args, const WeightRows& part) : w_(w) {
     rows_ = part.end - part.begin;
-    args_.x = rows_of(args.x, part.begin, rows_);
-    args_.y = rows_of(args.y, part.begin, rows_);
-    args_.u = rows_of(args.u, part.begin, rows_);
-    args_.bias = elements_at(args.bias, args.x.dtype, part.weight * args.weight.N);
+    args_ = args_of(args, part, rows_);
+    const std::vector<Adapted> adapted = adapted_rows(args.lora, part, rows_, args.weight);
+    if (adapted.empty())
+      args_.lora.rank = 0;
+    else
+      args_.lora = adapted.front().lora;
   }
   void cut(std::int64_t) override {}
   void prepare(std::byte*) override {}
-  void run(int, std::int64_t) override { Panels<Dot>::forward(w_, args_); }
+  void run(int, std::int64_t) override {
+    if constexpr (std::is_same_v<Args, LinearForwardArgs>)
+      Panels<Dot>::forward(w_, args_);
+    else
+      Panels<Dot>::backward_input(w_, args_);
+  }
   bool runs_alone() const override { return true; }
 
  private:
   Rows w_;
-  LinearForwardArgs args_;  // of this job's rows
+  Args args_;  // of this job's rows
 };
-
 template <class Dot, class Rows>
-class BackwardInputPanels final : public Job {
- public:
-  BackwardInputPanels(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part)
-      : w_(w), args_(with_one_adapter(args, part)) {
-    rows_ = part.end - part.begin;
-    args_.dy = rows_of(args.dy, part.begin, rows_);
-    args_.dx = rows_of(args.dx, part.begin, rows_);
-    args_.v = rows_of(args.v, part.begin, rows_);
-  }
-  void cut(std::int64_t) override {}
-  void prepare(std::byte*) override {}
-  void run(int, std::int64_t) override { Panels<Dot>::backward_input(w_, args_); }
-  bool runs_alone() const override { return true; }
-
- private:
-  Rows w_;
-  LinearBackwardInputArgs args_;  // of this job's rows
-};
+using ForwardPanels = PanelsJob<Dot, Rows, LinearForwardArgs>;
+template <class Dot, class Rows>
+using BackwardInputPanels = PanelsJob<Dot, Rows, LinearBackwardInputArgs>;
 
 }  // namespace
 }  // namespace qlora_native
