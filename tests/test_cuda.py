@@ -45,6 +45,15 @@ def test_double_quantized_weight_decodes_to_other_bits():
         conformance.assert_same_bits(q.to(DEVICE).dequantize(dtype).cpu(), q.dequantize(dtype), str(dtype))
 
 
+def test_rows_of_an_embedding_have_the_bits_of_the_cpu_and_one_out_of_range_is_nan():
+    q, ids = weight(), torch.tensor([[N - 1, 0], [7, 7]])
+    for dtype in cases.DTYPES:
+        found = qn.functional.embedding(ids.to(DEVICE), q.to(DEVICE), dtype)
+        conformance.assert_same_bits(found.cpu(), qn.functional.embedding(ids, q, dtype), str(dtype))
+    outside = qn.functional.embedding(torch.tensor([0, N, -1], device=DEVICE), q.to(DEVICE))
+    assert outside.isnan().all(1).tolist() == [False, True, True]
+
+
 def test_other_stream_than_torchs_current_one():
     q, x = weight().to(DEVICE), randn(M, K)
     expected = qn.linear(x, q)

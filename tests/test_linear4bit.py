@@ -268,7 +268,7 @@ def quantized_names(model):
 ALL = {"layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2", "first", "second", "alias"}
 
 
-@pytest.mark.parametrize("skip", [("lm_head",), ()], ids=str)
+@pytest.mark.parametrize("skip", [("lm_head",), ("layers.9",)], ids=str)
 def test_tied_weight_is_quantized_or_untied(skip):
     torch.manual_seed(0)
     model = Tied().eval()

@@ -62,6 +62,19 @@ void check_decoded_scales(const QuantizedWeightView& w) {
   }
 }
 
+// The rows are read where the host can: on the cpu.
+void check_rows(const DequantizeArgs& args, const Stream& stream) {
+  check(args.row_count >= 0, "row_count", ">= 0", args.row_count);
+  check_elements(args.row_count, args.weight.K, "row_count");
+  if (stream.device != Device::cpu) return;
+  const std::int64_t all = args.weight.count * args.weight.N;
+  for (std::int64_t i = 0; i < args.row_count; ++i) {
+    check(
+        args.rows[i] >= 0 && args.rows[i] < all, "rows", [&] { return "0 ... " + std::to_string(all - 1); },
+        [&] { return std::to_string(args.rows[i]) + " at " + std::to_string(i); });
+  }
+}
+
 }  // namespace
 
 void quantize(const QuantizeArgs& args, const Stream& stream) {
@@ -108,7 +121,8 @@ void quantize_microscaled(const QuantizeMicroscaledArgs& args, const Stream& str
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   check_weight(args.weight, stream);
   check_dtype(args.dtype, "dtype");
-  check_pointer(args.out, true, "out");
+  if (args.rows != nullptr) check_rows(args, stream);
+  check_pointer(args.out, args.elements() > 0, "out");
   backend_for(stream).dequantize(args, stream);
 }
 

@@ -1,6 +1,6 @@
 // dequantize: a thread decodes eight neighbours, which share a scale, by loads and stores of vectors. Double-quantized
 // scales are decoded on the way. What vectors cannot reach, at most the last seven elements of an array as it is
-// usually allocated, is decoded one by one.
+// usually allocated, is decoded one by one. With a list of rows, as an embedding has, eights are those of a row.
 #include "device/decode.cuh"
 #include "operations.h"
 
@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 
 struct Dequantize {
   DequantizeArgs args;
-  std::int64_t in_eights;  // elements that are decoded eight at a time: the first
+  std::int64_t in_eights;  // elements that are decoded eight at a time: the first, of the weight or of each row
   WeightScales scales;
 };
 
@@ -31,21 +31,53 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   }
 }
 
+// A block decodes a row of the result, and another.
+template <class T, int kBits>
+__global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_constant__ Dequantize d) {
+  const QuantizedWeightView& w = d.args.weight;
+  const EightDecoder<kBits> decoder(w, d.scales);
+  for (std::int64_t i = block_index(); i < d.args.row_count; i += grid_blocks()) {
+    const std::int64_t row = d.args.rows[i], first = row * w.K;
+    const bool is_there = row >= 0 && row < w.count * w.N;
+    T* const out = static_cast<T*>(d.args.out) + i * w.K;
+    for (std::int64_t k = thread_index() * kEight; k < d.in_eights; k += kThreads * kEight) {
+      float values[kEight];
+      if (is_there) {
+        decoder.decode(first + k, values);
+      } else {
+#pragma unroll
+        for (float& value : values) value = NAN;
+      }
+      store_eight_aligned_from_f32(out + k, values);
+    }
+    for (std::int64_t k = d.in_eights + thread_index(); k < w.K; k += kThreads) {
+      const std::int64_t e = first + k;
+      out[k] = from_f32<T>(is_there ? value_of_element(w, e, scale_of_block(w, e / w.blocksize)) : NAN);
+    }
+  }
+}
+
 }  // namespace
 
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   const QuantizedWeightView& w = args.weight;
-  const bool in_vectors = eights_are_vectors(w) && is_aligned(args.out, kVectorBytes);
-  const Dequantize d{
-      .args = args, .in_eights = in_vectors ? w.elements() / kEight * kEight : 0, .scales = scales_of(w)};
-  LaunchShape shape = looping_grid(ceil_div(w.elements(), kEight), kThreads, stream);
+  if (args.elements() == 0) return;
+  const bool by_rows = args.rows != nullptr, in_vectors = eights_are_vectors(w) && is_aligned(args.out, kVectorBytes);
+  Dequantize d{.args = args, .in_eights = 0, .scales = scales_of(w)};
+  if (in_vectors && by_rows) d.in_eights = w.K % kEight == 0 ? w.K : 0;  // rows of another length begin in an eight
+  if (in_vectors && !by_rows) d.in_eights = w.elements() / kEight * kEight;
+  LaunchShape shape =
+      looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kEight), kThreads, stream);
   shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;
   with_type(args.dtype, [&]<class T>() {
-    if (w.bits == 4) {
-      launch<dequantize_kernel<T, 4>>(shape, stream, d);
-    } else {
-      launch<dequantize_kernel<T, 8>>(shape, stream, d);
-    }
+    const auto run = [&]<int kBits>() {
+      if (by_rows) {
+        launch<dequantize_rows_kernel<T, kBits>>(shape, stream, d);
+      } else {
+        launch<dequantize_kernel<T, kBits>>(shape, stream, d);
+      }
+    };
+    w.bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
   });
 }
 

@@ -147,7 +147,8 @@ inline void add_tensors(CallMemory& memory, QuantizeMicroscaledArgs& args) {
 }
 inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   add_tensors(memory, args.weight);
-  memory.add(args.out, args.dtype, args.weight.elements());
+  memory.add(args.out, args.dtype, args.elements());
+  memory.add(args.rows, args.row_count);
 }
 // The moments that the algorithm has; a caller may leave anything in the other pointers.
 inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {

@@ -273,12 +273,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_microscaled_op(const Tensor&
 
 Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                      const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
-                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype) {
+                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype,
+                     const OptionalTensor& rows) {
   DequantizeArgs args;
   args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
   args.dtype = dtype_of(dtype, "dtype");
-  Tensor out = new_tensor(codes, {N, K}, dtype);
+  if (rows) {
+    args.row_count = rows->numel();
+    args.rows = static_cast<const std::int64_t*>(data_of(*rows, ScalarType::Long, args.row_count, codes, "rows"));
+  }
+  Tensor out = new_tensor(codes, {rows ? args.row_count : N, K}, dtype);
   args.out = out.data_ptr();
+  if (rows && args.row_count == 0) return out;  // an empty tensor has no address, which would mean all rows
   dequantize(args, stream_of(codes));
   return out;
 }
@@ -394,7 +400,7 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
   library.def(
       "quantize_microscaled(Tensor weight, int blocksize) -> "
       "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");
-  library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
+  library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype, Tensor? rows=None) -> Tensor");
   library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ", " QLN_GROUPS
               ") -> (Tensor y, Tensor u)");
   library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx, " QLN_GROUPS

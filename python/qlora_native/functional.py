@@ -16,7 +16,7 @@ from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
 from ._weight import CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCKSIZE, QuantizedWeight, ceil_div, check_format, codes_shape
 
-__all__ = ["QuantizedWeight", "dequantize", "linear", "linear_cross_entropy", "linear_grouped", "quantize"]
+__all__ = ["QuantizedWeight", "dequantize", "embedding", "linear", "linear_cross_entropy", "linear_grouped", "quantize"]
 
 _linear_forward = torch.ops.qlora_native.linear_forward.default
 
@@ -151,6 +151,36 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     return q.dequantize(dtype)
+
+
+def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of W, each decoded as `dequantize` does: `F.embedding(ids, dequantize(q))`, whose W never exists.
+
+    Args:
+        ids: int64 or int32 [...]: rows of W, any of them any number of times.
+        q: W [V, K].
+        dtype: of the result; None is the dtype of the weight that was quantized.
+
+    Returns:
+        [..., K]. Not differentiable: W is frozen.
+
+    Raises:
+        TypeError: `q` is no QuantizedWeight, `ids` no tensor of those dtypes, `dtype` not fp32, bf16 or fp16.
+        ValueError: another shape of `q`, another device, or an id that is no row of W. On a GPU, where reading ids
+            would wait for the device, the result has NaN for such a row.
+    """
+    if not isinstance(q, QuantizedWeight):
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    if len(q.shape) != 2:
+        raise bad("q", "[V, K]", list(q.shape))
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise bad_type("ids", "an int64 or int32 tensor", getattr(ids, "dtype", type(ids).__name__))
+    if ids.device != q.device:
+        raise bad("ids", f"a tensor on {q.device}, where q is", ids.device)
+    dtype = q.dtype if dtype is None else dtype
+    check_float_dtype("dtype", dtype)
+    rows = torch.ops.qlora_native.dequantize(*q.op_arguments(), dtype, ids.reshape(-1).to(torch.int64))
+    return rows.view(*ids.shape, q.shape[1])
 
 
 def linear(

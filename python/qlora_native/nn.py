@@ -1,4 +1,7 @@
-"""`Linear4bit`, an `nn.Linear` whose weight stays in 4 bits, and `quantize_model`, which puts it into a model."""
+"""`Linear4bit`, an `nn.Linear` whose weight stays in 4 bits, and `quantize_model`, which puts it into a model.
+
+`Embedding4bit` and `Experts4bit` are the same for embeddings and for the experts of a mixture.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._embedding import Embedding4bit, can_be_quantized
 from ._errors import bad, bad_type
 from ._experts import Experts4bit
 from ._layer import QuantizedLayer, zero_weight
@@ -24,7 +28,7 @@ from ._neighbours import (
 from ._sizes import SizeReport, left_alone, linears_of_routers, note_left, size_report
 from ._weight import QuantizedWeight
 
-__all__ = ["Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
+__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
 
 
 class Linear4bit(QuantizedLayer, nn.Linear):
@@ -168,8 +172,9 @@ def quantize_model(
 
     Subclasses of nn.Linear stay: who wrote one has a reason. So does a layer whose weight belongs to something that
     stays too, such as an output layer tied to the embedding, and one that a model of transformers keeps in fp32 (T5
-    casts its input to the weight's dtype). A module or weight that appears several times is quantized once and stays
-    shared. All of it or nothing: layers are replaced when every one has been quantized.
+    casts its input to the weight's dtype). With `skip=()` every plain `nn.Embedding` becomes an `Embedding4bit`, and an
+    output layer that is tied to one a `Linear4bit` over the same bytes. A module or weight that appears several times
+    is quantized once and stays shared. All of it or nothing: layers are replaced when every one has been quantized.
 
     The experts of a mixture, which transformers keeps as parameters of three dimensions, become `Experts4bit`, and are
     run by the implementation "qlora_native" of its registry of experts. Routers stay, linear layers in them too. What
@@ -201,8 +206,10 @@ def quantize_model(
         raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
     if isinstance(skip, str):
         raise bad_type("skip", "a sequence of names", "a string")
-    skip = (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
-    names = _to_quantize(model, skip)
+    skip = tuple(skip)
+    with_embeddings = not skip
+    skip += tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    names = _to_quantize(model, skip, with_embeddings)
     experts = [found for found in find_experts(model) if not _skipped(found, skip)]
     for found in experts:
         _ = found.shapes  # checked before anything is quantized
@@ -224,14 +231,18 @@ def quantize_model(
             raise type(error)(f"{path}{error}" if str(error).startswith("weight") else str(error)) from None
         return weights[id(weight)]
 
-    layers: dict[Any, QuantizedLayer] = {}  # by id of the nn.Linear, or of the module of experts and the name in it
+    layers: dict[Any, QuantizedLayer] = {}  # by id of the layer, or of the module of experts and the name in it
     for item in _with_progress([*names, *experts], progress):
         if isinstance(item, str):
-            linear = model.get_submodule(item)
-            if id(linear) not in layers:
-                layer = Linear4bit.from_quantized(quantized(f"{item}.", linear.weight), linear.bias)
-                layers[id(linear)] = layer.train(linear.training)
-                weights[id(linear.weight)] = layer.quantized_weight  # its parameters: the next layer shares them
+            dense = model.get_submodule(item)
+            if id(dense) not in layers:
+                q = quantized(f"{item}.", dense.weight)
+                if isinstance(dense, nn.Embedding):
+                    layer = Embedding4bit.from_quantized(q, dense.padding_idx)
+                else:
+                    layer = Linear4bit.from_quantized(q, dense.bias)
+                layers[id(dense)] = layer.train(dense.training)
+                weights[id(dense.weight)] = layer.quantized_weight  # its parameters: the next layer shares them
             continue
         for name in item.names:
             if (id(item.module), name) not in layers:
@@ -272,13 +283,16 @@ def _skipped(found: Any, skip: tuple[str, ...]) -> bool:
     return skipped
 
 
-def _to_quantize(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
-    """Paths of the linear layers to replace, every path of a shared one."""
+def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool) -> list[str]:
+    """Paths of the linear layers and embeddings to replace, every path of a shared one."""
     modules = list(model.named_modules(remove_duplicate=False))
     routers = {id(model.get_submodule(name)) for name in linears_of_routers(model)}
     skipped = {id(module) for name, module in modules if _is_named(skip, name)} - routers
     found = [
-        (name, module) for name, module in modules if type(module) is nn.Linear and id(module) not in skipped | routers
+        (name, module)
+        for name, module in modules
+        if (type(module) is nn.Linear or (with_embeddings and can_be_quantized(module)))
+        and id(module) not in skipped | routers
     ]
     chosen = {id(module) for _, module in found}
     staying = {

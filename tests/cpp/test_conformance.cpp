@@ -294,6 +294,33 @@ void decoded_weight_is_level_times_scale_rounded_once() {
   }
 }
 
+// The rows of an embedding: any of them, more than once, and of all weights that lie one below the other.
+void decoded_rows_are_those_of_the_decoded_weight() {
+  for (const Shape shape : kShapes) {
+    const std::int64_t count = shape.N % 3 == 0 ? 3 : 1;
+    const Tensor weight = random_weight(shape, DType::f32);
+    std::vector<std::int64_t> rows{shape.N - 1, 0, shape.N / 2, 0};
+    for (std::int64_t i = 0; i < 40; ++i) rows.push_back(i * 7 % shape.N);
+    const auto row_count = static_cast<std::int64_t>(rows.size());
+    for_each_quantization([&](const Format& format, int blocksize, bool double_quant) {
+      const Quantized quantized(weight, format, blocksize, double_quant, count);
+      for (const DType dtype : kDTypes) {
+        const Tensor whole = quantized.decoded(dtype);
+        Tensor expected(dtype, row_count, shape.K), decoded(dtype, row_count, shape.K);
+        for (std::int64_t i = 0; i < row_count; ++i)
+          for (std::int64_t k = 0; k < shape.K; ++k) expected.set(i, k, whole.at(rows[static_cast<std::size_t>(i)], k));
+        qn::dequantize({.weight = quantized.view(),
+                        .dtype = dtype,
+                        .rows = rows.data(),
+                        .row_count = row_count,
+                        .out = decoded.data()});
+        expect_same_bits(decoded, expected,
+                         [&] { return std::string(format.name) + " rows, blocksize " + std::to_string(blocksize); });
+      }
+    });
+  }
+}
+
 void decoded_microscaled_weight_is_level_times_scale_rounded_once() {
   for (const Shape shape : kShapes) {
     const Tensor weight = random_weight(shape, DType::f32);
@@ -1182,6 +1209,9 @@ void bad_input_is_refused_by_its_name() {
                  change(d, qn::dequantize, [](D& args) { args.weight.nested_blocksize = 0; }));
   expect_refused("weight.nested_code", change(d, qn::dequantize, [](D& args) { args.weight.nested_code = nullptr; }));
   expect_refused("out", change(d, qn::dequantize, [](D& args) { args.out = nullptr; }));
+  static const std::int64_t beyond[] = {0, 4096};
+  expect_refused("row_count", change(d, qn::dequantize, [](D& args) { args.rows = beyond, args.row_count = -1; }));
+  expect_refused("rows", change(d, qn::dequantize, [](D& args) { args.rows = beyond, args.row_count = 2; }));
 
   const Tensor x = Tensor(weight), dy(DType::f32, 5, 5), u(DType::f32, 5, 2);
   const qn::LoraView lora{.rank = 2, .a = scales.data(), .b = scales.data()};
@@ -1260,6 +1290,7 @@ int main() {
   }
   use_pool(2);  // not OpenMP's: on a busy machine its threads would spin at the end of each of many small tasks
   decoded_weight_is_level_times_scale_rounded_once();
+  decoded_rows_are_those_of_the_decoded_weight();
   decoded_microscaled_weight_is_level_times_scale_rounded_once();
   scale_that_is_not_finite_decodes_as_defined();
   code_is_that_of_the_nearest_level();

@@ -64,10 +64,17 @@ struct QuantizeMicroscaledArgs {
 QLN_API void quantize_microscaled(const QuantizeMicroscaledArgs& args, const Stream& stream = {});
 
 // codes -> w, each element fp32 level * scale, rounded once to `dtype`. Bit-identical to bitsandbytes.
+//
+// With `rows` only these rows are decoded, in this order: the lookup of an embedding. A row out of range is an Error on
+// the cpu; on cuda, where the host does not see it, its row of the result is NaN.
 struct DequantizeArgs {
   QuantizedWeightView weight;
   DType dtype = DType::f32;
-  void* out = nullptr;  // [N, K], contiguous
+  const std::int64_t* rows = nullptr;  // [row_count], each one of the weight's count * N; null: all, in order
+  std::int64_t row_count = 0;          // without `rows` not used
+  void* out = nullptr;                 // [count, N, K] or [row_count, K], contiguous
+
+  std::int64_t elements() const { return rows == nullptr ? weight.elements() : row_count * weight.K; }  // of `out`
 };
 QLN_API void dequantize(const DequantizeArgs& args, const Stream& stream = {});
 

@@ -164,12 +164,17 @@ void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream&) {
 }
 
 void dequantize(const DequantizeArgs& args, const Stream&) {
-  const std::int64_t elements = args.weight.elements();
-  parallel_for(ceil_div(elements, kTaskElements), [&](std::int64_t task) {
-    const std::int64_t first = task * kTaskElements, count = std::min(kTaskElements, elements - first);
+  // Without a list of rows the whole weight is one row.
+  const std::int64_t rows = args.rows == nullptr ? 1 : args.row_count;
+  const std::int64_t length = args.rows == nullptr ? args.weight.elements() : args.weight.K;
+  const std::int64_t parts = ceil_div(length, kTaskElements);
+  parallel_for(rows * parts, [&](std::int64_t task) {
+    const std::int64_t row = task / parts, first = task % parts * kTaskElements;
+    const std::int64_t count = std::min(kTaskElements, length - first);
+    const std::int64_t source = args.rows == nullptr ? 0 : args.rows[row] * length;
     float values[kTaskElements];
-    decode(args.weight, first, count, args.dtype, values);
-    for (std::int64_t i = 0; i < count; ++i) store(args.out, args.dtype, first + i, values[i]);
+    decode(args.weight, source + first, count, args.dtype, values);
+    for (std::int64_t i = 0; i < count; ++i) store(args.out, args.dtype, row * length + first + i, values[i]);
   });
 }
 

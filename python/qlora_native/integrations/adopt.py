@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .._embedding import Embedding4bit
 from .._errors import bad
 from .._layer import QuantizedLayer
 from .experts import find_experts
@@ -76,7 +77,7 @@ def _why_not_saved(model: nn.Module, layers: dict[str, QuantizedLayer], dense: l
     for name, layer in layers.items():
         if layer.format not in FILE_FORMATS:
             return bad(f"{name}: format", "nf4 or fp4, the formats of the files that transformers reads", layer.format)
-        if not should_convert_module(name, keep):
+        if not isinstance(layer, Embedding4bit) and not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")
     return None
 

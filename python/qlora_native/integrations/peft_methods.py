@@ -29,7 +29,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .._layer import QuantizedLayer
-from ..nn import Experts4bit, Linear4bit
+from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .decoded import DecodedLinear4bit, WeightWritten, run_over_decoded
 from .peft_experts import check_experts_config, experts_as_parameters, targeted_experts
 
@@ -94,6 +94,8 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
             key = kwargs.get("current_key", args[-1] if args else "experts")
             warnings.warn(f"target_modules: {key} are experts, left as they are: see target_parameters", stacklevel=2)
             return None
+        if isinstance(base, Embedding4bit):
+            raise NotImplementedError(f"{name} over Embedding4bit: expected an embedding in 16 bits (name it in skip)")
         if targeted_experts(target, kwargs.get("parameter_name")):
             check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
@@ -116,8 +118,10 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
 def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     """Refuse, by its name, a quantized layer among those that are to be trained as a whole."""
     wanted = getattr(config, "modules_to_save", None) or ()
+    if getattr(config, "trainable_token_indices", None) and any(isinstance(m, Embedding4bit) for m in model.modules()):
+        raise NotImplementedError("trainable_token_indices: expected an embedding in 16 bits, got Embedding4bit")
     for name, module in model.named_modules():
-        quantized = isinstance(module, Linear4bit) or any(
+        quantized = isinstance(module, (Linear4bit, Embedding4bit)) or any(
             isinstance(m, Experts4bit) for m in (module, *module.children())
         )
         if quantized and any(name == key or name.endswith(f".{key}") for key in wanted):

@@ -38,10 +38,12 @@ from transformers.utils import is_bitsandbytes_available, is_peft_available
 
 from .. import _C, functional
 from .._errors import bad, bad_type, chosen_blocksize
+from .._layer import QuantizedLayer
 from .._microscaling import MICROSCALED
 from .._sizes import has_note, left_alone, linears_of_routers, note_left, size_report
 from .._weight import QuantizedWeight
-from ..nn import Experts4bit, Linear4bit
+from ..nn import Embedding4bit, Experts4bit, Linear4bit
+from .embeddings import is_tied_to_embedding, replace_embeddings, replace_tied
 from .expert_files import (
     experts_by_path,
     names_in_files,
@@ -70,7 +72,9 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
         bnb_4bit_compute_dtype: what activations are cast to for the product. float32, the default, leaves them alone:
             sums are fp32 in any case.
-        llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied.
+        llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied. With
+            an empty list embeddings are quantized, too, and an output layer that is tied to one over the same bytes.
+            bitsandbytes has no 4-bit embedding in its files: only this library reads such a model.
         blocksize: elements that share a scale, as `qlora_native.quantize`; after construction it is never None.
         strict: refuse a model with weights of which it is not known how they are multiplied by; not written to files.
         experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept: set where a file of gpt-oss is read.
@@ -178,10 +182,13 @@ class Quantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        with_embeddings = config.llm_int8_skip_modules == []
         if not self.pre_quantized and (routers := linears_of_routers(model)):
             keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
-        replace_experts(model, config, keep, names_in_files(checkpoint_files, model) if self.pre_quantized else None)
-        linears = modules_to_quantize(model, config.llm_int8_skip_modules)
+        in_files = names_in_files(checkpoint_files, model) if self.pre_quantized else None
+        replace_experts(model, config, keep, in_files)
+        tied = replace_embeddings(model, config, with_embeddings, in_files)
+        linears = [name for name in modules_to_quantize(model, config.llm_int8_skip_modules) if name not in tied]
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
             if type(module) is nn.Linear and name not in linears and not has_note(module):
@@ -216,6 +223,7 @@ class Quantizer(HfQuantizer):
         return read_conversions(conversions, model, self.quantization_config.experts_in_mxfp4, self)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        replace_tied(model, self.quantization_config)
         missing = [path for path, layer in experts_by_path(model).items() if not getattr(layer, "was_read", False)]
         if missing:
             raise bad("the checkpoint", f"the experts {missing[0]}", f"none, and {len(missing) - 1} more are missing")
@@ -229,7 +237,7 @@ class Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether it is part of a quantized weight: its shape in the file is another than in the model."""
         module, _, name = param_name.rpartition(".")
-        return name != "bias" and isinstance(model.get_submodule(module), (Linear4bit, Experts4bit))
+        return name != "bias" and isinstance(model.get_submodule(module), QuantizedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done with each weight that has been read."""
@@ -243,11 +251,12 @@ class Quantizer(HfQuantizer):
         """The model's state dict with quantized weights as bitsandbytes writes them."""
         state = model.state_dict()
         for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, Linear4bit):
+            if isinstance(module, (Linear4bit, Embedding4bit)):
                 prefix = f"{name}." if name else ""
                 for own in module.weight_names():
                     del state[prefix + own]
-                state.update(module.quantized_weight.to_bitsandbytes(prefix))
+                if isinstance(module, Embedding4bit) or not is_tied_to_embedding(module, model):
+                    state.update(module.quantized_weight.to_bitsandbytes(prefix))
             elif isinstance(module, Experts4bit):
                 for own in module.weight_names():
                     del state[f"{name}.{own}"]
@@ -255,12 +264,20 @@ class Quantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        weights: dict[int, nn.Parameter] = {}  # by id of the codes: what was tied stays so
         for name, module in list(model.named_modules()):
+            if not isinstance(module, (Linear4bit, Embedding4bit)):
+                continue
             if isinstance(module, Linear4bit):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
-                dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
                 dense.bias = module.bias
-                model.set_submodule(name, dense.train(module.training))
+            else:
+                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+            codes = id(module._parameters["weight"])
+            if codes not in weights:
+                weights[codes] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            dense.weight = weights[codes]
+            model.set_submodule(name, dense.train(module.training))
         for path, experts in experts_by_path(model).items():
             parent, _, own = path.rpartition(".")
             module = model.get_submodule(parent)
@@ -315,7 +332,7 @@ class ReadQuantized(ConversionOps):
         entries = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         path = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(path) if full_layer_name.endswith(".weight") else None
-        if not isinstance(layer, Linear4bit):
+        if not isinstance(layer, (Linear4bit, Embedding4bit)):
             return input_dict
         if len(entries) == 1:
             raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
@@ -323,8 +340,8 @@ class ReadQuantized(ConversionOps):
         q = QuantizedWeight.from_bitsandbytes(
             {f"{path}.{name}": tensor for name, tensor in entries.items()}, f"{path}."
         )
-        if q.shape != (layer.out_features, layer.in_features):
-            raise bad(full_layer_name, f"{[layer.out_features, layer.in_features]}, as config.json says", list(q.shape))
+        if q.shape != layer.quantized_weight.shape:
+            raise bad(full_layer_name, f"{list(layer.quantized_weight.shape)}, as config.json says", list(q.shape))
         layer.replace_weight(q)
         if missing_keys is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
             missing_keys.difference_update(f"{path}.{name}" for name in expected)

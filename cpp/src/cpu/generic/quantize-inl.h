@@ -263,34 +263,61 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
 
 constexpr int kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
 
+// Chunks first ... last-1 of row n, to `out`, where the row begins.
+template <DType kType, bool kStream, class Rows>
+inline void decode_chunks(const Rows& rows, std::int64_t n, std::int64_t first, std::int64_t last, char* out) {
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  const auto store = [&](std::int64_t c, const typename DotF32<kType>::Chunk(&chunk)[1]) {
+    store_chunk<kType, kStream>(chunk[0], out + c * kChunk * kSize,
+                                smaller<std::int64_t>(kChunk, rows.cols() - c * kChunk));
+  };
+  rows.template chunks<1, kAheadBytes>(n, 1, first, last, store);
+  if (kStream) end_stream();
+}
+
 template <DType kType, bool kStream>
 inline void dequantize_as(const DequantizeArgs& args) {
-  using Dot = DotF32<kType>;
   // Long stretches: in a sixteenth of these a large weight took 7 to 37 % longer.
   constexpr std::int64_t kFewestChunks = 1 << 10, kMostChunks = 1 << 14;
-  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
   flat.N = flat.count = 1;
   const std::int64_t chunks = ceil_div(flat.K, kChunk);
   const std::int64_t of_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
   const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
-  with_rows<Dot>(flat, 0, [&](const auto& rows) {
+  with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
       const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
-      const auto store = [&](std::int64_t c, const typename Dot::Chunk(&chunk)[1]) {
-        store_chunk<kType, kStream>(chunk[0], static_cast<char*>(args.out) + c * kChunk * kSize,
-                                    smaller<std::int64_t>(kChunk, flat.K - c * kChunk));
-      };
-      rows.template chunks<1, kAheadBytes>(0, 1, first, last, store);
-      if (kStream) end_stream();
+      decode_chunks<kType, kStream>(rows, 0, first, last, static_cast<char*>(args.out));
+    });
+  });
+}
+
+// The rows that are asked for. They lie anywhere in the weight, and the next product reads the result.
+template <DType kType>
+inline void dequantize_rows_as(const DequantizeArgs& args) {
+  constexpr std::int64_t kTaskElements = 1 << 14;  // as many as take some microseconds
+  QuantizedWeightView all = args.weight;
+  all.N *= all.count;
+  all.count = 1;
+  const std::int64_t row_bytes = all.K * static_cast<std::int64_t>(size_of(kType));
+  const std::int64_t task_rows = ceil_div(kTaskElements, all.K);
+  with_rows<DotF32<kType>>(all, 0, [&](const auto& rows) {
+    parallel_for(ceil_div(args.row_count, task_rows), [&](std::int64_t task) {
+      const std::int64_t end = smaller((task + 1) * task_rows, args.row_count);
+      for (std::int64_t i = task * task_rows; i < end; ++i) {
+        char* const out = static_cast<char*>(args.out) + i * row_bytes;
+        decode_chunks<kType, false>(rows, args.rows[i], 0, ceil_div(all.K, kChunk), out);
+      }
     });
   });
 }
 
 template <DType kType>
 inline void dequantize_as(const DequantizeArgs& args) {
-  if (written_past_caches(args.out, args.weight.elements() * static_cast<std::int64_t>(size_of(kType))))
+  if (args.rows != nullptr)
+    dequantize_rows_as<kType>(args);
+  else if (written_past_caches(args.out, args.elements() * static_cast<std::int64_t>(size_of(kType))))
     dequantize_as<kType, true>(args);
   else
     dequantize_as<kType, false>(args);

@@ -1,0 +1,114 @@
+"""Embeddings in 4 bits of a model that transformers loads, and the output layers that are tied to them.
+
+transformers ties parameters by assigning one module's to the other. A quantized weight is several tensors, so while a
+model is read only its embedding is quantized; the layer that is tied to it is put there afterwards, over the same ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .. import functional
+from .._embedding import can_be_quantized
+from .._errors import bad
+from .._layer import QuantizedLayer
+from .._sizes import note_left
+from ..nn import Embedding4bit, Linear4bit
+from .expert_files import file_has
+
+__all__ = ["is_tied_to_embedding", "replace_embeddings", "replace_tied", "tied_linears"]
+
+
+def tied_linears(model: nn.Module) -> dict[str, str]:
+    """{path of an nn.Linear: path of the module that it shares its weight with}, as transformers ties them."""
+    paths = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+    }
+    modules = dict(model.named_modules())
+    return {target: source for target, source in paths.items() if type(modules.get(target)) is nn.Linear}
+
+
+def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: set[str] | None) -> list[str]:
+    """Put `Embedding4bit` without values in the place of embeddings.
+
+    Args:
+        model: on the meta device.
+        config: a `BitsAndBytesConfig` of ours.
+        wanted: whether embeddings are to be quantized while they are read.
+        quantized: what the files have in 4 bits, where they are quantized already: that is what is replaced then.
+
+    Returns:
+        Paths of linear layers that are tied, to an embedding or to each other: they are not for reading.
+    """
+    keep = list(model._keep_in_fp32_modules or ())
+    for name, module in list(model.named_modules()):
+        chosen = wanted if quantized is None else file_has(quantized, f"{name}.weight")
+        if not chosen or not can_be_quantized(module) or not should_convert_module(name, keep):
+            continue
+        layer = Embedding4bit(
+            *module.weight.shape,
+            module.padding_idx,
+            "meta",
+            module.weight.dtype,
+            format=config.bnb_4bit_quant_type,
+            blocksize=config.blocksize,
+            double_quant=config.bnb_4bit_use_double_quant,
+        )
+        layer.transposed_source = False
+        model.set_submodule(name, layer)
+    tied = tied_linears(model)
+    for target, source in tied.items():
+        if not isinstance(model.get_submodule(source), Embedding4bit):
+            note_left(model.get_submodule(target), "tied to a weight that stays")
+    return list(tied)
+
+
+def replace_tied(model: nn.Module, config: Any) -> None:
+    """Put a `Linear4bit` over the same tensors in the place of each layer that is tied to an `Embedding4bit`.
+
+    Called when the model has been read. A checkpoint may have had the layer's weight instead of the embedding's, which
+    it then shares, or both, if they differ.
+    """
+    options = (config.bnb_4bit_quant_type, config.blocksize, config.bnb_4bit_use_double_quant)
+    for module in model.modules():
+        if isinstance(module, Embedding4bit) and (weight := module._parameters["weight"]).is_floating_point():
+            module.replace_weight(functional.quantize(weight, *options))
+    for target, source in tied_linears(model).items():
+        embedding, linear = model.get_submodule(source), model.get_submodule(target)
+        if isinstance(embedding, Embedding4bit):
+            layer = Linear4bit.from_quantized(embedding.quantized_weight, linear.bias)
+            layer.product_dtype = config.product_dtype
+            model.set_submodule(target, layer.train(linear.training))
+
+
+def is_tied_to_embedding(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether a `Linear4bit` of `model` has the bytes of an `Embedding4bit`, which has them in a file."""
+    codes = layer._parameters["weight"]
+    return any(isinstance(m, Embedding4bit) and m._parameters["weight"] is codes for m in model.modules())
+
+
+# What `resize_token_embeddings` calls. It would take codes for a weight, of half as many columns.
+def _refusing_quantized(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def resized(
+        self: PreTrainedModel, old: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(old, QuantizedLayer) or (new_num_tokens is None and not (args or kwargs)):
+            return method(self, old, new_num_tokens, *args, **kwargs)
+        rows = old.quantized_weight.shape[0]
+        if new_num_tokens == rows:
+            return old
+        raise bad("resize_token_embeddings", f"{rows} tokens, as {type(old).__name__} has", new_num_tokens)
+
+    return resized
+
+
+for _name in ("_get_resized_embeddings", "_get_resized_lm_head"):
+    setattr(PreTrainedModel, _name, _refusing_quantized(getattr(PreTrainedModel, _name)))
