@@ -23,13 +23,16 @@ import json
 import math
 import os
 import resource
+import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import quiet  # noqa: F401  (first: it is about what the next imports say)
+
+# isort: split
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -42,9 +45,8 @@ from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.loss import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks transformers under an older name
-
 IGNORED = -100  # the label of a token that is context, not something to learn
+LOG_SECONDS = 30  # from one line about the training to the next, where there is no terminal for a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -207,7 +209,9 @@ def train(
     tokens, started = 0, time.perf_counter()
     model.train()
     made = batches(examples, args.steps, args.batch_size, args.seed)
-    bar = tqdm(made, total=args.steps, desc="train", unit="step", disable=processes.rank() > 0)
+    first = processes.rank() == 0
+    bar = tqdm(made, total=args.steps, desc="train", unit="step", disable=None if first else True)
+    logged = started
     for batch in bar:
         share = processes.share(batch)
         total, count = loss_of(model, share or batch[:1])
@@ -224,7 +228,12 @@ def train(
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"step {len(losses)}: the loss is {losses[-1]}; try a lower --lr than {args.lr}")
         tokens += sum(len(example.ids) for example in batch)
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {tokens / (time.perf_counter() - started):.0f} tokens/s")
+        now = time.perf_counter()
+        state = f"loss {losses[-1]:.3f}, {tokens / (now - started):.0f} tokens/s"
+        bar.set_postfix_str(state)
+        if first and bar.disable and (now - logged >= LOG_SECONDS or len(losses) == args.steps):
+            logged = now
+            print(f"step {len(losses)} of {args.steps}: {state}", file=sys.stderr, flush=True)
     return losses, tokens / (time.perf_counter() - started)
 
 

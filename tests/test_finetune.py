@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,11 @@ def test_run_on_own_data_leaves_something_out(folder, options):
     output = folder / f"out-{len(options)}"
     shown = run(folder, "--data", folder / "data.jsonl", "--steps", "15", "--output", output, *options)
     assert shown.returncode == 0, shown.stderr
-    assert "15/15" in shown.stderr and "tokens/s" in shown.stderr, "no progress bar"
+    lines = shown.stderr.splitlines()
+    assert "\r" not in shown.stderr, "a bar in a log file"
+    assert re.fullmatch(r"step 15 of 15: loss \d+\.\d+, \d+ tokens/s", lines[-1])
+    assert lines[0].startswith(f"quantize: {7 * LAYERS} of {7 * LAYERS} layers")
+    assert all(" tensors" in line or "bytes" in line or line[:20].strip(" 0123456789,") == "" for line in lines[1:-1])
     figures = json.loads((output / "figures.json").read_text())
     loss = figures["held_out_loss"]
     assert loss["reloaded"] == pytest.approx(loss["after"], rel=1e-6)

@@ -324,14 +324,6 @@ def test_layer_that_transformers_keeps_in_fp32_is_quantized():
     assert quantized_names(model) == ALL - {"layers.1.0", "layers.1.2", "first", "second"}
 
 
-def test_progress_is_not_shown(capfd):
-    pytest.importorskip("tqdm")
-    quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
-    assert "2/2" in capfd.readouterr().err
-    quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), progress=False)
-    assert capfd.readouterr().err == ""
-
-
 def test_options_do_not_reach_the_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).bfloat16())
     quantize_model(model, (), "fp4", 128, False, progress=False)

@@ -25,6 +25,7 @@ from ._neighbours import (
     run_quantized_experts,
     transformers_models,
 )
+from ._progress import Progress
 from ._sizes import SizeReport, left_alone, linears_of_routers, note_left, size_report
 from ._weight import QuantizedWeight
 
@@ -178,7 +179,7 @@ def quantize_model(
 
     The experts of a mixture, which transformers keeps as parameters of three dimensions, become `Experts4bit`, and are
     run by the implementation "qlora_native" of its registry of experts. Routers stay, linear layers in them too. What
-    was quantized, what was not and why is `size_report(model)`; with a progress bar it is printed.
+    was quantized, what was not and why is `size_report(model)`; with `progress` it is printed.
 
     A model of transformers is from then on one that transformers knows as quantized: `save_pretrained` writes
     bitsandbytes' format with its quantization_config, or raises a ValueError that names the format it cannot write.
@@ -188,7 +189,8 @@ def quantize_model(
         skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name
             matches wherever its dotted parts appear in a module's path. Experts of one layer stay together.
         format, blocksize, double_quant, codebook: as `qlora_native.quantize`.
-        progress: show a progress bar and the table of bytes, where tqdm is installed.
+        progress: show how far it is on stderr (a bar on a terminal, where tqdm is installed; in a log file a line now
+            and then), and then the table of bytes.
         strict: refuse a model with weights of which it is not known how they are multiplied by, which stay otherwise,
             with a warning for experts.
 
@@ -232,7 +234,8 @@ def quantize_model(
         return weights[id(weight)]
 
     layers: dict[Any, QuantizedLayer] = {}  # by id of the layer, or of the module of experts and the name in it
-    for item in _with_progress([*names, *experts], progress):
+    items = [*names, *experts]
+    for item in Progress(len(items), progress, "quantize", "layer").over(items):
         if isinstance(item, str):
             dense = model.get_submodule(item)
             if id(dense) not in layers:
@@ -266,7 +269,8 @@ def quantize_model(
     if layers:
         for pretrained in transformers_models(model):
             adopt_quantized(pretrained)
-        _show(model, progress)
+        if progress:
+            sys.stderr.write(f"{size_report(model)}\n")
     return model
 
 
@@ -309,22 +313,3 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool)
         elif id(module.weight) in staying:
             note_left(module, "tied to a weight that stays")
     return [name for name, module in found if id(module.weight) not in staying]
-
-
-def _with_progress(names: list[Any], progress: bool) -> Iterable[Any]:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return names
-        return tqdm(names, desc="quantize", unit="layer")
-    return names
-
-
-def _show(model: nn.Module, progress: bool) -> None:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return
-        tqdm.write(str(size_report(model)), file=sys.stderr)

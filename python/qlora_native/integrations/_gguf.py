@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .._errors import bad
-from ._report import Progress, Report
+from .._progress import Progress
+from ._report import Report
 from .skeleton import Skeleton
 from .staging import new_file
 
@@ -129,7 +130,7 @@ def gguf_writer(out: str | Path, layout: Layout, kind: GGMLType) -> Iterator[tup
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for entry in Progress(len(entries), progress).over(entries):
+            for entry in Progress(len(entries), progress, "export", "tensor").over(entries):
                 stored = _stored(entry, report)
                 report.bytes += stored.nbytes
                 try:

@@ -1,11 +1,9 @@
-"""What a conversion of files tells: how much it did, what rounding cost, and how far it is."""
+"""What a conversion of files tells: how much it did, and what rounding cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -71,23 +69,3 @@ def square(tensor: Tensor, other: Tensor | None = None) -> float:
             rows = rows - other[start : start + ROWS].float()
         total += rows.square().sum(dim=-1).double().sum().item()
     return total
-
-
-class Progress:
-    """A bar over several lists, where tqdm is installed and it is wanted."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._bar = None
-        if wanted:
-            try:
-                from tqdm.auto import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, unit="tensor")
-
-    def over(self, names: Iterable[Any]) -> Iterator[Any]:
-        """`names`, counted."""
-        for name in names:
-            yield name
-            if self._bar is not None:
-                self._bar.update()

@@ -66,7 +66,8 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
         to: a key of MODEL_TYPES, what matrices are stored in; default: the dtype of config.json, which rounds nothing.
             Norms and biases are fp32. With 4 or 5 bits the embeddings and the output layer have 8; a matrix whose rows
             are no multiple of 32 keeps its dtype.
-        progress: show a progress bar, where tqdm is installed.
+        progress: show how far it is on stderr: a bar on a terminal, where tqdm is installed; in a log file a line now
+            and then.
 
     Raises:
         FileNotFoundError, FileExistsError: the folder lacks its files; `out` is there.

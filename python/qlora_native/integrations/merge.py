@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 from .. import functional
 from .._errors import bad, check_blocksize
 from .._json import parse_object
+from .._progress import Progress
 from . import compressed_tensors
-from ._report import Progress, Report, square
+from ._report import Report, square
 from .adapters import Adapter
 from .checkpoints import Checkpoint, other_files, write_shards
 from .skeleton import Skeleton
@@ -70,7 +71,8 @@ def convert(
         to: a key of TARGETS. For a format, the layers that transformers would give to bitsandbytes are quantized.
         blocksize, double_quant: as `qlora_native.quantize`, for a format. compressed-tensors, in which "int4" and
             "int8" are written, has no double quantization, and wants rows of whole blocks.
-        progress: show a progress bar, where tqdm is installed.
+        progress: show how far it is on stderr: a bar on a terminal, where tqdm is installed; in a log file a line now
+            and then.
 
     Raises:
         FileNotFoundError, FileExistsError: a folder lacks its files; `out` is taken.
@@ -86,7 +88,7 @@ def convert(
     conversion.check()
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        bar = Progress(sum(map(len, checkpoint.shards.values())), progress)
+        bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
         for file, names in checkpoint.shards.items():
             yield file, {key: tensor for name in bar.over(names) for key, tensor in conversion.tensors(name).items()}
 

@@ -1,0 +1,56 @@
+"""How far a long loop is: a bar on a terminal, and a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+SECONDS = 30.0  # from one line of a log to the next
+
+
+class Progress:
+    """Counts what has been done and shows it on stderr.
+
+    On a terminal, and in a notebook, it is a bar of tqdm's, if tqdm is installed. Anywhere else it is one line every
+    SECONDS and one at the end, so that a log file does not fill with bars.
+
+    Args:
+        total: how many items there are.
+        wanted: whether anything is shown.
+        action: what is done to an item: "quantize".
+        unit: what an item is: "layer".
+    """
+
+    def __init__(self, total: int, wanted: bool, action: str, unit: str) -> None:
+        self._wanted, self._action, self._unit = wanted, action, unit
+        self._total, self._done = total, 0
+        self._started = self._shown = time.monotonic()
+        self._bar = None
+        if wanted:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, desc=action, unit=unit, disable=None)  # None: where it is no terminal
+
+    def over(self, items: Iterable[Any]) -> Iterator[Any]:
+        """`items`, each counted when the next one is asked for; several calls add up."""
+        for item in items:
+            yield item
+            self._done += 1
+            self._show()
+
+    def _show(self) -> None:
+        if self._bar is not None and not self._bar.disable:
+            self._bar.update()
+            if self._done == self._total:
+                self._bar.close()
+            return
+        now = time.monotonic()
+        if self._wanted and (self._done == self._total or now - self._shown >= SECONDS):
+            self._shown = now
+            sys.stderr.write(
+                f"{self._action}: {self._done} of {self._total} {self._unit}s, {now - self._started:.0f} s\n"
+            )
