@@ -128,10 +128,20 @@ struct Warp {
   bool is_held_back = false;
 };
 
+// Threads of a block that meet at a barrier with a number (bar.sync), or of a warpgroup.
+struct Meeting {
+  std::vector<struct Fiber*> fibers;
+  std::vector<void*> lanes;
+  int threads = 0;
+  Site site;
+};
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kNamedBarriers = 16;  // of a block
+
 struct Block;
 
 struct Fiber {
-  enum class State { ready, at_barrier, at_meeting, waiting, done };
+  enum class State { ready, at_barrier, at_meeting, waiting, at_mbarrier, done };
   Position position;
   Block* block;
   Warp* warp;
@@ -141,6 +151,9 @@ struct Fiber {
   Site site;
   const std::uint32_t* flag = nullptr;
   std::uint32_t value = 0;
+  std::uint64_t* mbarrier = nullptr;
+  std::int64_t phase = 0;
+  WgmmaQueue wgmma;
   std::vector<Copy> copies;               // not yet of a group
   std::vector<std::vector<Copy>> groups;  // oldest first
   StoreBuffer stores;                     // that the thread alone sees
@@ -160,6 +173,12 @@ struct Block {
   int left;          // fibers that have not ended
   std::byte* smem = nullptr;
   StoreBuffer stores;  // that the block alone sees
+  std::unique_ptr<SharedMemory> memory;
+  Mbarriers mbarriers;
+  std::unique_ptr<TileCopies> tile_copies;
+  Meeting named_barriers[kNamedBarriers];
+  std::vector<Meeting> warpgroups;
+  std::vector<int> max_registers;  // by warp; 0: not said
 
   explicit Block(std::int64_t index)
       : index(index),
@@ -177,6 +196,10 @@ struct Block {
 #ifdef __SANITIZE_ADDRESS__
     __asan_poison_memory_region(memory, begin);
 #endif
+    this->memory = std::make_unique<SharedMemory>(smem, grid->smem_bytes, static_cast<std::uint32_t>(begin));
+    tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
+    warpgroups.resize(static_cast<std::size_t>(grid->threads + kWarpgroup - 1) / kWarpgroup);
+    max_registers.resize(warps.size());
     std::iota(order.begin(), order.end(), 0);
     for (int thread = 0; thread < grid->threads; ++thread) {
       Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
@@ -202,8 +225,11 @@ struct Block {
     Fiber& self = *current;
     Context::arrived(self.context, self.block->scheduler);
     grid->thread(grid->arguments);
+    if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
     self.state = Fiber::State::done;
-    --self.block->left;
+    if (--self.block->left == 0 && self.block->tile_copies->under_way() > 0) {
+      fail("a block has ended before a tile that TMA loads was there");
+    }
     self.context.switch_to(self.block->scheduler, /*last=*/true);
     __builtin_unreachable();
   }
@@ -237,6 +263,19 @@ struct Block {
     return any;
   }
 
+  // Tiles that TMA loads arrive in any order: at random times, or when nothing else goes on.
+  void finish_some_copies() {
+    constexpr std::size_t kRounds = 4;  // in the mean
+    for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
+      if (schedule.below(kRounds) == 0) tile_copies->finish(i);
+    }
+  }
+  bool finish_a_copy() {  // whether there was any
+    const std::size_t count = tile_copies->under_way();
+    if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.below(count) : 0);
+    return count > 0;
+  }
+
   // Runs every fiber as far as it comes, round after round, until none comes further or `turns` have been taken.
   // Whether any came further.
   bool advance(std::int64_t turns) {
@@ -244,7 +283,8 @@ struct Block {
     while (turns > 0) {
       if (next == order.size()) {
         release_barrier();
-        if (!ran && !let_all_warps_run()) break;
+        if (!ran && !let_all_warps_run() && !finish_a_copy()) break;
+        finish_some_copies();
         ran = false;
         schedule.arrange(order);
         hold_back_some_warps();
@@ -252,6 +292,9 @@ struct Block {
       }
       Fiber& fiber = fibers[static_cast<std::size_t>(order[next++])];
       if (fiber.state == Fiber::State::waiting && *fiber.flag == fiber.value) fiber.state = Fiber::State::ready;
+      if (fiber.state == Fiber::State::at_mbarrier && mbarriers.is_complete(fiber.mbarrier, fiber.phase)) {
+        fiber.state = Fiber::State::ready;
+      }
       if (fiber.state != Fiber::State::ready || fiber.warp->is_held_back) continue;
       ran = any = true;
       --turns;
@@ -266,10 +309,11 @@ struct Block {
   std::string waits() const {
     std::string all;
     for (const Fiber& fiber : fibers) {
-      const char* what = fiber.state == Fiber::State::at_barrier   ? "at the barrier "
-                         : fiber.state == Fiber::State::at_meeting ? "for its warp at "
-                         : fiber.state == Fiber::State::waiting    ? "for another block at "
-                                                                   : nullptr;
+      const char* what = fiber.state == Fiber::State::at_barrier    ? "at the barrier "
+                         : fiber.state == Fiber::State::at_meeting  ? "for its warp, its warpgroup or others at "
+                         : fiber.state == Fiber::State::at_mbarrier ? "for an mbarrier at "
+                         : fiber.state == Fiber::State::waiting     ? "for another block at "
+                                                                    : nullptr;
       const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
       // One line for neighbours that do the same.
       if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;
@@ -498,6 +542,95 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
   for (int i = first; i < first + kWarp; ++i) {
     self.block->fibers[static_cast<std::size_t>(i)].state = Fiber::State::ready;
   }
+}
+
+namespace {
+
+// The last of the threads to come runs `all` over what each brought, and then all go on.
+void meet_others(Meeting& meeting, int threads, void* lane, std::size_t place, void (*all)(void* const* lanes),
+                 Site site) {
+  Fiber& self = *current;
+  if (meeting.fibers.empty()) {
+    meeting.site = site;
+    meeting.threads = threads;
+    meeting.lanes.assign(static_cast<std::size_t>(threads), nullptr);
+  }
+  if (meeting.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
+  meeting.fibers.push_back(&self);
+  if (all != nullptr) {
+    if (!(meeting.site == site)) {
+      fail("threads of a warpgroup meet at different calls: " + text(meeting.site) + " and " + text(site));
+    }
+    meeting.lanes[place] = lane;
+  }
+  if (meeting.fibers.size() < static_cast<std::size_t>(threads)) {
+    return suspend(self, Fiber::State::at_meeting, site);
+  }
+  if (all != nullptr) all(meeting.lanes.data());
+  for (Fiber* fiber : meeting.fibers) {
+    fiber->state = Fiber::State::ready;
+    fiber->stores.move_to(self.block->stores);
+  }
+  meeting.fibers.clear();
+}
+
+}  // namespace
+
+void named_barrier(int number, int threads, Site site) {
+  if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
+  meet_others(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+}
+
+void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site) {
+  const int thread = current->position.thread;
+  Meeting& meeting = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
+  meet_others(meeting, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), all, site);
+}
+
+std::uint32_t shared_address(const void* p) { return current->block->memory->address_of(p); }
+void note_shared_store(const void* p, std::size_t bytes) {
+  current->block->memory->note_store(p, bytes, current->position.thread);
+}
+void publish_shared_stores() { current->block->memory->publish_stores(current->position.thread); }
+
+void mbarrier_init(std::uint64_t* barrier, int arrivals) {
+  if (!current->block->memory->holds(barrier, sizeof(*barrier))) fail("an mbarrier outside of shared memory");
+  current->block->mbarriers.init(barrier, arrivals, current->position.thread);
+}
+void mbarrier_publish() { current->block->mbarriers.publish(current->position.thread); }
+void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes) {
+  current->block->mbarriers.arrive(barrier, expected_bytes, current->position.thread);
+}
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site) {
+  Fiber& self = *current;
+  self.phase = self.block->mbarriers.begin_wait(barrier, parity, self.position.thread);
+  if (self.block->mbarriers.is_complete(barrier, self.phase)) return;
+  self.mbarrier = barrier;
+  suspend(self, Fiber::State::at_mbarrier, site);
+}
+
+void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier) {
+  TileCopies& copies = *current->block->tile_copies;
+  copies.begin(static_cast<std::byte*>(to), source, row, col, barrier);
+  if (schedule.is_early()) copies.finish(copies.under_way() - 1);
+}
+
+std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor) {
+  return std::make_shared<WgmmaProduct>(*current->block->memory, to_f32, cols, b_descriptor);
+}
+void compute_if_early(WgmmaProduct& product) {
+  if (schedule.is_early()) product.compute();
+}
+WgmmaQueue& wgmma_queue() { return current->wgmma; }
+
+void set_max_registers(int count) {
+  constexpr int kLeast = 24, kMost = 256, kUnit = 8, kRegisters = 64 * 1024;
+  Block& block = *current->block;
+  if (count < kLeast || count > kMost || count % kUnit != 0) fail("setmaxnreg of " + std::to_string(count));
+  block.max_registers[static_cast<std::size_t>(current->position.thread / kWarp)] = count;
+  int sum = 0;
+  for (const int registers : block.max_registers) sum += registers * kWarp;
+  if (sum > kRegisters) fail("setmaxnreg: the block's threads want " + std::to_string(sum) + " registers");
 }
 
 void cut() {

@@ -21,8 +21,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
+
+#include "simt/async.h"
 
 namespace qlora_native::cuda_emulated {
 
@@ -46,6 +49,8 @@ class Schedule {
   void arrange(std::vector<int>& order);                         // of the fibers of a block: again for each round
   std::int64_t place(std::int64_t i, std::int64_t count) const;  // the i-th of the blocks
   bool coin();  // whether an asynchronous copy is done at once: what a device may do, too
+  // The same of what runs beside the threads (async.h), which is early under `reverse` and late under `forward`.
+  bool is_early() { return order_ == Order::reverse || coin(); }
   bool is_concurrent() const { return order_ == Order::concurrent; }
   bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
   std::size_t below(std::size_t count);  // a random number
@@ -108,6 +113,23 @@ void share_stores();  // with the block
 void copy_async(void* to, const void* from, int bytes, int zeros);
 void commit_copies();
 void wait_for_copies(int groups_left);
+
+// Of async.h, with the block's shared memory.
+std::uint32_t shared_address(const void* p);
+void note_shared_store(const void* p, std::size_t bytes);
+void publish_shared_stores();
+void mbarrier_init(std::uint64_t* barrier, int arrivals);
+void mbarrier_publish();
+void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site);
+void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
+void named_barrier(int number, int threads, Site site);
+// Of the warpgroup, as meet().
+void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site);
+std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor);
+void compute_if_early(WgmmaProduct& product);
+WgmmaQueue& wgmma_queue();
+void set_max_registers(int count);
 
 [[noreturn]] void fail(const std::string& what);
 

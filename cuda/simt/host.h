@@ -239,6 +239,7 @@ template <class V>
 void store_shared(const SharedPlace& to, const V& value) {
   if (reinterpret_cast<std::uintptr_t>(to.address) % sizeof(V) != 0) emulator::fail("a misaligned store");
   std::memcpy(to.address, &value, sizeof(V));
+  emulator::note_shared_store(to.address, sizeof(V));
 }
 
 // To shared memory, kBytes of 4, 8 or 16: `valid` bytes of `from`, then zeros.

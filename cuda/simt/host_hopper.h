@@ -1,0 +1,111 @@
+// What hopper.cuh promises, over the emulator (async.h says what it finds).
+#pragma once
+
+#include "common/host_device.h"
+#include "qlora_native/error.h"
+#include "simt/host.h"
+
+namespace qlora_native::cuda_emulated {
+
+// ---- for host code ----
+
+class TensorMap {
+ public:
+  TensorMap() = default;
+  explicit TensorMap(const TileSource& source) : source_(source) {
+    if (const std::string fault = source.fault(); !fault.empty()) {
+      throw Error(source.name, "an operand of which TMA can load tiles", fault);
+    }
+    source_.name = nullptr;  // it is no address of the device's
+  }
+  const TileSource& source() const { return source_; }
+
+ private:
+  TileSource source_;
+};
+
+// ---- barriers ----
+
+inline std::uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
+// As sync_threads(), of `threads` of the block, at a barrier of its own: kNumber is 1 ... 15.
+template <int kNumber>
+void sync_some_threads(int threads, Site site = Site::current()) {
+  emulator::named_barrier(kNumber, threads, site);
+}
+
+inline void mbarrier_init(std::uint64_t* barrier, int arrivals) { emulator::mbarrier_init(barrier, arrivals); }
+// Called by the thread that has initialized barriers: TMA may arrive at them.
+inline void fence_mbarrier_init() { emulator::mbarrier_publish(); }
+inline void mbarrier_arrive(std::uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
+  emulator::mbarrier_arrive(barrier, bytes);
+}
+// Until the phase of that parity is complete: the one under way, or the one before, which is.
+inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site = Site::current()) {
+  emulator::mbarrier_wait(barrier, parity, site);
+}
+
+// ---- the copy engine, and what it and wgmma may read ----
+
+inline void tma_load_tile(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier) {
+  emulator::load_tile(to, map.source(), row, col, barrier);
+}
+inline void prefetch_map(const TensorMap&) {}
+inline void fence_proxy_async() { emulator::publish_shared_stores(); }
+
+// ---- products of a warpgroup ----
+
+// Before the first product, and where registers that products use may have been changed.
+inline void wgmma_fence() { emulator::wgmma_queue().fence(); }
+
+// d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. A warp's lanes hold a and d
+// as those of mma_16x8x16 (simt.cuh); d's columns follow in eights. Nothing of it may be read or changed before
+// wgmma_wait().
+template <class T, int kCols>
+void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_descriptor,
+           Site site = Site::current()) {
+  struct Lane {
+    const std::uint32_t (&a)[4];
+    std::uint64_t b_descriptor;
+    std::shared_ptr<emulator::WgmmaProduct> product;
+  } lane{a, b_descriptor, nullptr};
+  emulator::meet_warpgroup(
+      &lane,
+      [](void* const* lanes) {
+        const auto of = [&](int i) -> Lane& { return *static_cast<Lane*>(lanes[i]); };
+        const auto product =
+            emulator::begin_wgmma([](std::uint16_t bits) { return to_f32(T{bits}); }, kCols, of(0).b_descriptor);
+        for (int i = 0; i < 4 * kWarp; ++i) {
+          if (of(i).b_descriptor != of(0).b_descriptor) emulator::fail("wgmma: threads have other descriptors");
+          product->take_a(i, of(i).a);
+          of(i).product = product;
+        }
+        emulator::compute_if_early(*product);
+      },
+      site);
+  emulator::wgmma_queue().add(lane.product, thread_index() % (4 * kWarp), a, d, kCols / 2);
+}
+inline void wgmma_commit() { emulator::wgmma_queue().commit(); }
+// Until no more than kGroupsLeft groups of products are under way.
+template <int kGroupsLeft>
+void wgmma_wait() {
+  emulator::wgmma_queue().wait(kGroupsLeft);
+}
+// Until none is: d may be read.
+template <int kSums>
+void wgmma_wait_for(float (&)[kSums]) {
+  wgmma_wait<0>();
+}
+
+// Of each thread of the warpgroup, fewer or more than the kernel begins with.
+template <int kCount>
+void decrease_max_registers() {
+  emulator::set_max_registers(kCount);
+}
+template <int kCount>
+void increase_max_registers() {
+  emulator::set_max_registers(kCount);
+}
+
+}  // namespace qlora_native::cuda_emulated

@@ -1,0 +1,37 @@
+// A matrix of 16-bit elements or of bytes in global memory, as tma_load_tile() takes tiles of it: what a device's
+// CUtensorMap is made from, and all that the emulator's holds.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora_native {
+
+// How the 16-byte vectors of a tile change places in shared memory: within spans of so many bytes, by flipping the bits
+// of an address above the lowest four with those above the lowest seven. none: they do not.
+enum class Swizzle : std::uint8_t { none, bytes_64, bytes_128 };
+
+struct TileSource {
+  const char* name = "";  // of the operand, for errors
+  const void* data = nullptr;
+  int element_bytes = 0;
+  std::int64_t rows = 0, cols = 0, stride_bytes = 0;
+  int box_rows = 0, box_cols = 0;  // of a tile: what of it lies beyond the matrix becomes zeros
+  Swizzle swizzle = Swizzle::none;
+
+  constexpr std::int64_t box_row_bytes() const { return std::int64_t{box_cols} * element_bytes; }
+  // What a driver asks of a map (cuTensorMapEncodeTiled), so that the emulator refuses what it would: "" or why not.
+  const char* fault() const {
+    constexpr int kVector = 16, kMostBox = 256;
+    constexpr std::int64_t kMostRows = std::int64_t{1} << 32, kMostStride = std::int64_t{1} << 40;
+    const std::int64_t span = swizzle == Swizzle::bytes_128 ? 128 : swizzle == Swizzle::bytes_64 ? 64 : box_row_bytes();
+    if (reinterpret_cast<std::uintptr_t>(data) % kVector != 0) return "its address is no multiple of 16";
+    if (stride_bytes % kVector != 0 || stride_bytes >= kMostStride) return "its stride is no multiple of 16 bytes";
+    if (rows < 1 || cols < 1 || rows > kMostRows || cols > kMostRows) return "it has no rows or columns, or too many";
+    if (box_rows < 1 || box_rows > kMostBox || box_cols < 1 || box_cols > kMostBox) return "a tile is 1 ... 256 long";
+    if (box_row_bytes() % kVector != 0) return "a tile's row is no multiple of 16 bytes";
+    if (box_row_bytes() > span) return "a tile's row is longer than the span in which its vectors change places";
+    return "";
+  }
+};
+
+}  // namespace qlora_native
