@@ -20,6 +20,7 @@ from safetensors.torch import load_file  # noqa: E402
 from sharding import leave, prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.loss import DeferredLogits, fuse_loss  # noqa: E402
 from qlora_native.integrations.peft import register  # noqa: E402
 
 pytestmark = [
@@ -37,6 +38,7 @@ CASES = {  # name: (scales double-quantized, FSDP2's parameter dtype, or None fo
     "fsdp2-adapters": (True, torch.float32),  # each of an adapter's modules is a unit of its own, as with PEFT's policy
     "accelerate": (True, torch.bfloat16),  # accelerate calls fully_shard
 }
+FUSED = ("ddp", "fsdp2", "fsdp2-head")
 # accelerate does not prepare T5, quantized or not: it knows of no tie between three embeddings.
 RUNS = [(case, family) for case, family in itertools.product(CASES, LINEARS) if (case, family) != ("accelerate", "t5")]
 
@@ -76,6 +78,26 @@ def sharded(model, dtype, case):
     for block in [module for module in model.modules() if type(module).__name__ in blocks]:
         fully_shard(block, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
+
+
+def fused_step(model, rows, case=None):
+    """The loss of `fuse_loss` and the adapter's gradients by name."""
+    model.train()
+    assert fuse_loss(model)
+    wrapped = model
+    if case == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    elif case is not None:
+        if case == "fsdp2-head":  # a unit of its own is in parts again when the loss is computed
+            torch.distributed.fsdp.fully_shard(model.get_output_embeddings())
+        wrapped = sharded(model, torch.float32, case)
+    outputs = wrapped(input_ids=rows, labels=rows)
+    assert isinstance(outputs.logits, DeferredLogits) == (case != "fsdp2-head")
+    outputs.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    if case in ("fsdp2", "fsdp2-head"):
+        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    return outputs.loss.detach(), gradients
 
 
 def trained(family, output, processes):
@@ -127,6 +149,8 @@ def worker(rank, folder):
         torch.save((logits, gradients), folder / f"{name}-{rank}.pt")
         if rank == 0:
             model.save_pretrained(folder / name, save_embedding_layers=False, state_dict=state)
+    for case in FUSED:
+        torch.save(fused_step(make("llama", True), rows, case), folder / f"fused-{case}-{rank}.pt")
     for family in LINEARS:
         torch.save(trained(family, folder / "trainer", PROCESSES), folder / f"trainer-{family}-{rank}.pt")
     leave()
@@ -169,6 +193,17 @@ def test_two_processes_compute_something_else(case, family, folder):
     for saved in options:
         saved["target_modules"] = set(saved["target_modules"])  # in the order of a set
     assert options[0] == options[1]
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_loss_in_two_processes_is_that_of_one(case, folder):
+    loss, expected = fused_step(make("llama", True), ids())
+    results = [torch.load(folder / f"fused-{case}-{rank}.pt") for rank in range(PROCESSES)]
+    assert_close(torch.stack([part for part, _ in results]).mean(), loss, 1e-6)
+    for _, gradients in results:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected[name], 1e-5)
 
 
 @families

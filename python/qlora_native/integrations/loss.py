@@ -111,7 +111,8 @@ def fuse_loss(model: nn.Module) -> bool:
 
     Its loss, and the gradients, are those that it had, but for rounding: logits are rounded to the dtype of the model
     as before, and each loss is summed in fp32. While it trains with labels, `outputs.logits` is a `DeferredLogits`.
-    Calling it again changes nothing.
+    Calling it again changes nothing. Under DDP and FSDP2 it is the same, but for a head that is a unit of FSDP2 by
+    itself: its weight is in parts again when the loss is computed, so it makes its logits.
 
     Returns:
         Whether it does. If not, it is as it was, and a warning says why: another loss than causal language models have,
