@@ -54,7 +54,7 @@ def test_op_passes_opcheck_and_compiles():
     layer = Embedding4bit.from_embedding(embedding_of())
     rows = torch.tensor([3, 49, 3])
     operands = (*layer.quantized_weight.op_arguments(), torch.float32, rows)
-    torch.library.opcheck(torch.ops.qlora_native.dequantize.default, operands)
+    torch.library.opcheck(torch.ops.qlora_native.dequantize_rows.default, operands)
     assert torch.equal(torch.compile(layer, fullgraph=True)(rows), layer(rows))
 
 

@@ -273,19 +273,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_microscaled_op(const Tensor&
 
 Tensor dequantize_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
                      const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
-                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype,
-                     const OptionalTensor& rows) {
+                     std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype) {
   DequantizeArgs args;
   args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
   args.dtype = dtype_of(dtype, "dtype");
-  if (rows) {
-    args.row_count = rows->numel();
-    args.rows = static_cast<const std::int64_t*>(data_of(*rows, ScalarType::Long, args.row_count, codes, "rows"));
-  }
-  Tensor out = new_tensor(codes, {rows ? args.row_count : N, K}, dtype);
+  Tensor out = new_tensor(codes, {N, K}, dtype);
   args.out = out.data_ptr();
-  if (rows && args.row_count == 0) return out;  // an empty tensor has no address, which would mean all rows
   dequantize(args, stream_of(codes));
+  return out;
+}
+
+Tensor dequantize_rows_op(const Tensor& codes, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                          const OptionalTensor& nested_code, const OptionalTensor& offset, const OptionalTensor& code,
+                          std::int64_t N, std::int64_t K, std::int64_t bits, std::int64_t blocksize, ScalarType dtype,
+                          const Tensor& rows) {
+  DequantizeArgs args;
+  args.weight = view_of({codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize}, codes);
+  args.dtype = dtype_of(dtype, "dtype");
+  args.row_count = rows.numel();
+  args.rows = static_cast<const std::int64_t*>(data_of(rows, ScalarType::Long, args.row_count, codes, "rows"));
+  Tensor out = new_tensor(codes, {args.row_count, K}, dtype);
+  args.out = out.data_ptr();
+  if (args.row_count > 0) dequantize(args, stream_of(codes));  // an empty tensor has no address: that means all rows
   return out;
 }
 
@@ -374,6 +383,7 @@ void implement(Library& library) {
   library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax_op));
   library.impl("quantize_microscaled", TORCH_BOX(&quantize_microscaled_op));
   library.impl("dequantize", TORCH_BOX(&dequantize_op));
+  library.impl("dequantize_rows", TORCH_BOX(&dequantize_rows_op));
   library.impl("linear_forward", TORCH_BOX(&linear_forward_op));
   library.impl("linear_backward_input", TORCH_BOX(&linear_backward_input_op));
   library.impl("lora_gradients", TORCH_BOX(&lora_gradients_op));
@@ -400,7 +410,8 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
   library.def(
       "quantize_microscaled(Tensor weight, int blocksize) -> "
       "(Tensor codes, Tensor scales, Tensor nested_code, Tensor non_finite)");
-  library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype, Tensor? rows=None) -> Tensor");
+  library.def("dequantize(" QLN_WEIGHT ", ScalarType dtype) -> Tensor");
+  library.def("dequantize_rows(" QLN_WEIGHT ", ScalarType dtype, Tensor rows) -> Tensor");
   library.def("linear_forward(Tensor x, " QLN_WEIGHT ", Tensor? bias, " QLN_LORA ", " QLN_GROUPS
               ") -> (Tensor y, Tensor u)");
   library.def("linear_backward_input(Tensor dy, " QLN_WEIGHT ", " QLN_LORA ", bool need_dx, " QLN_GROUPS

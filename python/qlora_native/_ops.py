@@ -63,8 +63,13 @@ def _(weight, blocksize):
 
 
 @torch.library.register_fake("qlora_native::dequantize")
-def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype, rows=None):
-    return codes.new_empty((N if rows is None else rows.shape[0], K), dtype=dtype)
+def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype):
+    return codes.new_empty((N, K), dtype=dtype)
+
+
+@torch.library.register_fake("qlora_native::dequantize_rows")
+def _(codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize, dtype, rows):
+    return codes.new_empty((rows.shape[0], K), dtype=dtype)
 
 
 @torch.library.register_fake("qlora_native::linear_forward")

@@ -179,7 +179,7 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
         raise bad("ids", f"a tensor on {q.device}, where q is", ids.device)
     dtype = q.dtype if dtype is None else dtype
     check_float_dtype("dtype", dtype)
-    rows = torch.ops.qlora_native.dequantize(*q.op_arguments(), dtype, ids.reshape(-1).to(torch.int64))
+    rows = torch.ops.qlora_native.dequantize_rows(*q.op_arguments(), dtype, ids.reshape(-1).to(torch.int64))
     return rows.view(*ids.shape, q.shape[1])
 
 
