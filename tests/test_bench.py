@@ -62,6 +62,22 @@ def test_large_model_takes_two_steps(script, shape):
     assert found["operations_s"]["4-bit products, forward"] > 0
 
 
+@pytest.mark.parametrize("contestant", ["qlora_native", "qlora_native, loss of transformers"])
+def test_account_of_a_step_has_all_of_its_time(script, contestant):
+    account = script("account")
+    name = "2 layers of Llama-7B"
+    row = account.measure(name, contestant, 1, vocab_size=1000, **SMALL)
+    assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+    assert min(row["parts"].values()) > 0
+    width, inner, keys = 256, 352, 128
+    weights = 2 * (2 * width * width + 2 * width * keys + 3 * width * inner)
+    sides = 2 * (4 * width + 2 * (width + keys) + 3 * (width + inner))
+    assert row["operations"]["products"] == 4 * account.TOKENS * (weights + 16 * sides)
+    machine = {"cpu": "A", "isa": "avx2", "versions": {"torch": "2"}, "threads": 2}
+    text = account.lines({"machine": machine, "limits": {"bfloat16": 1e12}, "measured": [row]})
+    assert f"## {name}, {account.TOKENS} tokens" in text and "| head and loss |" in text
+
+
 @pytest.mark.parametrize("method", ["16 bits", "LoRA", "QLoRA"])
 def test_footprint_is_what_is_allocated(script, method):
     footprint = script("quality/footprint")

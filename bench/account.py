@@ -1,0 +1,234 @@
+"""Where a training step goes: seconds by part, beside the limit of its products, and the memory that it takes.
+
+    python bench/account.py [--rounds 5] [--output]
+
+Two models: SmolLM2-135M with a batch of 4 x 256 tokens, and two layers of Llama-7B's shape, with its head, over 512
+tokens. LoRA of rank 16 on all seven linears of a layer, bf16, each stack's own 8-bit AdamW. Contestants: ours with
+`fuse_loss`, ours with the loss of transformers, and bitsandbytes under stock PEFT.
+
+Each is a process of its own, as a training is. A step's time is the median of some; how it divides is what
+torch.profiler finds in one step more. What has a dimension as long as the vocabulary counts as head and loss, the rest
+goes by the names of torch's operations. The limit of a part is its operations at the machine's matrix rate, measured in
+the same run. Memory is how far the process grows during a step. --output writes bench/results/account-<machine>.{json,
+md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import large
+import machine
+import memory
+import step
+import timing
+from cases import OURS
+
+UNFUSED, BITSANDBYTES = f"{OURS}, loss of transformers", "bitsandbytes + PEFT"
+LAYERS, TOKENS = 2, 512  # of the 7B shape
+# Parts of a step by the names of operations; the first that fits is taken.
+PARTS = {
+    "optimizer": ("optimizer",),
+    "attention": ("attention",),
+    "adapters' gradients": ("qlora_native::lora_gradients",),
+    "products": ("qlora_native::linear", "bitsandbytes::", "aten::mm", "aten::addmm", "aten::bmm"),
+}
+HEAD, REST = "head and loss", "norms, activation, rotary, the rest"
+ORDER = ("products", "adapters' gradients", "attention", HEAD, REST, "optimizer")
+COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:gray", "tab:purple")
+
+
+def smollm2() -> tuple[nn.Module, Tensor]:
+    """The model in bf16, and tokens [batch, sequence]."""
+    return step.load(), step._tokens()
+
+
+def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
+    """The same of LAYERS layers of random weights; `changes`: other sizes, for its config."""
+    from transformers import AutoModelForCausalLM
+
+    config = large.llama_7b(LAYERS, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, large.random_values(parameter))
+    torch.manual_seed(0)
+    return model, torch.randint(config.vocab_size, (1, TOKENS))
+
+
+MODELS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {"SmolLM2-135M": smollm2, "2 layers of Llama-7B": llama_7b}
+
+
+def contestants() -> list[str]:
+    """Who can run here, ours first."""
+    return [OURS, UNFUSED, *[BITSANDBYTES] * (importlib.util.find_spec("bitsandbytes") is not None)]
+
+
+def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
+    """Of a step by part: W's and the adapter's products, Y and dX; dA and dB; the head's, Y and dX."""
+    linears = [m for path, m in model.named_modules() if path.rpartition(".")[2] in step.LINEARS]
+    weights = sum(m.in_features * m.out_features for m in linears)
+    sides = sum(m.in_features + m.out_features for m in linears)
+    head = model.get_output_embeddings()
+    return {
+        "products": 2 * tokens * (2 * weights + 2 * step.RANK * sides),
+        "adapters' gradients": 2 * tokens * step.RANK * sides,
+        HEAD: 2 * tokens * 2 * head.in_features * head.out_features,
+    }
+
+
+def part_of(operation: Any, vocabulary: int) -> str:
+    """The part that an operation, of torch.profiler's with its shapes, belongs to."""
+    if any(size == vocabulary for shape in operation.input_shapes for size in shape if isinstance(size, int)):
+        return HEAD
+    if "cross_entropy" in operation.key:
+        return HEAD
+    return next((part for part, names in PARTS.items() if any(name in operation.key for name in names)), REST)
+
+
+def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str, Any]:
+    """What a training of one contestant takes; in a process of its own, for the sake of its memory.
+
+    Returns:
+        seconds (median of a step), parts {part: seconds}, operations {part: number}, peak_bytes, losses.
+
+    Raises:
+        RuntimeError: the loss does not fall.
+    """
+    with torch.enable_grad():
+        model, tokens = MODELS[name](**changes)
+        operations, vocabulary = operations_of(model, tokens.numel()), model.config.vocab_size
+        if contestant == BITSANDBYTES:
+            take = step._bitsandbytes(model, 0.0)
+        else:
+            take = step._ours(model, 0.0)
+            if contestant == OURS:
+                from qlora_native.integrations.loss import fuse_loss
+
+                fuse_loss(model)
+        losses, seconds = [take(tokens)], []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            losses.append(take(tokens))
+            seconds.append(time.perf_counter() - started)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            take(tokens)
+        peak = memory.peak(lambda: take(tokens))
+    if not losses[-1] < losses[0]:
+        raise RuntimeError(f"{name}, {contestant}: expected losses that fall, got {losses}")
+    parts = dict.fromkeys(ORDER, 0.0)
+    for operation in profile.key_averages(group_by_input_shape=True):
+        parts[part_of(operation, vocabulary)] += operation.self_cpu_time_total
+    median, total = statistics.median(seconds), sum(parts.values())
+    return {
+        "model": name,
+        "contestant": contestant,
+        "tokens": tokens.numel(),
+        "seconds": median,
+        "all_seconds": seconds,
+        "parts": {part: median * time / total for part, time in parts.items()},
+        "operations": operations,
+        "peak_bytes": peak,
+        "losses": losses,
+    }
+
+
+def lines(found: dict) -> str:
+    """The report in Markdown."""
+    description = found["machine"]
+    versions, rate = description["versions"], found["limits"]["bfloat16"]
+    text = [
+        "# Where a training step goes\n",
+        f"{description['cpu']}, {description['isa']}, torch {versions['torch']}, {description['threads']} threads, "
+        f"{rate / 1e9:.0f} GFLOP/s in bf16. NF4 with double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; "
+        "`bench/account.py` says how it is measured. Milliseconds:\n",
+    ]
+    for name in MODELS:
+        rows = [row for row in found["measured"] if row["model"] == name]
+        if not rows:
+            continue
+        limits = {part: count / rate for part, count in rows[0]["operations"].items()}
+        text += [
+            f"\n## {name}, {rows[0]['tokens']} tokens\n",
+            "| | " + " | ".join(row["contestant"] for row in rows) + " | limit |",
+            "|---|" + "---|" * (len(rows) + 1),
+        ]
+        for part in ORDER:
+            cells = [f"{1e3 * row['parts'][part]:.0f}" for row in rows]
+            limit = f"{1e3 * limits[part]:.0f}" if part in limits else ""
+            text.append(f"| {part} | " + " | ".join([*cells, limit]) + " |")
+        text.append("| **a step** | " + " | ".join(f"**{1e3 * row['seconds']:.0f}**" for row in rows) + " | |")
+        text.append(
+            "| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 2**20:.0f}" for row in rows) + " | |"
+        )
+    text.append(
+        "\nUnder bitsandbytes, products hold the decoding of W and the adapters' gradients, which are products there."
+    )
+    return "\n".join(text) + "\n"
+
+
+def draw(found: dict, path: Path) -> None:
+    """The same as a picture: a bar for each contestant, its parts in their order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(MODELS), 1, figsize=(9, 2.6 * len(MODELS)), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[:, 0], MODELS, strict=True):
+        rows = [row for row in found["measured"] if row["model"] == name]
+        for place, row in enumerate(rows):
+            begin = 0.0
+            for part, colour in zip(ORDER, COLOURS, strict=True):
+                axis.barh(place, row["parts"][part], left=begin, color=colour, label=part if place == 0 else None)
+                begin += row["parts"][part]
+            axis.text(begin, place, f" {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:.0f} MB", va="center")
+        axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.25 * max((row["seconds"] for row in rows), default=1.0))
+        axis.set_xlabel("seconds of a step")
+        axis.set_title(name)
+    axes[0, 0].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.28))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "CONTESTANT"), help="one training, for --json")
+    parser.add_argument("--json", action="store_true", help="print the figures of --one as one line of JSON")
+    args = parser.parse_args()
+    if args.one and args.json:
+        return print(json.dumps(measure(*args.one, rounds=args.rounds)))
+    found: dict[str, Any] = {"machine": machine.describe()}
+    found["limits"] = machine.limits(machine.Probes(), ["bfloat16"], timing.Cpu())
+    found["measured"] = [
+        timing.in_own_process(__file__, "--rounds", str(args.rounds), "--one", name, contestant)
+        for name in MODELS
+        for contestant in contestants()
+    ]
+    if args.output:
+        path = Path(__file__).parent / "results" / f"account-{machine.file_name(found['machine'])}"
+        path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        path.with_suffix(".md").write_text(lines(found))
+        draw(found, path.with_suffix(".png"))
+    print(lines(found))
+
+
+if __name__ == "__main__":
+    main()
