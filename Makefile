@@ -10,6 +10,7 @@
 #                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for much longer)
 # make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
 # make lint       check formatting, style and the types of examples/
+# make docs       the pages of docs/ and an API reference, as one site that begins at build/docs/index.html
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
 #
@@ -37,7 +38,7 @@ package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda pyt
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz wheels sass lint format \
-    bench clean distclean
+    docs bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -157,6 +158,9 @@ format: $(stamp)-lint
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_files)
+
+docs: $(stamp)-package $(stamp)-finetune $(stamp)-test
+	$(python) tools/docs.py
 
 bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)

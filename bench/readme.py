@@ -1,8 +1,8 @@
-"""The table of README.md, from the reports below results/: python bench/readme.py [--write].
+"""The tables of README.md and docs/numbers.md, from the reports below results/: python bench/readme.py [--write].
 
-A column is a machine, or an instruction set that it was held to; the one that is furthest behind comes first. A cell is
-the range over the shapes 4096×4096 and 4096×14336, and over the rows of X that its line names; the worst figure stands
-first. A line that no report has is left out.
+A column is a machine, or an instruction set that it was held to. A cell is the range over the shapes 4096×4096 and
+4096×14336, and over the rows of X that its line names; the worst figure stands first. A line that no report has is left
+out. README.md has a choice of the lines, each against the fastest peer, and the column with the worst figure first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cases import ADAMW_ADAPTER, DOWN, LORA_RANK, SQUARE
+from cases import ADAMW_ADAPTER, DOWN, LORA_RANK, OURS, SQUARE
 from goals import GOALS, LARGE, LEFT_OUT, Goal, _against, _format, _values
 
 ROOT = Path(__file__).parent.parent
@@ -51,42 +51,96 @@ LINES = [
 ]
 
 
+# README's lines. One without a figure is against the fastest peer of each case; with one, the peer at its best.
+SHORT = [
+    ("Y = X·Wᵀ, 1 row", line("", "", "forward", 1)),
+    ("Y, 16 rows", line("", "", "forward", 16)),
+    ("Y, 256 … 2048 rows", line("", "", "forward", *LARGE)),
+    ("dX = dY·W, 16 rows", line("", "", "dx", 16)),
+    ("dX, 256 … 2048 rows", line("", "", "dx", *LARGE)),
+    ("Y in fp32, 256 … 2048 rows", line("", "", "forward", *LARGE, dtype="float32")),
+    ("a training step of SmolLM2-135M, LoRA r=16", line("", "step", "step_kept", memory="kept")),
+    ("a step of 8-bit AdamW, 4.9 M parameters", line("", "torch_fused", ADAMW_ADAPTER)),
+]
+SHORT_COLUMNS = ("Intel Xeon (Cascade Lake)", "AMD EPYC (Zen 4)")
+
+
+def report(column: str) -> dict:
+    """The report of a column."""
+    return json.loads((ROOT / "bench/results" / COLUMNS[column]).read_text())
+
+
+def against_fastest(goal: Goal, result: dict) -> list[float]:
+    """How many times as fast as the fastest peer: a ratio for each case of a line, ascending."""
+    if goal.figure:
+        return sorted(_values(goal, result, SQUARE, SQUARE))
+    ratios = []
+    for row in result["rows"]:
+        plain = row["via"] == "function" and not row["dropout"] and not row["threads"] and not row["rank"]
+        plain = plain and row["memory"] == goal.memory and row.get("format", "nf4") == "nf4"
+        wanted = row["operation"] == goal.operation and row["dtype"] == goal.dtype and row["M"] in goal.Ms
+        if plain and wanted and tuple(row["shape"]) in (SQUARE, DOWN):
+            peers = [found["us"] for name, found in row["times"].items() if name != OURS]
+            ratios.append(min(peers) / row["times"][OURS]["us"])
+    return sorted(ratios)
+
+
+def short_table() -> str:
+    """The table of README.md in Markdown."""
+    columns = {name: [against_fastest(goal, report(name)) for _, goal in SHORT] for name in SHORT_COLUMNS}
+    worst_first = sorted(columns, key=lambda name: min(values[0] for values in columns[name] if values))
+    rows = [["times as fast as the fastest peer", *worst_first], ["---"] * (1 + len(worst_first))]
+    for number, (label, goal) in enumerate(SHORT):
+        values = [columns[name][number] for name in worst_first]
+        rows.append([label, *(_range([_format(goal, value) for value in each]) for each in values)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _range(shown: list[str]) -> str:
+    """The first and the last of sorted figures."""
+    return " … ".join(dict.fromkeys((shown[0], shown[-1]))) if shown else LEFT_OUT
+
+
 def cells(goal: Goal) -> Iterator[str]:
     """What each report says of a line."""
     special = {other.isa for other in GOALS if other.isa}
-    for name in COLUMNS.values():
-        result = json.loads((ROOT / "bench/results" / name).read_text())
+    for result in map(report, COLUMNS):
         isa = result["machine"]["isa"]
         wanted = replace(goal, isa=isa if isa in special else None)
         values = sorted(v for shape in (SQUARE, DOWN) for v in _values(wanted, result, shape, SQUARE))
         if goal.figure == "lora":
             values.reverse()
         shown = [_format(goal, value) for value in values]
-        yield " … ".join(dict.fromkeys((shown[0], shown[-1]))) if shown else LEFT_OUT
+        yield _range(shown)
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """The table of docs/numbers.md in Markdown."""
     rows = [["", "against", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
     lines = [[goal.label, _against(goal), *cells(goal)] for goal in LINES]
     rows += [cells for cells in lines if set(cells[2:]) != {LEFT_OUT}]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def written(readme: str) -> str:
-    """README.md with the table of today."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+TABLES = {ROOT / "README.md": short_table, ROOT / "docs/numbers.md": table}
+
+
+def written(page: str, rows: str) -> str:
+    """A page with the table of today."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + rows + END + rest.split(END)[1]
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    if not parser.parse_args().write:
-        return print(table(), end="")
-    path = ROOT / "README.md"
-    path.write_text(written(path.read_text()))
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/numbers.md")
+    write = parser.parse_args().write
+    for path, made in TABLES.items():
+        if write:
+            path.write_text(written(path.read_text(), made()))
+        else:
+            print(made())
 
 
 if __name__ == "__main__":

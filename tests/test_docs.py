@@ -1,6 +1,7 @@
 """docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
 
-So do README.md's code, that of docs/formats.md and docs/experts.md, and the commands of docs/serving.md.
+So do README.md's code, that of docs/formats.md, docs/experts.md and docs/peft.md, and the commands of docs/serving.md.
+The C++ program of docs/cpp.md is in test_package.py, and the links of all pages are in test_site.py.
 """
 
 import json
@@ -131,6 +132,13 @@ def test_python_on_the_page_of_experts_runs(tmp_path, monkeypatch):
     assert len(moe.experts_of(found["model"])) == len(moe.experts_of(found["again"])) == 4
     assert found["report"].quantized > 0
     assert len(moe.experts_of(found["merged"])) == 4
+
+
+def test_python_on_the_page_of_pefts_methods_runs():
+    found = {"model": models.make("llama", torch.bfloat16)}
+    ((line, text),) = blocks("python", ROOT / "docs" / "peft.md")
+    exec(compile("\n" * (line - 1) + text, ROOT / "docs" / "peft.md", "exec"), found)
+    assert len(models.layers_of(found["merged"])) == LINEARS
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])

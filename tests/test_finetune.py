@@ -78,9 +78,8 @@ def test_run_on_own_data_leaves_something_out(folder, options):
     assert shown.returncode == 0, shown.stderr
     lines = shown.stderr.splitlines()
     assert "\r" not in shown.stderr, "a bar in a log file"
-    assert re.fullmatch(r"step 15 of 15: loss \d+\.\d+, \d+ tokens/s", lines[-1])
-    assert lines[0].startswith(f"quantize: {7 * LAYERS} of {7 * LAYERS} layers")
-    assert all(" tensors" in line or "bytes" in line or line[:20].strip(" 0123456789,") == "" for line in lines[1:-1])
+    assert [line[:10] for line in lines if line[:1] != " "] == ["quantize: ", "step 15 of", "quantize: "], shown.stderr
+    assert re.search(r"^step 15 of 15: loss \d+\.\d+, \d+ tokens/s$", shown.stderr, re.MULTILINE)
     figures = json.loads((output / "figures.json").read_text())
     loss = figures["held_out_loss"]
     assert loss["reloaded"] == pytest.approx(loss["after"], rel=1e-6)

@@ -66,11 +66,11 @@ def test_wheel_holds_no_package(tmp_path):
     assert said.startswith(f"qlora_native {version} on ")
 
 
-def test_readmes_program_compiles_as_it_stands(tmp_path):
+def test_program_of_the_page_on_cpp_compiles_as_it_stands(tmp_path):
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/cpp.md").read_text()
     for language, file in (("cpp", "main.cpp"), ("cmake", "CMakeLists.txt")):
-        (text,) = re.findall(rf"^```{language}\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+        (text,) = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
         (tmp_path / file).write_text(text)
     cmake("-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", f"-Dqlora_native_DIR={package}")
     cmake("--build", tmp_path / "build")

@@ -1,10 +1,13 @@
 """Guards the log files of those who run this without a terminal: a few lines and no bars."""
 
+import fcntl
 import io
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -39,6 +42,7 @@ def test_nothing_is_shown_unless_it_is_wanted(capfd):
 def test_terminal_has_a_bar():
     pytest.importorskip("tqdm")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new one has no width
     subprocess.run([sys.executable, "-c", QUANTIZE], stderr=theirs, check=True)
     os.close(theirs)
     shown = b""

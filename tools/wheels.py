@@ -6,7 +6,15 @@ kernels; the torch ops and the C++ package share one library. The wheel is then 
 environment, with torch and what the tests need, and runs TESTS. dist/cpu/ and dist/cuda/ have the wheels; --output adds
 the run to bench/results/wheels.json and writes its table, wheels.md.
 
---only does one half. The half that tests needs nothing but a Python, so it also runs in a tree of another system.
+--only does one half. The half that tests needs nothing but a Python, so it also runs in a tree of another system, which
+may have a Python that this one lacks:
+
+    mmdebstrap --variant=minbase --include=python3-venv bookworm TREE
+    mount --bind . TREE/mnt
+    chroot TREE sh -c 'cd /mnt && python3 tools/wheels.py --only test python3'
+
+Building needs the Debian package mmdebstrap. Only the pybind11 module depends on the Python, so with ccache a second
+one is quick; --cuda compiles for all architectures, which takes much longer.
 """
 
 from __future__ import annotations

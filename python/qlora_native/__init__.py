@@ -1,11 +1,14 @@
 """QLoRA fine-tuning in native code: 4-bit weights, low-rank adapters, one fused product.
 
-import qlora_native as qn
+    import qlora_native as qn
 
-q = qn.quantize(weight)                                      # NF4 in blocks of 64, scales double-quantized
-y = qn.linear(x, q, lora_a=a, lora_b=b, lora_scaling=2.0)    # W stays in 4 bits, forward and backward
-qn.nn.quantize_model(model)                                  # every nn.Linear but lm_head, in place
-qn.optim.AdamW8bit(parameters, lr=2e-4)                      # AdamW with 8-bit moments
+    q = qn.quantize(weight)                                      # NF4 in blocks of 64, scales double-quantized
+    y = qn.linear(x, q, lora_a=a, lora_b=b, lora_scaling=2.0)    # W stays in 4 bits, forward and backward
+    qn.nn.quantize_model(model)                                  # every nn.Linear but lm_head, in place
+    qn.optim.AdamW8bit(parameters, lr=2e-4)                      # AdamW with 8-bit moments
+
+`qlora_native.integrations` is for transformers, PEFT and bitsandbytes, and `qlora_native.testing` checks a product.
+QLoRA is Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
 """
 
 import torch as _torch  # before _C: it loads the library that _C links

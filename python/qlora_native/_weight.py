@@ -172,7 +172,7 @@ class QuantizedWeight:
 
     @classmethod
     def unchecked(cls, *values: Any) -> QuantizedWeight:
-        """All fields, in order, from one who keeps them right: a layer makes one at every call."""
+        """A weight of all fields, in order, unchecked: a layer makes one of its own tensors at every call."""
         q = object.__new__(cls)
         (
             q.codes,
@@ -195,7 +195,7 @@ class QuantizedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device of all tensors."""
         return self.codes.device
 
     @property
@@ -209,7 +209,7 @@ class QuantizedWeight:
         return 8 * self.nbytes / math.prod(self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The fields that are tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

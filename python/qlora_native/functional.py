@@ -141,9 +141,14 @@ def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: 
 
 
 def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """W in `dtype` (default: the dtype of the weight that was quantized): fp32 code * fp32 scale, rounded once.
+    """Decode a weight: fp32 code * fp32 scale, rounded once. Bit-identical to bitsandbytes for its formats.
 
-    Bit-identical to bitsandbytes for its formats. Not differentiable.
+    Args:
+        q: W [N, K] or [E, N, K].
+        dtype: fp32, bf16 or fp16; None is the dtype of the weight that was quantized.
+
+    Returns:
+        W in the shape of `q`, on its device. Not differentiable.
 
     Raises:
         TypeError: `q` is no QuantizedWeight, or `dtype` not fp32, bf16 or fp16.
@@ -192,7 +197,9 @@ def linear(
     lora_scaling: float = 1.0,
     lora_dropout: float = 0.0,
 ) -> Tensor:
-    """x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, as one product that decodes W in parts.
+    """Multiply by a quantized weight, with a LoRA adapter (Hu et al., 2021) inside the same product.
+
+    y = x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, where W is decoded in parts.
 
     Differentiable in x, bias, lora_a and lora_b, once. W and the adapter are rounded to the dtype of x on their way
     into the product, sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.

@@ -146,7 +146,7 @@ class AdEMAMix8bit(Optimizer8bit):
         params: parameters, or dicts of parameter groups, as for every torch optimizer.
         lr: learning rate, a number or a one-element tensor, which is read at each step.
         betas: decay rates of m, v and s, each in [0, 1).
-        alpha: what s counts beside m.
+        alpha: the factor of s in the step, where that of m is 1.
         t_alpha: steps over which alpha rises to its value, linearly; None or 0: it has it from the first step on.
         t_beta3: steps over which beta3 rises from beta1 to its value, so that 1 / ln beta rises linearly; None or 0: it
             has it from the first step on.

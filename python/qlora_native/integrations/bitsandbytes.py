@@ -48,6 +48,9 @@ def replace(model: nn.Module) -> nn.Module:
     model of transformers is saved as before, in bitsandbytes' format. Layers that bitsandbytes has repacked for
     evaluation (CPUs with AVX512_BF16) are unpacked, into new memory and with the bf16 scales that it left.
 
+    Args:
+        model: any module; PEFT's model too.
+
     Returns:
         `model`. Warns if there is no such layer in it.
 

@@ -1,0 +1,213 @@
+"""Build the documentation as one site: the Markdown pages, and an API reference from the docstrings.
+
+    python tools/docs.py [FOLDER]        (default: build/docs; it begins at index.html)
+
+pdoc makes the reference of the package that is installed, and its Markdown renderer the pages. A page has the path that
+it has in the repository, so relative links stay what they are; what a page links to is rendered or copied too. The
+build fails if a public name has no docstring, if pdoc warns, or if a link of the site leads nowhere.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import inspect
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import links
+import markdown2
+import pdoc
+import pdoc.doc
+from jinja2 import Environment, FileSystemLoader
+
+ROOT = Path(__file__).parent.parent
+TEMPLATES = Path(__file__).parent / "docs_templates"
+# What a user imports. The other modules of integrations/ are called by these.
+MODULES = [
+    "qlora_native",
+    "qlora_native.functional",
+    "qlora_native.nn",
+    "qlora_native.optim",
+    "qlora_native.testing",
+    "qlora_native.integrations",
+    "qlora_native.integrations.adopt",
+    "qlora_native.integrations.bitsandbytes",
+    "qlora_native.integrations.gguf",
+    "qlora_native.integrations.loftq",
+    "qlora_native.integrations.loss",
+    "qlora_native.integrations.merge",
+    "qlora_native.integrations.peft",
+    "qlora_native.integrations.transformers",
+]
+FIRST = [ROOT / "README.md", ROOT / "docs/README.md"]
+HREF = re.compile(r'(?:href|src)="([^"]+)"')
+
+
+class Markdown(markdown2.Markdown):
+    """GitHub's Markdown as far as the pages use it, with GitHub's anchors."""
+
+    def header_id_from_text(self, text: str, prefix: str, n: int) -> str:
+        """The anchor of a heading whose text is HTML already."""
+        name = links.slug(html.unescape(re.sub(r"<[^>]+>", "", text)))
+        self.seen = getattr(self, "seen", {})
+        number = self.seen[name] = self.seen.get(name, -1) + 1
+        return f"{name}-{number}" if number else name
+
+
+def place(path: Path) -> Path:
+    """Where a file of the repository is in the site."""
+    path = path.resolve().relative_to(ROOT)
+    if path.suffix != ".md":
+        return path
+    return path.with_name("index.html") if path.name == "README.md" else path.with_suffix(".html")
+
+
+def render(page: Path, template, nav: list[tuple[Path, str]]) -> str:
+    """A page as HTML."""
+
+    def target(match: re.Match[str]) -> str:
+        name, _, anchor = match[1].partition("#")
+        if not name or links.ELSEWHERE.match(match[1]):
+            return match[0]
+        path = page.parent / name
+        if path.suffix == ".md":
+            name = str(Path(name).with_name(place(path).name))
+        return match[0].replace(match[1], f"{name}#{anchor}" if anchor else name)
+
+    markdown = Markdown(extras=["fenced-code-blocks", "header-ids", "tables", "cuddled-lists"], safe_mode=None)
+    body = HREF.sub(target, markdown.convert(page.read_text(encoding="utf-8")))
+    up = "../" * (len(place(page).parts) - 1)
+    menu = [(up + str(place(path)), name) for path, name in nav]
+    return template.render(title=title(page), body=body, up=up, nav=menu)
+
+
+def title(page: Path) -> str:
+    """The first heading of a page, else its name."""
+    found = links.HEADING.search(page.read_text(encoding="utf-8"))
+    return found[1].replace("`", "") if found else page.stem
+
+
+def write_pages(site: Path) -> None:
+    """The pages, whatever they link to, and so on."""
+    template = Environment(loader=FileSystemLoader(TEMPLATES)).get_template("page.html.jinja2")
+    index = [ROOT / "docs" / target for target in links.targets(FIRST[1]) if "/" not in target]
+    nav = [(path, title(path)) for path in [*FIRST, *index]]
+    waiting, known = [*FIRST, *index], set()
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in known or not path.is_file():
+            continue
+        known.add(path)
+        out = site / place(path)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".md":
+            shutil.copyfile(path, out)
+            continue
+        out.write_text(render(path, template, nav), encoding="utf-8")
+        waiting += [path.parent / target.partition("#")[0] for target in links.targets(path) if target[0] != "#"]
+
+
+def without_docstring(module: pdoc.doc.Module) -> list[str]:
+    """Public names of a module that have none."""
+    found = [] if module.docstring else [module.fullname]
+    for member in module.flattened_own_members:
+        if member.kind in ("class", "function") and _shown(member):
+            found += [] if member.docstring.strip() else [member.fullname]
+    return found
+
+
+def _shown(member: pdoc.doc.Doc) -> bool:
+    """Whether pdoc shows a name: neither private, nor a method that Python calls by itself."""
+    return not any(part.startswith("_") for part in member.qualname.split("."))
+
+
+def undocumented_arguments(module: ModuleType) -> list[str]:
+    """Names under "Args:" of the module's functions that are no arguments."""
+    found = []
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__.startswith("qlora_native") and not name.startswith("_"):
+            listed = re.search(r"\n\s*Args:\n(.*?)(?:\n\s*\n|$)", function.__doc__ or "", re.DOTALL)
+            names = re.findall(r"^ {4}(?: {4})?(\w[\w, ]*):", listed[1], re.MULTILINE) if listed else []
+            known = inspect.signature(function).parameters
+            found += [f"{name}: {each}" for line in names for each in line.split(", ") if each not in known]
+    return found
+
+
+def show_private_bases(module: ModuleType) -> None:
+    """Make members that public classes have from bases of this package their own, or pdoc would not show them."""
+    for name in getattr(module, "__all__", ()):
+        member = getattr(module, name)
+        for base in member.__mro__[1:] if inspect.isclass(member) else ():
+            if base.__module__.startswith("qlora_native."):
+                for attribute, value in vars(base).items():
+                    if attribute[0] != "_" and attribute not in vars(member):
+                        setattr(member, attribute, value)
+
+
+def write_reference(site: Path) -> list[str]:
+    """The API reference; complaints about docstrings."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    for module in modules:
+        show_private_bases(module)
+    inner = {f"qlora_native.integrations.{path.stem}" for path in Path(modules[-1].__file__).parent.glob("*.py")}
+    hidden = [f"!{name}" for name in inner if name not in MODULES]
+    pdoc.render.configure(docformat="google", template_directory=TEMPLATES)
+    pdoc.pdoc(
+        "qlora_native", "qlora_native.testing", "qlora_native.integrations", *hidden, output_directory=site / "api"
+    )
+    for path in (site / "api").rglob("*.html"):
+        path.write_text(without_dead_links(path.read_text(encoding="utf-8")), encoding="utf-8")
+    found = []
+    for module in modules:
+        found += [f"no docstring: {each}" for each in without_docstring(pdoc.doc.Module(module))]
+        found += [f"no such argument: {module.__name__}, {each}" for each in undocumented_arguments(module)]
+    return found
+
+
+def without_dead_links(text: str) -> str:
+    """A page of pdoc's without links to members of other libraries' classes, which it makes but does not show."""
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    link = re.compile(r'<a href="#([^"]+)">(.*?)</a>', re.DOTALL)
+    return link.sub(lambda match: match[0] if match[1] in ids else match[2], text)
+
+
+def broken(site: Path) -> list[str]:
+    """Links of the site that lead nowhere."""
+    texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in texts.items()}
+    found = []
+    for path, text in texts.items():
+        for target in set(HREF.findall(text)):
+            target = html.unescape(target)
+            name, _, anchor = target.partition("#")
+            if links.ELSEWHERE.match(target) or target.startswith("${"):  # pdoc's search makes these
+                continue
+            to = (path.parent / name).resolve() if name else path
+            to = to / "index.html" if to.is_dir() else to
+            if not to.exists() or (anchor and to in ids and anchor not in ids[to]):
+                found.append(f"{path.relative_to(site)}: {target}")
+    return sorted(found)
+
+
+def main() -> None:
+    """The command line."""
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/docs").resolve()
+    shutil.rmtree(site, ignore_errors=True)
+    write_pages(site)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        complaints = write_reference(site)
+    complaints += [str(each.message) for each in caught if "pdoc" in each.filename]
+    complaints += [f"broken link: {each}" for each in broken(site)]
+    if complaints:
+        raise SystemExit("\n".join(complaints))
+    print(f"wrote {site / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
