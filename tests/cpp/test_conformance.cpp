@@ -1016,9 +1016,9 @@ struct Parameter {
     param.fill(random, 1.0f);
     const auto count = static_cast<std::size_t>(elements);
     for (int k = 0; k < qn::kMostMoments; ++k) {
-      codes[k].assign(count, qn::zero_code(k));
-      absmax[k].assign((count + 255) / 256, 0.0f);
-      moments[k].assign(count, 0.0f);
+      codes[k] = std::vector<std::uint8_t>(count, qn::zero_code(k));
+      absmax[k] = std::vector<float>((count + 255) / 256);
+      moments[k] = std::vector<float>(count);
     }
   }
   qn::Optimizer8bitTensor view(int group) {
