@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import large
 import machine
 import memory
+import report
 import step
 import timing
 from cases import OURS
@@ -55,15 +56,9 @@ def smollm2() -> tuple[nn.Module, Tensor]:
 
 def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
     """The same of LAYERS layers of random weights; `changes`: other sizes, for its config."""
-    from transformers import AutoModelForCausalLM
-
     config = large.llama_7b(LAYERS, **changes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, large.random_values(parameter))
+    model = large.empty_model(config)
+    large.fill(model)
     torch.manual_seed(0)
     return model, torch.randint(config.vocab_size, (1, TOKENS))
 
@@ -79,12 +74,11 @@ def contestants() -> list[str]:
 def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
     """Of a step by part: W's and the adapter's products, Y and dX; dA and dB; the head's, Y and dX."""
     linears = [m for path, m in model.named_modules() if path.rpartition(".")[2] in step.LINEARS]
-    weights = sum(m.in_features * m.out_features for m in linears)
-    sides = sum(m.in_features + m.out_features for m in linears)
+    products, gradients = step.operations(linears, tokens)
     head = model.get_output_embeddings()
     return {
-        "products": 2 * tokens * (2 * weights + 2 * step.RANK * sides),
-        "adapters' gradients": 2 * tokens * step.RANK * sides,
+        "products": products,
+        "adapters' gradients": gradients,
         HEAD: 2 * tokens * 2 * head.in_features * head.out_features,
     }
 
@@ -224,11 +218,9 @@ def main() -> None:
         for contestant in contestants()
     ]
     if args.output:
-        path = Path(__file__).parent / "results" / f"account-{machine.file_name(found['machine'])}"
-        path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        picture = path.with_suffix(".png")
-        draw(found, picture)
-        path.with_suffix(".md").write_text(f"{lines(found)}\n![The parts of each step, as bars]({picture.name})\n")
+        picture = f"account-{machine.file_name(found['machine'])}.png"
+        text = f"{lines(found)}\n![The parts of each step, as bars]({picture})"
+        draw(found, report.write_results("account", found, text).with_name(picture))
     print(lines(found))
 
 

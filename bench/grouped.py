@@ -14,10 +14,8 @@ loop's before they are timed. --output writes bench/results/grouped-<machine>.{j
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import qlora_native as qn
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor
 import checks
 import machine
 import memory
+import report
 import timing
 from cases import OURS
 
@@ -169,9 +168,9 @@ def measure() -> list[dict]:
     ]
 
 
-def lines(report: dict) -> str:
+def lines(found: dict) -> str:
     """The report in Markdown."""
-    description = report["machine"]
+    description = found["machine"]
     head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
     threads = f"{description['threads']} threads"
     text = [
@@ -180,13 +179,13 @@ def lines(report: dict) -> str:
         "| | rows | ours, ms | against | ms | ours is |",
         "|---|---|---|---|---|---|",
     ]
-    for row in report["measured"]:
+    for row in found["measured"]:
         own = row["seconds"][OURS]
         for name, seconds in row["seconds"].items():
             if name != OURS:
                 cells = (f"{1e3 * own:.3g}", name, f"{1e3 * seconds:.3g}", f"{seconds / own:.2f} × as fast")
                 text.append(f"| {row['name']} | {row['rows']} | " + " | ".join(cells) + " |")
-    for row in report["measured"]:
+    for row in found["measured"]:
         if peaks := row.get("peak_bytes"):
             cells = ", ".join(f"{name} {peak / 2**20:.0f} MB" for name, peak in peaks.items())
             text.append(f"\nMemory of the {row['name']}, forward and backward: {cells}.")
@@ -198,12 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
     args = parser.parse_args()
-    report = {"machine": machine.describe(), "measured": measure()}
+    found = {"machine": machine.describe(), "measured": measure()}
     if args.output:
-        path = Path(__file__).parent / "results" / f"grouped-{machine.file_name(report['machine'])}"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        path.with_suffix(".md").write_text(lines(report))
-    print(lines(report))
+        report.write_results("grouped", found, lines(found))
+    print(lines(found))
 
 
 if __name__ == "__main__":

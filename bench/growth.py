@@ -21,11 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 import machine
+import report
 import step
 import timing
 from cases import OURS
@@ -145,15 +145,15 @@ def measure_training() -> list[dict[str, object]]:
     return rows
 
 
-def lines(report: dict) -> str:
+def lines(found: dict) -> str:
     """The report in Markdown."""
-    description = report["machine"]
+    description = found["machine"]
     head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
-    N, K = report["shape"]
-    text = [f"# How cost grows\n\n{head}; W [{N}, {K}], NF4 with double quantization, {report['dtype']}, medians.\n"]
+    N, K = found["shape"]
+    text = [f"# How cost grows\n\n{head}; W [{N}, {K}], NF4 with double quantization, {found['dtype']}, medians.\n"]
     text += ['"Dense" and "decoded": how many times as fast ours is. Beside the busy process times go in steps of\n']
     text += ["the scheduler's slice, 4 to 8 ms, for a product ends when the last of its threads has had a core.\n"]
-    conditions = list(dict.fromkeys(row["condition"] for row in report["products"]))
+    conditions = list(dict.fromkeys(row["condition"] for row in found["products"]))
     for operation, name in (("forward", "Y = X·Wᵀ"), ("dx", "dX = dY·W")):
         text += [f"\n## {name}\n", "| M |" + "".join(f" {c}, ms | dense | decoded |" for c in conditions)]
         text += ["|" + "---|" * (1 + 3 * len(conditions))]
@@ -162,7 +162,7 @@ def lines(report: dict) -> str:
             for condition in conditions:
                 (row,) = (
                     r
-                    for r in report["products"]
+                    for r in found["products"]
                     if (r["operation"], r["M"], r["condition"]) == (operation, M, condition)
                 )
                 own, dense, decoded = (row["seconds"][name] for name in (OURS, DENSE, DECODED))
@@ -173,7 +173,7 @@ def lines(report: dict) -> str:
         f"| | {ALONE}, s |" + "".join(f" {c}, s | slower by |" for c in (BESIDE, SHARED)),
         "|---|---|---|---|---|---|",
     ]
-    for row in report["training"]:
+    for row in found["training"]:
         alone, *others = (row["seconds"][condition] for condition in (ALONE, BESIDE, SHARED))
         cells = [f"{alone:.2f}", *(f"{seconds:.2f} | {seconds / alone:.2f} ×" for seconds in others)]
         text.append(f"| {row['stack']} | " + " | ".join(cells) + " |")
@@ -197,7 +197,7 @@ def main() -> None:
         return print(json.dumps(train(args.train, STEPS)))
     if args.train_on:
         train(args.train_on, sys.maxsize)
-    report = {
+    found = {
         "machine": machine.describe(),
         "shape": list(args.shape),
         "dtype": args.dtype,
@@ -205,10 +205,8 @@ def main() -> None:
         "training": measure_training(),
     }
     if args.output:
-        path = Path(__file__).parent / "results" / f"growth-{machine.file_name(report['machine'])}"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        path.with_suffix(".md").write_text(lines(report))
-    print(lines(report))
+        report.write_results("growth", found, lines(found))
+    print(lines(found))
 
 
 if __name__ == "__main__":

@@ -129,20 +129,31 @@ def mxfp4_experts(layer: nn.Module) -> None:
         run_quantized(found.module)
 
 
-def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
-    """A model of random weights, whose layers are quantized as they are made."""
+def empty_model(config: PreTrainedConfig) -> nn.Module:
+    """A causal model in bf16 on the meta device, but for the buffers of its rotary embedding."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config)  # its buffers are computed, not loaded
-    for part in (*inner.layers, model):
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    """Give random values to the parameters of `model` that are on the meta device."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                module.register_parameter(name, random_values(parameter))
+
+
+def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
+    """A model of random weights, whose layers are quantized as they are made."""
+    model = empty_model(config)
+    for part in (*model.model.layers, model):
         with clock.part("make weights"):
             if config.model_type == "gpt_oss" and part is not model:
                 mxfp4_experts(part)
-            for module in part.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    if parameter.is_meta:
-                        module.register_parameter(name, random_values(parameter))
+            fill(part)
         if part is not model:
             with clock.part("quantize"):
                 qn.nn.quantize_model(part, NOT_QUANTIZED, progress=False)

@@ -11,8 +11,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import machine
 from cases import OURS, STEPS
 from goals import device_of, targets
+
+RESULTS = Path(__file__).parent / "results"
 
 # Column heads of the contestants, in the order of the table.
 PEERS = {
@@ -146,6 +149,14 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text + "\n")
     os.replace(temporary, path)
+
+
+def write_results(kind: str, found: dict, text: str) -> Path:
+    """<kind>-<machine>.json and .md below bench/results/; returns the path of the first."""
+    path = RESULTS / f"{kind}-{machine.file_name(found['machine'])}.json"
+    write(path, json.dumps(found, indent=1))
+    write(path.with_suffix(".md"), text.rstrip("\n"))
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -35,7 +35,6 @@ OPERATIONS = {
     "cpu": ("quantize", "dequantize", "forward", "dx", "lora_gradients", "growth", "memory", "optimizer", "step"),
     "cuda": ("dequantize", "forward", "dx", "lora_gradients", "optimizer"),
 }
-RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -240,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.targets:
         print("\n" + report.targets(result))
     if args.output is not None:
-        path = Path(args.output) if args.output else RESULTS / machine.file_name(result["machine"])
+        path = Path(args.output) if args.output else report.RESULTS / machine.file_name(result["machine"])
         report.write(path, json.dumps(result, indent=1))
         print(f"\nwrote {path}, {report.write_report(result, path)}")
     return len(result["wrong"])

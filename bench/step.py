@@ -246,17 +246,21 @@ def _own_seconds(operators: Any) -> float:
     return 1e-6 * sum(found.self_cpu_time_total for found in operators if found.key.startswith("qlora_native::"))
 
 
-def _flops(model: nn.Module) -> int:
-    """Of a step's products with 4-bit weights and adapters: Y and dX; U, V, their parts of Y and dX, and dA and dB.
+def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
+    """Of a step over linear `layers`: those of the products with W and the adapter, Y and dX, and those of dA and dB.
 
     The first layer's dX is counted, 0.3 % of all, although nobody asks for it.
     """
-    import qlora_native as qn
-
-    layers = [m for m in model.modules() if isinstance(m, qn.nn.Linear4bit)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     sides = sum(layer.in_features + layer.out_features for layer in layers)
-    return 2 * BATCH * SEQUENCE * (2 * weights + 3 * RANK * sides)
+    return 2 * tokens * (2 * weights + 2 * RANK * sides), 2 * tokens * RANK * sides
+
+
+def _flops(model: nn.Module) -> int:
+    """Of a step's products with 4-bit weights and adapters."""
+    import qlora_native as qn
+
+    return sum(operations([m for m in model.modules() if isinstance(m, qn.nn.Linear4bit)], BATCH * SEQUENCE))
 
 
 def profile() -> str:

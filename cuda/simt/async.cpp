@@ -11,7 +11,7 @@ constexpr std::uint32_t kSpoiled = 0xFFFFFFFF;  // a NaN
 constexpr std::int64_t kVector = 16;
 constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // of a phase
 
-// Where a vector goes: bits 4 ... of its address are flipped by bits 7 ...
+// The swizzle moves a vector: bits 4 ... of its address are flipped by bits 7 ...
 std::uint32_t swizzled(std::uint32_t address, Swizzle swizzle) {
   const std::uint32_t mask = swizzle == Swizzle::bytes_128 ? 7 : swizzle == Swizzle::bytes_64 ? 3 : 0;
   return address ^ (address >> 7 & mask) << 4;

@@ -23,7 +23,7 @@
 
 namespace qlora_native::cuda_emulated::emulator {
 
-// Of a block: its shared memory, by addresses of 18 bits as a matrix descriptor has them.
+// The shared memory of a block has addresses of 18 bits here, as a matrix descriptor has them.
 class SharedMemory {
  public:
   SharedMemory(std::byte* data, std::size_t bytes, std::uint32_t first_address);

@@ -114,7 +114,7 @@ void copy_async(void* to, const void* from, int bytes, int zeros);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
-// Of async.h, with the block's shared memory.
+// These call async.h's, for the thread that runs and the shared memory of its block.
 std::uint32_t shared_address(const void* p);
 void note_shared_store(const void* p, std::size_t bytes);
 void publish_shared_stores();
@@ -124,7 +124,7 @@ void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
 void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site);
 void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
 void named_barrier(int number, int threads, Site site);
-// Of the warpgroup, as meet().
+// The threads of a warpgroup meet, as those of a warp do in meet().
 void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site);
 std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor);
 void compute_if_early(WgmmaProduct& product);

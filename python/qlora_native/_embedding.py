@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import functional
 from ._errors import bad, bad_type
 from ._layer import QuantizedLayer, zero_weight
-from ._weight import QuantizedWeight
+from ._weight import QuantizedWeight, check_quantized
 
 __all__ = ["Embedding4bit", "can_be_quantized"]
 
@@ -43,8 +43,6 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         Raises:
             TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
         """
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        device = torch.get_default_device() if device is None else torch.device(device)
         if num_embeddings < 1 or embedding_dim < 1:
             raise bad("num_embeddings, embedding_dim", "numbers above 0", f"{num_embeddings}, {embedding_dim}")
         shape = (num_embeddings, embedding_dim)
@@ -70,10 +68,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         Raises:
             TypeError, ValueError: `q` is no QuantizedWeight of two dimensions; `padding_idx` is none of its rows.
         """
-        if not isinstance(q, QuantizedWeight):
-            raise bad_type("q", "a QuantizedWeight", type(q).__name__)
-        if len(q.shape) != 2:
-            raise bad("q", "[num_embeddings, embedding_dim]", list(q.shape))
+        check_quantized(q, "[num_embeddings, embedding_dim]", 2)
         layer = cls.__new__(cls)
         layer._set(q, padding_idx)
         return layer
@@ -106,8 +101,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        ours = f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
-        return f"{super().extra_repr()}, {ours}"
+        return f"{super().extra_repr()}, {self._describe_format()}"
 
 
 def can_be_quantized(module: nn.Module) -> bool:

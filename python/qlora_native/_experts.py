@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._errors import bad, bad_type
+from ._errors import bad
 from ._layer import QuantizedLayer, zero_weight
-from ._weight import QuantizedWeight
+from ._weight import QuantizedWeight, check_quantized
 
 __all__ = ["Experts4bit"]
 
@@ -54,8 +54,6 @@ class Experts4bit(QuantizedLayer):
         Raises:
             TypeError, ValueError: as `qlora_native.quantize`, of which the last four arguments are.
         """
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        device = torch.get_default_device() if device is None else torch.device(device)
         if min(num_experts, in_features, out_features) < 1:
             got = f"{num_experts}, {in_features}, {out_features}"
             raise bad("num_experts, in_features, out_features", "numbers above 0", got)
@@ -79,10 +77,7 @@ class Experts4bit(QuantizedLayer):
         Raises:
             TypeError, ValueError: `q` is no QuantizedWeight, or one of another shape.
         """
-        if not isinstance(q, QuantizedWeight):
-            raise bad_type("q", "a QuantizedWeight", type(q).__name__)
-        if len(q.shape) != 3:
-            raise bad("q", "a weight [E, N, K]", list(q.shape))
+        check_quantized(q, "a weight [E, N, K]", 3)
         experts = cls.__new__(cls)
         experts._set(q, transposed)
         return experts
@@ -193,7 +188,4 @@ class Experts4bit(QuantizedLayer):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return (
-            f"{tuple(self.shape)}, transposed={self.transposed}, format={self.format}, blocksize={self.blocksize}, "
-            f"double_quant={self.double_quant}"
-        )
+        return f"{tuple(self.shape)}, transposed={self.transposed}, {self._describe_format()}"

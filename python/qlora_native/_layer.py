@@ -32,8 +32,8 @@ _STATE = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "code")
 
 def zero_weight(
     shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
     format: str,
     blocksize: int | None,
     double_quant: bool,
@@ -41,9 +41,13 @@ def zero_weight(
 ) -> QuantizedWeight:
     """A weight whose codes and scales are 0, for a layer that a state dict is loaded into.
 
+    `dtype` and `device` are torch's defaults where they are None.
+
     Raises:
         TypeError, ValueError: as `qlora_native.quantize`, of which the last four arguments are.
     """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    device = torch.get_default_device() if device is None else torch.device(device)
     check_format(format)
     blocksize = chosen_blocksize(blocksize, format)
     double_quant = double_quant or format in MICROSCALED
@@ -132,6 +136,10 @@ class QuantizedLayer(nn.Module):
     def double_quant(self) -> bool:
         """Whether the scales are stored in 8 bits."""
         return self.nested_absmax is not None
+
+    def _describe_format(self) -> str:
+        """How the weight is stored, for `extra_repr`."""
+        return f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype` (default: `compute_dtype`)."""

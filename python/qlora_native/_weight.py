@@ -375,3 +375,11 @@ class QuantizedWeight:
             return q.check_values()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}, {error}") from None
+
+
+def check_quantized(q: Any, shape: str, dimensions: int) -> None:
+    """Raise unless `q` is a QuantizedWeight of so many dimensions, which `shape` names."""
+    if not isinstance(q, QuantizedWeight):
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    if len(q.shape) != dimensions:
+        raise bad("q", shape, list(q.shape))

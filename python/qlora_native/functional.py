@@ -14,7 +14,16 @@ from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
-from ._weight import CODEBOOKS, DYNAMIC_MAP, NESTED_BLOCKSIZE, QuantizedWeight, ceil_div, check_format, codes_shape
+from ._weight import (
+    CODEBOOKS,
+    DYNAMIC_MAP,
+    NESTED_BLOCKSIZE,
+    QuantizedWeight,
+    ceil_div,
+    check_format,
+    check_quantized,
+    codes_shape,
+)
 
 __all__ = ["QuantizedWeight", "dequantize", "embedding", "linear", "linear_cross_entropy", "linear_grouped", "quantize"]
 
@@ -174,10 +183,7 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
         ValueError: another shape of `q`, another device, or an id that is no row of W. On a GPU, where reading ids
             would wait for the device, the result has NaN for such a row.
     """
-    if not isinstance(q, QuantizedWeight):
-        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
-    if len(q.shape) != 2:
-        raise bad("q", "[V, K]", list(q.shape))
+    check_quantized(q, "[V, K]", 2)
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         raise bad_type("ids", "an int64 or int32 tensor", getattr(ids, "dtype", type(ids).__name__))
     if ids.device != q.device:

@@ -68,12 +68,11 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         Raises:
             TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
         """
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        device = torch.get_default_device() if device is None else torch.device(device)
         if in_features < 1 or out_features < 1:
             raise bad("in_features, out_features", "numbers above 0", f"{in_features}, {out_features}")
         zeros = zero_weight((out_features, in_features), dtype, device, format, blocksize, double_quant, codebook)
-        self._set(zeros, nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+        zero_bias = nn.Parameter(torch.zeros(out_features, device=zeros.device, dtype=zeros.dtype)) if bias else None
+        self._set(zeros, zero_bias)
 
     def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
         """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
@@ -155,8 +154,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        ours = f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
-        return f"{super().extra_repr()}, {ours}"
+        return f"{super().extra_repr()}, {self._describe_format()}"
 
 
 def quantize_model(

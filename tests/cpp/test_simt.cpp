@@ -1,8 +1,5 @@
 // The emulator itself: what it computes, and that it finds what was planted. A kernel that must end the process runs in
 // a child, whose words are read. Compiled a second time under AddressSanitizer, for the reads and writes out of bounds.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "expect.h"
+#include "last_words.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::cuda_emulated {
@@ -50,31 +48,6 @@ bool all_equal(const std::vector<Result>& results, const Result& expected) {
   return true;
 }
 
-// Runs `mistake` in a child process: its last words, or "" if it ended well.
-std::string last_words(const std::function<void()>& mistake) {
-  int ends[2];
-  if (pipe(ends) != 0) return "";
-  std::fflush(nullptr);
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], STDERR_FILENO);
-    close(ends[0]);
-    mistake();
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string words;
-  char buffer[4096];
-  for (ssize_t count; (count = read(ends[0], buffer, sizeof(buffer))) > 0;) {
-    words.append(buffer, static_cast<std::size_t>(count));
-  }
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? "" : words;
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
 
 // ---- barriers ----

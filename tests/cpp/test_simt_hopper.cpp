@@ -1,9 +1,6 @@
 // The emulator's part of compute capability 9.0 (cuda/simt/hopper.cuh): that barriers, copies of tiles and products of
 // a warpgroup do what PTX says, under each order of threads, and that it finds what was planted. A kernel that must end
 // the process runs in a child, whose words are read.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "expect.h"
+#include "last_words.h"
 #include "qlora_native/error.h"
 #include "simt/hopper.cuh"
 
@@ -23,31 +21,6 @@ using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
 
 const std::vector<std::string> kSchedules = {"forward",  "reverse",  "random:1",     "random:2",
                                              "random:3", "random:4", "concurrent:1", "concurrent:2"};
-
-// Runs `mistake` in a child process: its last words, or "" if it ended well.
-std::string last_words(const std::function<void()>& mistake) {
-  int ends[2];
-  if (pipe(ends) != 0) return "";
-  std::fflush(nullptr);
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(ends[1], STDERR_FILENO);
-    close(ends[0]);
-    mistake();
-    _exit(0);
-  }
-  close(ends[1]);
-  std::string words;
-  char buffer[4096];
-  for (ssize_t count; (count = read(ends[0], buffer, sizeof(buffer))) > 0;) {
-    words.append(buffer, static_cast<std::size_t>(count));
-  }
-  close(ends[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? "" : words;
-}
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 // out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T: b through a ring of two stages that one warp fills, a
 // from memory to registers. What is wrong with it:

@@ -22,7 +22,7 @@ from .._sizes import note_left
 from ..nn import Embedding4bit, Linear4bit
 from .expert_files import file_has
 
-__all__ = ["is_tied_to_embedding", "replace_embeddings", "replace_tied", "tied_linears"]
+__all__ = ["codes_of_embeddings", "replace_embeddings", "replace_tied", "tied_linears"]
 
 
 def tied_linears(model: nn.Module) -> dict[str, str]:
@@ -57,9 +57,7 @@ def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: s
             module.padding_idx,
             "meta",
             module.weight.dtype,
-            format=config.bnb_4bit_quant_type,
-            blocksize=config.blocksize,
-            double_quant=config.bnb_4bit_use_double_quant,
+            **config.quantize_options,
         )
         layer.transposed_source = False
         model.set_submodule(name, layer)
@@ -76,10 +74,9 @@ def replace_tied(model: nn.Module, config: Any) -> None:
     Called when the model has been read. A checkpoint may have had the layer's weight instead of the embedding's, which
     it then shares, or both, if they differ.
     """
-    options = (config.bnb_4bit_quant_type, config.blocksize, config.bnb_4bit_use_double_quant)
     for module in model.modules():
         if isinstance(module, Embedding4bit) and (weight := module._parameters["weight"]).is_floating_point():
-            module.replace_weight(functional.quantize(weight, *options))
+            module.replace_weight(functional.quantize(weight, **config.quantize_options))
     for target, source in tied_linears(model).items():
         embedding, linear = model.get_submodule(source), model.get_submodule(target)
         if isinstance(embedding, Embedding4bit):
@@ -88,10 +85,9 @@ def replace_tied(model: nn.Module, config: Any) -> None:
             model.set_submodule(target, layer.train(linear.training))
 
 
-def is_tied_to_embedding(layer: nn.Module, model: nn.Module) -> bool:
-    """Whether a `Linear4bit` of `model` has the bytes of an `Embedding4bit`, which has them in a file."""
-    codes = layer._parameters["weight"]
-    return any(isinstance(m, Embedding4bit) and m._parameters["weight"] is codes for m in model.modules())
+def codes_of_embeddings(model: nn.Module) -> set[int]:
+    """Ids of the codes of each `Embedding4bit` in `model`."""
+    return {id(module._parameters["weight"]) for module in model.modules() if isinstance(module, Embedding4bit)}
 
 
 # What `resize_token_embeddings` calls. It would take codes for a weight, of half as many columns.

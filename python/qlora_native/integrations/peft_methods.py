@@ -116,7 +116,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
 
 
 def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse, by its name, a quantized layer among those that are to be trained as a whole."""
+    """Refuse, by its name, a quantized layer among those that are to be trained as a whole, or in some of its rows."""
     wanted = getattr(config, "modules_to_save", None) or ()
     if getattr(config, "trainable_token_indices", None) and any(isinstance(m, Embedding4bit) for m in model.modules()):
         raise NotImplementedError("trainable_token_indices: expected an embedding in 16 bits, got Embedding4bit")

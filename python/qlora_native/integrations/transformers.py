@@ -43,7 +43,7 @@ from .._microscaling import MICROSCALED
 from .._sizes import has_note, left_alone, linears_of_routers, note_left, size_report
 from .._weight import QuantizedWeight
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
-from .embeddings import is_tied_to_embedding, replace_embeddings, replace_tied
+from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
 from .expert_files import (
     experts_by_path,
     names_in_files,
@@ -108,6 +108,15 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
                 raise bad(name, f"{value}, as qlora_native has no other", getattr(self, name))
         if self.bnb_4bit_quant_type not in FORMATS:
             raise bad("bnb_4bit_quant_type", "one of " + ", ".join(FORMATS), repr(self.bnb_4bit_quant_type))
+
+    @property
+    def quantize_options(self) -> dict[str, Any]:
+        """format, blocksize and double_quant, as `qlora_native.quantize` takes them."""
+        return {
+            "format": self.bnb_4bit_quant_type,
+            "blocksize": self.blocksize,
+            "double_quant": self.bnb_4bit_use_double_quant,
+        }
 
     @property
     def product_dtype(self) -> torch.dtype | None:
@@ -209,9 +218,7 @@ class Quantizer(HfQuantizer):
                 linear.bias is not None,
                 "meta",
                 linear.weight.dtype,
-                format=config.bnb_4bit_quant_type,
-                blocksize=config.blocksize,
-                double_quant=config.bnb_4bit_use_double_quant,
+                **config.quantize_options,
             )
             layer.product_dtype = config.product_dtype
             layer.transposed_source = transposed
@@ -250,12 +257,13 @@ class Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's state dict with quantized weights as bitsandbytes writes them."""
         state = model.state_dict()
+        of_embeddings = codes_of_embeddings(model)  # a layer that is tied to one has no entries of its own
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, (Linear4bit, Embedding4bit)):
                 prefix = f"{name}." if name else ""
                 for own in module.weight_names():
                     del state[prefix + own]
-                if isinstance(module, Embedding4bit) or not is_tied_to_embedding(module, model):
+                if isinstance(module, Embedding4bit) or id(module._parameters["weight"]) not in of_embeddings:
                     state.update(module.quantized_weight.to_bitsandbytes(prefix))
             elif isinstance(module, Experts4bit):
                 for own in module.weight_names():
@@ -301,12 +309,7 @@ class QuantizeWeight(ConversionOps):
             layer = model.get_submodule(path)
             config = self.hf_quantizer.quantization_config
             try:
-                q = functional.quantize(
-                    weight.t() if layer.transposed_source else weight,
-                    config.bnb_4bit_quant_type,
-                    config.blocksize,
-                    config.bnb_4bit_use_double_quant,
-                )
+                q = functional.quantize(weight.t() if layer.transposed_source else weight, **config.quantize_options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}.{error}") from None
             layer.replace_weight(q)
