@@ -28,6 +28,10 @@ const Backend& backend() {
       .linear_backward_input = on_device<LinearBackwardInputArgs, linear_backward_input>,
       .lora_gradients = on_device<LoraGradientsArgs, lora_gradients>,
       .cross_entropy = on_device<CrossEntropyArgs, cross_entropy>,
+      .gated_activation = on_device<GatedActivationArgs, gated_activation>,
+      .gated_activation_backward = on_device<GatedActivationBackwardArgs, gated_activation_backward>,
+      .rms_norm = on_device<RmsNormArgs, rms_norm>,
+      .rms_norm_backward = on_device<RmsNormBackwardArgs, rms_norm_backward>,
       .optimizer_8bit_step = on_device<Optimizer8bitArgs, optimizer_8bit_step>,
       .make_driver = make_driver,
   };

@@ -40,7 +40,7 @@ if(qln_with_cuda)
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   endif()
   file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemm/*.cu cuda/quantize/*.cu cuda/loss/*.cu
-       cuda/optimizer/*.cu)
+       cuda/elementwise/*.cu cuda/optimizer/*.cu)
   list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu cuda/memory.cu)
   # No contraction, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra

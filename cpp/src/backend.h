@@ -5,6 +5,7 @@
 
 #include "paged/driver.h"
 #include "qlora_native/cross_entropy.h"
+#include "qlora_native/elementwise.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -20,6 +21,10 @@ struct Backend {
   void (*linear_backward_input)(const LinearBackwardInputArgs&, const Stream&);
   void (*lora_gradients)(const LoraGradientsArgs&, const Stream&);
   void (*cross_entropy)(const CrossEntropyArgs&, const Stream&);
+  void (*gated_activation)(const GatedActivationArgs&, const Stream&);
+  void (*gated_activation_backward)(const GatedActivationBackwardArgs&, const Stream&);
+  void (*rms_norm)(const RmsNormArgs&, const Stream&);
+  void (*rms_norm_backward)(const RmsNormBackwardArgs&, const Stream&);
   void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null where nothing is paged
 };

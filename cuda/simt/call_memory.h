@@ -8,6 +8,7 @@
 #include "common/layout.h"
 #include "common/optimizer.h"
 #include "qlora_native/cross_entropy.h"
+#include "qlora_native/elementwise.h"
 #include "qlora_native/linear.h"
 #include "qlora_native/optimizer.h"
 #include "qlora_native/quantize.h"
@@ -122,6 +123,31 @@ inline void add_tensors(CallMemory& memory, CrossEntropyArgs& args) {
   memory.add(args.loss, args.logits.rows);
   memory.add(args.log_probability, args.logits.rows);
   memory.add(args.row_gradients, args.logits.rows);
+}
+inline void add_tensors(CallMemory& memory, GatedActivationArgs& args) {
+  memory.add(args.gate);
+  memory.add(args.up);
+  memory.add(args.h);
+}
+inline void add_tensors(CallMemory& memory, GatedActivationBackwardArgs& args) {
+  memory.add(args.gate);
+  memory.add(args.up);
+  memory.add(args.dh);
+  memory.add(args.dgate);
+  memory.add(args.dup);
+}
+inline void add_tensors(CallMemory& memory, RmsNormArgs& args) {
+  memory.add(args.x);
+  memory.add(args.weight, args.x.dtype, args.x.cols);
+  memory.add(args.y);
+  memory.add(args.r, args.x.rows);
+}
+inline void add_tensors(CallMemory& memory, RmsNormBackwardArgs& args) {
+  memory.add(args.x);
+  memory.add(args.weight, args.x.dtype, args.x.cols);
+  memory.add(args.dy);
+  memory.add(args.r, args.x.rows);
+  memory.add(args.dx);
 }
 inline void add_tensors(CallMemory& memory, QuantizeArgs& args) {
   memory.add(args.weight, args.dtype, args.elements);

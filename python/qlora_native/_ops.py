@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ _NESTED_BLOCKSIZE = 256
 _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
 _WEIGHT = slice(_FORWARD["codes"], _FORWARD["blocksize"] + 1)
 _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
+_WEIGHT_TENSOR_COUNT = _WEIGHT_TENSORS.stop - _WEIGHT_TENSORS.start
 
 
 # ---- fakes: shapes and dtypes of the results -------------------------------------------------------------------------
@@ -106,6 +108,25 @@ def _(
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+class Remade:
+    """How a tensor is made again from operands that backward needs in any case, so that nothing keeps the tensor."""
+
+    def __init__(self, make: Callable[..., Tensor], operands: tuple[Tensor, ...], version: int) -> None:
+        """`version`: the tensor's `_version`, while which it is what `make` gives."""
+        self.make, self.operands, self.version = make, operands, version
+
+    @classmethod
+    def by(cls, tensor: Tensor, make: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> None:
+        """Let `tensor` be made again by `make(*operands)`."""
+        tensor._remade = cls(make, operands, tensor._version)  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Remade | None:
+        """What was told of `tensor`, unless it was written to since."""
+        remade = getattr(tensor, "_remade", None)
+        return remade if remade is not None and remade.version == tensor._version else None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, lora_a, lora_b = inputs[0], inputs[_FORWARD["lora_a"]], inputs[_FORWARD["lora_b"]]
     u = output[1]
@@ -113,10 +134,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
     # x and u serve the adapter's gradients alone; without one they may go.
     adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
-    kept = (x, u) if adapter else (None, None)
+    remade = Remade.of(x) if adapter else None
+    kept = (x if remade is None else None, u) if adapter else (None, None)
+    ctx.make_x, operands = (None, ()) if remade is None else (remade.make, remade.operands)
     # A call without groups may leave them to their defaults.
     offsets, ctx.weights = inputs[_FORWARD["offsets"] :] if len(inputs) == len(_FORWARD) else (None, 1)
-    ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets)
+    ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets, *operands)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
     ctx.lora_scaling, ctx.lora_dropout = inputs[_FORWARD["lora_scaling"]], inputs[_FORWARD["lora_dropout"]]
 
@@ -125,8 +148,9 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if dy is None:
         return tuple(gradients)
-    x, u, *weight, lora_a, lora_b, seed, offsets = ctx.saved_tensors
-    need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], x is not None
+    x, u, *others = ctx.saved_tensors
+    weight, (lora_a, lora_b, seed, offsets, *operands) = others[:_WEIGHT_TENSOR_COUNT], others[_WEIGHT_TENSOR_COUNT:]
+    need_dx, need_adapter = ctx.needs_input_grad[_FORWARD["x"]], u is not None
     lora = (ctx.lora_scaling, ctx.lora_dropout, seed)
     if need_dx or need_adapter:
         dx, v = _ops.linear_backward_input(
@@ -139,6 +163,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
             da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
         else:
             adapters = lora_a.shape[0] if lora_a.dim() == 3 else 0
+            x = x if ctx.make_x is None else ctx.make_x(*operands)
             da, db = _ops.lora_gradients(x, dy, u, v, *lora, lora_a.dtype, offsets, adapters)
         gradients[_FORWARD["lora_a"]], gradients[_FORWARD["lora_b"]] = da, db
     if ctx.needs_input_grad[_FORWARD["bias"]]:
@@ -156,8 +181,15 @@ def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
     return (group == each[:, None]).to(rows.dtype) @ rows  # on a GPU index_add would use atomics
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise NotImplementedError("qlora_native.linear: expected to be differentiated once, got a second derivative")
+def refuse_second_derivative(op: str, function: str) -> None:
+    """Let the derivative of `op`, which is that of `qlora_native.functional.<function>`, be an error."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"qlora_native.{function}: expected to be differentiated once, got a second derivative"
+        )
+
+    torch.library.register_autograd(f"qlora_native::{op}", refuse)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -176,4 +208,4 @@ class LinearFunction(torch.autograd.Function):
 
 torch.library.register_autograd("qlora_native::linear_forward", _backward, setup_context=_save)
 for _name in ("linear_backward_input", "lora_gradients"):
-    torch.library.register_autograd(f"qlora_native::{_name}", _no_second_derivative)
+    refuse_second_derivative(_name, "linear")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._elementwise import gated_activation, rms_norm
 from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
@@ -25,7 +26,17 @@ from ._weight import (
     codes_shape,
 )
 
-__all__ = ["QuantizedWeight", "dequantize", "embedding", "linear", "linear_cross_entropy", "linear_grouped", "quantize"]
+__all__ = [
+    "QuantizedWeight",
+    "dequantize",
+    "embedding",
+    "gated_activation",
+    "linear",
+    "linear_cross_entropy",
+    "linear_grouped",
+    "quantize",
+    "rms_norm",
+]
 
 _linear_forward = torch.ops.qlora_native.linear_forward.default
 

@@ -30,99 +30,14 @@
 #include "expect.h"
 #include "pool.h"
 #include "qlora_native/qlora_native.h"
+#include "tensor.h"
 
 namespace qn = qlora_native;
 using qn::DType;
 
 namespace {
 
-constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
 constexpr int kBlocksizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
-constexpr double kSumFactor = 6.0;  // standard deviations that a sum's error may reach; none of 1e9 goes beyond
-
-// ---- elements ----
-
-double unit_roundoff(DType dtype) { return dtype == DType::f32 ? 0x1p-24 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11; }
-// Of a sum's own roundings. Dot products of bfloat16 may round to odd, which is off by twice as much as to nearest.
-double sum_roundoff(DType dtype) { return dtype == DType::bf16 ? 0x1p-23 : 0x1p-24; }
-// What may vanish: dot products of bfloat16 take subnormal numbers as zero.
-double smallest_normal(DType dtype) { return dtype == DType::f16 ? 0x1p-14 : 0x1p-126; }
-
-float rounded(DType dtype, float value) {
-  if (dtype == DType::bf16) return qn::f32_from_bf16(qn::bf16_from_f32(value));
-  return dtype == DType::f16 ? qn::f32_from_f16(qn::f16_from_f32(value)) : value;
-}
-
-struct Random {
-  std::uint64_t state;
-  explicit Random(std::uint64_t seed) : state(seed * 0x9E3779B97F4A7C15 + 1) {}
-  float uniform() {  // in [-1, 1)
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31f;
-  }
-  float normal() { return uniform() + uniform() + uniform(); }  // nearly, of variance 1
-};
-
-// A matrix whose rows lie `gap` elements apart; what is between them must stay as it is.
-class Tensor {
- public:
-  Tensor(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
-      : dtype_(dtype), rows_(rows), cols_(cols), stride_(cols + gap) {
-    bytes_.assign(static_cast<std::size_t>(rows * stride_) * qn::size_of(dtype), kUntouched);
-  }
-  Tensor& fill(Random& random, float scale) {
-    for (std::int64_t i = 0; i < rows_; ++i)
-      for (std::int64_t j = 0; j < cols_; ++j) set(i, j, scale * random.normal());
-    return *this;
-  }
-  void set(std::int64_t i, std::int64_t j, float value) {
-    if (dtype_ == DType::f32) return put(i, j, value);
-    put(i, j, dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value));
-  }
-  float at(std::int64_t i, std::int64_t j) const {
-    if (dtype_ == DType::f32) return get<float>(i, j);
-    const auto half = get<std::uint16_t>(i, j);
-    return dtype_ == DType::bf16 ? qn::f32_from_bf16(half) : qn::f32_from_f16(half);
-  }
-  std::vector<double> values() const {
-    std::vector<double> all;
-    for (std::int64_t i = 0; i < rows_; ++i)
-      for (std::int64_t j = 0; j < cols_; ++j) all.push_back(at(i, j));
-    return all;
-  }
-  bool keeps_to_its_columns() const {
-    const std::size_t size = qn::size_of(dtype_);
-    for (std::size_t i = 0; i < bytes_.size(); ++i)
-      if (static_cast<std::int64_t>(i / size) % stride_ >= cols_ && bytes_[i] != kUntouched) return false;
-    return true;
-  }
-  qn::ConstMatrix in() const { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
-  qn::Matrix out() { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
-  void* data() { return bytes_.data(); }
-  const void* data() const { return bytes_.data(); }
-  std::int64_t rows() const { return rows_; }
-  std::int64_t cols() const { return cols_; }
-  DType dtype() const { return dtype_; }
-  const std::vector<char>& bytes() const { return bytes_; }
-
- private:
-  static constexpr char kUntouched = 0x5A;
-
-  template <class T>
-  void put(std::int64_t i, std::int64_t j, T value) {
-    std::memcpy(bytes_.data() + (i * stride_ + j) * static_cast<std::int64_t>(sizeof(T)), &value, sizeof(T));
-  }
-  template <class T>
-  T get(std::int64_t i, std::int64_t j) const {
-    T value;
-    std::memcpy(&value, bytes_.data() + (i * stride_ + j) * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
-    return value;
-  }
-
-  DType dtype_;
-  std::int64_t rows_, cols_, stride_;
-  std::vector<char> bytes_;
-};
 
 // ---- quantized weights ----
 
@@ -1144,17 +1059,6 @@ void lion_moves_by_the_sign_of_the_smallest_numbers() {
 
 // ---- bad input ----
 
-void expect_refused(const std::string& argument, const std::function<void()>& call) {
-  std::string named;
-  try {
-    call();
-  } catch (const qn::Error& error) {
-    named = error.argument();
-  }
-  EXPECT(named == argument);
-  if (named != argument) std::printf("  expected an error about %s\n", argument.c_str());
-}
-
 // Each argument of each operation that cannot be as it is, and that its result is then not touched. (Those of
 // linear_forward and of optimizer_8bit_step are in test_core.cpp.)
 void bad_input_is_refused_by_its_name() {
@@ -1163,14 +1067,6 @@ void bad_input_is_refused_by_its_name() {
   std::vector<std::uint8_t> codes(512, 9);
   std::vector<float> scales(512, 9.0f), out(512, 9.0f);
   qn::NonFinite non_finite;
-  const auto change = [](auto args, auto operation, auto edit) {
-    return [=] {
-      auto changed = args;
-      edit(changed);
-      operation(changed, qn::Stream{});
-    };
-  };
-
   const qn::QuantizeArgs q{.weight = weight.data(),
                            .elements = 315,
                            .code = formats()[0].code,

@@ -388,6 +388,10 @@ const CpuBackend& reference_backend() {
       .linear_backward_input = reference::linear_backward_input,
       .lora_gradients = reference::lora_gradients,
       .cross_entropy = reference::cross_entropy,
+      .gated_activation = reference::gated_activation,
+      .gated_activation_backward = reference::gated_activation_backward,
+      .rms_norm = reference::rms_norm,
+      .rms_norm_backward = reference::rms_norm_backward,
       .optimizer_8bit_step = reference::optimizer_8bit_step,
   }};
   return backend;

@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "cpu/generic/cross_entropy-inl.h"
+#include "cpu/generic/elementwise-inl.h"
 #include "cpu/generic/linear-inl.h"
 #include "cpu/generic/optimizer-inl.h"
 #include "cpu/generic/quantize-inl.h"

@@ -27,7 +27,7 @@ constexpr CpuBackend kBackendF32{
      [](const LinearForwardArgs& args, const Stream&) { linear_forward(args, kProductsF32); },
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
      [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
-     optimizer_step},
+     gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, optimizer_step},
     &kProductsF32};
 
 }  // namespace

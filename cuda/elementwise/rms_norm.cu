@@ -1,0 +1,121 @@
+// rms_norm and its backward: a block of threads takes a row, which it reads for a sum and again for the result.
+#include "device/elements.cuh"
+#include "operations.h"
+
+namespace qlora_native::QLN_CUDA {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+struct Shared {
+  float of_warp[kWarps];
+};
+
+// The sum over the block's threads, in a fixed order, in each of them.
+__device__ float sum_of_block(float value, Shared& shared) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shfl_xor(value, mask);
+  sync_threads();  // the row before has been read from `shared`
+  if (thread_index() % kWarp == 0) shared.of_warp[thread_index() / kWarp] = value;
+  sync_threads();
+  float sum = 0.0f;
+  for (int warp = 0; warp < kWarps; ++warp) sum += shared.of_warp[warp];
+  return sum;
+}
+
+// Calls body(first, count) for each eight elements of a row that are this thread's.
+template <class Body>
+__device__ __forceinline__ void for_each_eight(std::int64_t N, const Body& body) {
+  for (std::int64_t first = std::int64_t{thread_index()} * kEight; first < N; first += kThreads * kEight)
+    body(first, static_cast<int>(N - first < kEight ? N - first : kEight));
+}
+
+// Element i of `to` = element first + i of a row, times shift + weight of its column; 0 beyond `count`.
+template <class T>
+__device__ __forceinline__ void load_weighted(const T* row, const T* weight, float shift, std::int64_t first, int count,
+                                              float (&to)[kEight]) {
+  float factor[kEight];
+  load_eight_as_f32(row + first, count, to);
+  load_eight_as_f32(weight + first, count, factor);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) to[i] *= factor[i] + shift;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormArgs args) {
+  Shared& shared = *dynamic_smem<Shared>();
+  const std::int64_t N = args.x.cols;
+  const T* const weight = static_cast<const T*>(args.weight);
+  for (std::int64_t row = block_index(); row < args.x.rows; row += grid_blocks()) {
+    const T* const x = static_cast<const T*>(args.x.data) + row * args.x.stride;
+    T* const y = static_cast<T*>(args.y.data) + row * args.y.stride;
+    float squares = 0.0f;
+    for_each_eight(N, [&](std::int64_t first, int count) {
+      float values[kEight];
+      load_eight_as_f32(x + first, count, values);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) squares += values[i] * values[i];
+    });
+    const float r = 1.0f / sqrtf(sum_of_block(squares, shared) / static_cast<float>(N) + args.eps);
+    if (thread_index() == 0) args.r[row] = r;
+    for_each_eight(N, [&](std::int64_t first, int count) {
+      float values[kEight];
+      load_weighted(x, weight, args.shift, first, count, values);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) values[i] *= r;
+      store_eight_from_f32(y + first, count, values);
+    });
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const RmsNormBackwardArgs args) {
+  Shared& shared = *dynamic_smem<Shared>();
+  const std::int64_t N = args.x.cols;
+  const T* const weight = static_cast<const T*>(args.weight);
+  for (std::int64_t row = block_index(); row < args.x.rows; row += grid_blocks()) {
+    const T* const x = static_cast<const T*>(args.x.data) + row * args.x.stride;
+    const T* const dy = static_cast<const T*>(args.dy.data) + row * args.dy.stride;
+    T* const dx = static_cast<T*>(args.dx.data) + row * args.dx.stride;
+    const float r = args.r[row];
+    float along = 0.0f;
+    for_each_eight(N, [&](std::int64_t first, int count) {
+      float values[kEight], gradients[kEight];
+      load_eight_as_f32(x + first, count, values);
+      load_weighted(dy, weight, args.shift, first, count, gradients);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) along += values[i] * r * gradients[i];
+    });
+    const float mean = sum_of_block(along, shared) / static_cast<float>(N);
+    for_each_eight(N, [&](std::int64_t first, int count) {
+      float values[kEight], gradients[kEight];
+      load_eight_as_f32(x + first, count, values);
+      load_weighted(dy, weight, args.shift, first, count, gradients);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) gradients[i] = (gradients[i] - values[i] * r * mean) * r;
+      store_eight_from_f32(dx + first, count, gradients);
+    });
+  }
+}
+
+LaunchShape shape_for(const ConstMatrix& matrix, const Stream& stream) {
+  LaunchShape shape = looping_grid(matrix.rows * kThreads, kThreads, stream);
+  shape.smem_bytes = sizeof(Shared);
+  return shape;
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& args, const Stream& stream) {
+  if (args.x.rows == 0) return;
+  with_type(args.x.dtype, [&]<class T>() { launch<rms_norm_kernel<T>>(shape_for(args.x, stream), stream, args); });
+}
+
+void rms_norm_backward(const RmsNormBackwardArgs& args, const Stream& stream) {
+  if (args.x.rows == 0) return;
+  with_type(args.x.dtype,
+            [&]<class T>() { launch<rms_norm_backward_kernel<T>>(shape_for(args.x, stream), stream, args); });
+}
+
+}  // namespace qlora_native::QLN_CUDA
