@@ -8,9 +8,9 @@
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
-puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse_loss() takes
-the loss without making logits.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Three lines are qlora_native's.
+quantize_model() puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product.
+fuse_loss() takes the loss without making logits. fuse_blocks() makes a norm, or a gated activation, one op.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
+from qlora_native.integrations.blocks import fuse_blocks
 from qlora_native.integrations.loss import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
@@ -303,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # its adapters are fp32: see integrations/peft.py
     fuse_loss(model)  # no logits in training
+    fuse_blocks(model)  # norms and activations keep their operands alone
     examples = encode(tokenizer, pairs, args.seq_len)
     if processes.rank() > 0:  # the first one measures, shows and saves
         torch.manual_seed(args.seed + processes.rank())  # its own dropout

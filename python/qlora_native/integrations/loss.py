@@ -23,59 +23,51 @@ require("transformers")
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._errors import FLOAT_DTYPES
 from ..functional import linear_cross_entropy
 from ..nn import Linear4bit
+from ._deferred import Deferred
 
 __all__ = ["DeferredLogits", "fuse_loss"]
 
 
-class DeferredLogits:
+class DeferredLogits(Deferred):
     """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
 
     Attributes:
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
+        made: z, once something has asked for it.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
         """Logits that nobody has asked for."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
-        self.made: Tensor | None = None
+        self.made = None
 
-    def tensor(self) -> Tensor:
-        """The logits, as the model would have made them; once."""
-        if self.made is None:
-            logits = type(self.head).forward(self.head, self.hidden)
-            if self.softcap is not None:
-                self.made = self.softcap * torch.tanh(self.scale / self.softcap * logits)
-            else:
-                self.made = logits if self.scale == 1.0 else self.scale * logits
-        return self.made
+    def compute(self) -> Tensor:
+        """The logits, as the model would have made them."""
+        logits = type(self.head).forward(self.head, self.hidden)
+        if self.softcap is not None:
+            return self.softcap * torch.tanh(self.scale / self.softcap * logits)
+        return logits if self.scale == 1.0 else self.scale * logits
 
     def _changed(self, scale: float, softcap: float | None) -> DeferredLogits:
         return DeferredLogits(self.head, self.hidden, scale, softcap)
 
-    def _times(self, factor: Any) -> Any:
-        """z times a number."""
+    def __mul__(self, factor: Any) -> Any:
+        """z times a factor of the family's."""
         if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
 
-    def __mul__(self, factor: Any) -> Any:
-        """A factor of the family's."""
-        return self._times(factor)
-
-    __rmul__ = __mul__
-
     def __truediv__(self, divisor: Any) -> Any:
         """The same, as a divisor."""
-        return self._times(1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
+        return self * (1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
 
     def tanh(self) -> Any:
         """A soft cap's: tanh(s * l) has the cap 1."""
@@ -88,18 +80,7 @@ class DeferredLogits:
         """torch's functions see the logits; but for tanh."""
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        made, named = tree_map(lambda each: each.tensor() if isinstance(each, cls) else each, (args, kwargs or {}))
-        return func(*made, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else that a tensor has."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """Some of the logits."""
-        return self.tensor()[index]
+        return super().__torch_function__(func, types, args, kwargs)
 
     def __len__(self) -> int:
         """The first dimension, as a tensor's."""

@@ -1,0 +1,76 @@
+"""Results of a module that are computed only if something other than the step that follows asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Deferred:
+    """A tensor for everything but what a subclass knows better: any use of it computes the tensor."""
+
+    def compute(self) -> Tensor:
+        """The tensor that this stands for."""
+        raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """The same, computed once."""
+        if self.__dict__.get("made") is None:
+            self.made: Tensor | None = self.compute()
+        return self.made  # type: ignore[return-value]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's functions see the tensor."""
+        made, named = tree_map(lambda each: each.tensor() if isinstance(each, Deferred) else each, (args, kwargs or {}))
+        return func(*made, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else that a tensor has."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Some of its elements."""
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        """The first dimension, as a tensor's."""
+        return len(self.tensor())
+
+    # Python looks for operators on the type, where __getattr__ is not asked.
+    def __add__(self, other: Any) -> Any:
+        return self.tensor() + other
+
+    def __sub__(self, other: Any) -> Any:
+        return self.tensor() - other
+
+    def __neg__(self) -> Tensor:
+        return -self.tensor()
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.tensor() @ other
+
+    def __mul__(self, other: Any) -> Any:
+        return self.tensor() * other
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.tensor() / other
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.tensor()
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of torch's own, and nobody traces or compiles what happens to it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

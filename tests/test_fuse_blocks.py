@@ -1,0 +1,258 @@
+"""Blocks of transformers' models with fused activations and norms: the same losses and gradients, and less memory."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import qlora_native as qn  # noqa: E402
+from qlora_native.integrations.blocks import DeferredActivation, fuse_blocks  # noqa: E402
+from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
+
+COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+COMMON |= {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+KV = {"num_key_value_heads": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# How many modules are fused in each: of every layer the activation and the norms, and the norm at the end.
+FAMILIES = {
+    "llama": (lambda: transformers.LlamaConfig(**COMMON, **KV), 2 * 3 + 1),
+    "gemma2": (lambda: transformers.Gemma2Config(**COMMON, **KV, head_dim=32), 2 * 5 + 1),
+    "phi3": (lambda: transformers.Phi3Config(**COMMON, **KV), 2 * 3 + 1),
+    "qwen3": (lambda: transformers.Qwen3Config(**COMMON, **KV, head_dim=32), 2 * 5 + 1),
+    "qwen3-moe": (lambda: transformers.Qwen3MoeConfig(**COMMON, **KV, **MOE, head_dim=32), 2 * 5 + 1),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def make(family, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family][0]()).to(dtype).train()
+    with torch.no_grad():  # norms begin at 1 or 0, where a wrong shift or order would not be seen
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    return model
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (3, 11))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def step(model):
+    """(loss, the gradients of what is trained)."""
+    model.zero_grad()
+    loss = model(**batch()).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, dtype):
+    (loss, gradients), (expected, wanted) = ours, theirs
+    assert gradients.keys() == wanted.keys()
+    allowed = SUM_FACTOR * unit_roundoff(dtype)
+    assert (loss - expected).abs() <= allowed * expected.abs()
+    for name, gradient in wanted.items():
+        # Gradients pass through the layers, each of which rounds.
+        assert (gradients[name] - gradient).norm() <= 8 * allowed * gradient.norm() + 1e-12, name
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_loss_and_gradients_are_the_models_own(family, dtype):
+    if family == "qwen3-moe" and dtype == torch.bfloat16:
+        pytest.skip("another rounding may send a token to another expert")
+    model = make(family, dtype)
+    expected = step(copy.deepcopy(model))
+    assert fuse_blocks(model) == FAMILIES[family][1]
+    assert_same(step(model), expected, dtype)
+
+
+@families
+def test_quantized_model_with_adapters_trains_as_it_did(family):
+    model = qn.nn.quantize_model(make(family))
+    targets = ["gate_proj", "up_proj", "down_proj", "q_proj", "gate_up_proj"]
+    if family == "qwen3-moe":
+        targets = ["q_proj", "o_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    expected = step(copy.deepcopy(model))
+    assert fuse_blocks(model) == FAMILIES[family][1]
+    assert fuse_blocks(model) == 0
+    assert_same(step(model), expected, torch.float32)
+
+
+def kept_in_bytes(model):
+    """What autograd keeps beside parameters and inputs."""
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch()).loss
+    assert loss.requires_grad
+    return sum(storages.values())
+
+
+def test_layer_keeps_less_for_backward():
+    """Of each layer: f(gate) and its product with up, and the fp32 copy of each norm for the input in bfloat16."""
+    model = qn.nn.quantize_model(make("llama", torch.bfloat16))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets), autocast_adapter_dtype=False)
+    before = kept_in_bytes(model)
+    fuse_blocks(model)
+    tokens, width, inner = 33, 64, 96
+    activations = 2 * 2 * tokens * inner * 2
+    norms = 2 * 2 * tokens * width * (4 - 2)
+    assert before - kept_in_bytes(model) >= activations + norms
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "compiled", "autocast"])
+def test_other_ways_to_run_a_model_give_what_they_gave(mode):
+    model = make("llama").eval()
+    inputs = batch()
+
+    def run(model):
+        call = torch.compile(model, backend="eager") if mode == "compiled" else model
+        with torch.set_grad_enabled(mode != "no_grad"), torch.autocast("cpu", enabled=mode == "autocast"):
+            return call(**inputs).logits
+
+    expected = run(model)
+    fuse_blocks(model)
+    dtype = torch.bfloat16 if mode == "autocast" else torch.float32
+    assert (run(model) - expected).norm() <= 8 * SUM_FACTOR * unit_roundoff(dtype) * expected.norm()
+
+
+def test_generation_gives_the_same_tokens():
+    model = make("gemma2").eval()
+    prompt = batch()["input_ids"]
+    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    fuse_blocks(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_state_dict_and_copies_are_as_before():
+    model = make("llama")
+    names = list(model.state_dict())
+    fuse_blocks(model)
+    assert list(model.state_dict()) == names
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight.zero_()
+    assert model.model.norm.forward.__self__ is model.model.norm
+    assert model(**batch()).logits.abs().sum() > 0 and other(**batch()).logits.abs().sum() == 0
+
+
+def test_norm_of_another_dtype_than_its_input_computes_as_before():
+    """peft's prepare_model_for_kbit_training makes norms fp32."""
+    model = make("llama", torch.bfloat16)
+    model.model.norm.float()
+    x = torch.randn(3, 64).bfloat16()
+    expected = model.model.norm(x)
+    fuse_blocks(model)
+    result = model.model.norm(x)
+    assert result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+class Block(nn.Module):
+    """A gated linear unit and a norm that may be anything."""
+
+    def __init__(self, activation, norm):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act_fn, self.norm = activation, norm
+
+    def forward(self, x):
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(self.norm(x))
+
+
+class Centered(nn.Module):
+    """A layer norm by other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-5
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class OtherEpsilon(nn.RMSNorm):
+    """It says another epsilon than it uses."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 10 * self.eps)
+
+
+@pytest.mark.parametrize("norm", [Centered(), OtherEpsilon(8, eps=1e-5), nn.LayerNorm(8), nn.RMSNorm(8)], ids=repr)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.Sigmoid()], ids=repr)
+def test_what_computes_something_else_is_left_alone(activation, norm):
+    model = Block(activation, norm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fuse_blocks(model) == 0
+    assert "forward" not in vars(activation) and "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm"),
+    [(nn.SiLU(), nn.RMSNorm(8, eps=1e-5)), (nn.GELU(approximate="tanh"), nn.RMSNorm(8, eps=1e-3))],
+    ids=str,
+)
+def test_modules_of_any_library_are_known_by_what_they_compute(activation, norm):
+    model = Block(activation, norm)
+    x = torch.randn(5, 8)
+    expected = model(x)
+    assert fuse_blocks(model) == 2
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_activation_that_is_not_multiplied_is_what_it_was():
+    block = Block(nn.SiLU(), nn.Identity())
+    x = torch.randn(3, 8)
+    fuse_blocks(block)
+    deferred = block.act_fn(x)
+    assert isinstance(deferred, DeferredActivation)
+    expected = nn.functional.silu(x)
+    for look in (
+        lambda f: f + 1,
+        lambda f: f.sum(-1),
+        lambda f: torch.relu(f),
+        lambda f: f[1:],
+        lambda f: f * 2.0,
+        lambda f: 2.0 * f,
+        lambda f: f * torch.ones(8),
+        lambda f: torch.ones(3, 8).double() * f,
+        lambda f: f @ torch.ones(8, 2),
+        lambda f: -f / 2 - 1,
+    ):
+        torch.testing.assert_close(look(block.act_fn(x)), look(expected))
+    assert len(deferred) == 3 and deferred.shape == (3, 8)
+
+
+def test_forward_that_another_library_replaced_stays():
+    model = make("llama")
+    norm = model.model.norm
+    norm.forward = lambda x: x
+    assert fuse_blocks(model) == FAMILIES["llama"][1] - 1
+    x = torch.randn(2, 64)
+    assert norm(x) is x
+
+
+def test_model_with_nothing_to_fuse_says_so():
+    with pytest.warns(UserWarning, match="Linear has no gated activation and no RMS norm"):
+        assert fuse_blocks(nn.Linear(3, 3)) == 0
+    with pytest.raises(TypeError, match="model"):
+        fuse_blocks("llama")
