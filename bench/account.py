@@ -4,7 +4,7 @@
 
 Two models: SmolLM2-135M with a batch of 4 x 256 tokens, and two layers of Llama-7B's shape, with its head, over 512
 tokens. LoRA of rank 16 on all seven linears of a layer, bf16, each stack's own 8-bit AdamW. Contestants: ours with
-`fuse_loss`, ours with the loss of transformers, and bitsandbytes under stock PEFT.
+`fuse_loss` and `fuse_blocks`, ours without, and bitsandbytes under stock PEFT.
 
 Each is a process of its own, as a training is. A step's time is the median of some; how it divides is what
 torch.profiler finds in one step more. What has a dimension as long as the vocabulary counts as head and loss, the rest
@@ -35,7 +35,7 @@ import step
 import timing
 from cases import OURS
 
-UNFUSED, BITSANDBYTES = f"{OURS}, loss of transformers", "bitsandbytes + PEFT"
+UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
 LAYERS, TOKENS = 2, 512  # of the 7B shape
 # Parts of a step by the names of operations; the first that fits is taken.
 PARTS = {
@@ -109,9 +109,11 @@ def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str
         else:
             take = step._ours(model, 0.0)
             if contestant == OURS:
+                from qlora_native.integrations.blocks import fuse_blocks
                 from qlora_native.integrations.loss import fuse_loss
 
                 fuse_loss(model)
+                fuse_blocks(model)
         losses, seconds = [take(tokens)], []
         for _ in range(rounds):
             started = time.perf_counter()
@@ -218,7 +220,7 @@ def main() -> None:
         for contestant in contestants()
     ]
     if args.output:
-        picture = f"account-{machine.file_name(found['machine'])}.png"
+        picture = Path(f"account-{machine.file_name(found['machine'])}").with_suffix(".png").name
         text = f"{lines(found)}\n![The parts of each step, as bars]({picture})"
         draw(found, report.write_results("account", found, text).with_name(picture))
     print(lines(found))

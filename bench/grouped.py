@@ -1,11 +1,10 @@
-"""What rows in groups cost: the experts of a mixture, many adapters over one weight, and the loss of a language model.
+"""What rows in groups cost: the experts of a mixture, and many adapters over one weight.
 
     python bench/grouped.py [--output]
 
 Experts: 16 of [1024, 2048] with 512 tokens, of which each goes to two, drawn by Zipf's law; 64 with 1 to 4 tokens each;
 both products, against a loop over experts of torch's dense product, and of bitsandbytes' `matmul_4bit`. Adapters: 32 of
-rank 16 in one batch, against one. The loss: `linear_cross_entropy`, forward and backward, against
-`F.cross_entropy(F.linear(...))`, with its memory.
+rank 16 in one batch, against one.
 
 Contestants take turns in one process (timing.py), with cold weights; medians. Results are compared with the dense
 loop's before they are timed. --output writes bench/results/grouped-<machine>.{json,md}.
@@ -19,20 +18,17 @@ from itertools import pairwise
 
 import qlora_native as qn
 import torch
-import torch.nn.functional as F
-from qlora_native.functional import linear_cross_entropy, linear_grouped
+from qlora_native.functional import linear_grouped
 from torch import Tensor
 
 import checks
 import machine
-import memory
 import report
 import timing
 from cases import OURS
 
 BUDGET_S = 6.0  # of one row's contestants together
 DENSE, BITSANDBYTES, ONE_ADAPTER = "dense, a loop", "bitsandbytes, a loop", "one adapter"
-UNFUSED = "torch, unfused"
 RANK = 16
 DTYPE = torch.bfloat16
 _ops = torch.ops.qlora_native
@@ -126,32 +122,6 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
     return rows
 
 
-def losses(T: int, K: int, V: int, clock: timing.Cpu, probe: Callable) -> list[dict]:
-    """The loss and the gradient by the hidden states, of a dense head and of one in 4 bits."""
-    weight, labels = (torch.randn(V, K) / K**0.5).to(DTYPE), torch.randint(V, (T,))
-    q = qn.quantize(weight)
-    hidden = torch.randn(T, K).to(DTYPE)
-
-    def step(loss: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor]:
-        def call(_: int) -> Tensor:
-            with torch.enable_grad():
-                x = hidden.clone().requires_grad_()
-                return torch.autograd.grad(loss(x), x)[0]
-
-        return call
-
-    contestants = {
-        OURS: step(lambda x: linear_cross_entropy(x, weight, labels)),
-        UNFUSED: step(lambda x: F.cross_entropy(F.linear(x, weight).float(), labels)),
-        "a head in 4 bits": step(lambda x: linear_cross_entropy(x, q, labels)),
-    }
-    checks.close("loss", contestants[OURS](0), contestants[UNFUSED](0))
-    peaks = {name: memory.peak(lambda call=call: call(0)) for name, call in contestants.items()}
-    found, _ = clock.alternate(contestants, probe, 3 * BUDGET_S)
-    seconds = {k: t.median for k, t in found.items()}
-    return [{"name": f"loss of {V} words, K = {K}", "rows": T, "seconds": seconds, "peak_bytes": peaks}]
-
-
 @torch.no_grad()
 def measure() -> list[dict]:
     """The rows of the report."""
@@ -164,7 +134,6 @@ def measure() -> list[dict]:
         *experts("16 experts of [2048, 1024], top 2 of 512 tokens", (16, 2048, 1024), zipf(512, 16, 2), clock, probe),
         *experts("64 experts of [1024, 2048], 1 to 4 tokens each", (64, 1024, 2048), few, clock, probe),
         *adapters(32, 256, 2048, 2048, clock, probe),
-        *losses(1024, 576, 49_152, clock, probe),
     ]
 
 
@@ -174,7 +143,7 @@ def lines(found: dict) -> str:
     head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
     threads = f"{description['threads']} threads"
     text = [
-        "# Rows in groups, and the loss\n",
+        "# Rows in groups\n",
         f"{head}, {threads}; NF4 with double quantization, bfloat16, LoRA of rank {RANK}; medians, in turn.\n",
         "| | rows | ours, ms | against | ms | ours is |",
         "|---|---|---|---|---|---|",
@@ -185,10 +154,6 @@ def lines(found: dict) -> str:
             if name != OURS:
                 cells = (f"{1e3 * own:.3g}", name, f"{1e3 * seconds:.3g}", f"{seconds / own:.2f} × as fast")
                 text.append(f"| {row['name']} | {row['rows']} | " + " | ".join(cells) + " |")
-    for row in found["measured"]:
-        if peaks := row.get("peak_bytes"):
-            cells = ", ".join(f"{name} {peak / 2**20:.0f} MB" for name, peak in peaks.items())
-            text.append(f"\nMemory of the {row['name']}, forward and backward: {cells}.")
     return "\n".join(text) + "\n"
 
 

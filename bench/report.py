@@ -153,7 +153,7 @@ def write(path: Path, text: str) -> None:
 
 def write_results(kind: str, found: dict, text: str) -> Path:
     """<kind>-<machine>.json and .md below bench/results/; returns the path of the first."""
-    path = RESULTS / f"{kind}-{machine.file_name(found['machine'])}.json"
+    path = RESULTS / f"{kind}-{machine.file_name(found['machine'])}"
     write(path, json.dumps(found, indent=1))
     write(path.with_suffix(".md"), text.rstrip("\n"))
     return path

@@ -62,7 +62,7 @@ def test_large_model_takes_two_steps(script, shape):
     assert found["operations_s"]["4-bit products, forward"] > 0
 
 
-@pytest.mark.parametrize("contestant", ["qlora_native", "qlora_native, loss of transformers"])
+@pytest.mark.parametrize("contestant", ["qlora_native", "qlora_native, nothing fused"])
 def test_account_of_a_step_has_all_of_its_time(script, contestant):
     account = script("account")
     name = "2 layers of Llama-7B"
@@ -344,6 +344,34 @@ def test_committed_report_cannot_be_written_again(script, path):
     heads = {"step": "## A training step", "optimizer": "## A step of AdamW", "memory": "## Extra memory"}
     for part, head in heads.items():
         assert (head in text) == bool(found.get(part))
+
+
+def test_results_are_named_by_kind_and_machine(script, tmp_path, monkeypatch):
+    report = script("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    found = {"machine": {"cpu": "A CPU", "threads": 2, "isa": "avx2"}}
+    report.write_results("account", found, "# Text\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "account-a-cpu-2-threads-avx2.json",
+        "account-a-cpu-2-threads-avx2.md",
+    ]
+
+
+def test_other_half_of_a_step_is_measured_against_its_parts(script, monkeypatch):
+    half = script("other_half")
+    monkeypatch.setattr(half, "BUDGET_S", 0.01)
+    with torch.enable_grad():
+        rows = [
+            half.loss(40, 32, 300, half.timing.Cpu(), lambda: None),
+            *half.blocks(30, 64, 96, half.timing.Cpu(), lambda: None),
+        ]
+        rows.append(half.large_loss(40, 64, 300))
+    kept = [row["kept_bytes"] for row in rows if "kept_bytes" in row]
+    assert [each[half.OURS] for each in kept] == [0, 30 * 4]
+    assert kept[0][half.UNFUSED] == 30 * 96 * 2 and kept[1][half.UNFUSED] >= 30 * 64 * 4
+    machine = {"cpu": "A", "isa": "avx2", "versions": {"torch": "2"}, "threads": 2}
+    text = half.lines({"machine": machine, "measured": rows})
+    assert text.count("× as fast") == 3
 
 
 def test_tables_of_the_docs_are_those_of_the_reports(script):
