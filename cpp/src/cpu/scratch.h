@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace qlora_native {
 
@@ -11,5 +12,6 @@ namespace qlora_native {
 //   Slot::thread  what one task needs for itself
 enum class Slot { call, thread };
 std::byte* scratch(Slot slot, std::size_t bytes);
+float* scratch_floats(Slot slot, std::int64_t count);
 
 }  // namespace qlora_native

@@ -48,7 +48,7 @@ class BackwardInput final : public Job {
     adapted_ = adapted_rows(lora, part, rows_, args.weight);
     std::int64_t group = 0;
     for (const Adapted& of : adapted_) {
-      const GroupRange range = Product::groups_of(groups_, of.begin, of.end, group);
+      const Range range = Product::groups_of(groups_, {of.begin, of.end}, group);
       low_ranks_.push_back({nullptr, v_units_, DenseRows<Dot, false>(lora_a(of.lora, args.weight.K)), range});
       group = range.end - 1;
       packed_v_rows_ += groups_.first_packed(range.end) - groups_.first(range.begin);
@@ -97,7 +97,6 @@ class BackwardInput final : public Job {
  private:
   using Product = ProductNn<Dot>;
   using Groups = typename Product::Groups;
-  using GroupRange = typename Product::GroupRange;
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;

@@ -203,16 +203,15 @@ struct FewRows {
     float sums[kM * kGroup + 3], of_row[kGroup] = {};
     float* scales = nullptr;
     if constexpr (Rows::kQuantized)
-      if (w.aligned())
-        scales = reinterpret_cast<float*>(
-            scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_scales) * sizeof(float)));
+      if (w.aligned()) scales = scratch_floats(Slot::thread, kGroup * row_scales);
     for (std::int64_t first = begin; first < end; first += kGroup) {
       const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
       int whole = 0;
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
-          w.prefetch_scales(first + count, kGroup, 0, w.cols() / kChunk);
-          w.chunk_scales(first, count, 0, w.cols() / kChunk, scales, row_scales);
+          const Range chunks{0, w.cols() / kChunk};
+          w.prefetch_scales({first + count, first + count + kGroup}, chunks);
+          w.chunk_scales({first, first + count}, chunks, scales, row_scales);
           whole = count / kRows * kRows;
           for (int j = 0; j < whole; j += kRows)
             whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, sums + j * kM);

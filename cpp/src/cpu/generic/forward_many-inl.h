@@ -103,10 +103,8 @@ class ForwardMany final : public Job {
     const std::int64_t strip_row = strips_.width(piece.strip) * kLanes, piece_row = width * kLanes;
     const Matrix u = rows_of(args_.u, adapted.begin, count);
     constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
-    float* panel = reinterpret_cast<float*>(
-        scratch(Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + kPackedFloats +
-                                                       Product::kWidestTile * Product::kWidest * kLanes) *
-                                  sizeof(float)));
+    float* panel = scratch_floats(
+        Slot::thread, Product::kPanelFloats + kPackedFloats + Product::kWidestTile * Product::kWidest * kLanes);
     float* packed = panel + Product::kPanelFloats;
     float* sums = packed + kPackedFloats;
     typename Product::Tiles tiles;
@@ -140,9 +138,7 @@ class ForwardMany final : public Job {
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
     const std::int64_t end = smaller(begin + grid_.column_tile, N);
     const std::int64_t vectors = strips_.first(last) - strips_.first(first);
-    float* panels = reinterpret_cast<float*>(scratch(
-        Slot::thread,
-        static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) * sizeof(float)));
+    float* panels = scratch_floats(Slot::thread, 2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile);
     float* sums = panels + 2 * Product::kPanelFloats;
     const typename Product::Packed x{x_, units_, strips_, first, last};
     typename Product::Tiles tiles;

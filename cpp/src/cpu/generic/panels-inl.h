@@ -122,13 +122,14 @@ struct Panels {
   static void put_rows(const Rows& from, std::int64_t n, std::int64_t k, Matrix to) {
     if (to.cols == 0) return;
     constexpr std::int64_t kRows = 16;  // of a task
-    const std::int64_t c0 = k / kChunk, c1 = c0 + ceil_div(to.cols, kChunk);
+    const std::int64_t first = k / kChunk;
+    const Range chunks{first, first + ceil_div(to.cols, kChunk)};
     parallel_for(ceil_div(to.rows, kRows), [&](std::int64_t task) {
       const std::int64_t end = smaller((task + 1) * kRows, to.rows);
       for (std::int64_t row = task * kRows; row < end; ++row) {
         char* out = static_cast<char*>(to.data) + row * to.stride * kSize;
-        from.template chunks<1>(n + row, 1, c0, c1, [&](std::int64_t c, const typename Element::Chunk(&chunk)[1]) {
-          const std::int64_t at = (c - c0) * kChunk;
+        from.template chunks<1>(n + row, 1, chunks, [&](std::int64_t c, const typename Element::Chunk(&chunk)[1]) {
+          const std::int64_t at = (c - first) * kChunk;
           store_chunk<kType>(chunk[0], out + at * kSize, smaller<std::int64_t>(kChunk, to.cols - at));
         });
       }

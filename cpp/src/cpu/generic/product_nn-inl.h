@@ -75,16 +75,11 @@ struct ProductNn {
     std::int64_t packed_rows() const { return first_packed(count); }
     std::int64_t rows, count;
   };
-  // Some of the groups, one after another.
-  struct GroupRange {
-    std::int64_t begin, end;
-    std::int64_t count() const { return end - begin; }
-  };
-  // The groups that have a row of begin ... end-1, looked for from group `from` on.
-  static GroupRange groups_of(const Groups& groups, std::int64_t begin, std::int64_t end, std::int64_t from) {
-    while (groups.first(from + 1) <= begin) ++from;
-    GroupRange range{from, from + 1};
-    while (groups.first(range.end) < end) ++range.end;
+  // The groups that have one of these rows, looked for from group `from` on.
+  static Range groups_of(const Groups& groups, Range rows, std::int64_t from) {
+    while (groups.first(from + 1) <= rows.begin) ++from;
+    Range range{from, from + 1};
+    while (groups.first(range.end) < rows.end) ++range.end;
     return range;
   }
 
@@ -93,7 +88,7 @@ struct ProductNn {
     float* v = nullptr;  // packed, from the first row of the first group on; zero in rows of other adapters
     std::int64_t units = 0;
     DenseRows<Dot, false> a;
-    GroupRange groups;
+    Range groups;
   };
   // Those of a product: mask o (the sum of all).
   struct LowRanks {
@@ -112,7 +107,7 @@ struct ProductNn {
     const DenseRows<Dot, true> rows(left);
     const std::int64_t stride = packed_stride(units_of(left.cols)), chunks = ceil_div(left.cols, kChunk);
     for (std::int64_t row = first; row < end; ++row, out += stride)
-      rows.template chunks<1>(row, row >= 0 && row < rows.rows(), 0, chunks,
+      rows.template chunks<1>(row, row >= 0 && row < rows.rows(), {0, chunks},
                               [&](std::int64_t c, const Chunk(&chunk)[1]) {
                                 for (int i = 0; i < Dot::kVectors; ++i)
                                   store(out + c * Dot::kUnits + i * kLanes, chunk[0].v[i]);
@@ -128,7 +123,7 @@ struct ProductNn {
     clear_rest(panel, u1 - u0, c1 - c0);
     for (std::int64_t unit = u0; unit < u1; ++unit) {
       const int count = static_cast<int>(smaller<std::int64_t>(kRows, w.rows() - unit * kRows));
-      w.template chunks<kRows>(unit * kRows, count, c0, c1, [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
+      w.template chunks<kRows>(unit * kRows, count, {c0, c1}, [&](std::int64_t c, const Chunk(&chunk)[kRows]) {
         const typename Dot::Columns columns = to_columns<Rows::kNatural>(chunk);
         float* out = panel + ((c - c0) * units + (unit - u0)) * kChunk;
         for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
@@ -154,8 +149,8 @@ struct ProductNn {
       stepwise_ = w.aligned() && rows == units_ * kUnitRows;
       if (!stepwise_) return;
       codes_ = w.codes_at(u0 * kUnitRows, c0);
-      w.chunk_scales(u0 * kUnitRows, rows, c0, c1, scales_, width_ * Rows::kChunkScales);
-      w.prefetch_scales(u1 * kUnitRows, rows, c0, c1);
+      w.chunk_scales({u0 * kUnitRows, u0 * kUnitRows + rows}, {c0, c1}, scales_, width_ * Rows::kChunkScales);
+      w.prefetch_scales({u1 * kUnitRows, u1 * kUnitRows + rows}, {c0, c1});
       clear_rest(panel, units_, width_);
       start(0);
     }
@@ -324,7 +319,7 @@ struct ProductNn {
       return all + ((group - g0) * width() + (chunk - c0)) * kGroup * kChunk;
     }
     // Of the groups that are in `range` too.
-    Part within(GroupRange range, std::int64_t row) const {
+    Part within(Range range, std::int64_t row) const {
       Part part = *this;
       part.g0 = larger(g0, range.begin);
       part.g1 = smaller(g1, range.end);
@@ -378,11 +373,11 @@ struct ProductNn {
   struct Cut {
     Tiling tiling{};
     Grid grid{};
-    GroupRange groups{};
+    Range groups{};
     std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
   };
   template <class Rows>
-  static Cut cut(const Groups& groups, GroupRange range, const Rows& w, std::int64_t threads) {
+  static Cut cut(const Groups& groups, Range range, const Rows& w, std::int64_t threads) {
     const Tiling cut = tiling(groups.rows, Rows::kQuantized && !w.aligned());
     const std::int64_t most_groups =
         larger<std::int64_t>(for_second_level(kMostSums, 1, caches()) / (cut.chunks * kChunk * kGroup), 1);
@@ -403,8 +398,7 @@ struct ProductNn {
     const std::int64_t c1 = smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk)), width = c1 - c0;
     const bool has_totals = !kOneChain && cut.tiling.step() < Dot::kRestart / Dot::kElementsPerUnit;
     const std::int64_t count = (g1 - g0) * width * kGroup * kChunk;  // of sums
-    float* panels = reinterpret_cast<float*>(scratch(
-        Slot::thread, static_cast<std::size_t>(2 * kPanelFloats + (has_totals ? 2 : 1) * count) * sizeof(float)));
+    float* panels = scratch_floats(Slot::thread, 2 * kPanelFloats + (has_totals ? 2 : 1) * count);
     float* sums = panels + 2 * kPanelFloats;
     const Part part{groups, g0, g1, c0, c1, cut.tiling.step(), panels, sums, has_totals ? sums + count : nullptr};
     Tiles tiles;

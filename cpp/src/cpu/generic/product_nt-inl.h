@@ -65,7 +65,7 @@ struct ProductNt {
       for (int vector = 0; vector < width; ++vector) {
         for (int lane = 0; lane < kLanes; ++lane) {
           const std::int64_t row = first + vector * kLanes + lane;
-          x.template chunks<1>(row, row >= 0 && row < x.rows(), c, c + 1, [&](std::int64_t, const Chunk(&chunk)[1]) {
+          x.template chunks<1>(row, row >= 0 && row < x.rows(), {c, c + 1}, [&](std::int64_t, const Chunk(&chunk)[1]) {
             for (int i = 0; i < Dot::kVectors; ++i) store(&rows[lane][i * kLanes], chunk[0].v[i]);
           });
         }
@@ -88,7 +88,7 @@ struct ProductNt {
                            std::int64_t c1, float* panel) {
     for (std::int64_t row = 0; row < rows; ++row) {
       float* out = panel + row * kPanelStride;
-      w.template chunks<1>(n + row, row < count, c0, c1, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+      w.template chunks<1>(n + row, row < count, {c0, c1}, [&](std::int64_t c, const Chunk(&chunk)[1]) {
         for (int i = 0; i < Dot::kVectors; ++i) store(out + (c - c0) * Dot::kUnits + i * kLanes, chunk[0].v[i]);
       });
     }
@@ -109,11 +109,11 @@ struct ProductNt {
       out_ = panel;
       scale_ = scales_;
       ahead_ = next != nullptr ? next - from_ : 0;
-      w.chunk_scales(n, count, c0, c1, scales_, kBlockChunks * Rows::kChunkScales);
+      w.chunk_scales({n, n + count}, {c0, c1}, scales_, kBlockChunks * Rows::kChunkScales);
       if (c1 * kChunk < w.cols())
-        w.prefetch_scales(n, count, c1, smaller(c1 + (c1 - c0), w.cols() / kChunk));
+        w.prefetch_scales({n, n + count}, {c1, smaller(c1 + (c1 - c0), w.cols() / kChunk)});
       else
-        w.prefetch_scales(n + count, count, 0, c1 - c0);
+        w.prefetch_scales({n + count, n + 2 * count}, {0, c1 - c0});
       for (std::int64_t row = count; row < rows; ++row)
         __builtin_memset(panel + row * kPanelStride, 0,
                          static_cast<std::size_t>((c1 - c0) * Dot::kUnits) * sizeof(float));

@@ -263,15 +263,15 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
 
 constexpr int kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
 
-// Chunks first ... last-1 of row n, to `out`, where the row begins.
+// Some chunks of row n, to `out`, where the row begins.
 template <DType kType, bool kStream, class Rows>
-inline void decode_chunks(const Rows& rows, std::int64_t n, std::int64_t first, std::int64_t last, char* out) {
+inline void decode_chunks(const Rows& rows, std::int64_t n, Range chunks, char* out) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
   const auto store = [&](std::int64_t c, const typename DotF32<kType>::Chunk(&chunk)[1]) {
     store_chunk<kType, kStream>(chunk[0], out + c * kChunk * kSize,
                                 smaller<std::int64_t>(kChunk, rows.cols() - c * kChunk));
   };
-  rows.template chunks<1, kAheadBytes>(n, 1, first, last, store);
+  rows.template chunks<1, kAheadBytes>(n, 1, chunks, store);
   if (kStream) end_stream();
 }
 
@@ -287,8 +287,9 @@ inline void dequantize_as(const DequantizeArgs& args) {
   const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
   with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
-      const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
-      decode_chunks<kType, kStream>(rows, 0, first, last, static_cast<char*>(args.out));
+      const std::int64_t first = task * task_chunks;
+      decode_chunks<kType, kStream>(rows, 0, {first, smaller(first + task_chunks, chunks)},
+                                    static_cast<char*>(args.out));
     });
   });
 }
@@ -307,7 +308,7 @@ inline void dequantize_rows_as(const DequantizeArgs& args) {
       const std::int64_t end = smaller((task + 1) * task_rows, args.row_count);
       for (std::int64_t i = task * task_rows; i < end; ++i) {
         char* const out = static_cast<char*>(args.out) + i * row_bytes;
-        decode_chunks<kType, false>(rows, args.rows[i], 0, ceil_div(all.K, kChunk), out);
+        decode_chunks<kType, false>(rows, args.rows[i], {0, ceil_div(all.K, kChunk)}, out);
       }
     });
   });

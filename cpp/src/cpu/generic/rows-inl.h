@@ -3,6 +3,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "common/layout.h"
 #include "cpu/generic/dot_f32-inl.h"
@@ -21,6 +22,12 @@ constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+// The numbers begin ... end-1.
+struct Range {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t count() const { return end - begin; }
+};
+
 // Calls f with the element type as a compile-time constant.
 template <class F>
 inline auto with_dtype(DType dtype, F&& f) {
@@ -32,6 +39,14 @@ inline auto with_dtype(DType dtype, F&& f) {
     default:
       return f(std::integral_constant<DType, DType::f32>{});
   }
+}
+
+// Calls f with n, which is 1 ... kMost, as a compile-time constant.
+template <int kMost, class F>
+inline void with_constant(int n, F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((n == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+  }(std::make_integer_sequence<int, kMost>());
 }
 
 template <DType kType, bool kStream>
@@ -61,7 +76,7 @@ template <class Dot, int kRows, class Rows, class Sink>
 inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
   const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
   typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
-  rows.template chunks<kRows>(n, count, 0, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
     const std::int64_t place = c % Dot::kStepChunks;
     for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
     if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
@@ -95,13 +110,13 @@ class QuantizedRows {
   std::int64_t rows() const { return w_.N; }
   std::int64_t cols() const { return w_.K; }
 
-  // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero.
+  // Calls sink(c, chunk) for every c of `chunks`, chunk[i] being chunk c of row n + i; rows from `count` on are zero.
   // kAhead: asks for the codes so many bytes further on.
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     float scales[kRows][kMostScales];
-    for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
-      const std::int64_t end = smaller(begin + kSegment, c1);
+    for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kSegment) {
+      const std::int64_t end = smaller(begin + kSegment, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
       if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink);
@@ -132,30 +147,27 @@ class QuantizedRows {
 
   // Every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of the chunks c0 ... c1-1 of `rows` rows from n on, which `out` has `stride` floats apart.
-  void chunk_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1, float* out,
-                    std::int64_t stride) const {
+  // The scales of some chunks of some rows. `out` has the rows `stride` floats apart.
+  void chunk_scales(Range rows, Range chunks, float* out, std::int64_t stride) const {
     const int shift = shift_ - __builtin_ctz(kScaleElements);  // scales that are handed out -> blocks
     const std::int64_t per_row = w_.K / kChunk * kScales;
-    std::int64_t count = (c1 - c0) * kScales;
-    if (count == per_row && stride == count) {  // one long row
-      count *= rows;
-      rows = 1;
-    }
-    if (shift == 0)
-      return scales_.decode_rows((first_row_ + n) * per_row + c0 * kScales, per_row, rows, count, out, stride);
-    for (std::int64_t row = 0; row < rows; ++row, out += stride) {
-      const std::int64_t first = (first_row_ + n + row) * per_row + c0 * kScales, first_block = first >> shift;
-      scales_.decode(first_block, ((first + count - 1) >> shift) + 1 - first_block, out);
+    const std::int64_t first = (first_row_ + rows.begin) * per_row + chunks.begin * kScales;
+    BlocksOfRows blocks{first, chunks.count() * kScales, rows.count(), per_row};
+    if (blocks.count == per_row && stride == per_row)  // one long row
+      blocks = {first, blocks.count * blocks.rows, 1, 0};
+    if (shift == 0) return scales_.decode(blocks, out, stride);
+    for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
+      const std::int64_t of_row = first + row * per_row, first_block = of_row >> shift;
+      scales_.decode(first_block, ((of_row + blocks.count - 1) >> shift) + 1 - first_block, out);
       // From the last on: no scale is overwritten before it is read.
-      for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+      for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((of_row + i) >> shift) - first_block];
     }
   }
-  // Asks for such scales ahead of time; where rows end with the weight, for fewer.
-  void prefetch_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1) const {
-    const std::int64_t first = element(n, c0);
-    const std::int64_t count = ((element(n, c1) - 1) >> shift_) - (first >> shift_) + 1;
-    scales_.prefetch(first >> shift_, w_.K >> shift_, smaller(rows, w_.N - n), count);
+  // Asks for such scales ahead of time, as far as the weight has the rows.
+  void prefetch_scales(Range rows, Range chunks) const {
+    const std::int64_t first = element(rows.begin, chunks.begin) >> shift_;
+    const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
+    scales_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
   }
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
@@ -197,7 +209,7 @@ class QuantizedRows {
                     Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
-    chunk_scales(n, kRows, begin, begin + count, scales[0], kMostScales);
+    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], kMostScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];
@@ -275,9 +287,9 @@ class DenseRows {
   std::int64_t cols() const { return matrix_.cols; }
 
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     with_dtype(matrix_.dtype, [&](auto dtype) {
-      for (std::int64_t c = c0; c < c1; ++c) {
+      for (std::int64_t c = chunks.begin; c < chunks.end; ++c) {
         typename Dot::Chunk chunk[kRows];
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};

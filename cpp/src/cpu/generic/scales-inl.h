@@ -6,6 +6,12 @@
 namespace qlora_native {
 namespace {
 
+// Blocks of some rows: `count` blocks of each, the first row's from block `first` on, and each other row's `row_blocks`
+// after those of the row before.
+struct BlocksOfRows {
+  std::int64_t first, count, rows, row_blocks;
+};
+
 class Scales {
  public:
   explicit Scales(const QuantizedWeightView& w)
@@ -44,9 +50,9 @@ class Scales {
       }
     }
   }
-  // The same for `rows` rows, whose first blocks are `row_blocks` apart; out has them `stride` apart.
-  void decode_rows(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count, float* out,
-                   std::int64_t stride) const {
+  // The scales of several rows, which out has `stride` floats apart.
+  void decode(const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
+    const auto [first, count, rows, row_blocks] = blocks;
     if (nested_absmax_ != nullptr && count <= kFew) {
       for (std::int64_t row = 0; row < rows; ++row) decode_few(first + row * row_blocks, count, out + row * stride);
       return;
@@ -77,8 +83,9 @@ class Scales {
         }
     }
   }
-  // Asks for the scales of as many blocks and rows.
-  void prefetch(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count) const {
+  // Asks for the same ahead of time.
+  void prefetch(const BlocksOfRows& blocks) const {
+    const auto [first, count, rows, row_blocks] = blocks;
     const std::int64_t size = nested_absmax_ == nullptr ? sizeof(float) : 1;
     const char* from = static_cast<const char*>(absmax_) + first * size;
     for (std::int64_t row = 0; row < rows; ++row, from += row_blocks * size)
