@@ -83,7 +83,7 @@ class BackwardInput final : public Job {
   void run(int stage, std::int64_t task) override {
     switch (stage) {
       case 0:
-        return Product::pack(args_.dy, groups_.first(task), groups_.first_packed(task + 1),
+        return Product::pack(args_.dy, {groups_.first(task), groups_.first_packed(task + 1)},
                              dy_ + groups_.first(task) * dy_stride_);
       case 1:
         return low_rank(task);
@@ -121,8 +121,8 @@ class BackwardInput final : public Job {
     const Adapted& of = adapted_[i];
     const LowRank& low_rank = low_ranks_[i];
     const std::int64_t group = low_rank.groups.begin + task, first = groups_.first(group);
-    Product::pack(readable(rows_of(args_.v, of.begin, of.end - of.begin)), first - of.begin,
-                  groups_.first_packed(group + 1) - of.begin,
+    Product::pack(readable(rows_of(args_.v, of.begin, of.end - of.begin)),
+                  {first - of.begin, groups_.first_packed(group + 1) - of.begin},
                   low_rank.v + (first - groups_.first(low_rank.groups.begin)) * v_stride_);
   }
   void multiply(std::int64_t task) {
@@ -188,8 +188,9 @@ class LoraGradient final : public Job {
       case 0:
         return turn(task);
       case 1:
-        return Product::pack({turned_, Dot::kActivation, rows_, inner_, inner_}, groups_.first(task),
-                             groups_.first_packed(task + 1), packed_ + groups_.first(task) * stride_);
+        return Product::pack({turned_, Dot::kActivation, rows_, inner_, inner_},
+                             {groups_.first(task), groups_.first_packed(task + 1)},
+                             packed_ + groups_.first(task) * stride_);
       default:
         return Product::product(
             cut_, task, packed_, groups_, right_, {},

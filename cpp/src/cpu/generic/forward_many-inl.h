@@ -83,8 +83,8 @@ class ForwardMany final : public Job {
   float* packed_u(const Piece& piece) const { return u_ + piece.before * u_units_ * kLanes; }
 
   void pack(std::int64_t strip) {
-    Product::pack_strip(DenseRows<Dot, false>(args_.x), strips_.first(strip) * kLanes, strips_.width(strip), 0,
-                        ceil_div(args_.x.cols, kChunk), x_ + strips_.first(strip) * units_ * kLanes);
+    Product::pack_strip(DenseRows<Dot, false>(args_.x), strips_.first(strip) * kLanes, strips_.width(strip),
+                        {0, ceil_div(args_.x.cols, kChunk)}, x_ + strips_.first(strip) * units_ * kLanes);
     for (std::size_t i = first_piece_[static_cast<std::size_t>(strip)];
          i < first_piece_[static_cast<std::size_t>(strip + 1)]; ++i)
       low_rank(pieces_[i]);
@@ -103,75 +103,74 @@ class ForwardMany final : public Job {
     const std::int64_t strip_row = strips_.width(piece.strip) * kLanes, piece_row = width * kLanes;
     const Matrix u = rows_of(args_.u, adapted.begin, count);
     constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
-    float* panel = scratch_floats(
+    float* panel_memory = scratch_floats(
         Slot::thread, Product::kPanelFloats + kPackedFloats + Product::kWidestTile * Product::kWidest * kLanes);
-    float* packed = panel + Product::kPanelFloats;
-    float* sums = packed + kPackedFloats;
+    float* packed = panel_memory + Product::kPanelFloats;
+    const typename Product::Sums sums{packed + kPackedFloats, piece_row};
     typename Product::Tiles tiles;
-    typename Product::NoDecoder none;
+    NoDecoder none;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
-      const std::int64_t ranks = smaller(Product::kWidestTile, lora.rank - r);
-      const std::int64_t tile_rows = Product::whole_tiles(ranks);
+      const Range ranks{r, smaller(r + Product::kWidestTile, lora.rank)};
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
-        const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
+        const typename Product::Panel panel{ranks, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         // The piece's vectors of the strip serve as they are packed, unless elements are dropped.
-        const float* block = x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
-                             (piece.vector - strips_.first(piece.strip)) * kLanes;
+        typename Product::Strip strip{x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
+                                          (piece.vector - strips_.first(piece.strip)) * kLanes,
+                                      width, strip_row};
         if (dropout) {
-          Product::pack_strip(x, first, width, c, end, packed);
-          block = packed;
+          Product::pack_strip(x, first, width, panel.chunks, packed);
+          strip = {packed, width, piece_row};
         }
-        Product::decode_panel(a, r, ranks, tile_rows, c, end, panel);
-        Product::strip(tiles, width, block, dropout ? piece_row : strip_row, panel, tile_rows, (end - c) * Dot::kUnits,
-                       sums, piece_row, c != 0, none);
+        decode_panel(a, panel);
+        Product::multiply_strip(tiles, strip, panel, panel.chunks.count() * Dot::kUnits, sums, c != 0, none);
       }
-      Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, u, first, r);
+      Product::write(sums, width, ranks, dropout_scale(lora), nullptr, u, first);
     }
-    Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, 0, ceil_div(lora.rank, kChunk),
+    Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, {0, ceil_div(lora.rank, kChunk)},
                         packed_u(piece));
   }
 
   void multiply(std::int64_t task) {
-    const std::int64_t N = args_.weight.N;
     const std::int64_t first = task % grid_.row_parts * grid_.row_part;
-    const std::int64_t last = smaller(first + grid_.row_part, strips_.count());
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
-    const std::int64_t end = smaller(begin + grid_.column_tile, N);
-    const std::int64_t vectors = strips_.first(last) - strips_.first(first);
-    float* panels = scratch_floats(Slot::thread, 2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile);
+    const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
+    float* panels =
+        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kWidestTile);
     float* sums = panels + 2 * Product::kPanelFloats;
-    const typename Product::Packed x{x_, units_, strips_, first, last};
     typename Product::Tiles tiles;
-    Product::multiply(tiles, w_, begin, end, x, panels, sums,
-                      [&](std::int64_t n, std::int64_t tile_rows, float* panel) {
-                        add_low_rank(tiles, x, n, smaller(tile_rows, end - n), tile_rows, panel, sums);
-                        for (std::int64_t s = first; s < last; ++s)
-                          Product::write(sums + x.sums(s, tile_rows), strips_.width(s), tile_rows, 1.0f, args_.bias,
-                                         args_.y, strips_.first(s) * kLanes, n);
+    Product::multiply(tiles, w_, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, sums,
+                      [&](Range rows, float* panel_memory) {
+                        add_low_rank(tiles, x, rows, panel_memory, sums);
+                        for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
+                          Product::write(x.sums(s, sums, rows), strips_.width(s), rows, 1.0f, args_.bias, args_.y,
+                                         strips_.first(s) * kLanes);
                       });
   }
 
-  // Adds U . (s*B)^T to the sums of `count` rows of W from n on.
-  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, std::int64_t n,
-                    std::int64_t count, std::int64_t tile_rows, float* panel, float* sums) {
-    typename Product::NoDecoder none;
+  // Adds U . (s*B)^T to the sums of these rows of W.
+  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
+                    float* sums) {
+    NoDecoder none;
     const std::int64_t chunks = ceil_div(args_.lora.rank, kChunk);
-    const std::size_t end = first_piece_[static_cast<std::size_t>(x.last)];
-    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.first)], next; i < end; i = next) {
+    const std::size_t end = first_piece_[static_cast<std::size_t>(x.range.end)];
+    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.range.begin)], next; i < end; i = next) {
       for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
       const LoraView& lora = adapted_[pieces_[i].adapter].lora;
       const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
       // Another adapter's rows are far off, where no processor expects them.
-      if (next < end) prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), n, count));
+      if (next < end)
+        prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), rows.begin, rows.count()));
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
+        const typename Product::Panel panel{rows, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
-        Product::decode_panel(b, n, count, tile_rows, c, smaller(c + Product::kBlockChunks, chunks), panel);
+        decode_panel(b, panel);
         for (std::size_t of = i; of < next; ++of) {
           const Piece& piece = pieces_[of];
-          const std::int64_t into_strip = (piece.vector - strips_.first(piece.strip)) * kLanes;
-          const std::int64_t u_row = piece.width * kLanes, sums_row = strips_.width(piece.strip) * kLanes;
-          Product::strip(tiles, piece.width, packed_u(piece) + unit * u_row, u_row, panel, tile_rows, units,
-                         sums + x.sums(piece.strip, tile_rows) + into_strip, sums_row, true, none);
+          const std::int64_t u_row = piece.width * kLanes;
+          typename Product::Sums into = x.sums(piece.strip, sums, rows);
+          into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;
+          Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
+                                  none);
         }
       }
     }

@@ -76,15 +76,5 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
   each([=, &tiles](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
 }
 
-// A decoder that takes several of its steps at each step of a product.
-template <class Decoder>
-struct Paced {
-  Decoder& decoder;
-  std::int64_t steps;
-  [[gnu::always_inline]] void step() {
-    for (std::int64_t i = 0; i < steps; ++i) decoder.step();
-  }
-};
-
 }  // namespace
 }  // namespace qlora_native
