@@ -112,7 +112,8 @@ def functions_of(listing: Sequence[str]) -> dict[str, list[Instruction]]:
     code: list[Instruction] = []
     for line in listing:
         if match := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
-            code = found.setdefault(re.sub(r"qlora_native::|\(anonymous namespace\)::", "", match[1]), [])
+            name = re.sub(r"qlora_native::(\w+::(?=\(anonymous))?|\(anonymous namespace\)::", "", match[1])
+            code = found.setdefault(name, [])
             code.clear()
         elif match := re.match(r"^\s+([0-9a-f]+):\s+(\S+)\s*([^/]*)", line):
             code.append(Instruction(int(match[1], 16), "", match[2], match[3].strip()))

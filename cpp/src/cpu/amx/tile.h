@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // The tiles of this thread while the object lives: eight of 16 rows of 64 bytes. Its configuration from before (a
@@ -65,4 +65,4 @@ class Tiles {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

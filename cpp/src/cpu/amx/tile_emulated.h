@@ -12,7 +12,7 @@
 #include <cstring>
 #include <limits>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // A subnormal number as zero, of its sign.
@@ -60,4 +60,4 @@ class Tiles {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

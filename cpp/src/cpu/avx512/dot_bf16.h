@@ -9,7 +9,7 @@
 
 #include "cpu/generic/dot_f32-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -274,4 +274,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

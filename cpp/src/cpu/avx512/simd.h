@@ -7,7 +7,7 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 16;
@@ -326,4 +326,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 inline U64 low_u32(U64 a) { return _mm512_and_si512(a, set1_u64(0xFFFFFFFFull)); }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/avx512/simd.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // A table of 256 floats, looked up for so many vectors of indices at a time.
@@ -81,4 +81,4 @@ inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVecto
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/isa.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // `kOthers`: the backend of the other dtypes and operations.
@@ -25,4 +25,4 @@ CpuBackend with_bf16_products() {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

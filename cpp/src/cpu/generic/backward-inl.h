@@ -7,7 +7,7 @@
 #include "cpu/generic/product_nn-inl.h"
 #include "cpu/job.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // The sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
@@ -243,4 +243,4 @@ std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const Adapte
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -8,7 +8,7 @@
 #include "cpu/parallel.h"
 #include "qlora_native/cross_entropy.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -88. x = n * ln 2 + r with |r| <= ln 2 / 2 (Cody and
@@ -152,4 +152,4 @@ inline void cross_entropy_rows(const CrossEntropyArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -10,7 +10,7 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kChunk = 64;  // elements of the inner dimension that are decoded together
@@ -231,4 +231,4 @@ struct DotF32 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

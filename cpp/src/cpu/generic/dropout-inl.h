@@ -3,7 +3,7 @@
 
 #include "common/philox.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct Dropout {
@@ -39,4 +39,4 @@ struct Dropout {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

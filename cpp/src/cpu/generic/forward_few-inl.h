@@ -8,7 +8,7 @@
 #include "cpu/scratch.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -340,4 +340,4 @@ class ForwardFew final : public Job {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -7,7 +7,7 @@
 #include "cpu/job.h"
 #include "cpu/scratch.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies.
@@ -198,4 +198,4 @@ class ForwardMany final : public Job {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -11,7 +11,7 @@
 #include "cpu/linear.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -49,4 +49,4 @@ constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input
                                lora_gradient_b<Dot>};
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

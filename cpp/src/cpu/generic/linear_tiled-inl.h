@@ -8,11 +8,11 @@
 #include "cpu/isa.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotTiles : DotBf16 {
-  using Tiles = qlora_native::Tiles;
+  using Tiles = QLN_ISA::Tiles;
   // Elements of the inner dimension that are decoded at once. Of a block of 2 x 2 tiles, A and B are 32 KB each: one of
   // them stays in a first-level cache of 48 KB while the other one passes.
   static constexpr std::int64_t kBlock = 512;
@@ -49,4 +49,4 @@ struct TiledBackend {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -7,7 +7,7 @@
 #include "cpu/linear.h"
 #include "qlora_native/linear.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // The adapter's dropped-out input: mask o x. The factor 1/(1-p) is applied to the sums.
@@ -78,4 +78,4 @@ inline LinearBackwardInputArgs args_of(LinearBackwardInputArgs args, const Weigh
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -6,7 +6,7 @@
 #include "cpu/generic/rows-inl.h"
 #include "cpu/linear.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // A job of the class template kJob, over the rows of the part's weight as ForRows takes them.
@@ -18,4 +18,4 @@ std::unique_ptr<Job> make_job(const Args& args, const WeightRows& part) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -11,7 +11,7 @@
 #include "cpu/generic/rows-inl.h"
 #include "cpu/optimizer_step.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kOptimizerBlock = kOptimizer8bitBlocksize;
@@ -331,4 +331,4 @@ inline void optimizer_step(const Optimizer8bitArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -24,7 +24,7 @@
 
 #include "cpu/generic/rows-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Decodes a whole panel.
@@ -253,4 +253,4 @@ template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDec
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

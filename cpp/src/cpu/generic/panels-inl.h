@@ -14,7 +14,7 @@
 #include "cpu/way.h"
 #include "hooks.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -183,4 +183,4 @@ template <class Dot, class Rows>
 using BackwardInputPanels = PanelsJob<Dot, Rows, LinearBackwardInputArgs>;
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -15,7 +15,7 @@
 #include "cpu/generic/tiles-inl.h"
 #include "cpu/scratch.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class DotOf>
@@ -402,4 +402,4 @@ struct ProductNn {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -11,7 +11,7 @@
 #include "cpu/generic/panel_pipeline-inl.h"
 #include "cpu/generic/tiles-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // The strips that `vectors` vectors of rows are cut into: all of one width, but for the last ones.
@@ -260,4 +260,4 @@ struct ProductNt {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -9,7 +9,7 @@
 #include "qlora_native/quantize.h"
 #include "qlora_native/runtime.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // How many of 15 ascending limits (and a 16th, infinite) lie below t: four steps of bisection.
@@ -329,4 +329,4 @@ inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -10,7 +10,7 @@
 #include "cpu/generic/dropout-inl.h"
 #include "cpu/generic/scales-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class T>
@@ -333,4 +333,4 @@ class DenseRows {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

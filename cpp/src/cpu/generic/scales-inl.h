@@ -3,7 +3,7 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Blocks of some rows: `count` blocks of each, the first row's from block `first` on, and each other row's `row_blocks`
@@ -134,4 +134,4 @@ class Scales {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

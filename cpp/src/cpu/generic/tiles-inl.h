@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kTileRows = 16;
@@ -77,4 +77,4 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

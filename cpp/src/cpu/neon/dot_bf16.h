@@ -14,7 +14,7 @@
 
 #include "cpu/generic/dot_f32-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -208,4 +208,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -8,7 +8,7 @@
 
 #include "cpu/amx/tile_emulated.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -129,4 +129,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -9,7 +9,7 @@
 #include "common/float16.h"
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 16;
@@ -229,4 +229,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA
