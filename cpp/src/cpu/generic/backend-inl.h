@@ -1,5 +1,5 @@
-// All of the generic algorithms. A backend.cpp defines QLN_ISA, includes the primitives of its instruction set,
-// and then this file once.
+// All of the generic algorithms. A backend.cpp defines QLN_ISA, includes the primitives of its instruction set
+// (primitives-inl.h lists them), and then this file once.
 //
 // Everything here is in the namespace of the instruction set, so that a profile shows which one runs, and in an unnamed
 // one inside of it, because the linker must never hand a function that was compiled for one instruction set to another.
@@ -10,3 +10,9 @@
 #include "cpu/generic/linear-inl.h"
 #include "cpu/generic/optimizer-inl.h"
 #include "cpu/generic/quantize-inl.h"
+
+namespace qlora_native::QLN_ISA {
+
+static_assert(Primitives<Vectors>);
+
+}  // namespace qlora_native::QLN_ISA

@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "cpu/generic/primitives-inl.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native::QLN_ISA {
