@@ -633,8 +633,8 @@ ON_CPU = [
     Mutant(
         BACKWARD,
         "V is not scaled for what is dropped",
-        "const float scale = of.lora.scaling * dropout_scale(of.lora);",
-        "const float scale = of.lora.scaling;",
+        "const float scale = adapted.lora.scaling * dropout_scale(adapted.lora);",
+        "const float scale = adapted.lora.scaling;",
         CONFORMANCE,
     ),
     Mutant(
@@ -689,8 +689,8 @@ ON_CPU = [
     Mutant(
         PRODUCT_NN,
         "the second adapter of a group takes the place of the first",
-        "multiply(tiles, of.a, v, own, !covers);",
-        "multiply(tiles, of.a, v, own, false);",
+        "multiply(tiles, adapter.a, v, own, !covers);",
+        "multiply(tiles, adapter.a, v, own, false);",
         CONFORMANCE,
     ),
     Mutant(
@@ -717,8 +717,8 @@ ON_CPU = [
     Mutant(
         PRODUCT_NN,
         "the mask is that of the next row",
-        "lora.dropout.keep_bits(lora.first_row + part.all_groups.first(g) + row, c)",
-        "lora.dropout.keep_bits(lora.first_row + part.all_groups.first(g) + row + 1, c)",
+        "lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row, c)",
+        "lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row + 1, c)",
         CONFORMANCE,
     ),
     Mutant(

@@ -8,8 +8,8 @@
 
 namespace qlora_native {
 
-// A stage of an operation: body(context, task) for every task in [0, tasks). Idle threads take the next task, so tasks
-// may differ in length; a result must therefore not depend on which thread ran a task.
+// A stage of an operation calls body(context, task) for every task in [0, tasks). Idle threads take the next task, so
+// tasks may differ in length, and no result may depend on which thread ran a task.
 struct StageView {
   std::int64_t tasks;
   void (*body)(void* context, std::int64_t task);

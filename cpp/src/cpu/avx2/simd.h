@@ -19,7 +19,7 @@ constexpr int kRegisters = 16;
 // Twelve sums of a register tile, and what multiplies them, fill the sixteen registers.
 constexpr int kWidestStrip = 3;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 8, 4, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 2;
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 8, 4, 4};
 constexpr int kDecodingColumnStep = 2;
@@ -99,7 +99,7 @@ inline F32 load_as_f32(const void* p, int count) {
 
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {
-  // Not a masked store: on some processors it takes tens of cycles.
+  // A masked store takes tens of cycles on some processors.
   const auto bytes = static_cast<std::size_t>(count) * size_of(kType);
   if constexpr (kType == DType::f32) {
     if (count == kLanes) return _mm256_storeu_ps(static_cast<float*>(p), x);

@@ -18,7 +18,7 @@ constexpr int kRegisters = 32;
 // These register tiles were measured as the best of their neighbours on Zen 4.
 constexpr int kWidestStrip = 4;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 4;
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
 constexpr int kDecodingColumnStep = 4;

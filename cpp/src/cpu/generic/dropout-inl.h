@@ -1,4 +1,4 @@
-// The dropout mask of common/philox.h, 64 elements of a row at a time.
+// Computes the dropout mask of common/philox.h, 64 elements of a row at a time.
 #pragma once
 
 #include "common/philox.h"

@@ -1,4 +1,4 @@
-// linear_forward of many rows of x, through ProductNt.
+// linear_forward of many rows of x, which is a product of ProductNt.
 #pragma once
 
 #include "cpu/blocking.h"
@@ -52,18 +52,18 @@ class ForwardMany final : public Job {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
-  // Rows whose sums stay in the second-level cache, with two panels. Where tiles are wider, fewer.
+  // The sums of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds fewer.
   static constexpr std::int64_t kMostStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
-  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // fewer rows, and decoding again would show
+  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // with fewer rows, decoding them again would show
 
-  // The vectors of a strip that have rows of one adapter, all of them where there is one adapter. The rows of U that
-  // are packed for a piece are zero where they are another adapter's.
+  // The vectors of a strip that have rows of one adapter. Packed U has zeros in those rows of a piece that are another
+  // adapter's.
   struct Piece {
     std::size_t adapter;  // of adapted_
     std::int64_t strip;
     std::int64_t vector;  // of all vectors of rows
     int width;
-    std::int64_t before;  // vectors of the pieces before it
+    std::int64_t before;  // vectors of all pieces before it
   };
   void cut_into_pieces() {
     first_piece_.assign(static_cast<std::size_t>(strips_.count() + 1), 0);
@@ -87,16 +87,16 @@ class ForwardMany final : public Job {
                         {0, ceil_div(args_.x.cols, kChunk)}, x_ + strips_.first(strip) * units_ * kLanes);
     for (std::size_t i = first_piece_[static_cast<std::size_t>(strip)];
          i < first_piece_[static_cast<std::size_t>(strip + 1)]; ++i)
-      low_rank(pieces_[i]);
+      compute_u(pieces_[i]);
   }
 
-  // U = drop(X) . A^T / (1-p) for one piece: to args.u, and packed as more units of x.
-  void low_rank(const Piece& piece) {
+  // Computes U = drop(X) . A^T / (1-p) for one piece, writes it to args.u and packs it as more units of x.
+  void compute_u(const Piece& piece) {
     const Adapted& adapted = adapted_[piece.adapter];
     const LoraView& lora = adapted.lora;
     const Dropout dropout = dropout_of(lora);
     const std::int64_t chunks = ceil_div(args_.x.cols, kChunk), count = adapted.end - adapted.begin;
-    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // of the adapter's rows; others are left out
+    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // counts the adapter's rows; others are left out
     const int width = piece.width;
     const DenseRows<Dot, false> a(lora_a(lora, args_.x.cols));
     const DenseRows<Dot, false> x(rows_of(args_.x, adapted.begin, count), 1.0f, dropout, first_row_ + adapted.begin);
@@ -113,7 +113,7 @@ class ForwardMany final : public Job {
       const Range ranks{r, smaller(r + Product::kWidestTile, lora.rank)};
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
         const typename Product::Panel panel{ranks, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
-        // The piece's vectors of the strip serve as they are packed, unless elements are dropped.
+        // Without dropout the piece's vectors of the packed strip are what is multiplied.
         typename Product::Strip strip{x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
                                           (piece.vector - strips_.first(piece.strip)) * kLanes,
                                       width, strip_row};
@@ -164,8 +164,8 @@ class ForwardMany final : public Job {
         const typename Product::Panel panel{rows, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
         decode_panel(b, panel);
-        for (std::size_t of = i; of < next; ++of) {
-          const Piece& piece = pieces_[of];
+        for (std::size_t p = i; p < next; ++p) {
+          const Piece& piece = pieces_[p];
           const std::int64_t u_row = piece.width * kLanes;
           typename Product::Sums into = x.sums(piece.strip, sums, rows);
           into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;
@@ -176,7 +176,7 @@ class ForwardMany final : public Job {
     }
   }
 
-  // Asks for a contiguous matrix.
+  // Prefetches a contiguous matrix.
   static void prefetch(const ConstMatrix& m) {
     const auto* bytes = static_cast<const char*>(m.data);
     const std::int64_t count = m.rows * m.stride * static_cast<std::int64_t>(size_of(m.dtype));

@@ -7,7 +7,7 @@
 //   kRegisters            vector registers
 //   kWidestStrip          vectors of X in a strip, at most
 //   kRowsOfStrip[w]       rows of W that a register tile takes of a strip of w vectors
-//   kGroupRows            rows of dY that are multiplied together, at most
+//   kMostRows             rows of dY in a register tile, at most
 //   kColumnStep           vectors of columns of W in a register tile
 //   kRowsOfDecodingStrip, kDecodingColumnStep   the same of a tile that decodes the next panel meanwhile
 //   kNibbleVectors        vectors that one lookup_nibbles() fills

@@ -2,9 +2,9 @@
 //
 //   packed X   strips of 1 ... kWidestStrip vectors of rows; a strip is [unit][vector][lane]
 //   panel      the decoded rows of W, [row][unit], kPanelStride units apart
-//   sums       fp32, a strip is [row of W][vector][lane]: Y transposed, turned when it is written
+//   sums       fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
 //
-// Decoding leaves a row of W contiguous, and a broadcast wants just that; so W is never transposed. With tiles, rows of
+// Decoding leaves a row of W contiguous, which is what a broadcast reads, so W is never transposed. With tiles, rows of
 // the panel are A, a strip is B, and the sums are C (tiles-inl.h).
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// The strips that `vectors` vectors of rows are cut into: all of one width, but for the last ones.
+// The strips that `vectors` vectors of rows are cut into. All have one width, but for the last ones.
 class Strips {
  public:
   Strips(std::int64_t vectors, int width, int widest) : vectors_(vectors), width_(width) {
@@ -38,14 +38,15 @@ struct ProductNt {
   using Chunk = typename Dot::Chunk;
   using Tiles = typename TilesOf<Dot>::type;
   static_assert(!kTiled<Dot> || kLanes == kTileUnits);
-  // Vectors of rows in a strip. Of tiles two, so that a block has 2 x 2 of them.
+  // Vectors of rows in a strip. With tiles there are two, so that a block has 2 x 2 tiles.
   static constexpr int kStripVectors = kTiled<Dot> ? 2 : 3;
   static constexpr int kWidest = kTiled<Dot> ? 2 : kWidestStrip;
   // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
   static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
   static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
   static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
-  // Rows of W. Of tiles more, for these multiply so fast that reading X again for other rows of W would be the limit.
+  // Rows of W in a panel. Tiles get more of them, because they multiply so fast that reading X again for other rows of
+  // W would be the limit.
   static constexpr std::int64_t kWidestTile = kTiled<Dot> ? 256 : 64;
   static constexpr std::int64_t kNarrowestTile = 16;  // a multiple of every kRowsOfStrip
   static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
@@ -57,7 +58,7 @@ struct ProductNt {
     return ceil_div(rows.cols(), kChunk) * Dot::kUnits;
   }
 
-  // Some chunks of rows of x, from row `first` on, as one strip. Rows before the first and past the end are zero.
+  // Packs some chunks of rows of x, from row `first` on, as one strip. Rows that x does not have become zero.
   template <class Rows>
   static void pack_strip(const Rows& x, std::int64_t first, int width, Range chunks, float* out) {
     alignas(64) float rows[kLanes][Dot::kUnits];
@@ -124,7 +125,7 @@ struct ProductNt {
     std::int64_t row_stride;
   };
 
-  // Multiplies a strip by the first `units` units of a panel, for which strip.data begins.
+  // Multiplies a strip by the first `units` units of a panel. strip.data begins with the same units.
   template <class Decoding>
   static void multiply_strip(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units, const Sums& sums,
                              bool accumulate, Decoding& decoding) {
@@ -136,7 +137,7 @@ struct ProductNt {
     });
   }
 
-  // Packed rows of X: some of the strips, each row `units` units.
+  // Some strips of packed X, whose rows have `units` units each.
   struct Packed {
     const float* data;
     std::int64_t units;
@@ -155,7 +156,8 @@ struct ProductNt {
     }
   };
 
-  // All of `rows` of W, a tile of them at a time; done(rows of the tile, a panel's memory) after each.
+  // Multiplies by some rows of W, and calls done(rows, the memory of a panel that is free again) for each panel of
+  // them.
   template <class Rows, class Done>
   static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* sums,
                        const Done& done) {
@@ -173,8 +175,8 @@ struct ProductNt {
                     });
   }
 
-  // The sums of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ... of `out`, as far
-  // as it has them.
+  // Writes the sums of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ... of `out`,
+  // as far as it has them.
   static void write(const Sums& sums, int width, Range rows, float scale, const void* bias, Matrix out,
                     std::int64_t m) {
     constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
@@ -210,7 +212,7 @@ struct ProductNt {
     NoDecoder none;
     for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
       if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
-        // Decoding takes longer than one strip's products, so all strips share it.
+        // Decoding takes longer than the products of one strip, so all strips share it.
         const std::int64_t products = x.vectors() * (panel.rows() / kTileRows) * (units / kTileUnits);
         Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
         multiply_with(s, paced);
@@ -231,7 +233,8 @@ struct ProductNt {
     // The strip's tiles have kWidestTile / kRows * units between them, the panel kWidestTile * units / (2 * kUnits)
     // pairs of chunks.
     constexpr std::int64_t kDecodingUnits = larger(2 * Dot::kUnits / kRows, 1);
-    // All rows of W for a chain, so that its part of the strip is read from the first-level cache, but for once.
+    // A chain of units is multiplied by all rows of W, so that its part of the strip is in the first-level cache from
+    // the second rows on.
     for (std::int64_t unit = 0; unit < units; unit += kChain)
       for (std::int64_t row = 0; row < panel.rows(); row += kRows)
         multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
@@ -240,7 +243,7 @@ struct ProductNt {
             Strided{sums.data + row * sums.row_stride, sums.row_stride}, accumulate || unit != 0, decoding);
   }
 
-  // By blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
+  // Multiplies blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
   template <int kWidth, class Decoding>
   static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
                                 const Sums& sums, bool accumulate, Decoding& decoding) {

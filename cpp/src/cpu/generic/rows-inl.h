@@ -1,5 +1,5 @@
-// Where the rows of an inner product come from: a quantized weight or a dense matrix. Both hand out chunks of 64
-// elements in the order of the Dot (dot_f32-inl.h), zeros past the end of the row.
+// The rows of an inner product come from a quantized weight or from a dense matrix. Both hand out chunks of 64 elements
+// in the order of the Dot (dot_f32-inl.h), with zeros past the end of a row.
 #pragma once
 
 #include <type_traits>
@@ -56,7 +56,7 @@ template <DType kType, bool kStream>
     store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
                                 chunk.v[2 * g + 1]);
 }
-// `count` elements of a chunk to consecutive ones at `out`. kStream: past the caches, where all 64 of them are stored.
+// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
 template <DType kType, bool kStream = false>
 [[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
                                                std::int64_t count) {
@@ -67,7 +67,7 @@ template <DType kType, bool kStream = false>
   __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
 }
 
-// What a product with few rows of x decodes at once.
+// Elements that a product with few rows of x decodes at once.
 template <class Dot>
 constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 
@@ -89,8 +89,8 @@ inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& 
   });
 }
 
-// kScales: how many scales a chunk has. It has one where blocks are as large or larger; of 4-bit codes in smaller ones
-// it has one for each block.
+// A chunk has kScales scales: one where blocks are as large as it or larger; in smaller ones, which only 4-bit codes
+// have, one for each block.
 template <class Dot, int kBits, int kScales = 1>
 class QuantizedRows {
  public:
@@ -110,8 +110,8 @@ class QuantizedRows {
   std::int64_t rows() const { return w_.N; }
   std::int64_t cols() const { return w_.K; }
 
-  // Calls sink(c, chunk) for every c of `chunks`, chunk[i] being chunk c of row n + i; rows from `count` on are zero.
-  // kAhead: asks for the codes so many bytes further on.
+  // Calls sink(c, chunk) for every c of `chunks`. chunk[i] is chunk c of row n + i, and zero from row n + count on. The
+  // codes kAhead bytes further on are prefetched.
   template <int kRows, int kAhead = 0, class Sink>
   void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     float scales[kRows][kMostScales];
@@ -145,7 +145,7 @@ class QuantizedRows {
 
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
-  // Every chunk is whole, has kScales scales and begins in a high nibble.
+  // Whether every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
   // The scales of some chunks of some rows. `out` has the rows `stride` floats apart.
   void chunk_scales(Range rows, Range chunks, float* out, std::int64_t stride) const {
@@ -163,7 +163,7 @@ class QuantizedRows {
       for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((of_row + i) >> shift) - first_block];
     }
   }
-  // Asks for such scales ahead of time, as far as the weight has the rows.
+  // Prefetches such scales, as far as the weight has the rows.
   void prefetch_scales(Range rows, Range chunks) const {
     const std::int64_t first = element(rows.begin, chunks.begin) >> shift_;
     const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
@@ -171,14 +171,14 @@ class QuantizedRows {
   }
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
-  // Dot::kStepChunks chunks from `codes` on, with their scales.
+  // Decodes Dot::kStepChunks chunks from `codes` on, with their scales.
   [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
     if constexpr (kBits == 4)
       return Dot::template step4<kScales>(codes, code_, scales);
     else
       return Dot::step8(codes, scales);
   }
-  // The first half of a step of two chunks: what an odd number of chunks leaves.
+  // Decodes the first half of a step of two chunks, which is what an odd number of chunks leaves.
   QuantizedStep half_step(const std::uint8_t* codes, const float* scales) const {
     std::uint8_t copy[kStepBytes] = {};
     __builtin_memcpy(copy, codes, kStepBytes / 2);
@@ -193,7 +193,7 @@ class QuantizedRows {
       return decode<false>(codes, scales[0]);
   }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
-  // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
+  // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
@@ -203,7 +203,7 @@ class QuantizedRows {
   static constexpr std::int64_t kSegment = 64;                             // chunks whose scales are decoded at once
   static constexpr std::int64_t kMostScales = kSegment * kChunk / 16 + 2;  // of the smallest blocks
 
-  // `count` chunks of aligned rows, where nothing varies but pointers.
+  // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
   void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMostScales],
                     Sink&& sink) const {
@@ -235,7 +235,7 @@ class QuantizedRows {
       return Dot::decode8(codes, scale / 127.0f);
   }
 
-  // A chunk anywhere: it may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
+  // Decodes a chunk that may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
   [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const float* scales,
                                                       std::int64_t first_block) const {
     const std::uint8_t* codes = codes_of(element);
@@ -259,7 +259,7 @@ class QuantizedRows {
   QuantizedWeightView w_;
   std::int64_t first_row_;
   int shift_;
-  bool aligned_;  // a chunk has kScales scales and begins in a high nibble
+  bool aligned_;  // whether a chunk has kScales scales and begins in a high nibble
   Scales scales_;
   Table16 code_{};
 };
@@ -273,7 +273,7 @@ inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&&
   return f(QuantizedRows<Dot, 4, 4>(weight, which));
 }
 
-// A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.
+// A dense matrix, times `scale`. With kNaturalOrder its chunks are in natural order, and it has no dropout.
 template <class Dot, bool kNaturalOrder>
 class DenseRows {
  public:

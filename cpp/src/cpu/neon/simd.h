@@ -23,7 +23,7 @@ constexpr int kRegisters = 32;
 // of two processors.
 constexpr int kWidestStrip = 4;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 4;
 // Decoding takes half of the registers.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};

@@ -23,7 +23,7 @@ struct I32 {
 // No register tile of vectors is multiplied here, but the products, which have both, name them.
 constexpr int kWidestStrip = 3;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 1, 1, 1};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 2;
 constexpr int kDecodingColumnStep = 2;
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 1, 1, 1};
