@@ -1,23 +1,23 @@
-// What the products over panels of decoded W have in common: Y = X . W^T (product_nt-inl.h) and dX = dY . W
-// (product_nn-inl.h). While one panel is multiplied the next one is decoded, a little between two multiplications, so
-// that decoding, multiplying and reading memory overlap:
+// What the two products over panels of decoded W have in common: Y = X . W^T (product_nt-inl.h) and dX = dY . W
+// (product_nn-inl.h). While one panel is multiplied the next one is decoded, a step of it now and then between the
+// multiplications, so that decoding, multiplying and reading memory overlap:
 //
 //   panel 0   decode   multiply
 //   panel 1            decode     multiply
 //   panel 2                       decode     multiply
 //
-// A product describes its panels by a class, `Panel` below. A *line* of a panel is what one or more rows of W become
-// that are decoded together:
+// Each product has a class `Panel` that describes the layout. A *line* of a panel holds the rows of W that are decoded
+// together: one row for Y, the rows of a unit for dX.
 //
-//   kLineRows             rows of W in a line
-//   kLineAfterLine        whether a line is decoded to its end before the next one is begun
-//   kMostScaledChunks     chunks of all rows in the largest panel
-//   lines, chunks         the part of W that it holds
-//   data                  where it lies
-//   line_stride()         floats from a line to the next
-//   chunk_stride()        floats from a chunk of a line to the next
-//   write<kNatural>(chunk, out)   writes one chunk of a line's rows
-//   clear_rest()          clears what the multiply reads and decoding does not write
+//   kLineRows                     rows of W in a line
+//   kLineAfterLine                whether a line is decoded to its end before the next one is begun
+//   kMostScaledChunks             chunks of all rows in the largest panel
+//   lines, chunks                 the part of W that it holds
+//   data                          where it lies
+//   line_stride()                 floats from a line to the next
+//   chunk_stride()                floats from a chunk of a line to the next
+//   write<kNatural>(chunk, out)   writes one chunk of the rows of a line
+//   clear_rest()                  clears what is multiplied and not decoded
 #pragma once
 
 #include <type_traits>
@@ -46,7 +46,7 @@ void decode_panel(const Rows& w, const Panel& panel) {
 template <class Panel, class Rows>
 class Decoder {
  public:
-  // `next`: the panel that is decoded after this one, or null. Its codes and scales are asked for meanwhile.
+  // `next` is the panel that is decoded after this one, or null. Its codes and scales are prefetched meanwhile.
   Decoder(const Rows& w, const Panel& panel, const Panel* next)
       : w_(w), panel_(panel), width_(panel.chunks.count()), lines_(panel.lines.count()) {
     const Range rows = rows_of(panel);
@@ -65,9 +65,9 @@ class Decoder {
   // How often step() has something to do.
   std::int64_t steps() const { return stepwise_ ? lines_ * ceil_div(width_, std::int64_t{2}) : 0; }
 
-  // Two chunks of one line: of 4-bit codes a cache line a row. Codes that are wanted later are asked for into the
-  // second-level cache: rows that are a power of two apart share so few sets of the first one that they would push each
-  // other out.
+  // Decodes two chunks of one line, which is a cache line of 4-bit codes for each row. Later codes are prefetched into
+  // the second-level cache: rows that are a power of two apart share so few sets of the first one that they would push
+  // each other out.
   void step()
     requires(Panel::kLineAfterLine)
   {
@@ -91,7 +91,7 @@ class Decoder {
     if (left_ == 0) return;
 #pragma GCC unroll 2
     for (int i = 0; i < kLineRows; ++i) {
-      // At the end of a panel these are the next one's.
+      // At the end of a panel these are codes of the next one.
       const std::uint8_t* later = from_ + (kLinesAhead * kLineRows + i) * w_.row_bytes();
       __builtin_prefetch(later, 0, 2);
       __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
@@ -114,7 +114,7 @@ class Decoder {
   Range rows_of(const Panel& panel) const {
     return {panel.lines.begin * kLineRows, smaller(panel.lines.end * kLineRows, w_.rows())};
   }
-  // From a chunk on all lines are decoded, or all chunks of all lines.
+  // Lets the next step be at this chunk of the first line.
   void start(std::int64_t chunk) {
     chunk_ = chunk;
     left_ = lines_;
@@ -137,17 +137,17 @@ class Decoder {
   const Rows& w_;
   Panel panel_;
   std::int64_t width_, lines_;
-  bool stepwise_;  // else the panel is decoded as a whole in the end
+  bool stepwise_;  // else finish() decodes the panel as a whole
   const std::uint8_t* codes_ = nullptr;
   std::int64_t ahead_ = 0;  // bytes from this panel's codes to the next one's
-  // The next step: chunks chunk_ and chunk_ + 1 of a line; so many lines are left.
+  // The next step decodes chunks chunk_ and chunk_ + 1 of a line. So many lines are left.
   std::int64_t chunk_ = 0, left_ = 0;
   const std::uint8_t* from_ = nullptr;
   const float* scale_ = nullptr;
   float* out_ = nullptr;
   float scales_[Panel::kMostScaledChunks * Rows::kChunkScales];
 };
-// What multiplies without decoding takes this one.
+// Stands for a decoder where a panel is multiplied and no other one is decoded.
 struct NoDecoder {
   void step() {}
 };
@@ -161,8 +161,8 @@ struct Paced {
   }
 };
 
-// Calls multiply(i, panel, decoding) for `count` panels of w, panel_of(i) being the panel i: neighbours must lie in
-// different places. A dense w is not decoded ahead.
+// Calls multiply(i, panel, decoding) for the panels panel_of(0) ... panel_of(count-1) of w. Neighbours must lie in
+// different places, because one is decoded while the other is multiplied. A dense w is not decoded ahead.
 template <class Rows, class PanelOf, class Multiply>
 void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of, const Multiply& multiply) {
   using Panel = decltype(panel_of(std::int64_t{}));
@@ -187,7 +187,7 @@ void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of,
   }
 }
 
-// Floats that lie so far apart. A distance that is known beforehand is a std::integral_constant, and costs no register.
+// Rows that lie `stride` floats apart. A stride that is known beforehand is a FixedStride, which takes no register.
 template <class Pointer, class Stride>
 struct Strided {
   Pointer data;
@@ -197,6 +197,8 @@ template <class Pointer, class Stride>
 Strided(Pointer, Stride) -> Strided<Pointer, Stride>;
 template <std::int64_t kFloats>
 using FixedStride = std::integral_constant<std::int64_t, kFloats>;
+template <class Stride>
+constexpr bool kIsFixed = !std::is_same_v<Stride, std::int64_t>;
 
 // A register tile: the sums of kRows rows times kVectors vectors over some units, and its share of another panel's
 // decoding.
@@ -205,8 +207,8 @@ using FixedStride = std::integral_constant<std::int64_t, kFloats>;
 //   vectors   [unit][vector][lane]
 //   sums      [row][vector][lane]; with `accumulate` these are added to what is there
 //
-// kChain: the sums go on from what is there, else they are added to it in the end.
-// kDecodingUnits: units between two steps of decoding.
+// With kChain the sums go on from what is there; else they are added to it in the end. A step of decoding comes before
+// every kDecodingUnits units.
 template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDecodingUnits, class RowStride,
           class UnitStride, class SumStride, class Decoding>
 [[gnu::noinline]] void multiply_register_tile(Strided<const float*, RowStride> rows,
@@ -220,10 +222,15 @@ template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDec
     for (int j = 0; j < kVectors; ++j)
       sum[i][j] = kChain && accumulate ? load(sums.data + i * sums.stride + j * kLanes) : zero();
   const auto multiply = [&](std::int64_t unit) {
+    // A fixed stride takes its part in an address; another one would be a multiplication.
+    const float* vectors_of_unit = vectors.data;
+    if constexpr (kIsFixed<UnitStride>)
+      vectors_of_unit += unit * vectors.stride;
+    else
+      vectors.data += vectors.stride;
     F32 vector[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) vector[j] = load(vectors.data + j * kLanes);
-    vectors.data += vectors.stride;
+    for (int j = 0; j < kVectors; ++j) vector[j] = load(vectors_of_unit + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const float* unit_of_row = rows.data + i * rows.stride + unit;
