@@ -1,4 +1,4 @@
-// Tasks over the thread pool.
+// Runs tasks on the thread pool.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,9 @@ struct StageView {
 };
 constexpr int kMostStages = 5;
 
-// Runs the stages one after another: each begins when all tasks of the one before have ended. They share one use of the
-// pool, because a pool waits at its end for every one of its threads, which on a busy machine may not even have begun.
+// Runs the stages one after another. Each begins when all tasks of the one before have ended. They share one use of the
+// pool, because at the end of each use a pool waits for all of its threads, and on a busy machine some may not even
+// have begun.
 void run_stages(const StageView* stages, int count);
 
 template <class Body>

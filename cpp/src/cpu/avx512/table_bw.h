@@ -1,4 +1,4 @@
-// Tables of 256 with AVX512BW: as halves of 16 bits, of which a register holds 32.
+// Tables of 256 floats with AVX512BW. They are stored as halves of 16 bits, of which a register holds 32.
 #pragma once
 
 #include "cpu/avx512/simd.h"
@@ -29,8 +29,8 @@ inline I32 lookup_halves(const std::uint16_t* table, I32 index) {
   return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(part[0], bit6, part[1]), bit7,
                                _mm512_mask_mov_epi16(part[2], bit6, part[3]));
 }
-// `words`: the indices of values[0] in the lower, those of values[1] in the upper half of each 128-bit lane, four and
-// four.
+// Each 128-bit lane of `words` has four indices of values[0] in its lower half, and four of values[1] in its upper
+// half.
 inline void lookup_words(const Table256& table, I32 words, F32 (&values)[kTableVectors]) {
   const I32 low = lookup_halves(table.low, words), high = lookup_halves(table.high, words);
   values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));

@@ -1,4 +1,4 @@
-// Tables of 256 with AVX512_VBMI: as bytes, of which a register holds 64.
+// Tables of 256 floats with AVX512_VBMI. They are stored as bytes, of which a register holds 64.
 #pragma once
 
 #include "cpu/avx512/simd.h"
@@ -18,10 +18,10 @@ struct Table256 {
   }
 };
 
-// Between the order of elements and that of lookup_lanes(), both ways: a transposition of four by four.
+// A transposition of four by four, which leads from the order of elements to that of lookup_lanes(), and back.
 inline I32 lanes_to_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
 
-// The indices as bytes: those of values[k] are bytes 4 k ... 4 k + 3 of each 128-bit lane.
+// The indices are bytes. Bytes 4 k ... 4 k + 3 of each 128-bit lane are those of values[k].
 inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableVectors]) {
   const __mmask64 upper = _mm512_movepi8_mask(index);  // from 128 on
   I32 byte[4];
@@ -55,7 +55,7 @@ inline Codes pack(const I32 (&code)[kTableVectors]) {
 inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
   lookup_lanes(table, codes.bytes, values);
 }
-// One byte of each lane, in the order of elements.
+// Takes one byte of each lane, in the order of elements.
 template <int kByte>
 inline I32 bytes_of(const I32 (&x)[kTableVectors]) {
   const auto of_two = [](I32 a, I32 b) {

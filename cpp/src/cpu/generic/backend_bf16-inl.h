@@ -6,7 +6,7 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// `kOthers`: the backend of the other dtypes and operations.
+// kOthers is the backend of the other dtypes and operations.
 template <const Products& kProducts, const CpuBackend& (*kOthers)()>
 CpuBackend with_bf16_products() {
   CpuBackend backend = kOthers();

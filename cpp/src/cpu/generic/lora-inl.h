@@ -1,4 +1,4 @@
-// The adapter's matrices and its dropout, and rows of matrices, as the products take them.
+// The matrices of an adapter, its dropout, and rows of matrices, in the form that the products take.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// The adapter's dropped-out input: mask o x. The factor 1/(1-p) is applied to the sums.
+// The mask of the adapter's input. The factor 1/(1-p) is applied to the sums.
 inline Dropout dropout_of(const LoraView& lora) {
   if (lora.dropout == 0.0f) return {};
   return {dropout_threshold(lora.dropout), dropout_seed(lora.seed, lora.device_seed)};
