@@ -112,7 +112,8 @@ def functions_of(listing: Sequence[str]) -> dict[str, list[Instruction]]:
     code: list[Instruction] = []
     for line in listing:
         if match := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
-            code = found.setdefault(re.sub(r"qlora_native::|\(anonymous namespace\)::", "", match[1]), [])
+            name = re.sub(r"qlora_native::(\w+::(?=\(anonymous))?|\(anonymous namespace\)::", "", match[1])
+            code = found.setdefault(name, [])
             code.clear()
         elif match := re.match(r"^\s+([0-9a-f]+):\s+(\S+)\s*([^/]*)", line):
             code.append(Instruction(int(match[1], 16), "", match[2], match[3].strip()))
@@ -207,7 +208,7 @@ def few_rows(code: dict[str, list[Instruction]], dot: Dot, rows: int) -> Figure:
     weights = 2 * 64
     multiply_adds = rows * weights // (4 * dot.elements)
     name = re.escape(dot.name)
-    pattern = rf"(parallel_for<)?FewRows<{name} ?>::multiply<{rows}, QuantizedRows<{name}, 4>"
+    pattern = rf"(parallel_for<)?FewRows<{name} ?>::multiply<{rows}, QuantizedRows<{name}, 4, 1>"
     wanted = [
         loop
         for loop in find(code, pattern)
@@ -223,7 +224,8 @@ def few_rows(code: dict[str, list[Instruction]], dot: Dot, rows: int) -> Figure:
 
 def tile(code: dict[str, list[Instruction]], dot: Dot, product: str, shape: tuple[int, int], label: str) -> Figure:
     """A register tile: its sums, each with one multiply-add, and what they share."""
-    pattern = rf"void {product}<{re.escape(dot.name)} ?>::tile<{shape[0]}, {shape[1]}, {product}<.*NoDecoder"
+    rows, vectors = shape
+    pattern = rf"void multiply_register_tile<{product}<{re.escape(dot.name)} ?>, {rows}, {vectors}, .*NoDecoder"
     best = max(find(code, pattern), key=lambda loop: count(loop, *MULTIPLY_ADDS))
     multiply_adds = count(best, *MULTIPLY_ADDS)
     turns = multiply_adds // (shape[0] * shape[1])
@@ -234,11 +236,12 @@ def tile(code: dict[str, list[Instruction]], dot: Dot, product: str, shape: tupl
 def decode_step(code: dict[str, list[Instruction]], dot: Dot, product: str) -> Figure:
     """What a tile decodes between its multiplications: two chunks, of dX in bf16 of two rows."""
     name = re.escape(dot.name)
-    decoder = rf"{product}<{name} ?>::Decoder<QuantizedRows<{name}, 4> ?>"
+    decoder = rf"Decoder<{product}<{name} ?>::Panel, QuantizedRows<{name}, 4, 1> ?>"
     if product == "ProductNt":  # a function of its own
         (best,) = (body for function, body in code.items() if re.match(rf"{decoder}::step\(", function))
     else:
-        best = max(find(code, rf"void {product}<{name} ?>::tile<6, 2, {decoder}"), key=lambda loop: count(loop, "tbl"))
+        tile = rf"void multiply_register_tile<{product}<{name} ?>, 6, 2, .*{decoder}"
+        best = max(find(code, tile), key=lambda loop: count(loop, "tbl"))
     weights = count(best, "tbl") // dot.lookups * 16
     pairs = weights // 8 if product == "ProductNn" and dot.elements == 2 else 0  # two rows interleaved
     vectors = decoding(dot, weights, weights // 64) + pairs
@@ -269,7 +272,7 @@ def report(library: Path) -> list[Figure]:
     """All of the loops."""
     code = functions(library)
     found = [few_rows(code, dot, rows) for rows in (1, 4, 8) for dot in DOTS]
-    found += [tile(code, dot, "ProductNt", (3, 8), "forward, many rows") for dot in DOTS]
+    found += [tile(code, dot, "ProductNt", (8, 3), "forward, many rows") for dot in DOTS]
     found += [tile(code, dot, "ProductNn", (6, 4), "dX") for dot in DOTS]
     found += [decode_step(code, dot, product) for product in ("ProductNt", "ProductNn") for dot in DOTS]
     return [*found, dequantize(code, 0, DOTS[0], "fp32"), dequantize(code, 1, DOTS[1], "bf16")]

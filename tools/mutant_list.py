@@ -590,6 +590,7 @@ OPTIMIZER = [
 
 STEP, BACKWARD = "cpp/src/cpu/generic/optimizer-inl.h", "cpp/src/cpu/generic/backward-inl.h"
 PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/generic/product_nn-inl.h", "cpp/src/cpu/generic/product_nt-inl.h"
+PIPELINE = "cpp/src/cpu/generic/panel_pipeline-inl.h"
 FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/generic/forward_few-inl.h", "cpp/src/cpu/generic/forward_many-inl.h"
 ROWS, SCALES, QUANTIZE = (f"cpp/src/cpu/generic/{name}-inl.h" for name in ("rows", "scales", "quantize"))
 
@@ -632,8 +633,8 @@ ON_CPU = [
     Mutant(
         BACKWARD,
         "V is not scaled for what is dropped",
-        "const float scale = of.lora.scaling * dropout_scale(of.lora);",
-        "const float scale = of.lora.scaling;",
+        "const float scale = adapted.lora.scaling * dropout_scale(adapted.lora);",
+        "const float scale = adapted.lora.scaling;",
         CONFORMANCE,
     ),
     Mutant(
@@ -667,15 +668,15 @@ ON_CPU = [
     Mutant(
         FORWARD_MANY,
         "U is what the last block of K gives",
-        "sums, piece_row, c != 0, none)",
-        "sums, piece_row, false, none)",
+        "sums, c != 0, none)",
+        "sums, false, none)",
         CONFORMANCE,
     ),
     Mutant(
         FORWARD_MANY,
         "a piece's sums are those of its strip's first vectors",
-        "+ into_strip, sums_row, true, none)",
-        ", sums_row, true, none)",
+        "into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;",
+        "",
         CONFORMANCE,
     ),
     Mutant(
@@ -688,8 +689,8 @@ ON_CPU = [
     Mutant(
         PRODUCT_NN,
         "the second adapter of a group takes the place of the first",
-        "multiply(tiles, of.a, of.v, own, !covers);",
-        "multiply(tiles, of.a, of.v, own, false);",
+        "multiply(tiles, adapter.a, v, own, !covers);",
+        "multiply(tiles, adapter.a, v, own, false);",
         CONFORMANCE,
     ),
     Mutant(
@@ -702,35 +703,35 @@ ON_CPU = [
     Mutant(
         PRODUCT_NN,
         "both panels have one place",
-        "part.panels + u / step % 2 * kPanelFloats",
-        "part.panels + u / step % 1 * kPanelFloats",
+        "part.panels + i % 2 * kPanelFloats",
+        "part.panels + i % 1 * kPanelFloats",
         CONFORMANCE,
     ),
     Mutant(
         PRODUCT_NN,
         "a total is what its last panels give",
-        "add_sums(part, part.sums, part.totals, u / step != kPanelsOfTotal)",
+        "add_sums(part, part.sums, part.totals, i != kPanelsOfTotal)",
         "add_sums(part, part.sums, part.totals, false)",
         CONFORMANCE,
     ),
     Mutant(
         PRODUCT_NN,
         "the mask is that of the next row",
-        "lora.dropout.keep_bits(lora.first_row + part.groups.first(g) + row, c)",
-        "lora.dropout.keep_bits(lora.first_row + part.groups.first(g) + row + 1, c)",
+        "lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row, c)",
+        "lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row + 1, c)",
         CONFORMANCE,
     ),
     Mutant(
         PRODUCT_NT,
         "a chain begins with nothing",
-        "sums + n * sums_row, sums_row, accumulate || unit != 0, decoding)",
-        "sums + n * sums_row, sums_row, accumulate, decoding)",
+        "sums.row_stride}, accumulate || unit != 0,",
+        "sums.row_stride}, accumulate,",
         CONFORMANCE,
     ),
     Mutant(
-        PRODUCT_NT,
+        PIPELINE,
         "what the products leave of a panel is not decoded",
-        "next);\n        next.finish();",
+        "next);\n      next.finish();",
         "next);",
         CONFORMANCE,
     ),

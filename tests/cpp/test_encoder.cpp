@@ -9,7 +9,7 @@
 
 #include "cpu/generic/optimizer-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Nearer to 0 than the first midpoints, 1.6e-7 and 2.75e-7: what is smaller has the code of 0.
@@ -93,10 +93,10 @@ std::int64_t wrong_codes_near_zero() {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA
 
 int main() {
-  using namespace qlora_native;
+  using namespace qlora_native::QLN_ISA;
   if (!has_feature()) return 77;  // ctest's SKIP_RETURN_CODE
   const std::int64_t wrong = wrong_codes<true>(1.0f) + wrong_codes<true>(-1.0f) + wrong_codes<false>(1.0f) +
                              wrong_codes_near_zero<true>() + wrong_codes_near_zero<false>();

@@ -316,7 +316,7 @@ void test_panel_has_other_bits_or_is_left_out() {
     run(layer, c.backward, false);
     EXPECT(call.products == c.products);
     EXPECT(std::all_of(call.times.begin(), call.times.end(), [](int n) { return n == 1; }));
-    // What README.md says that a call takes.
+    // docs/how-it-works.md says that a call takes no more.
     const std::int64_t inner = (c.backward ? c.N : c.K) + c.rank;
     const std::int64_t copied = c.rank > 0 ? std::min<std::int64_t>(c.M, 8192) * (inner + 7) * 4 : 0;
     EXPECT(call.bytes > 0 && static_cast<std::int64_t>(call.bytes) <= 2 * qn::kPanelMostBytes + copied);

@@ -30,7 +30,7 @@ struct Operands {
 
   float at(int m, int n) const { return c[m * kRow + n]; }
   void multiply() {
-    qn::Tiles tiles;
+    qn::QLN_ISA::Tiles tiles;
     tiles.load<3>(c.data(), kRow);
     tiles.load<4>(a.data(), kRow);
     tiles.load<7>(b.data(), kRow);
@@ -121,7 +121,7 @@ void infinities_and_nan_pass() {
 void zeroed_tiles_are_zero() {
   Operands o;
   o.c.assign(o.c.size(), 5.0f);
-  qn::Tiles tiles;
+  qn::QLN_ISA::Tiles tiles;
   tiles.load<0>(o.c.data(), Operands::kRow);
   tiles.zero<0>();
   tiles.store<0>(o.c.data(), Operands::kRow);

@@ -11,7 +11,7 @@ struct Caches {
   std::int64_t last = 8 << 20;      // of all cores; the second level where there is no third
 };
 
-// As the system describes its first core; read once.
+// The caches of the first core, as the system describes it. They are read once.
 const Caches& caches();
 
 }  // namespace qlora_native

@@ -64,7 +64,7 @@ bool has_amx_fp16() { return false; }
 #endif
 
 #if QLN_ARM
-// Where the system is asked in neither way the answer is no.
+// On a system that cannot be asked in one of these ways the answer is no.
 bool has_arm_bf16() {
 #if defined(__linux__)
   constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
@@ -79,7 +79,7 @@ bool has_arm_bf16() {
 }
 #endif
 
-// All that the library knows, best first. Those after `scalar`, which is always usable, are for tests.
+// All instruction sets that the library knows, best first. Those after `scalar`, which is always usable, are for tests.
 std::vector<Isa> find_isas() {
   std::vector<Isa> isas;
 #if QLN_X86
@@ -89,7 +89,7 @@ std::vector<Isa> find_isas() {
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vl");
-  // Of the processors with BF16 only Cooper Lake lacks VBMI.
+  // All processors with BF16 have VBMI too, but for Cooper Lake.
   [[maybe_unused]] const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #if QLN_AMX

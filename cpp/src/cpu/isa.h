@@ -1,4 +1,4 @@
-// The instruction sets: each is a whole backend over the same algorithms (generic/*-inl.h).
+// The instruction sets. Each is a whole backend over the same algorithms (generic/*-inl.h).
 #pragma once
 
 #include "backend.h"
@@ -8,7 +8,7 @@ namespace qlora_native {
 
 struct CpuBackend {
   Backend table;
-  const Products* bf16 = nullptr;  // the products of bfloat16; null in the scalar one, which cuts no product into jobs
+  const Products* bf16 = nullptr;  // its products of bfloat16; null in the scalar one, which makes no jobs
 };
 
 const CpuBackend& reference_backend();     // reference.cpp: scalar, the oracle of the others

@@ -15,15 +15,15 @@ namespace {
 constexpr std::int64_t kAlignment = 64;
 std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// A product's cost in rows: decoding its weight costs as much as multiplying so many.
+// The cost of a product is counted in rows: decoding its weight costs as much as multiplying so many.
 constexpr double kRowsOfDecoding = 16.0;
 double cost(const Job& job) { return static_cast<double>(job.rows()) + kRowsOfDecoding; }
 
-// One stage of all jobs: its tasks are theirs, one job's after the other's.
+// One stage of all jobs. Its tasks are those of the first job, then those of the second, and so on.
 struct SharedStage {
   const std::vector<std::unique_ptr<Job>>* jobs;
   int stage;
-  std::vector<std::int64_t> ends;  // of each job's tasks
+  std::vector<std::int64_t> ends;  // the number of the task after each job's last one
 
   void run(std::int64_t task) const {
     const auto job = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();

@@ -1,4 +1,4 @@
-// Work for the thread pool that may run beside other work: the products of a mixture's experts do.
+// Work for the thread pool that may run beside other work, as the products of a mixture's experts do.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace qlora_native {
 
-// A product, or as many of its rows as its memory allows: stages of tasks, as those of run_stages.
+// A product, or as many of its rows as its memory allows, in stages of tasks (run_stages in parallel.h).
 class Job {
  public:
   static constexpr int kStages = 4;
@@ -18,9 +18,9 @@ class Job {
   Job& operator=(const Job&) = delete;
   virtual ~Job() = default;
 
-  // Rows of the operand that is given row by row, from the first of what was asked for on.
+  // How many of the rows that were asked for this job computes, from the first on.
   std::int64_t rows() const { return rows_; }
-  // Memory that its tasks share.
+  // Bytes of memory that its tasks share.
   std::int64_t bytes() const { return bytes_; }
   std::int64_t tasks(int stage) const { return tasks_[stage]; }
 
@@ -30,15 +30,15 @@ class Job {
   virtual void prepare(std::byte* memory) = 0;
   virtual void run(int stage, std::int64_t task) = 0;
 
-  // Whether it uses the pool by itself, so that nothing runs beside it. It then is one task of the calling thread.
+  // Whether it uses the pool by itself, so that nothing may run beside it. It is then one task of the calling thread.
   virtual bool runs_alone() const { return false; }
 
  protected:
   std::int64_t rows_ = 0, bytes_ = 0, tasks_[kStages] = {};
 };
 
-// Runs jobs side by side: a stage begins when that before it has ended in every job. Their memory together is that of
-// one call; what does not fit runs after.
+// Runs jobs side by side. A stage begins when the one before it has ended in every job. The jobs share the memory of
+// one call; those that do not fit run after the others.
 class Jobs {
  public:
   void add(std::unique_ptr<Job> job);

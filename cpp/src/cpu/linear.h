@@ -1,5 +1,5 @@
-// The products of linear.h on the cpu: rows are cut by what multiplies them, and each piece becomes a Job of the
-// instruction set's.
+// The products of linear.h on the cpu. Rows are cut by the weight and the adapter that multiply them, and an
+// instruction set makes a Job of each piece.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +25,12 @@ struct WeightRows {
   std::span<const AdapterRows> adapters;  // ascending; rows that are in none have no adapter
 };
 
-// What an instruction set provides: each makes a Job for as many of the rows as its memory allows, from the first on.
+// What an instruction set provides. Each function makes a Job for as many of the rows as its memory allows, from the
+// first on.
 struct Products {
   std::unique_ptr<Job> (*forward)(const LinearForwardArgs&, const WeightRows&);
   std::unique_ptr<Job> (*backward_input)(const LinearBackwardInputArgs&, const WeightRows&);
-  // Row first ... of dA, or column first ... of dB; the Job's rows are these.
+  // The rows of these jobs are rows of dA, or columns of dB, from `first` on.
   std::unique_ptr<Job> (*gradient_a)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
   std::unique_ptr<Job> (*gradient_b)(const LoraGradientsArgs&, const AdapterRows&, std::int64_t first);
 };
@@ -38,9 +39,9 @@ void linear_forward(const LinearForwardArgs& args, const Products& products);
 void linear_backward_input(const LinearBackwardInputArgs& args, const Products& products);
 void lora_gradients(const LoraGradientsArgs& args, const Products& products);
 
-// The rows that adapters are for, those without a row too, in args' groups. Empty where the rank is 0.
+// The adapters and the rows that each of them is for, which may be none. Without an adapter the list is empty.
 std::vector<AdapterRows> adapter_rows(const LoraView& lora, const RowGroups& groups, std::int64_t rows);
-// The rows that weights multiply, those without a row left out. `adapters` must live as long as they do.
+// The weights that have a row, and the rows that each of them multiplies. `adapters` must outlive the result.
 std::vector<WeightRows> weight_rows(const QuantizedWeightView& weight, const RowGroups& groups, std::int64_t rows,
                                     std::span<const AdapterRows> adapters);
 

@@ -1,4 +1,5 @@
-// The thread pool of a program without torch: OpenMP's. Included where OpenMP is on, by the library or by the program.
+// The thread pool of a program without torch, which is OpenMP's. The library or the program includes this file,
+// whichever is compiled with OpenMP.
 #pragma once
 #include <omp.h>
 

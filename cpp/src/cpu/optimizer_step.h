@@ -1,5 +1,5 @@
-// What the optimizers of every instruction set share: whether a step happens at all, and its cutting into tasks.
-// An instruction set brings two functions over a stretch of one tensor's blocks.
+// The part of the optimizers that is the same for every instruction set: whether a step happens at all, and how it is
+// cut into tasks. An instruction set adds two functions over some blocks of one tensor.
 #pragma once
 
 #include "common/optimizer.h"

@@ -13,7 +13,7 @@
 namespace qlora_native {
 namespace {
 
-// The pool of a build on its own: OpenMP's, or without it the calling thread.
+// The pool of a build that was given none: OpenMP's, or without OpenMP the calling thread.
 #ifdef _OPENMP
 constexpr auto default_parallel_for = openmp_parallel_for;
 constexpr auto default_threads = openmp_threads;
@@ -30,8 +30,8 @@ struct Pool {
 };
 Pool pool;
 
-// How often a thread looks whether a stage has ended before it sleeps: some 50 us, longer than a task that was begun as
-// the last usually takes, and short beside the time slice of a thread that waits for a core.
+// How often a thread looks whether a stage has ended before it sleeps. That takes some 50 us, which is longer than the
+// last task of a stage usually takes, and short beside the time slice of a thread that waits for a core.
 constexpr int kLooks = 1000;
 inline void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)

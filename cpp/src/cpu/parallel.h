@@ -1,4 +1,4 @@
-// Tasks over the thread pool.
+// Runs tasks on the thread pool.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace qlora_native {
 
-// A stage of an operation: body(context, task) for every task in [0, tasks). Idle threads take the next task, so tasks
-// may differ in length; a result must therefore not depend on which thread ran a task.
+// A stage of an operation calls body(context, task) for every task in [0, tasks). Idle threads take the next task, so
+// tasks may differ in length, and no result may depend on which thread ran a task.
 struct StageView {
   std::int64_t tasks;
   void (*body)(void* context, std::int64_t task);
@@ -17,8 +17,9 @@ struct StageView {
 };
 constexpr int kMostStages = 5;
 
-// Runs the stages one after another: each begins when all tasks of the one before have ended. They share one use of the
-// pool, because a pool waits at its end for every one of its threads, which on a busy machine may not even have begun.
+// Runs the stages one after another. Each begins when all tasks of the one before have ended. They share one use of the
+// pool, because at the end of each use a pool waits for all of its threads, and on a busy machine some may not even
+// have begun.
 void run_stages(const StageView* stages, int count);
 
 template <class Body>

@@ -69,9 +69,6 @@ float at(const BasicMatrix<Pointer>& matrix, std::int64_t i, std::int64_t j) {
   return load(matrix.data, matrix.dtype, i * matrix.stride + j);
 }
 
-float* floats(Slot slot, std::int64_t count) {
-  return reinterpret_cast<float*>(scratch(slot, static_cast<std::size_t>(count) * sizeof(float)));
-}
 double* doubles(Slot slot, std::int64_t count) {
   return reinterpret_cast<double*>(scratch(slot, static_cast<std::size_t>(count) * sizeof(double)));
 }
@@ -249,14 +246,14 @@ void linear_forward(const LinearForwardArgs& args, const Stream&) {
 
   for_rows_of_weights(args.weight, args.groups, args.x.rows,
                       [&](std::int64_t weight, std::int64_t m0, std::int64_t rows) {
-                        float* x = floats(Slot::call, rows * (K + rank));  // [rows, K]
-                        float* u = x + rows * K;                           // [rows, rank]
+                        float* x = scratch_floats(Slot::call, rows * (K + rank));  // [rows, K]
+                        float* u = x + rows * K;                                   // [rows, rank]
                         const std::vector<LoraView> loras = adapters.of_rows(m0, rows);
                         parallel_for(rows, [&](std::int64_t i) {
                           for (std::int64_t k = 0; k < K; ++k) x[i * K + k] = at(args.x, m0 + i, k);
                           if (rank == 0) return;
                           const LoraView& lora = loras[static_cast<std::size_t>(i)];
-                          float* kept = floats(Slot::thread, K);
+                          float* kept = scratch_floats(Slot::thread, K);
                           for (std::int64_t k = 0; k < K; ++k) kept[k] = dropout.keeps(m0 + i, k) ? x[i * K + k] : 0.0f;
                           for (std::int64_t r = 0; r < rank; ++r) {
                             double sum = 0.0;
@@ -268,7 +265,7 @@ void linear_forward(const LinearForwardArgs& args, const Stream&) {
                           }
                         });
                         parallel_for(N, [&](std::int64_t n) {
-                          float* w = floats(Slot::thread, K);  // row n of W
+                          float* w = scratch_floats(Slot::thread, K);  // row n of W
                           decode(args.weight, (weight * N + n) * K, K, dtype, w);
                           for (std::int64_t i = 0; i < rows; ++i) {
                             const LoraView& lora = loras[static_cast<std::size_t>(i)];
@@ -290,8 +287,8 @@ void linear_backward_input(const LinearBackwardInputArgs& args, const Stream&) {
 
   for_rows_of_weights(
       args.weight, args.groups, args.dy.rows, [&](std::int64_t weight, std::int64_t m0, std::int64_t rows) {
-        float* dy = floats(Slot::call, rows * (N + rank));  // [rows, N]
-        float* v = dy + rows * N;                           // [rows, rank]
+        float* dy = scratch_floats(Slot::call, rows * (N + rank));  // [rows, N]
+        float* v = dy + rows * N;                                   // [rows, rank]
         const std::vector<LoraView> loras = adapters.of_rows(m0, rows);
         parallel_for(rows, [&](std::int64_t i) {
           const LoraView& lora = loras[static_cast<std::size_t>(i)];

@@ -38,4 +38,8 @@ std::byte* scratch(Slot slot, std::size_t bytes) {
   return (slot == Slot::call ? call : thread).at_least(bytes);
 }
 
+float* scratch_floats(Slot slot, std::int64_t count) {
+  return reinterpret_cast<float*>(scratch(slot, static_cast<std::size_t>(count) * sizeof(float)));
+}
+
 }  // namespace qlora_native

@@ -10,7 +10,7 @@
 namespace qlora_native {
 namespace {
 
-// The table. A product takes the last way in its line whose number of rows it reaches.
+// A product takes the last way in its line of this table whose number of rows it reaches.
 //
 //   this instruction set has      few_rows    vectors   tiles   panels
 //   vectors                       1 (Y)       9         -       -
@@ -25,15 +25,16 @@ struct Thresholds {
 };
 constexpr std::int64_t kNever = INT64_MAX;
 
-// Vectors cost as much as dense ones do for every row, and decoding is paid once, as it is by decode-then-dense.
+// For each row vectors cost as much as a dense product, and W is decoded once, as it is before a dense product.
 constexpr Thresholds kByVectors{kMostFewRows + 1, kNever, kNever};
-// Tiles multiply 14 times as fast as fp32 vectors on the processors that have both (3500 against 243 GFLOP/s a core),
-// so that 16 rows cost decode-then-dense little more than decoding W to memory, which is 3 ms for 4096 x 4096 there;
-// by vectors 33 rows cost that.
+// On the processors that have both, tiles multiply 14 times as fast as fp32 vectors (3500 against 243 GFLOP/s a core).
+// So decoding W to memory and multiplying 16 rows by it costs little more than the decoding, which takes 3 ms for 4096
+// x 4096 there. In 3 ms vectors multiply 33 rows.
 constexpr Thresholds kDenseTiles{kMostFewRows + 1, kNever, 33};
-// Vectors of pairs take 0.14 ms a row of x for 4096 x 4096 and 0.48 for the first, which is memory's; a tile product of
-// 1 ... 16 rows 0.8. From 1024 rows on the host's product is ahead of one that decodes on the way by more than decoding
-// a panel costs: 15.7 against 18.5 ms, and 29 against 39 for 2048 rows (measured with a first kernel).
+// With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
+// 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. From 1024 rows on the host's dense product is
+// faster than one that decodes on the way by more than it costs to decode panels: 15.7 against 18.5 ms, and 29 against
+// 39 for 2048 rows (measured with a first kernel).
 constexpr Thresholds kByTiles{4, 4, 1024};
 
 bool can_take(const WayProblem& p, Way way) {

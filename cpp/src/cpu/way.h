@@ -1,7 +1,8 @@
-// Which way a product over a quantized weight takes on the cpu. A plain function of what is known beforehand, so that
-// it can be read and tested. What it is to keep: never slower than 1.05 times decoding all of W and multiplying by the
-// host program's dense product. bench/growth.py measures that. It holds on an AMD EPYC (Zen 4); on an Intel Xeon
-// (Cascade Lake) fp32 products of 2048 rows take 1.05 to 1.14 times as long, for they decode W again for each 480 rows.
+// Which way a product over a quantized weight takes on the cpu. The choice is a plain function of what is known
+// beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all of W and
+// multiplying by the host program's dense product. bench/growth.py measures that. It holds on an AMD EPYC (Zen 4). On
+// an Intel Xeon (Cascade Lake) fp32 products of 2048 rows take 1.05 to 1.14 times as long, for they decode W again for
+// each 480 rows.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct WayProblem {
   bool dense_gemm = false;   // the host program has a dense product
   bool dense_tiles = false;  // and it multiplies this dtype by tiles
 };
-// Of the rows that one weight multiplies, on this machine.
+// The problem of the rows that one weight multiplies, on this machine.
 WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                        const WeightRows& rows, DType dtype, bool tiles);
 
@@ -51,7 +52,7 @@ Way choose_way(const WayProblem& problem);
 // tests and measurements.
 Way way_of(const WayProblem& problem);
 
-// For people: QLN_PRINT_CONFIG=1 prints it for each product.
+// QLN_PRINT_CONFIG=1 prints this for each product.
 std::string text_of(const WayProblem& problem, Way way);
 void print_if_asked(const WayProblem& problem, Way way);
 

@@ -1,4 +1,6 @@
 // The backend for AMX-BF16: bfloat16 products by tiles, the rest as with AVX-512 BF16.
+#define QLN_ISA amx_bf16
+
 #include "cpu/isa.h"
 
 #include "cpu/avx512/table_vbmi.h"
@@ -12,7 +14,7 @@
 namespace qlora_native {
 
 const CpuBackend& amx_bf16_backend() {
-  static const CpuBackend backend = TiledBackend<avx512_bf16_backend, true>::backend();
+  static const CpuBackend backend = amx_bf16::TiledBackend<avx512_bf16_backend, true>::backend();
   return backend;
 }
 

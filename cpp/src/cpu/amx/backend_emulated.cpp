@@ -1,5 +1,7 @@
 // The tiles of AMX-BF16 in plain C++, for tests on machines without it: the same algorithms and the same bits, for any
 // number of rows.
+#define QLN_ISA amx_emulated
+
 #include "cpu/isa.h"
 
 #include "cpu/portable/dot_bf16.h"
@@ -11,7 +13,7 @@
 namespace qlora_native {
 
 const CpuBackend& amx_emulated_backend() {
-  static const CpuBackend backend = TiledBackend<reference_backend, false>::backend();
+  static const CpuBackend backend = amx_emulated::TiledBackend<reference_backend, false>::backend();
   return backend;
 }
 

@@ -1,18 +1,18 @@
-// The tile product of AMX-BF16. generic/tiles-inl.h says what a tile is; tile_emulated.h what the instruction computes,
-// in plain C++.
+// The tile product of AMX-BF16. generic/tiles-inl.h says what a tile is, and tile_emulated.h computes in plain C++ what
+// the instruction does.
 //
-// Written as assembler, because the numbers of registers are template arguments here and the compiler's intrinsics take
-// literals alone. A register has a fixed place, so the compiler never spills one.
+// The functions are assembler, because the numbers of registers are template arguments here and the compiler's
+// intrinsics take literals alone. A register has a fixed place, so the compiler never spills one.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// The tiles of this thread while the object lives: eight of 16 rows of 64 bytes. Its configuration from before (a
-// library's that keeps one between calls, such as oneDNN) is there again afterwards; where there was none, the tiles
+// While an object lives, this thread has eight tiles of 16 rows of 64 bytes. Afterwards it has the configuration from
+// before again, which may be of a library that keeps one between calls, such as oneDNN. Where there was none, the tiles
 // are released, so that the system need not save them when it switches threads.
 class Tiles {
  public:
@@ -65,4 +65,4 @@ class Tiles {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// What tile.h does, in plain C++, bit for bit: the same names, on any machine.
+// The class of tile.h in plain C++, for any machine. Its results are the same bit for bit.
 //
 // TDPBF16PS (Intel's manual, volume 2) multiplies pairs of bfloat16. For each element of C the first elements of the
 // pairs are summed in one fp32 chain and the second ones in another, both from zero; then their sum is added to C. A
@@ -12,10 +12,10 @@
 #include <cstring>
 #include <limits>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// A subnormal number as zero, of its sign.
+// A subnormal number becomes a zero of its sign.
 inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 // The two bfloat16 of a unit.
 inline float first_of(float unit) { return flush(std::bit_cast<float>(std::bit_cast<std::uint32_t>(unit) << 16)); }
@@ -60,4 +60,4 @@ class Tiles {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,6 @@
 // The backend for AVX2.
+#define QLN_ISA avx2
+
 #include "cpu/isa.h"
 
 #include "cpu/avx2/simd.h"
@@ -7,6 +9,6 @@
 
 namespace qlora_native {
 
-const CpuBackend& avx2_backend() { return kBackendF32; }
+const CpuBackend& avx2_backend() { return avx2::kBackendF32; }
 
 }  // namespace qlora_native

@@ -1,4 +1,4 @@
-// The primitives of the generic algorithms in AVX2, FMA and F16C. Same names as avx512/simd.h.
+// The primitives of generic/ in AVX2, FMA and F16C. generic/primitives-inl.h says what each of them means.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +8,7 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 8;
@@ -16,12 +16,11 @@ using F32 = __m256;
 using I32 = __m256i;
 
 constexpr int kRegisters = 16;
-// Register tiles: see avx512/simd.h. Twelve sums, and what multiplies them, fill the sixteen registers.
+// Twelve sums of a register tile, and what multiplies them, fill the sixteen registers.
 constexpr int kWidestStrip = 3;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 8, 4, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 2;
-// The same where a tile shares its registers with the decoding of the next panel.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 8, 4, 4};
 constexpr int kDecodingColumnStep = 2;
 
@@ -35,7 +34,6 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-// The larger of |a| and |b|.
 inline F32 max_abs(F32 a, F32 b) { return max(abs(a), abs(b)); }
 inline float reduce_max(F32 a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -43,14 +41,12 @@ inline float reduce_max(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-// The sum of the lanes, in a fixed order.
 inline float reduce_add(F32 a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
-// p[i] = the sum of the lanes of a[i].
 inline void store_sums(float* p, const F32 (&a)[4]) {
   const F32 four = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
@@ -72,7 +68,6 @@ inline I32 bf16_bits_high(F32 x) {
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));
 }
 
-// x rounded to the precision of `dtype`.
 template <DType kType>
 inline F32 round_to(F32 x) {
   if constexpr (kType == DType::bf16)
@@ -83,7 +78,6 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
-// 8 consecutive elements as floats.
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -95,7 +89,6 @@ inline F32 load_as_f32(const void* p) {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
 }
 
-// `count` consecutive elements, at most a vector's, as floats; zeros after them.
 template <DType kType>
 inline F32 load_as_f32(const void* p, int count) {
   if (count == kLanes) return load_as_f32<kType>(p);
@@ -104,10 +97,9 @@ inline F32 load_as_f32(const void* p, int count) {
   return load_as_f32<kType>(copy);
 }
 
-// The first `count` lanes of x, rounded, to consecutive elements.
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {
-  // Not a masked store: on some processors it takes tens of cycles.
+  // A masked store takes tens of cycles on some processors.
   const auto bytes = static_cast<std::size_t>(count) * size_of(kType);
   if constexpr (kType == DType::f32) {
     if (count == kLanes) return _mm256_storeu_ps(static_cast<float*>(p), x);
@@ -123,7 +115,6 @@ inline void store_from_f32(void* p, F32 x, int count = kLanes) {
   }
 }
 
-// Natural order <-> even elements and odd elements apart.
 inline void deinterleave(F32 a, F32 b, F32& even, F32& odd) {
   const auto in_order = [](F32 x) {  // the middle two pairs of lanes change places
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0b11011000));
@@ -137,7 +128,6 @@ inline void interleave(F32 even, F32 odd, F32& a, F32& b) {
   b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
-// The even and the odd ones of 16 consecutive elements.
 template <DType kType>
 inline void load_pairs(const void* p, F32& even, F32& odd) {
   if constexpr (kType == DType::bf16) {
@@ -150,9 +140,7 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// To the next fence, other threads may see streamed stores late.
 inline void end_stream() { _mm_sfence(); }
-// kStream: past the caches, to an aligned `p`.
 template <bool kStream>
 inline void store_vector(void* p, I32 x) {
   if constexpr (kStream)
@@ -160,7 +148,6 @@ inline void store_vector(void* p, I32 x) {
   else
     _mm256_storeu_si256(static_cast<__m256i*>(p), x);
 }
-// Even and odd elements to 16 consecutive ones of a type that represents them exactly.
 template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   if constexpr (kType == DType::f32) {
@@ -179,7 +166,6 @@ inline void store_pairs(void* p, F32 even, F32 odd) {
   }
 }
 
-// a[i] lane j <-> a[j] lane i.
 inline void transpose(F32 (&a)[kLanes]) {
   F32 b[kLanes];
   for (int i = 0; i < 8; i += 2) {
@@ -199,7 +185,6 @@ inline void transpose(F32 (&a)[kLanes]) {
   for (int i = 0; i < 8; ++i) a[i] = b[i];
 }
 
-// A table of 16 floats, looked up by the low four bits of each lane; the rest of the lane does not matter.
 struct Table16 {
   F32 low, high;
 };
@@ -215,7 +200,6 @@ inline F32 lookup(Table16 t, I32 index) {
                           bit3_as_sign);
 }
 
-// The same of 32, by the low five bits.
 struct Table32 {
   Table16 low, high;
 };
@@ -237,8 +221,6 @@ inline I32 shift_right(I32 x) {
   return _mm256_srli_epi32(x, kBits);
 }
 
-// Levels, rounded, as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at
-// a time.
 constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
 template <DType kType>
@@ -247,16 +229,13 @@ inline LevelTable level_table(Table16 levels) {
 }
 inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
 inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter
-// kType: what the levels are rounded to.
 template <DType kType>
 inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVectors]) {
   values[0] = lookup(t, nibbles);
 }
 
-// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
 inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
 
-// 8 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
@@ -270,7 +249,6 @@ inline I32 as_i32(F32 a) { return _mm256_castps_si256(a); }
 inline F32 as_f32(I32 a) { return _mm256_castsi256_ps(a); }
 inline I32 max_i32(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
 inline I32 min_u16(I32 a, I32 b) { return _mm256_min_epu16(a, b); }
-// Of the lower halves of the lanes, unsigned.
 inline bool any_low_half_below(I32 a, int limit) {
   const I32 low = _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF));
   return _mm256_movemask_epi8(_mm256_cmpgt_epi32(_mm256_set1_epi32(limit), low)) != 0;
@@ -281,7 +259,6 @@ inline int reduce_max_i32(I32 a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0b10110001)));
 }
 inline I32 round_to_i32(F32 a) { return _mm256_cvtps_epi32(a); }
-// position + step where t > limit.
 inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   const I32 above = as_i32(_mm256_cmp_ps(t, limit, _CMP_GT_OQ));
   return _mm256_add_epi32(position, _mm256_and_si256(above, _mm256_set1_epi32(step)));
@@ -290,46 +267,38 @@ inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(ta
 inline F32 divide(F32 a, F32 b) { return _mm256_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm256_sqrt_ps(a); }
 inline I32 truncate_to_i32(F32 a) { return _mm256_cvttps_epi32(a); }
-// |a| with the sign of b, for a >= 0.
 inline F32 with_sign_of(F32 a, F32 b) { return _mm256_or_ps(a, _mm256_and_ps(b, _mm256_set1_ps(-0.0f))); }
 inline void store_bytes(std::uint8_t* p, I32 a) {
   const __m128i halves = low_halves(_mm256_and_si256(a, _mm256_set1_epi32(0xFF)));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
-// Bytes (even << 4 | odd) of nibbles.
 inline void store_nibble_pairs(std::uint8_t* p, I32 even, I32 odd) {
   store_bytes(p, _mm256_or_si256(_mm256_slli_epi32(even, 4), odd));
 }
-// Bytes even, odd, even, odd, ...
 inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
   const I32 pairs = _mm256_or_si256(_mm256_and_si256(even, _mm256_set1_epi32(0xFF)), _mm256_slli_epi32(odd, 8));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(pairs));
 }
 
-// Puts every second one of the lowest 2 * kLanes bits, from bit `first` (0 or 1) on, side by side.
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
 }
-// The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
 inline F32 keep_lanes(F32 x, std::uint32_t keep) {
   const I32 bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const I32 kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), bit), bit);
   return _mm256_and_ps(x, as_f32(kept));
 }
-// Lane i from b where i's element number, element[i], is at least `boundary`, else from a.
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   const I32 below = _mm256_cmpgt_epi32(_mm256_set1_epi32(boundary), load_bytes(element));
   return _mm256_blendv_ps(b, a, as_f32(below));
 }
 
-// A table of 256 floats, looked up for so many vectors of indices at a time.
 constexpr int kTableVectors = 2;
 struct Table256 {
   const float* values;
   explicit Table256(const float* all) : values(all) {}
 };
-// The values at `count` consecutive bytes; after them is what stands at 0. Not a gather: no faster on Zen 4, and far
-// slower where its microcode was mended.
+// A gather would be no faster on Zen 4, and is far slower where its microcode was mended.
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
                          int count = kTableVectors * kLanes) {
   std::uint8_t copy[kTableVectors * kLanes] = {};
@@ -343,7 +312,6 @@ inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (
   }
 }
 
-// Vectors of codes.
 struct Codes {
   I32 code[kTableVectors];
 };
@@ -353,11 +321,9 @@ inline void lookup(const Table256& table, const Codes& codes, F32 (&values)[kTab
   for (int k = 0; k < kTableVectors; ++k) store_bytes(bytes + k * kLanes, codes.code[k]);
   lookup_bytes(table, bytes, values);
 }
-// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k) store_bytes(p + k * kLanes, shift_right<16>(x[k]));
 }
-// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
 inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
                                      const F32 (&sign)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k) {
@@ -366,14 +332,12 @@ inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)
     store_bytes(p + k * kLanes, _mm256_max_epi32(code, _mm256_setzero_si256()));
   }
 }
-// Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k)
     store_bytes(p + k * kLanes, add_where_above(codes.code[k], t[k], limit[k], 1));
 }
 
-// 64-bit lanes for Philox: four counters at a time.
 constexpr int kLanes64 = 4;
 using U64 = __m256i;
 inline U64 set1_u64(std::uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
@@ -382,8 +346,6 @@ inline U64 iota_u64() { return _mm256_setr_epi64x(0, 1, 2, 3); }
 inline U64 mul_u32(U64 a, U64 b) { return _mm256_mul_epu32(a, b); }
 inline U64 high_u32(U64 a) { return _mm256_srli_epi64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return _mm256_xor_si256(a, b); }
-// Each 64-bit lane holds one counter's four words (in the low halves of w0 ... w3), that is eight 16-bit numbers in
-// order; bit 8 * lane + i says whether number i is at least `threshold`.
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const I32 limit = _mm256_set1_epi16(static_cast<short>(threshold));
   const I32 first = _mm256_or_si256(w0, _mm256_slli_epi64(w1, 32)),
@@ -397,4 +359,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 inline U64 low_u32(U64 a) { return _mm256_and_si256(a, set1_u64(0xFFFFFFFFull)); }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,5 +1,7 @@
 // The backend for AVX-512 with BF16 and VBMI: bfloat16 products in pairs, the optimizer's tables as bytes, the rest as
 // without.
+#define QLN_ISA avx512_bf16
+
 #include "cpu/isa.h"
 
 #include "cpu/avx512/table_vbmi.h"
@@ -12,6 +14,7 @@
 namespace qlora_native {
 
 const CpuBackend& avx512_bf16_backend() {
+  using namespace avx512_bf16;
   static const CpuBackend backend = [] {
     CpuBackend with_pairs = with_bf16_products<kProductsOf<DotBf16>, avx512_backend>();
     with_pairs.table.optimizer_8bit_step = optimizer_step;

@@ -1,4 +1,6 @@
 // The backend for AVX-512 without BF16.
+#define QLN_ISA avx512
+
 #include "cpu/isa.h"
 
 #include "cpu/avx512/table_bw.h"
@@ -7,6 +9,6 @@
 
 namespace qlora_native {
 
-const CpuBackend& avx512_backend() { return kBackendF32; }
+const CpuBackend& avx512_backend() { return avx512::kBackendF32; }
 
 }  // namespace qlora_native

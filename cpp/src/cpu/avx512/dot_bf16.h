@@ -1,6 +1,6 @@
-// How a product multiplies: bfloat16 pairs with AVX512_BF16, twice the rate of fp32. See generic/dot_f32-inl.h for
-// what a chunk and a unit are; here a unit is two bfloat16. Vector 0 of a chunk holds its 32 even elements, vector 1
-// the odd ones. The instruction treats subnormal inputs and results as zero, whatever the control register says.
+// Multiplies pairs of bfloat16 with AVX512_BF16, at twice the rate of fp32. generic/dot_f32-inl.h says what a chunk and
+// a unit are; here a unit is two bfloat16. Vector 0 of a chunk holds its 32 even elements, vector 1 the odd ones. The
+// instruction treats subnormal inputs and results as zero, whatever the control register says.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 
 #include "cpu/generic/dot_f32-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -32,8 +32,8 @@ struct DotBf16 {
   }
 
   static F32 broadcast(const float* unit) { return set1(*unit); }
-  // With one unit, in memory, for all lanes. The compiler would broadcast it to a register first: half the speed where
-  // it is used once.
+  // Multiplies by one unit in memory, for all lanes. The compiler would first broadcast it to a register, which halves
+  // the speed where the unit is used once.
   static F32 dot_broadcast(F32 sum, F32 x, const float* unit) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*unit));
     return sum;
@@ -54,7 +54,7 @@ struct DotBf16 {
     return kOdd ? Chunk{{from_low, from_high}} : Chunk{{from_high, from_low}};
   }
 
-  // 64 weights of kScales blocks, 2 or 4: an index names the block too.
+  // Decodes 64 weights of kScales blocks, 2 or 4. An index names the block too.
   template <int kScales>
   [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, Table16 code, const float* scales) {
     const __m512i words = load_words(bytes), block = block_bits<kScales>(), nibbles = _mm512_set1_epi16(0x0F);
@@ -77,10 +77,10 @@ struct DotBf16 {
     return {{to_bf16(even), to_bf16(odd)}};
   }
 
-  // Few rows of x multiply two chunks at once; vector k of a step holds elements 4i + k. In 64 bytes of 4-bit codes
-  // these are a nibble of each 16-bit word, so nothing has to be widened; and the words of a chunk are one half of the
-  // vector, so that a table is half one chunk's and half the other's, and rounding makes both halves in one
-  // instruction.
+  // Few rows of x multiply two chunks at once, and vector k of a step holds elements 4i + k. In 64 bytes of 4-bit codes
+  // these are one nibble of each 16-bit word, so nothing has to be widened. The words of a chunk are one half of the
+  // vector, so one half of a table is for the first chunk and the other half for the second, and one instruction rounds
+  // both.
   static constexpr int kStepChunks = 2;
   static constexpr int kStepVectors = 4;
   struct Step {
@@ -274,4 +274,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

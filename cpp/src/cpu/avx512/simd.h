@@ -1,4 +1,4 @@
-// The primitives of the generic algorithms in AVX-512 (F, BW, DQ, VL). Same names as avx2/simd.h.
+// The primitives of generic/ in AVX-512 (F, BW, DQ, VL). generic/primitives-inl.h says what each of them means.
 #pragma once
 
 #include <immintrin.h>
@@ -7,21 +7,19 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-using F32 = __m512;  // 16 floats, or 16 units of 32 bits that a product takes apart itself
+using F32 = __m512;
 using I32 = __m512i;
 
 constexpr int kRegisters = 32;
-// Register tiles. Forward: a strip of kStrip vectors of rows of x, times so many rows of W; backward:
-// so many rows of dY, times vectors of columns of W. Measured best of their neighbours on Zen 4.
+// These register tiles were measured as the best of their neighbours on Zen 4.
 constexpr int kWidestStrip = 4;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 4;
-// The same where a tile shares its registers with the decoding of the next panel.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
 constexpr int kDecodingColumnStep = 4;
 
@@ -35,14 +33,11 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
-// The larger of |a| and |b|.
 inline F32 max_abs(F32 a, F32 b) { return _mm512_range_ps(a, b, 0b1011); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 
-// The sum of the lanes, in a fixed order.
 inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
 
-// p[i] = the sum of the lanes of a[i].
 inline void store_sums(float* p, const F32 (&a)[4]) {
   const auto fold = [](F32 x, F32 y) { return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
   const __m512d x = _mm512_castps_pd(fold(a[0], a[1])), y = _mm512_castps_pd(fold(a[2], a[3]));
@@ -62,7 +57,6 @@ inline I32 bf16_bits_high(F32 x) {
   return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
 }
 
-// x rounded to the precision of `dtype`.
 template <DType kType>
 inline F32 round_to(F32 x) {
   if constexpr (kType == DType::bf16)
@@ -73,7 +67,6 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
-// 16 consecutive elements as floats.
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -85,7 +78,6 @@ inline F32 load_as_f32(const void* p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
 }
 
-// `count` consecutive elements, at most a vector's, as floats; zeros after them.
 template <DType kType>
 inline F32 load_as_f32(const void* p, int count) {
   const __mmask16 lanes = first_lanes(count);
@@ -97,7 +89,6 @@ inline F32 load_as_f32(const void* p, int count) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
 }
 
-// The first `count` lanes of x, rounded, to consecutive elements.
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {
   const __mmask16 lanes = first_lanes(count);
@@ -109,7 +100,6 @@ inline void store_from_f32(void* p, F32 x, int count = kLanes) {
     _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits_high(x), 16)));
 }
 
-// Natural order <-> even elements and odd elements apart.
 inline void deinterleave(F32 a, F32 b, F32& even, F32& odd) {
   const I32 evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   even = _mm512_permutex2var_ps(a, evens, b);
@@ -121,7 +111,6 @@ inline void interleave(F32 even, F32 odd, F32& a, F32& b) {
   b = _mm512_permutex2var_ps(even, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd);
 }
 
-// The even and the odd ones of 32 consecutive elements.
 template <DType kType>
 inline void load_pairs(const void* p, F32& even, F32& odd) {
   if constexpr (kType == DType::bf16) {
@@ -134,9 +123,7 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// To the next fence, other threads may see streamed stores late.
 inline void end_stream() { _mm_sfence(); }
-// kStream: past the caches, to an aligned `p`.
 template <bool kStream>
 inline void store_vector(void* p, I32 x) {
   if constexpr (kStream)
@@ -144,7 +131,6 @@ inline void store_vector(void* p, I32 x) {
   else
     _mm512_storeu_si512(p, x);
 }
-// Even and odd elements to 32 consecutive ones of a type that represents them exactly.
 template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   if constexpr (kType == DType::f32) {
@@ -166,7 +152,6 @@ inline void store_pairs(void* p, F32 even, F32 odd) {
   }
 }
 
-// a[i] lane j <-> a[j] lane i.
 inline void transpose(F32 (&a)[kLanes]) {
   F32 b[kLanes];
   for (int i = 0; i < 16; i += 2) {
@@ -199,7 +184,6 @@ inline void transpose(F32 (&a)[kLanes]) {
   }
 }
 
-// A table of 16 floats, looked up by the low four bits of each lane; the rest of the lane does not matter.
 struct Table16 {
   F32 level;
 };
@@ -211,7 +195,6 @@ inline Table16 round_table(Table16 t) {
 }
 inline F32 lookup(Table16 t, I32 index) { return _mm512_permutexvar_ps(index, t.level); }
 
-// The same of 32, by the low five bits.
 struct Table32 {
   F32 low, high;
 };
@@ -230,8 +213,6 @@ inline I32 shift_right(I32 x) {
   return _mm512_srli_epi32(x, kBits);
 }
 
-// Levels, rounded, as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at
-// a time.
 constexpr int kNibbleVectors = 1;
 using LevelTable = Table16;
 template <DType kType>
@@ -240,18 +221,15 @@ inline LevelTable level_table(Table16 levels) {
 }
 inline I32 high_nibbles(const std::uint8_t* p) { return shift_right<4>(load_bytes(p)); }
 inline I32 low_nibbles(const std::uint8_t* p) { return load_bytes(p); }  // the high ones do not matter
-// kType: what the levels are rounded to.
 template <DType kType>
 inline void lookup_nibbles(LevelTable t, I32 nibbles, F32 (&values)[kNibbleVectors]) {
   values[0] = lookup(t, nibbles);
 }
 
-// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
 inline F32 scales_of_16(const float* scales) {
   return _mm512_mask_broadcastss_ps(set1(scales[0]), 0xFF00, _mm_load_ss(scales + 1));
 }
 
-// 16 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
@@ -265,14 +243,12 @@ inline I32 as_i32(F32 a) { return _mm512_castps_si512(a); }
 inline F32 as_f32(I32 a) { return _mm512_castsi512_ps(a); }
 inline I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 inline I32 min_u16(I32 a, I32 b) { return _mm512_min_epu16(a, b); }
-// Of the lower halves of the lanes, unsigned.
 inline bool any_low_half_below(I32 a, int limit) {
   const I32 low = _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF));
   return _mm512_cmplt_epi32_mask(low, _mm512_set1_epi32(limit)) != 0;
 }
 inline int reduce_max_i32(I32 a) { return _mm512_reduce_max_epi32(a); }
 inline I32 round_to_i32(F32 a) { return _mm512_cvtps_epi32(a); }
-// position + step where t > limit.
 inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   return _mm512_mask_add_epi32(position, _mm512_cmp_ps_mask(t, limit, _CMP_GT_OQ), position, _mm512_set1_epi32(step));
 }
@@ -280,33 +256,26 @@ inline F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(in
 inline F32 divide(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 square_root(F32 a) { return _mm512_sqrt_ps(a); }
 inline I32 truncate_to_i32(F32 a) { return _mm512_cvttps_epi32(a); }
-// |a| with the sign of b, for a >= 0.
 inline F32 with_sign_of(F32 a, F32 b) { return _mm512_or_ps(a, _mm512_and_ps(b, _mm512_set1_ps(-0.0f))); }
 inline void store_bytes(std::uint8_t* p, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
-// Bytes (even << 4 | odd) of nibbles.
 inline void store_nibble_pairs(std::uint8_t* p, I32 even, I32 odd) {
   store_bytes(p, _mm512_or_si512(_mm512_slli_epi32(even, 4), odd));
 }
-// Bytes even, odd, even, odd, ...
 inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) {
   const I32 pairs = _mm512_or_si512(_mm512_and_si512(even, _mm512_set1_epi32(0xFF)), _mm512_slli_epi32(odd, 8));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(pairs));
 }
 
-// Puts every second one of the lowest 2 * kLanes bits, from bit `first` (0 or 1) on, side by side.
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return static_cast<std::uint32_t>(_pext_u64(bits, 0x5555555555555555ull >> (64 - 2 * kLanes) << first));
 }
-// The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
 inline F32 keep_lanes(F32 x, std::uint32_t keep) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), x); }
-// Lane i from b where i's element number, element[i], is at least `boundary`, else from a.
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return _mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(load_bytes(element), _mm512_set1_epi32(boundary)), a, b);
 }
 
-// 64-bit lanes for Philox: eight counters at a time.
 constexpr int kLanes64 = 8;
 using U64 = __m512i;
 inline U64 set1_u64(std::uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
@@ -315,8 +284,6 @@ inline U64 iota_u64() { return _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7); }
 inline U64 mul_u32(U64 a, U64 b) { return _mm512_mul_epu32(a, b); }
 inline U64 high_u32(U64 a) { return _mm512_srli_epi64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return _mm512_xor_si512(a, b); }
-// Each 64-bit lane holds one counter's four words (in the low halves of w0 ... w3), that is eight 16-bit numbers in
-// order; bit 8 * lane + i says whether number i is at least `threshold`.
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const I32 limit = _mm512_set1_epi16(static_cast<short>(threshold));
   const __mmask32 low = _mm512_cmpge_epu16_mask(_mm512_or_si512(w0, _mm512_slli_epi64(w1, 32)), limit);
@@ -326,4 +293,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 inline U64 low_u32(U64 a) { return _mm512_and_si512(a, set1_u64(0xFFFFFFFFull)); }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

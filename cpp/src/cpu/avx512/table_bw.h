@@ -1,12 +1,11 @@
-// Tables of 256 with AVX512BW: as halves of 16 bits, of which a register holds 32. See table_vbmi.h.
+// Tables of 256 floats with AVX512BW. They are stored as halves of 16 bits, of which a register holds 32.
 #pragma once
 
 #include "cpu/avx512/simd.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// A table of 256 floats, looked up for so many vectors of indices at a time.
 constexpr int kTableVectors = 2;
 struct Table256 {
   alignas(64) std::uint16_t low[256], high[256];
@@ -30,15 +29,14 @@ inline I32 lookup_halves(const std::uint16_t* table, I32 index) {
   return _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(part[0], bit6, part[1]), bit7,
                                _mm512_mask_mov_epi16(part[2], bit6, part[3]));
 }
-// `words`: the indices of values[0] in the lower, those of values[1] in the upper half of each 128-bit lane, four and
-// four.
+// Each 128-bit lane of `words` has four indices of values[0] in its lower half, and four of values[1] in its upper
+// half.
 inline void lookup_words(const Table256& table, I32 words, F32 (&values)[kTableVectors]) {
   const I32 low = lookup_halves(table.low, words), high = lookup_halves(table.high, words);
   values[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
   values[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
 
-// The values at `count` consecutive bytes; after them is what stands at 0.
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
                          int count = kTableVectors * kLanes) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -54,11 +52,9 @@ inline Codes pack(const I32 (&code)[kTableVectors]) { return {_mm512_packus_epi3
 inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
   lookup_words(table, codes.words, values);
 }
-// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k) store_bytes(p + k * kLanes, shift_right<16>(x[k]));
 }
-// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
 inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
                                      const F32 (&sign)[kTableVectors]) {
   const I32 middles = _mm512_set1_epi32(middle);
@@ -69,7 +65,6 @@ inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)
     store_bytes(p + k * kLanes, _mm512_max_epi32(code, _mm512_setzero_si512()));
   }
 }
-// Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {
   const I32 order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
@@ -81,4 +76,4 @@ inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVecto
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

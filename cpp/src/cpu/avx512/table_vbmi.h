@@ -1,12 +1,11 @@
-// Tables of 256 with AVX512_VBMI: as bytes, of which a register holds 64. Same names as table_bw.h.
+// Tables of 256 floats with AVX512_VBMI. They are stored as bytes, of which a register holds 64.
 #pragma once
 
 #include "cpu/avx512/simd.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// A table of 256 floats, looked up for so many vectors of indices at a time.
 constexpr int kTableVectors = 4;
 struct Table256 {
   alignas(64) std::uint8_t byte[4][256];  // of each value, from the lowest
@@ -19,10 +18,10 @@ struct Table256 {
   }
 };
 
-// Between the order of elements and that of lookup_lanes(), both ways: a transposition of four by four.
+// A transposition of four by four, which leads from the order of elements to that of lookup_lanes(), and back.
 inline I32 lanes_to_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
 
-// The indices as bytes: those of values[k] are bytes 4 k ... 4 k + 3 of each 128-bit lane.
+// The indices are bytes. Bytes 4 k ... 4 k + 3 of each 128-bit lane are those of values[k].
 inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableVectors]) {
   const __mmask64 upper = _mm512_movepi8_mask(index);  // from 128 on
   I32 byte[4];
@@ -40,7 +39,6 @@ inline void lookup_lanes(const Table256& table, I32 index, F32 (&values)[kTableV
   values[3] = as_f32(_mm512_unpackhi_epi16(high01, high23));
 }
 
-// The values at `count` consecutive bytes; after them is what stands at 0.
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
                          int count = kTableVectors * kLanes) {
   const I32 index = _mm512_maskz_loadu_epi8(~std::uint64_t{0} >> (kTableVectors * kLanes - count), bytes);
@@ -57,7 +55,7 @@ inline Codes pack(const I32 (&code)[kTableVectors]) {
 inline void lookup(const Table256& table, Codes codes, F32 (&values)[kTableVectors]) {
   lookup_lanes(table, codes.bytes, values);
 }
-// One byte of each lane, in the order of elements.
+// Takes one byte of each lane, in the order of elements.
 template <int kByte>
 inline I32 bytes_of(const I32 (&x)[kTableVectors]) {
   const auto of_two = [](I32 a, I32 b) {
@@ -68,11 +66,9 @@ inline I32 bytes_of(const I32 (&x)[kTableVectors]) {
   };
   return _mm512_inserti64x4(of_two(x[0], x[1]), _mm512_castsi512_si256(of_two(x[2], x[3])), 1);
 }
-// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   _mm512_storeu_si512(p, bytes_of<2>(x));
 }
-// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
 inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
                                      const F32 (&sign)[kTableVectors]) {
   const I32 signs[kTableVectors] = {as_i32(sign[0]), as_i32(sign[1]), as_i32(sign[2]), as_i32(sign[3])};
@@ -81,7 +77,6 @@ inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)
   const I32 above = _mm512_add_epi8(middles, number);
   _mm512_storeu_si512(p, _mm512_mask_subs_epu8(above, negative, middles, number));
 }
-// Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {
   const auto above = [&](int k) { return static_cast<__mmask64>(_mm512_cmp_ps_mask(t[k], limit[k], _CMP_GT_OQ)); };
@@ -91,4 +86,4 @@ inline void store_codes(std::uint8_t* p, Codes codes, const F32 (&t)[kTableVecto
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,6 +1,8 @@
-// All of the generic algorithms. To be included once by a file of avx2/ or avx512/, after its simd.h, over whose
-// primitives they are written. Everything is in an unnamed namespace: the linker must never hand a function compiled
-// for one instruction set to another.
+// All of the generic algorithms. A backend.cpp defines QLN_ISA, includes the primitives of its instruction set
+// (primitives-inl.h lists them), and then this file once.
+//
+// Everything here is in the namespace of the instruction set, so that a profile shows which one runs, and in an unnamed
+// one inside of it, because the linker must never hand a function that was compiled for one instruction set to another.
 #pragma once
 
 #include "backend.h"
@@ -9,3 +11,9 @@
 #include "cpu/generic/linear-inl.h"
 #include "cpu/generic/optimizer-inl.h"
 #include "cpu/generic/quantize-inl.h"
+
+namespace qlora_native::QLN_ISA {
+
+static_assert(Primitives<Vectors>);
+
+}  // namespace qlora_native::QLN_ISA

@@ -3,10 +3,10 @@
 
 #include "cpu/isa.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// `kOthers`: the backend of the other dtypes and operations.
+// kOthers is the backend of the other dtypes and operations.
 template <const Products& kProducts, const CpuBackend& (*kOthers)()>
 CpuBackend with_bf16_products() {
   CpuBackend backend = kOthers();
@@ -25,4 +25,4 @@ CpuBackend with_bf16_products() {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/quantize_microscaled.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr Products kProductsF32{
@@ -31,4 +31,4 @@ constexpr CpuBackend kBackendF32{
     &kProductsF32};
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

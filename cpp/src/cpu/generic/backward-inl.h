@@ -1,4 +1,4 @@
-// linear_backward_input and lora_gradients, all of them through ProductNn.
+// linear_backward_input and lora_gradients, which all are products of ProductNn.
 #pragma once
 
 #include <memory>
@@ -7,10 +7,10 @@
 #include "cpu/generic/product_nn-inl.h"
 #include "cpu/job.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// The sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
+// Writes the sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
 template <DType kTo, int kVectors>
 void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
   constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
@@ -19,7 +19,7 @@ void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)
     store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
                         static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
 }
-// The same to column `row` of out, from row `col` on.
+// Writes them to column `row` of out, from row `col` on.
 template <DType kTo, int kVectors>
 void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
   constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
@@ -37,45 +37,44 @@ class BackwardInput final : public Job {
  public:
   BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w) {
     const LoraView& lora = args.lora;
-    v_units_ = Product::units_of(lora.rank);
     dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
-    v_stride_ = lora.rank > 0 ? Product::packed_stride(v_units_) : 0;
+    v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
     rows_ = part.end - part.begin;
-    rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kGroup));
+    rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kStripRows));
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
-    groups_ = Groups(rows_);
+    strips_ = Strips(rows_);
     adapted_ = adapted_rows(lora, part, rows_, args.weight);
-    std::int64_t group = 0;
-    for (const Adapted& of : adapted_) {
-      const GroupRange range = Product::groups_of(groups_, of.begin, of.end, group);
-      low_ranks_.push_back({nullptr, v_units_, DenseRows<Dot, false>(lora_a(of.lora, args.weight.K)), range});
-      group = range.end - 1;
-      packed_v_rows_ += groups_.first_packed(range.end) - groups_.first(range.begin);
+    std::int64_t strip = 0;
+    for (const Adapted& adapted : adapted_) {
+      const Range strips = strips_.of({adapted.begin, adapted.end}, strip);
+      low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapted.lora, args.weight.K)), strips});
+      strip = strips.end - 1;
+      packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
     }
-    floats_dy_ = groups_.packed_rows() * dy_stride_;
+    floats_dy_ = strips_.packed_rows() * dy_stride_;
     floats_v_ = packed_v_rows_ * v_stride_;
     bytes_ = (floats_dy_ + floats_v_) * 4;
     if (!adapted_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
   }
 
   void cut(std::int64_t threads) override {
-    tasks_[0] = groups_.count;
+    tasks_[0] = strips_.count;
     for (std::size_t i = 0; i < adapted_.size(); ++i) {
-      v_cuts_.push_back(Product::cut(groups_, low_ranks_[i].groups, b_of(adapted_[i]), threads));
+      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, b_of(adapted_[i]), threads));
       tasks_[1] += v_cuts_.back().tasks();
     }
     if (args_.dx.data == nullptr) return;
-    for (const LowRank& of : low_ranks_) tasks_[2] += of.groups.count();
-    cut_ = Product::cut(groups_, {0, groups_.count}, w_, threads);
+    for (const LowRank& low_rank : low_ranks_) tasks_[2] += low_rank.strips.count();
+    cut_ = Product::cut(strips_, {0, strips_.count}, w_, threads);
     tasks_[3] = cut_.tasks();
   }
   void prepare(std::byte* memory) override {
     dy_ = reinterpret_cast<float*>(memory);
     float* v = dy_ + floats_dy_;
-    for (LowRank& of : low_ranks_) {
-      of.v = v;
-      v += (groups_.first_packed(of.groups.end) - groups_.first(of.groups.begin)) * v_stride_;
+    for (LowRank& low_rank : low_ranks_) {
+      low_rank.v = v;
+      v += (strips_.first_packed(low_rank.strips.end) - strips_.first(low_rank.strips.begin)) * v_stride_;
     }
     if (!adapted_.empty() && args_.v.data == nullptr)
       args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
@@ -83,12 +82,12 @@ class BackwardInput final : public Job {
   void run(int stage, std::int64_t task) override {
     switch (stage) {
       case 0:
-        return Product::pack(args_.dy, groups_.first(task), groups_.first_packed(task + 1),
-                             dy_ + groups_.first(task) * dy_stride_);
+        return Product::pack(args_.dy, {strips_.first(task), strips_.first_packed(task + 1)},
+                             dy_ + strips_.first(task) * dy_stride_);
       case 1:
-        return low_rank(task);
+        return compute_v(task);
       case 2:
-        return pack_low_rank(task);
+        return pack_v(task);
       default:
         return multiply(task);
     }
@@ -96,39 +95,39 @@ class BackwardInput final : public Job {
 
  private:
   using Product = ProductNn<Dot>;
-  using Groups = typename Product::Groups;
-  using GroupRange = typename Product::GroupRange;
+  using Strips = typename Product::Strips;
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
 
   DenseRows<Dot, true> b_of(const Adapted& adapted) const { return lora_b(adapted.lora, args_.weight.N); }
 
-  // V = s/(1-p) * dY . B of one adapter, for the rows that are its own.
-  void low_rank(std::int64_t task) {
+  // Computes V = s/(1-p) * dY . B of one adapter. Of the strips that it shares only its own rows are written.
+  void compute_v(std::int64_t task) {
     std::size_t i = 0;
     for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
-    const Adapted& of = adapted_[i];
-    const float scale = of.lora.scaling * dropout_scale(of.lora);
-    Product::product(v_cuts_[i], task, dy_, groups_, b_of(of), {},
+    const Adapted& adapted = adapted_[i];
+    const float scale = adapted.lora.scaling * dropout_scale(adapted.lora);
+    Product::product(v_cuts_[i], task, dy_, strips_, b_of(adapted), {},
                      [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
-                       if (row >= of.begin && row < of.end) write_row<Dot::kActivation>(args_.v, row, col, sums, scale);
+                       if (row >= adapted.begin && row < adapted.end)
+                         write_row<Dot::kActivation>(args_.v, row, col, sums, scale);
                      });
   }
-  // One group's rows of V, of one adapter.
-  void pack_low_rank(std::int64_t task) {
+  // Packs one strip of the V of one adapter.
+  void pack_v(std::int64_t task) {
     std::size_t i = 0;
-    for (; task >= low_ranks_[i].groups.count(); ++i) task -= low_ranks_[i].groups.count();
-    const Adapted& of = adapted_[i];
+    for (; task >= low_ranks_[i].strips.count(); ++i) task -= low_ranks_[i].strips.count();
+    const Adapted& adapted = adapted_[i];
     const LowRank& low_rank = low_ranks_[i];
-    const std::int64_t group = low_rank.groups.begin + task, first = groups_.first(group);
-    Product::pack(readable(rows_of(args_.v, of.begin, of.end - of.begin)), first - of.begin,
-                  groups_.first_packed(group + 1) - of.begin,
-                  low_rank.v + (first - groups_.first(low_rank.groups.begin)) * v_stride_);
+    const std::int64_t strip = low_rank.strips.begin + task, first = strips_.first(strip);
+    Product::pack(readable(rows_of(args_.v, adapted.begin, adapted.end - adapted.begin)),
+                  {first - adapted.begin, strips_.first_packed(strip + 1) - adapted.begin},
+                  low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
   }
   void multiply(std::int64_t task) {
     const Dropout dropout = adapted_.empty() ? Dropout{} : dropout_of(args_.lora);
-    Product::product(cut_, task, dy_, groups_, w_, {low_ranks_, dropout, first_row_},
+    Product::product(cut_, task, dy_, strips_, w_, {low_ranks_, dropout, first_row_},
                      [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
                        write_row<Dot::kActivation>(args_.dx, row, col, sums, 1.0f);
                      });
@@ -137,18 +136,18 @@ class BackwardInput final : public Job {
   Rows w_;
   LinearBackwardInputArgs args_;  // of this job's rows
   std::int64_t first_row_;        // of the call's, as dropout counts them
-  Groups groups_{0};
+  Strips strips_{0};
   std::vector<Adapted> adapted_;
   std::vector<LowRank> low_ranks_;  // one for each of these
-  std::int64_t v_units_, dy_stride_, v_stride_, packed_v_rows_ = 0;
+  std::int64_t dy_stride_, v_stride_, packed_v_rows_ = 0;
   std::int64_t floats_dy_, floats_v_;
   std::vector<typename Product::Cut> v_cuts_;
   typename Product::Cut cut_;
   float* dy_ = nullptr;
 };
 
-// dA = V^T . drop(X), or dB^T = s * U^T . dY: left[rows, rank]^T . right[rows, cols], the inner dimension being the
-// rows of x that the adapter is for. Stage 0 turns left, 1 packs it, 2 multiplies.
+// dA = V^T . drop(X), or dB^T = s * U^T . dY. Both are left[rows, rank]^T . right[rows, cols], whose inner dimension
+// are the rows of x that the adapter is for. Stage 0 transposes left, 1 packs it, 2 multiplies.
 template <class Dot>
 class LoraGradient final : public Job {
  public:
@@ -169,48 +168,49 @@ class LoraGradient final : public Job {
       out_ = {elements_at(args.db, dtype_, elements), dtype_, right.cols, lora.rank, lora.rank};
     scale_ = of_a ? 1.0f : lora.scaling;
     stride_ = Product::packed_stride(Product::units_of(inner_));
-    rows_ = smaller(lora.rank - first, rows_per_block(lora.rank, stride_ * 4 + inner_ * kSize, Product::kGroup));
-    groups_ = Groups(rows_);
-    bytes_ = groups_.packed_rows() * stride_ * 4 + rows_ * inner_ * kSize;
+    rows_ = smaller(lora.rank - first, rows_per_block(lora.rank, stride_ * 4 + inner_ * kSize, Product::kStripRows));
+    strips_ = Strips(rows_);
+    bytes_ = strips_.packed_rows() * stride_ * 4 + rows_ * inner_ * kSize;
   }
 
   void cut(std::int64_t threads) override {
-    cut_ = Product::cut(groups_, {0, groups_.count}, right_, threads);
-    tasks_[0] = ceil_div(inner_, kTurned);
-    tasks_[1] = groups_.count;
+    cut_ = Product::cut(strips_, {0, strips_.count}, right_, threads);
+    tasks_[0] = ceil_div(inner_, kTransposedRows);
+    tasks_[1] = strips_.count;
     tasks_[2] = cut_.tasks();
   }
   void prepare(std::byte* memory) override {
     packed_ = reinterpret_cast<float*>(memory);
-    turned_ = reinterpret_cast<char*>(packed_ + groups_.packed_rows() * stride_);
+    transposed_ = reinterpret_cast<char*>(packed_ + strips_.packed_rows() * stride_);
   }
   void run(int stage, std::int64_t task) override {
     switch (stage) {
       case 0:
-        return turn(task);
+        return transpose_left(task);
       case 1:
-        return Product::pack({turned_, Dot::kActivation, rows_, inner_, inner_}, groups_.first(task),
-                             groups_.first_packed(task + 1), packed_ + groups_.first(task) * stride_);
+        return Product::pack({transposed_, Dot::kActivation, rows_, inner_, inner_},
+                             {strips_.first(task), strips_.first_packed(task + 1)},
+                             packed_ + strips_.first(task) * stride_);
       default:
         return Product::product(
-            cut_, task, packed_, groups_, right_, {},
+            cut_, task, packed_, strips_, right_, {},
             [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) { write(first_ + row, col, sums); });
     }
   }
 
  private:
   using Product = ProductNn<Dot>;
-  using Groups = typename Product::Groups;
+  using Strips = typename Product::Strips;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
   static constexpr int kVectors = Dot::kColumnVectors;
-  static constexpr std::int64_t kTurned = 64;  // rows of left that a task turns
+  static constexpr std::int64_t kTransposedRows = 64;  // rows of left that a task transposes
 
-  void turn(std::int64_t task) {
+  void transpose_left(std::int64_t task) {
     const char* from = static_cast<const char*>(left_.data) + first_ * kSize;
-    const std::int64_t end = smaller((task + 1) * kTurned, inner_);
-    for (std::int64_t m = task * kTurned; m < end; ++m)
+    const std::int64_t end = smaller((task + 1) * kTransposedRows, inner_);
+    for (std::int64_t m = task * kTransposedRows; m < end; ++m)
       for (std::int64_t r = 0; r < rows_; ++r)
-        __builtin_memcpy(turned_ + (r * inner_ + m) * kSize, from + (m * left_.stride + r) * kSize, kSize);
+        __builtin_memcpy(transposed_ + (r * inner_ + m) * kSize, from + (m * left_.stride + r) * kSize, kSize);
   }
   void write(std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors]) const {
     with_dtype(dtype_, [&](auto dtype) {
@@ -220,17 +220,17 @@ class LoraGradient final : public Job {
   }
 
   Of of_;
-  std::int64_t first_;  // of the ranks
+  std::int64_t first_;  // the first rank of this job
   DType dtype_;
   ConstMatrix left_;
   DenseRows<Dot, false> right_{ConstMatrix{}};
   Matrix out_;
   float scale_;
   std::int64_t inner_, stride_;
-  Groups groups_{0};
+  Strips strips_{0};
   typename Product::Cut cut_;
   float* packed_ = nullptr;
-  char* turned_ = nullptr;
+  char* transposed_ = nullptr;
 };
 
 template <class Dot>
@@ -243,4 +243,4 @@ std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const Adapte
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -9,7 +9,7 @@
 #include "cpu/parallel.h"
 #include "qlora_native/cross_entropy.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <DType kType>
@@ -133,4 +133,4 @@ inline void cross_entropy_rows(const CrossEntropyArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

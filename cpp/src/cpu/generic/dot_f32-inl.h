@@ -1,21 +1,26 @@
-// How a product multiplies: fp32 multiply-add over any element type of x.
+// A Dot says how a product multiplies; this one multiplies and adds in fp32, for any element type of x.
 //
 // A product sees the inner dimension in chunks of 64 elements, and a chunk as units of 32 bits: here a unit is one
-// float. Decoding yields the even and the odd elements apart, and no sum cares for its order, so that this *is* the
-// order inside a chunk: vector 2g holds the even ones, vector 2g+1 the odd ones, of elements 2L*g ... 2L*(g+1)-1
-// (L lanes). Activations are put in the same order when they are packed.
+// float. Decoding yields the even and the odd elements apart, and a sum does not depend on the order of its terms, so
+// a chunk keeps that order. With L lanes
+//
+//   vector 2g     has the even ones of elements 2L*g ... 2L*(g+1)-1
+//   vector 2g+1   has the odd ones
+//
+// Activations are put in the same order when they are packed.
 #pragma once
 
 #include <type_traits>
 
+#include "cpu/generic/primitives-inl.h"
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kChunk = 64;  // elements of the inner dimension that are decoded together
 
-// Vector i of `count` elements of a dense row, times `scale`; zeros after them.
+// Loads vector i of `count` elements of a dense row, times `scale`, with zeros after them.
 template <DType kFrom>
 inline F32 dense_vector(const void* p, float scale, int i, int count) {
   const int first = i * kLanes, left = count - first;
@@ -43,16 +48,16 @@ struct DotF32 {
 
   static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
 
-  // One unit, in memory, for all lanes, as dot() takes it.
+  // Broadcasts a unit in memory to all lanes.
   static F32 broadcast(const float* unit) { return set1(*unit); }
   static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
 
-  // One block's 16 levels as the product uses them.
+  // The 16 levels of one block, scaled and rounded.
   [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
     return level_table<kType>(map_table(code, mul, set1(scale)));
   }
 
-  // 64 weights from 32 bytes of codes. `kOdd`: the first weight sits in the low nibble of bytes[0] (33 bytes then).
+  // Decodes 64 weights from 32 bytes of codes; with kOdd from 33 bytes, of which the first weight has the low nibble.
   template <bool kOdd>
   [[gnu::always_inline]] static Chunk decode4(const std::uint8_t* bytes, Table table) {
     Chunk chunk;
@@ -69,7 +74,7 @@ struct DotF32 {
     return chunk;
   }
 
-  // 64 weights of kScales blocks, 2 or 4, which `scales` has in order.
+  // Decodes 64 weights of kScales blocks, 2 or 4, which `scales` has in order.
   template <int kScales>
   [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
                                                      const float* scales) {
@@ -87,7 +92,7 @@ struct DotF32 {
     return chunk;
   }
 
-  // 64 weights from 64 signed bytes; `step` is what a byte of 1 stands for.
+  // Decodes 64 weights from 64 signed bytes. A byte of 1 stands for `step`.
   static Chunk decode8(const std::uint8_t* bytes, float step) {
     Chunk chunk;
     for (int g = 0; g < kVectors / 2; ++g) {
@@ -97,8 +102,8 @@ struct DotF32 {
     return chunk;
   }
 
-  // What few rows of x multiply at once is a chunk, each vector decoded when it is wanted; kNibbleVectors of even
-  // elements and as many of odd ones in turn, for so many are looked up at once.
+  // Few rows of x multiply a chunk at a time, and each vector is decoded when it is used. Vectors of even elements and
+  // of odd ones take turns, kNibbleVectors each, because so many are looked up at once.
   static constexpr int kStepChunks = 1;
   static constexpr int kStepVectors = kVectors;
   struct Step {
@@ -146,7 +151,7 @@ struct DotF32 {
   using Step8 = Step;
   static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
 
-  // 64 elements of a dense row, times `scale`, rounded.
+  // Loads 64 elements of a dense row, times `scale`, rounded.
   template <DType kFrom>
   static Chunk dense(const void* p, float scale) {
     Chunk chunk;
@@ -157,7 +162,7 @@ struct DotF32 {
     }
     return chunk;
   }
-  // `count` of them in natural order, zeros after them.
+  // Loads `count` of them in natural order, with zeros after them.
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
     Chunk chunk;
@@ -166,7 +171,7 @@ struct DotF32 {
     return chunk;
   }
 
-  // Elements below `boundary` from a, the others from b.
+  // Takes the elements below `boundary` from a, and the others from b.
   static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
     Chunk chunk;
     for (int i = 0; i < kVectors; ++i) {
@@ -183,9 +188,9 @@ struct DotF32 {
     for (int i = 0; i < kVectors; ++i) chunk.v[i] = keep_lanes(chunk.v[i], vector_bits(bits, i));
   }
 
-  // --- A unit of the other product, dX = dY . W, lies across W's rows: here one row a unit. ---
+  // --- In dX = dY . W a unit lies across the rows of W: here it is one row. ---
 
-  static constexpr int kColumnVectors = kChunk / kLanes;  // accumulators that hold 64 columns
+  static constexpr int kColumnVectors = kChunk / kLanes;  // vectors of sums of 64 columns
   struct Columns {
     F32 v[kColumnVectors];
   };
@@ -195,7 +200,7 @@ struct DotF32 {
     return result;
   }
   static Columns columns_natural(const Chunk& row) { return columns(row); }
-  // 64 accumulators of decoded columns -> natural order.
+  // Puts the sums of 64 decoded columns in natural order.
   static void to_natural(F32 (&sums)[kColumnVectors]) {
     for (int i = 0; i < kColumnVectors; i += 2) {
       F32 a, b;
@@ -204,20 +209,20 @@ struct DotF32 {
       sums[i + 1] = b;
     }
   }
-  // Clears the accumulators whose column's bit is not set.
+  // Clears the sums whose column's bit is not set.
   static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
     return keep_lanes(sums, vector_bits(bits, vector));
   }
 
  private:
-  // What nibbles stand for, the even or the odd ones of groups g ... g+kNibbleVectors-1, in a chunk of kScales blocks.
+  // Looks up the even or the odd nibbles of groups g ... g+kNibbleVectors-1 in a chunk of kScales blocks.
   template <int kScales, class Nibbles>
   [[gnu::always_inline]] static void lookup_in_blocks(const Table16& code, const float* scales, int g, Nibbles nibbles,
                                                       F32 (&values)[kNibbleVectors]) {
     static_assert(kGroup * kNibbleVectors <= 32);
-    if constexpr (kScales == 2) {  // a lookup is in one block
+    if constexpr (kScales == 2) {  // all nibbles are in one block
       lookup_nibbles<kType>(table(code, scales[g * kGroup / 32]), nibbles, values);
-    } else {  // as many multiplications as for four tables, or fewer
+    } else {  // this multiplies as often as four tables would, or less
       static_assert(kScales == 4);
       lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, values);
       for (int i = 0; i < kNibbleVectors; ++i)
@@ -231,4 +236,4 @@ struct DotF32 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

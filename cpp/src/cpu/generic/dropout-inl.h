@@ -1,9 +1,9 @@
-// The dropout mask of common/philox.h, 64 elements of a row at a time.
+// Computes the dropout mask of common/philox.h, 64 elements of a row at a time.
 #pragma once
 
 #include "common/philox.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct Dropout {
@@ -39,4 +39,4 @@ struct Dropout {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

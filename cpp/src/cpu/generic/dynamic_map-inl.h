@@ -5,7 +5,7 @@
 
 #include "common/codebook.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // The closed form of a dynamic map's quantizer: a function of a value's size, rising, that reaches n at the midpoint
@@ -83,4 +83,4 @@ struct DynamicMapNumber {
 static_assert(DynamicMapNumber<true>().is_exact() && DynamicMapNumber<false>().is_exact());
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

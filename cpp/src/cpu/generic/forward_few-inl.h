@@ -8,7 +8,7 @@
 #include "cpu/scratch.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -30,14 +30,14 @@ struct FewRows {
       });
   }
 
-  // The low-rank part of one adapter for row n of B: `u` is [row][padded rank], in floats, zero in rows of others.
+  // What one adapter adds: U . (s*B)^T. `u` is [row][padded rank] in fp32, and zero in rows of other adapters.
   struct LowRank {
     ConstMatrix b;
     float scaling = 0.0f;
     float* u = nullptr;
     std::int64_t padded_rank = 0;
 
-    // Asks for rows n ... n+count-1 of B.
+    // Prefetches rows n ... n+count-1 of B.
     void prefetch(std::int64_t n, std::int64_t count) const {
       const std::int64_t row_bytes = b.stride * static_cast<std::int64_t>(size_of(b.dtype));
       const char* rows = static_cast<const char*>(b.data) + n * row_bytes;
@@ -53,14 +53,16 @@ struct FewRows {
     }
   };
 
-  // So many rows of W at a time share what is loaded of x; their sums, and what decodes them, should fit the registers.
+  // Rows of W that are multiplied together, so that they share what is loaded of x. Their sums, and what decodes them,
+  // should fit the registers.
   template <int kM>
   static constexpr int kRowsOf = Dot::kStepVectors <= 4 && kM * 4 <= kRegisters / 2 ? 4 : 2;
-  // Sums for each row of x and of W: two multiply-adds begin in a cycle and take four, so eight keep them busy.
+  // Sums for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight sums keep the
+  // processor busy.
   template <int kM>
   static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kStepVectors);
 
-  // Where sums in fp32 start afresh: after so many steps they are added to a total. 0: one chain is good enough.
+  // After so many steps the sums are added to a total and start afresh. 0 means that one chain is good enough.
   static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
 
   template <int kM>
@@ -78,7 +80,7 @@ struct FewRows {
           for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
         }
     }
-    // One step of x and of the rows of W. A vector of W is made for the products that need it.
+    // Multiplies one step of x and of the rows of W. A vector of W is decoded right before the products that need it.
     template <class Step>
     [[gnu::always_inline]] void multiply(std::int64_t s, const float* x, const Step (&step)[kRows]) {
       const float* units = x + s * kM * kStepUnits;
@@ -95,10 +97,10 @@ struct FewRows {
         }
       }
       if constexpr (kChainSteps != 0)
-        if ((s + 1) % kChainSteps == 0) add_up();
+        if ((s + 1) % kChainSteps == 0) end_chain();
     }
-    // Ends a chain: the parts of every sum go into its total.
-    [[gnu::always_inline]] void add_up() {
+    // Adds the parts of every sum to its total, and begins new ones.
+    [[gnu::always_inline]] void end_chain() {
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j)
 #pragma GCC unroll 8
@@ -109,9 +111,9 @@ struct FewRows {
             part[j][m][i] = zero();
           }
     }
-    // The low-rank part of rows n ... n+count-1, then the sums to out[m][j].
+    // Adds what the adapters add to rows n ... n+count-1, and writes the sums to out[m][j].
     [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
-      add_up();
+      end_chain();
       for (const LowRank& lora : loras)
         for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
 #pragma GCC unroll 8
@@ -130,11 +132,11 @@ struct FewRows {
     }
   };
 
-  static constexpr int kGroup = 16;  // rows of W whose scales are decoded, and whose results are written, together
-  // Long stretches of W for each thread: at the end of one, the rows that were asked for ahead are another thread's.
+  static constexpr int kRowsAtOnce = 16;  // rows of W whose scales are decoded, and whose results are written, together
+  // Each thread reads W in few long pieces: at the end of a piece, the rows that it prefetched are another thread's.
   static constexpr std::int64_t kTasksOfThread = 2;
 
-  // out[m][j] for kRowsOf<kM> aligned rows from n on.
+  // Computes out[m][j] for kRowsOf<kM> aligned rows from n on.
   template <int kM, class Rows>
   static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x,
                          std::span<const LowRank> loras, float* out) {
@@ -146,8 +148,8 @@ struct FewRows {
       codes[j] = w.codes_at(n + j, 0);
       scale[j] = scales + j * (w.cols() / kChunk) * Rows::kChunkScales;
     }
-    // The rows after these are next in memory, and next to be read. Into the second-level cache: asked for in the
-    // first, they cost a third more time.
+    // The rows after these are next in memory, and next to be read. They are prefetched into the second-level cache:
+    // into the first, they cost a third more time.
     const std::int64_t ahead = kRows * w.row_bytes();
     for (const LowRank& lora : loras) lora.prefetch(n + kRows, kRows);
     const std::int64_t whole = w.cols() / kStepElements<Dot>;
@@ -172,13 +174,14 @@ struct FewRows {
       }
     sums.finish(n, kRows, loras, out);
   }
-  // The same for `count` rows of any kind.
+  // Computes the same for `count` rows of any kind.
   template <int kM, class Rows>
   static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
                           float* out) {
     Sums<kM> sums;
     w.template steps<kRowsOf<kM>>(n, count, [&](std::int64_t s, const auto& step) {
-      // In registers: as far as the compiler knows x might lie where the sums do, and each had to be stored at once.
+      // The copy stays in registers. As far as the compiler knows x might lie where the sums do, so that it would store
+      // each of them at once.
       Sums<kM> copy = sums;
       copy.multiply(s, x, step);
       sums = copy;
@@ -192,27 +195,26 @@ struct FewRows {
     constexpr int kRows = kRowsOf<kM>;
     return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksOfThread) * kRows;
   }
-  // write(m, n, count, sums) for rows `begin` ... end-1 of W, kGroup of them at most.
+  // Multiplies by rows `begin` ... end-1 of W, and calls write(m, n, count, sums) for kRowsAtOnce of them at most.
   template <int kM, class Rows, class Write>
   static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const float* x,
                        std::span<const LowRank> loras, const Write& write) {
     constexpr int kRows = kRowsOf<kM>;
-    static_assert(kGroup % kRows == 0);
+    static_assert(kRowsAtOnce % kRows == 0);
     const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
-    // [tile][m][row of the tile]; the last tile is written with up to three floats too many
-    float sums[kM * kGroup + 3], of_row[kGroup] = {};
+    // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
+    float sums[kM * kRowsAtOnce + 3], of_row[kRowsAtOnce] = {};
     float* scales = nullptr;
     if constexpr (Rows::kQuantized)
-      if (w.aligned())
-        scales = reinterpret_cast<float*>(
-            scratch(Slot::thread, static_cast<std::size_t>(kGroup * row_scales) * sizeof(float)));
-    for (std::int64_t first = begin; first < end; first += kGroup) {
-      const int count = static_cast<int>(smaller<std::int64_t>(kGroup, end - first));
+      if (w.aligned()) scales = scratch_floats(Slot::thread, kRowsAtOnce * row_scales);
+    for (std::int64_t first = begin; first < end; first += kRowsAtOnce) {
+      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, end - first));
       int whole = 0;
       if constexpr (Rows::kQuantized)
         if (scales != nullptr) {
-          w.prefetch_scales(first + count, kGroup, 0, w.cols() / kChunk);
-          w.chunk_scales(first, count, 0, w.cols() / kChunk, scales, row_scales);
+          const Range chunks{0, w.cols() / kChunk};
+          w.prefetch_scales({first + count, first + count + kRowsAtOnce}, chunks);
+          w.chunk_scales({first, first + count}, chunks, scales, row_scales);
           whole = count / kRows * kRows;
           for (int j = 0; j < whole; j += kRows)
             whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, sums + j * kM);
@@ -235,7 +237,7 @@ struct FewRows {
   }
 };
 
-// X is packed beforehand; stage 0 computes U, stage 1 multiplies.
+// prepare() packs X, stage 0 computes U, and stage 1 multiplies.
 template <class Dot, class Rows>
 class ForwardFew final : public Job {
  public:
@@ -244,30 +246,30 @@ class ForwardFew final : public Job {
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
     adapted_ = adapted_rows(args.lora, part, rows_, args.weight);
-    for (const Adapted& of : adapted_)
-      loras_.push_back({lora_b(of.lora, args.weight.N), of.lora.scaling, nullptr, padded_rank()});
+    for (const Adapted& adapted : adapted_)
+      loras_.push_back({lora_b(adapted.lora, args.weight.N), adapted.lora.scaling, nullptr, padded_rank()});
     x_floats_ = Product::steps(w) * rows_ * Product::kStepUnits;
     u_floats_ = rows_ * padded_rank();
-    bytes_ = (x_floats_ * (drops() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
+    bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
   }
 
   void cut(std::int64_t threads) override {
     Product::with_rows_of_x(static_cast<int>(rows_), [&](auto kM) {
-      u_task_ = Product::template task_rows<kM>(args_.lora.rank, threads);
-      y_task_ = Product::template task_rows<kM>(w_.rows(), threads);
+      u_task_rows_ = Product::template task_rows<kM>(args_.lora.rank, threads);
+      y_task_rows_ = Product::template task_rows<kM>(w_.rows(), threads);
     });
     tasks_[0] = adapted_.empty() ? 0 : static_cast<std::int64_t>(adapted_.size()) * u_tasks();
-    tasks_[1] = ceil_div(w_.rows(), y_task_);
+    tasks_[1] = ceil_div(w_.rows(), y_task_rows_);
   }
   void prepare(std::byte* memory) override {
     const int rows = static_cast<int>(rows_);
-    x_ = dropped_ = reinterpret_cast<float*>(memory);
+    x_ = dropped_x_ = reinterpret_cast<float*>(memory);
     Product::pack(DenseRows<Dot, false>(args_.x), rows, x_);
     float* u = x_ + x_floats_;
-    if (drops()) {
-      dropped_ = u;
+    if (has_dropout()) {
+      dropped_x_ = u;
       u += x_floats_;
-      Product::pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), rows, dropped_);
+      Product::pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), rows, dropped_x_);
     }
     __builtin_memset(u, 0, loras_.size() * static_cast<std::size_t>(u_floats_) * sizeof(float));
     for (LowRank& lora : loras_) {
@@ -277,7 +279,7 @@ class ForwardFew final : public Job {
   }
   void run(int stage, std::int64_t task) override {
     Product::with_rows_of_x(static_cast<int>(rows_),
-                            [&](auto kM) { stage == 0 ? low_rank<kM>(task) : multiply<kM>(task); });
+                            [&](auto kM) { stage == 0 ? compute_u<kM>(task) : multiply<kM>(task); });
   }
 
  private:
@@ -286,33 +288,34 @@ class ForwardFew final : public Job {
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
 
   std::int64_t padded_rank() const { return ceil_div(args_.lora.rank, kLanes) * kLanes; }
-  std::int64_t u_tasks() const { return ceil_div(args_.lora.rank, u_task_); }
-  bool drops() const { return !adapted_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
+  std::int64_t u_tasks() const { return ceil_div(args_.lora.rank, u_task_rows_); }
+  bool has_dropout() const { return !adapted_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
 
-  // U of one adapter for all rows, of which those that are its own are kept.
+  // Computes the U of one adapter for all rows, and keeps the rows that are its own.
   template <int kM>
-  void low_rank(std::int64_t task) {
-    const Adapted& of = adapted_[static_cast<std::size_t>(task / u_tasks())];
+  void compute_u(std::int64_t task) {
+    const Adapted& adapted = adapted_[static_cast<std::size_t>(task / u_tasks())];
     const LowRank& lora = loras_[static_cast<std::size_t>(task / u_tasks())];
-    const std::int64_t begin = task % u_tasks() * u_task_;
-    const F32 scale = set1(dropout_scale(of.lora));
-    Product::template multiply<kM>(
-        DenseRows<Dot, false>(lora_a(of.lora, args_.x.cols)), begin, smaller(begin + u_task_, of.lora.rank), dropped_,
-        {}, [&](int m, std::int64_t first, int count, const float* sums) {
-          if (m < of.begin || m >= of.end) return;
-          for (int r = 0; r < count; r += kLanes) {
-            const int lanes = smaller(kLanes, count - r);
-            // U is rounded like any operand of a product.
-            const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
-            store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value, lanes);
-            if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
-          }
-        });
+    const std::int64_t begin = task % u_tasks() * u_task_rows_;
+    const F32 scale = set1(dropout_scale(adapted.lora));
+    Product::template multiply<kM>(DenseRows<Dot, false>(lora_a(adapted.lora, args_.x.cols)), begin,
+                                   smaller(begin + u_task_rows_, adapted.lora.rank), dropped_x_, {},
+                                   [&](int m, std::int64_t first, int count, const float* sums) {
+                                     if (m < adapted.begin || m >= adapted.end) return;
+                                     for (int r = 0; r < count; r += kLanes) {
+                                       const int lanes = smaller(kLanes, count - r);
+                                       // U is rounded like any operand of a product.
+                                       const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
+                                       store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value,
+                                                                  lanes);
+                                       if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
+                                     }
+                                   });
   }
   template <int kM>
   void multiply(std::int64_t task) {
-    const std::int64_t begin = task * y_task_;
-    Product::template multiply<kM>(w_, begin, smaller(begin + y_task_, w_.rows()), x_, loras_,
+    const std::int64_t begin = task * y_task_rows_;
+    Product::template multiply<kM>(w_, begin, smaller(begin + y_task_rows_, w_.rows()), x_, loras_,
                                    [&](int m, std::int64_t first, int count, const float* sums) {
                                      for (int j = 0; j < count; j += kLanes) {
                                        const int lanes = smaller(kLanes, count - j);
@@ -336,9 +339,9 @@ class ForwardFew final : public Job {
   std::vector<Adapted> adapted_;
   std::vector<LowRank> loras_;
   std::int64_t x_floats_, u_floats_;
-  std::int64_t u_task_ = 0, y_task_ = 0;  // rows of A, and of W, that a task takes
-  float *x_ = nullptr, *dropped_ = nullptr;
+  std::int64_t u_task_rows_ = 0, y_task_rows_ = 0;  // of A, and of W
+  float *x_ = nullptr, *dropped_x_ = nullptr;
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

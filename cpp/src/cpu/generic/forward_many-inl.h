@@ -1,4 +1,4 @@
-// linear_forward of many rows of x, through ProductNt.
+// linear_forward of many rows of x, which is a product of ProductNt.
 #pragma once
 
 #include "cpu/blocking.h"
@@ -7,7 +7,7 @@
 #include "cpu/job.h"
 #include "cpu/scratch.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies.
@@ -52,18 +52,18 @@ class ForwardMany final : public Job {
   using Product = ProductNt<Dot>;
   static constexpr std::int64_t kWidestTask = 512;  // rows of W
   static constexpr std::int64_t kStripRows = Product::kStripVectors * kLanes;
-  // Rows whose sums stay in the second-level cache, with two panels. Where tiles are wider, fewer.
+  // The sums of so many rows stay in the second-level cache, with two panels. Where tiles are wider, it holds fewer.
   static constexpr std::int64_t kMostStrips = (kTiled<Dot> ? 448 : 528) / kStripRows;
-  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // fewer rows, and decoding again would show
+  static constexpr std::int64_t kFewestStrips = 144 / kStripRows;  // with fewer rows, decoding them again would show
 
-  // The vectors of a strip that have rows of one adapter, all of them where there is one adapter. The rows of U that
-  // are packed for a piece are zero where they are another adapter's.
+  // The vectors of a strip that have rows of one adapter. Packed U has zeros in those rows of a piece that are another
+  // adapter's.
   struct Piece {
     std::size_t adapter;  // of adapted_
     std::int64_t strip;
     std::int64_t vector;  // of all vectors of rows
     int width;
-    std::int64_t before;  // vectors of the pieces before it
+    std::int64_t before;  // vectors of all pieces before it
   };
   void cut_into_pieces() {
     first_piece_.assign(static_cast<std::size_t>(strips_.count() + 1), 0);
@@ -83,105 +83,100 @@ class ForwardMany final : public Job {
   float* packed_u(const Piece& piece) const { return u_ + piece.before * u_units_ * kLanes; }
 
   void pack(std::int64_t strip) {
-    Product::pack_strip(DenseRows<Dot, false>(args_.x), strips_.first(strip) * kLanes, strips_.width(strip), 0,
-                        ceil_div(args_.x.cols, kChunk), x_ + strips_.first(strip) * units_ * kLanes);
+    Product::pack_strip(DenseRows<Dot, false>(args_.x), strips_.first(strip) * kLanes, strips_.width(strip),
+                        {0, ceil_div(args_.x.cols, kChunk)}, x_ + strips_.first(strip) * units_ * kLanes);
     for (std::size_t i = first_piece_[static_cast<std::size_t>(strip)];
          i < first_piece_[static_cast<std::size_t>(strip + 1)]; ++i)
-      low_rank(pieces_[i]);
+      compute_u(pieces_[i]);
   }
 
-  // U = drop(X) . A^T / (1-p) for one piece: to args.u, and packed as more units of x.
-  void low_rank(const Piece& piece) {
+  // Computes U = drop(X) . A^T / (1-p) for one piece, writes it to args.u and packs it as more units of x.
+  void compute_u(const Piece& piece) {
     const Adapted& adapted = adapted_[piece.adapter];
     const LoraView& lora = adapted.lora;
     const Dropout dropout = dropout_of(lora);
     const std::int64_t chunks = ceil_div(args_.x.cols, kChunk), count = adapted.end - adapted.begin;
-    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // of the adapter's rows; others are left out
+    const std::int64_t first = piece.vector * kLanes - adapted.begin;  // counts the adapter's rows; others are left out
     const int width = piece.width;
     const DenseRows<Dot, false> a(lora_a(lora, args_.x.cols));
     const DenseRows<Dot, false> x(rows_of(args_.x, adapted.begin, count), 1.0f, dropout, first_row_ + adapted.begin);
     const std::int64_t strip_row = strips_.width(piece.strip) * kLanes, piece_row = width * kLanes;
     const Matrix u = rows_of(args_.u, adapted.begin, count);
     constexpr std::int64_t kPackedFloats = Product::kWidest * kLanes * Product::kBlockUnits;
-    float* panel = reinterpret_cast<float*>(
-        scratch(Slot::thread, static_cast<std::size_t>(Product::kPanelFloats + kPackedFloats +
-                                                       Product::kWidestTile * Product::kWidest * kLanes) *
-                                  sizeof(float)));
-    float* packed = panel + Product::kPanelFloats;
-    float* sums = packed + kPackedFloats;
+    float* panel_memory = scratch_floats(
+        Slot::thread, Product::kPanelFloats + kPackedFloats + Product::kWidestTile * Product::kWidest * kLanes);
+    float* packed = panel_memory + Product::kPanelFloats;
+    const typename Product::Sums sums{packed + kPackedFloats, piece_row};
     typename Product::Tiles tiles;
-    typename Product::NoDecoder none;
+    NoDecoder none;
     for (std::int64_t r = 0; r < lora.rank; r += Product::kWidestTile) {
-      const std::int64_t ranks = smaller(Product::kWidestTile, lora.rank - r);
-      const std::int64_t tile_rows = Product::whole_tiles(ranks);
+      const Range ranks{r, smaller(r + Product::kWidestTile, lora.rank)};
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
-        const std::int64_t end = smaller(c + Product::kBlockChunks, chunks);
-        // The piece's vectors of the strip serve as they are packed, unless elements are dropped.
-        const float* block = x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
-                             (piece.vector - strips_.first(piece.strip)) * kLanes;
+        const typename Product::Panel panel{ranks, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
+        // Without dropout the piece's vectors of the packed strip are what is multiplied.
+        typename Product::Strip strip{x_ + strips_.first(piece.strip) * kLanes * units_ + c * Dot::kUnits * strip_row +
+                                          (piece.vector - strips_.first(piece.strip)) * kLanes,
+                                      width, strip_row};
         if (dropout) {
-          Product::pack_strip(x, first, width, c, end, packed);
-          block = packed;
+          Product::pack_strip(x, first, width, panel.chunks, packed);
+          strip = {packed, width, piece_row};
         }
-        Product::decode_panel(a, r, ranks, tile_rows, c, end, panel);
-        Product::strip(tiles, width, block, dropout ? piece_row : strip_row, panel, tile_rows, (end - c) * Dot::kUnits,
-                       sums, piece_row, c != 0, none);
+        decode_panel(a, panel);
+        Product::multiply_strip(tiles, strip, panel, panel.chunks.count() * Dot::kUnits, sums, c != 0, none);
       }
-      Product::write(sums, width, tile_rows, dropout_scale(lora), nullptr, u, first, r);
+      Product::write(sums, width, ranks, dropout_scale(lora), nullptr, u, first);
     }
-    Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, 0, ceil_div(lora.rank, kChunk),
+    Product::pack_strip(DenseRows<Dot, true>(readable(u)), first, width, {0, ceil_div(lora.rank, kChunk)},
                         packed_u(piece));
   }
 
   void multiply(std::int64_t task) {
-    const std::int64_t N = args_.weight.N;
     const std::int64_t first = task % grid_.row_parts * grid_.row_part;
-    const std::int64_t last = smaller(first + grid_.row_part, strips_.count());
     const std::int64_t begin = task / grid_.row_parts * grid_.column_tile;
-    const std::int64_t end = smaller(begin + grid_.column_tile, N);
-    const std::int64_t vectors = strips_.first(last) - strips_.first(first);
-    float* panels = reinterpret_cast<float*>(scratch(
-        Slot::thread,
-        static_cast<std::size_t>(2 * Product::kPanelFloats + vectors * kLanes * Product::kWidestTile) * sizeof(float)));
+    const typename Product::Packed x{x_, units_, strips_, {first, smaller(first + grid_.row_part, strips_.count())}};
+    float* panels =
+        scratch_floats(Slot::thread, 2 * Product::kPanelFloats + x.vectors() * kLanes * Product::kWidestTile);
     float* sums = panels + 2 * Product::kPanelFloats;
-    const typename Product::Packed x{x_, units_, strips_, first, last};
     typename Product::Tiles tiles;
-    Product::multiply(tiles, w_, begin, end, x, panels, sums,
-                      [&](std::int64_t n, std::int64_t tile_rows, float* panel) {
-                        add_low_rank(tiles, x, n, smaller(tile_rows, end - n), tile_rows, panel, sums);
-                        for (std::int64_t s = first; s < last; ++s)
-                          Product::write(sums + x.sums(s, tile_rows), strips_.width(s), tile_rows, 1.0f, args_.bias,
-                                         args_.y, strips_.first(s) * kLanes, n);
+    Product::multiply(tiles, w_, {begin, smaller(begin + grid_.column_tile, args_.weight.N)}, x, panels, sums,
+                      [&](Range rows, float* panel_memory) {
+                        add_low_rank(tiles, x, rows, panel_memory, sums);
+                        for (std::int64_t s = x.range.begin; s < x.range.end; ++s)
+                          Product::write(x.sums(s, sums, rows), strips_.width(s), rows, 1.0f, args_.bias, args_.y,
+                                         strips_.first(s) * kLanes);
                       });
   }
 
-  // Adds U . (s*B)^T to the sums of `count` rows of W from n on.
-  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, std::int64_t n,
-                    std::int64_t count, std::int64_t tile_rows, float* panel, float* sums) {
-    typename Product::NoDecoder none;
+  // Adds U . (s*B)^T to the sums of these rows of W.
+  void add_low_rank(typename Product::Tiles& tiles, const typename Product::Packed& x, Range rows, float* panel_memory,
+                    float* sums) {
+    NoDecoder none;
     const std::int64_t chunks = ceil_div(args_.lora.rank, kChunk);
-    const std::size_t end = first_piece_[static_cast<std::size_t>(x.last)];
-    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.first)], next; i < end; i = next) {
+    const std::size_t end = first_piece_[static_cast<std::size_t>(x.range.end)];
+    for (std::size_t i = first_piece_[static_cast<std::size_t>(x.range.begin)], next; i < end; i = next) {
       for (next = i + 1; next < end && pieces_[next].adapter == pieces_[i].adapter;) ++next;
       const LoraView& lora = adapted_[pieces_[i].adapter].lora;
       const DenseRows<Dot, true> b(lora_b(lora, args_.weight.N), lora.scaling);
       // Another adapter's rows are far off, where no processor expects them.
-      if (next < end) prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), n, count));
+      if (next < end)
+        prefetch(rows_of(lora_b(adapted_[pieces_[next].adapter].lora, args_.weight.N), rows.begin, rows.count()));
       for (std::int64_t c = 0; c < chunks; c += Product::kBlockChunks) {
+        const typename Product::Panel panel{rows, {c, smaller(c + Product::kBlockChunks, chunks)}, panel_memory};
         const std::int64_t unit = c * Dot::kUnits, units = smaller(Product::kBlockUnits, u_units_ - unit);
-        Product::decode_panel(b, n, count, tile_rows, c, smaller(c + Product::kBlockChunks, chunks), panel);
-        for (std::size_t of = i; of < next; ++of) {
-          const Piece& piece = pieces_[of];
-          const std::int64_t into_strip = (piece.vector - strips_.first(piece.strip)) * kLanes;
-          const std::int64_t u_row = piece.width * kLanes, sums_row = strips_.width(piece.strip) * kLanes;
-          Product::strip(tiles, piece.width, packed_u(piece) + unit * u_row, u_row, panel, tile_rows, units,
-                         sums + x.sums(piece.strip, tile_rows) + into_strip, sums_row, true, none);
+        decode_panel(b, panel);
+        for (std::size_t p = i; p < next; ++p) {
+          const Piece& piece = pieces_[p];
+          const std::int64_t u_row = piece.width * kLanes;
+          typename Product::Sums into = x.sums(piece.strip, sums, rows);
+          into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;
+          Product::multiply_strip(tiles, {packed_u(piece) + unit * u_row, piece.width, u_row}, panel, units, into, true,
+                                  none);
         }
       }
     }
   }
 
-  // Asks for a contiguous matrix.
+  // Prefetches a contiguous matrix.
   static void prefetch(const ConstMatrix& m) {
     const auto* bytes = static_cast<const char*>(m.data);
     const std::int64_t count = m.rows * m.stride * static_cast<std::int64_t>(size_of(m.dtype));
@@ -203,4 +198,4 @@ class ForwardMany final : public Job {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// The products of linear.h for activations of one dtype, each by the way that way.h chooses.
+// The products of linear.h for activations of one dtype. Each goes the way that way.h chooses.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,7 @@
 #include "cpu/linear.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -33,7 +33,7 @@ struct Linear {
   }
 
  private:
-  using Element = DotF32<Dot::kActivation>;  // what panels decode: one element after the other, rounded
+  using Element = DotF32<Dot::kActivation>;  // panels hold elements in their order, rounded
 
   static Way choose(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                     const WeightRows& part, DType dtype) {
@@ -49,4 +49,4 @@ constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input
                                lora_gradient_b<Dot>};
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// linear.h's products of bfloat16 by tiles. To be included after a DotBf16 and a class Tiles.
+// The products of linear.h in bfloat16 by tiles. A backend.cpp includes this file after a DotBf16 and a class Tiles.
 #pragma once
 
 #include "cpu/generic/backend_bf16-inl.h"
@@ -8,18 +8,18 @@
 #include "cpu/isa.h"
 #include "cpu/way.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotTiles : DotBf16 {
-  using Tiles = qlora_native::Tiles;
-  // Elements of the inner dimension that are decoded at once. Of a block of 2 x 2 tiles, A and B are 32 KB each: one of
-  // them stays in a first-level cache of 48 KB while the other one passes.
+  using Tiles = QLN_ISA::Tiles;
+  // Elements of the inner dimension that are decoded at once. A and B of a block of 2 x 2 tiles are then 32 KB each, so
+  // that one of them stays in a first-level cache of 48 KB while the other one passes.
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, and does all else as another one. kOtherWays: that one multiplies
-// bfloat16 too, wherever way.h does not choose tiles; else tiles multiply any number of rows.
+// A backend that multiplies bfloat16 by tiles, and does all else as another backend does. With kOtherWays that one
+// multiplies bfloat16 too where way.h does not choose tiles; without, tiles multiply any number of rows.
 template <const CpuBackend& (*kOthers)(), bool kOtherWays>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
@@ -38,7 +38,7 @@ struct TiledBackend {
   static CpuBackend backend() { return with_bf16_products<kProducts, kOthers>(); }
 
  private:
-  // The other backend chooses among the ways that are left, and prints which it takes.
+  // Where this says no, the other backend chooses among the ways that are left, and prints its choice.
   static bool takes_tiles(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
                           const WeightRows& part, DType dtype) {
     const WayProblem problem = way_problem(product, weight, lora, part, dtype, true);
@@ -49,4 +49,4 @@ struct TiledBackend {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// The adapter's matrices and its dropout, and rows of matrices, as the products take them.
+// The matrices of an adapter, its dropout, and rows of matrices, in the form that the products take.
 #pragma once
 
 #include <vector>
@@ -7,10 +7,10 @@
 #include "cpu/linear.h"
 #include "qlora_native/linear.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// The adapter's dropped-out input: mask o x. The factor 1/(1-p) is applied to the sums.
+// The mask of the adapter's input. The factor 1/(1-p) is applied to the sums.
 inline Dropout dropout_of(const LoraView& lora) {
   if (lora.dropout == 0.0f) return {};
   return {dropout_threshold(lora.dropout), dropout_seed(lora.seed, lora.device_seed)};
@@ -40,29 +40,29 @@ inline void* elements_at(void* data, DType dtype, std::int64_t elements) {
   return const_cast<void*>(elements_at(static_cast<const void*>(data), dtype, elements));
 }
 
-// One adapter and the rows that it is for, counted from a job's first row.
+// One adapter and the rows that it is for, which are counted from a job's first row.
 struct Adapted {
   LoraView lora;
   std::int64_t begin, end;
 };
-// Those of `rows` rows from part.begin on. `all`: the adapters of the call.
+// The adapters of `rows` rows from part.begin on. `all` are the adapters of the call.
 inline std::vector<Adapted> adapted_rows(const LoraView& all, const WeightRows& part, std::int64_t rows,
                                          const QuantizedWeightView& weight) {
   std::vector<Adapted> adapted;
-  for (const AdapterRows& of : part.adapters) {
-    const std::int64_t begin = larger(of.begin, part.begin) - part.begin;
-    const std::int64_t end = smaller(of.end, part.begin + rows) - part.begin;
+  for (const AdapterRows& adapter : part.adapters) {
+    const std::int64_t begin = larger(adapter.begin, part.begin) - part.begin;
+    const std::int64_t end = smaller(adapter.end, part.begin + rows) - part.begin;
     if (begin >= end) continue;
     LoraView lora = all;
     lora.count = 1;
-    lora.a = elements_at(all.a, all.dtype, of.adapter * all.rank * weight.K);
-    lora.b = elements_at(all.b, all.dtype, of.adapter * all.rank * weight.N);
+    lora.a = elements_at(all.a, all.dtype, adapter.adapter * all.rank * weight.K);
+    lora.b = elements_at(all.b, all.dtype, adapter.adapter * all.rank * weight.N);
     adapted.push_back({lora, begin, end});
   }
   return adapted;
 }
 
-// The arguments of `rows` rows from part.begin on, but for the adapters.
+// The arguments of a call for `rows` rows from part.begin on, with the adapters left as they are.
 inline LinearForwardArgs args_of(LinearForwardArgs args, const WeightRows& part, std::int64_t rows) {
   args.x = rows_of(args.x, part.begin, rows);
   args.y = rows_of(args.y, part.begin, rows);
@@ -78,4 +78,4 @@ inline LinearBackwardInputArgs args_of(LinearBackwardInputArgs args, const Weigh
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// A job over the rows of a quantized weight.
+// Makes a job over the rows of a quantized weight.
 #pragma once
 
 #include <memory>
@@ -6,10 +6,10 @@
 #include "cpu/generic/rows-inl.h"
 #include "cpu/linear.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// A job of the class template kJob, over the rows of the part's weight as ForRows takes them.
+// Makes a job of the class template kJob, over the rows of the part's weight in the order of the Dot ForRows.
 template <class ForRows, template <class, class> class kJob, class Dot, class Args>
 std::unique_ptr<Job> make_job(const Args& args, const WeightRows& part) {
   return with_rows<ForRows>(args.weight, part.weight, [&](const auto& rows) -> std::unique_ptr<Job> {
@@ -18,4 +18,4 @@ std::unique_ptr<Job> make_job(const Args& args, const WeightRows& part) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,6 +1,7 @@
-// optimizer_8bit_step: a block of 256 at a time. Its gradients and parameters are read as fp32, all moments decoded and
-// updated into a buffer that stays in the first cache, and encoded again when the block's largest are known. What
-// happens to an element between decoding and encoding is the rule's (common/optimizer.h).
+// optimizer_8bit_step, a block of 256 elements at a time. The gradients and parameters of a block are read as fp32. All
+// its moments are decoded, updated into a buffer that stays in the first-level cache, and encoded again when the
+// largest of each are known. What happens to an element between decoding and encoding is up to the rule
+// (common/optimizer.h).
 #pragma once
 
 #include <array>
@@ -11,20 +12,20 @@
 #include "cpu/generic/rows-inl.h"
 #include "cpu/optimizer_step.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kOptimizerBlock = kOptimizer8bitBlocksize;
 
-// The code of the nearest level of a dynamic map by its closed form (dynamic_map-inl.h).
+// Finds the code of the nearest level of a dynamic map by its closed form (dynamic_map-inl.h).
 template <bool kSigned>
 class Encoder {
  public:
   static constexpr DynamicMapNumber<kSigned> kNumber{};
 
-  // The number of the level in fixed point, 16 bits of it below the point, and kUncertain more: where those 16 bits are
-  // below kEdge the level may be the one before. `scaled`: the value in [-1, 1], or [0, 1], or a rounding error beyond,
-  // times kScale.
+  // Returns the number of the level, plus kUncertain, in fixed point with 16 bits below the point. Where these 16 bits
+  // are below kEdge the level may be the one before. `scaled` is kScale times the value, which is in [-1, 1], or [0,
+  // 1], or a rounding error beyond.
   F32 number(F32 scaled) const {
     const F32 size = kSigned ? max_abs(scaled, set1(kNumber.kSmallest)) : max(scaled, set1(kNumber.kSmallest));
     const I32 item = shift_right<24>(as_i32(size));
@@ -35,7 +36,7 @@ class Encoder {
   static constexpr float kFixed = 0x1p16f;
   static constexpr int kEdge = static_cast<int>(2.0f * kNumber.kUncertain * kFixed);
 
-  // `scaled`: the values as above, for their signs.
+  // `scaled` are the values as above; their signs are what is used.
   void store_nearest(const I32 (&number)[kTableVectors], const F32 (&scaled)[kTableVectors],
                      std::uint8_t* codes) const {
     if constexpr (kSigned)
@@ -43,9 +44,9 @@ class Encoder {
     else
       store_high_halves(codes, number);
   }
-  // By comparison with the midpoint, exactly. `t`: the values.
+  // Compares the values `t` with a midpoint, which is exact.
   void store_exact(const F32 (&number)[kTableVectors], const F32 (&t)[kTableVectors], std::uint8_t* codes) const {
-    I32 code[kTableVectors];  // or one less: half a level nearer to the first code than t is
+    I32 code[kTableVectors];  // of what is half a level nearer to the first code than t is: the code of t, or one less
     for (int k = 0; k < kTableVectors; ++k) {
       F32 position = add(mul(number[k], set1(1.0f / kFixed)), set1(-0.5f));
       if constexpr (kSigned) position = max(add(with_sign_of(position, t[k]), set1(127.0f)), zero());
@@ -91,7 +92,7 @@ struct MomentTables {
   }
 };
 
-// f(k) for each moment of a rule; k is a constant.
+// Calls f(k) for each moment of a rule; k is a constant.
 template <class Rule, class F>
 inline void each_moment(const F& f) {
   [&]<int... k>(std::integer_sequence<int, k...>) {
@@ -99,7 +100,7 @@ inline void each_moment(const F& f) {
   }(std::make_integer_sequence<int, Rule::kMoments>());
 }
 
-// What a rule computes with where values are vectors.
+// The operations of a rule on vectors.
 struct VectorMath {
   using Value = F32;
   static F32 root(F32 x) { return square_root(x); }
@@ -186,7 +187,7 @@ void update_8bit(const MomentTables& tables, const StepCoefficients& coefficient
   }
 }
 
-// The same for fp32 state.
+// Updates a block whose state is fp32.
 template <class Rule>
 void update_32bit(const StepCoefficients& coefficients, const float* grad, float* param,
                   float* const (&state)[Rule::kMoments]) {
@@ -200,14 +201,14 @@ void update_32bit(const StepCoefficients& coefficients, const float* grad, float
   }
 }
 
-// The element type as it lies in memory.
+// The type of an element in memory.
 template <DType kType>
 using Element = std::conditional_t<kType == DType::f32, float, std::uint16_t>;
 
 static_assert(kDynamicMap[zero_code(0)] == 0.0f && kUnsignedDynamicMap[zero_code(1)] == 0.0f);
 
-// `count` <= 256 elements as a whole block. In place where it is one already, else a copy with zeros past the end,
-// which change nothing: neither the block's largest moments nor another element's code. `zero`: the bytes of a zero.
+// Shows `count` <= 256 elements as a whole block: in place where it is one already, else as a copy with zeros past the
+// end, which change neither the block's largest moments nor another element's code. `zero` has the bytes of a zero.
 template <class T>
 class Block {
  public:
@@ -229,7 +230,7 @@ class Block {
   alignas(64) T copy_[kOptimizerBlock];
 };
 
-// The same as fp32.
+// Shows them as fp32.
 template <DType kType>
 class BlockF32 {
  public:
@@ -271,7 +272,7 @@ auto states_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64
   }(std::make_integer_sequence<int, Rule::kMoments>());
 }
 
-// Called through a pointer: one copy serves every pair of dtypes.
+// It is called through a pointer, so that one copy is enough for every pair of dtypes.
 template <class Rule>
 void update_block(const MomentTables& tables, const StepCoefficients& coefficients, const float* grad, float* param,
                   const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t count) {
@@ -331,4 +332,4 @@ inline void optimizer_step(const Optimizer8bitArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -4,7 +4,7 @@
 //   Y[M, n ... ]  = [ X | U ] . [ W | s*B ]^T     a panel is rows n ... of W, and of s*B beside them
 //   dX[M, k ... ] = [ dY | V ] . [ W ; A ]        a panel is columns k ... of W, and of A below them
 //
-// The adapter is in the same sums; for it, rows of the left operand are copied beside their U or V.
+// The sums have the adapter's part too: rows of the left operand are copied so that their U or V lies beside them.
 #pragma once
 
 #include "cpu/generic/lora-inl.h"
@@ -14,7 +14,7 @@
 #include "cpu/way.h"
 #include "hooks.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class Dot>
@@ -32,23 +32,23 @@ struct Panels {
       const std::int64_t rows = smaller(buffers.rows, args.x.rows - m);
       ConstMatrix left = rows_of(args.x, m, rows);
       if (lora.rank > 0) {
-        const Matrix both = buffers.copy_of(left, inner);
+        const Matrix joined = buffers.copy_of(left, inner);
         const DenseRows<Element, false> a(lora_a(lora, K));
         for (std::int64_t r = 0; r < lora.rank; r += buffers.cols) {  // U = X . A^T
           const std::int64_t count = smaller(buffers.cols, lora.rank - r);
           const Matrix panel{buffers.panel, kType, count, K, K};
-          put_rows(a, r, 0, panel);
-          multiply(left, panel, true, nullptr, columns_of(both, K + r, count));
+          decode_rows(a, r, 0, panel);
+          multiply(left, panel, true, nullptr, columns_of(joined, K + r, count));
         }
-        if (args.u.data != nullptr) copy_rows(columns_of(both, K, lora.rank), rows_of(args.u, m, rows));
-        left = readable(both);
+        if (args.u.data != nullptr) copy_rows(columns_of(joined, K, lora.rank), rows_of(args.u, m, rows));
+        left = readable(joined);
       }
       const DenseRows<Element, false> b(lora_b(lora, N), lora.scaling);
       for (std::int64_t n = 0; n < N; n += buffers.cols) {
         const std::int64_t count = smaller(buffers.cols, N - n);
         const Matrix panel{buffers.panel, kType, count, inner, inner};
-        put_rows(w, n, 0, columns_of(panel, 0, K));
-        put_rows(b, n, 0, columns_of(panel, K, lora.rank));
+        decode_rows(w, n, 0, columns_of(panel, 0, K));
+        decode_rows(b, n, 0, columns_of(panel, K, lora.rank));
         const char* bias = args.bias == nullptr ? nullptr : static_cast<const char*>(args.bias) + n * kSize;
         multiply(left, panel, true, bias, columns_of(rows_of(args.y, m, rows), n, count));
       }
@@ -64,31 +64,31 @@ struct Panels {
       const std::int64_t rows = smaller(buffers.rows, args.dy.rows - m);
       ConstMatrix left = rows_of(args.dy, m, rows);
       if (lora.rank > 0) {
-        const Matrix both = buffers.copy_of(left, inner);
+        const Matrix joined = buffers.copy_of(left, inner);
         const DenseRows<Element, false> b(lora_b(lora, N), lora.scaling);
         for (std::int64_t r = 0; r < lora.rank; r += buffers.cols) {  // V = dY . s*B
           const std::int64_t count = smaller(buffers.cols, lora.rank - r);
           const Matrix panel{buffers.panel, kType, N, count, count};
-          put_rows(b, 0, r, panel);
-          multiply(left, panel, false, nullptr, columns_of(both, N + r, count));
+          decode_rows(b, 0, r, panel);
+          multiply(left, panel, false, nullptr, columns_of(joined, N + r, count));
         }
-        if (args.v.data != nullptr) copy_rows(columns_of(both, N, lora.rank), rows_of(args.v, m, rows));
-        left = readable(both);
+        if (args.v.data != nullptr) copy_rows(columns_of(joined, N, lora.rank), rows_of(args.v, m, rows));
+        left = readable(joined);
       }
       if (args.dx.data == nullptr) continue;
       const DenseRows<Element, false> a(lora_a(lora, K));
       for (std::int64_t k = 0; k < K; k += buffers.cols) {
         const std::int64_t count = smaller(buffers.cols, K - k);
         const Matrix panel{buffers.panel, kType, inner, count, count};
-        put_rows(w, 0, k, rows_of(panel, 0, N));
-        put_rows(a, 0, k, rows_of(panel, N, lora.rank));
+        decode_rows(w, 0, k, rows_of(panel, 0, N));
+        decode_rows(a, 0, k, rows_of(panel, N, lora.rank));
         multiply(left, panel, false, nullptr, columns_of(rows_of(args.dx, m, rows), k, count));
       }
     }
   }
 
  private:
-  // A panel, and with an adapter a copy of as many rows of the left operand as kCopiedBytes hold.
+  // Memory of a panel, and with an adapter of a copy of as many rows of the left operand as kCopiedBytes hold.
   struct Buffers {
     Buffers(std::int64_t all_cols, std::int64_t inner, std::int64_t all_rows, std::int64_t rank)
         : cols(smaller(panel_columns(inner, kType), ceil_div(all_cols, kChunk) * kChunk)), rows(all_rows) {
@@ -101,9 +101,9 @@ struct Panels {
     }
     // `left`, in rows of `inner` elements.
     Matrix copy_of(ConstMatrix left, std::int64_t inner) const {
-      const Matrix both{copy, kType, left.rows, inner, inner};
-      copy_rows(columns_of(left, 0, left.cols), columns_of(both, 0, left.cols));
-      return both;
+      const Matrix joined{copy, kType, left.rows, inner, inner};
+      copy_rows(columns_of(left, 0, left.cols), columns_of(joined, 0, left.cols));
+      return joined;
     }
     std::int64_t cols, rows;
     char *panel, *copy;
@@ -117,18 +117,19 @@ struct Panels {
     return m;
   }
 
-  // The elements of `from` from row n and column k on, a multiple of kChunk, as many as `to` has.
+  // Decodes to.rows x to.cols elements, from row n and column k of `from` on; k is a multiple of kChunk.
   template <class Rows>
-  static void put_rows(const Rows& from, std::int64_t n, std::int64_t k, Matrix to) {
+  static void decode_rows(const Rows& from, std::int64_t n, std::int64_t k, Matrix to) {
     if (to.cols == 0) return;
-    constexpr std::int64_t kRows = 16;  // of a task
-    const std::int64_t c0 = k / kChunk, c1 = c0 + ceil_div(to.cols, kChunk);
+    constexpr std::int64_t kRows = 16;  // that a task decodes
+    const std::int64_t first = k / kChunk;
+    const Range chunks{first, first + ceil_div(to.cols, kChunk)};
     parallel_for(ceil_div(to.rows, kRows), [&](std::int64_t task) {
       const std::int64_t end = smaller((task + 1) * kRows, to.rows);
       for (std::int64_t row = task * kRows; row < end; ++row) {
         char* out = static_cast<char*>(to.data) + row * to.stride * kSize;
-        from.template chunks<1>(n + row, 1, c0, c1, [&](std::int64_t c, const typename Element::Chunk(&chunk)[1]) {
-          const std::int64_t at = (c - c0) * kChunk;
+        from.template chunks<1>(n + row, 1, chunks, [&](std::int64_t c, const typename Element::Chunk(&chunk)[1]) {
+          const std::int64_t at = (c - first) * kChunk;
           store_chunk<kType>(chunk[0], out + at * kSize, smaller<std::int64_t>(kChunk, to.cols - at));
         });
       }
@@ -149,7 +150,7 @@ struct Panels {
   }
 };
 
-// A product by panels. Its rows have one adapter or none.
+// A product by panels, of rows that have one adapter or none.
 template <class Dot, class Rows, class Args>
 class PanelsJob final : public Job {
  public:
@@ -182,4 +183,4 @@ template <class Dot, class Rows>
 using BackwardInputPanels = PanelsJob<Dot, Rows, LinearBackwardInputArgs>;
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -9,10 +9,10 @@
 #include "qlora_native/quantize.h"
 #include "qlora_native/runtime.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
-// How many of 15 ascending limits (and a 16th, infinite) lie below t: four steps of bisection.
+// Counts by four steps of bisection how many of 15 ascending limits (and a 16th, infinite) lie below t.
 inline I32 count_below(Table16 limits, F32 t) {
   I32 position = set1_i32(0);
   for (int step = 8; step > 0; step /= 2)
@@ -20,7 +20,8 @@ inline I32 count_below(Table16 limits, F32 t) {
   return position;
 }
 
-// Two ways to the nearest level's place: how many of a codebook's 15 midpoints lie below t, |t| <= 1.
+// The place of the nearest level is the number of a codebook's 15 midpoints that lie below t, where |t| <= 1. Two
+// classes find it.
 
 class Bisection {
  public:
@@ -36,7 +37,7 @@ class Bisection {
   Table16 midpoints_;
 };
 
-// One comparison, where no two midpoints share one of CodebookBuckets.
+// Compares once. No two midpoints may share one of CodebookBuckets.
 class Buckets : CodebookBuckets {
  public:
   explicit Buckets(const SortedCodebook& codebook) {
@@ -70,7 +71,7 @@ class Buckets : CodebookBuckets {
   Table32 midpoint_, below_;
 };
 
-// Codes as the bits of floats, so that one kind of table serves.
+// A table of codes, which are stored as the bits of floats, so that one kind of table is enough.
 inline Table16 order_table(const SortedCodebook& codebook) {
   float order[16];
   for (int i = 0; i < 16; ++i) {
@@ -80,7 +81,7 @@ inline Table16 order_table(const SortedCodebook& codebook) {
   return table16(order);
 }
 
-// What quantize_block makes of 2 * kLanes neighbours, scaled to [-1, 1].
+// Encodes 2 * kLanes neighbours, which are scaled to [-1, 1].
 template <class Search>
 struct Encode4 {
   static constexpr int kBits = 4;
@@ -104,7 +105,8 @@ struct Encode8 {
 constexpr std::uint32_t kAbsMask = 0x7FFFFFFF;
 constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
 
-// One block, `blocksize` elements from p. Returns its absmax; writes codes unless an element is NaN or infinite.
+// Quantizes one block, `blocksize` elements from p on. Returns its absmax, and writes codes unless an element is NaN or
+// infinite.
 template <DType kType, class Encode>
 inline float quantize_block(const char* p, int blocksize, const Encode& encode, std::uint8_t* codes) {
   constexpr int kGroup = 2 * kLanes;
@@ -216,7 +218,7 @@ struct MapMidpoints {
   }
 };
 
-// In tasks of fixed size, so that the mean does not depend on the threads.
+// Tasks have a fixed size, so that the mean does not depend on the threads.
 inline float mean(const float* values, std::int64_t count) {
   constexpr std::int64_t kTaskValues = 4096;
   const std::int64_t tasks = ceil_div(count, kTaskValues);
@@ -261,23 +263,23 @@ inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
   });
 }
 
-constexpr int kAheadBytes = 4096;  // of codes, asked for early while a weight is read once
+constexpr int kAheadBytes = 4096;  // codes so far ahead are prefetched while a weight is read once
 
-// Chunks first ... last-1 of row n, to `out`, where the row begins.
+// Decodes some chunks of row n. `out` is where the row begins.
 template <DType kType, bool kStream, class Rows>
-inline void decode_chunks(const Rows& rows, std::int64_t n, std::int64_t first, std::int64_t last, char* out) {
+inline void decode_chunks(const Rows& rows, std::int64_t n, Range chunks, char* out) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
   const auto store = [&](std::int64_t c, const typename DotF32<kType>::Chunk(&chunk)[1]) {
     store_chunk<kType, kStream>(chunk[0], out + c * kChunk * kSize,
                                 smaller<std::int64_t>(kChunk, rows.cols() - c * kChunk));
   };
-  rows.template chunks<1, kAheadBytes>(n, 1, first, last, store);
+  rows.template chunks<1, kAheadBytes>(n, 1, chunks, store);
   if (kStream) end_stream();
 }
 
 template <DType kType, bool kStream>
 inline void dequantize_as(const DequantizeArgs& args) {
-  // Long stretches: in a sixteenth of these a large weight took 7 to 37 % longer.
+  // Tasks are long: with a sixteenth of these a large weight took 7 to 37 % longer.
   constexpr std::int64_t kFewestChunks = 1 << 10, kMostChunks = 1 << 14;
   QuantizedWeightView flat = args.weight;  // rows do not matter here
   flat.K = args.weight.elements();
@@ -287,13 +289,15 @@ inline void dequantize_as(const DequantizeArgs& args) {
   const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
   with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
     parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
-      const std::int64_t first = task * task_chunks, last = smaller(first + task_chunks, chunks);
-      decode_chunks<kType, kStream>(rows, 0, first, last, static_cast<char*>(args.out));
+      const std::int64_t first = task * task_chunks;
+      decode_chunks<kType, kStream>(rows, 0, {first, smaller(first + task_chunks, chunks)},
+                                    static_cast<char*>(args.out));
     });
   });
 }
 
-// The rows that are asked for. They lie anywhere in the weight, and the next product reads the result.
+// Decodes the rows that are asked for. They lie anywhere in the weight, and the next product reads the result, so no
+// store goes past the caches.
 template <DType kType>
 inline void dequantize_rows_as(const DequantizeArgs& args) {
   constexpr std::int64_t kTaskElements = 1 << 14;  // as many as take some microseconds
@@ -307,7 +311,7 @@ inline void dequantize_rows_as(const DequantizeArgs& args) {
       const std::int64_t end = smaller((task + 1) * task_rows, args.row_count);
       for (std::int64_t i = task * task_rows; i < end; ++i) {
         char* const out = static_cast<char*>(args.out) + i * row_bytes;
-        decode_chunks<kType, false>(rows, args.rows[i], 0, ceil_div(all.K, kChunk), out);
+        decode_chunks<kType, false>(rows, args.rows[i], {0, ceil_div(all.K, kChunk)}, out);
       }
     });
   });
@@ -328,4 +332,4 @@ inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

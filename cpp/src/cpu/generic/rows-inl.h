@@ -1,15 +1,16 @@
-// Where the rows of an inner product come from: a quantized weight or a dense matrix. Both hand out chunks of 64
-// elements in the order of the Dot (dot_f32-inl.h), zeros past the end of the row.
+// The rows of an inner product come from a quantized weight or from a dense matrix. Both hand out chunks of 64 elements
+// in the order of the Dot (dot_f32-inl.h), with zeros past the end of a row.
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "common/layout.h"
 #include "cpu/generic/dot_f32-inl.h"
 #include "cpu/generic/dropout-inl.h"
 #include "cpu/generic/scales-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 template <class T>
@@ -20,6 +21,12 @@ template <class T>
 constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
+
+// The numbers begin ... end-1.
+struct Range {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t count() const { return end - begin; }
+};
 
 // Calls f with the element type as a compile-time constant.
 template <class F>
@@ -34,6 +41,14 @@ inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+// Calls f with n, which is 1 ... kMost, as a compile-time constant.
+template <int kMost, class F>
+inline void with_constant(int n, F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((n == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+  }(std::make_integer_sequence<int, kMost>());
+}
+
 template <DType kType, bool kStream>
 [[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
   using Dot = DotF32<kType>;
@@ -41,7 +56,7 @@ template <DType kType, bool kStream>
     store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
                                 chunk.v[2 * g + 1]);
 }
-// `count` elements of a chunk to consecutive ones at `out`. kStream: past the caches, where all 64 of them are stored.
+// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
 template <DType kType, bool kStream = false>
 [[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
                                                std::int64_t count) {
@@ -52,7 +67,7 @@ template <DType kType, bool kStream = false>
   __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
 }
 
-// What a product with few rows of x decodes at once.
+// Elements that a product with few rows of x decodes at once.
 template <class Dot>
 constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
 
@@ -61,7 +76,7 @@ template <class Dot, int kRows, class Rows, class Sink>
 inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
   const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
   typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
-  rows.template chunks<kRows>(n, count, 0, chunks, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
     const std::int64_t place = c % Dot::kStepChunks;
     for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
     if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
@@ -74,8 +89,8 @@ inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& 
   });
 }
 
-// kScales: how many scales a chunk has. It has one where blocks are as large or larger; of 4-bit codes in smaller ones
-// it has one for each block.
+// A chunk has kScales scales: one where blocks are as large as it or larger; in smaller ones, which only 4-bit codes
+// have, one for each block.
 template <class Dot, int kBits, int kScales = 1>
 class QuantizedRows {
  public:
@@ -95,13 +110,13 @@ class QuantizedRows {
   std::int64_t rows() const { return w_.N; }
   std::int64_t cols() const { return w_.K; }
 
-  // Calls sink(c, chunks) for c0 <= c < c1, chunks[i] being chunk c of row n + i; rows from `count` on are zero.
-  // kAhead: asks for the codes so many bytes further on.
+  // Calls sink(c, chunk) for every c of `chunks`. chunk[i] is chunk c of row n + i, and zero from row n + count on. The
+  // codes kAhead bytes further on are prefetched.
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     float scales[kRows][kMostScales];
-    for (std::int64_t begin = c0; begin < c1; begin += kSegment) {
-      const std::int64_t end = smaller(begin + kSegment, c1);
+    for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kSegment) {
+      const std::int64_t end = smaller(begin + kSegment, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
       if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink);
@@ -130,43 +145,40 @@ class QuantizedRows {
 
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
-  // Every chunk is whole, has kScales scales and begins in a high nibble.
+  // Whether every chunk is whole, has kScales scales and begins in a high nibble.
   bool aligned() const { return aligned_ && w_.K % kChunk == 0; }
-  // The scales of the chunks c0 ... c1-1 of `rows` rows from n on, which `out` has `stride` floats apart.
-  void chunk_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1, float* out,
-                    std::int64_t stride) const {
+  // The scales of some chunks of some rows. `out` has the rows `stride` floats apart.
+  void chunk_scales(Range rows, Range chunks, float* out, std::int64_t stride) const {
     const int shift = shift_ - __builtin_ctz(kScaleElements);  // scales that are handed out -> blocks
     const std::int64_t per_row = w_.K / kChunk * kScales;
-    std::int64_t count = (c1 - c0) * kScales;
-    if (count == per_row && stride == count) {  // one long row
-      count *= rows;
-      rows = 1;
-    }
-    if (shift == 0)
-      return scales_.decode_rows((first_row_ + n) * per_row + c0 * kScales, per_row, rows, count, out, stride);
-    for (std::int64_t row = 0; row < rows; ++row, out += stride) {
-      const std::int64_t first = (first_row_ + n + row) * per_row + c0 * kScales, first_block = first >> shift;
-      scales_.decode(first_block, ((first + count - 1) >> shift) + 1 - first_block, out);
+    const std::int64_t first = (first_row_ + rows.begin) * per_row + chunks.begin * kScales;
+    BlocksOfRows blocks{first, chunks.count() * kScales, rows.count(), per_row};
+    if (blocks.count == per_row && stride == per_row)  // one long row
+      blocks = {first, blocks.count * blocks.rows, 1, 0};
+    if (shift == 0) return scales_.decode(blocks, out, stride);
+    for (std::int64_t row = 0; row < blocks.rows; ++row, out += stride) {
+      const std::int64_t of_row = first + row * per_row, first_block = of_row >> shift;
+      scales_.decode(first_block, ((of_row + blocks.count - 1) >> shift) + 1 - first_block, out);
       // From the last on: no scale is overwritten before it is read.
-      for (std::int64_t i = count; i-- > 0;) out[i] = out[((first + i) >> shift) - first_block];
+      for (std::int64_t i = blocks.count; i-- > 0;) out[i] = out[((of_row + i) >> shift) - first_block];
     }
   }
-  // Asks for such scales ahead of time; where rows end with the weight, for fewer.
-  void prefetch_scales(std::int64_t n, std::int64_t rows, std::int64_t c0, std::int64_t c1) const {
-    const std::int64_t first = element(n, c0);
-    const std::int64_t count = ((element(n, c1) - 1) >> shift_) - (first >> shift_) + 1;
-    scales_.prefetch(first >> shift_, w_.K >> shift_, smaller(rows, w_.N - n), count);
+  // Prefetches such scales, as far as the weight has the rows.
+  void prefetch_scales(Range rows, Range chunks) const {
+    const std::int64_t first = element(rows.begin, chunks.begin) >> shift_;
+    const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
+    scales_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
   }
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
   static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
-  // Dot::kStepChunks chunks from `codes` on, with their scales.
+  // Decodes Dot::kStepChunks chunks from `codes` on, with their scales.
   [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
     if constexpr (kBits == 4)
       return Dot::template step4<kScales>(codes, code_, scales);
     else
       return Dot::step8(codes, scales);
   }
-  // The first half of a step of two chunks: what an odd number of chunks leaves.
+  // Decodes the first half of a step of two chunks, which is what an odd number of chunks leaves.
   QuantizedStep half_step(const std::uint8_t* codes, const float* scales) const {
     std::uint8_t copy[kStepBytes] = {};
     __builtin_memcpy(copy, codes, kStepBytes / 2);
@@ -181,7 +193,7 @@ class QuantizedRows {
       return decode<false>(codes, scales[0]);
   }
   static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
-  // Row n's codes from chunk c on, and the distance between rows: what a product asks for ahead of time.
+  // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
 
@@ -191,13 +203,13 @@ class QuantizedRows {
   static constexpr std::int64_t kSegment = 64;                             // chunks whose scales are decoded at once
   static constexpr std::int64_t kMostScales = kSegment * kChunk / 16 + 2;  // of the smallest blocks
 
-  // `count` chunks of aligned rows, where nothing varies but pointers.
+  // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
   void whole_chunks(std::int64_t n, std::int64_t begin, std::int64_t count, float (&scales)[kRows][kMostScales],
                     Sink&& sink) const {
     const std::uint8_t* codes[kRows];
     for (int i = 0; i < kRows; ++i) codes[i] = codes_at(n + i, begin);
-    chunk_scales(n, kRows, begin, begin + count, scales[0], kMostScales);
+    chunk_scales({n, n + kRows}, {begin, begin + count}, scales[0], kMostScales);
 #pragma GCC unroll 2
     for (std::int64_t j = 0; j < count; ++j) {
       typename Dot::Chunk chunks[kRows];
@@ -223,7 +235,7 @@ class QuantizedRows {
       return Dot::decode8(codes, scale / 127.0f);
   }
 
-  // A chunk anywhere: it may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
+  // Decodes a chunk that may begin in a low nibble, cross blocks, and end after `count` < 64 elements.
   [[gnu::noinline]] typename Dot::Chunk decode_ragged(std::int64_t element, int count, const float* scales,
                                                       std::int64_t first_block) const {
     const std::uint8_t* codes = codes_of(element);
@@ -247,7 +259,7 @@ class QuantizedRows {
   QuantizedWeightView w_;
   std::int64_t first_row_;
   int shift_;
-  bool aligned_;  // a chunk has kScales scales and begins in a high nibble
+  bool aligned_;  // whether a chunk has kScales scales and begins in a high nibble
   Scales scales_;
   Table16 code_{};
 };
@@ -261,7 +273,7 @@ inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&&
   return f(QuantizedRows<Dot, 4, 4>(weight, which));
 }
 
-// A dense matrix, times `scale`. `kNaturalOrder`: chunks in natural order, which has no dropout.
+// A dense matrix, times `scale`. With kNaturalOrder its chunks are in natural order, and it has no dropout.
 template <class Dot, bool kNaturalOrder>
 class DenseRows {
  public:
@@ -275,9 +287,9 @@ class DenseRows {
   std::int64_t cols() const { return matrix_.cols; }
 
   template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, std::int64_t c0, std::int64_t c1, Sink&& sink) const {
+  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     with_dtype(matrix_.dtype, [&](auto dtype) {
-      for (std::int64_t c = c0; c < c1; ++c) {
+      for (std::int64_t c = chunks.begin; c < chunks.end; ++c) {
         typename Dot::Chunk chunk[kRows];
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};
@@ -321,4 +333,4 @@ class DenseRows {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -3,8 +3,14 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
+
+// Blocks of some rows: `count` blocks of each, the first row's from block `first` on, and each other row's `row_blocks`
+// after those of the row before.
+struct BlocksOfRows {
+  std::int64_t first, count, rows, row_blocks;
+};
 
 class Scales {
  public:
@@ -44,9 +50,9 @@ class Scales {
       }
     }
   }
-  // The same for `rows` rows, whose first blocks are `row_blocks` apart; out has them `stride` apart.
-  void decode_rows(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count, float* out,
-                   std::int64_t stride) const {
+  // The scales of several rows, which out has `stride` floats apart.
+  void decode(const BlocksOfRows& blocks, float* out, std::int64_t stride) const {
+    const auto [first, count, rows, row_blocks] = blocks;
     if (nested_absmax_ != nullptr && count <= kFew) {
       for (std::int64_t row = 0; row < rows; ++row) decode_few(first + row * row_blocks, count, out + row * stride);
       return;
@@ -55,7 +61,8 @@ class Scales {
       for (std::int64_t row = 0; row < rows; ++row) decode(first + row * row_blocks, count, out + row * stride);
       return;
     }
-    // The bytes of many rows, then their levels, then the scales: a load waits long for parts that were just stored.
+    // All rows pass three loops: their bytes are copied, looked up, and scaled. In one loop each load would wait for
+    // the parts that were just stored.
     const std::int64_t together = kStaged / count;
     for (std::int64_t row = 0; row < rows; row += together) {
       const std::int64_t end = row + together < rows ? row + together : rows;
@@ -77,8 +84,9 @@ class Scales {
         }
     }
   }
-  // Asks for the scales of as many blocks and rows.
-  void prefetch(std::int64_t first, std::int64_t row_blocks, std::int64_t rows, std::int64_t count) const {
+  // Prefetches them.
+  void prefetch(const BlocksOfRows& blocks) const {
+    const auto [first, count, rows, row_blocks] = blocks;
     const std::int64_t size = nested_absmax_ == nullptr ? sizeof(float) : 1;
     const char* from = static_cast<const char*>(absmax_) + first * size;
     for (std::int64_t row = 0; row < rows; ++row, from += row_blocks * size)
@@ -103,14 +111,14 @@ class Scales {
     for (int lane = 0; lane < lanes; ++lane) each[lane] = nested_absmax_[nested_of(first + lane)];
     return load(each);
   }
-  // A call of memcpy would take longer than to copy so few.
+  // For so few bytes a call of memcpy would take longer.
   static void copy_bytes(const std::uint8_t* from, std::int64_t count, std::uint8_t* to) {
     std::int64_t i = 0;
     for (; i + 8 <= count; i += 8) __builtin_memcpy(to + i, from + i, 8);
     for (; i < count; ++i) to[i] = from[i];
   }
 
-  // Up to so many are looked up one by one: a vector's lookup goes through all of the table.
+  // So many scales or fewer are looked up one by one, for the lookup of a vector goes through all of the table.
   static constexpr std::int64_t kFew = 4;
   static constexpr float kNoLevels[256] = {};
 
@@ -122,9 +130,9 @@ class Scales {
   const float *nested_absmax_, *nested_code_;
   float offset_;
   std::int64_t nested_blocksize_;
-  int nested_shift_;  // -1: no power of two. It is one wherever this library or bitsandbytes has quantized.
+  int nested_shift_;  // -1 where the blocksize is no power of two. Those of this library and of bitsandbytes are.
   Table256 levels_;
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,4 +1,4 @@
-// Tile products: what a Dot that names a type `Tiles` multiplies where another one uses vectors.
+// Tile products, by which a Dot that names a type `Tiles` multiplies where another one uses vectors.
 //
 // A tile is a register of 16 rows of 16 units. The product C += A . B takes
 //
@@ -6,14 +6,14 @@
 //   B   [16 units of the inner dimension][16 columns]
 //   C   [16 rows][16 columns], fp32
 //
-// all three of them as they lie in memory, rows any distance apart. So the layouts of the products serve as they are:
-// a decoded panel of W and packed X for Y (product_nt-inl.h), packed dY and interleaved rows of W for dX
-// (product_nn-inl.h). amx/tile.h is the instruction, amx/tile_emulated.h says the same in plain C++.
+// Their rows may lie any distance apart in memory, so the layouts of the products need no change: for Y A is a decoded
+// panel of W and B is packed X (product_nt-inl.h), for dX A is packed dY and B are interleaved rows of W
+// (product_nn-inl.h). amx/tile.h has the instruction, and amx/tile_emulated.h computes the same in plain C++.
 #pragma once
 
 #include <cstdint>
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kTileRows = 16;
@@ -33,7 +33,7 @@ struct TilesOf<Dot> {
   using type = typename Dot::Tiles;
 };
 
-// This says where the tiles of one operand of a block lie; all distances are in floats.
+// Where the tiles of one operand of a block lie. All distances are in floats.
 template <class Pointer>
 struct TileGrid {
   Pointer data;
@@ -55,7 +55,8 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
       (f(std::integral_constant<int, i / kCols>(), std::integral_constant<int, i % kCols>()), ...);
     }(std::make_integer_sequence<int, kRows * kCols>());
   };
-  // By value, so that the addresses stay in registers: the assembler of a tile may write any memory.
+  // The lambda captures the addresses by value, so that they stay in registers: as far as the compiler knows, the
+  // assembler of a tile may write any memory.
   each([=, &tiles](auto i, auto j) {
     if (accumulate)
       tiles.template load<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row);
@@ -76,15 +77,5 @@ template <int kRows, int kCols, class Tiles, class Meanwhile>
   each([=, &tiles](auto i, auto j) { tiles.template store<i * kCols + j>(c.data + i * c.tile + j * c.step, c.row); });
 }
 
-// A decoder that takes several of its steps at each step of a product.
-template <class Decoder>
-struct Paced {
-  Decoder& decoder;
-  std::int64_t steps;
-  [[gnu::always_inline]] void step() {
-    for (std::int64_t i = 0; i < steps; ++i) decoder.step();
-  }
-};
-
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

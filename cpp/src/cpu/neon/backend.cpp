@@ -1,4 +1,6 @@
 // The backend for Advanced SIMD without BF16.
+#define QLN_ISA neon
+
 #include "cpu/isa.h"
 
 #include "cpu/neon/simd.h"
@@ -7,6 +9,6 @@
 
 namespace qlora_native {
 
-const CpuBackend& neon_backend() { return kBackendF32; }
+const CpuBackend& neon_backend() { return neon::kBackendF32; }
 
 }  // namespace qlora_native

@@ -1,4 +1,6 @@
 // The backend for Advanced SIMD with BF16: bfloat16 products in pairs, the rest as without.
+#define QLN_ISA neon_bf16
+
 #include "cpu/isa.h"
 
 #include "cpu/neon/dot_bf16.h"
@@ -9,6 +11,7 @@
 namespace qlora_native {
 
 const CpuBackend& neon_bf16_backend() {
+  using namespace neon_bf16;
   static const CpuBackend backend = with_bf16_products<kProductsOf<DotBf16>, neon_backend>();
   return backend;
 }

@@ -1,8 +1,8 @@
-// How a product multiplies: bfloat16 pairs with FEAT_BF16 (bfdot), twice the multiply-adds of an fp32 instruction. See
-// generic/dot_f32-inl.h for what a chunk and a unit are; here a unit is two bfloat16. In 32 elements vectors 0 and 1 of
-// a chunk hold the even ones, vectors 2 and 3 the odd ones.
+// Multiplies pairs of bfloat16 with FEAT_BF16 (bfdot), which is two multiply-adds for one of an fp32 instruction.
+// generic/dot_f32-inl.h says what a chunk and a unit are; here a unit is two bfloat16. Of 32 elements, vectors 0 and 1
+// of a chunk hold the even ones, vectors 2 and 3 the odd ones.
 //
-// The instruction rounds otherwise than the one of x86. Without FEAT_EBF16, or with FPCR.EBF = 0 as it is unless a
+// The instruction rounds differently from the one of x86. Without FEAT_EBF16, or with FPCR.EBF = 0 as it is unless a
 // program sets it, two products, their sum and its sum with the accumulator are operations of their own, none of them
 // fused. Each is rounded to odd: what is not exact is cut off, and then its last bit set. Subnormal operands and
 // results are zero, whatever FPCR says. (Arm Architecture Reference Manual for A-profile, DDI 0487, the description of
@@ -14,7 +14,7 @@
 
 #include "cpu/generic/dot_f32-inl.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -208,4 +208,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,5 +1,5 @@
-// The primitives of the generic algorithms in Advanced SIMD, which every 64-bit Arm processor has. Same names as
-// avx2/simd.h.
+// The primitives of generic/ in Advanced SIMD, which every 64-bit Arm processor has. generic/primitives-inl.h says what
+// each of them means.
 #pragma once
 
 #include <arm_neon.h>
@@ -9,23 +9,23 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 4;
-using F32 = float32x4_t;  // 4 floats, or 4 units of 32 bits that a product takes apart itself
+using F32 = float32x4_t;
 using I32 = int32x4_t;
 
 constexpr int kRegisters = 32;
-// Register tiles: see avx512/simd.h. A core with four pipes and multiply-adds of four cycles wants 16 sums in flight.
-// 24 of them, 3 or 4 vectors that they share and a unit fill the registers, and load the least for each multiply-add:
-// 3 vectors and 8 units, or 4 and 6, for 24. No Arm machine has measured them: bench/arm.py shows what they cost by the
-// published models of two processors.
+// A core with four pipes and multiply-adds of four cycles wants 16 sums of a register tile in flight. 24 sums, the 3 or
+// 4 vectors that they share and a unit fill the registers, and load the least for each multiply-add: 3 vectors and 8
+// units, or 4 and 6. No Arm machine has measured these tiles; bench/arm.py shows what they cost by the published models
+// of two processors.
 constexpr int kWidestStrip = 4;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 4;
-// The same where a tile shares its registers with the decoding of the next panel, which takes half of them.
+// Decoding takes half of the registers.
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 16, 8, 4, 4};
 constexpr int kDecodingColumnStep = 2;
 
@@ -39,14 +39,11 @@ inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 inline F32 max(F32 a, F32 b) { return vmaxq_f32(a, b); }
 inline F32 min(F32 a, F32 b) { return vminq_f32(a, b); }
 inline F32 abs(F32 a) { return vabsq_f32(a); }
-// The larger of |a| and |b|.
 inline F32 max_abs(F32 a, F32 b) { return max(abs(a), abs(b)); }
 inline float reduce_max(F32 a) { return vmaxvq_f32(a); }
 
-// The sum of the lanes, in a fixed order.
 inline float reduce_add(F32 a) { return vaddvq_f32(a); }
 
-// p[i] = the sum of the lanes of a[i].
 inline void store_sums(float* p, const F32 (&a)[4]) {
   store(p, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
 }
@@ -74,7 +71,6 @@ inline uint32x4_t bf16_bits_high(F32 x) {
   return vbslq_u32(vceqq_f32(x, x), rounded, quiet);
 }
 
-// x rounded to the precision of `dtype`.
 template <DType kType>
 inline F32 round_to(F32 x) {
   if constexpr (kType == DType::bf16)
@@ -85,7 +81,6 @@ inline F32 round_to(F32 x) {
     return x;
 }
 
-// 4 consecutive elements as floats.
 template <DType kType>
 inline F32 load_as_f32(const void* p) {
   if constexpr (kType == DType::f32)
@@ -96,7 +91,6 @@ inline F32 load_as_f32(const void* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(load_from<uint16x4_t>(p), 16));
 }
 
-// `count` consecutive elements, at most a vector's, as floats; zeros after them.
 template <DType kType>
 inline F32 load_as_f32(const void* p, int count) {
   if (count == kLanes) return load_as_f32<kType>(p);
@@ -105,7 +99,6 @@ inline F32 load_as_f32(const void* p, int count) {
   return load_as_f32<kType>(copy);
 }
 
-// The first `count` lanes of x, rounded, to consecutive elements.
 template <DType kType>
 inline void store_from_f32(void* p, F32 x, int count = kLanes) {
   const auto store_first = [&](auto elements) {
@@ -120,7 +113,6 @@ inline void store_from_f32(void* p, F32 x, int count = kLanes) {
     store_first(vshrn_n_u32(bf16_bits_high(x), 16));
 }
 
-// Natural order <-> even elements and odd elements apart.
 inline void deinterleave(F32 a, F32 b, F32& even, F32& odd) {
   even = vuzp1q_f32(a, b);
   odd = vuzp2q_f32(a, b);
@@ -130,7 +122,6 @@ inline void interleave(F32 even, F32 odd, F32& a, F32& b) {
   b = vzip2q_f32(even, odd);
 }
 
-// The even and the odd ones of 8 consecutive elements.
 template <DType kType>
 inline void load_pairs(const void* p, F32& even, F32& odd) {
   if constexpr (kType == DType::bf16) {
@@ -143,10 +134,9 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   }
 }
 
-// No store goes past the caches here: there is no intrinsic for it, and these processors see for themselves that whole
-// lines are written.
+// No store goes past the caches: there is no intrinsic for it, and these processors see for themselves that whole lines
+// are written.
 inline void end_stream() {}
-// Even and odd elements to 8 consecutive ones of a type that represents them exactly.
 template <DType kType, bool kStream>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   if constexpr (kType == DType::f32) {
@@ -163,7 +153,6 @@ inline void store_pairs(void* p, F32 even, F32 odd) {
   }
 }
 
-// a[i] lane j <-> a[j] lane i.
 inline void transpose(F32 (&a)[kLanes]) {
   const float64x2_t b0 = vreinterpretq_f64_f32(vtrn1q_f32(a[0], a[1]));
   const float64x2_t b1 = vreinterpretq_f64_f32(vtrn2q_f32(a[0], a[1]));
@@ -175,8 +164,7 @@ inline void transpose(F32 (&a)[kLanes]) {
   a[3] = vreinterpretq_f32_f64(vtrn2q_f64(b1, b3));
 }
 
-// A table of 16 floats, looked up by the low four bits of each lane; the rest of the lane does not matter. Functions
-// take it by reference: GCC 14 at -O3 overwrites a float that is passed in the register after such four.
+// Functions take it by reference: GCC 14 at -O3 overwrites a float that is passed in the register after such four.
 struct Table16 {
   F32 level[4];
 };
@@ -205,7 +193,6 @@ inline F32 lookup(const Table16& t, I32 index) {
   return vreinterpretq_f32_u8(vqtbl4q_u8(bytes_of_table(t), bytes_of_floats<16>(index)));
 }
 
-// The same of 32, by the low five bits.
 struct Table32 {
   Table16 low, high;
 };
@@ -229,9 +216,6 @@ inline I32 shift_right(I32 x) {
   return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(x), kBits));
 }
 
-// Levels, rounded, as lookup_nibbles() takes them, which looks up 4-bit codes of consecutive bytes, so many vectors at
-// a time.
-//
 // A lookup (tbl) takes a byte for each of 16 indices from a register. So a table is the levels' first bytes in one
 // register, their second ones in another, and so on; what 16 codes select from each is put together by interleaving:
 //
@@ -281,10 +265,8 @@ inline uint8x16_t low_nibbles(const std::uint8_t* p) { return vandq_u8(load_from
 inline uint16x8_t first_words(uint8x16_t low, uint8x16_t high) { return vreinterpretq_u16_u8(vzip1q_u8(low, high)); }
 inline uint16x8_t last_words(uint8x16_t low, uint8x16_t high) { return vreinterpretq_u16_u8(vzip2q_u8(low, high)); }
 
-// The scale of every lane of an even or an odd vector (generic/dot_f32-inl.h), whose elements lie in blocks of 16.
 inline F32 scales_of_16(const float* scales) { return set1(scales[0]); }
 
-// kType: what the levels are rounded to.
 template <DType kType>
 [[gnu::always_inline]] inline void lookup_nibbles(const LevelTable& t, uint8x16_t nibbles,
                                                   F32 (&values)[kNibbleVectors]) {
@@ -301,7 +283,6 @@ template <DType kType>
   }
 }
 
-// 4 pairs of signed bytes: the even and the odd ones as floats.
 inline void load_signed_byte_pairs(const std::uint8_t* p, F32& even, F32& odd) {
   const I32 pairs = vreinterpretq_s32_s16(vmovl_s8(load_from<int8x8_t>(p)));
   even = vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(pairs, 16), 16));
@@ -317,11 +298,9 @@ inline I32 max_i32(I32 a, I32 b) { return vmaxq_s32(a, b); }
 inline I32 min_u16(I32 a, I32 b) {
   return vreinterpretq_s32_u16(vminq_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
 }
-// Of the lower halves of the lanes, unsigned.
 inline bool any_low_half_below(I32 a, int limit) { return vminvq_s32(vandq_s32(a, vdupq_n_s32(0xFFFF))) < limit; }
 inline int reduce_max_i32(I32 a) { return vmaxvq_s32(a); }
 inline I32 round_to_i32(F32 a) { return vcvtnq_s32_f32(a); }
-// position + step where t > limit.
 inline I32 add_where_above(I32 position, F32 t, F32 limit, int step) {
   return vaddq_s32(position, vandq_s32(vreinterpretq_s32_u32(vcgtq_f32(t, limit)), vdupq_n_s32(step)));
 }
@@ -332,42 +311,35 @@ inline F32 gather(const float* table, I32 index) {
 inline F32 divide(F32 a, F32 b) { return vdivq_f32(a, b); }
 inline F32 square_root(F32 a) { return vsqrtq_f32(a); }
 inline I32 truncate_to_i32(F32 a) { return vcvtq_s32_f32(a); }
-// |a| with the sign of b, for a >= 0.
 inline F32 with_sign_of(F32 a, F32 b) { return vbslq_f32(vdupq_n_u32(0x80000000), b, a); }
 inline void store_bytes(std::uint8_t* p, I32 a) {
   const int16x4_t halves = vmovn_s32(a);
   const std::uint32_t bytes = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
   __builtin_memcpy(p, &bytes, sizeof(bytes));
 }
-// Bytes (even << 4 | odd) of nibbles.
 inline void store_nibble_pairs(std::uint8_t* p, I32 even, I32 odd) { store_bytes(p, vsliq_n_s32(odd, even, 4)); }
-// Bytes even, odd, even, odd, ...
 inline void store_byte_pairs(std::uint8_t* p, I32 even, I32 odd) { store_to(p, vmovn_s32(vsliq_n_s32(even, odd, 8))); }
 
-// Of the lowest 2 * kLanes bits every second one, from bit `first` (0 or 1) on, side by side.
 inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   auto x = static_cast<std::uint32_t>(bits >> first) & 0x55;
   x = (x | x >> 1) & 0x33;
   return (x | x >> 2) & 0x0F;
 }
-// The lanes whose bit is set in `keep` (lane i: bit i); others become 0.
 inline F32 keep_lanes(F32 x, std::uint32_t keep) {
   const uint32x4_t kept = vtstq_u32(vdupq_n_u32(keep), uint32x4_t{1, 2, 4, 8});
   return vreinterpretq_f32_u32(vandq_u32(bits_of(x), kept));
 }
-// Lane i from b where i's element number, element[i], is at least `boundary`, else from a.
 inline F32 blend_from(F32 a, F32 b, const std::uint8_t* element, int boundary) {
   return vbslq_f32(vcgeq_s32(load_bytes(element), vdupq_n_s32(boundary)), b, a);
 }
 
-// A table of 256 floats, looked up for so many vectors of indices at a time.
 constexpr int kTableVectors = 4;
 struct Table256 {
   const float* values;
   explicit Table256(const float* all) : values(all) {}
 };
-// The values at `count` consecutive bytes; after them is what stands at 0. One by one: a lookup of bytes in all of the
-// table would take sixteen instructions of four registers each for four vectors.
+// One value after the other: a lookup of bytes in all of the table would take sixteen instructions of four registers
+// each for four vectors.
 inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (&values)[kTableVectors],
                          int count = kTableVectors * kLanes) {
   std::uint8_t copy[kTableVectors * kLanes] = {};
@@ -387,7 +359,6 @@ inline uint8x16_t lowest_bytes(const I32 (&x)[kTableVectors]) {
   return vuzp1q_u8(vreinterpretq_u8_u16(vuzp1q_u16(words(0), words(1))),
                    vreinterpretq_u8_u16(vuzp1q_u16(words(2), words(3))));
 }
-// Vectors of codes.
 struct Codes {
   I32 code[kTableVectors];
 };
@@ -395,13 +366,11 @@ inline Codes pack(const I32 (&code)[kTableVectors]) { return {{code[0], code[1],
 inline void lookup(const Table256& table, const Codes& codes, F32 (&values)[kTableVectors]) {
   for (int k = 0; k < kTableVectors; ++k) values[k] = gather(table.values, codes.code[k]);
 }
-// Consecutive bytes: the upper halves of the lanes, of which each is a byte.
 inline void store_high_halves(std::uint8_t* p, const I32 (&x)[kTableVectors]) {
   const I32 numbers[kTableVectors] = {shift_right<16>(x[0]), shift_right<16>(x[1]), shift_right<16>(x[2]),
                                       shift_right<16>(x[3])};
   store_to(p, lowest_bytes(numbers));
 }
-// Consecutive bytes: `middle` and the upper halves, or less these where `sign` is negative; at least 0.
 inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)[kTableVectors],
                                      const F32 (&sign)[kTableVectors]) {
   I32 code[kTableVectors];
@@ -412,7 +381,6 @@ inline void store_high_halves_around(std::uint8_t* p, int middle, const I32 (&x)
   }
   store_to(p, lowest_bytes(code));
 }
-// Consecutive bytes: the codes, and one more where t > limit.
 inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTableVectors],
                         const F32 (&limit)[kTableVectors]) {
   I32 code[kTableVectors];
@@ -420,7 +388,6 @@ inline void store_codes(std::uint8_t* p, const Codes& codes, const F32 (&t)[kTab
   store_to(p, lowest_bytes(code));
 }
 
-// 64-bit lanes for Philox: two counters at a time.
 constexpr int kLanes64 = 2;
 using U64 = uint64x2_t;
 inline U64 set1_u64(std::uint64_t x) { return vdupq_n_u64(x); }
@@ -430,8 +397,6 @@ inline U64 mul_u32(U64 a, U64 b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b));
 inline U64 high_u32(U64 a) { return vshrq_n_u64(a, 32); }
 inline U64 xor_u64(U64 a, U64 b) { return veorq_u64(a, b); }
 inline U64 low_u32(U64 a) { return vandq_u64(a, set1_u64(0xFFFFFFFFull)); }
-// Each 64-bit lane holds one counter's four words (in the low halves of w0 ... w3), that is eight 16-bit numbers in
-// order; bit 8 * lane + i says whether number i is at least `threshold`.
 inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t threshold) {
   const U64 first = vsliq_n_u64(w0, w1, 32), last = vsliq_n_u64(w2, w3, 32);
   const uint16x8_t limit = vdupq_n_u16(static_cast<std::uint16_t>(threshold));
@@ -443,4 +408,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -1,5 +1,4 @@
-// Pairs of bfloat16 for tile products in plain C++: the chunks of avx512/dot_bf16.h, bit for bit. See there for their
-// layout.
+// Pairs of bfloat16 for tile products in plain C++. Chunks have the layout of avx512/dot_bf16.h, and the same bits.
 #pragma once
 
 #include "cpu/portable/simd.h"
@@ -8,7 +7,7 @@
 
 #include "cpu/amx/tile_emulated.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 struct DotBf16 {
@@ -44,7 +43,7 @@ struct DotBf16 {
     return make_chunk([&](int e) { return static_cast<float>(static_cast<std::int8_t>(bytes[e])) * step; });
   }
 
-  // Steps of few rows, which are multiplied by tiles too.
+  // There are no steps, because few rows are multiplied by tiles too.
   static constexpr int kStepChunks = 1;
   struct Step {};
   template <int kScales>
@@ -55,7 +54,7 @@ struct DotBf16 {
   static Chunk dense(const void* p, float scale) {
     return make_chunk([&](int e) { return load_lane<kFrom>(p, e) * scale; });
   }
-  // A natural chunk has its elements in order: vector 0 the first half of them.
+  // A natural chunk has its elements in order, and vector 0 has the first half of them.
   template <DType kFrom>
   static Chunk dense_natural(const void* p, float scale, int count) {
     const auto value = [&](int e) { return rounded(e < count ? load_lane<kFrom>(p, e) * scale : 0.0f); };
@@ -76,7 +75,7 @@ struct DotBf16 {
     chunk = select([&](int e) { return bits >> e & 1 ? element(all, e) : std::uint16_t{0}; });
   }
 
-  // dX: columns in their natural order.
+  // For dX columns are in their natural order.
   static constexpr int kColumnVectors = 4;
   struct Columns {
     F32 v[kColumnVectors];
@@ -96,7 +95,7 @@ struct DotBf16 {
   static float unit(std::uint16_t first, std::uint16_t second) {
     return std::bit_cast<float>(std::uint32_t{second} << 16 | first);
   }
-  // AVX512_BF16 rounds so too: to nearest even, and subnormal numbers to zero.
+  // This rounds as AVX512_BF16 does: to nearest even, and subnormal numbers to zero.
   static std::uint16_t rounded(float x) { return bf16_from_f32(flush(x)); }
 
   // Element e of a chunk, whose vectors hold the even and the odd ones.
@@ -129,4 +128,4 @@ struct DotBf16 {
 };
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

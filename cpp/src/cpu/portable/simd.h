@@ -1,5 +1,5 @@
-// The primitives of tile products in plain C++: sixteen lanes, as AVX-512 has, on any machine. Same names as
-// avx512/simd.h, which says what each one means.
+// The primitives of tile products in plain C++, on any machine: sixteen lanes, as AVX-512 has. generic/primitives-inl.h
+// says what each of them means.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 #include "common/float16.h"
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 constexpr int kLanes = 16;
@@ -20,10 +20,10 @@ struct I32 {
   std::int32_t lane[kLanes];
 };
 
-// Register tiles of vectors (avx512/simd.h): none is multiplied here, but the products that have both name them.
+// No register tile of vectors is multiplied here, but the products, which have both, name them.
 constexpr int kWidestStrip = 3;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 1, 1, 1};
-constexpr int kGroupRows = 6;
+constexpr int kMostRows = 6;
 constexpr int kColumnStep = 2;
 constexpr int kDecodingColumnStep = 2;
 constexpr int kRowsOfDecodingStrip[kWidestStrip + 1] = {0, 1, 1, 1};
@@ -107,7 +107,8 @@ inline void load_pairs(const void* p, F32& even, F32& odd) {
   odd = each_lane([&](int i) { return load_lane<kType>(p, 2 * i + 1); });
 }
 
-// No way past the caches here.
+// There is no way past the caches in plain C++.
+inline void end_stream() {}
 template <DType kType, bool>
 inline void store_pairs(void* p, F32 even, F32 odd) {
   F32 a, b;
@@ -175,7 +176,6 @@ inline std::uint32_t every_second_bit(std::uint64_t bits, int first) {
   return result;
 }
 
-// A table of 256 floats, looked up for so many vectors of indices at a time.
 constexpr int kTableVectors = 1;
 struct Table256 {
   const float* values;
@@ -186,7 +186,6 @@ inline void lookup_bytes(const Table256& table, const std::uint8_t* bytes, F32 (
   values[0] = each_lane([&](int i) { return table.values[i < count ? bytes[i] : 0]; });
 }
 
-// 64-bit lanes for Philox.
 constexpr int kLanes64 = 8;
 struct U64 {
   std::uint64_t lane[kLanes64];
@@ -229,4 +228,4 @@ inline std::uint64_t at_least_u16(U64 w0, U64 w1, U64 w2, U64 w3, std::uint32_t 
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA
