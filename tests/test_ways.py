@@ -56,7 +56,7 @@ def test_products_by_panels_are_within_the_bounds():
     assert ways and set(ways) == {"panels"}
 
 
-def test_dropout_of_a_gradient_leaves_the_panels():
+def test_gradient_with_dropout_takes_another_way():
     _, ways = run("check_dropout()", QLN_FORCE_WAY="panels")
     assert ways == ["vectors", "vectors"]
 

@@ -42,7 +42,7 @@ LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_layers.py", "test_docs.py")
 # Where there are a compiler and cmake, the C++ package too.
-PACKAGE_TESTS = ("test_package.py::test_wheel_holds_no_package",)
+PACKAGE_TESTS = ("test_package.py::test_wheel_holds_the_package",)
 # A product, then what is loaded: torch's OpenMP and no second one.
 PRODUCT = """
 import torch, qlora_native as qn

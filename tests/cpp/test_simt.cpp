@@ -397,7 +397,7 @@ __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
 }
 __global__ void misaligned_place_kernel() { load_shared<float>(SharedPlace(dynamic_smem<float>()).at(2)); }
 
-void place_in_shared_memory_is_another() {
+void shared_memory_is_laid_out_as_named() {
   const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
   Managed<std::uint32_t> out(8);
   launch<places_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
@@ -418,7 +418,7 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
   out[block_index() * kWarp + lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
 }
 
-void row_of_a_table_is_another() {
+void rows_of_a_table_are_where_they_are_read() {
   constexpr int kBlocks = 2;  // whose shared memory begins at different places
   Managed<std::uint32_t> out(kBlocks * kWarp);
   launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
@@ -432,13 +432,13 @@ __global__ void place_kernel(std::uint32_t* to_rows) {
   if (thread_index() == 0) to_rows[block_index()] = SharedPlace(dynamic_smem<std::byte>()).to_rows();
 }
 
-void blocks_do_not_have_both_places_of_shared_memory() {
+void each_block_has_both_places_of_shared_memory() {
   Managed<std::uint32_t> to_rows(2);
   launch<place_kernel>({2, kWarp, 1024}, {}, to_rows.data());
   EXPECT(to_rows[0] == 0 && to_rows[1] == kRowsBegin);
 }
 
-void emulated_device_has_other_shared_memory_than_was_said() {
+void emulated_device_has_the_shared_memory_that_was_said() {
   EXPECT(emulator::max_smem_bytes() == 227 * 1024);
   setenv("QLN_EMULATED_SMEM", "101376", 1);
   EXPECT(emulator::max_smem_bytes() == 99 * 1024);
@@ -685,10 +685,10 @@ int run_all() {
   host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
-  place_in_shared_memory_is_another();
-  row_of_a_table_is_another();
-  blocks_do_not_have_both_places_of_shared_memory();
-  emulated_device_has_other_shared_memory_than_was_said();
+  shared_memory_is_laid_out_as_named();
+  rows_of_a_table_are_where_they_are_read();
+  each_block_has_both_places_of_shared_memory();
+  emulated_device_has_the_shared_memory_that_was_said();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();
