@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
 from machine_code import Instruction, count, loops
 
 ROOT = Path(__file__).parent.parent

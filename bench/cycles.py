@@ -14,8 +14,12 @@ The longest is a bound on speed from one side; waits, conflicts and caches are n
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import Instruction, Kernel, main_loop
 

@@ -27,8 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cycles
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
+
+import cycles
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"

@@ -1,4 +1,4 @@
-"""bench/arm.py: what it reads from a listing, on an excerpt."""
+"""Guards bench/arm.py: what it reads from a listing, on an excerpt."""
 
 import importlib
 import shutil

@@ -1,4 +1,4 @@
-"""bench/machine_code.py: what it reads from a listing, on an excerpt; bench/sass.py: what it calls a fault."""
+"""Guards `make sass`: what tools/machine_code.py reads from a listing, and what bench/sass.py calls a fault."""
 
 import copy
 import importlib
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def machine_code(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.syspath_prepend(ROOT / "bench")
     return importlib.import_module("machine_code")
 
 
