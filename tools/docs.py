@@ -4,7 +4,8 @@
 
 pdoc makes the reference of the package that is installed, and its Markdown renderer the pages. A page has the path that
 it has in the repository, so relative links stay what they are; what a page links to is rendered or copied too. The
-build fails if a public name has no docstring, if pdoc warns, or if a link of the site leads nowhere.
+build fails if a public name has no docstring, if a docstring leaves an argument out, if pdoc warns, or if a link of the
+site leads nowhere.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import links
 import markdown2
@@ -126,16 +129,45 @@ def _shown(member: pdoc.doc.Doc) -> bool:
     return not any(part.startswith("_") for part in member.qualname.split("."))
 
 
-def undocumented_arguments(module: ModuleType) -> list[str]:
-    """Names under "Args:" of the module's functions that are no arguments."""
+def wrong_arguments(module: ModuleType) -> list[str]:
+    """Arguments of a module's public functions and methods that "Args:" leaves out, and names there that are none."""
     found = []
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if function.__module__.startswith("qlora_native") and not name.startswith("_"):
-            listed = re.search(r"\n\s*Args:\n(.*?)(?:\n\s*\n|$)", function.__doc__ or "", re.DOTALL)
-            names = re.findall(r"^ {4}(?: {4})?(\w[\w, ]*):", listed[1], re.MULTILINE) if listed else []
-            known = inspect.signature(function).parameters
-            found += [f"{name}: {each}" for line in names for each in line.split(", ") if each not in known]
+    for name, function, docstring in functions(module):
+        section = re.search(r"\n\s*Args:\n(.*?)(?:\n\s*\n|$)", docstring, re.DOTALL)
+        listed = re.findall(r"^ {4}(\w[\w, ]*):", section[1], re.MULTILINE) if section else []
+        listed = [each for names in listed for each in names.split(", ")]
+        parameters = inspect.signature(function).parameters
+        found += [f"{name}: Args lists {each}, which is no argument" for each in listed if each not in parameters]
+        found += [
+            f"{name}: Args leaves {each} out"
+            for each, parameter in parameters.items()
+            if each not in (*listed, "self", "cls")
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
     return found
+
+
+def functions(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """(name, function, docstring) of the public functions, methods and constructors of a module.
+
+    A constructor whose docstring is "See the class." has its arguments in the docstring of the class. A method that
+    overrides one of another library is documented there.
+    """
+    for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]):
+        member = getattr(module, name)
+        if not (getattr(member, "__module__", None) or "").startswith("qlora_native"):
+            continue
+        if inspect.isfunction(member):
+            yield name, member, inspect.getdoc(member) or ""
+        for attribute, value in vars(member).items() if inspect.isclass(member) else ():
+            function = value.__func__ if isinstance(value, classmethod) else value
+            foreign = (base for base in member.__mro__[1:] if not base.__module__.startswith("qlora_native"))
+            public = not attribute.startswith("_") and not any(hasattr(base, attribute) for base in foreign)
+            if inspect.isfunction(function) and (public or attribute == "__init__"):
+                docstring = inspect.getdoc(function) or ""
+                if docstring == "See the class.":
+                    docstring = (inspect.getdoc(member) or "").replace("\nAttributes:\n", "\nArgs:\n")
+                yield f"{name}.{attribute}", function, docstring
 
 
 def show_private_bases(module: ModuleType) -> None:
@@ -165,7 +197,7 @@ def write_reference(site: Path) -> list[str]:
     found = []
     for module in modules:
         found += [f"no docstring: {each}" for each in without_docstring(pdoc.doc.Module(module))]
-        found += [f"no such argument: {module.__name__}, {each}" for each in undocumented_arguments(module)]
+        found += [f"{module.__name__}, {each}" for each in wrong_arguments(module)]
     return found
 
 
