@@ -1,6 +1,6 @@
 // The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
-// Checked here is what memory safety needs; friendly messages come from python/qlora_native/functional.py.
-// Fakes and autograd formulas are in python/qlora_native/_ops.py.
+// They check what memory safety needs; the messages for users come from python/qlora_native/functional.py.
+// Fake kernels and autograd formulas are in python/qlora_native/_ops.py.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -70,7 +70,7 @@ struct LoraTensors {
   OptionalTensor seed;
 };
 
-// The dropout of an adapter, whose seed is read here if it is on the CPU, else beside `like` by the kernels.
+// Sets the dropout of an adapter. A seed on the CPU is read here; the kernels read one that is on the device of `like`.
 void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, const Tensor& like) {
   view.dropout = static_cast<float>(dropout);
   if (dropout == 0.0) return;
@@ -86,7 +86,7 @@ void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, con
   }
 }
 
-// A view without its pointers where there is no adapter.
+// The view of an adapter; its pointers are null if there is none.
 LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Tensor& like) {
   LoraView view;
   view.scaling = static_cast<float>(lora.scaling);
@@ -114,8 +114,8 @@ RowGroups groups_of(const OptionalTensor& offsets, const Tensor& like) {
               static_cast<const std::int64_t*>(data_of(*offsets, ScalarType::Long, offsets->numel(), like, "offsets"))};
 }
 
-// A [..., cols] tensor as a matrix. It is copied if its last stride is not 1 or its leading dimensions do not
-// collapse into one; `storage` keeps the copy.
+// A [..., cols] tensor as a matrix. The tensor is copied if its last stride is not 1 or its leading dimensions do not
+// collapse into one; `storage` keeps the copy alive.
 struct Rows {
   Tensor storage;
   ConstMatrix matrix;
@@ -126,7 +126,7 @@ std::optional<std::int64_t> row_stride(const Tensor& tensor) {
   const std::int64_t last = tensor.dim() - 1;
   const std::int64_t cols = sizes[last];
   if (cols > 1 && strides[last] != 1) return std::nullopt;
-  std::int64_t stride = cols, next = 0;  // `next`: what the stride of the dimension to the left must be
+  std::int64_t stride = cols, next = 0;  // `next`: the stride that the dimension to the left must have
   for (std::int64_t i = last - 1; i >= 0; --i) {
     if (sizes[i] == 1) continue;
     if (next == 0) {
@@ -154,9 +154,9 @@ Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
   return {std::move(storage), {data, dtype, rows, cols, stride.value_or(cols)}};
 }
 
-// The first touch of a fresh page costs more than what is written to it: decoding into 32 MB that the allocator has
-// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
-// results do, as numpy's arrays, from the same size on.
+// Asks Linux for pages of 2 MB, from the same size on as numpy does. The first write to a page costs more than the
+// write itself: decoding into 32 MB that are new to the process takes several times as long as into 32 MB that it had
+// before.
 void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::int64_t kLeastBytes = 4 << 20;
@@ -185,7 +185,7 @@ std::tuple<Tensor, Matrix> new_rows(const Tensor& like, const ConstMatrix& rows,
   return {tensor, {tensor.data_ptr(), rows.dtype, rows.rows, cols, cols}};
 }
 
-// A new [M, rank] tensor and its matrix; an empty tensor and no matrix where rank is 0.
+// A new [M, rank] tensor and its matrix; an empty tensor and no matrix if rank is 0.
 std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& rows, std::int64_t rank) {
   if (rank == 0) return {new_tensor(like, {0}, like.scalar_type()), Matrix{}};
   Tensor tensor = new_tensor(like, {rows.rows, rank}, like.scalar_type());
@@ -294,7 +294,8 @@ Tensor dequantize_rows_op(const Tensor& codes, const Tensor& absmax, const Optio
   args.rows = static_cast<const std::int64_t*>(data_of(rows, ScalarType::Long, args.row_count, codes, "rows"));
   Tensor out = new_tensor(codes, {args.row_count, K}, dtype);
   args.out = out.data_ptr();
-  if (args.row_count > 0) dequantize(args, stream_of(codes));  // an empty tensor has no address: that means all rows
+  // An empty tensor has a null pointer, which would mean all rows.
+  if (args.row_count > 0) dequantize(args, stream_of(codes));
   return out;
 }
 
@@ -396,7 +397,7 @@ void implement(Library& library) {
   "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, Tensor? code, " \
   "int N, int K, int bits, int blocksize"
 #define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
-// Rows in groups (linear.h): offsets [groups + 1], and the weights that the codes are of.
+// Rows in groups (linear.h): offsets [groups + 1], and the number of weights in the codes.
 #define QLN_GROUPS "Tensor? offsets=None, int weights=1"
 
 // Run when this library is loaded.
@@ -421,6 +422,6 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
       "ScalarType dtype, Tensor? offsets=None, int adapters=0) -> (Tensor da, Tensor db)");
 }
 
-// The same functions for both: the core picks the backend by the stream's device.
+// Both devices share the implementations: the core chooses the backend by the device of the stream.
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement(library); }
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CUDA, library) { qlora_native::implement(library); }
