@@ -13,7 +13,7 @@ from . import _C  # noqa: F401  (registers the ops)
 _ops = torch.ops.qlora_native
 _NESTED_BLOCKSIZE = 256
 
-# Where the arguments stand, from the schema: the formulas below need a few of many.
+# {argument of linear_forward: its position}, from the schema.
 _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
 _WEIGHT = slice(_FORWARD["codes"], _FORWARD["blocksize"] + 1)
 _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
@@ -111,10 +111,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    # x and u serve the adapter's gradients alone; without one they may go.
+    # x and u are needed only for the gradients of the adapter; without one they are not saved.
     adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
     kept = (x, u) if adapter else (None, None)
-    # A call without groups may leave them to their defaults.
+    # A call without groups leaves the last two arguments to their defaults.
     offsets, ctx.weights = inputs[_FORWARD["offsets"] :] if len(inputs) == len(_FORWARD) else (None, 1)
     ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
@@ -147,7 +147,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 
 def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
-    """Sums of the rows of `dy` [..., N]: [N], or [weights, N] where each group has a bias of its own."""
+    """Sum the rows of `dy` [..., N]: [N], or [weights, N] if each group has a bias of its own."""
     rows = dy.reshape(-1, dy.shape[-1])
     if weights == 1:
         return rows.sum(0)
@@ -161,11 +161,11 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """The formula as eager mode calls it: what register_autograd generates costs 100 us more a call (torch 2.13)."""
+    """The formula for eager mode. The one that register_autograd generates costs 100 us more a call (torch 2.13)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of linear_forward."""
+        """Run linear_forward, and save what backward needs."""
         with torch._C._AutoDispatchBelowAutograd():
             output = _ops.linear_forward.default(*inputs)
         _save(ctx, inputs, output)

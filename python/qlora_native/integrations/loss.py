@@ -1,12 +1,12 @@
 """`fuse_loss(model)`: causal language models of transformers compute their loss without making logits.
 
-    fuse_loss(model)                        # then train as before: Trainer, any loop that reads outputs.loss
+    fuse_loss(model)                        # then train as before: Trainer, or any loop that reads outputs.loss
 
-transformers gives a model's logits and labels to its loss function. While the model trains, its head hands on what it
-would multiply instead, a `DeferredLogits`, and the loss function put here takes the loss of that by
-`qlora_native.functional.linear_cross_entropy`. What a family does to its logits on the way, a factor (Granite, Cohere)
-or a soft cap (Gemma 2), is kept in mind; anything else that looks at them, `outputs.logits` in a user's loop too, makes
-them after all. TRL's SFTTrainer has a loss of its own, which makes no logits either, and calls no loss function.
+transformers passes a model's logits and labels to its loss function. While the model trains, its head returns a
+`DeferredLogits` in place of logits, which holds the input of the head, and the loss function that is set here computes
+the loss from it by `qlora_native.functional.linear_cross_entropy`. `DeferredLogits` records what a model family does to
+its logits: a factor (Granite, Cohere) or a soft cap (Gemma 2). Any other use, such as `outputs.logits` in a user's
+loop, computes the logits. TRL's SFTTrainer has a loss of its own without logits, and does not call the loss function.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ __all__ = ["DeferredLogits", "fuse_loss"]
 
 
 class DeferredLogits:
-    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+    """Logits that are computed only when they are used: z = c * tanh(s * l / c), or s * l, of the logits l of a head.
 
     Attributes:
-        head: the module that makes them.
-        hidden: [..., K], what it multiplies.
+        head: the module that computes l.
+        hidden: [..., K], its input.
         scale, softcap: s, and c or None.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
-        """Logits that nobody has asked for."""
+        """See the class."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
         self.made: Tensor | None = None
 
     def tensor(self) -> Tensor:
-        """The logits, as the model would have made them; once."""
+        """Compute the logits as the model would, at the first call."""
         if self.made is None:
             logits = type(self.head).forward(self.head, self.hidden)
             if self.softcap is not None:
@@ -61,65 +61,68 @@ class DeferredLogits:
         return DeferredLogits(self.head, self.hidden, scale, softcap)
 
     def _times(self, factor: Any) -> Any:
-        """z times a number."""
+        """Multiply z by a number."""
         if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
 
     def __mul__(self, factor: Any) -> Any:
-        """A factor of the family's."""
+        """Multiply by a factor of the model family."""
         return self._times(factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Any:
-        """The same, as a divisor."""
+        """Divide by a factor of the model family."""
         return self._times(1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
 
     def tanh(self) -> Any:
-        """A soft cap's: tanh(s * l) has the cap 1."""
+        """Apply a soft cap: tanh(s * l) has the cap 1."""
         return self._changed(self.scale, 1.0) if self.softcap is None else self.tensor().tanh()
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's functions see the logits; but for tanh."""
+        """Call a function of torch with the logits, except for tanh."""
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         made, named = tree_map(lambda each: each.tensor() if isinstance(each, cls) else each, (args, kwargs or {}))
         return func(*made, **named)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else that a tensor has."""
+        """Compute the logits, and return their attribute."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Some of the logits."""
+        """Compute the logits, and index them."""
         return self.tensor()[index]
 
     def __len__(self) -> int:
-        """The first dimension, as a tensor's."""
+        """The first dimension, as of a tensor."""
         return self.hidden.shape[0]
 
 
 def fuse_loss(model: nn.Module) -> bool:
-    """Let a causal language model of transformers, or PEFT's model of one, train without making logits.
+    """Make a causal language model compute its training loss without making logits.
 
-    Its loss, and the gradients, are those that it had, but for rounding: logits are rounded to the dtype of the model
-    as before, and each loss is summed in fp32. While it trains with labels, `outputs.logits` is a `DeferredLogits`.
-    Calling it again changes nothing. Under DDP and FSDP2 it is the same, but for a head that is a unit of FSDP2 by
-    itself: its weight is in parts again when the loss is computed, so it makes its logits.
+    The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
+    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
+    changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
+    because its weight is sharded again by the time the loss is computed.
+
+    Args:
+        model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
 
     Returns:
-        Whether it does. If not, it is as it was, and a warning says why: another loss than causal language models have,
-        or a head that is neither an `nn.Linear` nor a `Linear4bit`, with one plain LoRA adapter or none.
+        Whether the loss was fused. If not, the model is unchanged, and a warning says why: its loss is not that of
+        causal language models, or its head is not an `nn.Linear` or `Linear4bit` with at most one plain LoRA adapter.
 
     Raises:
-        TypeError: `model` is no model of transformers.
+        TypeError: `model` is not a model of transformers.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(causal, "loss_function") or not hasattr(causal, "get_output_embeddings"):
@@ -138,7 +141,7 @@ def fuse_loss(model: nn.Module) -> bool:
         warnings.warn(f"fuse_loss: {type(causal).__name__} keeps its own loss: {reason}", stacklevel=2)
         return False
     head._wants_loss = False
-    head.forward = MethodType(_head_forward, head)  # a method, so that a copy of the model has its own
+    head.forward = MethodType(_head_forward, head)  # bound, so that a copy of the model gets one of its own
     causal.register_forward_pre_hook(_before, with_kwargs=True)
     causal.register_forward_hook(_after, always_call=True)
     causal.loss_function = _loss
@@ -146,7 +149,7 @@ def fuse_loss(model: nn.Module) -> bool:
 
 
 def _before(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """Note whether the forward that begins is to give a loss that is differentiated."""
+    """Record whether this forward pass computes a loss that will be differentiated."""
     wants_loss = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
     model.get_output_embeddings()._wants_loss = wants_loss and not torch.compiler.is_compiling()
 
@@ -156,7 +159,7 @@ def _after(model: nn.Module, *_: Any) -> None:
 
 
 def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What stands in the place of a head's forward."""
+    """The new forward of the head: returns a `DeferredLogits` while the model computes a training loss."""
     if head._wants_loss and not args and not kwargs and _operands(head) is not None:
         return DeferredLogits(head, x)
     return type(head).forward(head, x, *args, **kwargs)
@@ -171,7 +174,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """What transformers' `ForCausalLMLoss` gives, which looks at no other argument either."""
+    """Compute what transformers' `ForCausalLMLoss` does; it uses no other arguments either."""
     options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
@@ -199,7 +202,7 @@ def _loss(
 
 
 def _operands(head: nn.Module) -> tuple[Any, ...] | None:
-    """(weight, bias, lora_a, lora_b, scaling) of a head that `linear_cross_entropy` can multiply by, else None."""
+    """(weight, bias, lora_a, lora_b, scaling) of a head, or None if `linear_cross_entropy` cannot compute it."""
     base, lora = head, (None, None, 1.0)
     if hasattr(head, "lora_A"):
         name = _plain_adapter(head)
@@ -216,7 +219,7 @@ def _operands(head: nn.Module) -> tuple[Any, ...] | None:
 
 
 def _plain_adapter(head: Any) -> str | None:
-    """The one active LoRA of PEFT's layer, "" if there is none; None where it computes something else."""
+    """The only active LoRA adapter of PEFT's layer; "" if there is none, None if the layer computes anything else."""
     if head.disable_adapters or head.merged:
         return ""
     active = [name for name in head.active_adapters if name in head.lora_A]
