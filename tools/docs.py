@@ -133,11 +133,19 @@ def wrong_arguments(module: ModuleType) -> list[str]:
     """Arguments of a module's public functions and methods that "Args:" leaves out, and names there that are none."""
     found = []
     for name, function, docstring in functions(module):
-        section = re.search(r"\n\s*Args:\n(.*?)(?:\n\s*\n|$)", docstring, re.DOTALL)
-        listed = re.findall(r"^ {4}(\w[\w, ]*):", section[1], re.MULTILINE) if section else []
-        listed = [each for names in listed for each in names.split(", ")]
+        sections = re.findall(r"\n(Args|Attributes):\n(.*?)(?=\n\n|$)", docstring, re.DOTALL)
+        listed = {
+            each: kind
+            for kind, text in sections
+            for names in re.findall(r"^ {4}(\w[\w, ]*):", text, re.MULTILINE)
+            for each in names.split(", ")
+        }
         parameters = inspect.signature(function).parameters
-        found += [f"{name}: Args lists {each}, which is no argument" for each in listed if each not in parameters]
+        found += [
+            f"{name}: Args lists {each}, which is no argument"
+            for each, kind in listed.items()
+            if kind == "Args" and each not in parameters
+        ]
         found += [
             f"{name}: Args leaves {each} out"
             for each, parameter in parameters.items()
@@ -150,8 +158,8 @@ def wrong_arguments(module: ModuleType) -> list[str]:
 def functions(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any], str]]:
     """(name, function, docstring) of the public functions, methods and constructors of a module.
 
-    A constructor whose docstring is "See the class." has its arguments in the docstring of the class. A method that
-    overrides one of another library is documented there.
+    The arguments of a constructor may be described by the class, also as attributes. A method that overrides one of
+    another library is documented there.
     """
     for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]):
         member = getattr(module, name)
@@ -165,8 +173,8 @@ def functions(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any], str
             public = not attribute.startswith("_") and not any(hasattr(base, attribute) for base in foreign)
             if inspect.isfunction(function) and (public or attribute == "__init__"):
                 docstring = inspect.getdoc(function) or ""
-                if docstring == "See the class.":
-                    docstring = (inspect.getdoc(member) or "").replace("\nAttributes:\n", "\nArgs:\n")
+                if attribute == "__init__" and "\nArgs:\n" not in docstring:
+                    docstring = inspect.getdoc(member) or ""
                 yield f"{name}.{attribute}", function, docstring
 
 
