@@ -8,9 +8,9 @@
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, and torch optimizes it. Two lines call qlora_native:
-quantize_model() puts the linear layers into 4 bits, after which PEFT runs adapter and weight as one matrix product, and
-fuse_loss() computes the loss without making logits.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Two lines are qlora_native's: quantize_model()
+puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product, and fuse_loss() takes
+the loss without making logits.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft.py says why
-    fuse_loss(model)  # training makes no logits
+    fuse_loss(model)  # no logits in training
     examples = encode(tokenizer, pairs, args.seq_len)
     if processes.rank() > 0:  # only the first process measures, prints and saves
         torch.manual_seed(args.seed + processes.rank())  # so that each process draws its own dropout masks

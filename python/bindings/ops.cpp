@@ -114,8 +114,8 @@ RowGroups groups_of(const OptionalTensor& offsets, const Tensor& like) {
               static_cast<const std::int64_t*>(data_of(*offsets, ScalarType::Long, offsets->numel(), like, "offsets"))};
 }
 
-// A [..., cols] tensor as a matrix. The tensor is copied if its last stride is not 1 or its leading dimensions do not
-// collapse into one; `storage` keeps the copy alive.
+// A [..., cols] tensor as a matrix. It is copied if its last stride is not 1 or its leading dimensions do not
+// collapse into one; `storage` keeps the copy.
 struct Rows {
   Tensor storage;
   ConstMatrix matrix;
@@ -126,7 +126,7 @@ std::optional<std::int64_t> row_stride(const Tensor& tensor) {
   const std::int64_t last = tensor.dim() - 1;
   const std::int64_t cols = sizes[last];
   if (cols > 1 && strides[last] != 1) return std::nullopt;
-  std::int64_t stride = cols, next = 0;  // `next`: the stride that the dimension to the left must have
+  std::int64_t stride = cols, next = 0;  // `next`: what the stride of the dimension to the left must be
   for (std::int64_t i = last - 1; i >= 0; --i) {
     if (sizes[i] == 1) continue;
     if (next == 0) {
@@ -154,9 +154,9 @@ Rows rows_of(const Tensor& tensor, std::int64_t cols, const char* argument) {
   return {std::move(storage), {data, dtype, rows, cols, stride.value_or(cols)}};
 }
 
-// Asks Linux for pages of 2 MB, from the same size on as numpy does. The first write to a page costs more than the
-// write itself: decoding into 32 MB that are new to the process takes several times as long as into 32 MB that it had
-// before.
+// The first touch of a fresh page costs more than what is written to it: decoding into 32 MB that the allocator has
+// just got takes several times as long as into 32 MB that it kept. Linux gives pages of 2 MB to who asks for them, so
+// results do, as numpy's arrays, from the same size on.
 void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::int64_t kLeastBytes = 4 << 20;
@@ -185,7 +185,7 @@ std::tuple<Tensor, Matrix> new_rows(const Tensor& like, const ConstMatrix& rows,
   return {tensor, {tensor.data_ptr(), rows.dtype, rows.rows, cols, cols}};
 }
 
-// A new [M, rank] tensor and its matrix; an empty tensor and no matrix if rank is 0.
+// A new [M, rank] tensor and its matrix; an empty tensor and no matrix where rank is 0.
 std::tuple<Tensor, Matrix> new_low_rank(const Tensor& like, const ConstMatrix& rows, std::int64_t rank) {
   if (rank == 0) return {new_tensor(like, {0}, like.scalar_type()), Matrix{}};
   Tensor tensor = new_tensor(like, {rows.rows, rank}, like.scalar_type());

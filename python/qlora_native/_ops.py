@@ -111,10 +111,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    # x and u are needed only for the gradients of the adapter; without one they are not saved.
+    # x and u serve the adapter's gradients alone; without one they may go.
     adapter = ctx.needs_input_grad[_FORWARD["lora_a"]] or ctx.needs_input_grad[_FORWARD["lora_b"]]
     kept = (x, u) if adapter else (None, None)
-    # A call without groups leaves the last two arguments to their defaults.
+    # A call without groups may leave them to their defaults.
     offsets, ctx.weights = inputs[_FORWARD["offsets"] :] if len(inputs) == len(_FORWARD) else (None, 1)
     ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]

@@ -34,21 +34,21 @@ __all__ = ["DeferredLogits", "fuse_loss"]
 
 
 class DeferredLogits:
-    """Logits that are computed only when they are used: z = c * tanh(s * l / c), or s * l, of the logits l of a head.
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
 
     Attributes:
-        head: the module that computes l.
-        hidden: [..., K], its input.
+        head: the module that makes them.
+        hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
-        """See the class."""
+        """Logits that nobody has asked for."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
         self.made: Tensor | None = None
 
     def tensor(self) -> Tensor:
-        """Compute the logits as the model would, at the first call."""
+        """The logits, as the model would have made them; once."""
         if self.made is None:
             logits = type(self.head).forward(self.head, self.hidden)
             if self.softcap is not None:
@@ -61,48 +61,48 @@ class DeferredLogits:
         return DeferredLogits(self.head, self.hidden, scale, softcap)
 
     def _times(self, factor: Any) -> Any:
-        """Multiply z by a number."""
+        """z times a number."""
         if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
 
     def __mul__(self, factor: Any) -> Any:
-        """Multiply by a factor of the model family."""
+        """A factor of the family's."""
         return self._times(factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Any:
-        """Divide by a factor of the model family."""
+        """The same, as a divisor."""
         return self._times(1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
 
     def tanh(self) -> Any:
-        """Apply a soft cap: tanh(s * l) has the cap 1."""
+        """A soft cap's: tanh(s * l) has the cap 1."""
         return self._changed(self.scale, 1.0) if self.softcap is None else self.tensor().tanh()
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch with the logits, except for tanh."""
+        """torch's functions see the logits; but for tanh."""
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         made, named = tree_map(lambda each: each.tensor() if isinstance(each, cls) else each, (args, kwargs or {}))
         return func(*made, **named)
 
     def __getattr__(self, name: str) -> Any:
-        """Compute the logits, and return their attribute."""
+        """Everything else that a tensor has."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Compute the logits, and index them."""
+        """Some of the logits."""
         return self.tensor()[index]
 
     def __len__(self) -> int:
-        """The first dimension, as of a tensor."""
+        """The first dimension, as a tensor's."""
         return self.hidden.shape[0]
 
 
