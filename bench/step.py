@@ -242,14 +242,14 @@ def _profiled(step: Callable[[Tensor], float], tokens: Tensor) -> Any:
 
 
 def _own_seconds(operators: Any) -> float:
-    """Of a step, in the operators of qlora_native."""
+    """The seconds of a step in the operators of qlora_native."""
     return 1e-6 * sum(found.self_cpu_time_total for found in operators if found.key.startswith("qlora_native::"))
 
 
 def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
-    """Of a step over linear `layers`: those of the products with W and the adapter, Y and dX, and those of dA and dB.
+    """The operations of a step over linear `layers`: for Y and dX, adapter included, and for dA and dB.
 
-    The first layer's dX is counted, 0.3 % of all, although nobody asks for it.
+    The dX of the first layer is counted, 0.3 % of all, although it is not computed.
     """
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     sides = sum(layer.in_features + layer.out_features for layer in layers)
@@ -257,7 +257,7 @@ def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
 
 
 def _flops(model: nn.Module) -> int:
-    """Of a step's products with 4-bit weights and adapters."""
+    """The operations of the products of a step with 4-bit weights and adapters."""
     import qlora_native as qn
 
     return sum(operations([m for m in model.modules() if isinstance(m, qn.nn.Linear4bit)], BATCH * SEQUENCE))

@@ -1,4 +1,4 @@
-"""AdamW8bit's arithmetic: against AdamW in float64, against bitsandbytes, and the same bits however it is run."""
+"""Guards the arithmetic of AdamW8bit: that of AdamW in float64 and of bitsandbytes, and always the same bits."""
 
 import copy
 import hashlib

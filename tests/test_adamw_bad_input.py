@@ -1,4 +1,4 @@
-"""Bad input to AdamW8bit, as tables: what is passed, and the error. Each error leaves everything as it was."""
+"""Guards AdamW8bit against bad input, as tables of input and error. Each error leaves everything as it was."""
 
 import copy
 import functools
@@ -101,7 +101,7 @@ def test_bad_group_is_refused_and_left_out(group, error, message):
 
 
 def test_frozen_weights_are_refused():
-    """Of a quantized layer, whose codes are uint8: `model.parameters()` has them."""
+    """The parameters of a quantized layer, whose uint8 codes `model.parameters()` returns too."""
     layer = qn.nn.Linear4bit.from_linear(nn.Linear(64, 8))
     layer.bias.requires_grad_(True)
     optimizer = qn.optim.AdamW8bit(layer.parameters())
@@ -154,7 +154,7 @@ def codes(*sizes):
     return [torch.zeros(size, dtype=torch.uint8) for size in sizes]
 
 
-# Of two parameters with 300 elements, which are two blocks each.
+# Lists for two parameters of 300 elements, which have two blocks each.
 LISTS = [
     ({"steps": []}, "steps: expected one for each parameter, got fewer"),
     ({"steps": [torch.zeros(3, dtype=torch.int64)]}, "steps: expected what belongs to the parameters, got more"),

@@ -1,6 +1,6 @@
-"""PagedAdamW8bit where there is something to page: on a GPU, and in CI on the emulated one (QLN_BACKEND=cuda_emulated).
+"""Guards PagedAdamW8bit where moments are paged: on a GPU, and in CI on the emulated one (QLN_BACKEND=cuda_emulated).
 
-In which order an arena asks for what is tests/cpp/test_paged.cpp's.
+tests/cpp/test_paged.cpp tests the order in which an arena calls the driver.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""AdamW8bit as an optimizer of torch: what is saved continues with the same bits, and trainers can drive it."""
+"""Guards AdamW8bit as an optimizer of torch: saved states continue with the same bits, and trainers can drive it."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Bad input, as a table: what is passed, and the exact error. Each error leaves everything as it was."""
+"""Guards quantize, linear and the layers against bad input, as tables of input and exact error. Nothing is changed."""
 
 import re
 

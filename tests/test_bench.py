@@ -1,4 +1,4 @@
-"""That the scripts of bench/ whose figures are committed still run, and that what they count is what is there."""
+"""Guards the scripts of bench/ whose figures are committed: they run, and count what is there."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_step_in_several_processes_is_their_median(script):
     assert (peer["seconds"], peer["all_seconds"]) == (3.9, [2.4, 2.4, 3.9, 3.9, 4.0, 4.0])
 
 
-# Of bench/run.py: a table of rows, for a number of threads. bench/large.py's figures have none.
+# The reports of bench/run.py, which have rows; the figures of bench/large.py do not.
 REPORTS = [path for path in sorted(BENCH.glob("results/*-threads-*.json")) if "rows" in json.loads(path.read_text())]
 assert REPORTS
 

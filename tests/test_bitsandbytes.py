@@ -1,4 +1,4 @@
-"""Bytes and bits that bitsandbytes 0.50 writes and reads. It is the oracle: nothing here is computed by us twice."""
+"""Guards the file format: bitsandbytes 0.50 is the oracle for the bytes and bits that we read and write."""
 
 import io
 import warnings

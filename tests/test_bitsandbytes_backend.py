@@ -1,4 +1,4 @@
-"""bitsandbytes' operations on our kernels, each against its own kernel: what differs, what is left to it, and when."""
+"""Guards bitsandbytes' operations on our kernels: each gives what its own kernel gives, or is left to it."""
 
 import os
 import subprocess
@@ -163,7 +163,7 @@ def trained(optimizer, dtype=torch.float32, steps=8, last=None, **options):
 )
 def test_optimizer_steps_as_theirs(optimizer, options, dtype):
     (theirs, moments), (ours, own_moments) = both(lambda: trained(optimizer, dtype, **options))
-    # Of eight steps of 0.01, in the quantizer's 8 bits and the rounding of the parameter.
+    # The error of eight steps of 0.01, from the 8 bits of the quantizer and the rounding of the parameter.
     for actual, expected in zip(ours, theirs, strict=True):
         assert_close(actual, expected, 2e-3 + EPSILON[dtype])
     for actual, expected in zip(own_moments, moments, strict=True):

@@ -1,4 +1,4 @@
-"""Every operation against its definition, over cases.py. Run for each instruction set by test_isas.py."""
+"""Guards every operation: it follows its definition, over cases.py. test_isas.py runs this for each instruction set."""
 
 import cases
 import oracle
@@ -11,7 +11,7 @@ from qlora_native._inputs import draw_seed
 from qlora_native.testing import assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7
-# Of fewer independent errors the mean says too little.
+# The mean of fewer independent errors says too little.
 FEWEST_ELEMENTS = 256
 SEEDS = 3
 

@@ -1,4 +1,4 @@
-"""examples/cpp_trainer, built from the installed package: it learns, its gradients and its adapter are torch's."""
+"""Guards examples/cpp_trainer, built from the installed package: it learns, with torch's gradients and adapters."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The C++ trainer believes no file: each that is wrong ends in one sentence that says so, and in nothing written."""
+"""Guards the C++ trainer against bad files: each ends in one sentence that names it, and nothing is written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
+"""Guards the CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
 
 import cases
 import pytest

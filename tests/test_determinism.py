@@ -1,4 +1,4 @@
-"""The same bits: for any number of threads, from run to run, and from several Python threads at once."""
+"""Guards determinism: the same bits for any number of threads, in every run, and in concurrent Python threads."""
 
 import sys
 import threading

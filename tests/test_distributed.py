@@ -1,4 +1,4 @@
-"""Two processes (gloo): DDP and FSDP2 over a quantized model with a PEFT adapter compute what one process does."""
+"""Guards DDP and FSDP2 (gloo) over a quantized model with a PEFT adapter: two processes compute what one does."""
 
 import copy
 import itertools

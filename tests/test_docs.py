@@ -1,7 +1,7 @@
-"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
+"""Guards docs/bitsandbytes.md: its code runs unchanged on a small model, and its statements about differences hold.
 
-So do README.md's code, that of docs/formats.md, docs/experts.md and docs/peft.md, and the commands of docs/serving.md.
-The C++ program of docs/cpp.md is in test_package.py, and the links of all pages are in test_site.py.
+The code of README.md, docs/formats.md, docs/experts.md and docs/peft.md runs too, as do the commands of
+docs/serving.md. test_package.py has the C++ program of docs/cpp.md, and test_site.py the links of all pages.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""The CUDA kernels without a GPU: over their emulator (cuda/simt/host.h), and that they stay out of a CPU's way.
+"""Guards the CUDA kernels without a GPU, over their emulator (cuda/simt/host.h), and that CPUs do not need a driver.
 
-The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. A result that depends on it shows a
-missing barrier or wait, so every order must pass the conformance cases and give the same bits. `make sanitize` runs
-all of this once more under AddressSanitizer, which sees what a kernel reads or writes out of bounds.
+The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. If a result depends on the order, a
+barrier or a wait is missing, so every order must pass the conformance cases and give the same bits. `make sanitize`
+repeats all of this under AddressSanitizer, which finds reads and writes out of bounds.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 # Blocks at the same time: for what passes between them, the sums of a tile that several share and the optimizer's step.
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
-# Of the cases, under every schedule but the first, which takes all: prime, so that each loop of cases.py is sampled.
+# Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
 
 
@@ -72,12 +72,12 @@ def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
 
 
 def shared_tiles_digest():
-    """Of products in two 16-bit dtypes; the last K is no whole number of vectors."""
+    """Products in two 16-bit dtypes. The last K is not a whole number of vectors."""
     return digest(((12, 200, 704), (40, 130, 960), (100, 130, 704), (40, 130, 333)), cases.DTYPES[1:])
 
 
 def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.DTYPES):
-    """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
+    """Everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
     import test_determinism
 
     total = hashlib.sha256()
@@ -96,7 +96,7 @@ def test_optimizer_has_the_bits_of_the_cpu(schedule):
 
 
 def optimizer_digest():
-    """Of each algorithm over every kind of tensor, and of AdamW8bit over more of them than a launch takes."""
+    """Each algorithm over every kind of tensor, and AdamW8bit over more tensors than a launch takes."""
     import test_adamw
 
     hashed = hashlib.sha256(test_adamw.digest().encode())

@@ -1,4 +1,4 @@
-"""examples/finetune.py, generate.py and finetune.ipynb on a model small enough for seconds, and what prepares data."""
+"""Guards examples/finetune.py, generate.py, finetune.ipynb and their data, on a model that takes seconds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What x and the gradients may look like: any strides, no rows, tiny values, huge shapes."""
+"""Guards the unusual operands of a product: any strides, no rows, tiny values, huge shapes."""
 
 import oracle
 import pytest

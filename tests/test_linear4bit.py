@@ -1,4 +1,4 @@
-"""Linear4bit, quantize_model and the container: copies, casts, state dicts, what PEFT and FSDP look at."""
+"""Guards Linear4bit, quantize_model and the container: copies, casts, state dicts, and what PEFT and FSDP read."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""`python -m qlora_native merge` and `quantize`: what is written, in how much memory; what an interruption leaves."""
+"""Guards `python -m qlora_native merge` and `quantize`: what they write, their memory, and interruptions."""
 
 import json
 import os

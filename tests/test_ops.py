@@ -1,4 +1,4 @@
-"""The torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what is kept for backward."""
+"""Guards the torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what backward keeps."""
 
 import pytest
 import torch

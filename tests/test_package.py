@@ -1,6 +1,4 @@
-"""The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel. What is in
-the wheel.
-"""
+"""Guards the C++ package, used from another project (installed, moved, and from the wheel), and the wheel."""
 
 import importlib.metadata
 import os

@@ -1,7 +1,7 @@
-"""Products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M"): over the
-emulator, through both hooks of torch, and that nothing of torch's disturbs or sees them.
+"""Guards products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M").
 
-What a panel holds and in which order things happen is tested without torch, in tests/cpp/test_panels.cpp.
+They run over the emulator, through both of torch's hooks, and torch's modes must neither disturb nor see them. What a
+panel holds, and the order of events, is tested without torch in tests/cpp/test_panels.cpp.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""LoRA through PEFT's dispatch: which way is taken, that it computes what PEFT computes, and what is saved."""
+"""Guards LoRA through PEFT's dispatch: what is fused, that it computes what PEFT does, and what is saved."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""Merging adapters into 4-bit layers and taking them out again; adapters that start from LoftQ."""
+"""Guards merging adapters into 4-bit layers and taking them out again, and adapters that start from LoftQ."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A live bitsandbytes model whose layers become ours: what is shared, what changes, and what must not."""
+"""Guards `replace`: the layers of a live bitsandbytes model become ours; what is shared, and what must not change."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""SmolLM2-135M all the way: the well-known snippet with its import line changed, memory, files, merging."""
+"""Guards SmolLM2-135M from end to end: the usual snippet with its import changed, memory, files, merging."""
 
 import importlib.util
 import shutil

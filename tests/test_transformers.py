@@ -1,4 +1,4 @@
-"""Loading and saving through transformers: what is quantized, with which bytes, in how much memory, and training."""
+"""Guards loading and saving through transformers: what is quantized, with which bytes, memory, and training."""
 
 import json
 import shutil

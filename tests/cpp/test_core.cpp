@@ -1,5 +1,5 @@
-// The core without torch or Python: what it promises whatever backend is current. Run by ctest, once for
-// each instruction set; exits 1 on a failure.
+// Guards the core without torch or Python: its promises for every backend. ctest runs it once for each instruction set;
+// it exits 1 on a failure.
 #include <sys/wait.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Where the tensor-core GEMM puts what in shared memory, for each of its tiles: that threads bring and decode all of a
-// step, once; that ldmatrix hands a lane what its mma is to take; and that no eight lanes meet in a bank.
+// Guards the layout of shared memory in the tensor-core GEMM, for each of its tiles: the threads load and decode every
+// element of a step once, ldmatrix gives each lane the operand of its mma, and no eight lanes use the same bank.
 #include <algorithm>
 #include <vector>
 
@@ -47,7 +47,8 @@ class Memory {
   std::size_t count_ = 0;
 };
 
-// Of what four matrices of ldmatrix the lanes of a warp point at: register r of lane has two elements, the j-th.
+// The elements that ldmatrix loads from the four matrices that the lanes point at: register r of a lane has two, the
+// j-th.
 template <bool kTransposed>
 Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
   const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;

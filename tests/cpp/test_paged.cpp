@@ -1,5 +1,5 @@
-// PagedArena over the emulator's driver: what is asked of a driver and in which order, and that a paged step leaves the
-// same bits as one in ordinary memory. There, whatever is not waited for has not happened. Exits 1 on a failure.
+// Guards PagedArena, over the emulator's driver: the order of its calls to a driver, and that a paged step gives the
+// bits of one in ordinary memory. In this driver nothing happens before it is waited for. Exits 1 on a failure.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>

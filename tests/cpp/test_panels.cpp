@@ -1,5 +1,5 @@
-// Products by panels with hooks of this program's own, over the emulator: the order in which a panel is decoded beside
-// a product, what a dense product is given, and what memory a call takes. Exits 1 on a failure.
+// Guards products by panels, over the emulator and with hooks of this program: the order in which a panel is decoded
+// beside a product, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
 #include "product/side_stream.h"
 #include "qlora_native/qlora_native.h"
 
