@@ -84,7 +84,7 @@ def gpt_oss_20b(layers: int, **changes: Any) -> PreTrainedConfig:
     return GptOssConfig(**{**sizes, **changes})
 
 
-SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of so many layers, and how many it has
+SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of n layers, and its own n
     "llama-7b": (llama_7b, 32),
     "qwen3-30b-a3b": (qwen3_30b_a3b, 48),
     "gpt-oss-20b": (gpt_oss_20b, 24),

@@ -49,7 +49,7 @@ def run(stack: str, seed: int, steps: int) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a stack, with the spread over the seeds."""
+    """The table as Markdown, with a row for each stack and the spread over the seeds."""
     runs = {(done["stack"], done["seed"]): done for done in found["runs"]}
     seeds = sorted({seed for _, seed in runs})
     first = found["runs"][0]

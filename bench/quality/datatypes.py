@@ -73,7 +73,7 @@ def run(datatype: str, seed: int, steps: int) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a type, the published figures beside it."""
+    """The table as Markdown, with a row for each type and the published figures beside it."""
     rows = []
     for name in TYPES:
         runs = sorted((done for done in found["runs"] if done["datatype"] == name), key=lambda done: done["seed"])

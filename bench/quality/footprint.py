@@ -214,7 +214,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a row a size and method, in GB, the published figures beside it; and the check."""
+    """The table as Markdown, with a row for each size and method in GB, the published figures, and the check."""
     rows = []
     for size, method in itertools.product(SIZES, METHODS):
         (parts,) = (row["parts"] for row in found["rows"] if (row["size"], row["method"]) == (size, method))

@@ -42,7 +42,7 @@ def differences(runs: list[dict]) -> dict[int, float]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a seed."""
+    """The table as Markdown, with a row for each seed."""
     after = {(done["optimizer"], done["seed"]): f"{done['after']:.4f}" for done in found["runs"]}
     rows = [
         (f"seed {seed}", *(after[name, seed] for name in OPTIMIZERS), f"{100 * difference:+.2f} %")

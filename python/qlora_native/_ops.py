@@ -23,7 +23,7 @@ _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
 
 
 def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
-    """A new [M, rank] tensor; empty where there is no adapter."""
+    """A new [M, rank] tensor, which is empty if there is no adapter."""
     if lora_a is None or lora_a.shape[-2] == 0:
         return rows.new_empty((0,))
     return rows.new_empty((math.prod(rows.shape[:-1]), lora_a.shape[-2]))

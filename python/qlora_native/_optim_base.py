@@ -53,7 +53,13 @@ class Optimizer8bit(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any], bitsandbytes_arguments: dict[str, Any]) -> None:
-        """Make the optimizer; `options` are the defaults of a parameter group."""
+        """Make the optimizer.
+
+        Args:
+            params: parameters, or dicts of parameter groups, as for every torch optimizer.
+            options: the defaults of a parameter group.
+            bitsandbytes_arguments: further arguments of bitsandbytes' optimizer, which are checked.
+        """
         name = type(self).__name__.removeprefix("Paged")
         check_bitsandbytes_arguments(bitsandbytes_arguments, self.algorithm, self.is_paged, (name, f"Paged{name}"))
         self._skipped: dict[torch.device, Tensor] = {}  # {device: int64 [1], steps skipped there}

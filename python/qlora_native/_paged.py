@@ -53,7 +53,7 @@ class Paged(Optimizer8bit):
     while one is updated, the next is fetched, and if the GPU's memory is short, the one before goes back to the host.
     Small parameters are paged too. Moments that are loaded from a state dict are moved into an arena.
 
-    Where there is no GPU the memory is ordinary, and the optimizer says so once.
+    Without a GPU the moments are in ordinary memory, and the optimizer warns once.
     """
 
     is_paged = True

@@ -19,6 +19,7 @@ class Report:
         bytes: the size of all tensors written.
         errors: {layer: |Q(W) - W| / |W|} in Frobenius norms, where W is the weight before it was quantized to Q(W).
         notes: sentences for a reader of the files.
+        squares: sums of squares of the differences, of the weights and of the adapter's changes, for the total errors.
     """
 
     merged: int = 0
@@ -29,7 +30,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def add_rounding(self, layer: str, rounded: Tensor, weight: Tensor) -> None:
-        """Count a layer whose `weight` [N, K] has become `rounded` [N, K]."""
+        """Count a quantized layer, and the error of its rounding.
+
+        Args:
+            layer: its name.
+            rounded: the decoded quantized weight [N, K].
+            weight: the weight before [N, K].
+        """
         error, norm = square(rounded, weight), square(weight)
         self.quantized += 1
         self.errors[layer] = math.sqrt(error / max(norm, 1e-300))
