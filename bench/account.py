@@ -1,4 +1,4 @@
-"""Where a training step goes: seconds by part, beside the limit of its products, and the memory that it takes.
+"""How the time of a training step divides: seconds by part, the limit of its products, and its memory.
 
     python bench/account.py [--rounds 5] [--output]
 
@@ -6,11 +6,11 @@ Two models: SmolLM2-135M with a batch of 4 x 256 tokens, and two layers of Llama
 tokens. LoRA of rank 16 on all seven linears of a layer, bf16, each stack's own 8-bit AdamW. Contestants: ours with
 `fuse_loss` and `fuse_blocks`, ours without, and bitsandbytes under stock PEFT.
 
-Each is a process of its own, as a training is. A step's time is the median of some; how it divides is what
-torch.profiler finds in one step more. What has a dimension as long as the vocabulary counts as head and loss, the rest
-goes by the names of torch's operations. The limit of a part is its operations at the machine's matrix rate, measured in
-the same run. Memory is how far the process grows during a step. --output writes bench/results/account-<machine>.{json,
-md,png}.
+Each contestant trains in a process of its own. The time of a step is the median of several; torch.profiler divides one
+more step into parts. An operation with a dimension of the vocabulary's size counts as head and loss; the others are
+told apart by their names in torch. The limit of a part is its operations over the machine's matrix rate, measured in
+the same run. Memory is the growth of the process during a step. --output writes
+bench/results/account-<machine>.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cases import OURS
 
 UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
 LAYERS, TOKENS = 2, 512  # of the 7B shape
-# Parts of a step by the names of operations; the first that fits is taken.
+# {part of a step: names of operations}; an operation belongs to the first part that fits.
 PARTS = {
     "optimizer": ("optimizer",),
     "attention": ("attention",),
@@ -55,7 +55,7 @@ def smollm2() -> tuple[nn.Module, Tensor]:
 
 
 def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
-    """The same of LAYERS layers of random weights; `changes`: other sizes, for its config."""
+    """LAYERS layers of Llama-7B with random weights, and tokens. `changes` are other sizes for its config."""
     config = large.llama_7b(LAYERS, **changes)
     model = large.empty_model(config)
     large.fill(model)
@@ -67,12 +67,12 @@ MODELS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {"SmolLM2-135M": sm
 
 
 def contestants() -> list[str]:
-    """Who can run here, ours first."""
+    """The contestants that can run here; ours come first."""
     return [OURS, UNFUSED, *[BITSANDBYTES] * (importlib.util.find_spec("bitsandbytes") is not None)]
 
 
 def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
-    """Of a step by part: W's and the adapter's products, Y and dX; dA and dB; the head's, Y and dX."""
+    """{part: operations in a step}: Y and dX with W and adapter; dA and dB; Y and dX of the head."""
     linears = [m for path, m in model.named_modules() if path.rpartition(".")[2] in step.LINEARS]
     products, gradients = step.operations(linears, tokens)
     head = model.get_output_embeddings()
@@ -84,7 +84,7 @@ def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
 
 
 def part_of(operation: Any, vocabulary: int) -> str:
-    """The part that an operation, of torch.profiler's with its shapes, belongs to."""
+    """The part of a step that an operation of torch.profiler belongs to, by its shapes and its name."""
     if any(size == vocabulary for shape in operation.input_shapes for size in shape if isinstance(size, int)):
         return HEAD
     if "cross_entropy" in operation.key:
@@ -93,7 +93,7 @@ def part_of(operation: Any, vocabulary: int) -> str:
 
 
 def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str, Any]:
-    """What a training of one contestant takes; in a process of its own, for the sake of its memory.
+    """Train one contestant, in a process of its own so that its memory can be measured.
 
     Returns:
         seconds (median of a step), parts {part: seconds}, operations {part: number}, peak_bytes, losses.
@@ -142,7 +142,7 @@ def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str
 
 
 def lines(found: dict) -> str:
-    """The report in Markdown."""
+    """The report as Markdown."""
     description = found["machine"]
     versions, rate = description["versions"], found["limits"]["bfloat16"]
     text = [
@@ -177,7 +177,7 @@ def lines(found: dict) -> str:
 
 
 def draw(found: dict, path: Path) -> None:
-    """The same as a picture: a bar for each contestant, its parts in their order."""
+    """Draw the report: a bar for each contestant, divided into its parts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,7 +203,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--output", action="store_true", help="write the report below bench/results/")

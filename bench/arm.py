@@ -1,12 +1,12 @@
-"""The main loops of the Arm kernels, read from their machine code, and what models of two processors say of them.
+"""The main loops of the Arm kernels, read from their machine code, and their cycles in models of two processors.
 
     make test-arm                 cross-compiles the library that is read
     python bench/arm.py           prints the table
     python bench/arm.py --output  writes results/neon-main-loops.json, and .md for people
 
-No Arm machine is needed, and nothing is timed: llvm-mca predicts how many cycles a loop takes whose data is in the
-first cache, by the scheduling models that LLVM has of these processors. It needs the binutils of the cross compiler (or
-an Arm machine's own) and an llvm-mca that knows the processors, of LLVM 16 or later.
+No Arm machine is needed, and nothing is timed. llvm-mca predicts the cycles of a loop whose data is in the first cache,
+by LLVM's scheduling models of these processors. The script needs the binutils of the cross compiler, or those of an Arm
+machine, and an llvm-mca of LLVM 16 or later.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
 from machine_code import Instruction, count, loops
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/arm/libqlora_native.a"
 RESULTS = ROOT / "bench/results/neon-main-loops.json"
-# The names of LLVM; apple-a14 has the cores of an M1, and stands for it. LLVM's model of it is that of the A7 (2013),
-# with three vector units where the M1 has four, so that its cycles are an upper bound.
+# {processor: its name in LLVM}. apple-a14 has the cores of an M1. LLVM's model of it is that of the A7 (2013), which
+# has three vector units instead of four, so its cycles are an upper bound.
 PROCESSORS = {"Neoverse V2": "neoverse-v2", "Apple M1": "apple-a14"}
 ITERATIONS = 200
-VECTOR_PIPES = 4  # of a Neoverse V2: a multiply-add, a lookup and an interleaving each take one of them for a cycle
+VECTOR_PIPES = 4  # of a Neoverse V2; a multiply-add, a lookup and an interleaving each occupy one for a cycle
 MULTIPLY_ADDS = ("fmla", "bfdot")
 
 
 @dataclass(frozen=True)
 class Dot:
-    """How a product multiplies."""
+    """How a product multiplies, and what decoding costs there."""
 
-    name: str  # in the source
+    name: str  # its name in the source
     label: str
-    elements: int  # of the inner dimension that a multiply-add takes in a lane
-    lookups: int  # for 16 weights
-    interleavings: int  # likewise
-    table: int  # instructions that make a block's table: products, rounding, bytes apart
+    elements: int  # elements of the inner dimension in a lane of a multiply-add
+    lookups: int  # table lookups for 16 weights
+    interleavings: int  # interleavings for 16 weights
+    table: int  # instructions that make the table of a block: products, rounding, separating bytes
 
     def weights(self, multiply_adds: int, rows: int) -> int:
-        """How many weights so many multiply-adds take, each for `rows` rows of X."""
+        """The weights that these multiply-adds process for `rows` rows of X."""
         return multiply_adds * 4 * self.elements // rows
 
 
@@ -60,21 +62,21 @@ DOTS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One loop: what is in it, and what it would hold at least."""
+    """One loop: its instructions, and the least that it could have."""
 
     loop: str
     dot: str
     unit: str  # what `units` counts
-    units: int  # that pass in one turn
+    units: int  # units in one turn of the loop
     instructions: int
     least: int
-    vectors: int  # instructions for the vector pipes, at least
-    stack: int  # accesses to the stack: spilled registers and what else lies there
+    vectors: int  # the least number of instructions for the vector pipes
+    stack: int  # accesses to the stack, for spilled registers and locals
     kinds: dict[str, int]
-    cycles: dict[str, float]  # a turn, by processor
+    cycles: dict[str, float]  # {processor: cycles of a turn}
 
     def row(self) -> tuple[str, ...]:
-        """The cells of the table."""
+        """The cells of a line of the table."""
         return (
             self.loop,
             self.dot,
@@ -93,7 +95,7 @@ class Figure:
 
 
 def tool(*names: str) -> str:
-    """The path of the first of these programs that is there."""
+    """The path of the first of these programs that is installed."""
     for name in names:
         if path := shutil.which(name):
             return path
@@ -107,7 +109,7 @@ def functions(library: Path) -> dict[str, list[Instruction]]:
 
 
 def functions_of(listing: Sequence[str]) -> dict[str, list[Instruction]]:
-    """The same of what objdump has printed."""
+    """{demangled name without namespaces: code} of the functions in a listing of objdump."""
     found: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in listing:
@@ -121,7 +123,7 @@ def functions_of(listing: Sequence[str]) -> dict[str, list[Instruction]]:
 
 
 def target(instruction: Instruction) -> int | None:
-    """Where a branch goes."""
+    """The address that a branch goes to, or None."""
     if instruction.opcode.split(".")[0] not in ("b", "cbz", "cbnz", "tbz", "tbnz"):
         return None
     match = re.search(r"([0-9a-f]+) <", instruction.operands)
@@ -129,12 +131,12 @@ def target(instruction: Instruction) -> int | None:
 
 
 def falls_through(instruction: Instruction) -> bool:
-    """Whether what stands below an instruction may come next."""
+    """Whether the instruction below may be executed next."""
     return instruction.opcode not in ("b", "br", "ret")
 
 
 def own_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Of each loop what is in none inside of it."""
+    """The instructions of each loop without those of the loops inside it."""
     found = loops(code, target, falls_through)
     bodies = [{i.address for i in loop} for loop in found]
     inner = [set().union(*(other for other in bodies if other < body)) for body in bodies]
@@ -156,7 +158,7 @@ def analyzer() -> str:
 
 
 def cycles(lines: Sequence[str], processor: str) -> float:
-    """How long a turn of a loop takes by LLVM's model."""
+    """The cycles of a turn of a loop in LLVM's model."""
     command = (analyzer(), "-mtriple=aarch64", f"-mcpu={processor}", "-mattr=+bf16", f"-iterations={ITERATIONS}")
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
     if done.returncode != 0:
@@ -165,7 +167,7 @@ def cycles(lines: Sequence[str], processor: str) -> float:
 
 
 def plain(code: Sequence[Instruction]) -> list[str]:
-    """A loop as llvm-mca takes it: without branches, which it does not follow."""
+    """A loop without branches, which llvm-mca does not follow."""
     return [f"{i.opcode} {i.operands}" for i in code if target(i) is None and i.opcode not in ("b", "bl", "ret")]
 
 
@@ -173,7 +175,7 @@ def plain(code: Sequence[Instruction]) -> list[str]:
 
 
 def figure(loop: str, dot: Dot, unit: str, units: int, code: Sequence[Instruction], least: int, vectors: int) -> Figure:
-    """What the report says of a loop."""
+    """Make the report's figure of a loop."""
     opcodes = [i.opcode for i in code]
     kinds = {opcode: opcodes.count(opcode) for opcode in sorted(set(opcodes), key=lambda o: (-opcodes.count(o), o))}
     return Figure(
@@ -191,7 +193,7 @@ def figure(loop: str, dot: Dot, unit: str, units: int, code: Sequence[Instructio
 
 
 def find(code: dict[str, list[Instruction]], pattern: str) -> list[list[Instruction]]:
-    """The loops of the functions whose names match."""
+    """The loops of the functions whose names match `pattern`."""
     found = [loop for name, function in code.items() if re.match(pattern, name) for loop in own_loops(function)]
     if not found:
         raise SystemExit(f"no loop in a function that matches {pattern}")
@@ -199,12 +201,12 @@ def find(code: dict[str, list[Instruction]], pattern: str) -> list[list[Instruct
 
 
 def decoding(dot: Dot, weights: int, tables: int) -> int:
-    """Vector instructions that decoding takes at least: nibbles, lookups and interleavings, and the blocks' tables."""
+    """The least number of vector instructions for decoding: nibbles, lookups, interleavings, and tables of blocks."""
     return weights // 16 * (1 + dot.lookups + dot.interleavings) + tables * dot.table
 
 
 def few_rows(code: dict[str, list[Instruction]], dot: Dot, rows: int) -> Figure:
-    """linear_forward of up to eight rows of X: two rows of W times a chunk of 64."""
+    """The loop of linear_forward for up to eight rows of X: two rows of W times a chunk of 64."""
     weights = 2 * 64
     multiply_adds = rows * weights // (4 * dot.elements)
     name = re.escape(dot.name)
@@ -223,7 +225,7 @@ def few_rows(code: dict[str, list[Instruction]], dot: Dot, rows: int) -> Figure:
 
 
 def tile(code: dict[str, list[Instruction]], dot: Dot, product: str, shape: tuple[int, int], label: str) -> Figure:
-    """A register tile: its sums, each with one multiply-add, and what they share."""
+    """The loop of a register tile: a multiply-add for each sum, and the loads that they share."""
     rows, vectors = shape
     pattern = rf"void multiply_register_tile<{product}<{re.escape(dot.name)} ?>, {rows}, {vectors}, .*NoDecoder"
     best = max(find(code, pattern), key=lambda loop: count(loop, *MULTIPLY_ADDS))
@@ -234,7 +236,7 @@ def tile(code: dict[str, list[Instruction]], dot: Dot, product: str, shape: tupl
 
 
 def decode_step(code: dict[str, list[Instruction]], dot: Dot, product: str) -> Figure:
-    """What a tile decodes between its multiplications: two chunks, of dX in bf16 of two rows."""
+    """The decoding beside the multiplications of a tile: two chunks, for dX in bf16 of two rows."""
     name = re.escape(dot.name)
     decoder = rf"Decoder<{product}<{name} ?>::Panel, QuantizedRows<{name}, 4, 1> ?>"
     if product == "ProductNt":  # a function of its own
@@ -252,12 +254,12 @@ def decode_step(code: dict[str, list[Instruction]], dot: Dot, product: str) -> F
 
 
 def dot_bytes(dot: Dot) -> int:
-    """Bytes of a decoded weight in a panel."""
+    """The bytes of a decoded weight in a panel."""
     return 4 // dot.elements
 
 
 def dequantize(code: dict[str, list[Instruction]], dtype: int, dot: Dot, label: str) -> Figure:
-    """A weight decoded to memory."""
+    """The loop that decodes a weight to memory."""
     pattern = rf".*dequantize_as<\(DType\){dtype}, 4, false>"
     best = max(find(code, pattern), key=lambda loop: (count(loop, "tbl") > 0, -len(loop)))
     weights = count(best, "tbl") // dot.lookups * 16
@@ -269,7 +271,7 @@ def dequantize(code: dict[str, list[Instruction]], dtype: int, dot: Dot, label: 
 
 
 def report(library: Path) -> list[Figure]:
-    """All of the loops."""
+    """The figures of all loops."""
     code = functions(library)
     found = [few_rows(code, dot, rows) for rows in (1, 4, 8) for dot in DOTS]
     found += [tile(code, dot, "ProductNt", (8, 3), "forward, many rows") for dot in DOTS]
@@ -279,7 +281,7 @@ def report(library: Path) -> list[Figure]:
 
 
 def matrix_instruction() -> dict[str, dict[str, float]]:
-    """bfdot and bfmmla: cycles for 24 of either, by processor."""
+    """{instruction: {processor: cycles of 24 of them}} for bfdot and bfmmla."""
     forms = {"bfdot": "bfdot v{}.4s, v30.8h, v31.2h[0]", "bfmmla": "bfmmla v{}.4s, v30.8h, v31.8h"}
     return {
         opcode: {
@@ -328,7 +330,7 @@ Packing, panels and the write of a result would each be another."""
 
 
 def markdown(figures: Sequence[Figure], versions: dict[str, str], matrix: dict[str, dict[str, float]]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     rows = [HEADER, ["---"] * len(HEADER), *(figure.row() for figure in figures)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     cycles_of = {opcode: f"{of['Neoverse V2']:.1f}" for opcode, of in matrix.items()}
@@ -336,13 +338,13 @@ def markdown(figures: Sequence[Figure], versions: dict[str, str], matrix: dict[s
 
 
 def first_line(*command: str) -> str:
-    """What a program says of its version."""
+    """The first line of what a program prints, which is its version."""
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return next(line.strip() for line in lines if line.strip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path, nargs="?", default=LIBRARY, help=f"default: {LIBRARY.relative_to(ROOT)}")
     parser.add_argument("--output", action="store_true", help="write results/neon-main-loops.json and .md")

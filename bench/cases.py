@@ -1,21 +1,21 @@
-"""What is measured: operation x shape x dtype. Data, no code that runs anything; what to reach is in goals.py.
+"""The cases that are measured, as data: operation x shape x dtype. Their goals are in goals.py.
 
 **Shapes** are [N, K] = [out_features, in_features], torch's order for a weight. `4096x14336` is the down projection of
 an 8-billion-parameter Llama, which ggml's benchmark calls m=4096, k=14336; `14336x4096` is its gate and up projection.
 Weights are NF4 with double quantization and blocksize 64, 0.5159 bytes a weight, where a case names no other format.
 
-**Devices** have cases and goals of their own: "cpu", and "cuda", a GPU.
+**Devices**: "cpu" and "cuda" (a GPU) each have cases and goals of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-OURS = "qlora_native"  # among the contestants
+OURS = "qlora_native"  # our name among the contestants
 BLOCKSIZE = 64
 LORA_RANK = 16
 LORA_SCALING = 2.0
-# Formats, each with the blocksize that it has here.
+# {format: its blocksize here}.
 BLOCKSIZES = {"nf4": BLOCKSIZE, "mxfp4": 32, "nvfp4": 16}
 # bytes a weight: half for the code, one for each scale, four for each 256 scales
 BYTES_PER_WEIGHT = {format: 1 / 2 + 1 / size + 4 / (256 * size) for format, size in BLOCKSIZES.items()}
@@ -25,14 +25,14 @@ DOWN = (4096, 14336)
 UP = (14336, 4096)
 LARGE_SQUARE = (8192, 8192)
 SHAPES = {"cpu": (SQUARE, DOWN, UP), "cuda": (SQUARE, DOWN, LARGE_SQUARE)}
-# How cost grows: with the width of a square weight, the rank of the adapter, the rows of x and the threads.
+# How cost grows with the width of a square weight, the rank of the adapter, the rows of x and the threads.
 WIDTHS = (512, 1024, 2048, 4096, 8192)
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 GROWTH_M = 512
-# Tokens on a GPU: of a batch that generates, and of one that trains.
+# Rows of x on a GPU, from a batch that generates to one that trains.
 GPU_MS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 GPU_LORA_M = 4096
-# What optimizer.py steps: the LoRA adapter of a small model, and one tensor.
+# The parameters that optimizer.py steps: the LoRA adapter of a small model, and one large tensor.
 ADAMW_ADAPTER, ADAMW_TENSOR = "LoRA adapter", "one tensor"
 
 
@@ -41,14 +41,14 @@ class Case:
     """One row of the table.
 
     operation  quantize | dequantize | forward (Y = X·Wᵀ) | dx (dX = dY·W) | lora_gradients (dA, dB)
-    M          rows of X or dY; 0 where there are none
-    dtype      of the activations; of the source of `quantize`, of the result of `dequantize`
-    via        function: `qn.linear`, and for dx the op called directly, as the peers' bare product is
+    M          rows of X or dY, or 0
+    dtype      of the activations, of the source of `quantize`, or of the result of `dequantize`
+    via        function: `qn.linear`, or for dx the op itself, like the bare product of the peers
                layer: `Linear4bit.forward` | op: the torch op without its Python wrapper | autograd: the backward pass
-    rank       of the adapter inside the product. Such a case is compared with our own product without it
-    threads    0: all of the machine's
-    format     of the weight. A product with another one than nf4 is compared with our own with nf4
-    memory     default: as glibc's allocator comes, fresh pages from the system for every block of 32 MB and more
+    rank       of the adapter inside the product; such a case is compared with our own product without an adapter
+    threads    0 means all of the machine's
+    format     of the weight; a product with another format than nf4 is compared with our own with nf4
+    memory     default: glibc's allocator, with fresh pages from the system for every block of at least 32 MB
                kept: freed memory stays with the process, so that no call pays for page faults (timing.py)
     """
 
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """The name of the case in the table."""
         parts = [self.operation]
         if self.rank and self.operation != "lora_gradients":
             parts.append(f"+ LoRA r={self.rank}")
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Floating point operations of the products, adapter included."""
+        """The floating point operations of the products, with the adapter."""
         N, K = self.shape
         if self.operation == "lora_gradients":
             return 2.0 * self.M * self.rank * (N + K)
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Bytes that must move: codes and scales, and the 16- or 32-bit weight where the operation has one."""
+        """The bytes that must move: codes and scales, and the 16- or 32-bit weight if the operation has one."""
         N, K = self.shape
         size = 4 if self.dtype == "float32" else 2
         if self.operation == "lora_gradients":
@@ -100,7 +100,7 @@ class Case:
 
 
 def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
-    """Every case of a shape on a device; on a CPU the essential ones of UP, and all of any other shape."""
+    """The cases of a shape on a device. On a CPU the shape UP has only the essential ones."""
 
     def products(operation: str, Ms: tuple[int, ...], **fields: object) -> list[Case]:
         return [Case(operation=operation, shape=shape, M=M, **fields) for M in Ms]
@@ -148,7 +148,7 @@ def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
 
 
 def growth(shape: tuple[int, int], threads: int) -> list[Case]:
-    """What `cases` lacks to see how cost grows; `threads`: of the machine."""
+    """The additional cases that show how cost grows. `threads` is the machine's number."""
     found = [Case(operation=operation, shape=shape, M=M) for operation, M in GROWTH_PRODUCTS]
     if shape != SQUARE:
         return found
@@ -166,7 +166,7 @@ GROWTH_PRODUCTS = (("forward", 1), ("forward", GROWTH_M), ("dx", GROWTH_M))
 
 
 def quick(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
-    """A few cases of a shape, to see in seconds that all is well."""
+    """A few cases of a shape, which run in seconds."""
     return [
         case
         for case in cases(shape, device)
@@ -174,7 +174,7 @@ def quick(shape: tuple[int, int], device: str = "cpu") -> list[Case]:
     ]
 
 
-# Training steps: how step.measure_alone takes them.
+# {training step: arguments of step.measure_alone}.
 STEPS = {
     "step": {"processes": 5},
     "step_kept": {"keep_memory": True},

@@ -1,7 +1,7 @@
-"""Whether a result is right. Every contestant's is checked before it is timed.
+"""Check results. Every contestant's is checked before it is timed.
 
-The oracle is plain torch in float64, over a decoding of the codes of its own, and looks at a sample of rows (of
-blocks, for `quantize`): all of 4096x14336 at M=2048 in float64 would take longer than the measurement.
+The oracle is plain torch in float64 with a decoder of its own. It checks a sample of rows (of blocks, for `quantize`),
+because all of 4096x14336 at M=2048 in float64 would take longer than the measurement.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from qlora_native.testing import blocked_product
 from torch import Tensor
 
 ROWS = 16
-# Times the error of fp32 sums in blocks, on the same rows and a sample of the columns. The tests hold 1.1 for
-# qlora_native; here a wrong result is to be told from a right one.
+# The allowed error of qlora_native over that of fp32 sums in blocks, on the same rows and a sample of the columns. The
+# tests allow 1.1; here it is enough to find a wrong result.
 SLACK = 2.0
 COLUMNS = 64
-# A peer that quantized for itself has other scales where an 8-bit scale was a near tie; `packed` rounds them to bf16.
+# The allowed error of a peer. It quantizes by itself, so near ties of 8-bit scales differ; `packed` rounds scales to
+# bf16.
 PEER_ERROR = 0.02
 
 
 class WrongResult(Exception):
-    """A contestant computed something else: its time would mean nothing."""
+    """A contestant's result is wrong, so its time would mean nothing."""
 
 
 def decode(quantized: Any, dtype: torch.dtype) -> Tensor:
-    """Our QuantizedWeight as [N, K]: fp32 code x fp32 scale, rounded once to `dtype`."""
+    """Decode our QuantizedWeight to [N, K]: fp32 code x fp32 scale, rounded once to `dtype`."""
     codes = quantized.codes.reshape(-1)
     nibbles = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[: quantized.shape[0] * quantized.shape[1]]
     values = quantized.code[nibbles.int()]
@@ -45,12 +46,12 @@ def scales(quantized: Any) -> Tensor:
 
 
 def tolerance(adapter: ModuleType) -> float:
-    """The relative error that a peer's results may have."""
+    """The allowed relative error of a peer."""
     return getattr(adapter, "ERROR", PEER_ERROR)
 
 
 def rows_of(M: int) -> Tensor:
-    """Indices of the rows to look at: first, last and some between."""
+    """The indices of the rows to check: the first, the last and some between."""
     return torch.linspace(0, M - 1, min(M, ROWS)).round().long()
 
 
@@ -68,8 +69,8 @@ def product(
     Args:
         result: [rows, N] that a contestant computed.
         left, right: [rows, K] in the dtype of the activations, [K, N] in float64.
-        low_rank: float64 [rows, N], what the adapter adds.
-        allowed: None for qlora_native, which is held to the error of sums in blocks.
+        low_rank: float64 [rows, N], the adapter's part, or None.
+        allowed: the allowed error of a peer; None for qlora_native, which may have SLACK times that of sums in blocks.
 
     Returns:
         The relative RMS error.
@@ -93,10 +94,11 @@ def product(
 
 
 def dropout(name: str, dropped: Tensor, plain: Tensor, low_rank: Tensor, p: float) -> float:
-    """Check that dropout on the adapter's input changes the adapter's part as much as it should, on average.
+    """Check that dropout changes the adapter's part by the right amount, on average.
 
-    Of independent inputs, a share p set to zero and the others scaled by 1/(1-p), the sum moves by √(p/(1-p)) of its
-    size. `dropped`, `plain`, `low_rank`: [rows, N] with dropout, without, and the adapter's part alone.
+    If a share p of independent inputs is set to zero and the others are scaled by 1/(1-p), their sum changes by
+    √(p/(1-p)) of its size. `dropped`, `plain` and `low_rank`, all [rows, N], are the result with dropout, without it,
+    and the adapter's part.
     """
     moved = ((dropped.double() - plain.double()).norm() / low_rank.norm()).item()
     expected = (p / (1 - p)) ** 0.5
@@ -117,7 +119,7 @@ def quantized(name: str, quantized_weight: Any, weight: Tensor) -> float:
     some = rows_of(len(blocks))
     scaled = blocks[some] * (1.0 / absmax[some])[:, None]
     code = quantized_weight.code
-    wanted = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2)  # of a tie the lower: strictly greater counts
+    wanted = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2)  # at a tie the lower code
     codes = quantized_weight.codes.reshape(-1, quantized_weight.blocksize // 2)[some]
     found = torch.stack((codes >> 4, codes & 15), dim=2).reshape(wanted.shape)
     if not torch.equal(found.long(), wanted):

@@ -1,4 +1,4 @@
-"""From a case to contestants: functions to be timed, with their results checked."""
+"""Make the contestants of a case: functions to be timed, whose results have been checked."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from peers import ours
 Contestants = dict[str, Callable[[int], Any]]
 WITHOUT_LORA = "without LoRA"
 NF4 = "in NF4"
-# The copies of a weight that take turns are together this many times the last-level cache.
+# All copies of a weight together are at least this many times as large as the last-level cache.
 CACHE_MULTIPLE = 2
 
 
 class Weights:
-    """One weight of a shape in every form that the cases need, each in several copies."""
+    """A weight of a shape in every form that the cases need, each in several copies."""
 
     def __init__(self, shape: tuple[int, int], format: str = "nf4") -> None:
-        """Random normal values of a size that keeps activations near 1, and their quantization."""
+        """Make random normal values of a size that keeps activations near 1, and quantize them."""
         torch.manual_seed(0)
         self.shape = shape
         self.weight = torch.randn(shape).mul_(shape[1] ** -0.5).bfloat16()
@@ -35,25 +35,25 @@ class Weights:
         self._copies: dict[tuple[str, torch.dtype], list[Any]] = {}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """What was quantized, decoded to `dtype`."""
+        """The quantized weight, decoded to `dtype`."""
         if dtype not in self._dense:
             self._dense[dtype] = checks.decode(self.quantized, dtype)
         return self._dense[dtype]
 
     def exact(self, dtype: torch.dtype) -> Tensor:
-        """The same, then in float64."""
+        """The weight decoded to `dtype`, and then in float64."""
         if dtype not in self._exact:
             self._exact = {dtype: self.dense(dtype).double()}  # one at a time: it is large
         return self._exact[dtype]
 
     def own_copies(self) -> list[Any]:
-        """What was quantized, as often."""
+        """Copies of our quantized weight."""
         return [self.quantized] + [
             ours.copy(self.quantized) for _ in range(copies_needed(ours.nbytes(self.quantized)) - 1)
         ]
 
     def copies(self, adapter: ModuleType, dtype: torch.dtype) -> list[Any]:
-        """The weight as `adapter` holds it, often enough that no cache holds them all."""
+        """Copies of the weight in the form of `adapter`, so many that no cache holds them all."""
         key = (adapter.NAME, dtype)
         if key not in self._copies:
             held = adapter.hold(self.weight, self.dense(dtype), dtype)
@@ -63,14 +63,14 @@ class Weights:
 
 
 def copies_needed(nbytes: int) -> int:
-    """How many copies of so many bytes exceed the last-level cache CACHE_MULTIPLE times; two at least."""
+    """The number of copies of `nbytes` bytes that fill the last-level cache CACHE_MULTIPLE times; at least two."""
     return max(2, -(-CACHE_MULTIPLE * machine.cache_bytes() // nbytes))
 
 
 def contestants(
     case: Case, weights: Weights, adapters: Mapping[str, ModuleType]
 ) -> tuple[Contestants, dict[str, float]]:
-    """(what to time by name, the relative error of each): qlora_native first, then the peers that take part.
+    """Make ({name: function}, {name: relative error}): qlora_native first, then the peers that support the case.
 
     Raises:
         checks.WrongResult: a contestant's result is wrong.
@@ -109,7 +109,7 @@ def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[
 
     found = {}
     for adapter in (ours, *peers):
-        # Its weight was made for 16 bits: no second set of copies only because the result is wider.
+        # Use the copies made for 16 bits, although the result may be wider.
         found[adapter.NAME] = call(adapter, weights.copies(adapter, torch.bfloat16))
         if adapter is not ours:
             errors[adapter.NAME] = checks.close(adapter.NAME, found[adapter.NAME](0), wanted, checks.tolerance(adapter))

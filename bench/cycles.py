@@ -1,4 +1,4 @@
-"""What bounds a step of the tensor-core product: cycles of a multiprocessor by resource, counted from machine code.
+"""Bounds of a step of the tensor-core product: cycles of a multiprocessor by resource, counted from machine code.
 
 `make sass` prints the table, and `make sass ARGS=--output` writes it to results/sass.md. A step is 64 of the inner
 dimension of one tile, which 8 warps do together:
@@ -8,24 +8,28 @@ dimension of one tile, which 8 warps do together:
     tensor         the tile's multiply-adds over the rate of mma.sync
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
-The longest is a bound on speed from one side; waits, conflicts and caches are not in it. No GPU has confirmed it yet.
+The largest is a lower bound on the time, without waits, conflicts and caches. No GPU has confirmed it yet.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import Instruction, Kernel, main_loop
 
 STEP, WARPS, LANES, SCHEDULERS, SHARED_BYTES = 64, 8, 32, 4, 128
-BYTES_OF_WEIGHT = 0.5159  # 4 bits, and the double-quantized scale of 64
+BYTES_OF_WEIGHT = 0.5159  # 4 bits, and a share of the double-quantized scale of 64
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU: what NVIDIA's data sheets say, and of mma.sync what was measured of it."""
+    """One GPU: figures of NVIDIA's data sheets, and the measured rate of mma.sync."""
 
     name: str
     multiprocessors: int
@@ -42,7 +46,7 @@ DEVICES = {
 
 
 def shared_cycles(loop: Sequence[Instruction]) -> int:
-    """Of one warp in one turn of a loop."""
+    """The cycles of shared memory for one warp in one turn of a loop."""
 
     def bytes_of(opcode: str) -> int:
         if opcode.startswith("LDSM"):
@@ -57,7 +61,7 @@ def shared_cycles(loop: Sequence[Instruction]) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """Cycles of a step of one kernel, by resource."""
+    """The cycles of a step of one kernel, by resource."""
 
     kernel: str
     architecture: str
@@ -70,13 +74,13 @@ class Step:
 
 
 def step_of(kernel: Kernel) -> Step | None:
-    """The cycles of a kernel of the tensor-core product; None of another."""
+    """The step of a kernel of the tensor-core product; None for other kernels."""
     thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
     match = thin or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None
     rows, cols = int(match[1]), 128 if thin else int(match[2])
-    turns = 1 / 2 if thin else 1  # its step is 128
+    turns = 1 / 2 if thin else 1  # a step of the thin kernel is 128
     device = DEVICES[kernel.architecture]
     loop = main_loop(kernel.code, kernel.name)
     share = device.bandwidth / device.multiprocessors / device.clock
@@ -93,7 +97,7 @@ def step_of(kernel: Kernel) -> Step | None:
 
 
 def table(kernels: Sequence[Kernel]) -> Iterator[str]:
-    """Markdown, a line a kernel, in bf16 alone: fp16 costs the same."""
+    """The table as Markdown, with a line for each kernel in bf16; fp16 costs the same."""
     resources = ("shared memory", "issue", "tensor", "DRAM")
     yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by |"
     yield "|---|---|" + "---|" * (len(resources) + 1)

@@ -1,4 +1,4 @@
-"""What the figures should reach, and whether a report does: the table of goals."""
+"""The goals of the figures, and the table that compares a report with them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cases import (
     WIDTHS,
 )  # fmt: skip
 
-# The adapters' files, as goals name them, to their names in the table.
+# {file of an adapter, as goals name it: its name in the table}.
 FIGURES = {
     "torch_dense": "torch dense",
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_packed": "bitsandbytes packed",
     "torch_fused": "torch fused",
 }
-# This is where a report has the ratio of a training step.
+# {figure of a training step: its key in a report}.
 STEP_RATIOS = {"step": "ratio", "step_dense": "dense_ratio"}
 LEFT_OUT = "–"
 
@@ -34,13 +34,13 @@ LEFT_OUT = "–"
 class Goal:
     """One line of the table of goals: which cases, which figure, and what it must reach.
 
-    figure   "limit": fraction of the machine's limit | the name of a peer: times as fast as it | "lora": slowdown
-             against the product without the adapter | "step": tokens/s over bitsandbytes + PEFT | "step_dense": over
-             LoRA on bf16 weights
-             "memory": extra bytes of one call | "published": times as fast as PUBLISHED_US
-    operation  of a case; or one of STEPS, "memory", or what optimizer.py steps
-    isa      None: any but those that have goals of their own
-    shape    None: any
+    figure     "limit": fraction of the machine's limit | name of a peer: times as fast as the peer | "lora": slowdown
+               against the product without an adapter | "step": tokens/s over those of bitsandbytes + PEFT |
+               "step_dense": over those of LoRA on bf16 weights | "memory": extra bytes of one call |
+               "published": times as fast as PUBLISHED_US
+    operation  that of a case; or one of STEPS, "memory", or a case of optimizer.py
+    isa        None means any instruction set that does not have goals of its own
+    shape      None means any
     """
 
     label: str
@@ -58,7 +58,7 @@ class Goal:
 
 
 LARGE = (256, 512, 1024, 2048)
-# ggml's IQ4_NL at M=1 with 8-bit activations, on a machine of the same kind; measured once, not by this program.
+# ggml's IQ4_NL at M=1 with 8-bit activations, measured once on a machine of the same kind, not by this program.
 PUBLISHED_US = {DOWN: 2420.0}
 
 GOALS = [
@@ -153,7 +153,7 @@ GOALS = [
     ),
 ]
 
-# With AMX, whose dense product is some eight times as fast: (M, must, aim) of Y alone, and of both directions.
+# With AMX, where the dense product is about eight times as fast: (M, must, aim) of Y, and of both directions.
 AMX_FEW = ((1, 3, 3.6), (4, 2, 2.8), (8, 1.7, 2.4))
 AMX = (
     (16, 1.7, 2.5), (32, 1.5, 2.2), (64, 1.5, 2), (128, 1.3, 1.6), (256, 1.05, 1.4), (512, 1.05, 1.4),
@@ -211,7 +211,7 @@ GOALS += [
     ),
 ]
 
-# On a GPU. What is in µs is that of an H100 (copy 3.0 TB/s, 790 TFLOP/s bf16): its limit over the goal.
+# Goals on a GPU. Those in µs are of an H100 (copy 3.0 TB/s, 790 TFLOP/s bf16); the goal is its limit over them.
 H100_US = {
     ("dequantize", SQUARE, 0): (14.1, 16.5),
     ("forward", SQUARE, 1): (2.9, 4.5),
@@ -263,13 +263,13 @@ GOALS += [
 
 
 def targets(result: dict) -> str:
-    """Markdown: each goal with what was measured, one column a shape; ranges go over the values of M.
+    """The table of goals and figures as Markdown, with a column for each shape. A range goes over the values of M.
 
-    Where a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
+    If a goal covers several M, the worst decides. ✔ aim reached, ○ must reached, ✘ missed.
     """
     device = device_of(result)
     growth = {(width, width) for width in WIDTHS} - set(SHAPES[device])
-    # A training step has no shape: without other rows it stands under the first.
+    # A training step has no shape; its figures stand in the first column.
     shapes = sorted({tuple(row["shape"]) for row in result["rows"]} - growth) or [SQUARE]
     head = ["", "against", "must", "aim", *(f"{N}×{K}" for N, K in shapes)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -286,7 +286,7 @@ def targets(result: dict) -> str:
 
 
 def device_of(result: dict) -> str:
-    """Which of the devices of cases.py was measured."""
+    """The device of cases.py that was measured."""
     return "cuda" if "gpu" in result["machine"] else "cpu"
 
 
@@ -302,7 +302,7 @@ def _against(goal: Goal) -> str:
 
 
 def _values(goal: Goal, result: dict, shape: tuple[int, int], first: tuple[int, int]) -> Iterable[float]:
-    """The figures of a goal in a report. An instruction set that has goals of its own counts for those alone."""
+    """The figures of a goal in a report. An instruction set with goals of its own counts only for these."""
     special = {other.isa for other in GOALS if other.isa}
     isa = result["machine"]["isa"]
     if goal.device == "cpu" and goal.isa != (isa if isa in special else None):

@@ -2,11 +2,11 @@
 
     python bench/growth.py [--shape 4096 4096] [--dtype bfloat16] [--output]
 
-Two tables. The first has the products of M = 1 ... 4096 rows on one thread, on all, and on all beside a busy process
-that multiplies on as many threads: ours, torch's dense product, and decode-then-dense (W decoded whole, then torch's
-product), whose 1.05-fold time is the most that a product may take (cpp/src/cpu/way.h). The second has a training step
-of SmolLM2 (step.py), alone, beside the busy process, and with two more processes that train the same way on the same
-cores: ours, and LoRA over bf16 weights.
+It writes two tables. The first has products of M = 1 ... 4096 rows on one thread, on all threads, and on all beside a
+busy process that multiplies on as many threads. Contestants are ours, torch's dense product, and decode-then-dense (W
+is decoded whole and multiplied by torch), whose time a product may exceed by at most 5 % (cpp/src/cpu/way.h). The
+second has a training step of SmolLM2 (step.py), ours and LoRA over bf16 weights: alone, beside the busy process, and
+beside two more processes that train the same way on the same cores.
 
 Contestants take turns in one process (timing.py); medians. --output writes bench/results/growth-<machine>.{json,md}.
 """
@@ -35,15 +35,15 @@ MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 OPERATIONS = ("forward", "dx")
 DENSE, DECODED = "torch dense", "decode, then dense"
 BESIDE = "beside a busy process"
-BUDGET_S = 0.8  # of one cell's contestants together
-COPIES = 6  # of the weight: what one call reads is not in the caches any more
-PROCESSES = 3  # that train at once
+BUDGET_S = 0.8  # seconds for all contestants of a cell
+COPIES = 6  # of the weight, so that no call finds its weight in a cache
+PROCESSES = 3  # processes that train at once
 ALONE, SHARED = "alone", f"{PROCESSES} that train"
 STEPS = 3
 
 
 def products(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[str, int], dict[str, Callable[[int], object]]]:
-    """A function that gives the contestants of an operation with M rows."""
+    """A function that returns the contestants of an operation with M rows."""
     N, K = shape
     torch.manual_seed(0)
     weight = torch.randn(N, K)
@@ -67,7 +67,7 @@ def products(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[str, int],
 
 
 def busy() -> None:
-    """What a busy process does until it is ended: dense products on all threads."""
+    """Multiply dense matrices on all threads until the process is ended."""
     a = torch.randn(1024, 1024)
     while True:
         a @ a
@@ -75,11 +75,11 @@ def busy() -> None:
 
 @contextmanager
 def beside(command: str, count: int = 1) -> Iterator[None]:
-    """Other processes of this script that run meanwhile."""
+    """Run other processes of this script meanwhile."""
     others = [subprocess.Popen([sys.executable, __file__, command], stdout=subprocess.PIPE) for _ in range(count)]
     try:
         for other in others:
-            other.stdout.readline()  # it has begun
+            other.stdout.readline()  # wait until it has begun
         yield
     finally:
         for other in others:
@@ -89,7 +89,7 @@ def beside(command: str, count: int = 1) -> Iterator[None]:
 
 @torch.inference_mode()
 def measure_products(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[str, object]]:
-    """A row of the first table for each operation, number of rows and condition: seconds by contestant."""
+    """The rows of the first table, one for each operation, M and condition: seconds by contestant."""
     contestants, rows = products(shape, dtype), []
     buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
     threads = torch.get_num_threads()
@@ -112,7 +112,7 @@ def measure_products(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[st
 
 
 def train(stack: str, steps: int) -> list[float]:
-    """Seconds of training steps; prints a line when the first begins."""
+    """Train, and return the seconds of each step. Prints a line when the first begins."""
     make = step._ours if stack == OURS else step._dense
     with torch.enable_grad():
         run, tokens = make(step.load(), 0.0), step._tokens()
@@ -127,7 +127,7 @@ def train(stack: str, steps: int) -> list[float]:
 
 
 def measure_training() -> list[dict[str, object]]:
-    """A row of the second table for each stack: median seconds of a step, by what else runs on the cores."""
+    """The rows of the second table, one for each stack: median seconds of a step by condition."""
 
     def median(stack: str) -> float:
         command = [sys.executable, __file__, "--train", stack]

@@ -1,13 +1,13 @@
-"""A QLoRA training step of a model that does not fit in 16 bits, on this machine: seconds by part, and peak memory.
+"""A QLoRA training step of a model that does not fit into this machine in 16 bits: seconds by part, and peak memory.
 
     python bench/large.py [--shape llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--tokens 128] [--rank 16]
                           [--expert-rank 4] [--output FILE]
 
-The shapes are those models'; the weights are random, for neither time nor memory depends on them. A layer is made in
-bf16, quantized (NF4, double quantization) and freed before the next one is made, so that the whole model never exists
-in 16 bits. The experts of gpt-oss are made of random MXFP4 bytes, as its files have them, and never exist in 16 bits.
-LoRA on all linear layers, and of rank `--expert-rank` on each expert, through PEFT and the fused products; gradient
-checkpointing; AdamW8bit.
+The shapes are those of the models. The weights are random, because neither time nor memory depends on them. Each layer
+is made in bf16, quantized (NF4, double quantization) and freed before the next one is made, so the whole model never
+exists in 16 bits. The experts of gpt-oss are made from random MXFP4 bytes, the format of its files, and never exist in
+16 bits. LoRA is on all linear layers, and with rank `--expert-rank` on each expert, through PEFT and the fused
+products, with gradient checkpointing and AdamW8bit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def gpt_oss_20b(layers: int, **changes: Any) -> PreTrainedConfig:
     return GptOssConfig(**{**sizes, **changes})
 
 
-SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of so many layers, and how many it has
+SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of n layers, and its own n
     "llama-7b": (llama_7b, 32),
     "qwen3-30b-a3b": (qwen3_30b_a3b, 48),
     "gpt-oss-20b": (gpt_oss_20b, 24),
@@ -92,22 +92,22 @@ SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of 
 
 
 class Clock:
-    """Seconds by part."""
+    """Measures seconds by part."""
 
     def __init__(self) -> None:
-        """No part yet."""
+        """Start without parts."""
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add what happens inside to `name`."""
+        """Add the time of the block to `name`."""
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def random_values(like: Tensor) -> nn.Parameter:
-    """Values for a tensor on the meta device: ones for a vector, else a million random ones again and again."""
+    """Values for a tensor on the meta device: ones for a vector, else a million random values, repeated."""
     values = torch.empty(like.shape, dtype=like.dtype)
     if like.dim() == 1:
         return nn.Parameter(values.fill_(1.0), requires_grad=False)
@@ -118,7 +118,7 @@ def random_values(like: Tensor) -> nn.Parameter:
 
 
 def mxfp4_experts(layer: nn.Module) -> None:
-    """Give the experts of a layer on the meta device weights of random MXFP4 bytes."""
+    """Give random MXFP4 bytes to the experts of a layer on the meta device."""
     for found in find_experts(layer):
         for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
             blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8)
@@ -130,7 +130,7 @@ def mxfp4_experts(layer: nn.Module) -> None:
 
 
 def empty_model(config: PreTrainedConfig) -> nn.Module:
-    """A causal model in bf16 on the meta device, but for the buffers of its rotary embedding."""
+    """A causal model in bf16 on the meta device; only the buffers of its rotary embedding have values."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     inner = model.model
@@ -147,7 +147,7 @@ def fill(model: nn.Module) -> None:
 
 
 def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
-    """A model of random weights, whose layers are quantized as they are made."""
+    """Make a model of random weights, whose layers are quantized one by one."""
     model = empty_model(config)
     for part in (*model.model.layers, model):
         with clock.part("make weights"):
@@ -161,7 +161,7 @@ def quantized_model(config: PreTrainedConfig, clock: Clock) -> nn.Module:
 
 
 def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, clock: Clock) -> float:
-    """One training step; returns its loss."""
+    """Take one training step, and return its loss."""
     with clock.part("forward"):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     with clock.part("backward, with the forward of every layer again"):
@@ -173,9 +173,9 @@ def step_parts(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tenso
 
 
 def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank: int, **changes: Any) -> dict[str, Any]:
-    """Make the model, and take two training steps, of which the second one is timed, and its operations counted.
+    """Make the model, and take two training steps. The second is timed, and its operations are counted.
 
-    `changes`: other sizes than the shape's, for its config.
+    `changes` are other sizes for the config.
 
     Raises:
         RuntimeError: the loss of the same tokens does not fall.
@@ -234,7 +234,7 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(name, elements) of each weight, those in 4 bits as what they are of."""
+    """(name, elements) of each weight. A 4-bit weight counts its elements, not its bytes."""
     for path, module in model.named_modules():
         if isinstance(module, (qn.nn.Linear4bit, qn.nn.Experts4bit)):
             q = module.quantized_weight
@@ -244,7 +244,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{path}.{name}", parameter.numel()
 
 
-# Where the time of a step goes, by the names of torch's operations; the first that fits is taken.
+# {kind of operation: names in torch}; an operation belongs to the first kind that fits.
 OPERATIONS = {
     "4-bit products, forward": ("qlora_native::linear_forward",),
     "4-bit products, dX": ("qlora_native::linear_backward_input",),
@@ -258,7 +258,7 @@ OPERATIONS = {
 
 
 def operations(profile: Any) -> dict[str, float]:
-    """Seconds of the main thread by kind of operation, without those of operations that they call."""
+    """{kind: seconds of the main thread}, where an operation does not count the operations that it calls."""
     seconds = dict.fromkeys((*OPERATIONS, "the rest of torch"), 0.0)
     for event in profile.key_averages():
         kinds = (kind for kind, names in OPERATIONS.items() if any(name in event.key for name in names))

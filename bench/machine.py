@@ -1,4 +1,4 @@
-"""The machine: what it is, and its limits, measured by torch."""
+"""Describe the machine, and measure its limits with torch."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import torch
 
 import timing
 
-# What changes which kernels run; a report names them all.
+# Environment variables that change which kernels run. A report names those that are set.
 VARIABLES = (
     "QLN_FORCE_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS",
     "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE",
 )  # fmt: skip
 PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers")
-# Twice the largest last-level cache that we know of: within one core complex, of a GPU.
+# Twice the largest last-level cache: of a core complex of a CPU, and of a GPU.
 PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SQUARES = {"cpu": 4096, "cuda": 8192}
 
 
 def device() -> str:
-    """The kind of device that is measured: torch's default one."""
+    """The kind of the device that is measured, which is torch's default device."""
     return torch.get_default_device().type
 
 
 def gpu_missing() -> str:
-    """Why no GPU can be measured, or nothing."""
+    """The reason why no GPU can be measured, or an empty text."""
     import qlora_native._C as native
 
     return native.cuda_unavailable_reason() or ("" if torch.cuda.is_available() else "torch sees no GPU")
 
 
 def describe() -> dict[str, object]:
-    """What a reader needs to judge the figures: processor, threads, instruction sets, versions, variables, load."""
+    """What a reader needs to judge the figures: processor, threads, instruction sets, versions, variables, date."""
     import qlora_native._C as native
 
     versions = {}
@@ -70,7 +70,7 @@ def describe() -> dict[str, object]:
 
 
 def file_name(description: dict[str, object]) -> str:
-    """A file name that says what was measured: `amd-epyc-2-threads-avx512_bf16.json`, `nvidia-h100-80gb-hbm3.json`."""
+    """The file name of a report: `amd-epyc-2-threads-avx512_bf16.json`, `nvidia-h100-80gb-hbm3.json`."""
     name = str(description.get("gpu", description["cpu"])).lower()
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", name)).strip("-")
     return (
@@ -79,12 +79,12 @@ def file_name(description: dict[str, object]) -> str:
 
 
 def cache_bytes() -> int:
-    """Size of the last cache before memory."""
+    """The bytes of the last cache before memory."""
     return l3_bytes() if device() == "cpu" else torch.cuda.get_device_properties().L2_cache_size
 
 
 def l3_bytes() -> int:
-    """Size of the last-level cache; 32 MB where the system does not tell."""
+    """The bytes of the CPU's last-level cache; 32 MB if the system does not tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes]
     return max(found, default=32 << 20)
@@ -99,21 +99,21 @@ def _cpu_model() -> str:
 
 
 class Others:
-    """What else ran on the processors since this was made: the reason to distrust a run. Linux only, else zeros."""
+    """Measures how much other programs ran on the processors, which makes a run less certain. Zeros without Linux."""
 
     def __init__(self) -> None:
-        """Begin to count."""
+        """Start to count."""
         self._began = self._now()
 
     def shares(self) -> dict[str, float]:
-        """Of all processor time: `others`, of other programs; `stolen`, by other guests of the host."""
+        """Shares of all processor time: `others`, of other programs; `stolen`, of other guests of the host."""
         elapsed, busy, stolen, own = (now - began for now, began in zip(self._now(), self._began, strict=True))
         available = elapsed * (os.cpu_count() or 1)
         return {"others": max(0.0, busy - own) / available, "stolen": stolen / available}
 
     @staticmethod
     def _now() -> tuple[float, float, float, float]:
-        """Seconds: of the clock, of work on any processor, stolen, and of this process and its children."""
+        """Seconds of the clock, of work on all processors, stolen, and of this process with its children."""
         own = sum(os.times()[:4])
         try:
             fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
@@ -126,12 +126,12 @@ class Others:
 
 
 class Probes:
-    """Bandwidth probes, over memory that no cache holds. Each call moves `nbytes` (`copy`: in, and as many out)."""
+    """Bandwidth probes over memory that no cache holds. Each call reads `nbytes`; `copy` also writes as many."""
 
     def __init__(self) -> None:
-        """Take the memory and touch it."""
+        """Allocate the memory and write to it."""
         self.nbytes = PROBE_BYTES[device()]
-        # Several buffers in turn: of the one read last, part would still be in the cache.
+        # Several buffers take turns, because a part of the last one would still be in the cache.
         self._sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(3)]
         self._target = torch.ones(self.nbytes // 8, dtype=torch.int64)
         self._turn = 0
@@ -141,23 +141,23 @@ class Probes:
         return self._sources[self._turn]
 
     def read(self) -> torch.Tensor:
-        """A sum of 64-bit integers: of torch's reductions the one with the least work a byte."""
+        """Sum 64-bit integers, torch's reduction with the least work for each byte."""
         return self._next().sum()
 
     def copy(self) -> torch.Tensor:
-        """A copy by torch."""
+        """Copy with torch."""
         return self._target.copy_(self._next())
 
     def flush(self) -> torch.Tensor:
-        """Overwrite what a cache holds, then read: lines that were written go back to memory at others' cost."""
+        """Overwrite the cache, then read, so that no later call pays for writing modified lines back to memory."""
         self._target.zero_()
         return self.read()
 
 
 def limits(probes: Probes, dtypes: list[str], clock: timing.Cpu | timing.Gpu, rounds: int = 3) -> dict[str, float]:
-    """The best of a few: `read` and `copy` (read + written) in bytes/s, and the matrix rate of each dtype in flop/s.
+    """Measure `read` and `copy` (read + written) in bytes/s, and the matrix rate of each dtype in flop/s.
 
-    The matrix rate is torch.matmul's on squares of SQUARES.
+    Each is the best of a few. The matrix rate is that of torch.matmul on squares of SQUARES.
     """
 
     def best(function: Callable[[], object], count: int) -> float:

@@ -1,8 +1,9 @@
-"""The extra memory of one call: how far the resident set rises above what it was, beyond the result itself.
+"""The extra memory of one call: the growth of the resident set beyond the result.
 
-Each measurement is a process of its own, because scratch memory stays with its thread: only the first call shows it.
+Each measurement runs in a process of its own, because a thread keeps its scratch memory, so only the first call shows
+it.
 
-    python bench/memory.py forward 4096 4096 2048 16      one measurement: operation N K M rank; bytes on stdout
+    python bench/memory.py forward 4096 4096 2048 16      one measurement: operation N K M rank; prints bytes
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CALLS = (
 
 
 def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
-    """One row for each of CALLS on a weight [N, K]: operation, M, rank, extra bytes, bound. Linux only."""
+    """Measure each of CALLS on a weight [N, K]: rows with operation, M, rank, extra bytes and bound. Linux only."""
     if not Path("/proc/self/clear_refs").exists():
         return
     for operation, M, rank in CALLS:
@@ -40,10 +41,10 @@ def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes by which this process grows at most during a call, after one that has made what is made once."""
+    """The bytes by which this process grows at most during a call, after a first call has made what is made once."""
     call()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would be used again, and not seen
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse freed memory, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     before = _status("VmRSS")
     result = call()
     grown = _status("VmHWM") - before
@@ -59,7 +60,7 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    """One measurement, printed as extra bytes and threads."""
+    """Run one measurement, and print the extra bytes and the threads."""
     import torch
 
     from peers import ours
@@ -68,7 +69,7 @@ def main() -> None:
     N, K, M, rank = map(int, sys.argv[2:])
 
     def call(N: int, K: int, M: int) -> object:
-        """A function that runs the operation on inputs that exist."""
+        """Make the inputs, and return a function that runs the operation on them."""
         weight = torch.randn(N, K).bfloat16()
         if operation == "quantize":
             return lambda: ours.quantize(weight).nbytes
@@ -83,8 +84,8 @@ def main() -> None:
     call(64, 64, 4)()  # loads code and starts the threads
     function = call(N, K, M)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could live on what the preparation freed
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse what the preparation has freed
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     with torch.no_grad():
         result_bytes = function()

@@ -1,14 +1,16 @@
-"""A step of AdamW: our AdamW8bit against bitsandbytes' and torch's fused AdamW, and against the machine's limit.
+"""A step of AdamW: ours in 8 bits against that of bitsandbytes, torch's fused AdamW, and the machine's limit.
 
     python bench/optimizer.py [--device cuda]            both cases, in half a minute on two cores
     python bench/run.py --operations optimizer --output  the same, as JSON under bench/results/
 
-Two cases: the LoRA adapter of a small model, 4.9 M parameters in 360 tensors, and one tensor of 100 M; in fp32, but on
-a GPU the latter in bf16. The limit is what must move (parameter, gradient and two codes in, parameter and codes out: in
-fp32 16 bytes) over the bandwidth of a copy, measured between the calls. All is cold, as after a backward (timing.py).
+There are two cases: the LoRA adapter of a small model, 4.9 M parameters in 360 tensors, and one tensor of 100 M. Both
+are in fp32, but the latter is in bf16 on a GPU. The limit is the bytes that must move (parameter, gradient and two
+codes in,
+parameter and codes out: 16 bytes in fp32) over the bandwidth of a copy, measured between the calls. Caches are cold, as
+after a backward pass (timing.py).
 
-A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
-process decides on which pages parameters and states lie.
+The measurement runs in a process of its own, like a training, also within bench/run.py: what ran before in a process
+decides on which pages parameters and states lie.
 """
 
 from __future__ import annotations
@@ -28,26 +30,27 @@ from cases import ADAMW_ADAPTER, ADAMW_TENSOR
 from timing import Cpu, Gpu, in_own_process, set_allocator
 
 OURS, BITSANDBYTES, FUSED = "qlora_native", "bitsandbytes", "torch fused"
-CODES_BYTES = 4  # a parameter: of both moments, in and out
-# LoRA r=16 on SmolLM2-135M's seven linears, of which k_proj and v_proj are taken as one: elements of A and of B.
+CODES_BYTES = 4  # for each parameter: the codes of both moments, in and out
+# The elements of A and of B of LoRA r=16 on SmolLM2-135M's seven linears, with k_proj and v_proj taken as one.
 RANK, LAYERS = 16, 30
 WIDTHS = [(576, 576), (1152, 384), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 ADAPTER = [RANK * width for _ in range(LAYERS) for pair in WIDTHS for width in pair]
 LARGE = [100_000_000]
 OPTIONS = {"lr": 1e-3, "weight_decay": 1e-2}
 CHECKED_STEPS = 3
-CHECKED = 1 << 20  # elements of each tensor, from its beginning
-# Of the distance that the float64 oracle moved. 8-bit moments are off by a few percent of it after three steps; a bf16
-# parameter of size 0.02 (steps of 2^-13) is rounded in each by up to 2^-14, or 2 % of 3e-3 in root mean square.
+CHECKED = 1 << 20  # the number of elements of each tensor that are checked, from its beginning
+# The allowed error, relative to the distance that the float64 oracle has moved. 8-bit moments cause a few percent in
+# three steps. A bf16 parameter of size 0.02 (steps of 2^-13) is rounded by up to 2^-14 in each step: 2 % of 3e-3 in
+# root mean square.
 ALLOWED = {OURS: 0.05, BITSANDBYTES: 0.05, FUSED: 1e-4}
 ALLOWED_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 0.04}
 
 
 def measure_alone(device: str = "cpu") -> list[dict[str, Any]]:
-    """What measure() returns, from a process of its own.
+    """Call measure() in a process of its own.
 
     Raises:
-        subprocess.CalledProcessError: it failed, and has said why.
+        subprocess.CalledProcessError: it failed, after printing why.
     """
     return in_own_process(__file__, "--device", device)
 
@@ -56,13 +59,13 @@ def measure(probes: machine.Probes, clock: Cpu | Gpu, budget_s: float = 6.0) -> 
     """Check and time every contestant in both cases.
 
     Args:
-        probes: for the bandwidth of a copy.
-        clock: of the device.
-        budget_s: seconds of a case, shared by its contestants.
+        probes: measure the bandwidth of a copy.
+        clock: the clock of the device.
+        budget_s: the seconds of a case, shared by its contestants.
 
     Returns:
-        A row a case: `name`, `parameters`, `tensors`, `dtype`, `bandwidth` (of the copy, bytes/s), `limit_us`, `times`
-        as in run.py's rows.
+        A row for each case: `name`, `parameters`, `tensors`, `dtype`, `bandwidth` (of the copy, bytes/s), `limit_us`,
+        `times` as in run.py's rows.
 
     Raises:
         RuntimeError: a contestant's parameters are not those of AdamW.
@@ -113,7 +116,7 @@ def _optimizer(contestant: str, params: list[nn.Parameter]) -> torch.optim.Optim
 
 
 def _checked(contestant: str, sizes: list[int], dtype: torch.dtype) -> tuple[Callable[[int], None], float]:
-    """(a function that makes a step, how far its parameters were off after a few)."""
+    """(a function that makes a step, the error of the parameters after a few steps)."""
     generator = torch.Generator(machine.device()).manual_seed(0)
     values = [(0.02 * torch.randn(size, generator=generator)).to(dtype) for size in sizes]
     params = [nn.Parameter(value) for value in values]

@@ -1,4 +1,4 @@
-"""The plots of a report, from the rows of run.py: how fast against M, roofline, cost of LoRA, how cost grows."""
+"""Draw the plots of a report of run.py: speed against M, roofline, cost of LoRA, growth of cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPE = "bfloat16"
 
 
 def draw(result: dict, folder: Path) -> list[tuple[str, str]]:
-    """Write every plot that the rows suffice for, as PNG into `folder`; returns (file name, caption) of each."""
+    """Write the plots that the rows suffice for, as PNG into `folder`. Returns (file name, caption) of each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,7 @@ GROWTH = "Time of a product against the width of a square weight, the rows of ac
 
 
 def _rows(result: dict, **wanted: Any) -> list[dict]:
-    """Rows with these fields; what is not named must be as in the plain case."""
+    """The rows with these fields; all other fields must be as in the plain case."""
     plain = {"via": "function", "memory": "default", "dropout": 0.0, "rank": 0, "threads": 0, "dtype": DTYPE,
              "format": "nf4"}  # fmt: skip
     wanted = plain | wanted

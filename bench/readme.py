@@ -1,15 +1,22 @@
-"""The tables of README.md and docs/numbers.md, from the reports below results/: python bench/readme.py [--write].
+"""Write the figures of README.md and docs/numbers.md from the reports below results/.
 
-A column is a machine, or an instruction set that it was held to. A cell is the range over the shapes 4096×4096 and
-4096×14336, and over the rows of X that its line names; the worst figure stands first. A line that no report has is left
-out. README.md has a choice of the lines, each against the fastest peer, and the column with the worst figure first.
+    python bench/readme.py            prints them
+    python bench/readme.py --write    writes them into the pages
+    python bench/readme.py --write --finetune out/finetune/figures.json "AMD EPYC (Zen 5)"
+                                      first makes the figures of this run of `make finetune` the committed ones
+
+A column of a table is a machine, or an instruction set that it was held to. A cell is the range over the shapes
+4096×4096 and 4096×14336 and over the rows of X that its line names, with the worst figure first. A line that is in no
+report is left out. README.md has some of the lines, each against the fastest peer, and begins with the column that has
+the worst figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +24,8 @@ from cases import ADAMW_ADAPTER, DOWN, LORA_RANK, OURS, SQUARE
 from goals import GOALS, LARGE, LEFT_OUT, Goal, _against, _format, _values
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- bench/readme.py begins -->\n", "<!-- bench/readme.py ends -->\n"
-# Reports in the order of their columns.
+FINETUNE = ROOT / "bench/results/finetune.json"
+# {column: report}, in the order of the columns.
 COLUMNS = {
     "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512.json",
     "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-2-threads-avx2.json",
@@ -27,7 +34,7 @@ COLUMNS = {
 
 
 def line(label: str, figure: str, operation: str, *Ms: int, **fields: object) -> Goal:
-    """A line of the table: a goal without an aim."""
+    """A line of a table, which is a goal without an aim."""
     return Goal(label=label, figure=figure, must=None, operation=operation, Ms=Ms or (0,), **fields)
 
 
@@ -51,7 +58,7 @@ LINES = [
 ]
 
 
-# README's lines. One without a figure is against the fastest peer of each case; with one, the peer at its best.
+# The lines of README.md. One without a figure is against the fastest peer of each case.
 SHORT = [
     ("Y = X·Wᵀ, 1 row", line("", "", "forward", 1)),
     ("Y, 16 rows", line("", "", "forward", 16)),
@@ -66,12 +73,12 @@ SHORT_COLUMNS = ("Intel Xeon (Cascade Lake)", "AMD EPYC (Zen 4)")
 
 
 def report(column: str) -> dict:
-    """The report of a column."""
+    """The report behind a column."""
     return json.loads((ROOT / "bench/results" / COLUMNS[column]).read_text())
 
 
 def against_fastest(goal: Goal, result: dict) -> list[float]:
-    """How many times as fast as the fastest peer: a ratio for each case of a line, ascending."""
+    """How many times as fast as the fastest peer ours is: a ratio for each case of a line, ascending."""
     if goal.figure:
         return sorted(_values(goal, result, SQUARE, SQUARE))
     ratios = []
@@ -97,12 +104,12 @@ def short_table() -> str:
 
 
 def _range(shown: list[str]) -> str:
-    """The first and the last of sorted figures."""
+    """The range of sorted figures."""
     return " … ".join(dict.fromkeys((shown[0], shown[-1]))) if shown else LEFT_OUT
 
 
 def cells(goal: Goal) -> Iterator[str]:
-    """What each report says of a line."""
+    """The cells of a line, one for each report."""
     special = {other.isa for other in GOALS if other.isa}
     for result in map(report, COLUMNS):
         isa = result["machine"]["isa"]
@@ -122,25 +129,53 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-TABLES = {ROOT / "README.md": short_table, ROOT / "docs/numbers.md": table}
+def finetune_run() -> str:
+    """The committed run of `make finetune` as a sentence of docs/numbers.md."""
+    run = json.loads(FINETUNE.read_text())
+    loss, arguments, (before, after) = run["held_out_loss"], run["arguments"], run["base_weight_bytes"].values()
+    minutes, seconds = divmod(round(run["seconds"]), 60)
+    text = (
+        f"Once all was installed, `make finetune` took {minutes} min {seconds} s on an {run['machine']}: "
+        f"{arguments['steps']} steps of {arguments['batch_size']} pairs at {run['tokens_per_second']:.0f} tokens/s. "
+        f"The held-out loss fell from {loss['before']:.3f} to {loss['after']:.3f}, and was {loss['reloaded']:.3f} "
+        f"after the adapter was reloaded. The base weights shrank from {before / 1e6:.0f} MB to {after / 1e6:.0f} MB "
+        "([its figures](../bench/results/finetune.json))."
+    )
+    return textwrap.fill(text, 120) + "\n"
 
 
-def written(page: str, rows: str) -> str:
-    """A page with the table of today."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + rows + END + rest.split(END)[1]
+# {page: {the name in the marks around a part: the function that makes it}}.
+PARTS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"": short_table},
+    ROOT / "docs/numbers.md": {"": table, " finetune": finetune_run},
+}
+
+
+def written(path: Path) -> str:
+    """The text of a page with its parts made anew."""
+    page = path.read_text()
+    for name, make in PARTS[path].items():
+        begin, end = f"<!-- bench/readme.py{name} begins -->\n", f"<!-- bench/readme.py{name} ends -->\n"
+        before, rest = page.split(begin)
+        page = before + begin + make() + end + rest.split(end)[1]
+    return page
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into README.md and docs/numbers.md")
-    write = parser.parse_args().write
-    for path, made in TABLES.items():
-        if write:
-            path.write_text(written(path.read_text(), made()))
+    parser.add_argument("--finetune", nargs=2, metavar=("FIGURES", "MACHINE"), help="figures.json of a new run")
+    args = parser.parse_args()
+    if args.finetune:
+        figures, name = args.finetune
+        run = {**json.loads(Path(figures).read_text()), "machine": name}
+        FINETUNE.write_text(json.dumps(run, indent=2) + "\n")
+    for path, parts in PARTS.items():
+        if args.write:
+            path.write_text(written(path))
         else:
-            print(made())
+            print("\n".join(make() for make in parts.values()))
 
 
 if __name__ == "__main__":

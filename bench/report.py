@@ -1,4 +1,4 @@
-"""What run.py found, as text and as a report in Markdown with plots.
+"""Show the figures of run.py as text, and as a report in Markdown with plots.
 
 python bench/report.py FILE.json ...      write the Markdown and the plots of earlier runs again
 """
@@ -17,7 +17,7 @@ from goals import device_of, targets
 
 RESULTS = Path(__file__).parent / "results"
 
-# Column heads of the contestants, in the order of the table.
+# {contestant: head of its column}, in the order of the table.
 PEERS = {
     "torch dense": "dense",
     "bitsandbytes": "bnb",
@@ -28,11 +28,11 @@ PEERS = {
     "in NF4": "NF4",
     "PEFT unfused": "PEFT",
 }
-NOISY = 0.02  # of the processors, used by others: above it the figures are not to be trusted
+NOISY = 0.02  # if other programs used more of the processors, the figures are not to be trusted
 
 
 def heading(result: dict) -> str:
-    """The machine and its limits."""
+    """The text about the machine and its limits."""
     m = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
     what = f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}"
@@ -49,26 +49,26 @@ def heading(result: dict) -> str:
 
 
 def limits(found: dict[str, float], title: str) -> str:
-    """What machine.limits() returned."""
+    """The text about the result of machine.limits()."""
     rates = ", ".join(f"{name} {found[name] / 1e9:.0f} GFLOP/s" for name in ("bfloat16", "float32") if name in found)
     return f"{title}: read {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (in and out), {rates}"
 
 
 def load_line(load: dict[str, float]) -> str:
-    """What machine.Others found."""
+    """The text about the result of machine.Others."""
     noisy = "NOT QUIET: " if load["others"] + load["stolen"] > NOISY else ""
     return f"{noisy}other programs used {load['others']:.1%} of the processors, other guests {load['stolen']:.1%}"
 
 
 class Table:
-    """The rows as they come, under a heading for each shape."""
+    """Formats rows as they come, under a heading for each shape."""
 
     def __init__(self) -> None:
-        """No row yet."""
+        """Start without rows."""
         self._shape: list[int] | None = None
 
     def line(self, row: dict) -> str:
-        """One row as text, after a heading where a new shape begins."""
+        """One row as text, after a heading if its shape is new."""
         us = row["times"][OURS]["us"]
         memory = row["bound"] == "memory"
         rate = f"{_rate(row):8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
@@ -88,17 +88,17 @@ class Table:
 
 
 def _us(us: float) -> str:
-    """Three digits at least, as far as tenths."""
+    """Microseconds with at least three digits, at most to tenths."""
     return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
 
 
 def _rate(row: dict) -> float:
-    """GB/s where memory is the limit, else GFLOP/s."""
+    """The rate in GB/s if memory is the limit, else in GFLOP/s."""
     return row["bytes" if row["bound"] == "memory" else "flops"] / row["times"][OURS]["us"] / 1e3
 
 
 def memory_line(row: dict) -> str:
-    """A row of memory.measure()."""
+    """The text about a row of memory.measure()."""
     lora = f" + LoRA r={row['rank']}" if row["rank"] else ""
     return (
         f"extra memory, {row['operation']}{lora} M={row['M']} {row['shape'][0]}x{row['shape'][1]}: "
@@ -107,7 +107,7 @@ def memory_line(row: dict) -> str:
 
 
 def step_lines(step: dict) -> str:
-    """The result of step.measure()."""
+    """The text about the result of step.measure()."""
     lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
     lora += ", kept memory" if _step_memory(step) == "kept" else ""
     lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
@@ -121,7 +121,7 @@ def step_lines(step: dict) -> str:
 
 
 def _spread(step: dict) -> str:
-    """The ratios of a step's processes, where there were several."""
+    """The ratios of the processes of a step, if there were several."""
     ratios = step.get("ratios", ())
     return f", {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} processes" if len(ratios) > 1 else ""
 
@@ -131,7 +131,7 @@ def _step_memory(step: dict) -> str:
 
 
 def optimizer_lines(row: dict) -> str:
-    """A row of optimizer.measure()."""
+    """The text about a row of optimizer.measure()."""
     us = row["times"][OURS]["us"]
     lines = [
         f"\na step of AdamW, {row['name']}: {row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensors, "
@@ -152,7 +152,7 @@ def write(path: Path, text: str) -> None:
 
 
 def write_results(kind: str, found: dict, text: str) -> Path:
-    """<kind>-<machine>.json and .md below bench/results/; returns the path of the first."""
+    """Write <kind>-<machine>.json and .md below bench/results/. Returns the path of the JSON."""
     path = RESULTS / f"{kind}-{machine.file_name(found['machine'])}"
     write(path, json.dumps(found, indent=1))
     write(path.with_suffix(".md"), text.rstrip("\n"))
@@ -163,7 +163,7 @@ def write_results(kind: str, found: dict, text: str) -> Path:
 
 
 def write_report(result: dict, path: Path) -> Path:
-    """Beside the JSON at `path`: FILE.md, and its plots in the folder FILE; returns the path of the first."""
+    """Write FILE.md beside the JSON at `path`, and its plots into the folder FILE. Returns the path of FILE.md."""
     folder = path.with_suffix("")
     try:
         import plots
@@ -178,7 +178,7 @@ def write_report(result: dict, path: Path) -> Path:
 
 
 def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
-    """The whole of a run as Markdown; `images`: (path, caption)."""
+    """A whole run as Markdown. `images` are (path, caption)."""
     m = result["machine"]
     title = f"# {m['cpu']}, {m['threads']} threads, {m['isa']}" if device_of(result) == "cpu" else f"# {m['gpu']}"
     parts = [title, f"Measured {m['date']} by `bench/run.py`."]
@@ -251,7 +251,7 @@ def _step_table(steps: list[dict], limits: dict[str, float]) -> str:
 
 
 def _step_limit(step: dict, limits: dict[str, float]) -> Iterable[str]:
-    """How far a faster product would bring a training step."""
+    """How fast a training step would be with a product at the limit."""
     ours, peer = step["contestants"][OURS], step["contestants"].get("bitsandbytes + PEFT")
     if "own_seconds" not in ours or peer is None:  # of an older report, or of half a one
         return

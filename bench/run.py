@@ -1,4 +1,4 @@
-"""How fast, against torch's dense product, bitsandbytes and the machine's limits, all measured in the same process.
+"""Measure speed against torch's dense product, bitsandbytes and the machine's limits, all in the same process.
 
     python bench/run.py                              the whole table, in about twelve minutes on two cores
     python bench/run.py --quick                      a few rows, in seconds
@@ -10,9 +10,9 @@
     python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
     python bench/run.py --device cuda --output       a GPU, in its own table
 
-A row: microseconds; GB/s where memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
-bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. How a figure comes about is
-in timing.py, what is compared in cases.py, what to reach in goals.py. Leave the machine alone while it runs.
+A row has the microseconds; GB/s if memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
+bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. timing.py describes how a
+figure is measured, cases.py what is compared, and goals.py the goals. Do not use the machine while it runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OPERATIONS = {
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=OPERATIONS, default="cpu")
@@ -73,7 +73,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def set_environment(args: argparse.Namespace) -> None:
-    """Variables that libraries read when they are loaded: hence before torch is imported."""
+    """Set the variables that libraries read when they are loaded; call this before torch is imported."""
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.isa:
@@ -84,7 +84,7 @@ def set_environment(args: argparse.Namespace) -> None:
 
 
 def selected(args: argparse.Namespace, shape: tuple[int, int], threads: int) -> list[data.Case]:
-    """The cases of a shape that the command line asks for; `threads`: of the machine."""
+    """The cases of a shape that the command line asks for. `threads` is the machine's number."""
     table = (data.quick if args.quick else data.cases)(shape, args.device) if shape in args.shapes else []
     found = [case for case in table if case.operation in args.operations]
     if "growth" in args.operations and not args.quick and shape[0] in data.WIDTHS and shape[0] == shape[1]:
@@ -93,13 +93,13 @@ def selected(args: argparse.Namespace, shape: tuple[int, int], threads: int) -> 
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """All shapes that have cases, those of the command line first."""
+    """All shapes that have cases; those of the command line come first."""
     widths = [(width, width) for width in data.WIDTHS] if "growth" in args.operations and not args.quick else []
     return args.shapes + [shape for shape in widths if shape not in args.shapes]
 
 
 def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits: dict[str, float]) -> dict:
-    """A row of the report. `bandwidth` in bytes/s, as it was while the case ran."""
+    """A row of the report. `bandwidth`, in bytes/s, was measured while the case ran."""
     row = {
         **dataclasses.asdict(case),
         "name": case.name,
@@ -116,7 +116,7 @@ def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits:
 
 
 def set_limit(row: dict, limits: dict[str, float]) -> None:
-    """Set `limit_us` and `bound`: which of memory and arithmetic it is."""
+    """Set `limit_us`, and `bound`, which says whether memory or arithmetic is the limit."""
     memory_s, arithmetic_s = row["bytes"] / row["bandwidth"], row["flops"] / limits[row["dtype"]]
     row["bound"] = "memory" if memory_s >= arithmetic_s else "arithmetic"
     row["limit_us"] = 1e6 * max(memory_s, arithmetic_s)
@@ -133,7 +133,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
 
     threads = torch.get_num_threads()
     table = Table()
-    # Kept memory comes last: the heap that it leaves behind would serve every later block.
+    # Kept memory comes last, because later calls would reuse the heap that it leaves.
     for kept in (False, True):
         setup, timed = ("kept", "kept") if kept else ("setup", "default")
         for shape in shapes(args):
@@ -149,7 +149,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
                     result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
                     print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
                     continue
-                # A GPU's limit is the copy's throughout: sum() is no measure of how fast it reads.
+                # On a GPU the limit is always that of a copy, because sum() does not read at full speed.
                 copying = case.operation in ("quantize", "dequantize") or args.device == "cuda"
                 set_allocator(timed)
                 times, probe = clock.alternate(found, probes.copy if copying else probes.read, args.budget)
@@ -161,10 +161,10 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
 
 
 def measure_alone(result: dict, name: str, measure: Callable[[], Any], lines: Callable[[Any], str]) -> None:
-    """Measure in another process, into `result` by name, and print; a failure goes into result["wrong"]."""
+    """Measure in another process, store the result by name, and print it. A failure goes into result["wrong"]."""
     try:
         result[name] = measure()
-    except subprocess.CalledProcessError as error:  # it has said why; what was measured before is kept
+    except subprocess.CalledProcessError as error:  # it has printed why; keep what was measured before
         result["wrong"].append(f"{name}: its process ended with {error.returncode}")
         print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
     else:
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.heading(result), flush=True)
     measure_table(args, adapters, probes, clock, result)
 
-    # The machine's speed changes while the table is measured: of two looks, the better one is the limit.
+    # The speed of the machine changes while the table is measured: the limit is the better of two measurements.
     before, after = result["limits"], machine.limits(probes, args.dtypes, clock)
     result |= {"limits_before": before, "limits_after": after, "limits": {k: max(before[k], after[k]) for k in before}}
     for row in result["rows"]:

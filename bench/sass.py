@@ -4,14 +4,15 @@
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
     make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md
 
-A kernel's main loop is the one with the most tensor-core instructions (HMMA) that are in no loop inside of it, or, in a
-kernel without, with the most instructions; or, in one that has a loop for what vectors can reach and one for the rest,
-with the most 16-byte loads and stores. Its length times the threads of a block, divided by the weights that the block
-passes in one turn, is how many thread-instructions a weight costs. An H100 issues about 29e12 of them a second: a bound
-on speed from one side, which says nothing of waits. Every branch of a loop counts, also what it does only at the edges
-of an array or for another dtype. Shared memory is not among the figures: ours is asked for at launch.
+The main loop of a kernel is the one with the most tensor-core instructions (HMMA) of its own, not counting loops inside
+it. Without any HMMA it is the loop with the most instructions; or, in a kernel that has one loop with vector loads and
+one for the remaining elements, the loop with the most 16-byte loads and stores. Its length times the threads of a
+block, divided by the weights that the block processes in one turn, is the number of thread-instructions for each
+weight. An H100 issues about 29e12 of them a second, which gives a lower bound on the time, without waits. Every branch
+of a loop counts, also code for the edges of an array or for another dtype. Shared memory is not among the figures,
+because it is requested at launch.
 
-It needs NVIDIA's cuobjdump and nvdisasm, which come from PyPI (the extra `sass` of pyproject.toml), or with CUDA.
+The script needs NVIDIA's cuobjdump and nvdisasm, from PyPI (the extra `sass` of pyproject.toml) or from CUDA.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cycles
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
+
+import cycles
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"
@@ -40,7 +44,7 @@ SLACK = 0.02
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-# Of what is counted by its output: how many units a thread passes in one turn of the main loop.
+# {kernel: the unit of its work, and how many units a thread processes in one turn of the main loop}.
 WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], float]], ...] = (
     # A warp's mma takes 16 of the inner dimension of 8 columns or, in ours, of 16; those of other rows take the same
     # weights once more.
@@ -81,7 +85,7 @@ def figures(kernel: Kernel) -> dict[str, Any]:
 
 
 def nvcc_version() -> str:
-    """Of the compiler, as 13.0; empty where there is none."""
+    """The version of nvcc, such as 13.0; empty if there is none."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return ""

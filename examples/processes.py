@@ -1,4 +1,4 @@
-"""Several processes train one adapter for finetune.py: each takes its share of a batch, gradients are added up."""
+"""Train one adapter in several processes, for finetune.py: each takes a share of a batch; gradients are added up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 
 def count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started; 1 where nothing did."""
+    """The number of processes that `torchrun` or `accelerate launch` started, or 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join(device: str) -> str:
-    """Meet the other processes that `torchrun` or `accelerate launch` started, if any; the device of this one."""
+    """Connect to the other processes, if there are any, and return the device of this one."""
     if count() == 1:
-        # So it is where accelerate was to start several on a CPU: it sets an address to meet at, and starts one.
+        # accelerate sets an address for several processes on a CPU, but starts only one without --multi_gpu.
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
             raise SystemExit(
                 "accelerate launch: expected several processes, as --num_processes says, got one: on a CPU it starts "
@@ -44,7 +44,7 @@ def rank() -> int:
 
 
 def share(batch: list[Any]) -> list[Any]:
-    """What this process takes of a batch; nothing, where there are more processes than items."""
+    """The share of this process in a batch. It is empty if there are more processes than items."""
     return batch[rank() :: dist.get_world_size()] if dist.is_initialized() else batch
 
 

@@ -1,23 +1,27 @@
-"""Keeps from the output what a user cannot act on. Import it before peft and transformers, whose imports already speak.
+"""Hides output of other libraries that a user cannot act on. Import it before peft and transformers, which print first.
 
-It hides messages of other libraries about each other, and bars of transformers where stderr is no terminal: a log
+It hides their warnings about each other. If stderr is not a terminal it also hides their progress bars, because a log
 file would keep every state of a bar.
 """
 
 import logging
+import os
 import sys
 import warnings
 
-# bitsandbytes, which PEFT imports, asks for a package that is of no use here: its kernels do not run.
+# bitsandbytes, which PEFT imports, recommends a package whose kernels this program does not run.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# torchao, which PEFT imports too, has kernels for other versions of Python and of CUDA beside those that it needs.
+# torchao, which PEFT imports too, warns that it does not load its kernels for other versions of Python and of CUDA.
 logging.getLogger("torchao").setLevel(logging.ERROR)
-# It registers a class with torch in a way that torch will drop.
+# torchao also registers a class with torch in a deprecated way.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-# PEFT asks transformers for a property under an older name.
+# PEFT reads a property of transformers by its old name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 if not sys.stderr.isatty():
+    # Switches off the bars whose code leaves the choice to tqdm, such as the one over the tensors of a GGUF file. tqdm
+    # reads the variable when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

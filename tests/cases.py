@@ -1,4 +1,4 @@
-"""The conformance cases, as data: each runs over every instruction set that this machine has (test_isas.py)."""
+"""The conformance cases, as data. test_isas.py runs them over every instruction set of this machine."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nf4", "fp4", "int4", "int8", "codebook")
 MICROSCALED = {"mxfp4": 32, "nvfp4": 16}  # formats of one blocksize, whose scales have 8 bits
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-# Of the user's own: no level is 0, two are equal, and none of the distances is another's.
+# A user's codebook: no level is 0, two are equal, and no two distances are.
 CODEBOOK = (-1.0, -0.83, -0.61, -0.47, -0.36, -0.21, -0.13, -0.04, 0.02, 0.09, 0.17, 0.29, 0.29, 0.52, 0.71, 1.0)
 
 # [N, K] that straddle: one element, less than a block, one more and one less than 64, odd sizes (a byte in two rows),

@@ -1,4 +1,4 @@
-"""What several test modules use."""
+"""Fixtures that several test modules use."""
 
 import shutil
 import sys

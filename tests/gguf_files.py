@@ -1,4 +1,4 @@
-"""Random models of the architectures that can be exported, and what other libraries read in their files."""
+"""Random models of the architectures that can be exported, and readers of their files from other libraries."""
 
 import gguf
 import models

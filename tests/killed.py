@@ -1,11 +1,11 @@
-"""Kill conversions at random moments, run them again, and say what is left. A program of its own, for it forks.
+"""Kill conversions at random moments, run them again, and check what is left. A program of its own, because it forks.
 
     python tests/killed.py FOLDER COUNT
 
 Each run is process 1 of a new PID namespace, as in a container, where every run has the same process ID. FOLDER has a
-model, `base`, and an adapter of it, `adapter`. Prints how many of the COUNT runs of each command were killed before
-they had ended; ends with an error if a folder looks finished that is not, or a run does not end well after another was
-killed, or a killed run's leftovers stay.
+model, `base`, and an adapter of it, `adapter`. The program prints how many of the COUNT runs of each command were
+killed before they had ended. It ends with an error if an incomplete folder looks complete, if a run fails after another
+was killed, or if the leftovers of a killed run stay.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""llama.cpp itself, by its C API: the package llama-cpp-py-sync has its libraries as wheels."""
+"""llama.cpp itself, through its C API: the wheels of llama-cpp-py-sync contain its libraries."""
 
 import torch
 from llama_cpp_py_sync import _cffi_bindings as bindings

@@ -1,4 +1,4 @@
-"""Small models with adapters, twice: over our quantized layers, and over plain ones with the same values."""
+"""Small models with adapters, in two forms: over our quantized layers, and over plain ones with the same values."""
 
 import copy
 

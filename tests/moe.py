@@ -1,4 +1,4 @@
-"""Small mixtures of experts from configs, one a family: what transformers calls their parts differs."""
+"""Small mixtures of experts from configs, one for each family, because transformers names their parts differently."""
 
 import torch
 import transformers

@@ -1,8 +1,9 @@
-"""What the operations should give: plain torch in float64 from their definitions, nothing of ours but the container.
+"""The expected results of the operations, by their definitions in plain torch and float64.
 
-Beside each result stands the error it may have, from the norms of the operands (qlora_native.testing says why). The
-low-rank parts go through one more rounding to the dtype of x than a plain product, of U or V, and A and B are rounded
-to it too: by Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|, so what these roundings add is in terms of norms again.
+Nothing of ours is used but the container. Each result has the error that it may have, from the norms of the operands
+(qlora_native.testing explains it). The low-rank parts are rounded once more than a plain product, because U or V, and A
+and B, are rounded to the dtype of x. By Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|, so these errors are bounded by norms
+too.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
-"""The most memory that pieces of Python take beside their results, measured in a process of its own.
+"""The peak memory of pieces of Python beside their results, measured in a process of its own.
 
-What counts is the process's own memory (RssAnon): pages of mapped files are the system's to take back.
+Only the process's own memory counts (RssAnon), because the system can take back pages of mapped files.
 """
 
 import os

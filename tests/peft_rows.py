@@ -1,4 +1,4 @@
-"""The rows of docs/peft.md: every method that PEFT registers, and what of LoRA's goes another way, on a small model."""
+"""The rows of docs/peft.md, on a small model: every method that PEFT registers, and LoRA's variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of one training: FSDP2 as accelerate sets it up for its users, and how a process ends."""
+"""Processes of one training: FSDP2 as accelerate sets it up for its users, and the end of a process."""
 
 import os
 import sys

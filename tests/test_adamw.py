@@ -1,4 +1,4 @@
-"""AdamW8bit's arithmetic: against AdamW in float64, against bitsandbytes, and the same bits however it is run."""
+"""Guards the arithmetic of AdamW8bit: that of AdamW in float64 and of bitsandbytes, and always the same bits."""
 
 import copy
 import hashlib
@@ -123,7 +123,7 @@ def check_moment(name, moment, absmax, exact, terms, levels):
 
 
 @pytest.mark.parametrize(("param", "grad"), list(itertools.product(DTYPES, DTYPES)), ids=str)
-def test_step_differs_from_float64(param, grad):
+def test_step_is_that_of_float64(param, grad):
     optimizer = qn.optim.AdamW8bit(parameters(dtype=param), **OPTIONS)
     for seed in range(4):
         set_gradients(optimizer.param_groups[0]["params"], seed, grad)
@@ -142,7 +142,7 @@ def test_step_differs_from_float64(param, grad):
     ],
     ids=str,
 )
-def test_option_is_not_heeded(options):
+def test_each_option_reaches_the_step(options):
     optimizer = qn.optim.AdamW8bit(parameters(SIZES[1:]), **{**OPTIONS, **options})
     for seed in range(3):
         set_gradients(optimizer.param_groups[0]["params"], seed)
@@ -153,7 +153,7 @@ def test_option_is_not_heeded(options):
         assert [state["state1"].dtype == torch.float32 for state in optimizer.state.values()] == small
 
 
-def test_learning_rate_in_memory_is_not_what_a_number_is():
+def test_learning_rate_in_a_tensor_acts_as_a_number():
     """Under a scheduler, which writes into the tensor; one of float64 keeps its precision."""
 
     def train(lr):
@@ -188,7 +188,7 @@ def test_fp32_moments_stay_close_to_exact_ones():
     assert_close_by_norm("parameter", ours[0].detach(), exact, tolerance)
 
 
-def test_strides_of_a_parameter_matter():
+def test_strides_of_a_parameter_keep_the_bits():
     plain = parameters((96 * 130,))[0].detach().view(96, 130)
     set_gradients([source := nn.Parameter(plain.clone())], 0)
     results = []
@@ -204,7 +204,7 @@ def test_strides_of_a_parameter_matter():
         assert torch.equal(codes, results[0][1])
 
 
-def test_states_side_by_side_are_mixed_up():
+def test_states_side_by_side_stay_separate():
     """States of a group are views of shared tensors. The same bits as from tensors of their own, which is how they are
     stepped when somebody replaces them or their memory, or when only some of the group have gradients.
     """
@@ -254,7 +254,7 @@ def probes(levels):
     return found, torch.bucketize(found.double(), midpoints)
 
 
-def test_code_of_first_moment_is_not_the_nearest():
+def test_code_of_first_moment_is_the_nearest():
     """With beta1 = 0 m is the gradient; a 1 in every block makes its absmax 1."""
     values, expected = probes(MAPS[0])
     values = torch.cat((values, torch.zeros(-len(values) % 255)))
@@ -267,7 +267,7 @@ def test_code_of_first_moment_is_not_the_nearest():
     assert not wrong.any(), f"{values[: len(expected)][wrong][:5]}: {found[wrong][:5]}, not {expected[wrong][:5]}"
 
 
-def test_code_of_second_moment_is_not_the_nearest():
+def test_code_of_second_moment_is_the_nearest():
     """One value a block, so that it can be any float: v is 1 * absmax / 2 without a gradient, and 2 where that is 2."""
     values, expected = probes(MAPS[1])
     values, order = values.unique(return_inverse=True)
@@ -295,7 +295,7 @@ MOST_COARSE = 0.01  # of all entries, so far off
 MOST_DIFFERENT = 0.03  # of the entries above COARSE, by one code
 
 
-def test_step_differs_from_bitsandbytes():
+def test_step_is_that_of_bitsandbytes():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bnb = pytest.importorskip("bitsandbytes")
@@ -348,7 +348,7 @@ def digest():
     return hashed.hexdigest()
 
 
-def test_number_of_threads_changes_a_bit():
+def test_bits_are_the_same_for_any_number_of_threads():
     found = set()
     for threads in (1, 2, 3, 3):
         torch.set_num_threads(threads)
@@ -361,7 +361,7 @@ def test_number_of_threads_changes_a_bit():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "2e19"])
-def test_unusable_gradient_poisons_the_state(value, dtype):
+def test_unusable_gradient_skips_the_step(value, dtype):
     if dtype == torch.float16 and value == "2e19":
         value = "65504"  # its largest, brought beyond the limit by a scale below
     params = parameters((300, 257, 70_001), dtype)
@@ -385,7 +385,7 @@ def test_unusable_gradient_poisons_the_state(value, dtype):
     assert optimizer.stats()["skipped_steps"] == 2
 
 
-def test_largest_gradient_is_skipped():
+def test_largest_usable_gradient_is_stepped_with():
     param = nn.Parameter(torch.zeros(1000))
     param.grad = torch.full((1000,), 1.8e19)
     optimizer = qn.optim.AdamW8bit([param], **OPTIONS)
@@ -398,7 +398,7 @@ def test_largest_gradient_is_skipped():
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_loss_scale_reaches_the_state(unscale):
+def test_loss_scale_leaves_the_bits_of_the_state(unscale):
     """A power of two as scale, so that with it and without it the bits are the same."""
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)):

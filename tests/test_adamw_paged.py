@@ -1,6 +1,6 @@
-"""PagedAdamW8bit where there is something to page: on a GPU, and in CI on the emulated one (QLN_BACKEND=cuda_emulated).
+"""Guards PagedAdamW8bit where moments are paged: on a GPU, and in CI on the emulated one (QLN_BACKEND=cuda_emulated).
 
-In which order an arena asks for what is tests/cpp/test_paged.cpp's.
+tests/cpp/test_paged.cpp tests the order in which an arena calls the driver.
 """
 
 import copy
@@ -32,7 +32,7 @@ every_optimizer = pytest.mark.parametrize(
 SIZES = ((16, 70), (0,), (5000,), (96, 130), (1,), (40_000,))
 
 
-def test_emulated_gpu_is_paged_otherwise():
+def test_paged_tests_pass_over_the_emulated_gpu():
     """This file once more, and what test_adamw_resume.py has of PagedAdamW8bit, over the emulator."""
     if PAGED:
         pytest.skip("it is what runs")
@@ -73,7 +73,7 @@ def assert_same_as_ordinary(params, optimizer, steps, left_out=()):
 
 @paged
 @every_optimizer
-def test_paged_moments_are_others(cls):
+def test_paged_moments_have_the_bits_of_ordinary_ones(cls):
     params, optimizer = start(cls)
     for seed in range(3):
         step(params, optimizer, seed)
@@ -81,7 +81,7 @@ def test_paged_moments_are_others(cls):
 
 
 @paged
-def test_paged_moments_are_not_all_paged():
+def test_all_paged_moments_are_in_the_arena():
     """None is too small; and each keeps its alignment."""
     params, optimizer = start(optim.PagedAdamW8bit)
     assert optimizer.stats()["bytes_managed"] == 0
@@ -96,7 +96,7 @@ def test_paged_moments_are_not_all_paged():
 
 @paged
 @every_optimizer
-def test_paged_moments_are_ordinary_after_loading(cls):
+def test_loaded_moments_are_paged_again(cls):
     params, optimizer = start(cls)
     step(params, optimizer, 0)
     managed = optimizer.stats()["bytes_managed"]
@@ -118,7 +118,7 @@ def test_paged_moments_are_ordinary_after_loading(cls):
 
 @paged
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])
-def test_copy_of_paged_moments_is_not_paged(how):
+def test_copy_of_paged_moments_is_paged(how):
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 0)
     twins, twin = how((params, optimizer))
@@ -128,7 +128,7 @@ def test_copy_of_paged_moments_is_not_paged(how):
 
 
 @paged
-def test_late_parameter_of_paged_moments_is_wrong():
+def test_late_parameter_gets_paged_moments():
     """One without a gradient at first has its place already; one that is added or unfrozen makes the arena anew."""
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 0, left_out=(0, 2))
@@ -158,7 +158,7 @@ def test_late_parameter_of_paged_moments_is_wrong():
 
 
 @paged
-def test_paged_state_is_not_dropped_with_its_parameter():
+def test_paged_state_that_is_cleared_begins_at_zero():
     """Someone clears it: the next step begins with zeros."""
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 7)
@@ -172,7 +172,7 @@ def test_paged_state_is_not_dropped_with_its_parameter():
 
 
 @paged
-def test_paged_moments_die_with_their_optimizer():
+def test_paged_moments_outlive_their_optimizer():
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 0)
     moments = optimizer.state[params[5]]["state1"]
@@ -183,7 +183,7 @@ def test_paged_moments_die_with_their_optimizer():
 
 
 @paged
-def test_paged_arena_takes_bad_input():
+def test_paged_arena_refuses_bad_input():
     with pytest.raises(ValueError, match=r"states\[1\].elements: expected >= 0, got -1"):
         _C.PagedArena([(1, True), (-1, False)], DEVICE.type == "cuda", 0)
     with pytest.raises(ValueError, match="stretch_bytes: expected >= 1, got 0"):
@@ -206,7 +206,7 @@ def test_paged_arena_has_the_arrays_of_an_algorithm(algorithm, elements):
     assert [torch.from_dlpack(array).numel() for array in arrays] == elements
 
 
-def test_paged_arena_of_the_cpu_is_made():
+def test_paged_arena_of_the_cpu_is_refused():
     if _C.cpu_tensors_backend() == "cuda_emulated":
         pytest.skip("it can be")
     with pytest.raises(RuntimeError, match="PagedArena: the backend cpu pages nothing"):
@@ -228,7 +228,7 @@ def last_prefetch(tensor):
 
 
 @gpu
-def test_paged_moments_do_not_move_on_a_gpu():
+def test_paged_moments_move_on_a_gpu():
     concurrent = ctypes.c_int()
     attribute = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
     ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(concurrent), attribute, DEVICE.index)
@@ -247,7 +247,7 @@ def test_paged_moments_do_not_move_on_a_gpu():
 
 
 @gpu
-def test_paged_ring_leaves_other_bits_on_a_gpu(monkeypatch):
+def test_paged_ring_gives_the_bits_of_ordinary_memory_on_a_gpu(monkeypatch):
     """Pinned memory and the ring, which managed memory that is not concurrent would need; stretches of 64 KB."""
     make = _C.PagedArena
     monkeypatch.setattr(_C, "PagedArena", lambda *args: make(*args, stretch_bytes=1 << 16, pinned=True))
@@ -260,7 +260,7 @@ def test_paged_ring_leaves_other_bits_on_a_gpu(monkeypatch):
 
 
 @gpu
-def test_paged_step_waits_for_the_whole_gpu():
+def test_paged_step_waits_for_its_own_stream_alone():
     """Work of another stream is still running when the step and all it asked for are done."""
     params, optimizer = start(optim.PagedAdamW8bit)
     step(params, optimizer, 0)

@@ -1,4 +1,4 @@
-"""AdamW8bit as an optimizer of torch: what is saved continues with the same bits, and trainers can drive it."""
+"""Guards AdamW8bit as an optimizer of torch: saved states continue with the same bits, and trainers can drive it."""
 
 import copy
 import io
@@ -77,7 +77,7 @@ def resume(path, result):
     torch.save(saved(*parts), result)
 
 
-def test_new_process_continues_with_other_bits(tmp_path):
+def test_new_process_continues_with_the_same_bits(tmp_path):
     parts = start()
     train(*parts, range(10))
     torch.save(saved(*parts), tmp_path / "half.pt")
@@ -89,7 +89,7 @@ def test_new_process_continues_with_other_bits(tmp_path):
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda parts: pickled(parts)], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
-def test_copy_continues_with_other_bits(cls, how):
+def test_copy_continues_with_the_same_bits(cls, how):
     parts = start(cls)
     train(*parts, range(5))
     twin = how(parts)
@@ -107,7 +107,7 @@ def pickled(parts):
     return torch.load(buffer, weights_only=False)
 
 
-def test_loaded_state_is_shared_with_the_state_dict():
+def test_loaded_state_is_a_copy_of_the_state_dict():
     parts = start()
     train(*parts, range(3))
     state = parts[1].state_dict()
@@ -118,7 +118,7 @@ def test_loaded_state_is_shared_with_the_state_dict():
     assert_same(state, before)
 
 
-def test_state_of_bfloat16_parameters_is_cast():
+def test_state_of_bfloat16_parameters_keeps_its_dtypes():
     """torch casts what it loads to the parameter's dtype, which would round absmax and turn codes into floats."""
     parts = start()
     train(*parts, range(3))
@@ -132,7 +132,7 @@ def test_state_of_bfloat16_parameters_is_cast():
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
-def test_bitsandbytes_state_dict_is_not_continued(name):
+def test_bitsandbytes_state_dict_is_continued(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bnb = pytest.importorskip("bitsandbytes")
@@ -178,7 +178,7 @@ def backward(model, seed=0):
 
 
 @pytest.mark.parametrize("cls", EVERY_OPTIMIZER)
-def test_loss_does_not_fall(cls):
+def test_loss_falls(cls):
     model = linear()
     optimizer = cls(model.parameters(), lr=1e-2)
     first = backward(model).item()
@@ -190,7 +190,7 @@ def test_loss_does_not_fall(cls):
     assert last < 0.3 * first
 
 
-def test_closure_is_not_called_once_or_without_gradients():
+def test_closure_is_called_once_with_gradients():
     model = linear()
     optimizer = qn.optim.AdamW8bit(model.parameters())
     losses = []
@@ -206,7 +206,7 @@ def test_closure_is_not_called_once_or_without_gradients():
     assert optimizer.step() is None
 
 
-def test_parameter_without_gradient_is_touched():
+def test_parameter_without_gradient_stays_as_it_was():
     model = linear()
     optimizer = qn.optim.AdamW8bit(model.parameters())
     optimizer.step()
@@ -221,7 +221,7 @@ def test_parameter_without_gradient_is_touched():
     assert [int(optimizer.state[p]["step"]) for p in (model.weight, model.bias)] == [2, 1]
 
 
-def test_added_group_is_left_out():
+def test_added_group_is_stepped_with_its_own_options():
     model, more = linear(), linear()
     optimizer = qn.optim.AdamW8bit(model.parameters(), lr=1e-2)
     backward(model)
@@ -237,7 +237,7 @@ def test_added_group_is_left_out():
 
 
 @pytest.mark.parametrize("schedule", ["StepLR", "OneCycleLR"])
-def test_scheduler_does_not_reach_the_step(schedule):
+def test_scheduler_reaches_the_step(schedule):
     """OneCycleLR also moves betas, which are a tuple."""
     model = linear()
     before = model.weight.detach().clone()
@@ -257,7 +257,7 @@ def test_scheduler_does_not_reach_the_step(schedule):
         assert optimizer.param_groups[0]["betas"][0] != 0.9
 
 
-def test_lr_tensor_is_copied():
+def test_lr_tensor_is_read_at_each_step():
     """Some schedulers write into it."""
     model, lr = linear(), torch.tensor(0.0)
     optimizer = qn.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)
@@ -270,7 +270,7 @@ def test_lr_tensor_is_copied():
     assert not torch.equal(model.weight, before)
 
 
-def test_clipped_gradients_are_not_what_counts():
+def test_step_takes_the_clipped_gradients():
     models = [linear(), linear()]
     optimizers = [qn.optim.AdamW8bit(model.parameters(), eps=1e-3) for model in models]
     for model in models:
@@ -284,7 +284,7 @@ def test_clipped_gradients_are_not_what_counts():
     assert torch.equal(models[0].weight, models[1].weight)
 
 
-def test_autograd_misses_that_a_saved_parameter_changed():
+def test_autograd_notices_that_a_saved_parameter_changed():
     model = linear()
     optimizer = qn.optim.AdamW8bit(model.parameters())
     x = torch.randn(2, 70, requires_grad=True)
@@ -307,7 +307,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.qlora_native.optimizer_8bit_step, arguments)
 
 
-def test_machine_without_gpu_is_not_mentioned_or_too_often():
+def test_machine_without_gpu_is_mentioned_once():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     code = (
@@ -326,7 +326,7 @@ def test_machine_without_gpu_is_not_mentioned_or_too_often():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_trainer_cannot_use_it(cls, tmp_path):
+def test_trainer_drives_and_resumes_it(cls, tmp_path):
     """With its own schedule, clipping and a checkpoint from which it resumes with the same bits."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -372,7 +372,7 @@ def distributed(rank, folder):
     leave()
 
 
-def test_processes_drift_apart(tmp_path):
+def test_processes_stay_together(tmp_path):
     torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(*results)

@@ -1,5 +1,6 @@
-"""The machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which a processor without AMX cannot time: a
-tile product costs at most one load, no tile is stored in the loop, and what decodes beside it stays in registers.
+"""Guards the machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which cannot be timed without AMX.
+
+A tile product costs at most one load, the loop stores no tile, and the decoder beside it keeps its values in registers.
 """
 
 import importlib

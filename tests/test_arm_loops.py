@@ -1,4 +1,4 @@
-"""bench/arm.py: what it reads from a listing, on an excerpt."""
+"""Guards bench/arm.py: what it reads from a listing, on an excerpt."""
 
 import importlib
 import shutil
@@ -45,7 +45,7 @@ def test_function_is_read_with_its_operands(arm, code):
     assert arm.falls_through(code[9]) and not arm.falls_through(code[10])
 
 
-def test_loop_is_without_those_inside_of_it(arm, code):
+def test_loop_excludes_the_loops_inside_it(arm, code):
     inner, outer = sorted(arm.own_loops(code), key=len, reverse=True)
     assert [i.opcode for i in inner] == ["ldr", "ldr", "fmla", "cmp", "b.ne"]
     assert [i.opcode for i in outer] == ["str", "bl", "tbz"]

@@ -1,4 +1,4 @@
-"""Bytes and bits that bitsandbytes 0.50 writes and reads. It is the oracle: nothing here is computed by us twice."""
+"""Guards the file format: bitsandbytes 0.50 is the oracle for the bytes and bits that we read and write."""
 
 import io
 import warnings
@@ -47,7 +47,7 @@ def random_weight(N, K, dtype=torch.float32):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_tables_are_its_own():
+def test_tables_are_those_of_bitsandbytes():
     for format in FORMATS:
         assert torch.equal(bits_of(torch.tensor(_C.codebook(format))), bits_of(bnbf.get_4bit_type(format, "cpu")))
     for is_signed in (True, False):
@@ -59,7 +59,7 @@ def assert_same_map(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=2**-20, atol=0)
 
 
-def test_its_map_from_another_processor_is_known():
+def test_map_of_another_processor_is_recognised():
     ours = torch.tensor(_C.dynamic_map())
     assert is_dynamic_map(ours * (1 + 2**-22), ours)
     for other in (ours * 1.001, ours[:255], ours.double(), torch.full((256,), float("nan"))):
@@ -72,7 +72,7 @@ def test_its_map_from_another_processor_is_known():
 @pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
 @pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_decoded_bit_differs(format, blocksize, double_quant):
+def test_decoded_bits_are_those_of_bitsandbytes(format, blocksize, double_quant):
     """From its reference code. Its AVX-512 kernel agrees with that only where K is a multiple of the blocksize (with
     [64, 96] and blocks of 64 it takes the wrong scale from row 1 on), so it is the oracle there alone."""
     for N, K in (*WEIGHTS, (4, 4 * blocksize)):
@@ -98,7 +98,7 @@ def assert_same_bits(actual, expected, name):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-def test_decoded_bit_differs_at_extreme_scales(format, dtype):
+def test_decoded_bits_are_those_of_bitsandbytes_at_extreme_scales(format, dtype):
     """Scales from denormal to near overflow."""
     scales = torch.tensor([0.0, 1e-45, 3e-42, 1e-39, 1.2e-38, 5e-38, 1e-30, 6e-8, 1e-4, 1.0, 6e4, 1e30, 3.4e38])
     N, K = len(scales), 64
@@ -115,7 +115,7 @@ def test_decoded_bit_differs_at_extreme_scales(format, dtype):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_code_differs_away_from_a_tie(format, blocksize, dtype):
+def test_codes_are_those_of_bitsandbytes_but_at_ties(format, blocksize, dtype):
     for N, K in WEIGHTS:
         weight = random_weight(N, K, dtype)
         codes, state, _ = theirs(weight, format, blocksize, double_quant=False)
@@ -141,12 +141,12 @@ def nibbles(codes, elements):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_block_of_zeros_differs(format):
+def test_block_of_zeros_is_that_of_bitsandbytes(format):
     codes, _, _ = theirs(torch.zeros(4, 64), format, 64, double_quant=False)
     assert torch.equal(qn.quantize(torch.zeros(4, 64), format).codes.reshape(-1, 1), codes)
 
 
-def test_double_quantized_scale_is_at_most_a_level_from_its_own():
+def test_double_quantized_scale_is_within_a_level_of_bitsandbytes():
     """Its CPU quantizer goes through a table of 65,536 entries and is off by a level near midpoints; ours is not."""
     weight = random_weight(512, 256)
     _, _, other = theirs(weight, "nf4", 64, double_quant=True)
@@ -164,7 +164,7 @@ def test_double_quantized_scale_is_at_most_a_level_from_its_own():
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_state_dict_comes_back_changed(format, double_quant):
+def test_state_dict_comes_back_bit_for_bit(format, double_quant):
     layer = bnb.nn.Linear4bit(
         128, 96, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double_quant, quant_type=format
     )
@@ -184,7 +184,7 @@ def test_state_dict_comes_back_changed(format, double_quant):
 @pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
 @pytest.mark.parametrize(("N", "K"), [(96, 128), (7, 333)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_weight_written_here_means_something_else_there(format, N, K, double_quant):
+def test_weight_written_here_decodes_to_the_same_bits_there(format, N, K, double_quant):
     q = qn.quantize(random_weight(N, K, torch.bfloat16), format, 128, double_quant)
     state_dict = q.to_bitsandbytes()
     codes = state_dict.pop("weight")
@@ -195,7 +195,7 @@ def test_weight_written_here_means_something_else_there(format, N, K, double_qua
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_storage_dtype_is_not_read(storage):
+def test_any_storage_dtype_is_read(storage):
     weight = random_weight(96, 128)
     codes, state = bnbf.quantize_4bit(weight, quant_type="nf4", quant_storage=storage)
     assert codes.dtype == storage
@@ -204,7 +204,7 @@ def test_storage_dtype_is_not_read(storage):
     assert torch.equal(q.codes, theirs(weight, "nf4", 64, False)[2].codes)
 
 
-def test_file_of_safetensors_refuses_the_entries():
+def test_safetensors_writes_and_reads_the_entries():
     save = pytest.importorskip("safetensors.torch")
     layers = {f"{i}.": qn.quantize(random_weight(8, 64)) for i in range(2)}
     entries = {key: value for name, q in layers.items() for key, value in q.to_bitsandbytes(name).items()}
@@ -213,7 +213,7 @@ def test_file_of_safetensors_refuses_the_entries():
         assert torch.equal(qn.QuantizedWeight.from_bitsandbytes(read, name).dequantize(), q.dequantize())
 
 
-def test_format_that_it_does_not_have_is_written():
+def test_format_that_bitsandbytes_lacks_is_refused():
     for options in ({"format": "int4"}, {"format": "int8"}, {"codebook": cases.CODEBOOK}):
         with pytest.raises(ValueError, match="format: expected nf4 or fp4, the formats of bitsandbytes, got"):
             qn.quantize(torch.randn(4, 64), **options).to_bitsandbytes()
@@ -331,7 +331,7 @@ def test_scale_that_is_not_finite_is_refused():
         qn.QuantizedWeight.from_bitsandbytes(entries)
 
 
-def test_file_of_torch_changes_the_container():
+def test_container_survives_a_file_of_torch():
     q = qn.quantize(torch.randn(8, 64))
     buffer = io.BytesIO()
     torch.save(q, buffer)

@@ -1,4 +1,4 @@
-"""bitsandbytes' operations on our kernels, each against its own kernel: what differs, what is left to it, and when."""
+"""Guards bitsandbytes' operations on our kernels: each gives what its own kernel gives, or is left to it."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def both(function):
 @dtypes
 @formats
 @pytest.mark.parametrize("shape", [(96, 128), (3, 5, 70), (7, 333), (1000,)], ids=str)
-def test_quantized_weight_differs_by_more_than_ties(format, shape, dtype):
+def test_quantized_weight_is_theirs_but_at_ties(format, shape, dtype):
     def quantize():
         weight = torch.randn(shape).to(dtype)
         return weight, *ops.quantize_4bit(weight, 64, format, torch.uint8)
@@ -63,7 +63,7 @@ def test_quantized_weight_differs_by_more_than_ties(format, shape, dtype):
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
-def test_storage_dtype_gives_other_bytes(storage):
+def test_storage_dtype_keeps_the_bytes(storage):
     weight = torch.randn(64, 64)
     backend.enable()
     codes, absmax = ops.quantize_4bit(weight, 64, "nf4", storage)
@@ -77,7 +77,7 @@ def test_storage_dtype_gives_other_bytes(storage):
 @dtypes
 @formats
 @pytest.mark.parametrize("shape", [(64, 128), (3, 4, 64), (1024,)], ids=str)
-def test_decoded_bit_differs(format, shape, dtype):
+def test_decoded_bits_are_theirs(format, shape, dtype):
     codes, absmax = ops.quantize_4bit(torch.randn(shape), 64, format, torch.uint8)
     theirs, ours = both(lambda: ops.dequantize_4bit(codes, absmax, 64, format, shape, dtype))
     assert ours.dtype == dtype and ours.shape == shape
@@ -115,7 +115,7 @@ def test_product_is_within_its_tolerance_of_float64(format, double_quant, dtype)
 
 @dtypes
 @formats
-def test_one_row_uses_another_codebook_or_layout(format, dtype):
+def test_product_of_one_row_is_that_of_the_decoded_weight(format, dtype):
     weight = torch.randn(64, 128)
     codes, absmax = ops.quantize_4bit(weight, 64, format, torch.uint8)
     x, code = torch.randn(1, 1, 128).to(dtype), bnbf.get_4bit_type(format, "cpu")
@@ -126,7 +126,7 @@ def test_one_row_uses_another_codebook_or_layout(format, dtype):
     assert_close(y, expected, 4 * EPSILON[dtype])
 
 
-def test_layer_in_evaluation_rounds_its_scales():
+def test_layer_in_evaluation_keeps_its_scales():
     layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
     x = torch.randn(4, 128).bfloat16()
     backend.enable()
@@ -161,9 +161,9 @@ def trained(optimizer, dtype=torch.float32, steps=8, last=None, **options):
     [(bnb.optim.AdamW8bit, {"weight_decay": 0.1}), (bnb.optim.Adam8bit, {"betas": (0.8, 0.95), "eps": 1e-4})],
     ids=["AdamW8bit", "Adam8bit"],
 )
-def test_optimizer_steps_elsewhere(optimizer, options, dtype):
+def test_optimizer_steps_as_theirs(optimizer, options, dtype):
     (theirs, moments), (ours, own_moments) = both(lambda: trained(optimizer, dtype, **options))
-    # Of eight steps of 0.01, in the quantizer's 8 bits and the rounding of the parameter.
+    # The error of eight steps of 0.01, from the 8 bits of the quantizer and the rounding of the parameter.
     for actual, expected in zip(ours, theirs, strict=True):
         assert_close(actual, expected, 2e-3 + EPSILON[dtype])
     for actual, expected in zip(own_moments, moments, strict=True):
@@ -171,7 +171,7 @@ def test_optimizer_steps_elsewhere(optimizer, options, dtype):
 
 
 @pytest.mark.parametrize("last", [float("nan"), float("inf"), 1e30], ids=str)
-def test_gradient_with_which_we_would_skip_the_step_is_skipped(last):
+def test_unusable_gradient_goes_to_their_kernel(last):
     (theirs, _), (ours, _) = both(lambda: trained(bnb.optim.AdamW8bit, steps=1, last=last))
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
@@ -179,12 +179,12 @@ def test_gradient_with_which_we_would_skip_the_step_is_skipped(last):
 
 
 @pytest.mark.parametrize("optimizer", [bnb.optim.Lion8bit, bnb.optim.RMSprop8bit, bnb.optim.AdEMAMix8bit])
-def test_another_optimizer_is_taken_for_adam(optimizer):
+def test_other_optimizers_keep_their_own_kernel(optimizer):
     (theirs, _), (ours, _) = both(lambda: trained(optimizer))
     assert all(torch.equal(actual, expected) for actual, expected in zip(ours, theirs, strict=True))
 
 
-def test_operation_runs_elsewhere_or_without_being_asked(monkeypatch):
+def test_operation_runs_here_while_enabled_alone(monkeypatch):
     """On the CPU each operation is one call of ours while ours are enabled, and none before and after."""
     called = []
 
@@ -233,7 +233,7 @@ def test_operation_runs_elsewhere_or_without_being_asked(monkeypatch):
             assert called == ([ours] if runs else []), name
 
 
-def test_call_that_we_do_not_take_fails():
+def test_call_that_we_do_not_take_goes_to_their_kernel():
     """NaN in a weight, float64, a max_unorm, other quantization maps: bitsandbytes' own answer, bit for bit."""
     weight = torch.randn(4, 64)
     weight[1, 2] = float("nan")
@@ -264,7 +264,7 @@ def test_call_that_we_do_not_take_fails():
 
 
 @pytest.mark.parametrize("value", ["1", "0", None])
-def test_plug_in_is_on_or_off_without_being_asked(value):
+def test_environment_variable_decides_on_the_plug_in(value):
     program = """
 import bitsandbytes, sys
 from qlora_native.integrations import bitsandbytes_backend as backend

@@ -1,4 +1,4 @@
-"""Folders in compressed-tensors' format: its own library and transformers read the codes that quantize() makes."""
+"""Guards folders in compressed-tensors' format: its library and transformers read the codes that quantize() makes."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_adapter_is_merged_before_the_one_rounding(base, to, tmp_path):
 
 
 def test_error_reported_is_the_one_that_was_made(base, tmp_path):
-    """Of a model in NF4, whose levels int4 does not have: what it meant is rounded again."""
+    """A model in NF4, whose levels int4 does not have, is decoded and rounded again."""
     convert(base, tmp_path / "nf4", to="nf4", progress=False)
     report = convert(tmp_path / "nf4", tmp_path / "out", to="int4", blocksize=32, progress=False)
     convert(tmp_path / "nf4", tmp_path / "exact", to="fp32", progress=False)

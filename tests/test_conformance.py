@@ -1,4 +1,4 @@
-"""Every operation against its definition, over cases.py. Run for each instruction set by test_isas.py."""
+"""Guards every operation: it follows its definition, over cases.py. test_isas.py runs this for each instruction set."""
 
 import cases
 import oracle
@@ -11,7 +11,7 @@ from qlora_native._inputs import draw_seed
 from qlora_native.testing import assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7
-# Of fewer independent errors the mean says too little.
+# The mean of fewer independent errors says too little.
 FEWEST_ELEMENTS = 256
 SEEDS = 3
 
@@ -35,7 +35,7 @@ def quantize(N, K, format, blocksize, double_quant, dtype=torch.float32, seed=0)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["absmax", "dq"])
 @pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
 @pytest.mark.parametrize("format", cases.FORMATS)
-def test_decoded_weight_is_not_code_times_scale_rounded_once(format, blocksize, double_quant):
+def test_decoded_weight_is_code_times_scale_rounded_once(format, blocksize, double_quant):
     for N, K in cases.WEIGHTS:
         q = quantize(N, K, format, blocksize, double_quant)
         for dtype in cases.DTYPES:
@@ -45,7 +45,7 @@ def test_decoded_weight_is_not_code_times_scale_rounded_once(format, blocksize, 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", cases.BLOCKSIZES)
 @pytest.mark.parametrize("format", cases.FORMATS)
-def test_code_is_not_the_nearest(format, blocksize, dtype):
+def test_code_is_the_nearest(format, blocksize, dtype):
     for N, K in cases.WEIGHTS:
         weight = random_weight(N, K, dtype)
         q = quantize(N, K, format, blocksize, double_quant=False, dtype=dtype)
@@ -68,7 +68,7 @@ def with_scales_of_one(q):
 
 
 @pytest.mark.parametrize("format", [f for f in cases.FORMATS if f != "int8"])
-def test_code_beside_a_midpoint_is_anothers(format):
+def test_code_beside_a_midpoint_is_that_of_its_side(format):
     """Every midpoint and the floats on both sides of it, exactly: a scale of 1 leaves elements as they are."""
     codebook = torch.tensor(cases.CODEBOOK) if format == "codebook" else qn.quantize(torch.ones(1, 64), format).code
     levels, order = codebook.sort(stable=True)
@@ -96,7 +96,7 @@ def test_tie_takes_the_upper_level():
 
 
 @pytest.mark.parametrize("format", cases.FORMATS)
-def test_block_of_zeros_becomes_something_else(format):
+def test_block_of_zeros_stays_zero(format):
     q = qn.quantize(torch.zeros(3, 64), format, codebook=cases.CODEBOOK if format == "codebook" else None)
     assert torch.equal(q.dequantize(torch.float32), torch.zeros(3, 64))
     expected = {"nf4": 0x77, "fp4": 0x00, "int4": 0x88, "int8": 0x00, "codebook": 0x88}[format]
@@ -105,7 +105,7 @@ def test_block_of_zeros_becomes_something_else(format):
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 65), (48, 96), (130, 512)])
-def test_scale_in_8_bits_is_not_the_nearest(N, K):
+def test_scale_in_8_bits_is_the_nearest(N, K):
     plain = quantize(N, K, "nf4", 32, double_quant=False)
     q = quantize(N, K, "nf4", 32, double_quant=True)
     assert torch.equal(q.codes, plain.codes)

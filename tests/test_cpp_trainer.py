@@ -1,4 +1,4 @@
-"""examples/cpp_trainer, built from the installed package: it learns, its gradients and its adapter are torch's."""
+"""Guards examples/cpp_trainer, built from the installed package: it learns, with torch's gradients and adapters."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def losses(output):
     return [float(line.rpartition(" ")[2]) for line in output.splitlines() if line.startswith("held-out loss")]
 
 
-def test_trainer_learns_nothing_or_saves_another_adapter(trainer, base, tmp_path):
+def test_trainer_learns_and_saves_an_adapter_that_peft_loads(trainer, base, tmp_path):
     out = tmp_path / "adapter"
     data = ("--model", base, "--data", TEXT, "--out", out, "--logits", tmp_path / "logits.safetensors")
     before, after = losses(run(trainer, *data, "--steps", 60, "--dropout", 0.05, "--every", 20))
@@ -84,7 +84,7 @@ def gradients(model, batch):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_gradient_of_an_adapter_is_wrong(trainer, base, tmp_path):
+def test_gradient_of_an_adapter_is_torchs(trainer, base, tmp_path):
     """AdamW's first step with a gradient moves by its sign: B in step one, while B is 0, and A in step two."""
     states = []
     for steps in (1, 2):
@@ -127,26 +127,26 @@ def check_same_training(actual, expected):
     assert expected_loss[1] < expected_loss[0] - 0.01, "a training that does nothing"
 
 
-def test_other_backend_trains_another_adapter(trainer, base, tmp_path):
+def test_other_backend_trains_the_same_adapter(trainer, base, tmp_path):
     """The kernels of --device cuda, in the emulator."""
     emulated = trained(trainer, base, tmp_path / "emulated", QLN_BACKEND="cuda_emulated")
     check_same_training(emulated, trained(trainer, base, tmp_path / "cpu"))
 
 
 @pytest.mark.skipif(NO_GPU != "", reason=NO_GPU)
-def test_gpu_trains_another_adapter(trainer, base, tmp_path):
+def test_gpu_trains_the_same_adapter(trainer, base, tmp_path):
     gpu = trained(trainer, base, tmp_path / "cuda", "--device", "cuda")
     check_same_training(gpu, trained(trainer, base, tmp_path / "cpu"))
 
 
 @pytest.mark.skipif(NO_GPU == "", reason="a GPU can be used here")
-def test_missing_gpu_is_not_named(trainer, base, tmp_path):
+def test_missing_gpu_is_named(trainer, base, tmp_path):
     command = [trainer, "--device", "cuda", "--model", base, "--data", TEXT, "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"trainer: --device cuda: {NO_GPU}\n")
 
 
-def test_trainer_without_the_toolkit_is_not_built(tmp_path):
+def test_trainer_is_built_without_the_toolkit(tmp_path):
     """no_cuda.cpp: of a package with CUDA the toolkit is required anyway."""
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
     if "CUDA::" in (Path(package) / "qlora_nativeTargets.cmake").read_text():

@@ -1,4 +1,4 @@
-"""The C++ trainer believes no file: each that is wrong ends in one sentence that says so, and in nothing written."""
+"""Guards the C++ trainer against bad files: each ends in one sentence that names it, and nothing is written."""
 
 import json
 import os
@@ -267,7 +267,7 @@ def test_folder_without_tensors_is_refused(trainer, model, tmp_path):
     check_model_is_refused(trainer, model, tmp_path, "model.safetensors: is empty, or no file that can be mapped")
 
 
-def test_link_out_of_the_folder_is_followed(trainer, model, tmp_path):
+def test_link_out_of_the_folder_is_refused(trainer, model, tmp_path):
     """Caches of models consist of links, and the files are only read."""
     (model / "model.safetensors").rename(tmp_path / "elsewhere")
     (model / "model.safetensors").symlink_to(tmp_path / "elsewhere")

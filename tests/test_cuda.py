@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
+"""Guards the CUDA backend on a GPU (make test-gpu): the conformance cases, streams, graphs, torch.compile."""
 
 import cases
 import pytest
@@ -28,7 +28,7 @@ def test_product_and_its_gradients_are_within_their_tolerance(case):
 
 
 @pytest.mark.parametrize("format", cases.FORMATS)
-def test_weight_has_other_bits_than_on_the_cpu(format):
+def test_weight_has_the_bits_of_the_cpu(format):
     codebook = cases.CODEBOOK if format == "codebook" else None
     for shape in cases.WEIGHTS:
         for dtype in cases.DTYPES:
@@ -39,7 +39,7 @@ def test_weight_has_other_bits_than_on_the_cpu(format):
             conformance.assert_same_bits(there.dequantize(dtype).cpu(), here.dequantize(dtype), f"{shape} {dtype}")
 
 
-def test_double_quantized_weight_decodes_to_other_bits():
+def test_double_quantized_weight_decodes_to_the_bits_of_the_cpu():
     q = weight()
     for dtype in cases.DTYPES:
         conformance.assert_same_bits(q.to(DEVICE).dequantize(dtype).cpu(), q.dequantize(dtype), str(dtype))
@@ -54,7 +54,7 @@ def test_rows_of_an_embedding_have_the_bits_of_the_cpu_and_one_out_of_range_is_n
     assert outside.isnan().all(1).tolist() == [False, True, True]
 
 
-def test_other_stream_than_torchs_current_one():
+def test_product_runs_on_torchs_current_stream():
     q, x = weight().to(DEVICE), randn(M, K)
     expected = qn.linear(x, q)
     stream = torch.cuda.Stream()
@@ -68,7 +68,7 @@ def test_other_stream_than_torchs_current_one():
     assert torch.equal(y, expected)
 
 
-def test_product_cannot_be_captured():
+def test_product_can_be_captured():
     q, x = weight().to(DEVICE), randn(M, K)
     a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
     qn.linear(x, q, lora_a=a, lora_b=b)
@@ -95,7 +95,7 @@ def test_product_by_panels_is_within_its_tolerance(case, monkeypatch, capfd):
     assert capfd.readouterr().err.count("panels of") == 2
 
 
-def test_product_by_panels_cannot_be_captured():
+def test_product_by_panels_can_be_captured():
     N, K, M = 9000, 1000, 2048
     q, x = conformance.quantize(N, K, "nf4", 64, double_quant=True).to(DEVICE), randn(M, K)
     a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
@@ -110,7 +110,7 @@ def test_product_by_panels_cannot_be_captured():
         assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
 
 
-def test_memory_of_a_call_is_not_torchs():
+def test_memory_of_a_call_comes_from_torchs_allocator():
     q, x = conformance.quantize(9000, 1000, "nf4", 64, double_quant=True).to(DEVICE), randn(2048, 1000)
     qn.linear(x, q)
     torch.cuda.synchronize()
@@ -123,7 +123,7 @@ def test_memory_of_a_call_is_not_torchs():
     assert torch.cuda.memory_allocated() - before - y.nbytes <= rest
 
 
-def test_captured_dropout_draws_one_mask():
+def test_captured_dropout_draws_a_mask_at_each_replay():
     q, x = weight().to(DEVICE), randn(M, K, dtype=torch.float32).requires_grad_()
     a, b = randn(16, K, dtype=torch.float32), randn(N, 16, dtype=torch.float32)
 
@@ -152,25 +152,25 @@ def test_captured_dropout_draws_one_mask():
     assert not torch.equal(found[1], found[2])
 
 
-def test_bits_differ_from_run_to_run():
+def test_bits_are_the_same_from_run_to_run():
     q, x = weight().to(DEVICE), randn(M, K)
     first = qn.linear(x, q)
     assert all(torch.equal(qn.linear(x, q), first) for _ in range(20))
 
 
-def test_compiled_layer_breaks_the_graph():
+def test_compiled_layer_is_one_graph():
     layer = torch.nn.Linear(K, N, bias=False)
     layer = qn.nn.Linear4bit.from_linear(layer).to(DEVICE)
     x = randn(M, K, dtype=torch.float32)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
-def test_tensor_on_another_device_is_accepted():
+def test_tensor_on_another_device_is_refused():
     with pytest.raises(ValueError, match="device"):
         qn.linear(randn(M, K), weight())
 
 
-def test_optimizer_has_other_bits_than_on_the_cpu():
+def test_optimizer_has_the_bits_of_the_cpu():
     def train(device):
         parameters = [torch.nn.Parameter(torch.ones(n, device=device)) for n in (5000, 70_000, 3)]
         optimizer = qn.optim.AdamW8bit(parameters, lr=1e-2)
@@ -184,7 +184,7 @@ def test_optimizer_has_other_bits_than_on_the_cpu():
     assert all(torch.equal(a, b) for a, b in zip(train(DEVICE), train("cpu"), strict=True))
 
 
-def test_captured_step_keeps_its_learning_rate_or_its_count():
+def test_captured_step_reads_its_learning_rate_and_counts():
     def optimizer():
         params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (5000, 70_000, 3)]
         made = qn.optim.AdamW8bit(params, lr=torch.tensor(1e-2, device=DEVICE))

@@ -1,4 +1,4 @@
-"""The same bits: for any number of threads, from run to run, and from several Python threads at once."""
+"""Guards determinism: the same bits for any number of threads, in every run, and in concurrent Python threads."""
 
 import sys
 import threading
@@ -74,7 +74,7 @@ def test_python_threads_get_the_bits_that_each_gets_alone():
         assert torch.equal(each[1].codes, wanted["codes"])
 
 
-def test_python_runs_while_a_product_does():
+def test_other_python_threads_run_during_a_product():
     """No clock: while nothing makes the interpreter switch threads, another runs only if the product lets it."""
     torch.set_num_threads(1)
     q, x = qn.quantize(torch.randn(512, 512)), torch.randn(4096, 512)

@@ -1,4 +1,4 @@
-"""Two processes (gloo): DDP and FSDP2 over a quantized model with a PEFT adapter compute what one process does."""
+"""Guards DDP and FSDP2 (gloo) over a quantized model with a PEFT adapter: two processes compute what one does."""
 
 import copy
 import itertools
@@ -167,7 +167,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("case", "family"), RUNS)
-def test_two_processes_compute_something_else(case, family, folder):
+def test_two_processes_compute_what_one_does(case, family, folder):
     double_quant, dtype = CASES[case]
     # 2^-9 a rounding; PEFT's own way, as a unit's hooks want its forward called; the sum over rows in another order
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5 if case == "fsdp2-adapters" else 1e-6
@@ -207,7 +207,7 @@ def test_fused_loss_in_two_processes_is_that_of_one(case, folder):
 
 
 @families
-def test_trainer_in_two_processes_learns_something_else(family, folder, tmp_path):
+def test_trainer_in_two_processes_learns_what_one_does(family, folder, tmp_path):
     expected, before = trained(family, tmp_path, 1), peft.get_peft_model_state_dict(make(family, double_quant=True))
     for rank in range(PROCESSES):
         actual = torch.load(folder / f"trainer-{family}-{rank}.pt")

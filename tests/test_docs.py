@@ -1,7 +1,7 @@
-"""docs/bitsandbytes.md: its code runs, as it stands, on a small model; what it says differs does.
+"""Guards docs/bitsandbytes.md: its code runs unchanged on a small model, and its statements about differences hold.
 
-So do README.md's code, that of docs/formats.md, docs/experts.md and docs/peft.md, and the commands of docs/serving.md.
-The C++ program of docs/cpp.md is in test_package.py, and the links of all pages are in test_site.py.
+The code of README.md, docs/formats.md, docs/experts.md and docs/peft.md runs too, as do the commands of
+docs/serving.md. test_package.py has the C++ program of docs/cpp.md, and test_site.py the links of all pages.
 """
 
 import json
@@ -92,7 +92,7 @@ def names(folder):
     return found
 
 
-def test_python_on_the_page_fails_or_does_something_else(folder, names):
+def test_python_on_the_page_of_bitsandbytes_runs(folder, names):
     assert len(models.layers_of(names["model"])) == LINEARS
     assert sum(isinstance(module, LoraLinear4bit) for module in names["peft_model"].modules()) == 8
     assert (folder / "my-adapter" / "adapter_model.safetensors").exists()
@@ -104,7 +104,7 @@ def test_python_on_the_page_fails_or_does_something_else(folder, names):
     assert sum(isinstance(module, bnb.nn.Linear4bit) for module in names["theirs"].modules()) == LINEARS
 
 
-def test_python_in_the_readme_fails(folder, tmp_path, monkeypatch):
+def test_python_in_the_readme_runs(folder, tmp_path, monkeypatch):
     ((_, text),) = blocks("python", ROOT / "README.md")
     monkeypatch.chdir(tmp_path)
     found = {"__name__": "readme"}
@@ -142,7 +142,7 @@ def test_python_on_the_page_of_pefts_methods_runs():
 
 
 @pytest.mark.parametrize("text", [text for _, text in blocks("bash")], ids=lambda text: text.split("\n")[0])
-def test_command_on_the_page_fails(folder, names, text):
+def test_commands_of_the_page_run(folder, names, text):
     run_commands(folder, text)
 
 
@@ -273,7 +273,7 @@ def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):
     assert not any(p.dim() == 3 and p.is_floating_point() for p in ours.parameters())
 
 
-def test_preparation_casts(checkpoint):
+def test_preparation_casts_there_alone(checkpoint):
     for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
         prepared = peft.prepare_model_for_kbit_training(model)
         rest = [p for p in prepared.parameters() if p.is_floating_point()]
@@ -281,7 +281,7 @@ def test_preparation_casts(checkpoint):
         assert prepared.is_gradient_checkpointing
 
 
-def test_parameters_are_counted_otherwise(checkpoint):
+def test_parameters_are_counted_as_the_page_says(checkpoint):
     elements = sum(parameter.numel() for parameter in models.make("llama", width=128, inner=192).parameters())
     linears = sum(m.in_features * m.out_features for m in models.layers_of(load(checkpoint, config())).values())
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -290,7 +290,7 @@ def test_parameters_are_counted_otherwise(checkpoint):
         assert everything - trainable == pytest.approx(counted, rel=0.02)  # scales are parameters too
 
 
-def test_trl_rounds_the_adapter(checkpoint, folder, tmp_path):
+def test_trl_rounds_the_adapter_there_alone(checkpoint, folder, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "my-model")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for model, expected in zip(both(checkpoint), (torch.bfloat16, torch.float32), strict=True):
@@ -304,7 +304,7 @@ def test_trl_rounds_the_adapter(checkpoint, folder, tmp_path):
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {expected}
 
 
-def test_model_says_something_else_of_itself(checkpoint):
+def test_model_says_of_itself_what_the_page_says(checkpoint):
     theirs, ours = both(checkpoint)
     assert theirs.is_loaded_in_4bit and not getattr(ours, "is_loaded_in_4bit", False)
     assert theirs.quantization_method == "bitsandbytes" and ours.quantization_method == "qlora_native"
@@ -312,7 +312,7 @@ def test_model_says_something_else_of_itself(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.*erge")
-def test_weight_comes_back_from_merging_there_or_not_here(checkpoint):
+def test_weight_comes_back_from_merging_here_alone(checkpoint):
     for model, comes_back in zip(both(checkpoint), (False, True), strict=True):
         lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         adapted = peft.get_peft_model(model, lora)
@@ -332,7 +332,7 @@ def test_ia3_is_refused_there_and_merged_here(checkpoint):
     assert len(models.layers_of(peft.get_peft_model(ours, ia3).merge_and_unload())) == LINEARS
 
 
-def test_loftq_begins_farther_from_the_weight(checkpoint):
+def test_loftq_begins_nearer_to_the_weight(checkpoint):
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     errors = initialize_loftq(peft.get_peft_model(load(checkpoint, config()), lora), checkpoint)
     assert len(errors) == 2 and all(after < before for before, after in errors.values())
@@ -363,7 +363,7 @@ def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypa
 
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512_BF16 alone")
-def test_evaluation_changes_the_weight(checkpoint):
+def test_evaluation_changes_the_weight_there_alone(checkpoint):
     for model, changes in zip(both(checkpoint), (True, False), strict=True):
         layer, x = first(model), torch.randn(4, 128).bfloat16()
         codes = layer.weight.clone()
@@ -373,7 +373,7 @@ def test_evaluation_changes_the_weight(checkpoint):
         assert torch.equal(trained, evaluated) or changes
 
 
-def test_row_of_broken_blocks_is_decoded_with_other_scales():
+def test_row_of_broken_blocks_is_decoded_with_its_own_scales_here():
     weight = torch.randn(64, 96) * torch.logspace(-3, 0, 64)[:, None]
     for quantized, right in ((qn.quantize(weight, double_quant=False), True), (None, not _avx512())):
         with torch.compiler.set_stance("force_eager"):
@@ -389,7 +389,7 @@ def _avx512():
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_codes_differ_or_scales_do_not(format):
+def test_codes_agree_and_scales_are_within_a_level(format):
     weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("force_eager"):
         codes, state = bnb.functional.quantize_4bit(weight, quant_type=format, compress_statistics=True)
@@ -405,7 +405,7 @@ def test_codes_differ_or_scales_do_not(format):
     assert (ours <= theirs + 1e-6).all() and (ours < theirs).any()
 
 
-def test_zero_of_fp4_has_another_code():
+def test_zero_of_fp4_has_the_code_of_bitsandbytes():
     weight = torch.zeros(1, 64)
     weight[0, 0], weight[0, 1] = 1.0, 1e-4
     with torch.compiler.set_stance("force_eager"):
@@ -415,7 +415,7 @@ def test_zero_of_fp4_has_another_code():
     assert q.dequantize()[0, 1] == 0
 
 
-def test_step_with_a_nan_is_made():
+def test_step_with_a_nan_is_made_there_alone():
     for optimizer, skipped in ((bnb.optim.AdamW8bit, False), (qn.optim.AdamW8bit, True)):
         param = torch.nn.Parameter(torch.ones(64, 64))
         param.grad = torch.full_like(param, 1e-2)

@@ -1,4 +1,4 @@
-"""Embeddings in 4 bits, alone and tied to an output layer: values, files, training, and what is refused."""
+"""Guards 4-bit embeddings, alone and tied to an output layer: values, files, training, and what is refused."""
 
 import copy
 import io

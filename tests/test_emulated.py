@@ -1,8 +1,8 @@
-"""The CUDA kernels without a GPU: over their emulator (cuda/simt/host.h), and that they stay out of a CPU's way.
+"""Guards the CUDA kernels without a GPU, over their emulator (cuda/simt/host.h), and that CPUs do not need a driver.
 
-The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. A result that depends on it shows a
-missing barrier or wait, so every order must pass the conformance cases and give the same bits. `make sanitize` runs
-all of this once more under AddressSanitizer, which sees what a kernel reads or writes out of bounds.
+The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. If a result depends on the order, a
+barrier or a wait is missing, so every order must pass the conformance cases and give the same bits. `make sanitize`
+repeats all of this under AddressSanitizer, which finds reads and writes out of bounds.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 # Blocks at the same time: for what passes between them, the sums of a tile that several share and the optimizer's step.
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
-# Of the cases, under every schedule but the first, which takes all: prime, so that each loop of cases.py is sampled.
+# Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
 
 
@@ -33,7 +33,7 @@ def run(*command, schedule="forward", **more):
 
 
 @pytest.mark.parametrize("schedule", (*SCHEDULES, CONCURRENT[0]))
-def test_case_fails_under_an_order_of_threads(schedule):
+def test_cases_pass_under_each_order_of_threads(schedule):
     step = 1 if schedule == SCHEDULES[0] else EVERY
     shown = run("-c", f"import test_emulated; test_emulated.run_conformance({step})", schedule=schedule)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
@@ -51,7 +51,7 @@ def run_conformance(step, *more):
     sys.exit(pytest.main(arguments, plugins=[Sample()]))
 
 
-def test_order_of_threads_changes_a_bit():
+def test_bits_are_the_same_under_each_order_of_threads():
     shown = {s: run("-c", "import test_emulated; print(test_emulated.digest())", schedule=s) for s in SCHEDULES}
     digests = {schedule: done.stdout.strip() for schedule, done in shown.items()}
     assert all(digests.values()), shown
@@ -72,12 +72,12 @@ def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
 
 
 def shared_tiles_digest():
-    """Of products in two 16-bit dtypes; the last K is no whole number of vectors."""
+    """Products in two 16-bit dtypes. The last K is not a whole number of vectors."""
     return digest(((12, 200, 704), (40, 130, 960), (100, 130, 704), (40, 130, 333)), cases.DTYPES[1:])
 
 
 def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.DTYPES):
-    """Of everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
+    """Everything that test_determinism.py computes, for a few rows and for several tiles, in each dtype."""
     import test_determinism
 
     total = hashlib.sha256()
@@ -90,13 +90,13 @@ def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.
 
 
 @pytest.mark.parametrize("schedule", (*SCHEDULES[:3], *CONCURRENT))
-def test_optimizer_has_other_bits_than_on_the_cpu(schedule):
+def test_optimizer_has_the_bits_of_the_cpu(schedule):
     shown = run("-c", "import test_emulated; print(test_emulated.optimizer_digest())", schedule=schedule)
     assert shown.stdout.strip() == optimizer_digest(), shown.stderr[-2000:]
 
 
 def optimizer_digest():
-    """Of each algorithm over every kind of tensor, and of AdamW8bit over more of them than a launch takes."""
+    """Each algorithm over every kind of tensor, and AdamW8bit over more tensors than a launch takes."""
     import test_adamw
 
     hashed = hashlib.sha256(test_adamw.digest().encode())
@@ -119,7 +119,7 @@ def optimizer_digest():
     ("kilobytes", "tiles"),
     [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})],
 )
-def test_tile_for_a_device_of_so_much_shared_memory_is_wrong(kilobytes, tiles):
+def test_each_tile_is_right_on_a_device_that_has_room_for_it(kilobytes, tiles):
     """The large products in each of the tiles that there may be room for, under one more order of threads."""
     shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
     chosen = f"({shapes}) and (bf16 or f16)"
@@ -130,7 +130,7 @@ def test_tile_for_a_device_of_so_much_shared_memory_is_wrong(kilobytes, tiles):
     assert set(re.findall(r"tiles of (\d+x\d+)", done.stderr)) == tiles
 
 
-def test_emulator_is_not_what_runs():
+def test_emulator_is_what_runs():
     """Otherwise the tests above would test the cpu backend."""
     command = "-c", "from qlora_native import _C; print(_C.cpu_tensors_backend())"
     assert run(*command).stdout.strip() == "cuda_emulated"
@@ -140,7 +140,7 @@ def test_emulator_is_not_what_runs():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_machine_without_a_gpu_is_not_told_why():
+def test_machine_without_a_gpu_is_told_why():
     """The module is imported above: a build with CUDA asks for no driver until it is used."""
     reason = _C.cuda_unavailable_reason()
     assert reason.startswith(("no CUDA device can be used here: ", "this build has no CUDA backend: ")), reason
@@ -154,7 +154,7 @@ def test_machine_without_a_gpu_is_not_told_why():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="readelf's tables")
-def test_wheel_asks_for_a_library_of_the_driver():
+def test_wheel_needs_no_library_of_the_driver():
     """cudart is linked in, and finds the driver when it is asked for a device."""
     library = Path(_C.__file__).parent / "lib/libqlora_native_torch.so"
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Experts of a mixture in 4 bits: which parameters become them, what they compute, what is left alone and said so."""
+"""Guards the experts of a mixture in 4 bits: which parameters they replace, what they compute, and what is reported."""
 
 import copy
 

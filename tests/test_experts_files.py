@@ -1,4 +1,4 @@
-"""Experts in files: quantized while a checkpoint is read, saved and read with the same bits, and what is refused."""
+"""Guards experts in files: quantized while a checkpoint is read, saved and read with the same bits, or refused."""
 
 import json
 import warnings

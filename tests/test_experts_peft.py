@@ -1,4 +1,4 @@
-"""LoRA of PEFT on quantized experts: what it computes and trains, its files, merging, and what is refused."""
+"""Guards PEFT's LoRA on quantized experts: results, training, files, merging, and what is refused."""
 
 import copy
 import warnings

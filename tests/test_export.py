@@ -1,4 +1,4 @@
-"""`python -m qlora_native export`: what is written reads back, by the readers of other libraries, as what it was."""
+"""Guards `python -m qlora_native export`: the readers of other libraries read back what was written."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`python -m qlora_native export --adapter`: a LoRA adapter in llama.cpp's format adds what PEFT adds."""
+"""Guards `python -m qlora_native export --adapter`: an adapter in llama.cpp's format adds what PEFT adds."""
 
 import re
 

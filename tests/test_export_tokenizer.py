@@ -1,4 +1,4 @@
-"""The tokenizer in an exported GGUF file: other readers split text as the model's own tokenizer does."""
+"""Guards the tokenizer in an exported GGUF file: other readers split text as the model's own tokenizer does."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""examples/finetune.py, generate.py and finetune.ipynb on a model small enough for seconds, and what prepares data."""
+"""Guards examples/finetune.py, generate.py, finetune.ipynb and their data, on a model that takes seconds."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def run(folder, *arguments, launcher=(), model="model", program="finetune.py"):
 @pytest.mark.parametrize(
     "options", [[], ["--format", "int4", "--no-double-quant", "--target-modules", "q_proj", "v_proj", "--dropout", "0"]]
 )
-def test_run_on_own_data_leaves_something_out(folder, options):
+def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
     output = folder / f"out-{len(options)}"
     shown = run(folder, "--data", folder / "data.jsonl", "--steps", "15", "--output", output, *options)
     assert shown.returncode == 0, shown.stderr
@@ -135,7 +135,7 @@ def test_format_that_the_files_do_not_have_is_named(folder):
     assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
 
 
-def test_one_process_in_the_place_of_several_is_said(monkeypatch):
+def test_one_process_in_the_place_of_several_is_refused(monkeypatch):
     """What accelerate launch --cpu --num_processes 2 starts: one process that knows where it should meet others."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -165,7 +165,7 @@ def alone(folder):
     ],
     ids=["accelerate", "torchrun"],
 )
-def test_launched_run_learns_something_else(folder, alone, launcher):
+def test_launched_run_learns_what_one_process_does(folder, alone, launcher):
     if "accelerate" in launcher[1]:
         pytest.importorskip("accelerate")
     output = folder / launcher[1]
@@ -261,7 +261,7 @@ def pairs_vocabulary(folder, name="model"):
         ('{"prompt": "a", "response": 3}', 'data.jsonl:2: expected an object with a non-empty text "response"'),
     ],
 )
-def test_bad_line_is_not_named(tmp_path, line, message):
+def test_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(SystemExit) as error:
@@ -278,13 +278,13 @@ def test_bad_line_is_not_named(tmp_path, line, message):
         (["--format", "nf5"], "invalid choice: 'nf5'"),
     ],
 )
-def test_bad_argument_is_found_after_minutes(options, message, capsys):
+def test_bad_argument_is_found_at_once(options, message, capsys):
     with pytest.raises(SystemExit):
         finetune.arguments(options)
     assert message in capsys.readouterr().err
 
 
-def test_group_stands_on_both_sides():
+def test_group_stands_on_one_side():
     training, held = pairs.split(DATA, seed=0)
     assert len(held) == len(DATA) / 10 and len(training) + len(held) == len(DATA)
     assert {pair["group"] for pair in training}.isdisjoint(pair["group"] for pair in held)
@@ -292,7 +292,7 @@ def test_group_stands_on_both_sides():
         pairs.split(DATA[:4], seed=0)
 
 
-def test_prompt_is_learned_or_the_end_of_the_response_is_not(folder):
+def test_response_and_its_end_are_learned_and_the_prompt_is_not(folder):
     tokenizer = pairs_vocabulary(folder)
     for template in (tokenizer.chat_template, None):
         tokenizer.chat_template = template
@@ -303,7 +303,7 @@ def test_prompt_is_learned_or_the_end_of_the_response_is_not(folder):
         assert cut.ids == example.ids[: example.start + 2]
 
 
-def test_batches_leave_pairs_out():
+def test_batches_hold_each_pair_once_an_epoch():
     examples = [pairs.Example([0] * (1 + i % 7), 1) for i in range(50)]
     made = list(pairs.batches(examples, 14, 8, seed=0))
     assert len(made) == 14
@@ -311,7 +311,7 @@ def test_batches_leave_pairs_out():
     assert len(seen) == 100 and all(seen.count(id(example)) == 2 for example in examples)
 
 
-def test_standard_library_gives_too_few_pairs_or_twins():
+def test_standard_library_gives_many_distinct_pairs():
     found = docstrings.pairs()
     assert len(found) == 5000
     assert found == docstrings.pairs()

@@ -1,6 +1,6 @@
-"""Tensors that have elements and no memory: `untyped_storage().resize_(0)`, as FSDP and offloading leave them.
+"""Guards every op against tensors whose storage was freed (`untyped_storage().resize_(0)`), as FSDP leaves them.
 
-Their address is null or anywhere. Every argument of every op refuses them by name; none takes them for absent.
+Their address is null or anywhere. Every argument of every op refuses them by name, and takes none for an absent one.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The fused loss in transformers' models: the loss and the gradients that they had, and no logits."""
+"""Guards the fused loss in transformers' models: the same loss and gradients as before, and no logits."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""A few seconds of tests/fuzz for each way in, and the inputs that were findings once; `make fuzz` goes on."""
+"""Guards every way into the library: tests/fuzz for a few seconds, and all former findings. See `make fuzz`."""
 
 import json
 import os

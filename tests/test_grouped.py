@@ -1,4 +1,4 @@
-"""Rows in groups: a product over them is, for each group, the plain product by its weight and its adapter."""
+"""Guards products of rows in groups: each group is the plain product by its weight and its adapter."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""Folders of strangers, and files that a full disk has cut short: each is refused in one sentence.
+"""Guards against hostile folders, and files that a full disk has cut short: each is refused in one sentence.
 
-`python -m qlora_native quantize` and `merge` read them; what they must never do is believe a name, a number or a shape
-that the files contradict.
+`python -m qlora_native quantize` and `merge` read them. They must not believe a name, a number or a shape that the
+files contradict.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What x and the gradients may look like: any strides, no rows, tiny values, huge shapes."""
+"""Guards the unusual operands of a product: any strides, no rows, tiny values, huge shapes."""
 
 import oracle
 import pytest
@@ -38,7 +38,7 @@ def views(K, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", views(64))
-def test_strides_change_the_result(name, dtype):
+def test_any_strides_give_the_same_bits(name, dtype):
     N, K = 37, 64
     q = qn.quantize(torch.randn(N, K))
     x = views(K, dtype)[name]
@@ -49,7 +49,7 @@ def test_strides_change_the_result(name, dtype):
 
 
 @pytest.mark.parametrize("name", views(64))
-def test_strides_change_a_gradient(name):
+def test_any_strides_give_the_same_gradient(name):
     N, K = 64, 40
     q = qn.quantize(torch.randn(N, K))
     dy = views(N)[name]
@@ -64,7 +64,7 @@ def test_strides_change_a_gradient(name):
         assert torch.equal(actual, expected)
 
 
-def test_expanded_gradient_of_a_sum_is_misread():
+def test_expanded_gradient_of_a_sum_is_read():
     q = qn.quantize(torch.randn(37, 64))
     x = torch.randn(5, 64, requires_grad=True)
     qn.linear(x, q).sum().backward()  # its gradient is one number in 5 x 37 places
@@ -73,7 +73,7 @@ def test_expanded_gradient_of_a_sum_is_misread():
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
-def test_empty_batch_fails(shape):
+def test_empty_batch_is_multiplied(shape):
     q = qn.quantize(torch.randn(37, 64))
     x = torch.randn(*shape, 64, requires_grad=True)
     a, b, bias = (torch.randn(size).requires_grad_() for size in ((3, 64), (37, 3), (37,)))
@@ -85,7 +85,7 @@ def test_empty_batch_fails(shape):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-def test_other_layouts_of_the_adapter_change_the_result():
+def test_any_layout_of_the_adapter_gives_the_same_bits():
     q = qn.quantize(torch.randn(37, 64))
     x, a, b, bias = torch.randn(5, 64), torch.randn(64, 3).t(), torch.randn(3, 37).t(), torch.randn(74)[::2]
     expected = qn.linear(x, q, bias.contiguous(), a.contiguous(), b.contiguous(), -0.5)
@@ -126,7 +126,7 @@ def test_tiny_activations_count_where_the_instructions_keep_them(dtype, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_huge_values_become_nan(dtype):
+def test_huge_values_overflow_to_infinity(dtype):
     """An overflow gives the infinity that it should, and infinities and NaN in x reach the row they are in."""
     q = qn.quantize(torch.ones(3, 64), double_quant=False)
     x = torch.ones(4, 64).to(dtype)
@@ -152,7 +152,7 @@ def needs(gigabytes):
         pytest.skip(f"needs {gigabytes} GB of free memory")
 
 
-def test_weight_of_more_than_2_31_elements_overflows_an_index():
+def test_weight_of_more_than_2_31_elements_is_multiplied():
     """Codes are 0 but for the rows looked at: untouched zeros cost no memory."""
     needs(4)
     K, blocksize = 4096, 4096
@@ -181,7 +181,7 @@ def test_weight_of_more_than_2_31_elements_overflows_an_index():
     assert_close_by_norm("dx", dx, exact, tolerance)
 
 
-def test_activations_of_more_than_2_31_elements_overflow_an_index():
+def test_activations_of_more_than_2_31_elements_are_multiplied():
     needs(7)
     K, N = 65536, 1
     M = 2**31 // K + 3
@@ -197,7 +197,7 @@ def test_activations_of_more_than_2_31_elements_overflow_an_index():
     assert y.count_nonzero() == len(rows)
 
 
-def test_dequantized_weight_of_more_than_2_31_elements_overflows_an_index():
+def test_weight_of_more_than_2_31_elements_is_dequantized():
     needs(8)
     K, blocksize = 4096, 4096
     N = 2**31 // K + 1

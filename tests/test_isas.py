@@ -1,4 +1,4 @@
-"""The tests that depend on kernels, once more for each other instruction set that this machine runs."""
+"""Guards each further instruction set of this machine: the tests that depend on kernels run once more for it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Conversions that are killed where every run has the same process ID, and then run again: tests/killed.py."""
+"""Guards conversions that are killed and run again with the same process ID, as in a container (tests/killed.py)."""
 
 import os
 import subprocess

@@ -1,49 +1,152 @@
-"""A layer includes only what stands below it."""
+"""Guards the layers of CONTRIBUTING.md: which folder may include which, where torch and CUDA appear, and that what is
+written once for all instruction sets is free of the intrinsics and the assembly of any of them.
+"""
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("*.h", "*.hpp", "*.cpp", "*.cu", "*.cuh", "*.c")
-TORCH = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
-CUDA = re.compile(r'#\s*include\s*[<"]cuda')
-FORBIDDEN = {
-    # folder: what its files may not include
-    "cpp": [TORCH, CUDA, re.compile(r'#\s*include\s*[<"](\.\./)*(python|bindings)/')],
-    "cpp/include": [re.compile(r'#\s*include\s*"(?!qlora_native/)')],
-    "cuda": [TORCH],
-    "tests": [TORCH],
-    "examples/cpp_trainer": [TORCH],  # examples/libtorch is for it
-    "bench": [TORCH],
+CPU = "cpp/src/cpu"
+CORE = ("cpp/include", "cpp/src", "cpp/src/common")
+# {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
+# its path begins with.
+MAY_INCLUDE = {
+    "examples": ("cpp/include",),
+    "python/bindings": ("cpp/include", "cpp/src/common"),
+    "cpp/program": ("cpp/include", CPU),
+    "cpp/include": (),
+    "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
+    "cpp/src/paged": CORE,
+    CPU: CORE,
+    f"{CPU}/generic": (*CORE, CPU),
+    f"{CPU}/portable": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/amx"),
+    f"{CPU}/avx2": (*CORE, CPU, f"{CPU}/generic"),
+    f"{CPU}/avx512": (*CORE, CPU, f"{CPU}/generic"),
+    f"{CPU}/neon": (*CORE, CPU, f"{CPU}/generic"),
+    f"{CPU}/amx": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/portable", f"{CPU}/avx512"),  # vectors beside its tiles
+    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/simt"),
+    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/simt"),
+    "cuda/simt": (*CORE, "cpp/src/paged"),
+    "cpp/src/common": ("cpp/include",),
 }
+# Where the compiler looks for a name in quotes, after the folder of the file itself.
+INCLUDE_FOLDERS = ("cpp/include", "cpp/src", CPU, "cuda", "python/bindings")
+SUFFIXES = {".h", ".hpp", ".cpp", ".cu", ".cuh", ".c"}
+
+TORCH = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
+CUDA = re.compile(r"#\s*include\s*<(cuda|nv)")
+INTRINSICS_HEADER = re.compile(r"#\s*include\s*<(\w*intrin|arm_\w+)\.h>")
+INTRINSIC = re.compile(
+    r"\basm\b|\b_mm\d*_\w+|\b__m(64|128|256|512)\w*|\b__mmask\d+|\b_tile_\w+\s*\(|\b__tile\w*|\b__builtin_(ia32|neon|aarch64)_"
+    r"|\bv[a-z]\w*_(lane_|laneq_|n_|high_)?(bf16|[usfp](8|16|32|64))\b|\b(u?int|float|poly|bfloat)\d+x\d+(x\d)?_t\b"
+)
 
 
 def sources(folder):
-    return [path for pattern in SOURCES for path in (ROOT / folder).rglob(pattern)]
+    return sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_file_includes_what_stands_above_it(folder):
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+def numbered_lines(path):
+    return enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+
+
+def layer_of(path):
+    """The layer that a file belongs to, or None."""
+    name = path.relative_to(ROOT).as_posix()
+    return max((layer for layer in MAY_INCLUDE if name.startswith(f"{layer}/")), key=len, default=None)
+
+
+def included(path):
+    """(line, file of this repository) of each `#include "..."` that leads to one."""
+    for number, line in numbered_lines(path):
+        if match := re.match(r'\s*#\s*include\s*"([^"]+)"', line):
+            folders = (path.parent, *(ROOT / folder for folder in INCLUDE_FOLDERS))
+            if found := [file for folder in folders if (file := folder / match[1]).is_file()]:
+                yield number, found[0].resolve()
+
+
+@pytest.mark.parametrize("layer", MAY_INCLUDE)
+def test_layer_includes_only_what_it_may(layer):
+    files = [path for path in sources(layer) if layer_of(path) == layer]
+    assert files, f"{layer} has no sources: it has moved"
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {file.relative_to(ROOT)}"
+        for path in files
+        for number, file in included(path)
+        if layer_of(file) not in (layer, *MAY_INCLUDE[layer])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_source_file_belongs_to_a_layer():
+    files = [path for folder in ("cpp", "cuda", "python", "examples") for path in sources(folder)]
+    assert not [path for path in files if layer_of(path) is None]
+    assert sum(1 for path in files for _ in included(path)) > 200, "the includes are not found"
+
+
+def found_in(folders, pattern):
+    """The files below `folders` with a line that the pattern matches."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
         for path in sources(folder)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if any(pattern.match(line.strip()) for pattern in FORBIDDEN[folder])
+        if any(pattern.match(line.strip()) for _, line in numbered_lines(path))
+    }
+
+
+def test_torch_is_included_by_the_bindings_alone():
+    found = found_in(("cpp", "cuda", "python", "examples", "tests", "bench", "tools"), TORCH)
+    assert found
+    assert all(name.startswith(("python/bindings/", "examples/libtorch/")) for name in found), found
+
+
+def test_cuda_is_included_by_its_backend_alone():
+    found = found_in(("cpp", "cuda", "python", "examples"), CUDA)
+    assert found
+    assert all(name.startswith("cuda/") or name == "examples/cpp_trainer/cuda.cpp" for name in found), found
+
+
+def test_intrinsics_stand_in_the_folders_compiled_for_them():
+    folders = {Path(name).parent.name for name in found_in(("cpp", "cuda"), INTRINSICS_HEADER)}
+    assert folders and folders <= {"avx2", "avx512", "neon", "amx"}
+
+
+def test_generic_algorithms_are_free_of_intrinsics_and_assembly():
+    files = sources(f"{CPU}/generic")
+    assert len(files) > 10
+    found = [
+        f"{path.name}:{number}: {match[0]}"
+        for path in files
+        for number, line in numbered_lines(path)
+        if (match := INTRINSIC.search(line))
     ]
     assert not found, "\n".join(found)
 
 
-def test_pattern_matches_nothing():
-    lines = [line for path in sources("python/bindings") for line in path.read_text(encoding="utf-8").splitlines()]
-    assert any(TORCH.match(line.strip()) for line in lines)
-    assert sources("cpp/include") and sources("cpp/src"), "the folders have moved"
+@pytest.mark.parametrize("folder", ["avx2", "avx512", "neon", "amx"])
+def test_pattern_of_intrinsics_finds_those_of_each_instruction_set(folder):
+    lines = [line for path in sources(f"{CPU}/{folder}") for _, line in numbered_lines(path)]
+    assert any(INTRINSIC.search(line) for line in lines)
 
 
-def test_file_for_one_instruction_set_leaks_a_template():
-    """Intrinsics stand in the folders that are compiled for them."""
-    pattern = re.compile(r"#\s*include\s*<(immintrin|x86intrin|arm_neon)\.h>")
-    for path in sources("cpp"):
-        if pattern.search(path.read_text(encoding="utf-8")):
-            assert path.parent.name in ("avx2", "avx512", "neon", "generic"), path.relative_to(ROOT)
+def test_package_imports_torch_alone():
+    """What is imported only when a function is called, or only for a type checker, does not count."""
+    package = ROOT / "python/qlora_native"
+    wrong = []
+    for path in package.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""] if node.level == 0 else [f".{node.module or ''}"]
+            else:
+                continue
+            allowed = {*sys.stdlib_module_names, "torch"}
+            for name in names:
+                if name.startswith(".integrations") or (name[0] != "." and name.partition(".")[0] not in allowed):
+                    wrong.append(f"{path.name}: {name}")
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""Linear4bit, quantize_model and the container: copies, casts, state dicts, what PEFT and FSDP look at."""
+"""Guards Linear4bit, quantize_model and the container: copies, casts, state dicts, and what PEFT and FSDP read."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ def same(layer, other):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_layer_computes_something_else_than_the_function(options):
+def test_layer_computes_what_the_function_does(options):
     layer, linear = layer_of(options)
     q = qn.quantize(linear.weight, **options)
     assert torch.equal(layer(x_of()), qn.linear(x_of(), q, linear.bias))
@@ -59,7 +59,7 @@ def test_layer_computes_something_else_than_the_function(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_view_of_the_weight_is_a_copy(options):
+def test_container_of_a_layer_shares_its_tensors(options):
     layer, _ = layer_of(options)
     q = layer.quantized_weight
     assert q.codes is layer.weight and q.absmax is layer.absmax
@@ -69,7 +69,7 @@ def test_view_of_the_weight_is_a_copy(options):
     assert q.nbytes == sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
 
 
-def test_stored_tensors_are_not_what_fsdp_and_peft_expect():
+def test_stored_tensors_are_what_fsdp_and_peft_expect():
     layer, _ = layer_of()
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     assert parameters.keys() == {"weight", "absmax", "bias"}
@@ -88,14 +88,14 @@ def test_stored_tensors_are_not_what_fsdp_and_peft_expect():
     assert layer_of(shape=(5, 7))[0].weight.shape == (18, 1)
 
 
-def test_layers_share_a_table():
+def test_each_layer_has_tables_of_its_own():
     """safetensors refuses to save tensors that share memory."""
     first, second = layer_of()[0], layer_of()[0]
     for name in ("code", "nested_code"):
         assert getattr(first, name).data_ptr() != getattr(second, name).data_ptr()
 
 
-def test_gradients_of_the_layer_are_missing():
+def test_layer_has_gradients_of_input_and_bias():
     layer, _ = layer_of()
     x = x_of().requires_grad_()
     layer(x).sum().backward()
@@ -108,7 +108,7 @@ def test_gradients_of_the_layer_are_missing():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_copy_differs(options):
+def test_copy_of_a_layer_computes_the_same(options):
     layer, _ = layer_of(options)
     same(layer, copy.deepcopy(layer))
     same(layer, pickle.loads(pickle.dumps(layer)))
@@ -122,7 +122,7 @@ def test_copy_differs(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_copy_of_the_container_differs(options):
+def test_copy_of_the_container_decodes_to_the_same(options):
     q = qn.quantize(torch.randn(N, K), **options)
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
         assert torch.equal(other.dequantize(), q.dequantize())
@@ -137,7 +137,7 @@ def test_copy_of_the_container_differs(options):
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_state_dict_does_not_come_back(options, device, assign):
+def test_state_dict_comes_back_bit_for_bit(options, device, assign):
     layer, _ = layer_of(options)
     other = fresh(options, device=device)
     if device == "meta":
@@ -164,7 +164,7 @@ def test_state_dict_of_another_kind_is_refused():
             fresh({}).load_state_dict(cast, assign=assign)
 
 
-def test_new_layer_multiplies_by_garbage():
+def test_new_layer_multiplies_by_zero():
     for options in OPTIONS:
         layer = fresh(options)
         assert torch.equal(layer.dequantize().abs(), torch.zeros(N, K))
@@ -175,7 +175,7 @@ def test_new_layer_multiplies_by_garbage():
             same(layer, empty)
 
 
-def test_scales_take_the_default_dtype():
+def test_scales_stay_fp32_under_another_default_dtype():
     """transformers sets torch's default dtype while it builds and loads a model."""
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -189,7 +189,7 @@ def test_scales_take_the_default_dtype():
         assert q.dtype == torch.bfloat16
 
 
-def test_model_on_the_meta_device_has_memory():
+def test_layer_on_the_meta_device_has_shapes_alone():
     with torch.device("meta"):
         layer = Linear4bit(K, N)
         made = Linear4bit.from_linear(nn.Linear(K, N))
@@ -215,7 +215,7 @@ def test_model_on_the_meta_device_has_memory():
     ],
     ids=["to", "to cpu", "half", "bfloat16", "half, float", "type", "cpu"],
 )
-def test_cast_changes_a_scale(cast, dtype, options):
+def test_cast_leaves_the_scales_alone(cast, dtype, options):
     layer, _ = layer_of(options)
     before = {name: t.clone() for name, t in layer.state_dict().items() if name != "bias"}
     model = cast(nn.Sequential(layer))
@@ -269,7 +269,7 @@ ALL = {"layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2", "first", "second"
 
 
 @pytest.mark.parametrize("skip", [("lm_head",), ("layers.9",)], ids=str)
-def test_tied_weight_is_quantized_or_untied(skip):
+def test_tied_weight_stays_tied_and_in_16_bits(skip):
     torch.manual_seed(0)
     model = Tied().eval()
     before = model.embed.weight
@@ -299,13 +299,13 @@ def test_tied_weight_is_quantized_or_untied(skip):
     ],
     ids=str,
 )
-def test_skip_takes_others(skip, left):
+def test_skip_leaves_the_named_layers_alone(skip, left):
     model = Tied()
     quantize_model(model, skip, progress=False)
     assert quantized_names(model) == ALL - left
 
 
-def test_subclass_is_replaced():
+def test_subclass_of_linear_stays():
     class Special(nn.Linear):
         pass
 
@@ -316,7 +316,7 @@ def test_subclass_is_replaced():
         quantize_model(model, progress=False)
 
 
-def test_layer_that_transformers_keeps_in_fp32_is_quantized():
+def test_layer_that_transformers_keeps_in_fp32_stays():
     """T5 casts the input of `wo` to the dtype of its weight, which must not be that of codes."""
     model = Tied()
     model._keep_in_fp32_modules = ["layers.1"]
@@ -324,7 +324,7 @@ def test_layer_that_transformers_keeps_in_fp32_is_quantized():
     assert quantized_names(model) == ALL - {"layers.1.0", "layers.1.2", "first", "second"}
 
 
-def test_options_do_not_reach_the_layers():
+def test_options_reach_the_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).bfloat16())
     quantize_model(model, (), "fp4", 128, False, progress=False)
     for layer in model:
@@ -338,7 +338,7 @@ def test_options_do_not_reach_the_layers():
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def test_weight_takes_more_bytes_than_said():
+def test_weight_takes_the_bytes_that_are_said():
     tables = 4 * (16 + 256 + 1)
     q = qn.quantize(torch.zeros(1024, 1024))
     elements, blocks = 1024 * 1024, 1024 * 1024 // 64

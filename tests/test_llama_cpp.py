@@ -1,4 +1,4 @@
-"""Exported files in llama.cpp: it computes what transformers and PEFT compute, and splits text as transformers does."""
+"""Guards exported files in llama.cpp itself: it computes what transformers and PEFT compute, and splits text alike."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer's logits: its definition in float64, torch's own function, its memory."""
+"""Guards the cross-entropy of a linear layer's logits: it follows its definition in float64, in bounded memory."""
 
 import subprocess
 import sys
@@ -253,7 +253,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.parametrize("kind", ["dense", "quantized"])
 def test_logits_never_exist_as_a_whole(kind):
-    """Of 1024 rows by 49,152 words the logits are 96 MB in bf16, and 192 in fp32."""
+    """The logits of 1024 rows by 49,152 words are 96 MB in bf16, and 192 MB in fp32."""
     done = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 40 << 20, f"{int(done.stdout) / 2**20:.1f} MB"
 

@@ -1,4 +1,4 @@
-"""A call takes at most 8 MB and 1 MB a thread beside its results: no dequantized weight, ever."""
+"""Guards memory: a call takes at most 8 MB and 1 MB a thread beside its results, and never a dequantized weight."""
 
 import os
 import subprocess
@@ -91,7 +91,7 @@ def test_measurement_sees_memory_that_is_freed_again():
 
 
 def flags_of(address):
-    """Of the mapping that holds an address: proc(5), VmFlags of smaps."""
+    """The flags of the mapping that holds an address (VmFlags of smaps, proc(5))."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")

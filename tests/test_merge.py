@@ -1,4 +1,4 @@
-"""`python -m qlora_native merge` and `quantize`: what is written, in how much memory; what an interruption leaves."""
+"""Guards `python -m qlora_native merge` and `quantize`: what they write, their memory, and interruptions."""
 
 import json
 import os
@@ -70,7 +70,7 @@ VARIANTS = [
     ("family", "changes"),
     [("llama", v) for v in VARIANTS] + [("gpt-neox", {"lora_bias": True}), ("t5", {}), ("gpt2", {})],
 )
-def test_merged_checkpoint_is_not_what_peft_merges(bases, family, changes, tmp_path):
+def test_merged_checkpoint_is_what_peft_merges(bases, family, changes, tmp_path):
     expected = adapter_of(bases[family], family, tmp_path / "adapter", **changes)
     report = convert(bases[family], tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
     assert report.merged > 0 and report.quantized == 0
@@ -93,7 +93,7 @@ def test_merged_checkpoint_is_not_what_peft_merges(bases, family, changes, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantized_checkpoint_is_not_what_loading_quantizes(bases, family, tmp_path):
+def test_quantized_checkpoint_is_what_loading_quantizes(bases, family, tmp_path):
     report = convert(bases[family], tmp_path / "out", to="nf4", progress=False)
     expected = quantized(bases[family], family)
     actual = load(tmp_path / "out", family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
@@ -104,7 +104,7 @@ def test_quantized_checkpoint_is_not_what_loading_quantizes(bases, family, tmp_p
     assert 0.05 < report.error < 0.15  # of normal values in NF4: about 0.09
 
 
-def test_merge_into_4_bits_changes_more_than_it_says(bases, tmp_path):
+def test_merge_into_4_bits_reports_its_rounding(bases, tmp_path):
     """Base in 4 bits already; the merged weight is rounded once, and the error reported is the one that was made."""
     convert(bases["llama"], tmp_path / "base", to="nf4", progress=False)
     adapter_of(bases["llama"], "llama", tmp_path / "adapter")
@@ -132,7 +132,7 @@ def test_merge_into_4_bits_changes_more_than_it_says(bases, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(after[n], t) for n, t in before.items())
 
 
-def test_index_or_config_does_not_match_the_files(bases, tmp_path):
+def test_index_and_config_match_the_files(bases, tmp_path):
     report = convert(bases["llama"], tmp_path / "out", to="fp4", blocksize=128, double_quant=False, progress=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
@@ -168,7 +168,7 @@ def rename(folder, old, new):
         (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: expected a file that PEFT"),
     ],
 )
-def test_adapter_that_does_not_fit_is_merged(bases, damage, message, tmp_path):
+def test_adapter_that_does_not_fit_is_refused(bases, damage, message, tmp_path):
     adapter_of(bases["llama"], "llama", tmp_path / "adapter")
     damage(tmp_path / "adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
@@ -176,7 +176,7 @@ def test_adapter_that_does_not_fit_is_merged(bases, damage, message, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
-def test_bad_argument_leaves_something(bases, tmp_path, capsys):
+def test_bad_argument_leaves_no_files(bases, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     for arguments, message in (
@@ -217,7 +217,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_command_looks_finished(large, command, sent, tmp_path):
+def test_interrupted_command_leaves_no_result(large, command, sent, tmp_path):
     # A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_native", *COMMANDS[command], "base", "--out", str(tmp_path / "out")],
@@ -244,7 +244,7 @@ def test_interrupted_command_looks_finished(large, command, sent, tmp_path):
     [(checkpoints, "save_file"), (merge.shutil, "copy2"), (Path, "write_text"), (os, "fsync"), (os, "replace")],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_moment_of_the_interruption_leaves_something(bases, command, module, moment, tmp_path, monkeypatch):
+def test_interruption_at_any_moment_leaves_no_files(bases, command, module, moment, tmp_path, monkeypatch):
     adapter = None
     if command == "merge":
         adapter_of(bases["llama"], "llama", tmp_path / "adapter")
@@ -267,7 +267,7 @@ def test_moment_of_the_interruption_leaves_something(bases, command, module, mom
     convert(bases["llama"], tmp_path / "out", adapter, "nf4", progress=False)  # and it can be done again
 
 
-def test_memory_holds_more_than_a_shard(large, tmp_path):
+def test_memory_holds_one_shard(large, tmp_path):
     prepare = f"""
 import itertools
 from qlora_native.integrations.merge import convert

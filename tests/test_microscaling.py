@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: the rules by which weights are quantized, and the files of others, whose bits are kept."""
+"""Guards MXFP4 and NVFP4: weights are quantized by their rules, and the files of others keep their bits."""
 
 import cases
 import oracle

@@ -1,4 +1,4 @@
-"""The mutants of our own kernels (tools/): the list fits the tree, and a sample of them is noticed."""
+"""Guards tools/mutants.py: its list fits the tree, and tests notice a sample of the mutants."""
 
 import os
 import shutil

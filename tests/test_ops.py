@@ -1,4 +1,4 @@
-"""The torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what is kept for backward."""
+"""Guards the torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what backward keeps."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def gradients_of(function, parameters, x):
 
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_model_breaks_the_graph_or_differs(dropout, options):
+def test_compiled_model_is_one_graph_and_computes_the_same(dropout, options):
     block = Block(dropout, **options)
     parameters = [p for p in block.parameters() if p.requires_grad]
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -119,7 +119,7 @@ def test_compiled_model_breaks_the_graph_or_differs(dropout, options):
             torch.testing.assert_close(actual, expected)
 
 
-def test_inductor_breaks_the_graph_or_differs():
+def test_inductor_compiles_one_graph_that_computes_the_same():
     block = Block()
     parameters = [p for p in block.parameters() if p.requires_grad]
     x = torch.randn(2, 5, K, requires_grad=True)
@@ -134,7 +134,7 @@ def test_inductor_breaks_the_graph_or_differs():
     assert (first - block(x)).norm() < 2 * block(x).norm()
 
 
-def test_compiled_container_is_baked_in_or_breaks_the_graph():
+def test_compiled_function_takes_any_container():
     x, q, bias, a, b = operands()
     compiled = torch.compile(lambda x, q: qn.linear(x, q, bias), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, q), qn.linear(x, q, bias))
@@ -144,7 +144,7 @@ def test_compiled_container_is_baked_in_or_breaks_the_graph():
     assert torch.equal(decode(q), q.dequantize(torch.float16))
 
 
-def test_exported_layer_differs():
+def test_exported_layer_computes_the_same():
     block = Block().eval()
     x = torch.randn(2, 5, K)
     exported = torch.export.export(block, (x,)).module()
@@ -156,7 +156,7 @@ def test_exported_layer_differs():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_checkpointed_gradient_differs(dropout, use_reentrant):
+def test_checkpointed_gradient_is_the_same(dropout, use_reentrant):
     block = Block(dropout)
     parameters = [p for p in block.parameters() if p.requires_grad]
     x = torch.randn(2, 5, K, requires_grad=True)
@@ -174,7 +174,7 @@ def test_checkpointed_gradient_differs(dropout, use_reentrant):
         assert torch.equal(one, other)
 
 
-def test_mask_is_not_a_function_of_the_seed():
+def test_mask_is_a_function_of_the_seed():
     x, q, _, a, b = operands()
 
     def dropped(seed):
@@ -192,7 +192,7 @@ def test_mask_is_not_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_differs_from_that_of_f_linear(dtype):
+def test_autocast_casts_as_for_f_linear(dtype):
     x, q, bias, a, b = operands(requires_grad=True)
     with torch.autocast(device_type="cpu", dtype=dtype):
         y = qn.linear(x, q, bias, a, b, 0.5)
@@ -212,7 +212,7 @@ def test_autocast_differs_from_that_of_f_linear(dtype):
         assert qn.linear(x, q).dtype == torch.float32
 
 
-def test_grad_mode_changes_the_result_or_is_ignored():
+def test_grad_mode_is_heeded_and_keeps_the_result():
     x, q, bias, a, b = operands(requires_grad=True)
     y = qn.linear(x, q, bias, a, b)
     assert y.requires_grad
@@ -229,7 +229,7 @@ def test_grad_mode_changes_the_result_or_is_ignored():
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "a", "b"])
-def test_gradient_alone_differs(wanted):
+def test_gradient_asked_for_alone_is_the_same(wanted):
     x, q, bias, a, b = operands(requires_grad=True)
     leaves = {"x": x, "bias": bias, "a": a, "b": b}
     dy = torch.randn(2, 5, N)
@@ -258,7 +258,7 @@ def test_gradcheck_of_the_adapter():
         assert moved[0] - moved[1] == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-2)
 
 
-def test_second_derivative_is_wrong_without_a_word():
+def test_second_derivative_is_refused():
     x, q, bias, a, b = operands(requires_grad=True)
     y = qn.linear(x, q, bias, a, b)
     (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
@@ -266,14 +266,14 @@ def test_second_derivative_is_wrong_without_a_word():
         torch.autograd.grad(da.sum(), b)
 
 
-def test_weight_takes_part_in_autograd():
+def test_weight_stays_out_of_autograd():
     weight = torch.randn(N, K, requires_grad=True)
     q = qn.quantize(weight)
     assert not any(tensor.requires_grad for tensor in q.tensors().values())
     assert not q.dequantize().requires_grad
 
 
-def test_activations_are_kept_for_backward_without_need():
+def test_activations_are_kept_for_backward_only_where_needed():
     x, q, bias, a, b = operands(requires_grad=True)
 
     def kept(*arguments):

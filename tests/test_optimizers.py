@@ -1,7 +1,7 @@
-"""Adam8bit, Lion8bit and AdEMAMix8bit: their arithmetic against float64, bitsandbytes' classes, and state dicts.
+"""Guards Adam8bit, Lion8bit and AdEMAMix8bit: arithmetic in float64, bitsandbytes' classes, and state dicts.
 
-What they share with AdamW8bit, its blocks and its skipped steps, is tested in test_adamw*.py; that every instruction
-set and the emulated GPU give the same bits, of each algorithm, in test_isas.py and test_emulated.py.
+test_adamw*.py tests what they share with AdamW8bit, its blocks and its skipped steps. test_isas.py and test_emulated.py
+test that every instruction set and the emulated GPU give the same bits of each algorithm.
 """
 
 import copy

@@ -1,6 +1,4 @@
-"""The C++ package, used from a project outside this one: from an installed tree, moved, and from the wheel. What is in
-the wheel.
-"""
+"""Guards the C++ package, used from another project (installed, moved, and from the wheel), and the wheel."""
 
 import importlib.metadata
 import os
@@ -59,7 +57,7 @@ def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
     assert said.startswith("qlora_native 0.") and ("on scalar" in said) == scalar, said
 
 
-def test_wheel_holds_no_package(tmp_path):
+def test_wheel_holds_the_package(tmp_path):
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
     said = build_outside(tmp_path / "outside", package)
     version = run(sys.executable, "-c", "import qlora_native; print(qlora_native.__version__)").strip()
@@ -77,7 +75,7 @@ def test_program_of_the_page_on_cpp_compiles_as_it_stands(tmp_path):
     assert float(run(tmp_path / "build/trainer")) == pytest.approx(264.192, rel=1e-5)
 
 
-def test_other_version_is_accepted(tmp_path):
+def test_other_version_is_refused(tmp_path):
     """find_package(qlora_native 9.9) must not find this one."""
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
     (tmp_path / "CMakeLists.txt").write_text(
@@ -87,7 +85,7 @@ def test_other_version_is_accepted(tmp_path):
     cmake("-S", tmp_path, "-B", tmp_path / "build", f"-Dqlora_native_DIR={package}")
 
 
-def test_torch_ops_are_for_python_alone(tmp_path):
+def test_torch_ops_load_without_python(tmp_path):
     """examples/libtorch: the op library in a program without Python."""
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
     torch_cmake = run(sys.executable, "-c", "import torch; print(torch.utils.cmake_prefix_path)").strip()

@@ -1,7 +1,7 @@
-"""Products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M"): over the
-emulator, through both hooks of torch, and that nothing of torch's disturbs or sees them.
+"""Guards products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M").
 
-What a panel holds and in which order things happen is tested without torch, in tests/cpp/test_panels.cpp.
+They run over the emulator, through both of torch's hooks, and torch's modes must neither disturb nor see them. What a
+panel holds, and the order of events, is tested without torch in tests/cpp/test_panels.cpp.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def check_products():
             raise AssertionError(f"{case}: {error}") from None
 
 
-def test_weight_has_other_bits_than_dequantized():
+def test_weight_has_the_bits_of_dequantized():
     _, products = shown("check_bits()")
     assert products.count(BY_PANELS) == products.count("multiprocessors") > 0
 
@@ -56,7 +56,7 @@ def check_bits():
         assert torch.equal(dx[:N], w)
 
 
-def test_order_of_threads_changes_a_bit():
+def test_bits_are_the_same_under_each_order_of_threads():
     digests = {schedule: shown("print_digest()", schedule=schedule)[0].strip() for schedule in SCHEDULES[:3]}
     assert all(digests.values()) and len(set(digests.values())) == 1, digests
 
@@ -83,7 +83,7 @@ def print_digest():
     print(hashed.hexdigest())
 
 
-def test_python_threads_disturb_each_other():
+def test_python_threads_get_the_bits_that_each_gets_alone():
     shown("check_threads()")
 
 
@@ -96,7 +96,7 @@ def check_threads():
                 assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_mode_of_torch_reaches_the_product():
+def test_modes_of_torch_leave_the_product_alone():
     """Autocast would round what it is given, inference has no version counters, and a dispatch mode sees operations."""
     shown("check_modes()")
 
@@ -125,7 +125,7 @@ def check_modes():
     assert names == {"qlora_native.linear_forward.default"}
 
 
-def test_few_rows_are_by_panels():
+def test_few_rows_take_another_way():
     _, printed = shown("few_rows()")
     assert printed and BY_PANELS not in printed
 

@@ -1,4 +1,4 @@
-"""LoRA through PEFT's dispatch: which way is taken, that it computes what PEFT computes, and what is saved."""
+"""Guards LoRA through PEFT's dispatch: what is fused, that it computes what PEFT does, and what is saved."""
 
 import copy
 from functools import partial
@@ -49,7 +49,7 @@ def logits_and_gradients(model):
 
 
 @families
-def test_fused_layer_differs_from_peft(family, monkeypatch):
+def test_fused_layer_computes_what_peft_does(family, monkeypatch):
     ours, theirs = pair(family)
     assert fused_layers(ours, monkeypatch) == LINEARS[family]
     actual, expected = logits_and_gradients(ours), logits_and_gradients(theirs)
@@ -80,7 +80,7 @@ def test_fused_layer_in_bf16_is_as_near_to_fp32_as_peft(family, monkeypatch):
 
 
 @families
-def test_wrong_layers_get_an_adapter(family):
+def test_targeted_layers_get_an_adapter_in_fp32(family):
     model = peft.get_peft_model(quantized(family, torch.bfloat16), register(config(family)))
     layers = {name for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)}
     assert len(layers) == LINEARS[family]
@@ -96,7 +96,7 @@ def test_wrong_layers_get_an_adapter(family):
     [{"use_rslora": True}, {"lora_dropout": 0.5}, {"rank_pattern": {"q_proj|query_key_value|q": 2}}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_plain_adapter_with_options_computes_something_else(family, changes, monkeypatch):
+def test_plain_adapter_with_options_is_fused_and_computes_the_same(family, changes, monkeypatch):
     ours, theirs = pair(family, **changes)
     ours.eval(), theirs.eval()
     assert fused_layers(ours, monkeypatch) == LINEARS[family]
@@ -172,7 +172,7 @@ def test_dora_decodes_the_weight_once_until_it_changes(monkeypatch):
 
 
 @families
-def test_disabled_adapter_still_acts(family, monkeypatch):
+def test_disabled_adapter_gives_the_base_model(family, monkeypatch):
     ours, _ = pair(family)
     with ours.disable_adapter():
         assert fused_layers(ours, monkeypatch) == 0
@@ -191,7 +191,7 @@ def pair_of_two(family):
 
 
 @families
-def test_second_adapter_is_ignored(family, monkeypatch):
+def test_two_active_adapters_are_added_by_peft(family, monkeypatch):
     ours, theirs = pair_of_two(family)
     for model in (ours, theirs):
         model.base_model.set_adapter(["default", "second"])
@@ -204,7 +204,7 @@ def test_second_adapter_is_ignored(family, monkeypatch):
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_combined_adapter_is_another_or_not_fused(combination, monkeypatch):
+def test_combined_adapter_is_fused_and_computes_the_same(combination, monkeypatch):
     ours, theirs = pair_of_two("llama")
     for model in (ours, theirs):
         model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type=combination)
@@ -249,7 +249,7 @@ def test_adapters_of_a_batch_may_differ_in_rank_and_are_trained(names, monkeypat
         assert_close(ours_, theirs_, ORDER)
 
 
-def test_hook_on_an_inner_module_is_not_called():
+def test_hook_on_an_inner_module_is_called():
     ours, _ = pair()
     layer = next(module for module in ours.modules() if isinstance(module, LoraLinear4bit))
     x = torch.randn(3, layer.in_features)
@@ -261,7 +261,7 @@ def test_hook_on_an_inner_module_is_not_called():
     handle.remove()
 
 
-def test_dropout_is_not_fused_not_repeatable_or_acts_in_eval(monkeypatch):
+def test_dropout_is_fused_repeatable_and_off_in_evaluation(monkeypatch):
     model = peft.get_peft_model(quantized(), register(config(lora_dropout=0.5)))
     model.train()
     assert fused_layers(model, monkeypatch) == LINEARS["llama"]
@@ -273,7 +273,7 @@ def test_dropout_is_not_fused_not_repeatable_or_acts_in_eval(monkeypatch):
 
 
 @families
-def test_training_does_not_learn(family):
+def test_training_lowers_the_loss(family):
     model = peft.get_peft_model(quantized(family, torch.bfloat16), register(config(family, init_lora_weights=True)))
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -294,7 +294,7 @@ def test_training_does_not_learn(family):
 @pytest.mark.parametrize(
     "changes", [{}, {"use_rslora": True}, {"use_dora": True}], ids=lambda changes: next(iter(changes), "plain")
 )
-def test_saved_adapter_does_not_load_here_or_elsewhere(family, changes, tmp_path):
+def test_saved_adapter_loads_here_and_elsewhere(family, changes, tmp_path):
     ours, theirs = pair(family, **changes)
     ours.eval(), theirs.eval()
     expected = logits(ours)
@@ -313,11 +313,11 @@ def test_saved_adapter_does_not_load_here_or_elsewhere(family, changes, tmp_path
 
 
 @families
-def test_unload_does_not_give_the_base_model_back(family):
+def test_unload_gives_the_base_model_back(family):
     ours, _ = pair(family)
     assert_close(logits(ours.unload()), logits(quantized(family)), SAME)
 
 
-def test_register_takes_anything():
+def test_register_refuses_what_is_no_config():
     with pytest.raises(TypeError, match=r"lora_config: expected a peft\.LoraConfig, got dict"):
         register({"r": 8})

@@ -1,4 +1,4 @@
-"""Merging adapters into 4-bit layers and taking them out again; adapters that start from LoftQ."""
+"""Guards merging adapters into 4-bit layers and taking them out again, and adapters that start from LoftQ."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ MERGED = [{}, {"use_rslora": True}, {"use_dora": True}]
 
 @families
 @pytest.mark.parametrize("changes", MERGED, ids=lambda changes: next(iter(changes), "plain"))
-def test_merged_weight_is_another_or_does_not_come_back(family, changes):
+def test_merged_weight_is_the_rounded_sum_and_comes_back(family, changes):
     """The merged weight is the sum, rounded once; what was there before comes back bit for bit."""
     ours, theirs = pair(family, **changes)
     for model, second in ((ours, config(family)), (theirs, config(family))):
@@ -62,7 +62,7 @@ def test_adapters_merged_in_turn_are_rounded_in_turn():
 
 
 @families
-def test_merge_and_unload_leaves_the_adapter_out(family):
+def test_merge_and_unload_keeps_the_adapter_in(family):
     ours, _ = pair(family)
     adapted = logits(ours)
     merged = ours.merge_and_unload()
@@ -73,7 +73,7 @@ def test_merge_and_unload_leaves_the_adapter_out(family):
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_adapter_that_cannot_be_merged_damages_the_model(safe_merge):
+def test_adapter_that_cannot_be_merged_leaves_the_model_alone(safe_merge):
     model, _ = pair()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     last = [module for module in model.modules() if isinstance(module, LoraLinear4bit)][0]
@@ -85,7 +85,7 @@ def test_adapter_that_cannot_be_merged_damages_the_model(safe_merge):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_adapter_is_not_fused_without_register(monkeypatch):
+def test_adapter_is_fused_without_register(monkeypatch):
     """`register()` is for every config; it is what the other integrations call."""
     monkeypatch.setattr(peft.LoraModel, "_create_new_module", peft.LoraModel._create_new_module)
     register()
@@ -100,7 +100,7 @@ def test_adapter_is_not_fused_without_register(monkeypatch):
 
 @families
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_is_farther_from_the_weight(family, iterations, tmp_path):
+def test_loftq_is_nearer_to_the_weight(family, iterations, tmp_path):
     dense = models.make(family)
     dense.save_pretrained(tmp_path, max_shard_size="100KB")
     model = peft.get_peft_model(quantized(family), register(config(family, r=8)))
@@ -115,7 +115,7 @@ def test_loftq_is_farther_from_the_weight(family, iterations, tmp_path):
     assert (started - expected).norm() < (plain - expected).norm()
 
 
-def test_loftq_of_one_weight_is_not_the_best_of_its_rank():
+def test_loftq_of_one_weight_is_the_best_of_its_rank():
     weight = models.make("llama").model.layers[0].mlp.up_proj.weight.detach()
     q = qn.quantize(weight, "int4", 32)
     again, a, b = loftq(weight, q, rank=5, scaling=2.0)

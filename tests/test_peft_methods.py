@@ -1,4 +1,4 @@
-"""docs/peft.md: its table has every method that PEFT registers, and each cell says what happens, beside 16 bits."""
+"""Guards docs/peft.md: its table has every method that PEFT registers, and each cell says what happens."""
 
 from __future__ import annotations
 

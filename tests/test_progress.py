@@ -1,4 +1,4 @@
-"""Guards the log files of those who run this without a terminal: a few lines and no bars."""
+"""Guards log files: without a terminal our loops print a line now and then, and other libraries' bars are hidden."""
 
 import fcntl
 import io
@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ QUANTIZE = """
 import torch
 import qlora_native as qn
 qn.nn.quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+"""
+
+
+# Loads a GGUF file as examples/finetune.py does, after its import of examples/quiet.py.
+LOAD_GGUF = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import quiet
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[2], gguf_file="m.gguf")
 """
 
 
@@ -39,11 +50,11 @@ def test_nothing_is_shown_unless_it_is_wanted(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_terminal_has_a_bar():
-    pytest.importorskip("tqdm")
+def on_a_terminal(*command):
+    """What a program writes to stderr if that is a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new one has no width
-    subprocess.run([sys.executable, "-c", QUANTIZE], stderr=theirs, check=True)
+    subprocess.run([sys.executable, "-c", *command], stderr=theirs, check=True)
     os.close(theirs)
     shown = b""
     try:
@@ -52,7 +63,29 @@ def test_terminal_has_a_bar():
     except OSError:  # Linux: the other end is closed
         pass
     os.close(ours)
+    return shown
+
+
+def test_terminal_has_a_bar():
+    pytest.importorskip("tqdm")
+    shown = on_a_terminal(QUANTIZE)
     assert b"\r" in shown and b"2/2" in shown and b" of 2 layers" not in shown
+
+
+def test_bar_over_a_gguf_file_is_shown_on_a_terminal_alone(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("transformers")
+    from gguf_files import make
+
+    from qlora_native.integrations.gguf import export_model
+
+    make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
+    examples = Path(__file__).parent.parent / "examples"
+    command = (LOAD_GGUF, str(examples), str(tmp_path))
+    logged = subprocess.run([sys.executable, "-c", *command], stderr=subprocess.PIPE, check=True).stderr
+    assert b"it/s" not in logged and b"GGUF tensors" not in logged
+    assert b"GGUF tensors" in on_a_terminal(*command)
 
 
 def test_long_loop_has_a_line_every_half_minute(monkeypatch):

@@ -1,4 +1,4 @@
-"""A live bitsandbytes model whose layers become ours: what is shared, what changes, and what must not."""
+"""Guards `replace`: the layers of a live bitsandbytes model become ours; what is shared, and what must not change."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ def pointers(layer):
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["dq", "absmax"])
 @families
-def test_codes_are_copied_or_the_model_computes_something_else(folders, family, double_quant):
+def test_codes_are_shared_and_the_model_computes_the_same(folders, family, double_quant):
     model = stock(folders, family, double_quant=double_quant)
     before = {name: pointers(layer) for name, layer in theirs(model).items()}
     expected = logits(model)
@@ -87,7 +87,7 @@ def test_codes_are_copied_or_the_model_computes_something_else(folders, family, 
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_codes_stored_in_another_dtype_are_copied(storage):
+def test_codes_stored_in_another_dtype_are_shared(storage):
     layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage)
     model = nn.Sequential(layer.to("cpu"), nn.Identity())
     pointer, weight = layer.weight.data_ptr(), bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
@@ -99,7 +99,7 @@ def test_codes_stored_in_another_dtype_are_copied(storage):
 
 @families
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=lambda c: next(iter(c), "plain"))
-def test_training_under_peft_goes_on_elsewhere(folders, family, changes, monkeypatch):
+def test_training_under_peft_goes_on(folders, family, changes, monkeypatch):
     """Replaced between two steps, with the optimizer that was there: as if bitsandbytes had gone on."""
 
     def begin():
@@ -136,7 +136,7 @@ def test_training_under_peft_goes_on_elsewhere(folders, family, changes, monkeyp
             assert_close(after[name], parameter, 1e-4)
 
 
-def test_replaced_model_is_saved_otherwise_or_gets_stock_adapters(folders, tmp_path, monkeypatch):
+def test_replaced_model_is_saved_as_before_and_gets_our_adapters(folders, tmp_path, monkeypatch):
     model = stock(folders, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "before")
     replace(model)
@@ -154,7 +154,7 @@ def test_replaced_model_is_saved_otherwise_or_gets_stock_adapters(folders, tmp_p
     assert_close(logits(again).float(), logits(model).float(), 2e-2)
 
 
-def test_layer_that_was_repacked_means_something_else():
+def test_repacked_layer_is_unpacked():
     """On a CPU with AVX512_BF16, one evaluation leaves another order of the codes, and scales in bf16."""
     layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
     x = torch.randn(4, 128).bfloat16()
@@ -170,7 +170,7 @@ def test_layer_that_was_repacked_means_something_else():
     assert_close(model(x), expected, 2**-7)
 
 
-def test_hook_or_sharing_is_lost():
+def test_hooks_and_sharing_are_kept():
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(64, 64)})
     called = []
@@ -182,7 +182,7 @@ def test_hook_or_sharing_is_lost():
     assert called
 
 
-def test_layer_that_cannot_be_replaced_leaves_half_a_model(folders):
+def test_layer_that_cannot_be_replaced_leaves_the_model_as_it_was(folders):
     good = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     model = nn.Sequential(good, bnb.nn.Linear4bit(64, 64))
     with pytest.raises(ValueError, match=r"1\.weight: expected one that is quantized, .* got torch.float32"):

@@ -1,4 +1,4 @@
-"""bench/machine_code.py: what it reads from a listing, on an excerpt; bench/sass.py: what it calls a fault."""
+"""Guards `make sass`: what tools/machine_code.py reads from a listing, and what bench/sass.py calls a fault."""
 
 import copy
 import importlib
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def machine_code(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.syspath_prepend(ROOT / "bench")
     return importlib.import_module("machine_code")
 
 
@@ -89,7 +90,7 @@ def listed(machine_code):
     return {name: code for _, name, code in machine_code.functions(LISTING.splitlines())}
 
 
-def test_function_or_its_resources_are_not_found(machine_code):
+def test_functions_and_their_resources_are_found(machine_code):
     found = [(arch, name, len(code)) for arch, name, code in machine_code.functions(LISTING.splitlines())]
     assert found == [("sm_80", GEMM, 13), ("sm_90", COPY, 15)]
     assert machine_code.resources(USAGE.splitlines()) == {
@@ -98,14 +99,14 @@ def test_function_or_its_resources_are_not_found(machine_code):
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt, which comes with g++")
-def test_name_is_not_short(machine_code):
+def test_names_lose_types_and_namespaces(machine_code):
     assert machine_code.short_names([GEMM, COPY]) == {
         GEMM: "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >",
         COPY: "copy_kernel<float>",
     }
 
 
-def test_loop_is_missed_or_is_none(machine_code):
+def test_every_loop_is_found(machine_code):
     bounds = {
         name: sorted((loop[0].address, loop[-1].address, len(loop)) for loop in machine_code.loops(code))
         for name, code in listed(machine_code).items()
@@ -114,14 +115,14 @@ def test_loop_is_missed_or_is_none(machine_code):
     assert bounds[COPY] == [(0x10, 0xA0, 10), (0x70, 0x80, 2)], "what only a parted warp runs is not of the loop"
 
 
-def test_main_loop_is_another(machine_code):
+def test_main_loop_is_where_the_tensor_cores_are(machine_code):
     code = listed(machine_code)
     assert machine_code.main_loop(code[GEMM])[0].address == 0x30, "where the tensor cores are, not what is around it"
     assert machine_code.main_loop(code[COPY])[0].address == 0x10, "with the most of its own"
     assert machine_code.main_loop(code[COPY][-4:]) == ()
 
 
-def test_loop_over_the_rest_is_taken_for_the_main_one(machine_code):
+def test_main_loop_is_over_vectors_rather_than_over_the_rest(machine_code):
     def loop(first, *opcodes):
         addresses = range(first, first + 16 * len(opcodes) + 16, 16)
         branch = machine_code.Instruction(addresses[-1], "P0", "BRA", hex(first))
@@ -135,7 +136,7 @@ def test_loop_over_the_rest_is_taken_for_the_main_one(machine_code):
     assert machine_code.main_loop(code, "another_kernel<float>")[0].address == 0x80
 
 
-def test_figures_are_not_those_of_the_listing(machine_code, sass):
+def test_figures_are_those_of_the_listing(machine_code, sass):
     kernel = machine_code.Kernel(
         "gemm_kernel<Bf16, WeightRowsOfTile, GemmTile<128, 256, 32, true> >",
         "sm_80",
@@ -156,7 +157,7 @@ def test_figures_are_not_those_of_the_listing(machine_code, sass):
     }
 
 
-def test_fault_is_not_seen(sass):
+def test_each_fault_is_reported(sass):
     figure = {"registers": 100, "local": 0, "stack": 0, "loop": 50, "hmma": 0.4, "per_weight": 5.0}
     committed = {"k": {"sm_80": figure}}
 

@@ -1,4 +1,4 @@
-"""The checks of qlora_native.testing pass over sums in any sensible order, and fail over each planted error."""
+"""Guards the checks of qlora_native.testing: they accept sums in any sensible order and find each planted error."""
 
 import itertools
 
@@ -169,7 +169,7 @@ def test_ratio_excludes_one_chain_over_all_terms(K):
 
 @pytest.mark.parametrize("K", [33, 131])
 def test_ratio_excludes_one_more_rounding(K):
-    """Of half of the sum to bf16, where the result is in bf16 itself: by which the error grows to 1.2 times."""
+    """Half of the sum is rounded to bf16, like the result, which makes the error 1.2 times as large."""
 
     def rounded_halfway(x, w):
         half = K // 2

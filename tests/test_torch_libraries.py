@@ -1,7 +1,7 @@
-"""A sample of the conformance cases beside torch as it is on other machines: held to fewer instructions, other threads.
+"""Guards results on other machines: a sample of the conformance cases beside a torch held to fewer instructions.
 
-torch picks kernels for the processor at hand, and so do the libraries it calls for dense products. What is right here
-must not depend on how they round, so their own switches make this machine look like others, as far as it can.
+torch and its libraries choose kernels for the processor at hand. Our results must not depend on how they round, so
+their own switches make this machine resemble others, as far as they can.
 """
 
 import itertools
@@ -26,7 +26,7 @@ MACHINES = {
     "one thread": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AVX2"},
     "three threads": {"OMP_NUM_THREADS": "3", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
-# Of the conformance cases, by backend: primes, so that each loop of cases.py is sampled.
+# {backend: one case in how many is run}; primes, so that each loop of cases.py is sampled.
 EVERY = {"cpu": 53, "cuda_emulated": 97}
 
 

@@ -1,4 +1,4 @@
-"""Loading and saving through transformers: what is quantized, with which bytes, in how much memory, and training."""
+"""Guards loading and saving through transformers: what is quantized, with which bytes, memory, and training."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weight_quantized_while_loading_is_another(folders, family):
+def test_weight_quantized_while_loading_has_the_bytes_of_quantize(folders, family):
     model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config("fp4", blocksize=128))
     plain = models.make(family, torch.bfloat16, width=128, inner=192)
     layers = models.layers_of(model)
@@ -87,7 +87,7 @@ def test_microscaled_format_is_quantized_while_loading_and_not_saved(folders, fo
         config(format, blocksize=64)
 
 
-def test_skipped_module_is_quantized(folders):
+def test_skipped_module_stays_in_16_bits(folders):
     model = load(
         folders["llama"], quantization_config=config(llm_int8_skip_modules=["lm_head", "o_proj", "model.layers.1"])
     )
@@ -96,7 +96,7 @@ def test_skipped_module_is_quantized(folders):
     assert not any("o_proj" in name or "layers.1." in name for name in names)
 
 
-def test_compute_dtype_does_not_act(folders):
+def test_compute_dtype_is_that_of_the_product(folders):
     model = load(folders["llama"], dtype=torch.float32, quantization_config=config(bnb_4bit_compute_dtype="bfloat16"))
     layer = next(iter(models.layers_of(model).values()))
     x = torch.randn(5, layer.in_features)
@@ -104,7 +104,7 @@ def test_compute_dtype_does_not_act(folders):
     assert torch.equal(layer(x), expected.float())
 
 
-def test_nan_in_a_shard_is_loaded(tmp_path):
+def test_nan_in_a_shard_is_refused(tmp_path):
     model = models.make("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
@@ -129,7 +129,7 @@ def test_nan_in_a_shard_is_loaded(tmp_path):
         ),
     ],
 )
-def test_field_that_we_do_not_have_is_taken(options, message):
+def test_field_that_we_do_not_have_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BitsAndBytesConfig(**options)
 
@@ -141,7 +141,7 @@ def test_misspelled_field_is_named_with_the_one_that_was_meant():
         BitsAndBytesConfig(load_in_4bit=True, no_such_thing=1)
 
 
-def test_memory_holds_more_than_the_4_bit_model_and_one_shard(tmp_path):
+def test_memory_holds_the_4_bit_model_and_one_shard(tmp_path):
     """While a 16-bit checkpoint is quantized, and while the 4-bit one that came of it is read."""
     shard = 8 * 2**20
     model = models.make("llama", torch.bfloat16, layers=12, width=512, inner=1536)
@@ -169,7 +169,7 @@ load("bf16").save_pretrained({str(tmp_path / "nf4")!r}, max_shard_size={shard}) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)])
-def test_file_of_bitsandbytes_is_read_or_written_differently(folders, family, quant_type, double_quant, tmp_path):
+def test_file_of_bitsandbytes_is_read_and_written_bit_for_bit(folders, family, quant_type, double_quant, tmp_path):
     bnb = _bitsandbytes()
     stock_config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant
@@ -201,7 +201,7 @@ def test_file_of_bitsandbytes_is_read_or_written_differently(folders, family, qu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_model_comes_back_another(folders, family, tmp_path):
+def test_saved_model_comes_back_bit_for_bit(folders, family, tmp_path):
     options = {"dtype": torch.bfloat16, "quantization_config": config(blocksize=32, double_quant=False)}
     model = load(folders[family], family, **options)
     expected = models.logits(model)
@@ -215,7 +215,7 @@ def test_saved_model_comes_back_another(folders, family, tmp_path):
     assert error < 2e-2  # two orders of summation in bf16
 
 
-def test_file_of_bitsandbytes_needs_bitsandbytes(folders, tmp_path):
+def test_file_of_bitsandbytes_is_read_without_bitsandbytes(folders, tmp_path):
     for family in FAMILIES:
         model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config())
         model.save_pretrained(tmp_path / family)
@@ -245,7 +245,7 @@ assert "bitsandbytes" not in sys.modules
     assert shown.returncode == 0, shown.stderr
 
 
-def test_weight_missing_from_a_quantized_file_is_made_up(folders, tmp_path):
+def test_weight_missing_from_a_quantized_file_is_named(folders, tmp_path):
     model = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config())
     state, _ = model.hf_quantizer.get_state_dict_and_metadata(model)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -315,7 +315,7 @@ def test_live_quantized_model_is_read_by_bitsandbytes(tmp_path):
         ({"codebook": torch.linspace(-1, 1, 16)}, "format: expected nf4 or fp4, .*, got codebook"),
     ],
 )
-def test_live_model_in_a_format_without_files_is_not_saved(options, message, tmp_path):
+def test_live_model_in_a_format_without_files_is_refused_when_saved(options, message, tmp_path):
     model = qn.nn.quantize_model(models.make("llama"), progress=False, **options)
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match=message):
@@ -364,7 +364,7 @@ def test_live_model_with_a_part_in_a_format_without_files_is_refused_by_name(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_live_model_with_layers_of_another_method_is_not_saved(folders, tmp_path):
+def test_live_model_with_layers_of_another_method_is_refused_when_saved(folders, tmp_path):
     _bitsandbytes()
     options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "o_proj"]}
     with torch.compiler.set_stance("force_eager"):
@@ -459,7 +459,7 @@ def check_that_it_learns_and_resumes(make, family, folder, output):
 
 
 @pytest.mark.parametrize("family", TRAINED)
-def test_trainer_does_not_learn_or_resumes_elsewhere(folders, family, tmp_path, capsys):
+def test_trainer_learns_and_resumes(folders, family, tmp_path, capsys):
     """The well-known snippet."""
     *_, trainer, kind = TRAINED[family]
 
@@ -476,7 +476,7 @@ def test_trainer_does_not_learn_or_resumes_elsewhere(folders, family, tmp_path, 
     assert family != "llama" or "trainable params: 14,336" in capsys.readouterr().out
 
 
-def test_sft_trainer_does_not_learn_or_resumes_elsewhere(folders, tmp_path):
+def test_sft_trainer_learns_and_resumes(folders, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from tokenizers import Tokenizer, pre_tokenizers
@@ -515,7 +515,7 @@ def test_loftq_takes_the_transpose_of_gpt2s_weights(folders):
 
 @pytest.mark.filterwarnings("ignore:merging into a 4-bit weight")
 @pytest.mark.parametrize("family", TRAINED)
-def test_merged_model_is_saved_as_another(folders, family, tmp_path):
+def test_merged_model_is_saved_as_it_is(folders, family, tmp_path):
     model = load(folders[family], family, dtype=torch.bfloat16, quantization_config=config())
     adapted = peft.get_peft_model(model, lora(family, init_lora_weights=False))
     before = models.logits(adapted)

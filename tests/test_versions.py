@@ -1,4 +1,4 @@
-"""A library that is missing or too old is named in one sentence, with the line that installs it."""
+"""Guards the messages about libraries: one that is missing or too old is named, with the line that installs it."""
 
 import re
 import subprocess

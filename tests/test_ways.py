@@ -1,7 +1,7 @@
-"""The ways that a product can take on the CPU (cpu/way.h), each forced on products of every kind: by tiles, which the
-rule chooses on processors that have them, and by panels of decoded weight, which torch multiplies.
+"""Guards the ways of a product on the CPU (cpu/way.h), each forced on products of every kind: tiles, and panels.
 
-What the rule itself says is tested in tests/cpp/test_way.cpp.
+Tiles are chosen on processors that have them; panels of decoded weight are multiplied by torch. tests/cpp/test_way.cpp
+tests the rule that chooses.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def test_products_by_panels_are_within_the_bounds():
     assert ways and set(ways) == {"panels"}
 
 
-def test_dropout_of_a_gradient_leaves_the_panels():
+def test_gradient_with_dropout_takes_another_way():
     _, ways = run("check_dropout()", QLN_FORCE_WAY="panels")
     assert ways == ["vectors", "vectors"]
 
@@ -79,7 +79,7 @@ def check_dropout():
 
 
 def print_digest():
-    """Of products that the rule gives to tiles and of those that it does not."""
+    """Products that the rule gives to tiles, and products that it does not."""
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     hashed = hashlib.sha256()
     for M, N, K in ((4, 200, 513), (16, 257, 1100), (33, 130, 700), (300, 96, 1030), (64, 1400, 704), (70, 66, 64)):

@@ -2,9 +2,10 @@
 
     python tools/docs.py [FOLDER]        (default: build/docs; it begins at index.html)
 
-pdoc makes the reference of the package that is installed, and its Markdown renderer the pages. A page has the path that
-it has in the repository, so relative links stay what they are; what a page links to is rendered or copied too. The
-build fails if a public name has no docstring, if pdoc warns, or if a link of the site leads nowhere.
+pdoc makes the reference of the installed package, and its Markdown renderer makes the pages. A page keeps its path in
+the repository, so relative links stay valid; files that a page links to are rendered or copied too. The
+build fails if a public name has no docstring, if a docstring leaves an argument out, if pdoc warns, or if a link of the
+site leads nowhere.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import links
 import markdown2
@@ -27,7 +30,7 @@ from jinja2 import Environment, FileSystemLoader
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "docs_templates"
-# What a user imports. The other modules of integrations/ are called by these.
+# The modules that users import. These call the other modules of integrations/.
 MODULES = [
     "qlora_native",
     "qlora_native.functional",
@@ -49,10 +52,10 @@ HREF = re.compile(r'(?:href|src)="([^"]+)"')
 
 
 class Markdown(markdown2.Markdown):
-    """GitHub's Markdown as far as the pages use it, with GitHub's anchors."""
+    """GitHub's Markdown, as far as the pages need it, with GitHub's anchors."""
 
     def header_id_from_text(self, text: str, prefix: str, n: int) -> str:
-        """The anchor of a heading whose text is HTML already."""
+        """The anchor of a heading, whose text is HTML."""
         name = links.slug(html.unescape(re.sub(r"<[^>]+>", "", text)))
         self.seen = getattr(self, "seen", {})
         number = self.seen[name] = self.seen.get(name, -1) + 1
@@ -60,7 +63,7 @@ class Markdown(markdown2.Markdown):
 
 
 def place(path: Path) -> Path:
-    """Where a file of the repository is in the site."""
+    """The path in the site of a file of the repository."""
     path = path.resolve().relative_to(ROOT)
     if path.suffix != ".md":
         return path
@@ -68,7 +71,7 @@ def place(path: Path) -> Path:
 
 
 def render(page: Path, template, nav: list[tuple[Path, str]]) -> str:
-    """A page as HTML."""
+    """Render a page as HTML."""
 
     def target(match: re.Match[str]) -> str:
         name, _, anchor = match[1].partition("#")
@@ -87,13 +90,13 @@ def render(page: Path, template, nav: list[tuple[Path, str]]) -> str:
 
 
 def title(page: Path) -> str:
-    """The first heading of a page, else its name."""
+    """The first heading of a page, or its name."""
     found = links.HEADING.search(page.read_text(encoding="utf-8"))
     return found[1].replace("`", "") if found else page.stem
 
 
 def write_pages(site: Path) -> None:
-    """The pages, whatever they link to, and so on."""
+    """Write the pages, the files that they link to, and so on."""
     template = Environment(loader=FileSystemLoader(TEMPLATES)).get_template("page.html.jinja2")
     index = [ROOT / "docs" / target for target in links.targets(FIRST[1]) if "/" not in target]
     nav = [(path, title(path)) for path in [*FIRST, *index]]
@@ -113,7 +116,7 @@ def write_pages(site: Path) -> None:
 
 
 def without_docstring(module: pdoc.doc.Module) -> list[str]:
-    """Public names of a module that have none."""
+    """The public names of a module that have no docstring."""
     found = [] if module.docstring else [module.fullname]
     for member in module.flattened_own_members:
         if member.kind in ("class", "function") and _shown(member):
@@ -122,24 +125,61 @@ def without_docstring(module: pdoc.doc.Module) -> list[str]:
 
 
 def _shown(member: pdoc.doc.Doc) -> bool:
-    """Whether pdoc shows a name: neither private, nor a method that Python calls by itself."""
+    """Whether pdoc shows a name, which must be neither private nor a special method."""
     return not any(part.startswith("_") for part in member.qualname.split("."))
 
 
-def undocumented_arguments(module: ModuleType) -> list[str]:
-    """Names under "Args:" of the module's functions that are no arguments."""
+def wrong_arguments(module: ModuleType) -> list[str]:
+    """The arguments that docstrings of a module leave out, and the names under "Args:" that are no arguments."""
     found = []
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if function.__module__.startswith("qlora_native") and not name.startswith("_"):
-            listed = re.search(r"\n\s*Args:\n(.*?)(?:\n\s*\n|$)", function.__doc__ or "", re.DOTALL)
-            names = re.findall(r"^ {4}(?: {4})?(\w[\w, ]*):", listed[1], re.MULTILINE) if listed else []
-            known = inspect.signature(function).parameters
-            found += [f"{name}: {each}" for line in names for each in line.split(", ") if each not in known]
+    for name, function, docstring in functions(module):
+        sections = re.findall(r"\n(Args|Attributes):\n(.*?)(?=\n\n|$)", docstring, re.DOTALL)
+        listed = {
+            each: kind
+            for kind, text in sections
+            for names in re.findall(r"^ {4}(\w[\w, ]*):", text, re.MULTILINE)
+            for each in names.split(", ")
+        }
+        parameters = inspect.signature(function).parameters
+        found += [
+            f"{name}: Args lists {each}, which is no argument"
+            for each, kind in listed.items()
+            if kind == "Args" and each not in parameters
+        ]
+        found += [
+            f"{name}: Args leaves {each} out"
+            for each, parameter in parameters.items()
+            if each not in (*listed, "self", "cls")
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
     return found
 
 
+def functions(module: ModuleType) -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """(name, function, docstring) of the public functions, methods and constructors of a module.
+
+    The arguments of a constructor may be described by the class, also as attributes. A method that overrides one of
+    another library is documented there.
+    """
+    for name in getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")]):
+        member = getattr(module, name)
+        if not (getattr(member, "__module__", None) or "").startswith("qlora_native"):
+            continue
+        if inspect.isfunction(member):
+            yield name, member, inspect.getdoc(member) or ""
+        for attribute, value in vars(member).items() if inspect.isclass(member) else ():
+            function = value.__func__ if isinstance(value, classmethod) else value
+            foreign = (base for base in member.__mro__[1:] if not base.__module__.startswith("qlora_native"))
+            public = not attribute.startswith("_") and not any(hasattr(base, attribute) for base in foreign)
+            if inspect.isfunction(function) and (public or attribute == "__init__"):
+                docstring = inspect.getdoc(function) or ""
+                if attribute == "__init__" and "\nArgs:\n" not in docstring:
+                    docstring = inspect.getdoc(member) or ""
+                yield f"{name}.{attribute}", function, docstring
+
+
 def show_private_bases(module: ModuleType) -> None:
-    """Make members that public classes have from bases of this package their own, or pdoc would not show them."""
+    """Copy the members that public classes inherit from private bases of this package, or pdoc would not show them."""
     for name in getattr(module, "__all__", ()):
         member = getattr(module, name)
         for base in member.__mro__[1:] if inspect.isclass(member) else ():
@@ -150,7 +190,7 @@ def show_private_bases(module: ModuleType) -> None:
 
 
 def write_reference(site: Path) -> list[str]:
-    """The API reference; complaints about docstrings."""
+    """Write the API reference, and return complaints about docstrings."""
     modules = [importlib.import_module(name) for name in MODULES]
     for module in modules:
         show_private_bases(module)
@@ -165,19 +205,19 @@ def write_reference(site: Path) -> list[str]:
     found = []
     for module in modules:
         found += [f"no docstring: {each}" for each in without_docstring(pdoc.doc.Module(module))]
-        found += [f"no such argument: {module.__name__}, {each}" for each in undocumented_arguments(module)]
+        found += [f"{module.__name__}, {each}" for each in wrong_arguments(module)]
     return found
 
 
 def without_dead_links(text: str) -> str:
-    """A page of pdoc's without links to members of other libraries' classes, which it makes but does not show."""
+    """Remove pdoc's links to members of other libraries' classes, which it does not show."""
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     link = re.compile(r'<a href="#([^"]+)">(.*?)</a>', re.DOTALL)
     return link.sub(lambda match: match[0] if match[1] in ids else match[2], text)
 
 
 def broken(site: Path) -> list[str]:
-    """Links of the site that lead nowhere."""
+    """The broken links of the site."""
     texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
     ids = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in texts.items()}
     found = []
@@ -195,7 +235,7 @@ def broken(site: Path) -> list[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/docs").resolve()
     shutil.rmtree(site, ignore_errors=True)
     write_pages(site)

@@ -1,4 +1,4 @@
-"""Links of Markdown pages that lead nowhere: the files and headings that they name, as GitHub numbers headings."""
+"""Find broken links of Markdown pages, to files and to headings as GitHub numbers them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def slug(heading: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page. A heading that comes again has a number behind it."""
+    """The anchors of a page. A repeated heading has a number appended."""
     found, seen = set(), Counter[str]()
     for heading in HEADING.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         name = slug(heading)
@@ -41,7 +41,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def targets(page: Path) -> list[str]:
-    """What the links and pictures of a page name, but for those with a scheme such as https."""
+    """The targets of the links and pictures of a page, except those with a scheme such as https."""
     text = CODE.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
     return [target for target in LINK.findall(text) if not ELSEWHERE.match(target)]
 

@@ -1,6 +1,6 @@
-"""The mutants of mutants.py, as data: which text of which file becomes which other, and which test must notice.
+"""The mutants of mutants.py, as data: a file, the text to find, its replacement, and the test that must notice.
 
-A find-text must occur once in its file, so a refactoring that changes it changes this list too.
+The text to find must occur once in its file, so a refactoring that changes it must change this list too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Suite:
-    """A C++ test: what CMake calls it, and the environment in which it runs."""
+    """A C++ test: its CMake target, and its environment variables."""
 
     target: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -30,7 +30,7 @@ SUITES = {
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
     "row_groups": Suite("qln_test_row_groups", EMULATED),
-    # Over the best instruction set of the build: AVX2 or Advanced SIMD.
+    # These use the best instruction set of the build: AVX2 or Advanced SIMD.
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),
     "conformance_tiles": Suite("qln_test_conformance", {"QLN_FORCE_ISA": "amx_emulated"}),
@@ -40,18 +40,18 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake, and the suites that should notice it, the fastest first."""
+    """A mistake, and the suites that should notice it, the fastest first."""
 
     file: str
     mistake: str
     find: str
     replace: str
     suites: tuple[str, ...]
-    reason: str = ""  # why nothing can notice it; then it must survive
-    in_sample: bool = False  # its suite is built of a file or two: in seconds
+    reason: str = ""  # why nothing can notice it; such a mutant must survive
+    in_sample: bool = False  # its suite is built from a file or two, in seconds
 
     def __str__(self) -> str:
-        """What names it to people."""
+        """The name of the mutant in reports."""
         return f"{self.file}: {self.mistake}"
 
 

@@ -1,18 +1,17 @@
-"""Plants mistakes in the kernels, one at a time, and asks whether a test notices.
+"""Plant mistakes in the kernels, one at a time, and check that a test notices.
 
 Each mutant of mutant_list.py is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
-off by one. This program changes a copy of the tree, never the tree itself; it builds the one C++ test that should
-notice and runs it. A mutant that no test notices says that a test is missing, or, where its `reason` says why, that
-nothing can be noticed. The exit status is 1 where a mutant survives without a reason.
+off by one. This program changes a copy of the tree, never the tree itself, and builds and runs the C++ test that should
+notice. If no test notices a mutant, a test is missing, unless the mutant has a `reason` why nothing can notice it. The
+exit status is 1 if a mutant survives without a reason.
 
     python tools/mutants.py                  all of them (make mutants)
-    python tools/mutants.py --sample         those few that are built and tested in seconds, as `make test` does
-    python tools/mutants.py --only gemm_sums those whose file or description has this text
-    python tools/mutants.py --new --output   those that the report lacks: after a run that was interrupted
-    python tools/mutants.py --check          only that each is still a change of the tree: nothing is built
+    python tools/mutants.py --sample         a few that are built and tested in seconds, as `make test` does
+    python tools/mutants.py --only gemm_sums those whose file or description contains this text
+    python tools/mutants.py --new --output   those that the report lacks, after an interrupted run
+    python tools/mutants.py --check          build nothing; check that each mutant still fits the tree
 
-With --output what was found goes to bench/results/mutants.json and .md, where mutants that were not tried now keep
-what was found before.
+--output writes the results to bench/results/mutants.json and .md. Mutants that were not tried keep their old results.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from mutant_list import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/results/mutants"
-# A test that takes so many times as long as over the tree as it is, and so many seconds, hangs.
+# A test hangs if it takes this many times as long as over the unchanged tree, and at least this many seconds.
 TIMES_LONGER, LEAST_TIMEOUT = 10, 30
-# Only what tests need. Of the instruction sets of x86 one is enough: all of them compile the same algorithms, so each
-# further one would only compile them again, and -O3 takes minutes. A mutant may leave a variable unused.
+# Build only what the tests need. One instruction set of x86 is enough, because all compile the same algorithms, and -O3
+# takes minutes. Warnings are no errors, because a mutant may leave a variable unused.
 CONFIGURE = (
     "-DQLN_BUILD_TESTS=ON",
     "-DQLN_BUILD_PYTHON=OFF",
@@ -53,17 +52,17 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test said: `noticed_by` is the test's function, or how the process ended; None: it passed."""
+    """The result of a test. `noticed_by` is the function that failed, or how the process ended; None if it passed."""
 
     noticed_by: str | None
     seconds: float
 
 
 class Tree:
-    """A copy of the tree and its build, both below `folder`, where they stay for the next time."""
+    """A copy of the tree and its build, both below `folder`, where they stay for the next run."""
 
     def __init__(self, folder: Path, jobs: int):
-        """Only what differs from the tree is written, so that only that is built again."""
+        """Copy the files that differ, so that only these are built again."""
         self.source, self.build, self.jobs = folder / "source", folder / "build", jobs
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "CMakeLists.txt", "cmake", "cpp"]
@@ -85,20 +84,20 @@ class Tree:
             self._call("cmake", "-S", str(self.source), "-B", str(self.build), "-G", "Ninja", *CONFIGURE)
 
     def plant(self, mutant: Mutant) -> None:
-        """Makes the mistake in the copy."""
+        """Make the mistake in the copy."""
         text = (ROOT / mutant.file).read_text()
         self._put(mutant.file, text.replace(mutant.find, mutant.replace).encode())
 
     def restore(self, mutant: Mutant) -> None:
-        """Takes it back."""
+        """Undo the mistake."""
         self._put(mutant.file, (ROOT / mutant.file).read_bytes())
 
     def make(self, targets: list[str]) -> None:
-        """Builds tests."""
+        """Build the targets."""
         self._call("cmake", "--build", str(self.build), f"-j{self.jobs}", "--target", *targets)
 
     def run(self, name: str, timeout: float | None = None) -> Outcome:
-        """Runs a suite, for so many seconds at most."""
+        """Run a suite for at most `timeout` seconds."""
         suite, begin = SUITES[name], time.monotonic()
         try:
             done = subprocess.run(
@@ -137,7 +136,7 @@ class Tree:
 
 
 def _function_at(path: Path, line: int) -> str:
-    """The name of the function of a C++ test in which a line lies."""
+    """The name of the function around a line of a C++ test."""
     for text in reversed(path.read_text().splitlines()[:line]):
         if begin := re.match(r"(?:  )?(?:template <.*> )?\w[\w:<>,&* ]* \**(\w+)\(.*\{( .*)?$", text):
             return begin[1]
@@ -145,7 +144,7 @@ def _function_at(path: Path, line: int) -> str:
 
 
 def mistakes_of_the_list() -> list[str]:
-    """Where the list does not fit the tree: each mutant must change one place, and name a suite that exists."""
+    """The mutants that do not fit the tree: each must change exactly one place, and name a suite that exists."""
     mistakes, seen = [], set()
     for mutant in MUTANTS:
         count = (ROOT / mutant.file).read_text().count(mutant.find) if (ROOT / mutant.file).is_file() else 0
@@ -161,7 +160,7 @@ def mistakes_of_the_list() -> list[str]:
 
 
 def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, str, Outcome]]:
-    """Each with the suite that noticed it, or its last one."""
+    """Yield each mutant with the suite that noticed it, or its last suite, and the outcome."""
     names = sorted({suite for mutant in mutants for suite in mutant.suites})
     tree.make(sorted({SUITES[name].target for name in names}))
     timeouts = {}
@@ -190,13 +189,13 @@ def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, str
 
 
 def last_report() -> dict[str, dict[str, str | None]]:
-    """What was found before, by mutant."""
+    """{mutant: its earlier result}."""
     data = REPORT.with_suffix(".json")
     return json.loads(data.read_text()) if data.is_file() else {}
 
 
 def write_report(results: list[tuple[Mutant, str, Outcome]]) -> None:
-    """As data and as Markdown: what was found now, and of the other mutants what was found before."""
+    """Write the report as JSON and Markdown; mutants that were not tried keep their earlier results."""
     found = last_report()
     for mutant, suite, outcome in results:
         found[str(mutant)] = {"suite": suite, "noticed_by": outcome.noticed_by}
@@ -220,7 +219,7 @@ def write_report(results: list[tuple[Mutant, str, Outcome]]) -> None:
 
 
 def main() -> int:
-    """The exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="only the few that are tested in seconds")
     parser.add_argument("--only", default="", help="only those whose file or description has this text")

@@ -1,20 +1,20 @@
-"""Wheels for Linux on x86-64 whose users need no compiler: python tools/wheels.py [--cuda] PYTHON [PYTHON ...].
+"""Build wheels for Linux on x86-64, whose users need no compiler: python tools/wheels.py [--cuda] PYTHON [PYTHON ...].
 
-For each Python a wheel is built, with this machine's compiler over Debian 12's C and C++ libraries; auditwheel names
-the systems it runs on. Not in it are libtorch_cpu.so, which comes with torch, OpenMP, and the emulator of the CUDA
-kernels; the torch ops and the C++ package share one library. The wheel is then installed into a new virtual
-environment, with torch and what the tests need, and runs TESTS. dist/cpu/ and dist/cuda/ have the wheels; --output adds
-the run to bench/results/wheels.json and writes its table, wheels.md.
+A wheel is built for each Python with this machine's compiler and the C and C++ libraries of Debian 12; auditwheel names
+the systems that it runs on. The torch ops and the C++ package share one library. The wheel does not contain
+libtorch_cpu.so, which comes with torch, or OpenMP, or the emulator of the CUDA kernels. It is then installed into a new
+virtual environment with torch and the packages that the tests need, where TESTS run. The wheels are in dist/cpu/ and
+dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
 
---only does one half. The half that tests needs nothing but a Python, so it also runs in a tree of another system, which
-may have a Python that this one lacks:
+--only does one half. The half that tests needs only a Python, so it also runs in a tree of another system, which may
+have a Python that this one lacks:
 
     mmdebstrap --variant=minbase --include=python3-venv bookworm TREE
     mount --bind . TREE/mnt
     chroot TREE sh -c 'cd /mnt && python3 tools/wheels.py --only test python3'
 
 Building needs the Debian package mmdebstrap. Only the pybind11 module depends on the Python, so with ccache a second
-one is quick; --cuda compiles for all architectures, which takes much longer.
+Python is quick. --cuda compiles for all architectures, which takes much longer.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build/wheels"
 RESULTS = ROOT / "bench/results/wheels.json"
-# glibc 2.36 and GCC 12's libstdc++, as far as a program is compiled and linked against them.
+# The headers and libraries of glibc 2.36 and GCC 12's libstdc++.
 RELEASE, PACKAGES = "bookworm", ("libc6-dev", "libstdc++-12-dev")
 LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
-# A warning is an error where every change is checked, over the libraries that belong to the compiler.
+# Warnings are not errors here: the checks of a change use the libraries that belong to the compiler.
 OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_layers.py", "test_docs.py")
-# Where there are a compiler and cmake, the C++ package too.
-PACKAGE_TESTS = ("test_package.py::test_wheel_holds_no_package",)
-# A product, then what is loaded: torch's OpenMP and no second one.
+# Tests of the C++ package, if there are a compiler and cmake.
+PACKAGE_TESTS = ("test_package.py::test_wheel_holds_the_package",)
+# Computes a product, and then checks that the process has loaded torch's OpenMP and no other.
 PRODUCT = """
 import torch, qlora_native as qn
 y = qn.linear(torch.ones(64, 256), qn.quantize(torch.ones(256, 256)))
@@ -55,7 +55,7 @@ print(torch.__version__)
 
 
 def run(*command: object, **environment: object) -> str:
-    """What a command prints; if it fails, it ends this program."""
+    """Run a command, and return what it prints. If it fails, this program ends."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -75,13 +75,13 @@ def requirements(*extras: str) -> list[str]:
 
 
 def environment(folder: Path, python: str, *options: str) -> Path:
-    """The interpreter of a new virtual environment."""
+    """Make a virtual environment, and return its interpreter."""
     run(python, "-m", "venv", "--clear", *options, folder)
     return folder / "bin/python"
 
 
 def version_and_tag(python: str) -> tuple[str, str]:
-    """3.11.2 and cp311."""
+    """The version and the tag of a Python: 3.11.2 and cp311."""
     program = "import sys; v = sys.version_info; print('%d.%d.%d cp%d%d' % (*v[:3], *v[:2]))"
     version, tag = run(python, "-c", program).split()
     return version, tag
@@ -91,7 +91,7 @@ def version_and_tag(python: str) -> tuple[str, str]:
 
 
 def compiler() -> Path:
-    """A g++ that sees the headers and libraries of RELEASE in place of this system's."""
+    """Make a g++ that uses the headers and libraries of RELEASE instead of this system's."""
     tree = WORK / RELEASE
     if not tree.exists():
         if not shutil.which("mmdebstrap"):

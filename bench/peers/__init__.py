@@ -1,19 +1,18 @@
-"""Adapters: one file for each contestant, the same few functions in each.
+"""Adapters: one file for each contestant, with the same few functions.
 
-NAME                          as it stands in the table
-missing() -> str | None       why it cannot take part here, or None
+NAME                          its name in the table
+missing() -> str | None       the reason why it cannot run here, or None
 supports(case) -> bool        whether it takes part in a case
 hold(weight, dense, dtype)    its resident form of `weight` [N, K] bf16; `dense` is the same weight after our
                               quantization, decoded to the dtype of the activations
-copy(held)                    the same in other memory
-nbytes(held)                  of the weight, for the number of copies
+copy(held)                    a copy in other memory
+nbytes(held)                  the bytes of the weight, which decide on the number of copies
 quantize(weight)              weight [N, K] -> something
 dequantize(held, dtype)       -> [N, K]
 forward(held, x)              x [M, K] -> [M, N], differentiable in x
 backward_input(held, dy)      dy [M, N] -> [M, K]
-attach(held, **lora)          held with the adapter that these arguments of qn.linear describe: of those that take part
-                              in cases with one
-ERROR                         how far its results may be from those of our codes, relative to them (default: checks.py)
+attach(held, **lora)          held with an adapter, from the arguments of qn.linear; only for contestants of such cases
+ERROR                         the allowed relative error of its results from those of our codes (default: checks.py)
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DEFAULT = {
 
 
 def load(names: tuple[str, ...] | list[str]) -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """(the adapters by name, why the others of `names` are missing).
+    """Load adapters: ({name: adapter}, {name: the reason why it is missing}).
 
     Raises:
         ValueError: there is no such adapter.

@@ -1,7 +1,7 @@
 """bitsandbytes with NF4 and double quantization, in the layout it trains in.
 
-Its forward decodes the whole weight and multiplies (`matmul_4bit`); so does its backward, written out here as it stands
-in its MatMul4Bit. The layout it converts a layer to for inference is bitsandbytes_packed.
+Its forward decodes the whole weight and multiplies (`matmul_4bit`). Its backward does the same, and is repeated here
+from its MatMul4Bit. bitsandbytes_packed is the layout to which it converts a layer for inference.
 """
 
 from __future__ import annotations

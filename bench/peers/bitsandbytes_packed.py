@@ -1,7 +1,7 @@
 """bitsandbytes in the layout its Linear4bit switches to in eval mode, on processors with AVX-512 BF16.
 
-It has no backward, rounds the scales to bf16 and drops the double quantization, so it is no peer for training; but it
-is what a user gets at inference.
+It has no backward, rounds the scales to bf16 and drops the double quantization, so it is not a peer for training, but
+it is what a user gets at inference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import bitsandbytes as trained
 
 NAME = "bitsandbytes packed"
-MAX_M = 64  # it is made for few rows
+MAX_M = 64  # the layout is made for few rows
 
 copy = trained.copy
 nbytes = trained.nbytes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NAME = "ggml IQ4_NL"
-# Other levels than NF4's: the errors of two quantizations, each about 9 % of the weight, lie between the results.
+# Its levels are not NF4's, so the results differ by the errors of two quantizations, each about 9 % of the weight.
 ERROR = 0.15
 F32, IQ4_NL = 0, 20  # of enum ggml_type
 BLOCK, BLOCK_BYTES = 32, 18

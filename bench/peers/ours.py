@@ -1,4 +1,4 @@
-"""qlora_native itself, behind the functions of an adapter and a few more: the op, the layer, the adapter's part."""
+"""qlora_native itself, with the functions of an adapter and a few more for the op, the layer and LoRA."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def missing() -> str | None:
 
 
 def supports(case: object) -> bool:
-    # Dropout is left out: its mask is another one than ours, so that the result could not be checked.
+    # Without dropout, because its mask differs from ours, and the result could not be checked.
     through = case.via == ("function" if case.operation == "forward" else "autograd")
     return case.operation in ("forward", "dx") and case.rank > 0 and not case.dropout and through
 

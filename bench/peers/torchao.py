@@ -1,7 +1,7 @@
 """torchao's NF4Tensor, with its double quantization (blocks of 64, scalers in blocks of 256): plain torch operations.
 
-It decodes the whole weight for every product, and keeps no state for backward but the weight itself. It finds the
-nearest code by comparing with all sixteen, which takes a gigabyte and seconds for the largest shapes.
+It decodes the whole weight for every product, and keeps only the weight for backward. It finds the nearest code by
+comparing with all sixteen, which takes a gigabyte and seconds for the largest shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def missing() -> str | None:
 
 
 def supports(case: object) -> bool:
-    # It takes tenths of seconds whatever M is: a few cases tell.
+    # It takes tenths of seconds for any M, so a few cases are enough.
     product = case.operation in ("forward", "dx") and case.M in (1, 64, 512) and not case.rank
     return (product or case.operation in ("quantize", "dequantize")) and (case.via, case.memory) == (
         "function",

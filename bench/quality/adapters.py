@@ -1,10 +1,10 @@
-"""Held-out loss by rank and matrices, and of other ways to fine-tune: LoRA's tables 6 and 2, at a small size.
+"""Held-out loss by rank and by adapted matrices, and of other methods: tables 6 and 2 of LoRA, at a small size.
 
     python bench/quality/adapters.py --output FILE.json [--rows "LoRA all r=8" ...] [--steps 24] [--seeds 0]
     python bench/quality/adapters.py --table FILE.json
 
-The base is NF4 with double quantization, but for full fine-tuning, which has no frozen weights: it is in fp32. Each
-method has the learning rates of ROWS; of several the best counts.
+The base is NF4 with double quantization, except for full fine-tuning, which has no frozen weights and is in fp32. Each
+method has the learning rates of ROWS, of which the best one counts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MATRICES = {
     "q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "all": ["all-linear"],
 }
-BOTTLENECK = 16  # width of an adapter layer
+BOTTLENECK = 16  # the width of an adapter layer
 BATCH_SIZE = 4
-# As the papers print them (LoRA, tables 6 and 2): the claims that the figures here stand beside.
+# The published figures (LoRA, tables 6 and 2), which are shown beside ours.
 PUBLISHED_RANKS = {"q": (68.8, 69.6, 70.5, 70.4, 70.0), "q, v": (73.4, 73.3, 73.7, 73.8, 73.5),
                    "q, k, v, o": (74.1, 73.7, 74.0, 74.0, 73.9)}  # fmt: skip
 PUBLISHED_METHODS = {"full": "86.4", "BitFit": "85.2", "adapters": "84.4, 85.4", "LoRA all r=8": "87.2"}
@@ -38,7 +38,7 @@ def base() -> nn.Module:
 
 
 def lora(args: argparse.Namespace) -> nn.Module:
-    """LoRA as examples/finetune.py has it."""
+    """LoRA as in examples/finetune.py."""
     return training.lora(base(), args)
 
 
@@ -48,7 +48,7 @@ def full(_args: argparse.Namespace) -> nn.Module:
 
 
 def bitfit(_args: argparse.Namespace) -> nn.Module:
-    """A trained bias for every quantized linear: Llama's have none, so they begin at zero."""
+    """Train a bias for every quantized linear. Llama has none, so they start at zero."""
     model = base()
     for layer in model.modules():
         if isinstance(layer, qn.nn.Linear4bit):
@@ -57,10 +57,10 @@ def bitfit(_args: argparse.Namespace) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    """A layer and an adapter after it (Houlsby et al., 2019): y + up(gelu(down(y))), which begins as y."""
+    """A layer followed by an adapter (Houlsby et al., 2019): y + up(gelu(down(y))), which is y at first."""
 
     def __init__(self, layer: nn.Module, width: int) -> None:
-        """`layer`: one whose output is `width` wide."""
+        """Wrap `layer`, whose output has `width` columns."""
         super().__init__()
         self.layer = layer
         self.down, self.up = nn.Linear(width, BOTTLENECK), nn.Linear(BOTTLENECK, width)
@@ -102,7 +102,7 @@ def run(row: str, lr: float, seed: int, steps: int) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: rank by matrices, then the methods, the published figures beside both."""
+    """The tables as Markdown: rank by matrices, and the methods, each beside the published figures."""
     best: dict[str, dict] = {}
     for done in found["runs"]:
         if done["row"] not in best or done["after"] < best[done["row"]]["after"]:

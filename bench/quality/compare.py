@@ -3,9 +3,9 @@
     python bench/quality/compare.py [--seeds 0 1 2] [--stacks ours bitsandbytes bf16] [--steps 24] --output FILE.json
     python bench/quality/compare.py --table FILE.json
 
-For a seed all stacks have the same adapter at the start and the same batches. They differ in the weights, in where the
-adapter's product is added, and in the optimizer: each has its own 8-bit AdamW, bf16 torch's AdamW. Dropout masks are
-each stack's own draw.
+With the same seed all stacks have the same initial adapter and the same batches. They differ in the weights, in where
+the adapter's product is added, and in the optimizer: each has its own 8-bit AdamW, and bf16 has torch's AdamW. Each
+stack draws its own dropout masks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(stack: str, seed: int, steps: int) -> dict[str, object]:
     return training.fine_tune(
         functools.partial(build, stack),
         optimizer,
-        # Not of bitsandbytes: there, an evaluation repacks the weights for good (CPUs with AVX512_BF16).
+        # Not with bitsandbytes, where an evaluation repacks the weights for good (on CPUs with AVX512_BF16).
         measure_before=stack != "bitsandbytes",
         eval_pairs=128,
         seed=seed,
@@ -49,7 +49,7 @@ def run(stack: str, seed: int, steps: int) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a stack, with the spread over the seeds."""
+    """The table as Markdown, with a row for each stack and the spread over the seeds."""
     runs = {(done["stack"], done["seed"]): done for done in found["runs"]}
     seeds = sorted({seed for _, seed in runs})
     first = found["runs"][0]

@@ -1,10 +1,10 @@
-"""What a data type costs: weight error and held-out loss before and after the same fine-tune; QLoRA's tables 3 and 4.
+"""The error of data types: of the weights, and of the held-out loss before and after a fine-tune (QLoRA, tables 3, 4).
 
     python bench/quality/datatypes.py --output FILE.json [--types nf4 ...] [--steps 24] [--seeds 0 1 2]
     python bench/quality/datatypes.py --table FILE.json
 
-SmolLM2's linears in each format, blocks of 64, and LoRA of rank 16 over it. For a seed every type has the same adapter
-at the start, batches and dropout masks.
+SmolLM2's linears are in each format, in blocks of 64, with LoRA of rank 16. With the same seed every type has the same
+initial adapter, batches and dropout masks.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run(datatype: str, seed: int, steps: int) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a type, the published figures beside it."""
+    """The table as Markdown, with a row for each type and the published figures beside it."""
     rows = []
     for name in TYPES:
         runs = sorted((done for done in found["runs"] if done["datatype"] == name), key=lambda done: done["seed"])

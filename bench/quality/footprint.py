@@ -2,13 +2,14 @@
 
     python bench/quality/footprint.py --output bench/results/quality-footprint.json
 
-Nothing of that size is allocated: the model, its adapter, the optimizer and a step run on torch's fake tensors, which
-have shapes and no memory, so that every figure is the library's own. The same code with real tensors, at a size
-that fits, is what checks it: the sum of the parts must be what torch's allocator handed out.
+Nothing of that size is allocated. The model, its adapter, the optimizer and a step run on torch's fake tensors, which
+have shapes but no memory, so every figure comes from the library itself. The same code with real tensors, at a size
+that
+fits, checks it: the sum of the parts must be what torch's allocator has allocated.
 
-Full fine-tuning is in bf16 with AdamW's fp32 moments; LoRA has fp32 adapters of rank 16 on every linear over bf16
-weights, and AdamW's fp32 moments; QLoRA the same over NF4 with double quantization, and AdamW8bit. One sequence, with
-gradient checkpointing; "activations" is what forward and backward need at their peak beside the gradients.
+Full fine-tuning is in bf16 with AdamW's fp32 moments. LoRA has fp32 adapters of rank 16 on every linear over bf16
+weights, and AdamW's fp32 moments. QLoRA has the same adapters over NF4 with double quantization, and AdamW8bit. A step
+has one sequence, with gradient checkpointing; "activations" is the peak of forward and backward beside the gradients.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ CARDS = (24, 48, 80)  # GB of memory
 # QLoRA, abstract and section 1, figure 6: GB.
 PUBLISHED = {("65B", "16 bits"): "> 780", ("65B", "QLoRA"): "< 48", ("33B", "QLoRA"): "< 24"}
 KEPT_TOLERANCE = 0.001  # position tables and other small buffers
-PEAK_TOLERANCE = 0.01  # what an operation needs for itself is not seen
+PEAK_TOLERANCE = 0.01  # memory that an operation needs internally is not seen
 
 
 def outline(size: tuple[int, int, int, int], method: str) -> nn.Module:
@@ -98,10 +99,10 @@ def _zeros(like: torch.Tensor) -> torch.Tensor:
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and of how many of them live at once at most."""
+    """Counts the bytes of the storages that operations make, and the most bytes that live at once."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing made yet. `model`: its tensors do not count."""
+        """Start to count. The tensors of `model` do not count."""
         super().__init__()
         self.now = self.most = 0
         self._alive = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -109,7 +110,7 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Run the operation, and look at its results."""
+        """Run the operation, and count its results."""
         results = function(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in self._alive:
@@ -133,7 +134,7 @@ def forward_and_backward(model: nn.Module) -> None:
 
 
 def stepped(model: nn.Module, method: str) -> torch.optim.Optimizer:
-    """An optimizer that has made a step, with gradients of zero where there are none."""
+    """An optimizer that has taken a step. Parameters without a gradient get one of zeros."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Full fine-tuning and LoRA keep fp32 moments, of every tensor.
     optimizer = qn.optim.AdamW8bit(trained, min_8bit_size=4096 if method == "QLoRA" else 1 << 62)
@@ -182,13 +183,13 @@ def allocated(size: tuple[int, int, int, int], method: str) -> dict[str, int]:
         forward_and_backward(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as updated:
         optimizer = stepped(model, method)
-    del optimizer  # not before: its state is counted
+    del optimizer  # only now, because its state is counted
     phases = [list(itertools.accumulate(_allocations(profile))) for profile in (made, used, updated)]
     return {"kept": sum(phase[-1] for phase in phases), "peak": max(phases[1])}
 
 
 def _allocations(profile: torch.profiler.profile) -> list[int]:
-    """Bytes of every allocation, and less than 0 of every release, in the order of time."""
+    """The bytes of every allocation, in order of time; a release has negative bytes."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
@@ -213,7 +214,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: a row a size and method, in GB, the published figures beside it; and the check."""
+    """The table as Markdown, with a row for each size and method in GB, the published figures, and the check."""
     rows = []
     for size, method in itertools.product(SIZES, METHODS):
         (parts,) = (row["parts"] for row in found["rows"] if (row["size"], row["method"]) == (size, method))

@@ -2,9 +2,9 @@
 
     python bench/quality/optimizer.py [--seeds 0 1 2] [--steps 24] --output bench/results/quality-optimizer.json
 
-The run is that of `make finetune`, all of its settings but the number of steps: for a seed the same adapter at the
-start, batches and dropout masks. Only the optimizer differs. Exits 1 if a held-out loss is further from fp32's than the
-goal.
+The run has all settings of `make finetune` except the number of steps. With the same seed both runs have the same
+initial adapter, batches and dropout masks; only the optimizer differs. Exits 1 if a held-out loss differs from that of
+fp32 by more than the goal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import training
 from torch import nn
 
 OPTIMIZERS = {"torch AdamW, fp32 moments": training.finetune.ADAMW, "AdamW8bit": qn.optim.AdamW8bit}
-GOAL = 0.005  # of the held-out loss
+GOAL = 0.005  # the allowed difference, relative to the held-out loss
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -31,7 +31,7 @@ def run(optimizer: str, seed: int, steps: int) -> dict[str, object]:
 
 
 def differences(runs: list[dict]) -> dict[int, float]:
-    """By seed, how far the held-out loss with 8-bit moments is from that with fp32 ones, as a part of the latter."""
+    """{seed: relative difference of the held-out loss with 8-bit moments from that with fp32 moments}."""
     after = {(done["optimizer"], done["seed"]): done["after"] for done in runs}
     exact, ours = OPTIMIZERS
     return {
@@ -42,7 +42,7 @@ def differences(runs: list[dict]) -> dict[int, float]:
 
 
 def table(found: dict) -> str:
-    """Markdown: a row a seed."""
+    """The table as Markdown, with a row for each seed."""
     after = {(done["optimizer"], done["seed"]): f"{done['after']:.4f}" for done in found["runs"]}
     rows = [
         (f"seed {seed}", *(after[name, seed] for name in OPTIMIZERS), f"{100 * difference:+.2f} %")

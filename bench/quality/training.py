@@ -1,7 +1,7 @@
-"""What the tables of this folder share: SmolLM2 learns examples/finetune.py's pairs with its loop, and a file of runs.
+"""Train SmolLM2 on the pairs of examples/finetune.py with its loop, and keep a file of runs, for all tables here.
 
-A run is named by its key (which method, seed, steps, ...). The file keeps every run that it has, so that a table can
-be made in pieces; FILE.md beside it is the table.
+The key of a run is its method, seed, steps, and so on. The file keeps every run, so that a table can be made in pieces.
+The table is in FILE.md beside it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import machine  # noqa: E402
 import report  # noqa: E402
 import step  # noqa: E402
 
-SPLIT_SEED = 0  # which pairs are held out is the same for every run
+SPLIT_SEED = 0  # the same pairs are held out in every run
 EVAL_PAIRS = 64
-NF4 = {"format": "nf4", "double_quant": True}  # what QLoRA means by its base
+NF4 = {"format": "nf4", "double_quant": True}  # the base of QLoRA
 
 
 def base(dtype: torch.dtype = torch.bfloat16, **quantization: object) -> nn.Module:
-    """The model with nothing of it trainable, and its linears quantized where `quantization` says how: format, ..."""
+    """The frozen model. `quantization` (format, ...) quantizes its linears."""
     model = step.load().to(dtype)
     if quantization:
         qn.nn.quantize_model(model, skip=("lm_head",), progress=False, **quantization)
@@ -47,10 +47,10 @@ def lora(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 class Unwrapped(nn.Module):
-    """What finetune.py asks of a PEFT model, around one that has no PEFT adapter."""
+    """The interface of a PEFT model, as far as finetune.py uses it, for a model without a PEFT adapter."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Hold it."""
+        """Wrap `model`."""
         super().__init__()
         self.model = model
 
@@ -59,7 +59,7 @@ class Unwrapped(nn.Module):
         return self.model
 
     def forward(self, **arguments: object) -> object:
-        """The model's."""
+        """Call the model."""
         return self.model(**arguments)
 
 
@@ -74,12 +74,12 @@ def fine_tune(
     """Train a model and measure it.
 
     Args:
-        build: makes the model from the settings. The random numbers begin with the seed before it and again before
-            the training, so that what it draws changes neither batches nor dropout.
-        optimizer: its class.
-        measure_before: whether the untrained model is measured.
-        eval_pairs: how many held-out pairs the loss is measured on.
-        options: of examples/finetune.py: seed=1, lr=1e-3, batch_size=4, ...
+        build: makes the model from the settings. The random numbers are seeded before it and again before the training,
+            so that what it draws changes neither batches nor dropout.
+        optimizer: the class of the optimizer.
+        measure_before: measure the untrained model too.
+        eval_pairs: the number of held-out pairs on which the loss is measured.
+        options: those of examples/finetune.py: seed=1, lr=1e-3, batch_size=4, ...
 
     Returns:
         `before` (or None) and `after`: held-out loss, nats a token; `losses` of the steps; `trainable` parameters;
@@ -112,7 +112,7 @@ def fine_tune(
 
 
 def command_line(description: str | None, **defaults: object) -> argparse.ArgumentParser:
-    """The options that every table has. `defaults`: of --steps and --seeds."""
+    """The options of every table. `defaults` are those of --steps and --seeds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -128,13 +128,13 @@ def make_table(
     run: Callable[..., dict[str, object]],
     table: Callable[[dict], str],
 ) -> dict:
-    """Make the runs that the file has not, and print the table.
+    """Make the runs that the file lacks, and print the table.
 
     Args:
-        args: of command_line().
-        keys: a run's keyword arguments, which also name it in the file.
-        run: makes one.
-        table: Markdown, of what this returns.
+        args: the arguments of command_line().
+        keys: the keyword arguments of each run, which are also its key in the file.
+        run: makes a run.
+        table: makes Markdown of what this returns.
 
     Returns:
         {"machine": ..., "runs": [{key ..., what `run` returned ...}, ...]}
@@ -162,7 +162,7 @@ def make_table(
 
 
 def provenance(found: dict) -> str:
-    """How and where the runs of a table were made, a sentence or two."""
+    """A sentence or two on how and where the runs of a table were made."""
     m, first = found["machine"], found["runs"][0]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     return (

@@ -1,5 +1,5 @@
-// The text that is trained on, as windows of tokens: random ones of its first nine tenths, and the same ones of its
-// last tenth every time.
+// The text as windows of tokens: random windows of its first nine tenths for training, and the same windows of its last
+// tenth at every evaluation.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ struct Batches {
 
 class Data {
  public:
-  // A file of bytes, or with is_token_ids of int32. Throws std::runtime_error where it is too short, or where a token
-  // is not below `vocabulary`.
+  // Reads a file of bytes, or of int32 if is_token_ids. Throws std::runtime_error if it is too short, or if a token is
+  // not below `vocabulary`.
   Data(const std::filesystem::path& file, bool is_token_ids, std::int64_t vocabulary, const Batches& batches,
        std::uint32_t seed);
 

@@ -1,4 +1,4 @@
-// Where qlora_native's operations run, and memory that they and the host both see.
+// The device that runs qlora_native's operations, and memory that it shares with the host.
 #pragma once
 
 #include <cstddef>
@@ -11,23 +11,23 @@
 
 namespace trainer {
 
-// The cpu, whose operations have ended when they return. cuda.cpp has a GPU.
+// The CPU: its operations have finished when they return. The GPU is in cuda.cpp.
 class Device {
  public:
   virtual ~Device() = default;
   virtual std::string name() const;
   virtual qlora_native::Stream stream() const { return {}; }
-  // Returns when all that the stream was given is done: only then may the host touch what that reads or writes.
+  // Waits for all work on the stream. Only then may the host touch memory that the work reads or writes.
   virtual void synchronize() {}
   virtual void* allocate(std::size_t bytes) { return ::operator new(bytes); }
   virtual void free(void* memory, std::size_t /*bytes*/) noexcept { ::operator delete(memory); }
 };
 
-// The one in use: the cpu, or what use_device() has chosen, "cpu" or "cuda", before there was any Shared memory.
+// The device in use: the CPU, or the one that use_device() has chosen ("cpu" or "cuda") before any Shared was made.
 Device& device();
 void use_device(const std::string& name);
 
-// Throws qlora_native::Unavailable where there is no GPU, or none that will do. In cuda.cpp, or no_cuda.cpp.
+// Throws qlora_native::Unavailable if no GPU can be used. Defined in cuda.cpp or no_cuda.cpp.
 std::unique_ptr<Device> make_cuda_device();
 
 template <class T>
@@ -45,7 +45,7 @@ struct SharedAllocator {
   }
 };
 
-// A vector that the device in use sees too.
+// A vector in memory that the device in use can read and write too.
 template <class T>
 using Shared = std::vector<T, SharedAllocator<T>>;
 using Floats = Shared<float>;

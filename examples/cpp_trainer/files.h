@@ -26,8 +26,8 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-// A new file. It is PATH.partial until it is published: if the disk is full or the program ends before that, then what
-// PATH was stays as it was.
+// A new file. It is called PATH.partial until it is published. If the disk is full or the program ends before that, the
+// old file at PATH stays as it was.
 class NewFile {
  public:
   explicit NewFile(std::filesystem::path path);  // replaces a PATH.partial that an earlier run has left
@@ -36,18 +36,18 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
   void write(const void* data, std::size_t bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
-  void sync();     // all of it is on the disk, which may turn out to be full only now
-  void publish();  // and has its name
+  void sync();     // writes all of it to the disk, which may turn out to be full only now
+  void publish();  // renames it to PATH
 
  private:
-  [[noreturn]] void fail() const;  // says what errno says
+  [[noreturn]] void fail() const;  // throws the message of errno
 
   std::filesystem::path path_, partial_;
   int file_ = -1;
   bool is_published_ = false;
 };
 
-// Removes a file, if it is there, and returns when the disk knows.
+// Removes a file, if it exists, and waits until the disk has recorded it.
 void remove_file(const std::filesystem::path& path);
 
 }  // namespace trainer

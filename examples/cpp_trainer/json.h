@@ -1,6 +1,6 @@
 // A reader of JSON: a model's config, the headers of safetensors files, bitsandbytes' quant_state. Such files come from
-// elsewhere, so nothing in them is believed. Text that is not JSON, a key that is there twice, and a value of another
-// type than the one asked for are errors, which name the file and the key.
+// elsewhere, so everything is checked. Text that is not JSON, a key that occurs twice, and a value of the wrong type
+// are errors that name the file and the key.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ struct JsonValue;  // in json.cpp
 // A value in a document. The document lives as long as one of its values does. Every mistake is a std::runtime_error.
 class Json {
  public:
-  static constexpr std::int64_t kLargest = std::int64_t{1} << 53;  // up to here a double has every integer
+  static constexpr std::int64_t kLargest = std::int64_t{1} << 53;  // a double holds every integer up to here
 
-  // `source` is what errors call the text: the name of its file.
+  // `source` is the name of the text in errors: that of its file.
   static Json parse(std::string_view text, std::string source);
 
   bool is_null() const;
@@ -48,7 +48,7 @@ class Json {
 // `text` in quotes, escaped.
 std::string json_string(std::string_view text);
 
-// `text` as a part of one line: as it is, or if it is long or has control characters, the beginning of it in quotes.
+// `text` shortened for one line: unchanged, or its beginning in quotes if it is long or has control characters.
 std::string in_a_line(std::string_view text);
 
 }  // namespace trainer

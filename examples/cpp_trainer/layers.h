@@ -9,7 +9,7 @@ namespace trainer {
 
 // y = x / rms(x) * weight, rms = sqrt(mean(x^2) + eps)
 void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y);
-// dx += dy through it
+// Adds to dx the gradient that dy has through rms_norm.
 void rms_norm_backward(const float* dy, const float* x, const float* weight, std::int64_t rows, std::int64_t width,
                        float eps, float* dx);
 

@@ -32,18 +32,18 @@ class Parameter {
   Shared<std::int64_t> step_;  // one
 };
 
-// y[M,N] = x[M,K] . W^T + scaling * dropout(x) . A^T . B^T. All activations are fp32, in Shared memory; results are
-// there once the device is synchronized.
+// y[M,N] = x[M,K] . W^T + scaling * dropout(x) . A^T . B^T. All activations are fp32, in Shared memory. Results are
+// valid after the device was synchronized.
 class QloraLinear {
  public:
-  // `name`.weight [out, in] of the checkpoint, as bitsandbytes lays it out. B starts at zero. Throws
-  // std::runtime_error where the checkpoint has no such weight, or one that is not whole and finite.
+  // Reads `name`.weight [out, in] of the checkpoint, in bitsandbytes' layout. B starts at zero. Throws
+  // std::runtime_error if the weight is missing, incomplete or not finite.
   QloraLinear(const Checkpoint& checkpoint, std::string name, std::int64_t out, std::int64_t in, const LoraConfig& lora,
               std::mt19937& random);
 
-  // x and y stay the caller's; backward needs x again. A seed of 0 switches dropout off.
+  // The caller owns x and y; backward needs x again. A seed of 0 switches dropout off.
   void forward(const float* x, std::int64_t rows, float* y, std::uint64_t seed);
-  // dx[M,K] and, into grad, dA and dB.
+  // Computes dx[M,K], and stores dA and dB in the gradients of A and B.
   void backward(const float* dy, std::int64_t rows, float* dx);
 
   const std::string& name() const { return name_; }
@@ -59,7 +59,7 @@ class QloraLinear {
   std::string name_;
   LoraConfig config_;
   qlora_native::QuantizedWeightView weight_;
-  Shared<std::uint8_t> codes_, absmax_codes_;  // copies: a GPU does not see the file
+  Shared<std::uint8_t> codes_, absmax_codes_;  // copies, because a GPU cannot read the mapped file
   Floats code_, absmax_, nested_code_, nested_absmax_, offset_;
   Parameter a_, b_;  // [rank, K], [N, rank]
   Floats u_, v_;

@@ -1,4 +1,5 @@
-// A Llama-shaped language model: frozen 4-bit linear layers with adapters; embeddings, norms and head as they are.
+// A Llama-shaped language model with frozen 4-bit linear layers and adapters. Embeddings, norms and head are not
+// quantized.
 #pragma once
 
 #include <cstdint>
@@ -21,36 +22,36 @@ struct LlamaConfig {
   double theta = 10000.0;
   bool is_head_tied = false;  // to the embeddings
 
-  // From a folder's config.json. Throws std::runtime_error on a model of another kind, and on sizes that no model has:
-  // no product of those that are left is too large for 64 bits.
+  // Reads config.json of a folder. Throws std::runtime_error for another kind of model, and for sizes so large that
+  // their products would not fit in 64 bits.
   static LlamaConfig read(const std::filesystem::path& folder);
   static LlamaConfig parse(const Json& json);
 };
 
 class Llama {
  public:
-  // A folder written by `python -m qlora_native quantize`, or by transformers with bitsandbytes. Throws
-  // std::runtime_error where a tensor is missing or is not as the config implies.
+  // Loads a folder that `python -m qlora_native quantize`, or transformers with bitsandbytes, has written. Throws
+  // std::runtime_error if a tensor is missing or does not fit the config.
   Llama(const std::filesystem::path& folder, const LoraConfig& lora, std::uint32_t seed)
       : Llama(LlamaConfig::read(folder), Checkpoint(folder), lora, seed) {}
   Llama(const LlamaConfig& config, const Checkpoint& checkpoint, const LoraConfig& lora, std::uint32_t seed);
 
   // Tokens are [sequences, length]. Logits are [sequences * length, vocabulary], valid until the next call.
-  // Dropout takes its masks from `seed`; 0: none.
+  // `seed` determines the masks of dropout; 0 switches it off.
   std::span<float> forward(std::span<const std::int32_t> tokens, std::int64_t length, std::uint64_t seed);
-  // After forward: the gradient of every adapter from that of the logits.
+  // Computes the gradients of all adapters from the gradient of the logits, after forward.
   void backward(std::span<const float> dlogits);
 
   const LlamaConfig& config() const { return config_; }
   std::vector<QloraLinear*> linears();
 
  private:
-  // What backward needs. x: the block's input; after: with the attention added.
+  // Activations that backward needs. x: the input of the block; after: x plus the attention.
   struct Activations {
     std::vector<float> x, probabilities, after;
     Floats normed, queries, keys, values, attended, mlp_normed, gated, upped, hidden;
   };
-  // Of one block at a time. x: of its output, then of its input.
+  // Gradients of one block at a time. x: of its output, then of its input.
   struct Gradients {
     Floats x, normed, queries, keys, values, attended, gated, upped, hidden;
   };

@@ -6,10 +6,10 @@
 // byte, for a model with a vocabulary of 256; or with --token-ids the text as int32 token ids, for any other. Its last
 // tenth is held out.
 //
-// --device cuda: the products, the adapters' gradients and the optimizer run on a GPU. Attention, norms, head and loss
-// stay on the host, in the memory that both see, and wait for the device where they use what it wrote. A faster trainer
-// goes on from there: those parts as kernels on the same stream, which ends the waiting, and activations in bf16, whose
-// products are for the tensor cores. So the cpu is the default.
+// --device cuda runs the products, the adapters' gradients and the optimizer on a GPU. Attention, norms, head and loss
+// run on the host, in memory that both share, and wait for the device before they use its results. A faster trainer
+// would run those parts as kernels on the same stream, without waiting, and keep activations in bf16, for the tensor
+// cores. So the CPU is the default.
 #include <unistd.h>
 
 #include <algorithm>
@@ -80,7 +80,7 @@ Options parse(int count, char** arguments) {
       out = static_cast<Value>(parsed);
     };
   };
-  constexpr double kMany = 1e9, kLongest = 65536;  // products of two or three of them stay below 2^63
+  constexpr double kMany = 1e9, kLongest = 65536;  // so that products of two or three sizes stay below 2^63
   const std::map<std::string, std::function<void(const char*)>> options = {
       {"--model", text(o.model)},
       {"--data", text(o.data)},
@@ -147,7 +147,7 @@ class Trainer {
     std::fflush(stdout);
     const bool terminal = isatty(STDOUT_FILENO) != 0;
     using Clock = std::chrono::steady_clock;
-    constexpr std::chrono::seconds kBetweenLines(10);  // in a log; a terminal shows every step on one line
+    constexpr std::chrono::seconds kBetweenLines(10);  // in a log file; a terminal shows every step on one line
     const auto start = Clock::now();
     auto last_line = start;
     double shown = 0.0;
@@ -188,7 +188,7 @@ class Trainer {
         for (const float g : parameter->grad) squares += double{g} * double{g};
       scale_[0] = static_cast<float>(std::min(1.0, o_.clip / (std::sqrt(squares) + 1e-6)));
     }
-    // A linear warm-up, then linearly down to a tenth.
+    // The learning rate rises linearly, and then falls linearly to a tenth.
     const double progress = static_cast<double>(step) / static_cast<double>(o_.steps);
     const double warm = static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(o_.warmup, 1));
     const qn::Optimizer8bitGroup group{.lr = o_.lr * std::min(warm, 1.0 - 0.9 * progress),

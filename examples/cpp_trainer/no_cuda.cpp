@@ -1,4 +1,4 @@
-// What stands in for cuda.cpp where there is no CUDA toolkit.
+// Replaces cuda.cpp if there is no CUDA toolkit.
 #include "device.h"
 
 namespace trainer {

@@ -20,7 +20,7 @@ constexpr std::uint64_t kLongestHeader = 100'000'000;  // the format's own limit
   throw std::runtime_error(name + ": " + what);
 }
 
-// Bytes of an element; 0: there is no such dtype. Those of less than a byte are not read.
+// The bytes of an element, or 0 for an unknown dtype. Dtypes of less than a byte are not supported.
 std::size_t size_of(std::string_view dtype) {
   struct Known {
     std::size_t bytes;
@@ -35,7 +35,7 @@ std::size_t size_of(std::string_view dtype) {
   return 0;
 }
 
-// The bytes of a tensor. There is no result if 64 bits do not hold their number.
+// The bytes of a tensor, or nothing if their number does not fit in 64 bits.
 std::optional<std::size_t> bytes_of(const Shape& shape, std::size_t element) {
   std::size_t bytes = element;
   for (const std::int64_t size : shape)
@@ -61,7 +61,7 @@ void convert_halves(const std::byte* data, std::vector<float>& out, Convert conv
   }
 }
 
-// An exponent of ones carries into the sign bit. There is no way out of the loop, so that it becomes vectors.
+// An exponent of all ones carries into the sign bit. The loop has no early exit, so that the compiler vectorizes it.
 bool all_finite(const std::vector<float>& values) {
   std::uint32_t carries = 0;
   for (const float value : values) carries |= (std::bit_cast<std::uint32_t>(value) & 0x7F800000) + 0x00800000;

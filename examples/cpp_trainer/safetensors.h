@@ -29,12 +29,12 @@ struct Tensor {
 class Checkpoint {
  public:
   explicit Checkpoint(const std::filesystem::path& folder);
-  // Reads one such file in the caller's memory. `name` is what errors call it.
+  // Reads one such file from the caller's memory. `name` is its name in errors.
   Checkpoint(std::string_view file, const std::string& name) { add(file, name); }
 
   bool contains(const std::string& name) const { return tensors_.contains(name); }
   bool contains_any_below(const std::string& prefix) const;
-  // A copy as fp32 of a tensor of that shape, whose values must be finite. `why` ends the sentence about another shape.
+  // A copy in fp32 of a tensor, which must have this shape and finite values. `why` ends the error about a wrong shape.
   std::vector<float> floats(const std::string& name, const Shape& shape, const std::string& why = "") const;
   // A tensor of U8.
   std::span<const std::uint8_t> bytes(const std::string& name) const;

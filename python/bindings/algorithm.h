@@ -1,4 +1,4 @@
-// The algorithms of the optimizer by the names that Python has for them.
+// The algorithms of the optimizers by their names in Python.
 #pragma once
 
 #include <string>

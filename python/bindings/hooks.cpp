@@ -1,4 +1,4 @@
-// What the library gets from torch (runtime.h): its threads, and on a GPU its memory and its dense product.
+// The hooks (runtime.h) by which the library uses torch's threads, and on a GPU torch's memory and dense product.
 #include "qlora_native/runtime.h"
 
 #include <array>
@@ -8,8 +8,8 @@
 
 #include "tensors.h"
 
-// Why a call of torch's C API has failed in this thread. Torch's library and header have it from 2.13 on; those before
-// print the reason.
+// The reason why a call of torch's C API has failed in this thread. torch has this function from 2.13 on; older ones
+// print the reason instead.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace qlora_native {
@@ -20,7 +20,7 @@ std::string reason_of_failure() {
   return torch_exception_get_what_without_backtrace();
 }
 
-// torch's own products are in its current stream, and so is its memory.
+// torch multiplies and allocates in its current stream, so no other stream can be served.
 torch::stable::Device device_of(const Stream& stream) {
   using torch::headeronly::DeviceType;
   if (stream.device == Device::cpu) return {DeviceType::CPU};
@@ -29,7 +29,8 @@ torch::stable::Device device_of(const Stream& stream) {
   return {DeviceType::CUDA, static_cast<torch::stable::DeviceIndex>(stream.index)};
 }
 
-// Of torch's caching allocator, which so knows of it and keeps it for others; a CUDA graph's are its own.
+// Allocates by torch's caching allocator, which then reuses the memory; under a CUDA graph it comes from the graph's
+// pool.
 DeviceMemory allocate(std::size_t bytes, const Stream& stream) {
   const torch::stable::Device device = device_of(stream);
   const auto size = static_cast<std::int64_t>(bytes);
@@ -37,7 +38,7 @@ DeviceMemory allocate(std::size_t bytes, const Stream& stream) {
     auto tensor = std::make_unique<Tensor>(
         torch::stable::empty({&size, 1}, ScalarType::Byte, std::nullopt, device, std::nullopt, std::nullopt));
     return {.data = tensor->data_ptr(), .handle = tensor.release()};
-  } catch (const std::exception&) {  // its text is that of a failed call
+  } catch (const std::exception&) {  // its text says only which call has failed
     throw Unavailable("torch is out of memory. A call needs " + std::to_string(bytes) +
                       " bytes beside its result: " + reason_of_failure());
   }
@@ -48,16 +49,16 @@ ScalarType type_of(DType dtype) {
   return dtype == DType::f32 ? ScalarType::Float : dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
-// Over memory that it does not own: no tensor that autograd knows is behind it.
+// A tensor over memory that it does not own. Autograd does not know it.
 Tensor tensor_over(const void* data, DType dtype, std::initializer_list<std::int64_t> sizes,
                    std::initializer_list<std::int64_t> strides, const torch::stable::Device& device) {
   return torch::stable::from_blob(const_cast<void*>(data), {sizes.begin(), sizes.size()},
                                   {strides.begin(), strides.size()}, device, type_of(dtype));
 }
 
-// By linear.out, which is mm.out or, with a bias, addmm.out: autocast has no rule for what has an `out`, and autograd
-// nothing to do where no tensor asks for a gradient. torch's settings hold as for F.linear: whether fp32 may be rounded
-// to TF32, and whether parts of a 16-bit sum may be.
+// Calls linear.out, which is mm.out or, with a bias, addmm.out. Autocast has no rule for functions with an `out`, and
+// autograd does nothing, because no tensor requires a gradient. torch's settings act as in F.linear: whether fp32 may
+// be rounded to TF32, and whether partial sums may be rounded to 16 bits.
 void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
   const torch::stable::Device device = device_of(stream);
   const std::int64_t inner = args.left.cols, cols = args.out.cols, stride = args.right.stride;
@@ -74,13 +75,13 @@ void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
     throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
                       std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
   }
-  torch::stable::detail::to<Tensor>(stack[0]);  // `out`, of which nobody else would let go
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference to `out` and releases it
 }
 
 }  // namespace
 
 void install_torch_hooks() {
-  // Its pool, so that the two never fight over the cores.
+  // torch's own threads, so that two pools never compete for the cores.
   set_thread_pool(
       [](std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
         torch::stable::parallel_for(0, tasks, /*grain_size=*/1,

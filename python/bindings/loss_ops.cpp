@@ -1,4 +1,4 @@
-// The torch op of the loss, as ops.cpp has those of the products. Its fake is in python/qlora_native/_loss.py.
+// The torch op of the loss: schema and implementation. Its fake kernel is in python/qlora_native/_loss.py.
 #include <tuple>
 
 #include "qlora_native/cross_entropy.h"
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> cross_entropy_op(const Tensor& logits, const Tensor& 
 }  // namespace
 }  // namespace qlora_native
 
-// With `gradient` the logits become their gradient (cross_entropy.h).
+// If `gradient` is true, the op overwrites the logits with their gradient (cross_entropy.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "cross_entropy_(Tensor(a!) logits, Tensor labels, int ignore_index, float scale, float softcap, "

@@ -1,6 +1,6 @@
 // The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
-// Checked here is what memory safety needs; friendly messages come from python/qlora_native/functional.py.
-// Fakes and autograd formulas are in python/qlora_native/_ops.py.
+// They check what memory safety needs; the messages for users come from python/qlora_native/functional.py.
+// Fake kernels and autograd formulas are in python/qlora_native/_ops.py.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -67,7 +67,7 @@ struct LoraTensors {
   OptionalTensor seed;
 };
 
-// The dropout of an adapter, whose seed is read here if it is on the CPU, else beside `like` by the kernels.
+// Sets the dropout of an adapter. A seed on the CPU is read here; the kernels read one that is on the device of `like`.
 void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, const Tensor& like) {
   view.dropout = static_cast<float>(dropout);
   if (dropout == 0.0) return;
@@ -83,7 +83,7 @@ void set_dropout(LoraView& view, double dropout, const OptionalTensor& seed, con
   }
 }
 
-// A view without its pointers where there is no adapter.
+// The view of an adapter; its pointers are null if there is none.
 LoraView view_of(const LoraTensors& lora, const QuantizedWeightView& w, const Tensor& like) {
   LoraView view;
   view.scaling = static_cast<float>(lora.scaling);
@@ -220,7 +220,8 @@ Tensor dequantize_rows_op(const Tensor& codes, const Tensor& absmax, const Optio
   args.rows = static_cast<const std::int64_t*>(data_of(rows, ScalarType::Long, args.row_count, codes, "rows"));
   Tensor out = new_tensor(codes, {args.row_count, K}, dtype);
   args.out = out.data_ptr();
-  if (args.row_count > 0) dequantize(args, stream_of(codes));  // an empty tensor has no address: that means all rows
+  // An empty tensor has a null pointer, which would mean all rows.
+  if (args.row_count > 0) dequantize(args, stream_of(codes));
   return out;
 }
 
@@ -322,7 +323,7 @@ void implement(Library& library) {
   "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, Tensor? code, " \
   "int N, int K, int bits, int blocksize"
 #define QLN_LORA "Tensor? lora_a, Tensor? lora_b, float lora_scaling, float lora_dropout, Tensor? seed"
-// Rows in groups (linear.h): offsets [groups + 1], and the weights that the codes are of.
+// Rows in groups (linear.h): offsets [groups + 1], and the number of weights in the codes.
 #define QLN_GROUPS "Tensor? offsets=None, int weights=1"
 
 // Run when this library is loaded.
@@ -347,6 +348,6 @@ STABLE_TORCH_LIBRARY(qlora_native, library) {
       "ScalarType dtype, Tensor? offsets=None, int adapters=0) -> (Tensor da, Tensor db)");
 }
 
-// The same functions for both: the core picks the backend by the stream's device.
+// Both devices share the implementations: the core chooses the backend by the device of the stream.
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement(library); }
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CUDA, library) { qlora_native::implement(library); }

@@ -1,4 +1,4 @@
-// The torch op of the optimizers, as ops.cpp has those of the products. Its fake is in python/qlora_native/_ops.py.
+// The torch op of the optimizers: schema and implementation. Its fake kernel is in python/qlora_native/_ops.py.
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -18,7 +18,7 @@ void check_length(std::size_t length, std::size_t expected, const char* list) {
   check(length == expected, list, [&] { return std::to_string(expected) + " items"; }, length);
 }
 
-// How many tensors come from each group: together `count`.
+// The group of each of the `count` parameters, from the number of parameters in each group.
 std::vector<int> groups_of(const std::vector<std::int64_t>& group_sizes, std::size_t count) {
   std::vector<int> groups;
   groups.reserve(count);
@@ -33,11 +33,13 @@ std::vector<int> groups_of(const std::vector<std::int64_t>& group_sizes, std::si
   return groups;
 }
 
-// Takes what belongs to one parameter after the other from a list of tensors. Each of these is one parameter's, or of
-// several in turn, where each parameter has room for whole blocks of kOptimizer8bitBlocksize elements, one at least.
-class Taker {
+// Walks through a list of state tensors, one parameter after the other. A tensor belongs to one parameter, or is flat
+// and belongs to several in turn. In a flat one each parameter has whole blocks of kOptimizer8bitBlocksize elements, at
+// least one.
+class StateCursor {
  public:
-  Taker(const Tensors& tensors, const char* list, const Tensor& like) : tensors_(tensors), list_(list), like_(like) {}
+  StateCursor(const Tensors& tensors, const char* list, const Tensor& like)
+      : tensors_(tensors), list_(list), like_(like) {}
 
   ScalarType type() const {
     check(index_ < tensors_.size(), list_, "one for each parameter", "fewer");
@@ -46,8 +48,8 @@ class Taker {
 
   ListItem name() const { return {list_, static_cast<std::int64_t>(index_)}; }
 
-  // The next `count` elements of `type`, of which each block of a parameter has `per_block`.
-  void* take(ScalarType type, std::int64_t count, std::int64_t blocks, std::int64_t per_block) {
+  // The `count` elements of the next parameter. In a flat tensor it has `per_block` elements for each of its blocks.
+  void* next(ScalarType type, std::int64_t count, std::int64_t blocks, std::int64_t per_block) {
     check(index_ < tensors_.size(), list_, "one for each parameter", "fewer");
     const Tensor& tensor = tensors_[index_];
     if (used_ == 0) {
@@ -57,10 +59,10 @@ class Taker {
     }
     check(type == type_, name(), [&] { return name_of_type(type); }, [&] { return name_of_type(type_); });
     const bool alone = used_ == 0 && numel_ == count;
-    const std::int64_t room = alone ? count : (blocks > 0 ? blocks : 1) * per_block;
-    check(room <= numel_ - used_, name(), [&] { return std::to_string(used_ + room) + " elements"; }, numel_);
+    const std::int64_t length = alone ? count : (blocks > 0 ? blocks : 1) * per_block;
+    check(length <= numel_ - used_, name(), [&] { return std::to_string(used_ + length) + " elements"; }, numel_);
     std::byte* const taken = data_ + used_ * size_of_type(type);
-    used_ += room;
+    used_ += length;
     if (used_ == numel_) {
       ++index_;
       used_ = 0;
@@ -78,7 +80,7 @@ class Taker {
   const Tensors& tensors_;
   const char* list_;
   const Tensor& like_;
-  std::size_t index_ = 0;  // of the tensor that is taken from
+  std::size_t index_ = 0;  // of the current tensor
   std::byte* data_ = nullptr;
   std::int64_t numel_ = 0, used_ = 0;
   ScalarType type_ = ScalarType::Undefined;
@@ -118,7 +120,7 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
   }
   check_length(lr_tensors.size(), lr_groups.size(), "lr_tensors");
   for (std::size_t i = 0; i < lr_groups.size(); ++i) {
-    const auto group = static_cast<std::size_t>(lr_groups[i]);  // a negative one is beyond the last, too
+    const auto group = static_cast<std::size_t>(lr_groups[i]);  // a negative index becomes a large one
     check(
         group < groups.size(), "lr_groups", [&] { return "indices below " + std::to_string(groups.size()); },
         lr_groups[i]);
@@ -126,13 +128,14 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
         data_of(lr_tensors[i], ScalarType::Float, 1, skipped, ListItem{"lr_tensors", static_cast<std::int64_t>(i)}));
   }
 
-  // In place of parameters and gradients with other strides.
+  // Contiguous copies of parameters and gradients that have other strides.
   Tensors copies;
-  std::vector<std::pair<Tensor, Tensor>> written;  // a parameter, and what the core writes for it
+  std::vector<std::pair<Tensor, Tensor>> written;  // (parameter, its copy, which the core updates)
   std::vector<Optimizer8bitTensor> tensors(count);
-  Taker states1(state1, "state1", skipped), states2(state2, "state2", skipped), all_steps(steps, "steps", skipped);
-  Taker absmaxes1(absmax1, "absmax1", skipped), absmaxes2(absmax2, "absmax2", skipped);
-  const int moments = moments_of(algorithm), in_first = moments == 3 ? 2 : 1;  // the third moment follows the first
+  StateCursor states1(state1, "state1", skipped), states2(state2, "state2", skipped),
+      all_steps(steps, "steps", skipped);
+  StateCursor absmaxes1(absmax1, "absmax1", skipped), absmaxes2(absmax2, "absmax2", skipped);
+  const int moments = moments_of(algorithm), moments_in_state1 = moments == 3 ? 2 : 1;  // the third is there
   for (std::size_t i = 0; i < count; ++i) {
     Optimizer8bitTensor& tensor = tensors[i];
     const auto name = [&](const char* list) { return ListItem{list, static_cast<std::int64_t>(i)}; };
@@ -156,19 +159,21 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
     check(state_type == ScalarType::Byte || state_type == ScalarType::Float, states1.name(), "uint8 or float32",
           [&] { return name_of_type(state_type); });
     const bool in_8_bits = state_type == ScalarType::Byte;
-    tensor.state1 = states1.take(state_type, in_first * elements, blocks, in_first * kOptimizer8bitBlocksize);
-    if (moments > 1) tensor.state2 = states2.take(state_type, elements, blocks, kOptimizer8bitBlocksize);
+    tensor.state1 =
+        states1.next(state_type, moments_in_state1 * elements, blocks, moments_in_state1 * kOptimizer8bitBlocksize);
+    if (moments > 1) tensor.state2 = states2.next(state_type, elements, blocks, kOptimizer8bitBlocksize);
     if (in_8_bits) {
-      tensor.absmax1 = static_cast<float*>(absmaxes1.take(ScalarType::Float, in_first * blocks, blocks, in_first));
-      if (moments > 1) tensor.absmax2 = static_cast<float*>(absmaxes2.take(ScalarType::Float, blocks, blocks, 1));
+      tensor.absmax1 =
+          static_cast<float*>(absmaxes1.next(ScalarType::Float, moments_in_state1 * blocks, blocks, moments_in_state1));
+      if (moments > 1) tensor.absmax2 = static_cast<float*>(absmaxes2.next(ScalarType::Float, blocks, blocks, 1));
     }
     if (moments == 3) {
       tensor.state3 = static_cast<std::byte*>(tensor.state1) + elements * (in_8_bits ? 1 : 4);
       if (in_8_bits) tensor.absmax3 = tensor.absmax1 + blocks;
     }
-    tensor.step = static_cast<std::int64_t*>(all_steps.take(ScalarType::Long, 1, 1, 1));
+    tensor.step = static_cast<std::int64_t*>(all_steps.next(ScalarType::Long, 1, 1, 1));
   }
-  for (const Taker* list : {&states1, &states2, &absmaxes1, &absmaxes2, &all_steps}) list->check_end();
+  for (const StateCursor* list : {&states1, &states2, &absmaxes1, &absmaxes2, &all_steps}) list->check_end();
 
   Optimizer8bitArgs args;
   args.algorithm = algorithm;
@@ -194,13 +199,13 @@ void implement_optimizer(Library& library) {
 }  // namespace
 }  // namespace qlora_native
 
-// algorithm: adamw, lion, which has no state2 and no absmax2, or ademamix, of which state1 is [2, elements] and absmax1
-// [2, blocks]: the fast moment, then the slow one. beta3, alpha, t_alpha and t_beta3 are read for ademamix alone.
+// algorithm: adamw; lion, which has no state2 and no absmax2; or ademamix, where state1 is [2, elements] and absmax1
+// [2, blocks], for the fast moment and then the slow one. Only ademamix reads beta3, alpha, t_alpha and t_beta3.
 //
-// Parameters stand in the order of their groups; absmax1 and absmax2 are those of the parameters whose state is uint8,
-// in order. lr_tensors[i], one fp32 value, takes the place of lr[lr_groups[i]]. A tensor of state1, state2, absmax1,
-// absmax2 or steps may be that of several parameters (Taker). What is mutated is written in place, or nothing but
-// `skipped` (optimizer.h).
+// Parameters are in the order of their groups. absmax1 and absmax2 list the parameters whose state is uint8, in order.
+// lr_tensors[i], one fp32 value, replaces lr[lr_groups[i]]. A tensor of state1, state2, absmax1, absmax2 or steps may
+// be flat and belong to several parameters (StateCursor). A step that is skipped writes nothing but `skipped`
+// (optimizer.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "optimizer_8bit_step(str algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "

@@ -1,5 +1,5 @@
-// PagedArena for Python: its memory as DLPack capsules, which become tensors that keep the arena alive. (A tensor
-// over foreign memory that frees it is in torch's stable ABI from 2.11 on.)
+// PagedArena for Python. Its memory is handed out as DLPack capsules, which become tensors that keep the arena alive.
+// (torch's stable ABI can make such tensors only from 2.11 on.)
 #include "qlora_native/paged.h"
 
 #include <ATen/dlpack.h>
@@ -40,8 +40,8 @@ Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, 
   return {std::move(list), std::move(arena), stream};
 }
 
-// One array of states[index] as a tensor, [elements]. Each has a storage of its own: torch saves none that is seen with
-// two dtypes.
+// An array of states[index] as a tensor, [elements]. Each has a storage of its own, because torch cannot save a storage
+// that two dtypes share.
 py::capsule array(const Paged& paged, void* data, DLDataType dtype, std::int64_t elements) {
   struct Managed {
     DLManagedTensor tensor;
@@ -60,15 +60,15 @@ py::capsule array(const Paged& paged, void* data, DLDataType dtype, std::int64_t
   managed->tensor.manager_ctx = managed;
   managed->tensor.deleter = [](DLManagedTensor* self) { delete static_cast<Managed*>(self->manager_ctx); };
   return py::capsule(&managed->tensor, "dltensor", [](PyObject* object) {
-    // Whoever takes the tensor renames the capsule, and calls the deleter himself.
+    // A consumer that has taken the tensor has renamed the capsule and calls the deleter itself.
     if (!PyCapsule_IsValid(object, "dltensor")) return;
     auto* const tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(object, "dltensor"));
     tensor->deleter(tensor);
   });
 }
 
-// state1, state2 if there is one, and absmax1, absmax2 where moments are in 8 bits. Of ademamix state1 and absmax1 are
-// those of two moments.
+// The arrays of a parameter: state1, state2 if the algorithm has one, and with 8-bit moments absmax1 and absmax2. In
+// ademamix state1 and absmax1 hold two moments each.
 std::vector<py::capsule> arrays(const Paged& paged, std::size_t index) {
   const PagedState& state = paged.states.at(index);
   constexpr DLDataType kByte = {kDLUInt, 8, 1}, kFloat = {kDLFloat, 32, 1};
@@ -76,13 +76,13 @@ std::vector<py::capsule> arrays(const Paged& paged, std::size_t index) {
   paged.arena->place(index, tensor);
   std::vector<py::capsule> found;
   const std::int64_t blocks = (state.elements + kOptimizer8bitBlocksize - 1) / kOptimizer8bitBlocksize;
-  const int in_first = tensor.state3 != nullptr ? 2 : 1;
-  found.push_back(array(paged, tensor.state1, state.in_8_bits ? kByte : kFloat, in_first * state.elements));
+  const int moments_in_state1 = tensor.state3 != nullptr ? 2 : 1;
+  found.push_back(array(paged, tensor.state1, state.in_8_bits ? kByte : kFloat, moments_in_state1 * state.elements));
   if (tensor.state2 != nullptr) {
     found.push_back(array(paged, tensor.state2, state.in_8_bits ? kByte : kFloat, state.elements));
   }
   if (!state.in_8_bits) return found;
-  found.push_back(array(paged, tensor.absmax1, kFloat, in_first * blocks));
+  found.push_back(array(paged, tensor.absmax1, kFloat, moments_in_state1 * blocks));
   if (tensor.absmax2 != nullptr) found.push_back(array(paged, tensor.absmax2, kFloat, blocks));
   return found;
 }
@@ -100,12 +100,13 @@ py::dict stats(const Paged& paged) {
 }  // namespace
 
 void bind_paged(py::module_& module) {
-  py::class_<Paged>(module, "PagedArena", "State of an 8-bit optimizer that does not stay on the GPU (paged.h).")
+  py::class_<Paged>(module, "PagedArena",
+                    "Memory for the state of an 8-bit optimizer that moves between host and GPU (paged.h).")
       .def(py::init(&make), py::arg("states"), py::arg("cuda"), py::arg("index"), py::arg("algorithm") = "adamw",
            py::arg("stretch_bytes") = py::none(), py::arg("pinned") = false)
       .def("arrays", &arrays, py::arg("index"),
-           "DLPack capsules over state1, state2 and, of 8-bit moments, absmax1 and absmax2 of states[index], as far as "
-           "the algorithm has them.")
+           "DLPack capsules over those arrays of states[index] that the algorithm has: state1, state2 and, with 8-bit "
+           "moments, absmax1, absmax2.")
       .def("stats", &stats);
 }
 

@@ -1,4 +1,4 @@
-// What the files of torch ops share: from torch's tensors to pointers, with the checks that memory safety needs.
+// From torch's tensors to pointers, with the checks that memory safety needs. All files of torch ops use it.
 #pragma once
 
 #include <dlfcn.h>
@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
 
-// One tensor of a list, as an argument's name. It becomes text only in an error: an optimizer has thousands of them.
+// The name of a tensor in a list of arguments. Only an error makes it text, because an optimizer has thousands of them.
 struct ListItem {
   const char* list;
   std::int64_t index;
@@ -45,12 +45,12 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// Whether all elements of a tensor lie in its storage. A storage can be freed or shrunk under the tensors that see it
-// (`untyped_storage().resize_(0)`, as FSDP and offloading do it), and then the address of their first element is null,
-// or near null, or that of memory which is somebody else's by now.
+// Whether all elements of a tensor lie in its storage. FSDP and offloading free or shrink a storage while tensors still
+// refer to it (`untyped_storage().resize_(0)`). The address of their first element is then null, near null, or in
+// memory that belongs to somebody else by now.
 inline bool has_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
-  std::int64_t bytes = 0, last = 0;  // `last` becomes the place of the last element in the storage
+  std::int64_t bytes = 0, last = 0;  // `last` becomes the index of the last element in the storage
   if (aoti_torch_get_storage_size(tensor.get(), &bytes) != 0) return false;
   if (aoti_torch_get_storage_offset(tensor.get(), &last) != 0) return false;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -63,7 +63,8 @@ void check_memory(const Tensor& tensor, const Name& argument) {
   check(has_memory(tensor), argument, "a tensor with memory", "one whose storage was freed");
 }
 
-// The data of a contiguous tensor with `numel` elements of `type` beside `like`.
+// The data of a tensor, after a check that it is contiguous, has `numel` elements of `type` and is on the device of
+// `like`.
 template <class Name>
 void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const Tensor& like, const Name& argument) {
   check(
@@ -76,8 +77,8 @@ void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const T
   return tensor.data_ptr();
 }
 
-// torch's current stream of a device, as a cudaStream_t. The function is in a library that a CPU build of torch lacks;
-// so this one does not link it, and asks for what is loaded already.
+// torch's current stream of a device, as a cudaStream_t. The function is in a library that a CPU build of torch does
+// not have, so it is not linked but looked up in the library that torch has loaded.
 inline void* current_cuda_stream(int index) {
   using GetCurrent = std::int32_t (*)(std::int32_t index, void** stream);
   static const GetCurrent get_current = [] {

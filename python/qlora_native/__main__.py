@@ -1,4 +1,4 @@
-"""`qlora-native`, or `python -m qlora_native`: what a bug report needs to say; `merge`, `quantize`, `export` models."""
+"""The command `qlora-native`, or `python -m qlora_native`: prints what a bug report needs, and converts models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 from . import _C, __version__
 from ._microscaling import MICROSCALED
 
-PACKED = ("int4", "int8")  # formats that are written as compressed-tensors has them
+PACKED = ("int4", "int8")  # formats that are written to compressed-tensors' files
 
 
 def report() -> dict[str, str]:
-    """Names and values, in the order in which they are shown."""
+    """What this installation is and what it runs on: {name: value}, in the order in which it is printed."""
     try:
         used = _C.current_isa()
-    except RuntimeError as error:  # QLN_FORCE_ISA names one that cannot run here: say so, this is where one looks
+    except RuntimeError as error:  # QLN_FORCE_ISA names one that cannot run here, and the report says why
         used = f"none: {error}"
     forced = os.environ.get("QLN_FORCE_ISA")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -59,12 +59,12 @@ def _processor() -> str:
 
 
 def cmake_dir() -> Path:
-    """The folder to give CMake as qlora_native_DIR: the C++ package inside this one."""
+    """The folder of the C++ package inside this Python package, which CMake takes as qlora_native_DIR."""
     return Path(_C.__file__).parent / "lib/cmake/qlora_native"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line; end the program if it is wrong."""
     parser = argparse.ArgumentParser(prog="qlora-native", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
@@ -125,7 +125,7 @@ def _add_export(commands: Any) -> None:
 
 
 def convert(args: argparse.Namespace) -> Any:
-    """Do what `merge`, `quantize` or `export` is to do. Returns a report to be shown."""
+    """Run `merge`, `quantize` or `export`, and return a report that can be printed."""
     if args.command != "export" or (args.model is not None and args.to in PACKED):
         from .integrations import merge
 
@@ -140,7 +140,7 @@ def convert(args: argparse.Namespace) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says; without a command, print the report."""
+    """Run the command of the command line; without a command, print the report."""
     args = arguments(argv)
     if args.cmake_dir:
         print(cmake_dir())

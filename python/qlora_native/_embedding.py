@@ -19,10 +19,13 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
     """An embedding over a quantized weight [num_embeddings, embedding_dim], for `qlora_native.functional.embedding`.
 
     An output layer tied to it is `Linear4bit.from_quantized(embedding.quantized_weight)`, over the same tensors.
-    What is stored, and how it moves, is as in `Linear4bit`. It is frozen, and one that is made by the constructor is
-    zero until a state dict is loaded.
+    It stores its weight and moves between devices as `Linear4bit` does. The weight is frozen. A layer made by the
+    constructor is zero until a state dict is loaded.
 
-    Its attributes compute_dtype, format and blocksize are those of every QuantizedLayer. A row comes in compute_dtype.
+    Attributes:
+        num_embeddings, embedding_dim, padding_idx: as in `nn.Embedding`.
+        compute_dtype: the dtype of the rows that it returns.
+        format, blocksize: as in `qlora_native.quantize`.
     """
 
     def __init__(
@@ -38,10 +41,17 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Make an embedding of zeros. `dtype` is its `compute_dtype` (default: torch's default dtype).
+        """Make an embedding of zeros.
+
+        Args:
+            num_embeddings, embedding_dim: the rows and columns of the weight, each at least 1.
+            padding_idx: as in `nn.Embedding`: a row, or None. It is only remembered, because nothing is trained.
+            device: where the weight is stored; None is torch's default device.
+            dtype: the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
+            TypeError, ValueError: an argument is wrong; the message names it.
         """
         if num_embeddings < 1 or embedding_dim < 1:
             raise bad("num_embeddings, embedding_dim", "numbers above 0", f"{num_embeddings}, {embedding_dim}")
@@ -49,7 +59,7 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         self._set(zero_weight(shape, dtype, device, format, blocksize, double_quant, codebook), padding_idx)
 
     def _set(self, q: QuantizedWeight, padding_idx: int | None) -> None:
-        """Initialize as an embedding that holds `q`. Not through nn.Embedding's constructor, which makes a weight."""
+        """Initialize the embedding over `q`. nn.Embedding's constructor is not called: it would make a weight."""
         self._begin(q)
         if padding_idx is not None and not -q.shape[0] <= padding_idx < q.shape[0]:
             raise bad("padding_idx", f"a row of {q.shape[0]}", padding_idx)
@@ -57,16 +67,28 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     def replace_weight(self, q: QuantizedWeight) -> None:
-        """Put `q` [num_embeddings, embedding_dim] in the place of the weight, with its format; shares its tensors."""
+        """Replace the weight, its format and its blocksize by those of `q`, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight [num_embeddings, embedding_dim].
+        """
         self.num_embeddings, self.embedding_dim = q.shape
         super().replace_weight(q)
 
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, padding_idx: int | None = None) -> Embedding4bit:
-        """An embedding over `q` [num_embeddings, embedding_dim]; shares its tensors.
+        """Make an embedding over a quantized weight, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight [num_embeddings, embedding_dim].
+            padding_idx: as in `nn.Embedding`: a row, or None.
+
+        Returns:
+            The embedding, on the device of `q`.
 
         Raises:
-            TypeError, ValueError: `q` is no QuantizedWeight of two dimensions; `padding_idx` is none of its rows.
+            TypeError: `q` is not a QuantizedWeight.
+            ValueError: `q` does not have two dimensions, or `padding_idx` is not one of its rows.
         """
         check_quantized(q, "[num_embeddings, embedding_dim]", 2)
         layer = cls.__new__(cls)
@@ -82,11 +104,18 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> Embedding4bit:
-        """An embedding with the quantized weight of `embedding`. Arguments as `qlora_native.quantize`.
+        """Quantize an embedding.
+
+        Args:
+            embedding: a plain `nn.Embedding` without `max_norm`, which would change the weight at each look-up.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+
+        Returns:
+            A new embedding on the same device, in the same training mode.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`; `embedding` is no plain nn.Embedding, or it has a
-                `max_norm`, by which it changes its weight when it is used.
+            TypeError: `embedding` is not a plain `nn.Embedding`.
+            TypeError, ValueError: it has a `max_norm`, or `qlora_native.quantize` refuses its weight or an argument.
         """
         if type(embedding) is not nn.Embedding:
             raise bad_type("embedding", "an nn.Embedding that is not quantized", type(embedding).__name__)
@@ -96,14 +125,21 @@ class Embedding4bit(QuantizedLayer, nn.Embedding):
         return cls.from_quantized(q, embedding.padding_idx).train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...], int64 or int32 -> [..., embedding_dim] in compute_dtype."""
+        """Look up rows of the weight.
+
+        Args:
+            ids: int64 or int32 [...], the rows.
+
+        Returns:
+            [..., embedding_dim] in compute_dtype.
+        """
         return functional.embedding(ids, self.quantized_weight)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The text that `print` shows between the parentheses."""
         return f"{super().extra_repr()}, {self._describe_format()}"
 
 
 def can_be_quantized(module: nn.Module) -> bool:
-    """Whether `module` is an embedding that an Embedding4bit can stand for."""
+    """Whether an Embedding4bit can replace `module`."""
     return type(module) is nn.Embedding and module.max_norm is None

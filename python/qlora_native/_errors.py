@@ -1,4 +1,4 @@
-"""How a bad argument is reported: which one, what was expected, what came. The same words as qlora_native::Error."""
+"""Errors of bad arguments: each names the argument, what was expected and what came, as qlora_native::Error does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS_OF_ONE_BLOCKSIZE = {"mxfp4": 32, "nvfp4": 16}
-DEFAULT_BLOCKSIZE = 64  # of the other formats: QLoRA's
+DEFAULT_BLOCKSIZE = 64  # QLoRA's, for all other formats
 
 
 def bad(argument: str, expected: str, got: Any) -> ValueError:
@@ -23,20 +23,21 @@ def bad_type(argument: str, expected: str, got: Any) -> TypeError:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether it is an int or a float, and a float can hold it."""
+    """Whether `value` is an int or a float that is finite as a float."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def check_float_dtype(argument: str, dtype: Any) -> None:
-    """Raise TypeError unless `dtype` is one that the library computes in."""
+    """Raise TypeError unless `dtype` is fp32, bf16 or fp16."""
     if dtype not in FLOAT_DTYPES:
         raise bad_type(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype)
 
 
 def check_memory(argument: str, tensor: torch.Tensor, like: torch.Tensor | None = None) -> None:
-    """Raise unless `tensor` is dense and all of it lies in its storage, which may have been freed under it.
+    """Raise unless `tensor` is dense and its storage still holds all of its elements.
 
-    A subclass (a DTensor, a fake of the compiler) answers for itself. A meta tensor passes where `like` is one too.
+    FSDP and offloading free a storage while tensors still refer to it. Subclasses such as DTensor, or the fake tensors
+    of the compiler, are not checked. A meta tensor passes only if `like` is None or a meta tensor too.
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return
@@ -52,7 +53,7 @@ def check_memory(argument: str, tensor: torch.Tensor, like: torch.Tensor | None 
 
 
 def chosen_blocksize(blocksize: int | None, format: str) -> int:
-    """`blocksize`, or where it is None that of `format`, checked as `check_blocksize` does."""
+    """The checked `blocksize`; if it is None, the default of `format`."""
     if blocksize is None:
         return FORMATS_OF_ONE_BLOCKSIZE.get(format, DEFAULT_BLOCKSIZE)
     check_blocksize(blocksize, format)
@@ -60,7 +61,7 @@ def chosen_blocksize(blocksize: int | None, format: str) -> int:
 
 
 def check_blocksize(blocksize: Any, format: str = "nf4") -> None:
-    """Raise unless `blocksize` is a power of two in 32 ... 4096, or the one of `format`."""
+    """Raise unless `blocksize` is a power of two in 32 ... 4096, or equals the only one that `format` has."""
     if not isinstance(blocksize, int):
         raise bad_type("blocksize", "an int", type(blocksize).__name__)
     if format in FORMATS_OF_ONE_BLOCKSIZE:

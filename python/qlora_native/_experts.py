@@ -1,4 +1,4 @@
-"""`Experts4bit`: the weights of a layer's experts in 4 bits, in the place of a 3-D parameter."""
+"""`Experts4bit`: the weights of a layer's experts in 4 bits. It takes the place of a three-dimensional parameter."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["Experts4bit"]
 
 
 class Experts4bit(QuantizedLayer):
-    """The quantized weights of E experts, which stand in a module where it had a parameter of three dimensions.
+    """The quantized weights of E experts. It replaces the three-dimensional parameter that held them in 16 bits.
 
-    Expert e is W[e] [N, K], and y = W[e] x, however the parameter was laid out. What is stored has the names of
-    `Linear4bit`, below that of the parameter: `weight` uint8 [E, N, K/2], `absmax`, and so on.
+    Expert e has the weight W[e] [N, K] and computes y = W[e] x, however the parameter was laid out. The state dict has
+    the entries of `Linear4bit` below the parameter's name: `weight` uint8 [E, N, K/2], `absmax`, and so on.
 
-    `shape`, `dtype`, `ndim`, `device` and `requires_grad` are those that the parameter had, or would have: PEFT's
+    `shape`, `dtype`, `ndim`, `device` and `requires_grad` describe the parameter that was replaced, because PEFT's
     `target_parameters` reads them.
 
     Attributes:
         num_experts, out_features, in_features: E, N and K.
-        transposed: the parameter was [E, K, N], for y = x @ W, as in gpt-oss and Llama 4; else [E, N, K].
-        compute_dtype, product_dtype, format, blocksize: as of every QuantizedLayer.
+        transposed: whether the parameter was [E, K, N], for y = x @ W, as in gpt-oss and Llama 4, and not [E, N, K].
+        compute_dtype, product_dtype, format, blocksize: as in every QuantizedLayer.
         adapters: low-rank adapters (A [E, r, K], B [E, N, r], scaling) that `forward` adds, inside the same product.
     """
 
-    # transformers initializes what it takes for a parameter unless this says that it has values.
+    # Tells transformers that the weights have values; otherwise it would initialize them.
     _is_hf_initialized = True
 
     def __init__(
@@ -49,10 +49,17 @@ class Experts4bit(QuantizedLayer):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Make weights of zeros. `dtype` is `compute_dtype` (default: torch's default dtype).
+        """Make weights of zeros.
+
+        Args:
+            num_experts, in_features, out_features: E, K and N, each at least 1.
+            device: where the weights are stored; None is torch's default device.
+            dtype: the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
+            transposed: see the class.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`, of which the last four arguments are.
+            TypeError, ValueError: an argument is wrong; the message names it.
         """
         if min(num_experts, in_features, out_features) < 1:
             got = f"{num_experts}, {in_features}, {out_features}"
@@ -66,16 +73,25 @@ class Experts4bit(QuantizedLayer):
         self.adapters: list[tuple[Tensor, Tensor, float]] = []
 
     def replace_weight(self, q: QuantizedWeight) -> None:
-        """Put `q` [E, N, K] in the place of the weights, with its format, blocksize and dtype; shares its tensors."""
+        """Replace the weights, their format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
+
+        Args:
+            q: weights [E, N, K].
+        """
         self.num_experts, self.out_features, self.in_features = q.shape
         super().replace_weight(q)
 
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, transposed: bool = False) -> Experts4bit:
-        """Experts over `q` [E, N, K]; shares its tensors.
+        """Make experts over quantized weights, whose tensors are shared, not copied.
+
+        Args:
+            q: weights [E, N, K].
+            transposed: see the class.
 
         Raises:
-            TypeError, ValueError: `q` is no QuantizedWeight, or one of another shape.
+            TypeError: `q` is not a QuantizedWeight.
+            ValueError: `q` does not have three dimensions.
         """
         check_quantized(q, "a weight [E, N, K]", 3)
         experts = cls.__new__(cls)
@@ -92,10 +108,15 @@ class Experts4bit(QuantizedLayer):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> Experts4bit:
-        """Experts with the quantized weights of `parameter`, [E, N, K] or, `transposed`, [E, K, N].
+        """Quantize the weights of a layer's experts.
+
+        Args:
+            parameter: [E, N, K], or [E, K, N] if `transposed`, in fp32, bf16 or fp16.
+            transposed: see the class.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`, of which the other arguments are.
+            TypeError, ValueError: `qlora_native.quantize` refuses the parameter or another argument.
         """
         weight = parameter.transpose(1, 2) if transposed and parameter.dim() == 3 else parameter
         q = functional.quantize(weight, format, blocksize, double_quant, codebook)
@@ -103,13 +124,13 @@ class Experts4bit(QuantizedLayer):
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the parameter."""
+        """The shape of the parameter that was replaced."""
         E, N, K = self._shape
         return torch.Size((E, K, N) if self.transposed else (E, N, K))
 
     @property
     def ndim(self) -> int:
-        """How many dimensions the parameter has."""
+        """The number of dimensions of the parameter that was replaced: 3."""
         return 3
 
     @property
@@ -119,29 +140,36 @@ class Experts4bit(QuantizedLayer):
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device of the weights."""
         return self._parameters["weight"].device
 
     @property
     def requires_grad(self) -> bool:
-        """Whether it is trained: it is not."""
+        """False: quantized weights are frozen."""
         return False
 
     def parameter(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weights as the parameter has them, in `dtype` (default: `compute_dtype`)."""
+        """Decode the weights.
+
+        Args:
+            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+
+        Returns:
+            A tensor in the shape and the layout of the parameter that was replaced.
+        """
         weight = self.dequantize(dtype)
         return weight.transpose(1, 2).contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product of each row with the weight of its expert, and the adapters'.
+        """Multiply each row of x by the weight of its expert, with the adapters in the same product.
 
         Args:
-            x: [T, K], rows sorted by expert: those of expert e are offsets[e] ... offsets[e + 1] - 1.
+            x: [T, K], with its rows sorted by expert: expert e has the rows offsets[e] ... offsets[e + 1] - 1.
             offsets: int64 [E + 1], ascending; the last is T.
             bias: [E, N].
 
         Returns:
-            y [T, N], in the dtype of x; under `torch.autocast` in its dtype.
+            y [T, N] in the dtype of x, or under `torch.autocast` in autocast's dtype.
         """
         q, adapter = self.quantized_weight, self._adapter()
         if self.product_dtype is None or self.product_dtype == x.dtype:
@@ -149,7 +177,7 @@ class Experts4bit(QuantizedLayer):
         return functional.linear_grouped(x.to(self.product_dtype), q, offsets, bias, *adapter).to(x.dtype)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """All adapters as one: several are one of the sum of their ranks."""
+        """All adapters as one (A, B, scaling). Several are stacked into one whose rank is the sum of theirs."""
         if not self.adapters:
             return None, None, 1.0
         if len(self.adapters) == 1:
@@ -162,7 +190,7 @@ class Experts4bit(QuantizedLayer):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """`torch.bmm(x, experts)`, by which Llama 4 multiplies x [E, T, K] by its experts; nothing else."""
+        """Run `torch.bmm(x, experts)`, as Llama 4 calls it with x [E, T, K]. All other functions raise a TypeError."""
         if func is torch.bmm and not kwargs and len(args) == 2 and isinstance(args[1], cls) and args[1].transposed:
             x, experts = args
             if x.dim() != 3 or x.shape[0] != experts.num_experts:
@@ -176,10 +204,10 @@ class Experts4bit(QuantizedLayer):
         )
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Nothing: a forward that takes single experts would decode them at every call.
+        """Refuse to be indexed: a forward that takes one expert after the other would decode each at every call.
 
         Raises:
-            TypeError: it is called.
+            TypeError: always.
         """
         raise TypeError(
             "Experts4bit: expected to be multiplied by, got an index. Another implementation of experts was chosen; "
@@ -187,5 +215,5 @@ class Experts4bit(QuantizedLayer):
         )
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The text that `print` shows between the parentheses."""
         return f"{tuple(self.shape)}, transposed={self.transposed}, {self._describe_format()}"

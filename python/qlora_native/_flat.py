@@ -1,4 +1,4 @@
-"""Where the moments of an 8-bit optimizer live: those of a group's parameters side by side in a few tensors."""
+"""Flat storage for the moments of an 8-bit optimizer: a few tensors hold those of all parameters of a group."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ._weight import ceil_div
 
 
 class FlatStates:
-    """States of several parameters, which become views of a few tensors: one a name, with a place for each in turn.
+    """The states of several parameters, moved into one flat tensor for each name; the states become views of it.
 
-    The op takes these instead of five tensors a parameter. Hundreds of tensors cost it more than small parameters do:
-    what torch keeps about each of them is no longer in the caches after a backward.
+    The op then takes a few flat tensors instead of five for each parameter. With hundreds of small parameters that is
+    faster: torch's bookkeeping of each tensor has left the caches by the time a backward pass is over.
 
     Args:
-        algorithm: the optimizer's.
-        params: as they are stepped.
-        states: theirs, well-formed (`are_states`); what they hold is moved, and replaced by the views.
+        algorithm: the algorithm of the optimizer.
+        params: the parameters, in the order in which they are stepped.
+        states: their states, which `are_states` has checked. Their tensors are replaced by views.
 
     Attributes:
-        order: the order in which the op takes the parameters: first those with moments in 8 bits.
-        tensors: by name, as the op takes them: in 8 bits, then in fp32, where there are any.
+        order: the order in which the op takes the parameters: those with 8-bit moments come first.
+        tensors: {name: flat tensors}. A name has one for 8-bit moments, then one for fp32 moments, if there are any.
     """
 
     def __init__(self, algorithm: Algorithm, params: list[Tensor], states: list[dict[str, Tensor]]) -> None:
         """See the class."""
-        # Elements that each block of a parameter has of a name.
+        # {name: elements that it has for each block of a parameter}.
         units = {"step": 0, **dict(zip(algorithm.scales, algorithm.moments, strict=True))}
         units |= {name: BLOCKSIZE * count for name, count in zip(algorithm.states, algorithm.moments, strict=True)}
         parts = [[i for i, state in enumerate(states) if ("absmax1" in state) is flag] for flag in (True, False)]
@@ -48,9 +48,10 @@ class FlatStates:
         self._pointers = [moment.data_ptr() for moment in self._moments]
 
     def hold(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
-        """Whether these are the parameters, and their states still the views.
+        """Whether these are the same parameters, and their states still the views that were made of them.
 
-        Who gives a view other memory (`tensor.data = ...`, to bring a state to a device) does so with all of a state.
+        Only the memory of state1 is compared: code that gives a state other memory (`tensor.data = ...`, to move it to
+        another device) does so for all of its tensors.
         """
         return (
             len(params) == len(self._params)
@@ -62,7 +63,7 @@ class FlatStates:
 
 
 def are_states(algorithm: Algorithm, params: list[Tensor], states: list[dict[str, Any]]) -> bool:
-    """Whether states are what the optimizer makes of them, and nobody has put something else there."""
+    """Whether the states have the names, dtypes, shapes and devices that the optimizer gives them."""
 
     def is_state(param: Tensor, state: dict[str, Any]) -> bool:
         expected = shapes_of(algorithm, param, "absmax1" in state) | {"step": (torch.int64, ())}
@@ -76,7 +77,7 @@ def are_states(algorithm: Algorithm, params: list[Tensor], states: list[dict[str
 
 
 def _move(name: str, unit: int, items: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
-    """One tensor for what states have under a name. A parameter has room for whole blocks there, one at least."""
+    """Move the tensors `name` of the states into one flat tensor. Each parameter gets whole blocks, at least one."""
     sizes = [max(1, ceil_div(param.numel(), BLOCKSIZE)) * unit or 1 for param, _ in items]
     first = items[0][1][name]
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)

@@ -1,4 +1,4 @@
-"""Operands of the products as the ops take them, checked."""
+"""Check the operands of the products and bring them into the form that the ops take."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ._weight import QuantizedWeight
 
 
 def draw_seed(x: Tensor) -> Tensor:
-    """The seed of one dropout mask, int64 []: drawn on the CPU, where it costs no launch; for an `x` on a GPU that is
-    captured into a CUDA graph, or compiled, which may capture it, on that GPU, so that every replay draws another.
+    """Draw the seed of one dropout mask, int64 [].
+
+    It is drawn on the CPU, which costs no kernel launch. If `x` is on a GPU and the call is compiled or captured into a
+    CUDA graph, it is drawn on that GPU, so that each replay of the graph draws a new one.
     """
     on_gpu = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device if on_gpu else "cpu")
 
 
 def checked_input(x: Tensor, q: QuantizedWeight, most_dimensions: int, name: str = "x") -> Tensor:
-    """`x` [..., K], the argument `name`, as the op takes it: in autocast's dtype."""
+    """Check `x` [..., K], which errors call `name`, and cast it as autocast asks."""
     if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if not isinstance(x, Tensor):
@@ -41,7 +43,7 @@ def checked_input(x: Tensor, q: QuantizedWeight, most_dimensions: int, name: str
 
 
 def checked_bias(bias: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """`bias` as the op takes it: contiguous, in the dtype of x."""
+    """Check `bias`, and return it contiguous and in the dtype of x."""
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise bad_type("bias", "a floating-point tensor", getattr(bias, "dtype", type(bias).__name__))
     if bias.shape != shape:
@@ -60,10 +62,10 @@ def checked_lora(
     x: Tensor,
     of_each: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, float, float, Tensor | None]:
-    """The adapter as the op takes it, contiguous, with a seed where it drops.
+    """Check the adapter, and return its five op arguments: A and B contiguous, scaling, dropout, seed.
 
     Args:
-        of_each: (count,) where there are adapters [count, rank, K] and [count, N, rank].
+        of_each: (count,) for a stack of adapters, A [count, rank, K] and B [count, N, rank]; () for a single one.
     """
     if not 0 <= dropout < 1:
         raise bad("lora_dropout", "a probability in [0, 1)", dropout)

@@ -1,4 +1,4 @@
-"""JSON out of files, whose authors may be strangers."""
+"""Read JSON objects from files that nobody has checked."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ._errors import bad
 
 
 def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
-    """The JSON object that `text` is. `name` says in errors where the text is from.
+    """Parse `text`; errors call it `name`.
 
     Raises:
-        ValueError: it is no JSON object, is nested too deeply, or has a key twice, for then readers would disagree
-            about which of the two values counts.
+        ValueError: it is not a JSON object, is nested too deeply, or has a key twice, in which case readers would
+            disagree about which value counts.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)

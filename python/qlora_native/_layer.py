@@ -1,4 +1,4 @@
-"""What `Linear4bit` and `Experts4bit` share: a quantized weight in a module, how it moves and how it is loaded."""
+"""`QuantizedLayer`, the base of the 4-bit layers: it holds, moves and loads a quantized weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._weight import (
 
 __all__ = ["QuantizedLayer", "zero_weight"]
 
-# The tensors of a layer that are the quantized weight: `weight` holds the codes.
+# The tensors that make up the quantized weight of a layer; `weight` holds the codes.
 _STATE = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "code")
 
 
@@ -39,12 +39,15 @@ def zero_weight(
     double_quant: bool,
     codebook: Tensor | Sequence[float] | None,
 ) -> QuantizedWeight:
-    """A weight whose codes and scales are 0, for a layer that a state dict is loaded into.
+    """Make a weight whose codes and scales are 0, for a layer that a state dict is loaded into.
 
-    `dtype` and `device` are torch's defaults where they are None.
+    Args:
+        shape: [N, K] or [E, N, K].
+        dtype, device: None is torch's default.
+        format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
     Raises:
-        TypeError, ValueError: as `qlora_native.quantize`, of which the last four arguments are.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -77,20 +80,24 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         format, blocksize: as in `qlora_native.quantize`.
-        compute_dtype: the dtype `dequantize` gives, and PEFT an adapter.
-        product_dtype: if not None, x is cast to it for the product and y back, as bitsandbytes does with its
-            `compute_dtype`; by default the product is computed in the dtype of x.
+        compute_dtype: the dtype that `dequantize` returns, and that PEFT makes adapters in.
+        product_dtype: None, by default, computes a product in the dtype of x. Another dtype casts x to it for the
+            product and y back, as bitsandbytes does with its `compute_dtype`.
     """
 
     def _begin(self, q: QuantizedWeight) -> None:
-        """Initialize as a module that holds `q`; nothing else initializes it."""
+        """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
         guard_neighbours()
         self.product_dtype: torch.dtype | None = None
         self.replace_weight(q)
 
     def replace_weight(self, q: QuantizedWeight) -> None:
-        """Put `q` in the place of the weight, with its format, blocksize and dtype; shares its tensors."""
+        """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight.
+        """
         self._shape = q.shape
         self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
         for name in _STATE:
@@ -105,18 +112,19 @@ class QuantizedLayer(nn.Module):
             self.register_buffer(name, getattr(q, name))
 
     def weight_names(self) -> list[str]:
-        """Names, as in the state dict, of the tensors that are the quantized weight."""
+        """The names of the tensors that make up the quantized weight, as in the state dict."""
         return list(self.weight_tensors())
 
     def weight_tensors(self) -> dict[str, Tensor]:
-        """The quantized weight's tensors by those names."""
-        stored = {**self._parameters, **self._buffers}  # not `self.weight`, which PEFT reads: integrations/decoded.py
+        """The tensors that make up the quantized weight, by name."""
+        # Not `self.weight`: under PEFT that decodes the weight (integrations/decoded.py).
+        stored = {**self._parameters, **self._buffers}
         return {name: stored[name] for name in _STATE if stored[name] is not None}
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as a container over the layer's own tensors."""
-        # Past nn.Module.__getattr__, which costs as much as the rest of this: it is on the way of every forward.
+        # Reads the dictionaries: every forward passes here, and nn.Module.__getattr__ would double its cost.
         parameters, buffers = self._parameters, self._buffers
         absmax = parameters.get("absmax")
         return QuantizedWeight.unchecked(
@@ -138,15 +146,25 @@ class QuantizedLayer(nn.Module):
         return self.nested_absmax is not None
 
     def _describe_format(self) -> str:
-        """How the weight is stored, for `extra_repr`."""
+        """Describe how the weight is stored, for `extra_repr`."""
         return f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in `dtype` (default: `compute_dtype`)."""
+        """Decode the weight.
+
+        Args:
+            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+
+        Returns:
+            The weight in its own shape. Not differentiable.
+        """
         return self.quantized_weight.dequantize(dtype)
 
     def reset_parameters(self) -> None:
-        """Make it a layer of zeros, as the constructor does: for a layer that left the meta device empty."""
+        """Set the weight and the bias to zero and restore the tables, as after construction.
+
+        `torch.nn.Module.to_empty` leaves the meta device without values; this gives the layer valid ones.
+        """
         with torch.no_grad():
             for tensor in (
                 self._parameters["weight"],
@@ -163,9 +181,9 @@ class QuantizedLayer(nn.Module):
                 self.code.copy_(CODEBOOKS[self.format])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Load as every module does, but only tensors that are this layer's: nothing is cast, scales are finite.
+        """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
 
-        torch would cast a 16-bit weight to bytes, and copy it over the codes.
+        Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
         errors = []
         assign = args[0].get("assign_to_params_buffers", False)
@@ -184,17 +202,17 @@ class QuantizedLayer(nn.Module):
                     check(prefix + name, tensor, self.format)
                 elif name != "bias":
                     check_finite(prefix + name, tensor)
-                if name in self._buffers:  # torch would make a parameter of a buffer that it is given as one
+                if name in self._buffers:  # torch would turn the buffer into a parameter if the entry is one
                     state_dict[prefix + name] = tensor.detach()
             except (TypeError, ValueError) as error:
                 errors.append(str(error))
-        if errors:  # where torch collects what it then raises
+        if errors:  # the list in which torch collects what it raises later
             args[-1].extend(errors)
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Move or cast: the quantized weight moves and is never cast."""
+        """Move or cast the module. The quantized weight is moved, but never cast."""
         weight = {id(tensor) for tensor in self.weight_tensors().values()}
 
         def moved(tensor: Tensor) -> Tensor:

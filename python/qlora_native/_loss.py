@@ -1,9 +1,9 @@
-"""The cross-entropy of a linear layer's logits, which are made a few rows at a time and never exist as a whole.
+"""The cross-entropy of a linear layer's logits, computed a chunk of rows at a time, so that memory holds one chunk.
 
-Of each chunk of rows the logits are one product, the op `cross_entropy_` makes them their own gradient in place, and
-what that is multiplied by follows at once. The gradients of the mean or the sum are known, but for one factor, before
-backward begins: forward computes those that are wanted, and backward scales them. Without a reduction every row has a
-factor of its own, so backward makes the logits again.
+For each chunk one product makes the logits, the op `cross_entropy_` overwrites them with their gradient, and the
+products of the gradient follow at once. With the reductions "mean" and "sum" the gradients are known before backward
+begins, up to one factor: forward computes those that are wanted, and backward scales them. Without a reduction each row
+has a factor of its own, which only backward knows, so backward computes the logits again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ._inputs import checked_bias, checked_input, checked_lora
 from ._weight import QuantizedWeight
 
 _ops = torch.ops.qlora_native
-# Bytes of logits that a chunk holds. Fewer rows, and the weight would be read so often that it shows.
+# Bytes of logits in a chunk. Smaller chunks would read the weight so often that the time of a call grows.
 CHUNK_BYTES = 16 << 20
 _FEWEST_ROWS = 16
-# Rows of a dense weight whose gradient is added to the sum at once, which is fp32.
+# Rows of a dense weight whose gradient is computed at once and then added to the fp32 sum.
 _GRADIENT_ROWS = 4096
 
 
@@ -48,28 +48,32 @@ def linear_cross_entropy(
     """`F.cross_entropy(z(F.linear(hidden, weight, bias)), labels)` without the logits, which exist 16 MB at a time.
 
     Differentiable, once, in hidden, a dense weight, bias, lora_a and lora_b. The logits are rounded to the dtype of
-    hidden, as `F.linear` does; the loss is fp32. Beside the result and the gradients a call takes the logits of its
-    rows and what `linear` takes; the gradient of a dense weight that is trained is summed in fp32.
+    hidden, as `F.linear` does; the loss is fp32. Beside the result and the gradients, a call needs memory for the
+    logits of one chunk and for what `linear` needs. The gradient of a dense weight is summed in fp32.
 
     Args:
         hidden: [..., K] in fp32, bf16 or fp16.
-        weight: [V, K]: a dense one of the dtype of hidden, or a QuantizedWeight, which is not trained.
+        weight: [V, K]: a dense tensor in the dtype of hidden, or a QuantizedWeight, which stays frozen.
         labels: int64 [...], each in 0 ... V-1 or `ignore_index`. They are not shifted.
         bias: [V].
-        lora_a, lora_b, lora_scaling: an adapter of the head, as `linear`'s: [rank, K] and [V, rank].
+        lora_a, lora_b, lora_scaling: an adapter of the head, [rank, K] and [V, rank], as in `linear`.
         ignore_index: the label of rows that have no loss and no gradient.
-        reduction: "mean" over the rows that are not ignored (NaN where all are, as torch's), "sum", or "none": fp32
-            [...], 0 in ignored rows.
-        label_smoothing: in [0, 1], as `F.cross_entropy`'s.
+        reduction: "mean" over the rows that are not ignored (NaN if all are, as in torch), "sum", or "none".
+        label_smoothing: in [0, 1], as in `F.cross_entropy`.
         logit_scale: s of z(l) = s * l (Granite's 1 / logits_scaling).
-        softcap: c of z(l) = c * tanh(s * l / c) (Gemma 2's final_logit_softcapping); None: none.
-        z_loss: factor of the square of the logarithm of the softmax's denominator, which is added (PaLM, section 5).
-        return_logprobs: also give the log-probability of each label, fp32 [...], not differentiable: with "none" and
-            neither smoothing nor z_loss the loss is its negative, and is.
+        softcap: c of z(l) = c * tanh(s * l / c) (Gemma 2's final_logit_softcapping); None for no cap.
+        z_loss: adds this factor times the square of the logarithm of the softmax's denominator (PaLM, section 5).
+        return_logprobs: also return the log-probability of each label. It is not differentiable; with "none", no
+            smoothing and no z_loss the loss is its negative, which is.
+
+    Returns:
+        The loss: fp32 [], or with "none" fp32 [...], which is 0 in ignored rows. With `return_logprobs` the pair
+        (loss, log-probabilities fp32 [...]).
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or number; labels out of range (how many, and the first).
-            On a GPU, where reading the labels would wait for it, those make their rows NaN.
+        TypeError, ValueError: a wrong dtype, shape, device or number, or labels out of range (the message says how
+            many, and the first). On a GPU the labels are not read, because that would wait for the device: a label out
+            of range makes its row NaN.
     """
     quantized = isinstance(weight, QuantizedWeight)
     if quantized:
@@ -118,7 +122,7 @@ def linear_cross_entropy(
 
 
 def _checked_dense(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the product: autocast's, or the one that they share."""
+    """Check a dense weight and its input, and cast both to the dtype of the product."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise bad_type(name, "a tensor" + " or a QuantizedWeight" * (name == "weight"), type(tensor).__name__)
@@ -145,7 +149,7 @@ def _(logits, labels, ignore_index, scale, softcap, label_smoothing, z_loss, gra
 
 @dataclass
 class Head:
-    """What multiplies the hidden states: a dense weight [V, K], or a quantized one by the arguments of its ops."""
+    """The layer that makes logits: a dense weight [V, K] or a quantized one (as op arguments), a bias, an adapter."""
 
     dense: Tensor | None
     quantized: tuple[Any, ...]
@@ -155,12 +159,12 @@ class Head:
     scaling: float
 
     @property
-    def words(self) -> int:
-        """V."""
+    def vocabulary(self) -> int:
+        """V, the number of logits of a row."""
         return self.quantized[6] if self.dense is None else self.dense.shape[0]
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(logits [rows, V], U [rows, rank] if there is an adapter)."""
+        """Compute logits [rows, V], and U [rows, rank] if there is an adapter."""
         if self.dense is None:
             lora = (self.lora_a, self.lora_b, self.scaling, 0.0, None)
             y, u = _ops.linear_forward(x, *self.quantized, self.bias, *lora)
@@ -172,7 +176,7 @@ class Head:
         return y.addmm_(u, (self.scaling * self.lora_b).to(x.dtype).T), u
 
     def hidden_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the gradient by x [rows, K], V [rows, rank] if there is an adapter)."""
+        """Compute the gradient of x [rows, K], and V [rows, rank] if there is an adapter."""
         if self.dense is None:
             dx, v = _ops.linear_backward_input(
                 dy, *self.quantized, self.lora_a, self.lora_b, self.scaling, 0.0, None, True
@@ -186,23 +190,23 @@ class Head:
 
 
 class Gradients:
-    """Sums over chunks, in fp32: of a dense weight, the bias and the adapter, as far as they are wanted."""
+    """The fp32 sums over chunks of the gradients that are wanted: of a dense weight, the bias and the adapter."""
 
     def __init__(self, head: Head, K: int, wanted: tuple[bool, bool, bool], like: Tensor) -> None:
-        """Zeros for what is `wanted`: of weight, bias and adapter; empty tensors for the rest."""
+        """Start at zero. `wanted` says which of weight, bias and adapter have a sum; the others are empty tensors."""
 
         def zeros(wanted: bool, *shape: int) -> Tensor:
             return like.new_zeros(shape if wanted else (0,), dtype=torch.float32)
 
         rank = head.lora_a.shape[0] if head.lora_a is not None else 0
         self.head, (weight, bias, adapter) = head, wanted
-        self.weight = zeros(weight, head.words, K)
-        self.bias = zeros(bias, head.words)
-        self.a, self.b = zeros(adapter, rank, K), zeros(adapter, head.words, rank)
+        self.weight = zeros(weight, head.vocabulary, K)
+        self.bias = zeros(bias, head.vocabulary)
+        self.a, self.b = zeros(adapter, rank, K), zeros(adapter, head.vocabulary, rank)
         self.wanted = wanted
 
     def add(self, x: Tensor, dy: Tensor, u: Tensor | None, v: Tensor | None) -> None:
-        """Add those of a chunk: x [rows, K], dy [rows, V], and what the adapter left."""
+        """Add the gradients of a chunk: x [rows, K], dy [rows, V], and the adapter's U and V [rows, rank]."""
         weight, bias, adapter = self.wanted
         if weight:
             for first in range(0, dy.shape[1], _GRADIENT_ROWS):
@@ -216,27 +220,27 @@ class Gradients:
             self.b += db
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of weight, bias, A and B, in their dtypes."""
+        """The gradients of weight, bias, A and B, each rounded to the dtype of its tensor."""
         head = self.head
         of = (head.dense, head.bias, head.lora_a, head.lora_b)
         sums = (self.weight, self.bias, self.a, self.b)
         return tuple(s if t is None else s.to(t.dtype) for s, t in zip(sums, of, strict=True))  # type: ignore[return-value]
 
 
-def chunks(rows: int, words: int, dtype: torch.dtype) -> list[slice]:
-    """Rows that are taken at once."""
-    fitting = CHUNK_BYTES // (words * dtype.itemsize) // _FEWEST_ROWS * _FEWEST_ROWS
+def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    """Split the rows into chunks whose logits fill about CHUNK_BYTES."""
+    fitting = CHUNK_BYTES // (vocabulary * dtype.itemsize) // _FEWEST_ROWS * _FEWEST_ROWS
     most = max(fitting, _FEWEST_ROWS)
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
 def _head_of(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Head]:
-    """(hidden, labels, head) of the op's first arguments."""
+    """Take (hidden, labels, head) from the first _HEAD arguments of the op."""
     hidden, labels, dense, *quantized, bias, lora_a, lora_b, scaling = arguments
     return hidden, labels, Head(dense, tuple(quantized), bias, lora_a, lora_b, scaling)
 
 
-_HEAD = 17  # arguments that _head_of takes
+_HEAD = 17  # the number of arguments that _head_of takes
 
 
 @torch.library.custom_op(
@@ -251,10 +255,10 @@ _HEAD = 17  # arguments that _head_of takes
     ),
 )
 def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
-    """(loss [T], log-probability of the label [T], and the gradients of the loss's sum, those that are wanted).
+    """Compute the loss [T], the log-probability of each label [T], and the gradients of the sum of the losses.
 
-    `wanted`: of hidden, a dense weight, bias, adapter; others are empty tensors. `row_gradients` [T]: what each row's
-    gradients are multiplied by.
+    `wanted` says which gradients: of hidden, a dense weight, the bias, the adapter; the others are empty tensors.
+    `row_gradients` [T] are factors of the rows' gradients.
     """
     hidden, labels, head = _head_of(arguments[:_HEAD])
     *loss_options, wanted, row_gradients = arguments[_HEAD:]
@@ -262,7 +266,7 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     log_probability = torch.empty_like(loss)
     dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
     gradients = Gradients(head, hidden.shape[1], tuple(wanted[1:]), hidden)
-    for rows in chunks(hidden.shape[0], head.words, hidden.dtype):
+    for rows in chunks(hidden.shape[0], head.vocabulary, hidden.dtype):
         x = hidden[rows]
         logits, u = head.logits(x)
         factors = None if row_gradients is None else row_gradients[rows]
@@ -277,7 +281,7 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
             if wanted[0]:
                 dhidden[rows] = dx
         gradients.add(x, logits, u, v)
-        del logits  # before those of the next rows are made
+        del logits  # so that two chunks never exist at once
     return (loss, log_probability, dhidden, *gradients.results())
 
 
@@ -295,18 +299,20 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-# Where the tensors that may be trained stand among the op's arguments.
+# The positions, among the op's arguments, of the tensors that may be trained.
 _HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = 0, 2, 13, 14, 15
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The op with its gradients. Takes `reduction` and `row_gradients` before its arguments up to `z_loss`; gives the
-    loss, reduced or [T], and the log-probabilities [T], which are not differentiable.
+    """The op with its gradients.
+
+    Takes `reduction`, a factor of each row, and then the op's arguments up to `z_loss`. Returns the loss, reduced or
+    [T], and the log-probabilities [T], which are not differentiable.
     """
 
     @staticmethod
     def forward(ctx: Any, reduction: str, factor: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """`factor`: fp32 [T], by which the mean multiplies each row's loss."""
+        """Compute the loss. `factor`, fp32 [T] or None, multiplies each row's loss: the mean's 1 / rows."""
         needed = ctx.needs_input_grad[2:]
         wanted = [needed[_HIDDEN], needed[_WEIGHT], needed[_BIAS], needed[_LORA_A] or needed[_LORA_B]]
         now = wanted if reduction != "none" else [False] * 4
@@ -324,7 +330,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
-        """Gradients of hidden, weight, bias, lora_a and lora_b."""
+        """Return the gradients of hidden, weight, bias, lora_a and lora_b, None for all other arguments."""
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dloss is None or not any(ctx.wanted):
             return tuple(results)

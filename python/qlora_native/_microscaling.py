@@ -1,9 +1,9 @@
-"""MXFP4 and NVFP4: what their scales mean, what is checked of them, and the layouts of others' files.
+"""MXFP4 and NVFP4: the meaning of their scales, checks of them, and how other libraries' files lay them out.
 
 MXFP4 is E2M1 in blocks of 32 that share a power of two, E8M0 (OCP Microscaling Formats v1.0, sections 5.3 and 5.4).
-NVFP4 is E2M1 in blocks of 16 that share an E4M3 number, times one fp32 scale of the tensor. For the products both are
-double-quantized weights: the table `nested_code` holds what each of the 256 bytes of a scale means, the tensor's scale
-included. A byte that is no scale (E8M0's NaN; E4M3's NaN and all with its sign) means NaN there.
+NVFP4 is E2M1 in blocks of 16 that share an E4M3 number, times one fp32 scale of the tensor. The products treat both as
+double-quantized weights: the table `nested_code` holds the value of each of the 256 bytes of a scale, multiplied by the
+scale of the tensor. A byte that is not a valid scale (NaN, or an E4M3 number with a sign) has the value NaN.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from ._errors import FORMATS_OF_ONE_BLOCKSIZE, bad, bad_type, check_memory
 
-# 2^(i-127), whose lowest is below fp32's normal numbers; and E4M3's numbers without a sign.
+# E8M0: 2^(i-127), where the lowest is subnormal in fp32. E4M3: its numbers without a sign.
 _E8M0 = torch.ldexp(torch.ones(255, dtype=torch.float64), torch.arange(255) - 127).float()
 _E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-MICROSCALED = {"mxfp4": _E8M0, "nvfp4": _E4M3}  # the bytes from len() on are none
+MICROSCALED = {"mxfp4": _E8M0, "nvfp4": _E4M3}  # {format: value of each byte}; higher bytes are no scales
 
 
 def scale_table(format: str, levels: Tensor | None = None) -> Tensor:
-    """What the bytes of a scale mean, fp32 [256]: `levels` (default: the format's own), then NaN."""
+    """The value of each byte of a scale, fp32 [256]: `levels` (default: the format's own), then NaN."""
     levels = MICROSCALED[format] if levels is None else levels
     return torch.cat((levels, levels.new_full((256 - len(levels),), torch.nan)))
 
 
 def check_scales(name: str, scales: Tensor, format: str) -> None:
-    """Raise ValueError if one of the bytes [blocks] is no scale of `format`."""
+    """Raise ValueError if one of the bytes [blocks] is not a scale of `format`."""
     if scales.is_meta or scales.numel() == 0:
         return
     scales = scales.detach().reshape(-1)
@@ -40,7 +40,7 @@ def check_scales(name: str, scales: Tensor, format: str) -> None:
 
 
 def check_scale_table(name: str, table: Tensor, format: str) -> None:
-    """Raise ValueError if `table` [256] does not give each scale of `format` a finite value, and the rest NaN."""
+    """Raise ValueError unless `table` [256] has a finite value for each scale of `format`, and NaN for other bytes."""
     if table.is_meta:
         return
     count = len(MICROSCALED[format])
@@ -51,7 +51,7 @@ def check_scale_table(name: str, table: Tensor, format: str) -> None:
 
 
 def mxfp4_fields(blocks: Tensor, scales: Tensor) -> dict[str, Any]:
-    """`blocks` and `scales` as `QuantizedWeight.from_mxfp4` takes them, to the fields that they make."""
+    """Make the fields of a QuantizedWeight from the arguments of `QuantizedWeight.from_mxfp4`."""
     _check_bytes("blocks", blocks)
     _check_bytes("scales", scales)
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ def mxfp4_fields(blocks: Tensor, scales: Tensor) -> dict[str, Any]:
 def nvfp4_fields(
     codes: Tensor, scales: Tensor, weight_global_scale: Tensor | None, weight_scale_2: Tensor | None
 ) -> dict[str, Any]:
-    """The tensors of a file as `QuantizedWeight.from_nvfp4` takes them, to the fields that they make."""
+    """Make the fields of a QuantizedWeight from the arguments of `QuantizedWeight.from_nvfp4`."""
     _check_bytes("codes", codes)
     if isinstance(scales, Tensor) and scales.dtype == torch.float8_e4m3fn:
         scales = scales.view(torch.uint8)
@@ -102,7 +102,7 @@ def _check_bytes(name: str, tensor: Any) -> None:
 
 
 def _one(name: str, tensor: Any) -> Tensor:
-    """The tensor's scale, fp32 [], on the CPU."""
+    """Check the scale of a tensor, and return it as fp32 [] on the CPU."""
     if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise bad_type(name, "a tensor of one floating-point number", got)
@@ -120,7 +120,7 @@ def _fields(
     check_scales(name, scales, format)
     blocks = scales.numel()
     return {
-        # Here the first of two codes is in the high half, there in the low one.
+        # The files have the first of two codes in the low half of a byte; here it is in the high half.
         "codes": ((codes >> 4) | (codes << 4)).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
         "absmax": scales.detach().reshape(-1).contiguous(),
         "nested_absmax": torch.ones(-(-blocks // 256), dtype=torch.float32, device=codes.device),

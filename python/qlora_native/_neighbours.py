@@ -1,7 +1,8 @@
-"""What transformers and PEFT have to know about our layers, for programs that have imported them.
+"""Load the integrations with transformers and PEFT in programs that have imported those libraries.
 
-Both find layers by their class, and `Linear4bit` is an `nn.Linear`: untold, PEFT takes its codes for a weight and
-transformers writes a file that nothing reads. Nothing is imported here that the program has not imported itself.
+Both find layers by their class, and `Linear4bit` is an `nn.Linear`. Without the integrations PEFT would take the codes
+for a weight, and transformers would write a file that no library reads. A library that the program has not imported is
+not imported here either.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ _GUARDS = {"peft": _PEFT, "transformers": "qlora_native.integrations.adopt"}
 
 
 def guard_neighbours() -> None:
-    """Load our integrations with what has been imported of the two; called for every layer that is made."""
+    """Load the integration of each of the two libraries that has been imported. Called whenever a layer is made."""
     for neighbour, integration in _GUARDS.items():
         if neighbour in sys.modules and integration not in sys.modules:
             try:
                 importlib.import_module(integration)
-            except ImportError:  # an old one, which is no matter until it is used with the layer: it raises again there
+            except ImportError:  # an old version: the error is raised again when it is used with a layer
                 continue
 
 
 def check_peft_is_guarded() -> None:
-    """Called when PEFT asks about a layer.
+    """Check that the integration with PEFT is loaded. Called when PEFT asks about a layer.
 
     Raises:
-        RuntimeError: our integration is not there, as PEFT was imported after the layer was made.
-        ImportError: PEFT is of another version than we know.
+        RuntimeError: PEFT was imported after the layer was made, so the integration was not loaded.
+        ImportError: this version of PEFT is not supported.
     """
     if "peft" in sys.modules and _PEFT not in sys.modules:
         importlib.import_module(_PEFT)
@@ -42,7 +43,7 @@ def check_peft_is_guarded() -> None:
 
 
 def transformers_models(model: nn.Module) -> list[nn.Module]:
-    """`model`, or the outermost modules in it, that transformers saves; none where it has not been imported."""
+    """The outermost modules of `model` that transformers can save; none if transformers has not been imported."""
     if "transformers" not in sys.modules:
         return []
     from transformers import PreTrainedModel
@@ -53,25 +54,25 @@ def transformers_models(model: nn.Module) -> list[nn.Module]:
 
 
 def find_experts(model: nn.Module) -> list[Any]:
-    """The modules of `model` with experts that transformers runs (integrations/experts.py); none without it."""
+    """The modules of `model` whose experts transformers runs (integrations/experts.py); none without transformers."""
     if "transformers" not in sys.modules:
         return []
     try:
         from .integrations.experts import find_experts as find
-    except ImportError:  # an old one, which keeps experts as modules of their own
+    except ImportError:  # an old version, which keeps each expert in a module of its own
         return []
     return list(find(model))
 
 
 def run_quantized_experts(module: nn.Module) -> None:
-    """Let transformers run the quantized experts of `module` (integrations/experts.py)."""
+    """Make transformers run the quantized experts of `module` (integrations/experts.py)."""
     from .integrations.experts import run_quantized
 
     run_quantized(module)
 
 
 def adopt_quantized(model: nn.Module) -> None:
-    """Make transformers see one of its models, in which layers are ours now, as quantized (integrations/adopt.py)."""
+    """Register a model of transformers that has layers of ours as quantized (integrations/adopt.py)."""
     from .integrations.adopt import adopt_quantized as adopt
 
     adopt(model)

@@ -14,7 +14,7 @@ from . import _C  # noqa: F401  (registers the ops)
 _ops = torch.ops.qlora_native
 _NESTED_BLOCKSIZE = 256
 
-# Where the arguments stand, from the schema: the formulas below need a few of many.
+# {argument of linear_forward: its position}, from the schema.
 _FORWARD = {argument.name: i for i, argument in enumerate(_ops.linear_forward.default._schema.arguments)}
 _WEIGHT = slice(_FORWARD["codes"], _FORWARD["blocksize"] + 1)
 _WEIGHT_TENSORS = slice(_FORWARD["codes"], _FORWARD["code"] + 1)
@@ -25,7 +25,7 @@ _WEIGHT_TENSOR_COUNT = _WEIGHT_TENSORS.stop - _WEIGHT_TENSORS.start
 
 
 def _low_rank(rows: Tensor, lora_a: Tensor | None) -> Tensor:
-    """A new [M, rank] tensor; empty where there is no adapter."""
+    """A new [M, rank] tensor, which is empty if there is no adapter."""
     if lora_a is None or lora_a.shape[-2] == 0:
         return rows.new_empty((0,))
     return rows.new_empty((math.prod(rows.shape[:-1]), lora_a.shape[-2]))
@@ -172,7 +172,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 
 def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
-    """Sums of the rows of `dy` [..., N]: [N], or [weights, N] where each group has a bias of its own."""
+    """Sum the rows of `dy` [..., N]: [N], or [weights, N] if each group has a bias of its own."""
     rows = dy.reshape(-1, dy.shape[-1])
     if weights == 1:
         return rows.sum(0)
@@ -193,11 +193,11 @@ def refuse_second_derivative(op: str, function: str) -> None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """The formula as eager mode calls it: what register_autograd generates costs 100 us more a call (torch 2.13)."""
+    """The formula for eager mode. The one that register_autograd generates costs 100 us more a call (torch 2.13)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of linear_forward."""
+        """Run linear_forward, and save what backward needs."""
         with torch._C._AutoDispatchBelowAutograd():
             output = _ops.linear_forward.default(*inputs)
         _save(ctx, inputs, output)

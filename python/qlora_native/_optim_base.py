@@ -1,4 +1,4 @@
-"""`Optimizer8bit`: all of the optimizers of optim.py but their arguments and their arithmetic."""
+"""`Optimizer8bit`, the base of the optimizers of optim.py, which add only their arguments and their algorithm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._errors import bad, check_float_dtype
 from ._flat import FlatStates, are_states
 from ._optim_state import (
     Algorithm,
-    Kept,
+    UncastTensor,
     bitsandbytes_state,
     check_bitsandbytes_arguments,
     check_options,
@@ -49,23 +49,33 @@ class Optimizer8bit(torch.optim.Optimizer):
     algorithm: ClassVar[Algorithm]
     is_paged: ClassVar[bool] = False
 
-    # torch's GradScaler then leaves gradients as they are, and hands over its scale and whether it found an infinity.
+    # Tells torch's GradScaler to leave the gradients alone and to set grad_scale and found_inf on this optimizer.
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], options: dict[str, Any], bitsandbytes_arguments: dict[str, Any]) -> None:
-        """`options`: the defaults of a parameter group."""
+        """Make the optimizer.
+
+        Args:
+            params: parameters, or dicts of parameter groups, as for every torch optimizer.
+            options: the defaults of a parameter group.
+            bitsandbytes_arguments: further arguments of bitsandbytes' optimizer, which are checked.
+        """
         name = type(self).__name__.removeprefix("Paged")
         check_bitsandbytes_arguments(bitsandbytes_arguments, self.algorithm, self.is_paged, (name, f"Paged{name}"))
-        self._skipped: dict[torch.device, Tensor] = {}  # int64 [1], by the device whose steps it counts
-        self._flats: dict[tuple[int, torch.device], FlatStates] = {}  # by group and device
+        self._skipped: dict[torch.device, Tensor] = {}  # {device: int64 [1], steps skipped there}
+        self._flats: dict[tuple[int, torch.device], FlatStates] = {}  # by (group, device)
         check_options(options, self.algorithm)
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with options of their own if wanted: {"params": [...], "lr": ...}.
+        """Add parameters, which may have options of their own.
+
+        Args:
+            param_group: {"params": [...], "lr": ...}; an option that is missing has its default.
 
         Raises:
-            TypeError, ValueError: as the class; the optimizer is as it was.
+            TypeError, ValueError: an option or a parameter is refused, as by the constructor. The optimizer is then
+                unchanged.
         """
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group}, self.algorithm)
@@ -83,10 +93,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: a function that evaluates the model again and returns the loss, or None.
 
         Returns:
             What `closure` returned, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient or an option is refused; no parameter and no moment has changed.
         """
         loss = None
         if closure is not None:
@@ -98,14 +111,14 @@ class Optimizer8bit(torch.optim.Optimizer):
                 batch = batches.setdefault(device, Batch(self.algorithm, len(self.param_groups)))
                 states = [self.state.get(param) for param in params]
                 if not all(states):
-                    check_tensors(params, grads)  # before anything is made of them
+                    check_tensors(params, grads)  # before a state is made
                     states = [self.state[param] or self._init_state(index, param) for param in params]
                 flat = self._flat(index, device, params, states)
                 if flat is not None:
                     batch.add_flat(index, params, grads, flat)
                 else:
                     batch.add(index, params, grads, states)
-        if len(batches) > 1:  # what one device refuses would come after the step of another
+        if len(batches) > 1:  # check all devices first: one must not step if another refuses its gradients
             for batch in batches.values():
                 check_tensors(batch.params, batch.grads)
         for device, batch in batches.items():
@@ -114,17 +127,16 @@ class Optimizer8bit(torch.optim.Optimizer):
             try:
                 batch.run(self.param_groups, self._scaling(device), self._skipped[device])
             except (RuntimeError, ValueError):
-                check_tensors(batch.params, batch.grads)  # which the op has done as well, but not in a user's words
+                check_tensors(batch.params, batch.grads)  # raises the same error in a user's words
                 raise
         return loss
 
     def stats(self) -> dict[str, int]:
-        """What the optimizer did and holds.
+        """Count what the optimizer did and holds.
 
         Returns:
-            skipped_steps: steps that did not happen because a gradient, or a learning rate in a GPU's memory, was not
-                usable, or a GradScaler's found_inf set.
-            state_bytes: bytes of all moments and scales.
+            {"skipped_steps": steps that were skipped because of a gradient, of a learning rate in a GPU's memory or of
+            a GradScaler's found_inf, "state_bytes": bytes of all moments and scales}.
         """
         tensors = (t for state in self.state.values() for name, t in state.items() if name != "step")
         return {
@@ -133,13 +145,17 @@ class Optimizer8bit(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of this class or of bitsandbytes' of the same name returned. All of it, or nothing.
+        """Load a state dict of this class, or of bitsandbytes' class of the same name: all of it, or nothing.
+
+        Args:
+            state_dict: what `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: it is of other parameters (number, shapes), of another optimizer, or damaged.
+            TypeError, ValueError: it belongs to other parameters (by number or shapes) or to another optimizer, or it
+                is damaged. The optimizer is then unchanged.
         """
         check_state_dict(state_dict)
-        # The last hook, so that it sees what the user's own made of the state dict.
+        # Registered last, so that it checks the state dict that a user's own hooks return.
         handle = self.register_load_state_dict_pre_hook(Optimizer8bit._checked)
         try:
             super().load_state_dict(state_dict)
@@ -147,11 +163,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             handle.remove()
 
     def to_bitsandbytes(self) -> dict[str, Any]:
-        """A state dict for bitsandbytes' optimizer of the same name, which continues from here.
+        """Make a state dict with which bitsandbytes' optimizer of the same name continues.
 
         Returns:
-            What `state_dict` returns, and the same tensors; but the learning rate and the steps are numbers, and the
-            dynamic maps lie beside the codes (qmap1, qmap2).
+            The state dict with the same tensors, where the learning rate and the steps are numbers, and the dynamic
+            maps stand beside the codes (qmap1, qmap2).
         """
         found = self.state_dict()
         groups = [{**group, "lr": float(group["lr"])} for group in found["param_groups"]]
@@ -159,15 +175,15 @@ class Optimizer8bit(torch.optim.Optimizer):
         return {**found, "state": states, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and copy keep."""
+        """Return what pickle and copy store: all but the flat tensors, which are made again."""
         return {**super().__getstate__(), "_skipped": self._skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """End of unpickling, and of loading a state dict."""
+        """Restore the optimizer, at the end of unpickling, of copying and of loading a state dict."""
         super().__setstate__(state)
         self._flats = {}
         for values in self.state.values():
-            values.update({name: kept.tensor for name, kept in values.items() if isinstance(kept, Kept)})
+            values.update({name: value.tensor for name, value in values.items() if isinstance(value, UncastTensor)})
 
     def _init_state(self, group: int, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -176,7 +192,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         return state
 
     def _moments(self, group: int, param: Tensor) -> dict[str, Tensor]:
-        """Moments and scales of a parameter that begins, all zero."""
+        """Make the moments and scales of a new parameter, all zero."""
         in_8_bits = param.numel() >= self.param_groups[group]["min_8bit_size"]
         shapes = shapes_of(self.algorithm, param, in_8_bits)
         return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, (dtype, shape) in shapes.items()}
@@ -184,10 +200,10 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _flat(
         self, group: int, device: torch.device, params: list[Tensor], states: list[dict[str, Tensor]]
     ) -> FlatStates | None:
-        """What holds the states of these parameters and of no others, if anything does.
+        """The flat tensors that hold the states of exactly these parameters, or None.
 
-        Made once, of the parameters of a group's first step: those of which only some take part in later steps, or
-        whose state somebody replaces, are stepped from their own tensors.
+        They are made once, for the parameters of a group's first step. When a later step has other parameters, or
+        somebody has replaced a state, the step takes the tensors of each parameter.
         """
         if self._is_paged(device):
             return None
@@ -197,24 +213,24 @@ class Optimizer8bit(torch.optim.Optimizer):
         return flat if flat is not None and flat.hold(params, states) else None
 
     def _is_paged(self, device: torch.device) -> bool:
-        """Whether moments of parameters there live in an arena."""
+        """Whether the moments of parameters on `device` live in an arena."""
         return False
 
     def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(inv_scale, found_inf) of a GradScaler's step, else (None, None)."""
+        """The (inv_scale, found_inf) that a GradScaler has set for this step, else (None, None)."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:  # in double, as GradScaler.unscale_ does: both ways give the same bits
+        if scale is not None:  # in float64, so that the bits are those of GradScaler.unscale_
             scale = torch.as_tensor(scale, device=device).double().reciprocal().float()
         if found_inf is not None:
             found_inf = torch.as_tensor(found_inf, device=device).float()
         return scale, found_inf
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict as torch may load it: checked, and its tensors out of the reach of torch's casts."""
+        """Check a state dict, and wrap its tensors so that torch does not cast them."""
         check_state_dict(state_dict)
         ours, saved = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in ours]:
-            return state_dict  # torch says what is wrong with it
+            return state_dict  # torch raises its own error
         groups = []
         for group, own in zip(saved, ours, strict=True):
             options = options_of(group, self.algorithm)

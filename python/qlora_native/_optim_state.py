@@ -1,4 +1,4 @@
-"""What the optimizers of optim.py check: options of parameter groups, and state dicts before they are loaded."""
+"""Checks of the optimizers of optim.py: of the options of parameter groups, and of state dicts to be loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ._errors import bad, bad_type, check_memory
 from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
 
 BLOCKSIZE = 256
-# bitsandbytes hides the quantized state of a parameter in a dict under this name.
+# bitsandbytes stores the quantized state of a parameter in a dict under this key.
 _BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
 _MAPS = {"qmap1": DYNAMIC_MAP, "qmap2": UNSIGNED_DYNAMIC_MAP}
-# What bitsandbytes writes into groups also for optimizers that are not AdEMAMix.
+# bitsandbytes writes these options into the groups of every optimizer.
 _ADEMAMIX_OPTIONS = ("alpha", "t_alpha", "t_beta3")
 
-# Arguments of bitsandbytes' optimizers that ours has not, and their values that mean what ours does.
+# {argument that only bitsandbytes' optimizers have: the values with which they do what ours do}.
 _BITSANDBYTES_ARGUMENTS = {
     "amsgrad": (False,),
     "optim_bits": (32, 8),  # bitsandbytes' 8-bit classes take 32 and mean 8
@@ -32,15 +32,15 @@ _BITSANDBYTES_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What the optimizers of optim.py differ in. Its arithmetic is the C++ core's (optimizer.h).
+    """How one optimizer of optim.py differs from the others. The C++ core has its arithmetic (optimizer.h).
 
     Attributes:
-        name: as the op knows it.
-        moments: how many moments lie in state1, and how many in state2, if there is one.
-        numbers: options of a parameter group that are sizes.
-        steps: options that are a count of steps, or None.
-        betas: how many there are.
-        bitsandbytes_arguments: those of _BITSANDBYTES_ARGUMENTS that bitsandbytes' class takes, or once took.
+        name: its name for the op.
+        moments: the number of moments in state1, and in state2 if it has one.
+        numbers: the options of a parameter group that are finite numbers of at least 0.
+        steps: the options that are a count of steps, or None.
+        betas: the number of betas.
+        bitsandbytes_arguments: the keys of _BITSANDBYTES_ARGUMENTS that bitsandbytes' class takes, or once took.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Algorithm:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the states that hold moments."""
+        """The names of the states that hold moments."""
         return ("state1", "state2")[: len(self.moments)]
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """Names of their scales."""
+        """The names of the scales of these states."""
         return ("absmax1", "absmax2")[: len(self.moments)]
 
 
@@ -73,15 +73,15 @@ ADEMAMIX = Algorithm(
 )
 
 
-class Kept:
-    """A tensor that `Optimizer.load_state_dict` passes through: it casts all others to the dtype of the parameter."""
+class UncastTensor:
+    """A wrapper that hides a tensor from `Optimizer.load_state_dict`, which casts tensors to the parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def shapes_of(algorithm: Algorithm, param: Tensor, in_8_bits: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """(dtype, shape) of the moments of a parameter, and of their scales if they are in 8 bits."""
+    """{name: (dtype, shape)} of the moments of a parameter, and of their scales if the moments are in 8 bits."""
     several = [(count,) if count > 1 else () for count in algorithm.moments]
     dtype, blocks = torch.uint8 if in_8_bits else torch.float32, ceil_div(param.numel(), BLOCKSIZE)
     shapes = {name: (dtype, (*first, *param.shape)) for name, first in zip(algorithm.states, several, strict=True)}
@@ -94,10 +94,15 @@ def shapes_of(algorithm: Algorithm, param: Tensor, in_8_bits: bool) -> dict[str,
 
 def checked_state(
     name: str, saved: dict[str, Any], param: Tensor, copied: bool, algorithm: Algorithm, owner: str
-) -> dict[str, Kept]:
-    """The state of a parameter. `copied`: to its device; else moments and scales are the saved tensors themselves.
+) -> dict[str, UncastTensor]:
+    """Check the saved state of a parameter, which errors call `name`, and return its tensors.
 
-    `owner`: the name of the optimizer, for errors.
+    Args:
+        name, owner: the names of the state and of the optimizer, for errors.
+        saved: the state as the state dict has it.
+        param: the parameter.
+        copied: copy the tensors to the device of `param`, instead of taking the saved ones.
+        algorithm: the algorithm of the optimizer.
     """
     if not isinstance(saved, dict):
         raise bad_type(name, "a dict", type(saved).__name__)
@@ -128,11 +133,11 @@ def checked_state(
     for key, levels in _MAPS.items():
         if in_8_bits and key in saved and not (isinstance(saved[key], Tensor) and is_dynamic_map(saved[key], levels)):
             raise bad(f"{name}.{key}", "the dynamic map of an 8-bit optimizer", "another map")
-    return {key: Kept(tensor) for key, tensor in state.items()}
+    return {key: UncastTensor(tensor) for key, tensor in state.items()}
 
 
 def bitsandbytes_state(state: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
-    """The state of a parameter as bitsandbytes keeps it: the step is a number, and the maps lie beside the codes."""
+    """The state of a parameter in bitsandbytes' form: the step is a number, and the maps stand beside the codes."""
     found = {**state, "step": int(state["step"])}
     if "absmax1" in state:
         for key in tuple(_MAPS)[: len(algorithm.states)]:
@@ -143,9 +148,9 @@ def bitsandbytes_state(state: dict[str, Any], algorithm: Algorithm) -> dict[str,
 def check_bitsandbytes_arguments(
     arguments: dict[str, Any], algorithm: Algorithm, is_paged: bool, names: tuple[str, str]
 ) -> None:
-    """Raise unless arguments that bitsandbytes' optimizers take on top mean what ours does.
+    """Raise unless ours does what these additional arguments of bitsandbytes' optimizers ask for.
 
-    `names`: of the optimizer that is not paged and of the one that is.
+    `names` are those of the ordinary optimizer and of the paged one.
     """
     meanings = {name: _BITSANDBYTES_ARGUMENTS[name] for name in algorithm.bitsandbytes_arguments}
     meanings["is_paged"] = (is_paged,)
@@ -158,7 +163,7 @@ def check_bitsandbytes_arguments(
 
 
 def _checked_step(name: str, step: Any) -> int:
-    """How many steps were taken, of a number or a tensor of one."""
+    """Check a step count, which is a number or a tensor of one number, and return it."""
     if isinstance(step, Tensor):
         if step.numel() != 1 or step.is_complex() or step.is_meta:
             raise bad(name, "an integer >= 0", f"{step.dtype} {list(step.shape)}")
@@ -190,13 +195,13 @@ def check_state_dict(state_dict: Any) -> None:
 
 
 def options_of(group: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
-    """A saved parameter group without what bitsandbytes writes there for other optimizers."""
+    """A saved parameter group without the options that bitsandbytes writes for other optimizers."""
     foreign = set(_ADEMAMIX_OPTIONS) - {*algorithm.numbers, *algorithm.steps}
     return {name: value for name, value in group.items() if name not in foreign}
 
 
 def check_options(options: dict[str, Any], algorithm: Algorithm) -> None:
-    """Raise unless the options of a parameter group are there, and within their ranges."""
+    """Raise unless a parameter group has every option, each within its range."""
     needed = (*algorithm.numbers, "betas", *algorithm.steps, "min_8bit_size")
     missing = [name for name in needed if name not in options]
     if missing:

@@ -1,4 +1,4 @@
-"""A step of the optimizers of optim.py as the op takes it: which tensors, checked, and the learning rates."""
+"""A step of the optimizers of optim.py: collects and checks the tensors and the options that the op takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ._optim_state import Algorithm
 
 
 def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
-    """Those that have gradients, and the gradients, of each device, in order."""
-    grads = [param.grad for param in params]  # a list at a time: see Batch
+    """{device: (parameters that have gradients, their gradients)}, in order."""
+    grads = [param.grad for param in params]  # whole lists are faster: see Batch
     if not all(map(is_not, grads, repeat(None))):
         params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         grads = [grad for grad in grads if grad is not None]
@@ -34,7 +34,7 @@ def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], li
 
 
 def check_tensors(params: list[Tensor], grads: list[Tensor]) -> None:
-    """Raise TypeError unless all are dense, and of dtypes that the op takes."""
+    """Raise TypeError unless all gradients are dense, and all tensors have a dtype that the op takes."""
     for layout in {grad.layout for grad in grads}:
         if layout is not torch.strided:
             raise bad_type("grad", "a dense gradient", layout)
@@ -44,7 +44,7 @@ def check_tensors(params: list[Tensor], grads: list[Tensor]) -> None:
 
 
 def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
-    """A learning rate that the op reads where the parameters are; None: it is told the number."""
+    """The learning rate as a tensor that the op reads on `device`, or None if the op takes it as a number."""
     if not isinstance(lr, Tensor):
         return None
     if lr.numel() != 1:
@@ -53,25 +53,25 @@ def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
         return None
     if lr.dtype == torch.float32:
         return lr
-    return lr.float() if device.type != "cpu" else None  # on the CPU its own precision is to be had
+    return lr.float() if device.type != "cpu" else None  # on the CPU the op takes the number, in float64
 
 
 class Batch:
-    """The tensors of one device's step, as the op takes them."""
+    """The arguments of the op for a step of the parameters on one device."""
 
     def __init__(self, algorithm: Algorithm, groups: int) -> None:
-        """No tensor yet, of so many parameter groups."""
+        """Start without tensors. `groups` is the number of parameter groups."""
         self.algorithm = algorithm
         self.sizes = [0] * groups
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.steps: list[Tensor] = []
-        # By name; what an algorithm has not stays empty.
+        # {name: tensors}; a name that the algorithm does not use stays empty.
         self.moments: dict[str, list[Tensor]] = {name: [] for name in ("state1", "state2", "absmax1", "absmax2")}
 
-    # A list at a time: of hundreds of parameters, each comprehension is a fraction of a loop's body with all of it.
+    # One comprehension for each list: with hundreds of parameters this takes a fraction of the time of one loop.
     def add(self, group: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        """A group's parameters with their gradients and states."""
+        """Add parameters of a group, with their gradients and states."""
         self._add(group, params, grads)
         self.steps += [state["step"] for state in states]
         for name in self.algorithm.states:
@@ -81,7 +81,7 @@ class Batch:
             self.moments[name] += [state[name] for state in in_8_bits]
 
     def add_flat(self, group: int, params: list[Tensor], grads: list[Tensor], flat: FlatStates) -> None:
-        """The same, with all their states."""
+        """Add all parameters of a group, whose states are in the flat tensors."""
         self._add(group, [params[i] for i in flat.order], [grads[i] for i in flat.order])
         self.steps += flat.tensors["step"]
         for name, tensors in self.moments.items():
@@ -93,7 +93,7 @@ class Batch:
         self.grads += grads
 
     def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
-        """Step them all. `groups`: the optimizer's."""
+        """Step all parameters. `groups` are the parameter groups of the optimizer."""
         rates = [_device_lr(group["lr"], skipped.device) for group in groups]
         torch.ops.qlora_native.optimizer_8bit_step.default(
             self.algorithm.name, self.params, self.grads, *self.moments.values(), self.steps, self.sizes,
@@ -108,11 +108,11 @@ class Batch:
             [index for index, rate in enumerate(rates) if rate is not None],
             *self._of_ademamix(groups),
         )  # fmt: skip
-        # For autograd: a parameter that a graph has saved was changed.
+        # Tells autograd that the parameters have changed, in case a graph has saved one.
         torch.autograd.graph.increment_version(self.params)
 
     def _of_ademamix(self, groups: list[dict[str, Any]]) -> tuple[list[float], ...]:
-        """The options that only AdEMAMix has: beta3, alpha, t_alpha and t_beta3."""
+        """The options that only AdEMAMix has, each as a list over the groups: beta3, alpha, t_alpha, t_beta3."""
         if self.algorithm.betas < 3:
             return ()
         beta3 = [float(group["betas"][2]) for group in groups]

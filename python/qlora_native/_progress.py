@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, and a line now and then in a log file."""
+"""Show the progress of a long loop: a bar on a terminal, or a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-SECONDS = 30.0  # from one line of a log to the next
+SECONDS = 30.0  # between two lines of a log file
 
 
 class Progress:
     """Counts what has been done and shows it on stderr.
 
-    On a terminal, and in a notebook, it is a bar of tqdm's, if tqdm is installed. Anywhere else it is one line every
+    On a terminal, and in a notebook, it shows a bar of tqdm, if tqdm is installed. Elsewhere it prints a line every
     SECONDS and one at the end, so that a log file does not fill with bars.
 
     Args:
-        total: how many items there are.
+        total: the number of items.
         wanted: whether anything is shown.
-        action: what is done to an item: "quantize".
-        unit: what an item is: "layer".
+        action: the verb for an item, such as "quantize".
+        unit: the noun for an item, such as "layer".
     """
 
     def __init__(self, total: int, wanted: bool, action: str, unit: str) -> None:
@@ -33,10 +33,10 @@ class Progress:
                 from tqdm.auto import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, desc=action, unit=unit, disable=None)  # None: where it is no terminal
+            self._bar = tqdm(total=total, desc=action, unit=unit, disable=None)  # None disables it without a terminal
 
     def over(self, items: Iterable[Any]) -> Iterator[Any]:
-        """`items`, each counted when the next one is asked for; several calls add up."""
+        """Yield `items`, and count each one when the next is requested. Several calls add up."""
         for item in items:
             yield item
             self._done += 1

@@ -1,4 +1,4 @@
-"""What stands beside the codes in bitsandbytes' files: the JSON object of its quant_state, checked."""
+"""Read and check the quant_state of bitsandbytes' files: a JSON object beside the codes of a weight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from ._errors import FLOAT_DTYPES, bad, bad_type
 from ._json import parse_object
 
-NESTED_BLOCKSIZE = 256  # scales that share one second-level scale: QLoRA's, and the only one of bitsandbytes
+NESTED_BLOCKSIZE = 256  # scales that share a second-level scale: QLoRA's number, and the only one in bitsandbytes
 
 
 def bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
-    """The codes of a file as `count` bytes, whatever dtype (bitsandbytes' quant_storage) they are stored in."""
+    """The codes of a file as `count` bytes. bitsandbytes stores them in any dtype (its quant_storage)."""
     if codes.dtype not in (torch.uint8, torch.int8, *FLOAT_DTYPES):
         raise bad_type(name, "codes stored as uint8, int8, float16, bfloat16 or float32", codes.dtype)
     if codes.numel() * codes.element_size() != count:
@@ -24,7 +24,7 @@ def bytes_of(name: str, codes: Tensor, count: int) -> Tensor:
 
 
 def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
-    """The JSON object of bitsandbytes' quant_state, with the fields that are used checked."""
+    """Parse bitsandbytes' quant_state, and check the fields that are used here."""
     longest = 1 << 16  # bytes; bitsandbytes writes some 200
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() > longest or packed.is_meta:
         raise bad(key, "the bytes of a JSON object", f"{packed.dtype} {list(packed.shape)}")
@@ -47,7 +47,7 @@ def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
         if state.get("nested_blocksize") != NESTED_BLOCKSIZE:
             raise bad(f"{key}: nested_blocksize", f"{NESTED_BLOCKSIZE}", repr(state.get("nested_blocksize")))
         offset = state.get("nested_offset")
-        # Within fp32, too: an integer of a thousand digits has no float at all.
+        # Compared and not converted: an integer of a thousand digits has no float.
         if type(offset) not in (int, float) or not -3.4e38 < offset < 3.4e38:
             raise bad(f"{key}: nested_offset", "a finite fp32 number", repr(offset))
     return state

@@ -1,4 +1,4 @@
-"""What a model's bytes are: quantized, or left alone and why. Nothing stays in 16 bits without a word."""
+"""`size_report`: which bytes of a model are quantized, and why the others are not."""
 
 from __future__ import annotations
 
@@ -10,46 +10,55 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._layer import QuantizedLayer
 
-__all__ = ["Left", "Row", "SizeReport", "has_note", "left_alone", "linears_of_routers", "note_left", "size_report"]
+__all__ = [
+    "Row",
+    "SizeReport",
+    "Unquantized",
+    "has_reason",
+    "linears_of_routers",
+    "note_reason",
+    "size_report",
+    "unquantized_parameters",
+]
 
-_NOTE = "_why_not_quantized"  # an attribute of a module that was left alone on purpose
-_SHOWN = 3  # names of a row
+_REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
+_SHOWN = 3  # names that a row of the table lists
 
 
 @dataclass(frozen=True)
-class Left:
-    """A parameter that stays as it is.
+class Unquantized:
+    """A parameter that is not quantized.
 
     Attributes:
         name, tensor: the parameter.
-        reason: why it stays.
-        unknown: it is a weight, and it is not known how its module multiplies by it.
+        reason: why it is not quantized.
+        unknown_use: it is a weight, but how its module multiplies by it is unknown.
     """
 
     name: str
     tensor: Tensor
     reason: str
-    unknown: bool = False
+    unknown_use: bool = False
 
     @property
     def is_stack(self) -> bool:
-        """Whether it may be the weights of several experts: three dimensions, none of them 1."""
+        """Whether it may hold the weights of several experts: it has three dimensions, none of them 1."""
         return self.tensor.dim() == 3 and min(self.tensor.shape) > 1
 
     def __str__(self) -> str:
-        """Name, size and reason."""
+        """A sentence with the name, the size and the reason."""
         return f"{self.name}, {self.tensor.nbytes:,} bytes, is left as it is: {self.reason}"
 
 
 @dataclass
 class Row:
-    """Tensors that share a reason.
+    """A row of the table: the tensors that share a format or a reason.
 
     Attributes:
-        quantized: whether they are a quantized weight.
-        what: their format, or why they were left alone.
-        names: of the tensors, or of the quantized weights.
-        bytes: of all of them.
+        quantized: whether they are quantized weights.
+        what: their format, or why they are not quantized.
+        names: the names of the tensors or of the quantized weights.
+        bytes: the size of all of them.
     """
 
     quantized: bool
@@ -60,26 +69,26 @@ class Row:
 
 @dataclass
 class SizeReport:
-    """A model's bytes: quantized, left alone and why. `print` shows a table.
+    """The bytes of a model, by format or by the reason why they are not quantized. `print` shows a table.
 
     Attributes:
-        rows: those of quantized weights first, each part by falling size.
+        rows: quantized weights come first; within each part the largest row comes first.
     """
 
     rows: list[Row]
 
     @property
     def quantized(self) -> int:
-        """Bytes of quantized weights, scales and tables included."""
+        """The bytes of all quantized weights, with scales and tables."""
         return sum(row.bytes for row in self.rows if row.quantized)
 
     @property
     def left_alone(self) -> int:
-        """Bytes of everything else."""
+        """The bytes of everything else."""
         return sum(row.bytes for row in self.rows if not row.quantized)
 
     def __str__(self) -> str:
-        """A table."""
+        """The table."""
         total = max(self.quantized + self.left_alone, 1)
         lines = [f"{'bytes':>16}  {'share':>7}  {'tensors':>7}"]
         for row in self.rows:
@@ -93,7 +102,14 @@ class SizeReport:
 
 
 def size_report(model: nn.Module) -> SizeReport:
-    """What the parameters and buffers of `model` are, each counted once."""
+    """List the parameters and buffers of a model by format or reason, each counted once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The report, which prints as a table.
+    """
     rows: dict[tuple[bool, str], Row] = {}
 
     def add(quantized: bool, what: str, name: str, size: int) -> None:
@@ -110,52 +126,52 @@ def size_report(model: nn.Module) -> SizeReport:
                 scales = "8 bits" if layer.double_quant else "fp32"
                 what = f"{layer.format} in blocks of {layer.blocksize}, scales in {scales}"
                 add(True, what, path, sum(tensor.nbytes for tensor in tensors))
-    for left in left_alone(model, seen):
-        add(False, left.reason, left.name, left.tensor.nbytes)
+    for each in unquantized_parameters(model, seen):
+        add(False, each.reason, each.name, each.tensor.nbytes)
     for name, buffer in model.named_buffers():
         if id(buffer) not in seen:
             add(False, "a buffer", name, buffer.nbytes)
     return SizeReport(sorted(rows.values(), key=lambda row: (not row.quantized, -row.bytes)))
 
 
-def note_left(module: nn.Module, reason: str) -> None:
-    """Remember why the weights of `module` were not quantized, for the report."""
-    setattr(module, _NOTE, reason)
+def note_reason(module: nn.Module, reason: str) -> None:
+    """Store in `module` the reason why its weights are not quantized, for the report."""
+    setattr(module, _REASON, reason)
 
 
-def has_note(module: nn.Module) -> bool:
-    """Whether it is known why the weights of `module` were not quantized."""
-    return _NOTE in vars(module)
+def has_reason(module: nn.Module) -> bool:
+    """Whether `module` has stored a reason why its weights are not quantized."""
+    return _REASON in vars(module)
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses experts: it stays in its own precision, as a small change sends a row elsewhere."""
+    """Whether `module` chooses experts. It keeps its precision: a small change would send a row to another expert."""
     return any(word in type(module).__name__.lower() for word in ("router", "gating"))
 
 
 def linears_of_routers(model: nn.Module) -> list[str]:
-    """Paths of the linear layers in routers, which are noted there as such."""
+    """The paths of the linear layers in routers. The reason is stored in each of them."""
     found = []
     for path, router in model.named_modules():
         for name, child in router.named_children() if is_router(router) else ():
             if type(child) is nn.Linear:
-                note_left(child, "a router")
+                note_reason(child, "a router")
                 found.append(f"{path}.{name}" if path else name)
     return found
 
 
-def left_alone(model: nn.Module, quantized: set[int]) -> Iterator[Left]:
-    """The parameters of `model` but those whose id is in `quantized`, with the reason why each stays."""
+def unquantized_parameters(model: nn.Module, quantized: set[int]) -> Iterator[Unquantized]:
+    """The parameters of `model` whose id is not in `quantized`, each with the reason why it is not quantized."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             if id(parameter) not in quantized and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield Left(name, parameter, *_reason(name, parameter, module))
+                yield Unquantized(name, parameter, *_reason(name, parameter, module))
 
 
 def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]:
-    """Why a parameter stays, and whether that is because nothing is known of its use."""
+    """The reason why a parameter is not quantized, and whether the reason is that its use is unknown."""
     kind = type(module).__name__
     if ".lora_" in name:
         return "an adapter", False
@@ -165,8 +181,8 @@ def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]
         return f"{parameter.dtype} already", False
     if isinstance(module, nn.Embedding):
         return "an embedding", False
-    if has_note(module):
-        return vars(module)[_NOTE], False
+    if has_reason(module):
+        return vars(module)[_REASON], False
     if is_router(module):
         return "a router", False
     if isinstance(module, _ConvNd):

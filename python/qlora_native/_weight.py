@@ -1,4 +1,4 @@
-"""`QuantizedWeight`, the container that everything else passes around, and its form in bitsandbytes' files."""
+"""`QuantizedWeight`, the container of a quantized weight, and how it is stored in bitsandbytes' files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNSIGNED_DYNAMIC_MAP = torch.tensor(_C.dynamic_map(is_signed=False), dtype=torch
 
 
 def is_dynamic_map(tensor: Tensor, levels: Tensor) -> bool:
-    """Whether a table of bitsandbytes stands for one of ours.
+    """Whether `tensor`, a table of bitsandbytes, equals our table `levels` up to the last bits.
 
     bitsandbytes makes its tables with torch.linspace, whose last bits differ from processor to processor.
     """
@@ -40,10 +40,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def check_finite(name: str, tensor: Tensor) -> float:
-    """The largest absolute value of a scale or a table; of what is not fp32, or has no values, 0.
+    """The largest absolute value of a tensor of scales or of a table; 0 if it is not fp32 or has no values.
 
     Raises:
-        ValueError: there is NaN or Inf in it.
+        ValueError: a value is NaN or Inf.
     """
     if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
         return 0.0
@@ -60,8 +60,10 @@ def check_format(format: Any) -> None:
 
 
 def codes_shape(*shape: int, bits: int) -> tuple[int, ...]:
-    """The shape of the codes of W [N, K] or [E, N, K]: a row of bytes a row of W, or one column where a byte would
-    straddle rows.
+    """The shape of the codes of W [N, K] or [E, N, K].
+
+    Each row of W has a row of bytes. If K is odd, a byte with two codes may belong to two rows, and the codes have one
+    column.
     """
     if bits == 8:
         return shape
@@ -71,29 +73,28 @@ def codes_shape(*shape: int, bits: int) -> tuple[int, ...]:
 
 @dataclass(slots=True, eq=False)
 class QuantizedWeight:
-    """A quantized weight W [N, K]: codes, scales and what they mean. A plain container; its tensors are never copied.
+    """A quantized weight W [N, K]: its codes, its scales, and the tables that decode them. Tensors are never copied.
 
-    Elements are numbered e = n * K + k, and block e // blocksize shares one scale, as in bitsandbytes. The weights of a
-    layer's experts are one such weight [E, N, K], whose bytes are those of the weight [E * N, K].
+    Elements are numbered e = n * K + k, and the elements of block e // blocksize share a scale, as in bitsandbytes. The
+    weights of a layer's experts are one weight [E, N, K], with the bytes of a weight [E * N, K].
 
     Attributes:
-        codes: uint8, contiguous. 4 bits: [N, K/2] (any K odd: [ceil(N*K/2), 1]), element e in the high half of byte
-            e // 2 if e is even, else in the low half. "int8": [N, K], a signed byte an element. Of experts: [E, N, K/2]
-            and [E, N, K].
-        absmax: fp32 [blocks], the scales; or uint8 [blocks], double-quantized.
+        codes: uint8, contiguous. Of 4 bits: [N, K/2], or [ceil(N*K/2), 1] if K is odd; element e is in the high half of
+            byte e // 2 if e is even, else in the low half. Of "int8": [N, K], a signed byte for each element. Experts
+            have [E, N, K/2] and [E, N, K].
+        absmax: the scales: fp32 [blocks], or uint8 [blocks] if they are double-quantized.
         nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
-        nested_code: fp32 [256], what the bytes of `absmax` mean, with `nested_absmax`. Of "mxfp4" and "nvfp4", whose
-            scales are bytes in any case, the values of E8M0, or of E4M3 times the tensor's scale; nested_absmax is 1.
-        offset: fp32, one element, added to every decoded scale, with `nested_absmax`.
-        code: fp32 [16], what the codes mean; None for "int8", where an element is its byte * (scale / 127).
+        nested_code: fp32 [256], the values of the bytes of `absmax`; None without double quantization. In "mxfp4" these
+            are the values of E8M0, in "nvfp4" those of E4M3 times the scale of the tensor; nested_absmax is then 1.
+        offset: fp32, one element, added to each decoded scale; None without double quantization.
+        code: fp32 [16], the values of the codes; None for "int8", where an element is its byte * (scale / 127).
         shape: (N, K), or (E, N, K).
-        blocksize: elements that share a scale, a power of two in 32 ... 4096; of "mxfp4" 32, of "nvfp4" 16.
+        blocksize: elements that share a scale: a power of two in 32 ... 4096, but 32 in "mxfp4" and 16 in "nvfp4".
         format: "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" or "codebook" (16 values of the user's own).
-        dtype: what the weight was, and what `dequantize()` gives.
+        dtype: the dtype of the weight that was quantized, and by default of `dequantize()`.
 
     Raises:
-        TypeError, ValueError: a field has the wrong dtype, length, layout or device. Nothing here is trained: a
-            field that requires gradients is refused too.
+        TypeError, ValueError: a field has the wrong dtype, length, layout or device, or requires gradients.
     """
 
     codes: Tensor
@@ -145,16 +146,16 @@ class QuantizedWeight:
         check_memory(name, tensor)
 
     def check_values(self) -> QuantizedWeight:
-        """Check what the constructor does not read: that scales and tables are finite. Every byte of codes is valid.
+        """Check that scales and tables are finite, which the constructor does not. Every byte of codes is valid.
 
-        For a weight that comes from a file or from another library. Copies nothing; waits for a GPU.
+        Use it for a weight that comes from a file or from another library. It copies nothing, and waits for a GPU.
 
         Returns:
             The weight itself.
 
         Raises:
-            ValueError: a scale, a table or the offset has NaN or Inf in it, or a scale is none of "mxfp4" or "nvfp4".
-                What MXFP4 decodes to may be beyond fp32, and is infinite then, as in transformers.
+            ValueError: a scale, a table or the offset is NaN or Inf, or a byte is not a scale of "mxfp4" or "nvfp4". A
+                value of MXFP4 may exceed fp32; it decodes to infinity then, as in transformers.
         """
         if self.format in MICROSCALED:
             check_scale_table("nested_code", self.nested_code, self.format)
@@ -172,7 +173,7 @@ class QuantizedWeight:
 
     @classmethod
     def unchecked(cls, *values: Any) -> QuantizedWeight:
-        """A weight of all fields, in order, unchecked: a layer makes one of its own tensors at every call."""
+        """Make a weight from all fields, in order, without checks, as a layer does at each call."""
         q = object.__new__(cls)
         (
             q.codes,
@@ -190,22 +191,22 @@ class QuantizedWeight:
 
     @property
     def bits(self) -> int:
-        """Bits of a code: 4 or 8."""
+        """The bits of a code: 4 or 8."""
         return 8 if self.format == "int8" else 4
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors."""
+        """The device of the tensors."""
         return self.codes.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, the tables included (at most 1.1 KB of them)."""
+        """The bytes of all tensors, of which tables are at most 1.1 KB."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored an element of W, scales and tables included."""
+        """The stored bits for each element of W, with scales and tables."""
         return 8 * self.nbytes / math.prod(self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ class QuantizedWeight:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def op_arguments(self) -> tuple[Any, ...]:
-        """The weight as the torch ops take it: codes ... code, N, K, bits, blocksize; of experts, N and K of one."""
+        """The arguments of the torch ops: codes ... code, N, K, bits, blocksize, with the N and K of one expert."""
         return (
             self.codes,
             self.absmax,
@@ -228,11 +229,17 @@ class QuantizedWeight:
         )
 
     def flat(self) -> QuantizedWeight:
-        """The same weight, of experts [E, N, K] as one [E * N, K]; shares the tensors."""
+        """The same weight with two dimensions: experts [E, N, K] become [E * N, K]. The tensors are shared."""
         return self if len(self.shape) == 2 else replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W, as `shape` says, in `dtype` (default: `self.dtype`): fp32 code * fp32 scale, rounded once. No gradient.
+        """Decode the weight: fp32 code * fp32 scale, rounded once. Not differentiable.
+
+        Args:
+            dtype: fp32, bf16 or fp16; None is `self.dtype`.
+
+        Returns:
+            W in `shape`.
 
         Raises:
             TypeError: `dtype` is not fp32, bf16 or fp16.
@@ -242,20 +249,28 @@ class QuantizedWeight:
         return torch.ops.qlora_native.dequantize(*self.flat().op_arguments(), dtype).view(self.shape)
 
     def to(self, device: torch.device | str | int) -> QuantizedWeight:
-        """The same weight on `device`; tensors that are there already are shared, not copied."""
+        """Move the weight to a device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            A weight whose tensors are on `device`; those that were there already are shared, not copied.
+        """
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @classmethod
     def from_mxfp4(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
-        """The weight that MXFP4 files have, with their bits: gpt-oss' `*_blocks` and `*_scales`, or compressed-tensors'
-        `weight_packed` and `weight_scale`. `dequantize()` gives what transformers' `convert_moe_packed_tensors` does,
-        before it transposes.
+        """Make a weight from the tensors of an MXFP4 file; it decodes to the same values.
+
+        The tensors are gpt-oss' `*_blocks` and `*_scales`, or compressed-tensors' `weight_packed` and `weight_scale`.
+        `dequantize()` returns what transformers' `convert_moe_packed_tensors` computes, before it transposes.
 
         Args:
-            blocks: uint8 [N, K/32, 16], or [N, K/2]: the first of two codes in the low half. Of a layer's experts
-                [E, N, K/32, 16], which make a weight [E, N, K]; further leading dimensions become rows.
-            scales: uint8 [..., N, K/32]: E8M0.
-            dtype: what `dequantize()` gives.
+            blocks: uint8 [N, K/32, 16] or [N, K/2], with the first of two codes in the low half of a byte. The experts
+                of a layer, [E, N, K/32, 16], make a weight [E, N, K]; further leading dimensions become rows.
+            scales: uint8 [..., N, K/32], E8M0.
+            dtype: the `dtype` of the weight.
 
         Raises:
             TypeError, ValueError: another dtype or shape; a scale is NaN, the byte 255.
@@ -273,30 +288,32 @@ class QuantizedWeight:
         weight_scale_2: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> QuantizedWeight:
-        """The weight that NVFP4 files have, with their bits: compressed-tensors' `weight_packed`, `weight_scale` and
-        `weight_global_scale`, by which it divides a scale, or ModelOpt's `weight`, `weight_scale` and `weight_scale_2`,
-        by which it multiplies one.
+        """Make a weight from the tensors of an NVFP4 file; it decodes to the same values.
+
+        The tensors are compressed-tensors' `weight_packed`, `weight_scale` and `weight_global_scale`, by which it
+        divides a scale, or ModelOpt's `weight`, `weight_scale` and `weight_scale_2`, by which it multiplies a scale.
 
         Args:
-            codes: uint8 [N, K/2]: the first of two codes in the low half.
+            codes: uint8 [N, K/2], with the first of two codes in the low half of a byte.
             scales: float8_e4m3fn [N, K/16], or its bytes.
-            weight_global_scale, weight_scale_2: one of them: fp32, one element, above 0.
-            dtype: what `dequantize()` gives.
+            weight_global_scale, weight_scale_2: exactly one of them: fp32, one element, above 0.
+            dtype: the `dtype` of the weight.
 
         Raises:
-            TypeError, ValueError: another dtype or shape; a scale is NaN or has a sign; not one scale of the tensor.
+            TypeError, ValueError: a wrong dtype or shape; a scale that is NaN or negative; or none or both of the
+                scales of the tensor.
         """
         fields = nvfp4_fields(codes, scales, weight_global_scale, weight_scale_2)
         return cls(**fields, code=CODEBOOKS["nvfp4"].to(codes.device, copy=True), dtype=dtype)
 
     def to_bitsandbytes(self, prefix: str = "", name: str = "weight", transposed: bool = False) -> dict[str, Tensor]:
-        """The entries of a state dict that bitsandbytes' Linear4bit writes, byte for byte.
+        """Make the entries of a state dict that bitsandbytes' Linear4bit would write, byte for byte.
 
         Args:
-            prefix: in front of every key, as in `nn.Module.state_dict`: "model.layers.0.mlp.up_proj.".
-            name: the parameter's, as in `bitsandbytes.nn.parametrize.replace_parameter_4bit`: of experts "down_proj".
-            transposed: the parameter is W transposed, as those of experts [E, K, N] are. bitsandbytes, which has none
-                such, takes no notice of what this adds to quant_state.
+            prefix: put in front of every key, as in `nn.Module.state_dict`: "model.layers.0.mlp.up_proj.".
+            name: the name of the parameter, as in `bitsandbytes.nn.parametrize.replace_parameter_4bit`: "down_proj".
+            transposed: record in quant_state that the parameter is W transposed, as that of experts [E, K, N] is.
+                bitsandbytes ignores the record.
 
         Returns:
             `weight` uint8 [elements/2, 1], `weight.absmax`, `weight.quant_map`, with double quantization
@@ -304,7 +321,7 @@ class QuantizedWeight:
             `__fp4`), the bytes of a JSON object. Tables are copies: safetensors refuses shared memory.
 
         Raises:
-            ValueError: bitsandbytes has no such format, or would decode other values: it uses its own codebook.
+            ValueError: bitsandbytes does not have the format, or would decode other values, because it ignores `code`.
         """
         if self.format not in ("nf4", "fp4"):
             raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
@@ -333,9 +350,13 @@ class QuantizedWeight:
     def from_bitsandbytes(
         cls, state_dict: Mapping[str, Tensor], prefix: str = "", name: str = "weight"
     ) -> QuantizedWeight:
-        """The weight that bitsandbytes' Linear4bit wrote under `prefix` (see `to_bitsandbytes`); shares its tensors.
+        """Read a weight that bitsandbytes' Linear4bit has written. The tensors are shared, not copied.
 
-        Any `quant_storage` dtype is read. The stored maps and offset are used, never recomputed.
+        Any `quant_storage` dtype is read. The stored maps and the stored offset are used, never recomputed.
+
+        Args:
+            state_dict: the entries that `to_bitsandbytes` describes, among others.
+            prefix, name: as in `to_bitsandbytes`.
 
         Raises:
             ValueError, TypeError: an entry is missing, or its length, dtype or content is wrong.
@@ -378,7 +399,7 @@ class QuantizedWeight:
 
 
 def check_quantized(q: Any, shape: str, dimensions: int) -> None:
-    """Raise unless `q` is a QuantizedWeight of so many dimensions, which `shape` names."""
+    """Raise unless `q` is a QuantizedWeight of that many dimensions. `shape` describes them in the error."""
     if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
     if len(q.shape) != dimensions:

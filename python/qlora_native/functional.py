@@ -51,24 +51,27 @@ def quantize(
     """Quantize a weight in blocks, each element to the nearest level of its block's scale.
 
     Args:
-        weight: [N, K] in fp32, bf16 or fp16, any strides; or [E, N, K], the weights of a layer's experts. One that is
-            neither contiguous nor of two dimensions is copied.
+        weight: [N, K] in fp32, bf16 or fp16, any strides; or [E, N, K], the weights of a layer's experts, which are
+            copied if they are not contiguous.
         format: "nf4" (QLoRA, appendix E), "fp4" (bitsandbytes' e2m1), "int4" (16 linear levels), "int8" (255 linear
             levels), "mxfp4" (OCP Microscaling Formats v1.0, sections 5.3 and 6.3: blocks of 32, scales that are powers
-            of two), "nvfp4" (blocks of 16, E4M3 scales beside one of the weight, by ModelOpt's rule) or "codebook".
-        blocksize: elements that share a scale, a power of two in 32 ... 4096; None is 64, or the one that "mxfp4" and
-            "nvfp4" have. Blocks run over the flat weight.
-        double_quant: keep the scales in 8 bits (QLoRA, section 3): 4.127 bits an element at blocksize 64, else 4.5.
-            "mxfp4" and "nvfp4" have scales of 8 bits in any case: 4.25 and 4.5 bits an element.
-        codebook: 16 ascending finite values, which a scale multiplies; makes the format "codebook".
+            of two), "nvfp4" (blocks of 16, E4M3 scales times one fp32 scale of the weight, by ModelOpt's rule) or
+            "codebook".
+        blocksize: elements that share a scale, a power of two in 32 ... 4096; None is 64, or the only one of "mxfp4"
+            (32) and "nvfp4" (16). Blocks run over the flat weight.
+        double_quant: keep the scales in 8 bits (QLoRA, section 3), for 4.127 bits an element at blocksize 64 instead of
+            4.5. "mxfp4" and "nvfp4" always have scales of 8 bits: 4.25 and 4.5 bits an element.
+        codebook: 16 ascending finite values, of which each element gets one, times its scale. Sets the format to
+            "codebook".
 
     Returns:
-        The quantized weight, on the weight's device. Not differentiable.
+        The quantized weight, on the device of `weight`. Not differentiable.
 
     Raises:
-        TypeError: `weight` is no tensor of those dtypes, or `blocksize` no int.
-        ValueError: another rank, an empty weight, NaN or Inf in it (how many, and where the first is), an unknown
-            format, another blocksize or a codebook that is not 16 ascending finite values.
+        TypeError: `weight` is not a tensor of one of these dtypes, or `blocksize` is not an int.
+        ValueError: `weight` has another number of dimensions, is empty, or has a NaN or Inf (the message says how many
+            and where the first is); the format or the blocksize is unknown; or the codebook is not 16 ascending finite
+            values.
     """
     if not isinstance(weight, Tensor):
         raise bad_type("weight", "a tensor", type(weight).__name__)
@@ -78,7 +81,7 @@ def quantize(
     check_format(format)
     blocksize = chosen_blocksize(blocksize, format)
     if codebook is not None:
-        if format not in ("codebook", "nf4"):  # "nf4" is the default: it was not asked for
+        if format not in ("codebook", "nf4"):  # "nf4" is the default, so the caller may not have chosen it
             raise bad("codebook", f"None with format {format!r}", "a codebook")
         format = "codebook"
     rows = weight.detach().reshape(-1, weight.shape[-1])
@@ -107,7 +110,7 @@ def quantize(
 
 
 def double_quantized(q: QuantizedWeight) -> QuantizedWeight:
-    """`q` with its fp32 scales in 8 bits (QLoRA, section 3), as `quantize` would have made it; shares its codes."""
+    """Put the fp32 scales of `q` into 8 bits (QLoRA, section 3), as `quantize` would have done. Shares the codes."""
     nested_code = DYNAMIC_MAP.to(q.device, copy=True)
     absmax, nested_absmax, offset = torch.ops.qlora_native.quantize_absmax(q.absmax, nested_code)
     return replace(q, absmax=absmax, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset)
@@ -132,7 +135,7 @@ def _quantize_microscaled(rows: Tensor, weight: Tensor, format: str, blocksize: 
 
 
 def _check_found(non_finite: Tensor, weight: Tensor) -> None:
-    """Raise ValueError if an operation has found NaN or Inf in `weight` [N, K] or [E, N, K]."""
+    """Raise ValueError if `non_finite` says that `weight` [N, K] or [E, N, K] has a NaN or Inf."""
     if weight.is_meta:
         return
     count, first = non_finite.tolist()
@@ -145,7 +148,7 @@ def _check_found(non_finite: Tensor, weight: Tensor) -> None:
 
 
 def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: torch.device) -> Tensor:
-    """The 16 levels, as a tensor of their own on `device`."""
+    """The 16 levels of a format or codebook, as a new tensor on `device`."""
     if format != "codebook":
         return CODEBOOKS[format].to(device, copy=True)
     if codebook is None:
@@ -171,7 +174,7 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
         W in the shape of `q`, on its device. Not differentiable.
 
     Raises:
-        TypeError: `q` is no QuantizedWeight, or `dtype` not fp32, bf16 or fp16.
+        TypeError: `q` is not a QuantizedWeight, or `dtype` is not fp32, bf16 or fp16.
     """
     if not isinstance(q, QuantizedWeight):
         raise bad_type("q", "a QuantizedWeight", type(q).__name__)
@@ -179,20 +182,20 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows of W, each decoded as `dequantize` does: `F.embedding(ids, dequantize(q))`, whose W never exists.
+    """Decode rows of W: `F.embedding(ids, dequantize(q))` without decoding the other rows.
 
     Args:
-        ids: int64 or int32 [...]: rows of W, any of them any number of times.
+        ids: int64 or int32 [...], the rows of W to look up.
         q: W [V, K].
-        dtype: of the result; None is the dtype of the weight that was quantized.
+        dtype: of the result: fp32, bf16 or fp16; None is the dtype of the weight that was quantized.
 
     Returns:
         [..., K]. Not differentiable: W is frozen.
 
     Raises:
-        TypeError: `q` is no QuantizedWeight, `ids` no tensor of those dtypes, `dtype` not fp32, bf16 or fp16.
-        ValueError: another shape of `q`, another device, or an id that is no row of W. On a GPU, where reading ids
-            would wait for the device, the result has NaN for such a row.
+        TypeError: `q` is not a QuantizedWeight, or `ids` or `dtype` has another type.
+        ValueError: `q` has another number of dimensions, `ids` is on another device, or an id is not a row of W. On a
+            GPU ids are not read, because that would wait for the device: such a row of the result is NaN.
     """
     check_quantized(q, "[V, K]", 2)
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
@@ -218,29 +221,29 @@ def linear(
 
     y = x @ W.T + bias + lora_scaling * (dropout(x) @ lora_a.T) @ lora_b.T, where W is decoded in parts.
 
-    Differentiable in x, bias, lora_a and lora_b, once. W and the adapter are rounded to the dtype of x on their way
-    into the product, sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.
+    Differentiable, once, in x, bias, lora_a and lora_b. W and the adapter are rounded to the dtype of x before they are
+    multiplied; sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.
     bf16 products on processors with AVX512_BF16 flush denormal operands and results to zero, as torch's do.
 
     Args:
         x: [..., K] in fp32, bf16 or fp16, any strides; leading dimensions may be 0.
         q: W [N, K].
         bias: [N], any floating dtype.
-        lora_a: [rank, K] in fp32, bf16 or fp16, with `lora_b`. Rank 0 is no adapter.
-        lora_b: [N, rank], the dtype of `lora_a`.
+        lora_a: [rank, K] in fp32, bf16 or fp16, together with `lora_b`. Rank 0 means no adapter.
+        lora_b: [N, rank] in the dtype of `lora_a`.
         lora_scaling: any finite factor.
-        lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the
-            adapter; the others are scaled by 1/(1-p). Applied whenever above 0: a layer decides about training and
-            evaluation. The mask follows from one draw of torch's CPU generator, and is not stored for backward. On a
-            GPU the draw is of its own generator where `torch.compile` or a CUDA graph captures it, so that every replay
-            has another mask.
+        lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the adapter;
+            the others are scaled by 1/(1-p). It applies whenever it is above 0, so a layer passes 0 in evaluation. One
+            number drawn from torch's CPU generator determines the mask, which is not stored for backward. If
+            `torch.compile` or a CUDA graph captures the call on a GPU, the number comes from the GPU's generator, so
+            that each replay has another mask.
 
     Returns:
         y [..., N] in the dtype of x.
 
     Raises:
-        TypeError: a wrong dtype, or no tensor or QuantizedWeight.
-        ValueError: a wrong shape, device, scaling or probability.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
     """
     x = checked_input(x, q, 2)
     N, K = q.shape
@@ -262,28 +265,31 @@ def linear_grouped(
     *,
     adapter_index: Tensor | None = None,
 ) -> Tensor:
-    """`linear` of rows in groups, which have weights and adapters of their own: the experts of a mixture, or many
-    fine-tunes of one model in a batch. One call computes all groups; it differentiates and rounds as `linear`.
+    """Multiply groups of rows, each by a weight and an adapter of its own, in one call.
+
+    The groups may be the experts of a mixture, or a batch for several fine-tunes of one model. The call differentiates
+    and rounds as `linear` does.
 
     Args:
-        x: [T, K] with `offsets`, [..., K] with `adapter_index`.
-        q: W [E, N, K], of which group g takes number g, or W [N, K], which all groups share.
-        offsets: int64 [G + 1]: group g is rows offsets[g] ... offsets[g+1]-1 of x, and may be empty. They ascend, and
-            the last is T. Rows before the first group, which only a shared weight allows, have no adapter.
+        x: [T, K] with `offsets`, or [..., K] with `adapter_index`, in fp32, bf16 or fp16.
+        q: W [E, N, K], where group g has the weight W[g], or W [N, K], which all groups share.
+        offsets: int64 [G + 1], ascending, and the last is T. Group g has the rows offsets[g] ... offsets[g+1]-1 of x,
+            and may be empty. With a shared weight there may be rows before the first group; they have no adapter.
         bias: [E, N], or [N] with a shared weight.
-        lora_a: [G, rank, K]: one adapter a group; or [rank, K]: one for all.
-        lora_b: [G, N, rank], or [N, rank].
-        lora_scaling, lora_dropout: as `linear`; dropout's mask goes by the row in the order of the groups.
-        adapter_index: int64 [...], in the place of `offsets` with a shared weight: which of the adapters each row has,
-            -1 for none. Rows are sorted for it, so it costs a copy of x and of y where they are not.
+        lora_a: [G, rank, K], an adapter for each group, or [rank, K], one for all.
+        lora_b: [G, N, rank] or [N, rank].
+        lora_scaling, lora_dropout: as in `linear`. The mask of dropout depends on the order of rows by group.
+        adapter_index: int64 [...], used with a shared weight in place of `offsets`: the number of each row's adapter,
+            or -1 for none. If the rows are not in the order of their adapters, this costs a copy of x and one of y.
 
     Returns:
         y [T, N], or [..., N] with `adapter_index`, in the dtype of x.
 
     Raises:
-        TypeError, ValueError: as `linear`; groups, weights, adapters and biases are not as many; offsets that do not
-            ascend or do not end at T; an index out of range. On a GPU, where reading them would wait for the device,
-            the values of offsets and indices are not checked: no memory but the operands' is touched.
+        TypeError, ValueError: an operand is wrong, as in `linear`; the numbers of groups, weights, adapters and biases
+            differ; offsets do not ascend or do not end at T; or an index is out of range. On a GPU the values of
+            offsets and indices are not read, because that would wait for the device; wrong ones touch no memory but
+            that of the operands.
     """
     x = checked_input(x, q, 3)
     *experts, N, K = q.shape
@@ -311,18 +317,18 @@ def linear_grouped(
 
 
 def _product(*arguments: Any) -> Tensor:
-    """The op linear_forward, by the shortest way that autograd and torch.compile leave."""
+    """Call the op linear_forward, with as little overhead as autograd and torch.compile allow."""
     if torch.compiler.is_compiling():
         return _linear_forward(*arguments)[0]
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
         return LinearFunction.apply(*arguments)[0]
-    # Past the registered autograd formula, which is Python: 10 us a call even where no gradient is wanted.
+    # Skip the registered autograd formula: it is Python, and takes 10 us a call even if no gradient is wanted.
     with torch._C._AutoDispatchBelowAutograd():
         return _linear_forward(*arguments)[0]
 
 
 class _Permuted(torch.autograd.Function):
-    """x[order], whose gradient is a gather by the inverse: that of an index adds up, on a GPU by atomics."""
+    """x[order]. Its gradient gathers by the inverse order; that of torch's indexing would use atomics on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -337,7 +343,11 @@ class _Permuted(torch.autograd.Function):
 def _sorted_by_adapter(
     rows: Tensor, index: Tensor, lora_a: Tensor | None, shape: torch.Size
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """(rows of x by their adapter, offsets of the adapters, what brings rows of y back), the last None if in order."""
+    """Sort rows of x by adapter.
+
+    Returns:
+        The sorted rows, the offsets of the adapters, and (order, inverse order), which is None if the rows were sorted.
+    """
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         raise bad_type("adapter_index", "an int64 tensor", getattr(index, "dtype", type(index).__name__))
     if index.shape != shape:
@@ -361,7 +371,7 @@ def _sorted_by_adapter(
 
 
 def _checked_offsets(offsets: Tensor, rows: Tensor) -> int:
-    """How many groups there are. The core checks the values where it can read them."""
+    """Check the dtype and shape of offsets, and return the number of groups. On a CPU the core checks the values."""
     if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
         raise bad_type("offsets", "an int64 tensor", getattr(offsets, "dtype", type(offsets).__name__))
     if offsets.dim() != 1 or offsets.numel() < 2:

@@ -26,28 +26,30 @@ from ._neighbours import (
     transformers_models,
 )
 from ._progress import Progress
-from ._sizes import SizeReport, left_alone, linears_of_routers, note_left, size_report
+from ._sizes import SizeReport, linears_of_routers, note_reason, size_report, unquantized_parameters
 from ._weight import QuantizedWeight
 
 __all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
 
 
 class Linear4bit(QuantizedLayer, nn.Linear):
-    """A linear layer over a quantized weight, for `qlora_native.linear`.
+    """A linear layer over a quantized weight, which `qlora_native.linear` multiplies by.
 
-    A layer made by the constructor multiplies by zero until a state dict is loaded; `from_linear` and
-    `from_quantized` make one with values. What is stored, under the names of the state dict:
+    A layer made by the constructor multiplies by zero until a state dict is loaded; `from_linear` and `from_quantized`
+    make one with values. The state dict has these entries:
 
         weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for "int8" and odd K)
-        absmax         uint8 [blocks], frozen parameter: double-quantized scales; fp32 [blocks], buffer, without that
-        nested_absmax, nested_code, offset     fp32 buffers of the double quantization, else None
+        absmax         the scales: double-quantized uint8 [blocks], frozen parameter; or fp32 [blocks], buffer
+        nested_absmax, nested_code, offset     fp32, buffers of the double quantization; None without it
         code           fp32 [16], buffer: what the codes mean; None for "int8"
         bias           [N], parameter, or None
 
-    Bytes are parameters, so that FSDP shards them; fp32 values are buffers, so that its mixed precision leaves them
-    alone. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and `compute_dtype`, never a scale.
+    Bytes are parameters, so that FSDP shards them. fp32 values are buffers, so that FSDP's mixed precision does not
+    cast them. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and `compute_dtype`, never a scale.
 
-    Its attributes compute_dtype, product_dtype, format and blocksize are those of every QuantizedLayer.
+    Attributes:
+        in_features, out_features, bias: as in `nn.Linear`.
+        compute_dtype, product_dtype, format, blocksize: as in every QuantizedLayer.
     """
 
     def __init__(
@@ -63,10 +65,17 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Make a layer of zeros. `dtype` is that of bias and `compute_dtype` (default: torch's default dtype).
+        """Make a layer of zeros.
+
+        Args:
+            in_features, out_features: the columns K and rows N of the weight, each at least 1.
+            bias: whether the layer has a bias [N].
+            device: where the tensors are stored; None is torch's default device.
+            dtype: of the bias, and the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`, of which the keyword arguments are.
+            TypeError, ValueError: an argument is wrong; the message names it.
         """
         if in_features < 1 or out_features < 1:
             raise bad("in_features, out_features", "numbers above 0", f"{in_features}, {out_features}")
@@ -75,21 +84,30 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         self._set(zeros, zero_bias)
 
     def _set(self, q: QuantizedWeight, bias: nn.Parameter | None) -> None:
-        """Initialize as a layer that holds `q`. Not through nn.Linear's constructor, which makes an fp32 weight."""
+        """Initialize the layer over `q`. nn.Linear's constructor is not called: it would make an fp32 weight."""
         self._begin(q)
         self.bias = bias
 
     def replace_weight(self, q: QuantizedWeight) -> None:
-        """Put `q` [N, K] in the place of the weight, with its format, blocksize and dtype; shares its tensors."""
+        """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight [N, K].
+        """
         self.out_features, self.in_features = q.shape
         super().replace_weight(q)
 
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, bias: nn.Parameter | None = None) -> Linear4bit:
-        """A layer over `q` [N, K] and `bias` [N]; shares their tensors.
+        """Make a layer over a quantized weight, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight [N, K].
+            bias: a floating-point parameter [N] on the device of `q`, or None.
 
         Raises:
-            TypeError, ValueError: `q` is no QuantizedWeight; `bias` no floating-point parameter [N] beside it.
+            TypeError: `q` is not a QuantizedWeight, or `bias` not a floating-point parameter.
+            ValueError: `q` does not have two dimensions, or `bias` has another shape or device.
         """
         if not isinstance(q, QuantizedWeight):
             raise bad_type("q", "a QuantizedWeight", type(q).__name__)
@@ -110,10 +128,18 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
     ) -> Linear4bit:
-        """A layer with the quantized weight of `linear`, and its very bias. Arguments as `qlora_native.quantize`.
+        """Quantize a linear layer.
+
+        Args:
+            linear: the layer; its bias is shared, not copied.
+            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+
+        Returns:
+            A new layer on the same device, in the same training mode.
 
         Raises:
-            TypeError, ValueError: as `qlora_native.quantize`; `linear` is no nn.Linear or is quantized already.
+            TypeError: `linear` is not an nn.Linear, or is quantized already.
+            TypeError, ValueError: `qlora_native.quantize` refuses its weight or an argument.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise bad_type("linear", "an nn.Linear that is not quantized", type(linear).__name__)
@@ -122,10 +148,10 @@ class Linear4bit(QuantizedLayer, nn.Linear):
 
     @property
     def W_q(self) -> nn.Parameter:
-        """The codes, under the name by which PEFT knows a weight that `dequantize()` decodes.
+        """The codes, under the name by which PEFT recognises a layer that has `dequantize()`.
 
         Raises:
-            RuntimeError: PEFT asks, and it was imported after this layer was made: it would take codes for weights.
+            RuntimeError: PEFT was imported after this layer was made, and would take the codes for weights.
         """
         check_peft_is_guarded()
         return self._parameters["weight"]
@@ -139,10 +165,17 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         lora_dropout: float = 0.0,
         adapter_index: Tensor | None = None,
     ) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in the dtype of x; the adapter as `qlora_native.linear`'s.
+        """Multiply by the weight, with an adapter in the same product.
 
-        `adapter_index`: int64 [...], which of the adapters in `lora_a` [count, rank, in_features] and `lora_b` [count,
-        out_features, rank] each row of x has, as `qlora_native.functional.linear_grouped` takes it.
+        Args:
+            x: [..., in_features] in fp32, bf16 or fp16.
+            lora_a, lora_b, lora_scaling, lora_dropout: the adapter, as in `qlora_native.linear`.
+            adapter_index: int64 [...], or None. The adapter of each row of x, as in
+                `qlora_native.functional.linear_grouped`: `lora_a` is then [count, rank, in_features], and `lora_b`
+                [count, out_features, rank].
+
+        Returns:
+            [..., out_features] in the dtype of x.
         """
         q, lora = self.quantized_weight, (lora_a, lora_b, lora_scaling, lora_dropout)
         rows = x if self.product_dtype is None else x.to(self.product_dtype)
@@ -153,7 +186,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         return y if self.product_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """The text that `print` shows between the parentheses."""
         return f"{super().extra_repr()}, {self._describe_format()}"
 
 
@@ -167,38 +200,43 @@ def quantize_model(
     progress: bool = True,
     strict: bool = False,
 ) -> nn.Module:
-    """Replace every `nn.Linear` in `model`, in place, by a `Linear4bit` over its quantized weight; experts likewise.
+    """Replace every `nn.Linear` in a model, in place, by a `Linear4bit` over its quantized weight.
 
-    Subclasses of nn.Linear stay: who wrote one has a reason. So does a layer whose weight belongs to something that
-    stays too, such as an output layer tied to the embedding, and one that a model of transformers keeps in fp32 (T5
-    casts its input to the weight's dtype). With `skip=()` every plain `nn.Embedding` becomes an `Embedding4bit`, and an
-    output layer that is tied to one a `Linear4bit` over the same bytes. A module or weight that appears several times
-    is quantized once and stays shared. All of it or nothing: layers are replaced when every one has been quantized.
+    These layers are not quantized: subclasses of nn.Linear; layers that share their weight with a module that is not
+    quantized, such as an output layer tied to the embedding; layers that a model of transformers keeps in fp32 (T5
+    casts its input to the weight's dtype); and routers, which choose experts, with the linear layers in them.
 
-    The experts of a mixture, which transformers keeps as parameters of three dimensions, become `Experts4bit`, and are
-    run by the implementation "qlora_native" of its registry of experts. Routers stay, linear layers in them too. What
-    was quantized, what was not and why is `size_report(model)`; with `progress` it is printed.
+    With `skip=()` every plain `nn.Embedding` becomes an `Embedding4bit`, and an output layer tied to one becomes a
+    `Linear4bit` over the same bytes. The experts of a mixture, which transformers keeps as parameters of three
+    dimensions, become `Experts4bit`; the implementation "qlora_native" of transformers' registry of experts runs them.
 
-    A model of transformers is from then on one that transformers knows as quantized: `save_pretrained` writes
-    bitsandbytes' format with its quantization_config, or raises a ValueError that names the format it cannot write.
-    So does that of a model of which `model` is a part.
+    A module or weight that appears several times is quantized once and stays shared. Layers are replaced only after
+    every one has been quantized, so an error leaves the model as it was. `size_report(model)` lists what was quantized,
+    and what was not and why.
+
+    transformers then treats its model as quantized: `save_pretrained`, also of a larger model that contains `model`,
+    writes bitsandbytes' format with a quantization_config, or raises a ValueError that names the format it cannot
+    write.
 
     Args:
-        skip: modules to leave alone, with all below them, by name: "lm_head", "layers.0", "mlp.down_proj". A name
-            matches wherever its dotted parts appear in a module's path. Experts of one layer stay together.
-        format, blocksize, double_quant, codebook: as `qlora_native.quantize`.
-        progress: show how far it is on stderr (a bar on a terminal, where tqdm is installed; in a log file a line now
-            and then), and then the table of bytes.
-        strict: refuse a model with weights of which it is not known how they are multiplied by, which stay otherwise,
-            with a warning for experts.
+        model: any module but a linear layer, which cannot be replaced in place.
+        skip: names of modules that stay as they are, with everything in them: "lm_head", "layers.0", "mlp.down_proj". A
+            name matches wherever its dotted parts appear in the path of a module. The experts of one layer are skipped
+            together.
+        format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+        progress: show the progress on stderr, and then the table of bytes. On a terminal the progress is a bar, if tqdm
+            is installed; in a log file it is a line now and then.
+        strict: refuse a model that has weights whose use is unknown. Otherwise they stay in 16 bits, with a warning if
+            they may be experts.
 
     Returns:
         `model`. Warns if it has nothing to quantize.
 
     Raises:
-        TypeError, ValueError: as `qlora_native.quantize`, with the name of the layer; experts of one layer differ in
-            shape; `strict`, and there are weights of unknown use; the model is as it was. Or `model` is itself an
-            nn.Linear, which cannot be replaced in place, or `skip` a string.
+        TypeError: `model` is not a module, or `skip` is a string.
+        ValueError: `model` is a linear layer; `strict`, and there are weights whose use is unknown; or the experts of a
+            layer differ in shape.
+        TypeError, ValueError: `qlora_native.quantize` refuses a weight or an argument; the message names the layer.
     """
     if not isinstance(model, nn.Module):
         raise bad_type("model", "an nn.Module", type(model).__name__)
@@ -212,16 +250,16 @@ def quantize_model(
     names = _to_quantize(model, skip, with_embeddings)
     experts = [found for found in find_experts(model) if not _skipped(found, skip)]
     for found in experts:
-        _ = found.shapes  # checked before anything is quantized
+        _ = found.shapes  # raises if they differ, before anything is quantized
     planned = {id(model.get_submodule(name).weight) for name in names}
     planned |= {id(getattr(found.module, name)) for found in experts for name in found.names}
-    unknown = [left for left in left_alone(model, planned) if left.unknown]
+    unknown = [each for each in unquantized_parameters(model, planned) if each.unknown_use]
     if unknown and strict:
-        raise bad("model", "weights that are known how to be multiplied by", "; ".join(map(str, unknown)))
+        raise bad("model", "weights whose use is known", "; ".join(map(str, unknown)))
     if not names and not experts:
         warnings.warn("quantize_model: found no nn.Linear to quantize", stacklevel=2)
     options = (format, blocksize, double_quant, codebook)
-    weights: dict[int, QuantizedWeight] = {}  # by id of the weight
+    weights: dict[int, QuantizedWeight] = {}  # by the id of the weight
 
     def quantized(path: str, weight: Tensor, transposed: bool = False) -> QuantizedWeight:
         try:
@@ -231,7 +269,7 @@ def quantize_model(
             raise type(error)(f"{path}{error}" if str(error).startswith("weight") else str(error)) from None
         return weights[id(weight)]
 
-    layers: dict[Any, QuantizedLayer] = {}  # by id of the layer, or of the module of experts and the name in it
+    layers: dict[Any, QuantizedLayer] = {}  # by the id of the layer, or for experts by (id of the module, name)
     items = [*names, *experts]
     for item in Progress(len(items), progress, "quantize", "layer").over(items):
         if isinstance(item, str):
@@ -243,7 +281,9 @@ def quantize_model(
                 else:
                     layer = Linear4bit.from_quantized(q, dense.bias)
                 layers[id(dense)] = layer.train(dense.training)
-                weights[id(dense.weight)] = layer.quantized_weight  # its parameters: the next layer shares them
+                weights[id(dense.weight)] = (
+                    layer.quantized_weight
+                )  # so that a layer tied to this one shares its parameters
             continue
         for name in item.names:
             if (id(item.module), name) not in layers:
@@ -261,9 +301,9 @@ def quantize_model(
             found.module._parameters.pop(name, None)
             setattr(found.module, name, layers[id(found.module), name])
         run_quantized_experts(found.module)
-    for left in unknown:
-        if left.is_stack:
-            warnings.warn(f"quantize_model: {left}", stacklevel=2)
+    for each in unknown:
+        if each.is_stack:
+            warnings.warn(f"quantize_model: {each}", stacklevel=2)
     if layers:
         for pretrained in transformers_models(model):
             adopt_quantized(pretrained)
@@ -278,15 +318,15 @@ def _is_named(skip: tuple[str, ...], path: str) -> bool:
 
 
 def _skipped(found: Any, skip: tuple[str, ...]) -> bool:
-    """Whether the experts of a module are to be left alone, which is noted there for the report."""
+    """Whether `skip` names the experts of a module. If so, the reason is stored there for the report."""
     skipped = any(_is_named(skip, f"{found.path}.{name}") for name in found.names)
     if skipped:
-        note_left(found.module, "named in skip")
+        note_reason(found.module, "named in skip")
     return skipped
 
 
 def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool) -> list[str]:
-    """Paths of the linear layers and embeddings to replace, every path of a shared one."""
+    """The paths of the linear layers and embeddings to replace. A shared module has several."""
     modules = list(model.named_modules(remove_duplicate=False))
     routers = {id(model.get_submodule(name)) for name in linears_of_routers(model)}
     skipped = {id(module) for name, module in modules if _is_named(skip, name)} - routers
@@ -307,7 +347,7 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool)
         if type(module) is not nn.Linear or id(module) in routers:
             continue
         if id(module) in skipped:
-            note_left(module, "named in skip, or kept in fp32")
+            note_reason(module, "named in skip, or kept in fp32")
         elif id(module.weight) in staying:
-            note_left(module, "tied to a weight that stays")
+            note_reason(module, "tied to a weight that stays")
     return [name for name, module in found if id(module.weight) not in staying]

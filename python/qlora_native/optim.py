@@ -1,4 +1,6 @@
-"""Optimizers with moments in 8 bits: AdamW, Adam, Lion and AdEMAMix, and each paged: its moments can leave the GPU."""
+"""Optimizers with moments in 8 bits: AdamW, Adam, Lion and AdEMAMix. Each has a paged form, whose moments can leave
+the GPU.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ __all__ = [
 
 
 class AdamW8bit(Optimizer8bit):
-    """AdamW (Loshchilov and Hutter, 2019) with both moments in 8 bits a parameter (Dettmers et al., 2022).
+    """AdamW (Loshchilov and Hutter, 2019) with both moments in 8 bits (Dettmers et al., 2022).
 
-    2.03 bytes a parameter instead of AdamW's 8. State, skipped steps and promises are those of `Optimizer8bit`: state1
-    is the first moment, state2 the second.
+    It stores 2.03 bytes a parameter, where torch's AdamW stores 8. `Optimizer8bit` describes its state, of which state1
+    is the first moment and state2 the second, and when it skips a step.
 
     `load_state_dict` also takes a state dict of bitsandbytes' AdamW8bit, and `to_bitsandbytes` returns one for it.
 
@@ -39,13 +41,14 @@ class AdamW8bit(Optimizer8bit):
         eps: added to the root of the second moment.
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
-        bitsandbytes_arguments: what bitsandbytes' optimizers take on top (amsgrad, optim_bits, args, is_paged, and of
-            older versions block_wise and percentile_clipping), with the values that mean what this one does.
+        bitsandbytes_arguments: further arguments of bitsandbytes' optimizers (amsgrad, optim_bits, args, is_paged, and
+            in older versions block_wise and percentile_clipping). Only values that ask for what this optimizer does are
+            accepted.
 
     Raises:
-        TypeError, ValueError: an option out of its range; a parameter that is to be trained and is not fp32, bf16 or
-            fp16. In `step`: a sparse gradient, or one of another dtype, or an option that is out of its range by now;
-            no parameter and no moment has changed then.
+        TypeError, ValueError: an option is out of its range, or a parameter that is to be trained is not fp32, bf16 or
+            fp16. `step` raises for a gradient that is sparse or of another dtype, and for an option that has left its
+            range; it has then changed no parameter and no moment.
     """
 
     algorithm = ADAMW
@@ -69,8 +72,11 @@ class AdamW8bit(Optimizer8bit):
 class Adam8bit(AdamW8bit):
     """Adam (Kingma and Ba, 2015) with both moments in 8 bits: AdamW8bit without weight decay.
 
-    A weight_decay that is not 0 is decoupled, as in bitsandbytes' Adam8bit: it is AdamW's then. (torch's Adam adds it
-    to the gradient.) Arguments, state, state dicts and errors are AdamW8bit's; bitsandbytes' class is Adam8bit.
+    A weight_decay that is not 0 is decoupled, as in AdamW and in bitsandbytes' Adam8bit, while torch's Adam adds it to
+    the gradient. State, state dicts and errors are those of AdamW8bit; bitsandbytes' class is Adam8bit.
+
+    Args:
+        params, lr, betas, eps, weight_decay, min_8bit_size, bitsandbytes_arguments: as in AdamW8bit.
     """
 
     def __init__(
@@ -93,23 +99,24 @@ class Lion8bit(Optimizer8bit):
 
         p <- (1 - lr * weight_decay) p - lr * sign(beta1 m + (1 - beta1) g)        m <- beta2 m + (1 - beta2) g
 
-    Every element moves by lr, or not at all where the sign is that of 0. Its authors take a third to a tenth of AdamW's
-    lr, and a weight_decay as many times as large. State, skipped steps and promises are those of `Optimizer8bit`, with
-    state1 and absmax1 alone. A parameter group has an eps that nothing reads, because bitsandbytes' has it.
+    Every element moves by lr, or stays if the sign is that of 0. The authors use an lr of a third to a tenth of
+    AdamW's, and a weight_decay that is three to ten times as large. `Optimizer8bit` describes the state, which has only
+    state1 and absmax1, and when a step is skipped. A parameter group has an eps, as in bitsandbytes, but nothing reads
+    it.
 
     `load_state_dict` also takes a state dict of bitsandbytes' Lion8bit, and `to_bitsandbytes` returns one for it.
 
     Args:
         params: parameters, or dicts of parameter groups, as for every torch optimizer.
         lr: learning rate, a number or a one-element tensor, which is read at each step.
-        betas: of the direction and of the moment, each in [0, 1).
+        betas: the decay rates in the direction of the step and in the moment, each in [0, 1).
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep an fp32 moment. Applies when a parameter is first stepped.
-        bitsandbytes_arguments: what bitsandbytes' Lion8bit takes on top (args, is_paged, and of older versions
-            block_wise and percentile_clipping), with the values that mean what this one does.
+        bitsandbytes_arguments: further arguments of bitsandbytes' Lion8bit (args, is_paged, and in older versions
+            block_wise and percentile_clipping). Only values that ask for what this optimizer does are accepted.
 
     Raises:
-        TypeError, ValueError: as AdamW8bit.
+        TypeError, ValueError: as in AdamW8bit.
     """
 
     algorithm = LION
@@ -132,13 +139,13 @@ class Lion8bit(Optimizer8bit):
 class AdEMAMix8bit(Optimizer8bit):
     """AdEMAMix (Pagliardini et al., 2024) with its three moments in 8 bits: 3.05 bytes a parameter.
 
-    AdamW whose first moment m is joined by a slow one, s, in which gradients of thousands of steps ago still count:
+    It is AdamW with a second, slow first moment s, in which gradients of thousands of steps ago still count:
 
         s <- beta3 s + (1 - beta3) g
         p <- (1 - lr * weight_decay) p - lr (m / (1 - beta1^t) + alpha s) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    With alpha = 0 the parameters are AdamW8bit's, bit for bit. State, skipped steps and promises are those of
-    `Optimizer8bit`, but state1 is [2, *p.shape] and absmax1 [2, blocks]: m, then s, as bitsandbytes has them.
+    With alpha = 0 the parameters are those of AdamW8bit, bit for bit. `Optimizer8bit` describes the state, but here
+    state1 is [2, *p.shape] and absmax1 [2, blocks]: m, then s, as in bitsandbytes.
 
     `load_state_dict` also takes a state dict of bitsandbytes' AdEMAMix8bit, and `to_bitsandbytes` returns one for it.
 
@@ -146,18 +153,18 @@ class AdEMAMix8bit(Optimizer8bit):
         params: parameters, or dicts of parameter groups, as for every torch optimizer.
         lr: learning rate, a number or a one-element tensor, which is read at each step.
         betas: decay rates of m, v and s, each in [0, 1).
-        alpha: the factor of s in the step, where that of m is 1.
-        t_alpha: steps over which alpha rises to its value, linearly; None or 0: it has it from the first step on.
-        t_beta3: steps over which beta3 rises from beta1 to its value, so that 1 / ln beta rises linearly; None or 0: it
-            has it from the first step on.
+        alpha: the factor of s in the step; the factor of m is 1.
+        t_alpha: the steps over which alpha rises linearly to its value; with None or 0 it has its value at once.
+        t_beta3: the steps over which beta3 rises from beta1 to its value, so that 1 / ln beta rises linearly; with None
+            or 0 it has its value at once.
         eps: added to the root of the second moment.
         weight_decay: decoupled: p is first multiplied by 1 - lr * weight_decay.
         min_8bit_size: tensors with fewer elements keep fp32 moments. Applies when a parameter is first stepped.
-        bitsandbytes_arguments: what bitsandbytes' AdEMAMix8bit takes on top (is_paged), with the value that means what
-            this one does.
+        bitsandbytes_arguments: a further argument of bitsandbytes' AdEMAMix8bit (is_paged), with the value that asks
+            for what this optimizer does.
 
     Raises:
-        TypeError, ValueError: as AdamW8bit; and the first or the third beta is 0 and t_beta3 is given.
+        TypeError, ValueError: as in AdamW8bit; also if t_beta3 is given and the first or the third beta is 0.
     """
 
     algorithm = ADEMAMIX
@@ -187,30 +194,30 @@ class AdEMAMix8bit(Optimizer8bit):
 class PagedAdamW8bit(Paged, AdamW8bit):
     """AdamW8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
 
-    Where there is no GPU it is AdamW8bit, with ordinary memory, and says so once. Arguments, state and state dict are
-    AdamW8bit's, and so are the results, bit for bit; `stats` also tells of the paging.
+    Without a GPU it keeps them in ordinary memory, and warns once. Arguments, state, state dict and results are those
+    of AdamW8bit, bit for bit; `stats` also counts what was paged.
     """
 
 
 class PagedAdam8bit(Paged, Adam8bit):
     """Adam8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
 
-    Where there is no GPU it is Adam8bit, with ordinary memory, and says so once. Arguments, state and state dict are
-    Adam8bit's, and so are the results, bit for bit; `stats` also tells of the paging.
+    Without a GPU it keeps them in ordinary memory, and warns once. Arguments, state, state dict and results are those
+    of Adam8bit, bit for bit; `stats` also counts what was paged.
     """
 
 
 class PagedLion8bit(Paged, Lion8bit):
     """Lion8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
 
-    Where there is no GPU it is Lion8bit, with ordinary memory, and says so once. Arguments, state and state dict are
-    Lion8bit's, and so are the results, bit for bit; `stats` also tells of the paging.
+    Without a GPU it keeps them in ordinary memory, and warns once. Arguments, state, state dict and results are those
+    of Lion8bit, bit for bit; `stats` also counts what was paged.
     """
 
 
 class PagedAdEMAMix8bit(Paged, AdEMAMix8bit):
     """AdEMAMix8bit whose moments live in memory that GPU and host share, and move to the GPU just before they are used.
 
-    Where there is no GPU it is AdEMAMix8bit, with ordinary memory, and says so once. Arguments, state and state dict
-    are AdEMAMix8bit's, and so are the results, bit for bit; `stats` also tells of the paging.
+    Without a GPU it keeps them in ordinary memory, and warns once. Arguments, state, state dict and results are those
+    of AdEMAMix8bit, bit for bit; `stats` also counts what was paged.
     """

@@ -61,12 +61,20 @@ RATIO_DEVIATIONS = 4.0
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to `dtype`: 2**-24 for fp32, 2**-8 for bf16, 2**-11 for fp16."""
+    """The largest relative error of rounding to a dtype: 2**-24 for fp32, 2**-8 for bf16, 2**-11 for fp16.
+
+    Args:
+        dtype: a floating-point dtype.
+    """
     return torch.finfo(dtype).eps / 2
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, Frobenius norms in float64; 0 of 0 is 0."""
+    """|actual - expected| / |expected| in Frobenius norms, in float64; 0 / 0 is 0.
+
+    Args:
+        actual, expected: tensors of the same shape.
+    """
     expected = expected.double()
     difference = (actual.double() - expected).norm().item()
     norm = expected.norm().item()

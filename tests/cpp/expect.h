@@ -1,5 +1,5 @@
-// What the C++ tests share: EXPECT(condition) prints what does not hold and goes on; end with `return report();`. With
-// QLN_STOP_AT_FAILURE=1 the first one ends the test, for who only wants to know whether there is any.
+// EXPECT(condition) prints a condition that does not hold, and goes on. A test ends with `return report();`. With
+// QLN_STOP_AT_FAILURE=1 the first failure ends the test, for programs that only need to know whether there is one.
 #pragma once
 
 #include <cstdio>
@@ -7,7 +7,7 @@
 
 inline int failures = 0;
 
-// Flushed at once: a later crash would take what is only buffered with it.
+// Flushed at once, because a later crash would lose buffered output.
 #define EXPECT(condition)                                                 \
   do {                                                                    \
     if (!(condition)) {                                                   \

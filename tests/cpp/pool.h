@@ -1,4 +1,4 @@
-// A thread pool for tests, of as many threads as a test asks for.
+// A thread pool for tests, with the number of threads that a test asks for.
 #pragma once
 
 #include <cstdint>

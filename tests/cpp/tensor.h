@@ -22,7 +22,8 @@ constexpr double kSumFactor = 6.0;  // standard deviations that a sum's error ma
 inline double unit_roundoff(DType dtype) {
   return dtype == DType::f32 ? 0x1p-24 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
 }
-// Of a sum's own roundings. Dot products of bfloat16 may round to odd, which is off by twice as much as to nearest.
+// The unit roundoff of a sum. Dot products of bfloat16 may round to odd, whose error is twice that of rounding to
+// nearest.
 inline double sum_roundoff(DType dtype) { return dtype == DType::bf16 ? 0x1p-23 : 0x1p-24; }
 // What may vanish: dot products of bfloat16 take subnormal numbers as zero.
 inline double smallest_normal(DType dtype) { return dtype == DType::f16 ? 0x1p-14 : 0x1p-126; }

@@ -1,4 +1,4 @@
-// Why a GPU cannot be used: each cause has a sentence of its own, with what to do about it.
+// Guards the reasons why a GPU cannot be used: each has a sentence of its own that says what to do.
 #include "availability.h"
 
 #include "expect.h"

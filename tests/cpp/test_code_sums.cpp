@@ -1,6 +1,5 @@
-// CodeSums, by which the CUDA kernels quantize an optimizer's moments, against the midpoints of the map, for every
-// float in its range: from half of what is nearest to 0, which is much nearer than the first midpoint, to a rounding
-// error beyond 1.
+// Guards CodeSums, by which the CUDA kernels quantize an optimizer's moments: the codes follow the midpoints of the map
+// for every float from half of the level nearest to 0 up to a rounding error beyond 1.
 #include <cmath>
 #include <cstdio>
 

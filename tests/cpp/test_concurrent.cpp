@@ -1,6 +1,7 @@
-// The CUDA kernels over their emulator while blocks run at the same time (cuda/simt/fibers.h): what passes between
-// blocks, the sums of a tile that several share, and what one kernel leaves in a workspace for the next, gives the same
-// bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a failure.
+// Guards the CUDA kernels whose blocks depend on each other, over the emulator with concurrent blocks
+// (cuda/simt/fibers.h): the sums of a tile that several blocks share, and the workspace that one kernel passes to the
+// next, give the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1 on
+// a failure.
 #include <array>
 #include <cmath>
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Every operation of the instruction set in use, against its definition in the headers: a decoded weight and a step of
-// AdamW to the bit, products against sums in float64. Run by ctest, once for each instruction set; exits 1 on a
-// failure.
+// Guards every operation of the instruction set in use: a decoded weight and a step of AdamW have the bits of their
+// definition in the headers, and products are near sums in float64. ctest runs it once for each instruction set; it
+// exits 1 on a failure.
 //
 // A sum of K products in fp32, rounded once to a dtype with unit roundoff u, may be off by
 //
@@ -47,7 +47,7 @@ struct Format {
   const float* code;
   bool microscaled = false;
 };
-// Of the user's own: no level is 0, two are equal, and none of the distances is another's.
+// A user's codebook: no level is 0, two are equal, and no two distances are.
 constexpr float kOwnCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
                                     0.02f, 0.09f,  0.17f,  0.29f,  0.29f,  0.52f,  0.71f,  1.0f};
 const std::vector<Format>& formats() {

@@ -1,5 +1,5 @@
-// The core without torch or Python: what it promises whatever backend is current. Run by ctest, once for
-// each instruction set; exits 1 on a failure.
+// Guards the core without torch or Python: its promises for every backend. ctest runs it once for each instruction set;
+// it exits 1 on a failure.
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -166,7 +166,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 // ---- cases ----
 
-void seed_in_memory_is_another() {
+void seed_in_memory_gives_the_mask_of_the_number() {
   Layer layer;
   const std::vector<float> expected = layer.results();
   const std::uint64_t rest = 7;
@@ -210,7 +210,7 @@ void dequantize_reaches_any_address() {
 }
 
 // A large output is written past the caches, to an aligned address in memory that is there already.
-void large_output_is_written_otherwise() {
+void large_output_has_the_bits_of_a_small_one() {
   constexpr std::int64_t N = 2053, K = 4096, elements = N * K;
   std::vector<std::uint8_t> codes(elements / 2);
   std::vector<float> absmax(elements / 64);
@@ -238,7 +238,7 @@ void large_output_is_written_otherwise() {
   }
 }
 
-void codebooks() {
+void codebooks_and_maps_have_their_published_levels() {
   EXPECT(qn::codebook("nf4")[0] == -1.0f && qn::codebook("nf4")[7] == 0.0f && qn::codebook("nf4")[15] == 1.0f);
   EXPECT(qn::codebook("int4")[8] == 0.0f && qn::codebook("int4")[15] == 1.0f);
   EXPECT(qn::codebook("fp4")[3] == 1.0f && qn::codebook("fp4")[11] == -1.0f && qn::codebook("fp4")[1] == 0.0625f / 12);
@@ -259,7 +259,7 @@ void codebooks() {
   EXPECT(qn::nearest_code(qn::sort_codebook(qn::codebook("fp4").data()), 0.0f) == 0);
 }
 
-void conversions() {
+void sixteen_bit_numbers_round_to_nearest_even() {
   for (std::uint32_t bits = 0; bits < 65536; ++bits) {
     const auto half = static_cast<std::uint16_t>(bits);
     const float f = qn::f32_from_f16(half), b = qn::f32_from_bf16(half);
@@ -274,7 +274,7 @@ void conversions() {
   EXPECT(qn::f16_from_f32(65519.996f) == 0x7BFF && qn::f16_from_f32(65520.0f) == 0x7C00);
 }
 
-void known_values() {
+void known_weights_quantize_to_known_codes() {
   // Three elements, so that the last low nibble is the code of 0; all-zero block; NaN and Inf are counted.
   std::vector<float> w = {0.5f, -0.5f, 0.0f};
   std::uint8_t codes[2];
@@ -315,7 +315,7 @@ void known_values() {
 }
 
 // The results against plain sums over the dequantized weight.
-void matches_plain_sums() {
+void products_match_plain_sums() {
   constexpr std::int64_t M = Layer::M, N = Layer::N, K = Layer::K, R = Layer::rank;
   const Layer layer;
   const std::vector<float> all = layer.results();
@@ -562,7 +562,7 @@ struct Optimizer {
   }
 };
 
-void adamw_steps_or_skips() {
+void adamw_steps_or_skips_as_a_whole() {
   Optimizer optimizer;
   const std::vector<float> before[2] = {optimizer.params[0], optimizer.params[1]};
   qn::adamw_8bit_step(optimizer.args());
@@ -678,7 +678,7 @@ void algorithms_check_what_they_read() {
   });
 }
 
-void cuda_says_why() {
+void missing_cuda_is_explained() {
   if (qn::cuda_unavailable_reason().empty()) return;
   const Layer layer;
   std::vector<float> out(Layer::N * Layer::K);
@@ -692,7 +692,7 @@ void cuda_says_why() {
 
 // Every element of a product lies in one part and tile, none is larger than its buffers, and no thread waits for
 // another one's last tile where that can be helped.
-void grids_cover_and_share() {
+void grids_cover_every_element_evenly() {
   const qn::GridLimits limits{22, 3, 32, 8, 1};
   for (std::int64_t rows : {1, 3, 22, 23, 86})
     for (std::int64_t columns : {1, 9, 31, 33, 64, 224, 1000})
@@ -789,22 +789,22 @@ int main(int count, char** arguments) {
   }
   std::printf("qlora_native %s on %s, %d threads\n", qn::version().c_str(), qn::current_isa().c_str(),
               qn::num_threads());
-  codebooks();
-  conversions();
-  known_values();
-  matches_plain_sums();
+  codebooks_and_maps_have_their_published_levels();
+  sixteen_bit_numbers_round_to_nearest_even();
+  known_weights_quantize_to_known_codes();
+  products_match_plain_sums();
   errors_name_the_argument();
   contents_of_weights_are_checked();
   microscaled_weights_are_quantized_by_their_rules();
-  grids_cover_and_share();
+  grids_cover_every_element_evenly();
   activations_are_packed_in_equal_blocks();
   blocks_fit_the_caches_of_the_machine();
-  seed_in_memory_is_another();
+  seed_in_memory_gives_the_mask_of_the_number();
   dequantize_reaches_any_address();
-  if (std::getenv("QLN_BACKEND") == nullptr) large_output_is_written_otherwise();  // the cpu's alone
-  adamw_steps_or_skips();
+  if (std::getenv("QLN_BACKEND") == nullptr) large_output_has_the_bits_of_a_small_one();  // the cpu's alone
+  adamw_steps_or_skips_as_a_whole();
   algorithms_check_what_they_read();
-  cuda_says_why();
+  missing_cuda_is_explained();
   same_bits_for_concurrent_callers();
   same_bits_for_any_number_of_threads();
   same_bits_for_concurrent_callers();

@@ -1,6 +1,6 @@
-// The quantizer of an optimizer's moments against a search of the map, for every float in the map's range. Compiled
-// once for each instruction set that has one of its own; the scalar backend is that search. Under an emulator, where
-// that takes very long, for one batch in 61.
+// Guards the quantizers of an optimizer's moments: each finds the level that a search of the map finds, for every float
+// in the map's range. Compiled once for each instruction set that has its own; the scalar backend is the search. Under
+// an emulator, where this takes very long, it tests one batch in 61.
 #include <bit>
 #include <cstdio>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// Where the tensor-core GEMM puts what in shared memory, for each of its tiles: that threads bring and decode all of a
-// step, once; that ldmatrix hands a lane what its mma is to take; and that no eight lanes meet in a bank.
+// Guards the layout of shared memory in the tensor-core GEMM, for each of its tiles: the threads load and decode every
+// element of a step once, ldmatrix gives each lane the operand of its mma, and no eight lanes use the same bank.
 #include <algorithm>
 #include <vector>
 
@@ -47,7 +47,8 @@ class Memory {
   std::size_t count_ = 0;
 };
 
-// Of what four matrices of ldmatrix the lanes of a warp point at: register r of lane has two elements, the j-th.
+// The elements that ldmatrix loads from the four matrices that the lanes point at: register r of a lane has two, the
+// j-th.
 template <bool kTransposed>
 Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
   const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;
@@ -65,7 +66,7 @@ bool rows_meet(const unsigned (&rows)[kWarp]) {
 }
 
 template <class Tile>
-void left_operand_is_handed_out_wrong() {
+void each_lane_gets_its_part_of_the_left_operand() {
   using Left = LeftStage<Bf16, Tile>;
   Memory memory;
   for (unsigned place = 0; place < Tile::kRows * Left::kVectors; ++place) {
@@ -97,7 +98,7 @@ void left_operand_is_handed_out_wrong() {
 }
 
 template <class Tile, class Weights>
-void weight_is_decoded_to_another_place() {
+void weight_is_decoded_to_where_it_is_read() {
   constexpr bool kTransposed = !Weights::kForward;
   Memory memory;
   for (unsigned thread = 0; thread < kThreads; ++thread) {
@@ -147,7 +148,7 @@ void weight_is_decoded_to_another_place() {
 }
 
 template <class Tile>
-void element_of_the_tile_has_no_lane_or_two() {
+void each_element_of_the_tile_has_one_lane() {
   std::vector<int> owners(Tile::kRows * Tile::kCols);
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     const Lane lane(thread);
@@ -166,10 +167,10 @@ void element_of_the_tile_has_no_lane_or_two() {
 template <int kRows, int kCols>
 void check() {
   using Tile = GemmTile<kRows, kCols, true>;
-  left_operand_is_handed_out_wrong<Tile>();
-  weight_is_decoded_to_another_place<Tile, DecodedRows<Tile>>();
-  weight_is_decoded_to_another_place<Tile, DecodedColumns<Tile>>();
-  element_of_the_tile_has_no_lane_or_two<Tile>();
+  each_lane_gets_its_part_of_the_left_operand<Tile>();
+  weight_is_decoded_to_where_it_is_read<Tile, DecodedRows<Tile>>();
+  weight_is_decoded_to_where_it_is_read<Tile, DecodedColumns<Tile>>();
+  each_element_of_the_tile_has_one_lane<Tile>();
 }
 
 // Whether lanes that are served at once, 4 bytes each, are in all of the 32 banks.

@@ -1,6 +1,6 @@
-// NearestCodes, by which the CUDA kernels quantize to 4 bits, against nearest_code(), which compares with every
-// midpoint. A code changes only where a midpoint or the border of a bucket lies: for many codebooks the floats around
-// all of these, and for those with a name every float of 16 bits too.
+// Guards NearestCodes, by which the CUDA kernels quantize to 4 bits: it agrees with nearest_code(), which compares with
+// every midpoint. A code can change only at a midpoint or at the border of a bucket, so the floats around all of these
+// are tested for many codebooks, and for the named codebooks also every 16-bit float.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// PagedArena over the emulator's driver: what is asked of a driver and in which order, and that a paged step leaves the
-// same bits as one in ordinary memory. There, whatever is not waited for has not happened. Exits 1 on a failure.
+// Guards PagedArena, over the emulator's driver: the order of its calls to a driver, and that a paged step gives the
+// bits of one in ordinary memory. In this driver nothing happens before it is waited for. Exits 1 on a failure.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -132,7 +132,7 @@ std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedSta
 
 // ---- layout ----
 
-void test_arrays_overlap() {
+void arrays_are_disjoint() {
   for (const std::size_t stretch_bytes :
        {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
     EmulatedDriver::Options driver;
@@ -165,7 +165,7 @@ void test_arrays_overlap() {
 // ---- the same bits ----
 
 // The slow moment of ademamix follows the fast one, as in bitsandbytes' tensors.
-void test_state_of_an_algorithm_is_its_own() {
+void each_algorithm_has_its_own_arrays() {
   for (const qn::Algorithm algorithm : kAlgorithms) {
     for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
       EmulatedDriver::Options driver;
@@ -212,12 +212,12 @@ void paged_step_leaves_the_same_bits(qn::Algorithm algorithm) {
   }
 }
 
-void test_paged_step_leaves_other_bits() {
+void paged_step_leaves_the_bits_of_ordinary_memory() {
   for (const qn::Algorithm algorithm : kAlgorithms) paged_step_leaves_the_same_bits(algorithm);
 }
 
 // The arena holds one moment, a step of adamw finds the other elsewhere: nothing is fetched, and nothing is wrong.
-void test_step_of_another_algorithm_leaves_the_same_bits() {
+void paged_step_of_each_algorithm_leaves_the_same_bits() {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
   const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.stretch_bytes = 8192});
@@ -232,7 +232,7 @@ void test_step_of_another_algorithm_leaves_the_same_bits() {
   EXPECT(!called);
 }
 
-void test_graph_asks_for_memory() {
+void graph_takes_no_memory() {
   for (const bool pinned : {false, true}) {
     std::vector<std::string> calls;
     EmulatedDriver::Options driver;
@@ -286,7 +286,7 @@ void expect_calls(const std::vector<std::string>& found, const std::vector<std::
 }
 
 // Two stretches, a and b, of two parameters each; events are named in the order in which they are made.
-void test_order_of_managed_memory() {
+void managed_memory_is_prefetched_in_order() {
   const qn::PagedOptions options{.stretch_bytes = 20'000};
   const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
                                                                   {"stream 1", "out"},
@@ -323,7 +323,7 @@ void test_order_of_managed_memory() {
 }
 
 // Four stretches a, b, c, d of one parameter each, in three slots x, y, z.
-void test_order_of_ring() {
+void ring_copies_in_order() {
   std::vector<std::pair<std::string, std::string>> names = {
       {"stream 0", "in"},    {"stream 1", "out"},    {"event 0", "x back"}, {"event 1", "y back"},
       {"event 2", "z back"}, {"event 3", "entered"}, {"event 4", "left"},   {"event 5", "sent"}};
@@ -387,7 +387,7 @@ void test_order_of_ring() {
 
 // ---- eviction and statistics ----
 
-void test_more_than_three_stretches_are_on_the_device() {
+void at_most_three_stretches_are_on_the_device() {
   EmulatedDriver::Options driver{.free_bytes = 0};
   const std::vector<qn::PagedState> states(12, {4096});
   const auto arena = make_arena(states, driver, {.stretch_bytes = 8192});
@@ -406,7 +406,7 @@ void test_more_than_three_stretches_are_on_the_device() {
   }
 }
 
-void test_statistics_are_wrong() {
+void statistics_count_what_happened() {
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options driver{.eager = eager};
     const auto arena = make_arena(kMixed, driver, {.stretch_bytes = 10'000});
@@ -427,7 +427,7 @@ void test_statistics_are_wrong() {
   }
 }
 
-void test_bad_input_is_taken() {
+void bad_input_is_refused() {
   const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t stretch_bytes) {
     try {
       const qn::PagedArena arena(states, qn::Stream{}, {.stretch_bytes = stretch_bytes});
@@ -445,15 +445,15 @@ void test_bad_input_is_taken() {
 }  // namespace
 
 int main() {
-  test_arrays_overlap();
-  test_state_of_an_algorithm_is_its_own();
-  test_paged_step_leaves_other_bits();
-  test_step_of_another_algorithm_leaves_the_same_bits();
-  test_graph_asks_for_memory();
-  test_order_of_managed_memory();
-  test_order_of_ring();
-  test_more_than_three_stretches_are_on_the_device();
-  test_statistics_are_wrong();
-  test_bad_input_is_taken();
+  arrays_are_disjoint();
+  each_algorithm_has_its_own_arrays();
+  paged_step_leaves_the_bits_of_ordinary_memory();
+  paged_step_of_each_algorithm_leaves_the_same_bits();
+  graph_takes_no_memory();
+  managed_memory_is_prefetched_in_order();
+  ring_copies_in_order();
+  at_most_three_stretches_are_on_the_device();
+  statistics_count_what_happened();
+  bad_input_is_refused();
   return report();
 }

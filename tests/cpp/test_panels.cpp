@@ -1,5 +1,5 @@
-// Products by panels with hooks of this program's own, over the emulator: the order in which a panel is decoded beside
-// a product, what a dense product is given, and what memory a call takes. Exits 1 on a failure.
+// Guards products by panels, over the emulator and with hooks of this program: the order in which a panel is decoded
+// beside a product, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
 #include "product/side_stream.h"
 #include "qlora_native/qlora_native.h"
 
@@ -40,7 +40,7 @@ std::vector<std::string> calls_of(std::int64_t count) {
   return calls;
 }
 
-void test_next_is_prepared_before_its_place_is_free_or_after_its_use() {
+void next_panel_is_prepared_once_its_place_is_free_and_before_its_use() {
   using Calls = std::vector<std::string>;
   EXPECT(calls_of(0).empty());
   EXPECT((calls_of(1) == Calls{"caller: prepare 0", "caller: use 0"}));
@@ -53,7 +53,7 @@ void test_next_is_prepared_before_its_place_is_free_or_after_its_use() {
 }
 
 // What is put into the side stream happens as late as can be, or at once.
-void test_something_is_used_before_it_is_there() {
+void everything_is_there_before_it_is_used() {
   constexpr auto kKind = qn::Driver::Memory::pinned;  // which the test may read
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options options{.eager = eager};
@@ -86,7 +86,7 @@ void test_something_is_used_before_it_is_there() {
   }
 }
 
-void test_two_streams_share_one_beside_them() {
+void each_stream_has_one_of_its_own_beside_it() {
   int first = 0, second = 0;
   const auto beside = [](void* stream) { return &qn::SideStream::of({.handle = stream}); };
   EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
@@ -277,7 +277,7 @@ void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0
 
 // ---- products ----
 
-void test_product_by_panels_is_another() {
+void product_by_panels_is_the_product() {
   for (const std::int64_t rank : {0, 5}) {
     const Layer layer(801, 57, 131, rank);
     for (const bool backward : {false, true}) {
@@ -299,7 +299,7 @@ void test_product_by_panels_is_another() {
 }
 
 // Shapes whose panels are many, and rows that are copied in two parts.
-void test_panel_has_other_bits_or_is_left_out() {
+void each_panel_has_the_bits_of_dequantize() {
   struct Case {
     std::int64_t M, N, K, rank;
     int bits;
@@ -324,7 +324,7 @@ void test_panel_has_other_bits_or_is_left_out() {
   }
 }
 
-void test_dropout_is_not_within_the_sums() {
+void gradient_with_dropout_takes_another_way() {
   const Layer layer(800, 64, 64, 4);
   run(layer, /*backward=*/true, true, 0.25f);
   EXPECT(call.products == 0);  // the mask would fall on dY . W too
@@ -332,7 +332,7 @@ void test_dropout_is_not_within_the_sums() {
   EXPECT(call.products == 1);
 }
 
-void test_failed_product_keeps_its_memory() {
+void failed_product_gives_its_memory_back() {
   const Layer layer(769, 300, 16'384, 0);
   qn::set_dense_gemm([](const qn::DenseGemmArgs&, const qn::Stream&) { throw qn::Unavailable("no product"); });
   try {
@@ -346,7 +346,7 @@ void test_failed_product_keeps_its_memory() {
 }
 
 // Memory begins as NaN, also where it is not the emulator's own, and every kernel that asks for some is given it.
-void test_memory_of_a_call_is_not_the_host_programs() {
+void memory_of_a_call_comes_from_the_host_program() {
   const Layer layer(70, 64, 300, 4);
   run(layer, false, true);
   const std::vector<float> with_hook = call.out;
@@ -360,15 +360,15 @@ void test_memory_of_a_call_is_not_the_host_programs() {
 }  // namespace
 
 int main() {
-  test_next_is_prepared_before_its_place_is_free_or_after_its_use();
-  test_something_is_used_before_it_is_there();
-  test_two_streams_share_one_beside_them();
+  next_panel_is_prepared_once_its_place_is_free_and_before_its_use();
+  everything_is_there_before_it_is_used();
+  each_stream_has_one_of_its_own_beside_it();
   qn::set_dense_gemm(dense_gemm);
   qn::set_device_memory(allocate, release);
-  test_product_by_panels_is_another();
-  test_panel_has_other_bits_or_is_left_out();
-  test_dropout_is_not_within_the_sums();
-  test_failed_product_keeps_its_memory();
-  test_memory_of_a_call_is_not_the_host_programs();
+  product_by_panels_is_the_product();
+  each_panel_has_the_bits_of_dequantize();
+  gradient_with_dropout_takes_another_way();
+  failed_product_gives_its_memory_back();
+  memory_of_a_call_comes_from_the_host_program();
   return report();
 }

@@ -1,5 +1,5 @@
-// product_config: which way a product takes; on tensor cores that the blocks share the steps of all tiles, each of them
-// once, for any shape and device.
+// Guards product_config: which kernel computes a product, and on tensor cores that the blocks do each step of every
+// tile exactly once, for any shape and device.
 #include "product/config.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Rows in groups, whose offsets only the device knows: kernels find each tile of each group's rows once, and whatever
-// the offsets say they keep to the operands. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a failure.
+// Guards products of rows in groups, whose offsets only the device knows: kernels find each tile of a group's rows
+// once, and stay within the operands for any offsets. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a failure.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -88,7 +88,7 @@ void each_row_is_in_one_tile() {
 
 constexpr std::int64_t kLeast = std::numeric_limits<std::int64_t>::min(),
                        kMost = std::numeric_limits<std::int64_t>::max();
-// Of 100 rows: outside of them, descending, and both.
+// Wrong offsets for 100 rows: outside of them, descending, and both.
 const std::vector<std::vector<std::int64_t>> kAnyOffsets = {
     {0, 101, 100, 100, 100},  {-1, 50, 70, 80, 100}, {100, 80, 60, 40, 0}, {kMost, kLeast, kMost, kLeast, 100},
     {kLeast, kMost, 7, 7, 7}, {5, 5, 5, 5, 5}};
@@ -109,7 +109,7 @@ void tile_is_within_the_rows_whatever_the_offsets_say() {
   }
 }
 
-// The host's check of offsets is passed by, as on a GPU. The emulator ends the process where a kernel leaves memory, or
+// The host does not check the offsets, as on a GPU. The emulator ends the process where a kernel leaves memory, or
 // writes what it only reads.
 void kernels_keep_to_the_operands_whatever_the_offsets_say() {
   constexpr std::int64_t M = kRowsOfAny, N = 72, K = 128, kRank = 8, kGroups = 4;

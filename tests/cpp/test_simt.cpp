@@ -1,5 +1,5 @@
-// The emulator itself: what it computes, and that it finds what was planted. A kernel that must end the process runs in
-// a child, whose words are read. Compiled a second time under AddressSanitizer, for the reads and writes out of bounds.
+// Guards the emulator: what it computes, and that it finds planted mistakes. A kernel that must end the process runs in
+// a child, whose message is read. Compiled again under AddressSanitizer, which finds reads and writes out of bounds.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "death_message.h"
 #include "expect.h"
-#include "last_words.h"
 #include "simt/simt.cuh"
 
 namespace qlora_native::cuda_emulated {
@@ -118,9 +118,9 @@ __global__ void missed_barrier_kernel(int) {
 const int kMissedBarrierLine = __LINE__ - 2;
 
 void barriers_that_not_all_reach_end_the_process() {
-  const std::string two = last_words([] { launch<two_barriers_kernel>({1, 64}, {}, 0); });
+  const std::string two = death_message([] { launch<two_barriers_kernel>({1, 64}, {}, 0); });
   EXPECT(contains(two, "different barriers: " + here(kTwoBarriersLine - 2)) && contains(two, here(kTwoBarriersLine)));
-  const std::string missed = last_words([] { launch<missed_barrier_kernel>({1, 64}, {}, 0); });
+  const std::string missed = death_message([] { launch<missed_barrier_kernel>({1, 64}, {}, 0); });
   EXPECT(contains(missed, "deadlock") && contains(missed, here(kMissedBarrierLine)));
   EXPECT(contains(missed, "thread 40 and on of block 0 has ended"));
 }
@@ -152,7 +152,7 @@ void lanes_meet() {
   for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
   EXPECT(all_equal(under_each_schedule<Managed<int>>(run), expected));
   Managed<int> out(1);
-  const std::string words = last_words([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
+  const std::string words = death_message([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
   EXPECT(contains(words, "lanes of a warp meet at different calls"));
   EXPECT(contains(words, here(kLanesPartLine - 2)) && contains(words, here(kLanesPartLine)));
 }
@@ -210,7 +210,7 @@ void copies_fill_with_zeros_and_must_be_aligned() {
   Managed<float> out(4);
   launch<partial_copy_kernel>({1, 32, 16}, {}, in.data(), out.data());
   EXPECT(out[0] == 1 && out[1] == 2 && out[2] == 0 && out[3] == 0);
-  EXPECT(contains(last_words([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, in.data()); }), "misaligned"));
+  EXPECT(contains(death_message([&] { launch<misaligned_copy_kernel>({1, 32, 16}, {}, in.data()); }), "misaligned"));
 }
 
 // ---- between blocks ----
@@ -397,13 +397,13 @@ __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
 }
 __global__ void misaligned_place_kernel() { load_shared<float>(SharedPlace(dynamic_smem<float>()).at(2)); }
 
-void place_in_shared_memory_is_another() {
+void shared_memory_is_laid_out_as_named() {
   const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
   Managed<std::uint32_t> out(8);
   launch<places_kernel>({1, kWarp, 64}, {}, in.data(), out.data());
   const std::uint32_t expected[8] = {3 + 2, 0, 0, 0, 1, 0x200, 3, 4};
   for (int i = 0; i < 8; ++i) EXPECT(out[i] == expected[i]);
-  EXPECT(contains(last_words([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
+  EXPECT(contains(death_message([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
 // A table of 256 rows of 256 bytes from where one must begin; lane i asks for its word of the row that byte i % 4
@@ -418,7 +418,7 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
   out[block_index() * kWarp + lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
 }
 
-void row_of_a_table_is_another() {
+void rows_of_a_table_are_where_they_are_read() {
   constexpr int kBlocks = 2;  // whose shared memory begins at different places
   Managed<std::uint32_t> out(kBlocks * kWarp);
   launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
@@ -432,18 +432,18 @@ __global__ void place_kernel(std::uint32_t* to_rows) {
   if (thread_index() == 0) to_rows[block_index()] = SharedPlace(dynamic_smem<std::byte>()).to_rows();
 }
 
-void blocks_do_not_have_both_places_of_shared_memory() {
+void each_block_has_both_places_of_shared_memory() {
   Managed<std::uint32_t> to_rows(2);
   launch<place_kernel>({2, kWarp, 1024}, {}, to_rows.data());
   EXPECT(to_rows[0] == 0 && to_rows[1] == kRowsBegin);
 }
 
-void emulated_device_has_other_shared_memory_than_was_said() {
+void emulated_device_has_the_shared_memory_that_was_said() {
   EXPECT(emulator::max_smem_bytes() == 227 * 1024);
   setenv("QLN_EMULATED_SMEM", "101376", 1);
   EXPECT(emulator::max_smem_bytes() == 99 * 1024);
   setenv("QLN_EMULATED_SMEM", "99 KB", 1);
-  EXPECT(contains(last_words([] { emulator::max_smem_bytes(); }), "QLN_EMULATED_SMEM: expected bytes, got 99 KB"));
+  EXPECT(contains(death_message([] { emulator::max_smem_bytes(); }), "QLN_EMULATED_SMEM: expected bytes, got 99 KB"));
   unsetenv("QLN_EMULATED_SMEM");
 }
 
@@ -458,7 +458,7 @@ void blocks_wait_for_each_other() {
   Managed<std::uint32_t> ticket(1), turn = {9};
   Managed<float> sum(1);
   const std::string words =
-      last_words([&] { launch<in_order_kernel<true>>({2, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+      death_message([&] { launch<in_order_kernel<true>>({2, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
   EXPECT(contains(words, "waits for another block"));
 }
 
@@ -468,7 +468,7 @@ void wait_for_a_block_that_has_not_begun_is_caught() {
   Managed<float> sum(1);
   // More blocks than the device holds at once.
   const std::string words =
-      last_words([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
+      death_message([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
   EXPECT(contains(words, "deadlock") && contains(words, "waits for another block"));
   unsetenv("QLN_SCHEDULE");
 }
@@ -565,10 +565,10 @@ void shared_memory_ends_where_it_was_said() {
 #ifdef __SANITIZE_ADDRESS__
   Managed<float> out(1);
   const std::string words =
-      last_words([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 32); });
+      death_message([&] { launch<beyond_the_end_kernel>({1, 32, 32 * sizeof(float)}, {}, out.data(), 32); });
   EXPECT(contains(words, "heap-buffer-overflow") && contains(words, "beyond_the_end_kernel"));
 #endif
-  EXPECT(contains(last_words([] { launch<missed_barrier_kernel>({1, 32, emulator::max_smem_bytes() + 1}, {}, 0); }),
+  EXPECT(contains(death_message([] { launch<missed_barrier_kernel>({1, 32, emulator::max_smem_bytes() + 1}, {}, 0); }),
                   "shared memory"));
 }
 
@@ -587,14 +587,16 @@ __global__ void twice_kernel(const Twice args) {
 void memory_of_the_host_is_caught_in_the_arguments_of_a_kernel() {
   std::vector<float> host(kWarp);
   Managed<float> both(kWarp);
-  const auto words = [](const Twice& args) { return last_words([&] { launch<twice_kernel>({1, kWarp}, {}, args); }); };
+  const auto words = [](const Twice& args) {
+    return death_message([&] { launch<twice_kernel>({1, kWarp}, {}, args); });
+  };
   EXPECT(words({1, both.data(), both.data()}).empty());
   const std::string read = words({1, host.data(), both.data()});
   EXPECT(contains(read, "twice_kernel: argument 1 has at byte 8 an address of the host's memory"));
   EXPECT(contains(words({1, both.data(), host.data()}), "twice_kernel: argument 1 has at byte 16 an address"));
   float on_the_stack = 0.0f;
   EXPECT(contains(words({1, both.data(), &on_the_stack}), "at byte 16 an address"));
-  EXPECT(contains(last_words([&] { fill_bytes(host.data(), 0, 4, {}); }), "fill_bytes: argument 1"));
+  EXPECT(contains(death_message([&] { fill_bytes(host.data(), 0, 4, {}); }), "fill_bytes: argument 1"));
 }
 
 void memory_of_the_device_is_reached_by_kernels_alone() {
@@ -606,13 +608,13 @@ void memory_of_the_device_is_reached_by_kernels_alone() {
   launch<twice_kernel>({1, kWarp}, {}, Twice{1, device, out.data()});
   for (const float value : out) EXPECT(value == 12.0f);
   constexpr char kSentence[] = "the host reads or writes memory of the device while no kernel runs: planted";
-  EXPECT(contains(last_words([&] { out[0] = device[0]; }), kSentence));
-  EXPECT(contains(last_words([&] { device[0] = 1.0f; }), kSentence));
+  EXPECT(contains(death_message([&] { out[0] = device[0]; }), kSentence));
+  EXPECT(contains(death_message([&] { device[0] = 1.0f; }), kSentence));
   {
     const DeviceWork work;
     EXPECT(device[0] == 6.0f);
   }
-  EXPECT(contains(last_words([&] { out[0] = device[0]; }), kSentence));
+  EXPECT(contains(death_message([&] { out[0] = device[0]; }), kSentence));
   emulator::release_on_device(memory);
 }
 
@@ -648,8 +650,8 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
   };
   run(false);
   for (int i = 0; i < 50; ++i) EXPECT(host[i] == (i % 10 >= 5 && i % 10 < 8 ? 2.0f : 1.0f));
-  EXPECT(contains(last_words([&] { run(true); }), "has written a tensor that its call only reads"));
-  const std::string words = last_words([&] {
+  EXPECT(contains(death_message([&] { run(true); }), "has written a tensor that its call only reads"));
+  const std::string words = death_message([&] {
     with_device_tensors(args, [&](const Scaled& on_device) {
       host[0] = *static_cast<const float*>(on_device.x.data);  // as a check on the host would
     });
@@ -659,8 +661,8 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
 
 void unknown_schedule_is_refused() {
   setenv("QLN_SCHEDULE", "sideways", 1);
-  EXPECT(
-      contains(last_words([] { rounds<true>(); }), "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
+  EXPECT(contains(death_message([] { rounds<true>(); }),
+                  "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
   unsetenv("QLN_SCHEDULE");
 }
 
@@ -685,10 +687,10 @@ int run_all() {
   host_threads_run_grids_at_once();
   tensor_core_gives_the_product<Bf16>();
   tensor_core_gives_the_product<F16>();
-  place_in_shared_memory_is_another();
-  row_of_a_table_is_another();
-  blocks_do_not_have_both_places_of_shared_memory();
-  emulated_device_has_other_shared_memory_than_was_said();
+  shared_memory_is_laid_out_as_named();
+  rows_of_a_table_are_where_they_are_read();
+  each_block_has_both_places_of_shared_memory();
+  emulated_device_has_the_shared_memory_that_was_said();
   first_of_a_pair_is_in_the_low_half<Bf16>();
   first_of_a_pair_is_in_the_low_half<F16>();
   shared_memory_begins_as_nan();

@@ -1,6 +1,6 @@
-// The emulator's part of compute capability 9.0 (cuda/simt/hopper.cuh): that barriers, copies of tiles and products of
-// a warpgroup do what PTX says, under each order of threads, and that it finds what was planted. A kernel that must end
-// the process runs in a child, whose words are read.
+// Guards the emulator of compute capability 9.0 (cuda/simt/hopper.cuh): barriers, copies of tiles and products of a
+// warpgroup follow PTX under each order of threads, and planted mistakes are found. A kernel that must end the process
+// runs in a child, whose message is read.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "death_message.h"
 #include "expect.h"
-#include "last_words.h"
 #include "qlora_native/error.h"
 #include "simt/hopper.cuh"
 
@@ -187,7 +187,7 @@ std::string found(const std::function<void(TileSource&)>& change = [](TileSource
   std::string result;
   for (const std::string& schedule : kSchedules) {
     setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    result = last_words([&] {
+    result = death_message([&] {
       if (ring<kMistake>(change) == expected) return;
       std::fprintf(stderr, "wrong");
       _exit(1);
@@ -239,9 +239,10 @@ __global__ void arrivals_kernel(int arrivals, int waits) {
 }
 
 void barrier_counts_arrivals_and_waits() {
-  EXPECT(last_words([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 2, 1); }).empty());
-  EXPECT(contains(last_words([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 3, 0); }), "more arrivals in a phase"));
-  EXPECT(contains(last_words([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 1, 2); }), "a stale parity"));
+  EXPECT(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 2, 1); }).empty());
+  EXPECT(
+      contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 3, 0); }), "more arrivals in a phase"));
+  EXPECT(contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 1, 2); }), "a stale parity"));
 }
 
 // ---- tiles ----
@@ -316,7 +317,7 @@ __global__ void end_before_the_tile_kernel(const __grid_constant__ TensorMap map
 void block_that_ends_before_its_tile_is_found() {
   const Operands<Bf16> operands;
   const std::string words =
-      last_words([&] { launch<end_before_the_tile_kernel>({1, kWarp, 8200}, {}, TensorMap(operands.source())); });
+      death_message([&] { launch<end_before_the_tile_kernel>({1, kWarp, 8200}, {}, TensorMap(operands.source())); });
   EXPECT(contains(words, "a block has ended before a tile that TMA loads was there"));
 }
 
@@ -351,7 +352,7 @@ void stores_reach_wgmma_through_a_fence() {
     launch<stored_kernel<true>>({1, kWarpgroup, kBytes}, {}, out.data());
     for (const float value : out) EXPECT(value == 4 * 3.0f);
     const std::string words =
-        last_words([&] { launch<stored_kernel<false>>({1, kWarpgroup, kBytes}, {}, out.data()); });
+        death_message([&] { launch<stored_kernel<false>>({1, kWarpgroup, kBytes}, {}, out.data()); });
     EXPECT(contains(words, "wgmma reads what thread") && contains(words, "not published by fence_proxy_async()"));
   }
   unsetenv("QLN_SCHEDULE");
@@ -364,9 +365,9 @@ __global__ void registers_kernel() {
   increase_max_registers<kCount>();
 }
 void registers_of_a_block_are_within_a_multiprocessor() {
-  EXPECT(last_words([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
-  EXPECT(contains(last_words([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
-  EXPECT(contains(last_words([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
+  EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
+  EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
+  EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
 }
 
 // The first two warps meet twice, the third never.

@@ -1,5 +1,5 @@
-// The tile product of AMX-BF16 by its definition (Intel's manual, TDPBF16PS), on the tiles of QLN_TILE_HEADER: those in
-// plain C++, and where the processor has them, its own. They must agree bit for bit.
+// Guards the tile product of AMX-BF16, for the tiles of QLN_TILE_HEADER: those in plain C++ and those of the processor,
+// if it has any, follow the definition (Intel's manual, TDPBF16PS) bit for bit.
 #include QLN_TILE_HEADER
 
 #include <bit>

@@ -1,4 +1,4 @@
-// Which way a product takes on the cpu (cpu/way.h).
+// Guards the rule that chooses the way of a product on the CPU (cpu/way.h).
 #include "cpu/way.h"
 
 #include <cstdio>

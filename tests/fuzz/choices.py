@@ -1,4 +1,4 @@
-"""A fuzzer's bytes as choices: the same bytes always make the same input, and changed bytes a similar one."""
+"""A fuzzer's bytes as choices: the same bytes always make the same input, and similar bytes make a similar one."""
 
 from __future__ import annotations
 

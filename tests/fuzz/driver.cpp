@@ -1,10 +1,10 @@
-// Stands in for libFuzzer where the compiler has none, with the same command line:
+// Replaces libFuzzer if the compiler has none, with the same command line:
 //
 //   fuzz_x [-runs=N] [-max_total_time=SECONDS] [-seed=N] [-artifact_prefix=FOLDER/] FOLDER|FILE...
 //
-// Inputs are those of the folders, changed at random. It does not see what they reach in the program, only how they
-// ended: an input with a new outcome is kept and changed further. A file is run as it is. An input that ends the
-// program is written to crash-<seed> first.
+// It changes the inputs of the folders at random. It does not see which code they reach, only how they end: an input
+// with a new outcome is kept and changed further. A file is run unchanged. Each input is written to crash-<seed> before
+// it runs, in case it ends the program.
 #include <sanitizer/common_interface_defs.h>
 #include <unistd.h>
 

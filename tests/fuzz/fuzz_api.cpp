@@ -1,6 +1,6 @@
-// Calls of the public C++ API whose fields come from the input: shapes, strides, settings, pointers, as a caller could
-// get them wrong. Every pointer has exactly the memory that its comment promises for these fields, so that
-// AddressSanitizer sees what a call touches beside it. A call works or throws Error, and then has written nothing.
+// Calls the public C++ API with shapes, strides, settings and pointers from the input, as a caller could get them
+// wrong. Every pointer has exactly the memory that its comment promises for these fields, so AddressSanitizer finds any
+// access beyond it. A call must work, or throw Error and write nothing.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -294,7 +294,7 @@ void lora_gradients(Input& input, Memory& memory) {
                              .dy = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.N, dtype),
                              .u = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.rank, dtype),
                              .v = draw_matrix<qn::ConstMatrix>(input, memory, shape.M, shape.rank, dtype)};
-  // Of the matrices' own extents, which may differ from those above.
+  // By the extents of the matrices, which may differ from those above.
   if (input.below(4) > 0) args.da = memory.values(Wide{shape.rank} * args.x.cols, args.lora.dtype);
   if (input.below(4) > 0) args.db = memory.values(Wide{shape.rank} * args.dy.cols, args.lora.dtype);
   call(memory, [&] { qn::lora_gradients(args); });

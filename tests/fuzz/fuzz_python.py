@@ -2,11 +2,11 @@
 
     python tests/fuzz/fuzz_python.py                        every target for 10 seconds
     python tests/fuzz/fuzz_python.py layer --seconds 600    one of them
-    python tests/fuzz/fuzz_python.py layer --atheris        with coverage as the guide, where atheris is installed
+    python tests/fuzz/fuzz_python.py layer --atheris        guided by coverage, if atheris is installed
     python tests/fuzz/fuzz_python.py layer --input FILE     one input again
 
-An input that ends in anything but the errors that the documentation promises is a finding: it is written to a file,
-whose name is printed, and belongs below tests/fuzz/corpus/ once it is mended. Everything there is run first.
+An input that causes any other error than the documented ones is a finding. It is written to a file, whose name is
+printed; add it to tests/fuzz/corpus/ with its repair. All inputs there are run first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from choices import NUMBERS, Choices
 
-if "--atheris" in sys.argv:  # which must see our modules while they are imported, and needs no others
+if "--atheris" in sys.argv:  # it must instrument our modules while they are imported
     import atheris
 
     with atheris.instrument_imports(include=["qlora_native"]):

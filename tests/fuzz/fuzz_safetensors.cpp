@@ -1,5 +1,5 @@
-// The C++ trainer's readers. An input is a config.json, a byte 0 and a safetensors file. A model that they accept takes
-// a step: then no size that they give may lead out of its memory.
+// Reads a config.json, a byte 0 and a safetensors file from the input, with the readers of the C++ trainer. A model
+// that they accept takes a step, in which no size may lead out of its memory.
 #include <exception>
 #include <stdexcept>
 #include <string>

@@ -1,4 +1,4 @@
-"""A GGUF file: what llama.cpp calls architectures, tensors and types, and a writer that streams."""
+"""GGUF files: llama.cpp's names of architectures, tensors and types, and a writer that streams tensors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ GGMLType = gguf.GGMLQuantizationType
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp has for a model of transformers."""
+    """An architecture of transformers and its counterpart in llama.cpp."""
 
     arch: gguf.MODEL_ARCH
-    rotates_neighbours: bool  # so the rows of q_proj and k_proj are reordered
-    biases: bool = True  # whether it reads any
+    rotates_neighbours: bool  # RoPE rotates neighbouring elements, so the rows of q_proj and k_proj are reordered
+    biases: bool = True  # whether llama.cpp reads biases
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ ARCHITECTURES = {
 }
 
 DTYPES = {torch.float32: GGMLType.F32, torch.float16: GGMLType.F16, torch.bfloat16: GGMLType.BF16}
-# Those that the package gguf can write; llama-quantize makes the others (q4_k, iq4_nl, ...) of a bf16 file.
+# The types that the package gguf can write; llama-quantize makes others (q4_k, iq4_nl, ...) from a bf16 file.
 MODEL_TYPES = {
     kind.name.lower(): kind
     for kind in (*DTYPES.values(), GGMLType.Q8_0, GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0)
@@ -60,7 +60,7 @@ FILE_TYPES[GGMLType.F32] = gguf.LlamaFileType.ALL_F32
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a GGUF file. `shape` is torch's; GGUF lists it from the innermost on."""
+    """A tensor of a GGUF file. `shape` is in torch's order; GGUF lists the innermost dimension first."""
 
     name: str
     shape: list[int]
@@ -69,19 +69,19 @@ class Entry:
 
 
 class Layout:
-    """How llama.cpp has a model of transformers.
+    """How llama.cpp names and lays out the tensors of a model of transformers.
 
     Attributes:
-        skeleton: the model.
-        architecture: what llama.cpp has for it.
-        head_dim: elements of a head of attention.
+        skeleton: the model without its weights.
+        architecture: its counterpart in llama.cpp.
+        head_dim: the elements of an attention head.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
-        """Look it up.
+        """Look up the architecture.
 
         Raises:
-            ValueError: another architecture than those of ARCHITECTURES.
+            ValueError: the architecture is not in ARCHITECTURES, or its heads have an odd size.
         """
         self.skeleton, config = skeleton, skeleton.config
         if skeleton.architecture not in ARCHITECTURES:
@@ -97,7 +97,7 @@ class Layout:
         """llama.cpp's name of the model's tensor `own`.
 
         Raises:
-            ValueError: llama.cpp has none like it.
+            ValueError: llama.cpp has no such tensor.
         """
         found = self._names.get_name(own, try_suffixes=(".weight", ".bias"))
         if found is None or (own.endswith(".bias") and not self.architecture.biases):
@@ -105,9 +105,9 @@ class Layout:
         return found
 
     def reordered(self, own: str, tensor: Tensor) -> Tensor:
-        """The tensor `own` with its rows as llama.cpp wants them: in a head row 0 of each half, row 1 of each half, ...
+        """Reorder the rows of the model's tensor `own` for llama.cpp: in each head, the two halves are interleaved.
 
-        So it is for a weight [out, in], a bias [out], and an adapter's B [out, rank].
+        The tensor is a weight [out, in], a bias [out], or the B [out, rank] of an adapter.
         """
         if not self.architecture.rotates_neighbours or own.split(".")[-2] not in ("q_proj", "k_proj"):
             return tensor
@@ -117,7 +117,7 @@ class Layout:
 
 @contextmanager
 def gguf_writer(out: str | Path, layout: Layout, kind: GGMLType) -> Iterator[tuple[gguf.GGUFWriter, Callable]]:
-    """A writer of the new file `out`, for metadata, and a function that then writes all entries."""
+    """Open the new file `out`. Yields a writer, for metadata, and a function that then writes all entries."""
     with new_file(out) as path:
         writer = gguf.GGUFWriter(path, layout.architecture.name)
         writer.add_file_type(FILE_TYPES[kind])
@@ -145,7 +145,7 @@ def gguf_writer(out: str | Path, layout: Layout, kind: GGMLType) -> Iterator[tup
 
 
 def _stored(entry: Entry, report: Report) -> np.ndarray:
-    """The bytes of a tensor, row by row; what rounding to fewer than 16 bits cost goes into `report`."""
+    """Convert a tensor to the bytes of its type. `report` gets the error of rounding to fewer than 16 bits."""
     tensor = entry.values()
     dtype = next((dtype for dtype, kind in DTYPES.items() if kind == entry.kind), None)
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""What a conversion of files tells: how much it did, and what rounding cost."""
+"""`Report`: what a conversion of files did, and the error of its rounding."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-ROWS = 64  # of a weight, whose norm is taken: at most a few MB of memory
+ROWS = 64  # rows of a weight that enter a norm at once: at most a few MB
 
 
 @dataclass
 class Report:
-    """What was done, and what rounding cost.
+    """What a conversion did, and the error of its rounding.
 
     Attributes:
-        merged, quantized: how many layers.
-        bytes: of all tensors written.
-        errors: {layer: |Q(W) - W| / |W|} of each quantized layer, Frobenius norms, W being what was to be rounded.
-        notes: sentences about what a reader of the files should know.
+        merged, quantized: the number of layers that were merged and quantized.
+        bytes: the size of all tensors written.
+        errors: {layer: |Q(W) - W| / |W|} in Frobenius norms, where W is the weight before it was quantized to Q(W).
+        notes: sentences for a reader of the files.
+        squares: sums of squares of the differences, of the weights and of the adapter's changes, for the total errors.
     """
 
     merged: int = 0
@@ -29,7 +30,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def add_rounding(self, layer: str, rounded: Tensor, weight: Tensor) -> None:
-        """Count a layer whose `weight` [N, K] has become `rounded` [N, K]."""
+        """Count a quantized layer, and the error of its rounding.
+
+        Args:
+            layer: its name.
+            rounded: the decoded quantized weight [N, K].
+            weight: the weight before [N, K].
+        """
         error, norm = square(rounded, weight), square(weight)
         self.quantized += 1
         self.errors[layer] = math.sqrt(error / max(norm, 1e-300))
@@ -43,7 +50,7 @@ class Report:
 
     @property
     def error_of_delta(self) -> float | None:
-        """|Q(W) - W| over the norm of what the adapter added, all layers together; None where it added nothing."""
+        """|Q(W) - W| over the norm of the adapter's change, all layers together; None if it changed nothing."""
         delta = self.squares["delta"]
         return math.sqrt(self.squares["error"] / delta) if delta else None
 
@@ -61,7 +68,7 @@ class Report:
 
 
 def square(tensor: Tensor, other: Tensor | None = None) -> float:
-    """The sum of squares, of `tensor` or of its difference from `other`: float64 from row to row, ROWS at a time."""
+    """The sum of squares of `tensor`, or of its difference from `other`, added up in float64, ROWS rows at a time."""
     total = 0.0
     for start in range(0, len(tensor), ROWS):
         rows = tensor[start : start + ROWS].float()

@@ -1,15 +1,15 @@
-"""Whether another library is there in a version that an integration works with: one sentence where it is not."""
+"""Check that another library is installed in a version that an integration supports, or say so in one sentence."""
 
 from __future__ import annotations
 
 import importlib.metadata
 
-# The least version of each. pyproject.toml has the same bounds in its extras, and a test compares.
+# The oldest supported versions. The extras of pyproject.toml have the same bounds; a test compares them.
 LEAST = {"transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50", "gguf": "0.17"}
 
 
 def require(package: str) -> None:
-    """Raise ImportError, which says what to install, unless `package` is there in a version that is new enough."""
+    """Raise an ImportError that says what to install, unless `package` is installed in a version that is new enough."""
     wanted = f'pip install "{package}>={LEAST[package]}"'
     try:
         version = importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_names=`: a batch whose samples have adapters of their own, as one product over the 4-bit weight."""
+"""PEFT's `adapter_names=`, which gives each sample of a batch its own adapter: one product over the 4-bit weight."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ BASE = "__base__"  # PEFT's name for no adapter
 
 
 def distinct(names: Sequence[str], layer: nn.Module) -> list[str]:
-    """The adapters that `layer` has of those that samples ask for, in the order of the first sample of each."""
+    """The names that `layer` has an adapter for, each once, in order of appearance."""
     return [name for name in dict.fromkeys(names) if name != BASE and name in layer.lora_A]
 
 
 def can_be_stacked(layer: nn.Module, names: Sequence[str]) -> bool:
-    """Whether the adapters share a dtype, and a dropout that is one number: they may differ in rank and scaling."""
+    """Whether the adapters share a dtype and a dropout probability. They may differ in rank and scaling."""
     dtypes = {layer.lora_A[name].weight.dtype for name in names} | {layer.lora_B[name].weight.dtype for name in names}
     return len(dtypes) == 1 and len({dropout_of(layer, name) for name in names}) == 1
 
 
 def dropout_of(layer: nn.Module, name: str) -> float:
-    """The probability with which the adapter drops elements now."""
+    """The dropout probability of the adapter, which is 0 in evaluation."""
     dropout = layer.lora_dropout[name]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def stacked(layer: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A [count, rank, K] and s * B [count, N, rank] of the adapters, with zeros up to the largest rank."""
+    """Stack the adapters as A [count, rank, K] and s * B [count, N, rank], padded with zeros to the largest rank."""
     rank = max(layer.lora_A[name].weight.shape[0] for name in names)
 
     def missing(name: str) -> int:
@@ -41,7 +41,7 @@ def stacked(layer: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def index_of_rows(x: Tensor, sample_names: Sequence[str], names: Sequence[str]) -> Tensor:
-    """int64 [...]: which of `names` each row of x [samples, ..., K] has, -1 for none."""
+    """The index in `names` of the adapter of each row of x [samples, ..., K], or -1 for none: int64 [samples, ...]."""
     of_name = {name: i for i, name in enumerate(names)}
     of_sample = torch.tensor([of_name.get(name, -1) for name in sample_names], device=x.device)
     return of_sample.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])

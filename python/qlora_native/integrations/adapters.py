@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, for merging without PEFT: W + scaling * B A, and DoRA's magnitude."""
+"""Read a LoRA adapter that PEFT has saved, and merge it without PEFT: W + scaling * B A, with DoRA's magnitude."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .checkpoints import file_inside, open_safetensors
 
 __all__ = ["Adapter"]
 
-# Fields of a LoraConfig that mean another product than W + scaling * B A where they are set.
+# Fields of a LoraConfig with which the layer computes something other than W + scaling * B A.
 _OTHER_PRODUCTS = (
     "use_qalora",
     "use_bdlora",
@@ -35,19 +35,19 @@ _PART = re.compile(r"^(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lor
 
 
 class Adapter:
-    """What PEFT saved in a folder.
+    """A LoRA adapter from a folder.
 
     Attributes:
-        layers: {path of a layer: its parts by name}, paths as in the base model.
-        replaced: {name of a tensor: the tensor that takes its place} (`modules_to_save`, trained biases).
+        layers: {path of a layer in the base model: {name of a part: tensor}}.
+        replaced: {name of a tensor of the base: its new value}, from `modules_to_save` and trained biases.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Read and check it.
+        """Read and check the adapter in `folder`.
 
         Raises:
             FileNotFoundError: adapter_config.json or adapter_model.safetensors is missing.
-            ValueError: it is no LoRA adapter, is damaged, or of a variant that has no merged weight here.
+            ValueError: the folder has no LoRA adapter, a damaged one, or a variant that cannot be merged here.
         """
         folder = Path(folder)
         names = "adapter_config.json", "adapter_model.safetensors"
@@ -85,28 +85,28 @@ class Adapter:
         self.layers.setdefault(path, {})[part if suffix != ".bias" else f"{part}.bias"] = tensor
 
     def names(self) -> set[str]:
-        """Names of the base's tensors that it changes."""
+        """The names of the base's tensors that the adapter changes."""
         biases = {f"{path}.bias" for path, parts in self.layers.items() if "lora_B.bias" in parts}
         return {f"{path}.weight" for path in self.layers} | biases | set(self.replaced)
 
     def check_names(self, there: set[str]) -> None:
-        """Raise ValueError unless all tensors that it changes are `there`."""
+        """Raise ValueError unless `there` has the names of all tensors that the adapter changes."""
         if missing := sorted(self.names() - there):
             raise bad("adapter", "changes to tensors that the base has", f"{missing[0]}, which it has not")
 
     def scaling(self, path: str) -> float:
-        """alpha / rank of the layer, or alpha / sqrt(rank) for rsLoRA."""
+        """The scaling of a layer: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         parts = self.layers[path]
         rank = (parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"]).shape[0]
-        # The first pattern that the end of the path matches (PEFT, get_pattern_key).
+        # PEFT takes the first pattern that matches the end of the path (its get_pattern_key).
         alpha = next((value for pattern, value in self._alphas if pattern.match(path)), self._alpha)
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def factors(self, path: str, shape: list[int]) -> tuple[Tensor, Tensor]:
-        """(left [out, rank], right [rank, in]) of the layer `path`, whose weight has that shape; B A of a linear layer.
+        """The factors of a layer's change: left [out, rank] and right [rank, in], which are B and A of a linear layer.
 
         Raises:
-            ValueError: they have other shapes.
+            ValueError: their product does not have `shape`, the shape of the layer's weight.
         """
         parts = self.layers[path]
         if "lora_embedding_A" in parts:
@@ -118,10 +118,10 @@ class Adapter:
         return left, right
 
     def merged_weight(self, path: str, weight: Tensor) -> Tensor:
-        """`weight` [out, in] of the layer `path` with the adapter in it, fp32.
+        """Merge the adapter into `weight` [out, in] of the layer `path`, in fp32.
 
         Raises:
-            ValueError: the adapter's shapes do not fit it.
+            ValueError: the shapes of the adapter do not fit the weight.
         """
         parts = self.layers[path]
         left, right = self.factors(path, list(weight.shape))
@@ -136,7 +136,7 @@ class Adapter:
         return merged
 
     def merged_bias(self, path: str, bias: Tensor) -> Tensor:
-        """`bias` of the layer `path` with `lora_bias` in it, fp32."""
+        """Add `lora_bias` to the bias of the layer `path`, in fp32."""
         added = self.layers[path].get("lora_B.bias")
         if added is None:
             return bias
@@ -146,7 +146,7 @@ class Adapter:
 
 
 def _alphas(config: dict[str, Any]) -> tuple[float, list[tuple[re.Pattern[str], float]]]:
-    """lora_alpha, and (pattern of paths, alpha) of the layers that have another."""
+    """lora_alpha, and a list of (pattern of paths, alpha) for the layers that have another."""
 
     def number(name: str, value: Any) -> float:
         if not is_finite_number(value):
@@ -167,7 +167,7 @@ def _alphas(config: dict[str, Any]) -> tuple[float, list[tuple[re.Pattern[str], 
 
 
 def _check_parts(path: str, parts: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the tensors of a layer are those of one adapter."""
+    """Raise ValueError unless the tensors of a layer make up one adapter."""
     pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A", "lora_B")
     for name in pair:
         if name not in parts:

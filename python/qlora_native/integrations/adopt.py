@@ -1,4 +1,4 @@
-"""Live models of transformers whose layers `quantize_model` has replaced: what `save_pretrained` makes of them."""
+"""Let `save_pretrained` of transformers save live models whose layers `quantize_model` has replaced."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ __all__ = ["adopt_quantized"]
 
 
 class _Unsaved(Quantizer):
-    """The quantizer of a model that no file format holds: saving it raises, before anything is written."""
+    """The quantizer of a model that has no file format: saving it raises before a file is written."""
 
     def __init__(self, config: BitsAndBytesConfig, error: ValueError) -> None:
         super().__init__(config)
         self.error = error
 
     def is_serializable(self) -> bool:
-        """It is not.
+        """Refuse to be saved.
 
         Raises:
-            ValueError: why. transformers' own message would not say.
+            ValueError: the reason, which transformers' own message would not give.
         """
         raise self.error
 
 
 def adopt_quantized(model: nn.Module) -> None:
-    """Make transformers see `model` as quantized, as if it had loaded it so.
+    """Make transformers treat a model as quantized, as if it had been loaded quantized. `quantize_model` calls this.
 
-    `save_pretrained` then writes bitsandbytes' format and a quantization_config with which the same layers are
-    quantized when it is loaded: what stayed in 16 bits is named in `llm_int8_skip_modules`. Where bitsandbytes has no
-    such format, or no such list would say which layers they are, `save_pretrained` raises a ValueError that says so.
+    `save_pretrained` then writes bitsandbytes' format with a quantization_config by which the same layers are quantized
+    when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If bitsandbytes does
+    not have the format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says so.
 
     Args:
-        model: a `PreTrainedModel` with quantized layers in it.
+        model: a `PreTrainedModel` that contains quantized layers; it is changed in place.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     first = next(iter(layers.values()))
@@ -63,7 +63,7 @@ def adopt_quantized(model: nn.Module) -> None:
     before = getattr(model.config, "quantization_config", None)
     adopt(model, _Unsaved(config, error))
     if before is None:
-        del model.config.quantization_config  # it would be of another model
+        del model.config.quantization_config  # it describes the model before it was quantized
     else:
         model.config.quantization_config = before
 
@@ -87,9 +87,10 @@ _save_pretrained = PreTrainedModel.save_pretrained
 
 @functools.wraps(_save_pretrained)
 def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    # Where a part of it was quantized, such as model.model, or a layer put in by hand, the whole was not told.
-    told = isinstance(vars(self).get("hf_quantizer"), Quantizer)
-    if not told and any(isinstance(module, QuantizedLayer) for module in self.modules()):
+    # If only a part of the model was quantized, such as model.model, or a layer was put in by hand, adopt_quantized has
+    # not seen the whole.
+    adopted = isinstance(vars(self).get("hf_quantizer"), Quantizer)
+    if not adopted and any(isinstance(module, QuantizedLayer) for module in self.modules()):
         adopt_quantized(self)
     _save_pretrained(self, *args, **kwargs)
 

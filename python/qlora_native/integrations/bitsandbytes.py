@@ -1,10 +1,10 @@
-"""bitsandbytes: our layers in the place of its own, or our kernels under its own.
+"""bitsandbytes: replace its layers by ours, or run its layers on our kernels.
 
-    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the very same codes
-    enable()            # bitsandbytes keeps its layers and calls our kernels: see bitsandbytes_backend.py
+    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the same codes
+    enable()            # bitsandbytes keeps its layers and calls our kernels (bitsandbytes_backend.py)
 
-`replace` gives more: adapters run inside the product, the weight is decoded in parts, and a model in training keeps its
-optimizer. `enable` changes no module, so whatever expects bitsandbytes' own keeps working.
+`replace` gains more: adapters run inside the product, and the weight is decoded in parts. A model in training keeps its
+optimizer. `enable` changes no module, so code that expects bitsandbytes' own modules keeps working.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from .bitsandbytes_experts import from_quant_state, put_experts, quantized_exper
 
 __all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
 
-# nn.Module's own, which a module that takes another's place takes over.
+# Attributes of nn.Module that the new layer takes over from the old one.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def replace(model: nn.Module) -> nn.Module:
-    """Put a `qlora_native.nn.Linear4bit` in the place of every `bitsandbytes.nn.Linear4bit` in `model`, in place.
+    """Replace every `bitsandbytes.nn.Linear4bit` in a model, in place, by a `qlora_native.nn.Linear4bit`.
 
     Parameters of experts that `bitsandbytes.nn.parametrize.replace_parameter_4bit` has quantized become `Experts4bit`
-    where they are [experts, N, K] and transformers' registry runs them; others stay, with a warning.
+    if they are [experts, N, K] and transformers' registry runs them; others stay, with a warning.
 
-    The codes, the scales and the bias are shared, not copied; `compute_dtype` means what it did. LoRA layers of PEFT
-    around them go on with the same adapters, parameter by parameter, so an optimizer that holds these stays valid. A
-    model of transformers is saved as before, in bitsandbytes' format. Layers that bitsandbytes has repacked for
-    evaluation (CPUs with AVX512_BF16) are unpacked, into new memory and with the bf16 scales that it left.
+    The codes, the scales and the bias are shared, not copied, and `compute_dtype` keeps its meaning. LoRA layers of
+    PEFT keep their adapter parameters, so an optimizer that holds these stays valid. A model of transformers is saved
+    as before, in bitsandbytes' format. Layers that bitsandbytes has repacked for evaluation (on CPUs with AVX512_BF16)
+    are unpacked into new memory, with the bf16 scales that the repacking left.
 
     Args:
-        model: any module; PEFT's model too.
+        model: any module, PEFT's models included.
 
     Returns:
-        `model`. Warns if there is no such layer in it.
+        `model`. Warns if it contains no such layer.
 
     Raises:
-        TypeError: `model` is no nn.Module.
-        ValueError: a layer is not quantized yet (bitsandbytes does that in `.to(device)`), or an adapter is merged
-            into one; or `model` is itself such a layer. The model is as it was.
+        TypeError: `model` is not an nn.Module.
+        ValueError: a layer is not quantized yet (bitsandbytes does that in `.to(device)`), an adapter is merged into a
+            layer, or `model` is itself such a layer. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise bad_type("model", "an nn.Module", type(model).__name__)
@@ -87,7 +87,7 @@ def replace(model: nn.Module) -> nn.Module:
         from .peft import LoraLinear4bit
 
         for _, module in adapted:
-            module.__class__ = LoraLinear4bit  # with the attributes of a lora.Linear, it needs no others
+            module.__class__ = LoraLinear4bit  # which has the attributes of a lora.Linear and no others
             module.is_target_conv_1d_layer = False
     if "peft" in sys.modules:
         from .peft_methods import guard_layers
@@ -98,10 +98,13 @@ def replace(model: nn.Module) -> nn.Module:
 
 
 def quantized_weight(layer: nn.Module) -> QuantizedWeight:
-    """The weight of a `bitsandbytes.nn.Linear4bit` as our container; shares its tensors.
+    """Read the weight of a layer of bitsandbytes. Its tensors are shared, not copied.
+
+    Args:
+        layer: a `bitsandbytes.nn.Linear4bit`.
 
     Raises:
-        TypeError, ValueError: it is not quantized yet, or damaged: see QuantizedWeight.
+        TypeError, ValueError: the layer is not quantized yet, or a tensor is damaged (see QuantizedWeight).
     """
     state: QuantState | None = getattr(layer.weight, "quant_state", None) or layer.quant_state
     if state is None:
@@ -112,7 +115,7 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight:
 
         state = copy.copy(state)
         absmax = state.absmax.t().reshape(-1).float()
-        state.original_nested = False  # the scales that it computes with: not quantized once more
+        state.original_nested = False  # keep the bf16 scales: do not quantize them once more
         codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
         state.absmax = absmax
     return from_quant_state(codes, state)
@@ -123,7 +126,7 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
         layer = Linear4bit.from_quantized(quantized_weight(module), module.bias)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}.{error}") from None
-    # As its forward does: until a compute_dtype is set, which fp32 is not for us, x says what to compute in.
+    # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
         layer.product_dtype = module.compute_dtype
     for hooks in _HOOKS:
@@ -136,14 +139,14 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    """Whether it is PEFT's LoRA layer over a bitsandbytes layer. Not by isinstance: PEFT may not be installed."""
+    """Whether `module` is PEFT's LoRA layer over a layer of bitsandbytes. PEFT may be missing, so not by isinstance."""
     return type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
 
 
 def _tell_transformers(model: nn.Module) -> None:
-    """A model that transformers loaded is from now on one of our quantizer."""
+    """Give models that transformers has loaded our quantizer."""
     for module in model.modules():
-        own: Any = vars(module).get("hf_quantizer")  # its own: PEFT's wrappers pass getattr on
+        own: Any = vars(module).get("hf_quantizer")  # not getattr, which PEFT's wrappers forward
         if type(own).__name__ == "Bnb4BitHfQuantizer":
             from .transformers import BitsAndBytesConfig, Quantizer, adopt
 

@@ -1,4 +1,4 @@
-"""A backend of bitsandbytes: its own layers, functions and optimizers call our kernels, on tensors where they are.
+"""A backend of bitsandbytes: its layers, functions and optimizers call our kernels.
 
     enable()                 # or QLORA_NATIVE_BNB=1 in the environment, before bitsandbytes is imported
 
@@ -7,12 +7,12 @@ These operations of bitsandbytes (its `_ops.py`) run here, on the CPU, and on CU
     quantize_4bit, dequantize_4bit, gemm_4bit, gemv_4bit
     optimizer_update_8bit_blockwise and optimizer_update_32bit, of Adam and AdamW
 
-A call that means something else here, or that we do not take, goes on to bitsandbytes' own kernel: another optimizer,
-LAMB's norms, `skip_zeros`, paged memory, a NaN in a weight, a gradient with which ours would skip the step, float64.
-So do its 8-bit weights (LLM.int8) and its blockwise 8-bit operations, which are not 4-bit work.
+All other calls go on to bitsandbytes' own kernel: another optimizer, LAMB's norms, `skip_zeros`, paged memory, a NaN in
+a weight, a gradient for which ours would skip the step, float64. So do its 8-bit weights (LLM.int8) and its blockwise
+8-bit operations.
 
-Two results differ from bitsandbytes' own, both on the CPU: its AVX-512 kernel decodes a weight with the wrong scales
-where K is no multiple of the blocksize, and its 8-bit quantizer may miss the nearest level by one; ours do neither.
+Two results differ from bitsandbytes' own, both on the CPU: its AVX-512 kernel decodes a weight with the wrong scales if
+K is not a multiple of the blocksize, and its 8-bit quantizer may miss the nearest level by one. Ours do neither.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from .._weight import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_m
 __all__ = ["autoload", "disable", "enable", "enabled"]
 
 _ops = torch.ops.qlora_native
-_KERNELS: dict[str, Callable[..., Any]] = {}  # by the operation's name
+_KERNELS: dict[str, Callable[..., Any]] = {}  # {operation: our kernel}
 _library: torch.library.Library | None = None
-_repack: Any = None  # bitsandbytes' function, while ours is in its place
+_repack: Any = None  # bitsandbytes' function, while ours replaces it
 
 
 def enable() -> None:
-    """Run bitsandbytes' operations on our kernels, from here on and in the whole process.
+    """Run bitsandbytes' operations on our kernels, from now on and in the whole process.
 
-    Its layers then also stop to repack their weights for evaluation on CPUs with AVX512_BF16, which rounds the scales
-    to bf16. Layers that have done so already keep to it.
+    Its layers also stop repacking their weights for evaluation on CPUs with AVX512_BF16, which rounds the scales to
+    bf16. Layers that are repacked already stay so.
 
     Raises:
         ImportError: bitsandbytes is not installed.
     """
     global _library, _repack
-    import bitsandbytes.nn.modules as modules  # first: it may call `autoload`
+    import bitsandbytes.nn.modules as modules  # imported first, because it may call `autoload`
 
     if _library is not None:
         return
@@ -66,7 +66,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Give bitsandbytes its own kernels back."""
+    """Run bitsandbytes' operations on its own kernels again."""
     global _library
     if _library is None:
         return
@@ -78,17 +78,17 @@ def disable() -> None:
 
 
 def enabled() -> bool:
-    """Whether bitsandbytes' operations run here."""
+    """Whether bitsandbytes' operations run on our kernels."""
     return _library is not None
 
 
 def devices() -> list[str]:
-    """Dispatch keys of the devices whose operations `enable` takes over."""
+    """The dispatch keys of the devices whose operations `enable` takes over."""
     return ["CPU"] if _C.cuda_unavailable_reason() else ["CPU", "CUDA"]
 
 
 def autoload() -> None:
-    """What bitsandbytes calls when it is imported (entry point of the group `bitsandbytes.backends`).
+    """Call `enable` if QLORA_NATIVE_BNB=1. bitsandbytes calls this on import (entry point `bitsandbytes.backends`).
 
     Raises:
         ValueError: QLORA_NATIVE_BNB is neither 0 nor 1. bitsandbytes then fails to be imported, with this message.
@@ -101,7 +101,7 @@ def autoload() -> None:
 
 
 def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A kernel: called with bitsandbytes' own, the dispatch keys that this one takes, and the operation's arguments."""
+    """Register a kernel of ours. It is called with bitsandbytes' own kernel, our dispatch keys, and the arguments."""
 
     def decorator(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _KERNELS[name] = kernel
@@ -178,7 +178,7 @@ def _gemm_4bit(
 def _gemv_4bit(
     own: Any, keys: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
 ) -> Tensor:
-    # In its layout for AVX512_BF16, the only one that its kernel there knows, scales are bf16 [K / blocksize, N].
+    # A weight repacked for AVX512_BF16 has bf16 scales [K / blocksize, N], which only bitsandbytes' own kernel reads.
     if absmax.dtype != torch.float32 or A.dtype not in FLOAT_DTYPES:
         return own.call_boxed(keys, A, B, shapeB, absmax, code, blocksize)
     return _linear(A, B, (absmax, None, None, None), code.float(), shapeB, blocksize, None)
@@ -199,7 +199,7 @@ def _linear(
 
 
 def _codes(packed: Tensor) -> Tensor:
-    """uint8 [bytes], whatever dtype the codes are stored in."""
+    """The codes as uint8 [bytes]; bitsandbytes stores them in any dtype."""
     return packed.reshape(-1).view(torch.uint8)
 
 
@@ -289,7 +289,7 @@ def _step(
     options: tuple[float, ...],
     gnorm_scale: float,
 ) -> bool:
-    """Whether it was done: a gradient that is NaN or above 1.8e19 is not ours to take, and neither is other memory."""
+    """Step, and return whether it was done: a gradient of NaN or above 1.8e19, or paged memory, is left to them."""
     tensors = (g, p, state1, state2, *absmax1, *absmax2)
     if p.dtype not in FLOAT_DTYPES or g.dtype not in FLOAT_DTYPES:
         return False

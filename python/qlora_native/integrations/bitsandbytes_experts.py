@@ -1,4 +1,4 @@
-"""Experts that bitsandbytes has quantized as parameters (`bitsandbytes.nn.parametrize`), for `replace`."""
+"""`replace` for experts that bitsandbytes has quantized as parameters (`bitsandbytes.nn.parametrize`)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ __all__ = ["from_quant_state", "put_experts", "quantized_experts"]
 
 
 def from_quant_state(codes: Tensor, state: QuantState) -> QuantizedWeight:
-    """A weight of bitsandbytes as our container; shares its tensors.
+    """Make a QuantizedWeight of a weight of bitsandbytes. The tensors are shared, not copied.
+
+    Args:
+        codes, state: the codes, and bitsandbytes' quant_state beside them.
 
     Raises:
-        TypeError, ValueError: it is damaged: see QuantizedWeight.
+        TypeError, ValueError: a tensor is damaged (see QuantizedWeight).
     """
     shape = tuple(state.shape)
     return QuantizedWeight(
@@ -43,7 +46,7 @@ def from_quant_state(codes: Tensor, state: QuantState) -> QuantizedWeight:
 
 
 def quantized_experts(model: nn.Module) -> list[tuple[nn.Module, dict[str, QuantizedWeight]]]:
-    """Each module with experts that can be taken over, and their weights by name. Warns of others."""
+    """Find modules with experts that can be replaced: (module, {name: weight}). Warns of experts that cannot."""
     found = []
     for path, module in model.named_modules():
         quantized = _quantized_parameters(module)
@@ -64,7 +67,7 @@ def quantized_experts(model: nn.Module) -> list[tuple[nn.Module, dict[str, Quant
 
 
 def put_experts(found: list[tuple[nn.Module, dict[str, QuantizedWeight]]]) -> None:
-    """Put `Experts4bit` in the place of the parameters, and let transformers run them."""
+    """Replace the parameters by `Experts4bit`, and make transformers run them."""
     for module, weights in found:
         for name, q in weights.items():
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
@@ -82,7 +85,7 @@ _CACHE_HOOKS = (_enable_parametrization_cache, _disable_parametrization_cache)
 
 
 def _quantized_parameters(module: nn.Module) -> dict[str, tuple[Tensor, QuantState]]:
-    """{name: (codes, quant_state)} of the parameters of a module that bitsandbytes has quantized."""
+    """The parameters of a module that bitsandbytes has quantized: {name: (codes, quant_state)}."""
     return {
         name: (parametrizations.original.data, parametrizations[0].quant_state)
         for name, parametrizations in getattr(module, "parametrizations", {}).items()

@@ -1,4 +1,4 @@
-"""Checkpoint folders of safetensors files: checked, read tensor by tensor, written shard by shard."""
+"""Checkpoint folders of safetensors files: check them, read them tensor by tensor, write them shard by shard."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 def file_inside(folder: Path, name: Any) -> Path:
-    """The path of the file `name` in a folder that a stranger may have written.
+    """The path of the file `name` in a folder that may come from anybody.
 
     A link may lead to another file of the folder, or, in a snapshot of the Hugging Face cache, to the cache's blobs of
-    the same model. What leads elsewhere is refused: its contents would be copied into a folder that gets published.
+    the same model. Other links are refused, because the file that they lead to would be copied into a folder that may
+    be published.
 
     Raises:
-        ValueError: `name` is no plain file name, or a link that leads out of the folder.
+        ValueError: `name` is not a plain file name, or is a link that leads out of the folder.
         FileNotFoundError: there is no such file.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(separator in name for separator in "/\\\0"):
@@ -50,10 +51,10 @@ def file_inside(folder: Path, name: Any) -> Path:
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """The file, mapped. The safetensors library checks that its header fits what is there.
+    """Map a file into memory. The safetensors library checks that its header fits its size.
 
     Raises:
-        ValueError: it is no safetensors file, or one that was not written to its end.
+        ValueError: it is not a safetensors file, or was not written to its end.
         OSError: it cannot be read.
     """
     try:
@@ -63,22 +64,22 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 class Checkpoint:
-    """The tensors of a model's folder by name; files are mapped, not read.
+    """The tensors of a model's folder, by name. Files are mapped into memory, not read.
 
-    Weights that bitsandbytes has quantized count as one name, `x.weight`, with its companions left out of `shards`.
+    A weight that bitsandbytes has quantized is one name, `x.weight`; its scales and tables have none of their own.
 
     Attributes:
-        shards: {file name: [names]}, in the order of the files. A quantized weight is where its codes are.
+        shards: {file name: [names]}, in the order of the files. A quantized weight is listed where its codes are.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Find the files, and check that they and the index name the same tensors, each once.
+        """Find the files, and check that files and index name the same tensors, each once.
 
         Args:
-            folder: a folder, or the id of a model of the hub that has been downloaded into the Hugging Face cache.
+            folder: a folder, or the id of a model of the hub that is in the Hugging Face cache.
 
         Raises:
-            FileNotFoundError: there is no folder, or no safetensors file in it, or one of the index is missing.
+            FileNotFoundError: the folder, its safetensors file or a file of the index is missing.
             ValueError: a file is damaged, lies outside the folder, or disagrees with the index.
         """
         self.folder = _folder_of(folder)
@@ -100,15 +101,15 @@ class Checkpoint:
                 self.shards[file].append(name)
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name."""
+        """Whether there is a tensor of this name."""
         return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as it is in the file."""
+        """The tensor as it is stored."""
         return self._file(name).get_tensor(name)
 
     def shape(self, name: str) -> list[int]:
-        """The shape of the tensor as it is in the file, of a quantized weight (N, K); no values are read."""
+        """The stored shape of the tensor, or (N, K) of a quantized weight. No values are read."""
         if self.quantized(name):
             key = next(key for key in self._file_of if key.startswith(f"{name}{QUANT_STATE}"))
             return read_quant_state(key, self[key], f"{name}.nested_absmax" in self)["shape"]
@@ -119,12 +120,12 @@ class Checkpoint:
         return name in self._quantized
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
-        """That weight."""
+        """The quantized weight `name`."""
         entries = {key: self[key] for key in self._file_of if key == name or key.startswith(f"{name}.")}
         return QuantizedWeight.from_bitsandbytes(entries, name.removesuffix("weight"))
 
     def dense(self, name: str) -> Tensor:
-        """The tensor, decoded to fp32 if it is quantized: then exactly what the 4 bits mean."""
+        """The tensor; a quantized one is decoded to fp32, which holds its values exactly."""
         return self.quantized_weight(name).dequantize(torch.float32) if self.quantized(name) else self[name]
 
     def _file(self, name: str) -> safe_open:
@@ -135,7 +136,7 @@ class Checkpoint:
 
 
 def _folder_of(name: str | Path) -> Path:
-    """A folder, or what the Hugging Face cache has of a model; nothing is downloaded."""
+    """The folder `name`, or the folder of a model in the Hugging Face cache. Nothing is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     expected = "expected the folder of a checkpoint"
@@ -151,7 +152,7 @@ def _folder_of(name: str | Path) -> Path:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """{tensor: file} of a folder with several files, each of which has what the index says and nothing else."""
+    """Read the index of a folder, {tensor: file}, and check that it lists exactly the tensors of the files."""
     path = file_inside(folder, INDEX)
     file_of = parse_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
@@ -172,20 +173,20 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config and whatever else lies beside the weights and is no weights of another format."""
+    """The other files of a folder, such as the tokenizer, but not weights in another format."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(weights)]
     return [file_inside(folder, name) for name in names if name != "config.json"]
 
 
 def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) -> int:
-    """Write each shard as it comes, {file name: tensors}, then the index if there are several.
+    """Write each (file name, {name: tensor}) as it comes, and then the index if there are several files.
 
     Returns:
-        Bytes of all tensors.
+        The bytes of all tensors.
 
     Raises:
-        OSError: a file cannot be written: the disk is full, for one.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     weight_map: dict[str, str] = {}
     total = 0

@@ -1,9 +1,9 @@
-"""Weights of 4 and 8 linear bits in compressed-tensors' files, which vLLM serves and transformers loads.
+"""Write "int4" and "int8" weights into compressed-tensors' files, which vLLM serves and transformers loads.
 
-The format is `pack-quantized` with one scale a group of a row: W[n, k] = scale[n, k // group] * code[n, k] with codes
--8 ... 7 or -128 ... 127. That is what "int4" and "int8" are here, with scale = absmax / 7 or absmax / 127, so the codes
-go over as they are, and a scale is rounded once, to the model's dtype. NF4 and FP4 have no such form: their levels are
-no multiples of one step. Nothing of the package compressed-tensors is needed to write the files.
+The format is `pack-quantized` with one scale for each group of a row: W[n, k] = scale[n, k // group] * code[n, k] with
+codes -8 ... 7 or -128 ... 127. "int4" and "int8" have this form, with scale = absmax / 7 or absmax / 127, so their
+codes are kept, and a scale is rounded once, to the dtype of the model. NF4 and FP4 do not: their levels are not
+multiples of one step. The package compressed-tensors is not needed to write the files.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from .._weight import QuantizedWeight
 
 __all__ = ["LARGEST_CODES", "check_layer", "entries", "quantization_config", "with_rounded_scales"]
 
-LARGEST_CODES = {"int4": 7, "int8": 127}  # of an element whose absolute value is its block's absmax
-PACKED = {"int4": 8, "int8": 4}  # codes in an int32
+LARGEST_CODES = {"int4": 7, "int8": 127}  # the code of an element whose absolute value is its block's absmax
+PACKED = {"int4": 8, "int8": 4}  # the number of codes in an int32
 
 
 def check_layer(name: str, K: int, blocksize: int) -> None:
-    """Raise ValueError unless rows of K elements are whole groups: here a block goes on in the next row, there none."""
+    """Raise ValueError unless rows of K elements are whole groups: in the files no block may straddle rows."""
     if K % blocksize:
         raise bad("blocksize", f"a divisor of {K}, which a row of {name} has, for compressed-tensors", blocksize)
 
 
 def with_rounded_scales(q: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
-    """`q` ("int4" or "int8", scales in fp32) with each scale rounded as `dtype` holds it in the file."""
+    """Round the fp32 scales of `q` ("int4" or "int8") to what the file stores in `dtype`."""
     scale = (q.absmax / LARGEST_CODES[q.format]).to(dtype)
     return replace(q, absmax=scale.float() * LARGEST_CODES[q.format], dtype=dtype)
 
 
 def entries(q: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
-    """The entries of a state dict for a weight [N, K] that `with_rounded_scales` gave.
+    """Make the entries of a state dict for a weight [N, K].
 
     Args:
-        q: "int4" or "int8", K a multiple of its blocksize.
-        prefix: in front of every key: "model.layers.0.mlp.up_proj.".
+        q: a weight from `with_rounded_scales`, whose K is a multiple of its blocksize.
+        prefix: put in front of every key: "model.layers.0.mlp.up_proj.".
 
     Returns:
-        `weight_packed` int32 [N, K/8] or [N, K/4], the first code in the lowest bits, each plus 8 or 128;
+        `weight_packed` int32 [N, K/8] or [N, K/4], with the first code in the lowest bits, each plus 8 or 128;
         `weight_scale` [N, K/blocksize] in `q.dtype`; `weight_shape` int64 [2].
     """
     N, K = q.shape
     if q.format == "int4":
-        codes = (q.codes >> 4) | (q.codes << 4)  # here the first of two codes is in the high half, there in the low one
+        codes = (q.codes >> 4) | (q.codes << 4)  # the first of two codes goes from the high half to the low one
     else:
         codes = q.codes ^ 0x80
     packed = codes.contiguous().view(torch.int32).view(N, K // PACKED[q.format])
@@ -58,7 +58,7 @@ def entries(q: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
 
 
 def quantization_config(format: str, blocksize: int, ignored: list[str]) -> dict[str, Any]:
-    """What config.json says of such files. `ignored`: names of the linear layers that are not quantized."""
+    """The quantization_config of config.json. `ignored` names the linear layers that are not quantized."""
     weights = {
         "num_bits": 32 // PACKED[format],
         "type": "int",

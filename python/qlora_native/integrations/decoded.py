@@ -1,4 +1,4 @@
-"""A `Linear4bit` as PEFT's tuners see it: a weight to read, and one to merge into. peft_methods.py says where."""
+"""`DecodedLinear4bit`, a `Linear4bit` whose decoded weight PEFT's tuners can read and merge into (peft_methods.py)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["DecodedLinear4bit", "WeightWritten", "base_to_merge_into", "run_over
 
 
 class WeightWritten(NotImplementedError):
-    """Something wrote to the decoded weight of a quantized layer, where nothing would have come of it."""
+    """Code wrote to the decoded weight of a quantized layer, which would have had no effect."""
 
 
 class _DecodedWeight(nn.Parameter):
-    """A decoded weight [N, K], which is a copy: to put something in its place raises, as that would be lost."""
+    """A decoded weight [N, K]. It is a copy, so assigning to it raises: the values would be lost."""
 
     @property
     def data(self) -> Tensor:
@@ -35,22 +35,22 @@ class _DecodedWeight(nn.Parameter):
 
 
 class DecodedLinear4bit(Linear4bit):
-    """A `Linear4bit` as PEFT sees it: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
+    """A `Linear4bit` for PEFT: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
 
-    Parameters, buffers and the state dict are those of `Linear4bit`, `W_q` is the codes, and the forward pass is the
-    same product. A layer becomes one, and a `Linear4bit` again, by its `__class__`.
+    Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
+    into one, and back into a `Linear4bit`, by assigning its `__class__`.
     """
 
     @property
     def weight(self) -> nn.Parameter:
-        """The decoded weight, a new frozen parameter at every call."""
+        """The decoded weight, a new frozen parameter at each call."""
         codes = self._parameters.get("weight")
         if codes is None:
             raise AttributeError("weight")
         return _DecodedWeight(self.dequantize(), requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As any module's, but that codes are all that can be put in the place of codes.
+        """Set an attribute, as in any module; but `weight` can only be set to codes.
 
         Raises:
             WeightWritten: `weight` is set to something else.
@@ -61,7 +61,9 @@ class DecodedLinear4bit(Linear4bit):
 
 
 def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:
-    """The quantized layer that `layer` stands over, with nothing in between: each keeps the weight that it found.
+    """The quantized layer directly below `layer`.
+
+    A layer of another method in between would have merged into the same weight and would restore it out of order.
 
     Raises:
         NotImplementedError: another layer of PEFT stands in between.
@@ -76,12 +78,17 @@ def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:
 
 
 def run_over_decoded(layer: BaseTunerLayer, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run PEFT's `merge` or `unmerge` on an `nn.Linear` with the decoded weight, and quantize what came of it.
+    """Run PEFT's `merge` or `unmerge` on an `nn.Linear` with the decoded weight, and quantize the result.
 
-    The weight and bias from before the first `merge` are kept and put back when nothing is merged any more.
+    The weight and bias from before the first `merge` are kept and restored when nothing is merged any more.
+
+    Args:
+        layer: the layer of PEFT over a quantized one.
+        method: its `merge` or `unmerge`.
+        args, kwargs: the arguments of `method`.
 
     Raises:
-        NotImplementedError: two layers of PEFT stand over each other on the quantized one.
+        NotImplementedError: two layers of PEFT are stacked over the quantized one.
         ValueError: the merged weight has NaN or Inf. Nothing is changed.
     """
     base = base_to_merge_into(layer)
@@ -98,7 +105,7 @@ def run_over_decoded(layer: BaseTunerLayer, method: Callable[..., None], *args: 
         layer.merged_adapters[:] = merged
         if bias is not None:
             base.bias.data = bias
-        if isinstance(error, NotImplementedError) and not str(error):  # a method of which PEFT says no more
+        if isinstance(error, NotImplementedError) and not str(error):  # PEFT's error has no text
             raise NotImplementedError(f"{_name(layer)}: PEFT does not {method.__name__} this method") from None
         raise
     finally:
@@ -111,12 +118,12 @@ def run_over_decoded(layer: BaseTunerLayer, method: Callable[..., None], *args: 
 
 
 def _name(layer: nn.Module) -> str:
-    """The class of a layer of PEFT with its method's name: "ia3.Linear"."""
+    """The method and the class of a layer of PEFT: "ia3.Linear"."""
     return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
 
 
 def _dense(base: Linear4bit) -> nn.Linear:
-    """The layer in 16 bits: its decoded weight, and its very bias."""
+    """The layer in 16 bits: its decoded weight, and its own bias, not a copy."""
     dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(base.dequantize(), requires_grad=False)
     dense.bias = base.bias
@@ -124,7 +131,7 @@ def _dense(base: Linear4bit) -> nn.Linear:
 
 
 def _requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-    """`weight` [N, K] in the format of `like`."""
+    """Quantize `weight` [N, K] to the format of `like`."""
     codebook = like.code if like.format == "codebook" else None
     double_quant = like.nested_absmax is not None
     q = functional.quantize(weight.detach(), like.format, like.blocksize, double_quant, codebook)

@@ -1,7 +1,8 @@
-"""Embeddings in 4 bits of a model that transformers loads, and the output layers that are tied to them.
+"""Load embeddings in 4 bits with transformers, and the output layers that are tied to them.
 
-transformers ties parameters by assigning one module's to the other. A quantized weight is several tensors, so while a
-model is read only its embedding is quantized; the layer that is tied to it is put there afterwards, over the same ones.
+transformers ties parameters by assigning one module's parameter to the other. A quantized weight has several tensors,
+so only the embedding is quantized while a model is read; the layer tied to it is made afterwards, over the same
+tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .. import functional
 from .._embedding import can_be_quantized
 from .._errors import bad
 from .._layer import QuantizedLayer
-from .._sizes import note_left
+from .._sizes import note_reason
 from ..nn import Embedding4bit, Linear4bit
 from .expert_files import file_has
 
@@ -26,7 +27,7 @@ __all__ = ["codes_of_embeddings", "replace_embeddings", "replace_tied", "tied_li
 
 
 def tied_linears(model: nn.Module) -> dict[str, str]:
-    """{path of an nn.Linear: path of the module that it shares its weight with}, as transformers ties them."""
+    """The ties of a model of transformers: {path of an nn.Linear: path of the module that shares its weight}."""
     paths = {
         target.removesuffix(".weight"): source.removesuffix(".weight")
         for target, source in model.all_tied_weights_keys.items()
@@ -36,16 +37,17 @@ def tied_linears(model: nn.Module) -> dict[str, str]:
 
 
 def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: set[str] | None) -> list[str]:
-    """Put `Embedding4bit` without values in the place of embeddings.
+    """Replace embeddings by `Embedding4bit` without values.
 
     Args:
         model: on the meta device.
         config: a `BitsAndBytesConfig` of ours.
         wanted: whether embeddings are to be quantized while they are read.
-        quantized: what the files have in 4 bits, where they are quantized already: that is what is replaced then.
+        quantized: the names that the files have in 4 bits, or None if the files are not quantized. If they are, only
+            these embeddings are replaced.
 
     Returns:
-        Paths of linear layers that are tied, to an embedding or to each other: they are not for reading.
+        The paths of linear layers that are tied to an embedding or to each other, and are not read from the files.
     """
     keep = list(model._keep_in_fp32_modules or ())
     for name, module in list(model.named_modules()):
@@ -64,15 +66,15 @@ def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: s
     tied = tied_linears(model)
     for target, source in tied.items():
         if not isinstance(model.get_submodule(source), Embedding4bit):
-            note_left(model.get_submodule(target), "tied to a weight that stays")
+            note_reason(model.get_submodule(target), "tied to a weight that stays")
     return list(tied)
 
 
 def replace_tied(model: nn.Module, config: Any) -> None:
-    """Put a `Linear4bit` over the same tensors in the place of each layer that is tied to an `Embedding4bit`.
+    """Replace each layer that is tied to an `Embedding4bit` by a `Linear4bit` over the same tensors.
 
-    Called when the model has been read. A checkpoint may have had the layer's weight instead of the embedding's, which
-    it then shares, or both, if they differ.
+    Called after the model has been read. A checkpoint may have the weight of the layer and not of the embedding; the
+    embedding then shares it. It may also have both, if they differ.
     """
     for module in model.modules():
         if isinstance(module, Embedding4bit) and (weight := module._parameters["weight"]).is_floating_point():
@@ -86,11 +88,11 @@ def replace_tied(model: nn.Module, config: Any) -> None:
 
 
 def codes_of_embeddings(model: nn.Module) -> set[int]:
-    """Ids of the codes of each `Embedding4bit` in `model`."""
+    """The ids of the codes of each `Embedding4bit` in `model`."""
     return {id(module._parameters["weight"]) for module in model.modules() if isinstance(module, Embedding4bit)}
 
 
-# What `resize_token_embeddings` calls. It would take codes for a weight, of half as many columns.
+# Wraps what `resize_token_embeddings` calls, which would take codes for a weight of half as many columns.
 def _refusing_quantized(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def resized(

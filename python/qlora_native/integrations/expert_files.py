@@ -1,8 +1,9 @@
-"""Experts in files: read into 4 bits while transformers loads a model, and named as files have them.
+"""Read experts from files into 4 bits while transformers loads a model, and write them.
 
-In a 16-bit checkpoint experts are a tensor each, which transformers stacks, or one tensor [E, ...]. Here they are read
-one after the other. In files of ours, and of `bitsandbytes.nn.parametrize`, they are the entries that bitsandbytes
-writes for a weight, under the parameter's name. In those of gpt-oss they are MXFP4, whose bytes are kept.
+A 16-bit checkpoint has a tensor for each expert, which transformers would stack, or one tensor [E, ...]. Here experts
+are quantized one after the other. Our files, and those of `bitsandbytes.nn.parametrize`, have the entries that
+bitsandbytes writes for a weight, under the name of the parameter. The files of gpt-oss have MXFP4, whose bytes are
+kept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .. import functional
 from .._errors import bad
 from .._experts import Experts4bit
 from .._quant_state import read_quant_state
-from .._sizes import note_left
+from .._sizes import note_reason
 from .._weight import NESTED_BLOCKSIZE, QuantizedWeight, ceil_div
 from .experts import find_experts, run_quantized
 
@@ -56,7 +57,7 @@ _MXFP4 = ("_blocks", "_scales")
 
 
 def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
-    """{path of the parameter: what stands there}."""
+    """The quantized experts of a model: {path of the parameter: layer}."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Experts4bit)}
 
 
@@ -64,7 +65,7 @@ def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
 
 
 def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
-    """The model's names of parameters that bitsandbytes has quantized in safetensors files; others are not read."""
+    """The parameters that bitsandbytes has quantized in safetensors files, by their names in the model."""
     found = set()
     for file in files or ():
         if str(file).endswith(".safetensors"):
@@ -75,25 +76,26 @@ def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
 
 
 def file_has(names: set[str], path: str) -> bool:
-    """Whether `path` is one of `names`, either of which may begin below the model's base."""
+    """Whether `path` is in `names`. Either may leave out the prefix of the base model."""
     return any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for name in names)
 
 
 def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: set[str] | None) -> None:
-    """Put `Experts4bit` without values in the place of experts, and let transformers run them.
+    """Replace experts by `Experts4bit` without values, and make transformers run them.
 
     Args:
         model: on the meta device.
         config: a `BitsAndBytesConfig` of ours.
-        keep: modules that stay in 16 bits, as transformers has such names.
-        quantized: what the files have in 4 bits, where they are quantized already: nothing else is then replaced.
+        keep: the names of modules that stay in 16 bits, as transformers matches them.
+        quantized: the names that the files have in 4 bits, or None if the files are not quantized. If they are, only
+            these experts are replaced.
     """
     for found in list(find_experts(model)):
         paths = [f"{found.path}.{name}" for name in found.names]
         if not all(should_convert_module(path, keep) for path in (found.path, *paths)):
-            note_left(found.module, "named in llm_int8_skip_modules")
+            note_reason(found.module, "named in llm_int8_skip_modules")
         elif quantized is not None and not all(file_has(quantized, path) for path in paths):
-            note_left(found.module, "experts that the file has in 16 bits")
+            note_reason(found.module, "experts that the file has in 16 bits")
         else:
             for name, (E, N, K) in zip(found.names, found.shapes, strict=True):
                 layer = Experts4bit(
@@ -114,13 +116,16 @@ def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: s
 
 
 def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quantizer: Any) -> list[Any]:
-    """transformers' conversions of a checkpoint, with those of experts made to end in `Experts4bit`.
+    """Change transformers' conversions of a checkpoint so that experts become `Experts4bit`.
 
     Args:
-        conversions: those of the model, and of its quantizer.
-        model: with `Experts4bit` in it, which have no values yet.
-        mxfp4: the files have experts as those of gpt-oss do.
-        quantizer: transformers casts no tensor that an operation with a `hf_quantizer` reads.
+        conversions: the conversions of the model and of its quantizer.
+        model: a model with `Experts4bit` that have no values yet.
+        mxfp4: whether the files have experts in MXFP4, as those of gpt-oss do.
+        quantizer: set as the `hf_quantizer` of our operations, so that transformers does not cast what they read.
+
+    Returns:
+        The conversions to use in their place.
     """
     paths = frozenset(experts_by_path(model))
     if not paths:
@@ -138,7 +143,7 @@ def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quan
 
 
 def _is_of_experts(conversion: Any, paths: frozenset[str]) -> bool:
-    """Whether a conversion makes parameters that are quantized experts."""
+    """Whether a conversion makes a parameter that is replaced by quantized experts."""
     if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
         return False
     target = conversion.target_patterns[0].lstrip(".")
@@ -154,16 +159,16 @@ def _experts_converter(like: WeightConverter, paths: frozenset[str]) -> _Experts
 
 
 class _ExpertsConverter(WeightConverter):
-    """A conversion that makes a parameter of experts: quantized ones are made expert by expert.
+    """A conversion that makes a parameter of experts, and quantizes it expert by expert.
 
     Attributes:
-        paths: of the parameters that are quantized; others are made as ever.
+        paths: the paths of the parameters to quantize; others are made by transformers.
     """
 
     __slots__ = ("paths",)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """As any conversion's, but that of a quantized parameter the name is that of its codes."""
+        """Rename a key as any conversion does; a parameter to quantize gets the name of its codes."""
         renamed, pattern = super().rename_source_key(source_key)
         if pattern is not None and file_has(self.paths, renamed):
             renamed += ".weight"
@@ -172,7 +177,7 @@ class _ExpertsConverter(WeightConverter):
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
     ) -> dict[str, Any]:
-        """The tensors of an `Experts4bit`, by their names; of other parameters what transformers makes."""
+        """Make the tensors of an `Experts4bit`, by name. Other parameters are made by transformers."""
         path = layer_name.removesuffix(".weight")
         if path not in self.paths:
             return super().convert(layer_name, model, config, hf_quantizer, loading_info)
@@ -184,7 +189,7 @@ class _ExpertsConverter(WeightConverter):
             q = self._read(path, layer, model, config)
             layer.replace_weight(q)
             layer.was_read = True
-        if loading_info is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
+        if loading_info is not None:  # only the file says whether scales are double-quantized
             loading_info.missing_keys.difference_update(f"{path}.{name}" for name in expected)
         return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
 
@@ -195,7 +200,7 @@ class _ExpertsConverter(WeightConverter):
         return _quantized(path, layer, self._single_experts(path, layer, model, config))
 
     def _single_experts(self, path: str, layer: Experts4bit, model: Any, config: Any) -> Iterable[Tensor]:
-        """Each expert's weight [N, K], or one tensor of all [E, N, K]: as read, and made of several where it is."""
+        """The weights [N, K] of the experts, or one tensor [E, N, K]; a weight may be made of several tensors."""
         lists = self._taken()
         counts = {len(tensors) for tensors in lists.values()}
         if counts == {1} and layer.num_experts > 1:
@@ -231,22 +236,24 @@ class _ExpertsConverter(WeightConverter):
             yield from (made[0],) if len(made) == 1 else (made,)
 
     def _taken(self) -> dict[str, list[Any]]:
-        """What was collected, which is not held any longer."""
+        """Take the collected tensors, so that the conversion no longer holds them."""
         taken = dict(self.collected_tensors)
         self.collected_tensors.clear()
         return taken
 
 
 def _value(tensor: Any) -> Tensor:
-    """A tensor of a file, which transformers may have left to be read, or gives to a thread to read."""
+    """Load a tensor of a file. transformers may pass it unread, or as the future of a thread that reads it."""
     if isinstance(tensor, Future):
         return tensor.result()
     return tensor() if callable(tensor) and not isinstance(tensor, Tensor) else tensor
 
 
 def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> QuantizedWeight:
-    """Experts as `layer` wants them. In 16 bits there is one at a time, or where blocks are of several, or one scale is
-    of all, as NVFP4's, all.
+    """Quantize experts to the format of `layer`.
+
+    Memory holds one expert in 16 bits at a time, or all of them if blocks straddle experts or all share a scale
+    (NVFP4).
     """
     options = (layer.format, layer.blocksize, layer.double_quant)
     whole_blocks = layer.out_features * layer.in_features % layer.blocksize == 0
@@ -275,7 +282,7 @@ def _quantized(path: str, layer: Experts4bit, experts: Iterable[Tensor]) -> Quan
 
 
 def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWeight:
-    """Experts that share nothing but the meaning of their bytes, as one weight; its scales in 8 bits if so wanted."""
+    """Join the weights of experts into one weight; its scales are then double-quantized if `double_quant`."""
     first = experts[0]
     absmax = torch.cat([q.absmax for q in experts])
     codes = torch.stack([q.codes for q in experts])
@@ -283,7 +290,7 @@ def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWei
         first,
         codes=codes,
         absmax=absmax,
-        # Those of MXFP4, which are 1.
+        # MXFP4 has nested scales of 1.
         nested_absmax=None if first.nested_absmax is None else first.nested_absmax.new_ones(nested_blocks(absmax)),
         shape=(len(experts), *first.shape),
     )
@@ -291,32 +298,32 @@ def _stacked(experts: list[QuantizedWeight], double_quant: bool) -> QuantizedWei
 
 
 def nested_blocks(absmax: Tensor) -> int:
-    """How many scales of scales there are."""
+    """The number of scales of these scales."""
     return ceil_div(absmax.numel(), NESTED_BLOCKSIZE)
 
 
 class _Whole(ConversionOps):
-    """Experts that a file has as one tensor."""
+    """The operation for experts that a file has as one tensor."""
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
-        """The tensor, under the parameter's name."""
+        """Return the tensor under the name of the parameter."""
         return {target_patterns[0]: next(iter(input_dict.values()))}
 
 
 class _ReadEntries(ConversionOps):
-    """The entries that bitsandbytes writes for a weight."""
+    """The operation that reads the entries that bitsandbytes writes for a weight."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
-        """Of experts that the file has in 16 bits, which stay so, the tensor."""
+        """Return the tensor of experts that the file has in 16 bits."""
         if len(input_dict) != 1:
             raise bad(target_patterns[0], "experts in 16 bits", ", ".join(input_dict))
         return {target_patterns[0]: next(iter(input_dict.values()))}
 
     def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
-        """The weight with the file's bytes."""
+        """Make the weight from the bytes of the file."""
         parent, _, own = path.rpartition(".")
         tail = f"{parent.rpartition('.')[2]}.{own}"
         entries = {f"{path}{name.removesuffix('$').removeprefix(tail)}": tensor for name, tensor in found.items()}
@@ -332,21 +339,21 @@ class _ReadEntries(ConversionOps):
 
 
 class _ReadMxfp4(ConversionOps):
-    """The blocks and scales of gpt-oss."""
+    """The operation that reads the MXFP4 blocks and scales of gpt-oss."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Nothing: experts that stay in 16 bits are not read from these files.
+        """Refuse experts that are to stay in 16 bits, which these files do not have.
 
         Raises:
-            ValueError: it is called.
+            ValueError: always.
         """
         raise bad("llm_int8_skip_modules", "no experts, which the file has in MXFP4", ", ".join(input_dict))
 
     def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
-        """The weight with the file's bytes."""
+        """Make the weight from the bytes of the file."""
         if len(found) != 2:
             raise bad(path, "blocks and scales", ", ".join(name.removesuffix("$") for name in found))
-        # transformers casts what it reads to the model's dtype, in which every byte is exact.
+        # transformers has cast the bytes to the dtype of the model, which holds every byte exactly.
         blocks, scales = (
             next(t for name, t in found.items() if name.endswith(f"{suffix}$")).to(torch.uint8) for suffix in _MXFP4
         )
@@ -363,9 +370,9 @@ class _ReadMxfp4(ConversionOps):
 
 
 def saved_conversions(model: nn.Module) -> list[Any]:
-    """The conversions that transformers is to undo when it saves `model`: not those of quantized experts.
+    """The conversions that transformers undoes when it saves `model`, without those of quantized experts.
 
-    What of the same layers is in 16 bits is then written as the model has it, which transformers reads too.
+    Tensors of the same layers in 16 bits are then written as the model has them, which transformers reads too.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -376,6 +383,6 @@ def saved_conversions(model: nn.Module) -> list[Any]:
 
 
 def saved_entries(path: str, layer: Experts4bit) -> dict[str, Tensor]:
-    """The entries of a file for the parameter at `path`."""
+    """Make the entries of a file for the parameter at `path`."""
     parent, _, own = path.rpartition(".")
     return layer.quantized_weight.to_bitsandbytes(f"{parent}." if parent else "", own, layer.transposed)

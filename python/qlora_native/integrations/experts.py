@@ -1,9 +1,9 @@
-"""Experts of transformers' models: which parameters they are, and how quantized ones are run.
+"""Find the experts of transformers' models, and run quantized ones.
 
 transformers keeps the experts of a layer as parameters of three dimensions, in modules whose forward is chosen by name
-from a registry (`ExpertsInterface`). A module that the registry runs says how: whether its weights are transposed, have
-biases or a gate, and its `_apply_gate` is its activation. So what is quantized here is recognised by that, not by the
-name of a family, and run by an implementation of that registry. Importing this module registers it.
+from a registry (`ExpertsInterface`). Such a module has attributes that say whether its weights are transposed and have
+biases or a gate, and its `_apply_gate` is its activation. Experts are recognised by these attributes, not by the name
+of a model family, and quantized ones are run by an implementation that importing this module registers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..functional import _Permuted as Permuted
 __all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
 
 IMPLEMENTATION = "qlora_native"
-# What transformers' decorator `use_experts_implementation` tells of a module.
+# The attributes that transformers' decorator `use_experts_implementation` gives to a module.
 _CONVENTION = ("config", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-# Classes that multiply rows sorted by expert by torch.bmm(x [E, T, K], W [E, K, N]), outside the registry.
+# Classes outside the registry that call torch.bmm(x [E, T, K], W [E, K, N]) on rows sorted by expert.
 _BATCHED = ("Llama4TextExperts",)
 
 
@@ -38,10 +38,10 @@ class Experts:
     """A module with the weights of a layer's experts.
 
     Attributes:
-        path: of the module in the model.
+        path: the path of the module in the model.
         module: the module.
-        names: its parameters of three dimensions: of the first product, then of the second.
-        transposed: they are [E, K, N], else [E, N, K].
+        names: the names of its parameters of three dimensions, of the first product and of the second.
+        transposed: whether they are [E, K, N] and not [E, N, K].
     """
 
     path: str
@@ -51,10 +51,10 @@ class Experts:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """(E, N, K) of both.
+        """(E, N, K) of both parameters.
 
         Raises:
-            ValueError: they do not fit each other.
+            ValueError: the shapes do not fit each other.
         """
         first, second = (self._shape(name) for name in self.names)
         halves = 2 if getattr(self.module, "has_gate", True) else 1
@@ -69,7 +69,7 @@ class Experts:
 
 
 def find_experts(model: nn.Module) -> Iterator[Experts]:
-    """The modules of `model` whose experts can be quantized, by every path of a shared one."""
+    """Find the modules of `model` whose experts can be quantized. A shared module is found by each of its paths."""
     for path, module in model.named_modules(remove_duplicate=False):
         names = names_of_experts(module)
         if names is not None and all(_is_stack(module._parameters.get(name)) for name in names):
@@ -77,7 +77,7 @@ def find_experts(model: nn.Module) -> Iterator[Experts]:
 
 
 def names_of_experts(module: nn.Module) -> tuple[str, str] | None:
-    """The names of a module's experts, if how it multiplies by them is known."""
+    """The names of a module's parameters of experts, or None if it is unknown how it multiplies by them."""
     if type(module).__name__ in _BATCHED:
         return "gate_up_proj", "down_proj"
     if hasattr(type(module).forward, "__wrapped__") and all(hasattr(module, name) for name in _CONVENTION):
@@ -90,24 +90,24 @@ def _is_stack(parameter: Tensor | None) -> bool:
 
 
 def run_quantized(module: nn.Module) -> None:
-    """Let the registry run the experts of `module`, and of all that share its config, by ours."""
+    """Choose our implementation for the experts of `module` and of all modules that share its config."""
     if type(module).__name__ not in _BATCHED:
         module.config._experts_implementation = IMPLEMENTATION
 
 
 class _Dispatched(torch.autograd.Function):
-    """Each row of x [T, H] k times, sorted by expert: row i is x[order[i] // k]."""
+    """Repeat each row of x [T, H] k times, sorted by expert: row i of the result is x[order[i] // k]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
-        """x[order // k], without the k copies of x in between."""
+        """Return x[order // k], without making k copies of x first."""
         ctx.save_for_backward(back)
         ctx.k = k
         return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """The sum of the gradients of a row's copies, in one order on every device."""
+        """Add up the gradients of each row's copies, in the same order on every device."""
         (back,) = ctx.saved_tensors
         return gradient.index_select(0, back).view(-1, ctx.k, gradient.shape[1]).sum(dim=1), None, None, None
 
@@ -115,16 +115,17 @@ class _Dispatched(torch.autograd.Function):
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """An implementation of transformers' `ExpertsInterface`: quantized experts; others run by its "grouped_mm".
+    """The implementation "qlora_native" of transformers' `ExpertsInterface`.
 
-    Rows are sorted by expert without waiting for a GPU, and every sum is taken in one order.
+    It runs quantized experts, and gives others to transformers' "grouped_mm". It sorts the rows by expert without
+    waiting for a GPU, and takes every sum in the same order.
 
     Args:
         self: the module of the experts.
         hidden_states: [T, H].
         top_k_index: [T, k], the experts of each row.
-        top_k_weights: [T, k], their weights, through which gradients reach the router.
-        args, kwargs: what a later version of the registry may add goes to its own implementation.
+        top_k_weights: [T, k], the weights of these experts; through them gradients reach the router.
+        args, kwargs: passed on to "grouped_mm", in case a later version of transformers adds arguments.
 
     Returns:
         [T, H].

@@ -3,9 +3,9 @@
     python -m qlora_native export --model DIR --out FILE.gguf [--to bf16|f16|f32|q8_0|q4_0|...]
     python -m qlora_native export --base DIR --adapter DIR --out FILE.gguf [--to f32|f16|bf16]
 
-A tensor is read, converted and written before the next is read, so memory holds one of them a few times over. RoPE
-rotates pairs of elements of a head: those of the two halves in transformers, neighbours in llama.cpp for what it calls
-"llama". There the rows of q_proj and k_proj are stored in another order.
+Each tensor is read, converted and written before the next one is read, so memory holds a few copies of one tensor. RoPE
+rotates pairs of elements of a head. A pair is an element of each half in transformers, and two neighbours in
+llama.cpp's architecture "llama", so its files have the rows of q_proj and k_proj in another order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .skeleton import Skeleton
 
 __all__ = ["ADAPTER_TYPES", "ARCHITECTURES", "MODEL_TYPES", "export_adapter", "export_model"]
 
-# The variants of RoPE that llama.cpp has for these models, and what sets them beside rope_theta.
+# The variants of RoPE that llama.cpp supports for these models: {name: its parameters beside rope_theta}.
 ROPE_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
@@ -62,16 +62,19 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
     Args:
         model: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4 (which is decoded);
             or the id of a model that is in the Hugging Face cache.
-        out: must not exist. It appears when it is complete.
-        to: a key of MODEL_TYPES, what matrices are stored in; default: the dtype of config.json, which rounds nothing.
-            Norms and biases are fp32. With 4 or 5 bits the embeddings and the output layer have 8; a matrix whose rows
-            are no multiple of 32 keeps its dtype.
-        progress: show how far it is on stderr: a bar on a terminal, where tqdm is installed; in a log file a line now
-            and then.
+        out: a file that does not exist yet. It appears when it is complete.
+        to: the type of matrices, a key of MODEL_TYPES; None is the dtype of config.json, which rounds nothing. Norms
+            and biases are fp32. With 4 or 5 bits the embeddings and the output layer get 8 bits. A matrix whose rows
+            are not a multiple of 32 keeps its dtype.
+        progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
+            then.
+
+    Returns:
+        What was written, and the error of rounding.
 
     Raises:
-        FileNotFoundError, FileExistsError: the folder lacks its files; `out` is there.
-        ValueError: an architecture or a setting that GGUF has no place for, or damaged files. Nothing is written.
+        FileNotFoundError, FileExistsError: a file of the model is missing, or `out` exists.
+        ValueError: GGUF cannot express the architecture or a setting, or a file is damaged. Nothing is written.
     """
     checkpoint = Checkpoint(model)
     layout = Layout(Skeleton(checkpoint))
@@ -83,7 +86,7 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
     if to not in MODEL_TYPES:
         raise bad("to", "one of " + ", ".join(MODEL_TYPES), repr(to))
     kind, report = MODEL_TYPES[to], Report()
-    other_files(checkpoint.folder)  # no link among them leads out of the folder
+    other_files(checkpoint.folder)  # raises if a link leads out of the folder
     with gguf_writer(out, layout, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(checkpoint.folder.resolve().name)
@@ -95,10 +98,10 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, layout: Layout, report: Report) -> None:
-    """What llama.cpp has to know to compute what transformers does; a note for `report` where it computes less.
+    """Write what llama.cpp needs to compute the same as transformers. `report` gets a note if the context is shorter.
 
     Raises:
-        ValueError: the config has something that llama.cpp would leave out.
+        ValueError: the config has a setting that llama.cpp would ignore.
     """
     config = layout.skeleton.config
     if config.hidden_act not in ("silu", "swish"):
@@ -126,7 +129,7 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, layout: Layout, report: Report
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
-    """The frequencies. "llama3" is a tensor of factors, see `_model_entries`."""
+    """Write the frequencies of RoPE. "llama3" becomes a tensor of factors in `_model_entries`."""
     kind = rope.pop("rope_type", "default")
     if kind not in ROPE_PARAMETERS:
         raise bad("config.json: rope_type", "one of " + ", ".join(ROPE_PARAMETERS) + " for GGUF", kind)
@@ -144,7 +147,7 @@ def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
 
 
 def _count(config: Any, name: str) -> int:
-    """A size of the config that GGUF's uint32 holds."""
+    """Check a size of the config, which GGUF stores as uint32."""
     value = getattr(config, name)
     if type(value) is not int or not 0 < value < 2**32:
         raise bad(f"config.json: {name}", "a number from 1 to 4294967295", repr(value))
@@ -152,17 +155,17 @@ def _count(config: Any, name: str) -> int:
 
 
 def _real(name: str, value: Any) -> float:
-    """A positive number of the config that fp32 holds."""
+    """Check a number of the config, which must be positive and finite in fp32."""
     if not is_finite_number(value) or not 0 < torch.tensor(float(value), dtype=torch.float32) < float("inf"):
         raise bad(f"config.json: {name}", "a positive number", repr(value))
     return value
 
 
 def _model_entries(checkpoint: Checkpoint, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
-    """The tensors of the model, in the order of the files."""
+    """Make the entries of the model, in the order of its files."""
     skeleton = layout.skeleton
     file_names = skeleton.file_names(checkpoint)
-    if skeleton.config.tie_word_embeddings:  # either of the two may be in the files, and the embedding is what counts
+    if skeleton.config.tie_word_embeddings:  # the files have either tensor; GGUF wants the embedding
         head = file_names.pop("lm_head.weight", None)
         if head is not None:
             file_names.setdefault("model.embed_tokens.weight", head)
@@ -179,14 +182,14 @@ def _model_entries(checkpoint: Checkpoint, layout: Layout, kind: GGMLType) -> It
 
 
 def _llama3_factors(config: Any, head_dim: int) -> Tensor:
-    """fp32 [head_dim / 2]: by what llama.cpp divides each frequency."""
+    """The divisors of the frequencies for llama.cpp: fp32 [head_dim / 2]."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     return (1.0 / config.rope_parameters["rope_theta"] ** exponents) / scaled
 
 
 def _kind_of(name: str, shape: list[int], wanted: GGMLType, own: GGMLType) -> GGMLType:
-    """What a tensor is stored in: see `export_model`."""
+    """The type of a tensor, by the rules of `export_model`."""
     if len(shape) == 1:
         return GGMLType.F32
     if wanted in DTYPES.values():
@@ -202,20 +205,23 @@ def _kind_of(name: str, shape: list[int], wanted: GGMLType, own: GGMLType) -> GG
 def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: str = "f32") -> Report:
     """Write the LoRA adapter `adapter` to the new file `out`, for llama.cpp to add to a GGUF file of `base`.
 
-    GGUF has one alpha for all layers and divides it by each layer's rank. Where PEFT scales otherwise (alpha_pattern,
-    rsLoRA), the rest of the factor goes into B.
+    GGUF has one alpha for all layers and divides it by each layer's rank. If PEFT scales otherwise (alpha_pattern,
+    rsLoRA), B is multiplied by the rest of the factor.
 
     Args:
-        base: folder of the model that it was trained for, in 16 or 4 bits, or its id in the Hugging Face cache. Its
-            config and shapes are read, and of its weights those alone that the adapter brings along.
+        base: folder of the model that the adapter was trained for, in 16 or 4 bits, or its id in the Hugging Face
+            cache. Its config and shapes are read, and only those weights that the adapter's file also has.
         adapter: folder of the adapter, as PEFT saved it.
-        out: must not exist. It appears when it is complete.
-        to: a key of ADAPTER_TYPES. f32 is what PEFT saves.
+        out: a file that does not exist yet. It appears when it is complete.
+        to: a key of ADAPTER_TYPES. PEFT saves "f32".
+
+    Returns:
+        What was written, and the error of rounding.
 
     Raises:
-        FileNotFoundError, FileExistsError: a folder lacks its files; `out` is there.
-        ValueError: an architecture or an adapter that GGUF has no place for, one that does not fit the base, or damaged
-            files. Nothing is written.
+        FileNotFoundError, FileExistsError: a file is missing, or `out` exists.
+        ValueError: GGUF cannot express the architecture or the adapter, the adapter does not fit the base, or a file is
+            damaged. Nothing is written.
     """
     if to not in ADAPTER_TYPES:
         raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
@@ -223,13 +229,16 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     layout, lora = Layout(Skeleton(checkpoint)), Adapter(adapter)
     lora.check_names(layout.skeleton.check_files(checkpoint) & layout.skeleton.names())
     file_names = layout.skeleton.file_names(checkpoint)
-    for name, tensor in lora.replaced.items():  # PEFT saves an embedding beside its LoRA, even where it is the base's
+    for (
+        name,
+        tensor,
+    ) in lora.replaced.items():  # PEFT saves an adapted embedding's own weight too, which must be the base's
         if name not in file_names or not torch.equal(tensor, checkpoint.dense(file_names[name]).to(tensor.dtype)):
             raise bad("adapter", f"LoRA alone, as GGUF has nothing else ({MERGE})", f"a {name} of its own")
     if not lora.layers:
         raise bad("adapter", "LoRA layers", "none")
     alpha = torch.tensor(float(lora.config["lora_alpha"]), dtype=torch.float32).item()
-    if alpha == 0 or math.isinf(alpha):  # 0 is for llama.cpp a file that does not scale
+    if alpha == 0 or math.isinf(alpha):  # llama.cpp takes 0 for a file without scaling
         alpha = 1.0
     entries = [e for path in sorted(lora.layers) for e in _adapter_entries(lora, path, alpha, layout, kind)]
     report = Report()
@@ -243,7 +252,7 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
 
 
 def _adapter_entries(lora: Adapter, path: str, alpha: float, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
-    """lora_a and lora_b of a layer, whose product llama.cpp multiplies by alpha / rank."""
+    """Make lora_a and lora_b of a layer; llama.cpp multiplies their product by alpha / rank."""
     parts, weight = lora.layers[path], f"{path}.weight"
     name = layout.name_of(weight)
     for part, what in (("lora_magnitude_vector", "DoRA"), ("lora_B.bias", "lora_bias")):
@@ -253,7 +262,7 @@ def _adapter_entries(lora: Adapter, path: str, alpha: float, layout: Layout, kin
         raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", path)
     left, right = lora.factors(path, layout.skeleton.shape(weight))
     factor = lora.scaling(path) * len(right) / alpha
-    if "lora_embedding_A" in parts:  # the matrix whose rows are looked up comes first
+    if "lora_embedding_A" in parts:  # for an embedding, A is the matrix whose rows are looked up
         a, b = left, right.t()
     else:
         a, b = right, layout.reordered(weight, left)

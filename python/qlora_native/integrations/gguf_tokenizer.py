@@ -1,8 +1,8 @@
-"""A tokenizer of transformers as llama.cpp has it in a GGUF file.
+"""Write a tokenizer of transformers into a GGUF file.
 
-llama.cpp knows two kinds of BPE: "gpt2", over bytes, with a fixed list of ways to split text into words before it
-merges, each with a name; and "llama", over characters, with single bytes for what the vocabulary lacks. What would be
-tokenized otherwise there than in transformers is refused.
+llama.cpp has two kinds of BPE. "gpt2" works over bytes, and splits text into words in one of a fixed list of ways, each
+with a name. "llama" works over characters, and uses single bytes for characters that the vocabulary lacks. A tokenizer
+that llama.cpp would not reproduce is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = ("bytes", "words")  # ByteLevel, with the split of GPT-2 inside it
 
-# llama.cpp's name of {(how text is split before it is merged, whether a whole word may be a token without merges)}.
+# {(how text is split before tokens are merged, whether a whole word may be a token without merges): llama.cpp's name}.
 _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     (_GPT2, False): "gpt-2",
     (("digits", *_GPT2), False): "smollm",
@@ -36,13 +36,16 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str
     """Write the tokenizer of a model's folder, if there is one, and its chat template.
 
     Args:
-        vocab_size: rows of the embedding. Those beyond the tokenizer's vocabulary become tokens that are not used.
+        writer: of the GGUF file.
+        folder: the folder of the model.
+        vocab_size: the rows of the embedding. Rows beyond the vocabulary become unused tokens.
 
     Returns:
-        What a user should know: that there is none, or where llama.cpp splits a text otherwise; "" for nothing.
+        A note for the user: that there is no tokenizer, or which texts llama.cpp splits differently. "" if there is
+            none.
 
     Raises:
-        ValueError: llama.cpp would tokenize otherwise, or the files are damaged.
+        ValueError: llama.cpp would tokenize differently, or a file is damaged.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -57,7 +60,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         added = tokenizer.added_tokens_decoder
         bare, whole = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (False, True))
-    except Exception as error:  # what transformers and tokenizers raise on strange files is of many types
+    except Exception as error:  # transformers and tokenizers raise errors of many types on damaged files
         text = " ".join(str(error).split())
         raise bad(str(path), "a tokenizer of transformers", f"something else ({text})") from None
     model = state["model"]
@@ -76,12 +79,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> str
 
 
 def _merges(state: dict[str, Any]) -> list[tuple[str, str]]:
-    """The pairs of tokens that are joined, the first first."""
+    """The pairs of tokens that are merged, in order of priority."""
     return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in state["model"]["merges"]]
 
 
 def _tokens(path: Path, vocabulary: dict[str, int], added: dict[int, Any], size: int) -> tuple[list[str], list[int]]:
-    """The text and the type of each of `size` tokens."""
+    """The texts and the types of all `size` tokens."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for token, number in vocabulary.items():
@@ -94,7 +97,7 @@ def _tokens(path: Path, vocabulary: dict[str, int], added: dict[int, Any], size:
 
 
 def _add_bytes(writer: gguf.GGUFWriter, path: Path, state: dict[str, Any]) -> None:
-    """BPE over bytes: what llama.cpp calls "gpt2"."""
+    """Write BPE over bytes, which llama.cpp calls "gpt2"."""
     splits = _splits(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
     normalizer = (state["normalizer"] or {}).get("type")
     if splits not in _SPLITS or normalizer not in (None, "NFC"):
@@ -107,7 +110,7 @@ def _add_bytes(writer: gguf.GGUFWriter, path: Path, state: dict[str, Any]) -> No
 
 
 def _splits(pre: dict[str, Any] | None) -> tuple[str, ...]:
-    """How text is split before it is merged, step by step, in the words of _SPLITS."""
+    """The steps by which text is split before tokens are merged, as in _SPLITS."""
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
@@ -124,11 +127,11 @@ def _splits(pre: dict[str, Any] | None) -> tuple[str, ...]:
 def _add_characters(
     writer: gguf.GGUFWriter, path: Path, state: dict[str, Any], tokens: list[str], types: list[int]
 ) -> str:
-    """BPE over characters, where a byte that has no token is "<0x0A>": what llama.cpp calls "llama".
+    """Write BPE over characters, which llama.cpp calls "llama"; a byte without a token of its own is "<0x0A>".
 
-    It has no merges. Of two neighbours that are a token together it joins those whose token has the highest score. The
-    first rank of a token among the merges, negative, gives the same order if every such pair is a merge, as it is of
-    SentencePiece's BPE. Returns a note, see `add_tokenizer`.
+    llama.cpp has no list of merges here. It joins the two neighbours whose joint token has the highest score. A token's
+    first position in the list of merges, negated, is a score with the same effect if all pairs that form a token are in
+    the list, as with SentencePiece's BPE. Returns a note (see `add_tokenizer`).
     """
     spaces = _prefix_space(state)
     if spaces is None:
@@ -161,7 +164,7 @@ def _add_characters(
 
 
 def _prefix_space(state: dict[str, Any]) -> bool | None:
-    """Whether a space is put in front of a text, as SentencePiece does; None where this is not SentencePiece's BPE."""
+    """Whether the tokenizer puts a space in front of a text, or None if it is not SentencePiece's BPE."""
     pre, normalizer = state["pre_tokenizer"], state["normalizer"]
     if normalizer is None and pre is not None and pre["type"] == "Metaspace" and pre["replacement"] == "▁":
         return None if pre.get("split") else pre["prepend_scheme"] != "never"
@@ -174,7 +177,7 @@ def _prefix_space(state: dict[str, Any]) -> bool | None:
 
 
 def _add_special(writer: gguf.GGUFWriter, path: Path, tokenizer: Any, bare: list[int], whole: list[int]) -> None:
-    """The special tokens, which of them a text gets (`whole` of `bare`), and the chat template."""
+    """Write the special tokens, those that a text gets (`whole` is `bare` with them), and the chat template."""
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")}
     for kind, number in ids.items():
         if number is not None:

@@ -1,4 +1,4 @@
-"""LoftQ: start an adapter so that 4-bit weight and adapter together are the 16-bit weight as nearly as may be.
+"""LoftQ: initialize an adapter so that the 4-bit weight plus the adapter is as near as possible to the 16-bit weight.
 
     model = get_peft_model(quantized_model, LoraConfig(...))
     initialize_loftq(model, folder_of_the_16_bit_model)
@@ -28,21 +28,21 @@ __all__ = ["initialize_loftq", "loftq"]
 def loftq(
     weight: Tensor, q: QuantizedWeight, rank: int, scaling: float = 1.0, iterations: int = 1
 ) -> tuple[QuantizedWeight, Tensor, Tensor]:
-    """The adapter, and the quantized weight beside it, that are nearest to `weight`.
+    """Find an adapter, and a quantized weight, whose sum is nearest to `weight`.
 
     Args:
-        weight: [N, K], fp32, bf16 or fp16.
-        q: it, quantized: its format, blocksize and double quantization are those of the result.
-        rank: of the adapter, at most min(N, K).
-        scaling: the factor before B A.
-        iterations: 1 leaves `q` as it is, so that adapters over the same base can be exchanged; each further one
-            quantizes W - scaling * B A again, for a smaller error.
+        weight: [N, K] in fp32, bf16 or fp16.
+        q: the quantized `weight`. The result has its format, blocksize and double quantization.
+        rank: the rank of the adapter, at most min(N, K).
+        scaling: the factor of B A.
+        iterations: 1 leaves `q` unchanged, so that adapters over the same base can be exchanged. Each further iteration
+            quantizes W - scaling * B A again, which makes the error smaller.
 
     Returns:
         (q, lora_a fp32 [rank, K], lora_b fp32 [N, rank]).
 
     Raises:
-        ValueError: shapes do not fit, or a number is out of its range.
+        ValueError: the shapes do not fit each other, or a number is out of its range.
     """
     if weight.shape != q.shape:
         raise bad("weight", f"{list(q.shape)}, the shape of q", list(weight.shape))
@@ -62,7 +62,7 @@ def loftq(
 
 
 def _nearest(residual: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A [rank, K] and B [N, rank] for which scaling * B A is nearest to `residual` (Eckart-Young)."""
+    """The A [rank, K] and B [N, rank] for which scaling * B A is nearest to `residual` (Eckart-Young)."""
     u, s, vh = torch.linalg.svd(residual, full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
     return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
@@ -74,20 +74,21 @@ def initialize_loftq(
     adapter_name: str = "default",
     iterations: int = 1,
 ) -> dict[str, tuple[float, float]]:
-    """Give the adapter `adapter_name` of every `LoraLinear4bit` in `model` its LoftQ values, in place.
+    """Set the adapter of every `LoraLinear4bit` in a model to its LoftQ values, in place.
 
     Args:
         model: a PEFT model over quantized layers.
-        weights: the 16-bit model: its folder (read tensor by tensor), or its state dict, with names as in the base
-            model.
-        iterations: as `loftq`. With more than 1 the base changes too: save it with the adapter.
+        weights: the 16-bit model: its folder, which is read tensor by tensor, or its state dict, with the names of the
+            base model.
+        adapter_name: the adapter to initialize.
+        iterations: as in `loftq`. With more than 1 the base changes too: save it with the adapter.
 
     Returns:
-        {layer: (error before, error after)}, each |W - (Q + scaling * B A)| / |W| in Frobenius norms, where before
-        is without an adapter.
+        {layer: (error without the adapter, error with it)}, each |W - (Q + scaling * B A)| / |W| in Frobenius norms.
 
     Raises:
-        ValueError: no such layer or adapter, or a layer's weight is not among `weights`. Layers before it are done.
+        ValueError: the model has no such layer or adapter, or `weights` lacks the weight of a layer; the layers before
+            it have been initialized.
     """
     source = Checkpoint(weights) if isinstance(weights, str | Path) else weights
     errors = {}
@@ -112,7 +113,7 @@ def initialize_loftq(
 
 
 def _as_stored_in_a_linear(weight: Tensor, quantized: Tensor) -> Tensor:
-    """`weight` or its transpose: GPT-2's Conv1D has it [in, out], and of a square one only the values tell which."""
+    """`weight` or its transpose: GPT-2's Conv1D has [in, out]. Only its values tell how a square one is laid out."""
     if weight.shape != quantized.shape[::-1]:
         return weight
     straight = weight.shape == quantized.shape and _error(weight, quantized) <= _error(weight.t(), quantized)

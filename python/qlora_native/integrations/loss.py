@@ -1,12 +1,12 @@
 """`fuse_loss(model)`: causal language models of transformers compute their loss without making logits.
 
-    fuse_loss(model)                        # then train as before: Trainer, any loop that reads outputs.loss
+    fuse_loss(model)                        # then train as before: Trainer, or any loop that reads outputs.loss
 
-transformers gives a model's logits and labels to its loss function. While the model trains, its head hands on what it
-would multiply instead, a `DeferredLogits`, and the loss function put here takes the loss of that by
-`qlora_native.functional.linear_cross_entropy`. What a family does to its logits on the way, a factor (Granite, Cohere)
-or a soft cap (Gemma 2), is kept in mind; anything else that looks at them, `outputs.logits` in a user's loop too, makes
-them after all. TRL's SFTTrainer has a loss of its own, which makes no logits either, and calls no loss function.
+transformers passes a model's logits and labels to its loss function. While the model trains, its head returns a
+`DeferredLogits` in place of logits, which holds the input of the head, and the loss function that is set here computes
+the loss from it by `qlora_native.functional.linear_cross_entropy`. `DeferredLogits` records what a model family does to
+its logits: a factor (Granite, Cohere) or a soft cap (Gemma 2). Any other use, such as `outputs.logits` in a user's
+loop, computes the logits. TRL's SFTTrainer has a loss of its own without logits, and does not call the loss function.
 """
 
 from __future__ import annotations
@@ -88,19 +88,22 @@ class DeferredLogits(Deferred):
 
 
 def fuse_loss(model: nn.Module) -> bool:
-    """Let a causal language model of transformers, or PEFT's model of one, train without making logits.
+    """Make a causal language model compute its training loss without making logits.
 
-    Its loss, and the gradients, are those that it had, but for rounding: logits are rounded to the dtype of the model
-    as before, and each loss is summed in fp32. While it trains with labels, `outputs.logits` is a `DeferredLogits`.
-    Calling it again changes nothing. Under DDP and FSDP2 it is the same, but for a head that is a unit of FSDP2 by
-    itself: its weight is in parts again when the loss is computed, so it makes its logits.
+    The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
+    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
+    changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
+    because its weight is sharded again by the time the loss is computed.
+
+    Args:
+        model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
 
     Returns:
-        Whether it does. If not, it is as it was, and a warning says why: another loss than causal language models have,
-        or a head that is neither an `nn.Linear` nor a `Linear4bit`, with one plain LoRA adapter or none.
+        Whether the loss was fused. If not, the model is unchanged, and a warning says why: its loss is not that of
+        causal language models, or its head is not an `nn.Linear` or `Linear4bit` with at most one plain LoRA adapter.
 
     Raises:
-        TypeError: `model` is no model of transformers.
+        TypeError: `model` is not a model of transformers.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(causal, "loss_function") or not hasattr(causal, "get_output_embeddings"):
@@ -119,7 +122,7 @@ def fuse_loss(model: nn.Module) -> bool:
         warnings.warn(f"fuse_loss: {type(causal).__name__} keeps its own loss: {reason}", stacklevel=2)
         return False
     head._wants_loss = False
-    head.forward = MethodType(_head_forward, head)  # a method, so that a copy of the model has its own
+    head.forward = MethodType(_head_forward, head)  # bound, so that a copy of the model gets one of its own
     causal.register_forward_pre_hook(_before, with_kwargs=True)
     causal.register_forward_hook(_after, always_call=True)
     causal.loss_function = _loss
@@ -127,7 +130,7 @@ def fuse_loss(model: nn.Module) -> bool:
 
 
 def _before(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-    """Note whether the forward that begins is to give a loss that is differentiated."""
+    """Record whether this forward pass computes a loss that will be differentiated."""
     wants_loss = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
     model.get_output_embeddings()._wants_loss = wants_loss and not torch.compiler.is_compiling()
 
@@ -137,7 +140,7 @@ def _after(model: nn.Module, *_: Any) -> None:
 
 
 def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What stands in the place of a head's forward."""
+    """The new forward of the head: returns a `DeferredLogits` while the model computes a training loss."""
     if head._wants_loss and not args and not kwargs and _operands(head) is not None:
         return DeferredLogits(head, x)
     return type(head).forward(head, x, *args, **kwargs)
@@ -152,7 +155,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """What transformers' `ForCausalLMLoss` gives, which looks at no other argument either."""
+    """Compute what transformers' `ForCausalLMLoss` does; it uses no other arguments either."""
     options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
@@ -180,7 +183,7 @@ def _loss(
 
 
 def _operands(head: nn.Module) -> tuple[Any, ...] | None:
-    """(weight, bias, lora_a, lora_b, scaling) of a head that `linear_cross_entropy` can multiply by, else None."""
+    """(weight, bias, lora_a, lora_b, scaling) of a head, or None if `linear_cross_entropy` cannot compute it."""
     base, lora = head, (None, None, 1.0)
     if hasattr(head, "lora_A"):
         name = _plain_adapter(head)
@@ -197,7 +200,7 @@ def _operands(head: nn.Module) -> tuple[Any, ...] | None:
 
 
 def _plain_adapter(head: Any) -> str | None:
-    """The one active LoRA of PEFT's layer, "" if there is none; None where it computes something else."""
+    """The only active LoRA adapter of PEFT's layer; "" if there is none, None if the layer computes anything else."""
     if head.disable_adapters or head.merged:
         return ""
     active = [name for name in head.active_adapters if name in head.lora_A]

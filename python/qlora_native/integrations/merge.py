@@ -1,12 +1,13 @@
-"""Checkpoints for deployment: merge a LoRA adapter into its base, quantize, shard by shard.
+"""Convert checkpoints for deployment, shard by shard: merge a LoRA adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4]
     python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
-Memory holds one shard of the result and two weights in fp32, so a model that fits on the disk can be merged. The base
-may be in 16 bits or in 4 (bitsandbytes' format); W + scaling * B A is formed in fp32 and rounded once. What is written
-is an ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, linear levels in
-compressed-tensors'.
+Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
+may be in 16 bits or in 4 (bitsandbytes' format). W + scaling * B A is computed in fp32 and rounded once. The result is
+an
+ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .transformers import BitsAndBytesConfig
 
 __all__ = ["TARGETS", "Report", "convert"]
 
-# What --to takes: a dtype, or a format of quantize().
+# The values of --to: {name: dtype, or a format of quantize()}.
 TARGETS: dict[str, torch.dtype | str] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -61,23 +62,26 @@ def convert(
     double_quant: bool = True,
     progress: bool = True,
 ) -> Report:
-    """Write the model of `base`, with `adapter` merged into it, to the new folder `out`.
+    """Convert the model of `base`, with `adapter` merged into it, and write it to the new folder `out`.
 
     Args:
         base: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4; or the id of a
             model of the hub that is in the Hugging Face cache.
-        out: must not exist, or be empty. It appears when it is complete.
+        out: a folder that does not exist or is empty. It appears when it is complete.
         adapter: folder of a LoRA adapter that PEFT saved, or None.
-        to: a key of TARGETS. For a format, the layers that transformers would give to bitsandbytes are quantized.
-        blocksize, double_quant: as `qlora_native.quantize`, for a format. compressed-tensors, in which "int4" and
-            "int8" are written, has no double quantization, and wants rows of whole blocks.
-        progress: show how far it is on stderr: a bar on a terminal, where tqdm is installed; in a log file a line now
-            and then.
+        to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes.
+        blocksize, double_quant: as in `qlora_native.quantize`, for a format. "int4" and "int8" are written in the
+            format of compressed-tensors, which has no double quantization and needs rows of whole blocks.
+        progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
+            then.
+
+    Returns:
+        What was done, and the error of rounding.
 
     Raises:
-        FileNotFoundError, FileExistsError: a folder lacks its files; `out` is taken.
-        TypeError, ValueError: the files are damaged, or lack what the model has; the adapter is not one that can be
-            merged, or does not fit the base. Nothing is written.
+        FileNotFoundError, FileExistsError: a file is missing, or `out` exists and is not empty.
+        TypeError, ValueError: a file is damaged, a tensor of the model is missing, or the adapter cannot be merged or
+            does not fit the base. Nothing is written.
     """
     if to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
@@ -109,7 +113,7 @@ def convert(
 
 @dataclass
 class _Conversion:
-    """One checkpoint on its way to another: what becomes of each tensor."""
+    """The conversion of one checkpoint: it decides what each tensor becomes."""
 
     checkpoint: Checkpoint
     model: Skeleton
@@ -118,20 +122,20 @@ class _Conversion:
     blocksize: int
     double_quant: bool
     report: Report = field(default_factory=Report)
-    others: list[Path] = field(default_factory=list)  # what is copied: tokenizer, generation config, ...
+    others: list[Path] = field(default_factory=list)  # files to copy: tokenizer, generation config, ...
 
     @property
     def format(self) -> str | None:
-        """The format that weights are quantized to."""
+        """The format that weights are quantized to, or None."""
         return self.target if isinstance(self.target, str) else None
 
     @property
     def packed(self) -> bool:
-        """Whether that is written as compressed-tensors has it; else as bitsandbytes has it."""
+        """Whether the format is written as in compressed-tensors, and not as in bitsandbytes."""
         return self.format in compressed_tensors.LARGEST_CODES
 
     def quantization_config(self) -> dict[str, Any]:
-        """What config.json says of the weights' format."""
+        """The quantization_config of config.json."""
         if self.packed:
             return compressed_tensors.quantization_config(self.format, self.blocksize, self.model.other_linears())
         return BitsAndBytesConfig(
@@ -142,7 +146,7 @@ class _Conversion:
         ).to_dict()
 
     def check(self) -> None:
-        """Raise ValueError unless the files have what the model has, and the adapter changes nothing else."""
+        """Raise ValueError unless the files have all tensors of the model, and the adapter changes only these."""
         there = self.model.check_files(self.checkpoint) & self.model.names()
         if self.lora is not None:
             self.lora.check_names(there)
@@ -161,7 +165,7 @@ class _Conversion:
         self.others = other_files(self.checkpoint.folder)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The entries that take the place of the file's tensor `name`."""
+        """Make the entries that replace the tensor `name` of the file."""
         own = self.model.name_of(name)
         path, _, kind = own.rpartition(".")
         adapted = self.lora is not None and path in self.lora.layers
@@ -175,15 +179,15 @@ class _Conversion:
         return {name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()}
 
     def _weight(self, name: str, path: str, adapted: bool, replaced: Tensor | None) -> dict[str, Tensor]:
-        """The entries for the weight `name` of the layer `path`. `replaced`: what the adapter puts in its place."""
+        """Make the entries for the weight `name` of a layer; `replaced` is its value in the adapter, or None."""
         quantized = replaced is None and self.checkpoint.quantized(name)
         quantize = self.format is not None and path in self.model.linears
         if quantize and quantized and not adapted:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
-                return q.to_bitsandbytes(name.removesuffix("weight"))  # the same bytes
+                return q.to_bitsandbytes(name.removesuffix("weight"))  # unchanged bytes
         stored = self.checkpoint.dense(name) if replaced is None else replaced
-        # Conv1D has its weight [in, out]; in 4 bits it is stored as nn.Linear has it.
+        # Conv1D has a weight [in, out]; in 4 bits it is stored as [out, in], as in nn.Linear.
         transposed = isinstance(self.model.module(path), Conv1D)
         weight = stored.t() if transposed and not quantized else stored
         if adapted:

@@ -1,18 +1,18 @@
-"""LoRA of PEFT on `Linear4bit`: adapter and quantized weight run as one fused product, DoRA's too.
+"""PEFT's LoRA on `Linear4bit`: adapter and quantized weight run as one fused product, also for DoRA.
 
     model = get_peft_model(quantized_model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     model.save_pretrained(folder)
     model = PeftModel.from_pretrained(quantized_model, folder)
 
-The dispatch is PEFT's own (`LoraConfig._register_custom_module`, asked before its built-in layers), and is not written
-into adapter files, so that these load anywhere. Importing this module sets it up, for every config, along with what
-keeps PEFT's other methods right (peft_methods.py). It is imported where a `Linear4bit` is made and PEFT has been
-imported, and by `integrations.transformers` and `integrations.bitsandbytes`.
+PEFT looks our layers up in its own registry (`LoraConfig._register_custom_module`) before its built-in ones. The
+registry is not written into adapter files, so these load anywhere. Importing this module registers the layers for every
+config, and installs what PEFT's other methods need (peft_methods.py). It is imported when a `Linear4bit` is made after
+PEFT has been imported, and by `integrations.transformers` and `integrations.bitsandbytes`.
 
 **The adapter's dtype.** PEFT makes adapters in the base layer's `compute_dtype` and then, by default
-(`autocast_adapter_dtype=True`), in fp32. Leave it so for training: AdamW's steps are about `lr` in size, and bf16
-with its 8 bits of precision rounds away every step smaller than 1/512 of the weight it is added to. The fused op reads
-fp32 adapters beside bf16 activations, so unlike PEFT's own layers it casts no activation to fp32 and back.
+(`autocast_adapter_dtype=True`), casts them to fp32. Keep this for training: AdamW's steps are about `lr` in size, and
+bf16, with its 8 bits of precision, rounds away every step smaller than 1/512 of the weight that it is added to. The
+fused op reads fp32 adapters beside bf16 activations, so it does not cast activations to fp32 and back, as PEFT does.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ __all__ = ["LoraLinear4bit", "register"]
 
 
 def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
-    """Make PEFT put `LoraLinear4bit` around every targeted `Linear4bit`: done already, since this module is imported.
+    """Make PEFT put `LoraLinear4bit` around every targeted `Linear4bit`.
+
+    Importing this module has done so for every config; the call makes it explicit for one.
 
     Args:
-        lora_config: changed in place, before it is given to `get_peft_model` or `PeftModel.from_pretrained`. None:
-            every config, as without the call. Layers that are not a `Linear4bit` keep PEFT's dispatch.
+        lora_config: a `peft.LoraConfig`, changed in place before it is given to `get_peft_model` or
+            `PeftModel.from_pretrained`; None changes none. Other layers than `Linear4bit` stay PEFT's.
 
     Returns:
         The same `lora_config`.
@@ -84,18 +86,26 @@ def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Mo
 class LoraLinear4bit(PeftLoraLinear):
     """PEFT's LoRA linear over a `Linear4bit` base layer.
 
-    With exactly one adapter active, plain or DoRA, forward and backward are `qlora_native.functional.linear` with the
-    adapter inside the product; with `adapter_names`, of plain adapters that share a dtype and a dropout, they are
-    `linear_grouped` with all of them inside. Everything else that PEFT offers (several active adapters, other variants,
-    `lora_bias`, disabled adapters, hooks on the inner layers) takes PEFT's own way around the same base layer.
+    If exactly one adapter is active, plain or DoRA, `qlora_native.functional.linear` computes it inside the product.
+    With `adapter_names` of plain adapters that share a dtype and a dropout, `linear_grouped` computes all of them
+    inside. In all other cases (several active adapters, other variants, `lora_bias`, disabled adapters, hooks on the
+    inner layers) PEFT's own forward runs around the same base layer.
     """
 
-    merges_by_itself = True  # peft_methods.py leaves `merge` and `unmerge` alone
+    merges_by_itself = True  # tells peft_methods.py not to wrap `merge` and `unmerge`
     _row_norms: RowNorms | None = None
-    _unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # weight and bias from before `merge`
+    _unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # (weight, bias) from before `merge`
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Base layer and adapters applied to `x` [..., in_features], giving [..., out_features] in the dtype of x."""
+        """Apply the base layer and the adapters.
+
+        Args:
+            x: [..., in_features].
+            args, kwargs: as in PEFT's forward, `adapter_names` among them.
+
+        Returns:
+            [..., out_features] in the dtype of x.
+        """
         if (names := kwargs.get("adapter_names")) is not None and not args and len(kwargs) == 1:
             return self._batch(x, names)
         adapter = None if args or kwargs else self._fusable_adapter()
@@ -109,7 +119,7 @@ class LoraLinear4bit(PeftLoraLinear):
         return self.base_layer(x, *lora, lora_dropout=dropout.p if drops else 0.0)
 
     def _batch(self, x: Tensor, sample_names: list[str]) -> Tensor:
-        """x [samples, ..., in_features], of which each sample has the adapter of its name."""
+        """Apply the layer to x [samples, ..., in_features]; `sample_names` has the adapter of each sample."""
         self._check_forward_args(x, adapter_names=sample_names)
         names = distinct(sample_names, self)
         fuses = not self.disable_adapters and names and all(map(self._is_plain, names)) and can_be_stacked(self, names)
@@ -119,10 +129,10 @@ class LoraLinear4bit(PeftLoraLinear):
         return self.base_layer(x, *stacked(self, names), lora_dropout=dropout, adapter_index=index)
 
     def _dora(self, x: Tensor, adapter: str, lora: tuple[Tensor, Tensor, float], dropout: nn.Module | None) -> Tensor:
-        """DoRA: the product of weight and adapter, each row times magnitude / norm, which PEFT takes for a constant.
+        """Compute DoRA: y = f (W + s B A) x + b, with b the bias and f = magnitude / norm, which PEFT takes for
+        constant.
 
-        With f that factor and b the bias: y = f (W + s B A) x + b, and with dropout, which PEFT applies to what the
-        magnitude acts on, y = f (W + s B A) d + W (x - d) + b for d = dropout(x).
+        PEFT applies dropout only to what the magnitude acts on: y = f (W + s B A) d + W (x - d) + b for d = dropout(x).
         """
         base = self.base_layer
         if self._row_norms is None:
@@ -131,12 +141,12 @@ class LoraLinear4bit(PeftLoraLinear):
         dropped = x if dropout is None else dropout(x)
         product = base(dropped, *lora)
         y = factor * product
-        if base.bias is not None:  # `base` has added it to each product
+        if base.bias is not None:  # each product of `base` includes it
             y = y - (factor - 1 if dropout is None else factor) * base.bias
         return (y if dropout is None else y + base(x - dropped)).to(product.dtype)
 
     def _fusable_adapter(self) -> str | None:
-        """The name of the one active adapter if the fused product can compute it, else None."""
+        """The name of the only active adapter if the fused product can compute it, else None."""
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -145,9 +155,9 @@ class LoraLinear4bit(PeftLoraLinear):
         return active[0] if self._is_plain(active[0]) else None
 
     def _is_plain(self, name: str) -> bool:
-        """Whether an adapter is what the product computes: plain, or DoRA of which it computes a part."""
-        # A variant, another base layer (two tuners stacked) or an inner module that is not what PEFT makes for a plain
-        # adapter would compute something else; a hook on an inner module expects that module to be called.
+        """Whether the fused product can compute the adapter, which is plain, or DoRA, of which it computes a part."""
+        # A variant, another base layer (of two stacked tuners) or an unusual inner module computes something else. A
+        # hook on an inner module expects that module to be called.
         inner = (self.base_layer, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
         return (
             (name not in self.lora_variant or self._is_dora(name))
@@ -161,7 +171,7 @@ class LoraLinear4bit(PeftLoraLinear):
         )
 
     def _is_dora(self, name: str) -> bool:
-        """Whether the adapter is DoRA that can be fused; not in a trace, as its norms look at the weight's memory."""
+        """Whether the adapter is DoRA and can be fused. In a trace it cannot: the norms read the weight's address."""
         vector = self.lora_magnitude_vector[name] if name in self.lora_magnitude_vector else None
         return (
             type(self.lora_variant[name]) is DoraLinearVariant
@@ -171,21 +181,24 @@ class LoraLinear4bit(PeftLoraLinear):
         )
 
     def _needs_peft_to_merge(self, names: list[str]) -> bool:
-        """Whether one of the adapters is of a variant whose merged weight is PEFT's to compute."""
+        """Whether an adapter has a variant whose merged weight only PEFT can compute."""
         return any(not isinstance(self.lora_variant.get(name), DoraLinearVariant | None) for name in names)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the weight, in fp32, and quantize the sum as the weight was. Takes one fp32 weight of memory.
+        """Add adapters to the weight in fp32, and quantize the sum to the format of the weight.
 
-        Several adapters are rounded together, once. The weight as it was is kept, for `unmerge`.
+        It needs memory for one fp32 weight. Several adapters are added before the sum is rounded, once. The old weight
+        is kept for `unmerge`.
 
         Args:
-            safe_merge: as PEFT has it; a merged weight with NaN or Inf is refused in any case.
-            adapter_names: the adapters to merge (default: the active ones).
+            safe_merge: as in PEFT; but a merged weight with NaN or Inf is always refused.
+            adapter_names: the adapters to merge; None merges the active ones.
 
         Raises:
-            NotImplementedError: PEFT does not merge an adapter's variant, or a layer of another method is in between.
-            ValueError: the merged weight is not finite, or `lora_bias` meets a layer without a bias. Nothing changed.
+            NotImplementedError: PEFT cannot merge the variant of an adapter, or a layer of another method is in
+                between.
+            ValueError: the merged weight is not finite, or `lora_bias` needs a bias that the layer does not have.
+                Nothing is changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
@@ -204,7 +217,7 @@ class LoraLinear4bit(PeftLoraLinear):
         warnings.warn("merging into a 4-bit weight rounds the sum to 4 bits again", stacklevel=2)
 
     def unmerge(self) -> None:
-        """Put the weight from before `merge` back, bit for bit."""
+        """Restore the weight from before `merge`, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -217,14 +230,14 @@ class LoraLinear4bit(PeftLoraLinear):
 
     @torch.no_grad()
     def _merged(self, q: QuantizedWeight, bias: Tensor | None, names: list[str]) -> tuple[QuantizedWeight, Any]:
-        """(weight, bias) with the adapters `names` in them."""
+        """Compute (weight, bias) with the adapters `names` merged in."""
         original = q.dequantize(torch.float32)
         weight = original.clone()
         for name in names:
             delta = self.get_delta_weight(name).float()
             variant = self.lora_variant.get(name)
             if isinstance(variant, DoraLinearVariant):
-                # The magnitude is that of base and this adapter alone, as in the forward pass (PEFT).
+                # As in PEFT's forward pass, the norm is that of the base with this adapter alone.
                 norm = torch.linalg.norm(original + delta, dim=1)
                 weight = (self.lora_magnitude_vector[name].weight / norm)[:, None] * (weight + delta)
             else:
@@ -246,7 +259,7 @@ class LoraLinear4bit(PeftLoraLinear):
             base.bias.data = bias.to(base.bias)
 
     def loftq_init(self, adapter_name: str, config: LoraConfig) -> None:
-        """Not PEFT's, which takes the codes for the weight: raises NotImplementedError that names ours."""
+        """Refuse PEFT's LoftQ, which would take the codes for the weight; the error names ours."""
         raise NotImplementedError(
             "init_lora_weights='loftq': the weight is quantized already. Make the adapter, then call "
             "qlora_native.integrations.loftq.initialize_loftq(model, folder_of_the_16_bit_model)"

@@ -1,11 +1,11 @@
-"""LoRA of PEFT on quantized experts: `target_parameters` names them, and adapters run inside the same product.
+"""PEFT's LoRA on quantized experts, which `target_parameters` names. Adapters run inside the product.
 
     config = LoraConfig(r=8, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     model = get_peft_model(quantized_model, config)
 
-PEFT adds an adapter to a parameter of three dimensions by making the sum of both, at every step, in 16 bits. Here each
-expert's A and B go into the product with its weight in 4 bits. Adapters are PEFT's own in shape and name, so their
-files go both ways.
+For a parameter of three dimensions PEFT computes parameter + adapter, in 16 bits, at every step. Here the A and B of
+each expert are part of the product with its 4-bit weight. Adapters have PEFT's own shapes and names, so their files can
+be exchanged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["ParamWrapper", "check_experts_config", "experts_as_parameters", "tar
 
 
 class ParamWrapper(PeftParamWrapper):
-    """PEFT's layer over one parameter of a module, for quantized experts. PEFT knows it by this very name."""
+    """PEFT's layer over one parameter of a module, for quantized experts. PEFT recognises it by this class name."""
 
     _unmerged: QuantizedWeight | None = None  # the weight from before `merge`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module below, whose product with this parameter has the active adapters in it."""
+        """Run the module, with the active adapters in its product with this parameter."""
         self._check_forward_args(x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -49,23 +49,23 @@ class ParamWrapper(PeftParamWrapper):
             experts.adapters = before
 
     def _adapter(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """A [E, r, K], B [E, N, r] and the scaling of an adapter, which PEFT keeps as [r * E, K] and [N, E * r]."""
+        """The A [E, r, K], B [E, N, r] and scaling of an adapter, which PEFT stores as [r * E, K] and [N, E * r]."""
         E = self.num_experts
         first, second = self.lora_A[name].weight, self.lora_B[name].weight
         a = first.reshape(E, -1, first.shape[-1])
         b = second.reshape(second.shape[0], -1, E).permute(2, 0, 1)
-        # Of a transposed parameter of a module that does not say so (Llama 4), PEFT's A is what B is here.
+        # If the parameter is transposed and its module does not say so (Llama 4), PEFT's A and B are exchanged.
         if self._did_swap_in_out_features == self.get_param().transposed:
             a, b = b.transpose(1, 2), a.transpose(1, 2)
         return a, b, self.scaling[name]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the weights, which rounds the sum to 4 bits: the weights of one layer are decoded for it.
+        """Add adapters to the decoded weights, and quantize the sum. It needs memory for the weights of one layer.
 
         Args:
-            safe_merge: of no effect: NaN and Inf are refused in any case.
-            adapter_names: the adapters to merge (default: the active ones).
+            safe_merge: no effect: merged weights with NaN or Inf are always refused.
+            adapter_names: the adapters to merge; None merges the active ones.
 
         Raises:
             ValueError: the merged weights are not finite. Nothing is changed.
@@ -92,7 +92,7 @@ class ParamWrapper(PeftParamWrapper):
         warnings.warn("merging into 4-bit weights rounds the sum to 4 bits again", stacklevel=2)
 
     def unmerge(self) -> None:
-        """Put the weights from before `merge` back, bit for bit."""
+        """Restore the weights from before `merge`, bit for bit."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -103,16 +103,16 @@ class ParamWrapper(PeftParamWrapper):
 
 
 def targeted_experts(target: nn.Module, parameter: str | None) -> bool:
-    """Whether `parameter` of a module, or of what a layer of PEFT stands over, is quantized experts."""
+    """Whether `parameter` of a module, or of the module below a layer of PEFT, is quantized experts."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return parameter is not None and isinstance(base._modules.get(parameter), Experts4bit)
 
 
 def check_experts_config(method: str, config: PeftConfig) -> None:
-    """Refuse, before anything is made, what cannot be right over quantized experts.
+    """Refuse a config that cannot work over quantized experts, before PEFT makes a layer.
 
     Raises:
-        NotImplementedError: the method is not LoRA, or it starts from the weights.
+        NotImplementedError: the method is not LoRA, or its adapters are initialized from the weights.
     """
     if method != "LORA":
         raise NotImplementedError(f"{method}, target_parameters: expected LoRA over quantized experts")
@@ -126,7 +126,7 @@ def check_experts_config(method: str, config: PeftConfig) -> None:
 
 @contextmanager
 def experts_as_parameters(model: nn.Module) -> Iterator[None]:
-    """While PEFT looks for what to target, it finds quantized experts by the names that they had as parameters."""
+    """While PEFT looks for its targets, make it find quantized experts under the names of their old parameters."""
     holders = [m for m in model.modules() if any(isinstance(child, Experts4bit) for child in m.children())]
     patched = [m for m in dict.fromkeys((model, *holders)) if "named_parameters" not in vars(m)] if holders else []
     for module in patched:
@@ -144,7 +144,7 @@ def _with_experts(module: nn.Module) -> Any:
     def named(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
         yield from named_parameters(prefix, recurse, remove_duplicate)
         for name, child in module.named_modules() if recurse else module.named_children():
-            if isinstance(child, Experts4bit):  # PEFT asks for no more than the name
+            if isinstance(child, Experts4bit):  # PEFT uses only the name
                 yield f"{prefix}.{name}" if prefix else name, child._parameters["weight"]
 
     return named

@@ -1,18 +1,20 @@
-"""PEFT's methods other than LoRA, and LoRA's variants, over `Linear4bit`. docs/peft.md is the table of what does what.
+"""PEFT's methods other than LoRA, and LoRA's variants, over `Linear4bit`. docs/peft.md lists what each of them does.
 
-PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`, so each of its tuners takes one for a layer whose
-`weight` it may read, add to and replace. There are more than forty of them, in as many styles, so nothing here is
-written for one tuner: what they do to a layer goes through three places, and each is made to mean what the tuner means.
+PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`. So each of its tuners treats it as a layer whose
+`weight` it may read, add to and replace. There are more than forty tuners, written in many styles. This module
+therefore has no code for a single tuner, but intercepts the three things that they do to a layer:
 
-- **Reading.** While PEFT makes its layers, and for as long as a tuner stands over one, a `Linear4bit` is a
-  `DecodedLinear4bit`: the same tensors, but `weight` is the decoded weight. What multiplies stays the 4-bit product. (A
-  layer under plain LoRA or DoRA goes back to `Linear4bit`: these read no weight.)
-- **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, which is then
-  quantized as the weight was. What was there before is kept, and `unmerge` brings it back bit for bit.
-- **Writing** anywhere else raises. A method whose start changes the weight (PiSSA, OLoRA, ...) is refused before
-  anything is changed: the rest would have to be rounded to 4 bits, and the model would no longer be the one it was.
+- **Reading.** While PEFT makes its layers, and as long as a tuner stands over it, a `Linear4bit` is a
+  `DecodedLinear4bit`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
+  (Plain LoRA and DoRA do not read the weight, so a layer under them turns back into a `Linear4bit`.)
+- **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, and the result
+is
+  quantized to the format of the weight. The old weight is kept, and `unmerge` restores it bit for bit.
+- **Writing** anywhere else raises. A method that first changes the weight (PiSSA, OLoRA, ...) is refused before
+anything
+  is changed: the changed weight would have to be rounded to 4 bits, and the model would no longer be the same.
 
-A tuner that is not in `METHODS` has not been tried and is refused, so that a new PEFT brings no unknown results.
+A tuner that is not in `METHODS` has not been tested and is refused, so a new PEFT cannot give unknown results.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ from .peft_experts import check_experts_config, experts_as_parameters, targeted_
 
 __all__ = ["METHODS", "guard_layers", "install"]
 
-# PEFT's types whose layers may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
+# The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
 METHODS = frozenset(
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LOHA LOKR LORA MISS OFT "
     "OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT XLORA".split()
 )
-# Values of init_lora_weights that begin so, and fields of a LoraConfig, with which LoRA starts by changing the weight.
+# Prefixes of init_lora_weights, and fields of a LoraConfig, with which LoRA starts by changing the weight.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 CHANGES_BASE_FIELDS = ("kasa_config",)
 
@@ -49,7 +51,7 @@ CHANGES_BASE_FIELDS = ("kasa_config",)
 
 
 def install() -> None:
-    """Put this between PEFT's tuners and our layers, once: whatever makes, merges or unloads PEFT's layers."""
+    """Wrap the functions by which PEFT makes, merges and unloads its layers. A second call does nothing."""
     if getattr(BaseTuner.inject_adapter, "_qlora_native", False):
         return
     for name, wrapper in (
@@ -64,7 +66,7 @@ def install() -> None:
 
 
 def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap BaseTuner's `__init__` or `inject_adapter`, which both take the model first and both make layers."""
+    """Wrap BaseTuner's `__init__` or `inject_adapter`, which take the model first and make layers."""
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +82,7 @@ def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _checked(tuner: BaseTuner) -> Iterator[None]:
-    """While `tuner` makes layers: one over a quantized layer is refused, before it is made, if its method is."""
+    """While `tuner` makes layers, refuse each one over a quantized layer whose method is refused, before it is made."""
     if "_create_and_replace" in vars(tuner):  # `__init__` has called `inject_adapter`
         yield
         return
@@ -90,7 +92,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
     def create(config: PeftConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         name = getattr(config.peft_type, "value", config.peft_type)
-        if isinstance(base, Experts4bit):  # by the name that it has as a module, which over 16 bits is none
+        if isinstance(base, Experts4bit):  # named as a module, which it would not be in 16 bits
             key = kwargs.get("current_key", args[-1] if args else "experts")
             warnings.warn(f"target_modules: {key} are experts, left as they are: see target_parameters", stacklevel=2)
             return None
@@ -116,7 +118,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
 
 
 def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse, by its name, a quantized layer among those that are to be trained as a whole, or in some of its rows."""
+    """Refuse a quantized layer among the modules of which all weights, or some rows, are to be trained."""
     wanted = getattr(config, "modules_to_save", None) or ()
     if getattr(config, "trainable_token_indices", None) and any(isinstance(m, Embedding4bit) for m in model.modules()):
         raise NotImplementedError("trainable_token_indices: expected an embedding in 16 bits, got Embedding4bit")
@@ -129,15 +131,15 @@ def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
 
 
 def _check_config(method: str, config: PeftConfig, parameter: str | None) -> None:
-    """Refuse what cannot be right over quantized layers.
+    """Refuse a config that cannot work over quantized layers.
 
     Args:
-        method: PEFT's name of it.
-        config: as it was given to PEFT.
-        parameter: the one of a layer's that `target_parameters` names, if it is not the layer that is named.
+        method: PEFT's name of the method.
+        config: the config that was given to PEFT.
+        parameter: the parameter of the layer that `target_parameters` names, or None if the layer itself is targeted.
 
     Raises:
-        NotImplementedError: the method, or the start of LoRA, is one that is refused. It is named.
+        NotImplementedError: the method, or the initialization of LoRA, is refused. The message names it.
     """
     if parameter not in (None, "weight"):
         raise NotImplementedError(f"{method}, target_parameters: expected weight of a Linear4bit, got {parameter}")
@@ -158,7 +160,7 @@ def _check_config(method: str, config: PeftConfig, parameter: str | None) -> Non
 
 
 def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap what takes PEFT's layers out of a model: PEFT puts weights back where they are, which takes plain layers."""
+    """Wrap a function that takes PEFT's layers out of a model; PEFT restores weights, which needs plain layers."""
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
@@ -170,14 +172,14 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             for layer in layers:
                 layer.__class__ = DecodedLinear4bit
-            _undecode(self.model, layers)  # all of them, but where it failed
+            _undecode(self.model, layers)  # all of them, unless PEFT has failed
 
     return wrapped
 
 
 @contextmanager
 def _decoded(model: nn.Module) -> Iterator[None]:
-    """The quantized layers of `model` as PEFT sees them, while it makes its own; some of them from then on."""
+    """Turn the quantized layers of `model` into decoded ones while PEFT makes its layers; some stay so."""
     plain = [module for module in model.modules() if type(module) is Linear4bit]
     for layer in plain:
         layer.__class__ = DecodedLinear4bit
@@ -189,9 +191,9 @@ def _decoded(model: nn.Module) -> Iterator[None]:
 
 
 def guard_layers(model: nn.Module) -> None:
-    """Make what layers of PEFT in `model` read of quantized ones, and merge into them, the decoded weight.
+    """Make the layers of PEFT in `model` read and merge into the decoded weights of quantized layers.
 
-    Called when PEFT has made its layers, and where quantized layers come under layers of PEFT that are there already.
+    Called after PEFT has made its layers, and after quantized layers were put below layers of PEFT.
     """
     for holder in model.modules():
         if _reads_weight(holder):
@@ -202,7 +204,7 @@ def guard_layers(model: nn.Module) -> None:
 
 
 def _undecode(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Make those of `layers` whose weight nothing in `model` reads plain `Linear4bit` again."""
+    """Turn each of `layers` back into a plain `Linear4bit`, unless something in `model` reads its weight."""
     read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
     for layer in layers:
         if type(layer) is DecodedLinear4bit and id(layer) not in read:
@@ -210,7 +212,7 @@ def _undecode(model: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def _reads_weight(holder: nn.Module) -> bool:
-    """Whether `holder` is a layer of PEFT over a quantized one that may read its weight, as LoRA and DoRA do not."""
+    """Whether `holder` is a layer of PEFT over a quantized one and may read its weight; LoRA and DoRA do not."""
     if not isinstance(holder, BaseTunerLayer) or not isinstance(holder.get_base_layer(), Linear4bit):
         return False
     if not getattr(holder, "merges_by_itself", False):
@@ -222,7 +224,7 @@ def _reads_weight(holder: nn.Module) -> bool:
 
 
 def _guard_merges(cls: type) -> None:
-    """Make `merge` and `unmerge` of a class of PEFT's layers run over decoded weights where weights are quantized."""
+    """Make `merge` and `unmerge` of a class of PEFT's layers run over decoded weights if the base is quantized."""
     for name in ("merge", "unmerge"):
         method = getattr(cls, name)
         if getattr(cls, "merges_by_itself", False) or getattr(method, "_qlora_native", False):

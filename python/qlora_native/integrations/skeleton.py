@@ -1,4 +1,4 @@
-"""A model of transformers without its weights, to know what the tensors of a checkpoint are."""
+"""`Skeleton`: a model of transformers without weights, which tells what each tensor of a checkpoint is."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["Skeleton"]
 
 
 class Skeleton:
-    """The modules of a checkpoint's model without their weights: what is a linear layer, and what files call it.
+    """The modules of a checkpoint's model without weights: which are linear layers, and what the files call them.
 
     Attributes:
-        architecture: the name of its class.
-        config: what config.json says, as transformers understands it.
-        dtype: what config.json says the weights are in.
-        linears: paths of the layers that transformers would give to bitsandbytes.
+        architecture: the name of the model's class.
+        config: the config that transformers makes of config.json.
+        dtype: the dtype of the weights in config.json.
+        linears: the paths of the layers that transformers would give to bitsandbytes.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Make it, of what config.json says.
+        """Make the model of config.json on the meta device.
 
         Raises:
-            ValueError: that is no model of transformers, or its values are such that none can be made.
+            ValueError: it is not a model of transformers, or transformers cannot make it.
         """
         path = file_inside(checkpoint.folder, "config.json")
         kind = parse_object(path.read_bytes(), str(path)).get("architectures")
@@ -47,11 +47,11 @@ class Skeleton:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
             layers, names = getattr(config, "num_hidden_layers", 0), sum(map(len, checkpoint.shards.values()))
-            if isinstance(layers, int) and layers > names:  # before they are made
+            if isinstance(layers, int) and layers > names:  # checked before millions of layers are made
                 raise bad("num_hidden_layers", f"no more than the {names} tensors of the files", layers)
             with torch.device("meta"):
                 self._model = model_class(config)
-        except Exception as error:  # what transformers raises on strange values is of many types
+        except Exception as error:  # transformers raises errors of many types on bad values
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
         self.config = config
@@ -63,18 +63,18 @@ class Skeleton:
         self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
 
     def name_of(self, name: str) -> str:
-        """The model's name of a tensor that the file calls `name`."""
+        """The name in the model of the file's tensor `name`."""
         if name in self._state:
             return name
         return rename_source_key(name, self._renamings, [], self._model.base_model_prefix, self._state)[0]
 
     def file_names(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """{the model's name: the file's} of the tensors that the model reads as they are."""
+        """{name in the model: name in the file} of the tensors that transformers reads unchanged."""
         names = {self.name_of(name): name for shard in checkpoint.shards.values() for name in shard}
         return {own: name for own, name in names.items() if own in self._state}
 
     def names_made_of(self, name: str) -> set[str]:
-        """The model's names of what transformers makes of the file's tensor `name` and others: of stacked experts."""
+        """The names in the model of what the file's tensor `name` becomes, with others (experts are stacked)."""
         prefix = self._model.base_model_prefix
         own, source = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
         for converter in self._converters if source is not None else ():
@@ -84,7 +84,7 @@ class Skeleton:
         return {own}
 
     def needed(self, there: set[str]) -> set[str]:
-        """The tensors that files must have. Of tied ones one is enough."""
+        """The tensors that the files must have. One of several tied ones is enough."""
         ignored = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
         tied = self._model.all_tied_weights_keys.items()
         shared = {name for pair in tied if there.intersection(pair) for name in pair}
@@ -93,10 +93,10 @@ class Skeleton:
         }
 
     def check_files(self, checkpoint: Checkpoint) -> set[str]:
-        """The model's names of all tensors of the files.
+        """Check the tensors of the files, and return their names in the model.
 
         Raises:
-            ValueError: a tensor is missing, there twice, or of another shape.
+            ValueError: a tensor is missing, occurs twice, or has another shape.
         """
         file_names: dict[str, str] = {}
         there: set[str] = set()
@@ -117,9 +117,9 @@ class Skeleton:
         return there
 
     def check_shape(self, name: str, shape: list[int], is_quantized: bool) -> None:
-        """Raise ValueError if the file's tensor `name` has another shape than the model's, or is quantized for nothing.
+        """Raise ValueError unless the file's tensor `name` has the shape of the model's, and may be quantized if it is.
 
-        is_quantized: then it is [out, in] even of a Conv1D, which has its own weight [in, out].
+        A quantized tensor is [out, in], also of a Conv1D, whose own weight is [in, out].
         """
         own = self.name_of(name)
         if is_quantized and not own.endswith(".weight"):
@@ -134,12 +134,12 @@ class Skeleton:
             raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
 
     def other_linears(self) -> list[str]:
-        """Paths of the `nn.Linear` layers that transformers would not give to bitsandbytes: lm_head."""
+        """The paths of the `nn.Linear` layers that transformers would not give to bitsandbytes, such as lm_head."""
         layers = (name for name, module in self._model.named_modules() if isinstance(module, nn.Linear))
         return [name for name in layers if name not in self.linears]
 
     def stacks(self) -> dict[str, int]:
-        """{name: elements} of experts that transformers keeps as one tensor of three dimensions."""
+        """The experts that transformers keeps as one tensor of three dimensions: {name: elements}."""
         found = ((f"{e.path}.{name}", getattr(e.module, name)) for e in find_experts(self._model) for name in e.names)
         return {name: parameter.numel() for name, parameter in found}
 

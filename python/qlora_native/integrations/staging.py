@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written under another name, synced to the disk, then renamed."""
+"""Write folders and files so that they appear whole or not at all: under another name, synced, and then renamed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["new_file", "new_folder"]
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` by a rename when all has ended well.
+    """Yield a folder beside `out` to write into. If no error occurs, it is renamed to `out`.
 
-    What a killed process leaves is called `.<out>.partial-<random>`. The next call for `out` removes it: a process that
-    writes holds a lock on its folder, which ends with the process.
+    A killed process leaves a folder `.<out>.partial-<random>`. The next call for `out` removes it. It knows the folders
+    of live processes by their locks, which end with the process.
 
     Raises:
-        FileExistsError: `out` is there and not an empty folder, at the beginning or at the end.
+        FileExistsError: `out` exists and is not an empty folder, at the beginning or at the end.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -40,10 +40,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: str | Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `out` by a rename when all has ended well; see `new_folder`.
+    """Yield a path to write a file to. If no error occurs, the file is renamed to `out` (see `new_folder`).
 
     Raises:
-        FileExistsError: `out` is there, at the beginning or at the end.
+        FileExistsError: `out` exists, at the beginning or at the end.
     """
     out = Path(out).absolute()
     if os.path.lexists(out):
@@ -59,7 +59,7 @@ def new_file(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, locked, which is removed if anything goes wrong; what dead runs have left goes too."""
+    """Yield a new locked folder beside `out`, and remove it after an error. First remove leftovers of dead runs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
     for left in out.parent.glob(f"{_literal(prefix)}*"):
@@ -76,27 +76,27 @@ def _staged(out: Path) -> Iterator[Path]:
 
 
 def _literal(text: str) -> str:
-    """A pattern for glob that matches `text` alone."""
+    """A glob pattern that matches only `text`."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder and the descriptor that holds its lock."""
+    """Make a new folder, and lock it. Returns the folder and the descriptor that holds the lock."""
     while True:
         path = parent / f"{prefix}{secrets.token_hex(8)}"
         path.mkdir()
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks, where nobody takes this for a leftover either
+        except OSError:  # a file system without locks, where no process removes leftovers either
             return path, lock
         if path.exists():
             return path, lock
-        os.close(lock)  # another process took it for a leftover before it was locked
+        os.close(lock)  # another process has removed the folder as a leftover before it was locked: try again
 
 
 def _remove_if_dead(folder: Path) -> None:
-    """Remove what a killed process has left; leave what a live one is writing, or what cannot be told."""
+    """Remove the leftover of a killed process, unless a live one may be writing to it."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

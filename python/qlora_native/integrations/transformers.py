@@ -1,17 +1,17 @@
-"""transformers: quantize a model while it loads, and read and write the 4-bit files of bitsandbytes.
+"""transformers: quantize a model while it loads, and read and write bitsandbytes' 4-bit files.
 
     from qlora_native.integrations.transformers import BitsAndBytesConfig      # instead of transformers' own
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=config)
-    model.save_pretrained(folder)               # bitsandbytes' file format: stock transformers loads it too
+    model.save_pretrained(folder)               # bitsandbytes' file format, which stock transformers loads too
 
-A weight is quantized as soon as it has been read, so memory holds the 4-bit model and one tensor of the checkpoint. A
-checkpoint that bitsandbytes has quantized is read with its very bytes: with this config given to `from_pretrained`,
-or with none where bitsandbytes is not installed and this module is imported.
+Each weight is quantized as soon as it has been read, so memory holds the 4-bit model and one tensor of the checkpoint.
+A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this module if `from_pretrained` gets this
+config, or if bitsandbytes is not installed and this module has been imported.
 
-The quantizer is registered under transformers' public registration as "qlora_native". In a file the method is called
-"bitsandbytes", because that is what the file's format is.
+transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes", because it
+has bitsandbytes' format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .. import _C, functional
 from .._errors import bad, bad_type, chosen_blocksize
 from .._layer import QuantizedLayer
 from .._microscaling import MICROSCALED
-from .._sizes import has_note, left_alone, linears_of_routers, note_left, size_report
+from .._sizes import has_reason, linears_of_routers, note_reason, size_report, unquantized_parameters
 from .._weight import QuantizedWeight
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
@@ -57,38 +57,42 @@ __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
 METHOD = "qlora_native"
 logger = transformers.logging.get_logger(__name__)
-FILE_FORMATS = ("nf4", "fp4")  # of bitsandbytes, whose files ours are
+FILE_FORMATS = ("nf4", "fp4")  # the formats of bitsandbytes' files, which we write too
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
 class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
-    """transformers' `BitsAndBytesConfig` with the same fields, for our layers; `blocksize` comes on top.
+    """transformers' `BitsAndBytesConfig` for our layers: the same fields, and a few more.
 
     Attributes:
-        load_in_4bit: True. LLM.int8() (`load_in_8bit`) is not ours.
-        bnb_4bit_quant_type: "nf4", "fp4" (transformers' default), "mxfp4" or "nvfp4", of which bitsandbytes has no
-            files: `save_pretrained` refuses them. Other formats: `qlora_native.nn.quantize_model`.
+        load_in_4bit: True. LLM.int8() (`load_in_8bit`) is not supported.
+        bnb_4bit_quant_type: "nf4", "fp4" (transformers' default), "mxfp4" or "nvfp4". `save_pretrained` refuses the
+            last two, for which bitsandbytes has no files. `qlora_native.nn.quantize_model` has further formats.
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
-        bnb_4bit_compute_dtype: what activations are cast to for the product. float32, the default, leaves them alone:
-            sums are fp32 in any case.
-        llm_int8_skip_modules: modules to leave in 16 bits, by name; by default the output layer and what is tied. With
-            an empty list embeddings are quantized, too, and an output layer that is tied to one over the same bytes.
-            bitsandbytes has no 4-bit embedding in its files: only this library reads such a model.
-        blocksize: elements that share a scale, as `qlora_native.quantize`; after construction it is never None.
-        strict: refuse a model with weights of which it is not known how they are multiplied by; not written to files.
-        experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept: set where a file of gpt-oss is read.
+        bnb_4bit_compute_dtype: the dtype that activations are cast to for the product. float32, the default, does not
+            cast them; sums are fp32 in any case.
+        llm_int8_skip_modules: names of modules that stay in 16 bits; by default the output layer and tied weights. An
+            empty list also quantizes embeddings, and an output layer tied to one shares its bytes. Only this library
+            reads such a model, because bitsandbytes has no 4-bit embedding in its files.
+        blocksize: elements that share a scale, as in `qlora_native.quantize`; after construction it is never None.
+        strict: refuse a model with weights whose use is unknown; not written to files.
+        experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept. Set when a file of gpt-oss is read.
     """
 
     experts_in_mxfp4 = False
 
     def __init__(self, *args: Any, blocksize: int | None = None, strict: bool = False, **kwargs: Any) -> None:
-        """Take the fields, as transformers' own does.
+        """Make a config.
+
+        Args:
+            args, kwargs: the fields of transformers' own config, by position or by name.
+            blocksize, strict: see the class.
 
         Raises:
-            ValueError, TypeError: a field has a value that we do not have, or there is no such field.
+            ValueError, TypeError: a field has a value that is not supported, or the field does not exist.
         """
-        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):  # of a file; not fields
+        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):  # in a file, but not fields
             kwargs.pop(name, None)
         for name in kwargs:
             if name not in _FIELDS:
@@ -111,7 +115,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     @property
     def quantize_options(self) -> dict[str, Any]:
-        """format, blocksize and double_quant, as `qlora_native.quantize` takes them."""
+        """The arguments format, blocksize and double_quant of `qlora_native.quantize`."""
         return {
             "format": self.bnb_4bit_quant_type,
             "blocksize": self.blocksize,
@@ -120,30 +124,30 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """`Linear4bit.product_dtype`: None leaves activations as they are."""
+        """The `product_dtype` of the layers; None does not cast activations."""
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a file has them: with bitsandbytes as the method, which is the format of the weights."""
+        """The fields for a file, where the method is "bitsandbytes", the format of the weights."""
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
         return {name: value for name, value in fields.items() if name not in ("strict", "experts_in_mxfp4")}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All fields: those of transformers' own are not enough to tell what differs."""
+        """All fields, because transformers compares only those of its own config."""
         return self.to_dict()
 
 
-# Not as a decorator, which to a type checker returns transformers' base class and not ours.
+# Not used as a decorator: a type checker would see transformers' base class in place of ours.
 register_quantization_config(METHOD)(BitsAndBytesConfig)
 
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """Puts `Linear4bit` into a model that transformers loads, and writes it in bitsandbytes' file format."""
+    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it in bitsandbytes' format."""
 
     requires_calibration = False
     quantization_config: BitsAndBytesConfig
-    # A weight in a file of bitsandbytes, and what stands beside it (transformers collects these for one operation).
+    # The entries of a weight in bitsandbytes' files, which transformers collects for one operation.
     serialized_names = {
         "weight": [
             "weight",
@@ -157,16 +161,21 @@ class Quantizer(HfQuantizer):
     }
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
-        """As transformers' own. Of files with experts in MXFP4 the rest is in 16 bits, and is quantized."""
+        """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized.
+
+        Args:
+            quantization_config: the config.
+            kwargs: as in transformers.
+        """
         super().__init__(quantization_config, **kwargs)
         if quantization_config.experts_in_mxfp4:
             self.pre_quantized = False
 
     def is_serializable(self) -> bool:
-        """It is: `get_state_dict_and_metadata` says how.
+        """True, or an error with the reason, which transformers' own message would not give.
 
         Raises:
-            ValueError: bitsandbytes' files have no such format. transformers' own message would not say.
+            ValueError: bitsandbytes' files do not have the format.
         """
         if self.quantization_config.experts_in_mxfp4:
             raise bad("experts", "nf4 or fp4, the formats of the files that transformers reads", "mxfp4")
@@ -177,11 +186,11 @@ class Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters beside it are, which is what transformers means."""
+        """True: transformers asks whether adapters can be trained beside the weights."""
         return True
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The GPU where there is one that we can use, as bitsandbytes does it; else the CPU."""
+        """As in bitsandbytes, put the model on a GPU that can be used, or else on the CPU, unless a map was given."""
         if device_map is None and torch.cuda.is_available() and not _C.cuda_unavailable_reason():
             return {"": torch.cuda.current_device()}
         return device_map
@@ -200,14 +209,15 @@ class Quantizer(HfQuantizer):
         linears = [name for name in modules_to_quantize(model, config.llm_int8_skip_modules) if name not in tied]
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
-            if type(module) is nn.Linear and name not in linears and not has_note(module):
-                note_left(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
-        unknown = [left for left in left_alone(model, planned | _weights_of_experts(model)) if left.unknown]
+            if type(module) is nn.Linear and name not in linears and not has_reason(module):
+                note_reason(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
+        quantized = planned | _weights_of_experts(model)
+        unknown = [each for each in unquantized_parameters(model, quantized) if each.unknown_use]
         if unknown and config.strict:
-            raise bad("strict", "weights that are known how to be multiplied by", "; ".join(map(str, unknown)))
-        for left in unknown:
-            if left.is_stack:
-                logger.warning(str(left))
+            raise bad("strict", "weights whose use is known", "; ".join(map(str, unknown)))
+        for each in unknown:
+            if each.is_stack:
+                logger.warning(str(each))
         for name in linears:
             linear = model.get_submodule(name)
             transposed = isinstance(linear, Conv1D)
@@ -225,7 +235,7 @@ class Quantizer(HfQuantizer):
             model.set_submodule(name, layer)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """What is done with the tensors of a checkpoint: experts are quantized one by one."""
+        """Change the conversions of a checkpoint so that experts are quantized one by one."""
         conversions = super().update_weight_conversions(weight_conversions, model)
         return read_conversions(conversions, model, self.quantization_config.experts_in_mxfp4, self)
 
@@ -234,7 +244,7 @@ class Quantizer(HfQuantizer):
         missing = [path for path, layer in experts_by_path(model).items() if not getattr(layer, "was_read", False)]
         if missing:
             raise bad("the checkpoint", f"the experts {missing[0]}", f"none, and {len(missing) - 1} more are missing")
-        # Not kept for saving: what is written is what get_state_dict_and_metadata gives, which has the files' names.
+        # Saving does not need them: get_state_dict_and_metadata returns the names of the files.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
         adopt(model, self)
@@ -242,22 +252,22 @@ class Quantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether it is part of a quantized weight: its shape in the file is another than in the model."""
+        """Whether the parameter is part of a quantized weight, so that its shape differs between file and model."""
         module, _, name = param_name.rpartition(".")
         return name != "bias" and isinstance(model.get_submodule(module), QuantizedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What is done with each weight that has been read."""
+        """The operation on each 16-bit weight that has been read."""
         return QuantizeWeight(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """What is done with each weight of a file that bitsandbytes has quantized."""
+        """The operation on each weight of a file that bitsandbytes has quantized."""
         return {"deserialize": ReadQuantized}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's state dict with quantized weights as bitsandbytes writes them."""
+        """The state dict and the metadata to save, with quantized weights in bitsandbytes' entries."""
         state = model.state_dict()
-        of_embeddings = codes_of_embeddings(model)  # a layer that is tied to one has no entries of its own
+        of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, (Linear4bit, Embedding4bit)):
                 prefix = f"{name}." if name else ""
@@ -272,7 +282,7 @@ class Quantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        weights: dict[int, nn.Parameter] = {}  # by id of the codes: what was tied stays so
+        weights: dict[int, nn.Parameter] = {}  # by the id of the codes, so that tied weights stay tied
         for name, module in list(model.named_modules()):
             if not isinstance(module, (Linear4bit, Embedding4bit)):
                 continue
@@ -295,13 +305,13 @@ class Quantizer(HfQuantizer):
 
 
 class QuantizeWeight(ConversionOps):
-    """A weight of the checkpoint to the tensors of its `Linear4bit`."""
+    """The operation that quantizes a weight of the checkpoint."""
 
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """{"a.b.weight": W} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        """Convert {"a.b.weight": W} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
         result: dict[str, Tensor] = {}
         for full_name, values in input_dict.items():
             weight = values[0] if isinstance(values, list) else values
@@ -318,7 +328,7 @@ class QuantizeWeight(ConversionOps):
 
 
 class ReadQuantized(ConversionOps):
-    """The entries that bitsandbytes wrote for a weight to the tensors of its `Linear4bit`."""
+    """The operation that reads the entries that bitsandbytes has written for a weight."""
 
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -331,7 +341,7 @@ class ReadQuantized(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """{"weight": [codes], "weight.absmax": [...], ...} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        """Convert {"weight": [codes], "weight.absmax": [...], ...} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
         entries = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         path = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(path) if full_layer_name.endswith(".weight") else None
@@ -346,17 +356,17 @@ class ReadQuantized(ConversionOps):
         if q.shape != layer.quantized_weight.shape:
             raise bad(full_layer_name, f"{list(layer.quantized_weight.shape)}, as config.json says", list(q.shape))
         layer.replace_weight(q)
-        if missing_keys is not None:  # the file knows whether scales are double-quantized; the skeleton had guessed
+        if missing_keys is not None:  # only the file says whether scales are double-quantized
             missing_keys.difference_update(f"{path}.{name}" for name in expected)
         return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
 
 
 def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
-    """Paths of the layers that transformers would give to bitsandbytes: nn.Linear and Conv1D, but not `skip`.
+    """The paths of the layers that transformers would give to bitsandbytes: nn.Linear and Conv1D, without `skip`.
 
     Args:
         model: a `PreTrainedModel`, on any device.
-        skip: names as `llm_int8_skip_modules` has them; None leaves out the output layer and tied weights.
+        skip: names as in `llm_int8_skip_modules`; None skips the output layer and tied weights.
     """
     keep = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     return [
@@ -367,15 +377,21 @@ def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list
 
 
 def adopt(model: nn.Module, quantizer: Quantizer) -> None:
-    """Make transformers, PEFT and TRL see `model`, whose layers are ours, as one of `quantizer`."""
+    """Make transformers, PEFT and TRL treat a model, whose layers are ours, as quantized.
+
+    Args:
+        model: the model, changed in place.
+        quantizer: the quantizer that saves it.
+    """
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
-    # By this name PEFT's prepare_model_for_kbit_training knows a model whose layers have W_q and dequantize(): it turns
-    # checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import bitsandbytes.)
+    # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this
+    # attribute: it turns checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import
+    # bitsandbytes.)
     model.hqq_quantized = True
     if is_peft_available():
         from . import peft
@@ -384,7 +400,7 @@ def adopt(model: nn.Module, quantizer: Quantizer) -> None:
 
 
 def _weights_of_experts(model: nn.Module) -> set[int]:
-    """Ids of the tensors of quantized experts."""
+    """The ids of the tensors of quantized experts."""
     return {id(tensor) for experts in experts_by_path(model).values() for tensor in experts.parameters()}
 
 
@@ -392,8 +408,8 @@ def _has_operation(conversion: Any, operation: type) -> bool:
     return isinstance(conversion, WeightConverter) and any(isinstance(op, operation) for op in conversion.operations)
 
 
-# Which quantizer reads a file of bitsandbytes is settled here, where transformers brings together the config of the
-# file and that of the caller: it has no registration for a method that it knows already.
+# transformers merges the config of the file with that of the caller in this function. It is wrapped to choose our
+# quantizer for bitsandbytes' files, because transformers cannot register a second quantizer for a method that it knows.
 _merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
 
 
@@ -407,7 +423,7 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     in_file = isinstance(quantization_config, dict) and quantization_config.get("load_in_4bit", False)
     if not in_file or not (ours or (quantization_config_from_args is None and not is_bitsandbytes_available())):
         return _merge_quantization_configs(quantization_config, quantization_config_from_args)
-    # How the weights are stored is the file's to say. In which dtype to multiply is the caller's.
+    # The file decides how weights are stored, and the caller in which dtype to multiply.
     known = {*_FIELDS, "blocksize"} - {"bnb_4bit_quant_storage"}  # a file may have fields of a later version
     fields = {name: value for name, value in quantization_config.items() if name in known}
     config = BitsAndBytesConfig(**fields)

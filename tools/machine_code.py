@@ -1,4 +1,4 @@
-"""What a CUDA binary holds, by NVIDIA's cuobjdump and nvdisasm: its kernels' instructions, loops and resources."""
+"""Read the kernels of a CUDA binary with NVIDIA's cuobjdump and nvdisasm: instructions, loops and resources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ARCHITECTURES = ("sm_80", "sm_90")
 
-# Kinds of instructions, by how their names begin; the first that fits.
+# {kind of instruction: names}; an instruction belongs to the first kind that fits.
 KINDS = {
     "tensor core": ("HMMA", "IMMA", "HGMMA"),
     "shared memory": ("LDS", "STS", "LDSM", "ATOMS"),
@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
     """One line of a listing."""
 
     address: int
-    guard: str  # its predicate, or ""
+    guard: str  # the predicate, or ""
     opcode: str
     operands: str
 
@@ -50,7 +50,7 @@ class Kernel:
     architecture: str
     code: tuple[Instruction, ...]
     registers: int
-    stack: int  # bytes a thread: locals and spilled registers
+    stack: int  # bytes for each thread: locals and spilled registers
 
 
 # ---- listings --------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def resources(listing: Iterable[str]) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def tool(name: str) -> str:
-    """The path of a program of NVIDIA's: from the package of PyPI, or with CUDA."""
+    """The path of a program of NVIDIA, from PyPI or from a CUDA installation."""
     installed = Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}")
     path = next((str(p) for p in installed), None) or shutil.which(name)
     if path is None:
@@ -111,7 +111,7 @@ def run(*command: str) -> list[str]:
 
 
 def short_names(mangled: Sequence[str]) -> dict[str, str]:
-    """Demangled, without return types, namespaces and parameters."""
+    """{mangled name: name without return type, namespaces and parameters}."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     names = {}
     for raw, line in zip(mangled, text.splitlines(), strict=True):
@@ -128,7 +128,7 @@ def short_names(mangled: Sequence[str]) -> dict[str, str]:
 
 
 def kernels(binary: Path, pattern: str = "", architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of an object, a library or a program whose short name matches."""
+    """The kernels of an object, a library or a program whose short names match `pattern`."""
     found = []
     for architecture in architectures:
         arguments = ("-arch", architecture, str(binary))
@@ -149,9 +149,9 @@ def kernels(binary: Path, pattern: str = "", architectures: Sequence[str] = ARCH
 
 
 def target(instruction: Instruction) -> int | None:
-    """Where a branch goes that is taken in the usual course. BRA.DIV is not: it serves a warp that fell apart.
+    """The address that a branch goes to, or None. BRA.DIV does not count: only a warp that has diverged takes it.
 
-    For sm_80 the way out of a loop may be a call under a condition, which does not return.
+    In code for sm_80 a loop may be left by a conditional call that does not return.
     """
     kind = instruction.opcode.split(".")[0]
     is_branch = kind == "BRA" and ".DIV" not in instruction.opcode
@@ -162,7 +162,7 @@ def target(instruction: Instruction) -> int | None:
 
 
 def falls_through(instruction: Instruction) -> bool:
-    """Whether what stands below an instruction may come next."""
+    """Whether the instruction below may be executed next."""
     kind = instruction.opcode.split(".")[0]
     if kind in ("EXIT", "RET", "BRX", "JMP", "JMX"):
         return bool(instruction.guard) and instruction.guard != "PT"
@@ -176,9 +176,9 @@ def loops(
     target: Callable[[Instruction], int | None] = target,
     falls_through: Callable[[Instruction], bool] = falls_through,
 ) -> list[tuple[Instruction, ...]]:
-    """The natural loops: of each branch back to a block that dominates it, all from which that branch is reached.
+    """The natural loops: for each branch back to a block that dominates it, the blocks from which it can be reached.
 
-    `target` and `falls_through` know the branches of another processor than NVIDIA's.
+    `target` and `falls_through` are replaced for the code of other processors.
     """
     at = {instruction.address: i for i, instruction in enumerate(code)}
     begins = {0} | {at[t] for i in code if (t := target(i)) in at}
@@ -202,7 +202,7 @@ def loops(
     while todo:
         todo += [n for n in set(after[todo.pop()]) - reached if not reached.add(n)]
     everything = (1 << len(order)) - 1
-    dominators = [1 if block == 0 else everything for block in range(len(order))]  # a bit for each block
+    dominators = [1 if block == 0 else everything for block in range(len(order))]  # one bit for each block
     changed = True
     while changed:
         changed = False
@@ -230,18 +230,18 @@ def loops(
 
 
 def count(code: Sequence[Instruction], *kinds: str) -> int:
-    """How many of the instructions begin with one of these names."""
+    """The number of instructions with one of these names."""
     return sum(i.opcode.split(".")[0] in kinds for i in code)
 
 
-# Kernels with two loops: over what vector loads can reach, and over the rest.
+# Kernels with two loops: one with vector loads, and one for the elements that these cannot reach.
 IN_VECTORS = r"(dequantize|panel|side_by_side|look|update)_kernel<"
-# Kernels whose main loop stands in another, and how often it is passed in one turn of that: the turn is what counts.
+# {kernel whose main loop is inside another loop: turns of the main loop in one of the other}. The outer turn counts.
 NESTED = {r"thin_gemm_kernel<": 2}
 
 
 def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction, ...]:
-    """The loop in which a kernel spends its time, by the rule above; empty if there is none."""
+    """The main loop of a kernel, by the rule in bench/sass.py; empty if it has no loop."""
     found = loops(code)
     if not found:
         return ()
@@ -265,7 +265,7 @@ def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction,
 
 
 def kinds(code: Sequence[Instruction]) -> dict[str, int]:
-    """How many instructions of each kind."""
+    """{kind: number of instructions}."""
     counted = collections.Counter(_kind(i.opcode) for i in code)
     return {kind: counted[kind] for kind in (*KINDS, OTHERS) if counted[kind]}
 

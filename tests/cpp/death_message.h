@@ -1,4 +1,4 @@
-// For tests of what must end the process: it is run in a child, whose words are read.
+// Runs code that must end the process in a child, and reads its message.
 #pragma once
 
 #include <sys/wait.h>
@@ -8,8 +8,8 @@
 #include <functional>
 #include <string>
 
-// Runs `mistake` in a child process: its last words, or "" if it ended well.
-inline std::string last_words(const std::function<void()>& mistake) {
+// Runs `mistake` in a child process. Returns what the child wrote to stderr, or "" if it exited with 0.
+inline std::string death_message(const std::function<void()>& mistake) {
   int ends[2];
   if (pipe(ends) != 0) return "";
   std::fflush(nullptr);
