@@ -1,0 +1,14 @@
+// The products by wgmma of a build without code for sm_90a: the symbols of forward.cu.
+#include <stdexcept>
+
+#include "product/product.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+HopperUse hopper_use(const Stream&) { return HopperUse::none; }
+
+void multiply(const Product&, const HopperConfig&, const Stream&) {
+  throw std::logic_error("this build has no code for sm_90a");
+}
+
+}  // namespace qlora_native::QLN_CUDA
