@@ -8,6 +8,9 @@ dimension of one tile, which 8 warps do together:
     tensor         the tile's multiply-adds over the rate of mma.sync
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
+wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, and its tiles come by TMA; beside the 8
+warps that multiply there are 4 that bring scales.
+
 The longest is a bound on speed from one side; waits, conflicts and caches are not in it. No GPU has confirmed it yet.
 """
 
@@ -17,7 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from machine_code import Instruction, Kernel, main_loop
+from machine_code import Instruction, Kernel, count, loops, main_loop
 
 STEP, WARPS, LANES, SCHEDULERS, SHARED_BYTES = 64, 8, 32, 4, 128
 BYTES_OF_WEIGHT = 0.5159  # 4 bits, and the double-quantized scale of 64
@@ -38,7 +41,9 @@ class Device:
 DEVICES = {
     "sm_80": Device("A100", 108, 1.41e9, 2.04e12, 1024),
     "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048),
+    "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048),
 }
+PRODUCERS = 4  # warps, of a kernel that multiplies by wgmma
 
 
 def shared_cycles(loop: Sequence[Instruction]) -> int:
@@ -72,20 +77,27 @@ class Step:
 def step_of(kernel: Kernel) -> Step | None:
     """The cycles of a kernel of the tensor-core product; None of another."""
     thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
-    match = thin or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
+    wgmma = re.match(r"hopper_gemm_kernel<\w+, (\d+)>", kernel.name)
+    match = thin or wgmma or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None
-    rows, cols = int(match[1]), 128 if thin else int(match[2])
+    rows, cols = int(match[1]), 128 if thin or wgmma else int(match[2])
     turns = 1 / 2 if thin else 1  # its step is 128
     device = DEVICES[kernel.architecture]
     loop = main_loop(kernel.code, kernel.name)
     share = device.bandwidth / device.multiprocessors / device.clock
+    beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
+    if wgmma:
+        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 2]
+        beside = PRODUCERS * min(map(len, brings))
+        left = rows * STEP * 2
+        copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return Step(
         kernel.name,
         kernel.architecture,
         {
-            "shared memory": WARPS * shared_cycles(loop) * turns,
-            "issue": WARPS * len(loop) / SCHEDULERS * turns,
+            "shared memory": WARPS * shared_cycles(loop) * turns + copied,
+            "issue": (WARPS * len(loop) + beside) / SCHEDULERS * turns,
             "tensor": rows * cols * STEP / device.multiply_adds,
             "DRAM": cols * STEP * BYTES_OF_WEIGHT / share,
         },
