@@ -77,7 +77,7 @@ class Step:
 def step_of(kernel: Kernel) -> Step | None:
     """The cycles of a kernel of the tensor-core product; None of another."""
     thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
-    wgmma = re.match(r"hopper_gemm_kernel<\w+, (\d+)>", kernel.name)
+    wgmma = re.match(r"hopper_gemm_kernel<\w+, \w+, (\d+)>", kernel.name)
     match = thin or wgmma or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None

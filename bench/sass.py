@@ -215,7 +215,11 @@ SHOWN = {
         for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
         for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
     },
-    **{f"wgmma, {rows} × 128, forward": f"hopper_gemm_kernel<Bf16, {rows}>" for rows in (64, 128, 256)},
+    **{
+        f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
+        for rows in (64, 128, 256)
+        for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
+    },
     "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
     "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
     "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",

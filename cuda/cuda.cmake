@@ -55,7 +55,8 @@ if(qln_with_cuda)
     set(qln_asked ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
   endif()
   if(qln_asked MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
-    add_library(qln_hopper OBJECT cuda/product/hopper/forward.cu cuda/product/hopper/tensor_map.cu)
+    add_library(qln_hopper OBJECT cuda/product/hopper/forward.cu cuda/product/hopper/backward.cu
+                                  cuda/product/hopper/tensor_map.cu)
     set_target_properties(qln_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON
                                                 CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
     target_include_directories(qln_hopper PRIVATE cpp/include cpp/src cuda)

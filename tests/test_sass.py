@@ -177,7 +177,7 @@ def test_fault_is_not_seen(sass):
 def test_wgmma_that_waits_for_the_one_before_is_not_seen(machine_code, sass):
     def kernel(*operands):
         code = tuple(machine_code.Instruction(16 * i, "", "HGMMA.64x64x16", each) for i, each in enumerate(operands))
-        return machine_code.Kernel("hopper_gemm_kernel<Bf16, 64>", "sm_90a", code, 168, 0)
+        return machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 64>", "sm_90a", code, 168, 0)
 
     together, apart = kernel("R24, R152, gdesc[UR8], R24", "R24, gsb0"), kernel("R24, gsb0", "R24, gsb0")
     assert "serialized" not in sass.figures(together)
@@ -220,7 +220,7 @@ def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 2, "BRA", "EXIT"]
     operands = {5: "0x0", 8: "0x60"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
-    step = cycles.step_of(machine_code.Kernel("hopper_gemm_kernel<Bf16, 256>", "sm_90a", code, 168, 0))
+    step = cycles.step_of(machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0))
     assert step is not None and step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load 4 x 128 bytes each, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 4 + 32

@@ -121,9 +121,7 @@ BETWEEN_BLOCKS = [
     ),
 ]
 
-HOPPER_GEMM, HOPPER_TILE, HOPPER_FORWARD = (
-    f"cuda/product/hopper/{name}" for name in ("gemm.cuh", "tile.cuh", "forward.cu")
-)
+HOPPER_GEMM, HOPPER_TILE, HOPPER_WEIGHTS = (f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "tile", "weights"))
 HOPPER = ("hopper",)
 
 BY_WGMMA = [
@@ -153,7 +151,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a step is decoded before it is there",
-        *_without("        wait_for_full();\n        decode(", "        decode("),
+        *_without("        wait_for_full();\n        Weights::decode(", "        Weights::decode("),
         HOPPER,
     ),
     Mutant(HOPPER_GEMM, "operands change while products run", *_without("      wgmma_wait_for(values);\n"), HOPPER),
@@ -174,15 +172,49 @@ BY_WGMMA = [
         HOPPER,
     ),
     Mutant(
-        HOPPER_TILE,
+        HOPPER_WEIGHTS,
         "codes are read as without a swizzle",
-        "row * kRowBytes + row / 4 % 2 * kVectorBytes",
-        "row * kRowBytes",
+        "(i ^ lane.col() / 4 % 2) * kVectorBytes",
+        "i * kVectorBytes",
         HOPPER,
     ),
-    Mutant(HOPPER_FORWARD, "codes of too few rows come", ".box_rows = kGemmCols", ".box_rows = kGemmCols / 2", HOPPER),
     Mutant(
-        HOPPER_FORWARD,
+        HOPPER_WEIGHTS,
+        "codes of columns are read as without a swizzle",
+        "(byte / kVectorBytes ^ lane.t) * kVectorBytes",
+        "byte / kVectorBytes * kVectorBytes",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "nibbles of two rows do not change places",
+        "(rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)",
+        "rows[1]",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "both rows of a pair have the first one's scale",
+        "pair.at[1] * scale.at[1];",
+        "pair.at[1] * scale.at[0];",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "all columns have the scales of the first 64",
+        "lane.col() / kGemmStep * kGemmStep + 2 * lane.t",
+        "2 * lane.t",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "codes of too few rows come",
+        ".box_rows = Weights::kTileRows",
+        ".box_rows = Weights::kTileRows / 2",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
         "rows of X come without a swizzle",
         ".swizzle = Swizzle::bytes_128",
         ".swizzle = Swizzle::none",

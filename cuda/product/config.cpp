@@ -129,12 +129,14 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
-// By wgmma. Up to kThinRows rows the thin kernel asks less of shared memory, which bounds both (results/sass.md). A
-// tile of few rows is for few; beyond, the tallest one decodes a weight for the most rows.
+// By wgmma. Of few rows the kernels of gemm/ ask less of shared memory, which bounds both (results/sass.md), or hardly
+// more, with two blocks a multiprocessor. A tile of few rows is for few; beyond, the tallest one decodes a weight for
+// the most rows.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's have 32 bits, with a sign
-  if (shape.hopper == HopperUse::none || shape.backward || shape.groups > 0) return std::nullopt;
-  if (shape.hopper == HopperUse::where_it_wins && shape.rows <= kThinRows) return std::nullopt;
+  if (shape.hopper == HopperUse::none || shape.masks || shape.groups > 0) return std::nullopt;
+  const std::int64_t few = shape.backward ? kGemmFewRows : kThinRows;
+  if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
   if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tiles) return std::nullopt;
   if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
   HopperConfig config{.runs = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};

@@ -39,6 +39,9 @@ void multiply(const Product& product, const GemmConfig& config, const Stream& st
   if (config.thin) return multiply_thin(product, config, stream);
   product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
 }
+void multiply(const Product& product, const HopperConfig& config, const Stream& stream) {
+  product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
+}
 
 void multiply(const Product& product, const Stream& stream) {
   const ProductShape shape = shape_of(product, stream);

@@ -142,12 +142,13 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One for each way: general.cu, gemv.cu, panels.cu, hopper/forward.cu, and of GemmConfig gemm/thin.cu, forward.cu and
-// backward.cu.
+// One for each way: general.cu, gemv.cu, panels.cu; of GemmConfig gemm/thin.cu, forward.cu and backward.cu; of
+// HopperConfig hopper/forward.cu and backward.cu.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
-void multiply(const Product& product, const HopperConfig& config, const Stream& stream);
+void multiply_forward(const Product& product, const HopperConfig& config, const Stream& stream);
+void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream);
 HopperUse hopper_use(const Stream& stream);
 void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream);
 void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream);

@@ -89,19 +89,23 @@ double rounded(DType dtype, double value) {
   return one.at(0, 0);
 }
 
+// The layer's product forward or, with V for U and A for B, backward.
 class Layer {
  public:
-  explicit Layer(const Case& c)
+  Layer(const Case& c, bool backward)
       : c_(c),
-        x_(c.dtype, c.M, c.K, c.gap),
-        u_(c.dtype, c.M, c.rank, c.gap),
-        y_(c.dtype, c.M, c.N, c.gap),
+        backward_(backward),
+        inner_(backward ? c.N : c.K),
+        cols_(backward ? c.K : c.N),
+        left_(c.dtype, c.M, inner_, c.gap),
+        low_rank_(c.dtype, c.M, c.rank, c.gap),
+        out_(c.dtype, c.M, cols_, c.gap),
         bias_(c.dtype, 1, c.N),
         a_(c.lora_dtype, c.rank, c.K),
         b_(c.lora_dtype, c.N, c.rank),
         w_(c.dtype, c.N, c.K) {
     std::uint64_t seed = static_cast<std::uint64_t>(c.M * 1000003 + c.N * 1009 + c.K);
-    x_.fill(seed, 1.0f);
+    left_.fill(seed, 1.0f);
     bias_.fill(seed, 1.0f);
     a_.fill(seed, 1.0f / std::sqrt(static_cast<float>(c.K)));
     b_.fill(seed, 0.1f);
@@ -160,57 +164,63 @@ class Layer {
                             .scaling = kScaling,
                             .dropout = c_.dropout,
                             .seed = 42};
-    qn::linear_forward({.weight = view(),
-                        .lora = lora,
-                        .x = x_.in(),
-                        .bias = c_.bias ? bias_.data() : nullptr,
-                        .y = y_.out(),
-                        .u = c_.rank > 0 ? u_.out() : qn::Matrix{}});
-    return y_.bytes();
+    const qn::Matrix low_rank = c_.rank > 0 ? low_rank_.out() : qn::Matrix{};
+    if (backward_) {
+      qn::linear_backward_input({.weight = view(), .lora = lora, .dy = left_.in(), .dx = out_.out(), .v = low_rank});
+    } else {
+      qn::linear_forward({.weight = view(),
+                          .lora = lora,
+                          .x = left_.in(),
+                          .bias = c_.bias ? bias_.data() : nullptr,
+                          .y = out_.out(),
+                          .u = low_rank});
+    }
+    return out_.bytes();
   }
 
   // How many elements are further from float64 than fp32 sums of so many products, rounded once, may be.
   int wrong() const {
     const double of_rounding = c_.dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
-    const double of_sum = static_cast<double>(c_.K + c_.rank + 4) * 0x1p-24;
-    std::vector<double> sb(static_cast<std::size_t>(c_.N * c_.rank));
-    for (std::int64_t i = 0; i < c_.N * c_.rank; ++i) {
-      sb[static_cast<std::size_t>(i)] =
-          rounded(c_.dtype, static_cast<float>(kScaling * static_cast<float>(b_.at(i / c_.rank, i % c_.rank))));
-    }
+    const double of_sum = static_cast<double>(inner_ + c_.rank + 4) * 0x1p-24;
     int wrong = 0;
-    for (std::int64_t m = 0; m < c_.M; ++m) {
-      for (std::int64_t n = 0; n < c_.N; ++n) {
-        double sum = c_.bias ? bias_.at(0, n) : 0.0, size = std::fabs(sum);
+    for (std::int64_t col = 0; col < cols_; ++col) {
+      std::vector<double> weight, right;
+      for (std::int64_t i = 0; i < inner_; ++i) weight.push_back(backward_ ? w_.at(i, col) : w_.at(col, i));
+      for (std::int64_t r = 0; r < c_.rank; ++r) {
+        const auto value = static_cast<float>(backward_ ? a_.at(r, col) : b_.at(col, r));
+        right.push_back(rounded(c_.dtype, backward_ ? value : kScaling * value));
+      }
+      for (std::int64_t m = 0; m < c_.M; ++m) {
+        double sum = c_.bias && !backward_ ? bias_.at(0, col) : 0.0, size = std::fabs(sum);
         const auto add = [&](double product) {
           sum += product;
           size += std::fabs(product);
         };
-        for (std::int64_t k = 0; k < c_.K; ++k) add(x_.at(m, k) * w_.at(n, k));
-        for (std::int64_t r = 0; r < c_.rank; ++r) add(u_.at(m, r) * sb[static_cast<std::size_t>(n * c_.rank + r)]);
-        const double y = y_.at(m, n);
-        wrong += !(std::fabs(y - sum) <= of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24);  // fp16 below 2^-14
+        for (std::int64_t i = 0; i < inner_; ++i) add(left_.at(m, i) * weight[static_cast<std::size_t>(i)]);
+        for (std::int64_t r = 0; r < c_.rank; ++r) add(low_rank_.at(m, r) * right[static_cast<std::size_t>(r)]);
+        const double bound = of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24;  // fp16 below 2^-14
+        wrong += !(std::fabs(out_.at(m, col) - sum) <= bound);
       }
     }
     return wrong;
   }
-  // How many elements of Y^T differ from those of W, where X is the identity.
+  // How many elements of the result's transpose differ from those of W, where the left operand is the identity.
   int differences_from_the_weight() {
     for (std::int64_t i = 0; i < c_.M; ++i) {
-      for (std::int64_t k = 0; k < c_.K; ++k) x_.set(i, k, i == k ? 1.0f : 0.0f);
+      for (std::int64_t j = 0; j < inner_; ++j) left_.set(i, j, i == j ? 1.0f : 0.0f);
     }
     run();
     int differences = 0;
     for (std::int64_t n = 0; n < c_.N; ++n) {
-      for (std::int64_t k = 0; k < c_.K; ++k) differences += y_.at(k, n) != w_.at(n, k);
+      for (std::int64_t k = 0; k < c_.K; ++k) differences += (backward_ ? out_.at(n, k) : out_.at(k, n)) != w_.at(n, k);
     }
     return differences;
   }
   // Nothing between rows is written.
   bool keeps_to_its_columns() const {
-    const std::size_t row = static_cast<std::size_t>(c_.N + c_.gap) * 2, cols = static_cast<std::size_t>(c_.N) * 2;
-    for (std::size_t i = 0; i < y_.bytes().size(); ++i) {
-      if (i % row >= cols && y_.bytes()[i] != '\xFF') return false;
+    const std::size_t row = static_cast<std::size_t>(cols_ + c_.gap) * 2, cols = static_cast<std::size_t>(cols_) * 2;
+    for (std::size_t i = 0; i < out_.bytes().size(); ++i) {
+      if (i % row >= cols && out_.bytes()[i] != '\xFF') return false;
     }
     return true;
   }
@@ -218,15 +228,17 @@ class Layer {
  private:
   static constexpr float kScaling = 1.7f;
   const Case c_;
-  Tensor x_, u_, y_, bias_, a_, b_, w_;
+  const bool backward_;
+  const std::int64_t inner_, cols_;
+  Tensor left_, low_rank_, out_, bias_, a_, b_, w_;
   std::vector<std::uint8_t> codes_, levels_;
   std::vector<float> absmax_, nested_;
   float offset_ = 0.0f;
 };
 
 // What a product says of its way.
-std::string way_of(const Case& c) {
-  Layer layer(c);
+std::string way_of(const Case& c, bool backward) {
+  Layer layer(c, backward);
   return last_words([&] {
     setenv("QLN_PRINT_CONFIG", "1", 1);
     layer.run();
@@ -241,55 +253,74 @@ const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
     {.M = 1, .N = 1, .K = 64, .rank = 8},
     {.M = 33, .N = 131, .K = 256, .dtype = DType::f16, .bias = true, .rank = 16, .lora_dtype = DType::f16},
-    {.M = 60, .N = 300, .K = 1088, .bias = true, .rank = 64, .dropout = 0.3f, .gap = 8},
-    {.M = 40, .N = 66, .K = 2048, .format = "fp4", .double_quant = false, .rank = 72},
+    {.M = 60, .N = 304, .K = 1088, .bias = true, .rank = 64, .gap = 8},
+    {.M = 60, .N = 300, .K = 128, .bias = true, .rank = 64, .dropout = 0.3f, .gap = 8},
+    {.M = 40, .N = 72, .K = 2048, .format = "fp4", .double_quant = false, .rank = 72},
     {.M = 128, .N = 128, .K = 128, .dtype = DType::f16, .format = "int4", .blocksize = 128},
     {.M = 97, .N = 257, .K = 704, .blocksize = 256, .bias = true, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
-    {.M = 270, .N = 100, .K = 320, .rank = 128, .lora_dtype = DType::bf16},
+    {.M = 97, .N = 704, .K = 192, .blocksize = 256, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
+    {.M = 270, .N = 104, .K = 320, .rank = 128, .lora_dtype = DType::bf16},
     {.M = 256, .N = 128, .K = 448, .blocksize = 4096, .bias = true},
     {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
-    {.M = 513, .N = 140, .K = 192, .double_quant = false, .bias = true, .rank = 16},
+    {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
 };
+// dX of rows of dY that are vectors, where dropout falls on nothing in its sums.
+bool has_backward(const Case& c) { return c.N % 8 == 0 && c.dropout == 0.0f; }
+
+template <class F>
+void for_each_product(const F& f) {
+  for (const Case& c : kCases) {
+    f(c, false);
+    if (has_backward(c)) f(c, true);
+  }
+}
+void print(const char* what, const Case& c, bool backward) {
+  std::printf("%s: M=%d N=%d K=%d%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
+              backward ? ", dX" : "");
+}
 
 void product_is_the_sum_of_float64() {
-  for (const Case& c : kCases) {
-    Layer layer(c);
+  for_each_product([](const Case& c, bool backward) {
+    Layer layer(c, backward);
     layer.run();
-    const int wrong = layer.wrong();
-    if (wrong > 0) std::printf("M=%d N=%d K=%d: %d\n", int(c.M), int(c.N), int(c.K), wrong);
-    EXPECT(wrong == 0);
+    const bool is_right = layer.wrong() == 0;
+    if (!is_right) print("wrong", c, backward);
+    EXPECT(is_right);
     EXPECT(layer.keeps_to_its_columns());
-    EXPECT(contains(way_of(c), "by wgmma"));
-  }
+    EXPECT(contains(way_of(c, backward), "by wgmma"));
+  });
 }
 
 void bits_depend_on_no_order_of_threads_or_blocks() {
-  for (const Case& c : kCases) {
-    Layer layer(c);
+  for_each_product([](const Case& c, bool backward) {
+    Layer layer(c, backward);
     const std::vector<char> expected = layer.run();
     for (const char* schedule : {"reverse", "random:1", "random:2", "concurrent:1", "concurrent:2"}) {
       setenv("QLN_SCHEDULE", schedule, 1);
-      Layer other(c);
+      Layer other(c, backward);
       const bool same = other.run() == expected;
-      if (!same) std::printf("M=%d N=%d K=%d under %s\n", int(c.M), int(c.N), int(c.K), schedule);
+      if (!same) print(schedule, c, backward);
       EXPECT(same);
     }
     unsetenv("QLN_SCHEDULE");
-  }
+  });
 }
 
 void decoded_weight_has_the_bits_of_dequantize() {
-  // A row of X that is 1 at one k makes a column of W of Y, exactly.
-  constexpr std::int64_t K = 192, N = 130;
-  Case c = {.M = K, .N = N, .K = K};
   for (const DType dtype : {DType::bf16, DType::f16}) {
-    c.dtype = dtype;
-    Layer layer(c);
-    EXPECT(layer.differences_from_the_weight() == 0);
+    EXPECT(Layer({.M = 192, .N = 130, .K = 192, .dtype = dtype}, false).differences_from_the_weight() == 0);
+    EXPECT(Layer({.M = 136, .N = 136, .K = 192, .dtype = dtype}, true).differences_from_the_weight() == 0);
   }
 }
 
 void what_it_cannot_take_goes_another_way() {
+  const auto goes_another_way = [](const Case& c, bool backward) {
+    const std::string way = way_of(c, backward);
+    if (way.empty() || contains(way, "by wgmma")) return false;
+    Layer layer(c, backward);
+    layer.run();
+    return c.dtype == DType::f32 || layer.wrong() == 0;
+  };
   const Case refused[] = {
       {.M = 64, .N = 128, .K = 96},                    // not whole steps
       {.M = 64, .N = 128, .K = 100},                   // not even vectors
@@ -300,20 +331,20 @@ void what_it_cannot_take_goes_another_way() {
       {.M = 64, .N = 128, .K = 128, .gap = 1},    // nor those of X
   };
   for (const Case& c : refused) {
-    const std::string way = way_of(c);
-    EXPECT(!way.empty() && !contains(way, "by wgmma"));
-    Layer layer(c);
-    layer.run();
-    EXPECT(layer.wrong() == 0 || c.dtype == DType::f32);
+    EXPECT(goes_another_way(c, false));
+    EXPECT(goes_another_way(c, true));
   }
+  EXPECT(goes_another_way({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are no vectors
+  const Case dropped = {.M = 64, .N = 128, .K = 128, .rank = 8, .dropout = 0.3f};
+  EXPECT(!contains(way_of(dropped, true), "by wgmma"));
   // The device is another one, or nobody wants it.
   for (const char* asked : {"0", static_cast<const char*>(nullptr)}) {
     asked == nullptr ? unsetenv("QLN_FORCE_HOPPER") : setenv("QLN_FORCE_HOPPER", asked, 1);
-    EXPECT(!contains(way_of(kCases[0]), "by wgmma"));
+    EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
   }
   setenv("QLN_FORCE_HOPPER", "1", 1);
   setenv("QLN_EMULATED_SMEM", "166912", 1);
-  EXPECT(!contains(way_of(kCases[0]), "by wgmma"));
+  EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
   unsetenv("QLN_EMULATED_SMEM");
 }
 

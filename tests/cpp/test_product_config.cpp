@@ -297,8 +297,16 @@ ProductShape on_hopper(std::int64_t rows) {
 bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
 
 void wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels() {
-  for (const std::int64_t rows : {0, 1, 8, 9, 16, 32}) EXPECT(!is_by_wgmma(on_hopper(rows)));
-  for (const std::int64_t rows : {33, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(on_hopper(rows)));
+  for (const bool backward : {false, true}) {
+    const auto shape = [&](std::int64_t rows) {
+      ProductShape result = on_hopper(rows);
+      result.backward = backward;
+      return result;
+    };
+    for (const std::int64_t rows : {0, 1, 8, 9, 16}) EXPECT(!is_by_wgmma(shape(rows)));
+    for (const std::int64_t rows : {17, 32}) EXPECT(is_by_wgmma(shape(rows)) == backward);  // dX has no thin kernel
+    for (const std::int64_t rows : {33, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
+  }
   ProductShape many = on_hopper(2048);
   EXPECT(is_by_wgmma(many));
   many.dense_gemm = true;
@@ -323,7 +331,8 @@ void wgmma_takes_only_what_it_can_load() {
     EXPECT(!takes_changed([](ProductShape& shape) { shape.hopper = HopperUse::none; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.backward = true; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // K or the blocksize
     EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));

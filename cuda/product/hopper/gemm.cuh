@@ -1,16 +1,18 @@
-// The forward product with a quantized weight on compute capability 9.0, by wgmma: README.md follows a tile through it.
+// The product with a quantized weight on compute capability 9.0, by wgmma: README.md follows a tile through it.
 //
-//   Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T
+//   Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T         dX^T[128 of K, rows of M] = [ W^T | A^T ] . [ dY | V
+//   ]^T
 //
-// W is wgmma's a: consumers decode it from shared memory to registers. X is its b, which TMA puts into shared memory in
-// the order that wgmma takes. A block computes a tile of Y, or a part of its inner dimension, after the other, 64 of
-// the inner dimension a step:
+// The weight is wgmma's a: consumers decode it from shared memory to registers. The left operand, X or dY, is its b,
+// which TMA puts into shared memory in the order that wgmma takes. A block computes a tile of the result, or a part of
+// its inner dimension, after the other, 64 of the inner dimension a step:
 //
-//   producers, a warpgroup    X and codes of a step by TMA, a scale for each row of W, into the next stage that is
-//   empty consumers, two            rows 0 ... 63 and 64 ... 127 of W: a stage that is full is decoded and multiplied
+//   producers, a warpgroup    the left operand and codes of a step by TMA, and scales, into the next stage that is
+//   empty consumers, two            each 64 of the result's columns: a stage that is full is decoded and multiplied
 //
-//   tensor cores    i-1,3   i,0    i,1    i,2    i,3    i+1,0   ...     product k = 0 ... 3 of step i
-//   a decode of     i,2     i,3    i+1,0  i+1,1  i+1,2  i+1,3   ...     while three products wait or run
+//   step           i                          i + 1                      i + 2
+//   tensor cores   products of i              products of i + 1          products of i + 2
+//   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
 //
 // `full` of a stage counts its bytes and the warps of producers, `empty` the warps of consumers. Operands are what
 // product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors, rank a multiple
@@ -19,6 +21,7 @@
 
 #include "product/gemm/runs.cuh"
 #include "product/hopper/tile.cuh"
+#include "product/hopper/weights.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -30,11 +33,12 @@ struct HopperMaps {
   TensorMap left, low_rank, codes;
 };
 
-template <class T, class Tile>
+template <class T, class Weights, class Tile>
 class HopperGemm {
   using Shared = HopperShared<T, Tile>;
   using Stage = typename Shared::Stage;
   static constexpr int kProducts = Tile::kProducts;
+  static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
   static constexpr int kConsumersMeet = 1;  // a barrier's number
 
  public:
@@ -113,7 +117,7 @@ class HopperGemm {
     return SharedPlace(shared_.stages).at(stage * sizeof(Stage));
   }
 
-  // ---- producers: thread i brings the scale of row i of a tile of W -----------------------------------------------
+  // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
 
   __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
 
@@ -128,14 +132,14 @@ class HopperGemm {
     // Of so many steps the scales are on their way.
     constexpr int kAhead = 2;
     typename ScaleReader<true>::Raw raw[kAhead];
-    const int thread = thread_index() - Tile::kConsumers;
-    const int row = col0 + thread, last = static_cast<int>(args_.cols) - 1;
-    const std::int64_t element = (row < last ? row : last) * args_.weight.K + std::int64_t{part.first} * Tile::kStep;
+    const int thread = thread_index() - Tile::kConsumers, first = part.first * Tile::kStep;
+    const std::int64_t element =
+        Weights::element(args_.weight, first + Weights::scale_inner(thread), col0 + Weights::scale_col(thread));
     auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
-    int to_fetch = part.count;
     const auto fetch = [&](typename ScaleReader<true>::Raw& to) {
-      scales_.fetch(to, scales_.block_of(chunk));
-      if (--to_fetch > 0) chunk += Tile::kStep / kChunk;  // beyond the part: the last one again
+      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      scales_.fetch(to, scales_.block_of(chunk < args_.last_chunk ? chunk : args_.last_chunk));
+      chunk += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
     };
 #pragma unroll
     for (auto& each : raw) fetch(each);
@@ -145,9 +149,10 @@ class HopperGemm {
     for (int step = part.first; step < part.first + part.count; ++step) {
       wait_for_empty();
       if (asks_for_copies()) {
-        load(maps_.left, row0, step * Tile::kStep, Shared::kCodeBytes);
-        tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, col0, step * (Tile::kStep / 2),
-                      &shared_.full[ring_.stage]);
+        const int inner0 = step * Tile::kStep;
+        load(maps_.left, row0, inner0, Shared::kCodeBytes);
+        tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
+                      Weights::tile_byte(inner0, col0), &shared_.full[ring_.stage]);
       }
       const float scale = scales_.finish(raw[0], offset);
 #pragma unroll
@@ -160,7 +165,7 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
   }
-  // The tile of rows of X, or U, and so many bytes that come beside it.
+  // A tile of rows, and so many bytes that come beside it.
   __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
     mbarrier_arrive_expect(full, Shared::kLeftBytes + bytes);
@@ -189,26 +194,18 @@ class HopperGemm {
                 bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
 
-  // What a lane has of a product's a: by half of its 16, and row.
+  // What a lane has of a product's a: by half of its 16, and column of the result.
   using Fragment = std::uint32_t[4];
-  // And before they are rounded, of all products of a step, in pairs.
-  using Values = float[kProducts * 8];
-
-  // Where a lane finds, in the first stage, both vectors of its first row's codes, and its rows' scales.
-  struct Places {
-    SharedPlace codes[2], scales;
-  };
 
   // Products of a step run while the next one is decoded. It is rounded to their operand when they are done: the
   // compiler lets no one define an operand of wgmma in the meantime.
   __device__ void multiply(int steps) {
     const HopperLane lane;
-    const SharedPlace codes = place_of(0).at(offsetof(Stage, codes) + HopperCodes::place(lane.col())).kept();
-    const Places places = {{codes, codes.flipped(kVectorBytes).kept()},
-                           place_of(0).at(offsetof(Stage, scales) + lane.col() * sizeof(float)).kept()};
-    Values values;
+    const typename Weights::Places places(lane, place_of(0).at(offsetof(Stage, codes)),
+                                          place_of(0).at(offsetof(Stage, scales)));
+    HopperValues values;
     wait_for_full();
-    decode(places, lane.t, values);
+    Weights::decode(places, bytes_of_stage(), table_, values);
 #pragma unroll 1
     for (int rest = steps; rest > 0; --rest) {
       Fragment fragments[kProducts];
@@ -219,37 +216,21 @@ class HopperGemm {
       ring_.go_on();
       if (rest > 1) {
         wait_for_full();
-        decode(places, lane.t, values);
+        Weights::decode(places, bytes_of_stage(), table_, values);
       }
       wgmma_wait_for(values);
       arrive_at_empty(stage);
     }
     wgmma_wait_for(sums_.sum);
   }
-  __device__ __forceinline__ void decode(const Places& places, unsigned t, Values& values) const {
-    const auto stage = static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
-    const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage));
-#pragma unroll
-    for (unsigned vector = 0; vector < 2; ++vector) {
-#pragma unroll
-      for (unsigned row = 0; row < 2; ++row) {
-        const SharedPlace codes = places.codes[vector].at(stage + row * HopperCodes::kRowBytes);
-        const auto words = load_shared<Vector<std::uint32_t, 4>>(codes);
-#pragma unroll
-        for (unsigned word = 0; word < 4; ++word) {
-          const auto pair = table_.of_byte(words.at[word], t);
-          float* const to = values + (vector * 4 + word) * 4 + row * 2;
-          to[0] = pair.at[0] * scale.at[row];
-          to[1] = pair.at[1] * scale.at[row];
-        }
-      }
-    }
+  // Of the ring's stage, from the first.
+  __device__ __forceinline__ std::uint32_t bytes_of_stage() const {
+    return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
-  // By the rows of X, or of U, of the ring's stage.
+  // By the rows that its stage has.
   __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
     constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in a descriptor's units
-    const auto stage = static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
-    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + stage);
+    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + bytes_of_stage());
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kApart);
@@ -261,8 +242,9 @@ class HopperGemm {
     if (thread_index() % kWarp == 0) mbarrier_arrive(&shared_.empty[stage]);
   }
 
-  // 64 of the rank at a time, with s*B in place of W: a lane's share comes from global memory. It waits in the lane's
-  // own shared memory until it is whole: one piece of code loads each pair, and no registers are held meanwhile.
+  // 64 of the rank at a time, with s*B, or A, in place of the weight: a lane's share comes from global memory. It waits
+  // in the lane's own shared memory until it is whole: one piece of code loads each pair, and no registers are held
+  // meanwhile.
   __device__ void add_low_rank(std::int64_t col0, int rank) {
     const HopperLane lane;
     const std::int64_t col = col0 + lane.col();
@@ -274,8 +256,8 @@ class HopperGemm {
 #pragma unroll 1
       for (unsigned word = 0; word < kProducts * 4; ++word) {
         const std::int64_t r = r0 + word / 4 * kWgmmaInner + word / 2 % 2 * 8 + 2 * lane.t;
-        store_shared(scratch(word), pack_pair<T>(right_at<true>(args_, r, col + word % 2),
-                                                 right_at<true>(args_, r + 1, col + word % 2)));
+        store_shared(scratch(word), pack_pair<T>(right_at<Weights::kForward>(args_, r, col + word % 2),
+                                                 right_at<Weights::kForward>(args_, r + 1, col + word % 2)));
       }
       Fragment fragments[kProducts];
 #pragma unroll
@@ -300,13 +282,71 @@ class HopperGemm {
   HopperSums<T, Tile> sums_;
 };
 
-template <class T, int kRows>
+template <class T, class Weights, int kRows>
 __global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
     hopper_gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ HopperMaps maps) {
   using Tile = HopperTile<kRows>;
-  HopperGemm<T, Tile> gemm(args, maps, HopperShared<T, Tile>::of_block());
+  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::of_block());
   gemm.prepare();
   gemm.run();
+}
+
+// ---- on the host ----
+
+// Tiles of `box_rows` rows by a step of a matrix's rows.
+inline TileSource tiles_of(const char* name, const ConstMatrix& matrix, std::int64_t cols, int box_rows) {
+  const auto bytes = static_cast<int>(size_of(matrix.dtype));
+  return {.name = name,
+          .data = matrix.data,
+          .element_bytes = bytes,
+          .rows = matrix.rows,
+          .cols = cols,
+          .stride_bytes = (matrix.rows > 1 ? matrix.stride : cols) * bytes,
+          .box_rows = box_rows,
+          .box_cols = kGemmStep,
+          .swizzle = Swizzle::bytes_128};
+}
+template <class Weights>
+TileSource tiles_of_codes(const QuantizedWeightView& w) {
+  return {.name = "codes",
+          .data = w.codes,
+          .element_bytes = 1,
+          .rows = w.N,
+          .cols = w.K / 2,
+          .stride_bytes = w.K / 2,
+          .box_rows = Weights::kTileRows,
+          .box_cols = Weights::kTileRowBytes,
+          .swizzle = Weights::kSwizzle};
+}
+
+template <class Weights>
+void hopper_gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
+  if (config.blocks == 0) return;
+  constexpr bool kForward = Weights::kForward;
+  const std::int64_t rank = product.low_rank.cols;
+  HopperMaps maps{TensorMap(tiles_of(kForward ? "x" : "dy", product.left, product.inner, config.tile_rows)),
+                  {},
+                  TensorMap(tiles_of_codes<Weights>(product.weight))};
+  if (rank > 0) {
+    maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
+  }
+  const SumsMemory memory(config, stream);
+  const GemmArgs args(product, config, memory);
+  const auto start = [&]<class T, int kRows>() {
+    using Tile = HopperTile<kRows>;
+    const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};
+    launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
+  };
+  const auto start_tile = [&]<class T>() {
+    if (config.tile_rows == kGemmMiddleRows) return start.template operator()<T, kGemmMiddleRows>();
+    if (config.tile_rows == kGemmManyRows) return start.template operator()<T, kGemmManyRows>();
+    start.template operator()<T, kGemmTallRows>();
+  };
+  if (product.left.dtype == DType::bf16) {
+    start_tile.template operator()<Bf16>();
+  } else {
+    start_tile.template operator()<F16>();
+  }
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,4 +1,4 @@
-// The products by wgmma of a build without code for sm_90a: the symbols of forward.cu.
+// The products by wgmma of a build without code for sm_90a: the symbols of forward.cu and backward.cu.
 #include <stdexcept>
 
 #include "product/product.cuh"
@@ -7,7 +7,10 @@ namespace qlora_native::QLN_CUDA {
 
 HopperUse hopper_use(const Stream&) { return HopperUse::none; }
 
-void multiply(const Product&, const HopperConfig&, const Stream&) {
+void multiply_forward(const Product&, const HopperConfig&, const Stream&) {
+  throw std::logic_error("this build has no code for sm_90a");
+}
+void multiply_backward(const Product&, const HopperConfig&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
 

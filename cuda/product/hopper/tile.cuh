@@ -18,31 +18,11 @@ struct HopperTile {
   static constexpr int kStages = hopper_stages(kRows);
   // Consumers are the block's first threads, as many as a block of gemm/ has: its runs, and lanes, are counted alike.
   static constexpr int kConsumers = kCols / kWgmmaRows * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-  static_assert(kConsumers == kGemmThreads && kCols == kWarpgroup);  // a producer brings the scale of a row of W
+  static_assert(kConsumers == kGemmThreads && kCols == kWarpgroup);  // a producer brings a scale
   static constexpr int kConsumerWarps = kConsumers / kWarp, kProducerWarps = kWarpgroup / kWarp;
   // Products of 16 of the inner dimension in a step.
   static constexpr int kProducts = kStep / kWgmmaInner;
   static_assert(kStep * 2 == kSwizzledRowBytes);
-};
-
-// What lane (g, t) of a consumer multiplies. wgmma gives it rows g and g + 8 of the warp's 16; they are rows 2g and
-// 2g + 1 of W, so that it has neighbours of the result. Of the first row's codes it takes byte t of each word:
-//
-//   element of a step   0 1 2 3 4 5 6 7  8 ... 15  16 ... 23  24 ... 31  32 ...
-//   byte                0   1   2   3    4 ... 7    8 ... 11  12 ... 15  16 ...
-//   taken by t =        0   1   2   3    0 ... 3    0 ... 3    0 ... 3    0 ...     wgmma's columns 2t, 2t + 1, 2t + 8,
-//   2t + 9
-struct HopperLane : Lane {
-  using Lane::Lane;
-  __device__ __forceinline__ unsigned col() const { return warp * kMmaRows + 2 * g; }
-};
-
-// A row of W has 32 bytes of codes in a step. TMA's swizzle of 32 bytes lets the two vectors of every other four rows
-// change places, so that lanes of eight g read other banks.
-struct HopperCodes {
-  static constexpr unsigned kRowBytes = kGemmStep / 2;
-  // Where the first vector of a row stands; the second is 16 bytes further, or nearer.
-  static constexpr unsigned place(unsigned row) { return row * kRowBytes + row / 4 % 2 * kVectorBytes; }
 };
 
 template <class T, class Tile>
@@ -54,9 +34,10 @@ struct HopperShared {
     std::uint32_t scratch[kScratchWords];  // of one consumer
   };
   static_assert(sizeof(Row) == kRowBytes && Tile::kConsumers == 256);
+  // Of the weight both layouts (weights.cuh) have as many codes and scales.
   struct alignas(kSwizzledAlignment) Stage {
-    T left[Tile::kRows * Tile::kStep];                         // rows of X, or of U, as wgmma takes them
-    std::uint8_t codes[Tile::kCols * HopperCodes::kRowBytes];  // rows of W
+    T left[Tile::kRows * Tile::kStep];  // rows of X, or of U, as wgmma takes them
+    std::uint8_t codes[Tile::kCols * Tile::kStep / 2];
     float scales[Tile::kCols];
   };
   Row rows[256];
