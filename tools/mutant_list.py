@@ -242,7 +242,14 @@ BY_WGMMA = [
         "[] {}",
         HOPPER,
     ),
-    Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (8 * i + j < rows)", "if (rows > 0)", HOPPER),
+    Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows)", "if (rows > 0)", HOPPER),
+    Mutant(
+        HOPPER_TILE,
+        "dropout's mask is that of another row",
+        "random = dropout_random(dropout.seed, row + row_of(i), col)",
+        "random = dropout_random(dropout.seed, row + i, col)",
+        HOPPER,
+    ),
     Mutant(
         HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(bias_of[j])", "to_f32(bias_of[0])", HOPPER
     ),

@@ -134,7 +134,7 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
 // the most rows.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's have 32 bits, with a sign
-  if (shape.hopper == HopperUse::none || shape.masks || shape.groups > 0) return std::nullopt;
+  if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
   const std::int64_t few = shape.backward ? kGemmFewRows : kThinRows;
   if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
   if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tiles) return std::nullopt;

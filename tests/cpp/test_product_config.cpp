@@ -332,7 +332,7 @@ void wgmma_takes_only_what_it_can_load() {
     EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // K or the blocksize
     EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));

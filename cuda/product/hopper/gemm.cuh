@@ -181,14 +181,14 @@ class HopperGemm {
 
   __device__ void consume(const Part& part) {
     sums_.clear();
-    if (const int rank = rank_of(part); rank > 0) add_low_rank(col0(part), rank);
+    if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
     if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_,
                                                    [] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); })) {
       return;
     }
     const HopperLane lane;
-    const std::int64_t row = row0(part) + 2 * static_cast<int>(lane.t), col = col0(part) + static_cast<int>(lane.col());
+    const std::int64_t row = row0(part) + lane.row(), col = col0(part) + lane.col();
     const T* const bias = static_cast<const T*>(args_.bias);
     sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
                 bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
@@ -245,9 +245,9 @@ class HopperGemm {
   // 64 of the rank at a time, with s*B, or A, in place of the weight: a lane's share comes from global memory. It waits
   // in the lane's own shared memory until it is whole: one piece of code loads each pair, and no registers are held
   // meanwhile.
-  __device__ void add_low_rank(std::int64_t col0, int rank) {
+  __device__ void add_low_rank(const Part& part, int rank) {
     const HopperLane lane;
-    const std::int64_t col = col0 + lane.col();
+    const std::int64_t col = col0(part) + lane.col();
     const auto scratch = [&](unsigned word) {  // neighbouring lanes' lie in other banks
       return SharedPlace(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
     };
@@ -269,6 +269,10 @@ class HopperGemm {
       wgmma_wait_for(sums_.sum);
       arrive_at_empty(ring_.stage);
       ring_.go_on();
+    }
+    if constexpr (!Weights::kForward) {
+      // Before anything else is in the sums, because the mask falls on nothing else.
+      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0(part) + lane.row(), col);
     }
   }
 

@@ -5,6 +5,7 @@
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
+#include "product/dropout.cuh"
 #include "product/gemm/tile.cuh"
 #include "simt/hopper.cuh"
 
@@ -23,6 +24,15 @@ struct HopperTile {
   // Products of 16 of the inner dimension in a step.
   static constexpr int kProducts = kStep / kWgmmaInner;
   static_assert(kStep * 2 == kSwizzledRowBytes);
+};
+
+// wgmma gives lane (g, t) of a consumer rows g and g + 8 of the warp's 16. They are columns 2g and 2g + 1 of the
+// result, so that a lane has neighbours of it.
+struct HopperLane : Lane {
+  using Lane::Lane;
+  // The first of its columns, and of its rows.
+  __device__ __forceinline__ unsigned col() const { return warp * kMmaRows + 2 * g; }
+  __device__ __forceinline__ unsigned row() const { return 2 * t; }
 };
 
 template <class T, class Tile>
@@ -74,6 +84,39 @@ class HopperSums {
 #pragma unroll
     for (float& each : sum) each = 0.0f;
   }
+  // Sets to zero what dropout drops. `row`, `col`: the lane's first of the result. Four lanes have the same rows, and
+  // each two of eight columns whose random bits are one block: each lane makes the block of every fourth row, and they
+  // exchange its words.
+  __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
+    constexpr int kLaneRows = 2 * kVectors, kLanes = 4;
+    static_assert(kLaneRows <= 64);
+    const unsigned mine = HopperLane().g % kLanes;  // its word
+    std::uint64_t kept[2] = {};                     // by row, of each column
+#pragma unroll 1
+    for (int first = kLaneRows - kLanes; first >= 0; first -= kLanes) {
+      const int i = first + static_cast<int>(mine);
+      const PhiloxBlock random = dropout_random(dropout.seed, row + row_of(i), col);
+      kept[0] <<= kLanes;
+      kept[1] <<= kLanes;
+#pragma unroll
+      for (unsigned apart = 0; apart < kLanes; ++apart) {
+        const unsigned other = mine ^ apart;
+        const std::uint32_t even = other & 2 ? random.word[2] : random.word[0];
+        const std::uint32_t odd = other & 2 ? random.word[3] : random.word[1];
+        const std::uint32_t word = shfl_xor(other & 1 ? odd : even, static_cast<int>(apart * 4));
+        kept[0] |= std::uint64_t{(word & 0xFFFF) >= dropout.threshold} << other;
+        kept[1] |= std::uint64_t{word >> 16 >= dropout.threshold} << other;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& each = sum[i / 2 * 4 + i % 2 + 2 * j];
+        each = (kept[j] >> i & 1) != 0 ? each : 0.0f;
+      }
+    }
+  }
   // To and from memory, as in GemmSums.
   __device__ void leave(float* of_run) const {
     float* const to = of_run + thread_index() * 4;
@@ -109,10 +152,15 @@ class HopperSums {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const T values[2] = {from_f32<T>(sum[4 * i + j] + bias[0]), from_f32<T>(sum[4 * i + 2 + j] + bias[1])};
-        if (8 * i + j < rows) store_elements(out + (8 * i + j) * stride, count, values);
+        const int row = row_of(2 * i + j);
+        if (row < rows) store_elements(out + row * stride, count, values);
       }
     }
   }
+
+ private:
+  // The lane's rows, from the first.
+  static constexpr int row_of(int i) { return i / 2 * 8 + i % 2; }
 };
 
 }  // namespace qlora_native::QLN_CUDA

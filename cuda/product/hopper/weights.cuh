@@ -1,19 +1,13 @@
 // The weight as a consumer of the product by wgmma (gemm.cuh) decodes it: forward by its rows, backward by its columns.
 //
-// wgmma gives lane (g, t) rows g and g + 8 of the warp's 16, and of 16 of the inner dimension 2t, 2t + 1, 2t + 8 and
-// 2t + 9. The rows are columns 2g and 2g + 1 of the result, so that a lane has neighbours of it. Both layouts say which
-// codes and scales of a step come where, and which of them are the lane's.
+// Both layouts say which codes and scales of a step come where, and which of them are a lane's: of 16 of the inner
+// dimension wgmma wants 2t, 2t + 1, 2t + 8 and 2t + 9 of lane (g, t).
 #pragma once
 
 #include "product/hopper/tile.cuh"
 #include "simt/tensor_map.h"
 
 namespace qlora_native::QLN_CUDA {
-
-struct HopperLane : Lane {
-  using Lane::Lane;
-  __device__ __forceinline__ unsigned col() const { return warp * kMmaRows + 2 * g; }
-};
 
 // What a lane has of a step, before it is rounded: by 16 of the inner dimension, half of these, and column of the
 // result, two neighbours in the inner dimension.
