@@ -1,14 +1,14 @@
 // The product with a quantized weight on compute capability 9.0, by wgmma: README.md follows a tile through it.
 //
-//   Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T         dX^T[128 of K, rows of M] = [ W^T | A^T ] . [ dY | V
-//   ]^T
+//   forward    Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T
+//   backward  dX^T[128 of K, rows of M] = [ W^T | A^T ] . [ dY | V ]^T
 //
 // The weight is wgmma's a: consumers decode it from shared memory to registers. The left operand, X or dY, is its b,
 // which TMA puts into shared memory in the order that wgmma takes. A block computes a tile of the result, or a part of
 // its inner dimension, after the other, 64 of the inner dimension a step:
 //
-//   producers, a warpgroup    the left operand and codes of a step by TMA, and scales, into the next stage that is
-//   empty consumers, two            each 64 of the result's columns: a stage that is full is decoded and multiplied
+//   producers, 4 warps    bring the left operand and codes of a step by TMA, and scales, into a stage that is empty
+//   consumers, 2 x 4      decode and multiply a stage that is full, each four 64 of the result's columns
 //
 //   step           i                          i + 1                      i + 2
 //   tensor cores   products of i              products of i + 1          products of i + 2

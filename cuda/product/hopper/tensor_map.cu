@@ -11,10 +11,10 @@ namespace {
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 Encode encode_of_driver() {
-  constexpr unsigned kCuda12 = 12000;
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
+  constexpr unsigned kCuda12 = 12000;
   QLN_CHECK_CUDA(
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kCuda12, cudaEnableDefault, &result));
 #else
