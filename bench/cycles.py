@@ -5,13 +5,14 @@ dimension of one tile, which 8 warps do together:
 
     shared memory  128 bytes a cycle: loads, stores, ldmatrix, and asynchronous copies on their way in
     issue          4 schedulers, an instruction of a warp a cycle each
-    tensor         the tile's multiply-adds over the rate of mma.sync
+    tensor         the tile's multiply-adds over the rate of mma.sync, or of wgmma
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
 wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, and its tiles come by TMA; beside the 8
 warps that multiply there are 4 that bring scales.
 
-The longest is a bound on speed from one side; waits, conflicts and caches are not in it. No GPU has confirmed it yet.
+The longest is a bound on speed from one side, and says what share of the tensor cores' peak a tile can reach that is
+full; waits, conflicts and caches are not in it. No GPU has confirmed it yet.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class Device:
     clock: float  # Hz, under load
     bandwidth: float  # bytes a second
     multiply_adds: float  # of bf16 by tensor cores, a cycle and multiprocessor
+    peak: float  # the same, by the instruction that is fastest there
 
 
 # mma.sync reaches 62 % of the rate that wgmma has on Hopper.
 DEVICES = {
-    "sm_80": Device("A100", 108, 1.41e9, 2.04e12, 1024),
-    "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048),
-    "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048),
+    "sm_80": Device("A100", 108, 1.41e9, 2.04e12, 1024, 1024),
+    "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048, 2048),
+    "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048, 2048),
 }
 PRODUCERS = 4  # warps, of a kernel that multiplies by wgmma
 
@@ -67,11 +69,17 @@ class Step:
     kernel: str
     architecture: str
     cycles: dict[str, float]
+    least: float  # cycles that its multiply-adds take at the peak
 
     @property
     def bound(self) -> str:
         """The resource that takes longest."""
         return max(self.cycles, key=self.cycles.__getitem__)
+
+    @property
+    def share(self) -> float:
+        """Of the tensor cores' peak, at most."""
+        return self.least / self.cycles[self.bound]
 
 
 def step_of(kernel: Kernel) -> Step | None:
@@ -101,15 +109,16 @@ def step_of(kernel: Kernel) -> Step | None:
             "tensor": rows * cols * STEP / device.multiply_adds,
             "DRAM": cols * STEP * BYTES_OF_WEIGHT / share,
         },
+        rows * cols * STEP / device.peak,
     )
 
 
 def table(kernels: Sequence[Kernel]) -> Iterator[str]:
     """Markdown, a line a kernel, in bf16 alone: fp16 costs the same."""
     resources = ("shared memory", "issue", "tensor", "DRAM")
-    yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by |"
-    yield "|---|---|" + "---|" * (len(resources) + 1)
+    yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by | of the peak |"
+    yield "|---|---|" + "---|" * (len(resources) + 2)
     steps = (step_of(kernel) for kernel in kernels if "<Bf16" in kernel.name)
     for step in sorted(filter(None, steps), key=lambda step: (step.architecture, step.kernel)):
         cycles = " | ".join(f"{step.cycles[name]:.0f}" for name in resources)
-        yield f"| {step.kernel} | {DEVICES[step.architecture].name} | {cycles} | {step.bound} |"
+        yield f"| {step.kernel} | {DEVICES[step.architecture].name} | {cycles} | {step.bound} | {step.share:.0%} |"
