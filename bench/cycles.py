@@ -5,10 +5,14 @@ dimension of one tile, which 8 warps do together:
 
     shared memory  128 bytes a cycle: loads, stores, ldmatrix, and asynchronous copies on their way in
     issue          4 schedulers, an instruction of a warp a cycle each
-    tensor         the tile's multiply-adds over the rate of mma.sync
+    tensor         the tile's multiply-adds over the rate of mma.sync, or of wgmma
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
-The largest is a lower bound on the time, without waits, conflicts and caches. No GPU has confirmed it yet.
+wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, and its tiles come by TMA. Beside the 8
+warps that multiply, 4 bring codes and scales.
+
+The largest is a lower bound on the time, without waits, conflicts and caches, and an upper bound on the share of the
+tensor cores' peak that a full tile can reach. No GPU has confirmed it yet.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
-from machine_code import Instruction, Kernel, main_loop
+from machine_code import Instruction, Kernel, count, loops, main_loop
 
 STEP, WARPS, LANES, SCHEDULERS, SHARED_BYTES = 64, 8, 32, 4, 128
 BYTES_OF_WEIGHT = 0.5159  # 4 bits, and a share of the double-quantized scale of 64
@@ -36,13 +40,16 @@ class Device:
     clock: float  # Hz, under load
     bandwidth: float  # bytes a second
     multiply_adds: float  # of bf16 by tensor cores, a cycle and multiprocessor
+    peak: float  # the same, by the instruction that is fastest there
 
 
 # mma.sync reaches 62 % of the rate that wgmma has on Hopper.
 DEVICES = {
-    "sm_80": Device("A100", 108, 1.41e9, 2.04e12, 1024),
-    "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048),
+    "sm_80": Device("A100", 108, 1.41e9, 2.04e12, 1024, 1024),
+    "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048, 2048),
+    "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048, 2048),
 }
+PRODUCERS = 4  # warps, of a kernel that multiplies by wgmma
 
 
 def shared_cycles(loop: Sequence[Instruction]) -> int:
@@ -66,42 +73,56 @@ class Step:
     kernel: str
     architecture: str
     cycles: dict[str, float]
+    least: float  # cycles that its multiply-adds take at the peak
 
     @property
     def bound(self) -> str:
         """The resource that takes longest."""
         return max(self.cycles, key=self.cycles.__getitem__)
 
+    @property
+    def share(self) -> float:
+        """Of the tensor cores' peak, at most."""
+        return self.least / self.cycles[self.bound]
+
 
 def step_of(kernel: Kernel) -> Step | None:
     """The step of a kernel of the tensor-core product; None for other kernels."""
     thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
-    match = thin or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
+    wgmma = re.match(r"hopper_gemm_kernel<\w+, \w+, (\d+)>", kernel.name)
+    match = thin or wgmma or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
     if match is None:
         return None
-    rows, cols = int(match[1]), 128 if thin else int(match[2])
+    rows, cols = int(match[1]), 128 if thin or wgmma else int(match[2])
     turns = 1 / 2 if thin else 1  # a step of the thin kernel is 128
     device = DEVICES[kernel.architecture]
     loop = main_loop(kernel.code, kernel.name)
     share = device.bandwidth / device.multiprocessors / device.clock
+    beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
+    if wgmma:
+        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 2]
+        beside = PRODUCERS * min(map(len, brings))
+        left = rows * STEP * 2
+        copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return Step(
         kernel.name,
         kernel.architecture,
         {
-            "shared memory": WARPS * shared_cycles(loop) * turns,
-            "issue": WARPS * len(loop) / SCHEDULERS * turns,
+            "shared memory": WARPS * shared_cycles(loop) * turns + copied,
+            "issue": (WARPS * len(loop) + beside) / SCHEDULERS * turns,
             "tensor": rows * cols * STEP / device.multiply_adds,
             "DRAM": cols * STEP * BYTES_OF_WEIGHT / share,
         },
+        rows * cols * STEP / device.peak,
     )
 
 
 def table(kernels: Sequence[Kernel]) -> Iterator[str]:
     """The table as Markdown, with a line for each kernel in bf16; fp16 costs the same."""
     resources = ("shared memory", "issue", "tensor", "DRAM")
-    yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by |"
-    yield "|---|---|" + "---|" * (len(resources) + 1)
+    yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by | of the peak |"
+    yield "|---|---|" + "---|" * (len(resources) + 2)
     steps = (step_of(kernel) for kernel in kernels if "<Bf16" in kernel.name)
     for step in sorted(filter(None, steps), key=lambda step: (step.architecture, step.kernel)):
         cycles = " | ".join(f"{step.cycles[name]:.0f}" for name in resources)
-        yield f"| {step.kernel} | {DEVICES[step.architecture].name} | {cycles} | {step.bound} |"
+        yield f"| {step.kernel} | {DEVICES[step.architecture].name} | {cycles} | {step.bound} | {step.share:.0%} |"

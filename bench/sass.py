@@ -4,10 +4,10 @@
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
     make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md
 
-The main loop of a kernel is the one with the most tensor-core instructions (HMMA) of its own, not counting loops inside
-it. Without any HMMA it is the loop with the most instructions; or, in a kernel that has one loop with vector loads and
-one for the remaining elements, the loop with the most 16-byte loads and stores. Its length times the threads of a
-block, divided by the weights that the block processes in one turn, is the number of thread-instructions for each
+The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
+inside it. Without any of them it is the loop with the most instructions; or, in a kernel that has one loop with vector
+loads and one for the remaining elements, the loop with the most 16-byte loads and stores. Its length times the threads
+of a block, divided by the weights that the block processes in one turn, is the number of thread-instructions for each
 weight. An H100 issues about 29e12 of them a second, which gives a lower bound on the time, without waits. Every branch
 of a loop counts, also code for the edges of an array or for another dtype. Shared memory is not among the figures,
 because it is requested at launch.
@@ -50,6 +50,8 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     # weights once more.
     (r"gemm_kernel<\w+, \w+, GemmTile<(?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     (r"thin_gemm_kernel<\w+, (?P<rows>\d+)", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
+    # A warpgroup's wgmma takes 16 of the inner dimension of 64 columns.
+    (r"hopper_gemm_kernel<", "weight", lambda m, loop: count(loop, "HGMMA") * 16 * 64 / 128),
     (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
     # Its turns are of 64 weights a lane; what else has a multiply-add in it is not as much as a turn.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
@@ -78,10 +80,21 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     }
     if hmma := count(loop, "HMMA"):
         result["hmma"] = round(hmma / len(loop), 3)
+    if is_serialized(kernel.code):
+        result["serialized"] = True
     for pattern, unit, units in WORK:
         if loop and (match := re.match(pattern, kernel.name)):
             result[f"per_{unit}"] = round(len(loop) / units(match, loop), 2)
     return {**result, "kinds": kinds(loop)}
+
+
+def is_serialized(code: Sequence[Instruction]) -> bool:
+    """Whether each wgmma ends a group of its own, for which the next one waits.
+
+    That is what ptxas makes where it cannot tell that registers are left alone in the meantime (its notes C7510 ...).
+    """
+    wgmma = [instruction for instruction in code if instruction.opcode.startswith("HGMMA")]
+    return bool(wgmma) and all("gsb" in instruction.operands for instruction in wgmma)
 
 
 def nvcc_version() -> str:
@@ -109,6 +122,8 @@ def faults(now: dict[str, Any], committed: dict[str, Any], same_compiler: bool =
             before = committed.get(name, {}).get(architecture)
             if figure["local"] or figure["stack"]:
                 found.append(f"{where}: {figure['stack']} bytes of stack, {figure['local']} accesses to local memory")
+            if figure.get("serialized"):
+                found.append(f"{where}: each wgmma waits for the one before")
             if not same_compiler:
                 continue
             if before is None:
@@ -204,6 +219,11 @@ SHOWN = {
         for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
         for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
     },
+    **{
+        f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
+        for rows in (64, 128, 256)
+        for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
+    },
     "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
     "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
     "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
@@ -219,13 +239,12 @@ SHOWN = {
 
 def short_table(committed: dict[str, Any]) -> str:
     """The table of cuda/README.md, of the committed figures."""
-    newest = ARCHITECTURES[-1]
     lines = [
-        f"| {newest}, nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight or element |",
+        f"| sm_90(a), nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight or element |",
         "|---|---|---|---|---|",
     ]
     for title, name in SHOWN.items():
-        figure = committed["kernels"][name][newest]
+        figure = list(committed["kernels"][name].values())[-1]  # of the newest architecture
         unit = figure.get("per_weight", figure.get("per_element", ""))
         share = f"{figure['hmma']:.0%}" if "hmma" in figure else ""
         lines.append(f"| {title} | {figure['registers']} | {figure['loop']} | {share} | {unit} |")

@@ -175,6 +175,18 @@ def test_each_fault_is_reported(sass):
     assert sass.faults(other, committed) == ["new for sm_80: no committed figure (make sass ARGS=--output writes it)"]
 
 
+def test_wgmma_that_waits_for_the_one_before_is_not_seen(machine_code, sass):
+    def kernel(*operands):
+        code = tuple(machine_code.Instruction(16 * i, "", "HGMMA.64x64x16", each) for i, each in enumerate(operands))
+        return machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 64>", "sm_90a", code, 168, 0)
+
+    together, apart = kernel("R24, R152, gdesc[UR8], R24", "R24, gsb0"), kernel("R24, gsb0", "R24, gsb0")
+    assert "serialized" not in sass.figures(together)
+    figure = sass.figures(apart)
+    report = {apart.name: {"sm_90a": figure}}
+    assert sass.faults(report, report) == [f"{apart.name} for sm_90a: each wgmma waits for the one before"]
+
+
 def test_table_of_the_readme_is_that_of_the_figures(sass):
     committed = json.loads(sass.RESULTS.read_text())
     text = sass.README.read_text()
@@ -200,5 +212,17 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
     )
     step = cycles.step_of(kernel)
     assert step is not None and step.bound == "tensor"
-    assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048)
+    assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048) and round(step.share, 4) == 0.62
     assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
+
+
+def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
+    cycles = importlib.import_module("cycles")
+    opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 2, "BRA", "EXIT"]
+    operands = {5: "0x0", 8: "0x60"}
+    code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
+    step = cycles.step_of(machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0))
+    assert step is not None and step.cycles["tensor"] == 1024
+    # X is written once and read by both warpgroups; 8 warps load 4 x 128 bytes each, and codes come in 32 x 128.
+    assert step.cycles["shared memory"] == 3 * 256 + 8 * 4 + 32
+    assert step.cycles["issue"] == (8 * 6 + 4 * 3) / 4

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")
 
 # {kind of instruction: names}; an instruction belongs to the first kind that fits.
 KINDS = {
@@ -27,7 +27,7 @@ KINDS = {
     "convert": ("F2F", "I2F", "F2I", "F2FP", "I2FP", "FRND", "I2I"),
     "move": ("MOV", "SHFL", "R2UR", "S2R", "S2UR", "CS2R", "R2P", "P2R"),
     "control": ("BRA", "BSSY", "BSYNC", "BAR", "EXIT", "CALL", "RET", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "NOP", "BREAK",
-                "YIELD", "NANOSLEEP", "MEMBAR", "ERRBAR", "CCTL", "BRX"),
+                "YIELD", "SYNCS", "WARPGROUP", "ELECT", "NANOSLEEP", "MEMBAR", "ERRBAR", "CCTL", "BRX"),
     "uniform": ("U",),
 }  # fmt: skip
 OTHERS = "integer"
@@ -256,7 +256,7 @@ def main_loop(code: Sequence[Instruction], name: str = "") -> tuple[Instruction,
         return 0 if fills_tables else sum(i.opcode.startswith(("LDG.E.128", "STG.E.128")) for i in loop)
 
     prefers = vectors if re.match(IN_VECTORS, name) else lambda loop: 0
-    main = max(range(len(found)), key=lambda n: (count(own[n], "HMMA"), prefers(own[n]), len(own[n])))
+    main = max(range(len(found)), key=lambda n: (count(own[n], "HMMA", "HGMMA"), prefers(own[n]), len(own[n])))
     for pattern, times in NESTED.items():
         if re.match(pattern, name):
             around = min((n for n, body in enumerate(bodies) if body > bodies[main]), key=lambda n: len(bodies[n]))

@@ -30,6 +30,7 @@ SUITES = {
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
     "row_groups": Suite("qln_test_row_groups", EMULATED),
+    "hopper": Suite("qln_test_hopper", EMULATED),
     # These use the best instruction set of the build: AVX2 or Advanced SIMD.
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),
@@ -64,13 +65,13 @@ ON_GPU = ("conformance_emulated",)
 
 GEMM_BLOCK, RUNS, THIN, THIN_SUMS = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin", "thin_sums"))
 LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      sync_threads();
+      meet();
       if (thread_index() == 0) signal(shared_.ready + part.run, 1);
 """
 WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
         wait_for(shared_.ready + other, 1);
       }
-      sync_threads();
+      meet();
 """
 ADD = """#pragma unroll 1
       for (int other = part.run + 1; other <= last; ++other) sums.add(shared_.of_runs + std::int64_t{other} * kSums);
@@ -83,11 +84,11 @@ BETWEEN_BLOCKS = [
         LEAVE,
         """      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
       sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      sync_threads();
+      meet();
 """,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier before the flag", LEAVE, LEAVE.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(RUNS, "no barrier before the flag", LEAVE, LEAVE.replace("      meet();\n", ""), CONCURRENT),
     Mutant(
         RUNS,
         "the flag is an ordinary store, without release",
@@ -102,7 +103,7 @@ BETWEEN_BLOCKS = [
         ADD + WAIT,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier after the wait", WAIT, WAIT.replace("      sync_threads();\n", ""), CONCURRENT),
+    Mutant(RUNS, "no barrier after the wait", WAIT, WAIT.replace("      meet();\n", ""), CONCURRENT),
     Mutant(
         RUNS,
         "runs are given out by the blocks' indices",
@@ -110,13 +111,147 @@ BETWEEN_BLOCKS = [
         "static_cast<int>(block_index())",
         CONCURRENT,
     ),
-    Mutant(RUNS, "nobody waits", WAIT, "      sync_threads();\n", CONCURRENT),
+    Mutant(RUNS, "nobody waits", WAIT, "      meet();\n", CONCURRENT),
     Mutant(
         RUNS,
         "the flags are not reset",
         "if (workspace_.data() != nullptr) fill_bytes(",
         "if (false) fill_bytes(",
         CONCURRENT,
+    ),
+]
+
+HOPPER_GEMM, HOPPER_TILE, HOPPER_WEIGHTS = (f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "tile", "weights"))
+HOPPER = ("hopper",)
+
+BY_WGMMA = [
+    Mutant(HOPPER_GEMM, "no fence before the products", *_without("    wgmma_fence();\n"), HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "a full stage has one arrival too few",
+        "Tile::kProducerWarps + 1);",
+        "Tile::kProducerWarps);",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "an empty stage has one arrival too many",
+        "&shared_.empty[i], Tile::kConsumerWarps);",
+        "&shared_.empty[i], Tile::kConsumerWarps + 1);",
+        HOPPER,
+    ),
+    Mutant(HOPPER_GEMM, "barriers are not published", *_without("      fence_mbarrier_init();\n"), HOPPER),
+    Mutant(HOPPER_GEMM, "the parity of an empty stage is stale", "ring_.parity ^ 1);", "ring_.parity);", HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "a stage is filled again too soon",
+        *_without("      wait_for_empty();\n      if (asks_for_copies()) {\n", "      if (asks_for_copies()) {\n"),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "a step is decoded before it is there",
+        *_without("        wait_for_full();\n        Weights::decode(", "        Weights::decode("),
+        HOPPER,
+    ),
+    Mutant(HOPPER_GEMM, "operands change while products run", *_without("      wgmma_wait_for(values);\n"), HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "sums of the adapter are not waited for",
+        *_without(
+            "      wgmma_wait_for(sums_.sum);\n      arrive_at_empty(ring_.stage);\n",
+            "      arrive_at_empty(ring_.stage);\n",
+        ),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "a descriptor goes on by twice as much",
+        "kWgmmaInner * sizeof(T) / 16;",
+        "kWgmmaInner * sizeof(T) / 8;",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "codes are read as without a swizzle",
+        "(i ^ lane.col() / 4 % 2) * kVectorBytes",
+        "i * kVectorBytes",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "codes of columns are read as without a swizzle",
+        "(byte / kVectorBytes ^ lane.t) * kVectorBytes",
+        "byte / kVectorBytes * kVectorBytes",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "nibbles of two rows do not change places",
+        "(rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)",
+        "rows[1]",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "both rows of a pair have the first one's scale",
+        "pair.at[1] * scale.at[1];",
+        "pair.at[1] * scale.at[0];",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "all columns have the scales of the first 64",
+        "lane.col() / kGemmStep * kGemmStep + 2 * lane.t",
+        "2 * lane.t",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "codes of too few rows come",
+        ".box_rows = Weights::kTileRows",
+        ".box_rows = Weights::kTileRows / 2",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "rows of X come without a swizzle",
+        ".swizzle = Swizzle::bytes_128",
+        ".swizzle = Swizzle::none",
+        HOPPER,
+    ),
+    Mutant(HOPPER_GEMM, "more bytes are expected than come", "row0, r, 0);", "row0, r, Shared::kCodeBytes);", HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "a warp arrives before its scales are stored",
+        *_without("    sync_warp();  // what its lanes have stored is there\n"),
+        HOPPER,
+    ),
+    Mutant(HOPPER_GEMM, "a step has the scale of the next", "finish(raw[0], offset)", "finish(raw[1], offset)", HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "each part of a tile has the adapter",
+        "part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0",
+        "static_cast<int>(args_.low_rank.cols)",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "consumers do not meet around sums of other blocks",
+        "[] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); }",
+        "[] {}",
+        HOPPER,
+    ),
+    Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows)", "if (rows > 0)", HOPPER),
+    Mutant(
+        HOPPER_TILE,
+        "dropout's mask is that of another row",
+        "random = dropout_random(dropout.seed, row + row_of(i), col)",
+        "random = dropout_random(dropout.seed, row + i, col)",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(bias_of[j])", "to_f32(bias_of[0])", HOPPER
     ),
 ]
 
@@ -882,4 +1017,4 @@ PAGED_OPTIMIZER = [
     Mutant(UPDATE, "no room is left for others", "to_come + kSpareBytes;", "to_come;", PAGED),
 ]
 
-MUTANTS = [*BETWEEN_BLOCKS, *GEMM, *ON_CHIP, *ROW_GROUPS, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]
+MUTANTS = [*BETWEEN_BLOCKS, *BY_WGMMA, *GEMM, *ON_CHIP, *ROW_GROUPS, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]

@@ -121,9 +121,40 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   return std::nullopt;
 }
 
+// Of the inner dimension's steps, all tiles of whole rows of out.
+void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
+  config.steps = static_cast<int>(ceil_div(shape.inner, step));
+  config.row_tiles = 1;
+  config.tiles = ceil_div(shape.cols, config.tile_cols);
+  config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
+}
+
+// By wgmma. Of few rows the kernels of gemm/ ask less of shared memory, which bounds both (results/sass.md), or hardly
+// more, with two blocks a multiprocessor. A tile of few rows is for few; beyond, the tallest one decodes a weight for
+// the most rows.
+std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
+  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's have 32 bits, with a sign
+  if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
+  const std::int64_t few = shape.backward ? kGemmFewRows : kThinRows;
+  if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
+  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tiles) return std::nullopt;
+  if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
+  HopperConfig config{.runs = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
+  config.runs.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
+                          : shape.rows <= kGemmManyRows || wastes(shape.rows, kGemmTallRows, kGemmManyRows)
+                              ? kGemmManyRows
+                              : kGemmTallRows;
+  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
+  if (shape.smem_bytes < hopper_smem_bytes(config.runs.tile_rows)) return std::nullopt;
+  share_steps(shape, kGemmStep, config.runs);
+  return config;
+}
+
 }  // namespace
 
 ProductConfig product_config(const ProductShape& shape) {
+  const std::optional<HopperConfig> hopper = by_wgmma(shape);
+  if (hopper && shape.hopper == HopperUse::wherever_it_can) return *hopper;
   const bool grouped = shape.groups > 0;
   const bool is_made = !grouped || shape.aligned;  // groups have no kernels but of vectors and that for anything
   if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_made) {
@@ -133,16 +164,22 @@ ProductConfig product_config(const ProductShape& shape) {
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
   }
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
+  if (hopper) return *hopper;
   // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
   if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_made) return GeneralConfig{};
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
   GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
-  config.steps = static_cast<int>(ceil_div(shape.inner, config.thin ? kThinStep : kGemmStep));
   config.blocks = blocks_of_multiprocessor(shape, config) * shape.multiprocessors;
-  config.row_tiles = 1;
-  config.tiles = ceil_div(shape.cols, config.tile_cols);
-  return config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
+  share_steps(shape, config.thin ? kThinStep : kGemmStep, config);
+  return config;
+}
+
+HopperUse asked_hopper_use(bool is_hopper) {
+  if (!is_hopper) return HopperUse::none;
+  const char* asked = std::getenv("QLN_FORCE_HOPPER");
+  if (asked == nullptr) return HopperUse::where_it_wins;
+  return *asked == '1' ? HopperUse::wherever_it_can : HopperUse::none;
 }
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
@@ -165,10 +202,15 @@ std::string name_of_way(const ProductShape& shape, const GeneralConfig&) {
 std::string name_of_way(const ProductShape&, const GemvConfig& config) {
   return "GEMV, " + number(config.blocks) + " blocks";
 }
+std::string text_of_runs(const GemmConfig& config) {
+  return number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" + number(config.tile_cols) + ", " +
+         number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
+}
 std::string name_of_way(const ProductShape&, const GemmConfig& config) {
-  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + number(config.tiles) + " tiles of " +
-         number(config.tile_rows) + "x" + number(config.tile_cols) + ", " + number(config.steps) + " steps each, " +
-         number(config.blocks) + " blocks";
+  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_runs(config);
+}
+std::string name_of_way(const ProductShape&, const HopperConfig& config) {
+  return "tensor cores by wgmma, " + text_of_runs(config.runs);
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +

@@ -44,6 +44,17 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
+// The forward product by wgmma (hopper/): tiles of 64, 128 or 256 rows by kGemmCols. A block has a multiprocessor to
+// itself, so that stages fill its shared memory. Bytes: rows of a table of codes; of each stage the left operand, codes
+// and scales, from a multiple of 1024 to the next; levels, barriers and a place in the run, up to such a multiple.
+constexpr int hopper_stages(int tile_rows) {
+  return tile_rows == kGemmTallRows ? 4 : tile_rows == kGemmManyRows ? 6 : 8;
+}
+constexpr std::size_t hopper_smem_bytes(int tile_rows) {
+  constexpr int kTableBytes = 256 * 256, kEndBytes = 2048;
+  const int stage = (kGemmStep * (2 * tile_rows + kGemmCols / 2) + 4 * kGemmCols + 1023) / 1024 * 1024;
+  return kGemmMostReservedSmem + static_cast<std::size_t>(kTableBytes + hopper_stages(tile_rows) * stage + kEndBytes);
+}
 // The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
@@ -69,6 +80,9 @@ constexpr std::int64_t most_row_tiles(std::int64_t rows, std::int64_t groups, st
   return (rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows;
 }
 
+// Whether hopper/ may compute a product: this build has its code (sm_90a), and the device can run that. Else none.
+enum class HopperUse : std::uint8_t { none, where_it_wins, wherever_it_can };
+
 // What is known of a product beforehand: out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or
 // by its columns (backward).
 struct ProductShape {
@@ -86,6 +100,8 @@ struct ProductShape {
   bool own_weights = false;   // of the groups: no tile has rows of two
   bool masks = false;         // dropout falls on the adapter's part alone, within the sums: backward
   bool dense_gemm = false;    // the host program has one (runtime.h)
+  HopperUse hopper = HopperUse::none;
+  bool tiles = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory, that a block may have
   std::size_t reserved_smem_bytes = 0;  // that the device keeps of it before
@@ -143,14 +159,22 @@ struct GemmConfig {
   bool operator==(const GemmConfig&) const = default;
 };
 
+// hopper/: by wgmma, whose blocks share tiles as those of gemm/ do.
+struct HopperConfig {
+  GemmConfig runs;
+  bool operator==(const HopperConfig&) const = default;
+};
+
 // panels.cu: panels of decoded weight for the host program's dense product.
 struct PanelsConfig {
   std::int64_t cols = 0, rows = 0;  // of out: the columns of a panel, and the rows at once
   bool operator==(const PanelsConfig&) const = default;
 };
 
-using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, PanelsConfig>;
+using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
+// Of a device that could run hopper/: by its model where it wins; QLN_FORCE_HOPPER=1 wherever it can, =0 never.
+HopperUse asked_hopper_use(bool is_hopper);
 
 // Elements that a panel takes for each column of out: the weight's, the adapter's, zeros.
 constexpr std::int64_t column_of_panel(std::int64_t inner, std::int64_t rank) {

@@ -27,6 +27,8 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .own_weights = p.own_weights,
       .masks = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,
+      .hopper = hopper_use(stream),
+      .tiles = rows_are_tiles(p.left, p.inner) && rows_are_tiles(p.low_rank, p.low_rank.cols),
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),
@@ -35,6 +37,9 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
 
 void multiply(const Product& product, const GemmConfig& config, const Stream& stream) {
   if (config.thin) return multiply_thin(product, config, stream);
+  product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
+}
+void multiply(const Product& product, const HopperConfig& config, const Stream& stream) {
   product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
 }
 

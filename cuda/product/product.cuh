@@ -92,6 +92,11 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
          (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
 }
 
+// Whether TMA can load tiles of them too (hopper/).
+inline bool rows_are_tiles(const ConstMatrix& matrix, std::int64_t cols) {
+  return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
+}
+
 // An element of right', in fp32; 0 beyond the rank and beyond the columns.
 template <bool kForward>
 __device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
@@ -137,10 +142,14 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One for each way: general.cu, gemv.cu, panels.cu, and of GemmConfig gemm/thin.cu, forward.cu and backward.cu.
+// One for each way: general.cu, gemv.cu, panels.cu; of GemmConfig gemm/thin.cu, forward.cu and backward.cu; of
+// HopperConfig hopper/forward.cu and backward.cu.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
+void multiply_forward(const Product& product, const HopperConfig& config, const Stream& stream);
+void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream);
+HopperUse hopper_use(const Stream& stream);
 void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream);
 void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream);
 void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream);

@@ -13,7 +13,7 @@ constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1
 
 // The swizzle moves a vector: bits 4 ... of its address are flipped by bits 7 ...
 std::uint32_t swizzled(std::uint32_t address, Swizzle swizzle) {
-  const std::uint32_t mask = swizzle == Swizzle::bytes_128 ? 7 : swizzle == Swizzle::bytes_64 ? 3 : 0;
+  const std::uint32_t mask = swizzle == Swizzle::none ? 0 : static_cast<std::uint32_t>(span_of(swizzle) / kVector - 1);
   return address ^ (address >> 7 & mask) << 4;
 }
 

@@ -1,6 +1,7 @@
 // What a kernel may use beside simt.cuh on a device of compute capability 9.0 (sm_90a): barriers in shared memory that
-// count arrivals and bytes, copies of tiles by the device's copy engine, and products of four warps. host_hopper.h has
-// their emulation. The instructions themselves come with the first kernel that uses them.
+// count arrivals and bytes, copies of tiles by the device's copy engine, and products of four warps. device_hopper.cuh
+// has the instructions, host_hopper.h their emulation. Only files of product/hopper/ include this: what it promises
+// compiles for no other architecture.
 //
 //   mbarrier_init/arrive/wait()   a phase is complete when all arrivals have come, and all bytes that were expected
 //   tma_load_tile()               a tile of a matrix in global memory, which arrives at such a barrier
@@ -24,7 +25,11 @@ constexpr int kTmaAlignment = 128, kSwizzledRowBytes = 128, kSwizzledAlignment =
 
 }  // namespace qlora_native::QLN_CUDA
 
+#ifdef __CUDACC__
+#include "simt/device_hopper.cuh"
+#else
 #include "simt/host_hopper.h"
+#endif
 
 namespace qlora_native::QLN_CUDA {
 

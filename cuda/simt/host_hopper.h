@@ -11,7 +11,7 @@ namespace qlora_native::cuda_emulated {
 
 class TensorMap {
  public:
-  TensorMap() = default;
+  TensorMap() { source_.name = nullptr; }
   explicit TensorMap(const TileSource& source) : source_(source) {
     if (const std::string fault = source.fault(); !fault.empty()) {
       throw Error(source.name, "an operand of which TMA can load tiles", fault);
@@ -23,6 +23,9 @@ class TensorMap {
  private:
   TileSource source_;
 };
+
+// The emulated device is one where that is asked for.
+inline bool is_hopper(const Stream&) { return std::getenv("QLN_FORCE_HOPPER") != nullptr; }
 
 // ---- barriers ----
 

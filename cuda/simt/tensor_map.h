@@ -8,7 +8,10 @@ namespace qlora_native {
 
 // How the 16-byte vectors of a tile change places in shared memory: within spans of so many bytes, by flipping the bits
 // of an address above the lowest four with those above the lowest seven. none: they do not.
-enum class Swizzle : std::uint8_t { none, bytes_64, bytes_128 };
+enum class Swizzle : std::uint8_t { none, bytes_32, bytes_64, bytes_128 };
+
+// The span; 0 for none.
+constexpr int span_of(Swizzle swizzle) { return swizzle == Swizzle::none ? 0 : 16 << static_cast<int>(swizzle); }
 
 struct TileSource {
   const char* name = "";  // of the operand, for errors
@@ -23,7 +26,7 @@ struct TileSource {
   const char* fault() const {
     constexpr int kVector = 16, kMostBox = 256;
     constexpr std::int64_t kMostRows = std::int64_t{1} << 32, kMostStride = std::int64_t{1} << 40;
-    const std::int64_t span = swizzle == Swizzle::bytes_128 ? 128 : swizzle == Swizzle::bytes_64 ? 64 : box_row_bytes();
+    const std::int64_t span = span_of(swizzle) == 0 ? box_row_bytes() : span_of(swizzle);
     if (reinterpret_cast<std::uintptr_t>(data) % kVector != 0) return "its address is no multiple of 16";
     if (stride_bytes % kVector != 0 || stride_bytes >= kMostStride) return "its stride is no multiple of 16 bytes";
     if (rows < 1 || cols < 1 || rows > kMostRows || cols > kMostRows) return "it has no rows or columns, or too many";

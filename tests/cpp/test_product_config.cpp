@@ -3,6 +3,7 @@
 #include "product/config.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/layout.h"
 #include "expect.h"
@@ -282,6 +283,103 @@ void panel_is_within_its_memory_and_fills_the_device() {
   }
 }
 
+// ---- wgmma, on compute capability 9.0 ----
+
+ProductShape on_hopper(std::int64_t rows) {
+  ProductShape shape = many_rows(rows, 4096, 4096);
+  shape.dense_gemm = false;
+  shape.hopper = HopperUse::where_it_wins;
+  shape.tiles = true;
+  shape.smem_bytes = kHopperSmem;
+  shape.reserved_smem_bytes = 1024;
+  return shape;
+}
+bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
+
+void wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels() {
+  for (const bool backward : {false, true}) {
+    const auto shape = [&](std::int64_t rows) {
+      ProductShape result = on_hopper(rows);
+      result.backward = backward;
+      return result;
+    };
+    for (const std::int64_t rows : {0, 1, 8, 9, 16}) EXPECT(!is_by_wgmma(shape(rows)));
+    for (const std::int64_t rows : {17, 32}) EXPECT(is_by_wgmma(shape(rows)) == backward);  // dX has no thin kernel
+    for (const std::int64_t rows : {33, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
+  }
+  ProductShape many = on_hopper(2048);
+  EXPECT(is_by_wgmma(many));
+  many.dense_gemm = true;
+  EXPECT(is_by_panels(many));
+  many.hopper = HopperUse::wherever_it_can;
+  EXPECT(is_by_wgmma(many));
+  ProductShape few = on_hopper(1);
+  few.hopper = HopperUse::wherever_it_can;
+  EXPECT(is_by_wgmma(few));
+}
+
+void wgmma_takes_only_what_it_can_load() {
+  for (const HopperUse use : {HopperUse::where_it_wins, HopperUse::wherever_it_can}) {
+    const auto takes_changed = [&](const auto& change) {
+      ProductShape shape = on_hopper(512);
+      shape.hopper = use;
+      change(shape);
+      return is_by_wgmma(shape);
+    };
+    EXPECT(takes_changed([](ProductShape&) {}));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.dtype = DType::f16; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.hopper = HopperUse::none; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // K or the blocksize
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.smem_bytes = kAmpereSmem; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.reserved_smem_bytes = 1025; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.inner = std::int64_t{1} << 31; }));
+  }
+}
+
+// As few rows as hold all, then as many as waste no more than an eighth.
+constexpr struct {
+  std::int64_t rows;
+  int tile;
+} kTilesOfWgmma[] = {{33, 64},   {64, 64},   {65, 128},  {128, 128}, {129, 256},
+                     {256, 256}, {257, 128}, {384, 128}, {512, 256}, {100'000, 256}};
+
+void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
+  for (const auto& [rows, tile] : kTilesOfWgmma) {
+    EXPECT(hopper_smem_bytes(tile) <= kHopperSmem);
+    for (const std::int64_t cols : kSizes) {
+      for (const std::int64_t inner : {64, 256, 4096, 14336}) {
+        for (const int multiprocessors : kMultiprocessors) {
+          ProductShape shape = on_hopper(rows);
+          shape.cols = cols;
+          shape.inner = inner;
+          shape.multiprocessors = multiprocessors;
+          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).runs;
+          EXPECT(config.tile_rows == tile && config.tile_cols == kGemmCols);
+          EXPECT(config.row_tiles * tile >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
+          EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
+          expect_each_step_once(config);
+        }
+      }
+    }
+  }
+}
+
+void wgmma_is_used_where_it_is_asked_for() {
+  unsetenv("QLN_FORCE_HOPPER");
+  EXPECT(asked_hopper_use(true) == HopperUse::where_it_wins && asked_hopper_use(false) == HopperUse::none);
+  setenv("QLN_FORCE_HOPPER", "1", 1);
+  EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can && asked_hopper_use(false) == HopperUse::none);
+  setenv("QLN_FORCE_HOPPER", "0", 1);
+  EXPECT(asked_hopper_use(true) == HopperUse::none);
+  unsetenv("QLN_FORCE_HOPPER");
+}
+
 // ---- rows in groups ----
 
 ProductShape in_groups(std::int64_t rows, std::int64_t groups, bool own_weights) {
@@ -417,6 +515,10 @@ int main() {
   fp32_and_eight_bits_get_the_general_kernel();
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
+  wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels();
+  wgmma_takes_only_what_it_can_load();
+  tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
+  wgmma_is_used_where_it_is_asked_for();
   way_of_groups_with_own_weights_follows_their_average();
   way_of_groups_with_a_shared_weight_follows_all_rows();
   groups_get_the_general_kernel_where_vectors_do_not_reach();

@@ -104,11 +104,12 @@ class Runs {
   }
   // Whether `sums` are the tile's, with those of all other runs that have a part of it: they are added in the order of
   // the inner dimension. Else another run has the beginning of the tile, and the sums are left to it. kSums: of a tile.
-  template <int kSums, class Sums>
-  __device__ __forceinline__ bool complete(const Part& part, Sums& sums) const {
+  // Called by the block's first kGemmThreads threads, which `meet`.
+  template <int kSums, class Sums, class Meet>
+  __device__ __forceinline__ bool complete(const Part& part, Sums& sums, const Meet& meet) const {
     if (part.first > 0) {
       sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      sync_threads();
+      meet();
       if (thread_index() == 0) signal(shared_.ready + part.run, 1);
       return false;
     }
@@ -118,11 +119,15 @@ class Runs {
       for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
         wait_for(shared_.ready + other, 1);
       }
-      sync_threads();
+      meet();
 #pragma unroll 1
       for (int other = part.run + 1; other <= last; ++other) sums.add(shared_.of_runs + std::int64_t{other} * kSums);
     }
     return true;
+  }
+  template <int kSums, class Sums>
+  __device__ __forceinline__ bool complete(const Part& part, Sums& sums) const {
+    return complete<kSums>(part, sums, [] { sync_threads(); });
   }
 
  private:

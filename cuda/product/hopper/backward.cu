@@ -1,0 +1,10 @@
+// The backward product by wgmma.
+#include "product/hopper/gemm.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream) {
+  hopper_gemm<HopperColumns>(product, config.runs, stream);
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,356 @@
+// The product with a quantized weight on compute capability 9.0, by wgmma: README.md follows a tile through it.
+//
+//   forward    Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T
+//   backward  dX^T[128 of K, rows of M] = [ W^T | A^T ] . [ dY | V ]^T
+//
+// The weight is wgmma's a: consumers decode it from shared memory to registers. The left operand, X or dY, is its b,
+// which TMA puts into shared memory in the order that wgmma takes. A block computes a tile of the result, or a part of
+// its inner dimension, after the other, 64 of the inner dimension a step:
+//
+//   producers, 4 warps    bring the left operand and codes of a step by TMA, and scales, into a stage that is empty
+//   consumers, 2 x 4      decode and multiply a stage that is full, each four 64 of the result's columns
+//
+//   step           i                          i + 1                      i + 2
+//   tensor cores   products of i              products of i + 1          products of i + 2
+//   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
+//
+// `full` of a stage counts its bytes and the warps of producers, `empty` the warps of consumers. Operands are what
+// product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors, rank a multiple
+// of 8.
+#pragma once
+
+#include "product/gemm/runs.cuh"
+#include "product/hopper/tile.cuh"
+#include "product/hopper/weights.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+// A kernel's registers are shared out anew: 168 for each of 384 threads become these.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+// What TMA loads tiles of. No rank: no U.
+struct HopperMaps {
+  TensorMap left, low_rank, codes;
+};
+
+template <class T, class Weights, class Tile>
+class HopperGemm {
+  using Shared = HopperShared<T, Tile>;
+  using Stage = typename Shared::Stage;
+  static constexpr int kProducts = Tile::kProducts;
+  static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
+  static constexpr int kConsumersMeet = 1;  // a barrier's number
+
+ public:
+  __device__ HopperGemm(const GemmArgs& args, const HopperMaps& maps, Shared& shared)
+      : args_(args),
+        maps_(maps),
+        shared_(shared),
+        runs_(args.config, args.shared_sums),
+        scales_(args.weight, args.scales, shared.levels),
+        table_(shared.rows->pairs) {}
+
+  // The block's run, its barriers, and tables.
+  __device__ void prepare() {
+    if (thread_index() == 0) {
+      shared_.run = runs_.take();
+      for (int i = 0; i < Tile::kStages; ++i) {
+        mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // and the thread that asks for copies
+        mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps);
+      }
+      fence_mbarrier_init();
+      prefetch_map(maps_.left);
+      prefetch_map(maps_.codes);
+    }
+    Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
+    shared_.levels.fill(args_.weight);
+    sync_threads();
+  }
+  __device__ void run() {
+    if (thread_index() < Tile::kConsumers) {
+      increase_max_registers<kConsumerRegisters>();
+      for_parts([&](const Part& part) { consume(part); });
+    } else {
+      decrease_max_registers<kProducerRegisters>();
+      for_parts([&](const Part& part) { produce(part); });
+    }
+  }
+
+ private:
+  // Both walk through the same parts of the block's run, and so through the same stages.
+  template <class F>
+  __device__ __forceinline__ void for_parts(const F& f) const {
+#pragma unroll 1
+    for (std::uint32_t done = 0;;) {
+      const Part part = runs_.part_after(shared_.run, done);
+      if (part.count == 0) return;
+      f(part);
+      done += static_cast<std::uint32_t>(part.count);
+    }
+  }
+  // Coordinates of TMA are 32 bits.
+  __device__ __forceinline__ int row0(const Part& part) const {
+    return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
+  }
+  __device__ __forceinline__ int col0(const Part& part) const {
+    return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
+  }
+  // Not computed anew at each step, by divisions.
+  __device__ __forceinline__ static int kept_int(int value) {
+    return static_cast<int>(kept(static_cast<std::uint32_t>(value)));
+  }
+  // The adapter comes first, by whoever has the beginning of a tile.
+  __device__ __forceinline__ int rank_of(const Part& part) const {
+    return part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0;
+  }
+
+  // The stages in turn, and how often they have been passed, by its last bit.
+  struct Ring {
+    std::uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void go_on() {
+      if (++stage < Tile::kStages) return;
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+  __device__ __forceinline__ SharedPlace place_of(std::uint32_t stage) const {
+    return SharedPlace(shared_.stages).at(stage * sizeof(Stage));
+  }
+
+  // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
+
+  __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
+
+  __device__ void produce(const Part& part) {
+    const int row0 = kept_int(this->row0(part)), col0 = kept_int(this->col0(part));
+#pragma unroll 1
+    for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
+      wait_for_empty();
+      if (asks_for_copies()) load(maps_.low_rank, row0, r, 0);
+      arrive_at_full();
+    }
+    // Of so many steps the scales are on their way.
+    constexpr int kAhead = 2;
+    typename ScaleReader<true>::Raw raw[kAhead];
+    const int thread = thread_index() - Tile::kConsumers, first = part.first * Tile::kStep;
+    const std::int64_t element =
+        Weights::element(args_.weight, first + Weights::scale_inner(thread), col0 + Weights::scale_col(thread));
+    auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
+    const auto fetch = [&](typename ScaleReader<true>::Raw& to) {
+      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      scales_.fetch(to, scales_.block_of(chunk < args_.last_chunk ? chunk : args_.last_chunk));
+      chunk += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
+    };
+#pragma unroll
+    for (auto& each : raw) fetch(each);
+    const float offset = ScaleReader<true>::offset_of(args_.weight);
+    const SharedPlace scales = place_of(0).at(offsetof(Stage, scales) + thread * sizeof(float)).kept();
+#pragma unroll 1
+    for (int step = part.first; step < part.first + part.count; ++step) {
+      wait_for_empty();
+      if (asks_for_copies()) {
+        const int inner0 = step * Tile::kStep;
+        load(maps_.left, row0, inner0, Shared::kCodeBytes);
+        tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
+                      Weights::tile_byte(inner0, col0), &shared_.full[ring_.stage]);
+      }
+      const float scale = scales_.finish(raw[0], offset);
+#pragma unroll
+      for (int i = 1; i < kAhead; ++i) raw[i - 1] = raw[i];
+      fetch(raw[kAhead - 1]);
+      store_shared(scales.at(ring_.stage * sizeof(Stage)), scale);
+      arrive_at_full();
+    }
+  }
+  __device__ __forceinline__ void wait_for_empty() const {
+    mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
+  }
+  // A tile of rows, and so many bytes that come beside it.
+  __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t bytes) const {
+    std::uint64_t* const full = &shared_.full[ring_.stage];
+    mbarrier_arrive_expect(full, Shared::kLeftBytes + bytes);
+    tma_load_tile(shared_.stages[ring_.stage].left, map, row, inner, full);
+  }
+  __device__ __forceinline__ void arrive_at_full() {
+    sync_warp();  // what its lanes have stored is there
+    if (thread_index() % kWarp == kWarp - 1) mbarrier_arrive(&shared_.full[ring_.stage]);
+    ring_.go_on();
+  }
+
+  // ---- consumers ----------------------------------------------------------------------------------------------------
+
+  __device__ void consume(const Part& part) {
+    sums_.clear();
+    if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
+    multiply(part.count);
+    if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_,
+                                                   [] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); })) {
+      return;
+    }
+    const HopperLane lane;
+    const std::int64_t row = row0(part) + lane.row(), col = col0(part) + lane.col();
+    const T* const bias = static_cast<const T*>(args_.bias);
+    sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
+                bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
+  }
+
+  // What a lane has of a product's a: by half of its 16, and column of the result.
+  using Fragment = std::uint32_t[4];
+
+  // Products of a step run while the next one is decoded. It is rounded to their operand when they are done: the
+  // compiler lets no one define an operand of wgmma in the meantime.
+  __device__ void multiply(int steps) {
+    const HopperLane lane;
+    const typename Weights::Places places(lane, place_of(0).at(offsetof(Stage, codes)),
+                                          place_of(0).at(offsetof(Stage, scales)));
+    HopperValues values;
+    wait_for_full();
+    Weights::decode(places, bytes_of_stage(), table_, values);
+#pragma unroll 1
+    for (int rest = steps; rest > 0; --rest) {
+      Fragment fragments[kProducts];
+#pragma unroll
+      for (int i = 0; i < kProducts * 4; ++i) fragments[i / 4][i % 4] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+      multiply(fragments);
+      const std::uint32_t stage = ring_.stage;
+      ring_.go_on();
+      if (rest > 1) {
+        wait_for_full();
+        Weights::decode(places, bytes_of_stage(), table_, values);
+      }
+      wgmma_wait_for(values);
+      arrive_at_empty(stage);
+    }
+    wgmma_wait_for(sums_.sum);
+  }
+  // Of the ring's stage, from the first.
+  __device__ __forceinline__ std::uint32_t bytes_of_stage() const {
+    return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
+  }
+  // By the rows that its stage has.
+  __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
+    constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in a descriptor's units
+    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + bytes_of_stage());
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kApart);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
+  __device__ __forceinline__ void arrive_at_empty(std::uint32_t stage) const {
+    sync_warp();  // all lanes have read it
+    if (thread_index() % kWarp == 0) mbarrier_arrive(&shared_.empty[stage]);
+  }
+
+  // 64 of the rank at a time, with s*B, or A, in place of the weight: a lane's share comes from global memory. It waits
+  // in the lane's own shared memory until it is whole: one piece of code loads each pair, and no registers are held
+  // meanwhile.
+  __device__ void add_low_rank(const Part& part, int rank) {
+    const HopperLane lane;
+    const std::int64_t col = col0(part) + lane.col();
+    const auto scratch = [&](unsigned word) {  // neighbouring lanes' lie in other banks
+      return SharedPlace(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
+    };
+#pragma unroll 1
+    for (int r0 = 0; r0 < rank; r0 += Tile::kStep) {
+#pragma unroll 1
+      for (unsigned word = 0; word < kProducts * 4; ++word) {
+        const std::int64_t r = r0 + word / 4 * kWgmmaInner + word / 2 % 2 * 8 + 2 * lane.t;
+        store_shared(scratch(word), pack_pair<T>(right_at<Weights::kForward>(args_, r, col + word % 2),
+                                                 right_at<Weights::kForward>(args_, r + 1, col + word % 2)));
+      }
+      Fragment fragments[kProducts];
+#pragma unroll
+      for (unsigned word = 0; word < kProducts * 4; ++word) {
+        fragments[word / 4][word % 4] = load_shared<std::uint32_t>(scratch(word));
+      }
+      wait_for_full();
+      multiply(fragments);
+      wgmma_wait_for(sums_.sum);
+      arrive_at_empty(ring_.stage);
+      ring_.go_on();
+    }
+    if constexpr (!Weights::kForward) {
+      // Before anything else is in the sums, because the mask falls on nothing else.
+      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0(part) + lane.row(), col);
+    }
+  }
+
+  const GemmArgs& args_;
+  const HopperMaps& maps_;
+  Shared& shared_;
+  const Runs runs_;
+  const ScaleReader<true> scales_;
+  const typename Shared::Table table_;
+  Ring ring_;
+  HopperSums<T, Tile> sums_;
+};
+
+template <class T, class Weights, int kRows>
+__global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
+    hopper_gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ HopperMaps maps) {
+  using Tile = HopperTile<kRows>;
+  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::of_block());
+  gemm.prepare();
+  gemm.run();
+}
+
+// ---- on the host ----
+
+// Tiles of `box_rows` rows by a step of a matrix's rows.
+inline TileSource tiles_of(const char* name, const ConstMatrix& matrix, std::int64_t cols, int box_rows) {
+  const auto bytes = static_cast<int>(size_of(matrix.dtype));
+  return {.name = name,
+          .data = matrix.data,
+          .element_bytes = bytes,
+          .rows = matrix.rows,
+          .cols = cols,
+          .stride_bytes = (matrix.rows > 1 ? matrix.stride : cols) * bytes,
+          .box_rows = box_rows,
+          .box_cols = kGemmStep,
+          .swizzle = Swizzle::bytes_128};
+}
+template <class Weights>
+TileSource tiles_of_codes(const QuantizedWeightView& w) {
+  return {.name = "codes",
+          .data = w.codes,
+          .element_bytes = 1,
+          .rows = w.N,
+          .cols = w.K / 2,
+          .stride_bytes = w.K / 2,
+          .box_rows = Weights::kTileRows,
+          .box_cols = Weights::kTileRowBytes,
+          .swizzle = Weights::kSwizzle};
+}
+
+template <class Weights>
+void hopper_gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
+  if (config.blocks == 0) return;
+  constexpr bool kForward = Weights::kForward;
+  const std::int64_t rank = product.low_rank.cols;
+  HopperMaps maps{TensorMap(tiles_of(kForward ? "x" : "dy", product.left, product.inner, config.tile_rows)),
+                  {},
+                  TensorMap(tiles_of_codes<Weights>(product.weight))};
+  if (rank > 0) {
+    maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
+  }
+  const SumsMemory memory(config, stream);
+  const GemmArgs args(product, config, memory);
+  const auto start = [&]<class T, int kRows>() {
+    using Tile = HopperTile<kRows>;
+    const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};
+    launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
+  };
+  const auto start_tile = [&]<class T>() {
+    if (config.tile_rows == kGemmMiddleRows) return start.template operator()<T, kGemmMiddleRows>();
+    if (config.tile_rows == kGemmManyRows) return start.template operator()<T, kGemmManyRows>();
+    start.template operator()<T, kGemmTallRows>();
+  };
+  if (product.left.dtype == DType::bf16) {
+    start_tile.template operator()<Bf16>();
+  } else {
+    start_tile.template operator()<F16>();
+  }
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,17 @@
+// The products by wgmma of a build without code for sm_90a: the symbols of forward.cu and backward.cu.
+#include <stdexcept>
+
+#include "product/product.cuh"
+
+namespace qlora_native::QLN_CUDA {
+
+HopperUse hopper_use(const Stream&) { return HopperUse::none; }
+
+void multiply_forward(const Product&, const HopperConfig&, const Stream&) {
+  throw std::logic_error("this build has no code for sm_90a");
+}
+void multiply_backward(const Product&, const HopperConfig&, const Stream&) {
+  throw std::logic_error("this build has no code for sm_90a");
+}
+
+}  // namespace qlora_native::QLN_CUDA

@@ -1,0 +1,138 @@
+// The weight as a consumer of the product by wgmma (gemm.cuh) decodes it: forward by its rows, backward by its columns.
+//
+// Both layouts say which codes and scales of a step come where, and which of them are a lane's: of 16 of the inner
+// dimension wgmma wants 2t, 2t + 1, 2t + 8 and 2t + 9 of lane (g, t).
+#pragma once
+
+#include "product/hopper/tile.cuh"
+#include "simt/tensor_map.h"
+
+namespace qlora_native::QLN_CUDA {
+
+// What a lane has of a step, before it is rounded: by 16 of the inner dimension, half of these, and column of the
+// result, two neighbours in the inner dimension.
+using HopperValues = float[kGemmStep / kWgmmaInner * 8];
+
+// Forward: a column of the result is a row of W, of which a step is 32 bytes. Of each word the lane takes byte t:
+//
+//   element of a step   0 1  2 3  4 5  6 7   8 ... 15   16 ... 23   24 ... 31   ...
+//   byte                0    1    2    3     4 ... 7    8 ... 11    12 ... 15
+//   taken by t =        0    1    2    3     0 ... 3    0 ... 3     0 ... 3
+//
+// TMA's swizzle lets the two vectors of every other four rows change places, so that eight g read other banks.
+struct HopperRows {
+  static constexpr bool kForward = true;
+  static constexpr int kTileRows = kGemmCols, kTileRowBytes = kGemmStep / 2;  // of codes
+  static constexpr Swizzle kSwizzle = Swizzle::bytes_32;
+
+  static constexpr int tile_row(int, int col0) { return col0; }
+  static constexpr int tile_byte(int inner0, int) { return inner0 / 2; }
+  // Of which element of a step, and of a tile's columns, the i-th scale is.
+  static constexpr int scale_inner(int) { return 0; }
+  static constexpr int scale_col(int i) { return i; }
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+    return col * w.K + inner;
+  }
+  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
+
+  // Where the lane's first row has both its vectors in a tile, and its scale.
+  struct Places {
+    SharedPlace vectors[2], scales;
+    unsigned t;
+    __device__ Places(const HopperLane& lane, const SharedPlace& codes, const SharedPlace& scales)
+        : vectors{codes.at(vector(lane, 0)).kept(), codes.at(vector(lane, 1)).kept()},
+          scales(scales.at(lane.col() * sizeof(float)).kept()),
+          t(lane.t) {}
+    __device__ static unsigned vector(const HopperLane& lane, unsigned i) {
+      return lane.col() * kTileRowBytes + (i ^ lane.col() / 4 % 2) * kVectorBytes;
+    }
+  };
+  template <class Table>
+  __device__ __forceinline__ static void decode(const Places& places, std::uint32_t stage, const Table& table,
+                                                HopperValues& values) {
+    const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage));
+#pragma unroll
+    for (unsigned vector = 0; vector < 2; ++vector) {
+#pragma unroll
+      for (unsigned row = 0; row < 2; ++row) {
+        const SharedPlace codes = places.vectors[vector].at(stage + row * kTileRowBytes);
+        const auto words = load_shared<Vector<std::uint32_t, 4>>(codes);
+#pragma unroll
+        for (unsigned word = 0; word < 4; ++word) {
+          const auto pair = table.of_byte(words.at[word], places.t);
+          float* const to = values + (vector * 4 + word) * 4 + row * 2;
+          to[0] = pair.at[0] * scale.at[row];
+          to[1] = pair.at[1] * scale.at[row];
+        }
+      }
+    }
+  }
+};
+
+// Backward: a column of the result is a column of W, whose rows are the inner dimension: 64 of them a step, of 64
+// bytes. A byte has both columns of the lane, but a pair of its operand is of two rows. So nibbles of two bytes change
+// places before the table is asked:
+//
+//   row n       [ column 2g | 2g + 1 ]         [ row n | n + 1 ]   column 2g
+//   row n + 1   [ column 2g | 2g + 1 ]   ->    [ row n | n + 1 ]   column 2g + 1
+//
+// TMA's swizzle of 64 bytes lets vectors of rows 2t, which lanes read at once, lie in different banks.
+struct HopperColumns {
+  static constexpr bool kForward = false;
+  static constexpr int kTileRows = kGemmStep, kTileRowBytes = kGemmCols / 2;
+  static constexpr Swizzle kSwizzle = Swizzle::bytes_64;
+
+  static constexpr int tile_row(int inner0, int) { return inner0; }
+  static constexpr int tile_byte(int, int col0) { return col0 / 2; }
+  static constexpr int scale_inner(int i) { return i % kGemmStep; }
+  static constexpr int scale_col(int i) { return i / kGemmStep * kGemmStep; }
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+    return inner * w.K + col;
+  }
+  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
+
+  // Where row 2t has the lane's byte in a tile, and its scale. Rows further on by multiples of 8 lie likewise.
+  struct Places {
+    SharedPlace byte, scales;
+    __device__ Places(const HopperLane& lane, const SharedPlace& codes, const SharedPlace& scales)
+        : byte(codes.at(byte_of(lane)).kept()),
+          scales(scales.at((lane.col() / kGemmStep * kGemmStep + 2 * lane.t) * sizeof(float)).kept()) {}
+    __device__ static unsigned byte_of(const HopperLane& lane) {
+      const unsigned byte = lane.col() / 2;
+      return 2 * lane.t * kTileRowBytes + (byte / kVectorBytes ^ lane.t) * kVectorBytes + byte % kVectorBytes;
+    }
+  };
+  template <class Table>
+  __device__ __forceinline__ static void decode(const Places& places, std::uint32_t stage, const Table& table,
+                                                HopperValues& values) {
+    constexpr std::uint32_t kHigh = 0xF0F0F0F0;
+#pragma unroll
+    for (unsigned four = 0; four < 2; ++four) {  // of eight pairs of rows, each 8 rows behind the one before
+      std::uint32_t rows[2] = {};                // the first and the second of each pair
+#pragma unroll
+      for (unsigned i = 0; i < 4; ++i) {
+#pragma unroll
+        for (unsigned second = 0; second < 2; ++second) {
+          const SharedPlace at = places.byte.at(stage + ((four * 4 + i) * 8 + second) * kTileRowBytes);
+          rows[second] |= std::uint32_t{load_shared<std::uint8_t>(at)} << (8 * i);
+        }
+      }
+      const std::uint32_t cols[2] = {(rows[0] & kHigh) | (rows[1] >> 4 & ~kHigh),
+                                     (rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)};
+#pragma unroll
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned of_step = four * 4 + i;
+        const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage + of_step * 8 * sizeof(float)));
+#pragma unroll
+        for (unsigned col = 0; col < 2; ++col) {
+          const auto pair = table.of_byte(cols[col], i);
+          float* const to = values + of_step * 4 + col * 2;
+          to[0] = pair.at[0] * scale.at[0];
+          to[1] = pair.at[1] * scale.at[1];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace qlora_native::QLN_CUDA

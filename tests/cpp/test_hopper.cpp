@@ -1,0 +1,367 @@
+// The product by wgmma (cuda/product/hopper/), over the emulator: that it is within the bound of its sums, has the same
+// bits under each order of threads and blocks, and is not asked for what it cannot take. QLN_FORCE_HOPPER=1 makes the
+// emulated device one that has it.
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/float16.h"
+#include "common/layout.h"
+#include "common/philox.h"
+#include "expect.h"
+#include "last_words.h"
+#include "qlora_native/qlora_native.h"
+
+namespace qn = qlora_native;
+using qn::DType;
+
+namespace {
+
+struct Case {
+  std::int64_t M, N, K;
+  DType dtype = DType::bf16;
+  const char* format = "nf4";
+  int bits = 4, blocksize = 64;
+  bool double_quant = true, bias = false;
+  std::int64_t rank = 0;
+  DType lora_dtype = DType::f32;
+  float dropout = 0.0f;
+  std::int64_t gap = 0;  // between rows of X, U and Y
+};
+
+float draw(std::uint64_t& seed) {  // in [-1, 1)
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
+}
+
+// A matrix of a dtype, whose rows lie `stride` apart. What no one writes is NaN.
+class Tensor {
+ public:
+  Tensor(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
+      : dtype_(dtype),
+        rows_(rows),
+        cols_(cols),
+        stride_(cols + gap),
+        bytes_(static_cast<std::size_t>(rows * stride_) * qn::size_of(dtype), '\xFF') {}
+  void fill(std::uint64_t& seed, float scale) {
+    for (std::int64_t i = 0; i < rows_; ++i) {
+      for (std::int64_t j = 0; j < cols_; ++j) set(i, j, scale * draw(seed));
+    }
+  }
+  void set(std::int64_t i, std::int64_t j, float value) {
+    char* const to = &bytes_[static_cast<std::size_t>(i * stride_ + j) * qn::size_of(dtype_)];
+    if (dtype_ == DType::f32) {
+      std::memcpy(to, &value, sizeof(value));
+    } else {
+      const std::uint16_t bits = dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value);
+      std::memcpy(to, &bits, sizeof(bits));
+    }
+  }
+  double at(std::int64_t i, std::int64_t j) const {
+    const char* const from = &bytes_[static_cast<std::size_t>(i * stride_ + j) * qn::size_of(dtype_)];
+    if (dtype_ == DType::f32) {
+      float value;
+      std::memcpy(&value, from, sizeof(value));
+      return value;
+    }
+    std::uint16_t bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return dtype_ == DType::bf16 ? qn::f32_from_bf16(bits) : qn::f32_from_f16(bits);
+  }
+  void* data() { return bytes_.data(); }
+  qn::Matrix out() { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
+  qn::ConstMatrix in() const { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  DType dtype_;
+  std::int64_t rows_, cols_, stride_;
+  std::vector<char> bytes_;
+};
+
+double rounded(DType dtype, double value) {
+  Tensor one(dtype, 1, 1);
+  one.set(0, 0, static_cast<float>(value));
+  return one.at(0, 0);
+}
+
+// The layer's product forward or, with V for U and A for B, backward.
+class Layer {
+ public:
+  Layer(const Case& c, bool backward)
+      : c_(c),
+        backward_(backward),
+        inner_(backward ? c.N : c.K),
+        cols_(backward ? c.K : c.N),
+        left_(c.dtype, c.M, inner_, c.gap),
+        low_rank_(c.dtype, c.M, c.rank, c.gap),
+        out_(c.dtype, c.M, cols_, c.gap),
+        bias_(c.dtype, 1, c.N),
+        a_(c.lora_dtype, c.rank, c.K),
+        b_(c.lora_dtype, c.N, c.rank),
+        w_(c.dtype, c.N, c.K) {
+    std::uint64_t seed = static_cast<std::uint64_t>(c.M * 1000003 + c.N * 1009 + c.K);
+    left_.fill(seed, 1.0f);
+    bias_.fill(seed, 1.0f);
+    a_.fill(seed, 1.0f / std::sqrt(static_cast<float>(c.K)));
+    b_.fill(seed, 0.1f);
+    // Scales that differ from block to block, so that a wrong one shows.
+    std::vector<float> weight(static_cast<std::size_t>(c.N * c.K));
+    for (std::size_t i = 0; i < weight.size(); ++i) {
+      weight[i] = draw(seed) * (0.2f + static_cast<float>(i / static_cast<std::size_t>(c.blocksize) * 7 % 11) / 11.0f);
+    }
+    codes_.resize(weight.size() * static_cast<std::size_t>(c.bits) / 8);
+    absmax_.resize(weight.size() / static_cast<std::size_t>(c.blocksize) + 1);
+    qn::NonFinite non_finite;
+    qn::quantize({.weight = weight.data(),
+                  .elements = c.N * c.K,
+                  .bits = c.bits,
+                  .blocksize = c.blocksize,
+                  .code = qn::codebook(c.format).data(),
+                  .codes = codes_.data(),
+                  .absmax = absmax_.data(),
+                  .non_finite = &non_finite});
+    const std::int64_t blocks = qn::ceil_div(c.N * c.K, c.blocksize);
+    if (c.double_quant) {
+      levels_.resize(static_cast<std::size_t>(blocks));
+      nested_.resize(static_cast<std::size_t>(blocks / 256 + 1));
+      qn::quantize_absmax({.absmax = absmax_.data(),
+                           .blocks = blocks,
+                           .nested_code = qn::dynamic_map().data(),
+                           .codes = levels_.data(),
+                           .nested_absmax = nested_.data(),
+                           .offset = &offset_});
+    }
+    qn::dequantize({.weight = view(), .dtype = c.dtype, .out = w_.data()});
+  }
+
+  qn::QuantizedWeightView view() const {
+    qn::QuantizedWeightView view = {.N = c_.N,
+                                    .K = c_.K,
+                                    .bits = c_.bits,
+                                    .blocksize = c_.blocksize,
+                                    .codes = codes_.data(),
+                                    .absmax = absmax_.data(),
+                                    .code = qn::codebook(c_.format).data()};
+    if (c_.double_quant) {
+      view.absmax = levels_.data();
+      view.nested_absmax = nested_.data();
+      view.nested_code = qn::dynamic_map().data();
+      view.offset = &offset_;
+    }
+    return view;
+  }
+
+  const std::vector<char>& run() {
+    const qn::LoraView lora{.rank = c_.rank,
+                            .dtype = c_.lora_dtype,
+                            .a = a_.data(),
+                            .b = b_.data(),
+                            .scaling = kScaling,
+                            .dropout = c_.dropout,
+                            .seed = kSeed};
+    const qn::Matrix low_rank = c_.rank > 0 ? low_rank_.out() : qn::Matrix{};
+    if (backward_) {
+      qn::linear_backward_input({.weight = view(), .lora = lora, .dy = left_.in(), .dx = out_.out(), .v = low_rank});
+    } else {
+      qn::linear_forward({.weight = view(),
+                          .lora = lora,
+                          .x = left_.in(),
+                          .bias = c_.bias ? bias_.data() : nullptr,
+                          .y = out_.out(),
+                          .u = low_rank});
+    }
+    return out_.bytes();
+  }
+
+  // How many elements are further from float64 than fp32 sums of so many products, rounded once, may be.
+  int wrong() const {
+    const double of_rounding = c_.dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+    const double of_sum = static_cast<double>(inner_ + c_.rank + 4) * 0x1p-24;
+    int wrong = 0;
+    for (std::int64_t col = 0; col < cols_; ++col) {
+      std::vector<double> weight, right;
+      for (std::int64_t i = 0; i < inner_; ++i) weight.push_back(backward_ ? w_.at(i, col) : w_.at(col, i));
+      for (std::int64_t r = 0; r < c_.rank; ++r) {
+        const auto value = static_cast<float>(backward_ ? a_.at(r, col) : b_.at(col, r));
+        right.push_back(rounded(c_.dtype, backward_ ? value : kScaling * value));
+      }
+      for (std::int64_t m = 0; m < c_.M; ++m) {
+        double sum = c_.bias && !backward_ ? bias_.at(0, col) : 0.0, size = std::fabs(sum);
+        const auto add = [&](double product) {
+          sum += product;
+          size += std::fabs(product);
+        };
+        for (std::int64_t i = 0; i < inner_; ++i) add(left_.at(m, i) * weight[static_cast<std::size_t>(i)]);
+        // Dropout is in U; of dX it falls on the adapter's part.
+        const bool is_kept = !backward_ || qn::dropout_keeps(kSeed, m, col, qn::dropout_threshold(c_.dropout));
+        for (std::int64_t r = 0; r < c_.rank && is_kept; ++r) {
+          add(low_rank_.at(m, r) * right[static_cast<std::size_t>(r)]);
+        }
+        const double bound = of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24;  // fp16 below 2^-14
+        wrong += !(std::fabs(out_.at(m, col) - sum) <= bound);
+      }
+    }
+    return wrong;
+  }
+  // How many elements of the result's transpose differ from those of W, where the left operand is the identity.
+  int differences_from_the_weight() {
+    for (std::int64_t i = 0; i < c_.M; ++i) {
+      for (std::int64_t j = 0; j < inner_; ++j) left_.set(i, j, i == j ? 1.0f : 0.0f);
+    }
+    run();
+    int differences = 0;
+    for (std::int64_t n = 0; n < c_.N; ++n) {
+      for (std::int64_t k = 0; k < c_.K; ++k) differences += (backward_ ? out_.at(n, k) : out_.at(k, n)) != w_.at(n, k);
+    }
+    return differences;
+  }
+  // Nothing between rows is written.
+  bool keeps_to_its_columns() const {
+    const std::size_t row = static_cast<std::size_t>(cols_ + c_.gap) * 2, cols = static_cast<std::size_t>(cols_) * 2;
+    for (std::size_t i = 0; i < out_.bytes().size(); ++i) {
+      if (i % row >= cols && out_.bytes()[i] != '\xFF') return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr float kScaling = 1.7f;
+  static constexpr std::uint64_t kSeed = 0x123456789;
+  const Case c_;
+  const bool backward_;
+  const std::int64_t inner_, cols_;
+  Tensor left_, low_rank_, out_, bias_, a_, b_, w_;
+  std::vector<std::uint8_t> codes_, levels_;
+  std::vector<float> absmax_, nested_;
+  float offset_ = 0.0f;
+};
+
+// What a product says of its way.
+std::string way_of(const Case& c, bool backward) {
+  Layer layer(c, backward);
+  return last_words([&] {
+    setenv("QLN_PRINT_CONFIG", "1", 1);
+    layer.run();
+    std::fflush(stderr);
+    _exit(1);
+  });
+}
+
+// Each tile, full and with rows and columns that are not there; tiles that blocks share, and blocks that have several;
+// as few steps as there are; each table and kind of scale; the adapter in no, one and two steps, full and not.
+const Case kCases[] = {
+    {.M = 64, .N = 128, .K = 64},
+    {.M = 1, .N = 1, .K = 64, .rank = 8},
+    {.M = 33, .N = 131, .K = 256, .dtype = DType::f16, .bias = true, .rank = 16, .lora_dtype = DType::f16},
+    {.M = 60, .N = 304, .K = 1088, .bias = true, .rank = 64, .gap = 8},
+    {.M = 60, .N = 300, .K = 128, .bias = true, .rank = 64, .dropout = 0.3f, .gap = 8},
+    {.M = 64, .N = 64, .K = 128, .rank = 8, .dropout = 0.5f},
+    {.M = 100, .N = 320, .K = 192, .dtype = DType::f16, .rank = 16, .dropout = 0.125f},
+    {.M = 250, .N = 256, .K = 320, .rank = 72, .dropout = 0.75f, .gap = 8},
+    {.M = 40, .N = 72, .K = 2048, .format = "fp4", .double_quant = false, .rank = 72},
+    {.M = 128, .N = 128, .K = 128, .dtype = DType::f16, .format = "int4", .blocksize = 128},
+    {.M = 97, .N = 257, .K = 704, .blocksize = 256, .bias = true, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
+    {.M = 97, .N = 704, .K = 192, .blocksize = 256, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
+    {.M = 270, .N = 104, .K = 320, .rank = 128, .lora_dtype = DType::bf16},
+    {.M = 256, .N = 128, .K = 448, .blocksize = 4096, .bias = true},
+    {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
+    {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
+};
+// dX of rows of dY that are vectors.
+bool has_backward(const Case& c) { return c.N % 8 == 0; }
+
+template <class F>
+void for_each_product(const F& f) {
+  for (const Case& c : kCases) {
+    f(c, false);
+    if (has_backward(c)) f(c, true);
+  }
+}
+void print(const char* what, const Case& c, bool backward) {
+  std::printf("%s: M=%d N=%d K=%d%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
+              backward ? ", dX" : "");
+}
+
+void product_is_the_sum_of_float64() {
+  for_each_product([](const Case& c, bool backward) {
+    Layer layer(c, backward);
+    layer.run();
+    const bool is_right = layer.wrong() == 0;
+    if (!is_right) print("wrong", c, backward);
+    EXPECT(is_right);
+    EXPECT(layer.keeps_to_its_columns());
+    EXPECT(contains(way_of(c, backward), "by wgmma"));
+  });
+}
+
+void bits_depend_on_no_order_of_threads_or_blocks() {
+  for_each_product([](const Case& c, bool backward) {
+    Layer layer(c, backward);
+    const std::vector<char> expected = layer.run();
+    for (const char* schedule : {"reverse", "random:1", "random:2", "concurrent:1", "concurrent:2"}) {
+      setenv("QLN_SCHEDULE", schedule, 1);
+      Layer other(c, backward);
+      const bool same = other.run() == expected;
+      if (!same) print(schedule, c, backward);
+      EXPECT(same);
+    }
+    unsetenv("QLN_SCHEDULE");
+  });
+}
+
+void decoded_weight_has_the_bits_of_dequantize() {
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    EXPECT(Layer({.M = 192, .N = 130, .K = 192, .dtype = dtype}, false).differences_from_the_weight() == 0);
+    EXPECT(Layer({.M = 136, .N = 136, .K = 192, .dtype = dtype}, true).differences_from_the_weight() == 0);
+  }
+}
+
+void what_it_cannot_take_goes_another_way() {
+  const auto goes_another_way = [](const Case& c, bool backward) {
+    const std::string way = way_of(c, backward);
+    if (way.empty() || contains(way, "by wgmma")) return false;
+    Layer layer(c, backward);
+    layer.run();
+    return c.dtype == DType::f32 || layer.wrong() == 0;
+  };
+  const Case refused[] = {
+      {.M = 64, .N = 128, .K = 96},                    // not whole steps
+      {.M = 64, .N = 128, .K = 100},                   // not even vectors
+      {.M = 64, .N = 128, .K = 128, .blocksize = 32},  // two scales in a step
+      {.M = 64, .N = 128, .K = 128, .dtype = DType::f32},
+      {.M = 64, .N = 128, .K = 128, .bits = 8, .double_quant = false},
+      {.M = 64, .N = 128, .K = 128, .rank = 12},  // rows of U are no vectors
+      {.M = 64, .N = 128, .K = 128, .gap = 1},    // nor those of X
+  };
+  for (const Case& c : refused) {
+    EXPECT(goes_another_way(c, false));
+    EXPECT(goes_another_way(c, true));
+  }
+  EXPECT(goes_another_way({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are no vectors
+  // The device is another one, or nobody wants it.
+  for (const char* asked : {"0", static_cast<const char*>(nullptr)}) {
+    asked == nullptr ? unsetenv("QLN_FORCE_HOPPER") : setenv("QLN_FORCE_HOPPER", asked, 1);
+    EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
+  }
+  setenv("QLN_FORCE_HOPPER", "1", 1);
+  setenv("QLN_EMULATED_SMEM", "166912", 1);
+  EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));
+  unsetenv("QLN_EMULATED_SMEM");
+}
+
+}  // namespace
+
+int main() {
+  setenv("QLN_FORCE_HOPPER", "1", 1);
+  product_is_the_sum_of_float64();
+  decoded_weight_has_the_bits_of_dequantize();
+  what_it_cannot_take_goes_another_way();
+  bits_depend_on_no_order_of_threads_or_blocks();
+  return report();
+}
