@@ -9,7 +9,7 @@
 #include "cpu/parallel.h"
 #include "qlora_native/elementwise.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // Rows of a task have so many elements together: tens of microseconds of work, beside which the thread pool's call
@@ -176,4 +176,4 @@ inline void rms_norm_backward_rows(const RmsNormBackwardArgs& args, const Stream
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA

@@ -3,7 +3,7 @@
 
 #include "qlora_native/types.h"
 
-namespace qlora_native {
+namespace qlora_native::QLN_ISA {
 namespace {
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -88. x = n * ln 2 + r with |r| <= ln 2 / 2 (Cody and
@@ -35,4 +35,4 @@ inline F32 sigmoid_of(F32 x) {
 }
 
 }  // namespace
-}  // namespace qlora_native
+}  // namespace qlora_native::QLN_ISA
