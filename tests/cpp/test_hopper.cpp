@@ -13,8 +13,8 @@
 #include "common/float16.h"
 #include "common/layout.h"
 #include "common/philox.h"
+#include "death_message.h"
 #include "expect.h"
-#include "last_words.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -245,7 +245,7 @@ class Layer {
 // What a product says of its way.
 std::string way_of(const Case& c, bool backward) {
   Layer layer(c, backward);
-  return last_words([&] {
+  return death_message([&] {
     setenv("QLN_PRINT_CONFIG", "1", 1);
     layer.run();
     std::fflush(stderr);
