@@ -2,20 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
+
+#include "qlora_native/qlora_native.h"
 
 // Each loop below that is worth two threads runs over independent rows or heads, so the sums are the same for any
 // number of threads.
 
+namespace qn = qlora_native;
+
 namespace trainer {
 namespace {
-
-float rms(const float* x, std::int64_t width, float eps) {
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (std::int64_t i = 0; i < width; ++i) squares += x[i] * x[i];
-  return std::sqrt(squares / static_cast<float>(width) + eps);
-}
 
 float dot(const float* a, const float* b, std::int64_t n) {
   float sum = 0.0f;
@@ -28,31 +26,29 @@ void add_scaled(const float* x, float scale, std::int64_t n, float* y) {
   for (std::int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
 }
 
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+qn::ConstMatrix matrix(const float* data, std::int64_t rows, std::int64_t width) {
+  return {data, qn::DType::f32, rows, width, width};
+}
+qn::Matrix matrix(float* data, std::int64_t rows, std::int64_t width) {
+  return {data, qn::DType::f32, rows, width, width};
+}
 
 }  // namespace
 
-void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y) {
-#pragma omp parallel for
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const float scale = 1.0f / rms(x + r * width, width, eps);
-    for (std::int64_t i = 0; i < width; ++i) y[r * width + i] = x[r * width + i] * scale * weight[i];
-  }
+void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y,
+              float* r) {
+  qn::rms_norm({.x = matrix(x, rows, width), .weight = weight, .eps = eps, .y = matrix(y, rows, width), .r = r});
 }
 
-void rms_norm_backward(const float* dy, const float* x, const float* weight, std::int64_t rows, std::int64_t width,
-                       float eps, float* dx) {
-#pragma omp parallel for
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const float* row = x + r * width;
-    const float* gradient = dy + r * width;
-    const float scale = 1.0f / rms(row, width, eps);
-    float along = 0.0f;
-#pragma omp simd reduction(+ : along)
-    for (std::int64_t i = 0; i < width; ++i) along += gradient[i] * weight[i] * row[i];
-    along *= scale * scale / static_cast<float>(width);
-    for (std::int64_t i = 0; i < width; ++i) dx[r * width + i] += scale * (gradient[i] * weight[i] - along * row[i]);
-  }
+void rms_norm_backward(const float* dy, const float* x, const float* weight, const float* r, std::int64_t rows,
+                       std::int64_t width, float* dx) {
+  std::vector<float> change(static_cast<std::size_t>(rows * width));
+  qn::rms_norm_backward({.x = matrix(x, rows, width),
+                         .weight = weight,
+                         .dy = matrix(dy, rows, width),
+                         .r = r,
+                         .dx = matrix(change.data(), rows, width)});
+  add_scaled(change.data(), 1.0f, rows * width, dx);
 }
 
 void rope(float* x, std::int64_t rows, std::int64_t heads, std::int64_t head_dim, std::int64_t sequence, double theta,
@@ -129,19 +125,17 @@ void Attention::backward(const float* dy, const float* q, const float* k, const 
   }
 }
 
-void swiglu(const float* gate, const float* up, std::int64_t elements, float* y) {
-#pragma omp parallel for
-  for (std::int64_t i = 0; i < elements; ++i) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+void swiglu(const float* gate, const float* up, std::int64_t rows, std::int64_t width, float* y) {
+  qn::gated_activation({.gate = matrix(gate, rows, width), .up = matrix(up, rows, width), .h = matrix(y, rows, width)});
 }
 
-void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t elements, float* dgate,
-                     float* dup) {
-#pragma omp parallel for
-  for (std::int64_t i = 0; i < elements; ++i) {
-    const float s = sigmoid(gate[i]), silu = gate[i] * s;
-    dup[i] = dy[i] * silu;
-    dgate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
-  }
+void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t rows, std::int64_t width,
+                     float* dgate, float* dup) {
+  qn::gated_activation_backward({.gate = matrix(gate, rows, width),
+                                 .up = matrix(up, rows, width),
+                                 .dh = matrix(dy, rows, width),
+                                 .dgate = matrix(dgate, rows, width),
+                                 .dup = matrix(dup, rows, width)});
 }
 
 Head::Head(std::vector<float> table, std::int64_t vocabulary, std::int64_t width)
@@ -169,20 +163,15 @@ void Head::backward(const float* dlogits, std::int64_t rows, float* dx) const {
 }
 
 double cross_entropy(float* logits, const std::int32_t* targets, std::int64_t rows, std::int64_t vocabulary) {
-  std::vector<double> loss(static_cast<std::size_t>(rows));
-#pragma omp parallel for
-  for (std::int64_t r = 0; r < rows; ++r) {
-    float* row = logits + r * vocabulary;
-    const float most = *std::max_element(row, row + vocabulary);
-    double sum = 0.0;
-    for (std::int64_t v = 0; v < vocabulary; ++v) sum += std::exp(row[v] - most);
-    loss[r] = std::log(sum) - (row[targets[r]] - most);
-    for (std::int64_t v = 0; v < vocabulary; ++v)
-      row[v] = static_cast<float>((std::exp(row[v] - most) / sum - (v == targets[r])) / static_cast<double>(rows));
-  }
-  double total = 0.0;
-  for (const double value : loss) total += value;
-  return total / static_cast<double>(rows);
+  const std::vector<std::int64_t> labels(targets, targets + rows);
+  const std::vector<float> of_mean(labels.size(), 1.0f / static_cast<float>(rows));
+  std::vector<float> loss(labels.size());
+  qn::cross_entropy({.logits = matrix(logits, rows, vocabulary),
+                     .labels = labels.data(),
+                     .gradient = true,
+                     .row_gradients = of_mean.data(),
+                     .loss = loss.data()});
+  return std::accumulate(loss.begin(), loss.end(), 0.0) / static_cast<double>(rows);
 }
 
 }  // namespace trainer

@@ -1,5 +1,6 @@
 // The parts of a transformer between its linear layers, each forward and backward, in fp32. Activations are
-// [rows, width], a row being one token of one sequence; rows are independent wherever "rows" is a parameter.
+// [rows, width], a row being one token of one sequence; rows are independent wherever "rows" is a parameter. Norms,
+// SwiGLU and the loss are the library's.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,12 @@
 
 namespace trainer {
 
-// y = x / rms(x) * weight, rms = sqrt(mean(x^2) + eps)
-void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y);
+// y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps) of each row
+void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y,
+              float* r);
 // Adds to dx the gradient that dy has through rms_norm.
-void rms_norm_backward(const float* dy, const float* x, const float* weight, std::int64_t rows, std::int64_t width,
-                       float eps, float* dx);
+void rms_norm_backward(const float* dy, const float* x, const float* weight, const float* r, std::int64_t rows,
+                       std::int64_t width, float* dx);
 
 // Rotary position embedding: element i of a head's first half and element i of its second half are turned by
 // position * theta^(-2i / head_dim). `direction` -1 turns back, which is the backward pass.
@@ -30,9 +32,9 @@ struct Attention {
 };
 
 // y = silu(gate) * up, and back.
-void swiglu(const float* gate, const float* up, std::int64_t elements, float* y);
-void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t elements, float* dgate,
-                     float* dup);
+void swiglu(const float* gate, const float* up, std::int64_t rows, std::int64_t width, float* y);
+void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t rows, std::int64_t width,
+                     float* dgate, float* dup);
 
 // The language model's head over a dense matrix: logits[rows, vocabulary] = x . table^T; and dx = dlogits . table.
 class Head {

@@ -115,7 +115,8 @@ std::span<float> Llama::forward(std::span<const std::int32_t> tokens, std::int64
   }
   for (std::size_t i = 0; i < blocks_.size(); ++i) forward(blocks_[i], seed == 0 ? 0 : seed * 1024 + i * 8);
   normed_.resize(x_.size());
-  rms_norm(x_.data(), norm_.data(), rows, width, config_.eps, normed_.data());
+  norm_r_.resize(static_cast<std::size_t>(rows));
+  rms_norm(x_.data(), norm_.data(), rows, width, config_.eps, normed_.data(), norm_r_.data());
   logits_.resize(static_cast<std::size_t>(rows * config_.vocabulary));
   head_.forward(normed_.data(), rows, logits_.data());
   return logits_;
@@ -132,7 +133,8 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   };
   a.x = x_;
   a.normed.resize(x_.size());
-  rms_norm(a.x.data(), block.attention_norm.data(), rows, width, config_.eps, a.normed.data());
+  a.attention_r.resize(size(1));
+  rms_norm(a.x.data(), block.attention_norm.data(), rows, width, config_.eps, a.normed.data(), a.attention_r.data());
   apply(block.q, a.normed, a.queries);
   apply(block.k, a.normed, a.keys);
   apply(block.v, a.normed, a.values);
@@ -148,12 +150,13 @@ void Llama::forward(Block& block, std::uint64_t seed) {
 
   a.after = x_;
   a.mlp_normed.resize(x_.size());
-  rms_norm(a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, a.mlp_normed.data());
+  a.mlp_r.resize(size(1));
+  rms_norm(a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, a.mlp_normed.data(), a.mlp_r.data());
   apply(block.gate, a.mlp_normed, a.gated);
   apply(block.up, a.mlp_normed, a.upped);
   device().synchronize();
   a.hidden.resize(a.gated.size());
-  swiglu(a.gated.data(), a.upped.data(), static_cast<std::int64_t>(a.gated.size()), a.hidden.data());
+  swiglu(a.gated.data(), a.upped.data(), rows, block.gate.out(), a.hidden.data());
   apply(block.down, a.hidden, delta_);
   device().synchronize();
   add(delta_, x_);
@@ -165,7 +168,7 @@ void Llama::backward(std::span<const float> dlogits) {
   d.normed.resize(x_.size());
   head_.backward(dlogits.data(), rows, d.normed.data());
   d.x.assign(x_.size(), 0.0f);
-  rms_norm_backward(d.normed.data(), x_.data(), norm_.data(), rows, width, config_.eps, d.x.data());
+  rms_norm_backward(d.normed.data(), x_.data(), norm_.data(), norm_r_.data(), rows, width, d.x.data());
   for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) backward(*block);
 }
 
@@ -181,13 +184,13 @@ void Llama::backward(Block& block) {
   device().synchronize();
   d.gated.resize(a.gated.size());
   d.upped.resize(a.upped.size());
-  swiglu_backward(d.hidden.data(), a.gated.data(), a.upped.data(), static_cast<std::int64_t>(d.hidden.size()),
-                  d.gated.data(), d.upped.data());
+  swiglu_backward(d.hidden.data(), a.gated.data(), a.upped.data(), rows, block.gate.out(), d.gated.data(),
+                  d.upped.data());
   back(block.gate, d.gated, d.normed);
   back(block.up, d.upped, delta_);
   device().synchronize();
   add(delta_, d.normed);
-  rms_norm_backward(d.normed.data(), a.after.data(), block.mlp_norm.data(), rows, width, config_.eps, d.x.data());
+  rms_norm_backward(d.normed.data(), a.after.data(), block.mlp_norm.data(), a.mlp_r.data(), rows, width, d.x.data());
 
   back(block.o, d.x, d.attended);
   device().synchronize();
@@ -204,7 +207,8 @@ void Llama::backward(Block& block) {
     device().synchronize();
     add(delta_, d.normed);
   }
-  rms_norm_backward(d.normed.data(), a.x.data(), block.attention_norm.data(), rows, width, config_.eps, d.x.data());
+  rms_norm_backward(d.normed.data(), a.x.data(), block.attention_norm.data(), a.attention_r.data(), rows, width,
+                    d.x.data());
 }
 
 }  // namespace trainer

@@ -48,7 +48,7 @@ class Llama {
  private:
   // Activations that backward needs. x: the input of the block; after: x plus the attention.
   struct Activations {
-    std::vector<float> x, probabilities, after;
+    std::vector<float> x, probabilities, after, attention_r, mlp_r;  // r: of the norms
     Floats normed, queries, keys, values, attended, mlp_normed, gated, upped, hidden;
   };
   // Gradients of one block at a time. x: of its output, then of its input.
@@ -69,7 +69,7 @@ class Llama {
   std::vector<Block> blocks_;
   Head head_;
   Attention attention_;
-  std::vector<float> x_, normed_, logits_;
+  std::vector<float> x_, normed_, norm_r_, logits_;
   Floats delta_;
   Gradients gradients_;
 };
