@@ -3,13 +3,13 @@
 # make test-arm   cross-compile the C++ library and its tests for 64-bit Arm, and run them under QEMU on two processors
 # make mutants    plant mistakes in the kernels, one at a time, and list those that no test finds (ARGS="--only gemm")
 # make test-gpu   test the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
-# make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the C++ tests with threads under
+# make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer, and C++ tests with threads under
 #                 ThreadSanitizer (half an hour on two cores)
 # make fuzz       try random files and arguments, FUZZ_SECONDS=600 for each target; libFuzzer (CXX=clang++) and atheris
 #                 choose them by coverage
 # make wheels     build wheels that need no compiler, for PYTHONS="python3.11 python3.13", install and test them
 #                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which takes much longer)
-# make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with bench/results/sass.json
+# make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with results/sass.json
 # make lint       check formatting, style and the types of examples/
 # make docs       build the pages of docs/ and an API reference into build/docs/index.html
 # make bench      measure against the peers and write a report below bench/results/   (ARGS is passed on)

@@ -42,7 +42,8 @@ CUDA = re.compile(r"#\s*include\s*<(cuda|nv)")
 INTRINSICS_HEADER = re.compile(r"#\s*include\s*<(\w*intrin|arm_\w+)\.h>")
 INTRINSIC = re.compile(
     r"\basm\b|\b_mm\d*_\w+|\b__m(64|128|256|512)\w*|\b__mmask\d+|\b_tile_\w+\s*\(|\b__tile\w*|\b__builtin_(ia32|neon|aarch64)_"
-    r"|\bv[a-z]\w*_(lane_|laneq_|n_|high_)?(bf16|[usfp](8|16|32|64))\b|\b(u?int|float|poly|bfloat)\d+x\d+(x\d)?_t\b"
+    r"|\bv[a-z0-9]+_(lane_|laneq_|n_|high_|low_)?(bf16|[usfp](8|16|32|64))(_\w+)?\s*\("
+    r"|\b(u?int|float|poly|bfloat)\d+x\d+(x\d)?_t\b"
 )
 
 
