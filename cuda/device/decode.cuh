@@ -1,4 +1,4 @@
-// Decoding a quantized weight into memory, eight neighbours a thread: what dequantize and the panels share.
+// Decodes a quantized weight into memory, eight neighbours a thread. dequantize and the panels share this.
 #pragma once
 
 #include "common/layout.h"
@@ -7,7 +7,7 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// Whether eights that begin at multiples of 8 are one load of codes each, and find their scales by shifts.
+// Whether eight elements that begin at a multiple of 8 take one load of codes, and find their scale by shifts.
 inline bool eights_are_vectors(const QuantizedWeightView& w) {
   return is_aligned(w.codes, w.bits) && (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
 }
@@ -15,11 +15,11 @@ inline bool eights_are_vectors(const QuantizedWeightView& w) {
 template <int kBits>
 class EightDecoder {
  public:
-  // 8 KB of shared memory: eight blocks have room on any multiprocessor.
+  // The table takes 8 KB of shared memory, so that any multiprocessor has room for eight blocks.
   using Table = PairTable<4>;
   static constexpr std::size_t kSmemBytes = kBits == 4 ? Table::kPairs * sizeof(Table::Pair) : 0;
 
-  // Called by all threads of a block, whose shared memory becomes the table.
+  // All threads of a block call this; the block's shared memory becomes the table.
   __device__ EightDecoder(const QuantizedWeightView& w, const WeightScales& scales)
       : w_(w),
         scales_(scales),
@@ -27,8 +27,8 @@ class EightDecoder {
         is_nested_(w.nested_absmax != nullptr),
         offset_(is_nested_ ? *w.offset : 0.0f) {}
 
-  // Elements e ... e + 7, which share a scale: code times scale in fp32, not yet rounded. 8 divides e, as it does every
-  // blocksize.
+  // Decodes elements e ... e + 7, which share a scale: code times scale in fp32, not yet rounded. e is a multiple of 8,
+  // and so is every blocksize.
   __device__ __forceinline__ void decode(std::int64_t e, float (&values)[kEight]) const {
     const std::int64_t block = e >> scales_.block;
     float scale;

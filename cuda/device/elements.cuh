@@ -1,5 +1,5 @@
-// Eight neighbouring elements at a time, which is what a thread of an elementwise kernel takes: loads and stores as
-// vectors where the address allows it, one by one where it does not, and at the end of an array.
+// A thread of an elementwise kernel takes eight neighbouring elements at a time. These functions load and store them as
+// vectors where the address allows it, and one by one where it does not, or at the end of an array.
 #pragma once
 
 #include <bit>
@@ -33,11 +33,11 @@ QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<std::uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }
 
-// As many of T as one load takes, of kElements.
+// How many of kElements elements of type T one load takes.
 template <class T, int kElements>
 constexpr int kVectorOf = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
 
-// Eight from an address that vectors can be loaded from.
+// Loads eight elements from an address that vectors can be loaded from.
 template <class T>
 __device__ __forceinline__ void load_eight_aligned(const T* from, T (&to)[kEight]) {
   constexpr int kCount = kVectorOf<T, kEight>;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements])
   }
 }
 
-// to[i] = from[i] for i < count <= 8, the others `rest`.
+// to[i] = from[i] for i < count <= 8; the other elements become `rest`.
 template <class T>
 __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (&to)[kEight]) {
   if (count == kEight && is_aligned(from, kVectorOf<T, kEight> * sizeof(T))) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (
 // Eight elements as words, the first in the lowest bits: four words of 16-bit elements, eight of fp32.
 template <class T>
 using EightOf = Vector<std::uint32_t, kEight * sizeof(T) / 4>;
-using Eight = EightOf<Bf16>;  // and of F16
+using Eight = EightOf<Bf16>;  // also the words of eight F16
 
 template <class T>
 __device__ __forceinline__ EightOf<T> load_words_aligned(const T* from) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ EightOf<T> load_words_aligned(const T* from) {
   }
   return result;
 }
-// `count` of them, one by one; the others are 0.
+// Loads `count` elements, one by one; the others are 0.
 template <class T>
 __device__ __forceinline__ EightOf<T> gather_words(const T* from, int count) {
   EightOf<T> result;
@@ -104,7 +104,7 @@ __device__ __forceinline__ EightOf<T> gather_words(const T* from, int count) {
   }
   return result;
 }
-// Word i of elements, whose floats are value(j) before they are rounded.
+// Word i of eight elements. value(j) gives element j in fp32, before it is rounded.
 template <class T, class F>
 __device__ __forceinline__ std::uint32_t word_of(int i, const F& value) {
   if constexpr (sizeof(T) == 2) {
@@ -133,7 +133,8 @@ __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)
   }
 }
 
-// Of an array whose type is known at run time, as fp32; what is not there is 0.
+// These load eight elements as fp32; elements from `count` on are 0. The last overload learns the element type at run
+// time.
 template <class T>
 __device__ __forceinline__ void load_eight_as_f32(const T* from, int count, float (&to)[kEight]) {
   T raw[kEight];
@@ -146,7 +147,7 @@ __device__ __forceinline__ void load_eight_aligned_as_f32(const T* from, float (
   if constexpr (sizeof(T) == 4) {
     load_eight_aligned(from, to);
   } else {
-    const Eight raw = load_words_aligned(from);  // as words: the upper half of one is a Bf16's float already
+    const Eight raw = load_words_aligned(from);  // words, whose upper half is a Bf16's fp32 value already
 #pragma unroll
     for (int i = 0; i < kEight; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
   }
@@ -179,7 +180,7 @@ __device__ __forceinline__ void store_eight_from_f32(void* to, DType dtype, std:
   store_eight_from_f32(static_cast<F16*>(to) + first, count, from);
 }
 
-// One element likewise.
+// The same for one element whose type is known at run time.
 __device__ __forceinline__ float load_as_f32(const void* from, DType dtype, std::int64_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(from)[i];
   if (dtype == DType::bf16) return to_f32(static_cast<const Bf16*>(from)[i]);
@@ -200,19 +201,19 @@ __device__ __forceinline__ float rounded(float value) {
   return to_f32(from_f32<T>(value));
 }
 
-// The largest of the values of so many neighbouring lanes, a power of two, in each of them.
+// Returns to each lane the largest value among `lanes` neighbouring lanes; `lanes` is a power of two.
 template <class T>
 __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const T other = shfl_xor(value, mask & (lanes - 1));  // from itself, where that is beyond the neighbours
+    const T other = shfl_xor(value, mask & (lanes - 1));  // a lane asks itself where the mask leaves the neighbours
     value = other > value ? other : value;
   }
   return value;
 }
 
-// Blocks of `threads` for `items` that a thread takes one at a time, in a grid that loops: no more than fill the device
-// several times over.
+// Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
+// the device several times over.
 inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
   constexpr std::int64_t kBlocksPerMultiprocessor = 8;
   const std::int64_t blocks = ceil_div(items, threads);

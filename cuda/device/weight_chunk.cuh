@@ -1,10 +1,10 @@
-// A chunk of a quantized weight on its way into a product: 32 neighbours of a row, as 16 bytes of codes and their
-// scale.
+// A chunk of a quantized weight on its way into a product: 32 neighbours of a row, as codes (16 bytes where they have 4
+// bits) and their scale.
 //
-// Where K is a multiple of 32 a chunk begins at a multiple of 32 elements, so it is a 16-byte vector in global memory
-// and lies in one block of the weight ("aligned"). Elsewhere its codes are gathered one by one, and a block may end in
-// the middle of it; not twice, because a block has 32 elements at least: products with smaller blocks take another way
-// (config.cpp).
+// Where K is a multiple of 32 ("aligned"), a chunk begins at a multiple of 32 elements, so its codes are 16-byte
+// vectors in global memory, and it lies in one block of the weight. Elsewhere its codes are gathered one by one, and a
+// block may end in the middle of the chunk. Two blocks cannot end there, because a block has at least 32 elements:
+// products with smaller blocks take another way (config.cpp).
 #pragma once
 
 #include "common/layout.h"
@@ -15,12 +15,13 @@ namespace qlora_native::QLN_CUDA {
 
 constexpr int kChunk = 32;
 
-// Where the scale of a position of a weight is found.
+// Where a kernel finds the scale of a position of a weight.
 struct WeightScales {
-  const float* of_blocks;      // double-quantized: what the level of a block is multiplied by
-  const std::uint8_t* levels;  // of blocks; or, where every level is the same, anything as long
+  const float* of_blocks;      // absmax of each block; double-quantized: nested_absmax, of several blocks each
+  const std::uint8_t* levels;  // the level of each block; not double-quantized: any bytes, as every level is 1
   bool nested;                 // double-quantized
-  // As shifts: elements and chunks of a block, and blocks to one of `of_blocks`, -1 where those are no power of two.
+  // Shifts, log2 of a number: of the elements of a block, of the chunks of a block, and of the blocks that share an
+  // entry of `of_blocks`. `sharing` is -1 where its number is no power of two.
   int block, chunk, sharing;
 };
 
@@ -45,7 +46,8 @@ inline std::int64_t chunks_of(const QuantizedWeightView& w) { return w.elements(
 inline std::uint32_t last_chunk_of(const QuantizedWeightView& w) {
   return static_cast<std::uint32_t>(chunks_of(w) - 1);
 }
-// Whether the weight is made of whole chunks that lie at multiples of 16 bytes, and 32 bits count them.
+// Whether the weight consists of whole chunks that lie at multiples of 16 bytes, whose number fits 32 bits, and whose
+// scales are found by shifts.
 inline bool is_aligned(const QuantizedWeightView& w) {
   return w.K % kChunk == 0 && is_aligned(w.codes, kVectorBytes) && chunks_of(w) <= 0xFFFFFFFF &&
          (w.nested_absmax == nullptr || is_power_of_two(w.nested_blocksize));
@@ -60,19 +62,20 @@ struct ChunkScale {
 template <>
 struct alignas(16) ChunkScale<false> {
   float first, rest;
-  int end;  // of the first block's elements
+  int end;  // where the first block's elements end in the chunk
   __device__ __forceinline__ float at(int i) const { return i < end ? first : rest; }
   __device__ __forceinline__ ChunkScale divided_by(float divisor) const {
     return {first / divisor, rest / divisor, end};
   }
 };
 
-// Where a weight is aligned its chunks are counted, in 32 bits; elsewhere its elements.
+// A position in an aligned weight counts chunks, in 32 bits; in any other weight it counts elements.
 template <bool kAligned>
 using Position = std::conditional_t<kAligned, std::uint32_t, std::int64_t>;
 
-// Scales by their block, in two halves: what memory has to give, and what is made of it. Between the two the multiply
-// of another step hides the wait. Where there are no levels, every level is 1 and the offset 0, which changes no bit.
+// Reads the scale of a block in two halves: fetch() loads from memory, and finish() computes the scale. In between, the
+// multiply of another step hides the wait. If the weight is not double-quantized, every level is 1 and the offset is 0,
+// which changes no bit.
 template <bool kAligned>
 class ScaleReader {
  public:
@@ -80,7 +83,7 @@ class ScaleReader {
     float scale = 0.0f;
     std::uint32_t level = 0;
   };
-  // In shared memory.
+  // The values of the levels, in shared memory.
   struct Levels {
     float code[256];
     __device__ void fill(const QuantizedWeightView& w) {
@@ -102,7 +105,7 @@ class ScaleReader {
   };
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Nested& nested)
       : ScaleReader(w, from, nested.levels) {}
-  // A reader of levels alone has its finish() given the offset.
+  // A reader that is given levels alone takes the offset as an argument of finish().
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Levels& levels)
       : w_(w), from_(from), code_(SharedPlace(levels.code).kept()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
@@ -125,7 +128,7 @@ class ScaleReader {
   const SharedPlace code_;
 };
 
-// The scale of a chunk, on its way.
+// The scale of a chunk while it is being loaded.
 template <bool kAligned>
 class PendingScale;
 
@@ -146,7 +149,8 @@ class PendingScale<true> {
 template <>
 class PendingScale<false> {
  public:
-  // `count`: how many of its elements the product has, 32 or more for all. What it has not has the scale 0.
+  // `count`: how many of the chunk's elements the product has; 32 or more means all. A block that has none of them is
+  // not read, and its scale is 0.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
                                         std::int64_t element, int count) {
     scale_ = {0.0f, 0.0f, 0};
@@ -167,7 +171,7 @@ class PendingScale<false> {
   ChunkScale<false> scale_{};
 };
 
-// The codes of a chunk, one by one, as vectors would have loaded them; those that are not there are 0.
+// Gathers the codes of a chunk one by one into the words that vector loads would have given; missing codes are 0.
 constexpr int kCodeWords = 4;
 template <int kBits>
 __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int64_t element, int count,
@@ -180,7 +184,7 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
     for (int i = 0; i < kOfWord && kOfWord * word + i < count; ++i) {
       const std::int64_t at = element + kOfWord * word + i;
       if constexpr (kBits == 4) {
-        const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the even one is in the high nibble
+        const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the element with the even index is in the high nibble
         bits |= std::uint32_t{nibble_of_element(codes, at)} << shift;
       } else {
         bits |= std::uint32_t{codes[at]} << (8 * i);
@@ -190,10 +194,10 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
   }
 }
 
-// The two values of a byte of codes. A table of all 256 bytes in shared memory answers with one load; lanes take turns
-// among its copies, so that fewer of them ask one bank at once: of 16, none. Those of a byte begin kApart pairs behind
-// those of the one before. Where that is 256 bytes, and the table begins at kRowsBegin (SharedPlace), one instruction
-// makes an address of a byte.
+// The two values that a byte of codes stands for. A table of all 256 bytes in shared memory gives them with one load.
+// It has kCopies copies and lanes take turns among these, so that fewer lanes ask the same bank at once; with 16
+// copies, none do. The pairs of a byte begin kApart pairs behind those of the byte before. Where that distance is 256
+// bytes and the table begins at kRowsBegin (SharedPlace), one instruction makes an address from a byte.
 template <int kCopies, int kApart = kCopies>
 class PairTable {
  public:
@@ -208,7 +212,7 @@ class PairTable {
     }
   }
   __device__ explicit PairTable(const Pair* pairs) : copy_(SharedPlace(pairs + thread_index() % kCopies).kept()) {}
-  // Of byte `i` of a word, the lowest is 0.
+  // The pair of byte `i` of a word; byte 0 is the lowest.
   __device__ __forceinline__ Pair of_byte(std::uint32_t word, std::uint32_t i) const {
     if constexpr (kRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
     return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kApart * sizeof(Pair))));
