@@ -11,7 +11,7 @@ struct ValueAndDerivative {
   float value, derivative;
 };
 
-// 1 / (1 + e^-x), without a difference of near numbers.
+// 1 / (1 + e^-x), computed from e^-|x|, which cannot overflow, and without a difference of near numbers.
 __device__ __forceinline__ float sigmoid_of(float x) {
   const float e = expf(-fabsf(x));
   return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
@@ -40,7 +40,8 @@ void with_type_and_activation(DType dtype, Activation activation, const F& f) {
   });
 }
 
-// Calls body(row, first column, count) for each eight elements of the matrix that are this thread's.
+// Calls body(row, first column, count) for each eight elements of the matrix that this thread takes; a row's last may
+// be fewer.
 template <class Body>
 __device__ __forceinline__ void for_each_eight(std::int64_t rows, std::int64_t cols, const Body& body) {
   const std::int64_t of_row = ceil_div(cols, kEight);

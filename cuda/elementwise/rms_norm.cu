@@ -1,4 +1,5 @@
-// rms_norm and its backward: a block of threads takes a row, which it reads for a sum and again for the result.
+// rms_norm and its backward: a block of threads takes a row, and reads it twice, once for a sum and once for the
+// result.
 #include "device/elements.cuh"
 #include "operations.h"
 
@@ -12,7 +13,7 @@ struct Shared {
   float of_warp[kWarps];
 };
 
-// The sum over the block's threads, in a fixed order, in each of them.
+// Returns to each thread of the block the sum over all of them, added in a fixed order.
 __device__ float sum_of_block(float value, Shared& shared) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shfl_xor(value, mask);
@@ -24,14 +25,14 @@ __device__ float sum_of_block(float value, Shared& shared) {
   return sum;
 }
 
-// Calls body(first, count) for each eight elements of a row that are this thread's.
+// Calls body(first, count) for each eight elements of a row that this thread takes; the last may be fewer.
 template <class Body>
 __device__ __forceinline__ void for_each_eight(std::int64_t N, const Body& body) {
   for (std::int64_t first = std::int64_t{thread_index()} * kEight; first < N; first += kThreads * kEight)
     body(first, static_cast<int>(N - first < kEight ? N - first : kEight));
 }
 
-// Element i of `to` = element first + i of a row, times shift + weight of its column; 0 beyond `count`.
+// to[i] = element first + i of the row, times (shift + weight of its column); 0 from `count` on.
 template <class T>
 __device__ __forceinline__ void load_weighted(const T* row, const T* weight, float shift, std::int64_t first, int count,
                                               float (&to)[kEight]) {

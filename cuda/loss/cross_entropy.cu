@@ -1,4 +1,4 @@
-// cross_entropy: a block of threads takes a row, reads it for lse(z), and again for the gradient.
+// cross_entropy: a block of threads takes a row, and reads it twice, once for lse(z) and once for the gradient.
 #include <limits>
 
 #include "device/elements.cuh"
@@ -12,7 +12,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Of z: its largest element, the sum of e^(z - largest), and the sum.
+// Collects of a row's z the largest element, the sum of e^(z - largest), and the sum of z.
 struct Total {
   float largest = -kInfinity, exponentials = 0.0f, sum = 0.0f;
 
@@ -33,7 +33,7 @@ struct Total {
     exponentials = exponentials * expf(largest - most) + other.exponentials * expf(other.largest - most);
     largest = most;
   }
-  // A row of -inf, or one with a NaN or inf, has no softmax.
+  // A row has no softmax if all of it is -inf, or if it has a NaN or inf.
   __device__ bool is_finite() const { return fabsf(largest) < kInfinity && sum == sum; }
 };
 
@@ -47,7 +47,7 @@ __device__ float capped(const CrossEntropyArgs& args, float logit) {
   return args.softcap == 0.0f ? scaled : args.softcap * tanhf(scaled / args.softcap);
 }
 
-// The row's total, in every thread.
+// Returns the row's total to every thread.
 template <class T>
 __device__ Total total_of(const CrossEntropyArgs& args, const T* logits, Shared& shared) {
   Total total;
