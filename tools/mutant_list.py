@@ -553,7 +553,7 @@ ROW_GROUPS = [
     Mutant(
         TILE_ROWS,
         "the tile is another one while warps store the one before",
-        *_without("      sync_threads();  // the one before is not needed any more\n"),
+        *_without("      sync_threads();  // no thread needs the tile before any more\n"),
         CONCURRENT,
     ),
     Mutant(

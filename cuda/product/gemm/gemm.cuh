@@ -1,16 +1,16 @@
 // The product with a quantized weight on tensor cores, forward and backward: README.md follows a tile through it.
 //
-// A block, 8 warps, computes a tile of out, or a part of its inner dimension, after the other. The inner dimension
-// passes through shared memory, 64 at a time: the left operand as it is, the weight as codes, which the thread that has
-// brought them decodes. While a step is multiplied the weight's next one is decoded:
+// A block of 8 warps computes one tile of out after another, or a part of a tile's inner dimension. The inner dimension
+// passes through shared memory, 64 at a time: the left operand as it is, and the weight as codes, which are decoded by
+// the thread that has copied them. While one step is multiplied, the weight of the next step is decoded:
 //
-//   step          i - 1        i            i + 1        ...
-//   codes         ▒ on their way, stages ahead ▒
-//   decode        i            i + 1        i + 2             into one of two places, from which all warps read
-//   multiply      i - 1        i            i + 1
+//   step, 2 stages   i - 1            i                  i + 1
+//   copied           X i, codes i+1   X i+1, codes i+2   X i+2, codes i+3
+//   decoded          W i              W i+1              W i+2              into two places in turn
+//   multiplied       X i-1 . W i-1    X i . W i          X i+1 . W i+1
 //
-// One barrier a step serves all: who passes it knows that step i is there, the left operand and the decoded weight, and
-// that all have read step i - 1, in whose places the thread may write.
+// One barrier a step serves all purposes. A thread that passes it knows that the left operand and the decoded weight of
+// step i are there, and that all threads have read step i - 1, whose places it may write to.
 #pragma once
 
 #include "device/elements.cuh"
@@ -42,10 +42,10 @@ class Gemm {
         scales_(args.weight, args.scales, shared.nested),
         table_(shared.rows->pairs) {}
 
-  // The block's run of steps: the end of a tile, whole tiles, the beginning of one.
+  // Computes the block's run of steps: the end of a tile, whole tiles, and the beginning of one.
   __device__ void run() {
     if (kGroups && shared_.run < 0) return;
-    for (std::uint32_t done = 0;;) {  // steps: 2^32 of them would be minutes
+    for (std::uint32_t done = 0;;) {  // counts steps; 2^32 of them would take minutes
       const Part part = runs_.part_after(shared_.run, done);
       if (part.count == 0) return;
       go_to(part);
@@ -58,7 +58,7 @@ class Gemm {
     }
   }
 
-  // The block's run, and tables that the whole of it needs.
+  // Gets the block's run, and fills the tables that all of the run needs.
   __device__ void prepare() {
     tile_rows_.prepare();
     if (thread_index() == 0) shared_.run = runs_.take();
@@ -78,7 +78,7 @@ class Gemm {
     return std::int64_t{row_tile_} * Tile::kRows;
   }
   __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
-  // What it has of its size.
+  // How much of its full size the tile has.
   __device__ __forceinline__ int rows() const {
     if constexpr (kGroups) return tile_rows_.rows();
     return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
@@ -89,7 +89,7 @@ class Gemm {
 
   // ---- the inner dimension in steps -------------------------------------------------------------------------------
 
-  // Stages are passed as bytes from the first.
+  // A stage is passed as its distance in bytes from the first.
   static constexpr std::uint32_t kStage = sizeof(Stage);
   static_assert(offsetof(Stage, left) == 0 && kStage % kStageAlignment == 0);
   static constexpr std::uint32_t kCodes = offsetof(Stage, codes);
@@ -100,7 +100,7 @@ class Gemm {
   static constexpr std::uint32_t stage_before(std::uint32_t stage) {
     return kStages == 2 ? kLast - stage : stage == 0 ? kLast : stage - kStage;
   }
-  // So are the places of decoded weights.
+  // A place of decoded weights is passed likewise.
   static constexpr std::uint32_t kWeights = Tile::kCols * kLineBytes;
   __device__ SharedPlace place_in_stage(std::size_t bytes) const {
     return SharedPlace(shared_.stages).at(static_cast<std::uint32_t>(bytes)).kept();
@@ -108,13 +108,13 @@ class Gemm {
   __device__ SharedPlace place_in_weights(std::size_t bytes) const {
     return SharedPlace(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).kept();
   }
-  // Of a thread's share of the left operand. That of the codes begins kCodes further on.
+  // Where a thread's share of the left operand stands. Its share of the codes begins kCodes bytes further on.
   __device__ SharedPlace place_of_share(const Lane& lane) const { return place_in_stage(lane.thread * kVectorBytes); }
 
-  // Where this thread reads and writes: in the first stage, and as far into every other.
+  // Where this thread reads and writes in the first stage. It does so at the same places of every other stage.
   struct Places {
-    SharedPlace left, share;     // what ldmatrix is pointed at; what is copied
-    SharedPlace weights, piece;  // likewise; what is decoded
+    SharedPlace left, share;     // left operand: where ldmatrix reads, and where copies go
+    SharedPlace weights, piece;  // weights: where ldmatrix reads, and where decoded ones go
     __device__ Places(const Gemm& gemm, const Lane& lane)
         : left(gemm.place_in_stage(Left::first_of(lane))),
           share(gemm.place_of_share(lane)),
@@ -122,20 +122,20 @@ class Gemm {
           piece(gemm.place_in_weights(Weights::place_of(lane.thread))) {}
   };
 
-  // How much of a step the inner dimension has.
+  // How much of the inner dimension a step has.
   __device__ __forceinline__ int inner_of_step(int step) const {
     const int whole = static_cast<int>(args_.inner / kGemmStep);
     return step < whole ? kGemmStep : step == whole ? last_inner() : 0;
   }
   __device__ __forceinline__ int last_inner() const { return static_cast<int>(args_.inner % kGemmStep); }
 
-  // What this thread brings of the weight: the codes of a step go to a stage, their scales to registers.
+  // The part of the weight that this thread brings: the codes of a step go to a stage, and their scales to registers.
   struct Source {
     unsigned thread;
     Position<kAligned> position;  // in the weight
     PendingScale<kAligned> scale;
   };
-  // Of so many steps: the weight is that far ahead of the multiply.
+  // The scales of as many steps as the weight is ahead of the multiply.
   using Scales = Scale[kStages - 1];
 
   __device__ void multiply(int first, int steps) {
@@ -149,11 +149,11 @@ class Gemm {
     Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
     Scales scales = {};
     const int end = first + steps;
-    // The first step that has not all of the inner dimension, or not this thread's vector of it.
+    // `whole` is the first step that is not full, `left_end` the first in which this thread's vector is not there.
     const int whole = static_cast<int>(args_.inner / kGemmStep);
     const int left_end = kAligned && left.inner() < last_inner() ? whole + 1 : whole;
 
-    // The weight is one step ahead: its first one is decoded before the loop.
+    // The weight is one step ahead, so its first step is decoded before the loop.
     fetch_weight(at.share.at(kLast), source, first);
     cp_async_commit();
     const Scale first_scale = source.scale.finish(scales_);
@@ -208,7 +208,8 @@ class Gemm {
   }
   __device__ __forceinline__ void fetch_weight(const SharedPlace& to, Source& source, int step) const {
     if constexpr (kAligned) {
-      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
+      // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
       const std::uint32_t last = args_.last_chunk - (kPieces - 1);
       const std::uint32_t chunk = source.position < last ? source.position : last;
       const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
@@ -229,7 +230,7 @@ class Gemm {
       source.position += Weights::step(args_.weight);
     }
   }
-  // What fetch_weight() has begun to read is the last of the scales.
+  // Makes the scale that fetch_weight() has begun to read the last of `scales`.
   __device__ __forceinline__ void push(Scales& scales, const Source& source) const {
 #pragma unroll
     for (int s = 0; s < kStages - 2; ++s) scales[s] = scales[s + 1];
@@ -247,7 +248,7 @@ class Gemm {
     }
     return codes;
   }
-  // One vector of each of the thread's pieces. `to`: where the first piece's first one stands.
+  // Decodes one vector of each of the thread's pieces. `to`: where the first vector of the first piece stands.
   __device__ __forceinline__ void decode(const SharedPlace& to, const Codes& codes, const Scale& scale,
                                          unsigned vector) const {
 #pragma unroll
@@ -279,14 +280,14 @@ class Gemm {
       }
     }
     if constexpr (!Weights::kForward) {
-      // Before anything else is in the sums, because the mask falls on nothing else.
+      // This comes before anything else is in the sums, because the mask must fall on nothing else.
       if (rank > 0 && args_.dropout.threshold > 0) {
         sums_.drop(args_.dropout.prepared(), row0() + lane.row<Tile>(), col0() + lane.col<Tile>());
       }
     }
   }
-  // Of rows in groups those that the tile has rows of, as many at a time as a step has room for: each has so many
-  // places in it, whole products of mma.
+  // With rows in groups, multiplies by the adapters that the tile has rows of, as many at a time as a step has room
+  // for. In a step an adapter takes as many places as it has rank, rounded up to whole products of mma.
   __device__ __forceinline__ std::int64_t places_of_adapter() const {
     return ceil_div(args_.low_rank.cols, kMmaInner) * kMmaInner;
   }
@@ -313,7 +314,7 @@ class Gemm {
       }
     }
   }
-  // Which r of the rank, of which adapter, is at a place: the rank or more where there is none.
+  // Which r of the rank of which adapter stands at a place. r is the rank or more where there is none.
   struct OfRank {
     std::int64_t r;
     int adapter;
@@ -325,7 +326,7 @@ class Gemm {
     const int adapter = shared_.adapters[place / places];
     return {adapter < 0 ? args_.low_rank.cols : place % places, adapter < 0 ? 0 : adapter};
   }
-  // Both operands as in other steps, through the first stage and the first place of the weights.
+  // Both operands pass through the first stage and the first place of the weights, as in other steps.
   __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Places& at, std::int64_t r0, int there) {
     const int inner = LeftRows<T, Tile>::inner_of(lane);
     const OfRank mine = of_rank(r0 + inner);
@@ -351,12 +352,12 @@ class Gemm {
     for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
     sync_threads();  // before the stage is filled again
   }
-  // A vector of what the thread has of a step, where decode() would put it.
+  // Stores a vector of the thread's share of a step, where decode() would put it.
   __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
                                             unsigned vector) const {
     const unsigned first = vector / kPieceVectors * kChunk;
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
-    // Forward, its eight are neighbours along the rank.
+    // Forward, the eight elements of the vector are neighbours along the rank.
     const OfRank mine = of_rank(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
       return right_at<Weights::kForward>(args_, r, col, mine.adapter);
@@ -417,7 +418,7 @@ void gemm(const Product& product, const GemmConfig& config, const Stream& stream
     }
     launch<gemm_kernel<T, Weights, Tile, false>>(shape, stream, args);
   };
-  // What product_config chooses among.
+  // The tiles that product_config chooses among.
   const auto start_tile = [&]<class T>() {
     if (config.tile_cols == kGemmWideCols) return start.template operator()<T, kGemmManyRows, kGemmWideCols, true>();
     switch (config.tile_rows) {

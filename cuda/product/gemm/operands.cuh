@@ -1,5 +1,5 @@
 // The operands of the tensor-core product (gemm.cuh): how a step of each lies in shared memory, and which part of it a
-// thread brings. First the left operand's rows, then the weight.
+// thread brings. The left operand comes first, then the weight.
 #pragma once
 
 #include "device/elements.cuh"
@@ -8,33 +8,32 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// ---- the left operand
-// ------------------------------------------------------------------------------------------------
+// ---- the left operand ----------------------------------------------------------------------------------------------
 
-// A step of each row of a tile's left operand, as 16-byte vectors. Lanes read the same vector of several rows at once:
-// it stands at another place in each, so that all lie in different banks.
+// A step of each row of a tile's left operand, as 16-byte vectors. Lanes read the same vector of several rows at once.
+// It stands at a different place in each of these rows, so that all of them lie in different banks.
 template <class T, class Tile>
 struct LeftStage {
   static constexpr unsigned kVector = kVectorBytes / sizeof(T);
   static constexpr unsigned kVectors = Tile::kStep / kVector, kRowBytes = kVectors * kVectorBytes;
   alignas(kStageAlignment) T at[Tile::kRows * Tile::kStep];
 
-  // In vectors: of a row's, and which of a row's stands at a place.
+  // Counted in vectors: where a row's vector stands, and which vector of its row stands at a place.
   static constexpr unsigned place(unsigned row, unsigned vector) { return row * kVectors + (vector ^ row % 8); }
   static constexpr unsigned vector_at(unsigned place) { return place % kVectors ^ place / kVectors % 8; }
-  // In bytes, of what a lane points ldmatrix at: of 16 rows both halves of 16 of the inner dimension, as mma takes
-  // them.
+  // In bytes: where a lane points ldmatrix, which loads both halves of 16 of the inner dimension in 16 rows, in the
+  // order that mma takes.
   __device__ static unsigned first_of(const Lane& lane) {
     return place(lane.warp_row<Tile>() + lane.lane % kMmaRows, lane.lane / kMmaRows) * kVectorBytes;
   }
-  // The k-th sixteen of the inner dimension, of the i-th 16 rows.
+  // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the i-th 16 rows.
   __device__ __forceinline__ static SharedPlace operand(const SharedPlace& first, unsigned k, unsigned i) {
     return first.flipped(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
   }
 };
 
-// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to`: its place in a
-// stage, which is that of its number, so that a warp writes neighbours.
+// A thread's share of a tile's rows, step after step: the same 16-byte vector of every 32nd row. `to` is its place in a
+// stage, which follows from the thread's number, so that a warp writes neighbours.
 template <class T, class Tile>
 class LeftRows {
   using Stage = LeftStage<T, Tile>;
@@ -44,30 +43,30 @@ class LeftRows {
   static constexpr std::uint32_t kBytesApart = kRowsAtOnce * Stage::kRowBytes;
 
  public:
-  // Of the thread's vector, in a step.
+  // Where in a step the thread's vector begins.
   __device__ static int inner_of(const Lane& lane) { return static_cast<int>(Stage::vector_at(lane.thread)) * kVector; }
   __device__ int inner() const { return static_cast<int>(Stage::vector_at(thread_)) * kVector; }
 
-  // From row `row0` of the matrix, of which `rows` are there, and from `inner0` of the inner dimension.
+  // Begins with row `row0` of the matrix, of whose rows `rows` are there, and at `inner0` of the inner dimension.
   __device__ __forceinline__ LeftRows(const Lane& lane, const ConstMatrix& matrix, std::int64_t row0, int rows,
                                       std::int64_t inner0)
       : thread_(lane.thread), first_(static_cast<const T*>(matrix.data) + row0 * matrix.stride + inner0 + inner()) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      // The last row for those beyond, whose results are not stored.
+      // A row beyond the last is loaded as the last one is; its results are not stored.
       const int there = row(i) < rows ? row(i) : rows - 1;
       vectors_[i] = static_cast<std::uint32_t>(there) * static_cast<std::uint32_t>(matrix.stride / kVector);
     }
   }
   __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
 
-  // Rows begin ... end-1 of the tile.
+  // Lets only rows begin ... end-1 of the tile be loaded; the others become zeros.
   __device__ __forceinline__ void keep(int begin, int end) {
     first_kept_ = begin;
     end_of_kept_ = end;
   }
 
-  // Of rows that are vectors. Zeros, if the thread's is not there, or if it is in none of the rows to be kept.
+  // Copies rows that are vectors. If the thread's vector is not there, or its row is not to be kept, zeros are stored.
   template <bool kKeepsSome = false>
   __device__ __forceinline__ void fetch_vectors(const SharedPlace& to, bool there) const {
     if (Tile::kRows < kRowsAtOnce && row(0) >= Tile::kRows) return;
@@ -78,7 +77,7 @@ class LeftRows {
                         there && (!kKeepsSome || is_kept(row(i))));
     }
   }
-  // Of others, element by element: of `rows` rows of which `inner_there` of the step are there.
+  // Loads other rows element by element. `rows` rows are there, and `inner_there` of the step.
   template <bool kKeepsSome = false>
   __device__ __forceinline__ void fetch_elements(const SharedPlace& to, std::int64_t stride, int rows,
                                                  int inner_there) const {
@@ -103,48 +102,48 @@ class LeftRows {
 
   const unsigned thread_;
   const T* first_;                        // in the tile's first row
-  std::uint32_t vectors_[kRowsOfThread];  // from there to each of the thread's
+  std::uint32_t vectors_[kRowsOfThread];  // from there to each of the thread's rows
   int first_kept_ = 0, end_of_kept_ = Tile::kRows;
 };
 
-// ---- the weight
-// ------------------------------------------------------------------------------------------------------
+// ---- the weight ----------------------------------------------------------------------------------------------------
 //
-// A thread has pieces of 32 neighbours of W, each of which becomes four vectors of eight 16-bit elements. Both layouts
-// give: where in the step and in the tile the thread's first piece begins; where its vectors stand and which codes each
-// holds; and where a lane points ldmatrix at. All eight vectors that lanes write at once, or ldmatrix reads at once,
-// lie in different banks.
+// A thread has pieces of 32 neighbours of W, and each piece becomes four vectors of eight 16-bit elements. Both layouts
+// below say where in the step and in the tile the thread's first piece begins, where its vectors stand, which codes
+// each vector holds, and where a lane points ldmatrix. Eight vectors that lanes write at once, or that ldmatrix reads
+// at once, always lie in different banks.
 
 constexpr int kChunkBytes = kChunk / 2;
 constexpr unsigned kPieceVectors = kChunk / 8;
 
-// Decoded weights lie in lines of 128 bytes, as many as the tile has columns. Before each is room for a row of the
-// table by which codes are decoded: PairTable wants its rows 256 bytes apart, and half of that is enough for 16 copies.
+// Decoded weights lie in lines of 128 bytes, as many as the tile has columns, 256 bytes apart. The 128 bytes before
+// each line have room for a row of the table that decodes codes: PairTable wants its rows 256 bytes apart, and 16
+// copies of a pair take half of that.
 constexpr unsigned kLineBytes = kRowBytes, kLineVectors = kRowBytes / 2 / kVectorBytes;
 
-// Forward: a column of the result is a row of W, which lies along the inner dimension. Decoded, each is a line of eight
-// vectors, as those of the left operand. A fragment of mma has columns in pairs, kLaneCols apart: vectors change places
-// by what differs among these.
+// Forward: a column of the result is a row of W, which lies along the inner dimension. When it is decoded, it is a line
+// of eight vectors, as the rows of the left operand are. The columns of an mma fragment come in pairs that lie
+// kLaneCols apart, so vectors change places by the numbers in which these columns differ.
 template <class Tile>
 struct DecodedRows {
   static constexpr bool kForward = true;
   static constexpr unsigned kColThreads = kGemmStep / Tile::kThreadWeights;
 
-  // In bytes, as all places here.
+  // Where a vector of a column stands, in bytes, as all places of this struct.
   static constexpr unsigned place(unsigned col, unsigned vector) {
     return col * kLineBytes + (vector ^ (col % 2 + col / Tile::kLaneCols % 4 * 2)) * kVectorBytes;
   }
 
-  // Where what the thread has begins. Eight threads have columns whose vectors do not meet.
+  // Where the thread's weights begin. Each eight neighbouring threads write vectors that lie in different banks.
   static constexpr unsigned col_of(unsigned thread) {
     constexpr unsigned kPairs = Tile::kLaneCols / 2;
     const unsigned i = thread / kColThreads, pair = i / 8 % kPairs, group = i / 8 / kPairs;
     return group * Tile::kGroupCols + i / 2 % 4 * Tile::kLaneCols + pair * 2 + i % 2;
   }
   static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
-  // Of its first vector. Its others have bits flipped.
+  // Where the thread's first vector stands. The places of its other vectors differ from this in flipped bits.
   static constexpr unsigned place_of(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
-  // The byte of a piece's codes that is word `i` of its vector.
+  // Which byte of a piece's codes becomes word `i` of a vector.
   static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) { return 4 * vector + i; }
 
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
@@ -152,13 +151,13 @@ struct DecodedRows {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
-  // What a lane points ldmatrix at first: of two fragments both halves of 16 of the inner dimension.
+  // Where a lane points ldmatrix at first; it loads both halves of 16 of the inner dimension in two fragments.
   __device__ static unsigned first_of(const Lane& lane) {
     const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
     const unsigned col = row / 2 * Tile::kLaneCols + row % 2 + 2 * other;
     return place(lane.warp_col<Tile>() + col, half);
   }
-  // The k-th sixteen of the inner dimension, of the p-th two fragments.
+  // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the p-th two fragments.
   __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
     const unsigned col = 2 * p / Tile::kGroup * Tile::kGroupCols + 2 * p % Tile::kGroup * 2;
     return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
@@ -166,9 +165,10 @@ struct DecodedRows {
   __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) { ldmatrix_x4(b, from); }
 };
 
-// Backward: a column of the result is a column of W, whose rows are the inner dimension. Decoded, a row is lines of
-// vectors, one for each fragment's eight columns, which ldmatrix transposes. A piece is one group of fragments, or two,
-// and its pairs of neighbours are dealt out to their vectors.
+// Backward: a column of the result is a column of W, whose rows are the inner dimension. When a row is decoded, it is
+// one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A piece has
+// the columns of one group of fragments, or of two, and its pairs of neighbours are dealt out to the vectors of these
+// fragments.
 template <class Tile>
 struct DecodedColumns {
   static constexpr bool kForward = false;
@@ -182,7 +182,14 @@ struct DecodedColumns {
            (vector % kLineVectors ^ inner % 8) * kVectorBytes;
   }
 
-  // Of eight threads those whose vectors fill a line have it together; the others have one of another row.
+  // Where the thread's weights begin. kLineThreads neighbouring threads fill a line, and eight threads fill the same
+  // line of 8 / kLineThreads rows:
+  //
+  //   tile of 128 columns    columns 0 ... 63    columns 64 ... 127
+  //   row 0                  threads 0, 1        threads 8, 9
+  //   row 1                  threads 2, 3        threads 10, 11
+  //   row 3                  threads 6, 7        threads 14, 15
+  //   row 4                  threads 16, 17      threads 24, 25
   static constexpr unsigned col_of(unsigned thread) {
     return (thread / 8 % (kRowThreads / kLineThreads) * kLineThreads + thread % kLineThreads) * Tile::kThreadWeights;
   }

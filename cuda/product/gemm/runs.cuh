@@ -1,6 +1,6 @@
-// How blocks share the steps of all tiles of a tensor-core product (GemmConfig): each has a run of them, the end of a
-// tile, whole tiles, the beginning of one. A block that has not the first step of a tile leaves its sums in memory for
-// the one that has.
+// How blocks share the steps of all tiles of a tensor-core product (GemmConfig). Each has a run of them: the end of a
+// tile, whole tiles, and the beginning of one. A block that does not have the first step of a tile stores its sums in
+// memory, for the block that does.
 #pragma once
 
 #include "device/elements.cuh"
@@ -11,21 +11,22 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// What a block of a product with groups found out (tile_rows.cuh): how many tiles there are, and which it is at.
+// A block of a product with groups keeps here what it has found (tile_rows.cuh): how many tiles there are, and its
+// tile.
 struct GroupedBlock {
   GemmConfig config;
   RowTile tile;
 };
 
-// Null, where no tile is shared.
+// Memory that blocks share. The pointers are null where no tile is shared and there are no groups.
 struct SharedSums {
-  float* of_runs;         // what each run leaves, a tile each
-  std::uint32_t* ready;   // by run: whether it has left them
+  float* of_runs;         // the sums that each run stores, one tile each
+  std::uint32_t* ready;   // by run: whether it has stored them
   std::uint32_t* ticket;  // how many blocks have begun
   GroupedBlock* of_blocks;
 };
 
-// On the host: memory for them, of a stream.
+// Allocates that memory in a stream; on the host.
 class SumsMemory {
  public:
   // The flags and the ticket come last, behind sums that are a whole number of vectors.
@@ -54,7 +55,7 @@ class SumsMemory {
   const Workspace workspace_;
 };
 
-// What the kernels of this folder take.
+// The arguments of the kernels of this folder, and of hopper/.
 struct GemmArgs : Product {
   GemmArgs(const Product& product, const GemmConfig& config, const SumsMemory& memory)
       : Product(product),
@@ -71,7 +72,7 @@ struct GemmArgs : Product {
   SharedSums shared_sums;
 };
 
-// A part of a run lies in one tile: it has the steps first ... first + count - 1 of that tile.
+// A part of a run lies in one tile: it has steps first ... first + count - 1 of that tile.
 struct Part {
   int run;
   std::int64_t tile;
@@ -83,28 +84,30 @@ class Runs {
  public:
   __device__ Runs(const GemmConfig& config, const SharedSums& shared) : config_(config), shared_(shared) {}
 
-  // The block's run, for one of its threads to ask. Where tiles are shared, runs are given out from the last to the
-  // first, in the order in which blocks begin: a block waits for later runs alone, so for blocks that have begun.
-  // Negative where there are fewer runs than blocks, because groups have fewer tiles than they might.
+  // Takes the block's run; one of its threads calls this. Where tiles are shared, runs are given out from the last to
+  // the first, in the order in which blocks begin. A block waits for later runs alone, and so for blocks that have
+  // begun. The run is negative where there are fewer runs than blocks, because groups have fewer tiles than they might
+  // have.
   __device__ int take() const {
     const auto begun = shared_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(shared_.ticket);
     return config_.blocks - 1 - begun;
   }
-  // What comes after so many steps of a run.
+  // The part that comes after the first `done` steps of a run.
   __device__ Part part_after(int run, std::uint32_t done) const {
     const std::int64_t step = config_.begin_of(run) + done, rest = config_.begin_of(run + 1) - step;
     const int first = static_cast<int>(step % config_.steps), rest_of_tile = config_.steps - first;
     const bool is_last = rest <= rest_of_tile;
     return {run, step / config_.steps, first, is_last ? static_cast<int>(rest) : rest_of_tile, is_last};
   }
-  // What begins with a step, counted over all runs.
+  // The part that begins with a step; steps are counted over all runs.
   __device__ Part part_at(std::uint32_t step) const {
     const int run = config_.run_of(step);
     return part_after(run, static_cast<std::uint32_t>(step - config_.begin_of(run)));
   }
-  // Whether `sums` are the tile's, with those of all other runs that have a part of it: they are added in the order of
-  // the inner dimension. Else another run has the beginning of the tile, and the sums are left to it. kSums: of a tile.
-  // Called by the block's first kGemmThreads threads, which `meet`.
+  // Completes the sums of a tile. If the part has the tile's beginning, this adds the sums of all other runs that have
+  // a part of the tile, in the order of the inner dimension, and returns true. Otherwise it stores `sums` for the run
+  // that has the beginning, and returns false. kSums: how many sums a tile has. The block's first kGemmThreads threads
+  // call this, and meet by `meet`.
   template <int kSums, class Sums, class Meet>
   __device__ __forceinline__ bool complete(const Part& part, Sums& sums, const Meet& meet) const {
     if (part.first > 0) {
@@ -113,7 +116,7 @@ class Runs {
       if (thread_index() == 0) signal(shared_.ready + part.run, 1);
       return false;
     }
-    // The runs after this one that have the rest of the tile. A thread waits for each, all at once.
+    // The runs after this one have the rest of the tile. A thread waits for each of them, all threads at once.
     const int last = config_.run_of((part.tile + 1) * config_.steps - 1);
     if (last > part.run) {
       for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {

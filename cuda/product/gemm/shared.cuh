@@ -1,4 +1,4 @@
-// What a block of the tensor-core product (gemm.cuh) has in shared memory.
+// The shared memory of a block of the tensor-core product (gemm.cuh).
 #pragma once
 
 #include "device/weight_chunk.cuh"
@@ -9,28 +9,28 @@ namespace qlora_native::QLN_CUDA {
 
 template <class T, class Weights, class Tile>
 struct GemmShared {
-  // 16 copies of each byte's pair: lanes that are served at once ask 16 of a bank each.
+  // Each byte's pair has 16 copies, so that lanes that are served at once read different banks.
   using Table = PairTable<16, kRowBytes / sizeof(Vector<float, 2>)>;
   struct Row {
     typename Table::Pair pairs[16];
     std::byte weights[kLineVectors * kVectorBytes];
   };
   static_assert(2 * Tile::kCols >= 256 && sizeof(Row) == kRowBytes);
-  // The left operand of a step and the next one's codes, which only the thread reads that has brought them.
+  // The left operand of a step, and the codes of the next step. Only the thread that has copied codes reads them.
   struct Stage {
     LeftStage<T, Tile> left;
     std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
   };
-  Row rows[2 * Tile::kCols];  // the table, in the first 256, and the decoded weights of this step and of the next
+  Row rows[2 * Tile::kCols];  // the first 256 have the table; all have decoded weights, of this step and of the next
   Stage stages[Tile::kStages];
   typename ScaleReader<Tile::kAligned>::Nested nested;
   int run;  // the block's
-  // Of rows in groups, that a step of the inner dimension has: -1 for none.
+  // With rows in groups: the adapters that a step of the inner dimension has, -1 for none.
   static constexpr int kAdapters = kGemmStep / kMmaInner;
   int adapters[kAdapters];
 
-  // `rows` begin where the table must, which is not far from the beginning: product_config has asked the device. Where
-  // it is further all the same, the rest would be another block's memory.
+  // `rows` must begin where the table must, which is not far from the beginning of shared memory: product_config has
+  // asked the device. If it were further away all the same, the end would lie in another block's memory.
   static __device__ GemmShared& of_block() {
     std::byte* const smem = dynamic_smem<std::byte>();
     const std::uint32_t before = SharedPlace(smem).to_rows();

@@ -1,4 +1,5 @@
-// The sums of a tile, in registers, through its life: products are added to them, other blocks' sums, at last the bias.
+// The sums of a tile stay in registers through its life: products are added, then other blocks' sums, and at last the
+// bias.
 #pragma once
 
 #include "device/elements.cuh"
@@ -18,7 +19,7 @@ class GemmSums {
     each([](float& sum) { sum = 0.0f; });
   }
 
-  // Adds the products of the k-th 16 of a step. `left`, `weights`: what the lane points ldmatrix at first.
+  // Adds the products of the k-th 16 of a step. `left` and `weights` are where the lane points ldmatrix at first.
   __device__ __forceinline__ void multiply(const SharedPlace& left, const SharedPlace& weights, unsigned k) {
     std::uint32_t a[kRowFragments][4], b[kColFragments / 2][4];
 #pragma unroll
@@ -35,10 +36,11 @@ class GemmSums {
     }
   }
 
-  // Sets to zero what dropout drops. `row`, `col`: the lane's first of the result. In two loops: the random bits are
-  // much code, the sums are registers and must be named.
+  // Sets the sums to zero that dropout drops. `row`, `col`: the lane's first of the result. There are two loops: one
+  // that is not unrolled for the random bits, which are much code, and one that is, because sums are registers and each
+  // must be named.
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
-    static_assert(8 % kLaneCols == 0 && kGroups * kLaneRows <= 32);  // neighbours share their bits
+    static_assert(8 % kLaneCols == 0 && kGroups * kLaneRows <= 32);  // neighbours share their random bits
     std::uint32_t kept[kLaneCols] = {};
 #pragma unroll 1
     for (int i = kGroups * kLaneRows - 1; i >= 0; --i) {
@@ -59,8 +61,8 @@ class GemmSums {
     }
   }
 
-  // Where several blocks share a tile's steps: to memory of the block that had to leave it, in the order in which
-  // threads hold them, and from there to the one that goes on.
+  // Where several blocks share a tile's steps, a block without the tile's beginning stores its sums in memory, in the
+  // order in which threads hold them, and the block with the beginning adds them from there.
   __device__ void leave(float* of_block) const {
     float* to = of_block + thread_index() * 4;
 #pragma unroll
@@ -85,8 +87,8 @@ class GemmSums {
     }
   }
 
-  // Sum plus bias, rounded once, of `rows` rows and `cols` columns that are there, counted from the lane's first. `out`
-  // and `bias`: of that; a bias of null is none.
+  // Stores each sum plus bias, rounded once, in the `rows` rows and `cols` columns that are there, counted from the
+  // lane's first. `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
   __device__ void store(T* out, std::int64_t stride, const T* bias_of, int rows, int cols) const {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -124,7 +126,7 @@ class GemmSums {
       }
     }
   }
-  // Of the lane's i-th row, which are 8 apart, the j-th of the neighbours of a group.
+  // The sum in the lane's i-th row (its rows are 8 apart) and in the j-th of its neighbouring columns of a group.
   __device__ __forceinline__ float& at(int i, int group, int j) {
     return sum_[i / 2][group * Tile::kGroup + j / 2][i % 2 * 2 + j % 2];
   }

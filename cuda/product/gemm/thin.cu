@@ -9,7 +9,7 @@ void multiply_thin(const Product& product, const GemmConfig& config, const Strea
   const GemmArgs args(product, config, memory);
   const auto start = [&]<class T, int kRows>() {
     const LaunchShape shape = {config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()};
-    if constexpr (kRows <= kThinRows) {  // for more rows of groups it would have too few registers
+    if constexpr (kRows <= kThinRows) {  // with more rows in groups it would have too few registers
       if (config.grouped) return launch<thin_gemm_kernel<T, kRows, true>>(shape, stream, args);
     }
     launch<thin_gemm_kernel<T, kRows, false>>(shape, stream, args);

@@ -1,16 +1,16 @@
-// The forward product of up to 64 rows of x on tensor cores: Y^T = [W | s*B] . [X | U]^T.
+// The forward product of up to 64 rows of X on tensor cores: Y^T = [W | s*B] . [X | U]^T.
 //
-// A tile has all rows of x and 128 columns of the result, which are rows of W. With so few rows what takes time is
-// shared memory, not the tensor cores, so decoded weights do not pass through it: a lane decodes what it multiplies,
-// and the weight is mma's operand of 16 rows, as in gemv.cu. x is the one of 8. A step is 128 of the inner dimension.
-// Warps share the rows of W in four, and each step in two halves, so that x is read four times, not eight; at the end
-// of a tile the two warps that have the same rows of W add up their sums.
+// A tile has all rows of X and 128 columns of the result, which are rows of W. With so few rows, shared memory takes
+// the time, not the tensor cores, so decoded weights do not pass through it: a lane decodes what it multiplies. The
+// weight is mma's operand of 16 rows, as in gemv.cu, and X is the operand of 8. A step is 128 of the inner dimension.
+// Four groups of warps share the rows of W, and the two warps of a group have a half of each step each, so that X is
+// read four times, not eight. At the end of a tile the two warps that have the same rows of W add up their sums.
 //
 //   inner dimension of a half    0 ... 7  8 ... 15  16 ... 23  24 ... 31  then 32 ... 63 likewise
 //   rows 2g, 2g + 1 of 16        t = 0    t = 1     t = 2      t = 3      lane (g, t), 4 bytes of codes of each row
 //
-// In which order the inner dimension is summed is free, so of mma's 16 a lane's four come from its own 8. A half has
-// one scale in each row of W.
+// The inner dimension may be summed in any order, so a lane takes its four of mma's 16 from its own 8. In each row of W
+// a half has one scale.
 #pragma once
 
 #include "product/gemm/operands.cuh"
@@ -56,7 +56,7 @@ class ThinGemm {
         runs_(tile_rows_.config(), args.shared_sums),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.pairs) {
-    auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // there is no room for it beside them
+    auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // in the stages, for want of room beside them
     tile_rows_.prepare();
     if (thread_index() == 0) {
       const int run = runs_.take();
@@ -69,8 +69,8 @@ class ThinGemm {
     sync_threads();
   }
 
-  // Its place is kept, in 32 bits, which count the steps of an aligned weight; all else is made anew where it is
-  // needed, so that it fills no registers in between.
+  // Between parts only the number of a step is kept, in 32 bits, which can count the steps of an aligned weight.
+  // Everything else is computed anew where it is needed, so that it fills no registers in between.
   __device__ void run() {
     if (kGroups && first_step_ == kNoStep) return;
     for (std::uint32_t step = first_step_;;) {
@@ -89,7 +89,7 @@ class ThinGemm {
  private:
   static constexpr std::uint32_t kNoStep = 0xFFFFFFFF;
   __device__ Part part_at(std::uint32_t step) const { return runs_.part_at(kept(step)); }
-  // Without groups there is one tile of rows.
+  // Without groups there is only one tile of rows.
   __device__ __forceinline__ std::int64_t col0_of(const Part& part) const {
     if constexpr (kGroups) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
     return part.tile * Tile::kCols;
@@ -104,7 +104,7 @@ class ThinGemm {
     return kGroups ? data + tile_rows_.tile().begin * matrix.stride : data;
   }
   __device__ SharedPlace place_in_stages(unsigned bytes) const { return SharedPlace(shared_.stages).at(bytes).kept(); }
-  // What a lane reads at first of x: eight neighbours; and of the codes, of its first row.
+  // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
   __device__ SharedPlace operand_of(const ThinLane<Tile>& lane) const {
     const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
     return place_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
@@ -113,10 +113,10 @@ class ThinGemm {
     const unsigned chunk = PlacesOfCodes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
     return place_in_stages(kCodes + chunk * kVectorBytes + lane.t * 4);
   }
-  // Where it puts what it brings, of both.
+  // Where a thread puts what it brings, both of X and of the codes.
   __device__ SharedPlace share_of(const Lane& lane) const { return place_in_stages(lane.thread * kVectorBytes); }
 
-  // What a lane has of a step of the weight: of each fragment two rows.
+  // A lane has two rows of each fragment in a step of the weight.
   template <class OfRow>
   using OfRows = OfRow[kFragments][2];
   template <class F>
@@ -127,8 +127,8 @@ class ThinGemm {
       for (int row = 0; row < 2; ++row) f(i, row);
     }
   }
-  // A chunk of the weight, or its last one: what the product has not of a step is multiplied by zeros of x, or its
-  // column is not stored.
+  // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not stored. So any chunk will
+  // do there, and a chunk beyond the weight becomes its last.
   __device__ __forceinline__ std::uint32_t there(std::uint32_t chunk) const {
     return chunk < args_.last_chunk ? chunk : args_.last_chunk;
   }
@@ -149,16 +149,16 @@ class ThinGemm {
     constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
     const int row = static_cast<int>(lane.thread / Left::kVectors);
     const int inner = static_cast<int>(Left::vector_at(lane.thread) * Left::kVector);
-    const int rows_of_group = kGroups ? rows() : 0;  // kept: it is not among the kernel's arguments
+    const int rows_of_group = kGroups ? rows() : 0;  // kept here, because no argument of the kernel has it
     const T* x = row0_of(args_.left) + row * args_.left.stride + inner0 + inner;
-    // The first chunk that this thread brings, and the first whose scale the lane needs.
+    // The first chunk that this thread copies, and the first chunk whose scale the lane needs.
     std::uint32_t brought =
         chunk_of(col0 + PlacesOfCodes::col_at(lane.thread), inner0 + PlacesOfCodes::chunk_at(lane.thread) * kChunk);
     std::uint32_t decoded = chunk_of(col0 + lane.col(0), inner0 + lane.half() * Tile::kHalf);
     constexpr std::uint32_t kColsAtOnce = Tile::kCols / PlacesOfCodes::kOfThread;
 
     const auto fetch = [&](const SharedPlace& to, int step) {
-      // Of every 16th row the same vector; zeros for what is not there.
+      // Copies the same vector of every 16th row, and zeros for what is not there.
       const bool is_there = step < whole || (step == whole && inner < tail);
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
@@ -188,7 +188,7 @@ class ThinGemm {
       for_rows([&](int i, int row) { scale[i][row] = scales_.finish(pending[i][row], offset); });
     };
 
-    // By how many steps are left, this one too.
+    // The stage of a step is found by how many steps are left, with this one.
     const auto stage_of = [](int rest) { return static_cast<std::uint32_t>(rest % kStages * sizeof(Stage)); };
     const int end = part.first + part.count;
 #pragma unroll 1
@@ -228,10 +228,10 @@ class ThinGemm {
     sync_threads();  // the stages have been read
   }
 
-  // The adapter: more of the same sums, with U in place of x and B in place of the weight. They are few and not read
-  // again: both come from global memory, of mma's 16 of the rank a lane's four. The halves take turns. What a lane has
-  // of B waits in shared memory until it is whole: one piece of code loads each pair, and no registers are held
-  // meanwhile.
+  // The adapter adds to the same sums, with U in place of X and B in place of the weight. U and B are few and not read
+  // again, so both come from global memory; a lane has four of mma's 16 of the rank. The halves take turns. A lane's
+  // share of B waits in shared memory until it is complete. So one piece of code loads every pair, and no registers are
+  // held meanwhile.
   __device__ void add_low_rank(const Part& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
     if constexpr (kGroups) {
@@ -246,7 +246,7 @@ class ThinGemm {
     }
     sync_threads();  // before the stages are filled
   }
-  // Of rows begin ... end-1 of the tile.
+  // Multiplies by one adapter, for rows begin ... end-1 of the tile.
   __device__ __forceinline__ void add_adapter(std::int64_t col0, int adapter, int begin, int end) {
     const int rank = static_cast<int>(args_.low_rank.cols);
     const ThinLane<Tile> lane;

@@ -1,5 +1,4 @@
-// The shape of a block's work in the tensor-core product of few rows (thin.cuh), and the sums of a tile through its
-// life.
+// The shape of a block's work in the tensor-core product of few rows (thin.cuh), and the sums of a tile.
 #pragma once
 
 #include "device/elements.cuh"
@@ -13,14 +12,14 @@ struct ThinTile {
   static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kThinStep, kStages = thin_stages(kRows);
   static constexpr int kHalves = 2, kHalf = kStep / kHalves;  // of a step
   static constexpr int kWarpCols = kCols / (kGemmWarps / kHalves);
-  // A fragment is mma's 16 by 8: so many columns of the result, and rows, for its sums are transposed.
+  // A fragment is mma's 16 by 8: 16 columns of the result and 8 of its rows, because its sums are transposed.
   static constexpr int kColFragments = kWarpCols / kMmaRows, kRowFragments = kRows / kMmaCols;
   static_assert(kColFragments == kHalves && kRowFragments % 2 == 0 && kHalf == 2 * kChunk);
 };
 
-// mma gives lane (g, t) two of a fragment's 16 rows of W. They are neighbours, as the columns of the result then are.
-// The lane loads one of its eight rows of x, and has two of the result; rows that are loaded at once lie in different
-// banks.
+// mma gives lane (g, t) two of a fragment's 16 rows of W. These are neighbours, and so are the columns of the result.
+// The lane loads one of the fragment's eight rows of X, and has two of these rows in the result. Rows that are loaded
+// at once lie in different banks.
 template <class Tile>
 struct ThinLane : Lane {
   using Lane::Lane;
@@ -33,9 +32,9 @@ struct ThinLane : Lane {
   __device__ __forceinline__ unsigned row(unsigned j) const { return t + j * 4; }
 };
 
-// Codes of a step: of each row of W four chunks, as they are in memory. A warp reads the same chunk of every second row
-// of a fragment at once: these are put beside each other, and their chunks change places, so that all lie in different
-// banks. As numbers of chunks from the first.
+// The codes of a step: four chunks of each row of W, as they are in memory. A warp reads the same chunk of every second
+// row of a fragment at once. These rows are put beside each other, and their chunks change places, so that all lie in
+// different banks. Places are counted in chunks from the first.
 template <class Tile>
 struct ThinCodes {
   static constexpr unsigned kChunks = Tile::kStep / kChunk;  // of a row
@@ -45,7 +44,7 @@ struct ThinCodes {
     const unsigned line = col / kMmaRows * kMmaRows + col % 2 * (kMmaRows / 2) + col % kMmaRows / 2;
     return line * kChunks + (chunk ^ line / 2 % kChunks);
   }
-  // What stands at a place.
+  // Which column, and which of its chunks, stands at a place.
   static constexpr unsigned col_at(unsigned place) {
     const unsigned line = place / kChunks;
     return line / kMmaRows * kMmaRows + line % (kMmaRows / 2) * 2 + line / (kMmaRows / 2) % 2;
@@ -55,13 +54,13 @@ struct ThinCodes {
   std::uint8_t at[Tile::kCols * Tile::kStep / 2];
 };
 
-// The sums of a tile, in registers: of a warp's half of each step, and then of both halves.
+// The sums of a tile, in registers: first of the warp's half of each step, and then of both halves.
 template <class T, class Tile>
 class ThinSums {
   static constexpr int kColFragments = Tile::kColFragments, kRowFragments = Tile::kRowFragments;
 
  public:
-  // Of eight neighbours in the inner dimension: what two mma take of a fragment of the weight.
+  // Operands of two mma for each fragment of the weight: eight neighbours in the inner dimension.
   using Weights = std::uint32_t[kColFragments][2][4];
 
   __device__ __forceinline__ void clear() {
@@ -74,7 +73,7 @@ class ThinSums {
       }
     }
   }
-  // `left`: the lane's eight in the first rows of x.
+  // `left`: where the lane's eight elements stand in the first rows of X.
   __device__ __forceinline__ void multiply(const Weights& weights, const SharedPlace& left) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
@@ -88,7 +87,8 @@ class ThinSums {
       }
     }
   }
-  // Of four neighbours, with left(row) those of the lane's row behind `row` others.
+  // Multiplies four neighbours in the inner dimension. left(row) gives the four of X in the row that is `row` rows
+  // behind the lane's first.
   template <class Left>
   __device__ __forceinline__ void multiply_four(const std::uint32_t (&weights)[kColFragments][4], const Left& left) {
 #pragma unroll
@@ -98,8 +98,9 @@ class ThinSums {
       for (int i = 0; i < kColFragments; ++i) mma_16x8x16<T>(sum_[i][f], weights[i], {x.at[0], x.at[1]});
     }
   }
-  // The two warps that have the same columns and other halves of the steps: one gets the sums of the first fragment,
-  // the other those of the second. `exchange`: shared memory that no one reads or writes meanwhile.
+  // Joins the sums of the two warps that have the same columns and different halves of the steps: one warp gets the
+  // sums of the first fragment, the other those of the second. `exchange` is shared memory that no thread reads or
+  // writes meanwhile.
   __device__ __forceinline__ void join(const SharedPlace& exchange, unsigned half) {
     const unsigned thread = thread_index();
     const SharedPlace mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
@@ -123,7 +124,7 @@ class ThinSums {
     sync_threads();
   }
 
-  // Joined sums to and from memory, as in GemmSums.
+  // Stores joined sums in memory, or adds them from there, as in GemmSums.
   __device__ void leave(float* of_run) const {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
@@ -139,8 +140,8 @@ class ThinSums {
       for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
     }
   }
-  // Sum plus bias, rounded once, of the `rows` rows and of the lane's `cols` columns that are there. `out` and
-  // `bias_of`: of the first of its columns; a bias of null is none.
+  // Stores each sum plus bias, rounded once, in the `rows` rows and in the lane's `cols` columns that are there. `out`
+  // and `bias_of` point to the lane's first column; without a bias `bias_of` is null.
   __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* bias_of, int rows,
                         int cols) const {
     if (cols <= 0) return;
@@ -164,7 +165,7 @@ class ThinSums {
   }
 
  private:
-  // Of each fragment, part p: the lane's row p % 2 of x, and row p / 2 of W.
+  // Part p of a fragment's sums: the lane's row p % 2 of X with its row p / 2 of W.
   float sum_[kColFragments][kRowFragments][4];
 };
 

@@ -1,5 +1,5 @@
-// Which rows of the result a tile of a tensor-core product has. Where each group of rows has a weight of its own, how
-// many tiles there are is known when a block has read the offsets: then it shares out all steps anew, as every other
+// Which rows of the result a tile of a tensor-core product has. Where each group of rows has its own weight, the number
+// of tiles is not known until a block has read the offsets. The block then shares out all steps anew, as every other
 // block does.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// Of a product without groups all is known beforehand. A block of one with groups keeps in memory what it found.
+// Without groups all of this is known beforehand. With groups a block keeps in memory what it has found.
 template <bool kGroups, int kRows>
 class TileRows {
  public:
@@ -18,7 +18,7 @@ class TileRows {
     if constexpr (kGroups) return found().config;
     return args_.config;
   }
-  // Called by all threads, before anyone asks for the config. They meet after it.
+  // All threads call this before any of them asks for the config, and they meet after it.
   __device__ void prepare() const {
     if constexpr (kGroups) {
       if (thread_index() >= kWarp) return;
@@ -27,10 +27,10 @@ class TileRows {
       if (thread_index() == 0) found().config = args_.config.with_row_tiles(row_tiles);
     }
   }
-  // Called by all threads when they go on to another tile.
+  // All threads call this when they go on to another tile.
   __device__ void go_to(std::int64_t tile) const {
     if constexpr (kGroups) {
-      sync_threads();  // the one before is not needed any more
+      sync_threads();  // no thread needs the tile before any more
       if (thread_index() < kWarp) {
         const std::int64_t i = tile % config().row_tiles;
         const RowTile rows = args_.own_weights
@@ -41,18 +41,18 @@ class TileRows {
       sync_threads();
     }
   }
-  // Where they find it afterwards.
+  // The tile that go_to() has found.
   __device__ const RowTile& tile() const { return found().tile; }
   __device__ int rows() const {
     const std::int64_t there = tile().end - tile().begin;
     return there < kRows ? static_cast<int>(there) : kRows;
   }
-  // A row's number in the tile, from 0 to how many it has.
+  // A row's number in the tile, limited to 0 ... the number of rows that the tile has.
   __device__ int in_tile(std::int64_t row) const {
     const std::int64_t i = row - tile().begin;
     return i < 0 ? 0 : i < rows() ? static_cast<int>(i) : rows();
   }
-  // How many elements, or elements of the bias, lie before the tile's weight, or bias.
+  // How many elements of weights, or of biases, lie before those of the tile's group.
   __device__ std::int64_t weights_before() const {
     if constexpr (kGroups) return args_.weight_of(tile().group) * args_.elements_of_weight();
     return 0;
