@@ -3,20 +3,20 @@
 //   forward    Y^T[128 of N, rows of M] = [ W | s*B ] . [ X | U ]^T
 //   backward  dX^T[128 of K, rows of M] = [ W^T | A^T ] . [ dY | V ]^T
 //
-// The weight is wgmma's a: consumers decode it from shared memory to registers. The left operand, X or dY, is its b,
-// which TMA puts into shared memory in the order that wgmma takes. A block computes a tile of the result, or a part of
-// its inner dimension, after the other, 64 of the inner dimension a step:
+// The weight is wgmma's operand a, which consumers decode from shared memory to registers. The left operand, X or dY,
+// is its operand b, which TMA puts into shared memory in the order that wgmma takes. A block computes one tile of the
+// result after another, or a part of a tile's inner dimension, in steps of 64:
 //
 //   producers, 4 warps    bring the left operand and codes of a step by TMA, and scales, into a stage that is empty
-//   consumers, 2 x 4      decode and multiply a stage that is full, each four 64 of the result's columns
+//   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns
 //
 //   step           i                          i + 1                      i + 2
 //   tensor cores   products of i              products of i + 1          products of i + 2
 //   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
 //
-// `full` of a stage counts its bytes and the warps of producers, `empty` the warps of consumers. Operands are what
-// product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors, rank a multiple
-// of 8.
+// The barrier `full` of a stage counts its bytes and the warps of producers; `empty` counts the warps of consumers.
+// Operands are what product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors,
+// rank a multiple of 8.
 #pragma once
 
 #include "product/gemm/runs.cuh"
@@ -25,10 +25,11 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// A kernel's registers are shared out anew: 168 for each of 384 threads become these.
+// The registers of a kernel are shared out anew: each of its 384 threads begins with 168, and then has one of these
+// numbers.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// What TMA loads tiles of. No rank: no U.
+// The matrices whose tiles TMA loads. Without a rank there is no map of low_rank.
 struct HopperMaps {
   TensorMap left, low_rank, codes;
 };
@@ -50,12 +51,12 @@ class HopperGemm {
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs) {}
 
-  // The block's run, its barriers, and tables.
+  // Sets up the block's run, its barriers and its tables.
   __device__ void prepare() {
     if (thread_index() == 0) {
       shared_.run = runs_.take();
       for (int i = 0; i < Tile::kStages; ++i) {
-        mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // and the thread that asks for copies
+        mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // the warps, and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps);
       }
       fence_mbarrier_init();
@@ -77,7 +78,7 @@ class HopperGemm {
   }
 
  private:
-  // Both walk through the same parts of the block's run, and so through the same stages.
+  // Producers and consumers walk through the same parts of the block's run, and so through the same stages.
   template <class F>
   __device__ __forceinline__ void for_parts(const F& f) const {
 #pragma unroll 1
@@ -88,23 +89,23 @@ class HopperGemm {
       done += static_cast<std::uint32_t>(part.count);
     }
   }
-  // Coordinates of TMA are 32 bits.
+  // The coordinates of TMA have 32 bits.
   __device__ __forceinline__ int row0(const Part& part) const {
     return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
   }
   __device__ __forceinline__ int col0(const Part& part) const {
     return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
   }
-  // Not computed anew at each step, by divisions.
+  // Keeps a value, so that it is not computed anew at each step, by divisions.
   __device__ __forceinline__ static int kept_int(int value) {
     return static_cast<int>(kept(static_cast<std::uint32_t>(value)));
   }
-  // The adapter comes first, by whoever has the beginning of a tile.
+  // The adapter comes first, so only the block that has the beginning of a tile multiplies by it.
   __device__ __forceinline__ int rank_of(const Part& part) const {
     return part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0;
   }
 
-  // The stages in turn, and how often they have been passed, by its last bit.
+  // Goes through the stages in turn. `parity` is the last bit of how often it has passed all of them.
   struct Ring {
     std::uint32_t stage = 0, parity = 0;
     __device__ __forceinline__ void go_on() {
@@ -129,7 +130,7 @@ class HopperGemm {
       if (asks_for_copies()) load(maps_.low_rank, row0, r, 0);
       arrive_at_full();
     }
-    // Of so many steps the scales are on their way.
+    // The scales of this many steps are on their way.
     constexpr int kAhead = 2;
     typename ScaleReader<true>::Raw raw[kAhead];
     const int thread = thread_index() - Tile::kConsumers, first = part.first * Tile::kStep;
@@ -137,7 +138,8 @@ class HopperGemm {
         Weights::element(args_.weight, first + Weights::scale_inner(thread), col0 + Weights::scale_col(thread));
     auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
     const auto fetch = [&](typename ScaleReader<true>::Raw& to) {
-      // What the product has not of a step is multiplied by zeros of the left operand, or its column is not stored.
+      // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
+      // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
       scales_.fetch(to, scales_.block_of(chunk < args_.last_chunk ? chunk : args_.last_chunk));
       chunk += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
     };
@@ -165,7 +167,7 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
   }
-  // A tile of rows, and so many bytes that come beside it.
+  // Asks for a tile of rows; `bytes` is how many other bytes will come beside it.
   __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
     mbarrier_arrive_expect(full, Shared::kLeftBytes + bytes);
@@ -194,11 +196,11 @@ class HopperGemm {
                 bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
 
-  // What a lane has of a product's a: by half of its 16, and column of the result.
+  // A lane's part of one product's operand a: by half of the 16 of the inner dimension, and by column of the result.
   using Fragment = std::uint32_t[4];
 
-  // Products of a step run while the next one is decoded. It is rounded to their operand when they are done: the
-  // compiler lets no one define an operand of wgmma in the meantime.
+  // The products of a step run while the next step is decoded. Its values are rounded into wgmma's operand only when
+  // the products are done, because the compiler lets nothing define an operand of wgmma while products run.
   __device__ void multiply(int steps) {
     const HopperLane lane;
     const typename Weights::Places places(lane, place_of(0).at(offsetof(Stage, codes)),
@@ -223,13 +225,13 @@ class HopperGemm {
     }
     wgmma_wait_for(sums_.sum);
   }
-  // Of the ring's stage, from the first.
+  // The distance in bytes of the ring's stage from the first.
   __device__ __forceinline__ std::uint32_t bytes_of_stage() const {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
-  // By the rows that its stage has.
+  // Multiplies by the left operand's rows in the ring's stage.
   __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
-    constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in a descriptor's units
+    constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
     const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + bytes_of_stage());
     wgmma_fence();
 #pragma unroll
@@ -242,13 +244,13 @@ class HopperGemm {
     if (thread_index() % kWarp == 0) mbarrier_arrive(&shared_.empty[stage]);
   }
 
-  // 64 of the rank at a time, with s*B, or A, in place of the weight: a lane's share comes from global memory. It waits
-  // in the lane's own shared memory until it is whole: one piece of code loads each pair, and no registers are held
-  // meanwhile.
+  // Multiplies by the adapter, 64 of the rank at a time, with s*B, or A, in place of the weight. A lane's share comes
+  // from global memory, and waits in the lane's own shared memory until it is complete. So one piece of code loads
+  // every pair, and no registers are held meanwhile.
   __device__ void add_low_rank(const Part& part, int rank) {
     const HopperLane lane;
     const std::int64_t col = col0(part) + lane.col();
-    const auto scratch = [&](unsigned word) {  // neighbouring lanes' lie in other banks
+    const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
       return SharedPlace(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
     };
 #pragma unroll 1
@@ -271,7 +273,7 @@ class HopperGemm {
       ring_.go_on();
     }
     if constexpr (!Weights::kForward) {
-      // Before anything else is in the sums, because the mask falls on nothing else.
+      // This comes before anything else is in the sums, because the mask must fall on nothing else.
       if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0(part) + lane.row(), col);
     }
   }
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
 
 // ---- on the host ----
 
-// Tiles of `box_rows` rows by a step of a matrix's rows.
+// A matrix as TMA loads it: in tiles of `box_rows` rows by a step of its columns.
 inline TileSource tiles_of(const char* name, const ConstMatrix& matrix, std::int64_t cols, int box_rows) {
   const auto bytes = static_cast<int>(size_of(matrix.dtype));
   return {.name = name,

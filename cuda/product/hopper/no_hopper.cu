@@ -1,4 +1,4 @@
-// The products by wgmma of a build without code for sm_90a: the symbols of forward.cu and backward.cu.
+// Takes the place of forward.cu and backward.cu in a build without code for sm_90a, with the same symbols.
 #include <stdexcept>
 
 #include "product/product.cuh"

@@ -1,5 +1,5 @@
-// What TMA loads tiles of, made by the driver. Its function is asked of the runtime, so that the library needs no
-// libcuda.
+// Maps of matrices whose tiles TMA loads. The driver makes them; the runtime finds the driver's function, so that the
+// library needs no libcuda.
 #include <string>
 
 #include "qlora_native/error.h"
@@ -44,12 +44,12 @@ CUtensorMapSwizzle swizzle_of(Swizzle swizzle) {
 
 TensorMap::TensorMap(const TileSource& source) {
   static const Encode encode = encode_of_driver();
-  // The innermost dimension comes first. Bits are copied, so that any type of 16 will do.
+  // The innermost dimension comes first. TMA copies bits, so that UINT16 serves every 16-bit type.
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(source.cols), static_cast<cuuint64_t>(source.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(source.stride_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(source.box_cols), static_cast<cuuint32_t>(source.box_rows)};
   const cuuint32_t apart[] = {1, 1};
-  // Tiles that follow each other along a row lie in one stretch of 256 bytes, or two.
+  // Tiles that follow each other along a row lie in the same one or two stretches of 256 bytes.
   const CUresult result =
       encode(&map_, source.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
              const_cast<void*>(source.data), sizes, strides, box, apart, CU_TENSOR_MAP_INTERLEAVE_NONE,

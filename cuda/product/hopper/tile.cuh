@@ -1,5 +1,4 @@
-// The shape of a block's work in the product by wgmma (gemm.cuh), what it has in shared memory, and the sums of a tile
-// through its life.
+// The shape of a block's work in the product by wgmma (gemm.cuh), its shared memory, and the sums of a tile.
 #pragma once
 
 #include "device/elements.cuh"
@@ -11,26 +10,27 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// kRows of the result, which are rows of X and wgmma's columns, by kCols, which are rows of W and wgmma's rows: 64 for
-// each of two warpgroups, 16 for each of their warps.
+// A tile has kRows rows of the result, which are rows of X and wgmma's columns, by kCols columns, which are rows of W
+// and wgmma's rows. Each of two warpgroups has 64 of the columns, and each of its warps 16.
 template <int kRows_>
 struct HopperTile {
   static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kGemmStep;
   static constexpr int kStages = hopper_stages(kRows);
-  // Consumers are the block's first threads, as many as a block of gemm/ has: its runs, and lanes, are counted alike.
+  // Consumers are the block's first threads. They are as many as a block of gemm/ has, so that its runs and lanes serve
+  // here too.
   static constexpr int kConsumers = kCols / kWgmmaRows * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-  static_assert(kConsumers == kGemmThreads && kCols == kWarpgroup);  // a producer brings a scale
+  static_assert(kConsumers == kGemmThreads && kCols == kWarpgroup);  // each producer brings a scale
   static constexpr int kConsumerWarps = kConsumers / kWarp, kProducerWarps = kWarpgroup / kWarp;
-  // Products of 16 of the inner dimension in a step.
+  // How many products of 16 of the inner dimension a step has.
   static constexpr int kProducts = kStep / kWgmmaInner;
   static_assert(kStep * 2 == kSwizzledRowBytes);
 };
 
 // wgmma gives lane (g, t) of a consumer rows g and g + 8 of the warp's 16. They are columns 2g and 2g + 1 of the
-// result, so that a lane has neighbours of it.
+// result, so that a lane has neighbours of the result.
 struct HopperLane : Lane {
   using Lane::Lane;
-  // The first of its columns, and of its rows.
+  // The lane's first column, and its first row.
   __device__ __forceinline__ unsigned col() const { return warp * kMmaRows + 2 * g; }
   __device__ __forceinline__ unsigned row() const { return 2 * t; }
 };
@@ -44,7 +44,7 @@ struct HopperShared {
     std::uint32_t scratch[kScratchWords];  // of one consumer
   };
   static_assert(sizeof(Row) == kRowBytes && Tile::kConsumers == 256);
-  // Of the weight both layouts (weights.cuh) have as many codes and scales.
+  // A step has this many codes and scales in both layouts of the weight (weights.cuh).
   struct alignas(kSwizzledAlignment) Stage {
     T left[Tile::kRows * Tile::kStep];  // rows of X, or of U, as wgmma takes them
     std::uint8_t codes[Tile::kCols * Tile::kStep / 2];
@@ -72,7 +72,8 @@ struct HopperShared {
   }
 };
 
-// A consumer's sums, in registers: of eight columns of wgmma's after the other {row 2g; row 2g + 1} x {2t, 2t + 1}.
+// A consumer's sums, in registers: eight of wgmma's columns after another, and of these eight the lane's sums {row 2g,
+// row 2g + 1} x {column 2t, column 2t + 1}.
 template <class T, class Tile>
 class HopperSums {
   static constexpr int kSums = Tile::kRows / 2, kVectors = kSums / 4;
@@ -84,14 +85,14 @@ class HopperSums {
 #pragma unroll
     for (float& each : sum) each = 0.0f;
   }
-  // Sets to zero what dropout drops. `row`, `col`: the lane's first of the result. Four lanes have the same rows, and
-  // each two of eight columns whose random bits are one block: each lane makes the block of every fourth row, and they
-  // exchange its words.
+  // Sets the sums to zero that dropout drops. `row`, `col`: the lane's first of the result. Four lanes have the same
+  // rows, and each of them has two of eight columns whose random bits are one block. So each lane makes the block of
+  // every fourth row, and the four exchange its words.
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
     constexpr int kLaneRows = 2 * kVectors, kLanes = 4;
     static_assert(kLaneRows <= 64);
-    const unsigned mine = HopperLane().g % kLanes;  // its word
-    std::uint64_t kept[2] = {};                     // by row, of each column
+    const unsigned mine = HopperLane().g % kLanes;  // the word that this lane needs
+    std::uint64_t kept[2] = {};                     // by column; a bit for each row
 #pragma unroll 1
     for (int first = kLaneRows - kLanes; first >= 0; first -= kLanes) {
       const int i = first + static_cast<int>(mine);
@@ -117,7 +118,7 @@ class HopperSums {
       }
     }
   }
-  // To and from memory, as in GemmSums.
+  // Stores sums in memory, or adds them from there, as in GemmSums.
   __device__ void leave(float* of_run) const {
     float* const to = of_run + thread_index() * 4;
 #pragma unroll
@@ -135,8 +136,8 @@ class HopperSums {
       for (int part = 0; part < 4; ++part) sum[4 * i + part] += s.at[part];
     }
   }
-  // Sum plus bias, rounded once, of the rows and columns that are there, counted from the lane's first. `out` and
-  // `bias_of`: of that; a bias of null is none.
+  // Stores each sum plus bias, rounded once, in the rows and columns that are there, counted from the lane's first.
+  // `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
   __device__ void store(T* out, std::int64_t stride, const T* bias_of, std::int64_t rows, std::int64_t cols) const {
     if (cols <= 0) return;
     const int count = cols < 2 ? 1 : 2;
@@ -159,7 +160,7 @@ class HopperSums {
   }
 
  private:
-  // The lane's rows, from the first.
+  // How far the lane's i-th row is from its first.
   static constexpr int row_of(int i) { return i / 2 * 8 + i % 2; }
 };
 

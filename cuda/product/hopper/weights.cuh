@@ -1,7 +1,7 @@
 // The weight as a consumer of the product by wgmma (gemm.cuh) decodes it: forward by its rows, backward by its columns.
 //
-// Both layouts say which codes and scales of a step come where, and which of them are a lane's: of 16 of the inner
-// dimension wgmma wants 2t, 2t + 1, 2t + 8 and 2t + 9 of lane (g, t).
+// Both layouts say which codes and scales of a step come where, and which of them a lane has. Of 16 of the inner
+// dimension, wgmma wants lane (g, t) to have 2t, 2t + 1, 2t + 8 and 2t + 9.
 #pragma once
 
 #include "product/hopper/tile.cuh"
@@ -9,17 +9,18 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// What a lane has of a step, before it is rounded: by 16 of the inner dimension, half of these, and column of the
-// result, two neighbours in the inner dimension.
+// The elements of a step that a lane decodes, before they are rounded. They are ordered by 16 of the inner dimension,
+// by half of these, and by column of the result; two neighbours in the inner dimension come last.
 using HopperValues = float[kGemmStep / kWgmmaInner * 8];
 
-// Forward: a column of the result is a row of W, of which a step is 32 bytes. Of each word the lane takes byte t:
+// Forward: a column of the result is a row of W, and 32 bytes of it are a step. The lane takes byte t of each word:
 //
 //   element of a step   0 1  2 3  4 5  6 7   8 ... 15   16 ... 23   24 ... 31   ...
 //   byte                0    1    2    3     4 ... 7    8 ... 11    12 ... 15
 //   taken by t =        0    1    2    3     0 ... 3    0 ... 3     0 ... 3
 //
-// TMA's swizzle lets the two vectors of every other four rows change places, so that eight g read other banks.
+// TMA's swizzle exchanges the two vectors of a row in every second group of four rows, so that eight g read different
+// banks.
 struct HopperRows {
   static constexpr bool kForward = true;
   static constexpr int kTileRows = kGemmCols, kTileRowBytes = kGemmStep / 2;  // of codes
@@ -27,7 +28,7 @@ struct HopperRows {
 
   static constexpr int tile_row(int, int col0) { return col0; }
   static constexpr int tile_byte(int inner0, int) { return inner0 / 2; }
-  // Of which element of a step, and of a tile's columns, the i-th scale is.
+  // The element of a step, and the column of a tile, that the i-th scale is for.
   static constexpr int scale_inner(int) { return 0; }
   static constexpr int scale_col(int i) { return i; }
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
@@ -35,7 +36,7 @@ struct HopperRows {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
-  // Where the lane's first row has both its vectors in a tile, and its scale.
+  // Where both vectors of the lane's first row, and its scale, stand in a stage.
   struct Places {
     SharedPlace vectors[2], scales;
     unsigned t;
@@ -69,14 +70,14 @@ struct HopperRows {
   }
 };
 
-// Backward: a column of the result is a column of W, whose rows are the inner dimension: 64 of them a step, of 64
-// bytes. A byte has both columns of the lane, but a pair of its operand is of two rows. So nibbles of two bytes change
-// places before the table is asked:
+// Backward: a column of the result is a column of W, whose rows are the inner dimension. A step has 64 rows of 64
+// bytes. A byte has both columns of the lane, but a pair of wgmma's operand comes from two rows. So nibbles of two
+// bytes change places before the table is asked:
 //
 //   row n       [ column 2g | 2g + 1 ]         [ row n | n + 1 ]   column 2g
 //   row n + 1   [ column 2g | 2g + 1 ]   ->    [ row n | n + 1 ]   column 2g + 1
 //
-// TMA's swizzle of 64 bytes lets vectors of rows 2t, which lanes read at once, lie in different banks.
+// TMA's swizzle of 64 bytes puts the vectors of rows 2t, which lanes read at once, into different banks.
 struct HopperColumns {
   static constexpr bool kForward = false;
   static constexpr int kTileRows = kGemmStep, kTileRowBytes = kGemmCols / 2;
@@ -91,7 +92,8 @@ struct HopperColumns {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
-  // Where row 2t has the lane's byte in a tile, and its scale. Rows further on by multiples of 8 lie likewise.
+  // Where the lane's byte of row 2t, and the row's scale, stand in a stage. Rows that are multiples of 8 further on
+  // have the same swizzle.
   struct Places {
     SharedPlace byte, scales;
     __device__ Places(const HopperLane& lane, const SharedPlace& codes, const SharedPlace& scales)
@@ -107,7 +109,7 @@ struct HopperColumns {
                                                 HopperValues& values) {
     constexpr std::uint32_t kHigh = 0xF0F0F0F0;
 #pragma unroll
-    for (unsigned four = 0; four < 2; ++four) {  // of eight pairs of rows, each 8 rows behind the one before
+    for (unsigned four = 0; four < 2; ++four) {  // half of the eight pairs of rows, which are 8 rows apart
       std::uint32_t rows[2] = {};                // the first and the second of each pair
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) {
