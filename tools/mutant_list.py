@@ -420,13 +420,13 @@ ON_CHIP = [
     Mutant(
         "cuda/product/general.cuh",
         "no barrier in the main loop",
-        *_without("    sync_threads();  // this step is there, and the one before has been read\n"),
+        *_without("    sync_threads();  // this step is stored, and all threads have read the one before\n"),
         CONCURRENT,
     ),
     Mutant(
         "cuda/product/general.cuh",
         "no barrier between the adapter's part and the weight's",
-        *_without("  sync_threads();  // what has been multiplied before has been read\n"),
+        *_without("  sync_threads();  // all threads have read what was multiplied before\n"),
         CONCURRENT,
     ),
     Mutant(

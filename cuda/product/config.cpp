@@ -10,46 +10,47 @@
 namespace qlora_native {
 namespace {
 
-// Blocks that a multiprocessor holds of the kernel for few rows, whose table of the codebook takes 32 KB.
+// How many blocks of the kernel for few rows a multiprocessor holds. Each has a table of the codebook of 32 KB.
 constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
 
-// Whether more than an eighth of a dimension in parts of `large` would be zeros that it has not in parts of `small`.
+// Whether more than an eighth of a dimension that is cut into parts of `large` would be zeros which parts of `small` do
+// not need.
 bool wastes(std::int64_t size, std::int64_t large, std::int64_t small) {
   constexpr std::int64_t kPart = 8;
   const std::int64_t in_large = ceil_div(size, large) * large, in_small = ceil_div(size, small) * small;
   return (in_large - in_small) * kPart > in_large;
 }
 
-// Rows that a weight multiplies, on average.
+// How many rows each weight multiplies, on average.
 std::int64_t rows_of_weight(const ProductShape& shape) {
   return shape.own_weights ? ceil_div(shape.rows, shape.groups) : shape.rows;
 }
 
-// Whether a weight's rows are so few that reading it is all that matters: of groups on average half as many, so that
-// few have more.
+// Whether a weight has so few rows that reading it is all that matters. The limit for the average of groups is half of
+// kGemvRows, so that few groups have more than that.
 bool has_few_rows(const ProductShape& shape) {
   return rows_of_weight(shape) <= (shape.own_weights ? kGemvRows / 2 : kGemvRows);
 }
 
-// Whether a tile of many rows is to be the tall one. Of a group half of its last tile is zeros, on average.
+// Whether a tile of many rows is to be the tall one. In a group, half of the last tile is zeros on average.
 bool fills_tall_tiles(const ProductShape& shape) {
   constexpr std::int64_t kPart = 8;
   if (shape.own_weights) return rows_of_weight(shape) >= kPart * kGemmTallRows / 2;
   return !wastes(shape.rows, kGemmTallRows, kGemmManyRows);
 }
 
-// Up to how many rows the thin one is for. With groups it has no registers for more. It multiplies with one adapter
-// after another, of which the other has several in a step.
+// Up to how many rows the thin kernel is for. With groups it has no registers for more. It multiplies with one adapter
+// after another, while the GEMM takes several in a step.
 int most_thin_rows(const ProductShape& shape) {
   constexpr std::int64_t kFewAdapters = 4;
   if (shape.groups == 0) return kGemmMiddleRows;
   return shape.own_weights || shape.groups <= kFewAdapters ? kThinRows : 0;
 }
 
-// As few rows as hold all of M, so that no tensor core multiplies zeros. Of many rows as many as shared memory has room
-// for: each weight is decoded once for all rows of a tile, and the tall one keeps the tensor cores busiest. The wide
-// one is the next: its warps have as many columns as those of the tall one, so that they load the left operand as
-// rarely.
+// Few rows get the smallest tile that holds all of them, so that no tensor core multiplies zeros. Many rows get as tall
+// a tile as shared memory has room for, because each weight is decoded once for all rows of a tile. The tall tile keeps
+// the tensor cores busiest, and the wide one is next: warps of both have the same number of columns, so that they load
+// the left operand equally rarely.
 void choose_tile(const ProductShape& shape, GemmConfig& config) {
   const auto choose = [&](int rows, int cols) {
     config.tile_rows = rows;
@@ -70,8 +71,8 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
   choose(kGemmManyRows, wide && !wastes(shape.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
 }
 
-// How many blocks of its tile a multiprocessor holds at once. It has 1 KB more than a block may have, and keeps 1 KB of
-// each.
+// How many blocks with this tile a multiprocessor holds at once. A multiprocessor has 1 KB more shared memory than a
+// block may have, and keeps 1 KB of it for each block.
 int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config) {
   constexpr std::size_t kReserved = 1024;
   const std::size_t bytes = kReserved + (config.thin ? thin_smem_bytes(config.tile_rows)
@@ -80,23 +81,23 @@ int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config
   return shape.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
 }
 
-// `count` in parts of one size, a multiple of `unit`, none of them above `most`.
+// The size of a part if `count` is cut evenly: a multiple of `unit`, and at most `most`.
 std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t unit) {
   return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
 }
 
-// The multiprocessors' share of time in which they have a tile, of `rows` by `cols` tiles of 128 x 128, of which `part`
-// of the columns are multiplied at a time.
+// The share of time in which a multiprocessor has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of
+// these columns are multiplied at a time.
 double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int multiprocessors) {
   const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, multiprocessors); };
   const std::int64_t all = cols / part * waves(rows * part) + waves(rows * (cols % part));
   return static_cast<double>(rows * cols) / static_cast<double>(all * multiprocessors);
 }
 
-// By panels, unless their products are too small for the device: cuBLAS's tiles are 128 x 128, a multiprocessor each,
-// and where more than a quarter of the multiprocessors has none the dense product has no 73 % of its rate (kFusedRows)
-// either. Of the panels that memory allows, the smallest whose products keep 95 % of the multiprocessors busy, or those
-// that keep the most.
+// Chooses panels, unless their products are too small for the device. cuBLAS's tiles are 128 x 128, one for each
+// multiprocessor. Where more than a quarter of the multiprocessors has none, the dense product does not reach 73 % of
+// its rate (kFusedRows) either. Among the panels that memory allows, this takes the smallest whose products keep 95 %
+// of the multiprocessors busy, or else those that keep the most busy.
 std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks || shape.groups > 0) return std::nullopt;
   PanelsConfig config;
@@ -121,7 +122,7 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   return std::nullopt;
 }
 
-// Of the inner dimension's steps, all tiles of whole rows of out.
+// Counts tiles and the steps of each, and shares out all steps among the blocks.
 void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config.steps = static_cast<int>(ceil_div(shape.inner, step));
   config.row_tiles = 1;
@@ -129,11 +130,11 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
-// By wgmma. Of few rows the kernels of gemm/ ask less of shared memory, which bounds both (results/sass.md), or hardly
-// more, with two blocks a multiprocessor. A tile of few rows is for few; beyond, the tallest one decodes a weight for
-// the most rows.
+// Chooses wgmma, unless there are few rows: for these the kernels of gemm/ ask less of shared memory, which bounds both
+// (bench/results/sass.md), or hardly more but with two blocks a multiprocessor. A tile of few rows is for few rows; for
+// more rows, the tallest tile decodes a weight for the most rows.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
-  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's have 32 bits, with a sign
+  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
   if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
   const std::int64_t few = shape.backward ? kGemmFewRows : kThinRows;
   if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
@@ -156,7 +157,7 @@ ProductConfig product_config(const ProductShape& shape) {
   const std::optional<HopperConfig> hopper = by_wgmma(shape);
   if (hopper && shape.hopper == HopperUse::wherever_it_can) return *hopper;
   const bool grouped = shape.groups > 0;
-  const bool is_made = !grouped || shape.aligned;  // groups have no kernels but of vectors and that for anything
+  const bool is_made = !grouped || shape.aligned;  // groups have kernels for vectors, and the general one
   if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_made) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
     const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
@@ -165,9 +166,9 @@ ProductConfig product_config(const ProductShape& shape) {
   }
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
   if (hopper) return *hopper;
-  // fp32 has no tensor-core product that keeps its bits, and that of gemm/ decodes pairs of 4 bits.
+  // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
   if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_made) return GeneralConfig{};
-  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // of a device to come
+  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // no device so far keeps as much
   GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
   config.blocks = blocks_of_multiprocessor(shape, config) * shape.multiprocessors;
@@ -184,7 +185,7 @@ HopperUse asked_hopper_use(bool is_hopper) {
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
   constexpr std::int64_t kLeastLength = 256;           // a shorter sum is mostly the exchange of its result
-  constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // of 256 threads and 128 registers
+  constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // a block has 256 threads with 128 registers
   const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
   const std::int64_t parts = std::max<std::int64_t>(most, 1);

@@ -1,5 +1,5 @@
-// Which kernel computes a product with a quantized weight, and in how many blocks: a function of the problem alone, so
-// that a result has the same bits whenever it is computed on the same kind of device.
+// Chooses the kernel that computes a product with a quantized weight, and its number of blocks. The choice depends on
+// the problem alone, so that a result has the same bits whenever it is computed on the same kind of device.
 #pragma once
 
 #include <algorithm>
@@ -12,31 +12,34 @@
 
 namespace qlora_native {
 
-// A block of the tensor-core GEMM computes a tile of the result, kGemmStep of the inner dimension at a time: 16, 64,
-// 128 or 256 rows by kGemmCols, or 128 by kGemmWideCols.
+// A block of the tensor-core GEMM computes a tile of the result, in steps of kGemmStep along the inner dimension. A
+// tile has 16, 64, 128 or 256 rows by kGemmCols columns, or 128 rows by kGemmWideCols columns.
 constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmManyRows = 128, kGemmTallRows = 256;
 constexpr int kGemmCols = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
-// Blocks that a multiprocessor holds at once, where there is shared memory for them: 256 threads of 128 registers, or
-// of 255.
+// How many blocks a multiprocessor holds at once where shared memory has room for them. A block has 256 threads, each
+// with 128 registers (two blocks) or 255 (one).
 constexpr int gemm_blocks(int tile_rows) { return tile_rows <= kGemmMiddleRows ? 2 : 1; }
-// Steps of the left operand, and of codes, that are in shared memory at once. Few rows wait for nothing but memory.
+// How many steps of the left operand, and of codes, are in shared memory at once. The tile of the fewest rows waits for
+// nothing but memory, so it has more.
 constexpr int gemm_stages(int tile_rows) { return tile_rows == kGemmFewRows ? 4 : 2; }
-// A run over less of the inner dimension is mostly the start of its pipeline and the exchange of its sums.
+// A run over less of the inner dimension than this would mostly start its pipeline and exchange its sums.
 constexpr std::int64_t kLeastInner = 256;
-// The table of codes and the decoded weights must begin at a certain address: the device may keep so much before it.
+// The table of codes and the decoded weights must begin at a certain address. The device may reserve at most this many
+// bytes before it.
 constexpr std::size_t kGemmMostReservedSmem = 1024;
-// Bytes of shared memory: rows of the table with two steps of decoded weights between them, 16-bit elements of the left
-// operand and codes for each stage, the scales' levels.
+// Bytes of shared memory: the rows of the table, with two steps of decoded weights between them; for each stage the
+// left operand in 16 bits, and codes; and the levels of the scales.
 constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
   constexpr int kRowBytes = 256, kLevelBytes = 1024 + 128;
   const int table = 2 * tile_cols * kRowBytes;
   const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
   return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
 }
-// The forward product of up to kGemmMiddleRows rows whose decoded weight stays in registers (thin.cuh): tiles of 16, 32
-// or 64 rows by kGemmCols, and longer steps, in as many stages as 48 KB hold, so that two blocks fit an A100 as well.
-// Bytes of shared memory: a table of codes and of levels, and for each stage the left operand and codes.
+// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (thin.cuh). Its tiles have
+// 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that two
+// blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the left
+// operand and codes.
 constexpr int kThinRows = 32, kThinStep = 128;
 constexpr int thin_stage_bytes(int tile_rows) { return kThinStep * (2 * tile_rows + kGemmCols / 2); }
 constexpr int thin_stages(int tile_rows) { return 48 * 1024 / thin_stage_bytes(tile_rows); }
@@ -44,9 +47,10 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
-// The forward product by wgmma (hopper/): tiles of 64, 128 or 256 rows by kGemmCols. A block has a multiprocessor to
-// itself, so that stages fill its shared memory. Bytes: rows of a table of codes; of each stage the left operand, codes
-// and scales, from a multiple of 1024 to the next; levels, barriers and a place in the run, up to such a multiple.
+// The product by wgmma (hopper/). Its tiles have 64, 128 or 256 rows by kGemmCols columns. A block has a multiprocessor
+// to itself, so its stages fill the shared memory. Bytes: the rows of the table of codes; for each stage the left
+// operand, codes and scales, rounded up to a multiple of 1024; and, also rounded up, the levels, the barriers and the
+// number of the run.
 constexpr int hopper_stages(int tile_rows) {
   return tile_rows == kGemmTallRows ? 4 : tile_rows == kGemmManyRows ? 6 : 8;
 }
@@ -55,36 +59,38 @@ constexpr std::size_t hopper_smem_bytes(int tile_rows) {
   const int stage = (kGemmStep * (2 * tile_rows + kGemmCols / 2) + 4 * kGemmCols + 1023) / 1024 * 1024;
   return kGemmMostReservedSmem + static_cast<std::size_t>(kTableBytes + hopper_stages(tile_rows) * stage + kEndBytes);
 }
-// The kernel for few rows takes as many at most, and so many columns of the result a block at a time: both are mma's.
+// The kernel for few rows takes kGemvRows rows at most, and a block takes kGemvCols columns of the result at a time.
+// Both are sizes of mma.
 constexpr int kGemvRows = 8;
 constexpr int kGemvCols = 16;
 
-// So many rows at most are left to the kernels that decode on the way, more to panels of decoded weight, which the host
-// program's dense product multiplies (panels.cu). To decode takes as long as 331 rows of an H100's dense
-// product, so that M rows reach M / (M + 331) of its rate where nothing hides it: 70 % at 768. The best published
-// kernel that decodes on the way reaches 73 %, from 1024 on.
+// Products of up to this many rows go to the kernels that decode on the way. Products of more rows go to panels of
+// decoded weight, which the host program's dense product multiplies (panels.cu). Decoding takes as long as 331 rows of
+// an H100's dense product. Where nothing hides it, M rows therefore reach M / (M + 331) of that product's rate: 70 % at
+// 768. The best published kernel that decodes on the way reaches 73 %, from 1024 rows on.
 constexpr std::int64_t kFusedRows = 768;
-// Bytes of a panel, about as many as that and at most: the smaller ones stay in the cache and leave less to decode
-// before the first product, the larger are for products that would else be too small for the device. A panel has a
-// multiple of so many of out's columns, the width of cuBLAS's tiles.
+// A panel has about kPanelBytes, and at most kPanelMostBytes. Smaller panels stay in the cache and leave less to decode
+// before the first product; larger ones are for products that would otherwise be too small for the device. A panel has
+// a multiple of kPanelCols columns of out, the width of cuBLAS's tiles.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20, kPanelMostBytes = std::int64_t{32} << 20;
 constexpr std::int64_t kPanelCols = 128;
-// Elements: rows of a panel are multiples of it, so that each begins at a multiple of 16 bytes.
+// The number of elements in a row of a panel is a multiple of this, so that each row begins at a multiple of 16 bytes.
 constexpr std::int64_t kPanelAlignment = 8;
-// Where there is an adapter, rows of the left operand that are copied beside its own at once.
+// With an adapter, the left operand is copied beside U or V, at most this many rows at once.
 constexpr std::int64_t kPanelCopiedRows = 8192;
 
-// How many tiles of rows there are at most, where rows are in so many groups and no tile has rows of two: a group that
-// has rows has one tile that is not full, of one row at least.
+// How many tiles of rows there are at most, if rows are in `groups` groups and no tile has rows of two. A group that
+// has rows has at most one tile that is not full, and this tile has at least one row.
 constexpr std::int64_t most_row_tiles(std::int64_t rows, std::int64_t groups, std::int64_t tile_rows) {
   return (rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows;
 }
 
-// Whether hopper/ may compute a product: this build has its code (sm_90a), and the device can run that. Else none.
+// Whether hopper/ may compute a product. This is `none` unless the build has its code (sm_90a) and the device can run
+// it.
 enum class HopperUse : std::uint8_t { none, where_it_wins, wherever_it_can };
 
-// What is known of a product beforehand: out[rows, cols] = left[rows, inner] times the weight, by its rows (forward) or
-// by its columns (backward).
+// What is known of a product beforehand: out[rows, cols] = left[rows, inner] times the weight, taken by its rows
+// (forward) or by its columns (backward).
 struct ProductShape {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
@@ -93,18 +99,18 @@ struct ProductShape {
   int bits = 4;
   bool backward = false;      // by columns of the weight
   bool aligned = false;       // rows of the left operand and of the weight are whole 16-byte vectors
-  bool aligned_64 = false;    // and so are 64 codes that begin at a multiple of 64: in one row, with one scale
-  bool small_blocks = false;  // of fewer than the 32 elements that a chunk (weight_chunk.cuh) has one scale for, or two
+  bool aligned_64 = false;    // and any 64 codes that begin at a multiple of 64 lie in one row and share a scale
+  bool small_blocks = false;  // blocks of the weight have fewer than the 32 elements of a chunk (weight_chunk.cuh)
   std::int64_t rank = 0;      // of the adapter
-  std::int64_t groups = 0;    // of rows; 0: they share all
-  bool own_weights = false;   // of the groups: no tile has rows of two
-  bool masks = false;         // dropout falls on the adapter's part alone, within the sums: backward
-  bool dense_gemm = false;    // the host program has one (runtime.h)
+  std::int64_t groups = 0;    // of rows; 0: all rows share the weight and the adapter
+  bool own_weights = false;   // each group has its own weight, so that no tile has rows of two groups
+  bool masks = false;         // backward: dropout masks the adapter's part within the sums
+  bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
   bool tiles = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
-  std::size_t smem_bytes = 0;           // of shared memory, that a block may have
-  std::size_t reserved_smem_bytes = 0;  // that the device keeps of it before
+  std::size_t smem_bytes = 0;           // of shared memory that a block may have
+  std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them
 };
 
 // The ways that a product can take, each with what its kernels need to know.
@@ -116,26 +122,26 @@ struct GeneralConfig {
 
 // gemv.cu: up to kGemvRows rows.
 struct GemvConfig {
-  bool aligned = false;  // the product's
+  bool aligned = false;  // as ProductShape has it
   int blocks = 0;
   bool operator==(const GemvConfig&) const = default;
 };
 
-// gemm/: on tensor cores. The blocks share all steps of all tiles evenly, each a run of them: `share`, and the first
-// `rest` blocks one more.
+// gemm/: products on tensor cores. The blocks share all steps of all tiles evenly: each has a run of `share` steps, and
+// the first `rest` blocks have one more.
 struct GemmConfig {
-  bool aligned = false;  // the product's
-  bool thin = false;     // by thin.cuh
-  bool grouped = false;  // how many tiles there are is known on the device: `row_tiles` or fewer
+  bool aligned = false;  // as ProductShape has it
+  bool thin = false;     // computed by thin.cuh
+  bool grouped = false;  // only the device knows how many tiles there are: `row_tiles` or fewer
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;
-  std::int64_t tiles = 0;  // those of the first columns, then those of the next
+  std::int64_t tiles = 0;  // all tiles of the first columns, then all of the next
   int steps = 0;           // of a tile
   int blocks = 0;
   int rest = 0;
   std::int64_t share = 0;
 
-  // Of as many tiles of rows, in no more blocks.
+  // The same product with `count` tiles of rows, in no more blocks than now.
   constexpr GemmConfig with_row_tiles(std::int64_t count) const {
     GemmConfig config = *this;
     const std::int64_t of_run = kLeastInner / (thin ? kThinStep : kGemmStep);
@@ -147,53 +153,54 @@ struct GemmConfig {
     config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);
     return config;
   }
-  // Where the run of block `i` begins: a number of steps, tile after tile.
+  // The step with which the run of block `i` begins; steps are counted tile after tile.
   constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
-  // In whose run a step is.
+  // The run that has a step.
   constexpr int run_of(std::int64_t step) const {
     const std::int64_t of_longer = rest * (share + 1);
     return static_cast<int>(step < of_longer ? step / (share + 1) : rest + (step - of_longer) / share);
   }
-  // Whether the end of a run is not the end of a tile.
+  // Whether a run may end before the end of a tile.
   constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }
   bool operator==(const GemmConfig&) const = default;
 };
 
-// hopper/: by wgmma, whose blocks share tiles as those of gemm/ do.
+// hopper/: products by wgmma, whose blocks share tiles as those of gemm/ do.
 struct HopperConfig {
   GemmConfig runs;
   bool operator==(const HopperConfig&) const = default;
 };
 
-// panels.cu: panels of decoded weight for the host program's dense product.
+// panels.cu: the weight is decoded in panels for the host program's dense product.
 struct PanelsConfig {
-  std::int64_t cols = 0, rows = 0;  // of out: the columns of a panel, and the rows at once
+  std::int64_t cols = 0, rows = 0;  // columns of out in a panel, and rows of out at once
   bool operator==(const PanelsConfig&) const = default;
 };
 
 using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
-// Of a device that could run hopper/: by its model where it wins; QLN_FORCE_HOPPER=1 wherever it can, =0 never.
+// How a device uses hopper/. If it can run hopper/, the default is where its model says that it wins;
+// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never.
 HopperUse asked_hopper_use(bool is_hopper);
 
-// Elements that a panel takes for each column of out: the weight's, the adapter's, zeros.
+// How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
 constexpr std::int64_t column_of_panel(std::int64_t inner, std::int64_t rank) {
   return (inner + rank + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 
-// The adapter's U, V, dA and dB are long sums for few results: several blocks share the k of a tile, `length` each,
-// whole steps of a kernel.
+// The adapter's U, V, dA and dB are long sums for few results, so several blocks share the k of a tile. Each of `parts`
+// parts has `length` of k, which are whole steps of a kernel.
 struct LowRankSplit {
   int parts;
   std::int64_t length;
 };
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
-// The length of one of `parts` parts, which are whole steps.
+// The length of each of `parts` parts, in whole steps.
 constexpr std::int64_t low_rank_length(std::int64_t inner, std::int64_t parts) {
   return (((inner + parts - 1) / parts + kGemmStep - 1) / kGemmStep) * kGemmStep;
 }
 
-// For people: QLN_PRINT_CONFIG=1 prints it for each product.
+// The text that QLN_PRINT_CONFIG=1 prints of each product, for people.
 std::string text_of(const ProductShape& shape, const ProductConfig& config);
 void print_if_asked(const ProductShape& shape, const ProductConfig& config);
 

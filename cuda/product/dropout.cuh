@@ -9,7 +9,7 @@ namespace qlora_native::QLN_CUDA {
 
 struct Dropout {
   std::uint64_t seed;
-  const std::uint64_t* device_seed;  // null, or what prepared() adds to it
+  const std::uint64_t* device_seed;  // null, or where prepared() finds what it adds to the seed
   std::uint32_t threshold;           // 0: everything is kept
   float scale;                       // 1 / (1 - p)
   explicit Dropout(const LoraView& lora)
@@ -17,7 +17,7 @@ struct Dropout {
         device_seed(lora.device_seed),
         threshold(dropout_threshold(lora.dropout)),
         scale(1.0f / (1.0f - lora.dropout)) {}
-  // As a kernel uses it: its seed is read once.
+  // Dropout as a kernel uses it, with a seed that has been read once.
   __device__ Dropout prepared() const {
     Dropout dropout = *this;
     dropout.seed = dropout_seed(seed, device_seed);
@@ -26,7 +26,8 @@ struct Dropout {
   __device__ bool keeps(std::int64_t m, std::int64_t k) const {
     return threshold == 0 || dropout_keeps(seed, m, k, threshold);
   }
-  // What is kept of elements (m, k) ... (m, k+7), which share their random bits: k is a multiple of 8.
+  // Elements (m, k) ... (m, k+7), with zeros for those that are dropped. k is a multiple of 8, so that they share their
+  // random bits.
   template <class Words>
   __device__ __forceinline__ Words kept_of(Words values, std::int64_t m, std::int64_t k) const {
     if (threshold == 0) return values;

@@ -1,18 +1,18 @@
-// The forward product of up to eight rows of x, where reading the weight is what takes time: Y = [X | U] . [W | s*B]^T
-// + bias.
+// The forward product of up to eight rows of X, where reading W is what takes time: Y = [X | U] . [W | s*B]^T + bias.
 //
-// A block takes 16 rows of W at a time. Its warps share K, 128 elements of each row a turn, and add up their sums at
-// the end, always in one order. Lane (g, t) of a warp, g = lane / 4 and t = lane % 4, has of rows g and g + 8 the
-// elements 32 t ... 32 t + 31: 16 bytes of 4-bit codes, which share a scale.
+// A block takes 16 rows of W at a time. Its warps share K: each takes 128 elements of every row in a turn, and at the
+// end they add up their sums, always in one order. Lane (g, t) of a warp, with g = lane / 4 and t = lane % 4, has
+// elements 32 t ... 32 t + 31 of rows g and g + 8. In a row these are 16 bytes of 4-bit codes, which share a scale.
 //
 //   K of a turn    0 ... 31  32 ... 63  64 ... 95  96 ... 127
 //   row g, g + 8   t = 0     t = 1      t = 2      t = 3
 //
-// Where each group of rows has a weight of its own, a block has some of the columns of one group after another, up to
+// Where each group of rows has its own weight, a block computes some columns of one group after another, for up to
 // eight rows at a time.
 //
-// In bf16 and fp16 a tensor core multiplies: the weights are the operand of 16 rows, and x, filled up with zeros, the
-// one of 8. In which order K is summed is free, so of its 16 a lane's four come from its own 32. In fp32 CUDA cores do.
+// In bf16 and fp16 a tensor core multiplies: the weights are the operand of 16 rows, and X, filled up with zeros, is
+// the operand of 8. K may be summed in any order, so a lane takes its four elements of mma's 16 from its own 32. In
+// fp32 CUDA cores multiply.
 #include "device/weight_chunk.cuh"
 #include "product/gemv_part.cuh"
 #include "product/gemv_rows.cuh"
@@ -20,7 +20,7 @@
 namespace qlora_native::QLN_CUDA {
 namespace {
 
-// As many as lanes that shared memory serves at once: each of them has banks of its own.
+// One copy for each lane that shared memory serves at once, so that each of them has its own banks.
 using GemvTable = PairTable<16>;
 
 template <bool kAligned>
@@ -32,11 +32,11 @@ struct GemvShared {
 
 // ---- the weight ----
 
-// A lane's chunk of one row of W on its way: codes and scale.
+// A lane's chunk of one row of W, codes and scale, while it is being loaded.
 template <int kBits, bool kAligned>
 class GemvChunk {
  public:
-  // Of an aligned weight.
+  // Loads a chunk of an aligned weight.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<true>& scales,
                                         std::uint32_t chunk) {
     constexpr int kBytes = kVectors * kVectorBytes;
@@ -47,18 +47,18 @@ class GemvChunk {
     }
     scale_.fetch(scales, chunk);
   }
-  // Of any other, from its element on; `count`: how many elements there are.
+  // Loads a chunk of any other weight, from `element` on; `count` is how many of its elements there are.
   __device__ __forceinline__ void fetch(const QuantizedWeightView& w, const ScaleReader<false>& scales,
                                         std::int64_t element, int count) {
     gather_codes<kBits>(w.codes, element, count, codes_);
     scale_.fetch(w, scales, element, count);
   }
-  // What four codes are multiplied by.
+  // The factor that decode() multiplies values by: the scale, divided by 127 for 8-bit codes.
   __device__ __forceinline__ ChunkScale<kAligned> unit(const ScaleReader<kAligned>& scales) const {
     const ChunkScale<kAligned> scale = scale_.finish(scales);
     return kBits == 8 ? scale.divided_by(127.0f) : scale;
   }
-  // The four at `first`, rounded to nothing yet.
+  // Decodes the four elements at `first`; they are not rounded yet.
   __device__ __forceinline__ void decode(float (&w)[kFour], int first, const ChunkScale<kAligned>& unit,
                                          const GemvTable& table) const {
 #pragma unroll
@@ -85,12 +85,12 @@ class GemvChunk {
   PendingScale<kAligned> scale_;
 };
 
-// How many of a lane's chunk that begins at `first` are there, of `whole` in all.
+// How many elements the chunk of a lane has that begins at `first`, if a row has `whole` elements.
 __device__ __forceinline__ int left_of(std::int64_t whole, std::int64_t first) {
   return whole - first < kChunk ? static_cast<int>(whole - first) : kChunk;
 }
 
-// The sums of eight rows in fp32 leave registers for one block of a multiprocessor only.
+// The sums of eight rows in fp32 leave enough registers for only one block of a multiprocessor.
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
@@ -109,14 +109,15 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     GemvChunk<kBits, kAligned> chunk[2];
     Rows x;
   } now, next;
-  // The turn after this one, from column n0 of the result and from `k` on.
+  // Loads the turn after this one, for the columns of the result from n0 on, and from `k` on.
   const auto fetch = [&](std::int64_t n0, std::int64_t k) {
     const int count = left_of(K, k);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const std::int64_t n = n0 + lane.g + 8 * row, element = part.weights_before() + n * K + k;
       if constexpr (kAligned) {
-        // What W has not is multiplied by zeros of x, or its sum is not stored: the last chunk will do.
+        // Beyond W any chunk will do, so the last one is loaded: it is multiplied by zeros of X, or its sum is not
+        // stored.
         const auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
         next.chunk[row].fetch(w, scales, chunk < args.last_chunk ? chunk : args.last_chunk);
       } else {
@@ -125,14 +126,15 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     }
     next.x.template fetch<kAligned>(part.left() + k, args.left.stride, part.rows(), count, lane);
   };
-  // Of the warp's turn, and of the lane's chunk in it.
+  // Where in K the warp's first turn begins, and where the lane's chunk begins in a turn.
   const std::int64_t first = lane.warp * kTurn, mine = lane.t * kChunk;
   const auto fetch_first = [&](std::int64_t n0) {
     if (n0 < part.end() && first < K) fetch(n0, first + mine);
   };
 
-  // The first codes are on their way while the tables are filled, and later those of the next columns while the sums of
-  // these are exchanged: not where scales ask a table on the way, nor where the sums of eight rows fill the registers.
+  // The first codes are on their way while the tables are filled, and the first codes of the next columns while the
+  // sums of these are exchanged. This is not done where loading a scale needs those tables (in weights that are not
+  // aligned), nor where the sums of eight rows in fp32 fill the registers.
   constexpr bool kEarly = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
   if constexpr (kEarly) fetch_first(part.begin());
   if constexpr (kBits == 4) GemvTable::fill(shared.pairs, w.code);
@@ -163,8 +165,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       }
     }
 
-    // The adapter: more of the same sums, with B in place of W. Four elements of U a lane. Of rows first ... last-1;
-    // where there are several adapters, warps take turns at them too.
+    // The adapter adds to the same sums, with B in place of W and four elements of U a lane, for rows first ... last-1.
+    // Where there are several adapters, the warps take turns at the adapters too.
     const auto add_adapter = [&](int adapter, int first, int last) {
       const std::int64_t before = adapter * args.elements_of_right();
       const int warp = kGroups ? (lane.warp + adapter) % kGemvWarps : lane.warp;

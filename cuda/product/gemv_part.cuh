@@ -1,4 +1,4 @@
-// Which part of the product of few rows (gemv.cu) a block has.
+// Which part of the product of few rows (gemv.cu) a block computes.
 #pragma once
 
 #include "product/product.cuh"
@@ -10,13 +10,13 @@ struct GemvArgs : Product {
   std::uint32_t last_chunk;  // of an aligned weight
 };
 
-// What of the product a block has at a time: some columns of up to kGemvRows rows.
+// The part that a block computes at a time: some columns of the result, in up to kGemvRows rows.
 template <class T, bool kGroups>
 class GemvPart {
  public:
   __device__ explicit GemvPart(const GemvArgs& args)
       : args_(args), apart_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
-  __device__ bool go_on() { return false; }  // it is all that the block has
+  __device__ bool go_on() { return false; }  // the block has no other part
 
   __device__ std::int64_t begin() const { return block_index() * kGemvCols; }
   __device__ std::int64_t end() const { return args_.weight.N; }
@@ -25,7 +25,7 @@ class GemvPart {
   __device__ const T* left() const { return static_cast<const T*>(args_.left.data); }
   __device__ const T* low_rank() const { return static_cast<const T*>(args_.low_rank.data); }
   __device__ T* out() const { return static_cast<T*>(args_.out.data); }
-  __device__ std::int64_t weights_before() const { return 0; }  // elements of other groups' weights
+  __device__ std::int64_t weights_before() const { return 0; }  // elements of the weights of groups before
   __device__ std::int64_t biases_before() const { return 0; }
 
  private:
@@ -34,7 +34,7 @@ class GemvPart {
   const int rows_;
 };
 
-// Where there are groups: a share of the columns of all tiles of rows, tile after tile.
+// With groups, a block has a share of the columns of all tiles of rows, tile after tile.
 template <class T>
 class GemvPart<T, true> {
  public:
@@ -45,7 +45,8 @@ class GemvPart<T, true> {
     next_ = i * share + (i < rest ? i : rest);
     end_of_share_ = next_ + share + (i < rest ? 1 : 0);
   }
-  // To the next tile that it has columns of, at first too: false where there is none.
+  // Goes on to the next tile that the block has columns of, and to the first one at the beginning; false where there is
+  // none.
   __device__ bool go_on() {
     if (next_ == end_of_share_) return false;
     tile_ = {{0, args_.rows}, 0};

@@ -1,4 +1,4 @@
-// Rows of x, and the sums over them, in the product of few rows (gemv.cu).
+// The rows of X, and the sums over them, in the product of few rows (gemv.cu).
 #pragma once
 
 #include "device/elements.cuh"
@@ -12,7 +12,7 @@ constexpr int kGemvWarps = 8;
 constexpr int kGemvThreads = kGemvWarps * kWarp;
 constexpr int kQuad = 4;                        // lanes that share a row
 constexpr int kFour = 4;                        // elements of a row that are multiplied at once
-constexpr int kTurn = kQuad * kChunk;           // of K, that a warp takes at once
+constexpr int kTurn = kQuad * kChunk;           // elements of K that a warp takes at once
 static_assert(kGemvCols == 2 * kWarp / kQuad);  // a lane has two rows of W
 
 struct GemvLane {
@@ -20,11 +20,11 @@ struct GemvLane {
   __device__ GemvLane() : warp(thread_index() / kWarp), g(thread_index() % kWarp / kQuad), t(thread_index() % kQuad) {}
 };
 
-// Of up to kRows rows of x, what a lane needs of them in its warp's turn: 32 elements along K, four of which are
-// multiplied at once with the same of two rows of W. Sums: the warp's, of 16 rows of W with each row of x.
+// The elements of up to kRows rows of X that a lane needs in its warp's turn, 32 along K. Four of them are multiplied
+// at once with the same four of two rows of W. Sums: those of a warp, of 16 rows of W with each row of X.
 //
-// In 16 bits a lane holds those of row g alone; mma's sums are those of W's rows g (c[0], c[1]) and g + 8 (c[2], c[3])
-// with x's rows 2t and 2t + 1.
+// In 16 bits a lane holds elements of row g alone. mma gives it the sums of W's rows g (c[0], c[1]) and g + 8 (c[2],
+// c[3]) with X's rows 2t and 2t + 1.
 template <class T, int kRows>
 class GemvRows {
   static_assert(kRows == kMmaCols);
@@ -35,7 +35,8 @@ class GemvRows {
   };
   using Four = Vector<std::uint32_t, 2>;
 
-  // Of the four at `from`, which is in row 0, those that are there: `count` along K.
+  // Loads the four elements at `from`, which points into row 0. Beyond `rows` rows and `count` elements along K they
+  // are 0.
   __device__ static Four load_four(const T* from, std::int64_t stride, int rows, int count, const GemvLane& lane) {
     from += lane.g * stride;
     std::uint32_t bits[kFour] = {};
@@ -45,12 +46,12 @@ class GemvRows {
     }
     return {{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16}};
   }
-  // Likewise, of rows first ... last-1.
+  // The same for rows first ... last-1; all other rows are 0.
   __device__ static Four load_four(const T* from, std::int64_t stride, int first, int last, int count,
                                    const GemvLane& lane) {
     return load_four(from, stride, last, lane.g < first ? 0 : count, lane);
   }
-  // All of the chunk at `from`; kVectors: `count` is 32 or more, or less than 1.
+  // Loads the whole chunk at `from`. With kVectors, `count` is 32 or more, or less than 1.
   template <bool kVectors>
   __device__ __forceinline__ void fetch(const T* from, std::int64_t stride, int rows, int count, const GemvLane& lane) {
     constexpr int kElements = kVectorBytes / sizeof(T);
@@ -90,7 +91,8 @@ class GemvRows {
   Four four_[kChunk / kFour];
 };
 
-// In fp32 a lane takes its part of K of all rows, from the first cache when it is multiplied: it is too much to hold.
+// In fp32 a lane takes its part of K of all rows. This is too much to hold, so it is loaded from the first cache when
+// it is multiplied.
 template <int kRows>
 class GemvRows<float, kRows> {
  public:
@@ -145,7 +147,7 @@ class GemvRows<float, kRows> {
       }
     }
   }
-  // The lanes of a row add up their parts: to all of them, in one order.
+  // The lanes of a row add up their parts in one order, and each of them gets the sum.
   __device__ __forceinline__ static void leave(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
                                                const GemvLane& lane) {
 #pragma unroll

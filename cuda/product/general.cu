@@ -1,5 +1,5 @@
-// The product of any dtype, shape and alignment, by general.cuh: each operand is read through a source that knows its
-// layout. The adapter's part comes first, so that backward's mask falls on nothing else.
+// The product for any dtype, shape and alignment (general.cuh). Each operand is read through a source that knows its
+// layout. The adapter's part comes first, so that the mask of backward falls on nothing else.
 #include "product/general.cuh"
 
 #include "product/product.cuh"

@@ -1,6 +1,6 @@
-// A product of two sources (sources.cuh), for every dtype and shape: sum over k of left(i, k) * right(j, k). A block of
-// 256 threads computes 64x64 sums, 16 a thread. Both operands pass through shared memory in steps of 128 bytes along k,
-// of which the next is on its way while one is multiplied: in bf16 and fp16 by tensor cores, in fp32 by CUDA cores.
+// Multiplies two sources (sources.cuh) of any dtype and shape: sum over k of left(i, k) * right(j, k). A block of 256
+// threads computes 64x64 sums, 16 a thread. Both operands pass through shared memory in steps of 128 bytes along k, and
+// the next step is on its way while one is multiplied. Tensor cores multiply bf16 and fp16, CUDA cores fp32.
 #pragma once
 
 #include <type_traits>
@@ -18,19 +18,19 @@ constexpr bool kOnTensorCores = sizeof(T) == 2;
 constexpr int kProductStepBytes = 128;
 template <class T>
 constexpr int kProductStep = kProductStepBytes / sizeof(T);  // along k
-// So much of k is summed for itself before it joins the total: the error of a long sum grows with the root of this and
-// of how many there are, not of all of k.
+// This much of k is summed by itself before it joins the total. So the error of a long sum grows with the root of this
+// number and of the number of such sums, and not with the root of all of k.
 constexpr int kProductOfSum = 128;
 
-// Which of the result are the block's, and of these the thread's.
+// Which elements of the result the block has, and which of these the thread has.
 //
-// On tensor cores a warp has 16 rows and 32 columns, of which each sum[a] is mma's fragment of 8; on CUDA cores a
-// thread has 4x4 neighbours.
+// On tensor cores a warp has 16 rows and 32 columns, and each sum[a] belongs to an mma fragment of 8 columns. On CUDA
+// cores a thread has 4x4 neighbours.
 template <class T>
 struct ProductPlace {
-  std::int64_t rows, cols;  // where the result's end
+  std::int64_t rows, cols;  // where the result ends
   std::int64_t i0, j0;      // where the block's tile begins
-  int row, col;             // of it, where the thread's begin
+  int row, col;             // in the tile, where the thread's elements begin
   __device__ ProductPlace(std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols)
       : rows(rows), cols(cols), i0(i0), j0(j0) {
     const int lane = thread_index() % kWarp;
@@ -39,7 +39,7 @@ struct ProductPlace {
   }
   __device__ static int warp_row() { return thread_index() / kWarp % 4 * kMmaRows; }
   __device__ static int warp_col() { return thread_index() / kWarp / 4 * 32; }
-  // f(i, j, sum) for each of the thread's that the result has.
+  // Calls f(i, j, sum) for each of the thread's sums that the result has.
   template <class F>
   __device__ void each(ProductSums& sum, const F& f) const {
 #pragma unroll
@@ -56,8 +56,8 @@ struct ProductPlace {
 
 // ---- from global to shared memory -----------------------------------------------------------------------------------
 
-// A step of an operand: lines of eights, each as one 16-byte vector, or two of fp32. A line is a row i where the
-// source's memory runs along k, and one k where it runs along i.
+// A step of an operand: lines of eights, each of which is one 16-byte vector, or two in fp32. A line is a row i where
+// the source's memory runs along k, and one k where it runs along i.
 constexpr int kProductVectors = kProductTile * kProductStepBytes / kVectorBytes;
 struct alignas(kProductStepBytes) ProductOperand {
   Eight at[kProductVectors];
@@ -67,7 +67,8 @@ struct ProductStage {
 };
 constexpr int kProductStages = 2;
 
-// Where they are: vector v of a line stands at v ^ turn, so that what a warp reads at once lies in different banks.
+// Where vectors stand: vector v of a line is at v ^ turn, so that vectors that a warp reads at once lie in different
+// banks.
 template <class T, bool kAlongInner>
 struct OperandLines {
   static constexpr int kElements = kAlongInner ? kProductStep<T> : kProductTile;  // of a line
@@ -75,17 +76,18 @@ struct OperandLines {
   static constexpr int kVectors = kElements * sizeof(T) / kVectorBytes;
   static_assert(kCount * kVectors == kProductVectors);
   __device__ static int place(int line, int vector) {
-    // ldmatrix reads eight lines; CUDA cores read every fourth line, or neighbours in one.
+    // ldmatrix reads a vector of each of eight lines. CUDA cores read a vector of every fourth line where a line is a
+    // row, and neighbouring vectors of one line where it is a k.
     const int turn = kOnTensorCores<T> ? line % 8 : kAlongInner ? line / 4 % 8 : 0;
     return line * kVectors + (vector ^ turn);
   }
 };
 
-// A thread's share of an operand on its way from global to shared memory: one eight of every so many lines.
+// A thread's share of an operand on its way from global to shared memory: one eight of every kLinesAtOnce-th line.
 template <class Source>
 class PendingEights {
  public:
-  // From `begin` on; `inner`: where k ends.
+  // The share begins at k = `begin`; `inner` is where k ends.
   __device__ PendingEights(const Source& source, std::int64_t i0, std::int64_t rows, std::int64_t begin,
                            std::int64_t inner)
       : source_(source),
@@ -94,10 +96,10 @@ class PendingEights {
         vectors_(source.has_vectors() && (Source::kAlongInner ? inner : rows) % kEight == 0),
         element_(source.first() + (Source::kAlongInner ? (i0 + i_of(0)) * source.stride + begin + k_of(0)
                                                        : (begin + k_of(0)) * source.stride + i0 + i_of(0))) {}
-  // The next step, of which so many k, or more, are there.
+  // Starts to load the next step, which has `inner` of k.
   __device__ __forceinline__ void fetch(int inner) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) raw_[n] = {};  // becomes zeros, or meets those of the other operand
+    for (int n = 0; n < kCount; ++n) raw_[n] = {};  // becomes zeros, or is multiplied by zeros of the other operand
     if (vectors_) {
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
@@ -113,7 +115,7 @@ class PendingEights {
     }
     element_ += Source::kAlongInner ? kStep : kStep * source_.stride;
   }
-  // What it has brought, which begins at k0.
+  // Stores the step that was fetched, which begins at k0.
   __device__ __forceinline__ void put(std::int64_t k0, ProductOperand& to) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
@@ -141,26 +143,29 @@ class PendingEights {
 
   const Source& source_;
   const std::int64_t i0_;
-  const int rows_;  // of the tile
+  const int rows_;  // that the tile has
   const bool vectors_;
-  std::int64_t element_;  // of the next step, the first of the thread's
+  std::int64_t element_;  // the thread's first in the next step
   typename Source::Raw raw_[kCount];
 };
 
 // ---- on tensor cores ------------------------------------------------------------------------------------------------
 
-// How a warp takes an operand from shared memory: 16 rows and 16 of k at once, which ldmatrix hands out as four
-// matrices of 8x8. Of the left one mma wants the other eight rows second, of the right one the other eight of k.
+// How a warp loads an operand from shared memory: 16 rows and 16 of k at once, which ldmatrix hands out as four
+// matrices of 8x8. The second of these must have the other eight rows of the left operand, but the other eight k of the
+// right one.
 template <bool kAlongInner, bool kLeft>
 class TensorFragments {
  public:
   // `i0`: the warp's first row of the operand.
   __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_of(i0)]) {}
-  // Rows from i0 + i and k on, both multiples of 16, of the operand that lies `stage` bytes behind the first.
+  // Loads rows from i0 + i on, and from k on, of the operand that lies `stage` bytes behind the first. i and k are
+  // multiples of 16.
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
     constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
     const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kEight;
-    // Vectors are turned over, as by place(): their bits are not those of the thread's first one.
+    // place() flips bits of a vector's number. The thread's first vector shares no set bit with `vectors`, so flipping
+    // these bits adds them.
     const SharedPlace row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
     if constexpr (kAlongInner) {
       ldmatrix_x4(r, row);
@@ -180,13 +185,13 @@ class TensorFragments {
   const SharedPlace first_;
 };
 
-// A step's share of a warp's sums.
+// Adds the products of a step to a warp's sums.
 template <class T, class Left, class Right>
 class StepProduct {
  public:
   __device__ StepProduct(const ProductPlace<T>& place, const ProductStage& stage)
       : left_(stage.left, place.warp_row()), right_(stage.right, place.warp_col()) {}
-  // Of the stage so many bytes behind the first.
+  // Multiplies the stage that lies `stage` bytes behind the first.
   __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
 #pragma unroll
     for (unsigned k = 0; k < kProductStep<T>; k += kMmaInner) {
@@ -209,19 +214,19 @@ class StepProduct {
 
 // ---- on CUDA cores --------------------------------------------------------------------------------------------------
 
-// How a thread takes an operand from shared memory: four rows and four of k at once.
+// How a thread loads an operand from shared memory: four rows and four of k at once.
 template <bool kAlongInner>
 class ScalarFragments {
  public:
   // `i0`: the thread's first row, a multiple of 4.
   __device__ ScalarFragments(const ProductOperand& operand, int i0)
       : first_(&operand.at[kAlongInner ? Lines::place(i0, 0) : Lines::place(0, i0 / 4)]) {}
-  // From k on, a multiple of 4, of the operand that lies `stage` bytes behind the first.
+  // Loads from k on, a multiple of 4, of the operand that lies `stage` bytes behind the first.
   __device__ __forceinline__ void load(float (&of)[4][4], std::uint32_t stage, unsigned k) const {
     constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
 #pragma unroll
     for (unsigned line = 0; line < 4; ++line) {
-      // Of rows that are lines, vectors are turned over, as by place(); the four rows' alike.
+      // Where lines are rows, place() flips bits of a vector's number, and flips the same bits for the four rows.
       const SharedPlace place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
                                             : first_.at(stage).at((k + line) * kLineBytes);
       const auto four = load_shared<Vector<float, 4>>(place);
@@ -275,7 +280,7 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
   const StepProduct<T, Left, Right> product(place, *stages);
   PendingEights<Left> next_left(left, place.i0, place.rows, begin, inner);
   PendingEights<Right> next_right(right, place.j0, place.cols, begin, inner);
-  const auto fetch = [&](std::int64_t left) {  // of k
+  const auto fetch = [&](std::int64_t left) {  // how much of k is left
     const int there = left < kStep ? static_cast<int>(left) : kStep;
     next_left.fetch(there);
     next_right.fetch(there);
@@ -292,17 +297,17 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
     }
   };
 
-  std::int64_t rest = inner - begin;  // of k, from this step on
+  std::int64_t rest = inner - begin;  // how much of k is left, with this step
   if (rest <= 0) return;
   fetch(rest);
-  sync_threads();  // what has been multiplied before has been read
+  sync_threads();  // all threads have read what was multiplied before
   next_left.put(begin, stages->left);
   next_right.put(begin, stages->right);
   std::uint32_t stage = 0;
   int until_join = kProductOfSum;
 #pragma unroll 1
   for (; rest > 0; rest -= kStep, stage ^= 1) {
-    sync_threads();  // this step is there, and the one before has been read
+    sync_threads();  // this step is stored, and all threads have read the one before
     const bool is_last = rest <= kStep;
     if (!is_last) fetch(rest - kStep);
     product.add_to(sum, stage * static_cast<std::uint32_t>(sizeof(ProductStage)));
@@ -320,7 +325,7 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
   join();
 }
 
-// A block for each of the tiles in so many rows of them: those of a row are neighbours.
+// The grid has a block for each tile, and tiles of the same rows are neighbours.
 constexpr std::int64_t product_tiles_across(std::int64_t cols) { return ceil_div(cols, kProductTile); }
 inline LaunchShape product_grid(std::int64_t row_tiles, std::int64_t cols) {
   return {row_tiles * product_tiles_across(cols), kProductThreads, kProductStages * sizeof(ProductStage)};

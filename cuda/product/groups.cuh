@@ -1,6 +1,6 @@
-// Rows in groups (linear.h), as kernels find them. Offsets lie in the device's memory, and the host launches kernels
-// before it could read them: it knows how many tiles of rows there may be at most (config.h), and a block looks for its
-// own. An offset beyond the rows counts as their end, so that no kernel leaves them.
+// Rows in groups (linear.h), as kernels find them. The offsets lie in the device's memory, and the host launches
+// kernels without reading them: it knows how many tiles of rows there may be at most (config.h), and each block looks
+// for its own. An offset beyond the rows counts as their end, so that no kernel goes beyond the rows.
 #pragma once
 
 #include "common/layout.h"
@@ -14,7 +14,7 @@ struct RowSpan {
   __device__ bool is_empty() const { return begin >= end; }
 };
 
-// A tile of rows begins with row `begin` and has no row behind `end`, which is that of its group: empty where there is
+// A tile of rows begins with row `begin` and has no row behind `end`, where its group ends. It is empty where there is
 // no such tile.
 struct RowTile : RowSpan {
   int group;
@@ -24,9 +24,9 @@ struct Groups {
   int count = 0;  // 0: all rows are one group
   int apart = 1;  // group g begins at offset g * apart
   const std::int64_t* offsets = nullptr;
-  bool has_front = false;  // whether rows before the first one are a group too, number -1
+  bool has_front = false;  // whether rows before the first offset are a group too, number -1
 
-  // How many they are, with that one.
+  // The number of groups, with the one in front.
   int all() const { return count == 0 ? 1 : count + (has_front ? 1 : 0); }
 
   __device__ std::int64_t offset(int g, std::int64_t rows) const {
@@ -37,7 +37,7 @@ struct Groups {
     if (count == 0) return {0, rows};
     return {g < 0 ? 0 : offset(g, rows), offset(g + 1, rows)};
   }
-  // The first group that ends behind a row; `count` where none does.
+  // The first group that ends behind `row`, or `count` where none does.
   __device__ int group_of(std::int64_t row, std::int64_t rows) const {
     int low = 0, high = count;
     while (low < high) {
@@ -52,7 +52,7 @@ struct Groups {
   }
 };
 
-// The groups of rows that adapters are for. If they share one, they are one.
+// The groups of rows that adapters are for. If all groups share one adapter, they are one group.
 inline Groups groups_of_adapters(const LoraView& lora, const RowGroups& groups) {
   if (groups.count == 0) return {};
   return {.count = static_cast<int>(lora.count),
@@ -62,12 +62,12 @@ inline Groups groups_of_adapters(const LoraView& lora, const RowGroups& groups) 
 
 struct FoundTile {
   RowTile tile;
-  std::uint32_t before;  // how many tiles there are, if there is no such tile
+  std::uint32_t before;  // where there is no such tile: how many tiles there are
 };
 constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
 
-// Tile number `wanted` of the groups' rows, kRows a tile, group after group. All lanes of a warp ask for the same: each
-// looks at one group of 32.
+// Finds tile number `wanted` of the groups' rows, which are cut into tiles of kRows rows, group after group. All lanes
+// of a warp ask for the same tile, and each looks at one group of 32.
 template <int kRows>
 __device__ FoundTile find_row_tile(const Groups& groups, std::int64_t rows, std::uint32_t wanted) {
   const int lane = thread_index() % kWarp;
@@ -78,7 +78,7 @@ __device__ FoundTile find_row_tile(const Groups& groups, std::int64_t rows, std:
     const RowSpan span = group < groups.count ? groups.rows_of(group, rows) : RowSpan{0, 0};
     const std::uint32_t tiles =
         span.is_empty() ? 0 : static_cast<std::uint32_t>(ceil_div(span.end - span.begin, kRows));
-    std::uint32_t up_to = tiles;  // of the lanes up to this one
+    std::uint32_t up_to = tiles;  // how many tiles the lanes up to this one have
 #pragma unroll
     for (int apart = 1; apart < kWarp; apart *= 2) {
       const std::uint32_t of_lanes = shfl(up_to, lane < apart ? lane : lane - apart);

@@ -1,4 +1,5 @@
-// linear_forward and linear_backward_input: the adapter's U or V, and then the product, in the way that config.h says.
+// linear_forward and linear_backward_input: first the adapter's U or V, then the product, in the way that
+// product_config chooses.
 #include "hooks.h"
 #include "operations.h"
 #include "product/low_rank.cuh"
@@ -50,7 +51,7 @@ void multiply(const Product& product, const Stream& stream) {
   std::visit([&](const auto& way) { multiply(product, way, stream); }, config);
 }
 
-// The groups of rows of U, or V. Where they share the weight, rows before the first one have no adapter.
+// The groups of the rows of U or V. Where groups share the weight, the rows before the first group have no adapter.
 template <class Args>
 Groups groups_of_low_rank(const Args& args) {
   if (args.weight.count > 1 && args.lora.count == 1) return {};

@@ -1,4 +1,4 @@
-// lora_gradients: dA = V^T . drop(X) and dB = s * dY^T . U, sums over the rows (device/low_rank.cuh).
+// lora_gradients: dA = V^T . drop(X) and dB = s * dY^T . U, which are sums over the rows (low_rank.cuh).
 #include "operations.h"
 #include "product/low_rank.cuh"
 

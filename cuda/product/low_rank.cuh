@@ -1,6 +1,10 @@
-// The adapter's own products: U = drop(X) . A^T / (1-p) and V = s/(1-p) * dY . B, each [M, rank], and the gradients
-// dA = V^T . drop(X) and dB = s * dY^T . U, sums over M. All are long sums for few results, so several blocks share the
-// sum of a tile, and another kernel adds their parts in one order.
+// The adapter's own products, each [M, rank], and its gradients, which are sums over M:
+//
+//   U = drop(X) . A^T / (1-p)      dA = V^T . drop(X)
+//   V = s/(1-p) * dY . B           dB = s * dY^T . U
+//
+// All are long sums for few results, so several blocks share the sum of a tile, and a second kernel adds their parts in
+// one order.
 #pragma once
 
 #include "product/config.h"
@@ -10,23 +14,23 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// Where rows of X are in groups, each row of U and V has the adapter of its group, or none and is 0; dA and dB are sums
-// over the rows of a group, of which `out` has one adapter's after another's.
+// Where rows of X are in groups, each row of U and V uses the adapter of its group, or is 0 if it has none. dA and dB
+// are sums over the rows of a group, and `out` has those of one adapter after those of another.
 struct LowRankProduct {
   Matrix out;
-  std::int64_t rows, inner;  // of out for an adapter, and of the sum
+  std::int64_t rows, inner;  // rows of out for one adapter, and length of the sum
   float scale;
   Groups groups;
-  std::int64_t right_elements;  // U and V: of an adapter's A or B
+  std::int64_t right_elements;  // for U and V: how many elements an adapter's A or B has
   LowRankSplit split;
-  float* parts;  // of sums that several blocks share: one `out` after the other
+  float* parts;  // sums of several blocks that share a tile: one `out` for each part
 };
 
-// Which of it is a block's: a tile of out, and a part of the sum.
+// A block's share of the product: a tile of out, and a part of its sum.
 struct LowRankPart {
-  std::int64_t i0, rows;   // of an adapter's rows of out: where the tile begins, and where they end
+  std::int64_t i0, rows;   // in the adapter's rows of out: where the tile begins, and where they end
   std::int64_t adapter;    // -1: none
-  std::int64_t first_row;  // of the adapter's in out
+  std::int64_t first_row;  // of the adapter, in out
   std::int64_t j0, part;
   RowSpan inner;
 };
@@ -62,8 +66,8 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
   return part;
 }
 
-// out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded; or, where several blocks share a tile's k, the
-// sum over each block's part of them.
+// out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded. Where several blocks share a tile's k, each
+// stores the sum over its part instead.
 template <class Left, class Right, bool kGroups>
 __global__ void __launch_bounds__(kProductThreads, 2)
     low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p) {
@@ -82,8 +86,8 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   } else {
     accumulate(sum, place, prepared(left), prepared(right), part.inner.end, part.inner.begin);
   }
-  // It is not kept through the sum but looked for once more: else registers would be short. Without groups, in fp32,
-  // the search is what makes them so.
+  // The part is not kept through the sum but looked for once more, because registers would be short otherwise. In fp32
+  // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
   constexpr bool kIsKept = !kGroups && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
   const LowRankPart stored = kIsKept ? part : part_of_block();
   place_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   });
 }
 
-// The parts' sum, in their order.
+// Adds the parts of each sum, in their order.
 template <class T>
 __global__ void __launch_bounds__(kProductThreads)
     low_rank_sum_kernel(const float* parts, int count, float scale, const Matrix out) {
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// `tiles`: of out. `inner`: of a sum, on average.
+// `row_tiles`: of out. `inner`: the average length of a sum.
 template <class Left, class Right>
 void start_low_rank(const Left& left, const Right& right, LowRankProduct product, std::int64_t row_tiles,
                     std::int64_t inner, const Stream& stream) {
@@ -132,7 +136,7 @@ void start_low_rank(const Left& left, const Right& right, LowRankProduct product
   });
 }
 
-// U or V: `right` are the adapters' A or B, of so many elements each.
+// U or V. `right` gives the adapters' A or B, which have `right_elements` elements each.
 template <class Left, class Right>
 void low_rank_product(const Left& left, const Right& right, std::int64_t right_elements, std::int64_t inner,
                       float scale, const Matrix& out, const Groups& groups, const Stream& stream) {
@@ -141,7 +145,7 @@ void low_rank_product(const Left& left, const Right& right, std::int64_t right_e
   start_low_rank(left, right, product, most_row_tiles(out.rows, groups.all(), kProductTile), inner, stream);
 }
 
-// dA or dB of `count` adapters, [count, rows, out's cols], as sums over `inner` rows of X.
+// dA or dB of `count` adapters, [count, rows, columns of out], as sums over the `inner` rows of X.
 template <class Left, class Right>
 void low_rank_gradients(const Left& left, const Right& right, std::int64_t count, std::int64_t inner, float scale,
                         const Matrix& out, const Groups& groups, const Stream& stream) {
@@ -150,7 +154,7 @@ void low_rank_gradients(const Left& left, const Right& right, std::int64_t count
   start_low_rank(left, right, product, count * ceil_div(rows, kProductTile), ceil_div(inner, count), stream);
 }
 
-// U or V of a call: the caller's, where it wants to have it, or one in a workspace.
+// The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.
 class LowRank {
  public:
   LowRank(const Matrix& wanted, DType dtype, std::int64_t rows, std::int64_t rank, const Stream& stream)

@@ -1,11 +1,11 @@
-// The product of many rows: the weight is decoded a panel at a time, and the host
-// program's dense product (runtime.h) multiplies the left operand by it. README.md has a picture of it ("Large M").
+// The product of many rows: the weight is decoded a panel at a time, and the host program's dense product (runtime.h)
+// multiplies the left operand by each panel (README.md, "Panels").
 //
 //             left      a panel                              out
 //   forward   [X | U]   [rows of W | rows of s*B]^T          columns of Y
 //   backward  [dY | V]  columns of W, above columns of A     columns of dX
 //
-// The adapter's part is in the same sums, so that out is rounded and written once. For that the left operand is copied
+// The adapter's part is in the same sums, so that out is rounded and written once. For this the left operand is copied
 // beside U or V; without an adapter it is multiplied where it lies.
 #include <algorithm>
 
@@ -19,12 +19,12 @@ namespace {
 
 constexpr int kThreads = 256;
 static_assert(kPanelAlignment == kEight);
-// Elements, of 2 bytes at least, of a panel and of the left operand's copy are counted in 32 bits: a column of out
-// takes kPanelMostBytes / kPanelCols of a panel at most.
+// The elements of a panel, and of the left operand's copy, are counted in 32 bits. They have 2 bytes at least, and a
+// column of out takes at most kPanelMostBytes / kPanelCols bytes of a panel.
 static_assert(kPanelCopiedRows * kPanelMostBytes / kPanelCols / 2 < (std::int64_t{1} << 31));
 
-// A matrix [all_rows, stride] that is written: the first `eights` of each of the first `rows` as vectors, all else one
-// by one.
+// A matrix [all_rows, stride] that is to be written: the first `eights` eights in each of the first `rows` rows as
+// vectors, and everything else element by element.
 struct Extent {
   std::uint32_t rows, eights, all_rows, stride;
 };
@@ -46,13 +46,13 @@ __device__ __forceinline__ void write_all(const Extent& to, const WriteEight& wr
   }
 }
 
-// A part of W, with the adapter's to its right (forward) or below it, and zeros elsewhere.
+// A part of W, with the adapter's part to its right (forward) or below it (backward), and zeros elsewhere.
 struct Panel {
   Extent extent;
   QuantizedWeightView weight;
   WeightScales scales;
-  std::int64_t first_row, first_col;  // of W, where its part begins
-  std::uint32_t rows, cols;           // of that part
+  std::int64_t first_row, first_col;  // in W, where its part begins
+  std::uint32_t rows, cols;           // of its part of W
   const void* right;                  // B [N, rank] or A [rank, K]
   DType right_dtype;
   float right_factor;
@@ -127,7 +127,7 @@ T* row_of(const Matrix& matrix, std::int64_t row) {
 }
 std::uint32_t in_32_bits(std::int64_t n) { return static_cast<std::uint32_t>(n); }
 
-// One product after the other: every panel for the first rows of out, then every panel for the next.
+// Runs one product after another: every panel for the first rows of out, then every panel for the next rows.
 template <class T>
 class PanelProducts {
  public:
@@ -159,7 +159,7 @@ class PanelProducts {
     return {i * size, std::min(size, all - i * size)};
   }
 
-  // Two panels, and a copy of some rows of the left operand where there is an adapter.
+  // Two panels and, with an adapter, a copy of some rows of the left operand.
   std::size_t bytes() const {
     const std::int64_t copied = rank_ > 0 ? rows_of(0).count * column_ : 0;
     return static_cast<std::size_t>(places() * panel_elements_ + copied) * sizeof(T);
@@ -244,7 +244,7 @@ class PanelProducts {
   const Stream& stream_;
   const std::int64_t rank_;
   const std::int64_t column_;  // elements of a panel for each column of out
-  const std::int64_t inner_;   // of the product
+  const std::int64_t inner_;   // inner dimension of the product
   const std::int64_t panels_, count_, panel_elements_;
   const Workspace workspace_;
 };

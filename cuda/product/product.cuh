@@ -1,4 +1,4 @@
-// A product with a quantized weight: what is multiplied, as every way (config.h) takes it.
+// A product with a quantized weight, as every way (config.h) takes it.
 //
 //   out[rows, cols] = left[rows, inner] . W'[inner, cols]  +  low_rank[rows, rank] . right'[rank, cols]  +  bias
 //
@@ -6,7 +6,8 @@
 //   forward   X      U          W^T    (s*B)^T              rows of W and of B
 //   backward  dY     V          W      A, after dropout     columns of W and of A
 //
-// Where rows are in groups, W', right' and bias are those of the row's group, or the group's right' alone.
+// Where rows are in groups, each row is multiplied with the W', right' and bias of its group, or with the right' of its
+// group and the W' and bias that all groups share.
 #pragma once
 
 #include "device/weight_chunk.cuh"
@@ -25,21 +26,21 @@ struct Product {
   const void* right;     // B [cols, rank] or A [rank, cols]
   DType right_dtype;
   float right_factor;  // s, or 1
-  Dropout dropout;     // backward: what it drops of low_rank . right'
+  Dropout dropout;     // backward: its mask falls on low_rank . right'
   const void* bias;    // forward: [cols] in left's dtype, or null
   Matrix out;
-  Groups groups;      // of the rows; none where they share all
-  bool own_weights;   // of groups: a tile of out has rows of one group
-  bool own_adapters;  // of groups
+  Groups groups;      // of the rows; none where all rows share W' and right'
+  bool own_weights;   // each group has its own weight, so a tile of out has rows of one group
+  bool own_adapters;  // each group has its own adapter
 
-  // Which of them is a group's.
+  // The number of a group's weight, and of its adapter.
   __device__ int weight_of(int group) const { return own_weights ? group : 0; }
   __device__ int adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
   __device__ std::int64_t elements_of_weight() const { return weight.N * weight.K; }
   __device__ std::int64_t elements_of_right() const { return low_rank.cols * cols; }
 };
 
-// Where groups share both, a product does not see them: U and V are 0 in rows without the adapter.
+// Where the groups share weight and adapter, the product needs no groups: U and V are 0 in rows without the adapter.
 template <class Args>
 Groups groups_of_product(const Args& args) {
   if (args.weight.count == 1 && (args.lora.count == 1 || args.lora.rank == 0)) return {};
@@ -85,14 +86,14 @@ inline Product product_of(const LinearBackwardInputArgs& args, const ConstMatrix
           .own_adapters = args.lora.count > 1};
 }
 
-// Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits count those of a tile.
+// Whether the first `cols` elements of each row are whole 16-byte vectors, and 32 bits can count the vectors of a tile.
 inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
   const std::int64_t vector = kVectorBytes / static_cast<std::int64_t>(size_of(matrix.dtype));
   return is_aligned(matrix.data, kVectorBytes) && cols % vector == 0 &&
          (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
 }
 
-// Whether TMA can load tiles of them too (hopper/).
+// Whether TMA can load tiles of the matrix too (hopper/).
 inline bool rows_are_tiles(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
@@ -107,8 +108,8 @@ __device__ __forceinline__ float right_at(const Product& product, std::int64_t r
                      adapter * product.elements_of_right() + (kForward ? col * rank + r : r * product.cols + col));
 }
 
-// The adapters that rows of a tile have, kRows of them at most, one after another. U and V are 0 in rows that have
-// none. A tile has rows of several where the groups share the weight.
+// Goes through the adapters that a tile has rows of; a tile has kRows rows at most. It has rows of several adapters
+// where groups share the weight. U and V are 0 in rows without an adapter.
 template <int kRows>
 class TileAdapters {
  public:
@@ -118,7 +119,7 @@ class TileAdapters {
     end_ = product.low_rank.cols == 0 ? 0 : in_turn ? product.groups.count : first + 1;
     adapter_ = first - 1;
   }
-  // To the next one: false where there is none.
+  // Goes on to the next adapter; false where there is none.
   __device__ bool next() {
     while (++adapter_ < end_) {
       rows_ = rows_of(product_, tile_, adapter_);
@@ -128,7 +129,7 @@ class TileAdapters {
     return false;
   }
   __device__ int adapter() const { return adapter_; }
-  // That it is for, some of which may be other tiles'.
+  // The rows that this adapter is for. Some of them may lie in other tiles.
   __device__ const RowSpan& rows() const { return rows_; }
   __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
     const bool in_turn = product.own_adapters && !product.own_weights;
@@ -142,8 +143,8 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One for each way: general.cu, gemv.cu, panels.cu; of GemmConfig gemm/thin.cu, forward.cu and backward.cu; of
-// HopperConfig hopper/forward.cu and backward.cu.
+// One function for each way: general.cu, gemv.cu and panels.cu; gemm/thin.cu, forward.cu and backward.cu for
+// GemmConfig; hopper/forward.cu and backward.cu for HopperConfig.
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);

@@ -21,7 +21,7 @@ SideStream::~SideStream() {
 
 SideStream& SideStream::of(const Stream& caller) {
   using Key = std::tuple<Device, int, void*>;
-  // They stay for as long as the process: at its end CUDA may be gone before what is destroyed then.
+  // They are never destroyed, because CUDA may be gone when the process destroys its static objects.
   static auto& all = *new std::map<Key, SideStream>;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
@@ -39,7 +39,7 @@ void SideStream::overlap(std::int64_t count, void* caller,
   for (std::int64_t i = 0; i < count; ++i) {
     const bool is_last = i + 1 == count;
     if (!is_last) driver_->record(used_, caller);
-    use(i);  // put there first: the device begins with it, and prepares where it leaves room
+    use(i);  // comes first, so that the device begins with it and prepares where it leaves room
     if (is_last) return;
     driver_->wait(stream_, used_);
     prepare(i + 1, stream_);

@@ -1,4 +1,4 @@
-// A stream beside a caller's, in which the next panel is decoded while the caller's multiplies one (panels.cu).
+// A stream beside a caller's: the next panel is decoded in it while the caller's stream multiplies one (panels.cu).
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,13 @@ class SideStream {
   SideStream& operator=(const SideStream&) = delete;
   ~SideStream();
 
-  // The one of a caller's stream, which no other stream shares: two callers do not wait for each other, and what is
-  // captured into a graph stays in that one.
+  // The side stream of a caller's stream. No other stream shares it, so two callers do not wait for each other, and
+  // what is captured into a graph stays in that graph.
   static SideStream& of(const Stream& caller);
 
-  // For each i in [0, count): prepare(i, stream), then use(i), in the caller's stream. i + 1 is prepared in this one
-  // while i is used, and not before i - 1 has been: two places are enough for what is prepared. Whatever is put into
-  // the caller's stream after this comes after all of it, also after an exception.
+  // For each i in [0, count): prepare(i, stream), then use(i) in the caller's stream. The side stream prepares i + 1
+  // while i is used, but not before i - 1 has been used, so two places are enough for what is prepared. Whatever is put
+  // into the caller's stream after this call runs after all of it, even if the call has thrown.
   void overlap(std::int64_t count, void* caller, const std::function<void(std::int64_t i, void* stream)>& prepare,
                const std::function<void(std::int64_t i)>& use);
 

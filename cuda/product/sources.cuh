@@ -1,9 +1,10 @@
-// The operands of a product (product.cuh): each is a small object that gives the elements (i, k), already rounded to
-// the dtype in which the product takes them. kAlongInner says along which index its memory runs.
+// Sources, the operands of a product (general.cuh). A source is a small object that gives elements (i, k), already
+// rounded to the dtype in which the product takes them. kAlongInner says whether its memory runs along k or along i.
 //
-// A product asks for eight that are neighbours in memory, of which the first is element e = i * stride + k, or k *
-// stride + i, and that index along which memory runs a multiple of 8. load() or, where eights are no vectors, gather()
-// starts their loads; finish() makes elements of what has come, after the multiply of the step before.
+// A product asks for eight elements at a time, which are neighbours in memory. The first of them is element e, which is
+// i * stride + k or k * stride + i, and the index along which memory runs is a multiple of 8. load() starts the loads
+// of eight elements that are vectors, gather() those of any others. finish() makes elements from what was loaded, after
+// the multiply of the step before.
 #pragma once
 
 #include <bit>
@@ -23,24 +24,24 @@ struct MatrixElements {
   const T* data;
   std::int64_t stride;
   __device__ static std::int64_t first() { return 0; }
-  // Whether eights are vectors.
+  // Whether eight elements can be loaded as vectors.
   __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
   __device__ Raw load(std::int64_t e) const { return load_words_aligned(data + e); }
   __device__ Raw gather(std::int64_t e, int count) const { return gather_words(data + e, count); }
   __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const { return raw; }
 };
-// (i, k) of a matrix with rows i.
+// Element (i, k) of a matrix whose rows are numbered i.
 template <class T>
 struct Rows : MatrixElements<T> {
   static constexpr bool kAlongInner = true;
 };
-// (i, k) of a matrix with columns i.
+// Element (i, k) of a matrix whose columns are numbered i.
 template <class T>
 struct Columns : MatrixElements<T> {
   static constexpr bool kAlongInner = false;
 };
 
-// X after dropout, not yet scaled: by rows m, or by columns k.
+// X after dropout, but without its factor 1 / (1 - p): by rows m, or by columns k.
 template <class T>
 struct KeptRows : Rows<T> {
   Dropout dropout;
@@ -56,7 +57,7 @@ struct KeptColumns : Columns<T> {
   }
 };
 
-// A source as a kernel uses it.
+// A source as a kernel uses it: the seed of its dropout has been read.
 template <class Source>
 __device__ Source prepared(const Source& source) {
   return source;
@@ -70,12 +71,13 @@ __device__ KeptColumns<T> prepared(const KeptColumns<T>& source) {
   return {Columns<T>(source), source.dropout.prepared()};
 }
 
-// Elements of a quantized weight. Four bits in a 16-bit dtype are multiplied elsewhere (gemm.cuh), and have no vectors.
+// Elements of a quantized weight. Most 4-bit weights are multiplied elsewhere in a 16-bit dtype (gemm/), so that they
+// have no vectors here.
 template <class T>
 struct WeightElements {
   using Element = T;
   static constexpr bool kMayBe4Bit = sizeof(T) == 4;
-  // Of a vector: codes, their scale or what multiplies its level, the level. Else the elements themselves.
+  // With vectors: the codes, their scale or the factor of their level, and the level. Without: the elements themselves.
   using Raw = EightOf<T>;
   QuantizedWeightView w;
   WeightScales scales;
@@ -87,7 +89,7 @@ struct WeightElements {
       : w(w), scales(scales_of(w)), stride(w.K), vectors((w.bits == 8 || kMayBe4Bit) && is_aligned(w)) {}
 
   __device__ std::int64_t first() const { return skipped; }
-  // Goes on to the weight that lies so many elements behind this one: it may begin within a byte.
+  // Goes on to the weight that begins `elements` elements behind this one; it may begin within a byte.
   __device__ void skip(std::int64_t elements) { skipped += elements; }
 
   __device__ bool has_vectors() const { return vectors; }
@@ -118,7 +120,7 @@ struct WeightElements {
     }
     return raw;
   }
-  // Called by all lanes of a warp: they hold the codebook.
+  // All lanes of a warp call this, because together they hold the codebook.
   __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
     if (!vectors) return raw;
     float scale = std::bit_cast<float>(raw.at[2]);
@@ -135,13 +137,13 @@ struct WeightElements {
         [&](int i) { return static_cast<float>(static_cast<std::int8_t>(byte_of(raw.at[i / 4], i % 4))) * scale; });
   }
 };
-// The weight, or the adapter, that lies so many elements behind a source's.
+// The source of the weight, or of the adapter, that begins `elements` elements behind that of `source`.
 template <class Source>
 __device__ Source skipped(Source source, std::int64_t elements) {
   source.skip(elements);
   return source;
 }
-// W by rows n, or by columns k.
+// W, by its rows n or by its columns k.
 template <class T>
 struct WeightRows : WeightElements<T> {
   using WeightElements<T>::WeightElements;
@@ -164,7 +166,7 @@ struct LoraElements {
   float factor;
 
   __device__ static std::int64_t first() { return 0; }
-  // Goes on to the adapter that lies so many elements behind this one.
+  // Goes on to the adapter that begins `elements` elements behind this one.
   __device__ void skip(std::int64_t elements) {
     data = static_cast<const std::byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
   }
@@ -191,7 +193,7 @@ struct LoraElements {
     return {{eight.at[0], eight.at[1], eight.at[2], eight.at[3], 0, 0, 0, 0}};
   }
 };
-// By rows, or by columns.
+// A or B, by its rows or by its columns.
 template <class T>
 struct LoraRows : LoraElements<T> {
   static constexpr bool kAlongInner = true;
