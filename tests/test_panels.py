@@ -1,4 +1,4 @@
-"""Guards products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Large M").
+"""Guards products of many rows by panels of decoded weight, which torch multiplies (cuda/README.md, "Panels").
 
 They run over the emulator, through both of torch's hooks, and torch's modes must neither disturb nor see them. What a
 panel holds, and the order of events, is tested without torch in tests/cpp/test_panels.cpp.
