@@ -40,6 +40,7 @@ MODULES = [
     "qlora_native.integrations",
     "qlora_native.integrations.adopt",
     "qlora_native.integrations.bitsandbytes",
+    "qlora_native.integrations.blocks",
     "qlora_native.integrations.gguf",
     "qlora_native.integrations.loftq",
     "qlora_native.integrations.loss",
