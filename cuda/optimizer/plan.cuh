@@ -24,12 +24,12 @@ struct TensorStep {
   std::int64_t count;  // becomes *counter, unless the step is skipped
 };
 
-// What both kernels of a step take.
+// The arguments that both kernels of a step share.
 struct WholeStep {
   const float* inv_scale;
   const float* found_inf;
   std::uint32_t* unusable;  // [1]: not 0 if a gradient or a learning rate is unusable
-  TensorStep* steps;        // of all tensors of the step
+  TensorStep* steps;        // one for each tensor of the step
 };
 
 // The items of a launch. Their blocks are numbered one after the other: first the whole blocks that vectors can reach,

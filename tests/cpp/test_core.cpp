@@ -147,7 +147,7 @@ struct Layer {
     return all;
   }
 
-  // dX in bf16, which other kernels than those of fp32 compute.
+  // dX in bf16. Its kernels are not those of fp32.
   std::vector<std::uint16_t> dx_of_bf16() const {
     std::vector<std::uint16_t> dy16, dx(M * K), v(M * rank);
     for (float value : dy) dy16.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));

@@ -50,7 +50,7 @@ class QLN_API PagedArena {
   PagedArena& operator=(const PagedArena&) = delete;
   ~PagedArena();  // CUDA frees the memory when the device has done all work that it was given before
 
-  std::byte* data() const;  // the host may access it when the device has done all work that it was given
+  std::byte* data() const;  // also for the host, once the device has done all work that it was given
   std::size_t bytes() const;
   // Puts pointers to the state of states[index] into `tensor`; those to moments that it does not have become null. The
   // first and the third moment of ademamix lie as bitsandbytes keeps them: state3 is state1 + elements, and absmax3 is
