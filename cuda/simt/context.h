@@ -28,7 +28,7 @@ class Context {
   Context() = default;
   Context(std::byte* stack, std::size_t bytes, void (*entry)()) : stack_(stack), bytes_(bytes) {
 #ifdef QLN_SWITCH_IN_ASSEMBLY
-    // The stack looks as if qln_switch_stack had been called at the begin of `entry`:
+    // The stack looks as if qln_switch_stack had been called at the beginning of `entry`:
     //
     //   top          null, in place of a return address: 8 bytes below a multiple of 16, where a call leaves it
     //   below it     the address of `entry`, to which qln_switch_stack returns
