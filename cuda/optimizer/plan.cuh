@@ -90,7 +90,7 @@ static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates<AdamW>) <= kPar
 
 __device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
 
-// Calls f(item, block, is_last, is_new) for each of this warp's blocks in [first, end). `block` counts from the begin
+// Calls f(item, block, is_last, is_new) for each of this warp's blocks in [first, end). `block` counts from the start
 // of the item, `is_last` says whether it is the item's last one, and `is_new` whether the warp had another item before.
 // The warp searches for the item only when it has passed the end of the one before.
 template <int kThreads, class Item, int kMost, class F>
