@@ -12,7 +12,7 @@ std::string text_of(const CudaMachine::Gpu& gpu) {
   return gpu.name + " (compute capability " + std::to_string(gpu.major) + "." + std::to_string(gpu.minor) + ")";
 }
 
-// The first driver of a major version of CUDA, which runs every runtime of that version.
+// The first driver of a major version of CUDA. It runs every runtime of that version.
 std::string first_driver_of(int major) {
   if (major == 12) return "R525";
   if (major == 13) return "R580";

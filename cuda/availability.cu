@@ -1,4 +1,4 @@
-// Whether this machine can run the cuda backend, of a build that has it: what the CUDA runtime says.
+// Asks the CUDA runtime whether this machine can run the backend "cuda". Only builds with that backend have this file.
 #include "availability.h"
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ std::string cuda_unavailable_reason() {
   for (int device = 0; device < devices; ++device) {
     if (CudaMachine::Gpu gpu; read(gpu, device)) machine.gpus.push_back(gpu);
   }
-  cudaGetLastError();  // the next call must not report what this one asked
+  cudaGetLastError();  // so that the next call does not report an error of these queries
   return unavailable_reason(machine);
 }
 

@@ -1,5 +1,5 @@
-// Why the backend "cuda" cannot run on a machine, as a sentence that says what to do: a function of what the CUDA
-// runtime says of the machine, so that it is tested where there is no GPU.
+// Says why the backend "cuda" cannot run on a machine, and what to do about it. The functions take a description of the
+// machine, which the CUDA runtime fills in, so that they can be tested without a GPU.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 namespace qlora_native {
 
 struct CudaMachine {
-  // As CUDA counts them: 13000 is CUDA 13.0. The driver's is the latest that it runs; 0: there is no driver.
+  // Versions as CUDA writes them: 13000 is CUDA 13.0. The driver's is the latest that it runs; 0 if there is no driver.
   int runtime_version = 0;
   int driver_version = 0;
-  std::string error;  // of the question after devices; empty: none
+  std::string error;  // the error when devices were counted; empty if there was none
   struct Gpu {
     std::string name;
     int major, minor;  // the compute capability
@@ -19,10 +19,10 @@ struct CudaMachine {
   std::vector<Gpu> gpus;
 };
 
-// Empty where a GPU can be used.
+// Empty if a GPU can be used.
 std::string unavailable_reason(const CudaMachine& machine);
 
-// What to do about a launch for which this build has no code.
+// Says what to do if this build has no code for the GPU.
 std::string no_code_for(const CudaMachine::Gpu& gpu);
 
 }  // namespace qlora_native

@@ -1,4 +1,4 @@
-// The table of the backend, "cuda" or "cuda_emulated": each operation with its stream's device current.
+// The table of the backend, "cuda" or "cuda_emulated". Each operation runs while its stream's device is current.
 #include "backend.h"
 
 #include "operations.h"
@@ -6,7 +6,7 @@
 
 namespace qlora_native::QLN_CUDA {
 
-std::unique_ptr<Driver> make_driver(int device);  // driver.cu, or of the emulator
+std::unique_ptr<Driver> make_driver(int device);  // driver.cu, or simt/emulated_driver.cpp
 
 namespace {
 

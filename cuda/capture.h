@@ -1,4 +1,5 @@
-// What is made once and stays may first be needed while a graph is captured. Device builds only.
+// RelaxedCapture, for things that the library makes once and keeps: they may first be needed while a CUDA graph is
+// captured. Only device builds include this file.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,18 +8,18 @@
 
 namespace qlora_native::cuda {
 
-// As long as it lives, this thread may call what a capture, its own or another thread's, forbids by default lest it
-// wait for work that is only recorded: a new stream or pool waits for nothing, nor does a question after an event, and
-// memory is given back when the device has done what it was asked for before.
+// By default a capture, in this thread or another, forbids calls that might wait for work that is only recorded. While
+// an object of this class lives, this thread may make them. That is safe for the calls that need it: creating a stream
+// or a pool and querying an event wait for nothing, and memory is freed when the device has done its earlier work.
 class RelaxedCapture {
  public:
-  RelaxedCapture() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }  // fails for no mode that there is
+  RelaxedCapture() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }  // cannot fail with a valid mode
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
   ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // and then what it was before
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // the constructor puts the old mode here
 };
 
 }  // namespace qlora_native::cuda

@@ -1,4 +1,4 @@
-# The kernels below cuda/, twice: for devices where nvcc is found, and over an emulator for tests on any machine.
+# Builds the kernels below cuda/ twice: for devices, if nvcc is found, and with an emulator for tests on any machine.
 # Sets qln_cuda_sources (or their stubs) and qln_cuda_objects for the targets that hold the library.
 option(QLN_CUDA "Build the CUDA backend, where nvcc 12.4 or later is found" ON)
 option(QLN_CUDA_EMULATED "Build the CUDA kernels over their emulator too, as QLN_BACKEND=cuda_emulated" ON)
@@ -25,8 +25,8 @@ if(qln_with_cuda)
     if(qln_nvcc_version VERSION_GREATER_EQUAL 12.8)
       list(APPEND qln_architectures 100 120)
     endif()
-    # Machine code for each, and PTX for others: of the last for what comes after it, of the first for what is between
-    # (sm_87, sm_103, sm_110), whose drivers compile it.
+    # The library has machine code for each of these, and PTX, which a driver compiles, for other GPUs: PTX of the last
+    # for what comes after it, and of the first for what lies between (sm_87, sm_103, sm_110).
     list(TRANSFORM qln_architectures APPEND -real)
     list(GET qln_architectures 0 qln_first)
     list(POP_BACK qln_architectures qln_last)
@@ -42,14 +42,15 @@ if(qln_with_cuda)
   file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemm/*.cu cuda/quantize/*.cu cuda/loss/*.cu
        cuda/elementwise/*.cu cuda/optimizer/*.cu)
   list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu cuda/memory.cu)
-  # No contraction, as on the host (CMakeLists.txt): fma() is written where it is meant.
+  # The compiler must not contract a * b + c, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra
                      -Xcompiler=-Wno-missing-field-initializers)
   if(QLN_WERROR)
     list(APPEND qln_cuda_flags --Werror=all-warnings)
   endif()
   set(CMAKE_CUDA_STANDARD 20)
-  # wgmma and TMA exist in sm_90a alone, which no other device runs: beside code for sm_90, where that is asked for.
+  # wgmma and TMA exist in sm_90a alone, whose code no other device runs. So code for sm_90a is built in addition, if
+  # code for sm_90 is asked for.
   set(qln_asked ${CMAKE_CUDA_ARCHITECTURES})
   if(qln_asked STREQUAL native)
     set(qln_asked ${CMAKE_CUDA_ARCHITECTURES_NATIVE})

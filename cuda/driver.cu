@@ -1,4 +1,4 @@
-// Driver (driver.h) over the CUDA runtime. Host code alone, but the runtime's.
+// Implements Driver (driver.h) with the CUDA runtime. This file has no device code.
 #include <memory>
 
 #include "capture.h"
@@ -104,7 +104,7 @@ class RuntimeDriver final : public Driver {
     const RelaxedCapture relaxed;  // another thread may be capturing
     const cudaError_t error = cudaEventQuery(event_of(event));
     if (error == cudaErrorNotReady) {
-      cudaGetLastError();  // no failure: the next call must not report it
+      cudaGetLastError();  // this is no failure, so the next call must not report it
       return false;
     }
     QLN_CHECK_CUDA(error);

@@ -1,5 +1,6 @@
-// Memory of a Workspace where the host program gives none: of a pool of the library's own, one a device. The device's
-// default pool would give all of it back to the system at the next synchronization. Host code alone, but the runtime's.
+// Memory for a Workspace if the host program gives none. It comes from the library's own pool for each device, because
+// the device's default pool would give all of it back to the system at the next synchronization. This file has no
+// device code.
 #include <map>
 #include <mutex>
 
@@ -9,8 +10,8 @@
 namespace qlora_native::cuda {
 namespace {
 
-// Of free memory that a pool keeps: more than a call takes over 28,672 columns in 16 bits, which copies 8192 rows
-// beside its panels (product/panels.cu).
+// A pool keeps so much free memory. It is more than a call with an inner dimension of 28,672 in 16 bits takes, which
+// copies 8192 rows beside its panels (product/panels.cu).
 constexpr std::uint64_t kKeptBytes = std::uint64_t{512} << 20;
 
 cudaMemPool_t make_pool(int device) {
@@ -27,7 +28,7 @@ cudaMemPool_t make_pool(int device) {
 }
 
 cudaMemPool_t pool_of(int device) {
-  // For as long as the process: at its end CUDA may be gone before what is destroyed then.
+  // The pools are never destroyed: at the end of the process CUDA may be gone before statics are destroyed.
   static auto& pools = *new std::map<int, cudaMemPool_t>;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);

@@ -1,4 +1,4 @@
-// The backend "cuda" of a build without CUDA: the symbols of backend.cu and availability.cu.
+// In a build without CUDA this file defines the symbols of backend.cu and availability.cu.
 #include "backend.h"
 #include "qlora_native/error.h"
 #include "qlora_native/runtime.h"

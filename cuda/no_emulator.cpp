@@ -1,4 +1,4 @@
-// The backend "cuda_emulated" of a build without it (QLN_CUDA_EMULATED=OFF): the symbol of backend.cu.
+// In a build without the emulator (QLN_CUDA_EMULATED=OFF) this file defines the symbol of the emulated backend.cu.
 #include "backend.h"
 #include "qlora_native/error.h"
 

@@ -1,4 +1,4 @@
-// The operations of the backend's table (backend.cu), each in the folder of its name. Arguments have been checked.
+// The operations in the backend's table (backend.cu), and the folder of each. Their arguments have been checked.
 #pragma once
 
 #include "backend.h"

@@ -1,4 +1,4 @@
-// The table that every backend fills. Arguments have been checked when a function here is called.
+// The table of functions that every backend fills. Their arguments have been checked before they are called.
 #pragma once
 
 #include <memory>
@@ -26,13 +26,13 @@ struct Backend {
   void (*rms_norm)(const RmsNormArgs&, const Stream&);
   void (*rms_norm_backward)(const RmsNormBackwardArgs&, const Stream&);
   void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);
-  std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null where nothing is paged
+  std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null if the backend has none
 };
 
 const Backend& cpu_backend();  // cpu/isa.cpp
 
-// cuda/backend.cu, compiled for devices and over an emulator of one. A build without has the same symbols, which throw
-// Unavailable, in cuda/no_cuda.cpp and no_emulator.cpp.
+// cuda/backend.cu is compiled for devices and for an emulator of one. In a build without one of these, cuda/no_cuda.cpp
+// or cuda/no_emulator.cpp defines the same symbol, which throws Unavailable.
 namespace cuda {
 const Backend& backend();
 }

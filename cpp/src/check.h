@@ -1,4 +1,4 @@
-// Argument checks that more than one operation needs. All throw Error and write nothing.
+// Argument checks that more than one operation needs. All of them throw Error and write nothing.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,10 @@ void check_pointer(const void* pointer, bool needed, const Argument& argument) {
   check(pointer != nullptr || !needed, argument, "a pointer", "null");
 }
 
-// Offsets in bytes into so many elements fit into 64 bits.
+// The byte offsets of so many elements fit into 64 bits.
 constexpr std::int64_t kMostElements = std::numeric_limits<std::int64_t>::max() / 8;
 
-// Neither is negative.
+// `rows` and `cols` must not be negative.
 template <class Argument>
 void check_elements(std::int64_t rows, std::int64_t cols, const Argument& argument) {
   check(cols == 0 || rows <= kMostElements / cols, argument, "fewer than 2^60 elements",
@@ -36,14 +36,14 @@ void check_dtype(DType dtype, const Argument& argument) {
 
 inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
 
-// NVFP4 has the smallest blocks of all weights. Those that `quantize` makes have 32 elements at least.
+// NVFP4 has the smallest blocks of all weights. The blocks that `quantize` makes have at least 32 elements.
 constexpr int kLeastBlocksize = 16;
 inline void check_blocksize(int blocksize, const char* argument) {
   check(blocksize >= kLeastBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
         argument, "a power of two, 16 ... 4096", blocksize);
 }
 
-// The values are read where the host can: on the cpu.
+// The values are checked only on the cpu, where the host can read them.
 inline void check_code(const float* code, int bits, const Stream& stream, const char* argument) {
   if (bits == 8) return;
   check_pointer(code, true, argument);
@@ -89,7 +89,7 @@ void check_matrix(const BasicMatrix<Pointer>& matrix, std::int64_t rows, std::in
   check_pointer(matrix.data, rows > 0 && cols > 0, field(".data"));
 }
 
-// N and K: those of the weight beside it.
+// N and K are those of the weight that the adapter belongs to.
 inline void check_lora(const LoraView& lora, std::int64_t N, std::int64_t K) {
   check(lora.rank >= 0, "lora.rank", ">= 0", lora.rank);
   check_elements(lora.rank, std::max(N, K), "lora.rank");
@@ -100,8 +100,8 @@ inline void check_lora(const LoraView& lora, std::int64_t N, std::int64_t K) {
   check(lora.dropout >= 0.0f && lora.dropout < 1.0f, "lora.dropout", "a probability in [0, 1)", lora.dropout);
 }
 
-// Each of `rows` rows must be in a group where groups have weights of their own. Offsets are read where the host can:
-// on the cpu.
+// If groups have their own weights, each of the `rows` rows must be in a group. The offsets are checked only on the
+// cpu, where the host can read them.
 inline void check_groups(const RowGroups& groups, std::int64_t weights, std::int64_t adapters, std::int64_t rows,
                          const Stream& stream) {
   check(groups.count >= 0, "groups.count", ">= 0", groups.count);

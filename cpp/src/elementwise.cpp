@@ -11,7 +11,7 @@ void check_activation(Activation activation) {
         static_cast<int>(activation));
 }
 
-// The shape and dtype of all matrices of an operation are those of the first, called `argument`.
+// The first matrix of an operation, called `argument`, sets the shape and dtype of all the others (check_like).
 void check_first(const ConstMatrix& first, const char* argument) {
   check(first.rows >= 0 && first.cols >= 1, argument, "[rows, N] with N >= 1",
         [&] { return "[" + std::to_string(first.rows) + ", " + std::to_string(first.cols) + "]"; });

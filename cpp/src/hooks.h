@@ -1,4 +1,4 @@
-// What the host program has set (runtime.h), for the backends that ask for it.
+// The functions that the host program has set (runtime.h), for the backends that call them.
 #pragma once
 
 #include "qlora_native/runtime.h"

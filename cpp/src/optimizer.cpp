@@ -7,7 +7,7 @@
 namespace qlora_native {
 namespace {
 
-// A field of an item of a list, as an argument's name, which becomes text only in an error.
+// Returns a function that names a field of an item of a list. The name becomes a text only if there is an error.
 auto field_of(const char* list, std::int64_t index) {
   return
       [=](const char* field) { return [=] { return std::string(list) + "[" + std::to_string(index) + "]." + field; }; };
@@ -19,7 +19,7 @@ void check_group(const Optimizer8bitGroup& group, Algorithm algorithm, const Str
   const auto check_size = [&](double value, const char* name) {
     check(is_finite_size(value), field(name), "a finite number >= 0", value);
   };
-  // What is there may be known to the device alone, which then skips the step.
+  // If only the device can read *device_lr, it checks the value itself and skips the step if that is bad.
   if (group.device_lr == nullptr || stream.device == Device::cpu) check_size(lr_of(group), "lr");
   check(is_rate(group.beta1), field("beta1"), "a number in [0, 1)", group.beta1);
   check(is_rate(group.beta2), field("beta2"), "a number in [0, 1)", group.beta2);
@@ -47,7 +47,7 @@ void check_tensor(const Optimizer8bitTensor& tensor, Algorithm algorithm, int gr
       [&] { return "below " + std::to_string(group_count); }, tensor.group);
   check_pointer(tensor.step, true, field("step"));
   if (stream.device == Device::cpu) {
-    constexpr std::int64_t kMostSteps = std::numeric_limits<std::int64_t>::max();  // after which there is no next
+    constexpr std::int64_t kMostSteps = std::numeric_limits<std::int64_t>::max();  // the counter cannot exceed this
     check(*tensor.step >= 0, field("step"), ">= 0", *tensor.step);
     check(*tensor.step < kMostSteps, field("step"), "fewer than 2^63 - 1 steps", *tensor.step);
   }

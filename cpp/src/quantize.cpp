@@ -12,8 +12,9 @@
 namespace qlora_native {
 namespace {
 
-// The index of the first value that is NaN or infinite; -1: none is. All ones in the exponent carry into the sign bit.
-// The inner loop has no way out, so that the compiler makes vectors of it.
+// The index of the first value that is NaN or infinite; -1 if there is none. In such a value all bits of the exponent
+// are ones, so that adding its lowest bit carries into the sign bit. The inner loop never exits early, so that the
+// compiler can vectorize it.
 std::int64_t first_non_finite(const float* values, std::int64_t count) {
   constexpr std::int64_t kChunk = 4096;
   constexpr std::uint32_t kExponent = 0x7F800000, kLowestOfExponent = 0x00800000;
@@ -34,7 +35,8 @@ void check_finite(const float* values, std::int64_t count, const char* argument)
   check(bad < 0, argument, "finite values", [&] { return std::to_string(values[bad]) + " at " + std::to_string(bad); });
 }
 
-// A level that no scale has may be anything: some bytes are no scale of MXFP4 or NVFP4, and their levels are NaN.
+// Only levels that some scale uses must be finite: some bytes are not a scale of MXFP4 or NVFP4, and their levels are
+// NaN.
 void check_levels(const QuantizedWeightView& w) {
   if (first_non_finite(w.nested_code, 256) < 0) return;
   const auto* absmax = static_cast<const std::uint8_t*>(w.absmax);
@@ -45,8 +47,8 @@ void check_levels(const QuantizedWeightView& w) {
   }
 }
 
-// Finite factors may have an infinite product. A bound for all scales that share one of nested_absmax is enough as a
-// rule; where it is infinite each of them is decoded.
+// The product of finite factors may be infinite. For all scales that share one nested_absmax, a bound is computed
+// first, which is usually enough. Only if the bound is infinite is each scale decoded.
 void check_decoded_scales(const QuantizedWeightView& w) {
   float largest_level = 0.0f;
   for (int i = 0; i < 256; ++i) largest_level = std::max(largest_level, std::fabs(w.nested_code[i]));
@@ -62,7 +64,7 @@ void check_decoded_scales(const QuantizedWeightView& w) {
   }
 }
 
-// The rows are read where the host can: on the cpu.
+// The rows are checked only on the cpu, where the host can read them.
 void check_rows(const DequantizeArgs& args, const Stream& stream) {
   check(args.row_count >= 0, "row_count", ">= 0", args.row_count);
   check_elements(args.row_count, args.weight.K, "row_count");

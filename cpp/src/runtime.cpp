@@ -15,7 +15,7 @@ std::string version() { return QLN_VERSION; }
 
 namespace {
 
-constinit Hooks set_hooks;  // a library of ops sets them as it is loaded
+constinit Hooks set_hooks;  // constinit, because a library of ops may set them while it is loaded
 
 bool choose_emulated() {
   const char* value = std::getenv("QLN_BACKEND");
@@ -26,7 +26,7 @@ bool choose_emulated() {
 }
 
 bool is_emulated() {
-  static const bool chosen = choose_emulated();  // tried again at the next call if it throws
+  static const bool chosen = choose_emulated();  // if it throws, the next call tries again
   return chosen;
 }
 

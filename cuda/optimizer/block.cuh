@@ -1,4 +1,4 @@
-// An optimizer's update of a block of 256 elements by a warp: `update_8bit` and, for moments in fp32, `update_32bit`.
+// A warp updates a block of 256 elements: `update_8bit`, or `update_32bit` if the moments are fp32.
 #pragma once
 
 #include "common/optimizer.h"
@@ -7,8 +7,8 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// What decodes and encodes moments of one dynamic map. In shared memory: lanes look up different entries, which
-// constant memory would serve one after the other.
+// The tables that decode and encode moments by one dynamic map. They lie in shared memory, because lanes look up
+// different entries, which constant memory would serve one after the other.
 template <bool kSigned>
 struct alignas(kVectorBytes) MapTables {
   std::array<float, 256> levels = kSigned ? kDynamicMap : kUnsignedDynamicMap;
@@ -27,11 +27,11 @@ struct MomentTables {
   }
 };
 __device__ const MomentTables kTables{};
-// What a rule needs of them.
+// The bytes of the tables that a rule uses: a rule with one moment uses the signed map alone.
 template <class Rule>
 constexpr std::size_t kTableBytes = Rule::kMoments == 1 ? sizeof(MapTables<true>) : sizeof(MomentTables);
 
-// f(k) for each moment of a rule; k is a constant.
+// Calls f(k) for each moment of a rule; k is a compile-time constant.
 template <class Rule, class F>
 __device__ __forceinline__ void each_moment(const F& f) {
   f(std::integral_constant<int, 0>());
@@ -39,7 +39,7 @@ __device__ __forceinline__ void each_moment(const F& f) {
   if constexpr (Rule::kMoments > 2) f(std::integral_constant<int, 2>());
 }
 
-// What a lane has of a block of 256, and where: eight neighbours, in vectors.
+// A lane's eight elements of a whole block: neighbours, which vectors load and store.
 template <class T, class Rule>
 struct Neighbours {
   const UpdateItem<Rule>& item;
@@ -56,7 +56,7 @@ struct Neighbours {
   __device__ __forceinline__ void store_param(const float (&from)[kEight]) const {
     store_eight_aligned_from_f32(static_cast<T*>(item.param) + first, from);
   }
-  // Codes are bytes of two words.
+  // The eight codes are the bytes of two words.
   __device__ __forceinline__ Vector<std::uint32_t, 2> load_codes(const void* codes, std::uint8_t) const {
     return load_vector<std::uint32_t, 2>(reinterpret_cast<const std::uint32_t*>(at(codes)));
   }
@@ -70,7 +70,7 @@ struct Neighbours {
   }
 };
 
-// The same of any block: every 32nd element, as far as there are any; the others are 0.
+// A lane's elements of any block: every 32nd, loaded one by one. Elements beyond the end of the block are read as 0.
 template <class Rule>
 struct Apart {
   const UpdateItem<Rule>& item;
@@ -139,7 +139,8 @@ __device__ __forceinline__ void update_8bit(const Place& place, const StepCoeffi
                                             std::uint32_t block) {
   constexpr int kMoments = Rule::kMoments;
   const UpdateItem<Rule>& item = place.item;
-  // Each lane does for the scale of one moment what its neighbours do for the others'.
+  // Each lane computes with the scale of one moment only, its neighbours with those of the others. The lanes exchange
+  // the results.
   const int mine = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
   float* const absmax = item.absmax[mine] + block;
   const float scale = *absmax * Rule::kept(c, mine);
@@ -171,7 +172,7 @@ __device__ __forceinline__ void update_8bit(const Place& place, const StepCoeffi
 #pragma unroll
   for (int k = 1; k < kMoments; ++k) its = mine == k ? bits[k] : its;
   const auto largest = std::bit_cast<float>(its);
-  if (lane_index() < kMoments) *absmax = largest;  // which all lanes have read before they met
+  if (lane_index() < kMoments) *absmax = largest;  // all lanes have read the old one before they met in max_of_warp()
   const float inverse = inverse_absmax(largest);
   each_moment<Rule>(
       [&](auto k) { place.store_codes(item.state[k()], encode(tables.of<k()>().sums, m[k()], shfl(inverse, k()))); });

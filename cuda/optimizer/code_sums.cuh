@@ -1,4 +1,4 @@
-// A dynamic map's quantizer for the moments of an optimizer: CodeSums.
+// CodeSums quantizes the moments of an optimizer to a dynamic map.
 #pragma once
 
 #include "common/codebook.h"
@@ -6,19 +6,23 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// A dynamic map's quantizer as one lookup and one addition, for a machine that looks up quickly in any table. Floats
-// whose upper halves are the same, 2^16 of them, lie so close together that at most one midpoint is among them; an
-// entry adds that midpoint up with their code, so that the lower half of a float carries into the code where it is
-// above it:
+// Quantizes by one lookup and one addition, for a machine that looks up quickly in any table.
 //
-//   code << 16 | 0xFFFF - lower half of the midpoint,   minus the floats' upper half, which the float brings along
+// The upper 16 bits of a float choose an entry. The 2^16 floats with the same upper half form a cell. They lie so close
+// together that at most one midpoint of the map is among them. The entry plus the bits of a float has the float's code
+// in its upper half:
 //
-// `code` is that of the least of them. Of negative numbers the complement is added, which ascends as they do.
+//   entry = (code << 16 | 0xFFFF - lower half of the midpoint) - (upper half of the cell's floats << 16)
+//
+// `code` belongs to the least float of the cell. If the lower half of a float is above that of the midpoint, the sum
+// carries into the code. For a negative number the complement of its bits is added, because that ascends with the
+// number.
 template <bool kSigned>
 struct CodeSums {
-  // Nearer to 0 than the first midpoints (1.6e-7, or 2.75e-7 of the signed map): whatever is smaller counts as this.
+  // Numbers nearer to 0 than this count as this. It is nearer to 0 than the first midpoints, which are 1.6e-7 and, of
+  // the signed map, 2.75e-7.
   static constexpr float kSmallest = 0x1p-23f;
-  // Up to the upper half of 1, which is also that of a rounding error beyond.
+  // The entries end with the upper half of 1. A number that exceeds 1 by a rounding error has the same upper half.
   static constexpr std::uint32_t kFirst = std::bit_cast<std::uint32_t>(kSmallest) >> 16;
   static constexpr std::uint32_t kCount = (std::bit_cast<std::uint32_t>(1.0f) >> 16) + 1 - kFirst;
 
@@ -27,11 +31,11 @@ struct CodeSums {
   constexpr CodeSums() : of{} {
     const auto& midpoints = kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints;
     for (std::uint32_t negative = 0; negative < (kSigned ? 2 : 1); ++negative) {
-      const auto least = [&](std::uint32_t cell) {  // of its floats
+      const auto least = [&](std::uint32_t cell) {  // the least float of a cell
         const auto bits = negative ? (kFirst + cell) << 16 | 0x8000FFFFu : (kFirst + cell) << 16;
         return std::bit_cast<float>(bits);
       };
-      std::uint32_t code = 0;  // ascending with the floats
+      std::uint32_t code = 0;  // the code ascends with the floats
       for (std::uint32_t i = 0; i < kCount; ++i) {
         const std::uint32_t cell = negative ? kCount - 1 - i : i;
         while (least(cell) > midpoints[code]) ++code;
@@ -46,12 +50,12 @@ struct CodeSums {
   }
 };
 
-// The code of t, which lies in [-1, 1] up to a rounding error, is byte 2. NaN has the code of 0.
+// Byte 2 of the result is the code of t, which lies in [-1, 1] up to a rounding error. NaN has the code of 0.
 template <bool kSigned>
 __device__ __forceinline__ std::uint32_t code_in_byte_2(const CodeSums<kSigned>& sums, float t) {
   using Sums = CodeSums<kSigned>;
   const auto bits = std::bit_cast<std::uint32_t>(fmaxf(kSigned ? fabsf(t) : t, Sums::kSmallest));
-  // A shift would, together with the address, become three instructions.
+  // With a shift instead of pick_bytes(), the address would take three instructions.
   if constexpr (!kSigned) return sums.of[pick_bytes(bits, 0, 0x4432) - Sums::kFirst] + bits;
   const auto flip = static_cast<std::uint32_t>(std::bit_cast<std::int32_t>(t) >> 31);  // all bits of a negative number
   return sums.of[(bits >> 16) - Sums::kFirst + (flip & Sums::kCount)] + (bits ^ flip);

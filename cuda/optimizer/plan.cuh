@@ -1,4 +1,5 @@
-// What the kernels of an optimizer's step take: tensors in pieces, pieces in lists, and which block is whose.
+// The arguments of the kernels of an optimizer's step. Tensors are divided into pieces, and pieces are collected in
+// lists; each_block() says which warp takes which block.
 #pragma once
 
 #include <algorithm>
@@ -16,29 +17,30 @@ namespace qlora_native::QLN_CUDA {
 constexpr int kBlock = kOptimizer8bitBlocksize;
 static_assert(kBlock == kWarp * kEight);
 
-// What look_kernel makes of a tensor, and update_kernel needs.
+// look_kernel computes this for each tensor, and update_kernel reads it.
 struct TensorStep {
   StepCoefficients coefficients;
   std::int64_t* counter;
   std::int64_t count;  // becomes *counter, unless the step is skipped
 };
 
-// Of one step: what both kernels take.
+// The arguments that both kernels of a step share.
 struct WholeStep {
   const float* inv_scale;
   const float* found_inf;
-  std::uint32_t* unusable;  // [1]: some gradient is, or a learning rate
-  TensorStep* steps;        // of all tensors of the step
+  std::uint32_t* unusable;  // [1]: not 0 if a gradient or a learning rate is unusable
+  TensorStep* steps;        // one for each tensor of the step
 };
 
-// The items of a launch, blocks of all of them in a row: first the whole ones, of arrays that vectors can reach.
+// The items of a launch. Their blocks are numbered one after the other: first the whole blocks that vectors can reach,
+// then the others.
 template <class Item, int kMost>
 struct BlockList {
   std::uint32_t count, whole_blocks, blocks;
-  std::uint32_t begin[kMost + 1];  // the block at which an item begins; beyond the last one, where that ends
+  std::uint32_t begin[kMost + 1];  // the first block of each item; from `count` on, the number of blocks
   Item items[kMost];
 
-  // There are fewer than 2^32 blocks: no memory holds a thousand billion elements.
+  // 32 bits are enough for the number of blocks, because no memory holds a thousand billion elements.
   void add(const Item& item, std::int64_t its_blocks, bool is_whole) {
     begin[count] = blocks;
     items[count++] = item;
@@ -50,9 +52,9 @@ struct BlockList {
 
 struct LookItem {
   const void* grad;
-  std::int64_t* counter;  // null: its step is computed with another item
+  std::int64_t* counter;  // null if another item of the tensor computes its step
   std::uint32_t tensor;   // index into WholeStep::steps
-  std::uint16_t last;     // elements of its last block
+  std::uint16_t last;     // elements in the item's last block
   std::uint8_t dtype, group;
 };
 constexpr int kMostLooks = 1024, kMostGroups = 32;
@@ -77,19 +79,20 @@ constexpr int kMostUpdates = Rule::kMoments <= 2 ? 512 : 256;
 template <class Rule>
 struct Updates {
   WholeStep shared;
-  std::int64_t* skipped;   // null: another launch counts
-  std::uint32_t to_count;  // tensors
+  std::int64_t* skipped;   // null if another launch counts skipped steps
+  std::uint32_t to_count;  // how many tensors' counters this launch advances
   BlockList<UpdateItem<Rule>, kMostUpdates<Rule>> list;
 };
-// What a kernel may have.
+// The most bytes of parameters that a kernel may have.
 constexpr std::size_t kParameterBytes = 32764;
 static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates<AdamW>) <= kParameterBytes &&
               sizeof(Updates<Lion>) <= kParameterBytes && sizeof(Updates<AdEMAMix>) <= kParameterBytes);
 
 __device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
 
-// f(item, block of the item, whether it is its last, whether the item is another than before) for each of the blocks
-// [first, end) that is this warp's. The search comes only after an item's last block.
+// Calls f(item, block, is_last, is_new) for each of this warp's blocks in [first, end). `block` counts from the start
+// of the item, `is_last` says whether it is the item's last one, and `is_new` whether the warp had another item before.
+// The warp searches for the item only when it has passed the end of the one before.
 template <int kThreads, class Item, int kMost, class F>
 __device__ __forceinline__ void each_block(const BlockList<Item, kMost>& list, std::uint32_t first, std::uint32_t end,
                                            const F& f) {
@@ -101,7 +104,7 @@ __device__ __forceinline__ void each_block(const BlockList<Item, kMost>& list, s
        block < end; block += step) {
     const bool is_new = block >= item_end;
     if (is_new) {
-      item = 0;  // the last one that begins at `block` or before
+      item = 0;  // becomes the last item that begins at `block` or before
 #pragma unroll 1
       for (std::uint32_t jump = kMost / 2; jump > 0; jump /= 2) {
         if (list.begin[item + jump] <= block) item += jump;
@@ -119,7 +122,8 @@ struct Piece {
 };
 using Pieces = std::vector<Piece>;
 
-// The pieces of all parts that are of `dtype`, the whole ones first. in_vectors(tensor): whether vectors can reach it.
+// The pieces of all parts whose dtype is `dtype`, the whole ones first. in_vectors(tensor) says whether vectors can
+// reach the tensor.
 template <class InVectors>
 Pieces pieces_of(const std::vector<UpdatePart>& parts, DType Optimizer8bitTensor::* dtype_of, DType dtype,
                  const InVectors& in_vectors) {
@@ -131,7 +135,7 @@ Pieces pieces_of(const std::vector<UpdatePart>& parts, DType Optimizer8bitTensor
     if (elements > 0) whole.push_back({{stretch_of(tensor, 0, elements), part.index}, true});
     if (elements > 0 && elements == tensor.elements) continue;
     rest.push_back({{stretch_of(tensor, elements, tensor.elements - elements), part.index}, false});
-    if (elements > 0) rest.back().part.tensor.step = nullptr;  // counted with the other
+    if (elements > 0) rest.back().part.tensor.step = nullptr;  // the whole piece counts the step
   }
   whole.insert(whole.end(), rest.begin(), rest.end());
   return whole;

@@ -1,16 +1,16 @@
-// optimizer_8bit_step: two launches for hundreds of tensors. In look_kernel every gradient is looked at, because one
-// that is unusable anywhere stops the step everywhere, and a thread a tensor computes the coefficients of its step;
-// update_kernel then does the step, and counts it. (One launch would have to wait for all its own blocks in between,
-// and so could have no more of them than fit the device at once, of a kernel that needs four times the registers of a
-// look.)
+// optimizer_8bit_step: two kernels step hundreds of tensors. look_kernel checks every gradient, because a single
+// unusable one stops the whole step. In it, a thread for each tensor also computes the coefficients of that tensor's
+// step. update_kernel then does the step and counts it. (A single kernel would have to wait between the two for all of
+// its own blocks. So it could have only as many blocks as fit the device at once, and it would need four times the
+// registers of a check.)
 //
-// The tensors' descriptions are the kernels' parameters, which a CUDA graph keeps: lists of 512, in which one may have
-// two places. What changes from step to step, the learning rate, the gradients' scale and the count of steps, is read
-// from the device's memory.
+// The kernels' parameters describe the tensors, so that a CUDA graph keeps them. They are lists of limited length (512
+// for AdamW and Lion), in which a tensor may take two places. The learning rate, the gradients' scale and the count of
+// steps change from step to step, so kernels read them from the device's memory.
 //
-// A warp takes a block of 256 elements at a time. Whole blocks of arrays that vector loads can reach are one class, for
-// which a kernel is made for each dtype; what is left of a tensor, at its end, unaligned, of mixed dtypes or with
-// fp32 moments, is the other, and comes after them in the same launch.
+// A warp takes a block of 256 elements at a time. There are two classes of blocks. The first are whole blocks of arrays
+// that vector loads can reach; the kernel is compiled for each of their dtypes. The second are all others: the end of a
+// tensor, and tensors that are unaligned, of mixed dtypes, or with fp32 moments. They follow in the same launch.
 #include <algorithm>
 #include <map>
 #include <vector>
@@ -21,7 +21,7 @@
 namespace qlora_native::QLN_CUDA {
 namespace {
 
-// ---- the look ----
+// ---- the check of the gradients ----
 
 constexpr int kLookThreads = 256;
 
@@ -56,12 +56,12 @@ __global__ void __launch_bounds__(kLookThreads) look_kernel(const __grid_constan
           look(load_as_f32(item.grad, static_cast<DType>(item.dtype), std::int64_t{block} * kBlock + i));
         }
       });
-  if (!usable) *shared.unusable = 1;  // whoever writes it, it is the same
+  if (!usable) *shared.unusable = 1;  // several threads may write it, but all write the same
 }
 
 // ---- the update ----
 
-// Blocks of a multiprocessor, and threads: registers for what a lane has of its eight elements.
+// Blocks on a multiprocessor, and threads of a block: few enough that a lane has registers for its eight elements.
 constexpr int kUpdateBlocks = 2;
 template <class Rule>
 constexpr int kUpdateThreads = Rule::kMoments <= 2 ? 384 : 256;
@@ -109,12 +109,13 @@ __global__ void __launch_bounds__(kUpdateThreads<Rule>, kUpdateBlocks)
                        });
 }
 
-// Counts, if no launch before has.
+// The first launch of a step also counts the step (or the skipped step); the later ones do not.
 template <class T, class Rule>
 void launch_update(Updates<Rule>& updates, const Stream& stream) {
   constexpr int kThreads = kUpdateThreads<Rule>;
   constexpr std::int64_t kWarps = kThreads / kWarp;
-  // No more than the device holds at once, so that a block fills its tables once; one, also where there is nothing.
+  // No more blocks than the device holds at once, so that each fills its tables only once. At least one, even if there
+  // is nothing to update, because it counts the step.
   const std::int64_t most = kUpdateBlocks * multiprocessors(stream);
   const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(updates.list.blocks, kWarps), 1, most);
   launch<update_kernel<T, Rule>>({.blocks = blocks, .threads = kThreads, .smem_bytes = kTableBytes<Rule>}, stream,
@@ -125,7 +126,7 @@ void launch_update(Updates<Rule>& updates, const Stream& stream) {
 
 // ---- the launches ----
 
-// f.template operator()<T>(dtype) for each T.
+// Calls f.template operator()<T>(dtype) for each dtype.
 template <class F>
 void each_dtype(const F& f) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -137,7 +138,7 @@ template <class T, class Rule>
 void look_at(const Pieces& pieces, const Optimizer8bitGroup* groups, const WholeStep& shared, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
     Looks looks{.shared = shared, .groups = {}, .list = {}};
-    std::map<int, std::uint8_t> places;  // of groups
+    std::map<int, std::uint8_t> places;  // from a group's index to its place in looks.groups
     for (; next < pieces.size() && looks.list.count < kMostLooks; ++next) {
       const auto& [tensor, index] = pieces[next].part;
       const auto [place, is_new] = places.try_emplace(tensor.group, static_cast<std::uint8_t>(places.size()));
@@ -157,7 +158,7 @@ void look_at(const Pieces& pieces, const Optimizer8bitGroup* groups, const Whole
   }
 }
 
-// Fills `updates`, its lists one after the other, and launches them.
+// Fills the list of `updates` and launches the kernel, again and again until all pieces are done.
 template <class T, class Rule>
 void update(const Pieces& pieces, Updates<Rule>& updates, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
@@ -217,7 +218,7 @@ void step(const Optimizer8bitArgs& args, const Stream& stream) {
       update<T, Rule>(pieces_of(parts, &Optimizer8bitTensor::param_dtype, dtype, in_vectors), updates, stream);
     });
   });
-  if (args.count == 0) launch_update<float, Rule>(updates, stream);  // a step of nothing may be skipped
+  if (args.count == 0) launch_update<float, Rule>(updates, stream);  // even a step without tensors may be skipped
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
-// dequantize: a thread decodes eight neighbours, which share a scale, by loads and stores of vectors. Double-quantized
-// scales are decoded on the way. What vectors cannot reach, at most the last seven elements of an array as it is
-// usually allocated, is decoded one by one. With a list of rows, as an embedding has, eights are those of a row.
+// dequantize: a thread decodes eight neighbours, which share a scale, by vector loads and stores. Double-quantized
+// scales are decoded on the way. Elements that vectors cannot reach are decoded one by one; in an array as it is
+// usually allocated these are at most the last seven. With a list of rows, as for an embedding, each row has its own
+// eights.
 #include "device/decode.cuh"
 #include "operations.h"
 
@@ -11,7 +12,7 @@ constexpr int kThreads = 256;
 
 struct Dequantize {
   DequantizeArgs args;
-  std::int64_t in_eights;  // elements that are decoded eight at a time: the first, of the weight or of each row
+  std::int64_t in_eights;  // the first so many elements, of the weight or of each row, are decoded eight at a time
   WeightScales scales;
 };
 
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   }
 }
 
-// A block decodes a row of the result, and another.
+// A block decodes one row of the result after the other.
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_constant__ Dequantize d) {
   const QuantizedWeightView& w = d.args.weight;
@@ -64,7 +65,7 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
   if (args.elements() == 0) return;
   const bool by_rows = args.rows != nullptr, in_vectors = eights_are_vectors(w) && is_aligned(args.out, kVectorBytes);
   Dequantize d{.args = args, .in_eights = 0, .scales = scales_of(w)};
-  if (in_vectors && by_rows) d.in_eights = w.K % kEight == 0 ? w.K : 0;  // rows of another length begin in an eight
+  if (in_vectors && by_rows) d.in_eights = w.K % kEight == 0 ? w.K : 0;  // else rows begin in the middle of an eight
   if (in_vectors && !by_rows) d.in_eights = w.elements() / kEight * kEight;
   LaunchShape shape =
       looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kEight), kThreads, stream);

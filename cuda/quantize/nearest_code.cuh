@@ -1,4 +1,4 @@
-// A codebook's quantizer, for any 16 values: NearestCodes.
+// NearestCodes finds the nearest of the 16 values of any codebook.
 #pragma once
 
 #include <bit>
@@ -9,19 +9,20 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// Counts the midpoints below an element, from its bucket on (CodebookBuckets): in one step where no two midpoints share
-// a bucket, in two for fp4, which has three around 0, in four where all do. Whatever a warp looks up at once is 32
-// words or fewer, so lanes that meet in a bank ask for the same one.
+// Finds a code by counting the midpoints below an element. The count begins at the element's bucket (CodebookBuckets)
+// and goes on by binary search: one step if no two midpoints share a bucket, two for fp4, which has three in the bucket
+// around 0, and four if all midpoints share one. Each table that a warp looks up at once has at most 32 words, so two
+// lanes that use the same bank read the same word.
 class NearestCodes {
  public:
   struct alignas(CodebookBuckets::kCount) Table {
-    std::uint8_t start[CodebookBuckets::kCount];  // bytes before the first midpoint that is not of a lower bucket
+    std::uint8_t start[CodebookBuckets::kCount];  // bytes of the midpoints in lower buckets
     float midpoint[32];                           // infinite from 15 on
     std::uint32_t order[16];                      // as in SortedCodebook
-    float value[16];                              // likewise
-    int step;  // of the search, the first: it and the smaller ones are enough for all midpoints of a bucket
+    float value[16];                              // as in SortedCodebook
+    int step;  // the first step of the search; with the smaller ones it covers all midpoints of a bucket
 
-    // Called by all threads of a block. `code`: in any order.
+    // To be called by all threads of a block. The values of `code` are in any order.
     __device__ void fill(const float* code) {
       const int i = thread_index();
       if (i < kWarp) {
@@ -50,8 +51,8 @@ class NearestCodes {
 
   __device__ explicit NearestCodes(const Table& table) : table_(&table), step_(table.step) {}
 
-  // Of eight elements in [-1, 1], up to a rounding error: as their bytes are stored, two a byte, the first in its high
-  // half.
+  // The codes of eight elements in [-1, 1], up to a rounding error. They are in the order in which they are stored: two
+  // in a byte, the first in its high half.
   __device__ __forceinline__ std::uint32_t of_eight(const float (&t)[kEight]) const {
     SharedPlace at[kEight] = {start_of(t[0]), start_of(t[1]), start_of(t[2]), start_of(t[3]),
                               start_of(t[4]), start_of(t[5]), start_of(t[6]), start_of(t[7])};
@@ -77,16 +78,17 @@ class NearestCodes {
   }
 
  private:
-  // As integers they compare as the buckets do.
+  // The bits, compared as integers, have the order of the buckets.
   __device__ __forceinline__ static std::int32_t bucket_bits(float t) {
     return std::bit_cast<std::int32_t>(fma(t, CodebookBuckets::kPerUnit, CodebookBuckets::kOrigin));
   }
   __device__ __forceinline__ SharedPlace start_of(float t) const {
     const std::uint32_t bucket = static_cast<std::uint32_t>(bucket_bits(t)) % CodebookBuckets::kCount;
-    return table_.at(load_shared<std::uint8_t>(table_.flipped(bucket)));  // it begins at a multiple of kCount
+    // The table begins at a multiple of kCount, so flipping bits adds.
+    return table_.at(load_shared<std::uint8_t>(table_.flipped(bucket)));
   }
 
-  static constexpr std::uint32_t kBytes = 4;  // of a midpoint, and of an entry of `order`
+  static constexpr std::uint32_t kBytes = 4;  // the size of a midpoint, and of an entry of `order`
   const SharedPlace table_;
   const int step_;
 };

@@ -1,5 +1,6 @@
-// quantize: as many lanes as a block of the weight has eights, up to a warp, find its largest element together and then
-// write its codes. A weight is read once, but for blocks of more than 256: these come from the first cache again.
+// quantize: a team of lanes finds the largest element of a block of the weight, then writes the block's codes. A team
+// has a lane for each eight elements of the block, up to a warp. The weight is read once, except for blocks of more
+// than 256 elements, which are read from the first-level cache again.
 #include "common/layout.h"
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
@@ -10,18 +11,18 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 constexpr int kThreads = 256;
-// On a multiprocessor, of threads with 48 registers: while one block's loads are on their way, others compute.
+// So many blocks fit a multiprocessor with 48 registers a thread. While one block waits for its loads, others compute.
 constexpr int kBlocksAtOnce = 5;
 
 __device__ void report(NonFinite* non_finite, std::int64_t element) {
-  // -1, which means none, is the largest of the unsigned.
+  // `first` begins as -1 (none), which is the largest unsigned number, so that any index is less.
   atomic_add(reinterpret_cast<std::uint64_t*>(&non_finite->count), 1);
   atomic_min(reinterpret_cast<std::uint64_t*>(&non_finite->first), static_cast<std::uint64_t>(element));
 }
 
 __device__ __forceinline__ bool is_finite(float value) { return value - value == 0.0f; }
 
-// The codes of eight elements of [-1, 1], up to a rounding error, as they are stored.
+// Encodes eight elements in [-1, 1], up to a rounding error; the codes are in the order in which they are stored.
 template <int kBits>
 class Encoder;
 template <>
@@ -29,7 +30,7 @@ class Encoder<4> {
  public:
   using Codes = Vector<std::uint32_t, 1>;
   static constexpr std::size_t kSmemBytes = sizeof(NearestCodes::Table);
-  // Called by all threads of a block, whose shared memory becomes the table.
+  // To be called by all threads of a block. Its shared memory becomes the table.
   __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
   __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.of_eight(t)}}; }
 
@@ -65,10 +66,10 @@ class Encoder<8> {
 // How threads share the weight: a team of 2^lane_bits lanes takes a block of 2^block_bits elements.
 struct Teams {
   int block_bits, lane_bits;
-  std::int64_t in_vectors;  // blocks that are whole, and of whose eights elements and codes are vectors: the first
+  std::int64_t in_vectors;  // the first so many blocks are whole, and vectors can reach their elements and codes
 };
 
-// Blocks begin ... end - 1.
+// Quantizes the blocks begin ... end - 1.
 template <class T, int kBits, bool kVectors>
 __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const Teams& teams,
                                                 const Encoder<kBits>& encoder, std::int64_t begin, std::int64_t end) {
@@ -77,7 +78,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
   const int team_of_warp = thread_index() % kWarp >> teams.lane_bits;
   const std::int64_t team = (block_index() * kThreads + thread_index()) >> teams.lane_bits;
   const std::int64_t all_teams = grid_blocks() * kThreads >> teams.lane_bits;
-  // All lanes of a warp take part in every round, those without a block too: with the first.
+  // All lanes of a warp must take part in every round. Those that have no block left read the first one again.
   for (std::int64_t block = begin + team; block - team_of_warp < end; block += all_teams) {
     const bool is_one = block < end;
     const std::int64_t at = ((is_one ? block : begin) << teams.block_bits) + lane * kEight;
@@ -101,11 +102,11 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
 #pragma unroll
       for (int i = 0; i < kEight; ++i) absmax = larger_or_nan(absmax, fabsf(w[i]));
     } while (chunk > 0);
-    // As bits, of which NaN has more than infinity, and that more than a number.
+    // Compared as bits, NaN is larger than infinity, and infinity larger than any number.
     absmax = std::bit_cast<float>(max_of_lanes(std::bit_cast<std::uint32_t>(absmax), 1 << teams.lane_bits));
     if (!is_one) continue;
     if (lane == 0) args.absmax[block] = absmax;
-    if (!is_finite(absmax)) {  // the caller throws: there are no codes
+    if (!is_finite(absmax)) {  // no codes are written, because the caller throws
       for (; chunk < block_elements; chunk += chunk_elements) {
 #pragma unroll 1
         for (int i = chunk; i < chunk + kEight && i < left; ++i) {
@@ -116,7 +117,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
     }
     const float inverse = inverse_absmax(absmax);
     const auto codes = [&](int chunk) { return args.codes + static_cast<std::uint64_t>(at + chunk) * kBits / 8; };
-    while (true) {  // the first chunk is still there
+    while (true) {  // w still holds the first chunk
 #pragma unroll
       for (int i = 0; i < kEight; ++i) w[i] *= inverse;
       const auto words = encoder(w);

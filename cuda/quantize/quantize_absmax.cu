@@ -1,5 +1,6 @@
-// quantize_absmax: the mean first, as partial sums in double whose number does not depend on the device, then the
-// codes, a warp for each nested block.
+// quantize_absmax: the first kernel sums up for the mean, the second computes the codes. There are partial sums in
+// double, whose number does not depend on the device, so that every device has the same mean. A warp encodes a nested
+// block.
 #include "common/codebook.h"
 #include "common/layout.h"
 #include "device/elements.cuh"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMostParts = 256;  // partial sums: enough blocks to read at full speed
+constexpr int kMostParts = 256;  // the number of partial sums: enough blocks to read at full speed
 constexpr std::int64_t kPartElements = 4096;
 
 __device__ double sum_of_lanes(double value) {
@@ -18,7 +19,7 @@ __device__ double sum_of_lanes(double value) {
   return value;
 }
 
-// The block's sum of the values that its threads bring, in thread 0. `shared` holds kWarps.
+// Returns the sum of the values of all threads of the block, in thread 0 only. `shared` holds kWarps numbers.
 __device__ double sum_of_block(double value, double* shared) {
   value = sum_of_lanes(value);
   if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = value;
@@ -45,7 +46,7 @@ struct Shared {
   float code[256];
 };
 
-// The nearest of 256 ascending levels, a tie the lower one.
+// The nearest of 256 ascending levels; the lower one if two are equally near.
 __device__ int nearest_level(const float* code, float t) {
   int above = 0;  // the first level >= t, else the last
   for (int step = 128; step > 0; step /= 2) above += code[above + step - 1] < t ? step : 0;
@@ -93,7 +94,7 @@ void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream& stream) {
   launch<partial_sums_kernel>({parts, kThreads, kWarps * sizeof(double)}, stream, args, data);
   const std::int64_t nested_blocks = ceil_div(args.blocks, args.nested_blocksize);
   LaunchShape shape = looping_grid(nested_blocks * kWarp, kThreads, stream);
-  if (shape.blocks == 0) shape.blocks = 1;  // there is an offset without a single block
+  if (shape.blocks == 0) shape.blocks = 1;  // the offset is written even if the weight has no block
   shape.smem_bytes = sizeof(Shared);
   launch<quantize_absmax_kernel>(shape, stream, args, static_cast<const double*>(data), parts);
 }

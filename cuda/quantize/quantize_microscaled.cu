@@ -1,4 +1,4 @@
-// quantize_microscaled: a thread encodes a block. NVFP4's first kernel finds the largest element of the weight.
+// quantize_microscaled: a thread encodes a block. For NVFP4 a kernel before it finds the largest element of the weight.
 #include "common/layout.h"
 #include "common/microscaling.h"
 #include "device/elements.cuh"
@@ -13,7 +13,8 @@ constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, eve
 
 __device__ std::uint32_t size_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF; }
 
-// The largest size, as bits, complemented: so that the minimum, which atomics have, is the maximum of them.
+// Writes the complement of the bits of the largest |w|. The minimum of complements, which atomic_min() finds, is the
+// complement of the maximum.
 template <class T>
 __global__ void __launch_bounds__(kThreads) absmax_kernel(const QuantizeMicroscaledArgs args, std::uint64_t* absmax) {
   std::uint32_t most = 0;
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
       w[i] = i < left ? to_f32(weight[i]) : 0.0f;
       most = size_bits(w[i]) > most ? size_bits(w[i]) : most;
     }
-    if (most >= kInfinity) {  // the caller throws: there are no codes
+    if (most >= kInfinity) {  // no codes are written, because the caller throws
 #pragma unroll 1
       for (int i = 0; i < kBlocksize && i < left; ++i) {
         if (size_bits(to_f32(weight[i])) < kInfinity) continue;
@@ -76,7 +77,7 @@ void quantize_as(const QuantizeMicroscaledArgs& args, const Stream& stream) {
     launch<absmax_kernel<T>>(looping_grid(args.elements, kThreads, stream), stream, args, absmax);
   }
   LaunchShape shape = looping_grid(ceil_div(args.elements, kBlocksize), kThreads, stream);
-  if (shape.blocks == 0) shape.blocks = 1;  // there are levels without a single block
+  if (shape.blocks == 0) shape.blocks = 1;  // the levels are written even if the weight has no block
   launch<quantize_microscaled_kernel<T, kBlocksize>>(shape, stream, args, static_cast<const std::uint64_t*>(absmax));
 }
 

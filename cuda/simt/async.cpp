@@ -9,9 +9,9 @@ namespace {
 
 constexpr std::uint32_t kSpoiled = 0xFFFFFFFF;  // a NaN
 constexpr std::int64_t kVector = 16;
-constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // of a phase
+constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // in one phase
 
-// The swizzle moves a vector: bits 4 ... of its address are flipped by bits 7 ...
+// The swizzle moves a 16-byte vector: it flips the bits of its address from bit 4 on by those from bit 7 on.
 std::uint32_t swizzled(std::uint32_t address, Swizzle swizzle) {
   const std::uint32_t mask = swizzle == Swizzle::none ? 0 : static_cast<std::uint32_t>(span_of(swizzle) / kVector - 1);
   return address ^ (address >> 7 & mask) << 4;
@@ -170,7 +170,8 @@ void TileCopies::finish(std::size_t i) {
 WgmmaProduct::WgmmaProduct(SharedMemory& memory, ToF32 to_f32, int cols, std::uint64_t b_descriptor)
     : memory_(memory), to_f32_(to_f32), cols_(cols), descriptor_(b_descriptor) {}
 
-// PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16": a warp has 16 rows, lane (g, t) rows g and g + 8.
+// PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16": each warp holds 16 rows, and lane 4g + t of it holds
+// elements of rows g and g + 8.
 void WgmmaProduct::take_a(int thread, const std::uint32_t (&a)[4]) {
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   for (int i = 0; i < 8; ++i) {
@@ -179,9 +180,15 @@ void WgmmaProduct::take_a(int thread, const std::uint32_t (&a)[4]) {
   }
 }
 
-// PTX ISA, "Matrix descriptor" and "Canonical layouts": bits 0-13 the address, 32-45 the distance of groups of eight
-// rows, both in units of 16 bytes, 49-51 the base offset, 62-63 the swizzle. Rows of b's transpose lie along the inner
-// dimension, 128 bytes a row; vectors change places by bits of the whole address.
+// PTX ISA, "Matrix descriptor" and "Canonical layouts". The fields of the descriptor:
+//
+//   bits 0-13    the address, in units of 16 bytes
+//   bits 32-45   the distance between groups of eight rows, in units of 16 bytes
+//   bits 49-51   the base offset
+//   bits 62-63   the swizzle
+//
+// A row in memory is a column of b: it runs along the inner dimension and has 128 bytes. The swizzle applies to the
+// whole address, not to the offset in the tile.
 void WgmmaProduct::compute() {
   if (!result_.empty()) return;
   const auto field = [&](int first, int bits) {

@@ -1,15 +1,15 @@
-// What runs beside the threads of a block on compute capability 9.0: barriers that count arrivals and bytes, copies of
-// tiles, products of four warps. The emulator keeps them here, away from fibers (fibers.cpp), which call and wait:
+// Emulates what runs beside the threads of a block on compute capability 9.0: barriers that count arrivals and bytes,
+// copies of tiles, and products of four warps. The fibers (fibers.cpp) call these classes and wait for them. The rules:
 //
-//   - A barrier's phase is complete when as many arrivals as were said have come and all bytes that were expected. One
-//     arrival more ends the process; so does a thread that arrives twice in a phase, waits twice for one, or has missed
-//     one: PTX allows some of that, and our kernels want none of it.
-//   - A copy of a tile spoils its destination when it is asked for, and takes place early or late, as the schedule has
-//     it, in any order. It may only arrive at a barrier that was published to the copy engine.
-//   - A product reads shared memory some time between its issue and the wait for it. Until that wait its sums are
-//     spoiled; and neither they nor its registers may have been changed by then.
-//   - What a thread writes by store_shared() the copy engine and products may read once that thread has published it
-//     by fence_proxy_async(). (Writes through plain pointers are not followed.)
+//   - The phase of a barrier is complete when all of its arrivals and all expected bytes have come. One arrival too
+//     many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or misses one:
+//     PTX allows some of these, but our kernels do none of them.
+//   - A copy of a tile fills its destination with NaN when it begins. The schedule decides when it takes place and in
+//     which order. It may arrive only at a barrier that was published to the copy engine.
+//   - A product reads shared memory at some time between its issue and the wait for it. Until that wait its sums are
+//     NaN, and the thread must change neither them nor the registers of a.
+//   - The copy engine and products may read what a thread has written by store_shared() only after that thread has
+//     published it by fence_proxy_async(). (Writes through plain pointers are not tracked.)
 #pragma once
 
 #include <cstddef>
@@ -23,17 +23,17 @@
 
 namespace qlora_native::cuda_emulated::emulator {
 
-// The shared memory of a block has addresses of 18 bits here, as a matrix descriptor has them.
+// The shared memory of a block. Its addresses have 18 bits, like those in a matrix descriptor.
 class SharedMemory {
  public:
   SharedMemory(std::byte* data, std::size_t bytes, std::uint32_t first_address);
   bool holds(const void* p, std::size_t bytes) const;
   std::uint32_t address_of(const void* p) const;
-  std::byte* at(std::uint32_t address) const;  // ends the process where there is none
-  // Writes of threads that the asynchronous proxy may not read yet.
+  std::byte* at(std::uint32_t address) const;  // ends the process if the address is outside
+  // Tracks what threads have written and the asynchronous proxy (TMA and wgmma) may not read yet.
   void note_store(const void* p, std::size_t bytes, int thread);
   void publish_stores(int thread);
-  // The asynchronous proxy reads, or writes.
+  // The first is called before the asynchronous proxy reads, the second after it has written.
   void check_published(const void* p, std::size_t bytes, const char* reader) const;
   void forget_stores(const void* p, std::size_t bytes);
 
@@ -42,15 +42,15 @@ class SharedMemory {
   std::byte* const data_;
   const std::size_t bytes_;
   const std::uint32_t first_address_;
-  std::vector<std::uint16_t> writers_;  // of each word that is not published: the thread and one; else 0
+  std::vector<std::uint16_t> writers_;  // for each word: 1 + the thread that wrote it, or 0 if it is published
 };
 
 class Mbarriers {
  public:
   void init(std::uint64_t* barrier, int arrivals, int thread);
-  void publish(int thread);  // those that a thread has made, to the copy engine
+  void publish(int thread);  // lets the copy engine use the barriers that this thread has initialized
   void arrive(std::uint64_t* barrier, std::uint32_t expected_bytes, int thread);
-  // The phase that the wait is for; is_complete() says whether it is over.
+  // Returns the phase to wait for; is_complete() says whether that phase is over.
   std::int64_t begin_wait(std::uint64_t* barrier, std::uint32_t parity, int thread);
   bool is_complete(std::uint64_t* barrier, std::int64_t phase);
   void check_published(std::uint64_t* barrier);
@@ -59,11 +59,11 @@ class Mbarriers {
  private:
   struct Mbarrier {
     int arrivals, pending;
-    std::int64_t bytes = 0;  // expected and not there, or the other way round
-    std::int64_t phase = 0;  // that is under way
+    std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
+    std::int64_t phase = 0;  // the phase under way
     int made_by;
     bool is_published = false;
-    std::map<int, std::int64_t> waited, arrived;  // by thread: the last phase
+    std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };
   Mbarrier& find(std::uint64_t* barrier);
   static void end_phase_if_complete(Mbarrier& barrier);
@@ -73,7 +73,7 @@ class Mbarriers {
 class TileCopies {
  public:
   TileCopies(SharedMemory& memory, Mbarriers& barriers) : memory_(memory), barriers_(barriers) {}
-  // Begins a copy, of the tile whose first element is (row, col).
+  // Begins to copy the tile whose first element is (row, col).
   void begin(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
   std::size_t under_way() const { return copies_.size(); }
   void finish(std::size_t i);
@@ -85,20 +85,20 @@ class TileCopies {
     std::int64_t row, col;
     std::uint64_t* barrier;
   };
-  // A 16-byte vector's place in shared memory.
+  // The place in shared memory of the 16-byte vector that begins `bytes` into the tile.
   std::byte* place(const Copy& copy, std::int64_t bytes) const;
   SharedMemory& memory_;
   Mbarriers& barriers_;
   std::vector<Copy> copies_;
 };
 
-// a[64, 16] . b[16, cols] by the threads of a warpgroup.
+// The product a[64, 16] . b[16, cols] that the threads of a warpgroup compute together.
 class WgmmaProduct {
  public:
   using ToF32 = float (*)(std::uint16_t bits);
   WgmmaProduct(SharedMemory& memory, ToF32 to_f32, int cols, std::uint64_t b_descriptor);
   void take_a(int thread, const std::uint32_t (&a)[4]);
-  void compute();  // if it was not yet: reads b
+  void compute();  // reads b and multiplies; does nothing the second time
   void add_to(int thread, float* d) const;
 
  private:
@@ -111,7 +111,7 @@ class WgmmaProduct {
   std::vector<float> result_;  // [kRows][cols], or empty
 };
 
-// A thread's part of the products of its warpgroup, in groups.
+// A thread's parts of its warpgroup's products, in the groups that wgmma_commit() closes.
 class WgmmaQueue {
  public:
   ~WgmmaQueue();
@@ -136,7 +136,7 @@ class WgmmaQueue {
   bool is_fenced_ = false;
   std::vector<Part> open_;
   std::vector<std::vector<Part>> groups_;  // oldest first
-  std::map<float*, Sums> sums_;            // that are spoiled in the meantime
+  std::map<float*, Sums> sums_;            // the true values of d, which holds NaN until the wait
 };
 
 [[noreturn]] void fail(const std::string& what);  // fibers.h

@@ -9,9 +9,9 @@
 namespace qlora_native::cuda_emulated {
 namespace {
 
-// What of an address kernels look at: a copy begins at the same multiple as its original.
+// Kernels choose by the alignment of an address: so a copy has the same remainder by kAlignment as its original.
 constexpr std::size_t kAlignment = 256;
-// Between two tensors, of bytes that are NaN.
+// At least so many bytes of NaN lie between two tensors.
 constexpr std::size_t kBetween = 256;
 
 std::size_t place_in_line(const std::byte* address) { return reinterpret_cast<std::uintptr_t>(address) % kAlignment; }
@@ -24,14 +24,14 @@ CallMemory::~CallMemory() {
 
 void CallMemory::add_rows(void* pointer, const void* host, std::int64_t rows, std::int64_t row_bytes,
                           std::int64_t stride_bytes, bool is_written) {
-  if (host == nullptr || emulator::is_reachable(host)) return;  // none, or in an arena of the device already
+  if (host == nullptr || emulator::is_reachable(host)) return;  // there is no tensor, or the device reaches it already
   views_.push_back(
       {pointer, static_cast<std::byte*>(const_cast<void*>(host)), rows, row_bytes, stride_bytes, is_written});
 }
 
 void CallMemory::move_to_device() {
   if (views_.empty()) return;
-  // Tensors that overlap are one region, so that they overlap on the device too.
+  // Tensors that overlap are copied as one region, so that they overlap on the device too.
   std::vector<View*> order;
   for (View& view : views_) order.push_back(&view);
   std::sort(order.begin(), order.end(), [](const View* a, const View* b) { return a->host < b->host; });
@@ -72,7 +72,7 @@ void CallMemory::copy_back() const {
     if (!view.is_written) continue;
     view.each_row([&](std::byte* host, const std::byte* device) { std::memcpy(host, device, bytes); });
   }
-  // After that, so that what a call reads may lie in what it writes.
+  // The check comes after the copies, because a tensor that the call reads may lie inside one that it writes.
   for (const View& view : views_) {
     if (view.is_written) continue;
     const auto bytes = static_cast<std::size_t>(view.row_bytes);

@@ -1,5 +1,5 @@
-// The tensors of a call on the emulated device. The caller's lie in the host's memory: with_device_tensors() copies
-// them to the device's, runs the call over the copies, and copies the results back.
+// The tensors of a call on the emulated device. The caller's tensors lie in the host's memory: with_device_tensors()
+// copies them to the device's memory, runs the call on the copies, and copies the results back.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,8 @@ class CallMemory {
   CallMemory& operator=(const CallMemory&) = delete;
   ~CallMemory();
 
-  // One call of these for each tensor, in any order. Null is none. The call only reads what a pointer to const is for.
+  // add() is called once for each tensor, in any order. A null pointer adds nothing. A pointer to const means that the
+  // call only reads the tensor.
   template <class T>
   void add(T*& pointer, std::int64_t count) {
     add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(sizeof(T)), 0, !std::is_const_v<T>);
@@ -38,9 +39,10 @@ class CallMemory {
              !std::is_const_v<std::remove_pointer_t<Pointer>>);
   }
 
-  // After the last add: makes room, copies, and points the arguments to the copies.
+  // To be called after the last add(): allocates memory, copies the tensors, and points the arguments at the copies.
   void move_to_device();
-  // After the kernels: copies the results back. Ends the process if a tensor was written that the call only reads.
+  // To be called after the kernels: copies the results back. Ends the process if a kernel has written a tensor that
+  // the call only reads.
   void copy_back() const;
 
  private:
@@ -61,10 +63,10 @@ class CallMemory {
                 bool is_written);
 
   std::vector<View> views_;
-  std::byte* memory_ = nullptr;  // of the device
+  std::byte* memory_ = nullptr;  // on the device
 };
 
-// ---- the tensors of each operation; a pointer that it does not use becomes null ----
+// ---- the tensors of each operation; a pointer that the operation does not use becomes null ----
 
 inline void add_tensors(CallMemory& memory, QuantizedWeightView& w) {
   memory.add(w.codes, (w.elements() * w.bits + 7) / 8);
@@ -176,7 +178,7 @@ inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   memory.add(args.out, args.dtype, args.elements());
   memory.add(args.rows, args.row_count);
 }
-// The moments that the algorithm has; a caller may leave anything in the other pointers.
+// Adds only the moments that the algorithm has, since a caller may leave anything in the other pointers.
 inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {
   const std::int64_t n = tensor.elements;
   memory.add(tensor.param, tensor.param_dtype, n);
@@ -206,7 +208,7 @@ void with_device_tensors(const Args& args, const Run& run) {
   run(copy);
   memory.copy_back();
 }
-// Its lists are the host's, and the addresses in them the device's.
+// The lists of tensors and groups stay in the host's memory; the addresses in them become the device's.
 template <class Run>
 void with_device_tensors(const Optimizer8bitArgs& args, const Run& run) {
   CallMemory memory;

@@ -1,5 +1,5 @@
-// Calls of the CUDA runtime, checked: a failure is an exception that says which call, where and why. Device builds
-// only.
+// Checks calls of the CUDA runtime: a failed call becomes an exception that says which call, where and why. Only device
+// builds include this file.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace qlora_native::cuda {
 
-// What a message adds that the runtime does not say; empty for most errors (availability.cu).
+// Says what the user can do about an error if the runtime's text does not (availability.cu). Empty for most errors.
 std::string remedy_for(cudaError_t error);
 
 inline void check_call(cudaError_t error, const char* call, const char* file, int line) {
@@ -26,8 +26,8 @@ inline void check_call(cudaError_t error, const char* call, const char* file, in
 
 namespace qlora_native::cuda {
 
-// Makes a device current for as long as it lives. What was current before becomes so again only where it was another:
-// to make a device current is to make a context on it, if the process has none there yet.
+// Makes a device current while this object lives, then restores the one before. Where both are the same, it never
+// calls cudaSetDevice, which would create a context on the device if the process has none there yet.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) : device_(device) {
@@ -45,8 +45,8 @@ class CurrentDevice {
   int before_ = 0;
 };
 
-// Bytes of a kernel's parameters. More of them, up to 32,764, are taken by drivers from R530 on, which is CUDA 12.1's;
-// but a runtime of any CUDA 12 starts on R525, whose launch would fail without saying why.
+// Every driver takes kernel parameters of up to 4096 bytes. Drivers from R530 (CUDA 12.1) on take up to 32,764 bytes.
+// Any CUDA 12 runtime also starts on R525, where the launch of a larger kernel would fail without saying why.
 constexpr std::size_t kParametersOfAnyDriver = 4096;
 inline void check_driver_takes_large_parameters() {
   constexpr int kCuda121 = 12010;

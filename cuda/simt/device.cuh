@@ -1,5 +1,5 @@
-// What simt.cuh promises, on a device: the CUDA runtime for host code, and each instruction that has no name in C++ in
-// a function of its own. host.h says what each does.
+// Implements simt.cuh for a device: host code calls the CUDA runtime, and each instruction that has no name in C++ has
+// a function of its own. The comments in host.h say what each function does.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,13 +25,13 @@ class DeviceGuard {
 
 inline cudaStream_t handle_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
-// So much shared memory a block has without asking for more.
+// A block may use so much shared memory without asking for more.
 constexpr std::size_t kSmemWithoutAsking = 48 * 1024;
 
-// Asks for as much as the kernel's launches have wanted yet, once a device.
+// Raises the kernel's limit of shared memory on this device, unless an earlier launch has asked for as much.
 template <auto kKernel>
 void ask_for_smem(std::size_t bytes, int device) {
-  constexpr int kDevices = 64;  // any more are asked at each launch
+  constexpr int kDevices = 64;  // for a device beyond them, every launch asks
   static std::atomic<std::size_t> asked[kDevices];
   const bool is_kept = device >= 0 && device < kDevices;
   if (is_kept && asked[device].load(std::memory_order_relaxed) >= bytes) return;
@@ -57,10 +57,10 @@ void launch(const LaunchShape& shape, const Stream& stream, const Args&... args)
   launch_kernel(kKernel, shape, stream, args...);
 }
 
-// What a Workspace has where the host program gives no memory (memory.cu).
+// A Workspace takes this memory if the host program gives none (memory.cu).
 DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
 void release_own(const DeviceMemory& memory, const Stream& stream);
-// What the emulator does with a call's memory (host.h), and a device does not need.
+// Only the emulator needs these (host.h); on a device they do nothing.
 inline void take_over(const DeviceMemory&, std::size_t) {}
 inline void hand_back(const DeviceMemory&) {}
 inline void spoil(void*, std::size_t) {}
@@ -82,13 +82,13 @@ inline int multiprocessors(const Stream& stream) {
   return count;
 }
 
-// Of shared memory, that a block may ask for.
+// The most shared memory that a block may ask for.
 inline std::size_t max_smem_bytes(const Stream& stream) {
   int bytes = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.index));
   return static_cast<std::size_t>(bytes);
 }
-// Of each block's, that the device keeps for itself: what dynamic_smem() gives begins behind it, or at address 0.
+// The shared memory of each block that the device keeps for itself. dynamic_smem() begins behind it, or at address 0.
 inline std::size_t reserved_smem_bytes(const Stream& stream) {
   int bytes = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrReservedSharedMemoryPerBlock, stream.index));
@@ -107,7 +107,7 @@ __device__ __forceinline__ T* dynamic_smem() {
   return reinterpret_cast<T*>(qln_dynamic_smem);
 }
 
-// ---- together ----
+// ---- what threads do together ----
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
@@ -120,7 +120,7 @@ template <class T>
 __device__ __forceinline__ T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
-// The largest that a lane brings; of floats >= 0 by their bits.
+// The largest value of any lane. The bits of floats >= 0 can be compared so, too.
 __device__ __forceinline__ std::uint32_t max_of_warp(std::uint32_t value) {
   return __reduce_max_sync(kAllLanes, value);
 }
@@ -135,7 +135,8 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* flag)
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
-// An acquiring load empties the first-level cache, which the multiply uses: so it comes once, after the value has.
+// An acquiring load invalidates the first-level cache, which the multiply uses. So wait_for() polls with relaxed loads,
+// and does one acquiring load when the value has come.
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* flag) {
   std::uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -146,9 +147,9 @@ __device__ __forceinline__ void wait_for(const std::uint32_t* flag, std::uint32_
   }
   load_acquire(flag);
 }
-// One more each time it is called: how often it was before, by any block.
+// Returns how many times any block has called this before, and adds one.
 __device__ __forceinline__ int take_ticket(std::uint32_t* counter) { return static_cast<int>(atomicAdd(counter, 1u)); }
-// Ends the kernel: the next call of the runtime says that it failed.
+// Ends the kernel: the next call of the runtime reports the failure.
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 __device__ __forceinline__ void atomic_add(std::uint64_t* at, std::uint64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
@@ -171,13 +172,13 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& vec
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
-// The compiler does not know how this came about, so it keeps it.
+// The compiler cannot see through the assembly, so it keeps the value in a register instead of computing it again.
 __device__ __forceinline__ std::uint32_t kept(std::uint32_t value) {
   std::uint32_t result;
   asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
   return result;
 }
-// A place in shared memory, as 32 bits.
+// An address in shared memory, in 32 bits.
 struct SharedPlace {
   std::uint32_t address;
   __device__ __forceinline__ explicit SharedPlace(const void* p) : address(shared_address(p)) {}
@@ -190,7 +191,7 @@ struct SharedPlace {
     return SharedPlace(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
-// One instruction beside the comparison; of `a < b ? place.at(bytes) : place` the compiler makes more.
+// This takes one instruction beside the comparison; the compiler makes more from `a < b ? place.at(bytes) : place`.
 __device__ __forceinline__ void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
   asm("{ .reg .pred p; setp.lt.f32 p, %2, %3; @p add.u32 %0, %0, %1; }"
       : "+r"(place.address)
@@ -240,7 +241,7 @@ __device__ __forceinline__ void store_shared(const SharedPlace& to, const V& val
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {  // past the first cache: each byte is used by one block
+  if constexpr (kBytes == 16) {  // bypasses the first-level cache, because one block alone uses each byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                  : "memory");
   } else {
@@ -249,7 +250,7 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, int valid =
                  : "memory");
   }
 }
-// 16 bytes, or as many zeros where `there` is 0: one instruction, which takes the condition as a predicate.
+// Copies 16 bytes, or writes 16 zeros if `there` is 0. One cp.async does either, with the condition as a predicate.
 __device__ __forceinline__ void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
   asm volatile(
       "{ .reg .pred p; .reg .b32 n; setp.ne.u32 p, %2, 0; selp.b32 n, 16, 0, p; "
@@ -288,7 +289,7 @@ __device__ __forceinline__ T from_f32(float value) {
   }
 }
 
-// Two of them in a register, the first in its low half.
+// Packs two elements into a register, the first in its low half.
 template <class T>
 __device__ __forceinline__ std::uint32_t pack_pair(float first, float second) {
   std::uint32_t result;
@@ -301,12 +302,13 @@ __device__ __forceinline__ std::uint32_t pack_pair(float first, float second) {
   return result;
 }
 
-// Byte `i` of a word, the lowest is 0.
+// Byte `i` of a word; byte 0 is the lowest.
 __device__ __forceinline__ std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) {
   return __byte_perm(word, 0, 0x4440 | i);
 }
 
-// Four bytes of `low` and `high`, whose bytes are 0 ... 3 and 4 ... 7: digit i of `which` says which is byte i.
+// Picks four bytes out of `low` (bytes 0 ... 3) and `high` (bytes 4 ... 7): byte i of the result is the one that hex
+// digit i of `which` names.
 __device__ __forceinline__ std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t which) {
   return __byte_perm(low, high, which);
 }

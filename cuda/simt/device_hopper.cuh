@@ -1,5 +1,6 @@
-// What hopper.cuh promises, on a device: each instruction of sm_90a in a function of its own. host_hopper.h says what
-// each does. Only files of cuda/product/hopper/ include it: no other architecture has these instructions.
+// Implements hopper.cuh for a device: each instruction of sm_90a has a function of its own. The comments in
+// host_hopper.h say what each does. Only files of cuda/product/hopper/ include this one, because no other architecture
+// has these instructions.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +12,7 @@ namespace qlora_native::cuda {
 
 // ---- for host code ----
 
-// As a kernel's argument it must be a __grid_constant__: TMA takes its address.
+// A kernel must take this as a __grid_constant__ parameter, because TMA reads the map at its address.
 class TensorMap {
  public:
   TensorMap() = default;
@@ -22,7 +23,7 @@ class TensorMap {
   CUtensorMap map_;
 };
 
-// Whether the device has what is promised here: no other one, not even a later one, runs code for sm_90a.
+// Whether the device has these instructions: no other one, not even a later one, runs code for sm_90a.
 inline bool is_hopper(const Stream& stream) {
   int major = 0, minor = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
@@ -50,7 +51,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier, s
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// It waits for a time that the device chooses: false where the phase is not complete then.
+// Waits for a time that the device chooses; returns false if the phase is not complete by then.
 __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* barrier, std::uint32_t parity) {
   std::uint32_t is_complete;
   asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
@@ -87,7 +88,7 @@ template <int kGroupsLeft>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
 }
-// The compiler takes registers for what they are without waiting: for it they change here.
+// The compiler does not know that wgmma changes d until the wait. Empty assembly tells it that d changes here.
 template <int kSums>
 __device__ __forceinline__ void wgmma_wait_for(float (&d)[kSums]) {
   wgmma_wait<0>();
@@ -104,8 +105,8 @@ __device__ __forceinline__ void increase_max_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// wgmma names each register of d: %0 %1 ..., and those of a and the descriptor come behind them. Registers are named in
-// tens and given in eights.
+// wgmma names each register of d (%0, %1, ...), then those of a, then the descriptor. The macros write the names in
+// tens and the operands in eights.
 // clang-format off
 #define QLN_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define QLN_D_64 QLN_TEN() QLN_TEN(1) QLN_TEN(2) "%30, %31"

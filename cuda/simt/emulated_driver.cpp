@@ -32,7 +32,7 @@ void* EmulatedDriver::allocate(Memory kind, std::size_t bytes) {
       kind == Memory::device ? emulator::allocate_on_device(bytes, name) : emulator::allocate_for_both(bytes, name);
   if (kind == Memory::device) {
     const emulator::DeviceWork work;
-    std::memset(memory, 0xFF, bytes);  // NaN, as a Workspace begins
+    std::memset(memory, 0xFF, bytes);  // NaN, like a new Workspace
   }
   if (kind == Memory::managed) managed_[memory] = {std::vector<bool>(pages_of(bytes))};
   names_[memory] = name;
@@ -93,7 +93,7 @@ void EmulatedDriver::run(EmulatedStream& stream, std::size_t work) {
   }
 }
 
-// The caller's stream, null, has nothing pending: its kernels ran when they were launched.
+// The caller's stream is null. Nothing is ever pending in it, because kernels run when they are launched.
 void EmulatedDriver::put(void* stream, std::function<void()> work) {
   if (stream == nullptr) {
     work();

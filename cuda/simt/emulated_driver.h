@@ -1,6 +1,6 @@
-// The driver of the emulated device (driver.h). Kernels run when they are launched; what is put into a stream of the
-// driver's own runs as late as can be: when something waits for it. An update that does not wait for what was fetched
-// then computes with what lay there before. Every call is told to `trace`.
+// The driver of the emulated device (driver.h). Kernels run when they are launched. Work in a stream of the driver's
+// own runs as late as possible, namely when something waits for it: so an update that does not wait for its fetch
+// computes with the old contents of the memory. Every call is reported to `trace`.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ class EmulatedDriver final : public Driver {
   struct Options {
     bool concurrent = true;
     bool capturing = false;
-    bool eager = false;  // streams run at once
+    bool eager = false;  // work in streams runs at once
     std::size_t free_bytes = std::size_t{1} << 40;
     std::function<void(const std::string& call)> trace = [](const std::string&) {};
   };
@@ -51,13 +51,13 @@ class EmulatedDriver final : public Driver {
   struct EmulatedStream {
     std::string name;
     std::vector<std::function<void()>> work;
-    std::size_t done = 0;  // of them
+    std::size_t done = 0;  // how many of `work` have run
   };
   struct Event {
     std::string name;
-    EmulatedStream* stream = nullptr;  // where it was recorded; null: the caller's, in which all is done
-    std::size_t work = 0;              // of the stream, that comes before it
-    std::int64_t time = 0;             // when it was reached
+    EmulatedStream* stream = nullptr;  // where it was recorded; null is the caller's, in which nothing is pending
+    std::size_t work = 0;              // how many pieces of the stream's work come before the event
+    std::int64_t time = 0;             // when the stream reached the event
     bool timed = false;
   };
   void put(void* stream, std::function<void()> work);

@@ -57,25 +57,25 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
-// Shared memory of odd blocks begins at a multiple of 64 KB, as that of sm_80; of even ones a KB further on, as of
-// sm_90: kernels must not know which.
+// The shared memory of odd blocks begins at a multiple of 64 KB, as on sm_80, and that of even blocks 1 KB behind one,
+// as on sm_90: a kernel must work with either.
 constexpr std::size_t kSmemBoundary = 64 * 1024;
 std::size_t smem_begin(std::int64_t block) { return block % 2 == 0 ? kReservedSmemBytes : 0; }
-// A fiber's: a kernel's locals are small, AddressSanitizer's redzones around them are not.
+// The stack of a fiber. A kernel's locals are small, but AddressSanitizer's redzones around them are not.
 #ifdef __SANITIZE_ADDRESS__
 constexpr std::size_t kStackBytes = 256 * 1024;
 #else
 constexpr std::size_t kStackBytes = 64 * 1024;
 #endif
 
-// Blocks that run at the same time under the schedule concurrent, where memory has room for more on a device.
+// So many blocks run at the same time under the schedule "concurrent"; a device may have room for more.
 constexpr std::size_t kResidentBlocks = 6;
-constexpr int kMostTurnsLog2 = 9;           // of fibers, until another block may run
-constexpr std::size_t kMostPublished = 32;  // pieces of memory, whenever another block may run
+constexpr int kMostTurnsLog2 = 9;           // fibers of a block get at most 2^9 turns until another block may run
+constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this are published between two blocks' turns
 
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-// Stacks of a host thread, kept for the next launch. The page below each is a guard.
+// A host thread keeps its stacks for the next launch. The page below each stack is a guard.
 class Stacks {
  public:
   Stacks() = default;
@@ -108,7 +108,7 @@ class Stacks {
 };
 thread_local Stacks stacks;
 
-// What the fiber that runs sees of memory that other blocks may write.
+// Reads global memory as the running fiber sees it, with the stores that are still in its buffers.
 void load_global(void* to, const void* from, std::size_t bytes);
 
 struct Copy {
@@ -128,7 +128,7 @@ struct Warp {
   bool is_held_back = false;
 };
 
-// Threads of a block that meet at a barrier with a number (bar.sync), or of a warpgroup.
+// The threads that have come to a numbered barrier (bar.sync), or to a meeting of their warpgroup.
 struct Meeting {
   std::vector<struct Fiber*> fibers;
   std::vector<void*> lanes;
@@ -136,7 +136,7 @@ struct Meeting {
   Site site;
 };
 constexpr int kWarpgroup = 4 * kWarp;
-constexpr int kNamedBarriers = 16;  // of a block
+constexpr int kNamedBarriers = 16;  // in a block
 
 struct Block;
 
@@ -154,9 +154,9 @@ struct Fiber {
   std::uint64_t* mbarrier = nullptr;
   std::int64_t phase = 0;
   WgmmaQueue wgmma;
-  std::vector<Copy> copies;               // not yet of a group
+  std::vector<Copy> copies;               // not yet committed to a group
   std::vector<std::vector<Copy>> groups;  // oldest first
-  StoreBuffer stores;                     // that the thread alone sees
+  StoreBuffer stores;                     // visible to this thread alone
 };
 
 thread_local Fiber* current = nullptr;
@@ -169,16 +169,16 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> order;
-  std::size_t next;  // of the order: who runs
+  std::size_t next;  // the position in `order` of the fiber that runs next
   int left;          // fibers that have not ended
   std::byte* smem = nullptr;
-  StoreBuffer stores;  // that the block alone sees
+  StoreBuffer stores;  // visible to this block alone
   std::unique_ptr<SharedMemory> memory;
   Mbarriers mbarriers;
   std::unique_ptr<TileCopies> tile_copies;
   Meeting named_barriers[kNamedBarriers];
   std::vector<Meeting> warpgroups;
-  std::vector<int> max_registers;  // by warp; 0: not said
+  std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
 
   explicit Block(std::int64_t index)
       : index(index),
@@ -187,7 +187,8 @@ struct Block {
         order(static_cast<std::size_t>(grid->threads)),
         next(order.size()),
         left(grid->threads) {
-    // Exactly as large as was asked for, so that AddressSanitizer sees the first byte beyond; every float a NaN.
+    // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
+    // float in it is NaN.
     void* memory = nullptr;
     const std::size_t begin = smem_begin(index);
     if (posix_memalign(&memory, kSmemBoundary, begin + grid->smem_bytes) != 0) throw std::bad_alloc();
@@ -251,35 +252,37 @@ struct Block {
     }
   }
 
-  // Under a random order some warps take no part for some rounds: others come as far as barriers let them.
+  // Under a random order some warps pause for some rounds, while the others run as far as barriers let them.
   void hold_back_some_warps() {
-    constexpr std::size_t kRounds = 8;  // in the mean
+    constexpr std::size_t kRounds = 8;  // on average
     if (!schedule.is_random() || schedule.below(kRounds) != 0) return;
     for (Warp& warp : warps) warp.is_held_back = schedule.coin();
   }
-  bool let_all_warps_run() {  // whether any did not
+  bool let_all_warps_run() {  // returns whether any warp was held back
     bool any = false;
     for (Warp& warp : warps) any |= std::exchange(warp.is_held_back, false);
     return any;
   }
 
-  // Tiles that TMA loads arrive in any order: at random times, or when nothing else goes on.
+  // Tiles that TMA loads arrive in any order: at random times, or when no fiber can run.
   void finish_some_copies() {
-    constexpr std::size_t kRounds = 4;  // in the mean
+    constexpr std::size_t kRounds = 4;  // on average
     for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
       if (schedule.below(kRounds) == 0) tile_copies->finish(i);
     }
   }
-  bool finish_a_copy() {  // whether there was any
+  bool finish_a_copy() {  // returns whether there was one
     const std::size_t count = tile_copies->under_way();
     if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.below(count) : 0);
     return count > 0;
   }
 
-  // Runs every fiber as far as it comes, round after round, until none comes further or `turns` have been taken.
-  // Whether any came further.
+  // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
+  // whether any fiber ran.
   bool advance(std::int64_t turns) {
-    bool any = false, ran = true;  // in this round; the rest of one that had begun decides nothing
+    // `ran` says whether a fiber ran in this round. It begins true, because the rest of a round that an earlier call
+    // has begun cannot show that no fiber can run.
+    bool any = false, ran = true;
     while (turns > 0) {
       if (next == order.size()) {
         release_barrier();
@@ -315,7 +318,7 @@ struct Block {
                          : fiber.state == Fiber::State::waiting     ? "for another block at "
                                                                     : nullptr;
       const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
-      // One line for neighbours that do the same.
+      // Neighbouring threads that wait for the same share one line.
       if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;
       all += "\n  thread " + std::to_string(fiber.position.thread) + " and on of block " + std::to_string(index) + " " +
              line;
@@ -330,7 +333,7 @@ void suspend(Fiber& self, Fiber::State state, Site site) {
   self.context.switch_to(self.block->scheduler);
 }
 
-// Whether the address is of the thread's stack or of the block's shared memory.
+// Whether the address lies in the thread's stack or in the block's shared memory.
 bool is_of_block(const Fiber& fiber, const void* p) {
   const auto* const at = static_cast<const std::byte*>(p);
   return (at >= fiber.stack && at < fiber.stack + kStackBytes) ||
@@ -350,7 +353,8 @@ void load_global(void* to, const void* from, std::size_t bytes) {
   fail("deadlock:" + waits);
 }
 
-// A block is started when those before it have ended or wait for others: only waits between blocks need more at once.
+// Starts a block when all blocks before it have ended or wait for another block. So more than one block is under way
+// only if blocks wait for each other.
 void run_in_order(std::int64_t count) {
   std::list<Block> started;
   std::int64_t next = 0;
@@ -369,7 +373,7 @@ void run_in_order(std::int64_t count) {
   }
 }
 
-// Several blocks at once, each for a random number of turns. They begin in any order, as CUDA's do.
+// Runs several blocks at once, each for a random number of turns. They begin in any order, as in CUDA.
 class ConcurrentRun {
  public:
   explicit ConcurrentRun(std::int64_t count) : to_start_(static_cast<std::size_t>(count)) {
@@ -405,7 +409,7 @@ class ConcurrentRun {
     return resident_.erase(block);
   }
 
-  // Stores that nothing has published yet become visible, some sooner than others.
+  // Makes some of the stores visible that no signal has published yet.
   void publish_some(Block& block) {
     StoreBuffer* const buffers[] = {&of_ended_, &block.stores,
                                     &block.fibers[schedule.below(block.fibers.size())].stores};
@@ -414,7 +418,7 @@ class ConcurrentRun {
       buffer.publish(schedule.below(buffer.size()));
     }
   }
-  // Makes one store visible where all blocks wait for what is in a buffer. Returns false if all buffers are empty.
+  // Makes one store visible when no block can run without one. Returns false if all buffers are empty.
   bool publish_one() {
     std::vector<StoreBuffer*> buffers;
     const auto add = [&](StoreBuffer& buffer) {
@@ -512,8 +516,9 @@ void run(const Grid& launched) {
 }
 
 void spoil(void* memory, std::size_t bytes) {
-  std::memset(memory, 0xFF, bytes);  // every float a NaN
-  // Not each second time: a product takes so many workspaces that its flags would always be in such a one, or never.
+  std::memset(memory, 0xFF, bytes);  // every float is NaN
+  // The flags are raised in a pseudo-random half of the calls, not in every second one: each product takes the same
+  // number of workspaces, so with every second one its flags could always be raised at first, or never.
   static thread_local std::uint32_t calls = 0;
   constexpr std::uint32_t kGoldenRatio = 0x9E3779B9;
   if (!Schedule::from_environment().is_concurrent() || (++calls * kGoldenRatio) >> 31 == 0) return;
@@ -546,7 +551,7 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
 
 namespace {
 
-// The last of the threads to come runs `all` over what each brought, and then all go on.
+// The last thread to come runs `all` on what every thread has brought; then all of them continue.
 void meet_others(Meeting& meeting, int threads, void* lane, std::size_t place, void (*all)(void* const* lanes),
                  Site site) {
   Fiber& self = *current;

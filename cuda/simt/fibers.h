@@ -1,22 +1,24 @@
-// The engine of the emulator: threads of a block are fibers that one host thread runs in turn, until each waits for
-// the others or ends. host.h builds on it what a kernel sees.
+// The engine of the emulator. The threads of a block are fibers, which one host thread runs in turn, each until it
+// waits for others or ends. host.h builds the functions that a kernel calls on this engine.
 //
-// Under the schedules forward, reverse and random a fiber runs until it waits, and a block is started when those before
-// it have ended or wait for others; under random some warps are held back while others run. They find what is wrong
-// inside a block. The schedule concurrent finds what is wrong between blocks; its model is this:
+// Under the schedules forward, reverse and random a fiber runs until it waits, and a block starts when all blocks
+// before it have ended or wait for others. Under random some warps are held back while others run. These schedules find
+// mistakes inside a block. The schedule concurrent finds mistakes between blocks. Its model:
 //
-//   - Blocks begin in a random order, and six are resident at once. Each runs for a random number of turns, then
-//     another one does. Where all of them wait for a block that has not begun, that is a deadlock.
-//   - A fiber may be cut before every access to global memory by load_vector, store_vector or cp_async, and always is
-//     before signal, wait_for and an atomic. It goes on after other threads of this block and of others have run.
-//   - What store_vector writes to global memory the thread alone sees at first. From the block's next barrier on (or
-//     the warp's sync_warp) the block sees it. All see it when a thread that sees it calls signal, or at a random
-//     later time, one 16-byte piece sooner than another; at the latest when the kernel has ended.
-//   - A Workspace begins as NaN or, half of the times, as words of 1: flags that an earlier call has left raised.
+//   - Blocks begin in a random order, and six are resident at once. One of them runs for a random number of turns, then
+//     another. If all six wait for a block that has not begun, that is a deadlock.
+//   - A fiber may be interrupted before each access to global memory by load_vector, store_vector or cp_async. It
+//     always is before signal, wait_for and an atomic. It continues after other threads, of any block, have run.
+//   - At first only the thread itself sees what its store_vector writes to global memory. Its block sees it from the
+//     next barrier of the block, or sync_warp of the warp, on. All blocks see it when a thread that sees it calls
+//     signal, or at a random later time, at the latest when the kernel has ended. 16-byte pieces may become visible in
+//     any order.
+//   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call left raised.
 //
-// What it does not see: accesses through plain pointers are neither cut nor buffered, so what passes between blocks of
-// a kernel must go through load_vector and store_vector, and what a thread has stored through store_vector it must not
-// read through a plain pointer in the same kernel. A load is never early: that wait_for acquires is taken for granted.
+// The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
+// pass data to each other through load_vector and store_vector, and a thread must not read through a plain pointer what
+// it has stored by store_vector in the same kernel. A load never takes place early: a wait_for that does not acquire
+// would not be found.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +31,7 @@
 
 namespace qlora_native::cuda_emulated {
 
-// Where in a kernel a wait was called: the defaults of a function's last argument are evaluated at its call.
+// The place in a kernel that called a wait. The waits take it as a default argument, which is evaluated at the call.
 struct Site {
   const char* file = "";
   int line = 0;
@@ -42,18 +44,18 @@ struct Site {
 namespace emulator {
 
 // The order of fibers and blocks, from QLN_SCHEDULE: "forward", "reverse", "random:SEED" or "concurrent:SEED". A result
-// that depends on it shows a missing barrier. Every launch begins with the seed again.
+// that depends on the order shows a missing barrier. Every launch starts from the seed again.
 class Schedule {
  public:
   static Schedule from_environment();
-  void arrange(std::vector<int>& order);                         // of the fibers of a block: again for each round
-  std::int64_t place(std::int64_t i, std::int64_t count) const;  // the i-th of the blocks
-  bool coin();  // whether an asynchronous copy is done at once: what a device may do, too
-  // The same of what runs beside the threads (async.h), which is early under `reverse` and late under `forward`.
+  void arrange(std::vector<int>& order);                         // orders a block's fibers, anew for each round
+  std::int64_t place(std::int64_t i, std::int64_t count) const;  // the index of the block that starts as the i-th
+  bool coin();  // whether an asynchronous copy is done at once, as a device may do it
+  // The same for what runs beside the threads (async.h). It is early under `reverse` and late under `forward`.
   bool is_early() { return order_ == Order::reverse || coin(); }
   bool is_concurrent() const { return order_ == Order::concurrent; }
   bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
-  std::size_t below(std::size_t count);  // a random number
+  std::size_t below(std::size_t count);  // a random number, 0 ... count - 1
 
  private:
   enum class Order { forward, reverse, random, concurrent } order_ = Order::forward;
@@ -70,21 +72,22 @@ struct Grid {
   const void* arguments;
 };
 
-// Of shared memory, that a block may have: what Hopper's have, or QLN_EMULATED_SMEM, for what runs where there is less.
+// The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
+// with less.
 std::size_t max_smem_bytes();
-// And what the device keeps of it for itself.
+// The shared memory of each block that the device keeps for itself.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
 // Runs the grid; returns when it is done. Several host threads may run grids at once. A mistake of the kernel that no
 // device would forgive (a deadlock, lanes that meet at different calls) ends the process, with file and line.
 void run(const Grid& grid);
 
-// Fills memory that a kernel has not written yet with what it must not rely on.
+// Fills fresh memory with values that a kernel must not rely on.
 void spoil(void* memory, std::size_t bytes);
 
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
-// Of the fiber that runs, for the wrappers of host.h.
+// The position of the running fiber, for the wrappers of host.h.
 struct Position {
   int thread;
   int threads;
@@ -94,27 +97,27 @@ struct Position {
 };
 extern thread_local const Position* position;
 
-void barrier(Site site);  // of the block
-// Of the warp: the last lane to come runs `all` over what each brought, and then all go on.
+void barrier(Site site);  // waits for all threads of the block
+// The lanes of a warp meet: the last one to come runs `all` on what every lane has brought; then all of them continue.
 void meet(void* lane, void (*all)(void* const* lanes), Site site);
-// Until *flag == value, which another block brings about.
+// Waits until another block has set *flag to value.
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
-// *flag = value, behind every store that the thread sees.
+// Publishes every store that the thread sees, then sets *flag to value.
 void signal(std::uint32_t* flag, std::uint32_t value);
 
-// Whether the schedule is concurrent: only then is an access to memory more than a copy.
+// Whether the schedule is "concurrent". Under the others an access to memory is a plain copy.
 extern constinit thread_local bool concurrent;
 void load(void* to, const void* from, std::size_t bytes);
 void store(void* to, const void* from, std::size_t bytes);
 void cut();           // lets other threads and blocks run
-void share_stores();  // with the block
+void share_stores();  // makes the thread's stores visible to its block
 
-// Copies that are only queued until they are waited for, in groups, as cp.async has them.
+// Copies in groups, like cp.async: each is only queued, and takes place when the thread waits for its group.
 void copy_async(void* to, const void* from, int bytes, int zeros);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
-// These call async.h's, for the thread that runs and the shared memory of its block.
+// These call the functions of async.h with the running thread and the shared memory of its block.
 std::uint32_t shared_address(const void* p);
 void note_shared_store(const void* p, std::size_t bytes);
 void publish_shared_stores();
@@ -124,7 +127,7 @@ void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
 void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site);
 void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
 void named_barrier(int number, int threads, Site site);
-// The threads of a warpgroup meet, as those of a warp do in meet().
+// The threads of a warpgroup meet, as the lanes of a warp do in meet().
 void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site);
 std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor);
 void compute_if_early(WgmmaProduct& product);

@@ -1,14 +1,14 @@
-// The emulator: what simt.cuh promises, for the host's compiler. A kernel runs on the CPU with the values that a device
-// would give, up to the rounding inside an mma. It proves indexing, synchronization and layout; it says nothing of
-// speed. The rules:
+// The emulator: it implements simt.cuh for the host's compiler. A kernel runs on the CPU and computes the values that a
+// device would compute, up to the rounding inside an mma. The emulator tests indexing, synchronization and layout; it
+// says nothing about speed. The rules:
 //
-//   - Threads are fibers. They meet in sync_threads() and in everything a warp does together; lanes that meet at
+//   - Threads are fibers. They meet in sync_threads() and in everything that a warp does together. Lanes that meet at
 //     different calls, or never, end the process with file and line.
 //   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
-//     depend on it. Under the last one blocks run at the same time, and stores become visible late (fibers.h).
-//   - cp_async only queues; cp_async_wait copies. Shared memory, and memory of a Workspace, begins as NaN.
-//   - Vectors are loaded and stored at aligned addresses only.
-//   - The device's memory is apart from the host's: memory.h says how that is held up.
+//     depend on it. Under "concurrent" blocks run at the same time, and stores become visible late (fibers.h).
+//   - cp_async only queues a copy, and cp_async_wait does it. Shared memory, and memory of a Workspace, begins as NaN.
+//   - A vector that is loaded from or stored to a misaligned address ends the process.
+//   - The device's memory is apart from the host's; memory.h says how that is enforced.
 #pragma once
 
 #include <cmath>
@@ -37,8 +37,8 @@ namespace qlora_native::cuda_emulated {
 
 // ---- launches and memory, for host code ----
 
-// While one lives, what the host program runs reads and writes the device's memory as the device would: a dense product
-// that was put into a stream.
+// While an object of this class lives, host code may access the device's memory in the device's place. A host program
+// that computes a dense product in a stream needs one.
 using emulator::DeviceWork;
 
 template <auto kKernel, class... Args>
@@ -55,23 +55,23 @@ void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
        .arguments = &all});
 }
 
-// Makes the stream's device current, on a device.
+// On a device this makes the stream's device current; here it does nothing.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Stream&) {}
 };
 
-// What a Workspace has where the host program gives no memory.
+// A Workspace takes this memory if the host program gives none.
 inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
 inline void release_own(const DeviceMemory& memory, const Stream&) { emulator::release_on_device(memory.data); }
-// Of memory that the host program gives: from here on it is the device's, until the other is called.
+// Memory that the host program gives is reachable for kernels from take_over() until hand_back().
 inline void take_over(const DeviceMemory& memory, std::size_t bytes) {
   emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
 }
 inline void hand_back(const DeviceMemory& memory) { emulator::withdraw(memory.data); }
-// Fresh memory holds anything: mostly NaN, so that who reads it is found.
+// Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
 inline void spoil(void* memory, std::size_t bytes) {
   const DeviceWork work;
   emulator::spoil(memory, bytes);
@@ -83,7 +83,7 @@ inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   std::memset(data, byte, bytes);
 }
 
-// As few as make several blocks of a persistent grid wait for each other.
+// So few that several blocks of a persistent grid wait for each other.
 inline int multiprocessors(const Stream&) { return 3; }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
@@ -99,11 +99,11 @@ T* dynamic_smem() {
   return reinterpret_cast<T*>(emulator::position->smem);
 }
 
-// ---- together ----
+// ---- what threads do together ----
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
-// `all` sees what every lane brought, and changes it.
+// `all` reads and changes what every lane has brought.
 template <class Lane, class All>
 void meet(Lane& lane, const All&, Site site) {
   emulator::meet(
@@ -141,7 +141,7 @@ T shfl_xor(T value, int mask, Site site = Site::current()) {
   return shfl(value, (thread_index() % kWarp) ^ mask, site);
 }
 
-// The largest that a lane brings; of floats >= 0 by their bits.
+// The largest value of any lane. The bits of floats >= 0 can be compared so, too.
 inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current()) {
   meet(
       value,
@@ -156,7 +156,7 @@ inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current(
 
 // ---- between blocks ----
 
-// The block's writes before signal() are seen by the block that waited for it.
+// A block that waits for a flag sees what the other block has written before its signal().
 inline void signal(std::uint32_t* flag, std::uint32_t value) { emulator::signal(flag, value); }
 inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site = Site::current()) {
   emulator::wait_for(flag, value, site);
@@ -200,10 +200,9 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
   }
 }
 
-// A value that a device keeps in a register, where its compiler would rather compute it again and again in a loop.
+// On a device this keeps a value in a register that the compiler would otherwise compute again in each step of a loop.
 inline std::uint32_t kept(std::uint32_t value) { return value; }
-// A place in shared memory: on a device in 32 bits, so that what is added to it, or flipped in it, costs one
-// instruction.
+// An address in shared memory. On a device it has 32 bits, so adding to it or flipping its bits takes one instruction.
 struct SharedPlace {
   std::byte* address;
   explicit SharedPlace(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
@@ -212,19 +211,19 @@ struct SharedPlace {
     return SharedPlace(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
   }
   SharedPlace kept() const { return *this; }
-  // How far it is to kRowsBegin.
+  // The distance from here to kRowsBegin, in the low 16 bits of the address.
   std::uint32_t to_rows() const {
     return static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(address)) & 0xFFFF;
   }
-  // From the first of 256 rows of 256 bytes, which begin at kRowsBegin, to the same place of the row whose number is
-  // byte `i` of a word.
+  // A table of 256 rows of 256 bytes begins at kRowsBegin. Byte `i` of `word` is the number of a row: the result is the
+  // place in that row with the same column as this place.
   SharedPlace row_of_byte(std::uint32_t word, std::uint32_t i) const {
     const std::uintptr_t row = (word >> (8 * i) & 0xFF) * kRowBytes;
     const std::uintptr_t kept_bits = reinterpret_cast<std::uintptr_t>(address) & ~std::uintptr_t{0xFF00};
     return SharedPlace(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
-// So many bytes on, where a < b.
+// Moves the place on by `bytes` if a < b.
 inline void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
   if (a < b) place = place.at(bytes);
 }
@@ -242,13 +241,13 @@ void store_shared(const SharedPlace& to, const V& value) {
   emulator::note_shared_store(to.address, sizeof(V));
 }
 
-// To shared memory, kBytes of 4, 8 or 16: `valid` bytes of `from`, then zeros.
+// Copies `valid` bytes of `from` to shared memory and fills up to kBytes (4, 8 or 16) with zeros.
 template <int kBytes>
 void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   emulator::copy_async(to, from, valid, kBytes - valid);
 }
-// 16 bytes, or as many zeros where `there` is 0.
+// Copies 16 bytes, or writes 16 zeros if `there` is 0.
 inline void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
   cp_async<16>(to.address, from, there != 0 ? 16 : 0);
 }
@@ -274,16 +273,17 @@ T from_f32(float value) {
     return value;
 }
 
-// Two of them in a register, the first in its low half.
+// Packs two elements into a register, the first in its low half.
 template <class T>
 std::uint32_t pack_pair(float first, float second) {
   return from_f32<T>(first).bits | std::uint32_t{from_f32<T>(second).bits} << 16;
 }
 
-// Byte `i` of a word, the lowest is 0.
+// Byte `i` of a word; byte 0 is the lowest.
 inline std::uint32_t byte_of(std::uint32_t word, std::uint32_t i) { return word >> (8 * i) & 0xFF; }
 
-// Four bytes of `low` and `high`, whose bytes are 0 ... 3 and 4 ... 7: digit i of `which` says which is byte i.
+// Picks four bytes out of `low` (bytes 0 ... 3) and `high` (bytes 4 ... 7): byte i of the result is the one that hex
+// digit i of `which` names.
 inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t which) {
   const std::uint64_t both = std::uint64_t{high} << 32 | low;
   std::uint32_t picked = 0;
@@ -293,9 +293,10 @@ inline std::uint32_t pick_bytes(std::uint32_t low, std::uint32_t high, std::uint
   return picked;
 }
 
-// a * b + c; the product is exact, the sum rounded twice. (libm's fmaf is slow where the compiler may not use FMA.)
+// a * b + c. The product is exact; the sum is rounded to double and then to float. (libm's fmaf is slow if the compiler
+// may not use the FMA instruction.)
 inline float fma(float a, float b, float c) { return static_cast<float>(double{a} * double{b} + double{c}); }
-// The larger one; where one is NaN, the NaN whose sign bit is 0.
+// The larger of a and b; if either is NaN, the result is the NaN whose sign bit is 0.
 inline float larger_or_nan(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<float>::quiet_NaN();
   return a > b ? a : b;
@@ -303,8 +304,9 @@ inline float larger_or_nan(float a, float b) {
 
 // ---- tensor cores ----
 
-// Four 8x8 matrices of 16-bit elements: lane 8i+j brings the address of row j of matrix i; r[i] becomes, of matrix i,
-// the elements 2*(lane%4) and the next of row lane/4. With kTranspose, of the transposed matrix.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8i+j brings the address of row j of matrix i. r[i] becomes two
+// elements of matrix i: row lane/4, columns 2*(lane%4) and 2*(lane%4)+1. With kTranspose they are elements of the
+// transposed matrix.
 template <bool kTranspose>
 void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
   struct Lane {
@@ -371,7 +373,7 @@ void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t
           for (int part = 0; part < 4; ++part) {
             const float* row = a[i / 4 + 8 * (part / 2)];
             const float* col = b[2 * (i % 4) + part % 2];
-            float sum = 0.0f;  // of exact products; a device keeps a few bits more
+            float sum = 0.0f;  // the products are exact; a device keeps a few more bits of the sum
             for (int k = 0; k < 16; ++k) sum += row[k] * col[k];
             lanes[i]->c[part] += sum;
           }

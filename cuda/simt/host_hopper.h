@@ -1,4 +1,4 @@
-// What hopper.cuh promises, over the emulator (async.h says what it finds).
+// Implements hopper.cuh on the emulator (async.h says which mistakes it finds).
 #pragma once
 
 #include "common/host_device.h"
@@ -16,7 +16,7 @@ class TensorMap {
     if (const std::string fault = source.fault(); !fault.empty()) {
       throw Error(source.name, "an operand of which TMA can load tiles", fault);
     }
-    source_.name = nullptr;  // it is no address of the device's
+    source_.name = nullptr;  // an address of the host's must not be in a kernel's argument
   }
   const TileSource& source() const { return source_; }
 
@@ -24,27 +24,27 @@ class TensorMap {
   TileSource source_;
 };
 
-// The emulated device is one where that is asked for.
+// The emulated device is a Hopper if QLN_FORCE_HOPPER is set.
 inline bool is_hopper(const Stream&) { return std::getenv("QLN_FORCE_HOPPER") != nullptr; }
 
 // ---- barriers ----
 
 inline std::uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
 
-// As sync_threads(), of `threads` of the block, at a barrier of its own: kNumber is 1 ... 15.
+// Like sync_threads(), but for only `threads` threads of the block, at the barrier kNumber (1 ... 15).
 template <int kNumber>
 void sync_some_threads(int threads, Site site = Site::current()) {
   emulator::named_barrier(kNumber, threads, site);
 }
 
 inline void mbarrier_init(std::uint64_t* barrier, int arrivals) { emulator::mbarrier_init(barrier, arrivals); }
-// Called by the thread that has initialized barriers: TMA may arrive at them.
+// The thread that has initialized barriers calls this; then TMA may arrive at them.
 inline void fence_mbarrier_init() { emulator::mbarrier_publish(); }
 inline void mbarrier_arrive(std::uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
   emulator::mbarrier_arrive(barrier, bytes);
 }
-// Until the phase of that parity is complete: the one under way, or the one before, which is.
+// Waits until the phase of this parity is complete. It is the phase under way or the one before, which is complete.
 inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site = Site::current()) {
   emulator::mbarrier_wait(barrier, parity, site);
 }
@@ -59,12 +59,12 @@ inline void fence_proxy_async() { emulator::publish_shared_stores(); }
 
 // ---- products of a warpgroup ----
 
-// Before the first product, and where registers that products use may have been changed.
+// Must come before the first product, and again after registers that products use may have been changed.
 inline void wgmma_fence() { emulator::wgmma_queue().fence(); }
 
-// d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. A warp's lanes hold a and d
-// as those of mma_16x8x16 (simt.cuh); d's columns follow in eights. Nothing of it may be read or changed before
-// wgmma_wait().
+// d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. The lanes of a warp hold a
+// and d as in mma_16x8x16 (host.h), with d for eight columns after the other. d must not be read, nor a or d changed,
+// before wgmma_wait().
 template <class T, int kCols>
 void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_descriptor,
            Site site = Site::current()) {
@@ -90,18 +90,18 @@ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_d
   emulator::wgmma_queue().add(lane.product, thread_index() % (4 * kWarp), a, d, kCols / 2);
 }
 inline void wgmma_commit() { emulator::wgmma_queue().commit(); }
-// Until no more than kGroupsLeft groups of products are under way.
+// Waits until at most kGroupsLeft groups of products are under way.
 template <int kGroupsLeft>
 void wgmma_wait() {
   emulator::wgmma_queue().wait(kGroupsLeft);
 }
-// Until none is: d may be read.
+// Waits until no group is under way; then d may be read.
 template <int kSums>
 void wgmma_wait_for(float (&)[kSums]) {
   wgmma_wait<0>();
 }
 
-// Of each thread of the warpgroup, fewer or more than the kernel begins with.
+// Sets how many registers each thread of the warpgroup may use: fewer or more than the kernel begins with.
 template <int kCount>
 void decrease_max_registers() {
   emulator::set_max_registers(kCount);

@@ -18,27 +18,27 @@
 namespace qlora_native::cuda_emulated::emulator {
 namespace {
 
-constexpr std::size_t kAlignment = 256;  // cudaMalloc's
+constexpr std::size_t kAlignment = 256;  // as cudaMalloc's
 
 struct Range {
   std::uintptr_t end;
-  std::size_t mapped_bytes;  // of pages that are the device's alone; 0: for both
+  std::size_t mapped_bytes;  // pages that are the device's alone; 0 if the host may access them too
   std::string name;
 };
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::uintptr_t, Range> ranges;  // by where they begin
-  int at_work = 0;                         // DeviceWork that lives
+  std::map<std::uintptr_t, Range> ranges;  // by their first address
+  int at_work = 0;                         // how many DeviceWork objects live
 
   const Range* find(std::uintptr_t address) const {
     const auto after = ranges.upper_bound(address);
     if (after == ranges.begin()) return nullptr;
     const Range& range = std::prev(after)->second;
-    return address <= range.end ? &range : nullptr;  // its end too: that of an empty part
+    return address <= range.end ? &range : nullptr;  // the end counts too: an empty tensor may lie there
   }
 };
-// For as long as the process: a host program's statics may give memory back after ours were destroyed.
+// The registry is never destroyed: a host program's statics may give memory back after our statics were destroyed.
 Registry& registry() {
   static auto& all = *new Registry;
   return all;
@@ -60,7 +60,7 @@ void protect(std::uintptr_t begin, const Range& range, bool open) {
 struct sigaction before{};
 
 void on_fault(int signal, siginfo_t* info, void* context) {
-  // The thread that faulted may hold the lock itself, but only if this file is wrong.
+  // try_lock, because a mistake in this file could make the thread fault while it holds the lock itself.
   Registry& all = registry();
   if (all.mutex.try_lock()) {
     const Range* const range = all.find(number_of(info->si_addr));
@@ -74,7 +74,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(signal);
   } else {
-    sigaction(signal, &before, nullptr);  // and the access is done again
+    sigaction(signal, &before, nullptr);  // then the access is repeated and faults as it did before
   }
 }
 
@@ -106,7 +106,7 @@ Range take(const void* memory) {
   return range;
 }
 
-// What is between a kernel's name and what follows it, of "... [with auto kKernel = NAME; Args = {...}]".
+// The kernel's NAME out of "... [with auto kKernel = NAME; Args = {...}]".
 std::string kernel_of(const std::string& call) {
   constexpr char kBegin[] = "kKernel = ";
   const std::size_t found = call.find(kBegin);
@@ -116,7 +116,7 @@ std::string kernel_of(const std::string& call) {
 }
 
 bool is_mapped(std::uintptr_t address) {
-  // What user space has, but the first pages, which are never mapped.
+  // User space, without the first pages, which are never mapped.
   constexpr std::uintptr_t kFirst = 1 << 16, kLast = std::uintptr_t{1} << 47;
   if (address < kFirst || address >= kLast) return false;
 #ifdef __SANITIZE_ADDRESS__
@@ -133,7 +133,7 @@ bool is_mapped(std::uintptr_t address) {
 
 std::byte* allocate_on_device(std::size_t bytes, const std::string& name) {
   catch_faults();
-  const std::size_t pages = (bytes + page_bytes()) / page_bytes() * page_bytes();  // one byte beyond, at least
+  const std::size_t pages = (bytes + page_bytes()) / page_bytes() * page_bytes();  // at least one byte more
   void* const memory = mmap(nullptr, pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
 #ifdef __SANITIZE_ADDRESS__

@@ -1,13 +1,9 @@
 // What a kernel may use. The .cu files of the operations (product/, quantize/, optimizer/) are compiled twice: by nvcc
-// over device.cuh, as the backend "cuda", and by the host's compiler over host.h, an emulator, as the backend
-// "cuda_emulated". QLN_CUDA is the namespace of the one being compiled; what both define has the same name and meaning
-// in both.
+// with device.cuh, as the backend "cuda", and by the host's compiler with host.h, an emulator, as the backend
+// "cuda_emulated". QLN_CUDA is the namespace of the backend that is being compiled. Names and meanings are the same in
+// both.
 //
-//   launch<kernel>(shape, stream, args...)      no <<<>>>
-//   dynamic_smem<T>()                           the block's shared memory; no __shared__
-//   thread_index() block_index() ...            blocks and grids have one dimension
-//   sync_threads() shfl_xor() mma_16x8x16() ... whatever threads do together
-//   Bf16, F16                                   16-bit floats: bits, converted through to_f32 and from_f32
+//   launch<kernel>(shape, stream, args...)      launches a kernel, instead of <<<
 #pragma once
 
 #include <cstddef>
@@ -32,27 +28,27 @@ struct F16 {
   std::uint16_t bits;
 };
 
-// As many as one vector instruction loads or stores; addresses are multiples of its size.
+// The elements that one vector instruction loads or stores. Its address must be a multiple of its size.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
 };
 
-// What mma_16x8x16 takes: 16 rows, 8 columns, 16 of the inner dimension.
+// mma_16x8x16 multiplies 16 rows by 8 columns, over 16 elements of the inner dimension.
 constexpr int kMmaRows = 16, kMmaCols = 8, kMmaInner = 16;
 
 struct LaunchShape {
   std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
-  int threads;                 // of a block, a multiple of 32
+  int threads;                 // in each block; a multiple of 32
   std::size_t smem_bytes = 0;  // at most max_smem_bytes()
 };
 
-// What every architecture from sm_80 on gives a block: sm_86, sm_89 and sm_120 have the least.
+// Every architecture from sm_80 on gives a block at least so much; sm_86, sm_89 and sm_120 give no more.
 constexpr std::size_t kLeastSmemBytes = 99 * 1024;
 
-// Where a table in shared memory begins that SharedPlace::row_of_byte looks into: so many bytes behind a multiple of
-// 64 KB. A block's begins at address 0 (in the machine code of sm_80), or behind the KB that a device keeps for itself
-// (of sm_90), so that there is such a place near the beginning; product_config asks whether it is no more than that.
+// SharedPlace::row_of_byte looks into a table that begins kRowsBegin bytes behind a multiple of 64 KB in shared memory.
+// There is such a place near the beginning, because a block's shared memory begins at address 0 (in the machine code of
+// sm_80) or behind the KB that a device keeps for itself (sm_90). product_config checks that a device keeps no more.
 constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,4 +1,4 @@
-// What a thread has stored to global memory and no other may see yet. The schedule "concurrent" keeps one for each
+// A buffer of stores to global memory that others may not see yet. The schedule "concurrent" keeps one buffer for each
 // thread and one for each block (fibers.h says when a store leaves them).
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace qlora_native::cuda_emulated::emulator {
 
-// Memory in pieces of 16 bytes, as large as the widest vector: a vector lies in one of them, because it is aligned. Two
-// stores to one piece leave the buffer together, other pieces in any order.
+// The buffer holds memory in pieces of 16 bytes, the size of the widest vector. Vectors are aligned, so each lies in
+// one piece. Two stores to one piece leave the buffer together; pieces leave it in any order.
 class StoreBuffer {
  public:
   bool empty() const { return pieces_.empty(); }
@@ -24,7 +24,7 @@ class StoreBuffer {
     piece.written |= ((1u << bytes) - 1) << first;
   }
 
-  // `to` holds the bytes at `from` as memory has them. Those that are in here take their place.
+  // `to` holds a copy of the memory at `from`. Replaces the bytes of it that this buffer holds.
   void overlay(void* to, const void* from, std::size_t bytes) const {
     if (pieces_.empty()) return;
     const auto* const begin = static_cast<const std::byte*>(from);
@@ -39,7 +39,7 @@ class StoreBuffer {
     }
   }
 
-  // All may see the i-th piece from now on.
+  // Writes the i-th piece to memory, where all may see it.
   void publish(std::size_t i) {
     const Piece& piece = pieces_[i];
     for (std::size_t at = 0; at < kPieceBytes; ++at) {
@@ -55,7 +55,7 @@ class StoreBuffer {
   void publish_all() {
     while (!pieces_.empty()) publish(pieces_.size() - 1);
   }
-  // `to` has them now, over what it had.
+  // Moves all pieces to another buffer; they overwrite what it holds of the same bytes.
   void move_to(StoreBuffer& to) {
     for (const Piece& piece : pieces_) {
       Piece& other = to.piece_of(piece.address);
@@ -85,7 +85,7 @@ class StoreBuffer {
   }
 
   std::vector<Piece> pieces_;
-  std::unordered_map<const std::byte*, std::size_t> places_;  // of the piece at an address
+  std::unordered_map<const std::byte*, std::size_t> places_;  // from a piece's address to its index in pieces_
 };
 
 }  // namespace qlora_native::cuda_emulated::emulator

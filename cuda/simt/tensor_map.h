@@ -1,28 +1,28 @@
-// A matrix of 16-bit elements or of bytes in global memory, as tma_load_tile() takes tiles of it: what a device's
-// CUtensorMap is made from, and all that the emulator's holds.
+// Describes a matrix of 16-bit elements or of bytes in global memory, and the tiles that tma_load_tile() loads of it. A
+// device's CUtensorMap is made from this description; the emulator's TensorMap holds just the description.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora_native {
 
-// How the 16-byte vectors of a tile change places in shared memory: within spans of so many bytes, by flipping the bits
-// of an address above the lowest four with those above the lowest seven. none: they do not.
+// How the 16-byte vectors of a tile change places in shared memory. They move inside spans of 32, 64 or 128 bytes: the
+// bits of an address from bit 4 on are flipped by those from bit 7 on. With `none` they keep their places.
 enum class Swizzle : std::uint8_t { none, bytes_32, bytes_64, bytes_128 };
 
-// The span; 0 for none.
+// Bytes of a span; 0 for none.
 constexpr int span_of(Swizzle swizzle) { return swizzle == Swizzle::none ? 0 : 16 << static_cast<int>(swizzle); }
 
 struct TileSource {
-  const char* name = "";  // of the operand, for errors
+  const char* name = "";  // the operand's name, for errors
   const void* data = nullptr;
   int element_bytes = 0;
   std::int64_t rows = 0, cols = 0, stride_bytes = 0;
-  int box_rows = 0, box_cols = 0;  // of a tile: what of it lies beyond the matrix becomes zeros
+  int box_rows = 0, box_cols = 0;  // the size of a tile; elements beyond the matrix become zeros
   Swizzle swizzle = Swizzle::none;
 
   constexpr std::int64_t box_row_bytes() const { return std::int64_t{box_cols} * element_bytes; }
-  // What a driver asks of a map (cuTensorMapEncodeTiled), so that the emulator refuses what it would: "" or why not.
+  // Returns "" or the reason why a driver would refuse the map (cuTensorMapEncodeTiled): the emulator refuses it too.
   const char* fault() const {
     constexpr int kVector = 16, kMostBox = 256;
     constexpr std::int64_t kMostRows = std::int64_t{1} << 32, kMostStride = std::int64_t{1} << 40;

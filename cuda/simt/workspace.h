@@ -1,5 +1,5 @@
-// Memory of the stream's device for the kernels of one call: the host program's, where it has said how (runtime.h), or
-// the backend's own.
+// Memory on the stream's device for the kernels of one call. It comes from the host program's allocator, if that has
+// set one (runtime.h), else from the backend.
 #pragma once
 
 #include "hooks.h"

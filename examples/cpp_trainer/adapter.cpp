@@ -33,8 +33,9 @@ void save_adapter(const std::filesystem::path& folder, Llama& model, const LoraC
       ",\n  \"lora_alpha\": " + std::to_string(lora.alpha) + ",\n  \"lora_dropout\": " + std::to_string(lora.dropout) +
       ",\n  \"target_modules\": [\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\", \"gate_proj\", \"up_proj\", "
       "\"down_proj\"]\n}\n");
-  // Until both are on the disk, an adapter of before stays. Then its config goes first and the new one comes last,
-  // because PEFT takes no folder for an adapter that has none: an interrupted run leaves no mixture of two adapters.
+  // An earlier adapter stays until both new files are on the disk. Then its config is removed first, and the new config
+  // is published last. PEFT does not take a folder without a config for an adapter, so an interrupted run never leaves
+  // a mixture of two adapters.
   weights.sync();
   config.sync();
   remove_file(folder / "adapter_config.json");

@@ -8,7 +8,8 @@
 
 namespace trainer {
 
-// It appears whole or not at all, and replaces one that is there. Throws std::runtime_error where it cannot be written.
+// Writes the adapter whole or not at all, and replaces an earlier one. Throws std::runtime_error if it cannot be
+// written.
 void save_adapter(const std::filesystem::path& folder, Llama& model, const LoraConfig& lora, const std::string& base);
 
 }  // namespace trainer

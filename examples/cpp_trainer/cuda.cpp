@@ -1,4 +1,5 @@
-// A GPU: one stream, and managed memory, whose pages move to whoever touches them. Host code: no nvcc is needed.
+// A GPU: one stream, and managed memory, whose pages move to the processor that accesses them. This is host code, so it
+// needs no nvcc.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -38,7 +39,7 @@ class CudaDevice final : public Device {
   qn::Stream stream() const override { return {qn::Device::cuda, kIndex, stream_}; }
   void synchronize() override { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
 
-  // Managed memory may be larger than the GPU's, at the price of a machine that does nothing but move pages.
+  // Managed memory may be larger than the GPU's memory, but then the machine does little but move pages.
   void* allocate(std::size_t bytes) override {
     if (allocated_ + bytes + kLeftFree > free_)
       throw std::runtime_error("--device cuda: " + mebibytes(allocated_ + bytes) + " wanted, and " +
@@ -50,7 +51,7 @@ class CudaDevice final : public Device {
     return memory;
   }
   void free(void* memory, std::size_t bytes) noexcept override {
-    cudaFree(memory);  // waits for what still uses it
+    cudaFree(memory);  // waits for work that still uses the memory
     allocated_ -= bytes;
   }
 

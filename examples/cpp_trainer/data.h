@@ -10,7 +10,7 @@
 namespace trainer {
 
 struct Batches {
-  std::int64_t sequence, batch, held_out;  // tokens of a sequence, sequences of a batch, batches that are held out
+  std::int64_t sequence, batch, held_out;  // tokens in a sequence, sequences in a batch, batches that are held out
 };
 
 class Data {
@@ -24,7 +24,7 @@ class Data {
   void held_out_batch(std::int64_t index);
   std::int64_t held_out_batches() const { return held_out_batches_; }
 
-  std::vector<std::int32_t> inputs, targets;  // of the last batch, each [batch, sequence]
+  std::vector<std::int32_t> inputs, targets;  // the last batch, each [batch, sequence]
 
  private:
   template <class Start>

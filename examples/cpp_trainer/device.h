@@ -11,7 +11,7 @@
 
 namespace trainer {
 
-// The CPU: its operations have finished when they return. The GPU is in cuda.cpp.
+// This class is the CPU, whose operations have finished when they return. The GPU is in cuda.cpp.
 class Device {
  public:
   virtual ~Device() = default;

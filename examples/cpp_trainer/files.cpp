@@ -17,20 +17,20 @@ namespace {
   throw std::runtime_error(path.string() + ": " + what);
 }
 
-// A name is on the disk when its folder is.
+// The name of a file is on the disk only when its folder is.
 void sync_folder_of(const std::filesystem::path& path) {
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
   const int file = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (file < 0) fail_with(folder, std::strerror(errno));
   const int error = fsync(file) == 0 ? 0 : errno;
   close(file);
-  if (error != 0 && error != EINVAL) fail_with(folder, std::strerror(error));  // EINVAL: a file system without it
+  if (error != 0 && error != EINVAL) fail_with(folder, std::strerror(error));  // EINVAL: not supported there
 }
 
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused below, not waited for
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // does not wait for a pipe, refused below
   if (file < 0) fail_with(path, std::strerror(errno));
   struct stat status{};
   void* mapped = MAP_FAILED;
@@ -47,7 +47,7 @@ MappedFile::~MappedFile() { munmap(const_cast<std::byte*>(data_), size_); }
 
 NewFile::NewFile(std::filesystem::path path) : path_(std::move(path)), partial_(path_) {
   partial_ += ".partial";
-  // A leftover is removed rather than written over: it may be a link to something else.
+  // A leftover file is removed, not overwritten, because it may be a link to something else.
   if (unlink(partial_.c_str()) != 0 && errno != ENOENT) fail();
   file_ = open(partial_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (file_ < 0) fail();

@@ -36,11 +36,11 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
   void write(const void* data, std::size_t bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
-  void sync();     // writes all of it to the disk, which may turn out to be full only now
+  void sync();     // writes all of it to the disk, and fails if that is full
   void publish();  // renames it to PATH
 
  private:
-  [[noreturn]] void fail() const;  // throws the message of errno
+  [[noreturn]] void fail() const;  // throws an error with the message of errno
 
   std::filesystem::path path_, partial_;
   int file_ = -1;

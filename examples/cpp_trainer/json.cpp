@@ -13,7 +13,7 @@ namespace trainer {
 struct JsonValue {
   using Array = std::vector<JsonValue>;
   using Object = std::map<std::string, JsonValue, std::less<>>;
-  // A number that is written as an integer and fits is one: a double would round it.
+  // A number that is written as an integer is kept as one if it fits, because a double would round it.
   std::variant<std::nullptr_t, bool, std::int64_t, double, std::string, Array, Object> value = nullptr;
 };
 
@@ -119,7 +119,7 @@ class Parser {
     return {number};
   }
 
-  // What follows the opening quote.
+  // Reads a string after its opening quote.
   std::string string() {
     std::string out;
     while (at_ < text_.size() && text_[at_] != '"') {
@@ -142,7 +142,7 @@ class Parser {
     return out;
   }
 
-  // What follows "\u". A code point above U+FFFF is written as two surrogates, the high one first.
+  // Reads a code point after "\u". Code points above U+FFFF are written as two surrogates, the high one first.
   std::uint32_t code_point() {
     const std::uint32_t first = hex_digits();
     if (first < 0xD800 || first > 0xDFFF) return first;
@@ -183,7 +183,7 @@ class Parser {
   std::size_t at_ = 0;
 };
 
-// A value as an error shows it.
+// Describes a value for an error.
 struct Describe {
   std::string operator()(std::nullptr_t) const { return "null"; }
   std::string operator()(bool value) const { return value ? "true" : "false"; }

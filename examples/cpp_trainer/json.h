@@ -18,7 +18,7 @@ class Json {
  public:
   static constexpr std::int64_t kLargest = std::int64_t{1} << 53;  // a double holds every integer up to here
 
-  // `source` is the name of the text in errors: that of its file.
+  // `source` is the name of the text in errors, which is the name of its file.
   static Json parse(std::string_view text, std::string source);
 
   bool is_null() const;
@@ -29,8 +29,8 @@ class Json {
   std::int64_t integer(std::int64_t least, std::int64_t most = kLargest) const;
   const std::string& string() const;
   std::vector<Json> array() const;
-  std::vector<std::string> keys() const;             // of an object
-  Json operator[](std::string_view key) const;       // of an object: null if it has no such key
+  std::vector<std::string> keys() const;             // the keys of an object
+  Json operator[](std::string_view key) const;       // a value of an object; null if it has no such key
   const std::string& name() const { return name_; }  // "config.json: rope_parameters.rope_theta"
 
   // "config.json: hidden_size: expected `expected`, got -64"

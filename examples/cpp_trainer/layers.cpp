@@ -7,8 +7,7 @@
 
 #include "qlora_native/qlora_native.h"
 
-// Each loop below that is worth two threads runs over independent rows or heads, so the sums are the same for any
-// number of threads.
+// Each parallel loop below runs over independent rows or heads, so the sums are the same for any number of threads.
 
 namespace qn = qlora_native;
 
@@ -98,7 +97,7 @@ void Attention::backward(const float* dy, const float* q, const float* k, const 
                          float* dk, float* dv) const {
   const std::int64_t q_width = heads * head_dim, kv_width = kv_heads * head_dim, group = heads / kv_heads;
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  // A task owns the keys and values that its query heads share.
+  // A task takes all query heads that share keys and values, so no two tasks add to the same gradients.
 #pragma omp parallel for
   for (std::int64_t task = 0; task < sequences * kv_heads; ++task) {
     const std::int64_t sequence = task / kv_heads, row = sequence * length, kv = task % kv_heads * head_dim;

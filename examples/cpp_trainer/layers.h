@@ -11,12 +11,12 @@ namespace trainer {
 // y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps) of each row
 void rms_norm(const float* x, const float* weight, std::int64_t rows, std::int64_t width, float eps, float* y,
               float* r);
-// Adds to dx the gradient that dy has through rms_norm.
+// Adds to dx the gradient of x, given that of y.
 void rms_norm_backward(const float* dy, const float* x, const float* weight, const float* r, std::int64_t rows,
                        std::int64_t width, float* dx);
 
-// Rotary position embedding: element i of a head's first half and element i of its second half are turned by
-// position * theta^(-2i / head_dim). `direction` -1 turns back, which is the backward pass.
+// Rotary position embedding: rotates element i of a head's first half and element i of its second half by the angle
+// position * theta^(-2i / head_dim). `direction` -1 rotates back, which is the backward pass.
 void rope(float* x, std::int64_t rows, std::int64_t heads, std::int64_t head_dim, std::int64_t sequence, double theta,
           int direction);
 
@@ -25,13 +25,13 @@ struct Attention {
   std::int64_t sequences = 0, length = 0, heads = 0, kv_heads = 0, head_dim = 0;
 
   std::int64_t probabilities() const { return sequences * heads * length * length; }
-  // q, y: [sequences * length, heads * head_dim]; k, v: [.., kv_heads * head_dim]; p: what backward needs
+  // q, y: [sequences * length, heads * head_dim]; k, v: [.., kv_heads * head_dim]; p: the probabilities, for backward
   void forward(const float* q, const float* k, const float* v, float* p, float* y) const;
   void backward(const float* dy, const float* q, const float* k, const float* v, const float* p, float* dq, float* dk,
                 float* dv) const;
 };
 
-// y = silu(gate) * up, and back.
+// y = silu(gate) * up, and its backward pass.
 void swiglu(const float* gate, const float* up, std::int64_t rows, std::int64_t width, float* y);
 void swiglu_backward(const float* dy, const float* gate, const float* up, std::int64_t rows, std::int64_t width,
                      float* dgate, float* dup);
@@ -48,7 +48,7 @@ class Head {
   std::vector<float> table_, transposed_;
 };
 
-// Mean cross-entropy in nats; `logits` become its gradient.
+// Returns the mean cross-entropy in nats, and replaces the logits by its gradient.
 double cross_entropy(float* logits, const std::int32_t* targets, std::int64_t rows, std::int64_t vocabulary);
 
 }  // namespace trainer

@@ -12,7 +12,8 @@ namespace qn = qlora_native;
 namespace trainer {
 namespace {
 
-// What bitsandbytes writes beside the codes, as JSON in a tensor of bytes whose name ends with the format.
+// bitsandbytes writes the settings of a weight beside its codes, as JSON in a tensor of bytes whose name ends with the
+// format.
 Json quant_state(const Checkpoint& checkpoint, const std::string& weight) {
   for (const std::string format : {"nf4", "fp4"}) {
     const std::string name = weight + ".quant_state.bitsandbytes__" + format;
@@ -69,7 +70,7 @@ QloraLinear::QloraLinear(const Checkpoint& checkpoint, std::string name, std::in
       a_(static_cast<std::size_t>(lora.rank * in)),
       b_(static_cast<std::size_t>(out * lora.rank)) {
   read_weight(checkpoint);
-  // PEFT's: Kaiming-uniform with a = sqrt(5), which is uniform within 1 / sqrt(K).
+  // PEFT initializes A Kaiming-uniform with a = sqrt(5), which is uniform within +-1 / sqrt(K).
   const float limit = 1.0f / std::sqrt(static_cast<float>(in));
   for (float& value : a_.value) value = limit * (2.0f * std::ldexp(static_cast<float>(random() >> 8), -24) - 1.0f);
 }
@@ -109,7 +110,7 @@ void QloraLinear::read_weight(const Checkpoint& checkpoint) {
     weight_.absmax = read(".absmax", absmax_, weight_.blocks());
   }
   try {
-    qn::check_quantized_weight(weight_);  // on the cpu, which sees all of it
+    qn::check_quantized_weight(weight_);  // on the cpu, because it can read all values
   } catch (const qn::Error& error) {
     throw std::runtime_error(name_ + "." + error.what());
   }

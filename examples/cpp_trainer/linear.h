@@ -27,13 +27,13 @@ class Parameter {
   qlora_native::Optimizer8bitTensor optimizer_view();
 
  private:
-  Shared<std::uint8_t> state1_, state2_;  // codes, or floats
+  Shared<std::uint8_t> state1_, state2_;  // the bytes of codes or of floats
   Floats absmax1_, absmax2_;
-  Shared<std::int64_t> step_;  // one
+  Shared<std::int64_t> step_;  // a single number
 };
 
 // y[M,N] = x[M,K] . W^T + scaling * dropout(x) . A^T . B^T. All activations are fp32, in Shared memory. Results are
-// valid after the device was synchronized.
+// valid once the device has been synchronized.
 class QloraLinear {
  public:
   // Reads `name`.weight [out, in] of the checkpoint, in bitsandbytes' layout. B starts at zero. Throws

@@ -126,7 +126,7 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   const std::int64_t width = config_.width, rows = static_cast<std::int64_t>(x_.size()) / width;
   Activations& a = block.saved;
   const auto size = [&](std::int64_t columns) { return static_cast<std::size_t>(rows * columns); };
-  // Every layer has masks of its own.
+  // Every layer has its own dropout masks.
   const auto apply = [&](QloraLinear& linear, const Floats& x, Floats& y) {
     y.resize(size(linear.out()));
     linear.forward(x.data(), rows, y.data(), seed == 0 ? 0 : ++seed);

@@ -20,7 +20,7 @@ struct LlamaConfig {
   std::int64_t width = 0, inner = 0, layers = 0, heads = 0, kv_heads = 0, head_dim = 0, vocabulary = 0;
   float eps = 1e-6f;
   double theta = 10000.0;
-  bool is_head_tied = false;  // to the embeddings
+  bool is_head_tied = false;  // whether the head shares the embeddings' matrix
 
   // Reads config.json of a folder. Throws std::runtime_error for another kind of model, and for sizes so large that
   // their products would not fit in 64 bits.
@@ -46,12 +46,12 @@ class Llama {
   std::vector<QloraLinear*> linears();
 
  private:
-  // Activations that backward needs. x: the input of the block; after: x plus the attention.
+  // Activations that backward needs. x is the input of the block, and `after` is x plus the attention.
   struct Activations {
-    std::vector<float> x, probabilities, after, attention_r, mlp_r;  // r: of the norms
+    std::vector<float> x, probabilities, after, attention_r, mlp_r;  // each r belongs to a norm
     Floats normed, queries, keys, values, attended, mlp_normed, gated, upped, hidden;
   };
-  // Gradients of one block at a time. x: of its output, then of its input.
+  // Gradients in one block at a time. x is first the gradient of the block's output, then that of its input.
   struct Gradients {
     Floats x, normed, queries, keys, values, attended, gated, upped, hidden;
   };

@@ -1,15 +1,15 @@
-// QLoRA fine-tuning in C++ alone: a 4-bit Llama, adapters beside its linear layers, 8-bit AdamW.
+// QLoRA fine-tuning in C++ only: a 4-bit Llama, adapters beside its linear layers, and 8-bit AdamW.
 //
 //   trainer --model FOLDER --data FILE --out FOLDER [--steps 200] ...
 //
-// FOLDER holds a model in bitsandbytes' 4-bit format (python -m qlora_native quantize). FILE is a text, one token a
-// byte, for a model with a vocabulary of 256; or with --token-ids the text as int32 token ids, for any other. Its last
-// tenth is held out.
+// The model's FOLDER has bitsandbytes' 4-bit format (python -m qlora_native quantize). FILE is a text in which each
+// byte is a token, for a model with a vocabulary of 256. With --token-ids FILE holds int32 token ids, for any other
+// model. The last tenth of FILE is held out.
 //
 // --device cuda runs the products, the adapters' gradients and the optimizer on a GPU. Attention, norms, head and loss
-// run on the host, in memory that both share, and wait for the device before they use its results. A faster trainer
-// would run those parts as kernels on the same stream, without waiting, and keep activations in bf16, for the tensor
-// cores. So the CPU is the default.
+// run on the host, in memory that both share, and wait for the device before they use its results. Because of these
+// waits the CPU is the default. A faster trainer would run these parts as kernels on the same stream, without waiting,
+// and keep activations in bf16 for the tensor cores.
 #include <unistd.h>
 
 #include <algorithm>
@@ -80,7 +80,7 @@ Options parse(int count, char** arguments) {
       out = static_cast<Value>(parsed);
     };
   };
-  constexpr double kMany = 1e9, kLongest = 65536;  // so that products of two or three sizes stay below 2^63
+  constexpr double kMany = 1e9, kLongest = 65536;  // limits that keep products of two or three sizes below 2^63
   const std::map<std::string, std::function<void(const char*)>> options = {
       {"--model", text(o.model)},
       {"--data", text(o.data)},
@@ -147,7 +147,7 @@ class Trainer {
     std::fflush(stdout);
     const bool terminal = isatty(STDOUT_FILENO) != 0;
     using Clock = std::chrono::steady_clock;
-    constexpr std::chrono::seconds kBetweenLines(10);  // in a log file; a terminal shows every step on one line
+    constexpr std::chrono::seconds kBetweenLines(10);  // for a log file; a terminal shows every step on one line
     const auto start = Clock::now();
     auto last_line = start;
     double shown = 0.0;
@@ -188,7 +188,7 @@ class Trainer {
         for (const float g : parameter->grad) squares += double{g} * double{g};
       scale_[0] = static_cast<float>(std::min(1.0, o_.clip / (std::sqrt(squares) + 1e-6)));
     }
-    // The learning rate rises linearly, and then falls linearly to a tenth.
+    // The learning rate first rises linearly, then falls linearly to a tenth.
     const double progress = static_cast<double>(step) / static_cast<double>(o_.steps);
     const double warm = static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(o_.warmup, 1));
     const qn::Optimizer8bitGroup group{.lr = o_.lr * std::min(warm, 1.0 - 0.9 * progress),
@@ -213,7 +213,7 @@ class Trainer {
     return total / static_cast<double>(data_.held_out_batches());
   }
 
-  // The logits become the gradient.
+  // Replaces the logits by their gradient.
   double loss_of(std::span<float> logits) {
     return trainer::cross_entropy(logits.data(), data_.targets.data(), static_cast<std::int64_t>(data_.targets.size()),
                                   model_.config().vocabulary);
@@ -238,7 +238,7 @@ class Trainer {
   std::vector<qn::Optimizer8bitTensor> optimizer_;
   std::vector<const trainer::Parameter*> parameters_;
   std::int64_t trainable_ = 0;
-  trainer::Floats scale_ = trainer::Floats(1);  // of the gradients
+  trainer::Floats scale_ = trainer::Floats(1);  // the factor of the gradients
   trainer::Shared<std::int64_t> skipped_ = trainer::Shared<std::int64_t>(1);
 };
 
@@ -259,7 +259,7 @@ int main(int count, char** arguments) {
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "%s", kNoMemory);
     return 1;
-  } catch (const std::length_error&) {  // of a vector that no memory would hold
+  } catch (const std::length_error&) {  // a vector would be larger than any memory
     std::fprintf(stderr, "%s", kNoMemory);
     return 1;
   } catch (const std::exception& error) {

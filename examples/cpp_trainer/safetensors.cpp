@@ -51,7 +51,7 @@ float half_to_float(std::uint16_t half) {
   return half & 0x8000 ? -magnitude : magnitude;
 }
 
-// out[i] = convert(element i), for elements of 16 bits at any address
+// Sets out[i] = convert(element i), for elements of 16 bits at any address.
 template <class Convert>
 void convert_halves(const std::byte* data, std::vector<float>& out, Convert convert) {
   for (std::size_t i = 0; i < out.size(); ++i) {
@@ -61,7 +61,8 @@ void convert_halves(const std::byte* data, std::vector<float>& out, Convert conv
   }
 }
 
-// An exponent of all ones carries into the sign bit. The loop has no early exit, so that the compiler vectorizes it.
+// In NaN and infinity all bits of the exponent are ones, so that adding its lowest bit carries into the sign bit. The
+// loop has no early exit, so that the compiler can vectorize it.
 bool all_finite(const std::vector<float>& values) {
   std::uint32_t carries = 0;
   for (const float value : values) carries |= (std::bit_cast<std::uint32_t>(value) & 0x7F800000) + 0x00800000;

@@ -1,4 +1,4 @@
-// Checkpoints in the safetensors format: 8 bytes of length, a JSON header, the tensors' bytes.
+// Checkpoints in the safetensors format: 8 bytes with the length of the header, a JSON header, and the tensors' bytes.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ class Checkpoint {
   bool contains_any_below(const std::string& prefix) const;
   // A copy in fp32 of a tensor, which must have this shape and finite values. `why` ends the error about a wrong shape.
   std::vector<float> floats(const std::string& name, const Shape& shape, const std::string& why = "") const;
-  // A tensor of U8.
+  // The bytes of a tensor of U8.
   std::span<const std::uint8_t> bytes(const std::string& name) const;
 
  private:

@@ -1,4 +1,4 @@
-// Guards the reasons why a GPU cannot be used: each has a sentence of its own that says what to do.
+// Guards the reasons why a GPU cannot be used: each has its own sentence, which says what to do.
 #include "availability.h"
 
 #include "expect.h"
@@ -10,10 +10,10 @@ const CudaMachine::Gpu kHopper{"NVIDIA H100", 9, 0}, kTuring{"Tesla T4", 7, 5}, 
 
 void usable_gpu_has_no_reason() {
   EXPECT(unavailable_reason({.runtime_version = 13000, .driver_version = 13000, .error = "", .gpus = {kHopper}}) == "");
-  // One that can be used is enough; a driver may be newer than the runtime.
+  // One usable GPU is enough. The driver may be newer than the runtime ...
   EXPECT(unavailable_reason(
              {.runtime_version = 12040, .driver_version = 13000, .error = "", .gpus = {kTuring, kHopper}}) == "");
-  // And within a major version older.
+  // ... or older, with the same major version.
   EXPECT(unavailable_reason({.runtime_version = 12080, .driver_version = 12000, .error = "", .gpus = {kHopper}}) == "");
 }
 

@@ -1,5 +1,5 @@
-// Guards CodeSums, by which the CUDA kernels quantize an optimizer's moments: the codes follow the midpoints of the map
-// for every float from half of the level nearest to 0 up to a rounding error beyond 1.
+// Guards CodeSums, by which the CUDA kernels quantize an optimizer's moments: the codes agree with the midpoints of the
+// map, for every float from half of the level nearest to 0 up to a rounding error beyond 1.
 #include <cmath>
 #include <cstdio>
 
@@ -17,9 +17,9 @@ std::int64_t wrong_codes(bool is_negative) {
   const std::uint32_t last = std::bit_cast<std::uint32_t>(1.0f) + 4;
   std::int64_t wrong = 0;
   int expected = 0;
-  for (std::uint32_t i = 0; i <= last - first; ++i) {  // ascending
+  for (std::uint32_t i = 0; i <= last - first; ++i) {  // t ascends
     const float t = is_negative ? -std::bit_cast<float>(last - i) : std::bit_cast<float>(first + i);
-    while (expected < 255 && double{t} > midpoint(expected)) ++expected;  // a tie: the lower
+    while (expected < 255 && double{t} > midpoint(expected)) ++expected;  // a tie takes the lower level
     const int code = static_cast<int>(code_in_byte_2<kSigned>(kSums, t) >> 16 & 0xFF);
     if (code != expected && ++wrong <= 5) std::printf("%a: expected code %d, got %d\n", t, expected, code);
   }

@@ -1,7 +1,7 @@
-// Guards the CUDA kernels whose blocks depend on each other, over the emulator with concurrent blocks
-// (cuda/simt/fibers.h): the sums of a tile that several blocks share, and the workspace that one kernel passes to the
-// next, give the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1 on
-// a failure.
+// Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
+// (cuda/simt/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
+// results have the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1
+// on a failure.
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -27,7 +27,7 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
-// Whether `run` gives the same under each order.
+// Whether `run` gives the same result under each order.
 template <class Name>
 bool has_the_same_bits(const std::function<Bytes()>& run, const Name& name) {
   bool same = true;
@@ -51,7 +51,7 @@ struct Random {
   }
 };
 
-// A matrix without gaps, in memory that vectors can reach.
+// A matrix without gaps, in memory that is aligned for vectors.
 class Tensor {
  public:
   Tensor(DType dtype, std::int64_t rows, std::int64_t cols)
@@ -93,12 +93,12 @@ struct Case {
   std::int64_t M, N, K;
   DType dtype;
   std::int64_t rank;
-  std::int64_t groups = 0;   // of rows, each with an adapter of its own
-  bool own_weights = false;  // and a weight
+  std::int64_t groups = 0;   // groups of rows, each with its own adapter
+  bool own_weights = false;  // whether each group also has its own weight
 
   std::int64_t weights() const { return own_weights ? groups : 1; }
   std::int64_t adapters() const { return groups > 0 ? groups : 1; }
-  // Ever larger groups.
+  // Each group is larger than the one before.
   std::vector<std::int64_t> offsets() const {
     std::vector<std::int64_t> all;
     for (std::int64_t g = 0; g <= groups; ++g) all.push_back(g * g * M / (groups * groups));
@@ -107,7 +107,7 @@ struct Case {
 };
 constexpr float kDropout = 0.25f;
 
-// Everything that is computed of a layer: its quantized weight too.
+// All results of a layer, including its quantized weight.
 Bytes results(const Case& c) {
   const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank, elements = c.weights() * N * K;
   const DType dtype = c.dtype;
@@ -157,7 +157,7 @@ Bytes results(const Case& c) {
   const qn::RowGroups groups{.count = c.groups, .offsets = offsets.data()};
   Tensor y(dtype, M, N), u(dtype, M, rank), dx(dtype, M, K), v(dtype, M, rank), da(DType::f32, c.adapters() * rank, K),
       db(DType::f32, c.adapters() * N, rank);
-  // U and V are in a workspace of the call, and then in the caller's memory.
+  // U and V lie first in a workspace of the call, then in the caller's memory.
   qn::linear_forward({.weight = view, .lora = lora, .groups = groups, .x = x.in(), .bias = bias.data(), .y = y.out()});
   qn::linear_backward_input({.weight = view, .lora = lora, .groups = groups, .dy = dy.in(), .dx = dx.out()});
   Bytes all;
@@ -180,9 +180,9 @@ Bytes results(const Case& c) {
   return all;
 }
 
-// Few rows; tiles of 16, 64, 128 and 256 rows, whole vectors and not, two tiles and more than there are blocks; and in
-// fp32 what has no tiles. U, V, dA and dB are long sums, which several blocks share through a workspace. Then likewise
-// of rows in groups, with weights of their own and with adapters alone.
+// The cases are: few rows; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
+// than blocks; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which several blocks share through
+// a workspace. Then come the same for rows in groups, with their own weights or only with their own adapters.
 constexpr Case kCases[] = {
     {4, 200, 704, DType::bf16, 16},
     {12, 200, 704, DType::bf16, 70},
@@ -210,7 +210,7 @@ void products_have_the_same_bits() {
   }
 }
 
-// Otherwise the cases would show nothing of the flags.
+// Without shared tiles the cases would not test the flags.
 void several_blocks_share_a_tile() {
   for (const Case& each : kCases) {
     if (each.dtype == DType::f32 || each.M / each.weights() <= qn::kGemvRows) continue;
@@ -222,11 +222,11 @@ void several_blocks_share_a_tile() {
                            .groups = each.groups,
                            .own_weights = each.own_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
-    shape.multiprocessors = 3;  // the emulator's
+    shape.multiprocessors = 3;  // the emulated device has 3
     shape.smem_bytes = 227 * 1024;
     shape.reserved_smem_bytes = 1024;
     const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));
-    // As blocks will find it.
+    // The row tiles that the blocks will find.
     std::int64_t row_tiles = config.row_tiles;
     if (each.own_weights) {
       const std::vector<std::int64_t> offsets = each.offsets();
@@ -240,11 +240,11 @@ void several_blocks_share_a_tile() {
 
 // ---- the optimizer ----
 
-// Tensors of several kinds, each with its state, two steps of them, and one that is skipped.
+// The results of two steps and a skipped one, for tensors of several kinds with their states.
 Bytes optimizer_results(qn::Algorithm algorithm) {
   constexpr std::int64_t kInBf16 = 300;
   const std::array<std::int64_t, 5> sizes = {1, 256, kInBf16, 5000, 20'000};
-  std::vector<Tensor> tensors;  // of each size: parameter, gradient, three of codes, three of absmax
+  std::vector<Tensor> tensors;  // for each size: the parameter, its gradient, three of codes, three of absmax
   std::vector<std::int64_t> steps(sizes.size());
   std::vector<qn::Optimizer8bitTensor> views;
   Random random;
@@ -300,7 +300,7 @@ void optimizer_has_the_same_bits() {
   }
 }
 
-// What a GPU alone can see, for the host's check of it is passed by.
+// The test bypasses the host's check of the learning rate, because on a GPU only the kernel can see the value.
 void learning_rate_that_is_no_number_skips_the_step() {
   for (const float lr : {NAN, INFINITY, -1.0f}) {
     float param = 1.0f, grad = 1.0f, m = 0.0f, v = 0.0f;

@@ -1,13 +1,14 @@
-// Guards every operation of the instruction set in use: a decoded weight and a step of AdamW have the bits of their
-// definition in the headers, and products are near sums in float64. ctest runs it once for each instruction set; it
+// Guards every operation of the instruction set in use: a decoded weight and a step of an optimizer have the bits that
+// the headers define, and products are near sums in float64. ctest runs this test once for each instruction set; it
 // exits 1 on a failure.
 //
 // A sum of K products in fp32, rounded once to a dtype with unit roundoff u, may be off by
 //
 //   u * |y|  +  kSumFactor * sqrt(K) * r * |x_m| * |w_n|              (element y[m,n] of X . W^T; norms of the rows)
 //
-// where r is the largest relative error of one of the sum's roundings: they are independent, so that they grow with the
-// root of K, and the product of the norms bounds every partial sum (python/qlora_native/testing.py says more).
+// where r is the largest relative error of a single rounding in the sum. The roundings are independent, so their sum
+// grows with the root of K, and the product of the norms bounds every partial sum (python/qlora_native/testing.py says
+// more).
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -47,7 +48,7 @@ struct Format {
   const float* code;
   bool microscaled = false;
 };
-// A user's codebook: no level is 0, two are equal, and no two distances are.
+// A user's codebook: no level is 0, two levels are equal, and all distances differ.
 constexpr float kOwnCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
                                     0.02f, 0.09f,  0.17f,  0.29f,  0.29f,  0.52f,  0.71f,  1.0f};
 const std::vector<Format>& formats() {
@@ -59,7 +60,8 @@ const std::vector<Format>& formats() {
   return all;
 }
 
-// Those of products: after the formats of any blocksize the ones that have one and scales of 8 bits.
+// The formats that products are tested with: first those of any blocksize, then those with a fixed blocksize and scales
+// of 8 bits.
 const std::vector<Format>& product_formats() {
   static const std::vector<Format> all = [] {
     std::vector<Format> both = formats();
@@ -72,11 +74,11 @@ const std::vector<Format>& product_formats() {
 struct Shape {
   std::int64_t N, K;
 };
-// One element, less than a block, one more and one less than 64, odd sizes (a byte in two rows), rows of one element, a
-// K that no power of two divides beyond 2, and rows of whole chunks, an odd and an even number of them.
+// The shapes have one element, less than a block, K of one less and one more than 64, odd sizes (two rows share a
+// byte), rows of one element, a K that 4 does not divide, and rows of whole chunks, an odd and an even number of them.
 constexpr Shape kShapes[] = {{1, 1}, {1, 64}, {5, 63}, {3, 65}, {7, 1}, {48, 96}, {65, 128}, {19, 342}, {18, 192}};
 
-// Each row of its own size, with an outlier here and there: scales that differ.
+// Rows differ in size, and there are some outliers, so that scales differ.
 Tensor random_weight(Shape shape, DType dtype) {
   Random random(static_cast<std::uint64_t>(shape.N * 10000 + shape.K));
   Tensor weight(dtype, shape.N, shape.K);
@@ -90,7 +92,7 @@ Tensor random_weight(Shape shape, DType dtype) {
 
 class Quantized {
  public:
-  // `weight` is `count` weights, one below the other.
+  // `weight` consists of `count` weights, one below the other.
   Quantized(const Tensor& weight, Format format, int blocksize, bool double_quant, std::int64_t count = 1)
       : shape_{weight.rows() / count, weight.cols()},
         count_(count),
@@ -150,7 +152,7 @@ class Quantized {
     }
     return view;
   }
-  // The weight as common/layout.h defines it, rounded once.
+  // The decoded weight as common/layout.h defines it, rounded once.
   Tensor decoded(DType dtype) const {
     const qn::QuantizedWeightView w = view();
     Tensor values(dtype, count_ * shape_.N, shape_.K);
@@ -209,7 +211,8 @@ void decoded_weight_is_level_times_scale_rounded_once() {
   }
 }
 
-// The rows of an embedding: any of them, more than once, and of all weights that lie one below the other.
+// Looks up rows as an embedding does: in any order, some more than once, and in all weights that lie one below the
+// other.
 void decoded_rows_are_those_of_the_decoded_weight() {
   for (const Shape shape : kShapes) {
     const std::int64_t count = shape.N % 3 == 0 ? 3 : 1;
@@ -250,7 +253,8 @@ void decoded_microscaled_weight_is_level_times_scale_rounded_once() {
   }
 }
 
-// A file may hold such scales, and the one whose last bits are all set must not be rounded to another value.
+// A file may hold scales that are not finite. A NaN whose last bits are all set must not become another value when it
+// is rounded.
 void scale_that_is_not_finite_decodes_as_defined() {
   const Tensor weight = random_weight({7, 65}, DType::f32);
   for (const Format& format : formats())
@@ -276,7 +280,7 @@ double distance_to_nearest(const std::vector<double>& levels, double value) {  /
   return std::min(to_above, above == levels.begin() ? INFINITY : value - above[-1]);
 }
 
-// A near tie may fall either way: a midpoint is rounded to fp32.
+// If two levels are nearly equally near, either is right, because midpoints are rounded to fp32.
 void code_is_that_of_the_nearest_level() {
   for (const Format& format : formats()) {
     std::vector<double> levels;
@@ -353,10 +357,10 @@ struct Case {
   std::int64_t rank = 0;
   float dropout = 0.0f;
   DType lora_dtype = DType::f32;
-  std::int64_t gap = 0;                    // between rows, of everything that has a stride
-  std::vector<std::int64_t> offsets = {};  // of groups, each with an adapter of its own
-  bool own_weights = false;                // and a weight
-  bool shared_adapter = false;             // or one adapter for all groups
+  std::int64_t gap = 0;                    // elements between rows, in all matrices with a stride
+  std::vector<std::int64_t> offsets = {};  // the offsets of groups, each with its own adapter
+  bool own_weights = false;                // whether each group has its own weight
+  bool shared_adapter = false;             // whether all groups share one adapter
 
   std::int64_t groups() const { return offsets.empty() ? 0 : static_cast<std::int64_t>(offsets.size()) - 1; }
   std::int64_t weights() const { return own_weights ? groups() : 1; }
@@ -376,7 +380,7 @@ struct Case {
   }
 };
 
-// One layer with all that is computed from it.
+// A layer with all of its results.
 class Layer {
  public:
   explicit Layer(const Case& c)
@@ -479,8 +483,8 @@ class Layer {
     return mask;
   }
 
-  // Rows of x that are multiplied by weight number `weight` of those in `decoded`, and by adapter number `adapter`, or
-  // -1: by none.
+  // Checks rows of x that are multiplied by weight number `weight` of `decoded`, and by adapter number `adapter`, or by
+  // none if that is -1.
   void check_rows(const Tensor& decoded, std::int64_t begin, std::int64_t end, std::int64_t weight,
                   std::int64_t adapter) const {
     const bool own = !c_.shared_adapter;
@@ -499,7 +503,7 @@ class Layer {
       for (std::int64_t i = 0; i < M * N; ++i) y.add(i, bias_.at(weight, i % N));
     dx.add_product(dy, w, N);
     if (R > 0) {
-      // The adapter as the products use it: rounded to the dtype of x, of B also times s.
+      // The adapter as the products use it: A, B and s*B are rounded to the dtype of x.
       std::vector<double> a, b, sb;
       for (double value : rows_of(a_, adapter * R, (adapter + 1) * R))
         a.push_back(rounded(c_.dtype, static_cast<float>(value)));
@@ -523,7 +527,7 @@ class Layer {
     expect_close("y", rows_of(y_, begin, end), y, c_.dtype, c_.dtype);
     expect_close("dx", rows_of(dx_, begin, end), dx, c_.dtype, c_.dtype);
   }
-  // dA and dB of an adapter, which are sums over its rows.
+  // Checks dA and dB of an adapter, which are sums over its rows.
   void check_gradients(std::int64_t begin, std::int64_t end, std::int64_t adapter) const {
     const std::int64_t M = end - begin, N = c_.N, K = c_.K, R = c_.rank;
     if (R == 0) return;
@@ -538,7 +542,7 @@ class Layer {
     expect_close("db", rows_of(db_, adapter * N, (adapter + 1) * N), db, c_.dtype, c_.lora_dtype);
   }
 
-  // A matrix of sums in float64; beside each sqrt(terms) * |row| * |column| of the products in it.
+  // A matrix of sums in float64. Beside each sum lies sqrt(terms) * |row| * |column| of the products in it.
   struct Sums {
     std::int64_t rows, cols;
     std::vector<double> value, norms;
@@ -546,7 +550,7 @@ class Layer {
         : rows(rows), cols(cols), value(static_cast<std::size_t>(rows * cols)), norms(value) {}
 
     void add(std::int64_t i, double addend) { value[static_cast<std::size_t>(i)] += addend; }
-    // left[rows, inner] . right[inner, cols]
+    // Adds left[rows, inner] . right[inner, cols].
     void add_product(const std::vector<double>& left, const std::vector<double>& right, std::int64_t inner) {
       std::vector<double> of_row(static_cast<std::size_t>(rows)), of_column(static_cast<std::size_t>(cols));
       for (std::int64_t j = 0; j < inner * cols; ++j) {
@@ -580,7 +584,7 @@ class Layer {
     }
   };
 
-  // `multiplied`: the dtype of the operands, which decides how a sum rounds; `dtype`: of the results.
+  // `multiplied` is the dtype of the operands, which decides how a sum rounds; `dtype` is that of the results.
   void expect_close(const char* name, const std::vector<double>& values, const Sums& expected, DType multiplied,
                     DType dtype) const {
     const double smallest = std::max(smallest_normal(multiplied), smallest_normal(dtype));
@@ -590,7 +594,7 @@ class Layer {
       const double allowed = unit_roundoff(dtype) * std::fabs(expected.value[i]) +
                              kSumFactor * sum_roundoff(multiplied) * expected.norms[i] + smallest;
       const double excess = std::fabs(values[i] - expected.value[i]) / allowed;
-      if (!(excess <= worst)) {  // a NaN too
+      if (!(excess <= worst)) {  // true for NaN, too
         worst = excess;
         where = i;
       }
@@ -609,7 +613,7 @@ class Layer {
   Tensor y_, u_, dx_, v_, da_, db_;
 };
 
-// Blocks of which a chunk of 64 elements has two or four.
+// A chunk of 64 elements has two or four of these blocks.
 struct SmallBlocks {
   int format, blocksize;
 };
@@ -618,7 +622,8 @@ constexpr std::int64_t kRows[] = {0, 1, 7, 8, 9, 16, 17, 33, 129};
 constexpr std::int64_t kRanks[] = {0, 1, 16, 70};
 
 // Every shape with every number of rows; every format with every blocksize; every rank with and without dropout; and
-// what a kernel takes at a time, and one off: 64 rows of W, 1024 of K, more rows of X than are packed in one strip.
+// the sizes that a kernel takes at a time, exactly and one off: 64 rows of W, K = 1024, and more rows of X than one
+// strip packs.
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DType dtype : kDTypes) {
@@ -655,7 +660,7 @@ std::vector<Case> cases() {
                        .bias = true,
                        .rank = format == 0 ? 16 : 0,
                        .dropout = 0.125f});
-    // More panels of few rows than one total is the sum of.
+    // More panels of few rows than go into one total.
     all.push_back({.M = 8, .N = 1700, .K = 70, .dtype = dtype});
   }
   // More rows of X, and more ranks of U, than are packed at once.
@@ -688,8 +693,8 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Groups of no row, of one, of all, and those that end inside of a vector, a strip or a group of rows; weights whose
-// blocks, and bytes, straddle experts; rows before the first group, which have no adapter.
+// Groups of no row, of one row and of all rows; groups that end inside a vector, a strip or a group of rows; weights
+// whose blocks and bytes straddle experts; and rows before the first group, which have no adapter.
 std::vector<Case> grouped_cases() {
   struct Groups {
     std::int64_t M;
@@ -722,14 +727,14 @@ std::vector<Case> grouped_cases() {
                            .own_weights = own_weights && groups.offsets.size() > 2,
                            .shared_adapter = i % 7 == 3});
           }
-  // More groups than a warp looks at together.
+  // More groups than a warp searches at once.
   std::vector<std::int64_t> ends;
   for (std::int64_t g = 0; g <= 70; ++g) ends.push_back(g * g * 100 / (70 * 70));
   for (const bool own_weights : {true, false})
     for (const auto& [N, K] : {std::array<std::int64_t, 2>{16, 64}, {3, 33}})
       all.push_back(
           {.M = 100, .N = N, .K = K, .dtype = DType::bf16, .rank = 4, .offsets = ends, .own_weights = own_weights});
-  // Rows that vectors can reach, of sizes for each tile of a GPU's.
+  // Rows that vectors can reach, with groups of sizes for each tile of a GPU.
   const Groups single = {21, {0, 1, 1, 18, 19, 20, 21}}, fewest = {70, {0, 1, 1, 10, 61, 70}},
                few = {131, {0, 8, 17, 33, 50, 99, 99, 131}}, many = {290, {0, 200, 200, 290}};
   const Groups most = {2050, {0, 2049, 2050}}, behind_others = {290, {10, 100, 100, 201, 290}};
@@ -786,8 +791,9 @@ struct LossCase {
   std::int64_t gap = 0;
 };
 
-// The loss of each row, its log-probability and its gradient, by their definition in float64. The sum of V exponentials
-// in fp32 may be off by kSumFactor * sqrt(V) roundings of 1.5 units each; a loss is a few numbers of the size of z.
+// Compares each row's loss, log-probability and gradient with their definition in float64. The sum of V exponentials in
+// fp32 may be off by kSumFactor * sqrt(V) roundings of 1.5 units each; a loss is the sum of a few numbers of the size
+// of z.
 void losses_and_gradients_are_those_of_float64() {
   constexpr std::int64_t kIgnored = -100;
   std::vector<LossCase> all;
@@ -842,7 +848,7 @@ void losses_and_gradients_are_those_of_float64() {
       const bool kept = labels[r] != kIgnored;
       const double target = kept ? z[static_cast<std::size_t>(labels[r])] : 0.0, V = static_cast<double>(c.V);
       const double expected = lse - (1.0 - smoothing) * target - smoothing / V * sum + double{c.z_loss} * lse * lse;
-      // A soft cap's tanh is off by some units of 1, times the cap.
+      // The tanh of a soft cap is off by a few units in the last place of 1, times the cap.
       const double allowed =
           sums * (1.0 + 2.0 * double{c.z_loss} * std::fabs(lse)) + 8.0 * 0x1p-24 * (size + lse * lse);
       worst = std::max(worst, std::fabs(loss[r] - (kept ? expected : 0.0)) / allowed);
@@ -917,7 +923,7 @@ std::uint8_t nearest(const std::array<float, 256>& map, double value) {  // a ti
   return static_cast<std::uint8_t>(code);
 }
 
-// One parameter with its state, and a step of it as common/optimizer.h defines it.
+// One parameter with its state, and the step of it that common/optimizer.h defines.
 struct Parameter {
   Tensor param, grad;
   bool in_8_bits;
@@ -1003,7 +1009,7 @@ void optimizer_steps_to_the_bit(qn::Algorithm algorithm) {
     for (const DType param_dtype : kDTypes)
       for (const DType grad_dtype : {DType::f32, param_dtype})
         for (const bool in_8_bits : {true, false}) actual.emplace_back(elements, param_dtype, grad_dtype, in_8_bits);
-  // More than a GPU's kernels take at once.
+  // More tensors than a GPU's kernels take at once.
   for (int i = 0; i < 600; ++i) actual.emplace_back(3, DType::f32, DType::f32, true);
   std::vector<Parameter> expected = actual;
   std::int64_t skipped = 0;
@@ -1012,7 +1018,7 @@ void optimizer_steps_to_the_bit(qn::Algorithm algorithm) {
     std::vector<qn::Optimizer8bitTensor> tensors;
     for (std::size_t i = 0; i < actual.size(); ++i) {
       Random random(i + 100 * static_cast<std::size_t>(round));
-      // From one to the next step gradients shrink by orders of magnitude: moments that become codes near 0.
+      // From step to step the gradients shrink by orders of magnitude, so that moments get codes near 0.
       actual[i].grad.fill(random, std::pow(0.03f, static_cast<float>(round)));
       expected[i].grad = actual[i].grad;
       tensors.push_back(actual[i].view(static_cast<int>(i % 2)));
@@ -1030,7 +1036,7 @@ void optimizer_steps_to_the_bit(qn::Algorithm algorithm) {
   EXPECT(skipped == 0);
 }
 
-// Where beta1 m + (1 - beta1) g is 0 or -0 an element stays as it is, -0 too; where it is as small as a float can be it
+// If beta1 m + (1 - beta1) g is 0 or -0, an element keeps its value, even -0. If it is the smallest float, the element
 // moves by all of lr.
 void lion_moves_by_the_sign_of_the_smallest_numbers() {
   const float smallest = std::numeric_limits<float>::denorm_min();
@@ -1059,8 +1065,8 @@ void lion_moves_by_the_sign_of_the_smallest_numbers() {
 
 // ---- bad input ----
 
-// Each argument of each operation that cannot be as it is, and that its result is then not touched. (Those of
-// linear_forward and of optimizer_8bit_step are in test_core.cpp.)
+// Each bad argument of each operation is an Error that names it, and the results are then not touched. (test_core.cpp
+// has the arguments of linear_forward and of optimizer_8bit_step.)
 void bad_input_is_refused_by_its_name() {
   const Tensor weight = random_weight({5, 63}, DType::f32);
   const Quantized quantized(weight, formats()[0], 64, true);
@@ -1146,7 +1152,7 @@ void bad_input_is_refused_by_its_name() {
       std::copy(values.begin(), values.end(), offsets);
       args.groups = groups;
       args.weight.count = weights;
-      args.weight.N = 5 / weights;  // its memory holds 5 rows
+      args.weight.N = 5 / weights;  // the weight's memory holds 5 rows
       args.dy.cols = args.weight.N;
       args.lora.count = adapters;
     });

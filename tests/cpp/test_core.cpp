@@ -1,5 +1,5 @@
-// Guards the core without torch or Python: its promises for every backend. ctest runs it once for each instruction set;
-// it exits 1 on a failure.
+// Guards what the core, without torch or Python, promises for every backend. ctest runs this test once for each
+// instruction set; it exits 1 on a failure.
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -27,7 +27,7 @@ namespace qn = qlora_native;
 
 namespace {
 
-// ---- a small layer, its quantized weight and every result of it ----
+// ---- a small layer, its quantized weight and all of its results ----
 
 struct Random {
   std::uint64_t state = 1;
@@ -87,7 +87,7 @@ struct Weight {
   }
 };
 
-// A layer whose shapes are all ragged: blocks straddle rows, K is odd.
+// A layer with ragged shapes: blocks straddle rows, and K is odd.
 struct Layer {
   static constexpr std::int64_t M = 37, N = 53, K = 131, rank = 5;
   std::vector<float> w, x, a, b, bias, dy;
@@ -115,7 +115,7 @@ struct Layer {
             .device_seed = device_seed};
   }
 
-  // Everything the library computes from this layer, in one vector.
+  // Everything that the library computes from this layer, in one vector.
   std::vector<float> results() const {
     const Weight again(w, N, K, 32);
     EXPECT(again.codes == weight.codes && again.absmax_codes == weight.absmax_codes && again.offset == weight.offset);
@@ -147,7 +147,7 @@ struct Layer {
     return all;
   }
 
-  // dX in bf16, which other kernels compute.
+  // dX in bf16. Its kernels are not those of fp32.
   std::vector<std::uint16_t> dx_of_bf16() const {
     std::vector<std::uint16_t> dy16, dx(M * K), v(M * rank);
     for (float value : dy) dy16.push_back(static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
@@ -177,7 +177,7 @@ void seed_in_memory_gives_the_mask_of_the_number() {
   EXPECT(same_bits(layer.results(), expected) && layer.dx_of_bf16() == expected16);
 }
 
-// Codes and results at odd addresses, and scales of scales for other than powers of two.
+// Codes and results lie at odd addresses, and nested_blocksize is not always a power of two.
 void dequantize_reaches_any_address() {
   const Layer layer;
   constexpr std::int64_t elements = Layer::N * Layer::K;
@@ -209,7 +209,7 @@ void dequantize_reaches_any_address() {
   EXPECT(std::memcmp(out.data() + 1, aligned.data(), elements * sizeof(float)) == 0);
 }
 
-// A large output is written past the caches, to an aligned address in memory that is there already.
+// A large output bypasses the caches if it has an aligned address, in memory whose pages exist already.
 void large_output_has_the_bits_of_a_small_one() {
   constexpr std::int64_t N = 2053, K = 4096, elements = N * K;
   std::vector<std::uint8_t> codes(elements / 2);
@@ -225,7 +225,7 @@ void large_output_has_the_bits_of_a_small_one() {
   view.code = qn::codebook("nf4").data();
   for (const qn::DType dtype : {qn::DType::f32, qn::DType::bf16, qn::DType::f16}) {
     const std::size_t size = qn::size_of(dtype), bytes = elements * size;
-    std::vector<char> memory(2 * bytes + 128);  // its pages are there, as it has been cleared
+    std::vector<char> memory(2 * bytes + 128);  // its pages exist, because the vector clears them
     void* aligned = memory.data();
     std::size_t space = memory.size();
     EXPECT(std::align(64, bytes, aligned, space) != nullptr);
@@ -245,7 +245,7 @@ void codebooks_and_maps_have_their_published_levels() {
   const auto& map = qn::dynamic_map();
   for (int i = 0; i < 255; ++i) EXPECT(map[i] < map[i + 1]);
   EXPECT(map[127] == 0.0f && map[255] == 1.0f && map[0] == -map[254]);
-  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a over the bits, as of bitsandbytes' create_dynamic_map()
+  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a of the bits; expected: that of bitsandbytes' create_dynamic_map()
   for (float level : map) hash = (hash ^ std::bit_cast<std::uint32_t>(level)) * 0x100000001b3;
   EXPECT(hash == 0x690ca6ad558a2475);
 
@@ -265,9 +265,9 @@ void sixteen_bit_numbers_round_to_nearest_even() {
     const float f = qn::f32_from_f16(half), b = qn::f32_from_bf16(half);
     EXPECT(f != f ? std::isnan(qn::f32_from_f16(qn::f16_from_f32(f))) : qn::f16_from_f32(f) == half);
     EXPECT(b != b ? std::isnan(qn::f32_from_bf16(qn::bf16_from_f32(b))) : qn::bf16_from_f32(b) == half);
-    if ((half & 0x7FFF) >= 0x7BFF) continue;  // the last finite one and above have no neighbour
+    if ((half & 0x7FFF) >= 0x7BFF) continue;  // from the last finite number on there is no next one
     const float above = qn::f32_from_f16(static_cast<std::uint16_t>(half + 1)), middle = (f + above) / 2;
-    EXPECT(qn::f16_from_f32(middle) == half + (half & 1));  // a tie goes to the even one
+    EXPECT(qn::f16_from_f32(middle) == half + (half & 1));  // a tie goes to the even number
     EXPECT(qn::f16_from_f32(std::nextafterf(middle, f)) == half);
     EXPECT(qn::f16_from_f32(std::nextafterf(middle, above)) == half + 1);
   }
@@ -275,7 +275,8 @@ void sixteen_bit_numbers_round_to_nearest_even() {
 }
 
 void known_weights_quantize_to_known_codes() {
-  // Three elements, so that the last low nibble is the code of 0; all-zero block; NaN and Inf are counted.
+  // There are three elements, so that the last low nibble is the code of 0. Then come an all-zero block, and NaN and
+  // Inf, which are counted.
   std::vector<float> w = {0.5f, -0.5f, 0.0f};
   std::uint8_t codes[2];
   float absmax;
@@ -307,14 +308,14 @@ void known_weights_quantize_to_known_codes() {
   qn::dequantize({.weight = view, .out = out});
   EXPECT(out[0] == 127.0f * (2.0f / 127.0f) && out[1] == -64.0f * (2.0f / 127.0f));
 
-  // No rows: nothing is read or written.
+  // With no rows nothing is read or written.
   const Layer layer;
   qn::linear_forward({.weight = layer.weight.view(),
                       .x = {nullptr, qn::DType::bf16, 0, Layer::K, Layer::K},
                       .y = {nullptr, qn::DType::bf16, 0, Layer::N, Layer::N}});
 }
 
-// The results against plain sums over the dequantized weight.
+// Compares the results with plain sums over the dequantized weight.
 void products_match_plain_sums() {
   constexpr std::int64_t M = Layer::M, N = Layer::N, K = Layer::K, R = Layer::rank;
   const Layer layer;
@@ -403,7 +404,7 @@ void errors_name_the_argument() {
   for (float value : y) EXPECT(value == 0.0f);  // nothing was written
 }
 
-// What a weight contains is checked where it is loaded.
+// check_quantized_weight() checks the contents of a weight when it is loaded.
 void contents_of_weights_are_checked() {
   const Layer layer;
   qn::check_quantized_weight(layer.weight.view());
@@ -413,7 +414,8 @@ void contents_of_weights_are_checked() {
     qn::check_quantized_weight(view);
   });
 
-  // Double-quantized: each of the tables, in turn, with a value that is none, or scales that only decode to one.
+  // For a double-quantized weight, each table in turn holds a value that is not finite, or values that only decode to
+  // one.
   const auto refused = [&](const std::string& argument,
                            const std::function<void(Weight&, std::vector<float>&)>& change) {
     Weight weight = layer.weight;
@@ -426,7 +428,7 @@ void contents_of_weights_are_checked() {
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     refused("weight.nested_absmax", [&](Weight& weight, auto&) { weight.nested_absmax[0] = bad; });
     refused("weight.nested_code", [&](Weight& weight, auto& levels) {
-      weight.absmax_codes.back() = 255;  // a level that no scale has may be anything
+      weight.absmax_codes.back() = 255;  // a level that no scale uses may be anything
       levels[255] = bad;
     });
     refused("weight.offset", [&](Weight& weight, auto&) { weight.offset = bad; });
@@ -436,7 +438,7 @@ void contents_of_weights_are_checked() {
     weight.nested_absmax[0] = 3e38f;
     levels[255] = 2.0f;
   });
-  // The same levels where no scale uses the one that is too large.
+  // The same levels are allowed if no scale uses the one that is too large.
   Weight large = layer.weight;
   std::vector<float> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
   std::replace(large.absmax_codes.begin(), large.absmax_codes.end(), std::uint8_t{255}, std::uint8_t{254});
@@ -445,9 +447,10 @@ void contents_of_weights_are_checked() {
   qn::QuantizedWeightView view = large.view();
   view.nested_code = levels.data();
   large.nested_absmax[0] = 100.0f;
-  qn::check_quantized_weight(view);  // and scales below 0, which double quantization may round to
+  qn::check_quantized_weight(view);  // scales below 0 are allowed, because double quantization may round to them
 
-  // fp32 scales: every place of a length that no vector divides, and beyond a chunk of the check.
+  // fp32 scales are checked at every place, for a length that is no multiple of a vector and exceeds a chunk of the
+  // check.
   std::vector<std::uint8_t> codes(5003 * 16);
   std::vector<float> scales(5003, 1.0f);
   view = {.N = 5003, .K = 32, .blocksize = 32, .codes = codes.data(), .absmax = scales.data()};
@@ -470,7 +473,7 @@ void contents_of_weights_are_checked() {
   }
 }
 
-// MXFP4 and NVFP4 from weights whose codes and scales are known, and as the operand of a product.
+// Quantizes weights with known codes and scales to MXFP4 and NVFP4, and multiplies by the results.
 void microscaled_weights_are_quantized_by_their_rules() {
   const std::array<float, 16>& levels = qn::codebook("mxfp4");
   constexpr std::int64_t N = 3, K = 32;
@@ -490,7 +493,7 @@ void microscaled_weights_are_quantized_by_their_rules() {
     qn::quantize_microscaled(args);
     EXPECT(non_finite.count == 0 && non_finite.first == -1);
     for (std::size_t i = 0; i < codes.size(); ++i) EXPECT(codes[i] == 0x01 + 0x22 * (i % 8));
-    // 1.5 is 6 times 2^-2; it is the largest of every block, so that the scales of NVFP4 are E4M3's largest.
+    // Every block's largest element is 1.5, which is 6 times 2^-2; so the scales of NVFP4 are E4M3's largest number.
     for (const std::uint8_t scale : scales) EXPECT(scale == (blocksize == 32 ? 125 : 126));
     EXPECT(std::isnan(nested_code[255]) && std::isfinite(nested_code[126]));
     EXPECT(nested_code[0] == (blocksize == 32 ? 0x1p-127f : 0.0f));
@@ -509,9 +512,9 @@ void microscaled_weights_are_quantized_by_their_rules() {
     product.x = {x.data(), qn::DType::f32, 1, K, K};
     product.y = {y.data(), qn::DType::f32, 1, N, N};
     qn::linear_forward(product);
-    for (const float sum : y) EXPECT(std::fabs(sum) <= 1e-5f);  // each level and its negative
+    for (const float sum : y) EXPECT(std::fabs(sum) <= 1e-5f);  // each level cancels its negative
 
-    scales.back() = 255;  // which is no scale
+    scales.back() = 255;  // this byte is no scale
     expect_error("weight.nested_code", [&] { qn::check_quantized_weight(view); });
     weight[37] = NAN;
     qn::quantize_microscaled(args);
@@ -566,7 +569,7 @@ void adamw_steps_or_skips_as_a_whole() {
   Optimizer optimizer;
   const std::vector<float> before[2] = {optimizer.params[0], optimizer.params[1]};
   qn::adamw_8bit_step(optimizer.args());
-  // The first step goes lr against the sign of the gradient: m / sqrt(v) is +-1 once the biases are corrected.
+  // The first step moves by lr against the sign of the gradient, because with bias corrections m / sqrt(v) is +-1.
   double worst = 0.0;
   for (int i = 0; i < 2; ++i) {
     EXPECT(optimizer.steps[i] == 1);
@@ -591,11 +594,11 @@ void adamw_steps_or_skips_as_a_whole() {
   EXPECT(optimizer.skipped == 5 && optimizer.steps[0] == 1 && same_bits(optimizer.params[0], after));
 
   Optimizer large;
-  large.grads[1].back() = 0x1.fffffep63f;  // the largest that is taken
+  large.grads[1].back() = 0x1.fffffep63f;  // the largest gradient that is usable
   qn::adamw_8bit_step(large.args());
   EXPECT(large.skipped == 0 && large.steps[0] == 1);
 
-  // A learning rate in memory takes the place of the one in the group, each time as it is then.
+  // A learning rate in memory replaces the one in the group. It is read anew in each step.
   Optimizer given, read;
   float lr = 0.02f;
   given.group.lr = double{lr};
@@ -635,7 +638,7 @@ void adamw_steps_or_skips_as_a_whole() {
   refused("tensors[0].elements", [](Optimizer& o, qn::AdamW8bitArgs&) { o.tensors[0].elements = -1; });
 }
 
-// What an algorithm has not is not read, and what it has is checked.
+// Fields that an algorithm does not have are not read, and those that it has are checked.
 void algorithms_check_what_they_read() {
   const auto args_of = [](Optimizer& optimizer, qn::Algorithm algorithm) {
     qn::Optimizer8bitArgs args = optimizer.args();
@@ -690,8 +693,8 @@ void missing_cuda_is_explained() {
   }
 }
 
-// Every element of a product lies in one part and tile, none is larger than its buffers, and no thread waits for
-// another one's last tile where that can be helped.
+// Every element of a product lies in exactly one part and tile. No tile is larger than its buffers. No thread waits for
+// another thread's last tile if that can be avoided.
 void grids_cover_every_element_evenly() {
   const qn::GridLimits limits{22, 3, 32, 8, 1};
   for (std::int64_t rows : {1, 3, 22, 23, 86})
@@ -706,7 +709,7 @@ void grids_cover_every_element_evenly() {
         }
   const qn::Grid wide = qn::make_grid(3, 224, {22, 21, 32, 1, 1}, 2, 1);  // M=16, K=14336 on two threads
   EXPECT(wide.row_parts == 1 && wide.column_tiles == 8);
-  // Rows are not split where narrower tiles are enough: W would be decoded twice.
+  // Rows are not split if narrower tiles are enough, because W would be decoded twice.
   const qn::Grid narrow = qn::make_grid(171, 24, {171, 21, 2, 1, 1}, 2, 8);  // M=1024, K=1536
   EXPECT(narrow.row_parts == 1 && narrow.column_tiles == 24);
 }
@@ -756,7 +759,7 @@ void same_bits_for_concurrent_callers() {
   for (const auto& result : results) EXPECT(same_bits(result, alone));
 }
 
-// Run in a process of its own: the instruction set is chosen once.
+// This runs in a process of its own, because the instruction set is chosen only once.
 int with_forced_isa() {
   const std::string isa = std::getenv("QLN_FORCE_ISA");
   try {
@@ -801,14 +804,14 @@ int main(int count, char** arguments) {
   blocks_fit_the_caches_of_the_machine();
   seed_in_memory_gives_the_mask_of_the_number();
   dequantize_reaches_any_address();
-  if (std::getenv("QLN_BACKEND") == nullptr) large_output_has_the_bits_of_a_small_one();  // the cpu's alone
+  if (std::getenv("QLN_BACKEND") == nullptr) large_output_has_the_bits_of_a_small_one();  // only on the cpu
   adamw_steps_or_skips_as_a_whole();
   algorithms_check_what_they_read();
   missing_cuda_is_explained();
   same_bits_for_concurrent_callers();
   same_bits_for_any_number_of_threads();
   same_bits_for_concurrent_callers();
-  // Not under an emulator, where a program cannot start itself by its own name.
+  // This is left out under an emulator, where a program cannot start itself by its own name.
   if (std::getenv("QLN_TEST_EMULATED") == nullptr) forced_isas(arguments[0]);
   return report();
 }

@@ -1,8 +1,8 @@
-// Gated activations and RMS norms of the instruction set in use, against their definition in float64. Run by ctest,
-// once for each instruction set; exits 1 on a failure.
+// Guards gated activations and RMS norms of the instruction set in use: they are near their definition in float64.
+// ctest runs this test once for each instruction set; it exits 1 on a failure.
 //
-// A result is rounded once to its dtype. Before that its fp32 arithmetic may be off by kUnits of its last place, times
-// what its terms can make of that: the argument of an exponential, or the root of a sum's length.
+// A result is rounded once to its dtype. Before that, its fp32 arithmetic may be off by kUnits units in the last place,
+// times a factor: the size of the argument of an exponential, or the root of the length of a sum.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,23 +17,24 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;
 constexpr double kUnits = 8.0;
-// e^-88 is the least exponential that is not 0 (exp-inl.h).
+// Exponentials below about e^-88 are computed as 0 (exp-inl.h).
 constexpr double kLeastExponential = 1e-38;
 
 struct Shape {
   std::int64_t rows, N, gap;
 };
-// No rows; less than a vector of any instruction set, one, one more; several vectors and a rest; several rows a task.
+// The shapes have no rows; less than a vector of any instruction set, exactly one, and one element more; several
+// vectors and a rest; and several rows in a task.
 constexpr Shape kShapes[] = {{0, 5, 0},  {3, 1, 0},   {3, 3, 2},    {2, 8, 0},    {4, 16, 3},
                              {3, 17, 0}, {5, 100, 0}, {70, 577, 7}, {3, 4096, 0}, {2, 40001, 1}};
 
-// How far values are from what was expected, in units of what is allowed.
+// The largest error of any value, divided by the error that is allowed for it.
 class Worst {
  public:
   void see(double actual, double expected, DType dtype, double allowed) {
     const double off = std::fabs(actual - expected);
     const double ratio = off / (unit_roundoff(dtype) * std::fabs(expected) + allowed + smallest_normal(dtype));
-    if (!(ratio <= worst_)) worst_ = ratio;  // NaN is the worst of all
+    if (!(ratio <= worst_)) worst_ = ratio;  // NaN counts as the worst
   }
   double value() const { return worst_; }
 
@@ -43,11 +44,11 @@ class Worst {
 
 struct Function {
   double value, derivative;
-  double error_of_value, error_of_derivative;  // of their fp32 arithmetic
+  double error_of_value, error_of_derivative;  // bounds of the errors in fp32 arithmetic
 };
 
-// By the definition in elementwise.h. With s = 1 / (1 + e^-a) both are x s, where a is x or the polynomial of
-// gelu_tanh.
+// Follows the definition in elementwise.h. Both activations are x s with s = 1 / (1 + e^-a), where a is x or, for
+// gelu_tanh, a polynomial in x.
 Function function_of(qn::Activation activation, double x) {
   constexpr double kTwoRoots = 2.0 * 0.79788456080286536, kCubic = 0.044715;
   const bool silu = activation == qn::Activation::silu;
@@ -55,7 +56,7 @@ Function function_of(qn::Activation activation, double x) {
   const double slope = silu ? 1.0 : kTwoRoots * (1.0 + 3.0 * kCubic * x * x);
   const double s = 1.0 / (1.0 + std::exp(-a)), rest = 1.0 / (1.0 + std::exp(a));
   const double curved = x * s * rest * slope;
-  // An error of the argument is an error of the exponential that is as large, relatively.
+  // An absolute error of the argument becomes a relative error of the exponential.
   const double units = kUnits * kUnit * (1.0 + std::fabs(a));
   const double floor = kLeastExponential * std::fabs(x);
   return {x * s, s + curved, units * std::fabs(x * s) + floor,
@@ -71,7 +72,7 @@ void gated_activation_and_its_gradients_are_those_of_float64() {
         Tensor dh(dtype, shape.rows, shape.N), h(dtype, shape.rows, shape.N, shape.gap);
         Tensor dgate(dtype, shape.rows, shape.N, shape.gap), dup(dtype, shape.rows, shape.N);
         gate.fill(random, 3.0f), up.fill(random, 1.0f), dh.fill(random, 1.0f);
-        if (shape.rows > 2 && shape.N > 2) {  // far out, on both sides, and nothing
+        if (shape.rows > 2 && shape.N > 2) {  // large values of both signs, and zeros
           gate.set(0, 0, -100.0f), gate.set(0, 1, 100.0f), gate.set(0, 2, 0.0f);
           gate.set(1, 0, -20.0f), gate.set(1, 1, 20.0f), gate.set(1, 2, -0.0f);
         }
@@ -83,7 +84,7 @@ void gated_activation_and_its_gradients_are_those_of_float64() {
           for (std::int64_t j = 0; j < shape.N; ++j) {
             const Function f = function_of(activation, gate.at(i, j));
             const double u = up.at(i, j), d = dh.at(i, j);
-            const double rounding = 2.0 * kUnit;  // of the products with u and d
+            const double rounding = 2.0 * kUnit;  // for the products with u and d
             worst.see(h.at(i, j), f.value * u, dtype,
                       (f.error_of_value + rounding * std::fabs(f.value)) * std::fabs(u));
             worst.see(dup.at(i, j), f.value * d, dtype,
@@ -107,7 +108,7 @@ void rms_norm_and_its_gradient_are_those_of_float64() {
         Tensor y(dtype, shape.rows, shape.N, shape.gap), dx(dtype, shape.rows, shape.N), weight(dtype, 1, shape.N);
         x.fill(random, 2.0f), dy.fill(random, 1.0f), weight.fill(random, 0.5f);
         if (shape.rows > 2)
-          for (std::int64_t j = 0; j < shape.N; ++j) x.set(0, j, 0.0f);  // eps alone is under the root
+          for (std::int64_t j = 0; j < shape.N; ++j) x.set(0, j, 0.0f);  // then only eps is under the root
         std::vector<float> r(static_cast<std::size_t>(shape.rows));
         const float eps = 1e-5f;
         qn::rms_norm({x.in(), weight.data(), shift, eps, y.out(), r.data()});
@@ -130,7 +131,7 @@ void rms_norm_and_its_gradient_are_those_of_float64() {
           const double norms = given * std::sqrt(squares * gradients);
           for (std::int64_t j = 0; j < shape.N; ++j) {
             const double expected = x.at(i, j) * exact * factor(j), along_x = x.at(i, j) * given / N;
-            // 1 + weight is rounded where the two nearly cancel.
+            // If 1 and the weight nearly cancel, the rounding of 1 + weight counts.
             const double of_factor = kUnits * kUnit * std::fabs(x.at(i, j)) * exact * (double{shift} + 1.0);
             worst.see(y.at(i, j), expected, dtype, of_sum * std::fabs(expected) + of_factor);
             const double slack = of_sum * std::fabs(along_x) * norms +

@@ -1,6 +1,6 @@
 // Guards the quantizers of an optimizer's moments: each finds the level that a search of the map finds, for every float
-// in the map's range. Compiled once for each instruction set that has its own; the scalar backend is the search. Under
-// an emulator, where this takes very long, it tests one batch in 61.
+// in the map's range. This test is compiled once for each instruction set that has its own quantizer; the scalar
+// backend searches the map. Under an emulator, where this takes very long, it tests one batch in 61.
 #include <bit>
 #include <cstdio>
 #include <cstdlib>
@@ -12,10 +12,10 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Nearer to 0 than the first midpoints, 1.6e-7 and 2.75e-7: what is smaller has the code of 0.
+// This is nearer to 0 than the first midpoints, 1.6e-7 and 2.75e-7, so smaller numbers have the code of 0.
 constexpr float kSmallest = 0x1p-24f;
 
-// And a rounding error beyond the largest.
+// This exceeds the largest level by a rounding error.
 constexpr std::uint32_t kLast = std::bit_cast<std::uint32_t>(1.0f) + 4;
 
 constexpr int kBatch = kTableVectors * kLanes;
@@ -32,7 +32,7 @@ bool has_feature() {
 #endif
 }
 
-// As update_8bit() does, of a block whose largest is 1.
+// Encodes as update_8bit() does, for a block whose largest element is 1.
 template <bool kSigned>
 void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* codes) {
   F32 t[kTableVectors], scaled[kTableVectors], number[kTableVectors];
@@ -48,8 +48,9 @@ void encode(const Encoder<kSigned>& encoder, const float* values, std::uint8_t* 
   if (any_low_half_below(least, Encoder<kSigned>::kEdge)) encoder.store_exact(number, t, codes);
 }
 
-// Encodes sign * t for all floats t from kSmallest to kLast, ascending, and counts those whose code is not the nearest
-// level's (a tie: the lower level's). A level's number is the number of exact midpoints below the value.
+// Encodes sign * t for all floats t from kSmallest to kLast, in ascending order, and counts those whose code is not
+// that of the nearest level (of the lower level for a tie). The number of a value's level is the number of exact
+// midpoints below the value.
 template <bool kSigned>
 std::int64_t wrong_codes(float sign) {
   const std::array<float, 256>& map = kSigned ? kDynamicMap : kUnsignedDynamicMap;
@@ -77,7 +78,7 @@ std::int64_t wrong_codes(float sign) {
   return wrong;
 }
 
-// 0 and what lies between it and kSmallest: by samples, subnormal numbers among them.
+// Tests 0 and samples of the numbers between 0 and kSmallest, some of them subnormal.
 template <bool kSigned>
 std::int64_t wrong_codes_near_zero() {
   const Encoder<kSigned> encoder;

@@ -12,12 +12,12 @@ namespace {
 
 constexpr unsigned kThreads = kGemmThreads;
 
-// A place without a block: only how far it is from `base` matters.
+// A place in shared memory outside of any block: only its distance from `base` matters.
 alignas(256) std::byte base[1];
 SharedPlace place_at(unsigned bytes) { return SharedPlace(base).at(bytes); }
 unsigned offset_of(const SharedPlace& place) { return static_cast<unsigned>(place.address - base); }
 
-// Whether eight 16-byte vectors are in all of the 32 banks.
+// Whether some of eight 16-byte vectors use the same banks. If none do, they use all of the 32 banks.
 bool meet(const unsigned (&offsets)[8]) {
   unsigned banks = 0;
   for (const unsigned offset : offsets) banks |= 1u << offset / 16 % 8;
@@ -25,11 +25,11 @@ bool meet(const unsigned (&offsets)[8]) {
 }
 
 struct Element {
-  unsigned inner, i;  // of the result's row or column
+  unsigned inner, i;  // its index along the inner dimension, and its row or column in the result
   bool operator==(const Element&) const = default;
 };
 
-// What is in shared memory, by the offset of each 16-bit element.
+// The contents of shared memory: the element at each offset.
 class Memory {
  public:
   void put(unsigned offset, const Element& element) {
@@ -47,8 +47,8 @@ class Memory {
   std::size_t count_ = 0;
 };
 
-// The elements that ldmatrix loads from the four matrices that the lanes point at: register r of a lane has two, the
-// j-th.
+// The j-th of the two elements that ldmatrix loads into register r of a lane, from the four matrices that the lanes'
+// addresses point at.
 template <bool kTransposed>
 Element loaded(const Memory& memory, const unsigned (&rows)[kWarp], unsigned lane, unsigned r, unsigned j) {
   const unsigned g = lane / 4, pair = 2 * (lane % 4) + j;
@@ -84,7 +84,7 @@ void each_lane_gets_its_part_of_the_left_operand() {
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
           const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // a[r]: r % 2 is of rows + 8, r / 2 of the inner dimension + 8
+          for (unsigned r = 0; r < 4; ++r) {  // a[r] is r % 2 * 8 rows and r / 2 * 8 inner elements further on
             const unsigned row = owner.template row<Tile>() + kMmaRows * i + r % 2 * 8;
             for (unsigned j = 0; j < 2; ++j) {
               const Element expected = {kMmaInner * k + r / 2 * 8 + 2 * owner.t + j, row};
@@ -104,21 +104,21 @@ void weight_is_decoded_to_where_it_is_read() {
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     for (unsigned v = 0; v < Tile::kPieces * kPieceVectors; ++v) {
       const unsigned offset = offset_of(place_at(Weights::place_of(thread)).flipped(v * kVectorBytes));
-      EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // beside the table
+      EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {
         const unsigned byte = Weights::byte_of_piece(v % kPieceVectors, j / 2);
-        const unsigned along = v / kPieceVectors * kChunk + 2 * byte + j % 2;  // from the thread's first code
+        const unsigned along = v / kPieceVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
         memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }
     }
   }
-  EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place twice: all of them
+  EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
     for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::place_of(first + i);
-    EXPECT(!meet(eight));  // nor where the same bits of all are flipped
+    EXPECT(!meet(eight));  // nor do they if the same bits of all offsets are flipped
   }
 
   for (unsigned warp = 0; warp < kGemmWarps; ++warp) {
@@ -131,8 +131,9 @@ void weight_is_decoded_to_where_it_is_read() {
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
           const Lane owner(warp * kWarp + lane);
-          for (unsigned r = 0; r < 4; ++r) {  // two fragments' b: r % 2 is of the inner dimension + 8
-            // Column g of the mma is the lanes' with 2t or 2t + 1 = g: of their neighbours, two of each fragment.
+          for (unsigned r = 0; r < 4; ++r) {  // b of two fragments; b[r] is r % 2 * 8 inner elements further on
+            // Column g of the mma belongs to the lanes with t = g / 2. Such a lane owns neighbouring columns of the
+            // tile, two of them in each fragment.
             const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
             const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
                                  fragment / Tile::kGroup * Tile::kGroupCols + fragment % Tile::kGroup * 2 + owner.g % 2;
@@ -173,7 +174,7 @@ void check() {
   each_element_of_the_tile_has_one_lane<Tile>();
 }
 
-// Whether lanes that are served at once, 4 bytes each, are in all of the 32 banks.
+// Whether some of the lanes of a warp, which load 4 bytes each at once, use the same bank.
 bool words_meet(const unsigned (&offsets)[kWarp]) {
   std::uint32_t banks = 0;
   for (const unsigned offset : offsets) banks |= 1u << offset / 4 % 32;
@@ -189,7 +190,7 @@ void check_thin() {
   for (unsigned place = 0; place < kPlaces; ++place) {
     EXPECT(Codes::place(Codes::col_at(place), Codes::chunk_at(place)) == place);
   }
-  // A thread's second chunk is the same one of a later row.
+  // The second chunk of a thread has the same place in a later row.
   for (unsigned place = kGemmThreads; place < kPlaces; ++place) {
     const unsigned before = place - kGemmThreads;
     EXPECT(Codes::chunk_at(place) == Codes::chunk_at(before));
@@ -213,7 +214,7 @@ void check_thin() {
           EXPECT(!words_meet(words));
         }
       }
-      for (unsigned first = 0; first < kWarp; first += 8) {  // a quarter of a warp is served at once
+      for (unsigned first = 0; first < kWarp; first += 8) {  // the lanes of a quarter of a warp load at once
         unsigned vectors[8];
         for (unsigned k = 0; k < 8; ++k) {
           const ThinLane<Tile> lane(warp * kWarp + first + k);
@@ -230,7 +231,7 @@ void check_thin() {
           const unsigned row = f * kMmaCols + lane.row(part % 2), col = lane.col(lane.half()) + part / 2;
           ++sums[row * Tile::kCols + col];
         }
-        // mma's column 2t + j of eight is the row that lane g = 2t + j has loaded.
+        // Column 2t + j of the mma is the row that the lanes with g = 2t + j have loaded.
         const ThinLane<Tile> owner(warp * kWarp + 4 * (2 * lane.t + part % 2));
         EXPECT(owner.loaded_row() == lane.row(part % 2));
       }

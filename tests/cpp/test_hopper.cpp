@@ -1,6 +1,6 @@
-// The product by wgmma (cuda/product/hopper/), over the emulator: that it is within the bound of its sums, has the same
-// bits under each order of threads and blocks, and is not asked for what it cannot take. QLN_FORCE_HOPPER=1 makes the
-// emulated device one that has it.
+// Guards the product by wgmma (cuda/product/hopper/), on the emulator: its errors are within the bound of its sums, its
+// results have the same bits under each order of threads and blocks, and it is not chosen for products that it cannot
+// compute. QLN_FORCE_HOPPER=1 makes the emulated device a Hopper.
 #include <unistd.h>
 
 #include <cmath>
@@ -31,7 +31,7 @@ struct Case {
   std::int64_t rank = 0;
   DType lora_dtype = DType::f32;
   float dropout = 0.0f;
-  std::int64_t gap = 0;  // between rows of X, U and Y
+  std::int64_t gap = 0;  // elements between rows of X, U and Y
 };
 
 float draw(std::uint64_t& seed) {  // in [-1, 1)
@@ -39,7 +39,7 @@ float draw(std::uint64_t& seed) {  // in [-1, 1)
   return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
 }
 
-// A matrix of a dtype, whose rows lie `stride` apart. What no one writes is NaN.
+// A matrix of a dtype, whose rows lie `stride` apart. Elements that are not written are NaN.
 class Tensor {
  public:
   Tensor(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
@@ -90,7 +90,7 @@ double rounded(DType dtype, double value) {
   return one.at(0, 0);
 }
 
-// The layer's product forward or, with V for U and A for B, backward.
+// The forward product of a layer or, with V instead of U and A instead of B, the backward product.
 class Layer {
  public:
   Layer(const Case& c, bool backward)
@@ -110,7 +110,7 @@ class Layer {
     bias_.fill(seed, 1.0f);
     a_.fill(seed, 1.0f / std::sqrt(static_cast<float>(c.K)));
     b_.fill(seed, 0.1f);
-    // Scales that differ from block to block, so that a wrong one shows.
+    // Scales differ from block to block, so that a wrong scale shows.
     std::vector<float> weight(static_cast<std::size_t>(c.N * c.K));
     for (std::size_t i = 0; i < weight.size(); ++i) {
       weight[i] = draw(seed) * (0.2f + static_cast<float>(i / static_cast<std::size_t>(c.blocksize) * 7 % 11) / 11.0f);
@@ -179,7 +179,7 @@ class Layer {
     return out_.bytes();
   }
 
-  // How many elements are further from float64 than fp32 sums of so many products, rounded once, may be.
+  // How many elements differ from float64 by more than fp32 sums of so many products, rounded once, may differ.
   int wrong() const {
     const double of_rounding = c_.dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
     const double of_sum = static_cast<double>(inner_ + c_.rank + 4) * 0x1p-24;
@@ -198,18 +198,18 @@ class Layer {
           size += std::fabs(product);
         };
         for (std::int64_t i = 0; i < inner_; ++i) add(left_.at(m, i) * weight[static_cast<std::size_t>(i)]);
-        // Dropout is in U; of dX it falls on the adapter's part.
+        // In the forward product dropout is part of U; in dX it applies to the adapter's part.
         const bool is_kept = !backward_ || qn::dropout_keeps(kSeed, m, col, qn::dropout_threshold(c_.dropout));
         for (std::int64_t r = 0; r < c_.rank && is_kept; ++r) {
           add(low_rank_.at(m, r) * right[static_cast<std::size_t>(r)]);
         }
-        const double bound = of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24;  // fp16 below 2^-14
+        const double bound = of_sum * size + of_rounding * std::fabs(sum) + 0x1p-24;  // 2^-24 for fp16 below 2^-14
         wrong += !(std::fabs(out_.at(m, col) - sum) <= bound);
       }
     }
     return wrong;
   }
-  // How many elements of the result's transpose differ from those of W, where the left operand is the identity.
+  // With the identity as the left operand, counts the elements of the result's transpose that differ from W.
   int differences_from_the_weight() {
     for (std::int64_t i = 0; i < c_.M; ++i) {
       for (std::int64_t j = 0; j < inner_; ++j) left_.set(i, j, i == j ? 1.0f : 0.0f);
@@ -221,7 +221,7 @@ class Layer {
     }
     return differences;
   }
-  // Nothing between rows is written.
+  // Whether the product has left the memory between rows untouched.
   bool keeps_to_its_columns() const {
     const std::size_t row = static_cast<std::size_t>(cols_ + c_.gap) * 2, cols = static_cast<std::size_t>(cols_) * 2;
     for (std::size_t i = 0; i < out_.bytes().size(); ++i) {
@@ -242,7 +242,7 @@ class Layer {
   float offset_ = 0.0f;
 };
 
-// What a product says of its way.
+// The text that a product prints about its way.
 std::string way_of(const Case& c, bool backward) {
   Layer layer(c, backward);
   return death_message([&] {
@@ -253,8 +253,8 @@ std::string way_of(const Case& c, bool backward) {
   });
 }
 
-// Each tile, full and with rows and columns that are not there; tiles that blocks share, and blocks that have several;
-// as few steps as there are; each table and kind of scale; the adapter in no, one and two steps, full and not.
+// The cases have each tile, full and with missing rows and columns; tiles that blocks share, and blocks with several
+// tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one and two steps, full and partial.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
     {.M = 1, .N = 1, .K = 64, .rank = 8},
@@ -273,7 +273,7 @@ const Case kCases[] = {
     {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
     {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
 };
-// dX of rows of dY that are vectors.
+// Whether dX can be computed so: the rows of dY must consist of whole vectors.
 bool has_backward(const Case& c) { return c.N % 8 == 0; }
 
 template <class F>
@@ -331,20 +331,20 @@ void what_it_cannot_take_goes_another_way() {
     return c.dtype == DType::f32 || layer.wrong() == 0;
   };
   const Case refused[] = {
-      {.M = 64, .N = 128, .K = 96},                    // not whole steps
-      {.M = 64, .N = 128, .K = 100},                   // not even vectors
-      {.M = 64, .N = 128, .K = 128, .blocksize = 32},  // two scales in a step
+      {.M = 64, .N = 128, .K = 96},                    // K is not whole steps
+      {.M = 64, .N = 128, .K = 100},                   // K is not even whole vectors
+      {.M = 64, .N = 128, .K = 128, .blocksize = 32},  // a step has two scales
       {.M = 64, .N = 128, .K = 128, .dtype = DType::f32},
       {.M = 64, .N = 128, .K = 128, .bits = 8, .double_quant = false},
-      {.M = 64, .N = 128, .K = 128, .rank = 12},  // rows of U are no vectors
-      {.M = 64, .N = 128, .K = 128, .gap = 1},    // nor those of X
+      {.M = 64, .N = 128, .K = 128, .rank = 12},  // rows of U are not whole vectors
+      {.M = 64, .N = 128, .K = 128, .gap = 1},    // rows of X are not aligned for vectors
   };
   for (const Case& c : refused) {
     EXPECT(goes_another_way(c, false));
     EXPECT(goes_another_way(c, true));
   }
-  EXPECT(goes_another_way({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are no vectors
-  // The device is another one, or nobody wants it.
+  EXPECT(goes_another_way({.M = 64, .N = 132, .K = 128}, true));  // rows of dY are not whole vectors
+  // wgmma is switched off, or the device is not a Hopper.
   for (const char* asked : {"0", static_cast<const char*>(nullptr)}) {
     asked == nullptr ? unsetenv("QLN_FORCE_HOPPER") : setenv("QLN_FORCE_HOPPER", asked, 1);
     EXPECT(!contains(way_of(kCases[0], false), "by wgmma"));

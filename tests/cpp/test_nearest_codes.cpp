@@ -13,7 +13,7 @@ namespace qlora_native::cuda_emulated {
 namespace {
 
 constexpr int kThreads = 64;
-constexpr float kLargest = 1.0f + 0x1p-22f;  // of a block's elements, the scaled ones: with the rounding errors
+constexpr float kLargest = 1.0f + 0x1p-22f;  // the largest scaled element of a block, with rounding errors
 
 __global__ void encode_kernel(const float* code, const float* t, std::int64_t eights, std::uint32_t* codes) {
   NearestCodes::Table& table = *dynamic_smem<NearestCodes::Table>();
@@ -47,7 +47,7 @@ std::int64_t wrong_codes(const char* name, const float* code, std::vector<float>
   return wrong;
 }
 
-// A float and those on both sides of it, as far as they are elements of a block.
+// Adds a float and those on both sides of it, as far as they can be scaled elements of a block.
 void add_around(std::vector<float>& t, float value) {
   float below = value, above = value;
   for (int i = 0; i < 4; ++i) {
@@ -102,7 +102,7 @@ int main() {
   std::mt19937 random(0);
   std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
   for (int i = 0; i < 2000; ++i) {
-    // Spread out, or close together around a point; some values twice.
+    // The values are spread out, or close together around a point; some occur twice.
     const float center = unit(random), spread = std::exp2(-30.0f * static_cast<float>(i % 20) / 19.0f);
     std::array<float, 16> code;
     for (int c = 0; c < 16; ++c) {

@@ -1,5 +1,6 @@
-// Guards PagedArena, over the emulator's driver: the order of its calls to a driver, and that a paged step gives the
-// bits of one in ordinary memory. In this driver nothing happens before it is waited for. Exits 1 on a failure.
+// Guards PagedArena, with the emulator's driver: it calls the driver in the right order, and a paged step gives the
+// same bits as a step in ordinary memory. In this driver work runs only when something waits for it. Exits 1 on a
+// failure.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -23,7 +24,7 @@ std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& st
   return std::make_unique<qn::PagedArena>(states, std::make_unique<EmulatedDriver>(&driver), options);
 }
 
-// ---- parameters that are trained, with state in ordinary memory or in arenas ----
+// ---- training of parameters whose state lies in ordinary memory or in arenas ----
 
 float draw(std::uint64_t& seed) {  // in [-1, 1)
   seed = seed * 6364136223846793005u + 1442695040888963407u;
@@ -32,7 +33,7 @@ float draw(std::uint64_t& seed) {  // in [-1, 1)
 
 struct Parameter {
   std::vector<float> values, grads;
-  std::vector<std::uint8_t> states[3];  // bytes, in ordinary memory
+  std::vector<std::uint8_t> states[3];  // the bytes of the moments, in ordinary memory
   std::vector<float> absmax[3];
   std::int64_t step = 0;
   qn::Optimizer8bitTensor tensor;
@@ -40,7 +41,7 @@ struct Parameter {
 
 class Training {
  public:
-  // states[group]: its parameters
+  // states[group] describes the parameters of a group.
   explicit Training(const std::vector<std::vector<qn::PagedState>>& states) : algorithm_(states[0][0].algorithm) {
     for (std::size_t group = 0; group < states.size(); ++group) {
       for (const qn::PagedState& state : states[group]) {
@@ -65,7 +66,7 @@ class Training {
     }
   }
 
-  // The state of a group's parameters from now on.
+  // From now on the state of a group's parameters lies in the arena.
   void use(const qn::PagedArena& arena, int group = 0) {
     std::size_t index = 0;
     for (auto& p : parameters_) {
@@ -73,7 +74,7 @@ class Training {
     }
   }
 
-  // The same of state1 and absmax1 alone.
+  // The same for state1 and absmax1 only.
   void use_first_moments(const qn::PagedArena& arena) {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       qn::Optimizer8bitTensor placed;
@@ -83,7 +84,7 @@ class Training {
     }
   }
 
-  // `left_out`: a parameter without a gradient.
+  // `left_out` is the index of a parameter that has no gradient.
   void step(std::int64_t left_out = -1, bool unusable = false) {
     const std::vector<qn::Optimizer8bitGroup> groups = {{.lr = 1e-2}, {.lr = 1e-3}};
     std::vector<qn::Optimizer8bitTensor> tensors;
@@ -150,7 +151,7 @@ void arrays_are_disjoint() {
     }
     const std::byte* end = arena->data();
     std::size_t bytes = 0;
-    for (const auto& [begin, size] : arrays) {  // in update order
+    for (const auto& [begin, size] : arrays) {  // in the order of the update
       EXPECT(begin >= end && (begin - arena->data()) % 256 == 0);
       EXPECT(std::all_of(begin, begin + size, [](std::byte b) { return b == std::byte{0}; }));
       end = begin + size;
@@ -164,7 +165,7 @@ void arrays_are_disjoint() {
 
 // ---- the same bits ----
 
-// The slow moment of ademamix follows the fast one, as in bitsandbytes' tensors.
+// The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
 void each_algorithm_has_its_own_arrays() {
   for (const qn::Algorithm algorithm : kAlgorithms) {
     for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
@@ -216,7 +217,8 @@ void paged_step_leaves_the_bits_of_ordinary_memory() {
   for (const qn::Algorithm algorithm : kAlgorithms) paged_step_leaves_the_same_bits(algorithm);
 }
 
-// The arena holds one moment, a step of adamw finds the other elsewhere: nothing is fetched, and nothing is wrong.
+// The arena holds only one moment, and adamw finds the other elsewhere: then nothing is fetched, and the result is
+// right.
 void paged_step_of_each_algorithm_leaves_the_same_bits() {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
@@ -252,7 +254,7 @@ void graph_takes_no_memory() {
 
 // ---- the order of the calls ----
 
-// What is asked of the driver in one step, and then in destroying the arena.
+// The calls of the driver in one step, and then while the arena is destroyed.
 std::vector<std::string> calls_of_step(EmulatedDriver::Options driver, const qn::PagedOptions& options,
                                        const std::vector<std::pair<std::string, std::string>>& names) {
   std::vector<std::string> calls;
@@ -285,7 +287,7 @@ void expect_calls(const std::vector<std::string>& found, const std::vector<std::
   }
 }
 
-// Two stretches, a and b, of two parameters each; events are named in the order in which they are made.
+// There are two stretches, a and b, of two parameters each. Events are named in the order in which they are created.
 void managed_memory_is_prefetched_in_order() {
   const qn::PagedOptions options{.stretch_bytes = 20'000};
   const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
@@ -304,12 +306,12 @@ void managed_memory_is_prefetched_in_order() {
   expect_calls(
       calls_of_step({}, options, names),
       {"caller: record entered", "in: wait for entered", "out: wait for entered", "in: wait for sent",
-       "in: prefetch a to device", "in: record a fetched",  // and gradients are looked at
+       "in: prefetch a to device", "in: record a fetched",  // here the gradients are checked
        "in: prefetch b to device", "in: record b fetched", "caller: record a ready", "caller: wait for a fetched",
        "caller: record b ready", "caller: wait for b fetched", "out: record sent", "caller: record left", "--",
        "synchronize left", "synchronize sent", "release managed"},
       __LINE__);
-  // The same where memory is short: a goes back while b is updated.
+  // If memory is short, a goes back while b is updated.
   expect_calls(calls_of_step({.free_bytes = std::size_t{1} << 20}, options, names),
                {"caller: record entered",     "in: wait for entered",     "out: wait for entered",
                 "in: wait for sent",          "in: prefetch a to device", "in: record a fetched",
@@ -322,7 +324,7 @@ void managed_memory_is_prefetched_in_order() {
                __LINE__);
 }
 
-// Four stretches a, b, c, d of one parameter each, in three slots x, y, z.
+// There are four stretches a, b, c, d of one parameter each, and three slots x, y, z.
 void ring_copies_in_order() {
   std::vector<std::pair<std::string, std::string>> names = {
       {"stream 0", "in"},    {"stream 1", "out"},    {"event 0", "x back"}, {"event 1", "y back"},
@@ -420,7 +422,7 @@ void statistics_count_what_happened() {
     EXPECT(after.prefetches > 3 && after.stalls == (eager ? 0 : after.prefetches));
     training.step();
     EXPECT(arena->stats().prefetches == 2 * after.prefetches && arena->stats().stalls == 2 * after.stalls);
-    if (!eager) continue;  // else it goes back when something waits for that
+    if (!eager) continue;  // without `eager` the state goes back only when something waits for it
     driver.free_bytes = 0;
     training.step();
     EXPECT(arena->stats().bytes_resident == 0);

@@ -1,5 +1,5 @@
-// Guards products by panels, over the emulator and with hooks of this program: the order in which a panel is decoded
-// beside a product, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
+// Guards products by panels, on the emulator and with hooks of this program: the order in which panels are decoded
+// beside the products, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
 #include "product/side_stream.h"
 #include "qlora_native/qlora_native.h"
 
@@ -25,7 +25,7 @@ namespace {
 
 // ---- the order of the calls ----
 
-// What is asked of the driver, and when something is prepared and used.
+// The calls of the driver, with the times at which panels are prepared and used.
 std::vector<std::string> calls_of(std::int64_t count) {
   std::vector<std::string> calls;
   EmulatedDriver::Options options;
@@ -44,7 +44,7 @@ void next_panel_is_prepared_once_its_place_is_free_and_before_its_use() {
   using Calls = std::vector<std::string>;
   EXPECT(calls_of(0).empty());
   EXPECT((calls_of(1) == Calls{"caller: prepare 0", "caller: use 0"}));
-  // event 0: what came before is used. event 1: what comes next is prepared.
+  // Event 0 says that the panel before has been used, event 1 that the next one is prepared.
   EXPECT((calls_of(3) == Calls{"caller: prepare 0", "caller: record event 0", "caller: use 0",
                                "stream 0: wait for event 0", "stream 0: prepare 1", "stream 0: record event 1",
                                "caller: wait for event 1", "caller: record event 0", "caller: use 1",
@@ -52,9 +52,9 @@ void next_panel_is_prepared_once_its_place_is_free_and_before_its_use() {
                                "caller: wait for event 1", "caller: use 2"}));
 }
 
-// What is put into the side stream happens as late as can be, or at once.
+// Work in the side stream runs as late as possible, or at once.
 void everything_is_there_before_it_is_used() {
-  constexpr auto kKind = qn::Driver::Memory::pinned;  // which the test may read
+  constexpr auto kKind = qn::Driver::Memory::pinned;  // so that the test may read it
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options options{.eager = eager};
     auto driver = std::make_unique<EmulatedDriver>(&options);
@@ -69,7 +69,7 @@ void everything_is_there_before_it_is_used() {
     };
     side.overlap(5, nullptr, copy, [&](std::int64_t i) { used.push_back(places[i % 2]); });
     EXPECT((used == std::vector<int>{0, 1, 2, 3, 4}));
-    // An exception leaves nothing behind that the next call would meet.
+    // An exception leaves no work behind that would disturb the next call.
     used.clear();
     try {
       side.overlap(5, nullptr, copy, [](std::int64_t i) {
@@ -92,7 +92,7 @@ void each_stream_has_one_of_its_own_beside_it() {
   EXPECT(beside(&first) != beside(&second) && beside(&first) == beside(&first));
 }
 
-// ---- a layer of fp32, and what its panels should be ----
+// ---- a layer in fp32, and what its panels should hold ----
 
 float draw(std::uint64_t& seed) {  // in [-1, 1)
   seed = seed * 6364136223846793005u + 1442695040888963407u;
@@ -162,31 +162,31 @@ float at(const qn::ConstMatrix& matrix, std::int64_t i, std::int64_t j) {
 }
 bool same_bits(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b); }
 
-// The product that is tested now: hooks are plain functions.
+// The product under test. It is a global variable, because hooks are plain functions.
 struct Call {
   const Layer* layer = nullptr;
   bool backward = false;
   std::vector<float> out, low_rank;
-  std::vector<float> multiplied;  // what of U or V stood beside the left operand
-  std::vector<int> times;         // that each element of out was computed
+  std::vector<float> multiplied;  // the part of U or V beside the left operand
+  std::vector<int> times;         // how often each element of out was computed
   int products = 0;
-  const float* first_out = nullptr;  // of the first product
-  const void* panel = nullptr;       // of the last product
+  const float* first_out = nullptr;  // out of the first product
+  const void* panel = nullptr;       // the panel of the last product
   bool multiplies = true;
-  std::size_t bytes = 0;  // of the largest allocation
+  std::size_t bytes = 0;  // the size of the largest allocation
   int held = 0;           // allocations that were not given back
 };
 Call call;
 
-// left . right + bias by a plain loop, of operands that are what they should be.
+// Computes left . right + bias by a plain loop, and checks the operands.
 void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   const Layer& layer = *call.layer;
   ++call.products;
-  EXPECT(args.right.data != call.panel);  // a device decodes the next one while this one is multiplied
+  EXPECT(args.right.data != call.panel);  // because a device decodes the next panel while this one is multiplied
   call.panel = args.right.data;
   const std::int64_t weight_inner = call.backward ? layer.N : layer.K, rank = layer.rank;
   const std::int64_t out_cols = call.backward ? layer.K : layer.N;
-  if (call.products == 1) call.first_out = static_cast<const float*>(args.out.data);  // memory of the device
+  if (call.products == 1) call.first_out = static_cast<const float*>(args.out.data);  // an address on the device
   const std::int64_t offset = static_cast<const float*>(args.out.data) - call.first_out;
   const std::int64_t row0 = offset / out_cols, col0 = offset % out_cols, inner = args.left.cols;
   EXPECT(args.transpose_right == !call.backward && args.out.stride == out_cols);
@@ -288,8 +288,8 @@ void product_by_panels_is_the_product() {
       qn::set_dense_gemm(nullptr);
       run(layer, backward, true);
       qn::set_dense_gemm(dense_gemm);
-      EXPECT(call.products == 0);  // and the library's own kernel
-      // Sums of up to 136 products of numbers below 1: each of the other's roundings is at most 2^-24 of 136.
+      EXPECT(call.products == 0);  // the library's own kernel has computed it
+      // The sums have up to 136 products of numbers below 1, so each of 136 roundings is at most 2^-24 of 136.
       double worst = 0.0;
       for (std::size_t i = 0; i < by_panels.size(); ++i)
         worst = std::max(worst, std::abs(double{by_panels[i]} - call.out[i]));
@@ -298,7 +298,7 @@ void product_by_panels_is_the_product() {
   }
 }
 
-// Shapes whose panels are many, and rows that are copied in two parts.
+// The shapes have many panels, or rows that are copied in two parts.
 void each_panel_has_the_bits_of_dequantize() {
   struct Case {
     std::int64_t M, N, K, rank;
@@ -316,7 +316,7 @@ void each_panel_has_the_bits_of_dequantize() {
     run(layer, c.backward, false);
     EXPECT(call.products == c.products);
     EXPECT(std::all_of(call.times.begin(), call.times.end(), [](int n) { return n == 1; }));
-    // docs/how-it-works.md says that a call takes no more.
+    // docs/how-it-works.md says that a call takes at most this much memory.
     const std::int64_t inner = (c.backward ? c.N : c.K) + c.rank;
     const std::int64_t copied = c.rank > 0 ? std::min<std::int64_t>(c.M, 8192) * (inner + 7) * 4 : 0;
     EXPECT(call.bytes > 0 && static_cast<std::int64_t>(call.bytes) <= 2 * qn::kPanelMostBytes + copied);
@@ -327,7 +327,7 @@ void each_panel_has_the_bits_of_dequantize() {
 void gradient_with_dropout_takes_another_way() {
   const Layer layer(800, 64, 64, 4);
   run(layer, /*backward=*/true, true, 0.25f);
-  EXPECT(call.products == 0);  // the mask would fall on dY . W too
+  EXPECT(call.products == 0);  // in a dense product the mask would apply to dY . W too
   run(layer, /*backward=*/false, true, 0.25f);
   EXPECT(call.products == 1);
 }
@@ -345,7 +345,7 @@ void failed_product_gives_its_memory_back() {
   EXPECT(call.bytes > 0 && call.held == 0);
 }
 
-// Memory begins as NaN, also where it is not the emulator's own, and every kernel that asks for some is given it.
+// All kernels get their memory from the host program. It begins as NaN, as the emulator's own memory does.
 void memory_of_a_call_comes_from_the_host_program() {
   const Layer layer(70, 64, 300, 4);
   run(layer, false, true);

@@ -1,5 +1,5 @@
-// Guards product_config: which kernel computes a product, and on tensor cores that the blocks do each step of every
-// tile exactly once, for any shape and device.
+// Guards product_config, for any shape and device: it chooses the right kernel for a product, and on tensor cores the
+// blocks do each step of every tile exactly once.
 #include "product/config.h"
 
 #include <algorithm>
@@ -49,7 +49,7 @@ PanelsConfig panels_of(const ProductShape& shape) { return std::get<PanelsConfig
 
 bool is_for_few_rows(const ProductShape& shape) { return shape.rows <= kGemvRows && !shape.backward; }
 
-// A chunk of 32 codes has two scales there at most, which is not enough for blocks of 16.
+// The special kernels look up at most two scales for a chunk of 32 codes, which is not enough for blocks of 16.
 void small_blocks_take_the_way_of_any_weight() {
   for_each_shape([](ProductShape shape) {
     shape.small_blocks = true;
@@ -132,7 +132,8 @@ struct Tile {
 constexpr Tile kMiddle = {kGemmMiddleRows, kGemmCols}, kMany = {kGemmManyRows, kGemmCols};
 constexpr Tile kWide = {kGemmManyRows, kGemmWideCols}, kTall = {kGemmTallRows, kGemmCols};
 
-// As many rows as there is memory for, and no more than an eighth of them zeros that another tile has not.
+// The tile has as many rows as fit the memory, unless more than an eighth of them would be zeros that a smaller tile
+// avoids.
 void tile_for_many_rows_wastes_least() {
   ProductShape shape = {
       .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .multiprocessors = 132};
@@ -154,7 +155,7 @@ void tile_for_many_rows_wastes_least() {
     }
     EXPECT(tile_of(64, kHopperSmem) == kMiddle);
   }
-  for (const std::int64_t cols : {128, 300, 384}) {  // the wide one's would be mostly zeros
+  for (const std::int64_t cols : {128, 300, 384}) {  // a wide tile would waste too many columns
     shape.cols = cols;
     EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
   }
@@ -162,7 +163,7 @@ void tile_for_many_rows_wastes_least() {
     shape.cols = cols;
     EXPECT(tile_of(128, kHopperSmem) == kWide);
   }
-  shape.aligned_64 = false;  // a block of the quantization may end within a step
+  shape.aligned_64 = false;  // a block of the quantization may end inside a step
   EXPECT(tile_of(128, kHopperSmem) == kMany && tile_of(129, kHopperSmem) == kTall);
   shape.aligned = false;
   EXPECT(tile_of(128, kHopperSmem) == kMiddle && tile_of(129, kHopperSmem) == kMiddle);
@@ -174,11 +175,11 @@ void device_that_keeps_more_shared_memory_gets_the_general_kernel() {
     shape.reserved_smem_bytes = reserved;
     EXPECT(takes<GemmConfig>(shape));
   }
-  shape.reserved_smem_bytes = 1025;  // a device to come
+  shape.reserved_smem_bytes = 1025;  // as a future device might have
   EXPECT(takes<GeneralConfig>(shape));
 }
 
-// Its blocks loop over the columns: how many there are is a matter of speed, unless there is none.
+// The blocks of this kernel loop over the columns, so any number of blocks except 0 is right.
 void few_rows_get_their_kernel() {
   for_each_shape([](ProductShape shape) {
     if (!is_for_few_rows(shape)) return;
@@ -243,7 +244,7 @@ void many_rows_get_panels_where_they_can() {
   }
 }
 
-// The smallest panel whose products fill the device: of 132 multiprocessors, 128 or more in each wave.
+// The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 multiprocessors.
 void panel_is_within_its_memory_and_fills_the_device() {
   EXPECT(panels_of(many_rows(4096, 4096, 4096)).cols == 1024);
   EXPECT(panels_of(many_rows(2048, 4096, 4096)).cols == 1024);
@@ -251,9 +252,9 @@ void panel_is_within_its_memory_and_fills_the_device() {
   EXPECT(panels_of(many_rows(8192, 4096, 14336)).cols == 256);
   EXPECT(panels_of(many_rows(4096, 4096, 14336)).cols == 512);
   EXPECT(panels_of(many_rows(2048, 4096, 14336)).cols == 1024);
-  EXPECT(!is_by_panels(many_rows(1024, 4096, 14336)));       // 32 MB have half as many tiles as it takes
-  EXPECT(!is_by_panels(many_rows(100'000, 4096, 140'000)));  // not even 128 columns
-  // Its 13 by 16 tiles take two waves, however they are cut.
+  EXPECT(!is_by_panels(many_rows(1024, 4096, 14336)));       // a panel of 32 MB has half of the tiles that it needs
+  EXPECT(!is_by_panels(many_rows(100'000, 4096, 140'000)));  // a panel would not have even 128 columns
+  // These 13 by 16 tiles take two waves, however the panels are chosen.
   EXPECT(panels_of(many_rows(1600, 2048, 4096)).cols == 1024);
   for (const std::int64_t rows : {769, 8192, 8193, 100'000}) {
     for (const std::int64_t cols : {1, 127, 128, 129, 4096, 128'256}) {
@@ -333,7 +334,7 @@ void wgmma_takes_only_what_it_can_load() {
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // K or the blocksize
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // because of K or the blocksize
     EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.smem_bytes = kAmpereSmem; }));
@@ -342,7 +343,7 @@ void wgmma_takes_only_what_it_can_load() {
   }
 }
 
-// As few rows as hold all, then as many as waste no more than an eighth.
+// Up to 256 rows, the smallest tile that holds all rows; beyond, the largest that wastes at most an eighth of its rows.
 constexpr struct {
   std::int64_t rows;
   int tile;
@@ -395,7 +396,7 @@ Tile tile_of(const ProductShape& shape) {
   return {config.tile_rows, config.tile_cols};
 }
 
-// By how many rows a group has on average, for more than that is not known.
+// The way is chosen by the average number of rows in a group, because the host does not know more than that.
 void way_of_groups_with_own_weights_follows_their_average() {
   constexpr std::int64_t kGroups = 128;
   const auto of_average = [&](std::int64_t rows) { return in_groups(rows * kGroups, kGroups, true); };
@@ -417,7 +418,7 @@ void way_of_groups_with_own_weights_follows_their_average() {
   }
 }
 
-// The weight is decoded for all rows, whatever adapters they have.
+// The way is chosen by the number of all rows, because the weight is decoded for all of them, whatever their adapters.
 void way_of_groups_with_a_shared_weight_follows_all_rows() {
   for (const std::int64_t groups : {2, 1000}) {
     EXPECT(takes<GemvConfig>(in_groups(8, groups, false)));
@@ -447,7 +448,7 @@ void groups_get_the_general_kernel_where_vectors_do_not_reach() {
   }
 }
 
-// Blocks share out the tiles that they find, in no more runs than were launched.
+// The launched blocks divide the tiles that they find among themselves.
 void steps_of_as_many_tiles_as_groups_have_are_done_once() {
   for (const std::int64_t rows : {1, 100, 3000}) {
     for (const std::int64_t groups : {2, 8, 128}) {
@@ -470,10 +471,10 @@ void steps_of_as_many_tiles_as_groups_have_are_done_once() {
 
 void row_tiles_are_as_many_as_groups_of_any_sizes_may_have() {
   EXPECT(most_row_tiles(0, 8, 64) == 0);
-  EXPECT(most_row_tiles(1, 128, 16) == 1);  // one group has it
-  EXPECT(most_row_tiles(5, 128, 16) == 5);  // five groups have one each
-  EXPECT(most_row_tiles(128, 2, 64) == 3);  // 65 and 63
-  EXPECT(most_row_tiles(130, 2, 64) == 4);  // 65 and 65
+  EXPECT(most_row_tiles(1, 128, 16) == 1);  // one group has the row
+  EXPECT(most_row_tiles(5, 128, 16) == 5);  // five groups may have one row each
+  EXPECT(most_row_tiles(128, 2, 64) == 3);  // the groups may have 65 and 63 rows
+  EXPECT(most_row_tiles(130, 2, 64) == 4);  // the groups may have 65 and 65 rows
   EXPECT(most_row_tiles(129, 1, 64) == 3);
 }
 

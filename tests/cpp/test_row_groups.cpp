@@ -1,5 +1,6 @@
 // Guards products of rows in groups, whose offsets only the device knows: kernels find each tile of a group's rows
-// once, and stay within the operands for any offsets. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a failure.
+// exactly once, and stay within the operands for any offsets. To be run with QLN_BACKEND=cuda_emulated; exits 1 on a
+// failure.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -37,7 +38,7 @@ void find_kernel(const Groups groups, std::int64_t rows, std::uint32_t count, Fo
   if (thread_index() == 0) found[count] = none;
 }
 
-// What find_row_tile() gives for as many tiles as there may be, and for none.
+// The results of find_row_tile() for as many tiles as there may be, and for kNoTile.
 template <int kRows>
 Managed<FoundTile> found_tiles(const Groups& groups, std::int64_t rows) {
   const std::int64_t most = most_row_tiles(rows, groups.all(), kRows);
@@ -50,7 +51,7 @@ Managed<FoundTile> found_tiles(const Groups& groups, std::int64_t rows) {
 template <int kRows>
 void expect_each_row_in_one_tile(const Groups& groups, std::int64_t rows) {
   const Managed<FoundTile> found = found_tiles<kRows>(groups, rows);
-  std::int64_t next = groups.has_front ? 0 : groups.offsets[0];  // the first row that no tile has had
+  std::int64_t next = groups.has_front ? 0 : groups.offsets[0];  // the first row that is in no tile yet
   std::size_t tiles = 0;
   for (std::size_t i = 0; i + 1 < found.size(); ++i) {
     const RowTile& tile = found[i].tile;
@@ -88,7 +89,7 @@ void each_row_is_in_one_tile() {
 
 constexpr std::int64_t kLeast = std::numeric_limits<std::int64_t>::min(),
                        kMost = std::numeric_limits<std::int64_t>::max();
-// Wrong offsets for 100 rows: outside of them, descending, and both.
+// Wrong offsets for 100 rows: outside of the rows, descending, or both.
 const std::vector<std::vector<std::int64_t>> kAnyOffsets = {
     {0, 101, 100, 100, 100},  {-1, 50, 70, 80, 100}, {100, 80, 60, 40, 0}, {kMost, kLeast, kMost, kLeast, 100},
     {kLeast, kMost, 7, 7, 7}, {5, 5, 5, 5, 5}};
@@ -109,8 +110,8 @@ void tile_is_within_the_rows_whatever_the_offsets_say() {
   }
 }
 
-// The host does not check the offsets, as on a GPU. The emulator ends the process where a kernel leaves memory, or
-// writes what it only reads.
+// The host does not check the offsets, as on a GPU. The emulator ends the process if a kernel leaves its memory, or
+// writes a tensor that the call only reads.
 void kernels_keep_to_the_operands_whatever_the_offsets_say() {
   constexpr std::int64_t M = kRowsOfAny, N = 72, K = 128, kRank = 8, kGroups = 4;
   std::vector<std::uint8_t> codes(kGroups * N * K / 2, 0x77);
@@ -118,7 +119,7 @@ void kernels_keep_to_the_operands_whatever_the_offsets_say() {
   const std::vector<float> a(kGroups * kRank * K, 1.0f), b(kGroups * N * kRank, 1.0f);
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const auto matrix = [&](std::vector<float>& memory, std::int64_t cols) {
-      memory.assign(static_cast<std::size_t>(M * cols), 0.0f);  // of bf16 more than enough
+      memory.assign(static_cast<std::size_t>(M * cols), 0.0f);  // for bf16 this is more than enough
       return Matrix{memory.data(), dtype, M, cols, cols};
     };
     std::vector<float> memory[6];
@@ -127,7 +128,7 @@ void kernels_keep_to_the_operands_whatever_the_offsets_say() {
                  dx = matrix(memory[3], K), u = matrix(memory[4], kRank), v = matrix(memory[5], kRank);
     const auto read = [](const Matrix& m) { return ConstMatrix{m.data, m.dtype, m.rows, m.cols, m.stride}; };
     for (const auto& offsets : kAnyOffsets) {
-      for (const std::int64_t rows : {M, std::int64_t{16}}) {  // by tiles, and by the kernel for few rows
+      for (const std::int64_t rows : {M, std::int64_t{16}}) {  // the kernel with tiles, and the one for few rows
         for (const bool own_weights : {true, false}) {
           const QuantizedWeightView weight{.N = N,
                                            .K = K,

@@ -1,5 +1,6 @@
-// Guards the emulator: what it computes, and that it finds planted mistakes. A kernel that must end the process runs in
-// a child, whose message is read. Compiled again under AddressSanitizer, which finds reads and writes out of bounds.
+// Guards the emulator: it computes what a device would, and finds planted mistakes. A kernel that must end the process
+// runs in a child process, whose message is read. The test is compiled a second time with AddressSanitizer, which finds
+// reads and writes out of bounds.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,7 +28,7 @@ const std::vector<std::string> kSchedules = [] {
   return all;
 }();
 
-// What `run` gives under each schedule.
+// The results of `run` under each schedule.
 template <class Result>
 std::vector<Result> under_each_schedule(const std::function<Result()>& run,
                                         const std::vector<std::string>& schedules = kSchedules) {
@@ -52,7 +53,7 @@ std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string
 
 // ---- barriers ----
 
-// out[t] = in[last - t], by way of shared memory.
+// out[t] = in[last - t], through shared memory.
 template <bool kBarrier>
 __global__ void reverse_kernel(const float* in, float* out) {
   float* shared = dynamic_smem<float>();
@@ -67,11 +68,11 @@ Managed<float> reversed() {
   Managed<float> in(128), out(128);
   for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
   launch<reverse_kernel<kBarrier>>({1, 128, 128 * sizeof(float)}, {}, in.data(), out.data());
-  for (float& value : out) value = std::isnan(value) ? -1.0f : value;  // so that results compare
+  for (float& value : out) value = std::isnan(value) ? -1.0f : value;  // so that results can be compared
   return out;
 }
 
-// Two rounds over one buffer: without the second barrier a thread may write the next round before others have read.
+// Two rounds with one buffer: without the second barrier a thread may write for the next round before others have read.
 template <bool kBarrier>
 __global__ void rounds_kernel(int* out) {
   int* shared = dynamic_smem<int>();
@@ -159,7 +160,7 @@ void lanes_meet() {
 
 // ---- asynchronous copies ----
 
-// A sum over in[4][32] through a ring of two buffers; kLeft is how many groups may be on their way when one is read.
+// A sum over in[4][32] through a ring of two buffers; kLeft groups may still be under way when a buffer is read.
 template <int kLeft>
 __global__ void ring_kernel(const float* in, float* out) {
   float* ring = dynamic_smem<float>();
@@ -215,8 +216,8 @@ void copies_fill_with_zeros_and_must_be_aligned() {
 
 // ---- between blocks ----
 
-// Blocks add to a running sum in the order of their tickets; or of their indices, which is a mistake, because blocks
-// begin in any order.
+// Blocks add to a running sum in the order of their tickets; or in the order of their indices, which is a mistake,
+// because blocks begin in any order.
 template <bool kTickets>
 __global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* turn, float* sum) {
   std::uint32_t& order = *dynamic_smem<std::uint32_t>();
@@ -231,18 +232,18 @@ __global__ void in_order_kernel(std::uint32_t* ticket, std::uint32_t* turn, floa
   }
 }
 
-// Partial sums on their way between blocks, as in a product whose tiles several blocks share: all but the last block
-// leave theirs and raise a flag, the last one adds them in order. `Mistake`: what is wrong.
+// Blocks pass partial sums to another block, as in a product whose tiles several blocks share: each block but the last
+// stores its sums and raises a flag, and the last one adds all sums in order. Each Mistake is a planted one.
 enum class Mistake {
   none,
-  flag_before_sums,        // raised first
-  flag_without_release,    // written as any other store
-  flag_without_barrier,    // of the threads whose sums it stands for
-  sums_before_flag,        // read first
-  sums_without_barrier,    // of the thread that has waited and the others
-  flags_that_stay_raised,  // from one launch to the next
+  flag_before_sums,        // the flag is raised before the sums are stored
+  flag_without_release,    // the flag is written by an ordinary store
+  flag_without_barrier,    // no barrier between the stores of all threads and the flag
+  sums_before_flag,        // the sums are read before the wait for the flag
+  sums_without_barrier,    // no barrier between the thread that waits and the other threads
+  flags_that_stay_raised,  // the flags are not reset between two launches
 };
-constexpr int kSharers = 4, kSharedSums = 64 * 4;  // blocks; sums of each, four a thread
+constexpr int kSharers = 4, kSharedSums = 64 * 4;  // the blocks, and the sums of each: four in a thread
 
 template <Mistake kMistake>
 __global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* flags, float* out) {
@@ -279,7 +280,7 @@ __global__ void shared_sum_kernel(const float* in, float* sums, std::uint32_t* f
   store_vector<float, 4>(out + 4 * t, own);
 }
 
-// Two launches use the same memory, the second with other numbers.
+// Two launches use the same memory; the second has other numbers.
 template <Mistake kMistake>
 Managed<float> shared_sums() {
   Managed<float> in(kSharers * kSharedSums), sums(kSharers * kSharedSums);
@@ -312,7 +313,8 @@ Managed<float> expected_shared_sums() {
   return expected;
 }
 
-// By most seeds, for a block may be late enough by chance; each seed gives the same every time.
+// Whether most seeds find the mistake. With some seeds a block may be late enough by chance; but a seed always gives
+// the same result.
 template <Mistake kMistake>
 bool is_caught() {
   const Managed<float> expected = expected_shared_sums();
@@ -340,7 +342,7 @@ void seed_is_one_interleaving() {
   EXPECT(results[0] != results[2]);
 }
 
-// The two words of a piece of memory: each thread sees its own store at once, and the block that of all after a
+// Threads store the two words of a piece of memory. Each sees its own store at once; the block sees all of them after a
 // barrier.
 __global__ void own_store_kernel(std::uint32_t* memory, std::uint32_t* seen) {
   const int t = thread_index(), n = block_threads();
@@ -383,7 +385,8 @@ void workspace_begins_as_nan_or_as_raised_flags() {
   unsetenv("QLN_SCHEDULE");
 }
 
-// Two chunks of 16 bytes from `in`, the second of which is not there, in each other's places; one word moves on.
+// Copies two chunks of 16 bytes from `in` to each other's places; the second chunk counts as missing, so zeros take its
+// place. Then the kernel changes one word.
 __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
   const SharedPlace first = SharedPlace(dynamic_smem<std::uint32_t>()).at(32);
   cp_async_or_zeros(first.flipped(16), in, 4);
@@ -406,8 +409,8 @@ void shared_memory_is_laid_out_as_named() {
   EXPECT(contains(death_message([] { launch<misaligned_place_kernel>({1, kWarp, 64}, {}); }), "a misaligned load"));
 }
 
-// A table of 256 rows of 256 bytes from where one must begin; lane i asks for its word of the row that byte i % 4
-// names.
+// Fills a table of 256 rows of 256 bytes, which begins at kRowsBegin. Lane i reads its word of the row that byte i % 4
+// of `word` names.
 constexpr std::size_t kTableBytes = 256 * kRowBytes;
 __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
   std::byte* const smem = dynamic_smem<std::byte>();
@@ -419,7 +422,7 @@ __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
 }
 
 void rows_of_a_table_are_where_they_are_read() {
-  constexpr int kBlocks = 2;  // whose shared memory begins at different places
+  constexpr int kBlocks = 2;  // their shared memory begins at different places
   Managed<std::uint32_t> out(kBlocks * kWarp);
   launch<rows_kernel>({kBlocks, kWarp, kRowsBegin + kTableBytes}, {}, 0xFF800A00u, out.data());
   const int rows[] = {0x00, 0x0A, 0x80, 0xFF};
@@ -466,7 +469,7 @@ void wait_for_a_block_that_has_not_begun_is_caught() {
   setenv("QLN_SCHEDULE", "concurrent:1", 1);
   Managed<std::uint32_t> ticket(1), turn(1);
   Managed<float> sum(1);
-  // More blocks than the device holds at once.
+  // There are more blocks than the device holds at once.
   const std::string words =
       death_message([&] { launch<in_order_kernel<false>>({50, 32, 128}, {}, ticket.data(), turn.data(), sum.data()); });
   EXPECT(contains(words, "deadlock") && contains(words, "waits for another block"));
@@ -483,7 +486,7 @@ void host_threads_run_grids_at_once() {
 
 // ---- tensor cores ----
 
-// c[16,8] = a[16,16] . b[8,16]^T from shared memory, a and b through ldmatrix. Rows of 16 elements.
+// c[16,8] = a[16,16] . b[8,16]^T from shared memory, with rows of 16 elements. ldmatrix loads a and b.
 template <class T>
 __global__ void tile_kernel(const T* a, const T* b, float* c) {
   T* shared = dynamic_smem<T>();
@@ -493,7 +496,8 @@ __global__ void tile_kernel(const T* a, const T* b, float* c) {
   sync_warp();
   std::uint32_t fa[4], fb[4];
   float fc[4] = {};
-  // Matrices of a: rows 0-7 and 8-15 of the left half, then of the right. Of b: its left half and its right one, twice.
+  // The four matrices of a: rows 0-7 and 8-15 of the left half, then of the right half. The four matrices of b: its
+  // left half and its right half, twice.
   ldmatrix_x4(fa, shared + (lane % 16) * 16 + (lane / 16) * 8);
   ldmatrix_x4(fb, shared + 256 + (lane % 8) * 16 + (lane / 8 % 2) * 8);
   const std::uint32_t b2[2] = {fb[0], fb[1]};
@@ -529,7 +533,7 @@ void tensor_core_gives_the_product() {
   for (int i = 0; i < 64; ++i) EXPECT(out[i].bits == i % 8 * 8 + i / 8);
 }
 
-// Lane i packs bytes i and i+1 of its word, as they stand in a pair of shared memory.
+// Lane i packs bytes i and i+1 of its word, in the order in which a pair lies in shared memory.
 template <class T>
 __global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
   float* shared = dynamic_smem<float>();
@@ -618,7 +622,7 @@ void memory_of_the_device_is_reached_by_kernels_alone() {
   emulator::release_on_device(memory);
 }
 
-// A call over tensors that overlap, and whose rows have gaps.
+// The arguments of a call with tensors that overlap and whose rows have gaps.
 struct Scaled {
   ConstMatrix x;
   Matrix y;
@@ -637,7 +641,7 @@ __global__ void scaled_kernel(const Scaled args, bool spoils_x) {
 }
 
 void tensors_of_a_call_are_on_the_device_while_it_runs() {
-  // x: columns 1 ... 3 of 5 rows of 10, y: columns 5 ... 7 of the same.
+  // x is columns 1 ... 3 of 5 rows of 10 elements, y is columns 5 ... 7 of the same rows.
   std::vector<float> host(50, 1.0f);
   const Scaled args = {.x = {host.data() + 1, DType::f32, 5, 3, 10}, .y = {host.data() + 5, DType::f32, 5, 3, 10}};
   const auto run = [&](bool spoils_x) {
@@ -653,7 +657,7 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
   EXPECT(contains(death_message([&] { run(true); }), "has written a tensor that its call only reads"));
   const std::string words = death_message([&] {
     with_device_tensors(args, [&](const Scaled& on_device) {
-      host[0] = *static_cast<const float*>(on_device.x.data);  // as a check on the host would
+      host[0] = *static_cast<const float*>(on_device.x.data);  // as a check on the host might read it
     });
   });
   EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));

@@ -22,8 +22,8 @@ using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
 const std::vector<std::string> kSchedules = {"forward",  "reverse",  "random:1",     "random:2",
                                              "random:3", "random:4", "concurrent:1", "concurrent:2"};
 
-// out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T: b through a ring of two stages that one warp fills, a
-// from memory to registers. What is wrong with it:
+// The kernel computes out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T. b comes through a ring of two
+// stages, which one warp fills; a comes from memory to registers. These mistakes can be planted in it:
 enum class Mistake {
   none,
   no_wait_for_b,
@@ -53,7 +53,8 @@ struct RingShared {
 template <Mistake kMistake, class T>
 __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, float* out) {
   std::byte* const smem = dynamic_smem<std::byte>();
-  // A thousand bytes further on, or not: a multiple of 1024.
+  // The shared memory of a block may begin 1024 bytes behind a multiple of 64 KB or at one; the ring begins at a
+  // multiple of kSwizzledAlignment.
   const std::uint32_t beyond = shared_address(smem) % kSwizzledAlignment;
   auto& shared = *reinterpret_cast<RingShared*>(smem + (beyond == 0 ? 0 : kSwizzledAlignment - beyond));
   const int thread = thread_index(), warp = thread / kWarp;
@@ -149,7 +150,7 @@ Managed<float> ring(const std::function<void(TileSource&)>& change = [](TileSour
   Managed<float> out(kWgmmaRows * kCols);
   launch<ring_kernel<kMistake, T>>({1, kWarpgroup + kWarp, sizeof(RingShared) + kSwizzledAlignment}, {},
                                    TensorMap(source), operands.a.data(), out.data());
-  for (float& value : out) value = std::isnan(value) ? -1.0e30f : value;  // so that results compare
+  for (float& value : out) value = std::isnan(value) ? -1.0e30f : value;  // so that results can be compared
   return out;
 }
 
@@ -159,7 +160,7 @@ Managed<float> expected_ring() {
   Managed<float> out(kWgmmaRows * kCols);
   for (int m = 0; m < kWgmmaRows; ++m) {
     for (int n = 0; n < kCols; ++n) {
-      for (int k = 0; k < kInner; ++k) {  // whole numbers: exact in any order
+      for (int k = 0; k < kInner; ++k) {  // the numbers are whole, so the sum is exact in any order
         out[static_cast<std::size_t>(m * kCols + n)] += to_f32(operands.a[static_cast<std::size_t>(m * kInner + k)]) *
                                                         to_f32(operands.b[static_cast<std::size_t>(n * kInner + k)]);
       }
@@ -180,7 +181,7 @@ void warpgroup_gives_the_product_under_each_schedule() {
   unsetenv("QLN_SCHEDULE");
 }
 
-// What the process says under the first schedule that ends it, or "wrong" where a result is.
+// The message of the process under the first schedule that ends it, or "wrong" if a result is wrong.
 template <Mistake kMistake>
 std::string found(const std::function<void(TileSource&)>& change = [](TileSource&) {}) {
   const Managed<float> expected = expected_ring<Bf16>();
@@ -234,7 +235,7 @@ __global__ void arrivals_kernel(int arrivals, int waits) {
   sync_threads();
   if (thread_index() > 0 && thread_index() < arrivals) mbarrier_arrive(barrier);
   if (thread_index() != 0) return;
-  mbarrier_arrive_expect(barrier, 16);  // which never come
+  mbarrier_arrive_expect(barrier, 16);  // these bytes never come
   for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, 1);
 }
 
@@ -247,7 +248,7 @@ void barrier_counts_arrivals_and_waits() {
 
 // ---- tiles ----
 
-// Rows 2 ... 9 and columns 32 ... 95 of a matrix of 6 x 80 bytes: what is not there is zero.
+// Loads rows 2 ... 9 and columns 32 ... 95 of a matrix of 6 x 80 bytes; elements beyond the matrix become zeros.
 __global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out) {
   auto* const tile = dynamic_smem<std::uint8_t>();
   auto* const barrier = reinterpret_cast<std::uint64_t*>(tile + 8 * 64);
@@ -279,7 +280,7 @@ void tile_beyond_its_matrix_is_zeros_and_vectors_change_places() {
     for (int col = 0; col < 64; ++col) {
       const int expected =
           row + 2 < 6 && col + 32 < 80 ? matrix[static_cast<std::size_t>((row + 2) * 80 + col + 32)] : 0;
-      const int place = row * 64 + (col ^ row / 2 % 4 * 16);  // 64-byte rows: bits 7 and 8 of an address are row / 2
+      const int place = row * 64 + (col ^ row / 2 % 4 * 16);  // bits 7 and 8 of an address are row / 2
       EXPECT(out[static_cast<std::size_t>(place)] == expected);
     }
   }
@@ -323,7 +324,7 @@ void block_that_ends_before_its_tile_is_found() {
 
 // ---- the asynchronous proxy ----
 
-// b from ordinary stores: of 32 rows, each of its own threads.
+// The threads of a warpgroup write the 32 rows of b by ordinary stores.
 template <bool kFence>
 __global__ void stored_kernel(float* out) {
   std::byte* const smem = dynamic_smem<std::byte>();
@@ -336,7 +337,7 @@ __global__ void stored_kernel(float* out) {
   if constexpr (kFence) fence_proxy_async();
   sync_threads();
   float d[16] = {};
-  const std::uint32_t a[4] = {0x40003F80, 0, 0, 0};  // 1 and 2, in rows of the upper halves
+  const std::uint32_t a[4] = {0x40003F80, 0, 0, 0};  // 1 and 2, in the first eight rows of each warp
   wgmma_fence();
   wgmma<Bf16, 32>(d, a, descriptor_of_swizzled_rows(shared_address(b)));
   wgmma_commit();
@@ -370,7 +371,7 @@ void registers_of_a_block_are_within_a_multiprocessor() {
   EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
 }
 
-// The first two warps meet twice, the third never.
+// The first two warps meet; the third takes no part.
 template <bool kMeet>
 __global__ void some_threads_kernel(int* out) {
   int* const shared = dynamic_smem<int>();

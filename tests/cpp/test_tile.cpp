@@ -1,5 +1,5 @@
-// Guards the tile product of AMX-BF16, for the tiles of QLN_TILE_HEADER: those in plain C++ and those of the processor,
-// if it has any, follow the definition (Intel's manual, TDPBF16PS) bit for bit.
+// Guards the tile product of AMX-BF16, for the tiles of QLN_TILE_HEADER. The tiles in plain C++, and the processor's if
+// it has any, follow the definition (Intel's manual, TDPBF16PS) bit for bit.
 #include QLN_TILE_HEADER
 
 #include <bit>
@@ -23,7 +23,7 @@ float unit(float first, float second) {
 }
 
 struct Operands {
-  static constexpr int kRow = 24;  // floats from one row to the next, more than a tile's
+  static constexpr int kRow = 24;  // floats from one row to the next, more than a tile has
   std::vector<float> a = std::vector<float>(16 * kRow, 0.0f), b = a, c = a;
   void set_a(int m, int k, float first, float second) { a[m * kRow + k] = unit(first, second); }
   void set_b(int k, int n, float first, float second) { b[k * kRow + n] = unit(first, second); }
@@ -51,19 +51,20 @@ void every_element_is_a_row_times_a_column() {
   o.multiply();
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 16; ++n) {
-      float sum = before[m * Operands::kRow + n];  // integers, which fp32 adds exactly
+      float sum = before[m * Operands::kRow + n];  // all numbers are integers, which fp32 adds exactly
       for (int k = 0; k < 16; ++k) sum += static_cast<float>((m - k) * (k * n % 7) + (m + 2 * k) * (3 - k));
       EXPECT(o.at(m, n) == sum);
     }
-  for (int m = 0; m < 16; ++m)  // what lies between rows stays
+  for (int m = 0; m < 16; ++m)  // memory between rows is not touched
     for (int n = 16; n < Operands::kRow; ++n) EXPECT(o.c[m * Operands::kRow + n] == before[m * Operands::kRow + n]);
 }
 
-// First elements in one chain from zero, second ones in another; then their sum, and only then C.
+// The first elements of pairs are summed in one chain, which begins with zero, and the second elements in another. Then
+// the two chains are added, and only then C.
 void chains_are_summed_apart_and_then_added_to_c() {
   Operands o;
   const float large = 0x1p24f;
-  o.set_a(0, 0, large, -large);  // one chain alone would cancel and keep what comes after
+  o.set_a(0, 0, large, -large);  // in a single chain these would cancel, and all of the later sum would be kept
   o.set_a(0, 1, 1.0f, 1.0f);
   o.set_b(0, 0, 1.0f, 1.0f);
   o.set_b(1, 0, 1.0f, 1.0f);
@@ -75,7 +76,7 @@ void chains_are_summed_apart_and_then_added_to_c() {
   o.set_b(0, 0, 1.0f, 1.0f);
   o.c[0] = large;
   o.multiply();
-  EXPECT(o.at(0, 0) == large + 2.0f);  // and not twice a tie
+  EXPECT(o.at(0, 0) == large + 2.0f);  // adding 1 to C twice would be a tie each time
 }
 
 void a_step_of_a_chain_rounds_once_to_nearest_even() {
@@ -93,13 +94,13 @@ void a_step_of_a_chain_rounds_once_to_nearest_even() {
 void subnormal_numbers_count_as_zero() {
   const float subnormal = 0x1p-127f, smallest = FLT_MIN;
   Operands o;
-  o.set_a(0, 0, subnormal, 0.0f);  // an input
+  o.set_a(0, 0, subnormal, 0.0f);  // an input is subnormal
   o.set_b(0, 0, 0x1p100f, 0.0f);
-  o.set_a(1, 0, smallest, 0.0f);  // a product
+  o.set_a(1, 0, smallest, 0.0f);  // a product is subnormal
   o.set_b(0, 1, 0.5f, 0.0f);
-  o.set_a(2, 0, smallest, smallest);  // chains whose sum is subnormal
+  o.set_a(2, 0, smallest, smallest);  // the sum of two chains is subnormal
   o.set_b(0, 2, 2.0f, -1.5f);
-  o.c[3 * Operands::kRow + 3] = subnormal;  // C
+  o.c[3 * Operands::kRow + 3] = subnormal;  // C is subnormal
   o.multiply();
   EXPECT(o.at(0, 0) == 0.0f && o.at(1, 1) == 0.0f && o.at(2, 2) == 0.0f && o.at(3, 3) == 0.0f);
 }
@@ -129,8 +130,8 @@ void zeroed_tiles_are_zero() {
     for (int n = 0; n < 16; ++n) EXPECT(o.at(m, n) == 0.0f);
 }
 
-// A hash of products of random bits, subnormal numbers and all: the same for the tiles in plain C++ and the
-// processor's.
+// Products of random bits, including subnormal numbers, have one expected hash, for the tiles in plain C++ and for
+// those of the processor.
 void random_products_have_the_expected_bits() {
   std::uint64_t state = 1, hash = 0xcbf29ce484222325;  // FNV-1a
   const auto random = [&] { return static_cast<std::uint32_t>((state = state * 6364136223846793005u + 1) >> 32); };
@@ -139,7 +140,7 @@ void random_products_have_the_expected_bits() {
     for (auto* matrix : {&o.a, &o.b})
       for (float& value : *matrix) {
         std::uint32_t bits = random();
-        if (repeat % 2 == 0) bits = (bits & 0x87FF87FFu) | 0x38003800u;                          // exponents that meet
+        if (repeat % 2 == 0) bits = (bits & 0x87FF87FFu) | 0x38003800u;                          // similar exponents
         if (((bits >> 23) & 0xFF) == 0xFF || ((bits >> 7) & 0xFF) == 0xFF) bits &= 0xBFFFBFFFu;  // no NaN
         value = std::bit_cast<float>(bits);
       }
@@ -158,7 +159,7 @@ void random_products_have_the_expected_bits() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  // The processor's own are tested where the library has found and asked for them.
+  // The processor's own tiles are tested only if the library has found and enabled them.
   if (count > 1) {
     bool found = false;
     for (const std::string& isa : qn::available_isas()) found |= isa == arguments[1];

@@ -18,7 +18,7 @@ qn::WayProblem problem(Product product, qn::DType dtype, std::int64_t M) {
   return {.product = product, .dtype = dtype, .M = M, .N = 4096, .K = 4096};
 }
 
-// The first number of rows from which on the way is taken, of 1 ... 5000; 0 if never.
+// The number of rows, 1 ... 5000, from which on the way is taken; 0 if it never is.
 std::int64_t first_rows(Way way, qn::WayProblem p) {
   for (p.M = 1; p.M <= 5000; ++p.M)
     if (qn::choose_way(p) == way) return p.M;
@@ -41,12 +41,12 @@ void tiles_multiply_from_four_rows_on() {
   for (const Product product : kBoth) {
     qn::WayProblem p = problem(product, qn::DType::bf16, 0);
     p.tiles = p.dense_tiles = true;
-    EXPECT(first_rows(Way::tiles, p) == 4 && first_rows(Way::panels, p) == 0);  // no dense product
+    EXPECT(first_rows(Way::tiles, p) == 4 && first_rows(Way::panels, p) == 0);  // there is no dense product
     EXPECT(first_rows(product == Product::forward ? Way::few_rows : Way::vectors, p) == 1);
     p.dense_gemm = true;
     EXPECT(first_rows(Way::tiles, p) == 4 && first_rows(Way::panels, p) == 1024);
     p.rank = 16;
-    p.dropout = true;  // falls on parts of sums, which a dense product does not have
+    p.dropout = true;  // it applies to parts of sums, which a dense product does not separate
     EXPECT(first_rows(Way::tiles, p) == 4 && first_rows(Way::panels, p) == 0);
   }
 }
@@ -61,7 +61,7 @@ void fp16_goes_by_panels_where_the_dense_product_alone_has_tiles() {
   }
 }
 
-// A panel of 64 columns of W, or rows, must fit its memory.
+// A panel of 64 columns or rows of W must fit its memory.
 void panels_are_left_where_they_would_not_fit() {
   qn::WayProblem p = problem(Product::backward_input, qn::DType::bf16, 2048);
   p.tiles = p.dense_gemm = p.dense_tiles = true;

@@ -1,4 +1,4 @@
-// The names that optimizer.h had while AdamW was its only algorithm, which is still the default.
+// The names in optimizer.h from the time when AdamW was the only algorithm. AdamW is still the default.
 #pragma once
 
 #include "qlora_native/optimizer.h"

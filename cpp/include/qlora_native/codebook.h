@@ -1,5 +1,5 @@
-// The codebooks of the 4-bit formats and the 8-bit dynamic maps, in the host's memory: for an operation on cuda they
-// are copied to the device first.
+// The codebooks of the 4-bit formats and the 8-bit dynamic maps. They lie in the host's memory, so a caller copies them
+// to the device before an operation on cuda.
 #pragma once
 
 #include <array>
@@ -15,8 +15,10 @@ namespace qlora_native {
 QLN_API const std::array<float, 16>& codebook(std::string_view format);
 
 // The 8-bit dynamic map (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015), as bitsandbytes'
-// create_dynamic_map() lays it out: 256 ascending values. Signed: in (-1, 1], element 127 is 0; the map of the
-// double-quantized scales and of AdamW's first moment. Unsigned: in [0, 1], element 0 is 0; of the second moment.
+// create_dynamic_map() lays it out: 256 ascending values.
+//
+//   signed     values in (-1, 1], element 127 is 0; for double-quantized scales and AdamW's first moment
+//   unsigned   values in [0, 1], element 0 is 0; for AdamW's second moment
 QLN_API const std::array<float, 256>& dynamic_map(bool is_signed = true);
 
 }  // namespace qlora_native

@@ -1,6 +1,6 @@
-// What a transformer block computes between its products, in one pass each: the gated activation of its feed-forward
-// part and its normalization. Autograd over their parts keeps a tensor for each part; with these a trainer keeps the
-// operands alone.
+// The operations of a transformer block between its products: the gated activation of the feed-forward part, and the
+// normalization. Each is a single pass. A trainer that composes them of autograd operations keeps a tensor for each
+// intermediate result; with these it keeps only the operands.
 #pragma once
 
 #include "qlora_native/export.h"
@@ -8,16 +8,16 @@
 
 namespace qlora_native {
 
-// f of a gated linear unit (Shazeer, "GLU variants improve transformer"):
-//   silu        x / (1 + e^-x), SwiGLU's
-//   gelu_tanh   x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), GEGLU's by the tanh of Gemma
+// The function f of a gated linear unit (Shazeer, "GLU variants improve transformer"):
+//   silu        x / (1 + e^-x), as in SwiGLU
+//   gelu_tanh   x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), as in Gemma's GEGLU
 enum class Activation : std::int8_t { silu, gelu_tanh };
 
 // h = f(gate) * up, computed in fp32 and rounded once.
 struct GatedActivationArgs {
   Activation activation = Activation::silu;
   ConstMatrix gate;  // [rows, N]
-  ConstMatrix up;    // [rows, N], of the dtype of gate, as all matrices here
+  ConstMatrix up;    // [rows, N]; all matrices have the dtype of gate
   Matrix h;          // [rows, N], out
 };
 QLN_API void gated_activation(const GatedActivationArgs& args, const Stream& stream = {});
@@ -38,15 +38,15 @@ QLN_API void gated_activation_backward(const GatedActivationBackwardArgs& args, 
 struct RmsNormArgs {
   ConstMatrix x;                 // [rows, N]
   const void* weight = nullptr;  // [N], of the dtype of x
-  float shift = 0.0f;            // finite; 1 where weights are kept as their distance from 1 (Gemma)
+  float shift = 0.0f;            // finite; 1 if weights are stored as their distance from 1 (Gemma)
   float eps = 1e-6f;             // finite, >= 0
   Matrix y;                      // [rows, N], of the dtype of x, out
   float* r = nullptr;            // [rows], out
 };
 QLN_API void rms_norm(const RmsNormArgs& args, const Stream& stream = {});
 
-// dx = r * (g - x * r^2 * mean(x * g)) with g = dy * (shift + weight). The weight's gradient, sum over rows of
-// dy * x * r, is left to the caller: a frozen base model has none.
+// dx = r * (g - x * r^2 * mean(x * g)) with g = dy * (shift + weight). The gradient of the weight, which is the sum
+// over rows of dy * x * r, is left to the caller, because a frozen base model does not need it.
 struct RmsNormBackwardArgs {
   ConstMatrix x;                 // [rows, N]
   const void* weight = nullptr;  // [N]

@@ -1,4 +1,4 @@
-// The one exception of the library.
+// The exceptions of the library: Error for a bad argument, and Unavailable.
 #pragma once
 
 #include <stdexcept>
@@ -9,7 +9,7 @@
 
 namespace qlora_native {
 
-// A bad argument: which one, what was expected, what came. Thrown before anything is written.
+// A bad argument. The message says which one, what was expected and what came. It is thrown before anything is written.
 class QLN_API Error : public std::invalid_argument {
  public:
   Error(const std::string& argument, const std::string& expected, const std::string& got)
@@ -20,12 +20,12 @@ class QLN_API Error : public std::invalid_argument {
   std::string argument_;
 };
 
-// What was asked for is not in this build or not possible on this machine.
+// Something that this build does not have, or that is not possible on this machine.
 class QLN_API Unavailable : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Throws Error. The parts of its message are texts, numbers, or functions that return a text.
+// Throws Error. Each part of its message is a text, a number, or a function that returns a text.
 template <class Argument, class Expected, class Got>
 [[noreturn]] void fail(const Argument& argument, const Expected& expected, const Got& got) {
   const auto text = [](const auto& value) -> std::string {
@@ -40,7 +40,7 @@ template <class Argument, class Expected, class Got>
   throw Error(text(argument), text(expected), text(got));
 }
 
-// The same unless `ok`. Checks run on every call, so give a function where a text has yet to be made.
+// Throws Error unless `ok`. Checks run on every call, so pass a function where the text has yet to be composed.
 template <class Argument, class Expected, class Got>
 void check(bool ok, const Argument& argument, const Expected& expected, const Got& got) {
   if (!ok) [[unlikely]]

@@ -4,14 +4,17 @@
 //   dX[M,K] = dY . W + mask o (V . A)               V = s/(1-p) * dY . B            linear_backward_input
 //   dA[r,K] = V^T . drop(X)    dB[N,r] = s * dY^T . U                               lora_gradients
 //
-// Where the rows of X are in groups (RowGroups), each group has a weight and an adapter of its own, or an adapter
-// alone.
+// `o` is the element-wise product, and p the probability of dropout. If the rows of X are in groups (RowGroups), each
+// group has its own weight and adapter, or only its own adapter.
 //
-// Every pointer is to memory of the stream's device (types.h), codebooks and scales too.
+// Every pointer is to memory of the stream's device (types.h), also those to codebooks and scales.
 //
-// W is decoded in tiles on the way into the multiply, rounded once to the dtype of X, as are A, B, U and V; every sum
-// is fp32. Results do not depend on the number of threads; several threads may call at once. Extra memory of a call: on
-// the cpu 8 MB and 1 MB a thread, kept for the next; on cuda 128 KB a multiprocessor; or what set_dense_gemm says.
+// W is decoded in tiles on the way into the multiply. W, A, B, U and V are rounded once to the dtype of X; every sum is
+// fp32. Results do not depend on the number of threads, and several threads may call at once. Extra memory of a call:
+//
+//   cpu    8 MB, and 1 MB for each thread, kept for the next call
+//   cuda   128 KB for each multiprocessor
+//   either, with a dense product of the host program: see set_dense_gemm (runtime.h)
 #pragma once
 
 #include "qlora_native/export.h"
@@ -19,7 +22,8 @@
 
 namespace qlora_native {
 
-// The low-rank adapter (LoRA, Hu et al. 2021), or `count` of one shape, one after another. rank 0: none.
+// A low-rank adapter (LoRA, Hu et al. 2021), or `count` adapters of one shape, one after another. With rank 0 there is
+// none.
 struct LoraView {
   std::int64_t rank = 0;
   std::int64_t count = 1;
@@ -27,25 +31,27 @@ struct LoraView {
   const void* a = nullptr;  // [count, rank, K], contiguous
   const void* b = nullptr;  // [count, N, rank], contiguous
   float scaling = 1.0f;     // s; any finite value
-  // Dropout on the adapter's input. Element (m,k) is dropped where a hash of (seed, m, k) falls below the
-  // probability (common/philox.h), so that the backward pass recomputes the mask instead of storing it.
+  // Dropout on the adapter's input. Element (m,k) is dropped if a hash of (seed, m, k) falls below the probability
+  // (common/philox.h). So the backward pass recomputes the mask, and nobody stores it.
   float dropout = 0.0f;  // p in [0, 1), in steps of 1/65536
   std::uint64_t seed = 0;
-  // [1], memory of the stream's device, or null: added to the seed when the product is computed, so that a CUDA graph
-  // that has captured it draws another mask at each replay. For the backward pass it must be what it was then.
+  // [1], memory of the stream's device, or null. It is added to the seed when the product is computed, so that a
+  // captured CUDA graph draws another mask at each replay. In the backward pass it must have the value that it had in
+  // the forward pass.
   const std::uint64_t* device_seed = nullptr;
 };
 
-// Rows of X that are sorted by what they are multiplied with: group g is rows offsets[g] ... offsets[g+1]-1, and may be
-// empty. Weights and adapters are `count` each, of which group g takes number g, or one, which all groups share.
+// Groups of rows of X, which are sorted by what they are multiplied with. Group g is the rows offsets[g] ...
+// offsets[g+1]-1; it may be empty. There are `count` weights, of which group g takes the g-th, or one, which all groups
+// share. The same holds for adapters.
 //
 //   the experts of a mixture      weight.count == count; every row is in a group
 //   adapters over one base        weight.count == 1 and lora.count == count; rows before the first group have none
 //
-// On the cpu the offsets are checked. On cuda the host cannot read them without waiting for the device, so kernels keep
-// to the rows that there are, whatever the offsets say.
+// On the cpu the offsets are checked. On cuda the host cannot read them without waiting for the device; there the
+// kernels never touch rows that do not exist, whatever the offsets say.
 struct RowGroups {
-  std::int64_t count = 0;                 // 0: the rows are one group
+  std::int64_t count = 0;                 // 0 if the rows are not in groups
   const std::int64_t* offsets = nullptr;  // [count + 1], ascending, the last is M; memory of the stream's device
 };
 
@@ -56,7 +62,7 @@ struct LinearForwardArgs {
   ConstMatrix x;               // [M, K]
   const void* bias = nullptr;  // [weight.count, N] in x's dtype, or null
   Matrix y;                    // out, [M, N] in x's dtype
-  Matrix u;                    // out, [M, rank] in x's dtype; null data: not wanted
+  Matrix u;                    // out, [M, rank] in x's dtype; null data if it is not wanted
 };
 QLN_API void linear_forward(const LinearForwardArgs& args, const Stream& stream = {});
 
@@ -65,8 +71,8 @@ struct LinearBackwardInputArgs {
   LoraView lora;
   RowGroups groups{};
   ConstMatrix dy;  // [M, N]
-  Matrix dx;       // out, [M, K] in dy's dtype; null data: only v is wanted
-  Matrix v;        // out, [M, rank] in dy's dtype; null data: not wanted
+  Matrix dx;       // out, [M, K] in dy's dtype; null data if only v is wanted
+  Matrix v;        // out, [M, rank] in dy's dtype; null data if it is not wanted
 };
 QLN_API void linear_backward_input(const LinearBackwardInputArgs& args, const Stream& stream = {});
 

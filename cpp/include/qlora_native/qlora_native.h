@@ -1,10 +1,10 @@
-// qlora_native: 4-bit weights, low-rank adapters, the products over both, and the optimizer. Table of contents:
+// Includes all of qlora_native: 4-bit weights, low-rank adapters, the products of both, and the optimizers.
 #pragma once
 
-#include "qlora_native/adamw.h"          // earlier names of what optimizer.h has
+#include "qlora_native/adamw.h"          // the earlier names in optimizer.h
 #include "qlora_native/codebook.h"       // nf4, fp4, int4, E2M1; the 8-bit dynamic maps
 #include "qlora_native/cross_entropy.h"  // cross_entropy: loss and gradient of rows of logits
-#include "qlora_native/elementwise.h"    // gated_activation, rms_norm: what is between the products of a block
+#include "qlora_native/elementwise.h"    // gated_activation, rms_norm: the operations between a block's products
 #include "qlora_native/error.h"          // Error, Unavailable
 #include "qlora_native/linear.h"         // linear_forward, linear_backward_input, lora_gradients
 #include "qlora_native/optimizer.h"      // optimizer_8bit_step: AdamW, Lion, AdEMAMix

@@ -1,5 +1,5 @@
-// The vocabulary of the library: element types, devices, and views over the caller's memory, which is the stream's
-// device's (Stream). Nothing here owns memory. Every matrix is row-major; a stride counts elements.
+// The vocabulary of the library: element types, devices, and views of the caller's memory, which is memory of the
+// stream's device (Stream). Nothing here owns memory. Every matrix is row-major; a stride counts elements.
 #pragma once
 
 #include <cstddef>
@@ -16,10 +16,11 @@ constexpr const char* name_of(DType dtype) {
 
 enum class Device : std::int8_t { cpu, cuda };
 
-// Where and in which order an operation runs. `handle` is a cudaStream_t on cuda, unused on cpu.
+// Where and in which order an operation runs. `handle` is a cudaStream_t on cuda; on cpu it is not used.
 //
-// What the arguments of an operation point to is memory of that device: on cuda, memory that its kernels can read, of
-// cudaMalloc, cudaMallocManaged or a mapped cudaHostAlloc. A pointer of the host's own says so where it is declared.
+// The arguments of an operation point to memory of that device. On cuda this is memory that its kernels can read: from
+// cudaMalloc, cudaMallocManaged or a mapped cudaHostAlloc. Pointers to the host's memory are marked as such where they
+// are declared.
 struct Stream {
   Device device = Device::cpu;
   int index = 0;
@@ -38,17 +39,20 @@ struct BasicMatrix {
 using ConstMatrix = BasicMatrix<const void*>;
 using Matrix = BasicMatrix<void*>;
 
-// A quantized weight W[N,K], or `count` of one shape, one after another, as the experts of a mixture are: W[count,N,K].
-// The layout is bitsandbytes': elements are numbered e = (i*N + n)*K + k, i being which of them, and block
-// e / blocksize shares one scale, so blocks straddle rows where K is not a multiple of the blocksize.
+// A quantized weight W[N,K]; or `count` weights of one shape, one after another, like the experts of a mixture:
+// W[count,N,K]. The layout is bitsandbytes'. Element (n,k) of weight i has the flat index e = (i*N + n)*K + k. The
+// elements of block e / blocksize share one scale, so blocks straddle rows if K is not a multiple of the blocksize.
 //
 //   bits == 4   codes[e/2] holds element e in its high nibble if e is even, in its low one if e is odd;
 //               w = code[nibble] * scale
 //   bits == 8   codes[e] is a signed byte; w = byte * (scale / 127)
 //
-// The scale of block b is absmax[b] (float) or, double-quantized (QLoRA, section 3),
-//   nested_code[absmax[b]] * nested_absmax[b / nested_blocksize] + offset        (absmax[b] a byte)
-// All of it is fp32 arithmetic, each operation rounded by itself.
+// The scale of block b is
+//
+//   absmax[b], a float                                                           or, with nested_absmax,
+//   nested_code[absmax[b]] * nested_absmax[b / nested_blocksize] + offset        where absmax[b] is a byte
+//
+// The second form is double quantization (QLoRA, section 3). All arithmetic is fp32, each operation rounded by itself.
 struct QuantizedWeightView {
   std::int64_t N = 0;
   std::int64_t K = 0;
@@ -56,7 +60,7 @@ struct QuantizedWeightView {
   int bits = 4;
   int blocksize = 64;                    // a power of two, 16 ... 4096
   const std::uint8_t* codes = nullptr;   // [ceil(count*N*K * bits / 8)]
-  const void* absmax = nullptr;          // [blocks] float, or uint8 when nested_absmax is given
+  const void* absmax = nullptr;          // [blocks] of float, or of uint8 if nested_absmax is given
   const float* code = nullptr;           // [16]; not used with 8 bits
   const float* nested_absmax = nullptr;  // [ceil(blocks / nested_blocksize)] or null
   const float* nested_code = nullptr;    // [256], with nested_absmax

@@ -1,5 +1,5 @@
-// The tables behind every format, each defined once: the 16 levels of nf4, fp4 and int4, the 8-bit dynamic maps, and
-// the forms in which a quantizer searches them.
+// The tables of the formats: the 16 levels of nf4, fp4 and int4, the 8-bit dynamic maps, and the sorted forms that a
+// quantizer searches. Each table is defined only here.
 #pragma once
 
 #include <algorithm>
@@ -42,15 +42,16 @@ inline constexpr std::array<float, 16> kFp4 = [] {
   return code;
 }();
 
-// Sixteen equal steps that include 0 and 1, as GGML's and GPTQ's symmetric formats have them.
+// Sixteen equally spaced levels that include 0 and 1, like the symmetric formats of GGML and GPTQ.
 inline constexpr std::array<float, 16> kInt4 = [] {
   std::array<float, 16> code{};
   for (int i = 0; i < 16; ++i) code[i] = static_cast<float>(i - 8) / 7.0f;
   return code;
 }();
 
-// bitsandbytes' create_dynamic_map(), bit for bit. The decade that ends at 10^(i-6) is split into equal intervals whose
-// midpoints are the levels: 2^i of each sign, or 2^(i+1) without a sign; 0 and 1 complete the 256.
+// bitsandbytes' create_dynamic_map(), bit for bit. The decade that ends at 10^(i-6) is divided into equal intervals,
+// whose midpoints are the levels. A signed map has 2^i intervals for each sign, an unsigned one 2^(i+1). The values 0
+// and 1 complete the 256.
 inline constexpr int kDecades = 7;
 constexpr std::array<float, 256> make_dynamic_map(bool is_signed) {
   constexpr float decade[kDecades] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
@@ -59,8 +60,8 @@ constexpr std::array<float, 256> make_dynamic_map(bool is_signed) {
   for (int i = 0; i < kDecades; ++i) {
     const int intervals = is_signed ? 1 << i : 2 << i;
     const float step = (1.0f - 0.1f) / static_cast<float>(intervals);
-    // torch.linspace(0.1, 1, intervals + 1): from the nearer end, a fused multiply-add an element. The double sum is
-    // exact, so its conversion to float is the one rounding of the fma.
+    // torch.linspace(0.1, 1, intervals + 1) computes each element from the nearer end by one fused multiply-add. Here
+    // the sum in double is exact, so its conversion to float is the only rounding, as in the fma.
     const auto boundary = [&](int j) {
       return j < (intervals + 1) / 2 ? static_cast<float>(double{0.1f} + double{step} * j)
                                      : static_cast<float>(1.0 - double{step} * (intervals - j));
@@ -79,15 +80,16 @@ constexpr std::array<float, 256> make_dynamic_map(bool is_signed) {
 inline constexpr std::array<float, 256> kDynamicMap = make_dynamic_map(true);
 inline constexpr std::array<float, 256> kUnsignedDynamicMap = make_dynamic_map(false);
 
-// The midpoints of neighbouring levels of an ascending map, each rounded down: for a float t, t > midpoints[i] then
-// says exactly whether level i + 1 is nearer than level i (a tie: the lower). The last is infinite. Internal linkage:
-// it is called where wider instructions are allowed.
+// The midpoints of neighbouring levels of an ascending map, each rounded down. So for any float t, t > midpoints[i]
+// says exactly whether level i + 1 is nearer than level i; if both are equally near, the lower level wins. The last
+// midpoint is infinite. The function is static because files that are compiled for wider instructions call it: the
+// linker must not share their copies.
 static constexpr std::array<float, 256> midpoints_of(const float* map) {
   std::array<float, 256> midpoints{};
   for (int i = 0; i < 255; ++i) {
     const double exact = (double{map[i]} + double{map[i + 1]}) / 2.0;
     midpoints[i] = static_cast<float>(exact);
-    if (double{midpoints[i]} > exact) {  // the next float below
+    if (double{midpoints[i]} > exact) {  // take the next float below
       const auto bits = std::bit_cast<std::uint32_t>(midpoints[i]);
       midpoints[i] = std::bit_cast<float>(midpoints[i] > 0.0f ? bits - 1 : (bits | 0x80000000u) + 1);
     }
@@ -98,17 +100,17 @@ static constexpr std::array<float, 256> midpoints_of(const float* map) {
 inline constexpr std::array<float, 256> kDynamicMidpoints = midpoints_of(kDynamicMap.data());
 inline constexpr std::array<float, 256> kUnsignedDynamicMidpoints = midpoints_of(kUnsignedDynamicMap.data());
 
-// A 16-value codebook in ascending order, for a quantizer: the nearest level of t is the one whose index is the number
-// of midpoints strictly below t (a tie takes the lower level), and order[index] is its code.
+// A 16-value codebook in ascending order, for a quantizer. The index of the level nearest to t is the number of
+// midpoints strictly below t (so a tie takes the lower level), and order[index] is the code of that level.
 struct SortedCodebook {
   float value[16];
   float midpoint[15];  // (value[i] + value[i+1]) / 2 in fp32
   std::uint8_t order[16];
 };
 
-// Where code[c] comes among the 16, which may be in any order. Equal values stay in the order of their codes. So fp4's
-// two zeros, whose midpoint is 0, split what is near 0 by sign as bitsandbytes' CPU quantizer does: t <= 0 becomes code
-// 0, t > 0 code 8.
+// The place of code[c] among the 16 values in ascending order; `code` may be in any order. Equal values stay in the
+// order of their codes. So the two zeros of fp4, whose midpoint is 0, divide values near 0 by their sign, as
+// bitsandbytes' CPU quantizer does: t <= 0 becomes code 0, and t > 0 becomes code 8.
 constexpr int place_of_code(const float* code, int c) {
   int place = 0;
   for (int i = 0; i < 16; ++i) place += code[i] < code[c] || (code[i] == code[c] && i < c);
@@ -126,25 +128,26 @@ constexpr SortedCodebook sort_codebook(const float* code) {
   return sorted;
 }
 
-// The code of t: four comparisons would do, fifteen say what is meant.
+// The code of t. Four comparisons would be enough, but fifteen are easier to read.
 constexpr std::uint8_t nearest_code(const SortedCodebook& codebook, float t) {
   int index = 0;
   for (float midpoint : codebook.midpoint) index += midpoint < t;
   return codebook.order[index];
 }
 
-// Where a quantizer begins to search: [-1, 1] in 31 equal buckets. A float's is in the lowest bits of
-// fma(t, kPerUnit, kOrigin), and grows with t, rounding included: so a midpoint of a lower bucket than t's lies below
-// t, one of a higher bucket does not, and those of t's own are compared. Of nf4 and int4 no two share one.
+// Divides [-1, 1] into 31 equal buckets, so that a quantizer knows where to begin its search. The bucket of t is in the
+// lowest bits of fma(t, kPerUnit, kOrigin). It never falls as t grows, even with rounding. So a midpoint in a lower
+// bucket than that of t lies below t, a midpoint in a higher bucket does not, and only midpoints in the same bucket
+// have to be compared with t. In nf4 and int4 no two midpoints share a bucket.
 struct CodebookBuckets {
   static constexpr int kCount = 32;
-  // Added to a float, it leaves the sum rounded to an integer in the lowest bits.
+  // The sum of a float and this has the float, rounded to an integer, in its lowest bits.
   static constexpr float kInteger = 0x1.8p23f;
   static constexpr float kPerUnit = 15.0f, kOrigin = kInteger + 16.0f;
 };
 
-// What a block's elements are multiplied by before the search. The floor keeps an all-zero block finite: it becomes
-// the level of 0.
+// The elements of a block are multiplied by this before the search. The lower bound of absmax keeps the result finite
+// for an all-zero block, whose elements become the level of 0.
 constexpr float inverse_absmax(float absmax) { return 1.0f / std::max(absmax, 1e-38f); }
 
 }  // namespace qlora_native

@@ -1,4 +1,4 @@
-// Scalar conversions between fp32 and the two 16-bit types: to nearest, ties to even; NaN stays NaN.
+// Scalar conversions between fp32 and the two 16-bit types. They round to nearest, ties to even; NaN stays NaN.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,7 @@ constexpr float f32_from_bf16(std::uint16_t bits) { return std::bit_cast<float>(
 
 constexpr std::uint16_t bf16_from_f32(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-  if (value != value) return static_cast<std::uint16_t>((bits >> 16) | 0x0040);  // quiet, never rounded to infinity
+  if (value != value) return static_cast<std::uint16_t>((bits >> 16) | 0x0040);  // a quiet NaN; rounding could make inf
   const std::uint32_t odd = (bits >> 16) & 1;
   return static_cast<std::uint16_t>((bits + 0x7FFF + odd) >> 16);
 }
@@ -33,7 +33,8 @@ constexpr std::uint16_t f16_from_f32(float value) {
     const std::uint32_t odd = (magnitude >> 13) & 1;
     return static_cast<std::uint16_t>(sign | ((magnitude - (112u << 23) + 0xFFF + odd) >> 13));
   }
-  // Subnormal: in the binade of 0.5 an fp32 step is 2^-24, fp16's smallest, so this addition does the rounding.
+  // The result is subnormal. Near 0.5 the fp32 numbers are 2^-24 apart, which is fp16's smallest number, so this
+  // addition does the rounding.
   const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
   return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3F000000));
 }

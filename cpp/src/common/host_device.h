@@ -1,4 +1,5 @@
-// For inline functions that device code calls too. (constexpr functions need no mark: nvcc is told to let them pass.)
+// QLN_HOST_DEVICE marks inline functions that device code calls too. (constexpr functions need no mark, because nvcc is
+// told to allow them.)
 #pragma once
 
 #ifdef __CUDACC__

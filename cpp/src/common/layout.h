@@ -1,4 +1,4 @@
-// The layout of a quantized weight (types.h), one element at a time: what every backend must agree with.
+// The layout of a quantized weight (types.h), one element at a time. Every backend must agree with these functions.
 #pragma once
 
 #include "common/host_device.h"
@@ -11,7 +11,7 @@ constexpr std::int64_t bytes_of_codes(std::int64_t elements, int bits) {
   return bits == 8 ? elements : (elements + 1) / 2;
 }
 
-// A double-quantized scale; the product and the sum are each rounded by themselves.
+// A double-quantized scale. The product and the sum are rounded separately.
 QLN_HOST_DEVICE inline float nested_scale(float level, float nested_absmax, float offset) {
   const float product = level * nested_absmax;
   return product + offset;
@@ -28,7 +28,7 @@ QLN_HOST_DEVICE inline std::uint8_t nibble_of_element(const std::uint8_t* codes,
   return element % 2 == 0 ? byte >> 4 : byte & 0x0F;
 }
 
-// Element `element` of the flat weight, given its block's scale; fp32, not yet rounded to anything.
+// Element `element` of the flat weight in fp32, not yet rounded to another dtype. `scale` is that of its block.
 QLN_HOST_DEVICE inline float value_of_element(const QuantizedWeightView& w, std::int64_t element, float scale) {
   if (w.bits == 8) return static_cast<float>(static_cast<std::int8_t>(w.codes[element])) * (scale / 127.0f);
   return w.code[nibble_of_element(w.codes, element)] * scale;

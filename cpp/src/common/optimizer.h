@@ -1,8 +1,9 @@
-// The arithmetic of the 8-bit optimizers (qlora_native/optimizer.h), one element and one tensor at a time: what every
-// backend must agree with.
+// The arithmetic of the 8-bit optimizers (qlora_native/optimizer.h), one element and one tensor at a time. Every
+// backend must agree with it.
 //
-// A rule is one algorithm. It says how many moments it has, what these are multiplied by when they are decoded, and how
-// an element moves; all around it (blocks, codes, lists of tensors, skipped steps, paging) is the same for every rule.
+// A rule is one algorithm. It says how many moments it has, what they are multiplied by when they are decoded, and how
+// an element moves. Everything around it (blocks, codes, lists of tensors, skipped steps, paging) is the same for every
+// rule.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +15,10 @@
 
 namespace qlora_native {
 
-// Of the largest rule. Moments are counted from 0: moment 0 is state1, with its absmax1.
+// No rule has more moments. They are counted from 0: moment 0 is state1, with absmax1.
 constexpr int kMostMoments = 3;
 
-// Which dynamic map a moment has, whatever the rule: state2 alone is never negative.
+// Whether a moment has the signed dynamic map. That is the same in every rule: only state2 is never negative.
 constexpr bool is_signed(int moment) { return moment != 1; }
 // The code whose level is 0.
 constexpr std::uint8_t zero_code(int moment) { return is_signed(moment) ? 127 : 0; }
@@ -26,7 +27,7 @@ constexpr int moments_of(Algorithm algorithm) {
   return algorithm == Algorithm::lion ? 1 : algorithm == Algorithm::adamw ? 2 : 3;
 }
 
-// The state of a moment, and its scales.
+// state_of() is the array of a moment, absmax_of() the array of its scales.
 QLN_HOST_DEVICE inline void*& state_of(Optimizer8bitTensor& tensor, int moment) {
   return moment == 0 ? tensor.state1 : moment == 1 ? tensor.state2 : tensor.state3;
 }
@@ -40,45 +41,45 @@ QLN_HOST_DEVICE inline float* absmax_of(const Optimizer8bitTensor& tensor, int m
   return moment == 0 ? tensor.absmax1 : moment == 1 ? tensor.absmax2 : tensor.absmax3;
 }
 
-// What a rule computes with where values are floats. An instruction set has one of its own for its vectors; operators
-// are the compiler's for both.
+// The functions that a rule computes with when its values are floats. Each instruction set has its own such struct for
+// its vectors. The operators come from the compiler in both cases.
 struct FloatMath {
   using Value = float;
   QLN_HOST_DEVICE static float root(float x) { return std::sqrt(x); }
   QLN_HOST_DEVICE static float sign(float x) { return static_cast<float>(x > 0.0f) - static_cast<float>(x < 0.0f); }
 };
 
-// The coefficients of one tensor's step, in every lane of a value. Each rule uses those that it needs.
+// The coefficients of one tensor's step. A vector holds the same number in every lane. A rule uses only some of them.
 template <class Math>
 struct CoefficientsOf {
   using Value = typename Math::Value;
-  Value inv_scale;     // of the gradient
-  Value beta1, grad1;  // grad: 1 - beta, what the gradient, or its square, counts in the moment
+  Value inv_scale;     // the factor of the gradient
+  Value beta1, grad1;  // grad1 is 1 - beta1, the weight of the gradient in the moment
   Value beta2, grad2;
-  Value decay;               // of the parameter: 1 - lr * weight_decay
-  Value step_size, eps;      // with both bias corrections, where there are any
-  Value beta3, grad3, slow;  // of the slow moment; slow: what it counts beside the fast one
+  Value decay;               // the factor of the parameter, 1 - lr * weight_decay
+  Value step_size, eps;      // include the bias corrections, if the rule has any
+  Value beta3, grad3, slow;  // for the slow moment; `slow` is its weight beside the fast one
 };
 using StepCoefficients = CoefficientsOf<FloatMath>;
 
-// |g * inv_scale| may be so large: the largest float whose square is finite.
+// The largest |g * inv_scale| that is usable: the largest float whose square is finite.
 constexpr float kLargestGradient = 0x1.fffffep63f;
 
-// The learning rate of a group, where its memory can be read.
+// The learning rate of a group. It reads device_lr, so it must run where that memory can be read.
 QLN_HOST_DEVICE inline double lr_of(const Optimizer8bitGroup& group) {
   return group.device_lr != nullptr ? double{*group.device_lr} : group.lr;
 }
-// A size: not NaN either.
+// Whether the value is a finite number >= 0; NaN is not.
 QLN_HOST_DEVICE inline bool is_finite_size(double value) { return value >= 0.0 && value <= 0x1.fffffffffffffp1023; }
 
-// Both bias corrections are in two coefficients:
+// Both bias corrections, c1 and c2, are part of two coefficients:
 //
-//   lr * (m / c1) / (sqrt(v / c2) + eps) = step_size * (m / (sqrt(v) + sqrt(c2) * eps))    step_size = lr * sqrt(c2) /
-//   c1
+//   lr * (m / c1) / (sqrt(v / c2) + eps) = step_size * (m / (sqrt(v) + sqrt(c2) * eps))
+//   step_size = lr * sqrt(c2) / c1
 struct AdamW {
   static constexpr int kMoments = 2;
 
-  // `step` is this one's, counted from 1.
+  // `step` is the number of this step, counted from 1.
   QLN_HOST_DEVICE static StepCoefficients coefficients(const Optimizer8bitGroup& group, std::int64_t step,
                                                        float inv_scale) {
     const double t = static_cast<double>(step);
@@ -97,10 +98,10 @@ struct AdamW {
     };
   }
 
-  // What a moment, or its scale, is multiplied by when it is decoded.
+  // The factor of a moment, or of its scale, when it is decoded.
   QLN_HOST_DEVICE static float kept(const StepCoefficients& c, int moment) { return moment == 1 ? c.beta2 : c.beta1; }
 
-  // The new value of a parameter. Its moments are given multiplied by `kept`, and updated.
+  // Returns the new value of a parameter and updates its moments, which are given already multiplied by `kept`.
   template <class Math>
   QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,
                                                      typename Math::Value grad, typename Math::Value (&m)[kMoments]) {
@@ -111,7 +112,8 @@ struct AdamW {
   }
 };
 
-// With alpha = 0 its bits are AdamW's. The slow moment has no bias correction; `slow` holds the fast one's:
+// With alpha = 0 the results are AdamW's, bit for bit. The slow moment has no bias correction, so `slow` cancels that
+// of the fast one:
 //
 //   m / c1 + alpha s = (m + slow * s) / c1                                                  slow = alpha * c1
 struct AdEMAMix {
@@ -164,7 +166,7 @@ struct Lion {
     };
   }
 
-  // The moment is needed as it is: beta1 is for the direction, beta2 for the moment itself.
+  // The rule needs the moment itself, because it multiplies it by beta1 for the direction and by beta2 for the update.
   QLN_HOST_DEVICE static float kept(const StepCoefficients&, int) { return 1.0f; }
 
   template <class Math>
@@ -177,7 +179,7 @@ struct Lion {
   }
 };
 
-// f.template operator()<Rule>() with the rule of an algorithm.
+// Calls f.template operator()<Rule>() with the rule of an algorithm.
 template <class F>
 decltype(auto) with_rule(Algorithm algorithm, const F& f) {
   switch (algorithm) {

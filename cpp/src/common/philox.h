@@ -1,8 +1,8 @@
-// The dropout mask: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by the
-// seed and counted by position, so that forward and backward compute the same mask and nobody stores it.
+// The dropout mask: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). The key is the
+// seed, and the counter is the position, so that forward and backward compute the same mask and nobody stores it.
 //
-// Eight neighbours along K share one Philox block: counter = (k / 8, m mod 2^32, m / 2^32, 0), and element k takes
-// 16 bits of the result: word (k % 8) / 2, its low half where k is even.
+// Eight neighbours along K share one Philox block with the counter (k / 8, m mod 2^32, m / 2^32, 0). Element k takes 16
+// bits of the result: the low half of word (k % 8) / 2 if k is even, else its high half.
 #pragma once
 
 #include <cmath>
@@ -34,13 +34,13 @@ constexpr PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t seed) {
   return counter;
 }
 
-// The probability in units of 1/65536, rounded; p < 1, so that at least one value in 65536 is kept.
+// The probability in units of 1/65536, rounded. At most 65535, so that at least one value in 65536 is kept.
 inline std::uint32_t dropout_threshold(float p) {
   const long threshold = std::lround(static_cast<double>(p) * 65536.0);
   return static_cast<std::uint32_t>(threshold < 65535 ? threshold : 65535);
 }
 
-// The seed of a mask, of which a part may be in memory.
+// The seed of a mask: `seed`, plus the number in memory if there is one.
 constexpr std::uint64_t dropout_seed(std::uint64_t seed, const std::uint64_t* in_memory) {
   return in_memory != nullptr ? seed + *in_memory : seed;
 }
@@ -51,9 +51,9 @@ constexpr PhiloxBlock dropout_random(std::uint64_t seed, std::int64_t m, std::in
                       static_cast<std::uint32_t>(static_cast<std::uint64_t>(m) >> 32), 0}},
                     seed);
 }
-// Whether element k of them is kept.
+// Whether element k is kept, given the random bits of its block.
 constexpr bool dropout_keeps(const PhiloxBlock& random, std::int64_t k, std::uint32_t threshold) {
-  // Not word[k % 8 / 2]: an index that is known only at run time would put a GPU's registers into memory.
+  // This avoids word[k % 8 / 2], because a GPU puts an array into memory if an index is known only at run time.
   const std::uint32_t even = k & 4 ? random.word[2] : random.word[0], odd = k & 4 ? random.word[3] : random.word[1];
   return (((k & 2 ? odd : even) >> (16 * (k & 1))) & 0xFFFF) >= threshold;
 }

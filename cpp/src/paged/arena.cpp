@@ -11,11 +11,12 @@
 namespace qlora_native {
 namespace {
 
-// Between arrays: the alignment of cudaMalloc, which vector loads need.
+// Arrays begin at multiples of this. It is the alignment of cudaMalloc; vector loads need aligned arrays.
 constexpr std::size_t kAlignment = 256;
-// Between stretches: the blocks in which the driver moves managed memory, so that none belongs to two of them.
+// Stretches begin at multiples of this. The driver moves managed memory in blocks of this size, so no block belongs to
+// two stretches.
 constexpr std::size_t kPage = std::size_t{2} << 20;
-// One is filled while one is updated and one copied back.
+// The slots of the ring: one is filled while one is updated and one is copied back.
 constexpr std::size_t kSlots = 3;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -33,17 +34,18 @@ std::shared_mutex PagedArena::Impl::all_mutex_;
 
 // ---- layout ----
 
-// Where an array begins. Each has an address of its own, also an empty one: torch saves no two tensors at one address.
+// Adds an array and returns its offset. Even an empty array gets an address of its own, because torch cannot save two
+// tensors at one address.
 std::size_t PagedArena::Impl::array(std::size_t bytes, std::size_t alignment) {
   const std::size_t begin = round_up(bytes_, alignment);
   bytes_ = begin + std::max<std::size_t>(bytes, 1);
   return begin;
 }
 
-// Whole parameters share a stretch, one range, as long as they fit. One that is larger than a stretch has its own: its
-// pieces are a range of each of its arrays.
+// Small parameters share a stretch as long as they fit; it is one range of the arena. A parameter that is larger than a
+// stretch gets stretches of its own; each is a piece of the parameter, with a range in each of its arrays.
 void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes) {
-  bool is_open = false;  // the last stretch, for more parameters
+  bool is_open = false;  // whether the last stretch may take more parameters
   for (const PagedState& state : states) {
     Entry entry{.elements = state.elements,
                 .element_bytes = state.in_8_bits ? sizeof(std::uint8_t) : sizeof(float),
@@ -57,8 +59,8 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
     if (is_whole && is_open && bytes_ + bytes - stretches_.back().ranges[0].begin > stretch_bytes) is_open = false;
     if (!is_whole) is_open = false;
     const std::size_t between = is_whole ? kAlignment : kPage;
-    // The third moment follows the first in its array. (Where that is cut, its stretches share blocks of managed
-    // memory.)
+    // The third moment follows the first in the same array. (If the array is cut into stretches, these share blocks of
+    // managed memory where one moment ends and the other begins.)
     const std::size_t of_first = moments == 3 ? 2 : 1;
     entry.state[0] = array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
     entry.state[2] = entry.state[0] + state_bytes;
@@ -103,7 +105,7 @@ std::size_t PagedArena::Impl::size_of(std::size_t stretch) const {
 
 void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOptions& options) {
   lay_out(states, options.stretch_bytes);
-  bytes_ = std::max(bytes_, kAlignment);  // an address of its own, whatever is in it
+  bytes_ = std::max(bytes_, kAlignment);  // even an empty arena gets an address of its own
   pinned_ = options.pinned || !driver_->is_concurrent();
   data_ =
       static_cast<std::byte*>(driver_->allocate(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, bytes_));
@@ -117,7 +119,7 @@ void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOp
   } else {
     driver_->advise(data_, bytes_);
   }
-  std::memset(data_, 0, bytes_);  // by the host, where it stays until it is fetched
+  std::memset(data_, 0, bytes_);  // the host writes it, so it stays on the host until it is fetched
   in_ = driver_->create_stream();
   out_ = driver_->create_stream();
   for (void** event : {&entered_, &left_, &sent_}) *event = driver_->create_event();
@@ -159,8 +161,8 @@ PagedArena::Impl* PagedArena::Impl::find(const void* state) {
   return found != all_.end() && found->second->data_ <= at ? found->second : nullptr;
 }
 
-// The state that lies where this tensor's does, if that is one of the arena's: else it is someone's own use of the
-// memory, which a kernel reaches too, only slower.
+// The entry of the arena whose arrays are exactly this tensor's state. Null if there is none: then the caller uses the
+// memory in its own way, and a kernel accesses it without paging, only more slowly.
 const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const Optimizer8bitTensor& tensor,
                                                           Algorithm algorithm) const {
   const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(tensor.state1) - data_);
@@ -200,7 +202,7 @@ void PagedArena::Impl::count_stall(Stretch& stretch) {
 
 // ---- a step ----
 
-// f(home, in the slot, bytes) for each range of a stretch.
+// Calls f(home, address in the slot, bytes) for each range of a stretch.
 template <class F>
 void PagedArena::Impl::each_in_slot(const Stretch& stretch, const F& f) const {
   std::byte* at = ring_ + stretch.slot * slot_bytes_;
@@ -220,8 +222,8 @@ void* PagedArena::Impl::resident(std::size_t stretch, void* home) const {
   return found;
 }
 
-// Nothing moves before the caller's stream has come here: it may have written to the state, and until the backward has
-// ended its activations need the memory. Nor before what went back in the last step is back.
+// Nothing moves before the caller's stream has reached this point: the stream may have written to the state, and until
+// the backward pass has ended, its activations need the memory. Fetching also waits for what the last step sent back.
 void PagedArena::Impl::begin(void* stream) {
   driver_->record(entered_, stream);
   driver_->wait(in_, entered_);
@@ -272,7 +274,8 @@ void PagedArena::Impl::leave(std::size_t index, void* stream, bool evict) {
   }
 }
 
-// Who reads the state after the step finds it: managed memory is right wherever it lies, a ring's must be back.
+// After this, work in the caller's stream finds the updated state. Managed memory is valid wherever it lies; the ring
+// must first have been copied back.
 void PagedArena::Impl::finish(void* stream) {
   driver_->record(sent_, out_);
   if (pinned_) driver_->wait(stream, sent_);

@@ -1,4 +1,4 @@
-// What is behind PagedArena: where the states lie, and how their stretches come and go in a step.
+// The implementation of PagedArena: where the states lie, and how their stretches come and go in a step.
 #pragma once
 
 #include <cstddef>
@@ -16,10 +16,10 @@ namespace qlora_native {
 
 class PagedArena::Impl {
  public:
-  struct Entry {  // a parameter's state
+  struct Entry {  // the state of one parameter
     std::int64_t elements;
-    std::int64_t piece;         // elements in each of its stretches, but the last
-    std::size_t first_stretch;  // shared with others where one piece is all
+    std::int64_t piece;         // elements in each of its stretches, except the last
+    std::size_t first_stretch;  // if the parameter is one piece, it may share this stretch with others
     std::size_t element_bytes;
     int moments;
     std::size_t state[kMostMoments], absmax[kMostMoments];  // offsets
@@ -31,7 +31,7 @@ class PagedArena::Impl {
   };
 
   explicit Impl(std::unique_ptr<Driver> driver) : driver_(std::move(driver)) {}
-  ~Impl();  // also of what open() left half done
+  ~Impl();  // also cleans up if open() has thrown
   void open(const std::vector<PagedState>& states, const PagedOptions& options);
 
   static Impl* find(const void* state);  // the arena in which this address lies, or null
@@ -43,8 +43,8 @@ class PagedArena::Impl {
   Driver& driver() const { return *driver_; }
   PagedStats stats();
 
-  // The order of calls in a step: begin, then fetch, enter and leave of each stretch, then finish. `stream` is the
-  // caller's, in which the stretch is updated between enter and leave.
+  // The order of calls in a step: begin; then fetch, enter and leave for each stretch; then finish. `stream` is the
+  // caller's stream; the update of a stretch is put into it between enter and leave.
   void begin(void* stream);
   void fetch(std::size_t stretch);
   void enter(std::size_t stretch, void* stream);
@@ -52,24 +52,24 @@ class PagedArena::Impl {
   void finish(void* stream);
 
   std::size_t bytes_to_come(std::size_t stretch) const { return stretches_[stretch].resident ? 0 : size_of(stretch); }
-  // Where a kernel finds what lies at `home`, in a stretch that was entered.
+  // The address at which a kernel finds the data of `home`, an address in a stretch that was entered.
   void* resident(std::size_t stretch, void* home) const;
 
  private:
-  struct Range {  // bytes of the arena
+  struct Range {  // offsets of bytes in the arena
     std::size_t begin, end;
   };
   struct Stretch {
     std::vector<Range> ranges;
-    void* fetched = nullptr;  // an event: it has come
-    void* ready = nullptr;    // the update could begin
+    void* fetched = nullptr;  // event: the stretch has come
+    void* ready = nullptr;    // event: the caller's stream has come to the update
     void* updated = nullptr;
-    bool resident = false;   // managed memory: it was asked for, and not sent back
-    bool uncounted = false;  // whether it stalled is not known yet
-    std::size_t slot = 0;    // of the ring
+    bool resident = false;   // only for managed memory: the stretch was fetched and not sent back
+    bool uncounted = false;  // it is not known yet whether the update had to wait
+    std::size_t slot = 0;    // its place in the ring
   };
   struct Slot {
-    void* copied_back = nullptr;  // an event
+    void* copied_back = nullptr;  // event
     bool used = false;
   };
 
@@ -92,11 +92,11 @@ class PagedArena::Impl {
   std::vector<Slot> slots_;
   std::size_t next_slot_ = 0;
 
-  void *in_ = nullptr, *out_ = nullptr;  // streams, to the device and from it
+  void *in_ = nullptr, *out_ = nullptr;  // the streams that copy to the device and from it
   void *entered_ = nullptr, *left_ = nullptr, *sent_ = nullptr;
   PagedStats stats_;
 
-  static std::map<const std::byte*, Impl*> all_;  // by where they end
+  static std::map<const std::byte*, Impl*> all_;  // all arenas, by their end address
   static std::shared_mutex all_mutex_;
 };
 

@@ -1,32 +1,34 @@
-// What paging and panels ask of a device's driver. An interface, so that the order of the calls is tested without a
-// device: its implementations are cuda/driver.cu and the emulator's, cuda/simt/emulated_driver.h.
+// The functions of a device's driver that paging and panels need. Driver is an interface, so that the order of the
+// calls can be tested without a device. It is implemented by cuda/driver.cu and, for the emulator, by
+// cuda/simt/emulated_driver.h.
 #pragma once
 
 #include <cstddef>
 
 namespace qlora_native {
 
-// Of one device, which is made current where a call needs that. Streams and events are the driver's own pointers; a
-// stream may also be a caller's. What is put into a stream happens in order, and later: only synchronize() waits.
-// Failures are exceptions, except where something is given back.
+// The driver of one device, which it makes current for calls that need that. Pointers to streams and events come from
+// the driver; a stream may also be a caller's. Work in a stream happens in order, and later: only synchronize() waits.
+// Failures are exceptions, except when something is given back.
 class Driver {
  public:
-  enum class Memory { managed, pinned, device };  // that moves; of the host, and the device sees it; of the device
+  // managed memory moves between host and device; pinned memory stays on the host, and the device can access it.
+  enum class Memory { managed, pinned, device };
   enum class Place { host, device };
 
   virtual ~Driver() = default;
 
-  // Whether host and device may use managed memory at the same time, and prefetch it.
+  // Whether host and device may use managed memory at the same time, and whether it can be prefetched.
   virtual bool is_concurrent() = 0;
   // Whether the stream is being captured into a graph.
   virtual bool is_capturing(void* stream) = 0;
-  virtual std::size_t free_bytes() = 0;  // of the device
+  virtual std::size_t free_bytes() = 0;  // free memory of the device
 
   virtual void* allocate(Memory kind, std::size_t bytes) = 0;
   virtual void release(Memory kind, void* memory) noexcept = 0;
-  // That `memory`, managed, belongs on the host, and that the device may reach it there.
+  // Tells the driver that this managed memory belongs on the host, and that the device may access it there.
   virtual void advise(void* memory, std::size_t bytes) = 0;
-  // Where all of [memory, memory + bytes) was prefetched to last; false: not the device, or not all.
+  // Whether all of [memory, memory + bytes) was last prefetched to the device.
   virtual bool is_on_device(const void* memory, std::size_t bytes) = 0;
 
   virtual void* create_stream() = 0;
@@ -34,13 +36,13 @@ class Driver {
   virtual void prefetch(void* memory, std::size_t bytes, Place place, void* stream) = 0;
   virtual void copy(void* to, const void* from, std::size_t bytes, void* stream) = 0;
 
-  virtual void* create_event(bool timed = false) = 0;  // timed: is_earlier() may compare it
+  virtual void* create_event(bool timed = false) = 0;  // is_earlier() may compare timed events
   virtual void destroy_event(void* event) noexcept = 0;
   virtual void record(void* event, void* stream) = 0;
-  virtual void wait(void* stream, void* event) = 0;  // of what comes into the stream from now on
+  virtual void wait(void* stream, void* event) = 0;  // work that is put into the stream from now on waits
   virtual void synchronize(void* event) noexcept = 0;
   virtual bool is_done(void* event) = 0;
-  virtual bool is_earlier(void* first, void* second) = 0;  // of two that are done
+  virtual bool is_earlier(void* first, void* second) = 0;  // both events must be done
 };
 
 }  // namespace qlora_native

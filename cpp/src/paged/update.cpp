@@ -10,8 +10,8 @@
 namespace qlora_native {
 namespace {
 
-// Memory is short where less than this would be left on the device with all state there. A choice, not measured: room
-// for what libraries allocate beside torch when they are first used.
+// Memory counts as short if less than this would be left on the device with all of the state on it. The number was
+// chosen, not measured: libraries beside torch allocate memory when they are first used.
 constexpr std::size_t kSpareBytes = std::size_t{512} << 20;
 
 }  // namespace
@@ -35,7 +35,8 @@ Optimizer8bitTensor stretch_of(const Optimizer8bitTensor& tensor, std::int64_t f
 
 PagedUpdate::PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream) : stream_(stream.handle) {
   std::vector<UpdatePart> others;
-  std::optional<bool> captured;  // into a graph: nothing is asked for, kernels reach the state wherever it is
+  // While a graph is captured, nothing is fetched: kernels access the state wherever it lies.
+  std::optional<bool> captured;
   std::map<std::pair<PagedArena::Impl*, std::size_t>, std::size_t> visit_of;
   for (std::int64_t i = 0; i < args.count; ++i) {
     const Optimizer8bitTensor& tensor = args.tensors[i];

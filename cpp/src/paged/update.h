@@ -1,5 +1,5 @@
-// The update of optimizer_8bit_step where some state lies in a PagedArena: what is updated when, and what moves
-// meanwhile.
+// PagedUpdate orders the update of optimizer_8bit_step if some state lies in a PagedArena: it says what is updated
+// when, and what moves in the meantime.
 #pragma once
 
 #include <vector>
@@ -8,22 +8,22 @@
 
 namespace qlora_native {
 
-// A tensor of a step, or a piece of one: whole blocks, and all up to its end.
+// A tensor of a step, or a piece of one. A piece consists of whole blocks; only the last may end with a partial block.
 struct UpdatePart {
-  Optimizer8bitTensor tensor;  // where a kernel finds them
-  std::int64_t index;          // which one of Optimizer8bitArgs::tensors
+  Optimizer8bitTensor tensor;  // its pointers are those that a kernel uses
+  std::int64_t index;          // its index in Optimizer8bitArgs::tensors
 };
 
-// Elements [first, first + elements) of a tensor; first is a multiple of the blocksize.
+// Elements [first, first + elements) of a tensor. `first` is a multiple of the blocksize.
 Optimizer8bitTensor stretch_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t elements);
 
 class PagedUpdate {
  public:
-  // Asks for the first stretch, so that it comes while the gradients are looked at.
+  // Begins to fetch the first stretch, so that it comes while the gradients are checked.
   PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream);
 
-  // launch(parts) puts the update of some parts into the stream; all calls together cover every tensor once. First come
-  // those that are not paged, together.
+  // launch(parts) puts the update of some parts into the stream. All calls together cover every tensor once; the first
+  // call takes all tensors that are not paged.
   template <class F>
   void run(const F& launch) {
     for (std::size_t i = 0; i < visits_.size(); ++i) {
@@ -36,7 +36,7 @@ class PagedUpdate {
 
  private:
   struct Visit {
-    PagedArena::Impl* arena;  // null: not paged
+    PagedArena::Impl* arena;  // null if the parts are not paged
     std::size_t stretch;
     std::vector<UpdatePart> parts;
   };
@@ -48,8 +48,8 @@ class PagedUpdate {
 
   void* stream_;
   std::vector<Visit> visits_;
-  std::vector<PagedArena::Impl*> arenas_;  // each once
-  bool is_short_ = false;                  // of memory: what was updated goes back
+  std::vector<PagedArena::Impl*> arenas_;  // each arena once
+  bool is_short_ = false;                  // if memory is short, a stretch goes back once it is updated
 };
 
 }  // namespace qlora_native

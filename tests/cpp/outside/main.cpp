@@ -1,5 +1,5 @@
-// Quantizes a weight, multiplies with it, and checks the product against plain sums; then a bad argument. Exits 0 if
-// all is well, and says which library it ran.
+// Quantizes a weight, multiplies by it, and compares the product with plain sums; then passes a bad argument. Prints
+// which library it ran, and exits 0 if all is well.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -56,7 +56,7 @@ int main() {
     qn::linear_forward(args);
     std::printf("blocksize 48: expected an error\n");
     return 1;
-  } catch (const qn::Error& error) {  // across a shared library's border too
+  } catch (const qn::Error& error) {  // must also work if the library is a shared one
     if (error.argument() != "weight.blocksize") return 1;
   }
   std::printf("qlora_native %s on %s, %d threads, cuda: %s\n", qn::version().c_str(), qn::current_isa().c_str(),

@@ -1,4 +1,4 @@
-// Gated activations and RMS norms: a task is some rows, whose elements are read and written once (those of a norm
+// Gated activations and RMS norms. A task takes some rows, and reads and writes each element once (a norm reads them
 // twice, the second time from the cache).
 #pragma once
 
@@ -12,11 +12,11 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// Rows of a task have so many elements together: tens of microseconds of work, beside which the thread pool's call
-// does not show.
+// A task takes rows with about so many elements in all. That is tens of microseconds of work, beside which the cost of
+// a call of the thread pool is negligible.
 constexpr std::int64_t kElementsOfTask = 32768;
 
-// body(row) for each of `rows` rows of `cols` elements, on the thread pool.
+// Calls body(row) on the thread pool for each of `rows` rows of `cols` elements.
 template <class Body>
 void for_each_row(std::int64_t rows, std::int64_t cols, const Body& body) {
   const std::int64_t of_task = larger<std::int64_t>(1, kElementsOfTask / cols);
@@ -32,7 +32,7 @@ auto row_of(const BasicMatrix<Pointer>& matrix, std::int64_t row) {
   return static_cast<Byte*>(matrix.data) + row * matrix.stride * static_cast<std::int64_t>(size_of(matrix.dtype));
 }
 
-// body(offset in bytes, lanes) for each vector of a row.
+// Calls body(offset in bytes, lanes) for each vector of a row.
 template <DType kType, class Body>
 void for_each_vector(std::int64_t cols, const Body& body) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
@@ -64,7 +64,7 @@ ActivationOfVector activation_of(F32 x) {
   }
 }
 
-// Calls f(activation) with a constant.
+// Calls f(activation), where the activation is a compile-time constant.
 template <class F>
 void with_activation(Activation activation, const F& f) {
   if (activation == Activation::silu)
@@ -110,7 +110,8 @@ inline void gated_activation_backward_rows(const GatedActivationBackwardArgs& ar
 
 // ---- RMS norms ----
 
-// The sum over a row of value(offset, lanes), in four sums whose additions need not wait for each other.
+// Returns the sum of value(offset, lanes) over a row. There are four partial sums, so that their additions need not
+// wait for each other.
 template <DType kType, class Value>
 float sum_of_row(std::int64_t cols, const Value& value) {
   constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
@@ -160,7 +161,7 @@ inline void rms_norm_backward_rows(const RmsNormBackwardArgs& args, const Stream
         const F32 factor = add(load_as_f32<kType>(weight + at, lanes), set1(args.shift));
         return mul(load_as_f32<kType>(dy + at, lanes), factor);
       };
-      // Each x times r first: the square of a large r alone may be infinite.
+      // x is multiplied by r first, because the square of a large r alone may be infinite.
       const auto normalized = [&](std::int64_t at, int lanes) {
         return mul(load_as_f32<kType>(x + at, lanes), set1(r));
       };

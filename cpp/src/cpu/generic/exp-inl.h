@@ -1,4 +1,4 @@
-// Exponentials of vectors, and functions that are made of one.
+// The exponential function for vectors, and functions that use it.
 #pragma once
 
 #include "qlora_native/types.h"
@@ -6,11 +6,11 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -88. x = n * ln 2 + r with |r| <= ln 2 / 2 (Cody and
-// Waite), where the series of e^r up to r^7 is off by 5e-9 of it.
+// e^x for x <= 0, within 2 units in the last place; 0 below -88. It writes x = n * ln 2 + r with |r| <= ln 2 / 2 (Cody
+// and Waite), and e^r as its series up to r^7, whose relative error is 5e-9.
 inline F32 exp_of_negative(F32 x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-  constexpr float kRound = 0x1.8p23f;  // its sum with n has n in the lowest bits
+  constexpr float kRound = 0x1.8p23f;  // the sum of n and this has n in its lowest bits
   x = max(x, set1(-88.0f));
   const F32 shifted = fma(x, set1(kLog2E), set1(kRound));
   const F32 n = add(shifted, set1(-kRound));
@@ -25,8 +25,8 @@ inline F32 tanh_of(F32 x) {
   const F32 e = exp_of_negative(mul(abs(x), set1(-2.0f)));
   return with_sign_of(divide(add(set1(1.0f), mul(e, set1(-1.0f))), add(set1(1.0f), e)), x);
 }
-// 1 / (1 + e^-x) = n / (1 + e) with e = e^-|x| and n = 1 for x >= 0, else e. No difference of near numbers is in it, so
-// that it has the relative accuracy of e for large negative x too.
+// 1 / (1 + e^-x) = n / (1 + e) with e = e^-|x|, and n = 1 for x >= 0, else n = e. It subtracts no nearly equal numbers,
+// so for large negative x, too, it has the relative accuracy of e.
 inline F32 sigmoid_of(F32 x) {
   const F32 e = exp_of_negative(mul(abs(x), set1(-1.0f)));
   const F32 is_positive = add(with_sign_of(set1(0.5f), x), set1(0.5f));
