@@ -20,8 +20,12 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
 
 if not sys.stderr.isatty():
     # Switches off the bars whose code leaves the choice to tqdm, such as the one over the tensors of a GGUF file. tqdm
-    # reads the variable when it is imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # reads the variable when it is imported. It does not stay set, for programs that this one starts would inherit it.
+    if "TQDM_DISABLE" not in os.environ:
+        os.environ["TQDM_DISABLE"] = "1"
+        import tqdm.auto  # noqa: F401
+
+        del os.environ["TQDM_DISABLE"]
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
