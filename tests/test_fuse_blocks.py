@@ -219,7 +219,7 @@ def test_modules_of_any_library_are_known_by_what_they_compute(activation, norm)
     torch.testing.assert_close(model(x), expected)
 
 
-def test_activation_that_is_not_multiplied_is_what_it_was():
+def test_activation_without_a_product_is_what_it_was():
     block = Block(nn.SiLU(), nn.Identity())
     x = torch.randn(3, 8)
     fuse_blocks(block)

@@ -7,6 +7,7 @@ a gated activation gives is not kept by the product that follows either, which m
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
         return _ops.gated_activation(gate, up, number)
     h = GatedActivation.apply(gate, up, number)
     if h.requires_grad:
-        Remade.by(h, _GatedAgain(number), (gate, up))
+        Remade.by(h, partial(_compute_gated, activation=number), (gate, up))
     return h
 
 
@@ -100,15 +101,10 @@ def _check(name: str, tensor: Tensor, first: Tensor) -> None:
         raise bad(name, f"{list(first.shape)} on {first.device}", f"{list(tensor.shape)} on {tensor.device}")
 
 
-class _GatedAgain:
-    """A gated activation of known operands, without a derivative."""
-
-    def __init__(self, activation: int) -> None:
-        self.activation = activation
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.gated_activation.default(gate, up, self.activation)
+def _compute_gated(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    """The op without its derivative."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.gated_activation.default(gate, up, activation)
 
 
 # ---- fakes ----
@@ -157,8 +153,7 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Inputs and output of the op."""
-        with torch._C._AutoDispatchBelowAutograd():
-            h = _ops.gated_activation.default(*inputs)
+        h = _compute_gated(*inputs)
         _save_gated(ctx, inputs, h)
         return h
 
