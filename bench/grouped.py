@@ -12,7 +12,6 @@ loop's before they are timed. --output writes bench/results/grouped-<machine>.{j
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -157,16 +156,5 @@ def lines(found: dict) -> str:
     return "\n".join(text) + "\n"
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
-    args = parser.parse_args()
-    found = {"machine": machine.describe(), "measured": measure()}
-    if args.output:
-        report.write_results("grouped", found, lines(found))
-    print(lines(found))
-
-
 if __name__ == "__main__":
-    main()
+    report.command_line("grouped", __doc__, measure, lines)

@@ -14,7 +14,6 @@ bench/results/other-half-<machine>.{json,md}.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
 from collections.abc import Callable
@@ -180,16 +179,5 @@ def lines(found: dict) -> str:
     return "\n".join(text) + "\n"
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
-    args = parser.parse_args()
-    found = {"machine": machine.describe(), "measured": measure()}
-    if args.output:
-        report.write_results("other-half", found, lines(found))
-    print(lines(found))
-
-
 if __name__ == "__main__":
-    main()
+    report.command_line("other-half", __doc__, measure, lines)

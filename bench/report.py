@@ -5,10 +5,11 @@ python bench/report.py FILE.json ...      write the Markdown and the plots of ea
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import machine
@@ -157,6 +158,17 @@ def write_results(kind: str, found: dict, text: str) -> Path:
     write(path, json.dumps(found, indent=1))
     write(path.with_suffix(".md"), text.rstrip("\n"))
     return path
+
+
+def command_line(kind: str, description: str, measure: Callable[[], list[dict]], lines: Callable[[dict], str]) -> None:
+    """The program of a benchmark that has no argument but --output: it measures, and prints its report."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
+    args = parser.parse_args()
+    found = {"machine": machine.describe(), "measured": measure()}
+    if args.output:
+        write_results(kind, found, lines(found))
+    print(lines(found))
 
 
 # ---------------------------------------------------------------------------------------------------------- report
