@@ -78,7 +78,7 @@ concept ProductPrimitives =
       { level_table<DType::bf16>(table) } -> std::same_as<LevelTable>;
       lookup_nibbles<DType::bf16>(levels, high_nibbles(bytes), looked_up);
       lookup_nibbles<DType::bf16>(levels, low_nibbles(bytes), looked_up);
-      // Of an even or an odd vector (dot_f32-inl.h) whose elements lie in blocks of 16, the scale of every lane.
+      // The scale of every lane of an even or an odd vector (dot_f32-inl.h), whose elements lie in blocks of 16.
       { scales_of_16(from) } -> FloatOf<V>;
       load_signed_byte_pairs(bytes, x, y);  // the even and the odd ones of 2 * kLanes
 
