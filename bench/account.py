@@ -10,7 +10,7 @@ Each contestant trains in a process of its own. The time of a step is the median
 more step into parts. An operation with a dimension of the vocabulary's size counts as head and loss; the others are
 told apart by their names in torch. The limit of a part is its operations over the machine's matrix rate, measured in
 the same run. Memory is the growth of the process during a step. --output writes
-bench/results/account-<machine>.{json,md,png}.
+bench/results/<machine>/account.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ def lines(found: dict) -> str:
     versions, rate = description["versions"], found["limits"]["bfloat16"]
     text = [
         "# Where a training step goes\n",
-        f"{description['cpu']}, {description['isa']}, torch {versions['torch']}, {description['threads']} threads, "
-        f"{rate / 1e9:.0f} GFLOP/s in bf16. NF4 with double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; "
+        f"{machine.cpu_name(description)}, {description['isa']}, torch {versions['torch']}, "
+        f"{description['threads']} threads, {rate / 1e9:.0f} GFLOP/s in bf16. "
+        f"NF4 with double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; "
         "`bench/account.py` says how it is measured. Milliseconds:\n",
     ]
     for name in MODELS:
@@ -220,9 +221,8 @@ def main() -> None:
         for contestant in contestants()
     ]
     if args.output:
-        picture = Path(f"account-{machine.file_name(found['machine'])}").with_suffix(".png").name
-        text = f"{lines(found)}\n![The parts of each step, as bars]({picture})"
-        draw(found, report.write_results("account", found, text).with_name(picture))
+        text = f"{lines(found)}\n![The parts of each step, as bars](account.png)"
+        draw(found, report.write_results("account", found, text).with_suffix(".png"))
     print(lines(found))
 
 

@@ -7,7 +7,7 @@ both products, against a loop over experts of torch's dense product, and of bits
 rank 16 in one batch, against one.
 
 Contestants take turns in one process (timing.py), with cold weights; medians. Results are compared with the dense
-loop's before they are timed. --output writes bench/results/grouped-<machine>.{json,md}.
+loop's before they are timed. --output writes bench/results/<machine>/grouped.{json,md}.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def measure() -> list[dict]:
 def lines(found: dict) -> str:
     """The report in Markdown."""
     description = found["machine"]
-    head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
+    head = f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}"
     threads = f"{description['threads']} threads"
     text = [
         "# Rows in groups\n",

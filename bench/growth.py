@@ -8,7 +8,7 @@ is decoded whole and multiplied by torch), whose time a product may exceed by at
 second has a training step of SmolLM2 (step.py), ours and LoRA over bf16 weights: alone, beside the busy process, and
 beside two more processes that train the same way on the same cores.
 
-Contestants take turns in one process (timing.py); medians. --output writes bench/results/growth-<machine>.{json,md}.
+Contestants take turns in one process (timing.py); medians. --output writes bench/results/<machine>/growth.{json,md}.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def measure_training() -> list[dict[str, object]]:
 def lines(found: dict) -> str:
     """The report in Markdown."""
     description = found["machine"]
-    head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
+    head = f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}"
     N, K = found["shape"]
     text = [f"# How cost grows\n\n{head}; W [{N}, {K}], NF4 with double quantization, {found['dtype']}, medians.\n"]
     text += ['"Dense" and "decoded": how many times as fast ours is. Beside the busy process times go in steps of\n']

@@ -1,7 +1,7 @@
 """A QLoRA training step of a model that does not fit into this machine in 16 bits: seconds by part, and peak memory.
 
     python bench/large.py [--shape llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--tokens 128] [--rank 16]
-                          [--expert-rank 4] [--output FILE]
+                          [--expert-rank 4] [--output]
 
 The shapes are those of the models. The weights are random, because neither time nor memory depends on them. Each layer
 is made in bf16, quantized (NF4, double quantization) and freed before the next one is made, so the whole model never
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import qlora_native as qn
@@ -296,12 +295,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--expert-rank", type=int, default=4)
-    parser.add_argument("--output", type=Path, help="also write JSON")
+    parser.add_argument("--output", action="store_true", help="write bench/results/<machine>/<shape>.json")
     args = parser.parse_args()
     found = measure(args.shape, args.layers, args.tokens, args.rank, args.expert_rank)
     print(lines(found))
-    if args.output is not None:
-        report.write(args.output, json.dumps({"machine": machine.describe(), **found}, indent=1))
+    if args.output:
+        found = {"machine": machine.describe(), **found}
+        report.write(report.path_of(args.shape, found["machine"]), json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

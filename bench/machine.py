@@ -24,6 +24,22 @@ PACKAGES = ("qlora_native", "torch", "bitsandbytes", "peft", "transformers")
 PROBE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SQUARES = {"cpu": 4096, "cuda": 8192}
 
+# (vendor, family, models, steppings, microarchitecture), because several have a name such as "AMD EPYC". AMD's are told
+# apart as in Linux' arch/x86/kernel/cpu/amd.c, Intel's as in its intel-family.h and perf's mapfile.csv.
+AMD, INTEL, ANY = "AuthenticAMD", "GenuineIntel", range(16)
+MICROARCHITECTURES = (
+    (AMD, 25, (*range(0x10), *range(0x20, 0x60)), ANY, "Zen 3"),
+    (AMD, 25, (*range(0x10, 0x20), *range(0x60, 0xB0)), ANY, "Zen 4"),
+    (AMD, 26, (*range(0x50), *range(0x60, 0x80)), ANY, "Zen 5"),
+    (INTEL, 6, (85,), range(5), "Skylake-X"),
+    (INTEL, 6, (85,), range(5, 10), "Cascade Lake"),
+    (INTEL, 6, (85,), range(10, 16), "Cooper Lake"),
+    (INTEL, 6, (106, 108), ANY, "Ice Lake"),
+    (INTEL, 6, (143,), ANY, "Sapphire Rapids"),
+    (INTEL, 6, (207,), ANY, "Emerald Rapids"),
+    (INTEL, 6, (173, 174), ANY, "Granite Rapids"),
+)
+
 
 def device() -> str:
     """The kind of the device that is measured, which is torch's default device."""
@@ -54,7 +70,7 @@ def describe() -> dict[str, object]:
                "l2_bytes": card.L2_cache_size, "cuda": torch.version.cuda}  # fmt: skip
     return {
         **gpu,
-        "cpu": _cpu_model(),
+        **processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": native.current_isa(),
@@ -69,13 +85,41 @@ def describe() -> dict[str, object]:
     }
 
 
-def file_name(description: dict[str, object]) -> str:
-    """The file name of a report: `amd-epyc-2-threads-avx512_bf16.json`, `nvidia-h100-80gb-hbm3.json`."""
-    name = str(description.get("gpu", description["cpu"])).lower()
-    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", name)).strip("-")
-    return (
-        f"{name}.json" if "gpu" in description else f"{name}-{description['threads']}-threads-{description['isa']}.json"
-    )
+def processor(cpuinfo: str | None = None) -> dict[str, object]:
+    """The CPU's name, and where /proc/cpuinfo tells them its family, model, stepping and microarchitecture.
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo; None reads it.
+    """
+    if cpuinfo is None:
+        path = Path("/proc/cpuinfo")
+        cpuinfo = path.read_text() if path.exists() else ""
+    fields = dict(re.findall(r"^([\w ]+?)\s*:[ \t]*(.*)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
+    found: dict[str, object] = {"cpu": fields.get("model name") or platform.processor() or platform.machine()}
+    numbers = [fields.get(name, "") for name in ("cpu family", "model", "stepping")]
+    if all(number.isdecimal() for number in numbers):
+        family, model, stepping = map(int, numbers)
+        found |= {"family": family, "model": model, "stepping": stepping}
+        for vendor, of_family, models, steppings, name in MICROARCHITECTURES:
+            if (vendor, of_family) == (fields.get("vendor_id"), family) and model in models and stepping in steppings:
+                found["microarchitecture"] = name
+    return found
+
+
+def cpu_name(description: dict[str, object]) -> str:
+    """The CPU as a report names it: `AMD EPYC (Zen 4)`."""
+    name = str(description["cpu"])
+    return f"{name} ({description['microarchitecture']})" if "microarchitecture" in description else name
+
+
+def folder_name(description: dict[str, object]) -> str:
+    """The folder of a machine's reports: `amd-epyc-zen-4-2-threads-avx512_bf16`, `nvidia-h100-80gb-hbm3`."""
+    on_gpu = "gpu" in description
+    parts = [description["gpu"]] if on_gpu else [description["cpu"], description.get("microarchitecture", "")]
+    # A CPU's name may end with its clock rate, and has trademarks in parentheses.
+    name = re.sub(r"\(.*?\)|@ [\d.]+ghz|\b(cpu|processor)\b", "", " ".join(map(str, parts)).lower())
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return name if on_gpu else f"{name}-{description['threads']}-threads-{description['isa']}"
 
 
 def cache_bytes() -> int:
@@ -88,14 +132,6 @@ def l3_bytes() -> int:
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes]
     return max(found, default=32 << 20)
-
-
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
-    return match.group(1) if match else platform.processor() or platform.machine()
 
 
 class Others:

@@ -9,7 +9,7 @@ with the memory of each; and a large head in 4 bits, whose logits would not fit 
 autograd keeps beside the operands.
 
 Contestants take turns in one process (timing.py); medians. Results are compared before they are timed. --output writes
-bench/results/other-half-<machine>.{json,md}.
+bench/results/<machine>/other-half.{json,md}.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def measure() -> list[dict]:
 def lines(found: dict) -> str:
     """The report in Markdown."""
     description = found["machine"]
-    head = f"{description['cpu']}, {description['isa']}, torch {description['versions']['torch']}"
+    head = f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}"
     text = [
         "# The other half of a step\n",
         f"{head}, {description['threads']} threads; bfloat16, forward and backward; medians, in turn. Memory: of a "

@@ -25,11 +25,11 @@ from goals import GOALS, LARGE, LEFT_OUT, Goal, _against, _format, _values
 
 ROOT = Path(__file__).parent.parent
 FINETUNE = ROOT / "bench/results/finetune.json"
-# {column: report}, in the order of the columns.
+# {column: folder of its report}, in the order of the columns.
 COLUMNS = {
-    "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512.json",
-    "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-2-threads-avx2.json",
-    "AMD EPYC (Zen 4)": "amd-epyc-2-threads-avx512_bf16.json",
+    "Intel Xeon (Cascade Lake)": "intel-xeon-cascade-lake-2-threads-avx512",
+    "AMD EPYC (Zen 4), held to AVX2": "amd-epyc-zen-4-2-threads-avx2",
+    "AMD EPYC (Zen 4)": "amd-epyc-zen-4-2-threads-avx512_bf16",
 }
 
 
@@ -74,7 +74,7 @@ SHORT_COLUMNS = ("Intel Xeon (Cascade Lake)", "AMD EPYC (Zen 4)")
 
 def report(column: str) -> dict:
     """The report behind a column."""
-    return json.loads((ROOT / "bench/results" / COLUMNS[column]).read_text())
+    return json.loads((ROOT / "bench/results" / COLUMNS[column] / "products.json").read_text())
 
 
 def against_fastest(goal: Goal, result: dict) -> list[float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import machine
 from cases import OURS, STEPS
-from goals import device_of, targets
+from goals import targets
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,7 +36,8 @@ def heading(result: dict) -> str:
     """The text about the machine and its limits."""
     m = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
-    what = f"{m['cpu']}, {m['threads']} of {m['cpus']} cpus; qlora_native runs {m['isa']}, torch {m['torch_isa']}"
+    what = f"{machine.cpu_name(m)}, {m['threads']} of {m['cpus']} cpus; "
+    what += f"qlora_native runs {m['isa']}, torch {m['torch_isa']}"
     if "gpu" in m:
         what = f"{m['gpu']}, {m['processors']} processors, L2 {m['l2_bytes'] / 2**20:.0f} MB; torch's CUDA {m['cuda']}"
     lines = [
@@ -152,9 +153,14 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def path_of(kind: str, description: dict[str, object]) -> Path:
+    """The path of a machine's report: bench/results/<machine>/<kind>.json."""
+    return RESULTS / machine.folder_name(description) / f"{kind}.json"
+
+
 def write_results(kind: str, found: dict, text: str) -> Path:
-    """Write <kind>-<machine>.json and .md below bench/results/. Returns the path of the JSON."""
-    path = RESULTS / f"{kind}-{machine.file_name(found['machine'])}"
+    """Write bench/results/<machine>/<kind>.json and .md. Returns the path of the JSON."""
+    path = path_of(kind, found["machine"])
     write(path, json.dumps(found, indent=1))
     write(path.with_suffix(".md"), text.rstrip("\n"))
     return path
@@ -192,8 +198,8 @@ def write_report(result: dict, path: Path) -> Path:
 def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
     """A whole run as Markdown. `images` are (path, caption)."""
     m = result["machine"]
-    title = f"# {m['cpu']}, {m['threads']} threads, {m['isa']}" if device_of(result) == "cpu" else f"# {m['gpu']}"
-    parts = [title, f"Measured {m['date']} by `bench/run.py`."]
+    title = m["gpu"] if "gpu" in m else f"{machine.cpu_name(m)}, {m['threads']} threads, {m['isa']}"
+    parts = [f"# {title}", f"Measured {m['date']} by `bench/run.py`."]
     parts += ["    " + heading(result).replace("\n", "\n    ")]
     parts += ["    " + load_line(result["load"])]
     parts += ["## Goals", "✔ aim reached, ○ must reached, ✘ missed; where a row covers several M, the worst decides."]

@@ -53,7 +53,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="OMP_NUM_THREADS")
     add("--targets", action="store_true", help="also a Markdown table of the goals and what was measured")
     add("--output", nargs="?", const="", metavar="FILE.json",
-        help="write a report: this, and beside it FILE.md and plots (default: results/MACHINE.json)")  # fmt: skip
+        help="write a report: this, FILE.md and plots (default: results/MACHINE/products.json)")  # fmt: skip
     args = parser.parse_args(argv)
     args.operations = args.operations or list(OPERATIONS[args.device])
     if missing := set(args.operations) - set(OPERATIONS[args.device]):
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.targets:
         print("\n" + report.targets(result))
     if args.output is not None:
-        path = Path(args.output) if args.output else report.RESULTS / machine.file_name(result["machine"])
+        path = Path(args.output) if args.output else report.path_of("products", result["machine"])
         report.write(path, json.dumps(result, indent=1))
         print(f"\nwrote {path}, {report.write_report(result, path)}")
     return len(result["wrong"])

@@ -247,8 +247,8 @@ def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     assert {row["bandwidth"] for row in result["rows"]} == {2 * probes.nbytes / (8e-3 / clock.CALLS)}
     for row in result["rows"]:
         row["shape"] = (4096, 4096)
-    path = tmp_path / machine.file_name(result["machine"])
-    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert machine.folder_name(result["machine"]) == "nvidia-h100-80gb-hbm3"
+    path = tmp_path / "products.json"
     written = report.write_report(result, path).read_text()
     assert written.startswith("# NVIDIA H100 80GB HBM3\n")
 
@@ -303,12 +303,59 @@ def test_step_in_several_processes_is_their_median(script):
     assert (peer["seconds"], peer["all_seconds"]) == (3.9, [2.4, 2.4, 3.9, 3.9, 4.0, 4.0])
 
 
-# The reports of bench/run.py, which have rows; the figures of bench/large.py do not.
-REPORTS = [path for path in sorted(BENCH.glob("results/*-threads-*.json")) if "rows" in json.loads(path.read_text())]
+MEASURED = sorted(BENCH.glob("results/*/*.json"))
+REPORTS = [path for path in MEASURED if path.name == "products.json"]  # of bench/run.py
 assert REPORTS
 
 
-@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_committed_figures_are_in_the_folder_of_their_machine(script, path):
+    assert script("machine").folder_name(json.loads(path.read_text())["machine"]) == path.parent.name
+
+
+CPUINFO = """processor\t: 0
+vendor_id\t: {}
+cpu family\t: {}
+model\t\t: {}
+model name\t: {}
+stepping\t: {}
+cache size\t: 1024 KB
+power management:
+
+processor\t: 1
+model name\t: another
+"""
+XEON = "Intel(R) Xeon(R) Processor @ 2.50GHz"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name", "stepping", "shown", "folder"),
+    [
+        ("AuthenticAMD", 25, 1, "AMD EPYC", 1, "AMD EPYC (Zen 3)", "amd-epyc-zen-3"),
+        ("AuthenticAMD", 25, 17, "AMD EPYC", 1, "AMD EPYC (Zen 4)", "amd-epyc-zen-4"),
+        ("AuthenticAMD", 26, 2, "AMD EPYC", 1, "AMD EPYC (Zen 5)", "amd-epyc-zen-5"),
+        ("AuthenticAMD", 26, 80, "AMD EPYC", 0, "AMD EPYC", "amd-epyc"),
+        ("GenuineIntel", 6, 85, XEON, 4, f"{XEON} (Skylake-X)", "intel-xeon-skylake-x"),
+        ("GenuineIntel", 6, 85, XEON, 7, f"{XEON} (Cascade Lake)", "intel-xeon-cascade-lake"),
+        ("GenuineIntel", 6, 85, XEON, 11, f"{XEON} (Cooper Lake)", "intel-xeon-cooper-lake"),
+        ("GenuineIntel", 25, 17, XEON, 1, XEON, "intel-xeon"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(script, vendor, family, model, name, stepping, shown, folder):
+    machine = script("machine")
+    found = machine.processor(CPUINFO.format(vendor, family, model, name, stepping))
+    assert (found["cpu"], found["family"], found["model"], found["stepping"]) == (name, family, model, stepping)
+    assert machine.cpu_name(found) == shown
+    assert machine.folder_name({**found, "threads": 2, "isa": "avx2"}) == f"{folder}-2-threads-avx2"
+
+
+def test_processor_without_such_numbers_has_a_name_all_the_same(script):
+    machine = script("machine")
+    found = machine.processor("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    assert list(found) == ["cpu"] and found["cpu"]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
 def test_committed_report_is_written_again_from_its_data(script, path):
     """As `python bench/report.py FILE.json` does, without the plots."""
     found = json.loads(path.read_text())
@@ -319,15 +366,14 @@ def test_committed_report_is_written_again_from_its_data(script, path):
         assert (head in text) == bool(found.get(part))
 
 
-def test_results_are_named_by_kind_and_machine(script, tmp_path, monkeypatch):
+def test_results_are_in_a_folder_for_each_machine(script, tmp_path, monkeypatch):
     report = script("report")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    found = {"machine": {"cpu": "A CPU", "threads": 2, "isa": "avx2"}}
+    found = {"machine": {"cpu": "AMD EPYC", "microarchitecture": "Zen 4", "threads": 2, "isa": "avx2"}}
     report.write_results("account", found, "# Text\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "account-a-cpu-2-threads-avx2.json",
-        "account-a-cpu-2-threads-avx2.md",
-    ]
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "amd-epyc-zen-4-2-threads-avx2"
+    assert sorted(path.name for path in folder.iterdir()) == ["account.json", "account.md"]
 
 
 def test_other_half_of_a_step_is_measured_against_its_parts(script, monkeypatch):

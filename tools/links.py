@@ -20,7 +20,7 @@ def pages(root: Path) -> list[Path]:
         ["git", "ls-files", "-co", "--exclude-standard", "*.md"], cwd=root, capture_output=True, text=True
     )
     if listed.returncode:
-        return sorted([*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("bench/results/*.md")])
+        return sorted([*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("bench/results/**/*.md")])
     return sorted(root / line for line in set(listed.stdout.splitlines()) if (root / line).is_file())
 
 

@@ -168,7 +168,7 @@ def provenance(found: dict) -> str:
     return (
         f"Held-out loss (nats a token, {first['held_out_pairs']} pairs) of SmolLM2-135M-Instruct after "
         f"{first['steps']} steps of {first['batch_size']} pairs of examples/finetune.py. "
-        f"{m['cpu']}, {m['threads']} thread{'s' * (m['threads'] > 1)}, {versions}."
+        f"{machine.cpu_name(m)}, {m['threads']} thread{'s' * (m['threads'] > 1)}, {versions}."
     )
 
 
