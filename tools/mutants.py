@@ -1,6 +1,6 @@
 """Plant mistakes in the kernels, one at a time, and check that a test notices.
 
-Each mutant of mutant_list.py is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
+Each mutant of mutant_lists/ is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
 off by one. This program changes a copy of the tree, never the tree itself, and builds and runs the C++ test that should
 notice. If no test notices a mutant, a test is missing, unless the mutant has a `reason` why nothing can notice it. The
 exit status is 1 if a mutant survives without a reason.
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutant_list import MUTANTS, SUITES, Mutant
+from mutant_lists import MUTANTS, SUITES, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/results/mutants"

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "paged/driver.h"
 #include "qlora_native/cross_entropy.h"
@@ -29,7 +31,11 @@ struct Backend {
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null if the backend has none
 };
 
-const Backend& cpu_backend();  // cpu/isa.cpp
+// cpu/isa.cpp: the instruction set in use as a backend, its name, and the names of all that this machine runs, best
+// first.
+const Backend& cpu_backend();
+std::string cpu_isa();
+std::vector<std::string> cpu_isas();
 
 // cuda/backend.cu is compiled for devices and for an emulator of one. In a build without one of these, cuda/no_cuda.cpp
 // or cuda/no_emulator.cpp defines the same symbol, which throws Unavailable.

@@ -6,10 +6,15 @@
 namespace qlora_native {
 
 struct Hooks {
+  ParallelFor parallel_for = nullptr;
+  int (*threads)() = nullptr;
   AllocateMemory allocate = nullptr;
   ReleaseMemory release = nullptr;
   DenseGemm dense_gemm = nullptr;
 };
 const Hooks& hooks();  // runtime.cpp
+
+// How many threads the pool has that is used where none was set (cpu/parallel.cpp).
+int default_threads();
 
 }  // namespace qlora_native

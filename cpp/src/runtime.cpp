@@ -1,12 +1,12 @@
+// What runtime.h declares, but for cuda_unavailable_reason(), which is the CUDA backend's: cuda/availability.cu, or
+// cuda/no_cuda.cpp in a build without it.
 #include "qlora_native/runtime.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "backend.h"
-#include "common/codebook.h"
-#include "common/microscaling.h"
 #include "hooks.h"
-#include "qlora_native/codebook.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native {
@@ -34,12 +34,23 @@ bool is_emulated() {
 
 const Hooks& hooks() { return set_hooks; }
 
+void set_thread_pool(ParallelFor parallel_for, int (*threads)()) {
+  set_hooks.parallel_for = parallel_for;
+  set_hooks.threads = threads;
+}
+
+int num_threads() { return std::max(1, set_hooks.threads != nullptr ? set_hooks.threads() : default_threads()); }
+
 void set_device_memory(AllocateMemory allocate, ReleaseMemory release) {
   set_hooks.allocate = allocate;
   set_hooks.release = release;
 }
 
 void set_dense_gemm(DenseGemm dense_gemm) { set_hooks.dense_gemm = dense_gemm; }
+
+std::vector<std::string> available_isas() { return cpu_isas(); }
+
+std::string current_isa() { return cpu_isa(); }
 
 std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
 
@@ -51,15 +62,5 @@ const Backend& backend_for(const Stream& stream) {
   }
   return is_emulated() ? cuda_emulated::backend() : cpu_backend();
 }
-
-const std::array<float, 16>& codebook(std::string_view format) {
-  if (format == "nf4") return kNf4;
-  if (format == "fp4") return kFp4;
-  if (format == "int4") return kInt4;
-  if (format == "mxfp4" || format == "nvfp4") return kE2m1;
-  throw Error("format", "nf4, fp4, int4, mxfp4 or nvfp4", std::string(format));
-}
-
-const std::array<float, 256>& dynamic_map(bool is_signed) { return is_signed ? kDynamicMap : kUnsignedDynamicMap; }
 
 }  // namespace qlora_native

@@ -1,5 +1,5 @@
 // Emulates what runs beside the threads of a block on compute capability 9.0: barriers that count arrivals and bytes,
-// copies of tiles, and products of four warps. The fibers (fibers.cpp) call these classes and wait for them. The rules:
+// copies of tiles, and products of four warps. Fibers (meetings.cpp) call these classes and wait for them. The rules:
 //
 //   - The phase of a barrier is complete when all of its arrivals and all expected bytes have come. One arrival too
 //     many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or misses one:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._formats import ceil_div
 from ._optim_state import BLOCKSIZE, Algorithm, shapes_of
-from ._weight import ceil_div
 
 
 class FlatStates:

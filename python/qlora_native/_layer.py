@@ -11,18 +11,11 @@ from torch import Tensor, nn
 
 from . import functional
 from ._errors import FLOAT_DTYPES, bad_type, check_float_dtype, check_memory, chosen_blocksize
+from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from ._neighbours import guard_neighbours
-from ._weight import (
-    CODEBOOKS,
-    DYNAMIC_MAP,
-    NESTED_BLOCKSIZE,
-    QuantizedWeight,
-    ceil_div,
-    check_finite,
-    check_format,
-    codes_shape,
-)
+from ._quant_state import NESTED_BLOCKSIZE
+from ._weight import QuantizedWeight, check_finite
 
 __all__ = ["QuantizedLayer", "zero_weight"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._errors import bad, bad_type, check_memory
-from ._weight import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
+from ._formats import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, ceil_div, is_dynamic_map
 
 BLOCKSIZE = 256
 # bitsandbytes stores the quantized state of a parameter in a dict under this key.

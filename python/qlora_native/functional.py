@@ -11,20 +11,13 @@ from torch import Tensor
 
 from ._elementwise import gated_activation, rms_norm
 from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
-from ._weight import (
-    CODEBOOKS,
-    DYNAMIC_MAP,
-    NESTED_BLOCKSIZE,
-    QuantizedWeight,
-    ceil_div,
-    check_format,
-    check_quantized,
-    codes_shape,
-)
+from ._quant_state import NESTED_BLOCKSIZE
+from ._weight import QuantizedWeight, check_quantized
 
 __all__ = [
     "QuantizedWeight",

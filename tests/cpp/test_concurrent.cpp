@@ -19,6 +19,7 @@
 #include "expect.h"
 #include "product/config.h"
 #include "qlora_native/qlora_native.h"
+#include "quantized.h"
 
 namespace qn = qlora_native;
 using qn::DType;
@@ -26,6 +27,11 @@ using qn::DType;
 namespace {
 
 using Bytes = std::vector<std::uint8_t>;
+
+void append(Bytes& all, const void* data, std::size_t bytes) {
+  const auto* const begin = static_cast<const std::uint8_t*>(data);
+  all.insert(all.end(), begin, begin + bytes);
+}
 
 // Whether `run` gives the same result under each order.
 template <class Name>
@@ -72,10 +78,7 @@ class Tensor {
   const std::byte* data() const { return words_.data()->bytes; }
   qn::ConstMatrix in() const { return {data(), dtype_, rows_, cols_, cols_}; }
   qn::Matrix out() { return {data(), dtype_, rows_, cols_, cols_}; }
-  void append_to(Bytes& all) const {
-    const auto* const begin = reinterpret_cast<const std::uint8_t*>(data());
-    all.insert(all.end(), begin, begin + bytes());
-  }
+  void append_to(Bytes& all) const { append(all, data(), bytes()); }
 
  private:
   struct alignas(64) Word {
@@ -109,44 +112,16 @@ constexpr float kDropout = 0.25f;
 
 // All results of a layer, including its quantized weight.
 Bytes results(const Case& c) {
-  const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank, elements = c.weights() * N * K;
+  const std::int64_t M = c.M, N = c.N, K = c.K, rank = c.rank;
   const DType dtype = c.dtype;
   const std::vector<std::int64_t> offsets = c.groups > 0 ? c.offsets() : std::vector<std::int64_t>();
   Random random;
-  Tensor weight(DType::f32, 1, elements), x(dtype, M, K), dy(dtype, M, N), bias(dtype, c.weights(), N),
+  Tensor weight(DType::f32, c.weights() * N, K), x(dtype, M, K), dy(dtype, M, N), bias(dtype, c.weights(), N),
       a(DType::f32, c.adapters() * rank, K), b(DType::f32, c.adapters() * N, rank);
   for (Tensor* tensor : {&weight, &x, &dy, &bias, &a, &b}) tensor->fill(random, 1.0f);
 
-  const std::int64_t blocks = (elements + 63) / 64;
-  Tensor codes(DType::f16, 1, (elements + 3) / 4), absmax(DType::f32, 1, blocks), absmax_codes(DType::f16, 1, blocks),
-      nested(DType::f32, 1, (blocks + 255) / 256), offset(DType::f32, 1, 1);
-  const auto as_codes = [](Tensor& tensor) { return reinterpret_cast<std::uint8_t*>(tensor.data()); };
-  const auto as_floats = [](Tensor& tensor) { return reinterpret_cast<float*>(tensor.data()); };
-  qn::NonFinite non_finite;
-  qn::quantize({.weight = weight.data(),
-                .elements = elements,
-                .blocksize = 64,
-                .code = qn::codebook("nf4").data(),
-                .codes = as_codes(codes),
-                .absmax = as_floats(absmax),
-                .non_finite = &non_finite});
-  qn::quantize_absmax({.absmax = as_floats(absmax),
-                       .blocks = blocks,
-                       .nested_code = qn::dynamic_map().data(),
-                       .codes = as_codes(absmax_codes),
-                       .nested_absmax = as_floats(nested),
-                       .offset = as_floats(offset)});
-  const qn::QuantizedWeightView view{.N = N,
-                                     .K = K,
-                                     .count = c.weights(),
-                                     .blocksize = 64,
-                                     .codes = as_codes(codes),
-                                     .absmax = absmax_codes.data(),
-                                     .code = qn::codebook("nf4").data(),
-                                     .nested_absmax = as_floats(nested),
-                                     .nested_code = qn::dynamic_map().data(),
-                                     .offset = as_floats(offset)};
-
+  const Quantized quantized(weight.in(), format_named("nf4"), /*blocksize=*/64, /*double_quant=*/true, c.weights());
+  const qn::QuantizedWeightView view = quantized.view();
   const qn::LoraView lora{.rank = rank,
                           .count = c.adapters(),
                           .a = a.data(),
@@ -175,8 +150,10 @@ Bytes results(const Case& c) {
                       .v = v.in(),
                       .da = da.data(),
                       .db = db.data()});
-  for (const Tensor* tensor : {&codes, &absmax_codes, &nested, &offset, &y, &u, &dx, &v, &da, &db})
-    tensor->append_to(all);
+  for (const auto* codes : {&quantized.codes, &quantized.absmax_codes}) append(all, codes->data(), codes->size());
+  append(all, quantized.nested_absmax.data(), quantized.nested_absmax.size() * sizeof(float));
+  append(all, &quantized.offset, sizeof(float));
+  for (const Tensor* tensor : {&y, &u, &dx, &v, &da, &db}) tensor->append_to(all);
   return all;
 }
 

@@ -29,8 +29,10 @@
 #include "common/optimizer.h"
 #include "common/philox.h"
 #include "expect.h"
+#include "isa_is_here.h"
 #include "pool.h"
 #include "qlora_native/qlora_native.h"
+#include "quantized.h"
 #include "tensor.h"
 
 namespace qn = qlora_native;
@@ -42,21 +44,12 @@ constexpr int kBlocksizes[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
 
 // ---- quantized weights ----
 
-struct Format {
-  const char* name;
-  int bits;
-  const float* code;
-  bool microscaled = false;
-};
 // A user's codebook: no level is 0, two levels are equal, and all distances differ.
 constexpr float kOwnCodebook[16] = {-1.0f, -0.83f, -0.61f, -0.47f, -0.36f, -0.21f, -0.13f, -0.04f,
                                     0.02f, 0.09f,  0.17f,  0.29f,  0.29f,  0.52f,  0.71f,  1.0f};
 const std::vector<Format>& formats() {
-  static const std::vector<Format> all = {{"nf4", 4, qn::codebook("nf4").data()},
-                                          {"fp4", 4, qn::codebook("fp4").data()},
-                                          {"int4", 4, qn::codebook("int4").data()},
-                                          {"int8", 8, nullptr},
-                                          {"own", 4, kOwnCodebook}};
+  static const std::vector<Format> all = {
+      format_named("nf4"), format_named("fp4"), format_named("int4"), format_named("int8"), {"own", 4, kOwnCodebook}};
   return all;
 }
 
@@ -65,7 +58,7 @@ const std::vector<Format>& formats() {
 const std::vector<Format>& product_formats() {
   static const std::vector<Format> all = [] {
     std::vector<Format> both = formats();
-    for (const char* name : {"mxfp4", "nvfp4"}) both.push_back({name, 4, qn::codebook(name).data(), true});
+    for (const char* name : {"mxfp4", "nvfp4"}) both.push_back(format_named(name));
     return both;
   }();
   return all;
@@ -90,89 +83,14 @@ Tensor random_weight(Shape shape, DType dtype) {
   return weight;
 }
 
-class Quantized {
- public:
-  // `weight` consists of `count` weights, one below the other.
-  Quantized(const Tensor& weight, Format format, int blocksize, bool double_quant, std::int64_t count = 1)
-      : shape_{weight.rows() / count, weight.cols()},
-        count_(count),
-        format_(format),
-        blocksize_(blocksize),
-        double_quant_(double_quant) {
-    const std::int64_t elements = count * shape_.N * shape_.K, blocks = qn::ceil_div(elements, blocksize);
-    codes.resize(static_cast<std::size_t>(qn::bytes_of_codes(elements, format.bits)));
-    absmax.resize(static_cast<std::size_t>(blocks));
-    if (format.microscaled) {
-      absmax_codes.resize(absmax.size());
-      nested_absmax.assign((absmax.size() + 255) / 256, 1.0f);
-      nested_code.resize(256);
-      qn::quantize_microscaled({.weight = weight.data(),
-                                .dtype = weight.dtype(),
-                                .elements = elements,
-                                .blocksize = blocksize,
-                                .codes = codes.data(),
-                                .scales = absmax_codes.data(),
-                                .nested_code = nested_code.data(),
-                                .non_finite = &non_finite});
-      return;
-    }
-    qn::quantize({.weight = weight.data(),
-                  .dtype = weight.dtype(),
-                  .elements = elements,
-                  .bits = format.bits,
-                  .blocksize = blocksize,
-                  .code = format.code,
-                  .codes = codes.data(),
-                  .absmax = absmax.data(),
-                  .non_finite = &non_finite});
-    if (!double_quant) return;
-    absmax_codes.resize(absmax.size());
-    nested_absmax.resize((absmax.size() + 255) / 256);
-    qn::quantize_absmax({.absmax = absmax.data(),
-                         .blocks = blocks,
-                         .nested_code = qn::dynamic_map().data(),
-                         .codes = absmax_codes.data(),
-                         .nested_absmax = nested_absmax.data(),
-                         .offset = &offset});
-  }
-  qn::QuantizedWeightView view() const {
-    qn::QuantizedWeightView view{.N = shape_.N,
-                                 .K = shape_.K,
-                                 .count = count_,
-                                 .bits = format_.bits,
-                                 .blocksize = blocksize_,
-                                 .codes = codes.data(),
-                                 .absmax = absmax.data(),
-                                 .code = format_.code};
-    if (double_quant_ || format_.microscaled) {
-      view.absmax = absmax_codes.data();
-      view.nested_absmax = nested_absmax.data();
-      view.nested_code = format_.microscaled ? nested_code.data() : qn::dynamic_map().data();
-      view.offset = &offset;
-    }
-    return view;
-  }
-  // The decoded weight as common/layout.h defines it, rounded once.
-  Tensor decoded(DType dtype) const {
-    const qn::QuantizedWeightView w = view();
-    Tensor values(dtype, count_ * shape_.N, shape_.K);
-    for (std::int64_t e = 0; e < w.elements(); ++e)
-      values.set(e / shape_.K, e % shape_.K, qn::value_of_element(w, e, qn::scale_of_block(w, e / blocksize_)));
-    return values;
-  }
-
-  std::vector<std::uint8_t> codes, absmax_codes;
-  std::vector<float> absmax, nested_absmax, nested_code;
-  float offset = 0.0f;
-  qn::NonFinite non_finite;
-
- private:
-  Shape shape_;
-  std::int64_t count_;
-  Format format_;
-  int blocksize_;
-  bool double_quant_;
-};
+// The decoded weight as common/layout.h defines it, rounded once.
+Tensor decoded_by_definition(const Quantized& quantized, DType dtype) {
+  const qn::QuantizedWeightView w = quantized.view();
+  Tensor values(dtype, w.count * w.N, w.K);
+  for (std::int64_t e = 0; e < w.elements(); ++e)
+    values.set(e / w.K, e % w.K, qn::value_of_element(w, e, qn::scale_of_block(w, e / w.blocksize)));
+  return values;
+}
 
 template <class Name>
 void expect_same_bits(const Tensor& actual, const Tensor& expected, const Name& name) {
@@ -199,11 +117,11 @@ void decoded_weight_is_level_times_scale_rounded_once() {
   for (const Shape shape : kShapes) {
     const Tensor weight = random_weight(shape, DType::f32);
     for_each_quantization([&](const Format& format, int blocksize, bool double_quant) {
-      const Quantized quantized(weight, format, blocksize, double_quant);
+      const Quantized quantized(weight.in(), format, blocksize, double_quant);
       for (const DType dtype : kDTypes) {
         Tensor decoded(dtype, shape.N, shape.K);
         qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
-        expect_same_bits(decoded, quantized.decoded(dtype), [&] {
+        expect_same_bits(decoded, decoded_by_definition(quantized, dtype), [&] {
           return std::string(format.name) + " blocksize " + std::to_string(blocksize) + (double_quant ? " dq" : "");
         });
       }
@@ -221,9 +139,9 @@ void decoded_rows_are_those_of_the_decoded_weight() {
     for (std::int64_t i = 0; i < 40; ++i) rows.push_back(i * 7 % shape.N);
     const auto row_count = static_cast<std::int64_t>(rows.size());
     for_each_quantization([&](const Format& format, int blocksize, bool double_quant) {
-      const Quantized quantized(weight, format, blocksize, double_quant, count);
+      const Quantized quantized(weight.in(), format, blocksize, double_quant, count);
       for (const DType dtype : kDTypes) {
-        const Tensor whole = quantized.decoded(dtype);
+        const Tensor whole = decoded_by_definition(quantized, dtype);
         Tensor expected(dtype, row_count, shape.K), decoded(dtype, row_count, shape.K);
         for (std::int64_t i = 0; i < row_count; ++i)
           for (std::int64_t k = 0; k < shape.K; ++k) expected.set(i, k, whole.at(rows[static_cast<std::size_t>(i)], k));
@@ -243,11 +161,12 @@ void decoded_microscaled_weight_is_level_times_scale_rounded_once() {
   for (const Shape shape : kShapes) {
     const Tensor weight = random_weight(shape, DType::f32);
     for (const auto& [format, blocksize] : {std::pair{5, 32}, std::pair{6, 16}}) {
-      const Quantized quantized(weight, product_formats()[static_cast<std::size_t>(format)], blocksize, false);
+      const Quantized quantized(weight.in(), product_formats()[static_cast<std::size_t>(format)], blocksize, false);
       for (const DType dtype : kDTypes) {
         Tensor decoded(dtype, shape.N, shape.K);
         qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
-        expect_same_bits(decoded, quantized.decoded(dtype), [&] { return "blocksize " + std::to_string(blocksize); });
+        expect_same_bits(decoded, decoded_by_definition(quantized, dtype),
+                         [&] { return "blocksize " + std::to_string(blocksize); });
       }
     }
   }
@@ -259,12 +178,12 @@ void scale_that_is_not_finite_decodes_as_defined() {
   const Tensor weight = random_weight({7, 65}, DType::f32);
   for (const Format& format : formats())
     for (const DType dtype : kDTypes) {
-      Quantized quantized(weight, format, 32, false);
+      Quantized quantized(weight.in(), format, 32, false);
       quantized.absmax[0] = std::bit_cast<float>(0x7FFFFFFFu);
       quantized.absmax[2] = std::bit_cast<float>(0xFFFFFFFFu);
       quantized.absmax[3] = INFINITY;
       quantized.absmax[5] = std::numeric_limits<float>::max();
-      const Tensor expected = quantized.decoded(dtype);
+      const Tensor expected = decoded_by_definition(quantized, dtype);
       Tensor decoded(dtype, 7, 65);
       qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = decoded.data()});
       for (std::int64_t e = 0; e < 7 * 65; ++e) {
@@ -291,7 +210,7 @@ void code_is_that_of_the_nearest_level() {
       for (const DType dtype : kDTypes)
         for (const int blocksize : kBlocksizes) {
           const Tensor weight = random_weight(shape, dtype);
-          const Quantized quantized(weight, format, blocksize, false);
+          const Quantized quantized(weight.in(), format, blocksize, false);
           EXPECT(quantized.non_finite.count == 0 && quantized.non_finite.first == -1);
           qn::QuantizedWeightView unscaled = quantized.view();
           const std::int64_t elements = shape.N * shape.K;
@@ -316,7 +235,7 @@ void code_is_that_of_the_nearest_level() {
 void scale_in_8_bits_is_the_nearest() {
   const std::vector<double> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
   for (const Shape shape : {Shape{1, 1}, Shape{3, 65}, Shape{48, 96}, Shape{65, 1024}}) {
-    const Quantized q(random_weight(shape, DType::f32), formats()[0], 32, true);
+    const Quantized q(random_weight(shape, DType::f32).in(), formats()[0], 32, true);
     double mean = 0.0;
     for (float scale : q.absmax) mean += double{scale} / static_cast<double>(q.absmax.size());
     EXPECT(std::fabs(q.offset - mean) <= 0x1p-22 * mean);
@@ -342,7 +261,7 @@ void values_that_are_not_finite_are_counted() {
       weight.set(1, 2, NAN);
       weight.set(1, 3, INFINITY);
       weight.set(8, 170, -INFINITY);
-      const Quantized quantized(weight, format, 64, false);
+      const Quantized quantized(weight.in(), format, 64, false);
       EXPECT(quantized.non_finite.count == 3 && quantized.non_finite.first == 171 + 2);
     }
 }
@@ -385,7 +304,7 @@ class Layer {
  public:
   explicit Layer(const Case& c)
       : c_(c),
-        weight_(random_weight({c.weights() * c.N, c.K}, DType::f32),
+        weight_(random_weight({c.weights() * c.N, c.K}, DType::f32).in(),
                 product_formats()[static_cast<std::size_t>(c.format)], c.blocksize, c.double_quant, c.weights()),
         x_(c.dtype, c.M, c.K, c.gap),
         dy_(c.dtype, c.M, c.N, c.gap),
@@ -446,7 +365,7 @@ class Layer {
 
   void check() const {
     for (const Tensor* tensor : {&y_, &u_, &dx_, &v_}) EXPECT(tensor->keeps_to_its_columns());
-    const Tensor decoded = weight_.decoded(c_.dtype);
+    const Tensor decoded = decoded_by_definition(weight_, c_.dtype);
     if (c_.groups() == 0) return check_rows(decoded, 0, c_.M, 0, 0);
     if (c_.offsets[0] > 0) check_rows(decoded, 0, c_.offsets[0], 0, -1);
     for (std::int64_t g = 0; g < c_.groups(); ++g) {
@@ -1069,7 +988,7 @@ void lion_moves_by_the_sign_of_the_smallest_numbers() {
 // has the arguments of linear_forward and of optimizer_8bit_step.)
 void bad_input_is_refused_by_its_name() {
   const Tensor weight = random_weight({5, 63}, DType::f32);
-  const Quantized quantized(weight, formats()[0], 64, true);
+  const Quantized quantized(weight.in(), formats()[0], 64, true);
   std::vector<std::uint8_t> codes(512, 9);
   std::vector<float> scales(512, 9.0f), out(512, 9.0f);
   qn::NonFinite non_finite;
@@ -1184,12 +1103,7 @@ void bad_input_is_refused_by_its_name() {
 }  // namespace
 
 int main() {
-  try {
-    std::printf("qlora_native on %s\n", qn::current_isa().c_str());
-  } catch (const qn::Unavailable& error) {
-    std::printf("skipped: %s\n", error.what());
-    return 77;  // ctest's SKIP_RETURN_CODE
-  }
+  if (!isa_is_here()) return kSkipped;
   use_pool(2);  // not OpenMP's: on a busy machine its threads would spin at the end of each of many small tasks
   decoded_weight_is_level_times_scale_rounded_once();
   decoded_rows_are_those_of_the_decoded_weight();

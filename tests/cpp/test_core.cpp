@@ -20,8 +20,10 @@
 #include "common/philox.h"
 #include "cpu/blocking.h"
 #include "expect.h"
+#include "isa_is_here.h"
 #include "pool.h"
 #include "qlora_native/qlora_native.h"
+#include "quantized.h"
 
 namespace qn = qlora_native;
 
@@ -42,56 +44,11 @@ struct Random {
   }
 };
 
-struct Weight {
-  std::int64_t N, K;
-  int blocksize;
-  std::vector<std::uint8_t> codes, absmax_codes;
-  std::vector<float> absmax, nested_absmax;
-  float offset = 0.0f;
-
-  Weight(const std::vector<float>& values, std::int64_t N, std::int64_t K, int blocksize)
-      : N(N), K(K), blocksize(blocksize) {
-    const std::size_t blocks =
-        (values.size() + static_cast<std::size_t>(blocksize) - 1) / static_cast<std::size_t>(blocksize);
-    codes.resize((values.size() + 1) / 2);
-    absmax.resize(blocks);
-    absmax_codes.resize(blocks);
-    nested_absmax.resize((blocks + 255) / 256);
-    qn::NonFinite non_finite;
-    qn::quantize({.weight = values.data(),
-                  .elements = static_cast<std::int64_t>(values.size()),
-                  .blocksize = blocksize,
-                  .code = qn::codebook("nf4").data(),
-                  .codes = codes.data(),
-                  .absmax = absmax.data(),
-                  .non_finite = &non_finite});
-    EXPECT(non_finite.count == 0 && non_finite.first == -1);
-    qn::quantize_absmax({.absmax = absmax.data(),
-                         .blocks = static_cast<std::int64_t>(blocks),
-                         .nested_code = qn::dynamic_map().data(),
-                         .codes = absmax_codes.data(),
-                         .nested_absmax = nested_absmax.data(),
-                         .offset = &offset});
-  }
-
-  qn::QuantizedWeightView view() const {
-    return {.N = N,
-            .K = K,
-            .blocksize = blocksize,
-            .codes = codes.data(),
-            .absmax = absmax_codes.data(),
-            .code = qn::codebook("nf4").data(),
-            .nested_absmax = nested_absmax.data(),
-            .nested_code = qn::dynamic_map().data(),
-            .offset = &offset};
-  }
-};
-
 // A layer with ragged shapes: blocks straddle rows, and K is odd.
 struct Layer {
   static constexpr std::int64_t M = 37, N = 53, K = 131, rank = 5;
   std::vector<float> w, x, a, b, bias, dy;
-  Weight weight;
+  Quantized weight;
   std::uint64_t seed = 77;
   const std::uint64_t* device_seed = nullptr;
 
@@ -103,8 +60,13 @@ struct Layer {
         b(random.floats(N * rank)),
         bias(random.floats(N)),
         dy(random.floats(M * N)),
-        weight(w, N, K, 32) {}
+        weight(quantized()) {
+    EXPECT(weight.non_finite.count == 0 && weight.non_finite.first == -1);
+  }
 
+  Quantized quantized() const {
+    return {{w.data(), qn::DType::f32, N, K, K}, format_named("nf4"), /*blocksize=*/32, /*double_quant=*/true};
+  }
   qn::LoraView lora() const {
     return {.rank = rank,
             .a = a.data(),
@@ -117,7 +79,7 @@ struct Layer {
 
   // Everything that the library computes from this layer, in one vector.
   std::vector<float> results() const {
-    const Weight again(w, N, K, 32);
+    const Quantized again = quantized();
     EXPECT(again.codes == weight.codes && again.absmax_codes == weight.absmax_codes && again.offset == weight.offset);
     std::vector<float> dense(N * K), y(M * N), u(M * rank), dx(M * K), v(M * rank), da(rank * K), db(N * rank);
     const auto in = [](const std::vector<float>& data, std::int64_t cols) {
@@ -417,8 +379,8 @@ void contents_of_weights_are_checked() {
   // For a double-quantized weight, each table in turn holds a value that is not finite, or values that only decode to
   // one.
   const auto refused = [&](const std::string& argument,
-                           const std::function<void(Weight&, std::vector<float>&)>& change) {
-    Weight weight = layer.weight;
+                           const std::function<void(Quantized&, std::vector<float>&)>& change) {
+    Quantized weight = layer.weight;
     std::vector<float> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
     change(weight, levels);
     qn::QuantizedWeightView view = weight.view();
@@ -426,20 +388,20 @@ void contents_of_weights_are_checked() {
     expect_error(argument, [&] { qn::check_quantized_weight(view); });
   };
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
-    refused("weight.nested_absmax", [&](Weight& weight, auto&) { weight.nested_absmax[0] = bad; });
-    refused("weight.nested_code", [&](Weight& weight, auto& levels) {
+    refused("weight.nested_absmax", [&](Quantized& weight, auto&) { weight.nested_absmax[0] = bad; });
+    refused("weight.nested_code", [&](Quantized& weight, auto& levels) {
       weight.absmax_codes.back() = 255;  // a level that no scale uses may be anything
       levels[255] = bad;
     });
-    refused("weight.offset", [&](Weight& weight, auto&) { weight.offset = bad; });
+    refused("weight.offset", [&](Quantized& weight, auto&) { weight.offset = bad; });
   }
-  refused("weight.absmax", [&](Weight& weight, auto& levels) {
+  refused("weight.absmax", [&](Quantized& weight, auto& levels) {
     weight.absmax_codes.back() = 255;
     weight.nested_absmax[0] = 3e38f;
     levels[255] = 2.0f;
   });
   // The same levels are allowed if no scale uses the one that is too large.
-  Weight large = layer.weight;
+  Quantized large = layer.weight;
   std::vector<float> levels(qn::dynamic_map().begin(), qn::dynamic_map().end());
   std::replace(large.absmax_codes.begin(), large.absmax_codes.end(), std::uint8_t{255}, std::uint8_t{254});
   levels[255] = 3e38f;
@@ -784,14 +746,7 @@ void forced_isas(const char* program) {
 
 int main(int count, char** arguments) {
   if (count > 1) return with_forced_isa();
-  try {
-    qn::current_isa();
-  } catch (const qn::Unavailable& error) {
-    std::printf("skipped: %s\n", error.what());
-    return 77;  // ctest's SKIP_RETURN_CODE
-  }
-  std::printf("qlora_native %s on %s, %d threads\n", qn::version().c_str(), qn::current_isa().c_str(),
-              qn::num_threads());
+  if (!isa_is_here()) return kSkipped;
   codebooks_and_maps_have_their_published_levels();
   sixteen_bit_numbers_round_to_nearest_even();
   known_weights_quantize_to_known_codes();

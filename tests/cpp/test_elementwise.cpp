@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "expect.h"
+#include "isa_is_here.h"
 #include "pool.h"
 #include "qlora_native/qlora_native.h"
 #include "tensor.h"
@@ -223,12 +224,7 @@ void bad_input_is_refused_by_its_name() {
 }  // namespace
 
 int main() {
-  try {
-    std::printf("qlora_native on %s\n", qn::current_isa().c_str());
-  } catch (const qn::Unavailable& error) {
-    std::printf("skipped: %s\n", error.what());
-    return 77;  // ctest's SKIP_RETURN_CODE
-  }
+  if (!isa_is_here()) return kSkipped;
   use_pool(2);
   gated_activation_and_its_gradients_are_those_of_float64();
   rms_norm_and_its_gradient_are_those_of_float64();

@@ -8,6 +8,7 @@
 #include QLN_SIMD_HEADER  // with the Table256 of an instruction set
 
 #include "cpu/generic/optimizer-inl.h"
+#include "expect.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -98,7 +99,7 @@ std::int64_t wrong_codes_near_zero() {
 
 int main() {
   using namespace qlora_native::QLN_ISA;
-  if (!has_feature()) return 77;  // ctest's SKIP_RETURN_CODE
+  if (!has_feature()) return kSkipped;
   const std::int64_t wrong = wrong_codes<true>(1.0f) + wrong_codes<true>(-1.0f) + wrong_codes<false>(1.0f) +
                              wrong_codes_near_zero<true>() + wrong_codes_near_zero<false>();
   if (wrong > 0) std::printf("%lld wrong codes\n", static_cast<long long>(wrong));

@@ -6,19 +6,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
-#include "common/float16.h"
-#include "common/layout.h"
 #include "common/philox.h"
 #include "death_message.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
-
-namespace qn = qlora_native;
-using qn::DType;
+#include "quantized.h"
+#include "tensor.h"
 
 namespace {
 
@@ -26,7 +22,7 @@ struct Case {
   std::int64_t M, N, K;
   DType dtype = DType::bf16;
   const char* format = "nf4";
-  int bits = 4, blocksize = 64;
+  int blocksize = 64;
   bool double_quant = true, bias = false;
   std::int64_t rank = 0;
   DType lora_dtype = DType::f32;
@@ -34,60 +30,17 @@ struct Case {
   std::int64_t gap = 0;  // elements between rows of X, U and Y
 };
 
-float draw(std::uint64_t& seed) {  // in [-1, 1)
-  seed = seed * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<float>(static_cast<std::int32_t>(seed >> 32)) * 0x1p-31f;
-}
-
-// A matrix of a dtype, whose rows lie `stride` apart. Elements that are not written are NaN.
-class Tensor {
- public:
-  Tensor(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t gap = 0)
-      : dtype_(dtype),
-        rows_(rows),
-        cols_(cols),
-        stride_(cols + gap),
-        bytes_(static_cast<std::size_t>(rows * stride_) * qn::size_of(dtype), '\xFF') {}
-  void fill(std::uint64_t& seed, float scale) {
-    for (std::int64_t i = 0; i < rows_; ++i) {
-      for (std::int64_t j = 0; j < cols_; ++j) set(i, j, scale * draw(seed));
+// Scales differ from block to block, so that a wrong scale shows.
+Tensor weight_with_many_scales(const Case& c) {
+  Random random(static_cast<std::uint64_t>(c.N * 1009 + c.K));
+  Tensor weight(DType::f32, c.N, c.K);
+  for (std::int64_t n = 0; n < c.N; ++n) {
+    for (std::int64_t k = 0; k < c.K; ++k) {
+      const std::int64_t block = (n * c.K + k) / c.blocksize;
+      weight.set(n, k, random.uniform() * (0.2f + static_cast<float>(block * 7 % 11) / 11.0f));
     }
   }
-  void set(std::int64_t i, std::int64_t j, float value) {
-    char* const to = &bytes_[static_cast<std::size_t>(i * stride_ + j) * qn::size_of(dtype_)];
-    if (dtype_ == DType::f32) {
-      std::memcpy(to, &value, sizeof(value));
-    } else {
-      const std::uint16_t bits = dtype_ == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value);
-      std::memcpy(to, &bits, sizeof(bits));
-    }
-  }
-  double at(std::int64_t i, std::int64_t j) const {
-    const char* const from = &bytes_[static_cast<std::size_t>(i * stride_ + j) * qn::size_of(dtype_)];
-    if (dtype_ == DType::f32) {
-      float value;
-      std::memcpy(&value, from, sizeof(value));
-      return value;
-    }
-    std::uint16_t bits;
-    std::memcpy(&bits, from, sizeof(bits));
-    return dtype_ == DType::bf16 ? qn::f32_from_bf16(bits) : qn::f32_from_f16(bits);
-  }
-  void* data() { return bytes_.data(); }
-  qn::Matrix out() { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
-  qn::ConstMatrix in() const { return {bytes_.data(), dtype_, rows_, cols_, stride_}; }
-  const std::vector<char>& bytes() const { return bytes_; }
-
- private:
-  DType dtype_;
-  std::int64_t rows_, cols_, stride_;
-  std::vector<char> bytes_;
-};
-
-double rounded(DType dtype, double value) {
-  Tensor one(dtype, 1, 1);
-  one.set(0, 0, static_cast<float>(value));
-  return one.at(0, 0);
+  return weight;
 }
 
 // The forward product of a layer or, with V instead of U and A instead of B, the backward product.
@@ -104,57 +57,14 @@ class Layer {
         bias_(c.dtype, 1, c.N),
         a_(c.lora_dtype, c.rank, c.K),
         b_(c.lora_dtype, c.N, c.rank),
+        weight_(weight_with_many_scales(c).in(), format_named(c.format), c.blocksize, c.double_quant),
         w_(c.dtype, c.N, c.K) {
-    std::uint64_t seed = static_cast<std::uint64_t>(c.M * 1000003 + c.N * 1009 + c.K);
-    left_.fill(seed, 1.0f);
-    bias_.fill(seed, 1.0f);
-    a_.fill(seed, 1.0f / std::sqrt(static_cast<float>(c.K)));
-    b_.fill(seed, 0.1f);
-    // Scales differ from block to block, so that a wrong scale shows.
-    std::vector<float> weight(static_cast<std::size_t>(c.N * c.K));
-    for (std::size_t i = 0; i < weight.size(); ++i) {
-      weight[i] = draw(seed) * (0.2f + static_cast<float>(i / static_cast<std::size_t>(c.blocksize) * 7 % 11) / 11.0f);
-    }
-    codes_.resize(weight.size() * static_cast<std::size_t>(c.bits) / 8);
-    absmax_.resize(weight.size() / static_cast<std::size_t>(c.blocksize) + 1);
-    qn::NonFinite non_finite;
-    qn::quantize({.weight = weight.data(),
-                  .elements = c.N * c.K,
-                  .bits = c.bits,
-                  .blocksize = c.blocksize,
-                  .code = qn::codebook(c.format).data(),
-                  .codes = codes_.data(),
-                  .absmax = absmax_.data(),
-                  .non_finite = &non_finite});
-    const std::int64_t blocks = qn::ceil_div(c.N * c.K, c.blocksize);
-    if (c.double_quant) {
-      levels_.resize(static_cast<std::size_t>(blocks));
-      nested_.resize(static_cast<std::size_t>(blocks / 256 + 1));
-      qn::quantize_absmax({.absmax = absmax_.data(),
-                           .blocks = blocks,
-                           .nested_code = qn::dynamic_map().data(),
-                           .codes = levels_.data(),
-                           .nested_absmax = nested_.data(),
-                           .offset = &offset_});
-    }
-    qn::dequantize({.weight = view(), .dtype = c.dtype, .out = w_.data()});
-  }
-
-  qn::QuantizedWeightView view() const {
-    qn::QuantizedWeightView view = {.N = c_.N,
-                                    .K = c_.K,
-                                    .bits = c_.bits,
-                                    .blocksize = c_.blocksize,
-                                    .codes = codes_.data(),
-                                    .absmax = absmax_.data(),
-                                    .code = qn::codebook(c_.format).data()};
-    if (c_.double_quant) {
-      view.absmax = levels_.data();
-      view.nested_absmax = nested_.data();
-      view.nested_code = qn::dynamic_map().data();
-      view.offset = &offset_;
-    }
-    return view;
+    Random random(static_cast<std::uint64_t>(c.M));
+    left_.fill(random, 1.0f);
+    bias_.fill(random, 1.0f);
+    a_.fill(random, 1.0f / std::sqrt(static_cast<float>(c.K)));
+    b_.fill(random, 0.1f);
+    qn::dequantize({.weight = weight_.view(), .dtype = c.dtype, .out = w_.data()});
   }
 
   const std::vector<char>& run() {
@@ -167,9 +77,10 @@ class Layer {
                             .seed = kSeed};
     const qn::Matrix low_rank = c_.rank > 0 ? low_rank_.out() : qn::Matrix{};
     if (backward_) {
-      qn::linear_backward_input({.weight = view(), .lora = lora, .dy = left_.in(), .dx = out_.out(), .v = low_rank});
+      qn::linear_backward_input(
+          {.weight = weight_.view(), .lora = lora, .dy = left_.in(), .dx = out_.out(), .v = low_rank});
     } else {
-      qn::linear_forward({.weight = view(),
+      qn::linear_forward({.weight = weight_.view(),
                           .lora = lora,
                           .x = left_.in(),
                           .bias = c_.bias ? bias_.data() : nullptr,
@@ -181,18 +92,18 @@ class Layer {
 
   // How many elements differ from float64 by more than fp32 sums of so many products, rounded once, may differ.
   int wrong() const {
-    const double of_rounding = c_.dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+    const double of_rounding = unit_roundoff(c_.dtype);
     const double of_sum = static_cast<double>(inner_ + c_.rank + 4) * 0x1p-24;
     int wrong = 0;
     for (std::int64_t col = 0; col < cols_; ++col) {
       std::vector<double> weight, right;
       for (std::int64_t i = 0; i < inner_; ++i) weight.push_back(backward_ ? w_.at(i, col) : w_.at(col, i));
       for (std::int64_t r = 0; r < c_.rank; ++r) {
-        const auto value = static_cast<float>(backward_ ? a_.at(r, col) : b_.at(col, r));
+        const float value = backward_ ? a_.at(r, col) : b_.at(col, r);
         right.push_back(rounded(c_.dtype, backward_ ? value : kScaling * value));
       }
       for (std::int64_t m = 0; m < c_.M; ++m) {
-        double sum = c_.bias && !backward_ ? bias_.at(0, col) : 0.0, size = std::fabs(sum);
+        double sum = c_.bias && !backward_ ? double{bias_.at(0, col)} : 0.0, size = std::fabs(sum);
         const auto add = [&](double product) {
           sum += product;
           size += std::fabs(product);
@@ -221,14 +132,7 @@ class Layer {
     }
     return differences;
   }
-  // Whether the product has left the memory between rows untouched.
-  bool keeps_to_its_columns() const {
-    const std::size_t row = static_cast<std::size_t>(cols_ + c_.gap) * 2, cols = static_cast<std::size_t>(cols_) * 2;
-    for (std::size_t i = 0; i < out_.bytes().size(); ++i) {
-      if (i % row >= cols && out_.bytes()[i] != '\xFF') return false;
-    }
-    return true;
-  }
+  bool keeps_to_its_columns() const { return out_.keeps_to_its_columns(); }
 
  private:
   static constexpr float kScaling = 1.7f;
@@ -236,10 +140,9 @@ class Layer {
   const Case c_;
   const bool backward_;
   const std::int64_t inner_, cols_;
-  Tensor left_, low_rank_, out_, bias_, a_, b_, w_;
-  std::vector<std::uint8_t> codes_, levels_;
-  std::vector<float> absmax_, nested_;
-  float offset_ = 0.0f;
+  Tensor left_, low_rank_, out_, bias_, a_, b_;
+  const Quantized weight_;
+  Tensor w_;  // weight_, decoded
 };
 
 // The text that a product prints about its way.
@@ -335,7 +238,7 @@ void what_it_cannot_take_goes_another_way() {
       {.M = 64, .N = 128, .K = 100},                   // K is not even whole vectors
       {.M = 64, .N = 128, .K = 128, .blocksize = 32},  // a step has two scales
       {.M = 64, .N = 128, .K = 128, .dtype = DType::f32},
-      {.M = 64, .N = 128, .K = 128, .bits = 8, .double_quant = false},
+      {.M = 64, .N = 128, .K = 128, .format = "int8", .double_quant = false},
       {.M = 64, .N = 128, .K = 128, .rank = 12},  // rows of U are not whole vectors
       {.M = 64, .N = 128, .K = 128, .gap = 1},    // rows of X are not aligned for vectors
   };

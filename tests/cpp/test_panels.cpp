@@ -16,6 +16,7 @@
 #include "common/layout.h"
 #include "expect.h"
 #include "product/config.h"
+#include "quantized.h"
 #include "simt/emulated_driver.h"
 
 namespace qn = qlora_native;
@@ -101,50 +102,28 @@ float draw(std::uint64_t& seed) {  // in [-1, 1)
 
 struct Layer {
   std::int64_t M, N, K, rank;
-  int bits;
   std::uint64_t seed = 1;
   std::vector<float> w, x, dy, bias, a, b;
-  std::vector<std::uint8_t> codes;
-  std::vector<float> absmax;
+  Quantized weight;
 
-  Layer(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t rank, int bits = 4)
+  Layer(std::int64_t M, std::int64_t N, std::int64_t K, std::int64_t rank, const char* format = "nf4")
       : M(M),
         N(N),
         K(K),
         rank(rank),
-        bits(bits),
         w(floats(N * K)),
         x(floats(M * K)),
         dy(floats(M * N)),
         bias(floats(N)),
         a(floats(rank * K)),
         b(floats(N * rank)),
-        codes(w.size()),
-        absmax(w.size() / 32 + 1) {
-    qn::NonFinite non_finite;
-    qn::quantize({.weight = w.data(),
-                  .elements = N * K,
-                  .bits = bits,
-                  .blocksize = 32,
-                  .code = qn::codebook("nf4").data(),
-                  .codes = codes.data(),
-                  .absmax = absmax.data(),
-                  .non_finite = &non_finite});
-    qn::dequantize({.weight = view(), .out = w.data()});
+        weight({w.data(), qn::DType::f32, N, K, K}, format_named(format), /*blocksize=*/32, /*double_quant=*/false) {
+    qn::dequantize({.weight = weight.view(), .out = w.data()});
   }
   std::vector<float> floats(std::int64_t count) {
     std::vector<float> values(static_cast<std::size_t>(count));
     for (float& value : values) value = draw(seed);
     return values;
-  }
-  qn::QuantizedWeightView view() const {
-    return {.N = N,
-            .K = K,
-            .bits = bits,
-            .blocksize = 32,
-            .codes = codes.data(),
-            .absmax = absmax.data(),
-            .code = qn::codebook("nf4").data()};
   }
   qn::LoraView lora(float dropout = 0.0f) const {
     return {.rank = rank, .a = a.data(), .b = b.data(), .scaling = 0.5f, .dropout = dropout};
@@ -258,13 +237,13 @@ void run(const Layer& layer, bool backward, bool multiplies, float dropout = 0.0
   const qn::Matrix out = matrix_of(call.out, layer.M, cols);
   const qn::Matrix low_rank = layer.rank > 0 ? matrix_of(call.low_rank, layer.M, layer.rank) : qn::Matrix{};
   if (backward) {
-    qn::linear_backward_input({.weight = layer.view(),
+    qn::linear_backward_input({.weight = layer.weight.view(),
                                .lora = layer.lora(dropout),
                                .dy = matrix_of(layer.dy, layer.M, layer.N),
                                .dx = out,
                                .v = low_rank});
   } else {
-    qn::linear_forward({.weight = layer.view(),
+    qn::linear_forward({.weight = layer.weight.view(),
                         .lora = layer.lora(dropout),
                         .x = matrix_of(layer.x, layer.M, layer.K),
                         .bias = layer.bias.data(),
@@ -302,17 +281,20 @@ void product_by_panels_is_the_product() {
 void each_panel_has_the_bits_of_dequantize() {
   struct Case {
     std::int64_t M, N, K, rank;
-    int bits;
+    const char* format;
     bool backward;
     int products;
   };
-  for (const Case& c : {Case{.M = 1025, .N = 300, .K = 16'384, .rank = 0, .bits = 4, .backward = false, .products = 3},
-                        Case{.M = 1025, .N = 131, .K = 16'301, .rank = 3, .bits = 8, .backward = false, .products = 2},
-                        Case{.M = 1025, .N = 16'301, .K = 264, .rank = 3, .bits = 4, .backward = true, .products = 3},
-                        Case{.M = 8193, .N = 57, .K = 24, .rank = 16, .bits = 4, .backward = false, .products = 2},
-                        Case{.M = 8193, .N = 24, .K = 57, .rank = 16, .bits = 8, .backward = true, .products = 2},
-                        Case{.M = 8193, .N = 57, .K = 24, .rank = 0, .bits = 4, .backward = false, .products = 1}}) {
-    const Layer layer(c.M, c.N, c.K, c.rank, c.bits);
+  const Case cases[] = {
+      {.M = 1025, .N = 300, .K = 16'384, .rank = 0, .format = "nf4", .backward = false, .products = 3},
+      {.M = 1025, .N = 131, .K = 16'301, .rank = 3, .format = "int8", .backward = false, .products = 2},
+      {.M = 1025, .N = 16'301, .K = 264, .rank = 3, .format = "nf4", .backward = true, .products = 3},
+      {.M = 8193, .N = 57, .K = 24, .rank = 16, .format = "nf4", .backward = false, .products = 2},
+      {.M = 8193, .N = 24, .K = 57, .rank = 16, .format = "int8", .backward = true, .products = 2},
+      {.M = 8193, .N = 57, .K = 24, .rank = 0, .format = "nf4", .backward = false, .products = 1},
+  };
+  for (const Case& c : cases) {
+    const Layer layer(c.M, c.N, c.K, c.rank, c.format);
     run(layer, c.backward, false);
     EXPECT(call.products == c.products);
     EXPECT(std::all_of(call.times.begin(), call.times.end(), [](int n) { return n == 1; }));

@@ -165,7 +165,7 @@ int main(int count, char** arguments) {
     for (const std::string& isa : qn::available_isas()) found |= isa == arguments[1];
     if (!found) {
       std::printf("skipped: %s is not on this machine\n", arguments[1]);
-      return 77;  // ctest's SKIP_RETURN_CODE
+      return kSkipped;
     }
   }
   every_element_is_a_row_times_a_column();

@@ -5,7 +5,6 @@
 
 #include "cpu/way.h"
 #include "qlora_native/error.h"
-#include "qlora_native/runtime.h"
 
 #if QLN_AMX
 #include <cpuid.h>
@@ -145,9 +144,9 @@ const Isa& current() {
 
 const Backend& cpu_backend() { return current().backend().table; }
 
-std::string current_isa() { return current().name; }
+std::string cpu_isa() { return current().name; }
 
-std::vector<std::string> available_isas() {
+std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : isas())
     if (isa.missing == nullptr) names.emplace_back(isa.name);
@@ -155,7 +154,7 @@ std::vector<std::string> available_isas() {
 }
 
 bool dense_product_has_tiles(DType dtype) {
-  static const bool in_use = current_isa() == "amx_bf16", fp16 = has_amx_fp16();
+  static const bool in_use = cpu_isa() == "amx_bf16", fp16 = has_amx_fp16();
   return in_use && (dtype == DType::bf16 || (dtype == DType::f16 && fp16));
 }
 

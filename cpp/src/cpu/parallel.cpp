@@ -4,7 +4,7 @@
 #include <atomic>
 #include <exception>
 
-#include "qlora_native/runtime.h"
+#include "hooks.h"
 
 #ifdef _OPENMP
 #include "cpu/openmp_pool.h"
@@ -13,22 +13,14 @@
 namespace qlora_native {
 namespace {
 
-// The pool of a build that was given none: OpenMP's, or without OpenMP the calling thread.
-#ifdef _OPENMP
-constexpr auto default_parallel_for = openmp_parallel_for;
-constexpr auto default_threads = openmp_threads;
-#else
+// The pool where the host program has set none: OpenMP's, or without OpenMP the calling thread.
 void default_parallel_for(std::int64_t tasks, void (*body)(void*, std::int64_t, std::int64_t), void* context) {
+#ifdef _OPENMP
+  openmp_parallel_for(tasks, body, context);
+#else
   body(context, 0, tasks);
-}
-int default_threads() { return 1; }
 #endif
-
-struct Pool {
-  ParallelFor parallel_for = default_parallel_for;
-  int (*threads)() = default_threads;
-};
-Pool pool;
+}
 
 // How often a thread looks whether a stage has ended before it sleeps. That takes some 50 us, which is longer than the
 // last task of a stage usually takes, and short beside the time slice of a thread that waits for a core.
@@ -89,9 +81,13 @@ struct Run {
 
 }  // namespace
 
-void set_thread_pool(ParallelFor parallel_for, int (*threads)()) { pool = {parallel_for, threads}; }
-
-int num_threads() { return std::max(1, pool.threads()); }
+int default_threads() {
+#ifdef _OPENMP
+  return openmp_threads();
+#else
+  return 1;
+#endif
+}
 
 void run_stages(const StageView* stages, int count) {
   std::int64_t most = 0;
@@ -104,7 +100,8 @@ void run_stages(const StageView* stages, int count) {
   }
   Run run{.stages = stages, .count = count};
   // A worker stays until no task is left, so it does not matter into how many pieces the pool cuts [0, workers).
-  pool.parallel_for(workers, [](void* shared, std::int64_t, std::int64_t) { static_cast<Run*>(shared)->work(); }, &run);
+  const ParallelFor pool = hooks().parallel_for != nullptr ? hooks().parallel_for : default_parallel_for;
+  pool(workers, [](void* shared, std::int64_t, std::int64_t) { static_cast<Run*>(shared)->work(); }, &run);
   if (run.error) std::rethrow_exception(run.error);
 }
 

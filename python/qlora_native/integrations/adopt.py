@@ -14,7 +14,8 @@ from .._embedding import Embedding4bit
 from .._errors import bad
 from .._layer import QuantizedLayer
 from .experts import find_experts
-from .transformers import FILE_FORMATS, FORMATS, BitsAndBytesConfig, Quantizer, adopt
+from .transformers import BitsAndBytesConfig, Quantizer, adopt
+from .transformers_config import FILE_FORMATS, FORMATS
 
 __all__ = ["adopt_quantized"]
 

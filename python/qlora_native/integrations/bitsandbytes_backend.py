@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _C
 from .._errors import FLOAT_DTYPES, bad
-from .._weight import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
+from .._formats import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
 
 __all__ = ["autoload", "disable", "enable", "enabled"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._experts import Experts4bit
-from .._weight import QuantizedWeight, codes_shape
+from .._formats import codes_shape
+from .._weight import QuantizedWeight
 
 __all__ = ["from_quant_state", "put_experts", "quantized_experts"]
 

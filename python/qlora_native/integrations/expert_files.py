@@ -30,9 +30,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .. import functional
 from .._errors import bad
 from .._experts import Experts4bit
-from .._quant_state import read_quant_state
+from .._formats import ceil_div
+from .._quant_state import NESTED_BLOCKSIZE, read_quant_state
 from .._sizes import note_reason
-from .._weight import NESTED_BLOCKSIZE, QuantizedWeight, ceil_div
+from .._weight import QuantizedWeight
 from .experts import find_experts, run_quantized
 
 __all__ = [

@@ -1,0 +1,123 @@
+// A block that runs, with its threads as fibers. fibers.cpp runs the blocks of a grid, block.cpp the fibers of a block;
+// meetings.cpp has what fibers wait for within their block, and accesses.cpp how they read and write global memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "simt/async.h"
+#include "simt/context.h"
+#include "simt/fibers.h"
+#include "simt/store_buffer.h"
+
+namespace qlora_native::cuda_emulated::emulator {
+
+constexpr int kWarp = 32;
+// The stack of a fiber. A kernel's locals are small, but AddressSanitizer's redzones around them are not.
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kStackBytes = 256 * 1024;
+#else
+constexpr std::size_t kStackBytes = 64 * 1024;
+#endif
+
+inline std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+// A copy by cp.async.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, zeros;
+  void run() const;  // accesses.cpp
+};
+
+struct Warp {
+  int arrived = 0;
+  Site site;
+  void* lanes[kWarp];
+  bool is_held_back = false;
+};
+
+// The threads that have come to a numbered barrier (bar.sync), or to a meeting of their warpgroup.
+struct Meeting {
+  std::vector<struct Fiber*> fibers;
+  std::vector<void*> lanes;
+  int threads = 0;
+  Site site;
+};
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kNamedBarriers = 16;  // in a block
+
+// A thread.
+struct Fiber {
+  enum class State { ready, at_barrier, at_meeting, waiting, at_mbarrier, done };
+  Position position;
+  struct Block* block;
+  Warp* warp;
+  Context context;
+  std::byte* stack;
+  State state = State::ready;
+  Site site;
+  const std::uint32_t* flag = nullptr;
+  std::uint32_t value = 0;
+  std::uint64_t* mbarrier = nullptr;
+  std::int64_t phase = 0;
+  WgmmaQueue wgmma;
+  std::vector<Copy> copies;               // not yet committed to a group
+  std::vector<std::vector<Copy>> groups;  // oldest first
+  StoreBuffer stores;                     // visible to this thread alone
+};
+
+struct Block {
+  std::int64_t index;
+  Context scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> order;
+  std::size_t next;  // the position in `order` of the fiber that runs next
+  int left;          // fibers that have not ended
+  std::byte* smem = nullptr;
+  StoreBuffer stores;  // visible to this block alone
+  std::unique_ptr<SharedMemory> memory;
+  Mbarriers mbarriers;
+  std::unique_ptr<TileCopies> tile_copies;
+  Meeting named_barriers[kNamedBarriers];
+  std::vector<Meeting> warpgroups;
+  std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
+
+  explicit Block(std::int64_t index);
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block();
+
+  bool done() const { return left == 0; }
+  // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
+  // whether any fiber ran.
+  bool advance(std::int64_t turns);
+  std::string waits() const;  // what its fibers wait for, as text
+
+ private:
+  static void main_of_fiber();
+  void release_barrier();
+  // Under a random order some warps pause for some rounds, while the others run as far as barriers let them.
+  void hold_back_some_warps();
+  bool let_all_warps_run();  // returns whether any warp was held back
+  // Tiles that TMA loads arrive in any order: at random times, or when no fiber can run.
+  void finish_some_copies();
+  bool finish_a_copy();  // returns whether there was one
+};
+
+// What the host thread runs: one fiber at a time, of the blocks of one grid.
+extern constinit thread_local Fiber* current;
+extern constinit thread_local Schedule schedule;
+extern constinit thread_local const Grid* grid;
+
+inline void suspend(Fiber& self, Fiber::State state, Site site) {
+  self.state = state;
+  self.site = site;
+  self.context.switch_to(self.block->scheduler);
+}
+
+}  // namespace qlora_native::cuda_emulated::emulator

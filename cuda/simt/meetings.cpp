@@ -1,0 +1,117 @@
+// Where the threads of a block meet or wait for each other: at its barrier, as a warp, as a warpgroup, at numbered
+// barriers and at mbarriers; and what they do together, tiles by TMA and products by wgmma.
+#include <memory>
+
+#include "simt/block.h"
+
+namespace qlora_native::cuda_emulated::emulator {
+
+void barrier(Site site) { suspend(*current, Fiber::State::at_barrier, site); }
+
+void meet(void* lane, void (*all)(void* const* lanes), Site site) {
+  Fiber& self = *current;
+  Warp& warp = *self.warp;
+  if (warp.arrived == 0) warp.site = site;
+  if (!(warp.site == site)) {
+    fail("lanes of a warp meet at different calls: " + text(warp.site) + " and " + text(site));
+  }
+  warp.lanes[self.position.thread % kWarp] = lane;
+  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_meeting, site);
+  all(warp.lanes);
+  warp.arrived = 0;
+  const int first = self.position.thread / kWarp * kWarp;
+  for (int i = first; i < first + kWarp; ++i) {
+    self.block->fibers[static_cast<std::size_t>(i)].state = Fiber::State::ready;
+  }
+}
+
+namespace {
+
+// The last thread to come runs `all` on what every thread has brought; then all of them continue.
+void meet_others(Meeting& meeting, int threads, void* lane, std::size_t place, void (*all)(void* const* lanes),
+                 Site site) {
+  Fiber& self = *current;
+  if (meeting.fibers.empty()) {
+    meeting.site = site;
+    meeting.threads = threads;
+    meeting.lanes.assign(static_cast<std::size_t>(threads), nullptr);
+  }
+  if (meeting.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
+  meeting.fibers.push_back(&self);
+  if (all != nullptr) {
+    if (!(meeting.site == site)) {
+      fail("threads of a warpgroup meet at different calls: " + text(meeting.site) + " and " + text(site));
+    }
+    meeting.lanes[place] = lane;
+  }
+  if (meeting.fibers.size() < static_cast<std::size_t>(threads)) {
+    return suspend(self, Fiber::State::at_meeting, site);
+  }
+  if (all != nullptr) all(meeting.lanes.data());
+  for (Fiber* fiber : meeting.fibers) {
+    fiber->state = Fiber::State::ready;
+    fiber->stores.move_to(self.block->stores);
+  }
+  meeting.fibers.clear();
+}
+
+}  // namespace
+
+void named_barrier(int number, int threads, Site site) {
+  if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
+  meet_others(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+}
+
+void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site) {
+  const int thread = current->position.thread;
+  Meeting& meeting = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
+  meet_others(meeting, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), all, site);
+}
+
+std::uint32_t shared_address(const void* p) { return current->block->memory->address_of(p); }
+void note_shared_store(const void* p, std::size_t bytes) {
+  current->block->memory->note_store(p, bytes, current->position.thread);
+}
+void publish_shared_stores() { current->block->memory->publish_stores(current->position.thread); }
+
+void mbarrier_init(std::uint64_t* barrier, int arrivals) {
+  if (!current->block->memory->holds(barrier, sizeof(*barrier))) fail("an mbarrier outside of shared memory");
+  current->block->mbarriers.init(barrier, arrivals, current->position.thread);
+}
+void mbarrier_publish() { current->block->mbarriers.publish(current->position.thread); }
+void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes) {
+  current->block->mbarriers.arrive(barrier, expected_bytes, current->position.thread);
+}
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site) {
+  Fiber& self = *current;
+  self.phase = self.block->mbarriers.begin_wait(barrier, parity, self.position.thread);
+  if (self.block->mbarriers.is_complete(barrier, self.phase)) return;
+  self.mbarrier = barrier;
+  suspend(self, Fiber::State::at_mbarrier, site);
+}
+
+void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier) {
+  TileCopies& copies = *current->block->tile_copies;
+  copies.begin(static_cast<std::byte*>(to), source, row, col, barrier);
+  if (schedule.is_early()) copies.finish(copies.under_way() - 1);
+}
+
+std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor) {
+  return std::make_shared<WgmmaProduct>(*current->block->memory, to_f32, cols, b_descriptor);
+}
+void compute_if_early(WgmmaProduct& product) {
+  if (schedule.is_early()) product.compute();
+}
+WgmmaQueue& wgmma_queue() { return current->wgmma; }
+
+void set_max_registers(int count) {
+  constexpr int kLeast = 24, kMost = 256, kUnit = 8, kRegisters = 64 * 1024;
+  Block& block = *current->block;
+  if (count < kLeast || count > kMost || count % kUnit != 0) fail("setmaxnreg of " + std::to_string(count));
+  block.max_registers[static_cast<std::size_t>(current->position.thread / kWarp)] = count;
+  int sum = 0;
+  for (const int registers : block.max_registers) sum += registers * kWarp;
+  if (sum > kRegisters) fail("setmaxnreg: the block's threads want " + std::to_string(sum) + " registers");
+}
+
+}  // namespace qlora_native::cuda_emulated::emulator

@@ -1,0 +1,63 @@
+"""Mistakes in cuda/quantize/, and in the optimizer's search for a code."""
+
+from mutant_lists.mutant import CONCURRENT, ON_GPU, Mutant, without
+
+QUANTIZERS = [
+    Mutant(
+        "cuda/quantize/nearest_code.cuh",
+        "a bucket's own midpoints count as those before",
+        "before += bucket_bits(midpoint[m]) < bucket;",
+        "before += bucket_bits(midpoint[m]) <= bucket;",
+        ("nearest_codes",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/quantize/nearest_code.cuh",
+        "a bucket with three midpoints is searched in one step",
+        "most > 3 ? 4 : most > 1 ? 2 : 1",
+        "most > 3 ? 4 : 1",
+        ("nearest_codes",),
+    ),
+    Mutant(
+        "cuda/quantize/nearest_code.cuh",
+        "midpoints are computed before the values are there",
+        *without("        sync_warp();\n        midpoint[i]", "        midpoint[i]"),
+        ("nearest_codes",),
+    ),
+    Mutant(
+        "cuda/optimizer/code_sums.cuh",
+        "a tie takes the level above",
+        "while (least(cell) > midpoints[code]) ++code;",
+        "while (least(cell) >= midpoints[code]) ++code;",
+        ("code_sums",),
+    ),
+    Mutant(
+        "cuda/optimizer/code_sums.cuh",
+        "a midpoint carries one float too early",
+        "(0xFFFFu - lower)",
+        "(0x10000u - lower)",
+        ("code_sums",),
+        in_sample=True,
+    ),
+    Mutant(
+        "cuda/quantize/quantize.cu",
+        "half of a block's lanes find its largest element",
+        "(absmax), 1 << teams.lane_bits)",
+        "(absmax), (1 << teams.lane_bits) / 2)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/quantize/quantize.cu",
+        "what is not finite is reported at the block's beginning",
+        "report(args.non_finite, at + i)",
+        "report(args.non_finite, at)",
+        ON_GPU,
+    ),
+    Mutant(
+        "cuda/quantize/quantize_absmax.cu",
+        "no barrier before the warps' sums are added",
+        "= value;\n  sync_threads();\n",
+        "= value;\n",
+        CONCURRENT,
+    ),
+]
