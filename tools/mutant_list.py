@@ -63,60 +63,64 @@ def _without(text: str, rest: str = "") -> tuple[str, str]:
 CONCURRENT, CONFORMANCE, PAGED = ("concurrent",), ("conformance",), ("paged",)
 ON_GPU = ("conformance_emulated",)
 
-GEMM_BLOCK, RUNS, THIN, THIN_SUMS = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin", "thin_sums"))
-LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      meet();
-      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
+GEMM_BLOCK, STREAM_K, THIN, THIN_SUMS = (
+    f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "stream_k", "thin", "thin_sums")
+)
+STORE = """      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      sync();
+      if (thread_index() == 0) signal(memory_.ready + part.run, 1);
 """
 WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
-        wait_for(shared_.ready + other, 1);
+        wait_for(memory_.ready + other, 1);
       }
-      meet();
+      sync();
 """
 ADD = """#pragma unroll 1
-      for (int other = part.run + 1; other <= last; ++other) sums.add(shared_.of_runs + std::int64_t{other} * kSums);
+      for (int other = part.run + 1; other <= last; ++other) {
+        sums.add_partial(memory_.sums + std::int64_t{other} * kTileSums);
+      }
 """
 
 BETWEEN_BLOCKS = [
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flag is raised before the sums are stored",
-        LEAVE,
-        """      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
-      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      meet();
+        STORE,
+        """      if (thread_index() == 0) signal(memory_.ready + part.run, 1);
+      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      sync();
 """,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier before the flag", LEAVE, LEAVE.replace("      meet();\n", ""), CONCURRENT),
+    Mutant(STREAM_K, "no barrier before the flag", STORE, STORE.replace("      sync();\n", ""), CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flag is an ordinary store, without release",
-        "signal(shared_.ready + part.run, 1)",
-        "store_vector<std::uint32_t, 1>(shared_.ready + part.run, {{1}})",
+        "signal(memory_.ready + part.run, 1)",
+        "store_vector<std::uint32_t, 1>(memory_.ready + part.run, {{1}})",
         CONCURRENT,
     ),
     Mutant(
-        RUNS,
+        STREAM_K,
         "sums are read before their flag",
         WAIT + ADD,
         ADD + WAIT,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier after the wait", WAIT, WAIT.replace("      meet();\n", ""), CONCURRENT),
+    Mutant(STREAM_K, "no barrier after the wait", WAIT, WAIT.replace("      sync();\n", ""), CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "runs are given out by the blocks' indices",
-        "shared_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(shared_.ticket)",
+        "memory_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(memory_.ticket)",
         "static_cast<int>(block_index())",
         CONCURRENT,
     ),
-    Mutant(RUNS, "nobody waits", WAIT, "      meet();\n", CONCURRENT),
+    Mutant(STREAM_K, "nobody waits", WAIT, "      sync();\n", CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flags are not reset",
-        "if (workspace_.data() != nullptr) fill_bytes(",
-        "if (false) fill_bytes(",
+        "if (workspace_.data() != nullptr) {",
+        "if (false) {",
         CONCURRENT,
     ),
 ]
@@ -238,7 +242,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "consumers do not meet around sums of other blocks",
-        "[] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); }",
+        "[] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); }",
         "[] {}",
         HOPPER,
     ),

@@ -140,14 +140,14 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
   if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tiles) return std::nullopt;
   if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
-  HopperConfig config{.runs = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
-  config.runs.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
+  HopperConfig config{.gemm = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
+  config.gemm.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
                           : shape.rows <= kGemmManyRows || wastes(shape.rows, kGemmTallRows, kGemmManyRows)
                               ? kGemmManyRows
                               : kGemmTallRows;
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
-  if (shape.smem_bytes < hopper_smem_bytes(config.runs.tile_rows)) return std::nullopt;
-  share_steps(shape, kGemmStep, config.runs);
+  if (shape.smem_bytes < hopper_smem_bytes(config.gemm.tile_rows)) return std::nullopt;
+  share_steps(shape, kGemmStep, config.gemm);
   return config;
 }
 
@@ -203,15 +203,15 @@ std::string name_of_way(const ProductShape& shape, const GeneralConfig&) {
 std::string name_of_way(const ProductShape&, const GemvConfig& config) {
   return "GEMV, " + number(config.blocks) + " blocks";
 }
-std::string text_of_runs(const GemmConfig& config) {
+std::string text_of_tiles(const GemmConfig& config) {
   return number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" + number(config.tile_cols) + ", " +
          number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
 }
 std::string name_of_way(const ProductShape&, const GemmConfig& config) {
-  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_runs(config);
+  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_tiles(config);
 }
 std::string name_of_way(const ProductShape&, const HopperConfig& config) {
-  return "tensor cores by wgmma, " + text_of_runs(config.runs);
+  return "tensor cores by wgmma, " + text_of_tiles(config.gemm);
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +

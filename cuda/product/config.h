@@ -144,17 +144,17 @@ struct GemmConfig {
   // The same product with `count` tiles of rows, in no more blocks than now.
   constexpr GemmConfig with_row_tiles(std::int64_t count) const {
     GemmConfig config = *this;
-    const std::int64_t of_run = kLeastInner / (thin ? kThinStep : kGemmStep);
+    const std::int64_t least_steps = kLeastInner / (thin ? kThinStep : kGemmStep);
     config.row_tiles = count;
     config.tiles = row_tiles == 0 ? 0 : tiles / row_tiles * count;
-    const std::int64_t all = config.tiles * steps, most = (all + of_run - 1) / of_run;
+    const std::int64_t all = config.tiles * steps, most = (all + least_steps - 1) / least_steps;
     config.blocks = most < blocks ? static_cast<int>(most) : blocks;
     config.share = config.blocks == 0 ? 0 : all / config.blocks;
     config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);
     return config;
   }
   // The step with which the run of block `i` begins; steps are counted tile after tile.
-  constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
+  constexpr std::int64_t first_step(int i) const { return i * share + (i < rest ? i : rest); }
   // The run that has a step.
   constexpr int run_of(std::int64_t step) const {
     const std::int64_t of_longer = rest * (share + 1);
@@ -167,7 +167,7 @@ struct GemmConfig {
 
 // hopper/: products by wgmma, whose blocks share tiles as those of gemm/ do.
 struct HopperConfig {
-  GemmConfig runs;
+  GemmConfig gemm;
   bool operator==(const HopperConfig&) const = default;
 };
 

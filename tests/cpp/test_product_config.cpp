@@ -59,12 +59,12 @@ void small_blocks_take_the_way_of_any_weight() {
 
 void expect_each_step_once(const GemmConfig& config) {
   if (config.blocks == 0) return;
-  EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
+  EXPECT(config.first_step(0) == 0 && config.first_step(config.blocks) == config.tiles * config.steps);
   bool splits = false;
   for (int i = 0; i < config.blocks; ++i) {
-    EXPECT(config.begin_of(i) < config.begin_of(i + 1));
-    EXPECT(config.run_of(config.begin_of(i)) == i && config.run_of(config.begin_of(i + 1) - 1) == i);
-    splits |= config.begin_of(i + 1) % config.steps != 0;
+    EXPECT(config.first_step(i) < config.first_step(i + 1));
+    EXPECT(config.run_of(config.first_step(i)) == i && config.run_of(config.first_step(i + 1) - 1) == i);
+    splits |= config.first_step(i + 1) % config.steps != 0;
   }
   EXPECT(splits == config.splits_a_tile());
 }
@@ -360,7 +360,7 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
           shape.cols = cols;
           shape.inner = inner;
           shape.multiprocessors = multiprocessors;
-          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).runs;
+          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).gemm;
           EXPECT(config.tile_rows == tile && config.tile_cols == kGemmCols);
           EXPECT(config.row_tiles * tile >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
           EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
@@ -497,7 +497,7 @@ void steps_are_counted_beyond_an_int() {
   const std::int64_t many = std::int64_t{1} << 34;
   const auto config = std::get<GemmConfig>(product_config(
       {.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100}));
-  EXPECT(config.steps == many / kGemmStep && config.begin_of(config.blocks) == many / kGemmStep);
+  EXPECT(config.steps == many / kGemmStep && config.first_step(config.blocks) == many / kGemmStep);
 }
 
 }  // namespace

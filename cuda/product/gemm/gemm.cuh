@@ -15,8 +15,8 @@
 
 #include "device/elements.cuh"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/runs.cuh"
 #include "product/gemm/shared.cuh"
+#include "product/gemm/stream_k.cuh"
 #include "product/gemm/sums.cuh"
 #include "product/gemm/tile.cuh"
 #include "product/gemm/tile_rows.cuh"
@@ -38,7 +38,7 @@ class Gemm {
       : args_(args),
         shared_(shared),
         tile_rows_(args),
-        runs_(tile_rows_.config(), args.shared_sums),
+        stream_k_(tile_rows_.config(), args.stream_k),
         scales_(args.weight, args.scales, shared.nested),
         table_(shared.rows->pairs) {}
 
@@ -46,7 +46,7 @@ class Gemm {
   __device__ void run() {
     if (kGroups && shared_.run < 0) return;
     for (std::uint32_t done = 0;;) {  // counts steps; 2^32 of them would take minutes
-      const Part part = runs_.part_after(shared_.run, done);
+      const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;
       go_to(part);
       tile_rows_.go_to(part.tile);
@@ -61,14 +61,14 @@ class Gemm {
   // Gets the block's run, and fills the tables that all of the run needs.
   __device__ void prepare() {
     tile_rows_.prepare();
-    if (thread_index() == 0) shared_.run = runs_.take();
+    if (thread_index() == 0) shared_.run = stream_k_.take_run();
     Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
     shared_.nested.fill(args_.weight);
     sync_threads();
   }
 
  private:
-  __device__ void go_to(const Part& part) {
+  __device__ void go_to(const TilePart& part) {
     row_tile_ = static_cast<int>(part.tile % tile_rows_.config().row_tiles);
     col_tile_ = static_cast<int>(part.tile / tile_rows_.config().row_tiles);
   }
@@ -374,9 +374,9 @@ class Gemm {
 
   // ---- results -----------------------------------------------------------------------------------------------------
 
-  __device__ void finish(const Part& part) {
+  __device__ void finish(const TilePart& part) {
     go_to(part);
-    if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) return;
+    if (!stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, sums_)) return;
     const Lane lane;
     const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
@@ -388,7 +388,7 @@ class Gemm {
   const GemmArgs& args_;
   Shared& shared_;
   const TileRows<kGroups, Tile::kRows> tile_rows_;
-  const Runs runs_;
+  const StreamK stream_k_;
   const ScaleReader<kAligned> scales_;
   const typename Shared::Table table_;
   int row_tile_ = 0, col_tile_ = 0;
@@ -398,7 +398,7 @@ class Gemm {
 // Weights: DecodedRows (forward) or DecodedColumns (backward).
 template <class T, template <class> class Weights, class Tile, bool kGroups>
 __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const __grid_constant__ GemmArgs args) {
-  Gemm<T, Weights<Tile>, Tile, kGroups> gemm(args, GemmShared<T, Weights<Tile>, Tile>::of_block());
+  Gemm<T, Weights<Tile>, Tile, kGroups> gemm(args, GemmShared<T, Weights<Tile>, Tile>::in_dynamic_smem());
   gemm.prepare();
   gemm.run();
 }
@@ -408,8 +408,8 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const
 template <template <class> class Weights>
 void gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
   if (config.blocks == 0) return;
-  const SumsMemory memory(config, stream);
-  const GemmArgs args(product, config, memory);
+  const StreamKWorkspace workspace(config, stream);
+  const GemmArgs args(product, config, workspace);
   const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
     const LaunchShape shape = {config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()};

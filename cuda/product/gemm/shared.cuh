@@ -31,7 +31,7 @@ struct GemmShared {
 
   // `rows` must begin where the table must, which is not far from the beginning of shared memory: product_config has
   // asked the device. If it were further away all the same, the end would lie in another block's memory.
-  static __device__ GemmShared& of_block() {
+  static __device__ GemmShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
     const std::uint32_t before = SharedPlace(smem).to_rows();
     if (before > kGemmMostReservedSmem) trap();

@@ -63,8 +63,8 @@ class GemmSums {
 
   // Where several blocks share a tile's steps, a block without the tile's beginning stores its sums in memory, in the
   // order in which threads hold them, and the block with the beginning adds them from there.
-  __device__ void leave(float* of_block) const {
-    float* to = of_block + thread_index() * 4;
+  __device__ void store_partial(float* partial) const {
+    float* to = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) {
 #pragma unroll
@@ -74,8 +74,8 @@ class GemmSums {
       }
     }
   }
-  __device__ void add(const float* of_block) {
-    const float* from = of_block + thread_index() * 4;
+  __device__ void add_partial(const float* partial) {
+    const float* from = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) {
 #pragma unroll

@@ -5,8 +5,8 @@ namespace qlora_native::QLN_CUDA {
 
 void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream) {
   if (config.blocks == 0) return;
-  const SumsMemory memory(config, stream);
-  const GemmArgs args(product, config, memory);
+  const StreamKWorkspace workspace(config, stream);
+  const GemmArgs args(product, config, workspace);
   const auto start = [&]<class T, int kRows>() {
     const LaunchShape shape = {config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()};
     if constexpr (kRows <= kThinRows) {  // with more rows in groups it would have too few registers

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "product/gemm/operands.cuh"
-#include "product/gemm/runs.cuh"
+#include "product/gemm/stream_k.cuh"
 #include "product/gemm/thin_sums.cuh"
 #include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
@@ -53,14 +53,14 @@ class ThinGemm {
       : args_(args),
         shared_(shared),
         tile_rows_(args),
-        runs_(tile_rows_.config(), args.shared_sums),
+        stream_k_(tile_rows_.config(), args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.pairs) {
     auto& first_step = *reinterpret_cast<std::uint32_t*>(shared.stages);  // in the stages, for want of room beside them
     tile_rows_.prepare();
     if (thread_index() == 0) {
-      const int run = runs_.take();
-      first_step = kGroups && run < 0 ? kNoStep : static_cast<std::uint32_t>(tile_rows_.config().begin_of(run));
+      const int run = stream_k_.take_run();
+      first_step = kGroups && run < 0 ? kNoStep : static_cast<std::uint32_t>(tile_rows_.config().first_step(run));
     }
     Shared::Table::fill(shared.pairs, args.weight.code);
     shared.levels.fill(args.weight);
@@ -79,8 +79,8 @@ class ThinGemm {
       add_low_rank(part_at(step));
       multiply(part_at(step));
       sums_.join(place_in_stages(0), ThinLane<Tile>().half());
-      const Part part = part_at(step);
-      if (runs_.complete<Tile::kRows * Tile::kCols>(part, sums_)) store(col0_of(part));
+      const TilePart part = part_at(step);
+      if (stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, sums_)) store(col0_of(part));
       if (part.is_last) return;
       step += static_cast<std::uint32_t>(part.count);
     }
@@ -88,9 +88,9 @@ class ThinGemm {
 
  private:
   static constexpr std::uint32_t kNoStep = 0xFFFFFFFF;
-  __device__ Part part_at(std::uint32_t step) const { return runs_.part_at(kept(step)); }
+  __device__ TilePart part_at(std::uint32_t step) const { return stream_k_.part_at(kept(step)); }
   // Without groups there is only one tile of rows.
-  __device__ __forceinline__ std::int64_t col0_of(const Part& part) const {
+  __device__ __forceinline__ std::int64_t col0_of(const TilePart& part) const {
     if constexpr (kGroups) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
     return part.tile * Tile::kCols;
   }
@@ -140,7 +140,7 @@ class ThinGemm {
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(args_.weight.K) / kChunk);
   }
 
-  __device__ void multiply(const Part& part) {
+  __device__ void multiply(const TilePart& part) {
     const ThinLane<Tile> lane;
     const SharedPlace share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
     const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = col0_of(part);
@@ -232,7 +232,7 @@ class ThinGemm {
   // again, so both come from global memory; a lane has four of mma's 16 of the rank. The halves take turns. A lane's
   // share of B waits in shared memory until it is complete. So one piece of code loads every pair, and no registers are
   // held meanwhile.
-  __device__ void add_low_rank(const Part& part) {
+  __device__ void add_low_rank(const TilePart& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
     if constexpr (kGroups) {
       TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
@@ -293,7 +293,7 @@ class ThinGemm {
   const GemmArgs& args_;
   Shared& shared_;
   const TileRows<kGroups, Tile::kRows> tile_rows_;
-  const Runs runs_;
+  const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   std::uint32_t first_step_;  // of the block's run

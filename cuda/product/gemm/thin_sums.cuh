@@ -125,17 +125,17 @@ class ThinSums {
   }
 
   // Stores joined sums in memory, or adds them from there, as in GemmSums.
-  __device__ void leave(float* of_run) const {
+  __device__ void store_partial(float* partial) const {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       const float (&s)[4] = sum_[0][f];
-      store_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
+      store_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
     }
   }
-  __device__ void add(const float* of_run) {
+  __device__ void add_partial(const float* partial) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
-      const auto s = load_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4);
+      const auto s = load_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4);
 #pragma unroll
       for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
     }

@@ -3,7 +3,7 @@
 // block does.
 #pragma once
 
-#include "product/gemm/runs.cuh"
+#include "product/gemm/stream_k.cuh"
 #include "product/product.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -63,7 +63,7 @@ class TileRows {
   }
 
  private:
-  __device__ GroupedBlock& found() const { return args_.shared_sums.of_blocks[block_index()]; }
+  __device__ GroupedBlock& found() const { return args_.stream_k.blocks[block_index()]; }
   const GemmArgs& args_;
 };
 

@@ -19,7 +19,7 @@
 // rank a multiple of 8.
 #pragma once
 
-#include "product/gemm/runs.cuh"
+#include "product/gemm/stream_k.cuh"
 #include "product/hopper/tile.cuh"
 #include "product/hopper/weights.cuh"
 
@@ -40,21 +40,21 @@ class HopperGemm {
   using Stage = typename Shared::Stage;
   static constexpr int kProducts = Tile::kProducts;
   static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
-  static constexpr int kConsumersMeet = 1;  // a barrier's number
+  static constexpr int kConsumerBarrier = 1;  // a barrier's number
 
  public:
   __device__ HopperGemm(const GemmArgs& args, const HopperMaps& maps, Shared& shared)
       : args_(args),
         maps_(maps),
         shared_(shared),
-        runs_(args.config, args.shared_sums),
+        stream_k_(args.config, args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs) {}
 
   // Sets up the block's run, its barriers and its tables.
   __device__ void prepare() {
     if (thread_index() == 0) {
-      shared_.run = runs_.take();
+      shared_.run = stream_k_.take_run();
       for (int i = 0; i < Tile::kStages; ++i) {
         mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // the warps, and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps);
@@ -70,10 +70,10 @@ class HopperGemm {
   __device__ void run() {
     if (thread_index() < Tile::kConsumers) {
       increase_max_registers<kConsumerRegisters>();
-      for_parts([&](const Part& part) { consume(part); });
+      for_parts([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
-      for_parts([&](const Part& part) { produce(part); });
+      for_parts([&](const TilePart& part) { produce(part); });
     }
   }
 
@@ -83,17 +83,17 @@ class HopperGemm {
   __device__ __forceinline__ void for_parts(const F& f) const {
 #pragma unroll 1
     for (std::uint32_t done = 0;;) {
-      const Part part = runs_.part_after(shared_.run, done);
+      const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;
       f(part);
       done += static_cast<std::uint32_t>(part.count);
     }
   }
   // The coordinates of TMA have 32 bits.
-  __device__ __forceinline__ int row0(const Part& part) const {
+  __device__ __forceinline__ int row0(const TilePart& part) const {
     return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
   }
-  __device__ __forceinline__ int col0(const Part& part) const {
+  __device__ __forceinline__ int col0(const TilePart& part) const {
     return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
   }
   // Keeps a value, so that it is not computed anew at each step, by divisions.
@@ -101,7 +101,7 @@ class HopperGemm {
     return static_cast<int>(kept(static_cast<std::uint32_t>(value)));
   }
   // The adapter comes first, so only the block that has the beginning of a tile multiplies by it.
-  __device__ __forceinline__ int rank_of(const Part& part) const {
+  __device__ __forceinline__ int rank_of(const TilePart& part) const {
     return part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0;
   }
 
@@ -122,7 +122,7 @@ class HopperGemm {
 
   __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
 
-  __device__ void produce(const Part& part) {
+  __device__ void produce(const TilePart& part) {
     const int row0 = kept_int(this->row0(part)), col0 = kept_int(this->col0(part));
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
@@ -181,12 +181,12 @@ class HopperGemm {
 
   // ---- consumers ----------------------------------------------------------------------------------------------------
 
-  __device__ void consume(const Part& part) {
+  __device__ void consume(const TilePart& part) {
     sums_.clear();
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
-    if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_,
-                                                   [] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); })) {
+    if (!stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
+            part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
       return;
     }
     const HopperLane lane;
@@ -247,7 +247,7 @@ class HopperGemm {
   // Multiplies by the adapter, 64 of the rank at a time, with s*B, or A, in place of the weight. A lane's share comes
   // from global memory, and waits in the lane's own shared memory until it is complete. So one piece of code loads
   // every pair, and no registers are held meanwhile.
-  __device__ void add_low_rank(const Part& part, int rank) {
+  __device__ void add_low_rank(const TilePart& part, int rank) {
     const HopperLane lane;
     const std::int64_t col = col0(part) + lane.col();
     const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
@@ -281,7 +281,7 @@ class HopperGemm {
   const GemmArgs& args_;
   const HopperMaps& maps_;
   Shared& shared_;
-  const Runs runs_;
+  const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   Ring ring_;
@@ -292,7 +292,7 @@ template <class T, class Weights, int kRows>
 __global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
     hopper_gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ HopperMaps maps) {
   using Tile = HopperTile<kRows>;
-  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::of_block());
+  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::in_dynamic_smem());
   gemm.prepare();
   gemm.run();
 }
@@ -336,8 +336,8 @@ void hopper_gemm(const Product& product, const GemmConfig& config, const Stream&
   if (rank > 0) {
     maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
   }
-  const SumsMemory memory(config, stream);
-  const GemmArgs args(product, config, memory);
+  const StreamKWorkspace workspace(config, stream);
+  const GemmArgs args(product, config, workspace);
   const auto start = [&]<class T, int kRows>() {
     using Tile = HopperTile<kRows>;
     const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};

@@ -58,7 +58,7 @@ struct HopperShared {
 
   static constexpr std::uint32_t kLeftBytes = sizeof(Stage::left), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
-  static __device__ HopperShared& of_block() {
+  static __device__ HopperShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
     const std::uint32_t before = SharedPlace(smem).to_rows();
     if (before > kGemmMostReservedSmem) trap();
@@ -119,16 +119,16 @@ class HopperSums {
     }
   }
   // Stores sums in memory, or adds them from there, as in GemmSums.
-  __device__ void leave(float* of_run) const {
-    float* const to = of_run + thread_index() * 4;
+  __device__ void store_partial(float* partial) const {
+    float* const to = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const float* const s = sum + 4 * i;
       store_vector<float, 4>(to + i * Tile::kConsumers * 4, {{s[0], s[1], s[2], s[3]}});
     }
   }
-  __device__ void add(const float* of_run) {
-    const float* const from = of_run + thread_index() * 4;
+  __device__ void add_partial(const float* partial) {
+    const float* const from = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const auto s = load_vector<float, 4>(from + i * Tile::kConsumers * 4);
