@@ -57,7 +57,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
-    (r"(dequantize|panel|side_by_side|look|update)_kernel<", "element", lambda m, loop: 8),
+    (r"(dequantize|panel|concatenate|check|update)_kernel<", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, [12]>", "element", lambda m, loop: 16),
     (r"kOptimizerStatic8bit2StateBlockwise<", "element", lambda m, loop: 1),
@@ -177,14 +177,14 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def optimizer_steps(found: dict[str, Any]) -> Iterator[str]:
-    """What a step of each 8-bit optimizer costs: each gradient is looked at, then all is updated."""
+    """What a step of each 8-bit optimizer costs: each gradient is checked, then all is updated."""
     for rule, goal in (("AdamW", "; goal: 90"), ("Lion", ""), ("AdEMAMix", "")):
         for dtype in ("float", "Bf16", "F16"):
-            look, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("look", "update"))
-            sums = {arch: look[arch]["per_element"] + update[arch]["per_element"] for arch in look if arch in update}
+            check, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("check", "update"))
+            sums = {arch: check[arch]["per_element"] + update[arch]["per_element"] for arch in check if arch in update}
             if sums:
                 costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
-                yield f"A step of {rule} in {dtype}, look and update: {costs} thread-instructions a parameter{goal}."
+                yield f"A step of {rule} in {dtype}, check and update: {costs} thread-instructions a parameter{goal}."
 
 
 def peer_library() -> Path | None:

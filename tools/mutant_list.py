@@ -701,7 +701,7 @@ OPTIMIZER = [
     Mutant(
         "cuda/optimizer/step.cu",
         "every launch counts a skipped step",
-        *_without("  updates.skipped = nullptr;\n"),
+        *_without("  args.skipped = nullptr;\n"),
         CONCURRENT,
     ),
     Mutant(
@@ -721,8 +721,8 @@ OPTIMIZER = [
     Mutant(
         "cuda/optimizer/block.cuh",
         "what a block lacks is not 0",
-        "place.load_codes(item.state[k], zero_code(k))",
-        "place.load_codes(item.state[k], 0)",
+        "elements.load_codes(item.state[k], zero_code(k))",
+        "elements.load_codes(item.state[k], 0)",
         ON_GPU,
     ),
 ]

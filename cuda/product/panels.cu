@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
 
 // [left | low_rank | zeros]
 template <class T>
-struct SideBySide {
+struct Concatenation {
   Extent extent;
   const T *left, *low_rank;
   std::int64_t left_stride, low_rank_stride;
@@ -98,7 +98,7 @@ struct SideBySide {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) side_by_side_kernel(const __grid_constant__ SideBySide<T> from, T* to) {
+__global__ void __launch_bounds__(kThreads) concatenate_kernel(const __grid_constant__ Concatenation<T> from, T* to) {
   const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * from.extent.stride + col; };
   write_all(
       from.extent,
@@ -222,17 +222,17 @@ class PanelProducts {
     const ConstMatrix &left = product_.left, &low_rank = product_.low_rank;
     const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kEight == 0;
     const std::uint32_t count = in_32_bits(rows.count), cols = in_32_bits(product_.inner);
-    const SideBySide<T> from{.extent = {.rows = count,
-                                        .eights = in_vectors ? cols / kEight : 0,
-                                        .all_rows = count,
-                                        .stride = in_32_bits(column_)},
-                             .left = row_of<T>(left, rows.first),
-                             .low_rank = row_of<T>(low_rank, rows.first),
-                             .left_stride = left.stride,
-                             .low_rank_stride = low_rank.stride,
-                             .cols = cols,
-                             .rank = in_32_bits(rank_)};
-    launch<side_by_side_kernel<T>>(shape_for(from.extent), stream_, from, copy());
+    const Concatenation<T> from{.extent = {.rows = count,
+                                           .eights = in_vectors ? cols / kEight : 0,
+                                           .all_rows = count,
+                                           .stride = in_32_bits(column_)},
+                                .left = row_of<T>(left, rows.first),
+                                .low_rank = row_of<T>(low_rank, rows.first),
+                                .left_stride = left.stride,
+                                .low_rank_stride = low_rank.stride,
+                                .cols = cols,
+                                .rank = in_32_bits(rank_)};
+    launch<concatenate_kernel<T>>(shape_for(from.extent), stream_, from, copy());
   }
 
   LaunchShape shape_for(const Extent& extent) const {
