@@ -102,8 +102,8 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks || shape.groups > 0) return std::nullopt;
   PanelsConfig config;
   config.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kPanelCopiedRows, kPanelCols);
-  const std::int64_t column = column_of_panel(shape.inner, shape.rank);
-  const std::int64_t tile_bytes = kPanelCols * column * static_cast<std::int64_t>(size_of(shape.dtype));
+  const std::int64_t column_elements = panel_column_elements(shape.inner, shape.rank);
+  const std::int64_t tile_bytes = kPanelCols * column_elements * static_cast<std::int64_t>(size_of(shape.dtype));
   const std::int64_t col_tiles = ceil_div(shape.cols, kPanelCols);
   constexpr double kEnough = 0.95, kLeast = 0.75;
   double best = 0.0;

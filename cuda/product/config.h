@@ -184,7 +184,7 @@ ProductConfig product_config(const ProductShape& shape);
 HopperUse asked_hopper_use(bool is_hopper);
 
 // How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
-constexpr std::int64_t column_of_panel(std::int64_t inner, std::int64_t rank) {
+constexpr std::int64_t panel_column_elements(std::int64_t inner, std::int64_t rank) {
   return (inner + rank + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 
