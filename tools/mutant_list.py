@@ -349,8 +349,8 @@ GEMM = [
     Mutant(
         "cuda/product/gemm/operands.cuh",
         "a vector holds the codes of another",
-        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;",
-        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + 4 * (vector % Tile::kGroup) + i;",
+        "Tile::kGroupFragments * i +\n           vector % Tile::kGroupFragments;",
+        "4 * (vector % Tile::kGroupFragments) + i;",
         ON_GPU,
     ),
     Mutant(
@@ -463,8 +463,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/gemv.cu",
         "the second row has the first one's scale",
-        "now.chunk[row].decode(decoded[row], i, units[row], table)",
-        "now.chunk[row].decode(decoded[row], i, units[0], table)",
+        "now.chunk[row].decode(decoded[row], i, factors[row], table)",
+        "now.chunk[row].decode(decoded[row], i, factors[0], table)",
         ON_GPU,
     ),
     Mutant(
@@ -514,21 +514,21 @@ ROW_GROUPS = [
     Mutant(
         GROUPS,
         "a lane does not count the tiles of the one before it",
-        "if (lane >= apart) up_to",
-        "if (lane > apart) up_to",
+        "if (lane >= distance) prefix_sum",
+        "if (lane > distance) prefix_sum",
         ("row_groups",),
     ),
     Mutant(
         GROUPS,
         "tiles of the first 32 groups are forgotten",
-        "before += shfl(up_to, kWarp - 1);",
-        "before = shfl(up_to, kWarp - 1);",
+        "tiles_before += shfl(prefix_sum, kWarp - 1);",
+        "tiles_before = shfl(prefix_sum, kWarp - 1);",
         ("row_groups",),
     ),
     Mutant(
         GROUPS,
         "rows before the first group are in none of the tiles",
-        "int first = groups.has_front ? -1 : 0;",
+        "int first = groups.has_leading_group ? -1 : 0;",
         "int first = 0;",
         ("row_groups",),
     ),
@@ -550,7 +550,7 @@ ROW_GROUPS = [
     Mutant(
         TILE_ROWS,
         "as many tiles as there may be are taken for all that there are",
-        "if (args_.own_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).before;",
+        "if (args_.own_weights) row_tiles = find_row_tile<kRows>(args_.groups, args_.rows, kNoTile).count;",
         "",
         ON_GPU,
     ),
@@ -563,14 +563,14 @@ ROW_GROUPS = [
     Mutant(
         TILE_ROWS,
         "the bias is that of the first group",
-        "return args_.weight_of(tile().group) * args_.cols;",
+        "return args_.weight_index(tile().group) * args_.cols;",
         "return 0;",
         ON_GPU,
     ),
     Mutant(
         GEMM_BLOCK,
         "the weight is that of the first group",
-        "        tile_rows_.weights_before() +\n",
+        "        tile_rows_.weight_offset() +\n",
         "",
         ON_GPU,
     ),

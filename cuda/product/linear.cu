@@ -56,7 +56,7 @@ template <class Args>
 Groups groups_of_low_rank(const Args& args) {
   if (args.weight.count > 1 && args.lora.count == 1) return {};
   Groups groups = groups_of_adapters(args.lora, args.groups);
-  groups.has_front = args.weight.count == 1;
+  groups.has_leading_group = args.weight.count == 1;
   return groups;
 }
 

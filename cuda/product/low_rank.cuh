@@ -35,7 +35,7 @@ struct LowRankPart {
   RowSpan inner;
 };
 
-template <bool kGroups, bool kSumsOverRows>
+template <bool kGrouped, bool kSumsOverRows>
 __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
   const std::int64_t across = product_tiles_across(p.out.cols), tile = block_index() / p.split.parts;
   const std::int64_t down = tile / across;
@@ -47,14 +47,14 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
                       .part = block_index() % p.split.parts};
   std::int64_t length = p.split.length;
   RowSpan all = {0, p.inner};
-  if constexpr (kGroups && kSumsOverRows) {
+  if constexpr (kGrouped && kSumsOverRows) {
     const std::int64_t of_adapter = ceil_div(p.rows, kProductTile);
     part.i0 = down % of_adapter * kProductTile;
     part.adapter = down / of_adapter;
     part.first_row = part.adapter * p.rows;
     all = p.groups.rows_of(part.adapter, p.inner);
     length = low_rank_length(all.is_empty() ? 0 : all.end - all.begin, p.split.parts);
-  } else if constexpr (kGroups) {
+  } else if constexpr (kGrouped) {
     const RowTile rows = find_row_tile<kProductTile>(p.groups, p.rows, static_cast<std::uint32_t>(down)).tile;
     part.i0 = rows.begin;
     part.rows = rows.end;
@@ -68,19 +68,19 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
 
 // out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded. Where several blocks share a tile's k, each
 // stores the sum over its part instead.
-template <class Left, class Right, bool kGroups>
+template <class Left, class Right, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
     low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p) {
   constexpr bool kSumsOverRows = !Left::kAlongInner;
-  const auto part_of_block = [&] { return low_rank_part<kGroups, kSumsOverRows>(p); };
+  const auto part_of_block = [&] { return low_rank_part<kGrouped, kSumsOverRows>(p); };
   const auto place_of = [&](const LowRankPart& part) {
     return ProductPlace<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
   };
   const LowRankPart part = part_of_block();
-  if (kGroups && part.i0 >= part.rows) return;
+  if (kGrouped && part.i0 >= part.rows) return;
   const ProductPlace<typename Left::Element> place = place_of(part);
   ProductSums sum = {};
-  if constexpr (kGroups && !kSumsOverRows) {
+  if constexpr (kGrouped && !kSumsOverRows) {
     accumulate(sum, place, prepared(left), skipped(right, part.adapter * p.right_elements), part.inner.end,
                part.inner.begin);
   } else {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   }
   // The part is not kept through the sum but looked for once more, because registers would be short otherwise. In fp32
   // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
-  constexpr bool kIsKept = !kGroups && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
+  constexpr bool kIsKept = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
   const LowRankPart stored = kIsKept ? part : part_of_block();
   place_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     const std::int64_t row = stored.first_row + i;
@@ -142,7 +142,7 @@ void low_rank_product(const Left& left, const Right& right, std::int64_t right_e
                       float scale, const Matrix& out, const Groups& groups, const Stream& stream) {
   const LowRankProduct product = {
       .out = out, .rows = out.rows, .inner = inner, .scale = scale, .groups = groups, .right_elements = right_elements};
-  start_low_rank(left, right, product, most_row_tiles(out.rows, groups.all(), kProductTile), inner, stream);
+  start_low_rank(left, right, product, most_row_tiles(out.rows, groups.total(), kProductTile), inner, stream);
 }
 
 // dA or dB of `count` adapters, [count, rows, columns of out], as sums over the `inner` rows of X.

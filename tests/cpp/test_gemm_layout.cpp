@@ -136,7 +136,8 @@ void weight_is_decoded_to_where_it_is_read() {
             // tile, two of them in each fragment.
             const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
             const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
-                                 fragment / Tile::kGroup * Tile::kGroupCols + fragment % Tile::kGroup * 2 + owner.g % 2;
+                                 fragment / Tile::kGroupFragments * Tile::kGroupCols +
+                                 fragment % Tile::kGroupFragments * 2 + owner.g % 2;
             for (unsigned j = 0; j < 2; ++j) {
               const Element expected = {kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
               EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected);
@@ -154,7 +155,7 @@ void each_element_of_the_tile_has_one_lane() {
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     const Lane lane(thread);
     for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i) {
-      for (unsigned group = 0; group < Tile::kGroups; ++group) {
+      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group) {
         for (unsigned j = 0; j < Tile::kLaneCols; ++j) {
           const unsigned row = lane.template row<Tile>() + 8 * i;
           ++owners[row * Tile::kCols + lane.template col<Tile>() + group * Tile::kGroupCols + j];

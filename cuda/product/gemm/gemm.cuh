@@ -24,7 +24,7 @@
 
 namespace qlora_native::QLN_CUDA {
 
-template <class T, class Weights, class Tile, bool kGroups>
+template <class T, class Weights, class Tile, bool kGrouped>
 class Gemm {
   using Shared = GemmShared<T, Weights, Tile>;
   using Stage = typename Shared::Stage;
@@ -44,7 +44,7 @@ class Gemm {
 
   // Computes the block's run of steps: the end of a tile, whole tiles, and the beginning of one.
   __device__ void run() {
-    if (kGroups && shared_.run < 0) return;
+    if (kGrouped && shared_.run < 0) return;
     for (std::uint32_t done = 0;;) {  // counts steps; 2^32 of them would take minutes
       const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;
@@ -74,13 +74,13 @@ class Gemm {
   }
   // Where the tile begins.
   __device__ __forceinline__ std::int64_t row0() const {
-    if constexpr (kGroups) return tile_rows_.tile().begin;
+    if constexpr (kGrouped) return tile_rows_.tile().begin;
     return std::int64_t{row_tile_} * Tile::kRows;
   }
   __device__ __forceinline__ std::int64_t col0() const { return std::int64_t{col_tile_} * Tile::kCols; }
   // How much of its full size the tile has.
   __device__ __forceinline__ int rows() const {
-    if constexpr (kGroups) return tile_rows_.rows();
+    if constexpr (kGrouped) return tile_rows_.rows();
     return static_cast<int>(args_.rows - row0() < Tile::kRows ? args_.rows - row0() : Tile::kRows);
   }
   __device__ __forceinline__ int cols() const {
@@ -144,7 +144,7 @@ class Gemm {
     const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
     LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
     const std::int64_t element =
-        tile_rows_.weights_before() +
+        tile_rows_.weight_offset() +
         Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
     Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
     Scales scales = {};
@@ -271,7 +271,7 @@ class Gemm {
     const Lane lane;
     const Places at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
-    if constexpr (kGroups) {
+    if constexpr (kGrouped) {
       add_adapters(lane, at);
     } else {
 #pragma unroll 1
@@ -320,7 +320,7 @@ class Gemm {
     int adapter;
   };
   __device__ __forceinline__ OfRank of_rank(std::int64_t place) const {
-    if constexpr (!kGroups) return {place, 0};
+    if constexpr (!kGrouped) return {place, 0};
     const std::int64_t places = places_of_adapter();
     if (places > kGemmStep) return {place, shared_.adapters[0]};
     const int adapter = shared_.adapters[place / places];
@@ -332,16 +332,16 @@ class Gemm {
     const OfRank mine = of_rank(r0 + inner);
     LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
     int there_of_left = there;
-    if constexpr (kGroups) {
+    if constexpr (kGrouped) {
       const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), mine.adapter);
       left.keep(tile_rows_.in_tile(span.begin), tile_rows_.in_tile(span.end));
       const std::int64_t rest = args_.low_rank.cols - mine.r;
       there_of_left = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
     }
     if (args_.low_rank_vectors) {
-      left.template fetch_vectors<kGroups>(at.share, left.inner() < there_of_left);
+      left.template fetch_vectors<kGrouped>(at.share, left.inner() < there_of_left);
     } else {
-      left.template fetch_elements<kGroups>(at.share, args_.low_rank.stride, rows(), there_of_left);
+      left.template fetch_elements<kGrouped>(at.share, args_.low_rank.stride, rows(), there_of_left);
     }
     cp_async_commit();
 #pragma unroll 1
@@ -381,13 +381,13 @@ class Gemm {
     const std::int64_t row = row0() + lane.row<Tile>(), col = col0() + lane.col<Tile>();
     const T* const bias = static_cast<const T*>(args_.bias);
     sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                bias == nullptr ? nullptr : bias + tile_rows_.biases_before() + col,
+                bias == nullptr ? nullptr : bias + tile_rows_.bias_offset() + col,
                 rows() - static_cast<int>(lane.row<Tile>()), cols() - static_cast<int>(lane.col<Tile>()));
   }
 
   const GemmArgs& args_;
   Shared& shared_;
-  const TileRows<kGroups, Tile::kRows> tile_rows_;
+  const TileRows<kGrouped, Tile::kRows> tile_rows_;
   const StreamK stream_k_;
   const ScaleReader<kAligned> scales_;
   const typename Shared::Table table_;
@@ -396,9 +396,9 @@ class Gemm {
 };
 
 // Weights: DecodedRows (forward) or DecodedColumns (backward).
-template <class T, template <class> class Weights, class Tile, bool kGroups>
+template <class T, template <class> class Weights, class Tile, bool kGrouped>
 __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const __grid_constant__ GemmArgs args) {
-  Gemm<T, Weights<Tile>, Tile, kGroups> gemm(args, GemmShared<T, Weights<Tile>, Tile>::in_dynamic_smem());
+  Gemm<T, Weights<Tile>, Tile, kGrouped> gemm(args, GemmShared<T, Weights<Tile>, Tile>::in_dynamic_smem());
   gemm.prepare();
   gemm.run();
 }

@@ -159,7 +159,7 @@ struct DecodedRows {
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the p-th two fragments.
   __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
-    const unsigned col = 2 * p / Tile::kGroup * Tile::kGroupCols + 2 * p % Tile::kGroup * 2;
+    const unsigned col = 2 * p / Tile::kGroupFragments * Tile::kGroupCols + 2 * p % Tile::kGroupFragments * 2;
     return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
   }
   __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) { ldmatrix_x4(b, from); }
@@ -199,7 +199,8 @@ struct DecodedColumns {
   }
   static constexpr unsigned place_of(unsigned thread) { return place(inner_of(thread), col_of(thread) / kMmaCols); }
   static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) {
-    return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;
+    return vector / Tile::kGroupFragments * Tile::kGroupCols / 2 + Tile::kGroupFragments * i +
+           vector % Tile::kGroupFragments;
   }
 
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {

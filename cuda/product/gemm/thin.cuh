@@ -38,7 +38,7 @@ struct ThinShared {
   }
 };
 
-template <class T, class Tile, bool kGroups>
+template <class T, class Tile, bool kGrouped>
 class ThinGemm {
   using Shared = ThinShared<T, Tile>;
   using Stage = typename Shared::Stage;
@@ -60,7 +60,7 @@ class ThinGemm {
     tile_rows_.prepare();
     if (thread_index() == 0) {
       const int run = stream_k_.take_run();
-      first_step = kGroups && run < 0 ? kNoStep : static_cast<std::uint32_t>(tile_rows_.config().first_step(run));
+      first_step = kGrouped && run < 0 ? kNoStep : static_cast<std::uint32_t>(tile_rows_.config().first_step(run));
     }
     Shared::Table::fill(shared.pairs, args.weight.code);
     shared.levels.fill(args.weight);
@@ -72,7 +72,7 @@ class ThinGemm {
   // Between parts only the number of a step is kept, in 32 bits, which can count the steps of an aligned weight.
   // Everything else is computed anew where it is needed, so that it fills no registers in between.
   __device__ void run() {
-    if (kGroups && first_step_ == kNoStep) return;
+    if (kGrouped && first_step_ == kNoStep) return;
     for (std::uint32_t step = first_step_;;) {
       tile_rows_.go_to(part_at(step).tile);
       sums_.clear();
@@ -91,17 +91,17 @@ class ThinGemm {
   __device__ TilePart part_at(std::uint32_t step) const { return stream_k_.part_at(kept(step)); }
   // Without groups there is only one tile of rows.
   __device__ __forceinline__ std::int64_t col0_of(const TilePart& part) const {
-    if constexpr (kGroups) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
+    if constexpr (kGrouped) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
     return part.tile * Tile::kCols;
   }
   __device__ __forceinline__ int rows() const {
-    if constexpr (kGroups) return tile_rows_.rows();
+    if constexpr (kGrouped) return tile_rows_.rows();
     return static_cast<int>(args_.rows);
   }
   // The tile's first row.
   __device__ __forceinline__ const T* row0_of(const ConstMatrix& matrix) const {
     const T* const data = static_cast<const T*>(matrix.data);
-    return kGroups ? data + tile_rows_.tile().begin * matrix.stride : data;
+    return kGrouped ? data + tile_rows_.tile().begin * matrix.stride : data;
   }
   __device__ SharedPlace place_in_stages(unsigned bytes) const { return SharedPlace(shared_.stages).at(bytes).kept(); }
   // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
@@ -133,7 +133,7 @@ class ThinGemm {
     return chunk < args_.last_chunk ? chunk : args_.last_chunk;
   }
   __device__ __forceinline__ std::uint32_t chunk_of(std::int64_t col, std::int64_t inner) const {
-    const std::int64_t element = tile_rows_.weights_before() + col * args_.weight.K + inner;
+    const std::int64_t element = tile_rows_.weight_offset() + col * args_.weight.K + inner;
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
   }
   __device__ __forceinline__ std::uint32_t chunks_of_row() const {
@@ -149,7 +149,7 @@ class ThinGemm {
     constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
     const int row = static_cast<int>(lane.thread / Left::kVectors);
     const int inner = static_cast<int>(Left::vector_at(lane.thread) * Left::kVector);
-    const int rows_of_group = kGroups ? rows() : 0;  // kept here, because no argument of the kernel has it
+    const int rows_of_group = kGrouped ? rows() : 0;  // kept here, because no argument of the kernel has it
     const T* x = row0_of(args_.left) + row * args_.left.stride + inner0 + inner;
     // The first chunk that this thread copies, and the first chunk whose scale the lane needs.
     std::uint32_t brought =
@@ -163,7 +163,7 @@ class ThinGemm {
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
         cp_async_or_zeros(to.at(i * kRowsAtOnce * Left::kRowBytes), x + i * kRowsAtOnce * args_.left.stride,
-                          is_there && row + i * kRowsAtOnce < (kGroups ? rows_of_group : rows()));
+                          is_there && row + i * kRowsAtOnce < (kGrouped ? rows_of_group : rows()));
       }
       x += Tile::kStep;
 #pragma unroll
@@ -234,7 +234,7 @@ class ThinGemm {
   // held meanwhile.
   __device__ void add_low_rank(const TilePart& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
-    if constexpr (kGroups) {
+    if constexpr (kGrouped) {
       TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
       while (adapters.next()) {
@@ -251,7 +251,7 @@ class ThinGemm {
     const int rank = static_cast<int>(args_.low_rank.cols);
     const ThinLane<Tile> lane;
     const SharedPlace mine = place_in_stages(lane.thread * (2 * kVectorBytes));
-    const int first = kGroups ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
+    const int first = kGrouped ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
     for (int r0 = first * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
       const int r = r0 + 4 * lane.t;
@@ -273,7 +273,7 @@ class ThinGemm {
       sums_.multiply_four(weights, [&](int row) {
         sync_warp();  // a row at a time, for want of registers
         const int of_tile = row + static_cast<int>(lane.loaded_row());
-        const bool has_row = of_tile < end && (!kGroups || of_tile >= begin);
+        const bool has_row = of_tile < end && (!kGrouped || of_tile >= begin);
         const Eight words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
         return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });
@@ -285,14 +285,14 @@ class ThinGemm {
     const std::int64_t col = col0 + lane.col(lane.half()), cols = args_.cols - col;
     const T* const bias = static_cast<const T*>(args_.bias);
     T* out = static_cast<T*>(args_.out.data) + col;
-    if constexpr (kGroups) out += tile_rows_.tile().begin * args_.out.stride;
-    sums_.store(lane, out, args_.out.stride, bias == nullptr ? nullptr : bias + tile_rows_.biases_before() + col,
-                rows(), cols < 2 ? static_cast<int>(cols) : 2);
+    if constexpr (kGrouped) out += tile_rows_.tile().begin * args_.out.stride;
+    sums_.store(lane, out, args_.out.stride, bias == nullptr ? nullptr : bias + tile_rows_.bias_offset() + col, rows(),
+                cols < 2 ? static_cast<int>(cols) : 2);
   }
 
   const GemmArgs& args_;
   Shared& shared_;
-  const TileRows<kGroups, Tile::kRows> tile_rows_;
+  const TileRows<kGrouped, Tile::kRows> tile_rows_;
   const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
@@ -300,11 +300,11 @@ class ThinGemm {
   Sums sums_;
 };
 
-template <class T, int kRows, bool kGroups>
+template <class T, int kRows, bool kGrouped>
 __global__ void __launch_bounds__(kGemmThreads, gemm_blocks(kRows))
     thin_gemm_kernel(const __grid_constant__ GemmArgs args) {
   using Tile = ThinTile<kRows>;
-  ThinGemm<T, Tile, kGroups> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
+  ThinGemm<T, Tile, kGrouped> gemm(args, *dynamic_smem<ThinShared<T, Tile>>());
   gemm.run();
 }
 

@@ -27,10 +27,10 @@ struct GemmTile {
   static constexpr int kRowFragments = kWarpRows / kMmaRows, kColFragments = kWarpCols / kMmaCols;
   // A lane has two columns of each fragment. Its columns of a group of four fragments, or of both where there are two,
   // are neighbours.
-  static constexpr int kGroup = kColFragments < 4 ? kColFragments : 4;
-  static constexpr int kGroups = kColFragments / kGroup;
-  static constexpr int kLaneCols = 2 * kGroup;
-  static constexpr int kGroupCols = kMmaCols * kGroup;
+  static constexpr int kGroupFragments = kColFragments < 4 ? kColFragments : 4;
+  static constexpr int kFragmentGroups = kColFragments / kGroupFragments;
+  static constexpr int kLaneCols = 2 * kGroupFragments;
+  static constexpr int kGroupCols = kMmaCols * kGroupFragments;
 
   // How many of a step's weights a thread brings and decodes. They are neighbours that share a scale, in pieces of 32,
   // each of which has 16 bytes of codes.
