@@ -436,8 +436,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/sources.cuh",
         "the mask of dA is transposed",
-        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, m, k);",
-        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, k, m);",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.keep(raw, m, k);",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.keep(raw, k, m);",
         ON_GPU,
     ),
     Mutant(

@@ -104,10 +104,10 @@ struct ProductShape {
   std::int64_t rank = 0;      // of the adapter
   std::int64_t groups = 0;    // of rows; 0: all rows share the weight and the adapter
   bool own_weights = false;   // each group has its own weight, so that no tile has rows of two groups
-  bool masks = false;         // backward: dropout masks the adapter's part within the sums
+  bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
-  bool tiles = false;  // TMA can load tiles of the left operand and of U or V
+  bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
   std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them
@@ -153,12 +153,12 @@ struct GemmConfig {
     config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);
     return config;
   }
-  // The step with which the run of block `i` begins; steps are counted tile after tile.
-  constexpr std::int64_t first_step(int i) const { return i * share + (i < rest ? i : rest); }
+  // The step with which a run begins; steps are counted tile after tile.
+  constexpr std::int64_t first_step(int run) const { return run * share + (run < rest ? run : rest); }
   // The run that has a step.
   constexpr int run_of(std::int64_t step) const {
-    const std::int64_t of_longer = rest * (share + 1);
-    return static_cast<int>(step < of_longer ? step / (share + 1) : rest + (step - of_longer) / share);
+    const std::int64_t longer_steps = rest * (share + 1);
+    return static_cast<int>(step < longer_steps ? step / (share + 1) : rest + (step - longer_steps) / share);
   }
   // Whether a run may end before the end of a tile.
   constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }

@@ -17,34 +17,34 @@ template <class T, bool kBackward, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
     general_kernel(const __grid_constant__ Product p, const Weight<T, kBackward> weight,
                    const Right<T, kBackward> right) {
-  const std::int64_t across = product_tiles_across(p.cols);
-  const std::int64_t j0 = block_index() % across * kProductTile;
-  RowTile tile = {{block_index() / across * kProductTile, p.rows}, 0};
-  if constexpr (kGrouped) tile = find_row_tile<kProductTile>(p.groups, p.rows, block_index() / across).tile;
+  const std::int64_t col_tiles = product_col_tiles(p.cols);
+  const std::int64_t j0 = block_index() % col_tiles * kProductTile;
+  RowTile tile = {{block_index() / col_tiles * kProductTile, p.rows}, 0};
+  if constexpr (kGrouped) tile = find_row_tile<kProductTile>(p.groups, p.rows, block_index() / col_tiles).tile;
   if (kGrouped && tile.is_empty()) return;
-  const ProductPlace<T> place(tile.begin, tile.end, j0, p.cols);
+  const ProductPosition<T> position(tile.begin, tile.end, j0, p.cols);
   const std::int64_t rank = kGrouped && tile.group < 0 ? 0 : p.low_rank.cols;
   ProductSums sum = {};
   const Rows<T> low_rank{{static_cast<const T*>(p.low_rank.data), p.low_rank.stride}};
   const Rows<T> left{{static_cast<const T*>(p.left.data), p.left.stride}};
   if constexpr (kGrouped) {
-    accumulate(sum, place, low_rank, skipped(right, p.adapter_index(tile.group) * p.right_elements()), rank);
+    accumulate(sum, position, low_rank, advanced(right, p.adapter_index(tile.group) * p.right_elements()), rank);
   } else {
-    accumulate(sum, place, low_rank, right, rank);
+    accumulate(sum, position, low_rank, right, rank);
   }
   if (kBackward && rank > 0) {
-    const Dropout mask = p.dropout.prepared();
-    place.each(sum, [&](std::int64_t i, std::int64_t j, float& s) { s = mask.keeps(i, j) ? s : 0.0f; });
+    const Dropout mask = p.dropout.with_seed();
+    position.each(sum, [&](std::int64_t i, std::int64_t j, float& s) { s = mask.keeps(i, j) ? s : 0.0f; });
   }
   if constexpr (kGrouped) {
-    accumulate(sum, place, left, skipped(weight, p.weight_index(tile.group) * p.weight_elements()), p.inner);
+    accumulate(sum, position, left, advanced(weight, p.weight_index(tile.group) * p.weight_elements()), p.inner);
   } else {
-    accumulate(sum, place, left, weight, p.inner);
+    accumulate(sum, position, left, weight, p.inner);
   }
   const T* bias = kBackward ? nullptr : static_cast<const T*>(p.bias);
   if (kGrouped && bias != nullptr) bias += p.weight_index(tile.group) * p.cols;
   T* const out = static_cast<T*>(p.out.data);
-  place.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
+  position.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     out[i * p.out.stride + j] = from_f32<T>(bias == nullptr ? s : s + to_f32(bias[j]));
   });
 }

@@ -94,7 +94,7 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
 }
 
 // Whether TMA can load tiles of the matrix too (hopper/).
-inline bool rows_are_tiles(const ConstMatrix& matrix, std::int64_t cols) {
+inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
 
@@ -114,9 +114,10 @@ template <int kRows>
 class TileAdapters {
  public:
   __device__ TileAdapters(const Product& product, const RowTile& tile) : product_(product), tile_(tile) {
-    const bool in_turn = product.own_adapters && !product.own_weights;
-    const int first = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_index(tile.group);
-    end_ = product.low_rank.cols == 0 ? 0 : in_turn ? product.groups.count : first + 1;
+    const bool many_adapters = product.own_adapters && !product.own_weights;
+    const int first =
+        many_adapters ? product.groups.group_of(tile.begin, product.rows) : product.adapter_index(tile.group);
+    end_ = product.low_rank.cols == 0 ? 0 : many_adapters ? product.groups.count : first + 1;
     adapter_ = first - 1;
   }
   // Goes on to the next adapter; false where there is none.
@@ -132,8 +133,8 @@ class TileAdapters {
   // The rows that this adapter is for. Some of them may lie in other tiles.
   __device__ const RowSpan& rows() const { return rows_; }
   __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
-    const bool in_turn = product.own_adapters && !product.own_weights;
-    return in_turn ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
+    const bool many_adapters = product.own_adapters && !product.own_weights;
+    return many_adapters ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
   }
 
  private:

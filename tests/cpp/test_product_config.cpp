@@ -233,9 +233,9 @@ void many_rows_get_panels_where_they_can() {
           shape.rank = rank;
           shape.aligned = shape.aligned_64 = false;
           EXPECT(is_by_panels(shape));
-          shape.masks = true;
+          shape.masked = true;
           EXPECT(!is_by_panels(shape));
-          shape.masks = false;
+          shape.masked = false;
           shape.dense_gemm = false;
           EXPECT(!is_by_panels(shape));
         }
@@ -290,7 +290,7 @@ ProductShape on_hopper(std::int64_t rows) {
   ProductShape shape = many_rows(rows, 4096, 4096);
   shape.dense_gemm = false;
   shape.hopper = HopperUse::where_it_wins;
-  shape.tiles = true;
+  shape.tma_can_load = true;
   shape.smem_bytes = kHopperSmem;
   shape.reserved_smem_bytes = 1024;
   return shape;
@@ -333,9 +333,9 @@ void wgmma_takes_only_what_it_can_load() {
     EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
-    EXPECT(takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.masked = shape.backward = true; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // because of K or the blocksize
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.tma_can_load = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.smem_bytes = kAmpereSmem; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.reserved_smem_bytes = 1025; }));

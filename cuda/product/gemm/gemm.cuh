@@ -282,7 +282,7 @@ class Gemm {
     if constexpr (!Weights::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.
       if (rank > 0 && args_.dropout.threshold > 0) {
-        sums_.drop(args_.dropout.prepared(), row0() + lane.row<Tile>(), col0() + lane.col<Tile>());
+        sums_.drop(args_.dropout.with_seed(), row0() + lane.row<Tile>(), col0() + lane.col<Tile>());
       }
     }
   }

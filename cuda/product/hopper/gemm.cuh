@@ -274,7 +274,7 @@ class HopperGemm {
     }
     if constexpr (!Weights::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.
-      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0(part) + lane.row(), col);
+      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.with_seed(), row0(part) + lane.row(), col);
     }
   }
 
