@@ -396,7 +396,7 @@ ON_CHIP = [
     Mutant(
         "cuda/device/decode.cuh",
         "the scale's scale is the first",
-        "w_.nested_absmax[block >> scales_.sharing]",
+        "w_.nested_absmax[block >> scales_.absmax_shift]",
         "w_.nested_absmax[0]",
         ON_GPU,
     ),
@@ -450,8 +450,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/sources.cuh",
         "the scale's scale is that of another block",
-        "scales.of_blocks[block >> scales.sharing]",
-        "scales.of_blocks[(block + 1) >> scales.sharing]",
+        "scales.absmax[block >> scales.absmax_shift]",
+        "scales.absmax[(block + 1) >> scales.absmax_shift]",
         ON_GPU,
     ),
     Mutant(

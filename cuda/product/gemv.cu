@@ -67,7 +67,7 @@ class GemvChunk {
       const std::uint32_t word = codes_[byte / kVectorBytes].at[byte % kVectorBytes / 4];
       GemvTable::Pair pair;
       if constexpr (kBits == 4) {
-        pair = table.of_byte(word, byte % 4);
+        pair = table.pair_of_byte(word, byte % 4);
       } else {
         pair = {{signed_byte(word, byte % 4), signed_byte(word, byte % 4 + 1)}};
       }

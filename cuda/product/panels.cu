@@ -65,7 +65,7 @@ struct Panel {
   __device__ __forceinline__ float value(std::uint32_t row, std::uint32_t col) const {
     if (row < rows && col < cols) {
       const std::int64_t e = element(row, col);
-      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block));
+      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block_shift));
     }
     if (is_below ? row - rows >= rank || col >= cols : col - cols >= rank) return 0.0f;
     const std::int64_t at =

@@ -102,8 +102,8 @@ struct WeightElements {
       raw.at[0] = codes.at[0];
       raw.at[1] = codes.at[1];
     }
-    const std::int64_t block = e >> scales.block;
-    raw.at[2] = std::bit_cast<std::uint32_t>(scales.of_blocks[block >> scales.sharing]);
+    const std::int64_t block = e >> scales.block_shift;
+    raw.at[2] = std::bit_cast<std::uint32_t>(scales.absmax[block >> scales.absmax_shift]);
     if (scales.nested) raw.at[3] = static_cast<const std::uint8_t*>(w.absmax)[block];
     return raw;
   }
@@ -115,7 +115,7 @@ struct WeightElements {
 #pragma unroll
       for (int i = 1; i < kWords; ++i) raw.at[i - 1] = raw.at[i];
       raw.at[kWords - 1] = word_of<T>(word, [&](int i) {
-        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block)) : 0.0f;
+        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block_shift)) : 0.0f;
       });
     }
     return raw;

@@ -257,7 +257,7 @@ class Gemm {
 #pragma unroll
       for (unsigned j = 0; j < 4; ++j) {
         const unsigned byte = Weights::byte_of_piece(vector, j);
-        const auto pair = table_.of_byte(codes.of[i].at[byte / 4], byte % 4);
+        const auto pair = table_.pair_of_byte(codes.of[i].at[byte / 4], byte % 4);
         const int e = static_cast<int>(2 * byte);
         eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
       }

@@ -216,7 +216,7 @@ class ThinGemm {
           const auto word = load_shared<std::uint32_t>(codes.at(now + line * kLine).flipped(c * kVectorBytes));
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
-            const auto pair = table_.of_byte(word, byte);
+            const auto pair = table_.pair_of_byte(word, byte);
             weights[i][byte / 2][byte % 2 * 2 + row] =
                 pack_pair<T>(pair.at[0] * scale[i][row], pair.at[1] * scale[i][row]);
           }

@@ -60,7 +60,7 @@ struct HopperRows {
         const auto words = load_shared<Vector<std::uint32_t, 4>>(codes);
 #pragma unroll
         for (unsigned word = 0; word < 4; ++word) {
-          const auto pair = table.of_byte(words.at[word], places.t);
+          const auto pair = table.pair_of_byte(words.at[word], places.t);
           float* const to = values + (vector * 4 + word) * 4 + row * 2;
           to[0] = pair.at[0] * scale.at[row];
           to[1] = pair.at[1] * scale.at[row];
@@ -127,7 +127,7 @@ struct HopperColumns {
         const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage + of_step * 8 * sizeof(float)));
 #pragma unroll
         for (unsigned col = 0; col < 2; ++col) {
-          const auto pair = table.of_byte(cols[col], i);
+          const auto pair = table.pair_of_byte(cols[col], i);
           float* const to = values + of_step * 4 + col * 2;
           to[0] = pair.at[0] * scale.at[0];
           to[1] = pair.at[1] * scale.at[1];
