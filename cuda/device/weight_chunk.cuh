@@ -107,7 +107,7 @@ class ScaleReader {
       : ScaleReader(w, from, nested.levels) {}
   // A reader that is given levels alone takes the offset as an argument of finish().
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Levels& levels)
-      : w_(w), from_(from), code_(SharedPlace(levels.code).kept()) {}
+      : w_(w), from_(from), code_(SharedAddress(levels.code).in_register()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
     return position >> (kAligned ? from_.chunk_shift : from_.block_shift);
   }
@@ -126,7 +126,7 @@ class ScaleReader {
  private:
   const QuantizedWeightView& w_;
   const WeightScales& from_;
-  const SharedPlace code_;
+  const SharedAddress code_;
 };
 
 // The scale of a chunk while it is being loaded.
@@ -198,7 +198,7 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
 // The two values that a byte of codes stands for. A table of all 256 bytes in shared memory gives them with one load.
 // It has kCopies copies and lanes take turns among these, so that fewer lanes ask the same bank at once; with 16
 // copies, none do. The pairs of a byte begin kStride pairs behind those of the byte before. Where that distance is 256
-// bytes and the table begins at kRowsBegin (SharedPlace), one instruction makes an address from a byte.
+// bytes and the table begins at kRowsBegin (SharedAddress), one instruction makes an address from a byte.
 template <int kCopies, int kStride = kCopies>
 class PairTable {
  public:
@@ -212,7 +212,8 @@ class PairTable {
       pairs[i + byte * (kStride - kCopies)] = {{code[byte >> 4], code[byte & 15]}};
     }
   }
-  __device__ explicit PairTable(const Pair* pairs) : copy_(SharedPlace(pairs + thread_index() % kCopies).kept()) {}
+  __device__ explicit PairTable(const Pair* pairs)
+      : copy_(SharedAddress(pairs + thread_index() % kCopies).in_register()) {}
   // The pair of byte `i` of a word; byte 0 is the lowest.
   __device__ __forceinline__ Pair pair_of_byte(std::uint32_t word, std::uint32_t i) const {
     if constexpr (kInRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
@@ -220,7 +221,7 @@ class PairTable {
   }
 
  private:
-  SharedPlace copy_;
+  SharedAddress copy_;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -124,7 +124,7 @@ class PendingEights {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const Eight vector = {{words.at[4 * v], words.at[4 * v + 1], words.at[4 * v + 2], words.at[4 * v + 3]}};
-        store_shared(SharedPlace(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
+        store_shared(SharedAddress(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
       }
     }
   }
@@ -166,7 +166,7 @@ class TensorFragments {
     const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kEight;
     // place() flips bits of a vector's number. The thread's first vector shares no set bit with `vectors`, so flipping
     // these bits adds them.
-    const SharedPlace row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
+    const SharedAddress row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
     if constexpr (kAlongInner) {
       ldmatrix_x4(r, row);
     } else {
@@ -182,7 +182,7 @@ class TensorFragments {
     if constexpr (kAlongInner) return Lines::place(i0 + 8 * other_i + lane % 8, other_k);
     return Lines::place(8 * other_k + lane % 8, i0 / kEight + other_i);
   }
-  const SharedPlace first_;
+  const SharedAddress first_;
 };
 
 // Adds the products of a step to a warp's sums.
@@ -227,8 +227,8 @@ class ScalarFragments {
 #pragma unroll
     for (unsigned line = 0; line < 4; ++line) {
       // Where lines are rows, place() flips bits of a vector's number, and flips the same bits for the four rows.
-      const SharedPlace place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
-                                            : first_.at(stage).at((k + line) * kLineBytes);
+      const SharedAddress place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
+                                              : first_.at(stage).at((k + line) * kLineBytes);
       const auto four = load_shared<Vector<float, 4>>(place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) (kAlongInner ? of[line][i] : of[i][line]) = four.at[i];
@@ -237,7 +237,7 @@ class ScalarFragments {
 
  private:
   using Lines = OperandLines<float, kAlongInner>;
-  const SharedPlace first_;
+  const SharedAddress first_;
 };
 
 template <class Left, class Right>

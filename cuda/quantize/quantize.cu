@@ -89,7 +89,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
       if constexpr (kVectors) {
         load_eight_aligned_as_f32(weight + chunk, w);
       } else {
-        const T* const from = weight + kept(static_cast<std::uint32_t>(chunk));  // one address, not eight
+        const T* const from = weight + in_register(static_cast<std::uint32_t>(chunk));  // one address, not eight
 #pragma unroll
         for (int i = 0; i < kEight; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
       }

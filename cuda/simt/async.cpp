@@ -7,7 +7,7 @@
 namespace qlora_native::cuda_emulated::emulator {
 namespace {
 
-constexpr std::uint32_t kSpoiled = 0xFFFFFFFF;  // a NaN
+constexpr std::uint32_t kPoison = 0xFFFFFFFF;  // a NaN
 constexpr std::int64_t kVector = 16;
 constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // in one phase
 
@@ -256,7 +256,7 @@ void WgmmaQueue::wait(std::size_t groups_left) {
       }
       Sums& its = sums_.at(part.d);
       for (std::size_t i = 0; i < its.values.size(); ++i) {
-        if (std::bit_cast<std::uint32_t>(part.d[i]) != kSpoiled)
+        if (std::bit_cast<std::uint32_t>(part.d[i]) != kPoison)
           fail("wgmma's sums were changed before the wait for it");
       }
       part.product->add_to(part.thread, its.values.data());

@@ -515,7 +515,7 @@ void run(const Grid& launched) {
   grid = nullptr;
 }
 
-void spoil(void* memory, std::size_t bytes) {
+void poison(void* memory, std::size_t bytes) {
   std::memset(memory, 0xFF, bytes);  // every float is NaN
   // The flags are raised in a pseudo-random half of the calls, not in every second one: each product takes the same
   // number of workspaces, so with every second one its flags could always be raised at first, or never.

@@ -83,7 +83,7 @@ constexpr std::size_t kReservedSmemBytes = 1024;
 void run(const Grid& grid);
 
 // Fills fresh memory with values that a kernel must not rely on.
-void spoil(void* memory, std::size_t bytes);
+void poison(void* memory, std::size_t bytes);
 
 // ---- called by fibers --------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ constexpr unsigned kThreads = kGemmThreads;
 
 // A place in shared memory outside of any block: only its distance from `base` matters.
 alignas(256) std::byte base[1];
-SharedPlace place_at(unsigned bytes) { return SharedPlace(base).at(bytes); }
-unsigned offset_of(const SharedPlace& place) { return static_cast<unsigned>(place.address - base); }
+SharedAddress place_at(unsigned bytes) { return SharedAddress(base).at(bytes); }
+unsigned offset_of(const SharedAddress& place) { return static_cast<unsigned>(place.address - base); }
 
 // Whether some of eight 16-byte vectors use the same banks. If none do, they use all of the 32 banks.
 bool meet(const unsigned (&offsets)[8]) {

@@ -332,7 +332,7 @@ __global__ void stored_kernel(float* out) {
   std::byte* const b = smem + (beyond == 0 ? 0 : kSwizzledAlignment - beyond);
   const int thread = thread_index();
   for (int i = thread; i < 32 * 8; i += kWarpgroup) {
-    store_shared(SharedPlace(b + i * 16), Vector<std::uint32_t, 4>{{0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80}});
+    store_shared(SharedAddress(b + i * 16), Vector<std::uint32_t, 4>{{0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80}});
   }
   if constexpr (kFence) fence_proxy_async();
   sync_threads();

@@ -102,24 +102,26 @@ class Gemm {
   }
   // A place of decoded weights is passed likewise.
   static constexpr std::uint32_t kWeights = Tile::kCols * kLineBytes;
-  __device__ SharedPlace place_in_stage(std::size_t bytes) const {
-    return SharedPlace(shared_.stages).at(static_cast<std::uint32_t>(bytes)).kept();
+  __device__ SharedAddress address_in_stage(std::size_t bytes) const {
+    return SharedAddress(shared_.stages).at(static_cast<std::uint32_t>(bytes)).in_register();
   }
-  __device__ SharedPlace place_in_weights(std::size_t bytes) const {
-    return SharedPlace(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).kept();
+  __device__ SharedAddress address_in_weights(std::size_t bytes) const {
+    return SharedAddress(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).in_register();
   }
   // Where a thread's share of the left operand stands. Its share of the codes begins kCodes bytes further on.
-  __device__ SharedPlace place_of_share(const Lane& lane) const { return place_in_stage(lane.thread * kVectorBytes); }
+  __device__ SharedAddress address_of_share(const Lane& lane) const {
+    return address_in_stage(lane.thread * kVectorBytes);
+  }
 
   // Where this thread reads and writes in the first stage. It does so at the same places of every other stage.
-  struct Places {
-    SharedPlace left, share;     // left operand: where ldmatrix reads, and where copies go
-    SharedPlace weights, piece;  // weights: where ldmatrix reads, and where decoded ones go
-    __device__ Places(const Gemm& gemm, const Lane& lane)
-        : left(gemm.place_in_stage(Left::first_of(lane))),
-          share(gemm.place_of_share(lane)),
-          weights(gemm.place_in_weights(Weights::first_of(lane))),
-          piece(gemm.place_in_weights(Weights::place_of(lane.thread))) {}
+  struct Addresses {
+    SharedAddress left, share;     // left operand: where ldmatrix reads, and where copies go
+    SharedAddress weights, piece;  // weights: where ldmatrix reads, and where decoded ones go
+    __device__ Addresses(const Gemm& gemm, const Lane& lane)
+        : left(gemm.address_in_stage(Left::first_of(lane))),
+          share(gemm.address_of_share(lane)),
+          weights(gemm.address_in_weights(Weights::first_of(lane))),
+          piece(gemm.address_in_weights(Weights::place_of(lane.thread))) {}
   };
 
   // How much of the inner dimension a step has.
@@ -140,7 +142,7 @@ class Gemm {
 
   __device__ void multiply(int first, int steps) {
     const Lane lane;
-    const Places at(*this, lane);
+    const Addresses at(*this, lane);
     const std::int64_t inner0 = std::int64_t{first} * kGemmStep;
     LeftRows<T, Tile> left(lane, args_.left, row0(), rows(), inner0);
     const std::int64_t element =
@@ -177,13 +179,13 @@ class Gemm {
       cp_async_wait<kStages - 2>();
       sync_threads();  // this step is there for all, and the one before has been read by all
       if (step + kStages - 1 < end) {
-        const SharedPlace to = at.share.at(stage_before(now));
+        const SharedAddress to = at.share.at(stage_before(now));
         fetch_left(to, left, step + kStages - 1, left_end);
         fetch_weight(to, source, step + kStages);
       }
       cp_async_commit();
       const Codes codes = codes_at(at.share.at(now));
-      const SharedPlace next = at.piece.at(weights ^ kWeights);
+      const SharedAddress next = at.piece.at(weights ^ kWeights);
 #pragma unroll
       for (unsigned k = 0; k < kPieceVectors; ++k) {
         decode(next, codes, scales[0], k);
@@ -197,7 +199,7 @@ class Gemm {
   }
   static_assert(kPieceVectors * kMmaInner == kGemmStep);
 
-  __device__ __forceinline__ void fetch_left(const SharedPlace& to, LeftRows<T, Tile>& left, int step,
+  __device__ __forceinline__ void fetch_left(const SharedAddress& to, LeftRows<T, Tile>& left, int step,
                                              int left_end) const {
     if constexpr (kAligned) {
       left.fetch_vectors(to, step < left_end);
@@ -206,7 +208,7 @@ class Gemm {
     }
     left.next_step();
   }
-  __device__ __forceinline__ void fetch_weight(const SharedPlace& to, Source& source, int step) const {
+  __device__ __forceinline__ void fetch_weight(const SharedAddress& to, Source& source, int step) const {
     if constexpr (kAligned) {
       // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
       // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
@@ -240,7 +242,7 @@ class Gemm {
   struct Codes {
     Vector<std::uint32_t, kCodeWords> of[kPieces];
   };
-  __device__ __forceinline__ Codes codes_at(const SharedPlace& from) const {
+  __device__ __forceinline__ Codes codes_at(const SharedAddress& from) const {
     Codes codes;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -249,7 +251,7 @@ class Gemm {
     return codes;
   }
   // Decodes one vector of each of the thread's pieces. `to`: where the first vector of the first piece stands.
-  __device__ __forceinline__ void decode(const SharedPlace& to, const Codes& codes, const Scale& scale,
+  __device__ __forceinline__ void decode(const SharedAddress& to, const Codes& codes, const Scale& scale,
                                          unsigned vector) const {
 #pragma unroll
     for (unsigned i = 0; i < kPieces; ++i) {
@@ -269,7 +271,7 @@ class Gemm {
 
   __device__ void add_low_rank() {
     const Lane lane;
-    const Places at(*this, lane);
+    const Addresses at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
     if constexpr (kGrouped) {
       add_adapters(lane, at);
@@ -291,7 +293,7 @@ class Gemm {
   __device__ __forceinline__ std::int64_t places_of_adapter() const {
     return ceil_div(args_.low_rank.cols, kMmaInner) * kMmaInner;
   }
-  __device__ void add_adapters(const Lane& lane, const Places& at) {
+  __device__ void add_adapters(const Lane& lane, const Addresses& at) {
     const std::int64_t places = places_of_adapter();
     TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
@@ -327,7 +329,7 @@ class Gemm {
     return {adapter < 0 ? args_.low_rank.cols : place % places, adapter < 0 ? 0 : adapter};
   }
   // Both operands pass through the first stage and the first place of the weights, as in other steps.
-  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Places& at, std::int64_t r0, int there) {
+  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Addresses& at, std::int64_t r0, int there) {
     const int inner = LeftRows<T, Tile>::inner_of(lane);
     const OfRank mine = of_rank(r0 + inner);
     LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
@@ -353,7 +355,7 @@ class Gemm {
     sync_threads();  // before the stage is filled again
   }
   // Stores a vector of the thread's share of a step, where decode() would put it.
-  __device__ __forceinline__ void put_right(const SharedPlace& to, unsigned thread, std::int64_t r0,
+  __device__ __forceinline__ void put_right(const SharedAddress& to, unsigned thread, std::int64_t r0,
                                             unsigned vector) const {
     const unsigned first = vector / kPieceVectors * kChunk;
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);

@@ -27,7 +27,7 @@ struct LeftStage {
     return place(lane.warp_row<Tile>() + lane.lane % kMmaRows, lane.lane / kMmaRows) * kVectorBytes;
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the i-th 16 rows.
-  __device__ __forceinline__ static SharedPlace operand(const SharedPlace& first, unsigned k, unsigned i) {
+  __device__ __forceinline__ static SharedAddress operand(const SharedAddress& first, unsigned k, unsigned i) {
     return first.flipped(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
   }
 };
@@ -68,7 +68,7 @@ class LeftRows {
 
   // Copies rows that are vectors. If the thread's vector is not there, or its row is not to be kept, zeros are stored.
   template <bool kKeepsSome = false>
-  __device__ __forceinline__ void fetch_vectors(const SharedPlace& to, bool there) const {
+  __device__ __forceinline__ void fetch_vectors(const SharedAddress& to, bool there) const {
     if (Tile::kRows < kRowsAtOnce && row(0) >= Tile::kRows) return;
     const auto* const first = reinterpret_cast<const std::byte*>(first_);
 #pragma unroll
@@ -79,7 +79,7 @@ class LeftRows {
   }
   // Loads other rows element by element. `rows` rows are there, and `inner_there` of the step.
   template <bool kKeepsSome = false>
-  __device__ __forceinline__ void fetch_elements(const SharedPlace& to, std::int64_t stride, int rows,
+  __device__ __forceinline__ void fetch_elements(const SharedAddress& to, std::int64_t stride, int rows,
                                                  int inner_there) const {
     const int rest = inner_there - inner();
     const T* from = first_ + row(0) * stride;
@@ -158,11 +158,13 @@ struct DecodedRows {
     return place(lane.warp_col<Tile>() + col, half);
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the p-th two fragments.
-  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
+  __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
     const unsigned col = 2 * p / Tile::kGroupFragments * Tile::kGroupCols + 2 * p % Tile::kGroupFragments * 2;
     return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
   }
-  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) { ldmatrix_x4(b, from); }
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
+    ldmatrix_x4(b, from);
+  }
 };
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. When a row is decoded, it is
@@ -212,10 +214,10 @@ struct DecodedColumns {
     const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
     return place(8 * half + row, lane.warp_col<Tile>() / kMmaCols + other);
   }
-  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
+  __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
     return first.flipped(2 * kVectorBytes * p).at(k * kMmaInner * kRowLines * kLineBytes);
   }
-  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) {
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
     ldmatrix_x4_transposed(b, from);
   }
 };

@@ -33,7 +33,7 @@ struct GemmShared {
   // asked the device. If it were further away all the same, the end would lie in another block's memory.
   static __device__ GemmShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedPlace(smem).to_rows();
+    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
     if (before > kGemmMostReservedSmem) trap();
     return *reinterpret_cast<GemmShared*>(smem + before);
   }

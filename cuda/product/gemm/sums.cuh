@@ -20,7 +20,7 @@ class GemmSums {
   }
 
   // Adds the products of the k-th 16 of a step. `left` and `weights` are where the lane points ldmatrix at first.
-  __device__ __forceinline__ void multiply(const SharedPlace& left, const SharedPlace& weights, unsigned k) {
+  __device__ __forceinline__ void multiply(const SharedAddress& left, const SharedAddress& weights, unsigned k) {
     std::uint32_t a[kRowFragments][4], b[kColFragments / 2][4];
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) ldmatrix_x4(a[i], LeftStage<T, Tile>::operand(left, k, i));

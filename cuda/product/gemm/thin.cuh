@@ -78,7 +78,7 @@ class ThinGemm {
       sums_.clear();
       add_low_rank(part_at(step));
       multiply(part_at(step));
-      sums_.join(place_in_stages(0), ThinLane<Tile>().half());
+      sums_.join(address_in_stages(0), ThinLane<Tile>().half());
       const TilePart part = part_at(step);
       if (stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, sums_)) store(col0_of(part));
       if (part.is_last) return;
@@ -88,7 +88,7 @@ class ThinGemm {
 
  private:
   static constexpr std::uint32_t kNoStep = 0xFFFFFFFF;
-  __device__ TilePart part_at(std::uint32_t step) const { return stream_k_.part_at(kept(step)); }
+  __device__ TilePart part_at(std::uint32_t step) const { return stream_k_.part_at(in_register(step)); }
   // Without groups there is only one tile of rows.
   __device__ __forceinline__ std::int64_t col0_of(const TilePart& part) const {
     if constexpr (kGrouped) return part.tile / tile_rows_.config().row_tiles * Tile::kCols;
@@ -103,18 +103,20 @@ class ThinGemm {
     const T* const data = static_cast<const T*>(matrix.data);
     return kGrouped ? data + tile_rows_.tile().begin * matrix.stride : data;
   }
-  __device__ SharedPlace place_in_stages(unsigned bytes) const { return SharedPlace(shared_.stages).at(bytes).kept(); }
-  // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
-  __device__ SharedPlace operand_of(const ThinLane<Tile>& lane) const {
-    const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
-    return place_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
+  __device__ SharedAddress address_in_stages(unsigned bytes) const {
+    return SharedAddress(shared_.stages).at(bytes).in_register();
   }
-  __device__ SharedPlace codes_of(const ThinLane<Tile>& lane) const {
+  // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
+  __device__ SharedAddress operand_of(const ThinLane<Tile>& lane) const {
+    const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
+    return address_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
+  }
+  __device__ SharedAddress codes_of(const ThinLane<Tile>& lane) const {
     const unsigned chunk = PlacesOfCodes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
-    return place_in_stages(kCodes + chunk * kVectorBytes + lane.t * 4);
+    return address_in_stages(kCodes + chunk * kVectorBytes + lane.t * 4);
   }
   // Where a thread puts what it brings, both of X and of the codes.
-  __device__ SharedPlace share_of(const Lane& lane) const { return place_in_stages(lane.thread * kVectorBytes); }
+  __device__ SharedAddress share_of(const Lane& lane) const { return address_in_stages(lane.thread * kVectorBytes); }
 
   // A lane has two rows of each fragment in a step of the weight.
   template <class OfRow>
@@ -142,7 +144,7 @@ class ThinGemm {
 
   __device__ void multiply(const TilePart& part) {
     const ThinLane<Tile> lane;
-    const SharedPlace share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
+    const SharedAddress share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
     const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = col0_of(part);
     const int whole = static_cast<int>(args_.inner / Tile::kStep);
     const int tail = static_cast<int>(args_.inner % Tile::kStep);
@@ -157,7 +159,7 @@ class ThinGemm {
     std::uint32_t decoded = chunk_of(col0 + lane.col(0), inner0 + lane.half() * Tile::kHalf);
     constexpr std::uint32_t kColsAtOnce = Tile::kCols / PlacesOfCodes::kOfThread;
 
-    const auto fetch = [&](const SharedPlace& to, int step) {
+    const auto fetch = [&](const SharedAddress& to, int step) {
       // Copies the same vector of every 16th row, and zeros for what is not there.
       const bool is_there = step < whole || (step == whole && inner < tail);
 #pragma unroll
@@ -250,7 +252,7 @@ class ThinGemm {
   __device__ __forceinline__ void add_adapter(std::int64_t col0, int adapter, int begin, int end) {
     const int rank = static_cast<int>(args_.low_rank.cols);
     const ThinLane<Tile> lane;
-    const SharedPlace mine = place_in_stages(lane.thread * (2 * kVectorBytes));
+    const SharedAddress mine = address_in_stages(lane.thread * (2 * kVectorBytes));
     const int first = kGrouped ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
     for (int r0 = first * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {

@@ -74,7 +74,7 @@ class ThinSums {
     }
   }
   // `left`: where the lane's eight elements stand in the first rows of X.
-  __device__ __forceinline__ void multiply(const Weights& weights, const SharedPlace& left) {
+  __device__ __forceinline__ void multiply(const Weights& weights, const SharedAddress& left) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
@@ -101,9 +101,9 @@ class ThinSums {
   // Joins the sums of the two warps that have the same columns and different halves of the steps: one warp gets the
   // sums of the first fragment, the other those of the second. `exchange` is shared memory that no thread reads or
   // writes meanwhile.
-  __device__ __forceinline__ void join(const SharedPlace& exchange, unsigned half) {
+  __device__ __forceinline__ void join(const SharedAddress& exchange, unsigned half) {
     const unsigned thread = thread_index();
-    const SharedPlace mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
+    const SharedAddress mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       Vector<float, 4> given;

@@ -46,7 +46,7 @@ struct Lane {
   unsigned thread, warp, lane, g, t;
   // A Lane is computed anew for each part of a tile, so that what follows from it fills no registers in the other
   // parts.
-  __device__ __forceinline__ Lane() : Lane(kept(static_cast<std::uint32_t>(thread_index()))) {}
+  __device__ __forceinline__ Lane() : Lane(in_register(static_cast<std::uint32_t>(thread_index()))) {}
   __device__ __forceinline__ explicit Lane(unsigned thread)
       : thread(thread), warp(thread / kWarp), lane(thread % kWarp), g(lane / 4), t(thread % 4) {}
   // Where the warp's part of the tile begins.

@@ -97,8 +97,8 @@ class HopperGemm {
     return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
   }
   // Keeps a value, so that it is not computed anew at each step, by divisions.
-  __device__ __forceinline__ static int kept_int(int value) {
-    return static_cast<int>(kept(static_cast<std::uint32_t>(value)));
+  __device__ __forceinline__ static int int_in_register(int value) {
+    return static_cast<int>(in_register(static_cast<std::uint32_t>(value)));
   }
   // The adapter comes first, so only the block that has the beginning of a tile multiplies by it.
   __device__ __forceinline__ int rank_of(const TilePart& part) const {
@@ -114,8 +114,8 @@ class HopperGemm {
       parity ^= 1;
     }
   };
-  __device__ __forceinline__ SharedPlace place_of(std::uint32_t stage) const {
-    return SharedPlace(shared_.stages).at(stage * sizeof(Stage));
+  __device__ __forceinline__ SharedAddress stage_address(std::uint32_t stage) const {
+    return SharedAddress(shared_.stages).at(stage * sizeof(Stage));
   }
 
   // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
@@ -123,7 +123,7 @@ class HopperGemm {
   __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
 
   __device__ void produce(const TilePart& part) {
-    const int row0 = kept_int(this->row0(part)), col0 = kept_int(this->col0(part));
+    const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
@@ -146,7 +146,7 @@ class HopperGemm {
 #pragma unroll
     for (auto& each : raw) fetch(each);
     const float offset = ScaleReader<true>::offset_of(args_.weight);
-    const SharedPlace scales = place_of(0).at(offsetof(Stage, scales) + thread * sizeof(float)).kept();
+    const SharedAddress scales = stage_address(0).at(offsetof(Stage, scales) + thread * sizeof(float)).in_register();
 #pragma unroll 1
     for (int step = part.first; step < part.first + part.count; ++step) {
       wait_for_empty();
@@ -203,11 +203,11 @@ class HopperGemm {
   // the products are done, because the compiler lets nothing define an operand of wgmma while products run.
   __device__ void multiply(int steps) {
     const HopperLane lane;
-    const typename Weights::Places places(lane, place_of(0).at(offsetof(Stage, codes)),
-                                          place_of(0).at(offsetof(Stage, scales)));
+    const typename Weights::Addresses addresses(lane, stage_address(0).at(offsetof(Stage, codes)),
+                                                stage_address(0).at(offsetof(Stage, scales)));
     HopperValues values;
     wait_for_full();
-    Weights::decode(places, bytes_of_stage(), table_, values);
+    Weights::decode(addresses, bytes_of_stage(), table_, values);
 #pragma unroll 1
     for (int rest = steps; rest > 0; --rest) {
       Fragment fragments[kProducts];
@@ -218,7 +218,7 @@ class HopperGemm {
       ring_.go_on();
       if (rest > 1) {
         wait_for_full();
-        Weights::decode(places, bytes_of_stage(), table_, values);
+        Weights::decode(addresses, bytes_of_stage(), table_, values);
       }
       wgmma_wait_for(values);
       arrive_at_empty(stage);
@@ -251,7 +251,7 @@ class HopperGemm {
     const HopperLane lane;
     const std::int64_t col = col0(part) + lane.col();
     const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
-      return SharedPlace(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
+      return SharedAddress(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
     };
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += Tile::kStep) {

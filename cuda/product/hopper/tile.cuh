@@ -60,7 +60,7 @@ struct HopperShared {
   // As in GemmShared: the table must begin at kRowsBegin.
   static __device__ HopperShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedPlace(smem).to_rows();
+    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
     if (before > kGemmMostReservedSmem) trap();
     return *reinterpret_cast<HopperShared*>(smem + before);
   }
