@@ -289,8 +289,8 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "the last part of the inner dimension is left out",
-        "left.inner() < last_inner() ? whole + 1 : whole",
-        "left.inner() < last_inner() ? whole : whole",
+        "left.inner() < last_inner() ? whole_steps + 1 : whole_steps",
+        "left.inner() < last_inner() ? whole_steps : whole_steps",
         ON_GPU,
     ),
     Mutant(
@@ -303,8 +303,8 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "a part of the rank that is not whole is left out",
-        "for (int k = 0; k * kMmaInner < there; ++k)",
-        "for (int k = 0; (k + 1) * kMmaInner <= there; ++k)",
+        "for (int k = 0; k * kMmaInner < step_inner; ++k)",
+        "for (int k = 0; (k + 1) * kMmaInner <= step_inner; ++k)",
         ON_GPU,
     ),
     Mutant(THIN, "a step is not waited for", *_without("      cp_async_wait<kStages - 2>();\n"), ON_GPU),
@@ -577,14 +577,14 @@ ROW_GROUPS = [
     Mutant(
         GEMM_BLOCK,
         "no barrier between the choice of adapters and their use",
-        "      sync_threads();\n      const std::int64_t all = count * places;",
-        "      const std::int64_t all = count * places;",
+        "      sync_threads();\n      const std::int64_t all = count * padded;",
+        "      const std::int64_t all = count * padded;",
         (*CONCURRENT, *ON_GPU),
     ),
     Mutant(
         GEMM_BLOCK,
         "adapters of a step are all the first one",
-        "shared_.adapters[place / places]",
+        "shared_.adapters[place / padded]",
         "shared_.adapters[0]",
         ON_GPU,
     ),

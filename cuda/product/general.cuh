@@ -158,7 +158,7 @@ template <bool kAlongInner, bool kLeft>
 class TensorFragments {
  public:
   // `i0`: the warp's first row of the operand.
-  __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_of(i0)]) {}
+  __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_operand(i0)]) {}
   // Loads rows from i0 + i on, and from k on, of the operand that lies `stage` bytes behind the first. i and k are
   // multiples of 16.
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
@@ -176,7 +176,7 @@ class TensorFragments {
 
  private:
   using Lines = OperandLines<Bf16, kAlongInner>;  // or F16
-  __device__ static int first_of(int i0) {
+  __device__ static int first_operand(int i0) {
     const int lane = thread_index() % kWarp, matrix = lane / 8;
     const int other_i = kLeft ? matrix % 2 : matrix / 2, other_k = kLeft ? matrix / 2 : matrix % 2;
     if constexpr (kAlongInner) return Lines::place(i0 + 8 * other_i + lane % 8, other_k);

@@ -79,7 +79,7 @@ void each_lane_gets_its_part_of_the_left_operand() {
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
         unsigned rows[kWarp];
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Left::operand(place_at(Left::first_of(Lane(warp * kWarp + lane))), k, i));
+          rows[lane] = offset_of(Left::operand(place_at(Left::first_operand(Lane(warp * kWarp + lane))), k, i));
         }
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -103,7 +103,7 @@ void weight_is_decoded_to_where_it_is_read() {
   Memory memory;
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     for (unsigned v = 0; v < Tile::kPieces * kPieceVectors; ++v) {
-      const unsigned offset = offset_of(place_at(Weights::place_of(thread)).flipped(v * kVectorBytes));
+      const unsigned offset = offset_of(place_at(Weights::first_place(thread)).flipped(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {
@@ -117,7 +117,7 @@ void weight_is_decoded_to_where_it_is_read() {
   EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
-    for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::place_of(first + i);
+    for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::first_place(first + i);
     EXPECT(!meet(eight));  // nor do they if the same bits of all offsets are flipped
   }
 
@@ -126,7 +126,7 @@ void weight_is_decoded_to_where_it_is_read() {
       for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
         unsigned rows[kWarp];
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_of(Lane(warp * kWarp + lane))), k, p));
+          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p));
         }
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {

@@ -6,7 +6,7 @@
 //
 //   step, 2 stages   i - 1            i                  i + 1
 //   copied           X i, codes i+1   X i+1, codes i+2   X i+2, codes i+3
-//   decoded          W i              W i+1              W i+2              into two places in turn
+//   decoded          W i              W i+1              W i+2              into two buffers in turn
 //   multiplied       X i-1 . W i-1    X i . W i          X i+1 . W i+1
 //
 // One barrier a step serves all purposes. A thread that passes it knows that the left operand and the decoded weight of
@@ -90,49 +90,49 @@ class Gemm {
   // ---- the inner dimension in steps -------------------------------------------------------------------------------
 
   // A stage is passed as its distance in bytes from the first.
-  static constexpr std::uint32_t kStage = sizeof(Stage);
-  static_assert(offsetof(Stage, left) == 0 && kStage % kStageAlignment == 0);
-  static constexpr std::uint32_t kCodes = offsetof(Stage, codes);
-  static constexpr std::uint32_t kLast = (kStages - 1) * kStage;
+  static constexpr std::uint32_t kStageBytes = sizeof(Stage);
+  static_assert(offsetof(Stage, left) == 0 && kStageBytes % kStageAlignment == 0);
+  static constexpr std::uint32_t kCodesOffset = offsetof(Stage, codes);
+  static constexpr std::uint32_t kLastStage = (kStages - 1) * kStageBytes;
   static constexpr std::uint32_t stage_after(std::uint32_t stage) {
-    return kStages == 2 ? kLast - stage : stage == kLast ? 0 : stage + kStage;
+    return kStages == 2 ? kLastStage - stage : stage == kLastStage ? 0 : stage + kStageBytes;
   }
   static constexpr std::uint32_t stage_before(std::uint32_t stage) {
-    return kStages == 2 ? kLast - stage : stage == 0 ? kLast : stage - kStage;
+    return kStages == 2 ? kLastStage - stage : stage == 0 ? kLastStage : stage - kStageBytes;
   }
-  // A place of decoded weights is passed likewise.
-  static constexpr std::uint32_t kWeights = Tile::kCols * kLineBytes;
+  // One of the two buffers of decoded weights is passed likewise.
+  static constexpr std::uint32_t kBufferBytes = Tile::kCols * kLineBytes;
   __device__ SharedAddress address_in_stage(std::size_t bytes) const {
     return SharedAddress(shared_.stages).at(static_cast<std::uint32_t>(bytes)).in_register();
   }
   __device__ SharedAddress address_in_weights(std::size_t bytes) const {
     return SharedAddress(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).in_register();
   }
-  // Where a thread's share of the left operand stands. Its share of the codes begins kCodes bytes further on.
+  // Where a thread's share of the left operand stands. Its share of the codes begins kCodesOffset bytes further on.
   __device__ SharedAddress address_of_share(const Lane& lane) const {
     return address_in_stage(lane.thread * kVectorBytes);
   }
 
   // Where this thread reads and writes in the first stage. It does so at the same places of every other stage.
   struct Addresses {
-    SharedAddress left, share;     // left operand: where ldmatrix reads, and where copies go
-    SharedAddress weights, piece;  // weights: where ldmatrix reads, and where decoded ones go
+    SharedAddress left_from, copy_to;        // left operand: where ldmatrix reads, and where copies go
+    SharedAddress weights_from, weights_to;  // weights: where ldmatrix reads, and where decoded ones go
     __device__ Addresses(const Gemm& gemm, const Lane& lane)
-        : left(gemm.address_in_stage(Left::first_of(lane))),
-          share(gemm.address_of_share(lane)),
-          weights(gemm.address_in_weights(Weights::first_of(lane))),
-          piece(gemm.address_in_weights(Weights::place_of(lane.thread))) {}
+        : left_from(gemm.address_in_stage(Left::first_operand(lane))),
+          copy_to(gemm.address_of_share(lane)),
+          weights_from(gemm.address_in_weights(Weights::first_operand(lane))),
+          weights_to(gemm.address_in_weights(Weights::first_place(lane.thread))) {}
   };
 
   // How much of the inner dimension a step has.
   __device__ __forceinline__ int inner_of_step(int step) const {
-    const int whole = static_cast<int>(args_.inner / kGemmStep);
-    return step < whole ? kGemmStep : step == whole ? last_inner() : 0;
+    const int whole_steps = static_cast<int>(args_.inner / kGemmStep);
+    return step < whole_steps ? kGemmStep : step == whole_steps ? last_inner() : 0;
   }
   __device__ __forceinline__ int last_inner() const { return static_cast<int>(args_.inner % kGemmStep); }
 
   // The part of the weight that this thread brings: the codes of a step go to a stage, and their scales to registers.
-  struct Source {
+  struct WeightShare {
     unsigned thread;
     Position<kAligned> position;  // in the weight
     PendingScale<kAligned> scale;
@@ -148,105 +148,106 @@ class Gemm {
     const std::int64_t element =
         tile_rows_.weight_offset() +
         Weights::element(args_.weight, inner0 + Weights::inner_of(lane.thread), col0() + Weights::col_of(lane.thread));
-    Source source = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
+    WeightShare share = {lane.thread, static_cast<Position<kAligned>>(kAligned ? element / kChunk : element), {}};
     Scales scales = {};
     const int end = first + steps;
-    // `whole` is the first step that is not full, `left_end` the first in which this thread's vector is not there.
-    const int whole = static_cast<int>(args_.inner / kGemmStep);
-    const int left_end = kAligned && left.inner() < last_inner() ? whole + 1 : whole;
+    // How many steps are full, and in how many this thread's vector of the left operand is there.
+    const int whole_steps = static_cast<int>(args_.inner / kGemmStep);
+    const int left_steps = kAligned && left.inner() < last_inner() ? whole_steps + 1 : whole_steps;
 
     // The weight is one step ahead, so its first step is decoded before the loop.
-    fetch_weight(at.share.at(kLast), source, first);
+    fetch_weight(at.copy_to.at(kLastStage), share, first);
     cp_async_commit();
-    const Scale first_scale = source.scale.finish(scales_);
+    const Scale first_scale = share.scale.finish(scales_);
 #pragma unroll 1
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
       if (ahead < steps) {
-        fetch_left(at.share.at(ahead * kStage), left, first + ahead, left_end);
-        fetch_weight(at.share.at(ahead * kStage), source, first + ahead + 1);
+        fetch_left(at.copy_to.at(ahead * kStageBytes), left, first + ahead, left_steps);
+        fetch_weight(at.copy_to.at(ahead * kStageBytes), share, first + ahead + 1);
       }
       cp_async_commit();  // an empty group too: the n-th is always step n's
-      push(scales, source);
+      push(scales, share);
     }
     cp_async_wait<kStages - 1>();
-    const Codes first_codes = codes_at(at.share.at(kLast));
+    const Codes first_codes = codes_at(at.copy_to.at(kLastStage));
 #pragma unroll
-    for (unsigned v = 0; v < kPieceVectors; ++v) decode(at.piece, first_codes, first_scale, v);
+    for (unsigned v = 0; v < kPieceVectors; ++v) decode(at.weights_to, first_codes, first_scale, v);
 
-    std::uint32_t now = 0, weights = 0;
+    std::uint32_t stage = 0, buffer = 0;
 #pragma unroll 1
     for (int step = first; step < end; ++step) {
       cp_async_wait<kStages - 2>();
       sync_threads();  // this step is there for all, and the one before has been read by all
       if (step + kStages - 1 < end) {
-        const SharedAddress to = at.share.at(stage_before(now));
-        fetch_left(to, left, step + kStages - 1, left_end);
-        fetch_weight(to, source, step + kStages);
+        const SharedAddress to = at.copy_to.at(stage_before(stage));
+        fetch_left(to, left, step + kStages - 1, left_steps);
+        fetch_weight(to, share, step + kStages);
       }
       cp_async_commit();
-      const Codes codes = codes_at(at.share.at(now));
-      const SharedAddress next = at.piece.at(weights ^ kWeights);
+      const Codes codes = codes_at(at.copy_to.at(stage));
+      const SharedAddress next = at.weights_to.at(buffer ^ kBufferBytes);
 #pragma unroll
       for (unsigned k = 0; k < kPieceVectors; ++k) {
         decode(next, codes, scales[0], k);
-        sums_.multiply(at.left.at(now), at.weights.at(weights), k);
+        sums_.multiply(at.left_from.at(stage), at.weights_from.at(buffer), k);
       }
-      push(scales, source);
-      now = stage_after(now);
-      weights ^= kWeights;
+      push(scales, share);
+      stage = stage_after(stage);
+      buffer ^= kBufferBytes;
     }
     sync_threads();  // the next tile begins with stages that have been read
   }
   static_assert(kPieceVectors * kMmaInner == kGemmStep);
 
   __device__ __forceinline__ void fetch_left(const SharedAddress& to, LeftRows<T, Tile>& left, int step,
-                                             int left_end) const {
+                                             int left_steps) const {
     if constexpr (kAligned) {
-      left.fetch_vectors(to, step < left_end);
+      left.fetch_vectors(to, step < left_steps);
     } else {
       left.fetch_elements(to, args_.left.stride, rows(), inner_of_step(step));
     }
     left.next_step();
   }
-  __device__ __forceinline__ void fetch_weight(const SharedAddress& to, Source& source, int step) const {
+  __device__ __forceinline__ void fetch_weight(const SharedAddress& to, WeightShare& share, int step) const {
     if constexpr (kAligned) {
       // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
       // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
       const std::uint32_t last = args_.last_chunk - (kPieces - 1);
-      const std::uint32_t chunk = source.position < last ? source.position : last;
+      const std::uint32_t chunk = share.position < last ? share.position : last;
       const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        cp_async_or_zeros(to.at(kCodes + i * kGemmThreads * kChunkBytes), from + i * kChunkBytes, 1);
+        cp_async_or_zeros(to.at(kCodesOffset + i * kGemmThreads * kChunkBytes), from + i * kChunkBytes, 1);
       }
-      source.scale.fetch(scales_, chunk);
-      source.position += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
+      share.scale.fetch(scales_, chunk);
+      share.position += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
     } else {
-      const int inner = inner_of_step(step) - static_cast<int>(Weights::inner_of(source.thread));
-      const int col = cols() - static_cast<int>(Weights::col_of(source.thread));
+      const int inner = inner_of_step(step) - static_cast<int>(Weights::inner_of(share.thread));
+      const int col = cols() - static_cast<int>(Weights::col_of(share.thread));
       const int count = inner <= 0 || col <= 0 ? 0 : Weights::kForward ? inner : col;
       Vector<std::uint32_t, kCodeWords> words[1];
-      gather_codes<4>(args_.weight.codes, source.position, count, words);
-      store_shared(to.at(kCodes), words[0]);
-      source.scale.fetch(args_.weight, scales_, source.position, count);
-      source.position += Weights::step(args_.weight);
+      gather_codes<4>(args_.weight.codes, share.position, count, words);
+      store_shared(to.at(kCodesOffset), words[0]);
+      share.scale.fetch(args_.weight, scales_, share.position, count);
+      share.position += Weights::step(args_.weight);
     }
   }
   // Makes the scale that fetch_weight() has begun to read the last of `scales`.
-  __device__ __forceinline__ void push(Scales& scales, const Source& source) const {
+  __device__ __forceinline__ void push(Scales& scales, const WeightShare& share) const {
 #pragma unroll
     for (int s = 0; s < kStages - 2; ++s) scales[s] = scales[s + 1];
-    scales[kStages - 2] = source.scale.finish(scales_);
+    scales[kStages - 2] = share.scale.finish(scales_);
   }
 
   struct Codes {
-    Vector<std::uint32_t, kCodeWords> of[kPieces];
+    Vector<std::uint32_t, kCodeWords> pieces[kPieces];
   };
   __device__ __forceinline__ Codes codes_at(const SharedAddress& from) const {
     Codes codes;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      codes.of[i] = load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(kCodes + i * kGemmThreads * kChunkBytes));
+      codes.pieces[i] =
+          load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(kCodesOffset + i * kGemmThreads * kChunkBytes));
     }
     return codes;
   }
@@ -259,7 +260,7 @@ class Gemm {
 #pragma unroll
       for (unsigned j = 0; j < 4; ++j) {
         const unsigned byte = Weights::byte_of_piece(vector, j);
-        const auto pair = table_.pair_of_byte(codes.of[i].at[byte / 4], byte % 4);
+        const auto pair = table_.pair_of_byte(codes.pieces[i].at[byte / 4], byte % 4);
         const int e = static_cast<int>(2 * byte);
         eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
       }
@@ -290,16 +291,16 @@ class Gemm {
   }
   // With rows in groups, multiplies by the adapters that the tile has rows of, as many at a time as a step has room
   // for. In a step an adapter takes as many places as it has rank, rounded up to whole products of mma.
-  __device__ __forceinline__ std::int64_t places_of_adapter() const {
+  __device__ __forceinline__ std::int64_t padded_rank() const {
     return ceil_div(args_.low_rank.cols, kMmaInner) * kMmaInner;
   }
   __device__ void add_adapters(const Lane& lane, const Addresses& at) {
-    const std::int64_t places = places_of_adapter();
+    const std::int64_t padded = padded_rank();
     TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
     for (;;) {
       int count = 0;
-      while ((count + 1) * places <= kGemmStep || count == 0) {
+      while ((count + 1) * padded <= kGemmStep || count == 0) {
         if (!adapters.next()) break;
         if (thread_index() == 0) shared_.adapters[count] = adapters.adapter();
         ++count;
@@ -309,7 +310,7 @@ class Gemm {
         if (thread_index() == 0) shared_.adapters[i] = -1;
       }
       sync_threads();
-      const std::int64_t all = count * places;
+      const std::int64_t all = count * padded;
 #pragma unroll 1
       for (std::int64_t r0 = 0; r0 < all; r0 += kGemmStep) {
         add_low_rank_step(lane, at, r0, all - r0 < kGemmStep ? static_cast<int>(all - r0) : kGemmStep);
@@ -317,50 +318,52 @@ class Gemm {
     }
   }
   // Which r of the rank of which adapter stands at a place. r is the rank or more where there is none.
-  struct OfRank {
+  struct AdapterRank {
     std::int64_t r;
     int adapter;
   };
-  __device__ __forceinline__ OfRank of_rank(std::int64_t place) const {
+  __device__ __forceinline__ AdapterRank adapter_rank_at(std::int64_t place) const {
     if constexpr (!kGrouped) return {place, 0};
-    const std::int64_t places = places_of_adapter();
-    if (places > kGemmStep) return {place, shared_.adapters[0]};
-    const int adapter = shared_.adapters[place / places];
-    return {adapter < 0 ? args_.low_rank.cols : place % places, adapter < 0 ? 0 : adapter};
+    const std::int64_t padded = padded_rank();
+    if (padded > kGemmStep) return {place, shared_.adapters[0]};
+    const int adapter = shared_.adapters[place / padded];
+    return {adapter < 0 ? args_.low_rank.cols : place % padded, adapter < 0 ? 0 : adapter};
   }
-  // Both operands pass through the first stage and the first place of the weights, as in other steps.
-  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Addresses& at, std::int64_t r0, int there) {
+  // Both operands pass through the first stage and the first buffer of weights, as in other steps.
+  __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Addresses& at, std::int64_t r0,
+                                                    int step_inner) {
     const int inner = LeftRows<T, Tile>::inner_of(lane);
-    const OfRank mine = of_rank(r0 + inner);
+    const AdapterRank mine = adapter_rank_at(r0 + inner);
     LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
-    int there_of_left = there;
+    int left_inner = step_inner;
     if constexpr (kGrouped) {
       const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), mine.adapter);
       left.keep(tile_rows_.in_tile(span.begin), tile_rows_.in_tile(span.end));
       const std::int64_t rest = args_.low_rank.cols - mine.r;
-      there_of_left = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
+      left_inner = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
     }
     if (args_.low_rank_vectors) {
-      left.template fetch_vectors<kGrouped>(at.share, left.inner() < there_of_left);
+      left.template fetch_vectors<kGrouped>(at.copy_to, left.inner() < left_inner);
     } else {
-      left.template fetch_elements<kGrouped>(at.share, args_.low_rank.stride, rows(), there_of_left);
+      left.template fetch_elements<kGrouped>(at.copy_to, args_.low_rank.stride, rows(), left_inner);
     }
     cp_async_commit();
 #pragma unroll 1
-    for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) put_right(at.piece, lane.thread, r0, v);
+    for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) store_right(at.weights_to, lane.thread, r0, v);
     cp_async_wait<0>();
     sync_threads();
 #pragma unroll 1
-    for (int k = 0; k * kMmaInner < there; ++k) sums_.multiply(at.left, at.weights, k);
+    for (int k = 0; k * kMmaInner < step_inner; ++k) sums_.multiply(at.left_from, at.weights_from, k);
     sync_threads();  // before the stage is filled again
   }
   // Stores a vector of the thread's share of a step, where decode() would put it.
-  __device__ __forceinline__ void put_right(const SharedAddress& to, unsigned thread, std::int64_t r0,
-                                            unsigned vector) const {
+  __device__ __forceinline__ void store_right(const SharedAddress& to, unsigned thread, std::int64_t r0,
+                                              unsigned vector) const {
     const unsigned first = vector / kPieceVectors * kChunk;
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
     // Forward, the eight elements of the vector are neighbours along the rank.
-    const OfRank mine = of_rank(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
+    const AdapterRank mine =
+        adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
       return right_at<Weights::kForward>(args_, r, col, mine.adapter);
     };
