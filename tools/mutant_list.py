@@ -149,7 +149,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a stage is filled again too soon",
-        *_without("      wait_for_empty();\n      if (asks_for_copies()) {\n", "      if (asks_for_copies()) {\n"),
+        *_without("      wait_for_empty();\n      if (issues_copies()) {\n", "      if (issues_copies()) {\n"),
         HOPPER,
     ),
     Mutant(
@@ -320,8 +320,8 @@ GEMM = [
     Mutant(
         THIN,
         "the end of the inner dimension is left out",
-        "step < whole || (step == whole && inner < tail)",
-        "step < whole",
+        "step < whole_steps || (step == whole_steps && inner < tail)",
+        "step < whole_steps",
         ON_GPU,
     ),
     Mutant(

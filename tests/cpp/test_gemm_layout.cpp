@@ -102,13 +102,13 @@ void weight_is_decoded_to_where_it_is_read() {
   constexpr bool kTransposed = !Weights::kForward;
   Memory memory;
   for (unsigned thread = 0; thread < kThreads; ++thread) {
-    for (unsigned v = 0; v < Tile::kPieces * kPieceVectors; ++v) {
+    for (unsigned v = 0; v < Tile::kThreadChunks * kChunkVectors; ++v) {
       const unsigned offset = offset_of(place_at(Weights::first_place(thread)).flipped(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {
-        const unsigned byte = Weights::byte_of_piece(v % kPieceVectors, j / 2);
-        const unsigned along = v / kPieceVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
+        const unsigned byte = Weights::byte_of_chunk(v % kChunkVectors, j / 2);
+        const unsigned along = v / kChunkVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
         memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }

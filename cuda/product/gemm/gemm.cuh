@@ -31,7 +31,7 @@ class Gemm {
   using Left = LeftStage<T, Tile>;
   using Scale = ChunkScale<Tile::kAligned>;
   static constexpr bool kAligned = Tile::kAligned;
-  static constexpr int kStages = Tile::kStages, kPieces = Tile::kPieces;
+  static constexpr int kStages = Tile::kStages, kThreadChunks = Tile::kThreadChunks;
 
  public:
   __device__ Gemm(const GemmArgs& args, Shared& shared)
@@ -171,7 +171,7 @@ class Gemm {
     cp_async_wait<kStages - 1>();
     const Codes first_codes = codes_at(at.copy_to.at(kLastStage));
 #pragma unroll
-    for (unsigned v = 0; v < kPieceVectors; ++v) decode(at.weights_to, first_codes, first_scale, v);
+    for (unsigned v = 0; v < kChunkVectors; ++v) decode(at.weights_to, first_codes, first_scale, v);
 
     std::uint32_t stage = 0, buffer = 0;
 #pragma unroll 1
@@ -187,7 +187,7 @@ class Gemm {
       const Codes codes = codes_at(at.copy_to.at(stage));
       const SharedAddress next = at.weights_to.at(buffer ^ kBufferBytes);
 #pragma unroll
-      for (unsigned k = 0; k < kPieceVectors; ++k) {
+      for (unsigned k = 0; k < kChunkVectors; ++k) {
         decode(next, codes, scales[0], k);
         sums_.multiply(at.left_from.at(stage), at.weights_from.at(buffer), k);
       }
@@ -197,7 +197,7 @@ class Gemm {
     }
     sync_threads();  // the next tile begins with stages that have been read
   }
-  static_assert(kPieceVectors * kMmaInner == kGemmStep);
+  static_assert(kChunkVectors * kMmaInner == kGemmStep);
 
   __device__ __forceinline__ void fetch_left(const SharedAddress& to, LeftRows<T, Tile>& left, int step,
                                              int left_steps) const {
@@ -212,11 +212,11 @@ class Gemm {
     if constexpr (kAligned) {
       // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
       // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
-      const std::uint32_t last = args_.last_chunk - (kPieces - 1);
+      const std::uint32_t last = args_.last_chunk - (kThreadChunks - 1);
       const std::uint32_t chunk = share.position < last ? share.position : last;
       const std::uint8_t* const from = args_.weight.codes + std::uint64_t{chunk} * kChunkBytes;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
+      for (int i = 0; i < kThreadChunks; ++i) {
         cp_async_or_zeros(to.at(kCodesOffset + i * kGemmThreads * kChunkBytes), from + i * kChunkBytes, 1);
       }
       share.scale.fetch(scales_, chunk);
@@ -240,31 +240,31 @@ class Gemm {
   }
 
   struct Codes {
-    Vector<std::uint32_t, kCodeWords> pieces[kPieces];
+    Vector<std::uint32_t, kCodeWords> chunks[kThreadChunks];
   };
   __device__ __forceinline__ Codes codes_at(const SharedAddress& from) const {
     Codes codes;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      codes.pieces[i] =
+    for (int i = 0; i < kThreadChunks; ++i) {
+      codes.chunks[i] =
           load_shared<Vector<std::uint32_t, kCodeWords>>(from.at(kCodesOffset + i * kGemmThreads * kChunkBytes));
     }
     return codes;
   }
-  // Decodes one vector of each of the thread's pieces. `to`: where the first vector of the first piece stands.
+  // Decodes one vector of each of the thread's chunks. `to`: where the first vector of the first chunk stands.
   __device__ __forceinline__ void decode(const SharedAddress& to, const Codes& codes, const Scale& scale,
                                          unsigned vector) const {
 #pragma unroll
-    for (unsigned i = 0; i < kPieces; ++i) {
+    for (unsigned i = 0; i < kThreadChunks; ++i) {
       Eight eight;
 #pragma unroll
       for (unsigned j = 0; j < 4; ++j) {
-        const unsigned byte = Weights::byte_of_piece(vector, j);
-        const auto pair = table_.pair_of_byte(codes.pieces[i].at[byte / 4], byte % 4);
+        const unsigned byte = Weights::byte_of_chunk(vector, j);
+        const auto pair = table_.pair_of_byte(codes.chunks[i].at[byte / 4], byte % 4);
         const int e = static_cast<int>(2 * byte);
         eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
       }
-      store_shared(to.flipped((i * kPieceVectors + vector) * kVectorBytes), eight);
+      store_shared(to.flipped((i * kChunkVectors + vector) * kVectorBytes), eight);
     }
   }
 
@@ -349,7 +349,7 @@ class Gemm {
     }
     cp_async_commit();
 #pragma unroll 1
-    for (unsigned v = 0; v < kPieces * kPieceVectors; ++v) store_right(at.weights_to, lane.thread, r0, v);
+    for (unsigned v = 0; v < kThreadChunks * kChunkVectors; ++v) store_right(at.weights_to, lane.thread, r0, v);
     cp_async_wait<0>();
     sync_threads();
 #pragma unroll 1
@@ -359,18 +359,18 @@ class Gemm {
   // Stores a vector of the thread's share of a step, where decode() would put it.
   __device__ __forceinline__ void store_right(const SharedAddress& to, unsigned thread, std::int64_t r0,
                                               unsigned vector) const {
-    const unsigned first = vector / kPieceVectors * kChunk;
+    const unsigned first = vector / kChunkVectors * kChunk;
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
     // Forward, the eight elements of the vector are neighbours along the rank.
     const AdapterRank mine =
-        adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kPieceVectors * kEight : 0));
+        adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kChunkVectors * kEight : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
       return right_at<Weights::kForward>(args_, r, col, mine.adapter);
     };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
-      const unsigned e = first + 2 * Weights::byte_of_piece(vector % kPieceVectors, j);
+      const unsigned e = first + 2 * Weights::byte_of_chunk(vector % kChunkVectors, j);
       eight.at[j] = Weights::kForward ? pack_pair<T>(at(mine.r + 2 * j, col), at(mine.r + 2 * j + 1, col))
                                       : pack_pair<T>(at(mine.r, col + e), at(mine.r, col + e + 1));
     }

@@ -108,13 +108,13 @@ class LeftRows {
 
 // ---- the weight ----------------------------------------------------------------------------------------------------
 //
-// A thread has pieces of 32 neighbours of W, and each piece becomes four vectors of eight 16-bit elements. Both layouts
-// below say where in the step and in the tile the thread's first piece begins, where its vectors stand, which codes
+// A thread has chunks of 32 neighbours of W, and each chunk becomes four vectors of eight 16-bit elements. Both layouts
+// below say where in the step and in the tile the thread's first chunk begins, where its vectors stand, which codes
 // each vector holds, and where a lane points ldmatrix. Eight vectors that lanes write at once, or that ldmatrix reads
 // at once, always lie in different banks.
 
 constexpr int kChunkBytes = kChunk / 2;
-constexpr unsigned kPieceVectors = kChunk / 8;
+constexpr unsigned kChunkVectors = kChunk / 8;
 
 // Decoded weights lie in lines of 128 bytes, as many as the tile has columns, 256 bytes apart. The 128 bytes before
 // each line have room for a row of the table that decodes codes: PairTable wants its rows 256 bytes apart, and 16
@@ -143,8 +143,8 @@ struct DecodedRows {
   static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
   // Where the thread's first vector stands. The places of its other vectors differ from this in flipped bits.
   static constexpr unsigned first_place(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
-  // Which byte of a piece's codes becomes word `i` of a vector.
-  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) { return 4 * vector + i; }
+  // Which byte of a chunk's codes becomes word `i` of a vector.
+  static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) { return 4 * vector + i; }
 
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
     return col * w.K + inner;
@@ -168,7 +168,7 @@ struct DecodedRows {
 };
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. When a row is decoded, it is
-// one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A piece has
+// one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A chunk has
 // the columns of one group of fragments, or of two, and its pairs of neighbours are dealt out to the vectors of these
 // fragments.
 template <class Tile>
@@ -200,7 +200,7 @@ struct DecodedColumns {
     return thread / 8 / (kRowThreads / kLineThreads) * kRows + thread / kLineThreads % kRows;
   }
   static constexpr unsigned first_place(unsigned thread) { return place(inner_of(thread), col_of(thread) / kMmaCols); }
-  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) {
+  static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) {
     return vector / Tile::kGroupFragments * Tile::kGroupCols / 2 + Tile::kGroupFragments * i +
            vector % Tile::kGroupFragments;
   }

@@ -19,7 +19,7 @@ struct GemmShared {
   // The left operand of a step, and the codes of the next step. Only the thread that has copied codes reads them.
   struct Stage {
     LeftStage<T, Tile> left;
-    std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
+    std::uint8_t codes[Tile::kThreadChunks * kGemmThreads * kChunkBytes];
   };
   Row rows[2 * Tile::kCols];  // the first 256 have the table; all have decoded weights, of this step and of the next
   Stage stages[Tile::kStages];

@@ -43,10 +43,10 @@ class ThinGemm {
   using Shared = ThinShared<T, Tile>;
   using Stage = typename Shared::Stage;
   using Left = LeftStage<T, Tile>;
-  using PlacesOfCodes = ThinCodes<Tile>;
+  using Codes = ThinCodes<Tile>;
   using Sums = ThinSums<T, Tile>;
   static constexpr int kStages = Tile::kStages, kFragments = Tile::kColFragments;
-  static constexpr unsigned kCodes = offsetof(Stage, codes);
+  static constexpr unsigned kCodesOffset = offsetof(Stage, codes);
 
  public:
   __device__ ThinGemm(const GemmArgs& args, Shared& shared)
@@ -107,22 +107,24 @@ class ThinGemm {
     return SharedAddress(shared_.stages).at(bytes).in_register();
   }
   // Where a lane begins to read: at eight neighbours of X, and at the codes of its first row of W.
-  __device__ SharedAddress operand_of(const ThinLane<Tile>& lane) const {
+  __device__ SharedAddress address_of_operand(const ThinLane<Tile>& lane) const {
     const unsigned vector = lane.half() * (Tile::kHalf / Left::kVector) + lane.t;
     return address_in_stages(Left::place(lane.loaded_row(), vector) * kVectorBytes);
   }
-  __device__ SharedAddress codes_of(const ThinLane<Tile>& lane) const {
-    const unsigned chunk = PlacesOfCodes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
-    return address_in_stages(kCodes + chunk * kVectorBytes + lane.t * 4);
+  __device__ SharedAddress address_of_codes(const ThinLane<Tile>& lane) const {
+    const unsigned chunk = Codes::place(lane.col(0), lane.half() * (Tile::kHalf / kChunk));
+    return address_in_stages(kCodesOffset + chunk * kVectorBytes + lane.t * 4);
   }
   // Where a thread puts what it brings, both of X and of the codes.
-  __device__ SharedAddress share_of(const Lane& lane) const { return address_in_stages(lane.thread * kVectorBytes); }
+  __device__ SharedAddress address_of_share(const Lane& lane) const {
+    return address_in_stages(lane.thread * kVectorBytes);
+  }
 
   // A lane has two rows of each fragment in a step of the weight.
-  template <class OfRow>
-  using OfRows = OfRow[kFragments][2];
+  template <class Value>
+  using PerRow = Value[kFragments][2];
   template <class F>
-  __device__ __forceinline__ static void for_rows(const F& f) {
+  __device__ __forceinline__ static void for_each_row(const F& f) {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
 #pragma unroll
@@ -131,7 +133,7 @@ class ThinGemm {
   }
   // Chunks beyond the product are multiplied by zeros of X, or belong to columns that are not stored. So any chunk will
   // do there, and a chunk beyond the weight becomes its last.
-  __device__ __forceinline__ std::uint32_t there(std::uint32_t chunk) const {
+  __device__ __forceinline__ std::uint32_t clamped(std::uint32_t chunk) const {
     return chunk < args_.last_chunk ? chunk : args_.last_chunk;
   }
   __device__ __forceinline__ std::uint32_t chunk_of(std::int64_t col, std::int64_t inner) const {
@@ -144,9 +146,10 @@ class ThinGemm {
 
   __device__ void multiply(const TilePart& part) {
     const ThinLane<Tile> lane;
-    const SharedAddress share = share_of(lane), operand = operand_of(lane), codes = codes_of(lane);
+    const SharedAddress copy_to = address_of_share(lane), operand = address_of_operand(lane),
+                        codes = address_of_codes(lane);
     const std::int64_t inner0 = std::int64_t{part.first} * Tile::kStep, col0 = col0_of(part);
-    const int whole = static_cast<int>(args_.inner / Tile::kStep);
+    const int whole_steps = static_cast<int>(args_.inner / Tile::kStep);
     const int tail = static_cast<int>(args_.inner % Tile::kStep);
     constexpr int kRowsAtOnce = kGemmThreads / static_cast<int>(Left::kVectors);
     const int row = static_cast<int>(lane.thread / Left::kVectors);
@@ -154,14 +157,14 @@ class ThinGemm {
     const int rows_of_group = kGrouped ? rows() : 0;  // kept here, because no argument of the kernel has it
     const T* x = row0_of(args_.left) + row * args_.left.stride + inner0 + inner;
     // The first chunk that this thread copies, and the first chunk whose scale the lane needs.
-    std::uint32_t brought =
-        chunk_of(col0 + PlacesOfCodes::col_at(lane.thread), inner0 + PlacesOfCodes::chunk_at(lane.thread) * kChunk);
-    std::uint32_t decoded = chunk_of(col0 + lane.col(0), inner0 + lane.half() * Tile::kHalf);
-    constexpr std::uint32_t kColsAtOnce = Tile::kCols / PlacesOfCodes::kOfThread;
+    std::uint32_t copied_chunk =
+        chunk_of(col0 + Codes::col_at(lane.thread), inner0 + Codes::chunk_at(lane.thread) * kChunk);
+    std::uint32_t decoded_chunk = chunk_of(col0 + lane.col(0), inner0 + lane.half() * Tile::kHalf);
+    constexpr std::uint32_t kColsAtOnce = Tile::kCols / Codes::kThreadChunks;
 
     const auto fetch = [&](const SharedAddress& to, int step) {
       // Copies the same vector of every 16th row, and zeros for what is not there.
-      const bool is_there = step < whole || (step == whole && inner < tail);
+      const bool is_there = step < whole_steps || (step == whole_steps && inner < tail);
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
         cp_async_or_zeros(to.at(i * kRowsAtOnce * Left::kRowBytes), x + i * kRowsAtOnce * args_.left.stride,
@@ -169,25 +172,25 @@ class ThinGemm {
       }
       x += Tile::kStep;
 #pragma unroll
-      for (unsigned i = 0; i < PlacesOfCodes::kOfThread; ++i) {
-        const std::uint32_t chunk = there(brought + i * kColsAtOnce * chunks_of_row());
-        cp_async_or_zeros(to.at(kCodes + i * kGemmThreads * kVectorBytes),
+      for (unsigned i = 0; i < Codes::kThreadChunks; ++i) {
+        const std::uint32_t chunk = clamped(copied_chunk + i * kColsAtOnce * chunks_of_row());
+        cp_async_or_zeros(to.at(kCodesOffset + i * kGemmThreads * kVectorBytes),
                           args_.weight.codes + std::uint64_t{chunk} * kVectorBytes, 1);
       }
-      brought += Tile::kStep / kChunk;
+      copied_chunk += Tile::kStep / kChunk;
     };
-    OfRows<typename ScaleReader<true>::Raw> pending;
+    PerRow<typename ScaleReader<true>::Raw> pending;
     const auto fetch_scales = [&] {
-      for_rows([&](int i, int row) {
-        const std::uint32_t chunk = there(decoded + (i * kMmaRows + row) * chunks_of_row());
+      for_each_row([&](int i, int row) {
+        const std::uint32_t chunk = clamped(decoded_chunk + (i * kMmaRows + row) * chunks_of_row());
         scales_.fetch(pending[i][row], scales_.block_of(chunk));
       });
-      decoded += Tile::kStep / kChunk;
+      decoded_chunk += Tile::kStep / kChunk;
     };
-    OfRows<float> scale;
+    PerRow<float> scale;
     const auto finish_scales = [&] {
       const float offset = ScaleReader<true>::offset_of(args_.weight);  // read anew: no register is left to keep it
-      for_rows([&](int i, int row) { scale[i][row] = scales_.finish(pending[i][row], offset); });
+      for_each_row([&](int i, int row) { scale[i][row] = scales_.finish(pending[i][row], offset); });
     };
 
     // The stage of a step is found by how many steps are left, with this one.
@@ -195,7 +198,7 @@ class ThinGemm {
     const int end = part.first + part.count;
 #pragma unroll 1
     for (int rest = part.count; rest > part.count - (kStages - 1); --rest) {
-      if (rest > 0) fetch(share.at(stage_of(rest)), end - rest);
+      if (rest > 0) fetch(copy_to.at(stage_of(rest)), end - rest);
       cp_async_commit();  // an empty group too: the n-th is always step n's
     }
     fetch_scales();
@@ -205,17 +208,17 @@ class ThinGemm {
       cp_async_wait<kStages - 2>();
       sync_threads();  // this step is there for all, and the one before has been read by all
       const int ahead = rest - (kStages - 1);
-      if (ahead > 0) fetch(share.at(stage_of(rest + 1)), end - ahead);
+      if (ahead > 0) fetch(copy_to.at(stage_of(rest + 1)), end - ahead);
       cp_async_commit();
-      const std::uint32_t now = stage_of(rest);
+      const std::uint32_t stage = stage_of(rest);
       fetch_scales();
 #pragma unroll 1  // one chunk at a time, for want of registers
       for (int c = 0; c < Tile::kHalf / kChunk; ++c) {
         typename Sums::Weights weights;
-        for_rows([&](int i, int row) {
-          constexpr unsigned kLine = PlacesOfCodes::kChunks * kVectorBytes;
+        for_each_row([&](int i, int row) {
+          constexpr unsigned kLine = Codes::kChunks * kVectorBytes;
           const unsigned line = i * kMmaRows + row * (kMmaRows / 2);
-          const auto word = load_shared<std::uint32_t>(codes.at(now + line * kLine).flipped(c * kVectorBytes));
+          const auto word = load_shared<std::uint32_t>(codes.at(stage + line * kLine).flipped(c * kVectorBytes));
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
             const auto pair = table_.pair_of_byte(word, byte);
@@ -223,7 +226,7 @@ class ThinGemm {
                 pack_pair<T>(pair.at[0] * scale[i][row], pair.at[1] * scale[i][row]);
           }
         });
-        sums_.multiply(weights, operand.at(now).flipped(c * (kChunk * sizeof(T))));
+        sums_.multiply(weights, operand.at(stage).flipped(c * (kChunk * sizeof(T))));
       }
       finish_scales();
     }
@@ -252,7 +255,7 @@ class ThinGemm {
   __device__ __forceinline__ void add_adapter(std::int64_t col0, int adapter, int begin, int end) {
     const int rank = static_cast<int>(args_.low_rank.cols);
     const ThinLane<Tile> lane;
-    const SharedAddress mine = address_in_stages(lane.thread * (2 * kVectorBytes));
+    const SharedAddress scratch = address_in_stages(lane.thread * (2 * kVectorBytes));
     const int first = kGrouped ? static_cast<int>(lane.half() + adapter) % Tile::kHalves : lane.half();
 #pragma unroll 1
     for (int r0 = first * kMmaInner; r0 < rank; r0 += Tile::kHalves * kMmaInner) {
@@ -261,21 +264,21 @@ class ThinGemm {
       for (unsigned word = 0; word < kFragments * 4; ++word) {
         const std::int64_t col = col0 + lane.col(word / 4) + word % 2;
         const int first = r + word / 2 % 2 * 2;
-        store_shared(mine.at(word * 4), pack_pair<T>(right_at<true>(args_, first, col, adapter),
-                                                     right_at<true>(args_, first + 1, col, adapter)));
+        store_shared(scratch.at(word * 4), pack_pair<T>(right_at<true>(args_, first, col, adapter),
+                                                        right_at<true>(args_, first + 1, col, adapter)));
       }
       std::uint32_t weights[kFragments][4];
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
-        const auto words = load_shared<Vector<std::uint32_t, 4>>(mine.at(i * kVectorBytes));
+        const auto words = load_shared<Vector<std::uint32_t, 4>>(scratch.at(i * kVectorBytes));
 #pragma unroll
         for (int w = 0; w < 4; ++w) weights[i][w] = words.at[w];
       }
       const T* const u = row0_of(args_.low_rank) + lane.loaded_row() * args_.low_rank.stride + r;
       sums_.multiply_four(weights, [&](int row) {
         sync_warp();  // a row at a time, for want of registers
-        const int of_tile = row + static_cast<int>(lane.loaded_row());
-        const bool has_row = of_tile < end && (!kGrouped || of_tile >= begin);
+        const int tile_row = row + static_cast<int>(lane.loaded_row());
+        const bool has_row = tile_row < end && (!kGrouped || tile_row >= begin);
         const Eight words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
         return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });

@@ -38,7 +38,7 @@ struct ThinLane : Lane {
 template <class Tile>
 struct ThinCodes {
   static constexpr unsigned kChunks = Tile::kStep / kChunk;  // of a row
-  static constexpr unsigned kOfThread = Tile::kCols * kChunks / kGemmThreads;
+  static constexpr unsigned kThreadChunks = Tile::kCols * kChunks / kGemmThreads;
 
   static constexpr unsigned place(unsigned col, unsigned chunk) {
     const unsigned line = col / kMmaRows * kMmaRows + col % 2 * (kMmaRows / 2) + col % kMmaRows / 2;

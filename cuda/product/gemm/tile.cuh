@@ -32,10 +32,10 @@ struct GemmTile {
   static constexpr int kLaneCols = 2 * kGroupFragments;
   static constexpr int kGroupCols = kMmaCols * kGroupFragments;
 
-  // How many of a step's weights a thread brings and decodes. They are neighbours that share a scale, in pieces of 32,
+  // How many of a step's weights a thread brings and decodes. They are neighbours that share a scale, in chunks of 32,
   // each of which has 16 bytes of codes.
-  static constexpr int kThreadWeights = kCols * kGemmStep / kGemmThreads, kPieces = kThreadWeights / kChunk;
-  static_assert(kPieces == 1 || (kPieces == 2 && kAligned));
+  static constexpr int kThreadWeights = kCols * kGemmStep / kGemmThreads, kThreadChunks = kThreadWeights / kChunk;
+  static_assert(kThreadChunks == 1 || (kThreadChunks == 2 && kAligned));
 };
 
 // The part of a tile that lane (g, t) has, with g = lane / 4 and t = lane % 4. mma gives the lane rows g and g + 8, and

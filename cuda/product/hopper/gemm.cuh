@@ -70,17 +70,17 @@ class HopperGemm {
   __device__ void run() {
     if (thread_index() < Tile::kConsumers) {
       increase_max_registers<kConsumerRegisters>();
-      for_parts([&](const TilePart& part) { consume(part); });
+      for_each_part([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
-      for_parts([&](const TilePart& part) { produce(part); });
+      for_each_part([&](const TilePart& part) { produce(part); });
     }
   }
 
  private:
   // Producers and consumers walk through the same parts of the block's run, and so through the same stages.
   template <class F>
-  __device__ __forceinline__ void for_parts(const F& f) const {
+  __device__ __forceinline__ void for_each_part(const F& f) const {
 #pragma unroll 1
     for (std::uint32_t done = 0;;) {
       const TilePart part = stream_k_.part_after(shared_.run, done);
@@ -108,7 +108,7 @@ class HopperGemm {
   // Goes through the stages in turn. `parity` is the last bit of how often it has passed all of them.
   struct Ring {
     std::uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void go_on() {
+    __device__ __forceinline__ void advance() {
       if (++stage < Tile::kStages) return;
       stage = 0;
       parity ^= 1;
@@ -120,14 +120,14 @@ class HopperGemm {
 
   // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
 
-  __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
+  __device__ __forceinline__ bool issues_copies() const { return thread_index() == Tile::kConsumers; }
 
   __device__ void produce(const TilePart& part) {
     const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
-      if (asks_for_copies()) load(maps_.low_rank, row0, r, 0);
+      if (issues_copies()) load(maps_.low_rank, row0, r, 0);
       arrive_at_full();
     }
     // The scales of this many steps are on their way.
@@ -150,7 +150,7 @@ class HopperGemm {
 #pragma unroll 1
     for (int step = part.first; step < part.first + part.count; ++step) {
       wait_for_empty();
-      if (asks_for_copies()) {
+      if (issues_copies()) {
         const int inner0 = step * Tile::kStep;
         load(maps_.left, row0, inner0, Shared::kCodeBytes);
         tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
@@ -167,16 +167,16 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
   }
-  // Asks for a tile of rows; `bytes` is how many other bytes will come beside it.
-  __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t bytes) const {
+  // Asks for a tile of rows; `other_bytes` is how many other bytes will come beside it.
+  __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t other_bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
-    mbarrier_arrive_expect(full, Shared::kLeftBytes + bytes);
+    mbarrier_arrive_expect(full, Shared::kLeftBytes + other_bytes);
     tma_load_tile(shared_.stages[ring_.stage].left, map, row, inner, full);
   }
   __device__ __forceinline__ void arrive_at_full() {
     sync_warp();  // what its lanes have stored is there
     if (thread_index() % kWarp == kWarp - 1) mbarrier_arrive(&shared_.full[ring_.stage]);
-    ring_.go_on();
+    ring_.advance();
   }
 
   // ---- consumers ----------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class HopperGemm {
                                                 stage_address(0).at(offsetof(Stage, scales)));
     HopperValues values;
     wait_for_full();
-    Weights::decode(addresses, bytes_of_stage(), table_, values);
+    Weights::decode(addresses, stage_offset(), table_, values);
 #pragma unroll 1
     for (int rest = steps; rest > 0; --rest) {
       Fragment fragments[kProducts];
@@ -215,10 +215,10 @@ class HopperGemm {
       for (int i = 0; i < kProducts * 4; ++i) fragments[i / 4][i % 4] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
       multiply(fragments);
       const std::uint32_t stage = ring_.stage;
-      ring_.go_on();
+      ring_.advance();
       if (rest > 1) {
         wait_for_full();
-        Weights::decode(addresses, bytes_of_stage(), table_, values);
+        Weights::decode(addresses, stage_offset(), table_, values);
       }
       wgmma_wait_for(values);
       arrive_at_empty(stage);
@@ -226,16 +226,16 @@ class HopperGemm {
     wgmma_wait_for(sums_.sum);
   }
   // The distance in bytes of the ring's stage from the first.
-  __device__ __forceinline__ std::uint32_t bytes_of_stage() const {
+  __device__ __forceinline__ std::uint32_t stage_offset() const {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
   // Multiplies by the left operand's rows in the ring's stage.
   __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
-    constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
-    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + bytes_of_stage());
+    constexpr std::uint64_t kDescriptorStep = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
+    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + stage_offset());
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kApart);
+    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kDescriptorStep);
     wgmma_commit();
   }
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
@@ -270,7 +270,7 @@ class HopperGemm {
       multiply(fragments);
       wgmma_wait_for(sums_.sum);
       arrive_at_empty(ring_.stage);
-      ring_.go_on();
+      ring_.advance();
     }
     if constexpr (!Weights::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.

@@ -91,20 +91,20 @@ class HopperSums {
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
     constexpr int kLaneRows = 2 * kVectors, kLanes = 4;
     static_assert(kLaneRows <= 64);
-    const unsigned mine = HopperLane().g % kLanes;  // the word that this lane needs
-    std::uint64_t kept[2] = {};                     // by column; a bit for each row
+    const unsigned own_word = HopperLane().g % kLanes;  // the word that this lane needs
+    std::uint64_t kept[2] = {};                         // by column; a bit for each row
 #pragma unroll 1
     for (int first = kLaneRows - kLanes; first >= 0; first -= kLanes) {
-      const int i = first + static_cast<int>(mine);
+      const int i = first + static_cast<int>(own_word);
       const PhiloxBlock random = dropout_random(dropout.seed, row + row_of(i), col);
       kept[0] <<= kLanes;
       kept[1] <<= kLanes;
 #pragma unroll
-      for (unsigned apart = 0; apart < kLanes; ++apart) {
-        const unsigned other = mine ^ apart;
+      for (unsigned distance = 0; distance < kLanes; ++distance) {
+        const unsigned other = own_word ^ distance;
         const std::uint32_t even = other & 2 ? random.word[2] : random.word[0];
         const std::uint32_t odd = other & 2 ? random.word[3] : random.word[1];
-        const std::uint32_t word = shfl_xor(other & 1 ? odd : even, static_cast<int>(apart * 4));
+        const std::uint32_t word = shfl_xor(other & 1 ? odd : even, static_cast<int>(distance * 4));
         kept[0] |= std::uint64_t{(word & 0xFFFF) >= dropout.threshold} << other;
         kept[1] |= std::uint64_t{word >> 16 >= dropout.threshold} << other;
       }

@@ -109,13 +109,13 @@ struct HopperColumns {
                                                 HopperValues& values) {
     constexpr std::uint32_t kHigh = 0xF0F0F0F0;
 #pragma unroll
-    for (unsigned four = 0; four < 2; ++four) {  // half of the eight pairs of rows, which are 8 rows apart
+    for (unsigned half = 0; half < 2; ++half) {  // half of the eight pairs of rows, which are 8 rows apart
       std::uint32_t rows[2] = {};                // the first and the second of each pair
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) {
 #pragma unroll
         for (unsigned second = 0; second < 2; ++second) {
-          const SharedAddress at = addresses.byte.at(stage + ((four * 4 + i) * 8 + second) * kTileRowBytes);
+          const SharedAddress at = addresses.byte.at(stage + ((half * 4 + i) * 8 + second) * kTileRowBytes);
           rows[second] |= std::uint32_t{load_shared<std::uint8_t>(at)} << (8 * i);
         }
       }
@@ -123,12 +123,12 @@ struct HopperColumns {
                                      (rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)};
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) {
-        const unsigned of_step = four * 4 + i;
-        const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage + of_step * 8 * sizeof(float)));
+        const unsigned row_pair = half * 4 + i;
+        const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage + row_pair * 8 * sizeof(float)));
 #pragma unroll
         for (unsigned col = 0; col < 2; ++col) {
           const auto pair = table.pair_of_byte(cols[col], i);
-          float* const to = values + of_step * 4 + col * 2;
+          float* const to = values + row_pair * 4 + col * 2;
           to[0] = pair.at[0] * scale.at[0];
           to[1] = pair.at[1] * scale.at[1];
         }
