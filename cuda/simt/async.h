@@ -61,7 +61,7 @@ class Mbarriers {
     int arrivals, pending;
     std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
     std::int64_t phase = 0;  // the phase under way
-    int made_by;
+    int initialized_by;
     bool is_published = false;
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };

@@ -33,11 +33,11 @@ template <auto kKernel>
 void ask_for_smem(std::size_t bytes, int device) {
   constexpr int kDevices = 64;  // for a device beyond them, every launch asks
   static std::atomic<std::size_t> asked[kDevices];
-  const bool is_kept = device >= 0 && device < kDevices;
-  if (is_kept && asked[device].load(std::memory_order_relaxed) >= bytes) return;
+  const bool is_remembered = device >= 0 && device < kDevices;
+  if (is_remembered && asked[device].load(std::memory_order_relaxed) >= bytes) return;
   QLN_CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  if (is_kept) asked[device].store(bytes, std::memory_order_relaxed);
+  if (is_remembered) asked[device].store(bytes, std::memory_order_relaxed);
 }
 
 template <class... Parameters>
@@ -191,10 +191,10 @@ struct SharedAddress {
     return SharedAddress(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
-// This takes one instruction beside the comparison; the compiler makes more from `a < b ? place.at(bytes) : place`.
-__device__ __forceinline__ void advance_if_less(SharedAddress& place, std::uint32_t bytes, float a, float b) {
+// This takes one instruction beside the comparison; the compiler makes more from `a < b ? address.at(bytes) : address`.
+__device__ __forceinline__ void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
   asm("{ .reg .pred p; setp.lt.f32 p, %2, %3; @p add.u32 %0, %0, %1; }"
-      : "+r"(place.address)
+      : "+r"(address.address)
       : "r"(bytes), "f"(a), "f"(b));
 }
 template <class V>

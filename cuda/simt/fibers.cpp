@@ -129,7 +129,7 @@ struct Warp {
 };
 
 // The threads that have come to a numbered barrier (bar.sync), or to a meeting of their warpgroup.
-struct Meeting {
+struct Rendezvous {
   std::vector<struct Fiber*> fibers;
   std::vector<void*> lanes;
   int threads = 0;
@@ -141,7 +141,7 @@ constexpr int kNamedBarriers = 16;  // in a block
 struct Block;
 
 struct Fiber {
-  enum class State { ready, at_barrier, at_meeting, waiting, at_mbarrier, done };
+  enum class State { ready, at_barrier, at_rendezvous, waiting, at_mbarrier, done };
   Position position;
   Block* block;
   Warp* warp;
@@ -170,14 +170,14 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<int> order;
   std::size_t next;  // the position in `order` of the fiber that runs next
-  int left;          // fibers that have not ended
+  int unfinished;    // fibers that have not ended
   std::byte* smem = nullptr;
   StoreBuffer stores;  // visible to this block alone
   std::unique_ptr<SharedMemory> memory;
   Mbarriers mbarriers;
   std::unique_ptr<TileCopies> tile_copies;
-  Meeting named_barriers[kNamedBarriers];
-  std::vector<Meeting> warpgroups;
+  Rendezvous named_barriers[kNamedBarriers];
+  std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
 
   explicit Block(std::int64_t index)
@@ -186,7 +186,7 @@ struct Block {
         warps(static_cast<std::size_t>(grid->threads / kWarp)),
         order(static_cast<std::size_t>(grid->threads)),
         next(order.size()),
-        left(grid->threads) {
+        unfinished(grid->threads) {
     // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
     // float in it is NaN.
     void* memory = nullptr;
@@ -228,14 +228,14 @@ struct Block {
     grid->thread(grid->arguments);
     if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
     self.state = Fiber::State::done;
-    if (--self.block->left == 0 && self.block->tile_copies->under_way() > 0) {
+    if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {
       fail("a block has ended before a tile that TMA loads was there");
     }
     self.context.switch_to(self.block->scheduler, /*last=*/true);
     __builtin_unreachable();
   }
 
-  bool done() const { return left == 0; }
+  bool done() const { return unfinished == 0; }
 
   void release_barrier() {
     const Fiber* first = nullptr;
@@ -255,7 +255,7 @@ struct Block {
   // Under a random order some warps pause for some rounds, while the others run as far as barriers let them.
   void hold_back_some_warps() {
     constexpr std::size_t kRounds = 8;  // on average
-    if (!schedule.is_random() || schedule.below(kRounds) != 0) return;
+    if (!schedule.is_random() || schedule.random_below(kRounds) != 0) return;
     for (Warp& warp : warps) warp.is_held_back = schedule.coin();
   }
   bool let_all_warps_run() {  // returns whether any warp was held back
@@ -268,12 +268,12 @@ struct Block {
   void finish_some_copies() {
     constexpr std::size_t kRounds = 4;  // on average
     for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
-      if (schedule.below(kRounds) == 0) tile_copies->finish(i);
+      if (schedule.random_below(kRounds) == 0) tile_copies->finish(i);
     }
   }
   bool finish_a_copy() {  // returns whether there was one
     const std::size_t count = tile_copies->under_way();
-    if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.below(count) : 0);
+    if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.random_below(count) : 0);
     return count > 0;
   }
 
@@ -309,14 +309,14 @@ struct Block {
     return any;
   }
 
-  std::string waits() const {
+  std::string text_of_waits() const {
     std::string all;
     for (const Fiber& fiber : fibers) {
-      const char* what = fiber.state == Fiber::State::at_barrier    ? "at the barrier "
-                         : fiber.state == Fiber::State::at_meeting  ? "for its warp, its warpgroup or others at "
-                         : fiber.state == Fiber::State::at_mbarrier ? "for an mbarrier at "
-                         : fiber.state == Fiber::State::waiting     ? "for another block at "
-                                                                    : nullptr;
+      const char* what = fiber.state == Fiber::State::at_barrier      ? "at the barrier "
+                         : fiber.state == Fiber::State::at_rendezvous ? "for its warp, its warpgroup or others at "
+                         : fiber.state == Fiber::State::at_mbarrier   ? "for an mbarrier at "
+                         : fiber.state == Fiber::State::waiting       ? "for another block at "
+                                                                      : nullptr;
       const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
       // Neighbouring threads that wait for the same share one line.
       if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;
@@ -349,7 +349,7 @@ void load_global(void* to, const void* from, std::size_t bytes) {
 
 [[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
   std::string waits;
-  for (const Block& block : blocks) waits += block.waits();
+  for (const Block& block : blocks) waits += block.text_of_waits();
   fail("deadlock:" + waits);
 }
 
@@ -369,7 +369,7 @@ void run_in_order(std::int64_t count) {
       if (started.empty()) break;
       fail_of_deadlock(started);
     }
-    started.emplace_back(schedule.place(next++, count));
+    started.emplace_back(schedule.ith_block(next++, count));
   }
 }
 
@@ -383,8 +383,9 @@ class ConcurrentRun {
   void run() {
     while (!to_start_.empty() || !resident_.empty()) {
       while (!to_start_.empty() && resident_.size() < kResidentBlocks) start();
-      Block& picked = *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.below(resident_.size())));
-      bool progress = picked.advance(std::int64_t{1} << schedule.below(kMostTurnsLog2 + 1));
+      Block& picked =
+          *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
+      bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
       publish_some(picked);
       for (auto block = resident_.begin(); block != resident_.end();) {
         if (!progress) progress = block->advance(1);
@@ -392,30 +393,30 @@ class ConcurrentRun {
       }
       if (!progress && !publish_one()) fail_of_deadlock(resident_);
     }
-    of_ended_.publish_all();
+    ended_stores_.publish_all();
   }
 
  private:
   using Blocks = std::list<Block>;
 
   void start() {
-    std::swap(to_start_[schedule.below(to_start_.size())], to_start_.back());
+    std::swap(to_start_[schedule.random_below(to_start_.size())], to_start_.back());
     resident_.emplace_back(to_start_.back());
     to_start_.pop_back();
   }
   Blocks::iterator end(Blocks::iterator block) {
-    for (Fiber& fiber : block->fibers) fiber.stores.move_to(of_ended_);
-    block->stores.move_to(of_ended_);
+    for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
+    block->stores.move_to(ended_stores_);
     return resident_.erase(block);
   }
 
   // Makes some of the stores visible that no signal has published yet.
   void publish_some(Block& block) {
-    StoreBuffer* const buffers[] = {&of_ended_, &block.stores,
-                                    &block.fibers[schedule.below(block.fibers.size())].stores};
-    StoreBuffer& buffer = *buffers[schedule.below(std::size(buffers))];
-    for (std::size_t left = schedule.below(kMostPublished); left > 0 && !buffer.empty(); --left) {
-      buffer.publish(schedule.below(buffer.size()));
+    StoreBuffer* const buffers[] = {&ended_stores_, &block.stores,
+                                    &block.fibers[schedule.random_below(block.fibers.size())].stores};
+    StoreBuffer& buffer = *buffers[schedule.random_below(std::size(buffers))];
+    for (std::size_t left = schedule.random_below(kMostPublished); left > 0 && !buffer.empty(); --left) {
+      buffer.publish(schedule.random_below(buffer.size()));
     }
   }
   // Makes one store visible when no block can run without one. Returns false if all buffers are empty.
@@ -424,20 +425,20 @@ class ConcurrentRun {
     const auto add = [&](StoreBuffer& buffer) {
       if (!buffer.empty()) buffers.push_back(&buffer);
     };
-    add(of_ended_);
+    add(ended_stores_);
     for (Block& block : resident_) {
       add(block.stores);
       for (Fiber& fiber : block.fibers) add(fiber.stores);
     }
     if (buffers.empty()) return false;
-    StoreBuffer& buffer = *buffers[schedule.below(buffers.size())];
-    buffer.publish(schedule.below(buffer.size()));
+    StoreBuffer& buffer = *buffers[schedule.random_below(buffers.size())];
+    buffer.publish(schedule.random_below(buffer.size()));
     return true;
   }
 
   std::vector<std::int64_t> to_start_;
   Blocks resident_;
-  StoreBuffer of_ended_;  // stores of blocks that have ended
+  StoreBuffer ended_stores_;  // stores of blocks that have ended
 };
 
 }  // namespace
@@ -476,13 +477,13 @@ void Schedule::arrange(std::vector<int>& order) {
   for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[next() % (i + 1)]);
 }
 
-std::int64_t Schedule::place(std::int64_t i, std::int64_t count) const {
+std::int64_t Schedule::ith_block(std::int64_t i, std::int64_t count) const {
   return order_ == Order::reverse ? count - 1 - i : i;
 }
 
 bool Schedule::coin() { return is_random() && next() % 2 == 0; }
 
-std::size_t Schedule::below(std::size_t count) { return next() % count; }
+std::size_t Schedule::random_below(std::size_t count) { return next() % count; }
 
 // ---- a grid ----
 
@@ -532,7 +533,7 @@ void poison(void* memory, std::size_t bytes) {
 
 void barrier(Site site) { suspend(*current, Fiber::State::at_barrier, site); }
 
-void meet(void* lane, void (*all)(void* const* lanes), Site site) {
+void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
   Fiber& self = *current;
   Warp& warp = *self.warp;
   if (warp.arrived == 0) warp.site = site;
@@ -540,8 +541,8 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
     fail("lanes of a warp meet at different calls: " + text(warp.site) + " and " + text(site));
   }
   warp.lanes[self.position.thread % kWarp] = lane;
-  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_meeting, site);
-  all(warp.lanes);
+  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_rendezvous, site);
+  exchange(warp.lanes);
   warp.arrived = 0;
   const int first = self.position.thread / kWarp * kWarp;
   for (int i = first; i < first + kWarp; ++i) {
@@ -551,45 +552,45 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
 
 namespace {
 
-// The last thread to come runs `all` on what every thread has brought; then all of them continue.
-void meet_others(Meeting& meeting, int threads, void* lane, std::size_t place, void (*all)(void* const* lanes),
-                 Site site) {
+// The last thread to come runs `exchange` on what every thread has brought; then all of them continue.
+void arrive_at(Rendezvous& rendezvous, int threads, void* lane, std::size_t place, void (*exchange)(void* const* lanes),
+               Site site) {
   Fiber& self = *current;
-  if (meeting.fibers.empty()) {
-    meeting.site = site;
-    meeting.threads = threads;
-    meeting.lanes.assign(static_cast<std::size_t>(threads), nullptr);
+  if (rendezvous.fibers.empty()) {
+    rendezvous.site = site;
+    rendezvous.threads = threads;
+    rendezvous.lanes.assign(static_cast<std::size_t>(threads), nullptr);
   }
-  if (meeting.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
-  meeting.fibers.push_back(&self);
-  if (all != nullptr) {
-    if (!(meeting.site == site)) {
-      fail("threads of a warpgroup meet at different calls: " + text(meeting.site) + " and " + text(site));
+  if (rendezvous.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
+  rendezvous.fibers.push_back(&self);
+  if (exchange != nullptr) {
+    if (!(rendezvous.site == site)) {
+      fail("threads of a warpgroup meet at different calls: " + text(rendezvous.site) + " and " + text(site));
     }
-    meeting.lanes[place] = lane;
+    rendezvous.lanes[place] = lane;
   }
-  if (meeting.fibers.size() < static_cast<std::size_t>(threads)) {
-    return suspend(self, Fiber::State::at_meeting, site);
+  if (rendezvous.fibers.size() < static_cast<std::size_t>(threads)) {
+    return suspend(self, Fiber::State::at_rendezvous, site);
   }
-  if (all != nullptr) all(meeting.lanes.data());
-  for (Fiber* fiber : meeting.fibers) {
+  if (exchange != nullptr) exchange(rendezvous.lanes.data());
+  for (Fiber* fiber : rendezvous.fibers) {
     fiber->state = Fiber::State::ready;
     fiber->stores.move_to(self.block->stores);
   }
-  meeting.fibers.clear();
+  rendezvous.fibers.clear();
 }
 
 }  // namespace
 
 void named_barrier(int number, int threads, Site site) {
   if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
-  meet_others(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+  arrive_at(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
 }
 
-void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site) {
+void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
   const int thread = current->position.thread;
-  Meeting& meeting = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
-  meet_others(meeting, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), all, site);
+  Rendezvous& rendezvous = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
+  arrive_at(rendezvous, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), exchange, site);
 }
 
 std::uint32_t shared_address(const void* p) { return current->block->memory->address_of(p); }
@@ -638,7 +639,7 @@ void set_max_registers(int count) {
   if (sum > kRegisters) fail("setmaxnreg: the block's threads want " + std::to_string(sum) + " registers");
 }
 
-void cut() {
+void yield() {
   if (concurrent) suspend(*current, Fiber::State::ready, current->site);
 }
 
@@ -647,7 +648,7 @@ void load(void* to, const void* from, std::size_t bytes) {
     std::memcpy(to, from, bytes);
     return;
   }
-  if (schedule.coin()) cut();
+  if (schedule.coin()) yield();
   load_global(to, from, bytes);
 }
 
@@ -656,7 +657,7 @@ void store(void* to, const void* from, std::size_t bytes) {
     std::memcpy(to, from, bytes);
     return;
   }
-  if (schedule.coin()) cut();
+  if (schedule.coin()) yield();
   current->stores.put(to, from, bytes);
 }
 
@@ -665,7 +666,7 @@ void share_stores() {
 }
 
 void signal(std::uint32_t* flag, std::uint32_t value) {
-  cut();
+  yield();
   if (concurrent) {
     current->stores.publish_all();
     current->block->stores.publish_all();
@@ -674,7 +675,7 @@ void signal(std::uint32_t* flag, std::uint32_t value) {
 }
 
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site) {
-  cut();
+  yield();
   if (*flag == value) return;
   current->flag = flag;
   current->value = value;
@@ -685,7 +686,7 @@ void copy_async(void* to, const void* from, int bytes, int zeros) {
   const auto aligned = [&](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % (bytes + zeros) == 0; };
   if (!aligned(to) || (bytes > 0 && !aligned(from))) fail("cp.async of a misaligned address");
   const Copy copy{to, from, bytes, zeros};
-  if (concurrent && schedule.coin()) cut();
+  if (concurrent && schedule.coin()) yield();
   if (schedule.coin()) return copy.run();
   current->copies.push_back(copy);
 }

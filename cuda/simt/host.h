@@ -103,14 +103,14 @@ T* dynamic_smem() {
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
-// `all` reads and changes what every lane has brought.
-template <class Lane, class All>
-void meet(Lane& lane, const All&, Site site) {
-  emulator::meet(
+// `exchange` reads and changes what every lane has brought.
+template <class Lane, class Exchange>
+void collective(Lane& lane, const Exchange&, Site site) {
+  emulator::warp_collective(
       &lane,
       [](void* const* lanes) {
-        static_assert(std::is_empty_v<All>);
-        All{}(reinterpret_cast<Lane* const*>(lanes));
+        static_assert(std::is_empty_v<Exchange>);
+        Exchange{}(reinterpret_cast<Lane* const*>(lanes));
       },
       site);
 }
@@ -118,7 +118,7 @@ void meet(Lane& lane, const All&, Site site) {
 inline void sync_warp(Site site = Site::current()) {
   emulator::share_stores();
   int nothing = 0;
-  meet(nothing, [](int* const*) {}, site);
+  collective(nothing, [](int* const*) {}, site);
 }
 
 template <class T>
@@ -127,7 +127,7 @@ T shfl(T value, int source, Site site = Site::current()) {
     T in, out;
     int source;
   } lane{value, {}, source};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         for (int i = 0; i < kWarp; ++i) lanes[i]->out = lanes[lanes[i]->source]->in;
@@ -143,7 +143,7 @@ T shfl_xor(T value, int mask, Site site = Site::current()) {
 
 // The largest value of any lane. The bits of floats >= 0 can be compared so, too.
 inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current()) {
-  meet(
+  collective(
       value,
       [](std::uint32_t* const* lanes) {
         std::uint32_t most = 0;
@@ -162,16 +162,16 @@ inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site =
   emulator::wait_for(flag, value, site);
 }
 inline int take_ticket(std::uint32_t* counter) {
-  emulator::cut();
+  emulator::yield();
   return static_cast<int>((*counter)++);
 }
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
-  emulator::cut();
+  emulator::yield();
   *at += value;
 }
 inline void atomic_min(std::uint64_t* at, std::uint64_t value) {
-  emulator::cut();
+  emulator::yield();
   *at = value < *at ? value : *at;
 }
 
@@ -216,16 +216,16 @@ struct SharedAddress {
     return static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(address)) & 0xFFFF;
   }
   // A table of 256 rows of 256 bytes begins at kRowsBegin. Byte `i` of `word` is the number of a row: the result is the
-  // place in that row with the same column as this place.
+  // address in that row with the same column as this address.
   SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
     const std::uintptr_t row = (word >> (8 * i) & 0xFF) * kRowBytes;
     const std::uintptr_t kept_bits = reinterpret_cast<std::uintptr_t>(address) & ~std::uintptr_t{0xFF00};
     return SharedAddress(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
-// Moves the place on by `bytes` if a < b.
-inline void advance_if_less(SharedAddress& place, std::uint32_t bytes, float a, float b) {
-  if (a < b) place = place.at(bytes);
+// Moves the address on by `bytes` if a < b.
+inline void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
+  if (a < b) address = address.at(bytes);
 }
 template <class V>
 V load_shared(const SharedAddress& from) {
@@ -313,7 +313,7 @@ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
     const void* row;
     std::uint32_t* r;
   } lane{row, r};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         for (int i = 0; i < kWarp; ++i) {
@@ -353,7 +353,7 @@ void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t
     float* c;
     const std::uint32_t *a, *b;
   } lane{c, a, b};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         const auto half = [](std::uint32_t pair, int i) {
