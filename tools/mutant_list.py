@@ -254,9 +254,7 @@ BY_WGMMA = [
         "random = dropout_random(dropout.seed, row + i, col)",
         HOPPER,
     ),
-    Mutant(
-        HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(bias_of[j])", "to_f32(bias_of[0])", HOPPER
-    ),
+    Mutant(HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(biases[j])", "to_f32(biases[0])", HOPPER),
 ]
 
 GEMM = [
@@ -334,8 +332,8 @@ GEMM = [
     Mutant(
         "cuda/product/gemm/sums.cuh",
         "the bias is that of the first group of columns",
-        "bias[j] = to_f32(bias_of[first + j]);",
-        "bias[j] = to_f32(bias_of[j]);",
+        "bias[j] = to_f32(biases[first + j]);",
+        "bias[j] = to_f32(biases[j]);",
         ON_GPU,
     ),
     Mutant(

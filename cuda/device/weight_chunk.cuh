@@ -177,13 +177,13 @@ constexpr int kCodeWords = 4;
 template <int kBits>
 __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int64_t element, int count,
                                              Vector<std::uint32_t, kCodeWords> (&to)[kBits / 4]) {
-  constexpr int kOfWord = 32 / kBits;
+  constexpr int kWordCodes = 32 / kBits;
 #pragma unroll
-  for (int word = 0; word < kChunk / kOfWord; ++word) {
+  for (int word = 0; word < kChunk / kWordCodes; ++word) {
     std::uint32_t bits = 0;
 #pragma unroll 1
-    for (int i = 0; i < kOfWord && kOfWord * word + i < count; ++i) {
-      const std::int64_t at = element + kOfWord * word + i;
+    for (int i = 0; i < kWordCodes && kWordCodes * word + i < count; ++i) {
+      const std::int64_t at = element + kWordCodes * word + i;
       if constexpr (kBits == 4) {
         const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the element with the even index is in the high nibble
         bits |= std::uint32_t{nibble_of_element(codes, at)} << shift;

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream) {
   const QuantizedWeightView& w = product.weight;
   const GemvArgs args{product, scales_of(w), last_chunk_of(w)};
-  const auto start = [&]<class T, int kRows, int kBits, bool kAligned>() {
+  const auto launch_for = [&]<class T, int kRows, int kBits, bool kAligned>() {
     const LaunchShape shape = {config.blocks, kGemvThreads, sizeof(GemvShared<kAligned>)};
     if constexpr (kRows == kGemvRows && kAligned) {
       if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
@@ -236,11 +236,11 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
   };
   const auto with_weight = [&]<class T, int kRows>() {
     if (w.bits == 4) {
-      if (config.aligned) return start.template operator()<T, kRows, 4, true>();
-      return start.template operator()<T, kRows, 4, false>();
+      if (config.aligned) return launch_for.template operator()<T, kRows, 4, true>();
+      return launch_for.template operator()<T, kRows, 4, false>();
     }
-    if (config.aligned) return start.template operator()<T, kRows, 8, true>();
-    return start.template operator()<T, kRows, 8, false>();
+    if (config.aligned) return launch_for.template operator()<T, kRows, 8, true>();
+    return launch_for.template operator()<T, kRows, 8, false>();
   };
   with_type(args.left.dtype, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {

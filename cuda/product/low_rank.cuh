@@ -23,7 +23,7 @@ struct LowRankProduct {
   Groups groups;
   std::int64_t right_elements;  // for U and V: how many elements an adapter's A or B has
   LowRankSplit split;
-  float* parts;  // sums of several blocks that share a tile: one `out` for each part
+  float* partial_sums;  // sums of several blocks that share a tile: one `out` for each part
 };
 
 // A block's share of the product: a tile of out, and a part of its sum.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     if (p.split.parts == 1) {
       store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
     } else {
-      p.parts[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
+      p.partial_sums[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
     }
   });
 }
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 // Adds the parts of each sum, in their order.
 template <class T>
 __global__ void __launch_bounds__(kProductThreads)
-    low_rank_sum_kernel(const float* parts, int count, float scale, const Matrix out) {
+    low_rank_sum_kernel(const float* partial_sums, int count, float scale, const Matrix out) {
   const std::int64_t step = grid_blocks() * kProductThreads, all = out.rows * out.cols;
   for (std::int64_t e = block_index() * kProductThreads + thread_index(); e < all; e += step) {
     float sum = 0.0f;
-    for (int part = 0; part < count; ++part) sum += parts[part * all + e];
+    for (int part = 0; part < count; ++part) sum += partial_sums[part * all + e];
     static_cast<T*>(out.data)[e / out.cols * out.stride + e % out.cols] = from_f32<T>(sum * scale);
   }
 }
@@ -123,7 +123,7 @@ void launch_low_rank(const Left& left, const Right& right, LowRankProduct produc
   shape.blocks *= parts;
   const std::int64_t sums = parts == 1 ? 0 : parts * out.rows * out.cols;
   const Workspace workspace(static_cast<std::size_t>(sums) * sizeof(float), stream);
-  product.parts = reinterpret_cast<float*>(workspace.data());
+  product.partial_sums = reinterpret_cast<float*>(workspace.data());
   if (product.groups.count > 0) {
     launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product);
   } else {
@@ -131,8 +131,8 @@ void launch_low_rank(const Left& left, const Right& right, LowRankProduct produc
   }
   if (parts == 1) return;
   with_type(out.dtype, [&]<class T>() {
-    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream, product.parts,
-                                   parts, product.scale, out);
+    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream,
+                                   product.partial_sums, parts, product.scale, out);
   });
 }
 

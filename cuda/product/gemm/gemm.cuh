@@ -333,13 +333,13 @@ class Gemm {
   __device__ __forceinline__ void add_low_rank_step(const Lane& lane, const Addresses& at, std::int64_t r0,
                                                     int step_inner) {
     const int inner = LeftRows<T, Tile>::inner_of(lane);
-    const AdapterRank mine = adapter_rank_at(r0 + inner);
-    LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), mine.r - inner);
+    const AdapterRank own = adapter_rank_at(r0 + inner);
+    LeftRows<T, Tile> left(lane, args_.low_rank, row0(), rows(), own.r - inner);
     int left_inner = step_inner;
     if constexpr (kGrouped) {
-      const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), mine.adapter);
+      const RowSpan span = TileAdapters<Tile::kRows>::rows_of(args_, tile_rows_.tile(), own.adapter);
       left.keep(tile_rows_.in_tile(span.begin), tile_rows_.in_tile(span.end));
-      const std::int64_t rest = args_.low_rank.cols - mine.r;
+      const std::int64_t rest = args_.low_rank.cols - own.r;
       left_inner = inner + (rest < kGemmStep ? static_cast<int>(rest) : kGemmStep);
     }
     if (args_.low_rank_vectors) {
@@ -362,17 +362,17 @@ class Gemm {
     const unsigned first = vector / kChunkVectors * kChunk;
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
     // Forward, the eight elements of the vector are neighbours along the rank.
-    const AdapterRank mine =
+    const AdapterRank own =
         adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kChunkVectors * kEight : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
-      return right_at<Weights::kForward>(args_, r, col, mine.adapter);
+      return right_at<Weights::kForward>(args_, r, col, own.adapter);
     };
     Eight eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
       const unsigned e = first + 2 * Weights::byte_of_chunk(vector % kChunkVectors, j);
-      eight.at[j] = Weights::kForward ? pack_pair<T>(at(mine.r + 2 * j, col), at(mine.r + 2 * j + 1, col))
-                                      : pack_pair<T>(at(mine.r, col + e), at(mine.r, col + e + 1));
+      eight.at[j] = Weights::kForward ? pack_pair<T>(at(own.r + 2 * j, col), at(own.r + 2 * j + 1, col))
+                                      : pack_pair<T>(at(own.r, col + e), at(own.r, col + e + 1));
     }
     store_shared(to.flipped(vector * kVectorBytes), eight);
   }
@@ -415,7 +415,7 @@ void gemm(const Product& product, const GemmConfig& config, const Stream& stream
   if (config.blocks == 0) return;
   const StreamKWorkspace workspace(config, stream);
   const GemmArgs args(product, config, workspace);
-  const auto start = [&]<class T, int kRows, int kCols, bool kAligned>() {
+  const auto launch_for = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
     const LaunchShape shape = {config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()};
     if constexpr (kAligned && kCols == kGemmCols) {
@@ -424,25 +424,26 @@ void gemm(const Product& product, const GemmConfig& config, const Stream& stream
     launch<gemm_kernel<T, Weights, Tile, false>>(shape, stream, args);
   };
   // The tiles that product_config chooses among.
-  const auto start_tile = [&]<class T>() {
-    if (config.tile_cols == kGemmWideCols) return start.template operator()<T, kGemmManyRows, kGemmWideCols, true>();
+  const auto launch_tile = [&]<class T>() {
+    if (config.tile_cols == kGemmWideCols)
+      return launch_for.template operator()<T, kGemmManyRows, kGemmWideCols, true>();
     switch (config.tile_rows) {
       case kGemmTallRows:
-        return start.template operator()<T, kGemmTallRows, kGemmCols, true>();
+        return launch_for.template operator()<T, kGemmTallRows, kGemmCols, true>();
       case kGemmManyRows:
-        return start.template operator()<T, kGemmManyRows, kGemmCols, true>();
+        return launch_for.template operator()<T, kGemmManyRows, kGemmCols, true>();
       case kGemmMiddleRows:
-        if (config.aligned) return start.template operator()<T, kGemmMiddleRows, kGemmCols, true>();
-        return start.template operator()<T, kGemmMiddleRows, kGemmCols, false>();
+        if (config.aligned) return launch_for.template operator()<T, kGemmMiddleRows, kGemmCols, true>();
+        return launch_for.template operator()<T, kGemmMiddleRows, kGemmCols, false>();
       case kGemmFewRows:
-        if (config.aligned) return start.template operator()<T, kGemmFewRows, kGemmCols, true>();
-        return start.template operator()<T, kGemmFewRows, kGemmCols, false>();
+        if (config.aligned) return launch_for.template operator()<T, kGemmFewRows, kGemmCols, true>();
+        return launch_for.template operator()<T, kGemmFewRows, kGemmCols, false>();
     }
   };
   if (args.left.dtype == DType::bf16) {
-    start_tile.template operator()<Bf16>();
+    launch_tile.template operator()<Bf16>();
   } else {
-    start_tile.template operator()<F16>();
+    launch_tile.template operator()<F16>();
   }
 }
 

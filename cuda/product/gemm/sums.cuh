@@ -88,18 +88,18 @@ class GemmSums {
   }
 
   // Stores each sum plus bias, rounded once, in the `rows` rows and `cols` columns that are there, counted from the
-  // lane's first. `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
-  __device__ void store(T* out, std::int64_t stride, const T* bias_of, int rows, int cols) const {
+  // lane's first. `out` and `biases` point to the lane's first; without a bias `biases` is null.
+  __device__ void store(T* out, std::int64_t stride, const T* biases, int rows, int cols) const {
 #pragma unroll
     for (int group = 0; group < kFragmentGroups; ++group) {
       const int first = group * Tile::kGroupCols, rest = cols - first;
       if (rest <= 0) return;
       const int count = rest < kLaneCols ? rest : kLaneCols;
       float bias[kLaneCols] = {};
-      if (bias_of != nullptr) {
+      if (biases != nullptr) {
 #pragma unroll
         for (int j = 0; j < kLaneCols; ++j) {
-          if (j < count) bias[j] = to_f32(bias_of[first + j]);
+          if (j < count) bias[j] = to_f32(biases[first + j]);
         }
       }
       T* to = out + first;

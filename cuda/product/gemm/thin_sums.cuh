@@ -141,16 +141,16 @@ class ThinSums {
     }
   }
   // Stores each sum plus bias, rounded once, in the `rows` rows and in the lane's `cols` columns that are there. `out`
-  // and `bias_of` point to the lane's first column; without a bias `bias_of` is null.
-  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* bias_of, int rows,
+  // and `biases` point to the lane's first column; without a bias `biases` is null.
+  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* biases, int rows,
                         int cols) const {
     if (cols <= 0) return;
     const int count = cols < 2 ? cols : 2;
     float bias[2] = {};
-    if (bias_of != nullptr) {
+    if (biases != nullptr) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(bias_of[j]);
+        if (j < count) bias[j] = to_f32(biases[j]);
       }
     }
 #pragma unroll

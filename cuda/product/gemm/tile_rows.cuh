@@ -44,8 +44,8 @@ class TileRows {
   // The tile that go_to() has found.
   __device__ const RowTile& tile() const { return found().tile; }
   __device__ int rows() const {
-    const std::int64_t there = tile().end - tile().begin;
-    return there < kRows ? static_cast<int>(there) : kRows;
+    const std::int64_t rest = tile().end - tile().begin;
+    return rest < kRows ? static_cast<int>(rest) : kRows;
   }
   // A row's number in the tile, limited to 0 ... the number of rows that the tile has.
   __device__ int in_tile(std::int64_t row) const {

@@ -338,20 +338,20 @@ void hopper_gemm(const Product& product, const GemmConfig& config, const Stream&
   }
   const StreamKWorkspace workspace(config, stream);
   const GemmArgs args(product, config, workspace);
-  const auto start = [&]<class T, int kRows>() {
+  const auto launch_for = [&]<class T, int kRows>() {
     using Tile = HopperTile<kRows>;
     const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
-  const auto start_tile = [&]<class T>() {
-    if (config.tile_rows == kGemmMiddleRows) return start.template operator()<T, kGemmMiddleRows>();
-    if (config.tile_rows == kGemmManyRows) return start.template operator()<T, kGemmManyRows>();
-    start.template operator()<T, kGemmTallRows>();
+  const auto launch_tile = [&]<class T>() {
+    if (config.tile_rows == kGemmMiddleRows) return launch_for.template operator()<T, kGemmMiddleRows>();
+    if (config.tile_rows == kGemmManyRows) return launch_for.template operator()<T, kGemmManyRows>();
+    launch_for.template operator()<T, kGemmTallRows>();
   };
   if (product.left.dtype == DType::bf16) {
-    start_tile.template operator()<Bf16>();
+    launch_tile.template operator()<Bf16>();
   } else {
-    start_tile.template operator()<F16>();
+    launch_tile.template operator()<F16>();
   }
 }
 

@@ -137,15 +137,15 @@ class HopperSums {
     }
   }
   // Stores each sum plus bias, rounded once, in the rows and columns that are there, counted from the lane's first.
-  // `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
-  __device__ void store(T* out, std::int64_t stride, const T* bias_of, std::int64_t rows, std::int64_t cols) const {
+  // `out` and `biases` point to the lane's first; without a bias `biases` is null.
+  __device__ void store(T* out, std::int64_t stride, const T* biases, std::int64_t rows, std::int64_t cols) const {
     if (cols <= 0) return;
     const int count = cols < 2 ? 1 : 2;
     float bias[2] = {};
-    if (bias_of != nullptr) {
+    if (biases != nullptr) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(bias_of[j]);
+        if (j < count) bias[j] = to_f32(biases[j]);
       }
     }
 #pragma unroll
