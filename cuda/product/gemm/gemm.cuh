@@ -1,4 +1,4 @@
-// The product with a quantized weight on tensor cores, forward and backward: README.md follows a tile through it.
+// The product with a quantized weight on tensor cores, forward and backward: cuda/README.md follows a tile through it.
 //
 // A block of 8 warps computes one tile of out after another, or a part of a tile's inner dimension. The inner dimension
 // passes through shared memory, 64 at a time: the left operand as it is, and the weight as codes, which are decoded by
