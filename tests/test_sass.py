@@ -175,7 +175,7 @@ def test_each_fault_is_reported(sass):
     assert sass.faults(other, committed) == ["new for sm_80: no committed figure (make sass ARGS=--output writes it)"]
 
 
-def test_wgmma_that_waits_for_the_one_before_is_not_seen(machine_code, sass):
+def test_wgmma_that_waits_for_the_one_before_is_a_fault(machine_code, sass):
     def kernel(*operands):
         code = tuple(machine_code.Instruction(16 * i, "", "HGMMA.64x64x16", each) for i, each in enumerate(operands))
         return machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 64>", "sm_90a", code, 168, 0)

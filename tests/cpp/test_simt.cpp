@@ -333,7 +333,7 @@ void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_r
 void flag_without_barrier_before_it_is_caught() { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
 void sums_read_before_their_flag_are_caught() { EXPECT(is_caught<Mistake::sums_before_flag>()); }
 void sums_read_without_a_barrier_are_caught() { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
-void flag_that_is_not_reset_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
+void flag_that_stays_raised_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
 
 void seed_is_one_interleaving() {
   const auto run = [] { return shared_sums<Mistake::flag_before_sums>(); };
@@ -664,7 +664,7 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
   EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));
 }
 
-void unknown_schedule_is_refused() {
+void unknown_schedule_is_named_in_the_message() {
   setenv("QLN_SCHEDULE", "sideways", 1);
   EXPECT(contains(death_message([] { rounds<true>(); }),
                   "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
@@ -685,7 +685,7 @@ int run_all() {
   flag_without_barrier_before_it_is_caught();
   sums_read_before_their_flag_are_caught();
   sums_read_without_a_barrier_are_caught();
-  flag_that_is_not_reset_is_caught();
+  flag_that_stays_raised_is_caught();
   seed_is_one_interleaving();
   block_sees_its_own_stores();
   workspace_begins_as_nan_or_as_raised_flags();
@@ -703,7 +703,7 @@ int run_all() {
   memory_of_the_host_is_caught_in_the_arguments_of_a_kernel();
   memory_of_the_device_is_reached_by_kernels_alone();
   tensors_of_a_call_are_on_the_device_while_it_runs();
-  unknown_schedule_is_refused();
+  unknown_schedule_is_named_in_the_message();
   return report();
 }
 
