@@ -187,7 +187,7 @@ void check_thin() {
   using Tile = ThinTile<kRows>;
   using Left = LeftStage<Bf16, Tile>;
   using Codes = ThinCodes<Tile>;
-  constexpr unsigned kPlaces = kGemmThreads * Codes::kOfThread;
+  constexpr unsigned kPlaces = kGemmThreads * Codes::kThreadChunks;
   for (unsigned place = 0; place < kPlaces; ++place) {
     EXPECT(Codes::place(Codes::col_at(place), Codes::chunk_at(place)) == place);
   }
@@ -195,7 +195,7 @@ void check_thin() {
   for (unsigned place = kGemmThreads; place < kPlaces; ++place) {
     const unsigned before = place - kGemmThreads;
     EXPECT(Codes::chunk_at(place) == Codes::chunk_at(before));
-    EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kOfThread);
+    EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kThreadChunks);
   }
   for (unsigned place = 0; place < kRows * Left::kVectors; ++place) {
     EXPECT(Left::place(place / Left::kVectors, Left::vector_at(place)) == place);
