@@ -98,9 +98,9 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
     }
     if constexpr (kMistake != Mistake::no_fence_of_registers) wgmma_fence();
     for (int k = 0; k < 4; ++k) {
-      const int step = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
+      const int step_bytes = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
       std::uint64_t descriptor =
-          descriptor_of_swizzled_rows(shared_address(shared.b[stage]) + static_cast<std::uint32_t>(step * k));
+          descriptor_of_swizzled_rows(shared_address(shared.b[stage]) + static_cast<std::uint32_t>(step_bytes * k));
       if constexpr (kMistake == Mistake::wrong_stride_of_the_descriptor) descriptor ^= std::uint64_t{96} << 32;
       wgmma<T, kCols>(d, fragments[k], descriptor);
     }
