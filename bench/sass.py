@@ -2,7 +2,7 @@
 
     make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
-    make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md
+    make sass ARGS=--output       writes those figures, results/sass.md for people, and the tables of the READMEs
 
 The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
 inside it. Without any of them it is the loop with the most instructions; or, in a kernel that has one loop with vector
@@ -37,7 +37,6 @@ import cycles
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
-README = ROOT / "cuda/README.md"
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
 SLACK = 0.02
 
@@ -57,7 +56,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
-    (r"(dequantize|panel|side_by_side|look|update)_kernel<", "element", lambda m, loop: 8),
+    (r"(dequantize|panel|concatenate|check|update)_kernel<", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, 0>", "element", lambda m, loop: 8),
     (r"kDequantizeBlockwise<.*, 8, [12]>", "element", lambda m, loop: 16),
     (r"kOptimizerStatic8bit2StateBlockwise<", "element", lambda m, loop: 1),
@@ -177,14 +176,14 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def optimizer_steps(found: dict[str, Any]) -> Iterator[str]:
-    """What a step of each 8-bit optimizer costs: each gradient is looked at, then all is updated."""
+    """What a step of each 8-bit optimizer costs: each gradient is checked, then all is updated."""
     for rule, goal in (("AdamW", "; goal: 90"), ("Lion", ""), ("AdEMAMix", "")):
         for dtype in ("float", "Bf16", "F16"):
-            look, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("look", "update"))
-            sums = {arch: look[arch]["per_element"] + update[arch]["per_element"] for arch in look if arch in update}
+            check, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("check", "update"))
+            sums = {arch: check[arch]["per_element"] + update[arch]["per_element"] for arch in check if arch in update}
             if sums:
                 costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
-                yield f"A step of {rule} in {dtype}, look and update: {costs} thread-instructions a parameter{goal}."
+                yield f"A step of {rule} in {dtype}, check and update: {costs} thread-instructions a parameter{goal}."
 
 
 def peer_library() -> Path | None:
@@ -211,39 +210,39 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
 
 
 BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
-# What cuda/README.md shows of a kernel in bf16 over 4-bit weights: {its name there: its name}.
+# What a page shows of kernels in bf16 over 4-bit weights: {page: {a kernel's name there: its name}}.
 SHOWN = {
-    **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
-    **{
-        f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
-        for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
-        for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
+    ROOT / "cuda/product/README.md": {
+        **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
+        **{
+            f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
+            for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
+            for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
+        },
+        "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
+        "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
+        "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
+        **{
+            f"GEMM, {rows} × 128, {way}, in groups": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, 128, true>, true>"
+            for rows, way, layout in ((16, "dX", "DecodedColumns"), (128, "forward", "DecodedRows"))
+        },
+        "decoding a panel": "panel_kernel<Bf16, 4>",
     },
-    **{
+    ROOT / "cuda/product/hopper/README.md": {
         f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
         for rows in (64, 128, 256)
         for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
     },
-    "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
-    "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
-    "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
-    **{
-        f"GEMM, {rows} × 128, {way}, in groups": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, 128, true>, true>"
-        for rows, way, layout in ((16, "dX", "DecodedColumns"), (128, "forward", "DecodedRows"))
-    },
-    "decoding a panel": "panel_kernel<Bf16, 4>",
-    "dequantize": "dequantize_kernel<Bf16, 4>",
-    "AdamW8bit, update": "update_kernel<Bf16, AdamW>",
 }
 
 
-def short_table(committed: dict[str, Any]) -> str:
-    """The table of cuda/README.md, of the committed figures."""
+def short_table(committed: dict[str, Any], shown: dict[str, str]) -> str:
+    """The table of a page, of the committed figures."""
     lines = [
-        f"| sm_90(a), nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight or element |",
+        f"| sm_90(a), nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight |",
         "|---|---|---|---|---|",
     ]
-    for title, name in SHOWN.items():
+    for title, name in shown.items():
         figure = list(committed["kernels"][name].values())[-1]  # of the newest architecture
         unit = figure.get("per_weight", figure.get("per_element", ""))
         share = f"{figure['hmma']:.0%}" if "hmma" in figure else ""
@@ -296,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries.append(f"{json.dumps(name)}: {{\n   " + ",\n   ".join(lines) + "}")
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
     RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title), compiled))
-    README.write_text(with_table(README.read_text(), short_table(json.loads(RESULTS.read_text()))))
+    committed = json.loads(RESULTS.read_text())
+    for page, shown in SHOWN.items():
+        page.write_text(with_table(page.read_text(), short_table(committed, shown)))
     return 0
 
 

@@ -67,7 +67,7 @@ ARGUMENTS_OF_BITSANDBYTES = [
     ("options", "error", "message"), OPTIONS + ARGUMENTS_OF_BITSANDBYTES, ids=lambda value: str(value)[:50]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_bad_option_is_refused_by_name(cls, options, error, message):
+def test_bad_option_is_named_in_the_error(cls, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         cls(**{"params": [parameter()], **options})
 
@@ -93,14 +93,14 @@ def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
     + [({"params": [parameter(dtype=torch.float64)]}, TypeError, f"params: {FLOAT}torch.float64")],
     ids=lambda value: str(value)[-60:],
 )
-def test_bad_group_is_refused_and_left_out(group, error, message):
+def test_bad_group_is_named_in_the_error_and_left_out(group, error, message):
     optimizer = qn.optim.AdamW8bit([parameter()])
     with pytest.raises(error, match=re.escape(message)):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
 
 
-def test_frozen_weights_are_refused():
+def test_frozen_weights_stay_without_state():
     """The parameters of a quantized layer, whose uint8 codes `model.parameters()` returns too."""
     layer = qn.nn.Linear4bit.from_linear(nn.Linear(64, 8))
     layer.bias.requires_grad_(True)
@@ -135,7 +135,7 @@ STEP = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), STEP, ids=[case[2] for case in STEP])
-def test_bad_step_is_refused_and_changes_nothing(change, error, message):
+def test_bad_step_is_named_in_the_error_and_changes_nothing(change, error, message):
     params = [parameter((300,)), parameter(), parameter((5000,))]
     optimizer = qn.optim.AdamW8bit(params)
     for param in params:
@@ -169,7 +169,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("change", "message"), LISTS, ids=[case[1] for case in LISTS])
-def test_op_refuses_lists_that_do_not_fit_the_parameters(change, message):
+def test_mismatched_list_is_named_in_the_error_of_the_op(change, message):
     arguments = {
         "params": [torch.ones(300), torch.ones(300)],
         "grads": [torch.ones(300), torch.ones(300)],
@@ -186,7 +186,7 @@ def test_op_refuses_lists_that_do_not_fit_the_parameters(change, message):
         step(*(arguments | change).values(), *options)
 
 
-def test_bad_gradient_on_a_second_device_is_refused_before_the_first_steps():
+def test_bad_gradient_on_a_second_device_raises_before_the_first_steps():
     """A device for shapes alone stands for a GPU: its parameters are known, and nothing is computed there."""
     params = [parameter(), nn.Parameter(torch.empty(3, device="meta"))]
     optimizer = qn.optim.AdamW8bit(params)
@@ -213,7 +213,7 @@ LEARNING_RATES = [
 
 
 @pytest.mark.parametrize(("rates", "message"), LEARNING_RATES, ids=[case[1] for case in LEARNING_RATES])
-def test_op_refuses_a_bad_learning_rate_tensor(rates, message):
+def test_bad_learning_rate_tensor_is_named_in_the_error_of_the_op(rates, message):
     arguments = ([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], [], [torch.tensor(0)], [1])
     options = ([1e-3], [0.9], [0.999], [1e-8], [0.0], None, None, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -221,7 +221,7 @@ def test_op_refuses_a_bad_learning_rate_tensor(rates, message):
     assert torch.equal(arguments[0][0], torch.ones(3))
 
 
-def test_gradient_of_another_dtype_is_refused():
+def test_gradient_of_another_dtype_is_named_in_the_error():
     param = parameter()
     param.grad_dtype = torch.float64
     param.grad = torch.ones_like(param, dtype=torch.float64)
@@ -354,7 +354,7 @@ STATE = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), STATE, ids=[case[2][:60] for case in STATE])
-def test_bad_state_dict_is_refused_and_changes_nothing(change, error, message):
+def test_bad_state_dict_is_named_in_the_error_and_changes_nothing(change, error, message):
     params = [parameter(), parameter((9,))]
     optimizer = stepped(params)
     before = copy.deepcopy(optimizer.state_dict())

@@ -183,7 +183,7 @@ def test_paged_moments_outlive_their_optimizer():
 
 
 @paged
-def test_paged_arena_refuses_bad_input():
+def test_bad_input_of_a_paged_arena_is_named_in_the_error():
     with pytest.raises(ValueError, match=r"states\[1\].elements: expected >= 0, got -1"):
         _C.PagedArena([(1, True), (-1, False)], DEVICE.type == "cuda", 0)
     with pytest.raises(ValueError, match="stretch_bytes: expected >= 1, got 0"):
@@ -206,7 +206,7 @@ def test_paged_arena_has_the_arrays_of_an_algorithm(algorithm, elements):
     assert [torch.from_dlpack(array).numel() for array in arrays] == elements
 
 
-def test_paged_arena_of_the_cpu_is_refused():
+def test_paged_arena_of_the_cpu_says_that_it_pages_nothing():
     if _C.cpu_tensors_backend() == "cuda_emulated":
         pytest.skip("it can be")
     with pytest.raises(RuntimeError, match="PagedArena: the backend cpu pages nothing"):

@@ -87,7 +87,7 @@ def check(call, error, message, *watched):
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), QUANTIZE, ids=lambda value: str(value)[:60])
-def test_quantize_refuses_bad_input_by_name(arguments, error, message):
+def test_bad_input_of_quantize_is_named_in_the_error(arguments, error, message):
     arguments = {"weight": weight(), **arguments}
     watched = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     check(lambda: qn.quantize(**arguments), error, message, *watched)
@@ -167,13 +167,13 @@ CONTAINER = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), CONTAINER, ids=lambda value: str(value)[:60])
-def test_container_refuses_bad_fields_by_name(changes, error, message):
+def test_bad_field_of_a_container_is_named_in_the_error(changes, error, message):
     arguments = fields(**changes)
     watched = [value for value in arguments.values() if isinstance(value, torch.Tensor) and not value.is_meta]
     check(lambda: qn.QuantizedWeight(**arguments), error, message, *watched)
 
 
-def test_codes_refuse_gradients():
+def test_codes_stay_without_gradients():
     q = qn.quantize(weight())
     with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require gradients"):
         q.codes.requires_grad_()
@@ -239,7 +239,7 @@ LINEAR = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), LINEAR, ids=lambda value: str(value)[:60])
-def test_linear_refuses_bad_input_by_name(arguments, error, message):
+def test_bad_input_of_linear_is_named_in_the_error(arguments, error, message):
     arguments = {"x": randn(4, K), "q": qn.quantize(weight()), **arguments}
     watched = [value for value in arguments.values() if isinstance(value, torch.Tensor) and not value.is_meta]
     state = torch.get_rng_state()
@@ -257,7 +257,7 @@ def test_unusual_adapter_is_taken(options):
     torch.testing.assert_close(y - qn.linear(x, q), added, rtol=1e-4, atol=1e-3)
 
 
-def test_dequantize_refuses_bad_input_by_name():
+def test_bad_input_of_dequantize_is_named_in_the_error():
     q = qn.quantize(weight())
     with pytest.raises(TypeError, match=re.escape("q: expected a QuantizedWeight, got Tensor")):
         qn.dequantize(q.codes)
@@ -294,7 +294,7 @@ def damaged(**changes):
     ],
     ids=str,
 )
-def test_op_refuses_a_damaged_container(changes, named):
+def test_damaged_field_is_named_in_the_error_of_the_op(changes, named):
     q = damaged(**changes)
     x = torch.zeros(2, q.shape[1] if q.shape[1] < 100 else K)
     with pytest.raises((ValueError, RuntimeError), match=rf"({named}): expected"):
@@ -347,11 +347,11 @@ LAYER = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), LAYER, ids=[case[2][:50] for case in LAYER])
-def test_layer_refuses_bad_input_by_name(call, error, message):
+def test_bad_input_of_a_layer_is_named_in_the_error(call, error, message):
     check(call, error, message)
 
 
-def test_refused_model_stays_as_it_was():
+def test_failed_quantization_leaves_the_model_as_it_was():
     model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Sequential(torch.nn.Linear(64, 8)))
     with torch.no_grad():
         model[1][0].weight[3, 5] = NAN

@@ -213,7 +213,7 @@ def test_safetensors_writes_and_reads_the_entries():
         assert torch.equal(qn.QuantizedWeight.from_bitsandbytes(read, name).dequantize(), q.dequantize())
 
 
-def test_format_that_bitsandbytes_lacks_is_refused():
+def test_format_of_ours_alone_is_named_in_the_error():
     for options in ({"format": "int4"}, {"format": "int8"}, {"codebook": cases.CODEBOOK}):
         with pytest.raises(ValueError, match="format: expected nf4 or fp4, the formats of bitsandbytes, got"):
             qn.quantize(torch.randn(4, 64), **options).to_bitsandbytes()
@@ -317,14 +317,14 @@ def _filled(key, value, index=0):
         ),
     ],
 )
-def test_damaged_state_dict_is_refused(damage, error, message):
+def test_damage_of_a_state_dict_is_named_in_the_error(damage, error, message):
     entries = qn.quantize(torch.randn(8, 64)).to_bitsandbytes()
     damage(entries)
     with pytest.raises(error, match=message):
         qn.QuantizedWeight.from_bitsandbytes(entries)
 
 
-def test_scale_that_is_not_finite_is_refused():
+def test_nan_in_a_scale_is_named_in_the_error():
     entries = qn.quantize(torch.randn(8, 64), double_quant=False).to_bitsandbytes()
     _filled("weight.absmax", float("nan"), 3)(entries)
     with pytest.raises(ValueError, match="weight, absmax: expected finite values, got NaN or Inf"):

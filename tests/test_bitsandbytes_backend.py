@@ -233,7 +233,7 @@ def test_operation_runs_here_while_enabled_alone(monkeypatch):
             assert called == ([ours] if runs else []), name
 
 
-def test_call_that_we_do_not_take_goes_to_their_kernel():
+def test_unsupported_call_has_the_bits_of_their_kernel():
     """NaN in a weight, float64, a max_unorm, other quantization maps: bitsandbytes' own answer, bit for bit."""
     weight = torch.randn(4, 64)
     weight[1, 2] = float("nan")

@@ -120,7 +120,7 @@ def test_error_reported_is_the_one_that_was_made(base, tmp_path):
     assert report.error == pytest.approx((torch.stack(errors).norm() / torch.stack(weights).norm()).item(), rel=1e-4)
 
 
-def test_layer_that_the_format_lacks_is_refused(base, tmp_path):
+def test_unsupported_layer_is_named_in_the_error(base, tmp_path):
     models.make("gpt2").save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match="to: expected bf16, fp16, fp32, nf4 or fp4 for a GPT2LMHeadModel, got int4"):
         convert(tmp_path / "gpt2", tmp_path / "out", to="int4", progress=False)

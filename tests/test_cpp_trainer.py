@@ -176,7 +176,7 @@ def test_trainer_is_built_without_the_toolkit(tmp_path):
         (("--data", ROOT / ".clang-format"), "too short"),
     ],
 )
-def test_bad_option_is_refused(trainer, base, tmp_path, change, message):
+def test_bad_option_is_named_in_the_error(trainer, base, tmp_path, change, message):
     options = {"--model": base, "--data": TEXT, "--out": tmp_path / "out", "--steps": "1", **dict([change])}
     done = subprocess.run(
         [trainer, *(str(part) for pair in options.items() for part in pair)], capture_output=True, text=True

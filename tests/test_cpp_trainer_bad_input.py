@@ -134,7 +134,7 @@ def test_undamaged_model_is_trained(trainer, model, tmp_path):
         ({"attention_bias": True}, "attention_bias: expected no biases"),
     ],
 )
-def test_config_that_no_model_fits_is_refused(trainer, model, tmp_path, change, message):
+def test_bad_field_of_the_config_is_named_in_the_error(trainer, model, tmp_path, change, message):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
     check_model_is_refused(trainer, model, tmp_path, message)
 
@@ -160,7 +160,7 @@ def test_config_that_no_model_fits_is_refused(trainer, model, tmp_path, change, 
         ('{"\\u001b[31m\\n": 1, "\\u001b[31m\\n": 2}', 'a second key "\\u001b[31m\\u000a"'),
     ],
 )
-def test_config_that_is_not_json_is_refused(trainer, model, tmp_path, text, message):
+def test_bad_json_of_the_config_is_named_in_the_error(trainer, model, tmp_path, text, message):
     (model / "config.json").write_text(text)
     check_model_is_refused(trainer, model, tmp_path, "config.json: ", message)
 
@@ -170,7 +170,7 @@ def test_surrogate_pair_is_one_character(trainer, model, tmp_path):
     check_model_is_refused(trainer, model, tmp_path, 'expected llama, for this trainer, got "\U0001f600"')
 
 
-def test_pipe_is_refused(trainer, model, tmp_path):
+def test_pipe_is_named_in_the_error(trainer, model, tmp_path):
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
     check_model_is_refused(trainer, model, tmp_path, "config.json: is empty, or no file that can be mapped")
@@ -222,7 +222,7 @@ HALF = "model.layers.0.input_layernorm.weight"
         (STATE, {"dtype": "I8"}, f"{STATE}: expected U8, got I8"),
     ],
 )
-def test_header_that_lies_is_refused(trainer, model, tmp_path, name, fields, message):
+def test_lie_of_a_header_is_named_in_the_error(trainer, model, tmp_path, name, fields, message):
     def change(header):
         header[name].update(fields)
         return header
@@ -231,7 +231,7 @@ def test_header_that_lies_is_refused(trainer, model, tmp_path, name, fields, mes
     check_model_is_refused(trainer, model, tmp_path, message)
 
 
-def test_tensor_that_is_named_twice_is_refused(trainer, model, tmp_path):
+def test_tensor_in_a_header_twice_is_named_in_the_error(trainer, model, tmp_path):
     rewrite_header(
         model / "model.safetensors",
         lambda header: json.dumps(header)[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}',
@@ -239,7 +239,7 @@ def test_tensor_that_is_named_twice_is_refused(trainer, model, tmp_path):
     check_model_is_refused(trainer, model, tmp_path, f"model.safetensors: JSON: a second key {NORM} at byte")
 
 
-def test_tensor_in_two_files_is_refused(trainer, model, tmp_path):
+def test_tensor_in_two_files_is_named_in_the_error(trainer, model, tmp_path):
     save_file({NORM: torch.ones(WIDTH)}, model / "other.safetensors")
     check_model_is_refused(
         trainer, model, tmp_path, f"other.safetensors: {NORM}: is in another file of the folder, too"
@@ -247,27 +247,27 @@ def test_tensor_in_two_files_is_refused(trainer, model, tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 7, 8, 100, -1])
-def test_file_that_is_cut_short_is_refused(trainer, model, tmp_path, left):
+def test_file_that_is_cut_short_is_named_in_the_error(trainer, model, tmp_path, left):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     check_model_is_refused(trainer, model, tmp_path, "model.safetensors: ")
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001])
-def test_header_longer_than_its_file_is_refused(trainer, model, tmp_path, length):
+def test_length_of_a_header_beyond_its_file_is_in_the_error(trainer, model, tmp_path, length):
     path = model / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
     check_model_is_refused(trainer, model, tmp_path, "is cut short or no safetensors file", str(length))
 
 
-def test_folder_without_tensors_is_refused(trainer, model, tmp_path):
+def test_folder_without_tensors_is_called_so_in_the_error(trainer, model, tmp_path):
     (model / "model.safetensors").unlink()
     check_model_is_refused(trainer, model, tmp_path, "there is no *.safetensors file")
     (model / "model.safetensors").mkdir()
     check_model_is_refused(trainer, model, tmp_path, "model.safetensors: is empty, or no file that can be mapped")
 
 
-def test_link_out_of_the_folder_is_refused(trainer, model, tmp_path):
+def test_link_out_of_the_folder_is_read(trainer, model, tmp_path):
     """Caches of models consist of links, and the files are only read."""
     (model / "model.safetensors").rename(tmp_path / "elsewhere")
     (model / "model.safetensors").symlink_to(tmp_path / "elsewhere")
@@ -298,7 +298,7 @@ def test_link_out_of_the_folder_is_refused(trainer, model, tmp_path):
         ({"nested_offset": "0"}, 'nested_offset: expected a number, got "0"'),
     ],
 )
-def test_quant_state_that_contradicts_is_refused(trainer, model, tmp_path, change, message):
+def test_contradiction_of_a_quant_state_is_named_in_the_error(trainer, model, tmp_path, change, message):
     tensors = load_file(model / "model.safetensors")
     state = json.loads(bytes(tensors[STATE].tolist())) | change
     tensors[STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
@@ -306,7 +306,7 @@ def test_quant_state_that_contradicts_is_refused(trainer, model, tmp_path, chang
     check_model_is_refused(trainer, model, tmp_path, message)
 
 
-def test_blocksize_that_is_no_power_of_two_is_refused(trainer, model, tmp_path):
+def test_blocksize_beside_the_powers_of_two_is_in_the_error(trainer, model, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors[STATE] = torch.frombuffer(
         bytearray(bytes(tensors[STATE].tolist()).replace(b'"blocksize": 64,', b'"blocksize": 48,', 1)),
@@ -336,7 +336,7 @@ def test_blocksize_that_is_no_power_of_two_is_refused(trainer, model, tmp_path):
         (".quant_state.bitsandbytes__nf4", lambda t: t[:-1], f"{STATE}: JSON: expected '}}' at byte"),
     ],
 )
-def test_weight_that_is_not_whole_and_finite_is_refused(trainer, model, tmp_path, suffix, change, message):
+def test_missing_or_infinite_part_of_a_weight_is_named_in_the_error(trainer, model, tmp_path, suffix, change, message):
     tensors = load_file(model / "model.safetensors")
     changed = change(tensors.pop(f"{UP}{suffix}"))
     if changed is not None:
@@ -348,7 +348,7 @@ def test_weight_that_is_not_whole_and_finite_is_refused(trainer, model, tmp_path
     check_model_is_refused(trainer, model, tmp_path, message)
 
 
-def test_embedding_that_is_not_finite_is_refused(trainer, model, tmp_path):
+def test_infinity_in_an_embedding_is_located_in_the_error(trainer, model, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"][1, 2] = torch.inf
     save_file(tensors, model / "model.safetensors")
@@ -359,7 +359,7 @@ def test_embedding_that_is_not_finite_is_refused(trainer, model, tmp_path):
 
 
 @pytest.mark.parametrize("token", [-1, 256, 2**31 - 1])
-def test_token_outside_the_vocabulary_is_refused(trainer, model, tmp_path, token):
+def test_token_outside_the_vocabulary_is_located_in_the_error(trainer, model, tmp_path, token):
     """Also one that is only ever predicted."""
     tokens = torch.zeros(1000, dtype=torch.int32)
     tokens[-1] = token
@@ -368,7 +368,7 @@ def test_token_outside_the_vocabulary_is_refused(trainer, model, tmp_path, token
     check_refused(done, f"data.txt: token {token} at 999 is outside the model's vocabulary of 256")
 
 
-def test_token_ids_that_end_within_a_token_are_refused(trainer, model, tmp_path):
+def test_length_of_token_ids_that_end_within_a_token_is_in_the_error(trainer, model, tmp_path):
     (model / "data.txt").write_bytes(bytes(1001))
     check_refused(train(trainer, model, tmp_path / "out", "--token-ids"), "expected int32 token ids, got 1001 bytes")
 
@@ -428,7 +428,7 @@ def test_killed_run_leaves_no_adapter_and_the_next_replaces_its_leftovers(traine
     assert len(load_file(out / "adapter_model.safetensors")) == 2 * 7 * LAYERS
 
 
-def test_leftover_that_is_a_link_is_not_written_through(trainer, model, tmp_path):
+def test_leftover_link_is_replaced_and_its_target_is_kept(trainer, model, tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()
     elsewhere.write_text("kept")
@@ -443,7 +443,7 @@ def test_out_that_is_a_file_is_one_sentence(trainer, model, tmp_path):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(tmp_path / "out") in done.stderr
 
 
-def test_text_for_a_vocabulary_that_is_no_byte_is_refused(trainer, model, tmp_path):
+def test_text_for_a_vocabulary_beyond_bytes_gets_advice(trainer, model, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"] = torch.randn(300, WIDTH)
     save_file(tensors, model / "model.safetensors")

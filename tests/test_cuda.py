@@ -165,7 +165,7 @@ def test_compiled_layer_is_one_graph():
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
-def test_tensor_on_another_device_is_refused():
+def test_device_of_a_tensor_elsewhere_is_named_in_the_error():
     with pytest.raises(ValueError, match="device"):
         qn.linear(randn(M, K), weight())
 

@@ -225,7 +225,7 @@ def test_misspelled_field_is_ignored_there_and_named_here():
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ="nf4")
 
 
-def test_nan_is_loaded_here_or_refused_there(tmp_path, caplog):
+def test_nan_spoils_a_block_there_and_is_named_here(tmp_path, caplog):
     model = models.make("llama", torch.bfloat16, width=128, inner=192)
     model.model.layers[0].self_attn.q_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
@@ -324,7 +324,7 @@ def test_weight_comes_back_from_merging_here_alone(checkpoint):
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == comes_back
 
 
-def test_ia3_is_refused_there_and_merged_here(checkpoint):
+def test_ia3_is_merged_here_alone(checkpoint):
     theirs, ours = both(checkpoint)
     ia3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="Cannot merge ia3"):

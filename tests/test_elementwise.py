@@ -176,7 +176,7 @@ def test_compiled_functions_give_what_they_give_in_eager_mode():
         torch.testing.assert_close(actual, wanted)
 
 
-def test_second_derivative_is_refused_by_name():
+def test_second_derivative_names_its_op_in_the_error():
     gate, up, x, weight = tensors(torch.float32, (3, 8), (3, 8), (3, 8), (8,))
     for name, result, of in (
         ("gated_activation", gated_activation(gate, up), gate),

@@ -191,13 +191,13 @@ def test_adapter_trains_over_a_model_without_a_16_bit_matrix(tied):
         ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices: expected"),
     ],
 )
-def test_training_of_a_4_bit_embedding_is_refused(config, message):
+def test_training_of_a_4_bit_embedding_is_named_in_the_error(config, message):
     model = quantize_model(model_of(tied=False), skip=(), progress=False)
     with pytest.raises(NotImplementedError, match=message):
         get_peft_model(model, LoraConfig(r=4, **config))
 
 
-def test_other_number_of_tokens_is_refused():
+def test_other_number_of_tokens_is_named_in_the_error():
     model = quantize_model(model_of(tied=True), skip=(), progress=False)
     assert model.resize_token_embeddings(VOCABULARY) is model.get_input_embeddings()
     with pytest.raises(ValueError, match="resize_token_embeddings: expected 128 tokens"):

@@ -150,7 +150,7 @@ def test_experts_left_in_16_bits_run_beside_quantized_ones():
     assert relative(model(**moe.batch()).logits, decoded(expected, model)(**moe.batch()).logits) < 1e-5
 
 
-def test_implementation_is_one_of_the_registry_and_another_is_refused():
+def test_implementation_is_one_of_the_registry_and_another_names_it():
     model = quantize_model(moe.make("mixtral"), progress=False)
     assert IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS and model.config._experts_implementation == IMPLEMENTATION
     expected = model(**moe.batch()).logits
@@ -194,7 +194,7 @@ class Stack(nn.Module):
         return torch.einsum("tk,enk->tn", self.proj(x), self.weight)
 
 
-def test_experts_of_an_unknown_family_are_named_or_refused():
+def test_experts_of_an_unknown_family_are_named_in_a_warning_or_an_error():
     model = nn.ModuleDict({"experts": Stack()})
     message = "experts.weight, 8,192 bytes, is left as it is: a parameter of Stack, whose use is not known"
     before = copy.deepcopy(model)
@@ -233,7 +233,7 @@ def test_compiled_model_computes_the_same(family):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
-def test_experts_of_unequal_shape_are_refused(family):
+def test_experts_of_unequal_shape_are_named_in_the_error(family):
     model = moe.make(family)
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(torch.zeros(4, 64, 48))

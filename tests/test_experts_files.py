@@ -103,7 +103,7 @@ load("bf16").save_pretrained({str(tmp_path / "nf4")!r}, max_shard_size={shard}) 
     assert max(extra[:2]) < shard / 2, megabytes(extra)  # one expert at a time
 
 
-def test_strict_config_refuses_experts_of_an_unknown_family(tmp_path):
+def test_strict_config_names_experts_of_an_unknown_family(tmp_path):
     experts = {"kv_channels": 16, "num_local_experts": 4}
     options = transformers.JetMoeConfig(**{**moe.COMMON, **experts, "intermediate_size": 32, "num_hidden_layers": 1})
     transformers.JetMoeForCausalLM(options).save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_layout_of_bitsandbytes_own_experts_is_read(folders, family, tmp_path):
         assert torch.equal(layer.weight.flatten(), state[f"model.layers.1.mlp.experts.{own}"].flatten())
 
 
-def test_stock_transformers_refuses_a_file_that_it_cannot_read(folders, tmp_path):
+def test_stock_transformers_raises_an_error_for_quantized_experts(folders, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("bitsandbytes")
@@ -301,7 +301,7 @@ def test_mxfp4_of_gpt_oss_is_read_with_its_bytes(folders, tmp_path, dtype):
         assert torch.equal(layer.parameter(torch.bfloat16), stock.get_parameter(name))
 
 
-def test_mxfp4_scale_that_is_nan_is_refused(folders, tmp_path):
+def test_nan_in_a_scale_of_mxfp4_is_named_in_the_error(folders, tmp_path):
     state, _ = mxfp4_checkpoint(folders["gpt-oss"], tmp_path)
     state["model.layers.1.mlp.experts.down_proj_scales"][1, 2, 0] = 255
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})

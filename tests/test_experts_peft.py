@@ -188,7 +188,7 @@ def test_adapter_from_before_experts_were_parameters_is_read(tmp_path):
     assert relative(ours, theirs) < 1e-5 and relative(ours, plain) > 1e-2
 
 
-def test_merged_weight_that_is_not_finite_is_refused_and_nothing_is_changed():
+def test_infinite_merged_weight_is_named_in_the_error_and_changes_nothing():
     ours, _ = pair("mixtral")
     before = {n: t.clone() for n, t in ours.state_dict().items() if "lora" not in n}
     layer = adapted(ours)[0]
@@ -207,7 +207,7 @@ def test_merged_weight_that_is_not_finite_is_refused_and_nothing_is_changed():
         (lambda names: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]), "modules_to_save"),
     ],
 )
-def test_what_needs_the_weights_in_16_bits_is_refused(make, message):
+def test_method_that_needs_16_bits_is_named_in_the_error(make, message):
     model = quantize_model(moe.make("mixtral"), progress=False)
     modules = {name: id(module) for name, module in model.named_modules()}
     with warnings.catch_warnings(), pytest.raises(NotImplementedError, match=message):
@@ -217,7 +217,7 @@ def test_what_needs_the_weights_in_16_bits_is_refused(make, message):
 
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_what_peft_has_for_no_parameter_is_refused_by_it(changes):
+def test_option_that_peft_has_for_modules_alone_raises_its_error(changes):
     model = quantize_model(moe.make("mixtral"), progress=False)
     with pytest.raises(ValueError, match="ParamWrapper does not work with"):
         peft.get_peft_model(model, config("mixtral", target_modules=[], **changes))

@@ -185,7 +185,7 @@ def test_context_ends_where_the_sliding_window_does(tmp_path):
 @pytest.mark.parametrize(
     ("family", "architecture"), [("gpt2", "GPT2LMHeadModel"), ("gpt-neox", "GPTNeoX"), ("t5", "T5")]
 )
-def test_other_architecture_is_refused_by_its_name(family, architecture, tmp_path):
+def test_other_architecture_is_named_in_the_error(family, architecture, tmp_path):
     models.make(family).save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit) as error:
         main(["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "m.gguf")])
@@ -225,7 +225,7 @@ def test_setting_that_llama_cpp_would_leave_out_is_named(bases, changes, message
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_value_that_float16_cannot_hold_is_named(tmp_path):
+def test_value_beyond_float16_is_named_in_the_error(tmp_path):
     model = make("LlamaForCausalLM")
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e6
     model.save_pretrained(tmp_path / "model")
@@ -303,7 +303,7 @@ def test_file_that_another_run_has_written_stays(bases, tmp_path, monkeypatch):
     assert out.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_link_that_leads_out_of_the_folder_is_refused(bases, tmp_path):
+def test_link_out_of_the_folder_is_named_in_the_error(bases, tmp_path):
     make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
     (tmp_path / "secret").write_text("{}")
     (tmp_path / "model/tokenizer.json").symlink_to("../secret")

@@ -114,14 +114,14 @@ def test_adapter_over_4_bits_is_the_same_file(bases, tmp_path):
     ],
     ids=str,
 )
-def test_adapter_that_gguf_cannot_hold_is_refused_by_name(bases, base, changes, message, tmp_path):
+def test_part_of_an_adapter_that_gguf_lacks_is_named_in_the_error(bases, base, changes, message, tmp_path):
     adapter_of(bases[base], tmp_path / "adapter", **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         export_adapter(bases[base], tmp_path / "adapter", tmp_path / "a.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_adapter_of_another_model_is_refused(bases, tmp_path):
+def test_tensor_of_another_models_adapter_is_named_in_the_error(bases, tmp_path):
     adapter_of(bases["LlamaForCausalLM"], tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"k_proj: expected the weight's shape \[256, 64\], got \[32, 64\]"):
         export_adapter(bases["Qwen3ForCausalLM"], tmp_path / "adapter", tmp_path / "a.gguf")

@@ -175,14 +175,14 @@ def best_joined(text, scores):
     ],
     ids=["punctuation", "space in front", "merges within words", "whitespace", "other merges", "unigram"],
 )
-def test_tokenizer_that_llama_cpp_lacks_is_refused(tokenizer, message, tmp_path):
+def test_part_of_a_tokenizer_that_llama_cpp_lacks_is_named_in_the_error(tokenizer, message, tmp_path):
     save(tokenizer(), tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_token_that_is_found_after_normalizing_is_refused(tmp_path):
+def test_token_that_is_found_after_normalizing_is_named_in_the_error(tmp_path):
     """transformers looks for "▁[user]" then."""
     tokenizer = characters_bpe(**SENTENCEPIECE["normalizer"])
     save(tokenizer, tmp_path / "model", normalized=True, unk_token="<unk>")
@@ -206,7 +206,7 @@ def test_damaged_tokenizer_is_one_sentence(name, text, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+def test_tokens_beyond_the_embedding_are_counted_in_the_error(tmp_path):
     save(bytes_bpe(WORDS), tmp_path / "model")
     make("LlamaForCausalLM", vocab_size=100).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="expected tokens below 100, the rows of the embedding, got"):

@@ -126,7 +126,7 @@ def test_model_in_4_bits_is_trained_as_it_is(folder, written_by):
     assert "nf4" in figures["base_weight_bytes"] and figures["arguments"]["no_double_quant"] is True
 
 
-def test_format_that_the_files_do_not_have_is_named(folder):
+def test_format_beside_that_of_the_files_is_named_in_the_error(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     qn.nn.quantize_model(model, progress=False).save_pretrained(folder / "nf4")
     pairs_vocabulary(folder).save_pretrained(folder / "nf4")
@@ -135,7 +135,7 @@ def test_format_that_the_files_do_not_have_is_named(folder):
     assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
 
 
-def test_one_process_in_the_place_of_several_is_refused(monkeypatch):
+def test_one_process_in_the_place_of_several_is_told_so(monkeypatch):
     """What accelerate launch --cpu --num_processes 2 starts: one process that knows where it should meet others."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -292,7 +292,7 @@ def test_group_stands_on_one_side():
         pairs.split(DATA[:4], seed=0)
 
 
-def test_response_and_its_end_are_learned_and_the_prompt_is_not(folder):
+def test_response_and_its_end_alone_are_learned(folder):
     tokenizer = pairs_vocabulary(folder)
     for template in (tokenizer.chat_template, None):
         tokenizer.chat_template = template

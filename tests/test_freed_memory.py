@@ -64,7 +64,7 @@ def tensors_of(arguments):
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, make in CALLS.items() for name in tensors_of(make())])
 @pytest.mark.parametrize("how", ["freed", "cut short", "a view of freed memory"])
-def test_tensor_without_memory_is_refused(op, name, how):
+def test_tensor_without_memory_is_named_in_the_error(op, name, how):
     arguments = CALLS[op]()
     getattr(ops, op)(**arguments)  # as it is, it works
     whole = arguments[name][0] if isinstance(arguments[name], list) else arguments[name]
@@ -82,7 +82,7 @@ def test_tensor_without_memory_is_refused(op, name, how):
 
 
 @pytest.mark.parametrize("name", WEIGHT)
-def test_weight_without_memory_is_refused(name):
+def test_weight_without_memory_is_named_in_the_error(name):
     q = qn.quantize(torch.randn(N, K))
     getattr(q, name).untyped_storage().resize_(0)
     for call in (lambda: qn.linear(torch.ones(M, K), q), q.dequantize, lambda: q.to("cpu")):

@@ -204,7 +204,7 @@ def test_nothing_of_the_weight_is_kept_for_backward():
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
-def test_bad_groups_are_refused_by_name(change, error):
+def test_bad_argument_of_groups_is_named_in_the_error(change, error):
     x, q, bias, a, b, _ = operands(3, 9, torch.float32, requires_grad=False)
     good = {"x": x, "q": q, "offsets": offsets_of([5, 1, 3]), "bias": bias, "lora_a": a, "lora_b": b}
     linear_grouped(**good)
@@ -222,13 +222,13 @@ def test_bad_groups_are_refused_by_name(change, error):
     ],
     ids=["above", "below", "shape", "dtype"],
 )
-def test_bad_index_is_refused_by_its_row(index, error):
+def test_bad_index_is_located_in_the_error(index, error):
     x, q, bias, a, b, _ = operands(3, 4, torch.float32, experts=False, requires_grad=False)
     with pytest.raises((TypeError, ValueError), match=error):
         linear_grouped(x, q, None, bias, a, b, adapter_index=index)
 
 
-def test_plain_product_refuses_weights_of_experts():
+def test_plain_product_of_experts_names_the_grouped_one():
     _, q, *_ = operands(3, 4, torch.float32)
     with pytest.raises(ValueError, match=r"q: expected a weight \[N, K\]; linear_grouped multiplies by several"):
         qn.linear(torch.zeros(2, K), q)

@@ -96,7 +96,7 @@ def edit(path, change):
         ("folder.safetensors", "expected a file, got something else"),
     ],
 )
-def test_name_that_is_no_file_of_the_folder_is_refused(copies, name, message):
+def test_name_outside_of_the_folder_is_named_in_the_error(copies, name, message):
     (copies / "secret").mkdir()
     secret = copies / "secret/model.safetensors"
     shutil.copy(copies / "one/model.safetensors", secret)
@@ -109,7 +109,7 @@ def test_name_that_is_no_file_of_the_folder_is_refused(copies, name, message):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
-def test_link_that_leads_out_is_refused(copies, name):
+def test_link_out_of_the_folder_is_named_in_the_error(copies, name):
     (copies / "secret").write_text("{}")
     (copies / "one" / name).unlink(missing_ok=True)
     (copies / "one" / name).symlink_to("../secret")
@@ -144,7 +144,7 @@ def test_model_of_the_hub_cache_is_found_by_its_id(copies, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["someone/a-model", "nowhere"])
-def test_folder_that_is_not_there_is_one_sentence(copies, name, monkeypatch):
+def test_missing_folder_is_one_sentence(copies, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(copies))
     monkeypatch.chdir(copies)
     check_refused(copies, f"{name}: expected the folder of a checkpoint", "quantize", "--model", name)
@@ -175,7 +175,7 @@ def test_tensor_that_two_files_have_is_named(copies):
     refused(copies, f"{name}: expected one tensor of that name, got one in {first.name} and one in {second.name}")
 
 
-def test_key_that_occurs_twice_is_refused(copies):
+def test_key_that_occurs_twice_is_named_in_the_error(copies):
     path = copies / "shards" / INDEX
     path.write_text(path.read_text().replace('"weight_map": {', f'"weight_map": {{"{UP}": "a.safetensors",'))
     refused(copies, f"the key '{UP}' occurs twice")
@@ -205,7 +205,7 @@ def test_scale_of_another_dtype_is_named(copies):
     refused(copies, f"{UP}, absmax: expected torch.float32, got torch.uint8", "nf4")
 
 
-def test_scale_that_is_not_finite_is_named(copies):
+def test_nan_in_a_scale_is_named_in_the_error(copies):
     state = load_file(copies / "nf4/model.safetensors")
     state[f"{UP}.nested_absmax"][0] = float("nan")
     save_file(state, copies / "nf4/model.safetensors")
@@ -221,7 +221,7 @@ def test_scale_that_is_not_finite_is_named(copies):
 @pytest.mark.parametrize(
     "architecture", ["Trainer", "pipeline", "AutoConfig", "LlamaConfig", "__doc__", "None", 5, None]
 )
-def test_architecture_that_is_no_model_is_refused(copies, architecture):
+def test_architecture_beside_the_model_classes_is_named_in_the_error(copies, architecture):
     edit(copies / "one/config.json", lambda config: config.update(architectures=[architecture]))
     refused(copies, "architectures: expected a model class of transformers", "one")
 
@@ -245,7 +245,7 @@ def test_architecture_that_is_no_model_is_refused(copies, architecture):
     ],
     ids=str,
 )
-def test_config_that_contradicts_the_files_is_refused(copies, change):
+def test_contradiction_of_config_and_files_is_one_sentence(copies, change):
     edit(copies / "one/config.json", lambda config: config.update(change))
     refused(copies, "", "one")
 
@@ -253,7 +253,7 @@ def test_config_that_contradicts_the_files_is_refused(copies, change):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "[" * 100_000, "\udcff".encode("utf-8", "surrogateescape").decode("latin1")]
 )
-def test_config_that_is_no_json_object_is_refused(copies, text):
+def test_bad_json_of_the_config_is_named_in_the_error(copies, text):
     (copies / "one/config.json").write_text(text)
     refused(copies, "config.json: expected a JSON object", "one")
 
@@ -351,12 +351,12 @@ def _config(**changes):
         ),
     ],
 )
-def test_damaged_adapter_is_refused(copies, damage, message):
+def test_damage_of_an_adapter_is_named_in_the_error(copies, damage, message):
     damage(copies / "adapter")
     check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
 
 
-def test_adapter_of_a_layer_that_the_model_lacks_is_refused(copies):
+def test_layer_of_the_adapter_alone_is_named_in_the_error(copies):
     """The files may have more than config.json describes; what is merged must be the model's."""
     edit(copies / "one/config.json", lambda config: config.update(num_hidden_layers=0, layer_types=[]))
     message = "expected changes to tensors that the base has, got model.layers.0.mlp.up_proj.weight"
@@ -389,7 +389,7 @@ def _tensor(key, change):
         (_tensor("bias", lambda w: w.long()), "bias: expected torch.float32"),
     ],
 )
-def test_state_dict_that_is_not_the_layers_is_refused(damage, message):
+def test_damage_of_a_state_dict_is_named_in_the_error_and_changes_nothing(damage, message):
     layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -399,7 +399,7 @@ def test_state_dict_that_is_not_the_layers_is_refused(damage, message):
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_state_dict_of_a_float_layer_is_refused():
+def test_state_dict_of_a_float_layer_names_both_dtypes():
     layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 8))
     for strict in (True, False):
         with pytest.raises(RuntimeError, match="weight: expected torch.uint8, as the layer has it, got torch.float32"):

@@ -150,7 +150,7 @@ def test_state_dict_comes_back_bit_for_bit(options, device, assign):
     assert isinstance(other.weight, nn.Parameter)
 
 
-def test_state_dict_of_another_kind_is_refused():
+def test_state_dict_of_another_kind_raises_an_error():
     layer, _ = layer_of()
     for options in ({"double_quant": False}, {"format": "int8"}, {"blocksize": 32}):
         other = fresh(options)
@@ -228,7 +228,7 @@ def test_cast_leaves_the_scales_alone(cast, dtype, options):
     assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
 
-def test_bias_of_another_dtype_is_refused():
+def test_bias_is_cast_to_the_dtype_of_x():
     layer, _ = layer_of(dtype=torch.bfloat16)
     assert layer.compute_dtype == torch.bfloat16
     y = layer(x_of())

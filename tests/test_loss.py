@@ -144,7 +144,7 @@ def test_ignored_rows_have_no_loss_and_no_gradient():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_without_a_softmax_is_nan_and_others_are_not(value):
+def test_row_without_a_softmax_alone_is_nan(value):
     hidden, weight, labels, *_ = operands(torch.float32)
     labels[:] = 3
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_logits_never_exist_as_a_whole(kind):
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
-def test_bad_input_is_refused_by_name(change, error):
+def test_bad_input_is_named_in_the_error(change, error):
     hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
     good = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "lora_a": a, "lora_b": b}
     linear_cross_entropy(**good)

@@ -168,7 +168,7 @@ def rename(folder, old, new):
         (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: expected a file that PEFT"),
     ],
 )
-def test_adapter_that_does_not_fit_is_refused(bases, damage, message, tmp_path):
+def test_mismatch_of_an_adapter_is_named_in_the_error(bases, damage, message, tmp_path):
     adapter_of(bases["llama"], "llama", tmp_path / "adapter")
     damage(tmp_path / "adapter")
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):

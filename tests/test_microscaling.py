@@ -124,7 +124,7 @@ def test_bits_per_weight_are_the_formats(format, bits):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weight_that_is_not_finite_is_refused(format):
+def test_nan_and_inf_in_a_weight_are_located_in_the_error(format):
     weight = torch.ones(6, 40)
     weight[3, 5], weight[4, 1] = torch.nan, -torch.inf
     with pytest.raises(ValueError, match=r"weight: expected finite values, got 2 NaN or Inf, the first at \[3, 5\]"):
@@ -132,7 +132,7 @@ def test_weight_that_is_not_finite_is_refused(format):
 
 
 @pytest.mark.parametrize(("format", "only"), list(cases.MICROSCALED.items()))
-def test_other_blocksize_is_refused(format, only):
+def test_only_blocksize_of_a_format_is_named_in_the_error(format, only):
     assert qn.quantize(torch.ones(2, 64), format, only).blocksize == only
     with pytest.raises(ValueError, match=f"blocksize: expected {only}, the only one of {format}, got 64"):
         qn.quantize(torch.ones(2, 64), format, 64)
@@ -158,7 +158,7 @@ def test_layer_comes_back_from_its_state_dict(format):
 
 
 @pytest.mark.parametrize(("format", "byte"), [("mxfp4", 255), ("nvfp4", 127), ("nvfp4", 129), ("nvfp4", 255)])
-def test_scale_that_is_none_is_refused_where_a_weight_is_loaded(format, byte):
+def test_byte_beside_the_scales_is_located_where_a_weight_is_loaded(format, byte):
     layer = qn.nn.Linear4bit.from_linear(torch.nn.Linear(64, 2), format)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     state["absmax"][1] = byte
@@ -343,12 +343,12 @@ BAD_NVFP4 = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_MXFP4)
-def test_bad_mxfp4_file_is_refused(arguments, error, message):
+def test_fault_of_an_mxfp4_file_is_named_in_the_error(arguments, error, message):
     with pytest.raises(error, match=message):
         qn.QuantizedWeight.from_mxfp4(*arguments)
 
 
 @pytest.mark.parametrize(("arguments", "scales", "error", "message"), BAD_NVFP4)
-def test_bad_nvfp4_file_is_refused(arguments, scales, error, message):
+def test_fault_of_an_nvfp4_file_is_named_in_the_error(arguments, scales, error, message):
     with pytest.raises(error, match=message):
         qn.QuantizedWeight.from_nvfp4(*arguments, **scales)

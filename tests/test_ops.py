@@ -258,7 +258,7 @@ def test_gradcheck_of_the_adapter():
         assert moved[0] - moved[1] == pytest.approx((gradient * direction).sum().item(), rel=1e-3, abs=1e-2)
 
 
-def test_second_derivative_is_refused():
+def test_second_derivative_is_named_in_the_error():
     x, q, bias, a, b = operands(requires_grad=True)
     y = qn.linear(x, q, bias, a, b)
     (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)

@@ -371,7 +371,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "options", "error", "message"), REFUSED, ids=lambda value: str(value)[:50])
-def test_option_is_refused_by_name(name, options, error, message):
+def test_bad_option_is_named_in_the_error(name, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         getattr(qn.optim, name)(parameters((300,)), **options)
     optimizer = getattr(qn.optim, name)(parameters((300,)))
@@ -388,7 +388,7 @@ def test_arguments_of_bitsandbytes_that_mean_the_same_are_taken():
             getattr(qn.optim, name)(parameters((3,)), is_paged=paged, **arguments)
 
 
-def test_option_that_changes_later_is_refused_by_name():
+def test_option_that_turns_bad_later_is_named_in_the_error():
     optimizer = qn.optim.AdEMAMix8bit(parameters((300,)))
     set_gradients(optimizer.param_groups[0]["params"], 0)
     before = optimizer.param_groups[0]["params"][0].detach().clone()
@@ -414,7 +414,7 @@ def test_option_that_changes_later_is_refused_by_name():
     ("name", "other"), list(itertools.permutations(("AdamW8bit", "Lion8bit", "AdEMAMix8bit"), 2)), ids=str
 )
 @pytest.mark.parametrize("module", ["ours", "bitsandbytes"])
-def test_state_dict_of_another_algorithm_is_refused(name, other, module):
+def test_state_dict_of_another_algorithm_raises_and_changes_nothing(name, other, module):
     """Its groups lack an option, or its states are others."""
     source = getattr(qn.optim if module == "ours" else peers(), other)(parameters((300, 5000)))
     set_gradients(source.param_groups[0]["params"], 0)

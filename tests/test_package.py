@@ -75,7 +75,7 @@ def test_program_of_the_page_on_cpp_compiles_as_it_stands(tmp_path):
     assert float(run(tmp_path / "build/trainer")) == pytest.approx(264.192, rel=1e-5)
 
 
-def test_other_version_is_refused(tmp_path):
+def test_request_for_another_version_finds_nothing(tmp_path):
     """find_package(qlora_native 9.9) must not find this one."""
     package = run(sys.executable, "-m", "qlora_native", "--cmake-dir").strip()
     (tmp_path / "CMakeLists.txt").write_text(

@@ -318,6 +318,6 @@ def test_unload_gives_the_base_model_back(family):
     assert_close(logits(ours.unload()), logits(quantized(family)), SAME)
 
 
-def test_register_refuses_what_is_no_config():
+def test_register_names_the_config_that_it_expected():
     with pytest.raises(TypeError, match=r"lora_config: expected a peft\.LoraConfig, got dict"):
         register({"r": 8})

@@ -73,7 +73,7 @@ def test_merge_and_unload_keeps_the_adapter_in(family):
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_adapter_that_cannot_be_merged_leaves_the_model_alone(safe_merge):
+def test_failed_merge_leaves_the_model_as_it_was(safe_merge):
     model, _ = pair()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     last = [module for module in model.modules() if isinstance(module, LoraLinear4bit)][0]

@@ -293,21 +293,21 @@ def test_writing_to_the_decoded_weight_raises():
     assert_same_state(base, before)
 
 
-def test_start_that_writes_to_the_weight_is_refused_by_the_methods_name(monkeypatch):
+def test_start_that_writes_to_the_weight_is_named_by_its_method(monkeypatch):
     """Whatever the start: one that is not on our list of those runs into the weight itself."""
     monkeypatch.setattr("qlora_native.integrations.peft_methods.CHANGES_BASE", ())
     with pytest.raises(NotImplementedError, match=r"LORA.*: Linear4bit\.weight: expected to be read"):
         one_layer(peft.LoraConfig(target_modules=["0"], init_lora_weights="pissa"))
 
 
-def test_method_that_has_not_been_tried_is_refused_by_its_name(monkeypatch):
+def test_untried_method_is_named_in_the_error(monkeypatch):
     monkeypatch.setattr("qlora_native.integrations.peft_methods.METHODS", METHODS - {"IA3"})
     with pytest.raises(NotImplementedError, match="IA3 over Linear4bit: expected one of the methods in docs/peft.md"):
         one_layer(ia3())
     peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 96)), ia3())  # without quantized layers, it is PEFT's
 
 
-def test_method_over_a_subclass_is_refused_by_its_name():
+def test_method_over_a_subclass_is_named_in_the_error():
     class Mine(Linear4bit):
         """A layer of one's own."""
 
@@ -398,7 +398,7 @@ else:
     assert shown.stdout.split()[-1] == ("refused" if order == "peft after the model" else "LoraLinear4bit")
 
 
-def test_quantized_layer_to_be_trained_as_a_whole_is_refused_by_its_name(bases):
+def test_quantized_layer_to_be_trained_as_a_whole_is_named_in_the_error(bases):
     base = copy.deepcopy(bases[0])
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["o_proj"])
     with pytest.raises(NotImplementedError, match=r"modules_to_save: expected .*, got model\.layers\.0.*\.o_proj"):

@@ -182,7 +182,7 @@ def test_hooks_and_sharing_are_kept():
     assert called
 
 
-def test_layer_that_cannot_be_replaced_leaves_the_model_as_it_was(folders):
+def test_failed_replacement_leaves_the_model_as_it_was(folders):
     good = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     model = nn.Sequential(good, bnb.nn.Linear4bit(64, 64))
     with pytest.raises(ValueError, match=r"1\.weight: expected one that is quantized, .* got torch.float32"):

@@ -175,7 +175,7 @@ def test_each_fault_is_reported(sass):
     assert sass.faults(other, committed) == ["new for sm_80: no committed figure (make sass ARGS=--output writes it)"]
 
 
-def test_wgmma_that_waits_for_the_one_before_is_not_seen(machine_code, sass):
+def test_wgmma_that_waits_for_the_one_before_is_a_fault(machine_code, sass):
     def kernel(*operands):
         code = tuple(machine_code.Instruction(16 * i, "", "HGMMA.64x64x16", each) for i, each in enumerate(operands))
         return machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 64>", "sm_90a", code, 168, 0)
@@ -187,10 +187,11 @@ def test_wgmma_that_waits_for_the_one_before_is_not_seen(machine_code, sass):
     assert sass.faults(report, report) == [f"{apart.name} for sm_90a: each wgmma waits for the one before"]
 
 
-def test_table_of_the_readme_is_that_of_the_figures(sass):
+def test_tables_of_the_readmes_are_those_of_the_figures(sass):
     committed = json.loads(sass.RESULTS.read_text())
-    text = sass.README.read_text()
-    assert sass.with_table(text, sass.short_table(committed)) == text
+    for page, shown in sass.SHOWN.items():
+        text = page.read_text()
+        assert sass.with_table(text, sass.short_table(committed, shown)) == text, page
 
 
 def test_shared_memory_is_counted_by_the_width_of_each_access(machine_code):

@@ -73,7 +73,7 @@ def test_weight_quantized_while_loading_has_the_bytes_of_quantize(folders, famil
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
-def test_microscaled_format_is_quantized_while_loading_and_not_saved(folders, format, tmp_path):
+def test_microscaled_format_is_quantized_while_loading_and_named_when_saved(folders, format, tmp_path):
     model = load(folders["llama"], dtype=torch.bfloat16, quantization_config=config(format))
     plain = models.make("llama", torch.bfloat16, width=128, inner=192)
     assert len(models.layers_of(model)) > 4
@@ -104,7 +104,7 @@ def test_compute_dtype_is_that_of_the_product(folders):
     assert torch.equal(layer(x), expected.float())
 
 
-def test_nan_in_a_shard_is_refused(tmp_path):
+def test_nan_in_a_shard_ends_the_loading(tmp_path):
     model = models.make("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
@@ -129,7 +129,7 @@ def test_nan_in_a_shard_is_refused(tmp_path):
         ),
     ],
 )
-def test_field_that_we_do_not_have_is_refused(options, message):
+def test_unsupported_field_is_named_in_the_error(options, message):
     with pytest.raises(ValueError, match=message):
         BitsAndBytesConfig(**options)
 
@@ -315,7 +315,7 @@ def test_live_quantized_model_is_read_by_bitsandbytes(tmp_path):
         ({"codebook": torch.linspace(-1, 1, 16)}, "format: expected nf4 or fp4, .*, got codebook"),
     ],
 )
-def test_live_model_in_a_format_without_files_is_refused_when_saved(options, message, tmp_path):
+def test_format_without_files_is_named_when_a_live_model_is_saved(options, message, tmp_path):
     model = qn.nn.quantize_model(models.make("llama"), progress=False, **options)
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(ValueError, match=message):
@@ -356,7 +356,7 @@ def test_live_model_with_a_quantized_part_comes_back_bit_for_bit(quantize_part, 
     assert torch.equal(models.logits(again), models.logits(model))
 
 
-def test_live_model_with_a_part_in_a_format_without_files_is_refused_by_name(tmp_path):
+def test_part_in_a_format_without_files_is_named_when_a_live_model_is_saved(tmp_path):
     model = models.make("llama")
     qn.nn.quantize_model(model.model, format="int8", progress=False)
     with pytest.raises(ValueError, match="^model.layers.0.*: format: expected nf4 or fp4, .*, got int8"):
@@ -364,7 +364,7 @@ def test_live_model_with_a_part_in_a_format_without_files_is_refused_by_name(tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_live_model_with_layers_of_another_method_is_refused_when_saved(folders, tmp_path):
+def test_layers_of_another_method_are_named_when_a_live_model_is_saved(folders, tmp_path):
     _bitsandbytes()
     options = {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "o_proj"]}
     with torch.compiler.set_stance("force_eager"):

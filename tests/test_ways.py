@@ -108,6 +108,6 @@ def test_emulated_tiles_give_the_bits_of_the_processors():
     assert emulated == processors
 
 
-def test_unknown_way_is_refused():
+def test_unknown_way_is_named_beside_the_known():
     with pytest.raises(AssertionError, match="expected few_rows, vectors, tiles or panels, got .other"):
         run("check_dropout()", QLN_FORCE_WAY="other")

@@ -30,11 +30,11 @@ class EightDecoder {
   // Decodes elements e ... e + 7, which share a scale: code times scale in fp32, not yet rounded. e is a multiple of 8,
   // and so is every blocksize.
   __device__ __forceinline__ void decode(std::int64_t e, float (&values)[kEight]) const {
-    const std::int64_t block = e >> scales_.block;
+    const std::int64_t block = e >> scales_.block_shift;
     float scale;
     if (is_nested_) {
       const float level = w_.nested_code[static_cast<const std::uint8_t*>(w_.absmax)[block]];
-      scale = nested_scale(level, w_.nested_absmax[block >> scales_.sharing], offset_);
+      scale = nested_scale(level, w_.nested_absmax[block >> scales_.absmax_shift], offset_);
     } else {
       scale = static_cast<const float*>(w_.absmax)[block];
     }
@@ -43,7 +43,7 @@ class EightDecoder {
           load_vector<std::uint32_t, 1>(reinterpret_cast<const std::uint32_t*>(w_.codes + e / 2)).at[0];
 #pragma unroll
       for (int i = 0; i < kEight; i += 2) {
-        const Table::Pair pair = table_.of_byte(codes, i / 2);
+        const Table::Pair pair = table_.pair_of_byte(codes, i / 2);
         values[i] = pair.at[0] * scale;
         values[i + 1] = pair.at[1] * scale;
       }

@@ -35,12 +35,12 @@ QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
 
 // How many of kElements elements of type T one load takes.
 template <class T, int kElements>
-constexpr int kVectorOf = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
+constexpr int kVectorElements = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
 
 // Loads eight elements from an address that vectors can be loaded from.
 template <class T>
 __device__ __forceinline__ void load_eight_aligned(const T* from, T (&to)[kEight]) {
-  constexpr int kCount = kVectorOf<T, kEight>;
+  constexpr int kCount = kVectorElements<T, kEight>;
 #pragma unroll
   for (int i = 0; i < kEight; i += kCount) {
     const Vector<T, kCount> vector = load_vector<T, kCount>(from + i);
@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_eight_aligned(const T* from, T (&to)[kEight
 }
 template <int kElements, class T>
 __device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements]) {
-  constexpr int kCount = kVectorOf<T, kElements>;
+  constexpr int kCount = kVectorElements<T, kElements>;
 #pragma unroll
   for (int i = 0; i < kElements; i += kCount) {
     Vector<T, kCount> vector;
@@ -62,12 +62,12 @@ __device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements])
 
 // to[i] = from[i] for i < count <= 8; the other elements become `rest`.
 template <class T>
-__device__ __forceinline__ void load_eight(const T* from, int count, T rest, T (&to)[kEight]) {
-  if (count == kEight && is_aligned(from, kVectorOf<T, kEight> * sizeof(T))) {
+__device__ __forceinline__ void load_eight(const T* from, int count, T padding, T (&to)[kEight]) {
+  if (count == kEight && is_aligned(from, kVectorElements<T, kEight> * sizeof(T))) {
     load_eight_aligned(from, to);
   } else {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) to[i] = i < count ? from[i] : rest;
+    for (int i = 0; i < kEight; ++i) to[i] = i < count ? from[i] : padding;
   }
 }
 
@@ -123,7 +123,7 @@ __device__ __forceinline__ EightOf<T> words_of(const F& value) {
 
 template <int kElements, class T>
 __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)[kElements]) {
-  if (count == kElements && is_aligned(to, kVectorOf<T, kElements> * sizeof(T))) {
+  if (count == kElements && is_aligned(to, kVectorElements<T, kElements> * sizeof(T))) {
     store_aligned(to, from);
   } else {
 #pragma unroll

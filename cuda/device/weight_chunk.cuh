@@ -17,12 +17,12 @@ constexpr int kChunk = 32;
 
 // Where a kernel finds the scale of a position of a weight.
 struct WeightScales {
-  const float* of_blocks;      // absmax of each block; double-quantized: nested_absmax, of several blocks each
+  const float* absmax;         // absmax of each block; double-quantized: nested_absmax, of several blocks each
   const std::uint8_t* levels;  // the level of each block; not double-quantized: any bytes, as every level is 1
   bool nested;                 // double-quantized
   // Shifts, log2 of a number: of the elements of a block, of the chunks of a block, and of the blocks that share an
-  // entry of `of_blocks`. `sharing` is -1 where its number is no power of two.
-  int block, chunk, sharing;
+  // entry of `absmax`. `absmax_shift` is -1 where its number is no power of two.
+  int block_shift, chunk_shift, absmax_shift;
 };
 
 inline bool is_power_of_two(int n) { return n > 0 && (n & (n - 1)) == 0; }
@@ -107,12 +107,13 @@ class ScaleReader {
       : ScaleReader(w, from, nested.levels) {}
   // A reader that is given levels alone takes the offset as an argument of finish().
   __device__ ScaleReader(const QuantizedWeightView& w, const WeightScales& from, const Levels& levels)
-      : w_(w), from_(from), code_(SharedPlace(levels.code).kept()) {}
+      : w_(w), from_(from), code_(SharedAddress(levels.code).in_register()) {}
   __device__ __forceinline__ Position<kAligned> block_of(Position<kAligned> position) const {
-    return position >> (kAligned ? from_.chunk : from_.block);
+    return position >> (kAligned ? from_.chunk_shift : from_.block_shift);
   }
   __device__ __forceinline__ void fetch(Raw& raw, Position<kAligned> block) const {
-    raw.scale = from_.of_blocks[kAligned || from_.sharing >= 0 ? block >> from_.sharing : block / w_.nested_blocksize];
+    raw.scale =
+        from_.absmax[kAligned || from_.absmax_shift >= 0 ? block >> from_.absmax_shift : block / w_.nested_blocksize];
     raw.level = from_.levels[block];
   }
   __device__ __forceinline__ float finish(const Raw& raw, float offset) const {
@@ -125,7 +126,7 @@ class ScaleReader {
  private:
   const QuantizedWeightView& w_;
   const WeightScales& from_;
-  const SharedPlace code_;
+  const SharedAddress code_;
 };
 
 // The scale of a chunk while it is being loaded.
@@ -176,13 +177,13 @@ constexpr int kCodeWords = 4;
 template <int kBits>
 __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int64_t element, int count,
                                              Vector<std::uint32_t, kCodeWords> (&to)[kBits / 4]) {
-  constexpr int kOfWord = 32 / kBits;
+  constexpr int kWordCodes = 32 / kBits;
 #pragma unroll
-  for (int word = 0; word < kChunk / kOfWord; ++word) {
+  for (int word = 0; word < kChunk / kWordCodes; ++word) {
     std::uint32_t bits = 0;
 #pragma unroll 1
-    for (int i = 0; i < kOfWord && kOfWord * word + i < count; ++i) {
-      const std::int64_t at = element + kOfWord * word + i;
+    for (int i = 0; i < kWordCodes && kWordCodes * word + i < count; ++i) {
+      const std::int64_t at = element + kWordCodes * word + i;
       if constexpr (kBits == 4) {
         const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);  // the element with the even index is in the high nibble
         bits |= std::uint32_t{nibble_of_element(codes, at)} << shift;
@@ -196,30 +197,31 @@ __device__ __forceinline__ void gather_codes(const std::uint8_t* codes, std::int
 
 // The two values that a byte of codes stands for. A table of all 256 bytes in shared memory gives them with one load.
 // It has kCopies copies and lanes take turns among these, so that fewer lanes ask the same bank at once; with 16
-// copies, none do. The pairs of a byte begin kApart pairs behind those of the byte before. Where that distance is 256
-// bytes and the table begins at kRowsBegin (SharedPlace), one instruction makes an address from a byte.
-template <int kCopies, int kApart = kCopies>
+// copies, none do. The pairs of a byte begin kStride pairs behind those of the byte before. Where that distance is 256
+// bytes and the table begins at kRowsBegin (SharedAddress), one instruction makes an address from a byte.
+template <int kCopies, int kStride = kCopies>
 class PairTable {
  public:
   using Pair = Vector<float, 2>;
-  static constexpr int kPairs = 256 * kApart;
-  static constexpr bool kRows = kApart * sizeof(Pair) == kRowBytes;
+  static constexpr int kPairs = 256 * kStride;
+  static constexpr bool kInRows = kStride * sizeof(Pair) == kRowBytes;
 
   __device__ static void fill(Pair* pairs, const float* code) {
     for (int i = thread_index(); i < 256 * kCopies; i += block_threads()) {
       const int byte = i / kCopies;
-      pairs[i + byte * (kApart - kCopies)] = {{code[byte >> 4], code[byte & 15]}};
+      pairs[i + byte * (kStride - kCopies)] = {{code[byte >> 4], code[byte & 15]}};
     }
   }
-  __device__ explicit PairTable(const Pair* pairs) : copy_(SharedPlace(pairs + thread_index() % kCopies).kept()) {}
+  __device__ explicit PairTable(const Pair* pairs)
+      : copy_(SharedAddress(pairs + thread_index() % kCopies).in_register()) {}
   // The pair of byte `i` of a word; byte 0 is the lowest.
-  __device__ __forceinline__ Pair of_byte(std::uint32_t word, std::uint32_t i) const {
-    if constexpr (kRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
-    return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kApart * sizeof(Pair))));
+  __device__ __forceinline__ Pair pair_of_byte(std::uint32_t word, std::uint32_t i) const {
+    if constexpr (kInRows) return load_shared<Pair>(copy_.row_of_byte(word, i));
+    return load_shared<Pair>(copy_.at(byte_of(word, i) * static_cast<std::uint32_t>(kStride * sizeof(Pair))));
   }
 
  private:
-  SharedPlace copy_;
+  SharedAddress copy_;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -44,10 +44,10 @@ void with_type_and_activation(DType dtype, Activation activation, const F& f) {
 // be fewer.
 template <class Body>
 __device__ __forceinline__ void for_each_eight(std::int64_t rows, std::int64_t cols, const Body& body) {
-  const std::int64_t of_row = ceil_div(cols, kEight);
-  for (std::int64_t i = block_index() * std::int64_t{kThreads} + thread_index(); i < rows * of_row;
+  const std::int64_t row_eights = ceil_div(cols, kEight);
+  for (std::int64_t i = block_index() * std::int64_t{kThreads} + thread_index(); i < rows * row_eights;
        i += grid_blocks() * std::int64_t{kThreads}) {
-    const std::int64_t row = i / of_row, first = (i - row * of_row) * kEight, left = cols - first;
+    const std::int64_t row = i / row_eights, first = (i - row * row_eights) * kEight, left = cols - first;
     body(row, first, static_cast<int>(left < kEight ? left : kEight));
   }
 }

@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
 struct Shared {
-  float of_warp[kWarps];
+  float warp_sums[kWarps];
 };
 
 // Returns to each thread of the block the sum over all of them, added in a fixed order.
@@ -18,10 +18,10 @@ __device__ float sum_of_block(float value, Shared& shared) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shfl_xor(value, mask);
   sync_threads();  // the row before has been read from `shared`
-  if (thread_index() % kWarp == 0) shared.of_warp[thread_index() / kWarp] = value;
+  if (thread_index() % kWarp == 0) shared.warp_sums[thread_index() / kWarp] = value;
   sync_threads();
   float sum = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) sum += shared.of_warp[warp];
+  for (int warp = 0; warp < kWarps; ++warp) sum += shared.warp_sums[warp];
   return sum;
 }
 
@@ -80,15 +80,15 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const RmsNo
     const T* const dy = static_cast<const T*>(args.dy.data) + row * args.dy.stride;
     T* const dx = static_cast<T*>(args.dx.data) + row * args.dx.stride;
     const float r = args.r[row];
-    float along = 0.0f;
+    float dot = 0.0f;
     for_each_eight(N, [&](std::int64_t first, int count) {
       float values[kEight], gradients[kEight];
       load_eight_as_f32(x + first, count, values);
       load_weighted(dy, weight, args.shift, first, count, gradients);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) along += values[i] * r * gradients[i];
+      for (int i = 0; i < kEight; ++i) dot += values[i] * r * gradients[i];
     });
-    const float mean = sum_of_block(along, shared) / static_cast<float>(N);
+    const float mean = sum_of_block(dot, shared) / static_cast<float>(N);
     for_each_eight(N, [&](std::int64_t first, int count) {
       float values[kEight], gradients[kEight];
       load_eight_as_f32(x + first, count, values);

@@ -38,7 +38,7 @@ struct Total {
 };
 
 struct Shared {
-  Total of_warp[kWarps];
+  Total warp_totals[kWarps];
   float logit;  // of the label
 };
 
@@ -59,11 +59,11 @@ __device__ Total total_of(const CrossEntropyArgs& args, const T* logits, Shared&
     other.sum = shfl_xor(total.sum, mask);
     total.add(other);
   }
-  if (thread_index() % kWarp == 0) shared.of_warp[thread_index() / kWarp] = total;
+  if (thread_index() % kWarp == 0) shared.warp_totals[thread_index() / kWarp] = total;
   sync_threads();
-  Total of_row;
-  for (int warp = 0; warp < kWarps; ++warp) of_row.add(shared.of_warp[warp]);
-  return of_row;
+  Total row_total;
+  for (int warp = 0; warp < kWarps; ++warp) row_total.add(shared.warp_totals[warp]);
+  return row_total;
 }
 
 template <class T>

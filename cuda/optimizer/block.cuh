@@ -15,15 +15,15 @@ struct alignas(kVectorBytes) MapTables {
   CodeSums<kSigned> sums;
 };
 struct MomentTables {
-  MapTables<true> of_signed;
-  MapTables<false> of_unsigned;
+  MapTables<true> signed_map;
+  MapTables<false> unsigned_map;
 
   template <int kMoment>
-  __device__ __forceinline__ const MapTables<is_signed(kMoment)>& of() const {
+  __device__ __forceinline__ const MapTables<is_signed(kMoment)>& for_moment() const {
     if constexpr (is_signed(kMoment))
-      return of_signed;
+      return signed_map;
     else
-      return of_unsigned;
+      return unsigned_map;
   }
 };
 __device__ const MomentTables kTables{};
@@ -41,11 +41,11 @@ __device__ __forceinline__ void each_moment(const F& f) {
 
 // A lane's eight elements of a whole block: neighbours, which vectors load and store.
 template <class T, class Rule>
-struct Neighbours {
+struct Contiguous {
   const UpdateItem<Rule>& item;
   std::int64_t first;
 
-  __device__ __forceinline__ Neighbours(const UpdateItem<Rule>& item, std::uint32_t block, bool)
+  __device__ __forceinline__ Contiguous(const UpdateItem<Rule>& item, std::uint32_t block, bool)
       : item(item), first(std::int64_t{block} * kBlock + lane_index() * kEight) {}
   __device__ __forceinline__ void load_param(float (&to)[kEight]) const {
     load_eight_aligned_as_f32(static_cast<const T*>(item.param) + first, to);
@@ -72,12 +72,12 @@ struct Neighbours {
 
 // A lane's elements of any block: every 32nd, loaded one by one. Elements beyond the end of the block are read as 0.
 template <class Rule>
-struct Apart {
+struct Strided {
   const UpdateItem<Rule>& item;
   std::int64_t first;
   int count;
 
-  __device__ __forceinline__ Apart(const UpdateItem<Rule>& item, std::uint32_t block, bool is_last)
+  __device__ __forceinline__ Strided(const UpdateItem<Rule>& item, std::uint32_t block, bool is_last)
       : item(item),
         first(std::int64_t{block} * kBlock + lane_index()),
         count((is_last ? item.last : kBlock) - lane_index()) {}
@@ -103,10 +103,10 @@ struct Apart {
   __device__ __forceinline__ void store_param(const float (&from)[kEight]) const {
     store(item.param, static_cast<DType>(item.param_dtype), from);
   }
-  __device__ __forceinline__ Vector<std::uint32_t, 2> load_codes(const void* codes, std::uint8_t rest) const {
+  __device__ __forceinline__ Vector<std::uint32_t, 2> load_codes(const void* codes, std::uint8_t padding) const {
     Vector<std::uint32_t, 2> words{};
     each([&](int i, std::int64_t at, bool is_there) {
-      const std::uint32_t code = is_there ? static_cast<const std::uint8_t*>(codes)[at] : rest;
+      const std::uint32_t code = is_there ? static_cast<const std::uint8_t*>(codes)[at] : padding;
       words.at[i / 4] |= code << (8 * (i % 4));
     });
     return words;
@@ -134,29 +134,30 @@ __device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeSums<kSigne
 
 static_assert(kDynamicMap[zero_code(0)] == 0.0f && kUnsignedDynamicMap[zero_code(1)] == 0.0f);
 
-template <class Rule, class Place>
-__device__ __forceinline__ void update_8bit(const Place& place, const StepCoefficients& c, const MomentTables& tables,
-                                            std::uint32_t block) {
+template <class Rule, class Elements>
+__device__ __forceinline__ void update_8bit(const Elements& elements, const StepCoefficients& c,
+                                            const MomentTables& tables, std::uint32_t block) {
   constexpr int kMoments = Rule::kMoments;
-  const UpdateItem<Rule>& item = place.item;
+  const UpdateItem<Rule>& item = elements.item;
   // Each lane computes with the scale of one moment only, its neighbours with those of the others. The lanes exchange
   // the results.
-  const int mine = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
-  float* const absmax = item.absmax[mine] + block;
-  const float scale = *absmax * Rule::kept(c, mine);
+  const int own_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
+  float* const absmax = item.absmax[own_moment] + block;
+  const float scale = *absmax * Rule::kept(c, own_moment);
   float kept[kMoments], param[kEight], grad[kEight], m[kMoments][kEight], most[kMoments] = {};
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
-  place.load_param(param);
-  place.load_grad(grad);
+  elements.load_param(param);
+  elements.load_grad(grad);
   Vector<std::uint32_t, 2> codes[kMoments];
 #pragma unroll
-  for (int k = 0; k < kMoments; ++k) codes[k] = place.load_codes(item.state[k], zero_code(k));
+  for (int k = 0; k < kMoments; ++k) codes[k] = elements.load_codes(item.state[k], zero_code(k));
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
     float moments[kMoments];
-    each_moment<Rule>(
-        [&](auto k) { moments[k()] = tables.of<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * kept[k()]; });
+    each_moment<Rule>([&](auto k) {
+      moments[k()] = tables.for_moment<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * kept[k()];
+    });
     param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
 #pragma unroll
     for (int k = 0; k < kMoments; ++k) {
@@ -164,29 +165,30 @@ __device__ __forceinline__ void update_8bit(const Place& place, const StepCoeffi
       most[k] = fmaxf(most[k], is_signed(k) ? fabsf(moments[k]) : moments[k]);
     }
   }
-  place.store_param(param);
+  elements.store_param(param);
   std::uint32_t bits[kMoments];
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) bits[k] = max_of_warp(std::bit_cast<std::uint32_t>(most[k]));
-  std::uint32_t its = bits[0];
+  std::uint32_t own_bits = bits[0];
 #pragma unroll
-  for (int k = 1; k < kMoments; ++k) its = mine == k ? bits[k] : its;
-  const auto largest = std::bit_cast<float>(its);
+  for (int k = 1; k < kMoments; ++k) own_bits = own_moment == k ? bits[k] : own_bits;
+  const auto largest = std::bit_cast<float>(own_bits);
   if (lane_index() < kMoments) *absmax = largest;  // all lanes have read the old one before they met in max_of_warp()
   const float inverse = inverse_absmax(largest);
-  each_moment<Rule>(
-      [&](auto k) { place.store_codes(item.state[k()], encode(tables.of<k()>().sums, m[k()], shfl(inverse, k()))); });
+  each_moment<Rule>([&](auto k) {
+    elements.store_codes(item.state[k()], encode(tables.for_moment<k()>().sums, m[k()], shfl(inverse, k())));
+  });
 }
 
 template <class Rule>
-__device__ __forceinline__ void update_32bit(const Apart<Rule>& place, const StepCoefficients& c) {
+__device__ __forceinline__ void update_32bit(const Strided<Rule>& elements, const StepCoefficients& c) {
   constexpr int kMoments = Rule::kMoments;
-  const UpdateItem<Rule>& item = place.item;
+  const UpdateItem<Rule>& item = elements.item;
   float param[kEight], grad[kEight], m[kMoments][kEight];
-  place.load_param(param);
-  place.load_grad(grad);
+  elements.load_param(param);
+  elements.load_grad(grad);
 #pragma unroll
-  for (int k = 0; k < kMoments; ++k) place.load(item.state[k], DType::f32, m[k]);
+  for (int k = 0; k < kMoments; ++k) elements.load(item.state[k], DType::f32, m[k]);
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
     float moments[kMoments];
@@ -197,8 +199,8 @@ __device__ __forceinline__ void update_32bit(const Apart<Rule>& place, const Ste
     for (int k = 0; k < kMoments; ++k) m[k][i] = moments[k];
   }
 #pragma unroll
-  for (int k = 0; k < kMoments; ++k) place.store(item.state[k], DType::f32, m[k]);
-  place.store_param(param);
+  for (int k = 0; k < kMoments; ++k) elements.store(item.state[k], DType::f32, m[k]);
+  elements.store_param(param);
 }
 
 }  // namespace qlora_native::QLN_CUDA

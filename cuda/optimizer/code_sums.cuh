@@ -26,9 +26,9 @@ struct CodeSums {
   static constexpr std::uint32_t kFirst = std::bit_cast<std::uint32_t>(kSmallest) >> 16;
   static constexpr std::uint32_t kCount = (std::bit_cast<std::uint32_t>(1.0f) >> 16) + 1 - kFirst;
 
-  std::uint32_t of[(kSigned ? 2 : 1) * kCount];  // positive, then negative floats, away from 0
+  std::uint32_t entries[(kSigned ? 2 : 1) * kCount];  // positive, then negative floats, away from 0
 
-  constexpr CodeSums() : of{} {
+  constexpr CodeSums() : entries{} {
     const auto& midpoints = kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints;
     for (std::uint32_t negative = 0; negative < (kSigned ? 2 : 1); ++negative) {
       const auto least = [&](std::uint32_t cell) {  // the least float of a cell
@@ -44,7 +44,7 @@ struct CodeSums {
         const std::uint32_t midpoint = std::bit_cast<std::uint32_t>(midpoints[code]) & 0x7FFFFFFFu;
         const bool is_here = (midpoints[code] < 0.0f) == (negative == 1) && midpoint >> 16 == upper;
         const std::uint32_t lower = is_here ? (midpoint ^ flip) & 0xFFFFu : 0xFFFFu;
-        of[negative * kCount + cell] = (code << 16) + (0xFFFFu - lower) - (((upper << 16) ^ flip) & 0xFFFF0000u);
+        entries[negative * kCount + cell] = (code << 16) + (0xFFFFu - lower) - (((upper << 16) ^ flip) & 0xFFFF0000u);
       }
     }
   }
@@ -56,9 +56,9 @@ __device__ __forceinline__ std::uint32_t code_in_byte_2(const CodeSums<kSigned>&
   using Sums = CodeSums<kSigned>;
   const auto bits = std::bit_cast<std::uint32_t>(fmaxf(kSigned ? fabsf(t) : t, Sums::kSmallest));
   // With a shift instead of pick_bytes(), the address would take three instructions.
-  if constexpr (!kSigned) return sums.of[pick_bytes(bits, 0, 0x4432) - Sums::kFirst] + bits;
+  if constexpr (!kSigned) return sums.entries[pick_bytes(bits, 0, 0x4432) - Sums::kFirst] + bits;
   const auto flip = static_cast<std::uint32_t>(std::bit_cast<std::int32_t>(t) >> 31);  // all bits of a negative number
-  return sums.of[(bits >> 16) - Sums::kFirst + (flip & Sums::kCount)] + (bits ^ flip);
+  return sums.entries[(bits >> 16) - Sums::kFirst + (flip & Sums::kCount)] + (bits ^ flip);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -17,7 +17,7 @@ namespace qlora_native::QLN_CUDA {
 constexpr int kBlock = kOptimizer8bitBlocksize;
 static_assert(kBlock == kWarp * kEight);
 
-// look_kernel computes this for each tensor, and update_kernel reads it.
+// check_kernel computes this for each tensor, and update_kernel reads it.
 struct TensorStep {
   StepCoefficients coefficients;
   std::int64_t* counter;
@@ -25,7 +25,7 @@ struct TensorStep {
 };
 
 // The arguments that both kernels of a step share.
-struct WholeStep {
+struct StepArgs {
   const float* inv_scale;
   const float* found_inf;
   std::uint32_t* unusable;  // [1]: not 0 if a gradient or a learning rate is unusable
@@ -41,27 +41,27 @@ struct BlockList {
   Item items[kMost];
 
   // 32 bits are enough for the number of blocks, because no memory holds a thousand billion elements.
-  void add(const Item& item, std::int64_t its_blocks, bool is_whole) {
+  void add(const Item& item, std::int64_t item_blocks, bool is_whole) {
     begin[count] = blocks;
     items[count++] = item;
-    blocks += static_cast<std::uint32_t>(its_blocks);
+    blocks += static_cast<std::uint32_t>(item_blocks);
     if (is_whole) whole_blocks = blocks;
   }
   void end() { std::fill(begin + count, begin + kMost + 1, blocks); }
 };
 
-struct LookItem {
+struct CheckItem {
   const void* grad;
   std::int64_t* counter;  // null if another item of the tensor computes its step
-  std::uint32_t tensor;   // index into WholeStep::steps
+  std::uint32_t tensor;   // index into StepArgs::steps
   std::uint16_t last;     // elements in the item's last block
   std::uint8_t dtype, group;
 };
-constexpr int kMostLooks = 1024, kMostGroups = 32;
-struct Looks {
-  WholeStep shared;
+constexpr int kMostChecks = 1024, kMostGroups = 32;
+struct CheckArgs {
+  StepArgs shared;
   Optimizer8bitGroup groups[kMostGroups];
-  BlockList<LookItem, kMostLooks> list;
+  BlockList<CheckItem, kMostChecks> list;
 };
 
 template <class Rule>
@@ -77,16 +77,16 @@ struct UpdateItem {
 template <class Rule>
 constexpr int kMostUpdates = Rule::kMoments <= 2 ? 512 : 256;
 template <class Rule>
-struct Updates {
-  WholeStep shared;
-  std::int64_t* skipped;   // null if another launch counts skipped steps
-  std::uint32_t to_count;  // how many tensors' counters this launch advances
+struct UpdateArgs {
+  StepArgs shared;
+  std::int64_t* skipped;           // null if another launch counts skipped steps
+  std::uint32_t tensors_to_count;  // how many tensors' counters this launch advances
   BlockList<UpdateItem<Rule>, kMostUpdates<Rule>> list;
 };
 // The most bytes of parameters that a kernel may have.
 constexpr std::size_t kParameterBytes = 32764;
-static_assert(sizeof(Looks) <= kParameterBytes && sizeof(Updates<AdamW>) <= kParameterBytes &&
-              sizeof(Updates<Lion>) <= kParameterBytes && sizeof(Updates<AdEMAMix>) <= kParameterBytes);
+static_assert(sizeof(CheckArgs) <= kParameterBytes && sizeof(UpdateArgs<AdamW>) <= kParameterBytes &&
+              sizeof(UpdateArgs<Lion>) <= kParameterBytes && sizeof(UpdateArgs<AdEMAMix>) <= kParameterBytes);
 
 __device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
 

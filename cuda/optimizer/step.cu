@@ -1,4 +1,4 @@
-// optimizer_8bit_step: two kernels step hundreds of tensors. look_kernel checks every gradient, because a single
+// optimizer_8bit_step: two kernels step hundreds of tensors. check_kernel checks every gradient, because a single
 // unusable one stops the whole step. In it, a thread for each tensor also computes the coefficients of that tensor's
 // step. update_kernel then does the step and counts it. (A single kernel would have to wait between the two for all of
 // its own blocks. So it could have only as many blocks as fit the device at once, and it would need four times the
@@ -23,37 +23,37 @@ namespace {
 
 // ---- the check of the gradients ----
 
-constexpr int kLookThreads = 256;
+constexpr int kCheckThreads = 256;
 
 template <class T, class Rule>
-__global__ void __launch_bounds__(kLookThreads) look_kernel(const __grid_constant__ Looks looks) {
-  const WholeStep& shared = looks.shared;
-  const auto& list = looks.list;
+__global__ void __launch_bounds__(kCheckThreads) check_kernel(const __grid_constant__ CheckArgs args) {
+  const StepArgs& shared = args.shared;
+  const auto& list = args.list;
   const float inv_scale = shared.inv_scale != nullptr ? *shared.inv_scale : 1.0f;
   bool usable = true;
-  const auto look = [&](float grad) { usable &= fabsf(grad * inv_scale) <= kLargestGradient; };  // NaN: false
-  for (std::int64_t i = block_index() * kLookThreads + thread_index(); i < list.count;
-       i += grid_blocks() * kLookThreads) {
-    const LookItem& item = list.items[i];
+  const auto check = [&](float grad) { usable &= fabsf(grad * inv_scale) <= kLargestGradient; };  // NaN: false
+  for (std::int64_t i = block_index() * kCheckThreads + thread_index(); i < list.count;
+       i += grid_blocks() * kCheckThreads) {
+    const CheckItem& item = list.items[i];
     if (item.counter == nullptr) continue;
-    const Optimizer8bitGroup& group = looks.groups[item.group];
+    const Optimizer8bitGroup& group = args.groups[item.group];
     const std::int64_t count = *item.counter + 1;
     shared.steps[item.tensor] = {Rule::coefficients(group, count, inv_scale), item.counter, count};
     usable &= is_finite_size(lr_of(group));
   }
-  each_block<kLookThreads>(list, 0, list.whole_blocks, [&](const LookItem& item, std::uint32_t block, bool, bool) {
+  each_block<kCheckThreads>(list, 0, list.whole_blocks, [&](const CheckItem& item, std::uint32_t block, bool, bool) {
     float g[kEight];
     const T* const grad = static_cast<const T*>(item.grad) + std::int64_t{block} * kBlock + lane_index() * kEight;
     load_eight_aligned_as_f32(grad, g);
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) look(g[i]);
+    for (int i = 0; i < kEight; ++i) check(g[i]);
   });
-  each_block<kLookThreads>(
-      list, list.whole_blocks, list.blocks, [&](const LookItem& item, std::uint32_t block, bool is_last, bool) {
+  each_block<kCheckThreads>(
+      list, list.whole_blocks, list.blocks, [&](const CheckItem& item, std::uint32_t block, bool is_last, bool) {
         const int count = is_last ? item.last : kBlock;
 #pragma unroll 1
         for (int i = lane_index(); i < count; i += kWarp) {
-          look(load_as_f32(item.grad, static_cast<DType>(item.dtype), std::int64_t{block} * kBlock + i));
+          check(load_as_f32(item.grad, static_cast<DType>(item.dtype), std::int64_t{block} * kBlock + i));
         }
       });
   if (!usable) *shared.unusable = 1;  // several threads may write it, but all write the same
@@ -68,16 +68,16 @@ constexpr int kUpdateThreads = Rule::kMoments <= 2 ? 384 : 256;
 
 template <class T, class Rule>
 __global__ void __launch_bounds__(kUpdateThreads<Rule>, kUpdateBlocks)
-    update_kernel(const __grid_constant__ Updates<Rule> updates) {
+    update_kernel(const __grid_constant__ UpdateArgs<Rule> args) {
   constexpr int kThreads = kUpdateThreads<Rule>;
-  const WholeStep& shared = updates.shared;
-  const auto& list = updates.list;
+  const StepArgs& shared = args.shared;
+  const auto& list = args.list;
   const std::int64_t thread = block_index() * kThreads + thread_index();
   if (*shared.unusable != 0 || (shared.found_inf != nullptr && *shared.found_inf != 0.0f)) {
-    if (thread == 0 && updates.skipped != nullptr) ++*updates.skipped;
+    if (thread == 0 && args.skipped != nullptr) ++*args.skipped;
     return;
   }
-  for (std::int64_t i = thread; i < updates.to_count; i += grid_blocks() * kThreads) {
+  for (std::int64_t i = thread; i < args.tensors_to_count; i += grid_blocks() * kThreads) {
     *shared.steps[i].counter = shared.steps[i].count;
   }
   MomentTables& tables = *dynamic_smem<MomentTables>();
@@ -95,33 +95,33 @@ __global__ void __launch_bounds__(kUpdateThreads<Rule>, kUpdateBlocks)
   each_block<kThreads>(list, 0, list.whole_blocks,
                        [&](const UpdateItem<Rule>& item, std::uint32_t block, bool is_last, bool is_new) {
                          get_coefficients(item, is_new);
-                         update_8bit<Rule>(Neighbours<T, Rule>(item, block, is_last), c, tables, block);
+                         update_8bit<Rule>(Contiguous<T, Rule>(item, block, is_last), c, tables, block);
                        });
   each_block<kThreads>(list, list.whole_blocks, list.blocks,
                        [&](const UpdateItem<Rule>& item, std::uint32_t block, bool is_last, bool is_new) {
                          get_coefficients(item, is_new);
-                         const Apart<Rule> place(item, block, is_last);
+                         const Strided<Rule> elements(item, block, is_last);
                          if (item.absmax[0] != nullptr) {
-                           update_8bit<Rule>(place, c, tables, block);
+                           update_8bit<Rule>(elements, c, tables, block);
                          } else {
-                           update_32bit(place, c);
+                           update_32bit(elements, c);
                          }
                        });
 }
 
 // The first launch of a step also counts the step (or the skipped step); the later ones do not.
 template <class T, class Rule>
-void launch_update(Updates<Rule>& updates, const Stream& stream) {
+void launch_update(UpdateArgs<Rule>& args, const Stream& stream) {
   constexpr int kThreads = kUpdateThreads<Rule>;
   constexpr std::int64_t kWarps = kThreads / kWarp;
   // No more blocks than the device holds at once, so that each fills its tables only once. At least one, even if there
   // is nothing to update, because it counts the step.
   const std::int64_t most = kUpdateBlocks * multiprocessors(stream);
-  const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(updates.list.blocks, kWarps), 1, most);
+  const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(args.list.blocks, kWarps), 1, most);
   launch<update_kernel<T, Rule>>({.blocks = blocks, .threads = kThreads, .smem_bytes = kTableBytes<Rule>}, stream,
-                                 updates);
-  updates.to_count = 0;
-  updates.skipped = nullptr;
+                                 args);
+  args.tensors_to_count = 0;
+  args.skipped = nullptr;
 }
 
 // ---- the launches ----
@@ -135,35 +135,36 @@ void each_dtype(const F& f) {
 }
 
 template <class T, class Rule>
-void look_at(const Pieces& pieces, const Optimizer8bitGroup* groups, const WholeStep& shared, const Stream& stream) {
+void check_gradients(const Pieces& pieces, const Optimizer8bitGroup* groups, const StepArgs& shared,
+                     const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
-    Looks looks{.shared = shared, .groups = {}, .list = {}};
-    std::map<int, std::uint8_t> places;  // from a group's index to its place in looks.groups
-    for (; next < pieces.size() && looks.list.count < kMostLooks; ++next) {
+    CheckArgs args{.shared = shared, .groups = {}, .list = {}};
+    std::map<int, std::uint8_t> places;  // from a group's index to its place in args.groups
+    for (; next < pieces.size() && args.list.count < kMostChecks; ++next) {
       const auto& [tensor, index] = pieces[next].part;
       const auto [place, is_new] = places.try_emplace(tensor.group, static_cast<std::uint8_t>(places.size()));
       if (place->second == kMostGroups) break;
-      if (is_new) looks.groups[place->second] = groups[tensor.group];
-      looks.list.add({.grad = tensor.grad,
-                      .counter = tensor.step,
-                      .tensor = static_cast<std::uint32_t>(index),
-                      .last = last_of(tensor),
-                      .dtype = static_cast<std::uint8_t>(tensor.grad_dtype),
-                      .group = place->second},
-                     ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
+      if (is_new) args.groups[place->second] = groups[tensor.group];
+      args.list.add({.grad = tensor.grad,
+                     .counter = tensor.step,
+                     .tensor = static_cast<std::uint32_t>(index),
+                     .last = last_of(tensor),
+                     .dtype = static_cast<std::uint8_t>(tensor.grad_dtype),
+                     .group = place->second},
+                    ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
     }
-    looks.list.end();
-    const std::int64_t warps = std::max<std::int64_t>(looks.list.blocks, ceil_div(looks.list.count, kWarp));
-    launch<look_kernel<T, Rule>>(looping_grid(warps * kWarp, kLookThreads, stream), stream, looks);
+    args.list.end();
+    const std::int64_t warps = std::max<std::int64_t>(args.list.blocks, ceil_div(args.list.count, kWarp));
+    launch<check_kernel<T, Rule>>(looping_grid(warps * kWarp, kCheckThreads, stream), stream, args);
   }
 }
 
-// Fills the list of `updates` and launches the kernel, again and again until all pieces are done.
+// Fills the list of `args` and launches the kernel, again and again until all pieces are done.
 template <class T, class Rule>
-void update(const Pieces& pieces, Updates<Rule>& updates, const Stream& stream) {
+void update(const Pieces& pieces, UpdateArgs<Rule>& args, const Stream& stream) {
   for (std::size_t next = 0; next < pieces.size();) {
-    updates.list.count = updates.list.whole_blocks = updates.list.blocks = 0;
-    for (; next < pieces.size() && updates.list.count < kMostUpdates<Rule>; ++next) {
+    args.list.count = args.list.whole_blocks = args.list.blocks = 0;
+    for (; next < pieces.size() && args.list.count < kMostUpdates<Rule>; ++next) {
       const auto& [tensor, index] = pieces[next].part;
       UpdateItem<Rule> item{.param = tensor.param,
                             .grad = tensor.grad,
@@ -177,10 +178,10 @@ void update(const Pieces& pieces, Updates<Rule>& updates, const Stream& stream) 
         item.state[k] = state_of(tensor, k);
         item.absmax[k] = absmax_of(tensor, k);
       }
-      updates.list.add(item, ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
+      args.list.add(item, ceil_div(tensor.elements, kBlock), pieces[next].is_whole);
     }
-    updates.list.end();
-    launch_update<T, Rule>(updates, stream);
+    args.list.end();
+    launch_update<T, Rule>(args, stream);
   }
 }
 
@@ -190,23 +191,26 @@ template <class Rule>
 void step(const Optimizer8bitArgs& args, const Stream& stream) {
   const std::size_t step_bytes = static_cast<std::size_t>(args.count) * sizeof(TensorStep);
   const Workspace workspace(step_bytes + sizeof(std::uint32_t), stream);
-  const WholeStep shared{.inv_scale = args.inv_scale,
-                         .found_inf = args.found_inf,
-                         .unusable = reinterpret_cast<std::uint32_t*>(workspace.data() + step_bytes),
-                         .steps = reinterpret_cast<TensorStep*>(workspace.data())};
+  const StepArgs shared{.inv_scale = args.inv_scale,
+                        .found_inf = args.found_inf,
+                        .unusable = reinterpret_cast<std::uint32_t*>(workspace.data() + step_bytes),
+                        .steps = reinterpret_cast<TensorStep*>(workspace.data())};
   fill_bytes(shared.unusable, 0, sizeof(*shared.unusable), stream);
 
   PagedUpdate paged(args, stream);
   std::vector<UpdatePart> tensors;
   for (std::int64_t i = 0; i < args.count; ++i) tensors.push_back({args.tensors[i], i});
   each_dtype([&]<class T>(DType dtype) {
-    look_at<T, Rule>(pieces_of(tensors, &Optimizer8bitTensor::grad_dtype, dtype,
-                               [](const Optimizer8bitTensor& tensor) { return is_vector_aligned(tensor.grad); }),
-                     args.groups, shared, stream);
+    check_gradients<T, Rule>(
+        pieces_of(tensors, &Optimizer8bitTensor::grad_dtype, dtype,
+                  [](const Optimizer8bitTensor& tensor) { return is_vector_aligned(tensor.grad); }),
+        args.groups, shared, stream);
   });
 
-  Updates<Rule> updates{
-      .shared = shared, .skipped = args.skipped, .to_count = static_cast<std::uint32_t>(args.count), .list = {}};
+  UpdateArgs<Rule> updates{.shared = shared,
+                           .skipped = args.skipped,
+                           .tensors_to_count = static_cast<std::uint32_t>(args.count),
+                           .list = {}};
   paged.run([&](const std::vector<UpdatePart>& parts) {
     each_dtype([&]<class T>(DType dtype) {
       const auto in_vectors = [](const Optimizer8bitTensor& t) {

@@ -81,9 +81,9 @@ int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config
   return shape.smem_bytes + kReserved >= static_cast<std::size_t>(most) * bytes ? most : 1;
 }
 
-// The size of a part if `count` is cut evenly: a multiple of `unit`, and at most `most`.
-std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t unit) {
-  return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
+// The size of a part if `count` is cut evenly: a multiple of `step`, and at most `most`.
+std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t step) {
+  return ceil_div(ceil_div(count, ceil_div(count, most)), step) * step;
 }
 
 // The share of time in which a multiprocessor has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of
@@ -99,22 +99,22 @@ double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int m
 // its rate (kFusedRows) either. Among the panels that memory allows, this takes the smallest whose products keep 95 %
 // of the multiprocessors busy, or else those that keep the most busy.
 std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
-  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masks || shape.groups > 0) return std::nullopt;
+  if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masked || shape.groups > 0) return std::nullopt;
   PanelsConfig config;
   config.rows = shape.rank == 0 ? shape.rows : even_part(shape.rows, kPanelCopiedRows, kPanelCols);
-  const std::int64_t column = column_of_panel(shape.inner, shape.rank);
-  const std::int64_t tile_bytes = kPanelCols * column * static_cast<std::int64_t>(size_of(shape.dtype));
+  const std::int64_t column_elements = panel_column_elements(shape.inner, shape.rank);
+  const std::int64_t tile_bytes = kPanelCols * column_elements * static_cast<std::int64_t>(size_of(shape.dtype));
   const std::int64_t col_tiles = ceil_div(shape.cols, kPanelCols);
   constexpr double kEnough = 0.95, kLeast = 0.75;
   double best = 0.0;
   for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
        tiles * tile_bytes <= kPanelMostBytes && best < kEnough; ++tiles) {
-    const std::int64_t of_panel = even_part(col_tiles, tiles, 1);
-    const double busy =
-        busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, of_panel, shape.multiprocessors);
+    const std::int64_t panel_tiles = even_part(col_tiles, tiles, 1);
+    const double busy = busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, panel_tiles,
+                                   shape.multiprocessors);
     if (busy > best) {
       best = busy;
-      config.cols = of_panel * kPanelCols;
+      config.cols = panel_tiles * kPanelCols;
     }
     if (tiles >= col_tiles) break;
   }
@@ -138,16 +138,16 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
   const std::int64_t few = shape.backward ? kGemmFewRows : kThinRows;
   if (shape.hopper == HopperUse::where_it_wins && shape.rows <= few) return std::nullopt;
-  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tiles) return std::nullopt;
+  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tma_can_load) return std::nullopt;
   if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
-  HopperConfig config{.runs = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
-  config.runs.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
+  HopperConfig config{.gemm = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
+  config.gemm.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
                           : shape.rows <= kGemmManyRows || wastes(shape.rows, kGemmTallRows, kGemmManyRows)
                               ? kGemmManyRows
                               : kGemmTallRows;
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
-  if (shape.smem_bytes < hopper_smem_bytes(config.runs.tile_rows)) return std::nullopt;
-  share_steps(shape, kGemmStep, config.runs);
+  if (shape.smem_bytes < hopper_smem_bytes(config.gemm.tile_rows)) return std::nullopt;
+  share_steps(shape, kGemmStep, config.gemm);
   return config;
 }
 
@@ -157,8 +157,8 @@ ProductConfig product_config(const ProductShape& shape) {
   const std::optional<HopperConfig> hopper = by_wgmma(shape);
   if (hopper && shape.hopper == HopperUse::wherever_it_can) return *hopper;
   const bool grouped = shape.groups > 0;
-  const bool is_made = !grouped || shape.aligned;  // groups have kernels for vectors, and the general one
-  if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_made) {
+  const bool is_compiled = !grouped || shape.aligned;  // groups have kernels for vectors, and the general one
+  if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_compiled) {
     const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
     const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
     const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
@@ -167,7 +167,7 @@ ProductConfig product_config(const ProductShape& shape) {
   if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
   if (hopper) return *hopper;
   // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
-  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_made) return GeneralConfig{};
+  if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_compiled) return GeneralConfig{};
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // no device so far keeps as much
   GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
@@ -203,15 +203,15 @@ std::string name_of_way(const ProductShape& shape, const GeneralConfig&) {
 std::string name_of_way(const ProductShape&, const GemvConfig& config) {
   return "GEMV, " + number(config.blocks) + " blocks";
 }
-std::string text_of_runs(const GemmConfig& config) {
+std::string text_of_tiles(const GemmConfig& config) {
   return number(config.tiles) + " tiles of " + number(config.tile_rows) + "x" + number(config.tile_cols) + ", " +
          number(config.steps) + " steps each, " + number(config.blocks) + " blocks";
 }
 std::string name_of_way(const ProductShape&, const GemmConfig& config) {
-  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_runs(config);
+  return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_tiles(config);
 }
 std::string name_of_way(const ProductShape&, const HopperConfig& config) {
-  return "tensor cores by wgmma, " + text_of_runs(config.runs);
+  return "tensor cores by wgmma, " + text_of_tiles(config.gemm);
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +

@@ -104,10 +104,10 @@ struct ProductShape {
   std::int64_t rank = 0;      // of the adapter
   std::int64_t groups = 0;    // of rows; 0: all rows share the weight and the adapter
   bool own_weights = false;   // each group has its own weight, so that no tile has rows of two groups
-  bool masks = false;         // backward: dropout masks the adapter's part within the sums
+  bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
-  bool tiles = false;  // TMA can load tiles of the left operand and of U or V
+  bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
   std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them
@@ -144,21 +144,21 @@ struct GemmConfig {
   // The same product with `count` tiles of rows, in no more blocks than now.
   constexpr GemmConfig with_row_tiles(std::int64_t count) const {
     GemmConfig config = *this;
-    const std::int64_t of_run = kLeastInner / (thin ? kThinStep : kGemmStep);
+    const std::int64_t least_steps = kLeastInner / (thin ? kThinStep : kGemmStep);
     config.row_tiles = count;
     config.tiles = row_tiles == 0 ? 0 : tiles / row_tiles * count;
-    const std::int64_t all = config.tiles * steps, most = (all + of_run - 1) / of_run;
+    const std::int64_t all = config.tiles * steps, most = (all + least_steps - 1) / least_steps;
     config.blocks = most < blocks ? static_cast<int>(most) : blocks;
     config.share = config.blocks == 0 ? 0 : all / config.blocks;
     config.rest = config.blocks == 0 ? 0 : static_cast<int>(all % config.blocks);
     return config;
   }
-  // The step with which the run of block `i` begins; steps are counted tile after tile.
-  constexpr std::int64_t begin_of(int i) const { return i * share + (i < rest ? i : rest); }
+  // The step with which a run begins; steps are counted tile after tile.
+  constexpr std::int64_t first_step(int run) const { return run * share + (run < rest ? run : rest); }
   // The run that has a step.
   constexpr int run_of(std::int64_t step) const {
-    const std::int64_t of_longer = rest * (share + 1);
-    return static_cast<int>(step < of_longer ? step / (share + 1) : rest + (step - of_longer) / share);
+    const std::int64_t longer_steps = rest * (share + 1);
+    return static_cast<int>(step < longer_steps ? step / (share + 1) : rest + (step - longer_steps) / share);
   }
   // Whether a run may end before the end of a tile.
   constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }
@@ -167,7 +167,7 @@ struct GemmConfig {
 
 // hopper/: products by wgmma, whose blocks share tiles as those of gemm/ do.
 struct HopperConfig {
-  GemmConfig runs;
+  GemmConfig gemm;
   bool operator==(const HopperConfig&) const = default;
 };
 
@@ -184,7 +184,7 @@ ProductConfig product_config(const ProductShape& shape);
 HopperUse asked_hopper_use(bool is_hopper);
 
 // How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
-constexpr std::int64_t column_of_panel(std::int64_t inner, std::int64_t rank) {
+constexpr std::int64_t panel_column_elements(std::int64_t inner, std::int64_t rank) {
   return (inner + rank + kPanelAlignment - 1) / kPanelAlignment * kPanelAlignment;
 }
 

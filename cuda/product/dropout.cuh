@@ -9,7 +9,7 @@ namespace qlora_native::QLN_CUDA {
 
 struct Dropout {
   std::uint64_t seed;
-  const std::uint64_t* device_seed;  // null, or where prepared() finds what it adds to the seed
+  const std::uint64_t* device_seed;  // null, or where with_seed() finds what it adds to the seed
   std::uint32_t threshold;           // 0: everything is kept
   float scale;                       // 1 / (1 - p)
   explicit Dropout(const LoraView& lora)
@@ -18,7 +18,7 @@ struct Dropout {
         threshold(dropout_threshold(lora.dropout)),
         scale(1.0f / (1.0f - lora.dropout)) {}
   // Dropout as a kernel uses it, with a seed that has been read once.
-  __device__ Dropout prepared() const {
+  __device__ Dropout with_seed() const {
     Dropout dropout = *this;
     dropout.seed = dropout_seed(seed, device_seed);
     return dropout;
@@ -29,7 +29,7 @@ struct Dropout {
   // Elements (m, k) ... (m, k+7), with zeros for those that are dropped. k is a multiple of 8, so that they share their
   // random bits.
   template <class Words>
-  __device__ __forceinline__ Words kept_of(Words values, std::int64_t m, std::int64_t k) const {
+  __device__ __forceinline__ Words keep(Words values, std::int64_t m, std::int64_t k) const {
     if (threshold == 0) return values;
     const PhiloxBlock random = dropout_random(seed, m, k);
 #pragma unroll

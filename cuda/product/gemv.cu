@@ -1,10 +1,10 @@
 // The forward product of up to eight rows of X, where reading W is what takes time: Y = [X | U] . [W | s*B]^T + bias.
 //
-// A block takes 16 rows of W at a time. Its warps share K: each takes 128 elements of every row in a turn, and at the
+// A block takes 16 rows of W at a time. Its warps share K: each takes 128 elements of every row in a step, and at the
 // end they add up their sums, always in one order. Lane (g, t) of a warp, with g = lane / 4 and t = lane % 4, has
 // elements 32 t ... 32 t + 31 of rows g and g + 8. In a row these are 16 bytes of 4-bit codes, which share a scale.
 //
-//   K of a turn    0 ... 31  32 ... 63  64 ... 95  96 ... 127
+//   K of a step    0 ... 31  32 ... 63  64 ... 95  96 ... 127
 //   row g, g + 8   t = 0     t = 1      t = 2      t = 3
 //
 // Where each group of rows has its own weight, a block computes some columns of one group after another, for up to
@@ -54,12 +54,12 @@ class GemvChunk {
     scale_.fetch(w, scales, element, count);
   }
   // The factor that decode() multiplies values by: the scale, divided by 127 for 8-bit codes.
-  __device__ __forceinline__ ChunkScale<kAligned> unit(const ScaleReader<kAligned>& scales) const {
+  __device__ __forceinline__ ChunkScale<kAligned> factor(const ScaleReader<kAligned>& scales) const {
     const ChunkScale<kAligned> scale = scale_.finish(scales);
     return kBits == 8 ? scale.divided_by(127.0f) : scale;
   }
   // Decodes the four elements at `first`; they are not rounded yet.
-  __device__ __forceinline__ void decode(float (&w)[kFour], int first, const ChunkScale<kAligned>& unit,
+  __device__ __forceinline__ void decode(float (&w)[kFour], int first, const ChunkScale<kAligned>& factor,
                                          const GemvTable& table) const {
 #pragma unroll
     for (int i = 0; i < kFour; i += 2) {
@@ -67,12 +67,12 @@ class GemvChunk {
       const std::uint32_t word = codes_[byte / kVectorBytes].at[byte % kVectorBytes / 4];
       GemvTable::Pair pair;
       if constexpr (kBits == 4) {
-        pair = table.of_byte(word, byte % 4);
+        pair = table.pair_of_byte(word, byte % 4);
       } else {
         pair = {{signed_byte(word, byte % 4), signed_byte(word, byte % 4 + 1)}};
       }
-      w[i] = pair.at[0] * unit.at(first + i);
-      w[i + 1] = pair.at[1] * unit.at(first + i + 1);
+      w[i] = pair.at[0] * factor.at(first + i);
+      w[i + 1] = pair.at[1] * factor.at(first + i + 1);
     }
   }
 
@@ -86,7 +86,7 @@ class GemvChunk {
 };
 
 // How many elements the chunk of a lane has that begins at `first`, if a row has `whole` elements.
-__device__ __forceinline__ int left_of(std::int64_t whole, std::int64_t first) {
+__device__ __forceinline__ int chunk_elements(std::int64_t whole, std::int64_t first) {
   return whole - first < kChunk ? static_cast<int>(whole - first) : kChunk;
 }
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ int left_of(std::int64_t whole, std::int64_t first) {
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
-template <class T, int kRows, int kBits, bool kAligned, bool kGroups>
+template <class T, int kRows, int kBits, bool kAligned, bool kGrouped>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     gemv_kernel(const __grid_constant__ GemvArgs args) {
   using Rows = GemvRows<T, kRows>;
@@ -103,18 +103,18 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   const ScaleReader<kAligned> scales(w, args.scales, shared.nested);
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.low_rank.cols;
-  GemvPart<T, kGroups> part(args);
-  if (kGroups && !part.go_on()) return;
-  struct Turn {
+  GemvPart<T, kGrouped> part(args);
+  if (kGrouped && !part.next()) return;
+  struct Step {
     GemvChunk<kBits, kAligned> chunk[2];
     Rows x;
   } now, next;
-  // Loads the turn after this one, for the columns of the result from n0 on, and from `k` on.
+  // Loads the step after this one, for the columns of the result from n0 on, and from `k` on.
   const auto fetch = [&](std::int64_t n0, std::int64_t k) {
-    const int count = left_of(K, k);
+    const int count = chunk_elements(K, k);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const std::int64_t n = n0 + lane.g + 8 * row, element = part.weights_before() + n * K + k;
+      const std::int64_t n = n0 + lane.g + 8 * row, element = part.weight_offset() + n * K + k;
       if constexpr (kAligned) {
         // Beyond W any chunk will do, so the last one is loaded: it is multiplied by zeros of X, or its sum is not
         // stored.
@@ -126,41 +126,41 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     }
     next.x.template fetch<kAligned>(part.left() + k, args.left.stride, part.rows(), count, lane);
   };
-  // Where in K the warp's first turn begins, and where the lane's chunk begins in a turn.
-  const std::int64_t first = lane.warp * kTurn, mine = lane.t * kChunk;
+  // Where in K the warp's first step begins, and where the lane's chunk begins in a step.
+  const std::int64_t first = lane.warp * kWarpStep, lane_offset = lane.t * kChunk;
   const auto fetch_first = [&](std::int64_t n0) {
-    if (n0 < part.end() && first < K) fetch(n0, first + mine);
+    if (n0 < part.end() && first < K) fetch(n0, first + lane_offset);
   };
 
   // The first codes are on their way while the tables are filled, and the first codes of the next columns while the
   // sums of these are exchanged. This is not done where loading a scale needs those tables (in weights that are not
   // aligned), nor where the sums of eight rows in fp32 fill the registers.
-  constexpr bool kEarly = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
-  if constexpr (kEarly) fetch_first(part.begin());
+  constexpr bool kPrefetch = kAligned && (kRows == 1 || !std::is_same_v<T, float>);
+  if constexpr (kPrefetch) fetch_first(part.begin());
   if constexpr (kBits == 4) GemvTable::fill(shared.pairs, w.code);
   shared.nested.fill(w);
   sync_threads();
   const GemvTable table(shared.pairs);
 
-  for (std::int64_t n0 = part.begin(); n0 < part.end(); n0 += part.apart()) {
+  for (std::int64_t n0 = part.begin(); n0 < part.end(); n0 += part.stride()) {
     typename Rows::Sums sums;
     const std::int64_t n[2] = {n0 + lane.g, n0 + lane.g + 8};
-    if constexpr (!kEarly) fetch_first(n0);
-    for (std::int64_t k = first; k < K; k += kGemvWarps * kTurn) {
+    if constexpr (!kPrefetch) fetch_first(n0);
+    for (std::int64_t k = first; k < K; k += kGemvWarps * kWarpStep) {
       now = next;
-      const bool is_last = k + kGemvWarps * kTurn >= K;
-      if constexpr (kEarly) {
-        const std::int64_t next_n0 = is_last ? n0 + part.apart() : n0;
-        if (next_n0 < part.end()) fetch(next_n0, (is_last ? first : k + kGemvWarps * kTurn) + mine);
+      const bool is_last = k + kGemvWarps * kWarpStep >= K;
+      if constexpr (kPrefetch) {
+        const std::int64_t next_n0 = is_last ? n0 + part.stride() : n0;
+        if (next_n0 < part.end()) fetch(next_n0, (is_last ? first : k + kGemvWarps * kWarpStep) + lane_offset);
       } else {
-        if (!is_last) fetch(n0, k + kGemvWarps * kTurn + mine);
+        if (!is_last) fetch(n0, k + kGemvWarps * kWarpStep + lane_offset);
       }
-      const ChunkScale<kAligned> units[2] = {now.chunk[0].unit(scales), now.chunk[1].unit(scales)};
+      const ChunkScale<kAligned> factors[2] = {now.chunk[0].factor(scales), now.chunk[1].factor(scales)};
 #pragma unroll
       for (int i = 0; i < kChunk; i += kFour) {
         float decoded[2][kFour];
 #pragma unroll
-        for (int row = 0; row < 2; ++row) now.chunk[row].decode(decoded[row], i, units[row], table);
+        for (int row = 0; row < 2; ++row) now.chunk[row].decode(decoded[row], i, factors[row], table);
         Rows::add(sums, now.x.four_at(i), decoded);
       }
     }
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     // The adapter adds to the same sums, with B in place of W and four elements of U a lane, for rows first ... last-1.
     // Where there are several adapters, the warps take turns at the adapters too.
     const auto add_adapter = [&](int adapter, int first, int last) {
-      const std::int64_t before = adapter * args.elements_of_right();
-      const int warp = kGroups ? (lane.warp + adapter) % kGemvWarps : lane.warp;
+      const std::int64_t before = adapter * args.right_elements();
+      const int warp = kGrouped ? (lane.warp + adapter) % kGemvWarps : lane.warp;
 #pragma unroll 1
       for (std::int64_t r0 = warp * kMmaInner; r0 < rank; r0 += kGemvWarps * kMmaInner) {
         const std::int64_t r = r0 + lane.t * kFour;
@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
           }
         }
         const T* const u = part.low_rank() + r;
-        Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, left_of(rank, r), lane), b);
+        Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, chunk_elements(rank, r), lane), b);
       }
     };
-    if constexpr (!kGroups) {
+    if constexpr (!kGrouped) {
       add_adapter(0, 0, part.rows());
     } else {
       TileAdapters<kGemvRows> adapters(args, part.tile());
@@ -202,21 +202,21 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
       }
     }
 
-    Rows::leave(sums, shared.sums[lane.warp], lane);
+    Rows::store(sums, shared.sums[lane.warp], lane);
     sync_threads();
     const int m = thread_index() / kGemvCols, col = thread_index() % kGemvCols;
     if (m < part.rows() && n0 + col < w.N) {
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < kGemvWarps; ++warp) sum += shared.sums[warp][m][col];
-      if (args.bias != nullptr) sum += to_f32(static_cast<const T*>(args.bias)[part.biases_before() + n0 + col]);
+      if (args.bias != nullptr) sum += to_f32(static_cast<const T*>(args.bias)[part.bias_offset() + n0 + col]);
       part.out()[m * args.out.stride + n0 + col] = from_f32<T>(sum);
     }
     sync_threads();  // before the sums are written again
-    if constexpr (kGroups) {
-      if (n0 + part.apart() >= part.end() && part.go_on()) {
-        if constexpr (kEarly) fetch_first(part.begin());
-        n0 = part.begin() - part.apart();
+    if constexpr (kGrouped) {
+      if (n0 + part.stride() >= part.end() && part.next()) {
+        if constexpr (kPrefetch) fetch_first(part.begin());
+        n0 = part.begin() - part.stride();
       }
     }
   }
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream) {
   const QuantizedWeightView& w = product.weight;
   const GemvArgs args{product, scales_of(w), last_chunk_of(w)};
-  const auto start = [&]<class T, int kRows, int kBits, bool kAligned>() {
+  const auto launch_for = [&]<class T, int kRows, int kBits, bool kAligned>() {
     const LaunchShape shape = {config.blocks, kGemvThreads, sizeof(GemvShared<kAligned>)};
     if constexpr (kRows == kGemvRows && kAligned) {
       if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
@@ -236,11 +236,11 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
   };
   const auto with_weight = [&]<class T, int kRows>() {
     if (w.bits == 4) {
-      if (config.aligned) return start.template operator()<T, kRows, 4, true>();
-      return start.template operator()<T, kRows, 4, false>();
+      if (config.aligned) return launch_for.template operator()<T, kRows, 4, true>();
+      return launch_for.template operator()<T, kRows, 4, false>();
     }
-    if (config.aligned) return start.template operator()<T, kRows, 8, true>();
-    return start.template operator()<T, kRows, 8, false>();
+    if (config.aligned) return launch_for.template operator()<T, kRows, 8, true>();
+    return launch_for.template operator()<T, kRows, 8, false>();
   };
   with_type(args.left.dtype, [&]<class T>() {
     if constexpr (std::is_same_v<T, float>) {

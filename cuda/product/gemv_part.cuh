@@ -11,26 +11,26 @@ struct GemvArgs : Product {
 };
 
 // The part that a block computes at a time: some columns of the result, in up to kGemvRows rows.
-template <class T, bool kGroups>
+template <class T, bool kGrouped>
 class GemvPart {
  public:
   __device__ explicit GemvPart(const GemvArgs& args)
-      : args_(args), apart_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
-  __device__ bool go_on() { return false; }  // the block has no other part
+      : args_(args), stride_(grid_blocks() * kGemvCols), rows_(static_cast<int>(args.left.rows)) {}
+  __device__ bool next() { return false; }  // the block has no other part
 
   __device__ std::int64_t begin() const { return block_index() * kGemvCols; }
   __device__ std::int64_t end() const { return args_.weight.N; }
-  __device__ std::int64_t apart() const { return apart_; }
+  __device__ std::int64_t stride() const { return stride_; }
   __device__ int rows() const { return rows_; }
   __device__ const T* left() const { return static_cast<const T*>(args_.left.data); }
   __device__ const T* low_rank() const { return static_cast<const T*>(args_.low_rank.data); }
   __device__ T* out() const { return static_cast<T*>(args_.out.data); }
-  __device__ std::int64_t weights_before() const { return 0; }  // elements of the weights of groups before
-  __device__ std::int64_t biases_before() const { return 0; }
+  __device__ std::int64_t weight_offset() const { return 0; }  // elements of the weights of groups before
+  __device__ std::int64_t bias_offset() const { return 0; }
 
  private:
   const GemvArgs& args_;
-  const std::int64_t apart_;
+  const std::int64_t stride_;
   const int rows_;
 };
 
@@ -38,41 +38,41 @@ class GemvPart {
 template <class T>
 class GemvPart<T, true> {
  public:
-  __device__ explicit GemvPart(const GemvArgs& args) : args_(args), of_tile_(ceil_div(args.cols, kGemvCols)) {
-    const std::int64_t tiles = args.own_weights ? find_row_tile<kGemvRows>(args.groups, args.rows, kNoTile).before : 1;
-    const std::int64_t all = tiles * of_tile_, share = all / grid_blocks(), rest = all % grid_blocks();
+  __device__ explicit GemvPart(const GemvArgs& args) : args_(args), tile_parts_(ceil_div(args.cols, kGemvCols)) {
+    const std::int64_t tiles = args.own_weights ? find_row_tile<kGemvRows>(args.groups, args.rows, kNoTile).count : 1;
+    const std::int64_t all = tiles * tile_parts_, share = all / grid_blocks(), rest = all % grid_blocks();
     const std::int64_t i = block_index();
     next_ = i * share + (i < rest ? i : rest);
     end_of_share_ = next_ + share + (i < rest ? 1 : 0);
   }
   // Goes on to the next tile that the block has columns of, and to the first one at the beginning; false where there is
   // none.
-  __device__ bool go_on() {
+  __device__ bool next() {
     if (next_ == end_of_share_) return false;
     tile_ = {{0, args_.rows}, 0};
     if (args_.own_weights) {
-      tile_ = find_row_tile<kGemvRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(next_ / of_tile_)).tile;
+      tile_ = find_row_tile<kGemvRows>(args_.groups, args_.rows, static_cast<std::uint32_t>(next_ / tile_parts_)).tile;
     }
-    begin_ = next_ % of_tile_ * kGemvCols;
+    begin_ = next_ % tile_parts_ * kGemvCols;
     const std::int64_t last = begin_ + (end_of_share_ - next_) * kGemvCols;
     end_ = last < args_.cols ? last : args_.cols;
     next_ += ceil_div(end_ - begin_, kGemvCols);
     rows_ = tile_.end - tile_.begin < kGemvRows ? static_cast<int>(tile_.end - tile_.begin) : kGemvRows;
     left_ = row0_of(args_.left);
-    weights_before_ = args_.weight_of(tile_.group) * args_.elements_of_weight();
+    weight_offset_ = args_.weight_index(tile_.group) * args_.weight_elements();
     return true;
   }
 
   __device__ const RowTile& tile() const { return tile_; }
   __device__ std::int64_t begin() const { return begin_; }
   __device__ std::int64_t end() const { return end_; }
-  __device__ std::int64_t apart() const { return kGemvCols; }
+  __device__ std::int64_t stride() const { return kGemvCols; }
   __device__ int rows() const { return rows_; }
   __device__ const T* left() const { return left_; }
   __device__ const T* low_rank() const { return row0_of(args_.low_rank); }
   __device__ T* out() const { return static_cast<T*>(args_.out.data) + tile_.begin * args_.out.stride; }
-  __device__ std::int64_t weights_before() const { return weights_before_; }
-  __device__ std::int64_t biases_before() const { return args_.weight_of(tile_.group) * args_.cols; }
+  __device__ std::int64_t weight_offset() const { return weight_offset_; }
+  __device__ std::int64_t bias_offset() const { return args_.weight_index(tile_.group) * args_.cols; }
 
  private:
   __device__ const T* row0_of(const ConstMatrix& matrix) const {
@@ -80,13 +80,13 @@ class GemvPart<T, true> {
   }
 
   const GemvArgs& args_;
-  const std::int64_t of_tile_;
+  const std::int64_t tile_parts_;
   std::int64_t next_, end_of_share_;  // counted over all tiles
   std::int64_t begin_ = 0, end_ = 0;
   RowTile tile_{};
   int rows_ = 0;
   const T* left_ = nullptr;
-  std::int64_t weights_before_ = 0;
+  std::int64_t weight_offset_ = 0;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -12,7 +12,7 @@ constexpr int kGemvWarps = 8;
 constexpr int kGemvThreads = kGemvWarps * kWarp;
 constexpr int kQuad = 4;                        // lanes that share a row
 constexpr int kFour = 4;                        // elements of a row that are multiplied at once
-constexpr int kTurn = kQuad * kChunk;           // elements of K that a warp takes at once
+constexpr int kWarpStep = kQuad * kChunk;       // elements of K that a warp takes at once
 static_assert(kGemvCols == 2 * kWarp / kQuad);  // a lane has two rows of W
 
 struct GemvLane {
@@ -20,7 +20,7 @@ struct GemvLane {
   __device__ GemvLane() : warp(thread_index() / kWarp), g(thread_index() % kWarp / kQuad), t(thread_index() % kQuad) {}
 };
 
-// The elements of up to kRows rows of X that a lane needs in its warp's turn, 32 along K. Four of them are multiplied
+// The elements of up to kRows rows of X that a lane needs in its warp's step, 32 along K. Four of them are multiplied
 // at once with the same four of two rows of W. Sums: those of a warp, of 16 rows of W with each row of X.
 //
 // In 16 bits a lane holds elements of row g alone. mma gives it the sums of W's rows g (c[0], c[1]) and g + 8 (c[2],
@@ -81,7 +81,7 @@ class GemvRows {
     const std::uint32_t b[2] = {x.at[0], x.at[1]};
     mma_16x8x16<T>(sums.c, a, b);
   }
-  __device__ __forceinline__ static void leave(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
+  __device__ __forceinline__ static void store(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
                                                const GemvLane& lane) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) to[2 * lane.t + part % 2][lane.g + part / 2 * 8] = sums.c[part];
@@ -97,7 +97,7 @@ template <int kRows>
 class GemvRows<float, kRows> {
  public:
   struct Sums {
-    float of[2][kRows] = {};
+    float sum[2][kRows] = {};
   };
   struct Four {
     Vector<float, kFour> row[kRows];
@@ -143,18 +143,18 @@ class GemvRows<float, kRows> {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
 #pragma unroll
-        for (int i = 0; i < kFour; ++i) sums.of[row][m] = fma(w[row][i], x.row[m].at[i], sums.of[row][m]);
+        for (int i = 0; i < kFour; ++i) sums.sum[row][m] = fma(w[row][i], x.row[m].at[i], sums.sum[row][m]);
       }
     }
   }
   // The lanes of a row add up their parts in one order, and each of them gets the sum.
-  __device__ __forceinline__ static void leave(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
+  __device__ __forceinline__ static void store(const Sums& sums, float (&to)[kGemvRows][kGemvCols],
                                                const GemvLane& lane) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        float sum = sums.of[row][m];
+        float sum = sums.sum[row][m];
 #pragma unroll
         for (int mask = 1; mask < kQuad; mask *= 2) sum += shfl_xor(sum, mask);
         if (lane.t == m % kQuad) to[m][lane.g + row * 8] = sum;

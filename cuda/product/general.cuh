@@ -20,18 +20,18 @@ template <class T>
 constexpr int kProductStep = kProductStepBytes / sizeof(T);  // along k
 // This much of k is summed by itself before it joins the total. So the error of a long sum grows with the root of this
 // number and of the number of such sums, and not with the root of all of k.
-constexpr int kProductOfSum = 128;
+constexpr int kProductChain = 128;
 
 // Which elements of the result the block has, and which of these the thread has.
 //
 // On tensor cores a warp has 16 rows and 32 columns, and each sum[a] belongs to an mma fragment of 8 columns. On CUDA
 // cores a thread has 4x4 neighbours.
 template <class T>
-struct ProductPlace {
+struct ProductPosition {
   std::int64_t rows, cols;  // where the result ends
   std::int64_t i0, j0;      // where the block's tile begins
   int row, col;             // in the tile, where the thread's elements begin
-  __device__ ProductPlace(std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols)
+  __device__ ProductPosition(std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols)
       : rows(rows), cols(cols), i0(i0), j0(j0) {
     const int lane = thread_index() % kWarp;
     row = kOnTensorCores<T> ? warp_row() + lane / 4 : thread_index() / 16 * 4;
@@ -67,7 +67,7 @@ struct ProductStage {
 };
 constexpr int kProductStages = 2;
 
-// Where vectors stand: vector v of a line is at v ^ turn, so that vectors that a warp reads at once lie in different
+// Where vectors stand: vector v of a line is at v ^ swizzle, so that vectors that a warp reads at once lie in different
 // banks.
 template <class T, bool kAlongInner>
 struct OperandLines {
@@ -78,8 +78,8 @@ struct OperandLines {
   __device__ static int place(int line, int vector) {
     // ldmatrix reads a vector of each of eight lines. CUDA cores read a vector of every fourth line where a line is a
     // row, and neighbouring vectors of one line where it is a k.
-    const int turn = kOnTensorCores<T> ? line % 8 : kAlongInner ? line / 4 % 8 : 0;
-    return line * kVectors + (vector ^ turn);
+    const int swizzle = kOnTensorCores<T> ? line % 8 : kAlongInner ? line / 4 % 8 : 0;
+    return line * kVectors + (vector ^ swizzle);
   }
 };
 
@@ -116,7 +116,7 @@ class PendingEights {
     element_ += Source::kAlongInner ? kStep : kStep * source_.stride;
   }
   // Stores the step that was fetched, which begins at k0.
-  __device__ __forceinline__ void put(std::int64_t k0, ProductOperand& to) const {
+  __device__ __forceinline__ void store(std::int64_t k0, ProductOperand& to) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const EightOf<Element> words = source_.finish(raw_[n], i0_ + i_of(n), k0 + k_of(n));
@@ -124,7 +124,7 @@ class PendingEights {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const Eight vector = {{words.at[4 * v], words.at[4 * v + 1], words.at[4 * v + 2], words.at[4 * v + 3]}};
-        store_shared(SharedPlace(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
+        store_shared(SharedAddress(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
       }
     }
   }
@@ -158,7 +158,7 @@ template <bool kAlongInner, bool kLeft>
 class TensorFragments {
  public:
   // `i0`: the warp's first row of the operand.
-  __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_of(i0)]) {}
+  __device__ TensorFragments(const ProductOperand& operand, int i0) : first_(&operand.at[first_operand(i0)]) {}
   // Loads rows from i0 + i on, and from k on, of the operand that lies `stage` bytes behind the first. i and k are
   // multiples of 16.
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
@@ -166,7 +166,7 @@ class TensorFragments {
     const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kEight;
     // place() flips bits of a vector's number. The thread's first vector shares no set bit with `vectors`, so flipping
     // these bits adds them.
-    const SharedPlace row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
+    const SharedAddress row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
     if constexpr (kAlongInner) {
       ldmatrix_x4(r, row);
     } else {
@@ -176,21 +176,21 @@ class TensorFragments {
 
  private:
   using Lines = OperandLines<Bf16, kAlongInner>;  // or F16
-  __device__ static int first_of(int i0) {
+  __device__ static int first_operand(int i0) {
     const int lane = thread_index() % kWarp, matrix = lane / 8;
     const int other_i = kLeft ? matrix % 2 : matrix / 2, other_k = kLeft ? matrix / 2 : matrix % 2;
     if constexpr (kAlongInner) return Lines::place(i0 + 8 * other_i + lane % 8, other_k);
     return Lines::place(8 * other_k + lane % 8, i0 / kEight + other_i);
   }
-  const SharedPlace first_;
+  const SharedAddress first_;
 };
 
 // Adds the products of a step to a warp's sums.
 template <class T, class Left, class Right>
 class StepProduct {
  public:
-  __device__ StepProduct(const ProductPlace<T>& place, const ProductStage& stage)
-      : left_(stage.left, place.warp_row()), right_(stage.right, place.warp_col()) {}
+  __device__ StepProduct(const ProductPosition<T>& position, const ProductStage& stage)
+      : left_(stage.left, position.warp_row()), right_(stage.right, position.warp_col()) {}
   // Multiplies the stage that lies `stage` bytes behind the first.
   __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
 #pragma unroll
@@ -227,8 +227,8 @@ class ScalarFragments {
 #pragma unroll
     for (unsigned line = 0; line < 4; ++line) {
       // Where lines are rows, place() flips bits of a vector's number, and flips the same bits for the four rows.
-      const SharedPlace place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
-                                            : first_.at(stage).at((k + line) * kLineBytes);
+      const SharedAddress place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
+                                              : first_.at(stage).at((k + line) * kLineBytes);
       const auto four = load_shared<Vector<float, 4>>(place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) (kAlongInner ? of[line][i] : of[i][line]) = four.at[i];
@@ -237,14 +237,14 @@ class ScalarFragments {
 
  private:
   using Lines = OperandLines<float, kAlongInner>;
-  const SharedPlace first_;
+  const SharedAddress first_;
 };
 
 template <class Left, class Right>
 class StepProduct<float, Left, Right> {
  public:
-  __device__ StepProduct(const ProductPlace<float>& place, const ProductStage& stage)
-      : left_(stage.left, place.row), right_(stage.right, place.col) {}
+  __device__ StepProduct(const ProductPosition<float>& position, const ProductStage& stage)
+      : left_(stage.left, position.row), right_(stage.right, position.col) {}
   __device__ __forceinline__ void add_to(ProductSums& sum, std::uint32_t stage) const {
 #pragma unroll
     for (unsigned k0 = 0; k0 < kProductStep<float>; k0 += 4) {
@@ -272,21 +272,21 @@ class StepProduct<float, Left, Right> {
 // total += sum over begin <= k < inner of left(i, k) * right(j, k). `begin` is a multiple of 8 where memory runs along
 // k.
 template <class T, class Left, class Right>
-__device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, const Left& left, const Right& right,
+__device__ void accumulate(ProductSums& total, const ProductPosition<T>& position, const Left& left, const Right& right,
                            std::int64_t inner, std::int64_t begin = 0) {
   static_assert(std::is_same_v<typename Left::Element, T> && std::is_same_v<typename Right::Element, T>);
   constexpr int kStep = kProductStep<T>;
   ProductStage* const stages = dynamic_smem<ProductStage>();
-  const StepProduct<T, Left, Right> product(place, *stages);
-  PendingEights<Left> next_left(left, place.i0, place.rows, begin, inner);
-  PendingEights<Right> next_right(right, place.j0, place.cols, begin, inner);
-  const auto fetch = [&](std::int64_t left) {  // how much of k is left
-    const int there = left < kStep ? static_cast<int>(left) : kStep;
-    next_left.fetch(there);
-    next_right.fetch(there);
+  const StepProduct<T, Left, Right> product(position, *stages);
+  PendingEights<Left> next_left(left, position.i0, position.rows, begin, inner);
+  PendingEights<Right> next_right(right, position.j0, position.cols, begin, inner);
+  const auto fetch = [&](std::int64_t rest) {  // how much of k is left
+    const int step_inner = rest < kStep ? static_cast<int>(rest) : kStep;
+    next_left.fetch(step_inner);
+    next_right.fetch(step_inner);
   };
   ProductSums sum = {};
-  const auto join = [&] {
+  const auto end_chain = [&] {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
 #pragma unroll
@@ -301,10 +301,10 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
   if (rest <= 0) return;
   fetch(rest);
   sync_threads();  // all threads have read what was multiplied before
-  next_left.put(begin, stages->left);
-  next_right.put(begin, stages->right);
+  next_left.store(begin, stages->left);
+  next_right.store(begin, stages->right);
   std::uint32_t stage = 0;
-  int until_join = kProductOfSum;
+  int chain_rest = kProductChain;
 #pragma unroll 1
   for (; rest > 0; rest -= kStep, stage ^= 1) {
     sync_threads();  // this step is stored, and all threads have read the one before
@@ -312,23 +312,23 @@ __device__ void accumulate(ProductSums& total, const ProductPlace<T>& place, con
     if (!is_last) fetch(rest - kStep);
     product.add_to(sum, stage * static_cast<std::uint32_t>(sizeof(ProductStage)));
     if (!is_last) {
-      next_left.put(inner - rest + kStep, stages[stage ^ 1].left);
-      next_right.put(inner - rest + kStep, stages[stage ^ 1].right);
+      next_left.store(inner - rest + kStep, stages[stage ^ 1].left);
+      next_right.store(inner - rest + kStep, stages[stage ^ 1].right);
     }
-    static_assert(kProductStages == 2 && kProductOfSum % kStep == 0);
-    until_join -= kStep;
-    if (until_join == 0) {
-      join();
-      until_join = kProductOfSum;
+    static_assert(kProductStages == 2 && kProductChain % kStep == 0);
+    chain_rest -= kStep;
+    if (chain_rest == 0) {
+      end_chain();
+      chain_rest = kProductChain;
     }
   }
-  join();
+  end_chain();
 }
 
 // The grid has a block for each tile, and tiles of the same rows are neighbours.
-constexpr std::int64_t product_tiles_across(std::int64_t cols) { return ceil_div(cols, kProductTile); }
+constexpr std::int64_t product_col_tiles(std::int64_t cols) { return ceil_div(cols, kProductTile); }
 inline LaunchShape product_grid(std::int64_t row_tiles, std::int64_t cols) {
-  return {row_tiles * product_tiles_across(cols), kProductThreads, kProductStages * sizeof(ProductStage)};
+  return {row_tiles * product_col_tiles(cols), kProductThreads, kProductStages * sizeof(ProductStage)};
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -21,16 +21,16 @@ struct RowTile : RowSpan {
 };
 
 struct Groups {
-  int count = 0;  // 0: all rows are one group
-  int apart = 1;  // group g begins at offset g * apart
+  int count = 0;   // 0: all rows are one group
+  int stride = 1;  // group g begins at offset g * stride
   const std::int64_t* offsets = nullptr;
-  bool has_front = false;  // whether rows before the first offset are a group too, number -1
+  bool has_leading_group = false;  // whether rows before the first offset are a group too, number -1
 
-  // The number of groups, with the one in front.
-  int all() const { return count == 0 ? 1 : count + (has_front ? 1 : 0); }
+  // The number of groups, with the leading one.
+  int total() const { return count == 0 ? 1 : count + (has_leading_group ? 1 : 0); }
 
   __device__ std::int64_t offset(int g, std::int64_t rows) const {
-    const std::int64_t at = offsets[std::int64_t{g} * apart];
+    const std::int64_t at = offsets[std::int64_t{g} * stride];
     return at < 0 ? 0 : at < rows ? at : rows;
   }
   __device__ RowSpan rows_of(int g, std::int64_t rows) const {
@@ -56,13 +56,13 @@ struct Groups {
 inline Groups groups_of_adapters(const LoraView& lora, const RowGroups& groups) {
   if (groups.count == 0) return {};
   return {.count = static_cast<int>(lora.count),
-          .apart = static_cast<int>(groups.count / lora.count),
+          .stride = static_cast<int>(groups.count / lora.count),
           .offsets = groups.offsets};
 }
 
 struct FoundTile {
   RowTile tile;
-  std::uint32_t before;  // where there is no such tile: how many tiles there are
+  std::uint32_t count;  // where there is no such tile: how many tiles there are
 };
 constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
 
@@ -71,29 +71,29 @@ constexpr std::uint32_t kNoTile = 0xFFFFFFFF;
 template <int kRows>
 __device__ FoundTile find_row_tile(const Groups& groups, std::int64_t rows, std::uint32_t wanted) {
   const int lane = thread_index() % kWarp;
-  std::uint32_t before = 0;
+  std::uint32_t tiles_before = 0;
 #pragma unroll 1
-  for (int first = groups.has_front ? -1 : 0; first < groups.count; first += kWarp) {
+  for (int first = groups.has_leading_group ? -1 : 0; first < groups.count; first += kWarp) {
     const int group = first + lane;
     const RowSpan span = group < groups.count ? groups.rows_of(group, rows) : RowSpan{0, 0};
     const std::uint32_t tiles =
         span.is_empty() ? 0 : static_cast<std::uint32_t>(ceil_div(span.end - span.begin, kRows));
-    std::uint32_t up_to = tiles;  // how many tiles the lanes up to this one have
+    std::uint32_t prefix_sum = tiles;  // how many tiles the lanes up to this one have
 #pragma unroll
-    for (int apart = 1; apart < kWarp; apart *= 2) {
-      const std::uint32_t of_lanes = shfl(up_to, lane < apart ? lane : lane - apart);
-      if (lane >= apart) up_to += of_lanes;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const std::uint32_t lower_sum = shfl(prefix_sum, lane < distance ? lane : lane - distance);
+      if (lane >= distance) prefix_sum += lower_sum;
     }
-    const std::uint32_t place = wanted - (before + up_to - tiles);
-    const std::uint32_t has_it = max_of_warp(place < tiles ? static_cast<std::uint32_t>(lane) + 1 : 0);
-    if (has_it > 0) {
-      const int source = static_cast<int>(has_it) - 1;
+    const std::uint32_t place = wanted - (tiles_before + prefix_sum - tiles);
+    const std::uint32_t found = max_of_warp(place < tiles ? static_cast<std::uint32_t>(lane) + 1 : 0);
+    if (found > 0) {
+      const int source = static_cast<int>(found) - 1;
       const std::int64_t begin = span.begin + std::int64_t{place} * kRows;
       return {{{shfl(begin, source), shfl(span.end, source)}, first + source}, 0};
     }
-    before += shfl(up_to, kWarp - 1);
+    tiles_before += shfl(prefix_sum, kWarp - 1);
   }
-  return {{{0, 0}, 0}, before};
+  return {{{0, 0}, 0}, tiles_before};
 }
 
 }  // namespace qlora_native::QLN_CUDA

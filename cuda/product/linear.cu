@@ -26,10 +26,10 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .rank = p.low_rank.cols,
       .groups = p.groups.count,
       .own_weights = p.own_weights,
-      .masks = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
+      .masked = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,
       .hopper = hopper_use(stream),
-      .tiles = rows_are_tiles(p.left, p.inner) && rows_are_tiles(p.low_rank, p.low_rank.cols),
+      .tma_can_load = tma_can_load(p.left, p.inner) && tma_can_load(p.low_rank, p.low_rank.cols),
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),
@@ -56,17 +56,17 @@ template <class Args>
 Groups groups_of_low_rank(const Args& args) {
   if (args.weight.count > 1 && args.lora.count == 1) return {};
   Groups groups = groups_of_adapters(args.lora, args.groups);
-  groups.has_front = args.weight.count == 1;
+  groups.has_leading_group = args.weight.count == 1;
   return groups;
 }
 
 template <class T>
 void forward(const LinearForwardArgs& args, const Stream& stream) {
   const LoraView& lora = args.lora;
-  const LowRank u(args.u, args.x.dtype, args.x.rows, lora.rank, stream);
+  const LowRankMatrix u(args.u, args.x.dtype, args.x.rows, lora.rank, stream);
   if (lora.rank > 0) {
     const Dropout dropout(lora);
-    const KeptRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
+    const DropoutRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
     const LoraRows<T> a{{lora.a, lora.dtype, args.weight.K, 1.0f}};
     low_rank_product(x, a, lora.rank * args.weight.K, args.weight.K, dropout.scale, u.matrix(),
                      groups_of_low_rank(args), stream);
@@ -77,7 +77,7 @@ void forward(const LinearForwardArgs& args, const Stream& stream) {
 template <class T>
 void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   const LoraView& lora = args.lora;
-  const LowRank v(args.v, args.dy.dtype, args.dy.rows, lora.rank, stream);
+  const LowRankMatrix v(args.v, args.dy.dtype, args.dy.rows, lora.rank, stream);
   if (lora.rank > 0) {
     const Rows<T> dy{{static_cast<const T*>(args.dy.data), args.dy.stride}};
     const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};

@@ -14,7 +14,7 @@ void gradients(const LoraGradientsArgs& args, const Stream& stream) {
     return Columns<T>{{static_cast<const T*>(matrix.data), matrix.stride}};
   };
   if (args.da != nullptr) {
-    const KeptColumns<T> x{columns(args.x), Dropout(args.lora)};
+    const DropoutColumns<T> x{columns(args.x), Dropout(args.lora)};
     const Matrix da{.data = args.da, .dtype = args.lora.dtype, .rows = count * rank, .cols = K, .stride = K};
     low_rank_gradients(columns(args.v), x, count, M, 1.0f, da, groups, stream);
   }

@@ -23,7 +23,7 @@ struct LowRankProduct {
   Groups groups;
   std::int64_t right_elements;  // for U and V: how many elements an adapter's A or B has
   LowRankSplit split;
-  float* parts;  // sums of several blocks that share a tile: one `out` for each part
+  float* partial_sums;  // sums of several blocks that share a tile: one `out` for each part
 };
 
 // A block's share of the product: a tile of out, and a part of its sum.
@@ -35,27 +35,27 @@ struct LowRankPart {
   RowSpan inner;
 };
 
-template <bool kGroups, bool kSumsOverRows>
+template <bool kGrouped, bool kSumsOverRows>
 __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
-  const std::int64_t across = product_tiles_across(p.out.cols), tile = block_index() / p.split.parts;
-  const std::int64_t down = tile / across;
-  LowRankPart part = {.i0 = down * kProductTile,
+  const std::int64_t col_tiles = product_col_tiles(p.out.cols), tile = block_index() / p.split.parts;
+  const std::int64_t row_tile = tile / col_tiles;
+  LowRankPart part = {.i0 = row_tile * kProductTile,
                       .rows = p.rows,
                       .adapter = 0,
                       .first_row = 0,
-                      .j0 = tile % across * kProductTile,
+                      .j0 = tile % col_tiles * kProductTile,
                       .part = block_index() % p.split.parts};
   std::int64_t length = p.split.length;
   RowSpan all = {0, p.inner};
-  if constexpr (kGroups && kSumsOverRows) {
-    const std::int64_t of_adapter = ceil_div(p.rows, kProductTile);
-    part.i0 = down % of_adapter * kProductTile;
-    part.adapter = down / of_adapter;
+  if constexpr (kGrouped && kSumsOverRows) {
+    const std::int64_t adapter_tiles = ceil_div(p.rows, kProductTile);
+    part.i0 = row_tile % adapter_tiles * kProductTile;
+    part.adapter = row_tile / adapter_tiles;
     part.first_row = part.adapter * p.rows;
     all = p.groups.rows_of(part.adapter, p.inner);
     length = low_rank_length(all.is_empty() ? 0 : all.end - all.begin, p.split.parts);
-  } else if constexpr (kGroups) {
-    const RowTile rows = find_row_tile<kProductTile>(p.groups, p.rows, static_cast<std::uint32_t>(down)).tile;
+  } else if constexpr (kGrouped) {
+    const RowTile rows = find_row_tile<kProductTile>(p.groups, p.rows, static_cast<std::uint32_t>(row_tile)).tile;
     part.i0 = rows.begin;
     part.rows = rows.end;
     part.adapter = rows.group;
@@ -68,34 +68,34 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
 
 // out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded. Where several blocks share a tile's k, each
 // stores the sum over its part instead.
-template <class Left, class Right, bool kGroups>
+template <class Left, class Right, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
     low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p) {
   constexpr bool kSumsOverRows = !Left::kAlongInner;
-  const auto part_of_block = [&] { return low_rank_part<kGroups, kSumsOverRows>(p); };
-  const auto place_of = [&](const LowRankPart& part) {
-    return ProductPlace<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
+  const auto part_of_block = [&] { return low_rank_part<kGrouped, kSumsOverRows>(p); };
+  const auto position_of = [&](const LowRankPart& part) {
+    return ProductPosition<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
   };
   const LowRankPart part = part_of_block();
-  if (kGroups && part.i0 >= part.rows) return;
-  const ProductPlace<typename Left::Element> place = place_of(part);
+  if (kGrouped && part.i0 >= part.rows) return;
+  const ProductPosition<typename Left::Element> position = position_of(part);
   ProductSums sum = {};
-  if constexpr (kGroups && !kSumsOverRows) {
-    accumulate(sum, place, prepared(left), skipped(right, part.adapter * p.right_elements), part.inner.end,
+  if constexpr (kGrouped && !kSumsOverRows) {
+    accumulate(sum, position, with_seed(left), advanced(right, part.adapter * p.right_elements), part.inner.end,
                part.inner.begin);
   } else {
-    accumulate(sum, place, prepared(left), prepared(right), part.inner.end, part.inner.begin);
+    accumulate(sum, position, with_seed(left), with_seed(right), part.inner.end, part.inner.begin);
   }
   // The part is not kept through the sum but looked for once more, because registers would be short otherwise. In fp32
   // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
-  constexpr bool kIsKept = !kGroups && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
+  constexpr bool kIsKept = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
   const LowRankPart stored = kIsKept ? part : part_of_block();
-  place_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
+  position_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
     const std::int64_t row = stored.first_row + i;
     if (p.split.parts == 1) {
       store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
     } else {
-      p.parts[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
+      p.partial_sums[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
     }
   });
 }
@@ -103,19 +103,19 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 // Adds the parts of each sum, in their order.
 template <class T>
 __global__ void __launch_bounds__(kProductThreads)
-    low_rank_sum_kernel(const float* parts, int count, float scale, const Matrix out) {
+    low_rank_sum_kernel(const float* partial_sums, int count, float scale, const Matrix out) {
   const std::int64_t step = grid_blocks() * kProductThreads, all = out.rows * out.cols;
   for (std::int64_t e = block_index() * kProductThreads + thread_index(); e < all; e += step) {
     float sum = 0.0f;
-    for (int part = 0; part < count; ++part) sum += parts[part * all + e];
+    for (int part = 0; part < count; ++part) sum += partial_sums[part * all + e];
     static_cast<T*>(out.data)[e / out.cols * out.stride + e % out.cols] = from_f32<T>(sum * scale);
   }
 }
 
 // `row_tiles`: of out. `inner`: the average length of a sum.
 template <class Left, class Right>
-void start_low_rank(const Left& left, const Right& right, LowRankProduct product, std::int64_t row_tiles,
-                    std::int64_t inner, const Stream& stream) {
+void launch_low_rank(const Left& left, const Right& right, LowRankProduct product, std::int64_t row_tiles,
+                     std::int64_t inner, const Stream& stream) {
   const Matrix& out = product.out;
   LaunchShape shape = product_grid(row_tiles, out.cols);
   product.split = low_rank_split(shape.blocks, inner, multiprocessors(stream));
@@ -123,7 +123,7 @@ void start_low_rank(const Left& left, const Right& right, LowRankProduct product
   shape.blocks *= parts;
   const std::int64_t sums = parts == 1 ? 0 : parts * out.rows * out.cols;
   const Workspace workspace(static_cast<std::size_t>(sums) * sizeof(float), stream);
-  product.parts = reinterpret_cast<float*>(workspace.data());
+  product.partial_sums = reinterpret_cast<float*>(workspace.data());
   if (product.groups.count > 0) {
     launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product);
   } else {
@@ -131,8 +131,8 @@ void start_low_rank(const Left& left, const Right& right, LowRankProduct product
   }
   if (parts == 1) return;
   with_type(out.dtype, [&]<class T>() {
-    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream, product.parts,
-                                   parts, product.scale, out);
+    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream,
+                                   product.partial_sums, parts, product.scale, out);
   });
 }
 
@@ -142,7 +142,7 @@ void low_rank_product(const Left& left, const Right& right, std::int64_t right_e
                       float scale, const Matrix& out, const Groups& groups, const Stream& stream) {
   const LowRankProduct product = {
       .out = out, .rows = out.rows, .inner = inner, .scale = scale, .groups = groups, .right_elements = right_elements};
-  start_low_rank(left, right, product, most_row_tiles(out.rows, groups.all(), kProductTile), inner, stream);
+  launch_low_rank(left, right, product, most_row_tiles(out.rows, groups.total(), kProductTile), inner, stream);
 }
 
 // dA or dB of `count` adapters, [count, rows, columns of out], as sums over the `inner` rows of X.
@@ -151,13 +151,13 @@ void low_rank_gradients(const Left& left, const Right& right, std::int64_t count
                         const Matrix& out, const Groups& groups, const Stream& stream) {
   const std::int64_t rows = out.rows / count;
   const LowRankProduct product = {.out = out, .rows = rows, .inner = inner, .scale = scale, .groups = groups};
-  start_low_rank(left, right, product, count * ceil_div(rows, kProductTile), ceil_div(inner, count), stream);
+  launch_low_rank(left, right, product, count * ceil_div(rows, kProductTile), ceil_div(inner, count), stream);
 }
 
 // The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.
-class LowRank {
+class LowRankMatrix {
  public:
-  LowRank(const Matrix& wanted, DType dtype, std::int64_t rows, std::int64_t rank, const Stream& stream)
+  LowRankMatrix(const Matrix& wanted, DType dtype, std::int64_t rows, std::int64_t rank, const Stream& stream)
       : workspace_(wanted.data != nullptr ? 0 : static_cast<std::size_t>(rows * rank) * size_of(dtype), stream),
         matrix_(wanted.data != nullptr ? wanted : Matrix{workspace_.data(), dtype, rows, rank, rank}) {}
   const Matrix& matrix() const { return matrix_; }

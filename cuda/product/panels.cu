@@ -35,13 +35,13 @@ __device__ __forceinline__ void write_all(const Extent& to, const WriteEight& wr
   for (std::uint32_t i = first; i < to.rows * to.eights; i += threads) {
     write_eight(i / to.eights, i % to.eights * kEight);
   }
-  const std::uint32_t beside = to.stride - to.eights * kEight, all_beside = to.rows * beside;
-  const std::uint32_t all = all_beside + (to.all_rows - to.rows) * to.stride;
+  const std::uint32_t rest_of_row = to.stride - to.eights * kEight, rest_of_rows = to.rows * rest_of_row;
+  const std::uint32_t all = rest_of_rows + (to.all_rows - to.rows) * to.stride;
   for (std::uint32_t i = first; i < all; i += threads) {
-    if (i < all_beside) {
-      write_one(i / beside, to.eights * kEight + i % beside);
+    if (i < rest_of_rows) {
+      write_one(i / rest_of_row, to.eights * kEight + i % rest_of_row);
     } else {
-      write_one(to.rows + (i - all_beside) / to.stride, (i - all_beside) % to.stride);
+      write_one(to.rows + (i - rest_of_rows) / to.stride, (i - rest_of_rows) % to.stride);
     }
   }
 }
@@ -65,7 +65,7 @@ struct Panel {
   __device__ __forceinline__ float value(std::uint32_t row, std::uint32_t col) const {
     if (row < rows && col < cols) {
       const std::int64_t e = element(row, col);
-      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block));
+      return value_of_element(weight, e, scale_of_block(weight, e >> scales.block_shift));
     }
     if (is_below ? row - rows >= rank || col >= cols : col - cols >= rank) return 0.0f;
     const std::int64_t at =
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
 
 // [left | low_rank | zeros]
 template <class T>
-struct SideBySide {
+struct Concatenation {
   Extent extent;
   const T *left, *low_rank;
   std::int64_t left_stride, low_rank_stride;
@@ -98,7 +98,7 @@ struct SideBySide {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) side_by_side_kernel(const __grid_constant__ SideBySide<T> from, T* to) {
+__global__ void __launch_bounds__(kThreads) concatenate_kernel(const __grid_constant__ Concatenation<T> from, T* to) {
   const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * from.extent.stride + col; };
   write_all(
       from.extent,
@@ -136,42 +136,42 @@ class PanelProducts {
         config_(config),
         stream_(stream),
         rank_(product.low_rank.cols),
-        column_(column_of_panel(product.inner, rank_)),
-        inner_(rank_ > 0 ? column_ : product.inner),
+        column_elements_(panel_column_elements(product.inner, rank_)),
+        inner_(rank_ > 0 ? column_elements_ : product.inner),
         panels_(ceil_div(product.cols, config.cols)),
-        count_(panels_ * ceil_div(product.rows, config.rows)),
-        panel_elements_(config.cols * column_),
+        products_(panels_ * ceil_div(product.rows, config.rows)),
+        panel_elements_(config.cols * column_elements_),
         workspace_(bytes(), stream) {}
 
   void run() {
     SideStream::of(stream_).overlap(
-        count_, stream_.handle, [this](std::int64_t i, void* stream) { decode(i, stream); },
+        products_, stream_.handle, [this](std::int64_t i, void* stream) { decode(i, stream); },
         [this](std::int64_t i) { multiply(i); });
   }
 
  private:
-  struct Part {
+  struct Range {
     std::int64_t first, count;
   };
-  Part cols_of(std::int64_t i) const { return part_of(i % panels_, config_.cols, product_.cols); }
-  Part rows_of(std::int64_t i) const { return part_of(i / panels_, config_.rows, product_.rows); }
-  static Part part_of(std::int64_t i, std::int64_t size, std::int64_t all) {
+  Range cols_of(std::int64_t i) const { return range_of(i % panels_, config_.cols, product_.cols); }
+  Range rows_of(std::int64_t i) const { return range_of(i / panels_, config_.rows, product_.rows); }
+  static Range range_of(std::int64_t i, std::int64_t size, std::int64_t all) {
     return {i * size, std::min(size, all - i * size)};
   }
 
   // Two panels and, with an adapter, a copy of some rows of the left operand.
   std::size_t bytes() const {
-    const std::int64_t copied = rank_ > 0 ? rows_of(0).count * column_ : 0;
-    return static_cast<std::size_t>(places() * panel_elements_ + copied) * sizeof(T);
+    const std::int64_t copied = rank_ > 0 ? rows_of(0).count * column_elements_ : 0;
+    return static_cast<std::size_t>(panels_in_memory() * panel_elements_ + copied) * sizeof(T);
   }
-  std::int64_t places() const { return std::min<std::int64_t>(count_, 2); }
-  T* place_of(std::int64_t i) const { return reinterpret_cast<T*>(workspace_.data()) + i % 2 * panel_elements_; }
-  T* copy() const { return reinterpret_cast<T*>(workspace_.data()) + places() * panel_elements_; }
-  std::int64_t panel_stride() const { return product_.backward ? config_.cols : column_; }
+  std::int64_t panels_in_memory() const { return std::min<std::int64_t>(products_, 2); }
+  T* panel_memory(std::int64_t i) const { return reinterpret_cast<T*>(workspace_.data()) + i % 2 * panel_elements_; }
+  T* left_copy() const { return reinterpret_cast<T*>(workspace_.data()) + panels_in_memory() * panel_elements_; }
+  std::int64_t panel_stride() const { return product_.backward ? config_.cols : column_elements_; }
 
   void decode(std::int64_t i, void* stream) const {
     const QuantizedWeightView& w = product_.weight;
-    const Part cols = cols_of(i);
+    const Range cols = cols_of(i);
     const std::uint32_t rows = in_32_bits(product_.backward ? product_.inner : cols.count);
     const std::uint32_t weight_cols = in_32_bits(product_.backward ? cols.count : product_.inner);
     const bool in_vectors = eights_are_vectors(w) && w.K % kEight == 0;
@@ -192,25 +192,25 @@ class PanelProducts {
                       .is_below = product_.backward};
     LaunchShape shape = shape_for(panel.extent);
     shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;
-    const Stream beside{.device = stream_.device, .index = stream_.index, .handle = stream};
+    const Stream panel_stream{.device = stream_.device, .index = stream_.index, .handle = stream};
     if (w.bits == 4) {
-      launch<panel_kernel<T, 4>>(shape, beside, panel, place_of(i));
+      launch<panel_kernel<T, 4>>(shape, panel_stream, panel, panel_memory(i));
     } else {
-      launch<panel_kernel<T, 8>>(shape, beside, panel, place_of(i));
+      launch<panel_kernel<T, 8>>(shape, panel_stream, panel, panel_memory(i));
     }
   }
 
   void multiply(std::int64_t i) const {
-    const Part rows = rows_of(i), cols = cols_of(i);
+    const Range rows = rows_of(i), cols = cols_of(i);
     if (rank_ > 0 && cols.first == 0) copy_left(rows);
     const DType dtype = product_.left.dtype;
-    const T* const left = rank_ > 0 ? copy() : row_of<T>(product_.left, rows.first);
-    const std::int64_t left_stride = rank_ > 0 ? column_ : product_.left.stride;
+    const T* const left = rank_ > 0 ? left_copy() : row_of<T>(product_.left, rows.first);
+    const std::int64_t left_stride = rank_ > 0 ? column_elements_ : product_.left.stride;
     const T* const bias = static_cast<const T*>(product_.bias);
     const DenseGemmArgs product{
         .left = {left, dtype, rows.count, inner_, left_stride},
-        .right = {place_of(i), dtype, product_.backward ? inner_ : cols.count, product_.backward ? cols.count : inner_,
-                  panel_stride()},
+        .right = {panel_memory(i), dtype, product_.backward ? inner_ : cols.count,
+                  product_.backward ? cols.count : inner_, panel_stride()},
         .transpose_right = !product_.backward,
         .bias = bias == nullptr ? nullptr : bias + cols.first,
         .out = {row_of<T>(product_.out, rows.first) + cols.first, dtype, rows.count, cols.count, product_.out.stride}};
@@ -218,21 +218,21 @@ class PanelProducts {
     hooks().dense_gemm(product, stream_);
   }
 
-  void copy_left(const Part& rows) const {
+  void copy_left(const Range& rows) const {
     const ConstMatrix &left = product_.left, &low_rank = product_.low_rank;
     const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kEight == 0;
     const std::uint32_t count = in_32_bits(rows.count), cols = in_32_bits(product_.inner);
-    const SideBySide<T> from{.extent = {.rows = count,
-                                        .eights = in_vectors ? cols / kEight : 0,
-                                        .all_rows = count,
-                                        .stride = in_32_bits(column_)},
-                             .left = row_of<T>(left, rows.first),
-                             .low_rank = row_of<T>(low_rank, rows.first),
-                             .left_stride = left.stride,
-                             .low_rank_stride = low_rank.stride,
-                             .cols = cols,
-                             .rank = in_32_bits(rank_)};
-    launch<side_by_side_kernel<T>>(shape_for(from.extent), stream_, from, copy());
+    const Concatenation<T> from{.extent = {.rows = count,
+                                           .eights = in_vectors ? cols / kEight : 0,
+                                           .all_rows = count,
+                                           .stride = in_32_bits(column_elements_)},
+                                .left = row_of<T>(left, rows.first),
+                                .low_rank = row_of<T>(low_rank, rows.first),
+                                .left_stride = left.stride,
+                                .low_rank_stride = low_rank.stride,
+                                .cols = cols,
+                                .rank = in_32_bits(rank_)};
+    launch<concatenate_kernel<T>>(shape_for(from.extent), stream_, from, left_copy());
   }
 
   LaunchShape shape_for(const Extent& extent) const {
@@ -243,9 +243,9 @@ class PanelProducts {
   const PanelsConfig& config_;
   const Stream& stream_;
   const std::int64_t rank_;
-  const std::int64_t column_;  // elements of a panel for each column of out
-  const std::int64_t inner_;   // inner dimension of the product
-  const std::int64_t panels_, count_, panel_elements_;
+  const std::int64_t column_elements_;  // elements of a panel for each column of out
+  const std::int64_t inner_;            // inner dimension of the product
+  const std::int64_t panels_, products_, panel_elements_;
   const Workspace workspace_;
 };
 

@@ -34,10 +34,10 @@ struct Product {
   bool own_adapters;  // each group has its own adapter
 
   // The number of a group's weight, and of its adapter.
-  __device__ int weight_of(int group) const { return own_weights ? group : 0; }
-  __device__ int adapter_of(int group) const { return own_adapters && group > 0 ? group : 0; }
-  __device__ std::int64_t elements_of_weight() const { return weight.N * weight.K; }
-  __device__ std::int64_t elements_of_right() const { return low_rank.cols * cols; }
+  __device__ int weight_index(int group) const { return own_weights ? group : 0; }
+  __device__ int adapter_index(int group) const { return own_adapters && group > 0 ? group : 0; }
+  __device__ std::int64_t weight_elements() const { return weight.N * weight.K; }
+  __device__ std::int64_t right_elements() const { return low_rank.cols * cols; }
 };
 
 // Where the groups share weight and adapter, the product needs no groups: U and V are 0 in rows without the adapter.
@@ -46,7 +46,7 @@ Groups groups_of_product(const Args& args) {
   if (args.weight.count == 1 && (args.lora.count == 1 || args.lora.rank == 0)) return {};
   return {.count = static_cast<int>(args.groups.count),
           .offsets = args.groups.offsets,
-          .has_front = args.weight.count == 1};
+          .has_leading_group = args.weight.count == 1};
 }
 
 inline Product product_of(const LinearForwardArgs& args, const ConstMatrix& u) {
@@ -94,7 +94,7 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
 }
 
 // Whether TMA can load tiles of the matrix too (hopper/).
-inline bool rows_are_tiles(const ConstMatrix& matrix, std::int64_t cols) {
+inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
 
@@ -105,7 +105,7 @@ __device__ __forceinline__ float right_at(const Product& product, std::int64_t r
   if (r >= rank || col >= product.cols) return 0.0f;
   return product.right_factor *
          load_as_f32(product.right, product.right_dtype,
-                     adapter * product.elements_of_right() + (kForward ? col * rank + r : r * product.cols + col));
+                     adapter * product.right_elements() + (kForward ? col * rank + r : r * product.cols + col));
 }
 
 // Goes through the adapters that a tile has rows of; a tile has kRows rows at most. It has rows of several adapters
@@ -114,9 +114,10 @@ template <int kRows>
 class TileAdapters {
  public:
   __device__ TileAdapters(const Product& product, const RowTile& tile) : product_(product), tile_(tile) {
-    const bool in_turn = product.own_adapters && !product.own_weights;
-    const int first = in_turn ? product.groups.group_of(tile.begin, product.rows) : product.adapter_of(tile.group);
-    end_ = product.low_rank.cols == 0 ? 0 : in_turn ? product.groups.count : first + 1;
+    const bool many_adapters = product.own_adapters && !product.own_weights;
+    const int first =
+        many_adapters ? product.groups.group_of(tile.begin, product.rows) : product.adapter_index(tile.group);
+    end_ = product.low_rank.cols == 0 ? 0 : many_adapters ? product.groups.count : first + 1;
     adapter_ = first - 1;
   }
   // Goes on to the next adapter; false where there is none.
@@ -132,8 +133,8 @@ class TileAdapters {
   // The rows that this adapter is for. Some of them may lie in other tiles.
   __device__ const RowSpan& rows() const { return rows_; }
   __device__ static RowSpan rows_of(const Product& product, const RowTile& tile, int adapter) {
-    const bool in_turn = product.own_adapters && !product.own_weights;
-    return in_turn ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
+    const bool many_adapters = product.own_adapters && !product.own_weights;
+    return many_adapters ? product.groups.rows_of(adapter, product.rows) : RowSpan{tile.begin, tile.end};
   }
 
  private:

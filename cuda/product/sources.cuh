@@ -43,32 +43,32 @@ struct Columns : MatrixElements<T> {
 
 // X after dropout, but without its factor 1 / (1 - p): by rows m, or by columns k.
 template <class T>
-struct KeptRows : Rows<T> {
+struct DropoutRows : Rows<T> {
   Dropout dropout;
   __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t m, std::int64_t k) const {
-    return dropout.kept_of(raw, m, k);
+    return dropout.keep(raw, m, k);
   }
 };
 template <class T>
-struct KeptColumns : Columns<T> {
+struct DropoutColumns : Columns<T> {
   Dropout dropout;
   __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t k, std::int64_t m) const {
-    return dropout.kept_of(raw, m, k);
+    return dropout.keep(raw, m, k);
   }
 };
 
 // A source as a kernel uses it: the seed of its dropout has been read.
 template <class Source>
-__device__ Source prepared(const Source& source) {
+__device__ Source with_seed(const Source& source) {
   return source;
 }
 template <class T>
-__device__ KeptRows<T> prepared(const KeptRows<T>& source) {
-  return {Rows<T>(source), source.dropout.prepared()};
+__device__ DropoutRows<T> with_seed(const DropoutRows<T>& source) {
+  return {Rows<T>(source), source.dropout.with_seed()};
 }
 template <class T>
-__device__ KeptColumns<T> prepared(const KeptColumns<T>& source) {
-  return {Columns<T>(source), source.dropout.prepared()};
+__device__ DropoutColumns<T> with_seed(const DropoutColumns<T>& source) {
+  return {Columns<T>(source), source.dropout.with_seed()};
 }
 
 // Elements of a quantized weight. Most 4-bit weights are multiplied elsewhere in a 16-bit dtype (gemm/), so that they
@@ -82,15 +82,15 @@ struct WeightElements {
   QuantizedWeightView w;
   WeightScales scales;
   std::int64_t stride;
-  bool vectors;              // eight neighbours are 4 or 8 aligned bytes with one scale
-  std::int64_t skipped = 0;  // elements of the weights before this one
+  bool vectors;             // eight neighbours are 4 or 8 aligned bytes with one scale
+  std::int64_t offset = 0;  // elements of the weights before this one
 
   explicit WeightElements(const QuantizedWeightView& w)
       : w(w), scales(scales_of(w)), stride(w.K), vectors((w.bits == 8 || kMayBe4Bit) && is_aligned(w)) {}
 
-  __device__ std::int64_t first() const { return skipped; }
+  __device__ std::int64_t first() const { return offset; }
   // Goes on to the weight that begins `elements` elements behind this one; it may begin within a byte.
-  __device__ void skip(std::int64_t elements) { skipped += elements; }
+  __device__ void advance(std::int64_t elements) { offset += elements; }
 
   __device__ bool has_vectors() const { return vectors; }
   __device__ Raw load(std::int64_t e) const {
@@ -102,8 +102,8 @@ struct WeightElements {
       raw.at[0] = codes.at[0];
       raw.at[1] = codes.at[1];
     }
-    const std::int64_t block = e >> scales.block;
-    raw.at[2] = std::bit_cast<std::uint32_t>(scales.of_blocks[block >> scales.sharing]);
+    const std::int64_t block = e >> scales.block_shift;
+    raw.at[2] = std::bit_cast<std::uint32_t>(scales.absmax[block >> scales.absmax_shift]);
     if (scales.nested) raw.at[3] = static_cast<const std::uint8_t*>(w.absmax)[block];
     return raw;
   }
@@ -115,7 +115,7 @@ struct WeightElements {
 #pragma unroll
       for (int i = 1; i < kWords; ++i) raw.at[i - 1] = raw.at[i];
       raw.at[kWords - 1] = word_of<T>(word, [&](int i) {
-        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block)) : 0.0f;
+        return i < count ? value_of_element(w, e + i, scale_of_block(w, (e + i) >> scales.block_shift)) : 0.0f;
       });
     }
     return raw;
@@ -139,8 +139,8 @@ struct WeightElements {
 };
 // The source of the weight, or of the adapter, that begins `elements` elements behind that of `source`.
 template <class Source>
-__device__ Source skipped(Source source, std::int64_t elements) {
-  source.skip(elements);
+__device__ Source advanced(Source source, std::int64_t elements) {
+  source.advance(elements);
   return source;
 }
 // W, by its rows n or by its columns k.
@@ -167,7 +167,7 @@ struct LoraElements {
 
   __device__ static std::int64_t first() { return 0; }
   // Goes on to the adapter that begins `elements` elements behind this one.
-  __device__ void skip(std::int64_t elements) {
+  __device__ void advance(std::int64_t elements) {
     data = static_cast<const std::byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
   }
 

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 
 struct Dequantize {
   DequantizeArgs args;
-  std::int64_t in_eights;  // the first so many elements, of the weight or of each row, are decoded eight at a time
+  std::int64_t vector_elements;  // the first so many of the weight, or of each row, are decoded eight at a time
   WeightScales scales;
 };
 
@@ -22,12 +22,12 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   T* const out = static_cast<T*>(d.args.out);
   const EightDecoder<kBits> decoder(w, d.scales);
   const std::int64_t thread = block_index() * kThreads + thread_index(), threads = grid_blocks() * kThreads;
-  for (std::int64_t e = thread * kEight; e < d.in_eights; e += threads * kEight) {
+  for (std::int64_t e = thread * kEight; e < d.vector_elements; e += threads * kEight) {
     float values[kEight];
     decoder.decode(e, values);
     store_eight_aligned_from_f32(out + e, values);
   }
-  for (std::int64_t e = d.in_eights + thread; e < w.elements(); e += threads) {
+  for (std::int64_t e = d.vector_elements + thread; e < w.elements(); e += threads) {
     out[e] = from_f32<T>(value_of_element(w, e, scale_of_block(w, e / w.blocksize)));
   }
 }
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
     const std::int64_t row = d.args.rows[i], first = row * w.K;
     const bool is_there = row >= 0 && row < w.count * w.N;
     T* const out = static_cast<T*>(d.args.out) + i * w.K;
-    for (std::int64_t k = thread_index() * kEight; k < d.in_eights; k += kThreads * kEight) {
+    for (std::int64_t k = thread_index() * kEight; k < d.vector_elements; k += kThreads * kEight) {
       float values[kEight];
       if (is_there) {
         decoder.decode(first + k, values);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
       }
       store_eight_aligned_from_f32(out + k, values);
     }
-    for (std::int64_t k = d.in_eights + thread_index(); k < w.K; k += kThreads) {
+    for (std::int64_t k = d.vector_elements + thread_index(); k < w.K; k += kThreads) {
       const std::int64_t e = first + k;
       out[k] = from_f32<T>(is_there ? value_of_element(w, e, scale_of_block(w, e / w.blocksize)) : NAN);
     }
@@ -64,9 +64,10 @@ void dequantize(const DequantizeArgs& args, const Stream& stream) {
   const QuantizedWeightView& w = args.weight;
   if (args.elements() == 0) return;
   const bool by_rows = args.rows != nullptr, in_vectors = eights_are_vectors(w) && is_aligned(args.out, kVectorBytes);
-  Dequantize d{.args = args, .in_eights = 0, .scales = scales_of(w)};
-  if (in_vectors && by_rows) d.in_eights = w.K % kEight == 0 ? w.K : 0;  // else rows begin in the middle of an eight
-  if (in_vectors && !by_rows) d.in_eights = w.elements() / kEight * kEight;
+  Dequantize d{.args = args, .vector_elements = 0, .scales = scales_of(w)};
+  if (in_vectors && by_rows)
+    d.vector_elements = w.K % kEight == 0 ? w.K : 0;  // else rows begin in the middle of an eight
+  if (in_vectors && !by_rows) d.vector_elements = w.elements() / kEight * kEight;
   LaunchShape shape =
       looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kEight), kThreads, stream);
   shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;

@@ -32,7 +32,7 @@ class Encoder<4> {
   static constexpr std::size_t kSmemBytes = sizeof(NearestCodes::Table);
   // To be called by all threads of a block. Its shared memory becomes the table.
   __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
-  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.of_eight(t)}}; }
+  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.codes_of_eight(t)}}; }
 
  private:
   __device__ static const NearestCodes::Table& filled(const float* code) {
@@ -66,7 +66,7 @@ class Encoder<8> {
 // How threads share the weight: a team of 2^lane_bits lanes takes a block of 2^block_bits elements.
 struct Teams {
   int block_bits, lane_bits;
-  std::int64_t in_vectors;  // the first so many blocks are whole, and vectors can reach their elements and codes
+  std::int64_t vector_blocks;  // the first so many blocks are whole, and vectors can reach their elements and codes
 };
 
 // Quantizes the blocks begin ... end - 1.
@@ -80,8 +80,8 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
   const std::int64_t all_teams = grid_blocks() * kThreads >> teams.lane_bits;
   // All lanes of a warp must take part in every round. Those that have no block left read the first one again.
   for (std::int64_t block = begin + team; block - team_of_warp < end; block += all_teams) {
-    const bool is_one = block < end;
-    const std::int64_t at = ((is_one ? block : begin) << teams.block_bits) + lane * kEight;
+    const bool has_block = block < end;
+    const std::int64_t at = ((has_block ? block : begin) << teams.block_bits) + lane * kEight;
     const T* const weight = static_cast<const T*>(args.weight) + at;
     const std::int64_t left = args.elements - at;
     float w[kEight];
@@ -89,7 +89,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
       if constexpr (kVectors) {
         load_eight_aligned_as_f32(weight + chunk, w);
       } else {
-        const T* const from = weight + kept(static_cast<std::uint32_t>(chunk));  // one address, not eight
+        const T* const from = weight + in_register(static_cast<std::uint32_t>(chunk));  // one address, not eight
 #pragma unroll
         for (int i = 0; i < kEight; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
       }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
     } while (chunk > 0);
     // Compared as bits, NaN is larger than infinity, and infinity larger than any number.
     absmax = std::bit_cast<float>(max_of_lanes(std::bit_cast<std::uint32_t>(absmax), 1 << teams.lane_bits));
-    if (!is_one) continue;
+    if (!has_block) continue;
     if (lane == 0) args.absmax[block] = absmax;
     if (!is_finite(absmax)) {  // no codes are written, because the caller throws
       for (; chunk < block_elements; chunk += chunk_elements) {
@@ -140,8 +140,8 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_kernel(const QuantizeArgs args, const Teams teams) {
   const Encoder<kBits> encoder(args.code);
-  quantize_blocks<T, kBits, true>(args, teams, encoder, 0, teams.in_vectors);
-  quantize_blocks<T, kBits, false>(args, teams, encoder, teams.in_vectors, ceil_div(args.elements, args.blocksize));
+  quantize_blocks<T, kBits, true>(args, teams, encoder, 0, teams.vector_blocks);
+  quantize_blocks<T, kBits, false>(args, teams, encoder, teams.vector_blocks, ceil_div(args.elements, args.blocksize));
 }
 
 }  // namespace
@@ -153,7 +153,7 @@ void quantize(const QuantizeArgs& args, const Stream& stream) {
   const bool are_vectors = is_aligned(args.weight, kVectorBytes) && is_aligned(args.codes, args.bits);
   const Teams teams{.block_bits = block_bits,
                     .lane_bits = eights_bits < log2_of(kWarp) ? eights_bits : log2_of(kWarp),
-                    .in_vectors = are_vectors ? args.elements / args.blocksize : 0};
+                    .vector_blocks = are_vectors ? args.elements / args.blocksize : 0};
   LaunchShape shape = looping_grid(ceil_div(args.elements, kEight), kThreads, stream);
   const auto launch_for = [&]<class T, int kBits>() {
     shape.smem_bytes = Encoder<kBits>::kSmemBytes;

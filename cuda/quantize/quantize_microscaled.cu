@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
 
-__device__ std::uint32_t size_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF; }
+__device__ std::uint32_t magnitude_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF; }
 
 // Writes the complement of the bits of the largest |w|. The minimum of complements, which atomic_min() finds, is the
 // complement of the maximum.
@@ -19,8 +19,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) absmax_kernel(const QuantizeMicroscaledArgs args, std::uint64_t* absmax) {
   std::uint32_t most = 0;
   for (std::int64_t e = block_index() * kThreads + thread_index(); e < args.elements; e += grid_blocks() * kThreads) {
-    const std::uint32_t size = size_bits(to_f32(static_cast<const T*>(args.weight)[e]));
-    most = size > most ? size : most;
+    const std::uint32_t magnitude = magnitude_bits(to_f32(static_cast<const T*>(args.weight)[e]));
+    most = magnitude > most ? magnitude : most;
   }
   most = max_of_lanes(most, kWarp);
   if (thread_index() % kWarp == 0) atomic_min(absmax, ~std::uint64_t{most});
@@ -47,12 +47,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kBlocksize; ++i) {
       w[i] = i < left ? to_f32(weight[i]) : 0.0f;
-      most = size_bits(w[i]) > most ? size_bits(w[i]) : most;
+      most = magnitude_bits(w[i]) > most ? magnitude_bits(w[i]) : most;
     }
     if (most >= kInfinity) {  // no codes are written, because the caller throws
 #pragma unroll 1
       for (int i = 0; i < kBlocksize && i < left; ++i) {
-        if (size_bits(to_f32(weight[i])) < kInfinity) continue;
+        if (magnitude_bits(to_f32(weight[i])) < kInfinity) continue;
         atomic_add(reinterpret_cast<std::uint64_t*>(&args.non_finite->count), 1);
         atomic_min(reinterpret_cast<std::uint64_t*>(&args.non_finite->first), static_cast<std::uint64_t>(begin + i));
       }

@@ -30,7 +30,7 @@ void Copy::run() const {
   std::memset(static_cast<std::byte*>(to) + bytes, 0, static_cast<std::size_t>(zeros));
 }
 
-void cut() {
+void yield() {
   if (concurrent) suspend(*current, Fiber::State::ready, current->site);
 }
 
@@ -39,7 +39,7 @@ void load(void* to, const void* from, std::size_t bytes) {
     std::memcpy(to, from, bytes);
     return;
   }
-  if (schedule.coin()) cut();
+  if (schedule.coin()) yield();
   load_global(to, from, bytes);
 }
 
@@ -48,7 +48,7 @@ void store(void* to, const void* from, std::size_t bytes) {
     std::memcpy(to, from, bytes);
     return;
   }
-  if (schedule.coin()) cut();
+  if (schedule.coin()) yield();
   current->stores.put(to, from, bytes);
 }
 
@@ -57,7 +57,7 @@ void share_stores() {
 }
 
 void signal(std::uint32_t* flag, std::uint32_t value) {
-  cut();
+  yield();
   if (concurrent) {
     current->stores.publish_all();
     current->block->stores.publish_all();
@@ -66,7 +66,7 @@ void signal(std::uint32_t* flag, std::uint32_t value) {
 }
 
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site) {
-  cut();
+  yield();
   if (*flag == value) return;
   current->flag = flag;
   current->value = value;
@@ -77,7 +77,7 @@ void copy_async(void* to, const void* from, int bytes, int zeros) {
   const auto aligned = [&](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % (bytes + zeros) == 0; };
   if (!aligned(to) || (bytes > 0 && !aligned(from))) fail("cp.async of a misaligned address");
   const Copy copy{to, from, bytes, zeros};
-  if (concurrent && schedule.coin()) cut();
+  if (concurrent && schedule.coin()) yield();
   if (schedule.coin()) return copy.run();
   current->copies.push_back(copy);
 }

@@ -7,7 +7,7 @@
 namespace qlora_native::cuda_emulated::emulator {
 namespace {
 
-constexpr std::uint32_t kSpoiled = 0xFFFFFFFF;  // a NaN
+constexpr std::uint32_t kPoison = 0xFFFFFFFF;  // a NaN
 constexpr std::int64_t kVector = 16;
 constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // in one phase
 
@@ -73,11 +73,11 @@ void SharedMemory::forget_stores(const void* p, std::size_t bytes) {
 void Mbarriers::init(std::uint64_t* barrier, int arrivals, int thread) {
   if (arrivals < 1 || arrivals > kMostArrivals) fail("an mbarrier of " + std::to_string(arrivals) + " arrivals");
   if (reinterpret_cast<std::uintptr_t>(barrier) % sizeof(*barrier) != 0) fail("a misaligned mbarrier");
-  barriers_[barrier] = {.arrivals = arrivals, .pending = arrivals, .made_by = thread};
+  barriers_[barrier] = {.arrivals = arrivals, .pending = arrivals, .initialized_by = thread};
 }
 
 void Mbarriers::publish(int thread) {
-  for (auto& [address, barrier] : barriers_) barrier.is_published |= barrier.made_by == thread;
+  for (auto& [address, barrier] : barriers_) barrier.is_published |= barrier.initialized_by == thread;
 }
 
 Mbarriers::Mbarrier& Mbarriers::find(std::uint64_t* barrier) {
@@ -215,8 +215,8 @@ void WgmmaProduct::compute() {
   for (int row = 0; row < kRows; ++row) {
     float* const sums = &result_[static_cast<std::size_t>(row * cols_)];
     for (int k = 0; k < kInner; ++k) {
-      const float* const of_b = &b[static_cast<std::size_t>(k * cols_)];
-      for (int col = 0; col < cols_; ++col) sums[col] += a_[row][k] * of_b[col];
+      const float* const b_row = &b[static_cast<std::size_t>(k * cols_)];
+      for (int col = 0; col < cols_; ++col) sums[col] += a_[row][k] * b_row[col];
     }
   }
 }
@@ -233,9 +233,9 @@ WgmmaQueue::~WgmmaQueue() = default;
 
 void WgmmaQueue::add(std::shared_ptr<WgmmaProduct> product, int thread, const std::uint32_t* a, float* d, int sums) {
   if (!is_fenced_) fail("wgmma without wgmma_fence() since its registers could be changed");
-  Sums& its = sums_[d];
-  if (its.under_way++ == 0) {
-    its.values.assign(d, d + sums);
+  Sums& true_sums = sums_[d];
+  if (true_sums.under_way++ == 0) {
+    true_sums.values.assign(d, d + sums);
     std::memset(d, 0xFF, static_cast<std::size_t>(sums) * sizeof(float));
   }
   open_.push_back({std::move(product), thread, a, {a[0], a[1], a[2], a[3]}, d});
@@ -254,14 +254,14 @@ void WgmmaQueue::wait(std::size_t groups_left) {
       if (std::memcmp(part.a, part.issued, sizeof(part.issued)) != 0) {
         fail("a register of wgmma's a was changed before the wait for it");
       }
-      Sums& its = sums_.at(part.d);
-      for (std::size_t i = 0; i < its.values.size(); ++i) {
-        if (std::bit_cast<std::uint32_t>(part.d[i]) != kSpoiled)
+      Sums& true_sums = sums_.at(part.d);
+      for (std::size_t i = 0; i < true_sums.values.size(); ++i) {
+        if (std::bit_cast<std::uint32_t>(part.d[i]) != kPoison)
           fail("wgmma's sums were changed before the wait for it");
       }
-      part.product->add_to(part.thread, its.values.data());
-      if (--its.under_way > 0) continue;
-      std::memcpy(part.d, its.values.data(), its.values.size() * sizeof(float));
+      part.product->add_to(part.thread, true_sums.values.data());
+      if (--true_sums.under_way > 0) continue;
+      std::memcpy(part.d, true_sums.values.data(), true_sums.values.size() * sizeof(float));
       sums_.erase(part.d);
     }
     groups_.erase(groups_.begin());

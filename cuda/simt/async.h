@@ -1,5 +1,5 @@
 // Emulates what runs beside the threads of a block on compute capability 9.0: barriers that count arrivals and bytes,
-// copies of tiles, and products of four warps. Fibers (meetings.cpp) call these classes and wait for them. The rules:
+// copies of tiles, and products of four warps. Fibers (rendezvous.cpp) call these classes and wait for them. The rules:
 //
 //   - The phase of a barrier is complete when all of its arrivals and all expected bytes have come. One arrival too
 //     many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or misses one:
@@ -61,7 +61,7 @@ class Mbarriers {
     int arrivals, pending;
     std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
     std::int64_t phase = 0;  // the phase under way
-    int made_by;
+    int initialized_by;
     bool is_published = false;
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };

@@ -62,7 +62,7 @@ Block::Block(std::int64_t index)
       warps(static_cast<std::size_t>(grid->threads / kWarp)),
       order(static_cast<std::size_t>(grid->threads)),
       next(order.size()),
-      left(grid->threads) {
+      unfinished(grid->threads) {
   // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
   // float in it is NaN.
   void* memory = nullptr;
@@ -103,7 +103,7 @@ void Block::main_of_fiber() {
   grid->thread(grid->arguments);
   if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
   self.state = Fiber::State::done;
-  if (--self.block->left == 0 && self.block->tile_copies->under_way() > 0) {
+  if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {
     fail("a block has ended before a tile that TMA loads was there");
   }
   self.context.switch_to(self.block->scheduler, /*last=*/true);
@@ -127,7 +127,7 @@ void Block::release_barrier() {
 
 void Block::hold_back_some_warps() {
   constexpr std::size_t kRounds = 8;  // on average
-  if (!schedule.is_random() || schedule.below(kRounds) != 0) return;
+  if (!schedule.is_random() || schedule.random_below(kRounds) != 0) return;
   for (Warp& warp : warps) warp.is_held_back = schedule.coin();
 }
 
@@ -140,13 +140,13 @@ bool Block::let_all_warps_run() {
 void Block::finish_some_copies() {
   constexpr std::size_t kRounds = 4;  // on average
   for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
-    if (schedule.below(kRounds) == 0) tile_copies->finish(i);
+    if (schedule.random_below(kRounds) == 0) tile_copies->finish(i);
   }
 }
 
 bool Block::finish_a_copy() {
   const std::size_t count = tile_copies->under_way();
-  if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.below(count) : 0);
+  if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.random_below(count) : 0);
   return count > 0;
 }
 
@@ -180,14 +180,14 @@ bool Block::advance(std::int64_t turns) {
   return any;
 }
 
-std::string Block::waits() const {
+std::string Block::text_of_waits() const {
   std::string all;
   for (const Fiber& fiber : fibers) {
-    const char* what = fiber.state == Fiber::State::at_barrier    ? "at the barrier "
-                       : fiber.state == Fiber::State::at_meeting  ? "for its warp, its warpgroup or others at "
-                       : fiber.state == Fiber::State::at_mbarrier ? "for an mbarrier at "
-                       : fiber.state == Fiber::State::waiting     ? "for another block at "
-                                                                  : nullptr;
+    const char* what = fiber.state == Fiber::State::at_barrier      ? "at the barrier "
+                       : fiber.state == Fiber::State::at_rendezvous ? "for its warp, its warpgroup or others at "
+                       : fiber.state == Fiber::State::at_mbarrier   ? "for an mbarrier at "
+                       : fiber.state == Fiber::State::waiting       ? "for another block at "
+                                                                    : nullptr;
     const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
     // Neighbouring threads that wait for the same share one line.
     if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;

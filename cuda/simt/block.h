@@ -1,5 +1,5 @@
 // A block that runs, with its threads as fibers. fibers.cpp runs the blocks of a grid, block.cpp the fibers of a block;
-// meetings.cpp has what fibers wait for within their block, and accesses.cpp how they read and write global memory.
+// rendezvous.cpp has what fibers wait for within their block, and accesses.cpp how they read and write global memory.
 #pragma once
 
 #include <cstddef>
@@ -40,8 +40,8 @@ struct Warp {
   bool is_held_back = false;
 };
 
-// The threads that have come to a numbered barrier (bar.sync), or to a meeting of their warpgroup.
-struct Meeting {
+// The threads that have come to a numbered barrier (bar.sync), or to a rendezvous of their warpgroup.
+struct Rendezvous {
   std::vector<struct Fiber*> fibers;
   std::vector<void*> lanes;
   int threads = 0;
@@ -52,7 +52,7 @@ constexpr int kNamedBarriers = 16;  // in a block
 
 // A thread.
 struct Fiber {
-  enum class State { ready, at_barrier, at_meeting, waiting, at_mbarrier, done };
+  enum class State { ready, at_barrier, at_rendezvous, waiting, at_mbarrier, done };
   Position position;
   struct Block* block;
   Warp* warp;
@@ -77,14 +77,14 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<int> order;
   std::size_t next;  // the position in `order` of the fiber that runs next
-  int left;          // fibers that have not ended
+  int unfinished;    // fibers that have not ended
   std::byte* smem = nullptr;
   StoreBuffer stores;  // visible to this block alone
   std::unique_ptr<SharedMemory> memory;
   Mbarriers mbarriers;
   std::unique_ptr<TileCopies> tile_copies;
-  Meeting named_barriers[kNamedBarriers];
-  std::vector<Meeting> warpgroups;
+  Rendezvous named_barriers[kNamedBarriers];
+  std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
 
   explicit Block(std::int64_t index);
@@ -92,11 +92,11 @@ struct Block {
   Block& operator=(const Block&) = delete;
   ~Block();
 
-  bool done() const { return left == 0; }
+  bool done() const { return unfinished == 0; }
   // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
   // whether any fiber ran.
   bool advance(std::int64_t turns);
-  std::string waits() const;  // what its fibers wait for, as text
+  std::string text_of_waits() const;  // what its fibers wait for, as text
 
  private:
   static void main_of_fiber();

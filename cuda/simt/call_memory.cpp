@@ -12,9 +12,9 @@ namespace {
 // Kernels choose by the alignment of an address: so a copy has the same remainder by kAlignment as its original.
 constexpr std::size_t kAlignment = 256;
 // At least so many bytes of NaN lie between two tensors.
-constexpr std::size_t kBetween = 256;
+constexpr std::size_t kGapBytes = 256;
 
-std::size_t place_in_line(const std::byte* address) { return reinterpret_cast<std::uintptr_t>(address) % kAlignment; }
+std::size_t misalignment(const std::byte* address) { return reinterpret_cast<std::uintptr_t>(address) % kAlignment; }
 
 }  // namespace
 
@@ -47,8 +47,8 @@ void CallMemory::move_to_device() {
       bytes = regions.back().offset + static_cast<std::size_t>(regions.back().end - regions.back().begin);
       continue;
     }
-    const std::size_t line = (bytes + kBetween + kAlignment - 1) / kAlignment * kAlignment;
-    regions.push_back({view->host, view->end(), line + place_in_line(view->host)});
+    const std::size_t aligned = (bytes + kGapBytes + kAlignment - 1) / kAlignment * kAlignment;
+    regions.push_back({view->host, view->end(), aligned + misalignment(view->host)});
     bytes = regions.back().offset + static_cast<std::size_t>(regions.back().end - regions.back().begin);
   }
   memory_ = emulator::allocate_on_device(bytes, "a tensor of a call");

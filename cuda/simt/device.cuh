@@ -33,11 +33,11 @@ template <auto kKernel>
 void ask_for_smem(std::size_t bytes, int device) {
   constexpr int kDevices = 64;  // for a device beyond them, every launch asks
   static std::atomic<std::size_t> asked[kDevices];
-  const bool is_kept = device >= 0 && device < kDevices;
-  if (is_kept && asked[device].load(std::memory_order_relaxed) >= bytes) return;
+  const bool is_remembered = device >= 0 && device < kDevices;
+  if (is_remembered && asked[device].load(std::memory_order_relaxed) >= bytes) return;
   QLN_CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  if (is_kept) asked[device].store(bytes, std::memory_order_relaxed);
+  if (is_remembered) asked[device].store(bytes, std::memory_order_relaxed);
 }
 
 template <class... Parameters>
@@ -61,9 +61,9 @@ void launch(const LaunchShape& shape, const Stream& stream, const Args&... args)
 DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
 void release_own(const DeviceMemory& memory, const Stream& stream);
 // Only the emulator needs these (host.h); on a device they do nothing.
-inline void take_over(const DeviceMemory&, std::size_t) {}
-inline void hand_back(const DeviceMemory&) {}
-inline void spoil(void*, std::size_t) {}
+inline void make_reachable(const DeviceMemory&, std::size_t) {}
+inline void make_unreachable(const DeviceMemory&) {}
+inline void poison(void*, std::size_t) {}
 struct DeviceWork {
   DeviceWork() {}
 };
@@ -173,32 +173,32 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 // The compiler cannot see through the assembly, so it keeps the value in a register instead of computing it again.
-__device__ __forceinline__ std::uint32_t kept(std::uint32_t value) {
+__device__ __forceinline__ std::uint32_t in_register(std::uint32_t value) {
   std::uint32_t result;
   asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
   return result;
 }
 // An address in shared memory, in 32 bits.
-struct SharedPlace {
+struct SharedAddress {
   std::uint32_t address;
-  __device__ __forceinline__ explicit SharedPlace(const void* p) : address(shared_address(p)) {}
-  __device__ __forceinline__ explicit SharedPlace(std::uint32_t address) : address(address) {}
-  __device__ __forceinline__ SharedPlace at(std::uint32_t bytes) const { return SharedPlace(address + bytes); }
-  __device__ __forceinline__ SharedPlace flipped(std::uint32_t bits) const { return SharedPlace(address ^ bits); }
-  __device__ __forceinline__ SharedPlace kept() const { return SharedPlace(cuda::kept(address)); }
-  __device__ __forceinline__ std::uint32_t to_rows() const { return (kRowsBegin - address) & 0xFFFF; }
-  __device__ __forceinline__ SharedPlace row_of_byte(std::uint32_t word, std::uint32_t i) const {
-    return SharedPlace(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
+  __device__ __forceinline__ explicit SharedAddress(const void* p) : address(shared_address(p)) {}
+  __device__ __forceinline__ explicit SharedAddress(std::uint32_t address) : address(address) {}
+  __device__ __forceinline__ SharedAddress at(std::uint32_t bytes) const { return SharedAddress(address + bytes); }
+  __device__ __forceinline__ SharedAddress flipped(std::uint32_t bits) const { return SharedAddress(address ^ bits); }
+  __device__ __forceinline__ SharedAddress in_register() const { return SharedAddress(cuda::in_register(address)); }
+  __device__ __forceinline__ std::uint32_t bytes_to_rows() const { return (kRowsBegin - address) & 0xFFFF; }
+  __device__ __forceinline__ SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
+    return SharedAddress(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
-// This takes one instruction beside the comparison; the compiler makes more from `a < b ? place.at(bytes) : place`.
-__device__ __forceinline__ void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
+// This takes one instruction beside the comparison; the compiler makes more from `a < b ? address.at(bytes) : address`.
+__device__ __forceinline__ void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
   asm("{ .reg .pred p; setp.lt.f32 p, %2, %3; @p add.u32 %0, %0, %1; }"
-      : "+r"(place.address)
+      : "+r"(address.address)
       : "r"(bytes), "f"(a), "f"(b));
 }
 template <class V>
-__device__ __forceinline__ V load_shared(const SharedPlace& from) {
+__device__ __forceinline__ V load_shared(const SharedAddress& from) {
   if constexpr (sizeof(V) == 16) {
     Vector<std::uint32_t, 4> v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -226,7 +226,7 @@ __device__ __forceinline__ V load_shared(const SharedPlace& from) {
   }
 }
 template <class V>
-__device__ __forceinline__ void store_shared(const SharedPlace& to, const V& value) {
+__device__ __forceinline__ void store_shared(const SharedAddress& to, const V& value) {
   if constexpr (sizeof(V) == 16) {
     const auto v = std::bit_cast<Vector<std::uint32_t, 4>>(value);
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(v.at[0]), "r"(v.at[1]), "r"(v.at[2]),
@@ -251,7 +251,7 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, int valid =
   }
 }
 // Copies 16 bytes, or writes 16 zeros if `there` is 0. One cp.async does either, with the condition as a predicate.
-__device__ __forceinline__ void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
+__device__ __forceinline__ void cp_async_or_zeros(const SharedAddress& to, const void* from, std::uint32_t there) {
   asm volatile(
       "{ .reg .pred p; .reg .b32 n; setp.ne.u32 p, %2, 0; selp.b32 n, 16, 0, p; "
       "cp.async.cg.shared.global [%0], [%1], 16, n; }" ::"r"(to.address),
@@ -322,23 +322,23 @@ __device__ __forceinline__ float larger_or_nan(float a, float b) {
 
 // ---- tensor cores ----
 
-__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row) {
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const SharedAddress& row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row.address)
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
-  ldmatrix_x4(r, SharedPlace(row));
+  ldmatrix_x4(r, SharedAddress(row));
 }
-__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedPlace& row) {
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedAddress& row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row.address)
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
-  ldmatrix_x4_transposed(r, SharedPlace(row));
+  ldmatrix_x4_transposed(r, SharedAddress(row));
 }
 
 template <class T>

@@ -17,7 +17,7 @@ std::size_t pages_of(std::size_t bytes) { return (bytes + kPage - 1) / kPage; }
 }  // namespace
 
 EmulatedDriver::~EmulatedDriver() {
-  if (left_ != 0) emulator::fail("a stream, an event or memory of a driver was not given back");
+  if (live_ != 0) emulator::fail("a stream, an event or memory of a driver was not given back");
 }
 
 bool EmulatedDriver::is_concurrent() { return options_->concurrent; }
@@ -36,7 +36,7 @@ void* EmulatedDriver::allocate(Memory kind, std::size_t bytes) {
   }
   if (kind == Memory::managed) managed_[memory] = {std::vector<bool>(pages_of(bytes))};
   names_[memory] = name;
-  ++left_;
+  ++live_;
   options_->trace("allocate " + names_[memory]);
   return memory;
 }
@@ -45,7 +45,7 @@ void EmulatedDriver::release(Memory kind, void* memory) noexcept {
   options_->trace("release " + names_[memory]);
   managed_.erase(static_cast<std::byte*>(memory));
   names_.erase(memory);
-  --left_;
+  --live_;
   kind == Memory::device ? emulator::release_on_device(memory) : emulator::release_for_both(memory);
 }
 
@@ -69,7 +69,7 @@ std::string EmulatedDriver::name_of(const void* memory) const {
 // ---- streams ----
 
 void* EmulatedDriver::create_stream() {
-  ++left_;
+  ++live_;
   auto* const stream = new EmulatedStream;
   stream->name = "stream " + std::to_string(streams_++);
   return stream;
@@ -78,7 +78,7 @@ void* EmulatedDriver::create_stream() {
 void EmulatedDriver::destroy_stream(void* stream) noexcept {
   auto* const own = static_cast<EmulatedStream*>(stream);
   run(*own, own->work.size());
-  --left_;
+  --live_;
   delete own;
 }
 
@@ -94,7 +94,7 @@ void EmulatedDriver::run(EmulatedStream& stream, std::size_t work) {
 }
 
 // The caller's stream is null. Nothing is ever pending in it, because kernels run when they are launched.
-void EmulatedDriver::put(void* stream, std::function<void()> work) {
+void EmulatedDriver::enqueue(void* stream, std::function<void()> work) {
   if (stream == nullptr) {
     work();
     return;
@@ -107,7 +107,7 @@ void EmulatedDriver::put(void* stream, std::function<void()> work) {
 void EmulatedDriver::prefetch(void* memory, std::size_t bytes, Place place, void* stream) {
   options_->trace(name_of_stream(stream) + ": prefetch " + name_of(memory) + ", " + std::to_string(bytes) + " to " +
                   (place == Place::device ? "device" : "host"));
-  put(stream, [this, memory, bytes, place] {
+  enqueue(stream, [this, memory, bytes, place] {
     auto& [base, pages] = *std::prev(managed_.upper_bound(static_cast<std::byte*>(memory)));
     const auto first = static_cast<std::size_t>(static_cast<std::byte*>(memory) - base);
     std::fill(pages.begin() + static_cast<std::ptrdiff_t>(first / kPage),
@@ -118,7 +118,7 @@ void EmulatedDriver::prefetch(void* memory, std::size_t bytes, Place place, void
 void EmulatedDriver::copy(void* to, const void* from, std::size_t bytes, void* stream) {
   options_->trace(name_of_stream(stream) + ": copy " + name_of(from) + ", " + std::to_string(bytes) + " to " +
                   name_of(to));
-  put(stream, [to, from, bytes] {
+  enqueue(stream, [to, from, bytes] {
     const emulator::DeviceWork work;
     std::memcpy(to, from, bytes);
   });
@@ -127,7 +127,7 @@ void EmulatedDriver::copy(void* to, const void* from, std::size_t bytes, void* s
 // ---- events ----
 
 void* EmulatedDriver::create_event(bool timed) {
-  ++left_;
+  ++live_;
   auto* const event = new Event;
   event->name = "event " + std::to_string(events_++);
   event->timed = timed;
@@ -135,7 +135,7 @@ void* EmulatedDriver::create_event(bool timed) {
 }
 
 void EmulatedDriver::destroy_event(void* event) noexcept {
-  --left_;
+  --live_;
   delete static_cast<Event*>(event);
 }
 
@@ -143,14 +143,14 @@ void EmulatedDriver::record(void* event, void* stream) {
   auto* const own = static_cast<Event*>(event);
   options_->trace(name_of_stream(stream) + ": record " + own->name);
   own->stream = static_cast<EmulatedStream*>(stream);
-  put(stream, [this, own] { own->time = ++time_; });
+  enqueue(stream, [this, own] { own->time = ++time_; });
   own->work = own->stream != nullptr ? own->stream->work.size() : 0;
 }
 
 void EmulatedDriver::wait(void* stream, void* event) {
   const auto& own = *static_cast<Event*>(event);
   options_->trace(name_of_stream(stream) + ": wait for " + own.name);
-  if (own.stream != nullptr) put(stream, [target = own.stream, work = own.work] { run(*target, work); });
+  if (own.stream != nullptr) enqueue(stream, [target = own.stream, work = own.work] { run(*target, work); });
 }
 
 void EmulatedDriver::synchronize(void* event) noexcept {

@@ -60,7 +60,7 @@ class EmulatedDriver final : public Driver {
     std::int64_t time = 0;             // when the stream reached the event
     bool timed = false;
   };
-  void put(void* stream, std::function<void()> work);
+  void enqueue(void* stream, std::function<void()> work);
   static void run(EmulatedStream& stream, std::size_t work);
   std::string name_of(const void* memory) const;
   static std::string name_of_stream(void* stream);
@@ -71,7 +71,7 @@ class EmulatedDriver final : public Driver {
   std::map<const void*, std::string> names_;
   std::int64_t time_ = 0;
   int streams_ = 0, events_ = 0;
-  int left_ = 0;  // streams, events and memory that were not given back
+  int live_ = 0;  // streams, events and memory that were not given back
 };
 
 }  // namespace qlora_native::cuda_emulated

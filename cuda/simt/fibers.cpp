@@ -57,7 +57,7 @@ constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this 
 
 [[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
   std::string waits;
-  for (const Block& block : blocks) waits += block.waits();
+  for (const Block& block : blocks) waits += block.text_of_waits();
   fail("deadlock:" + waits);
 }
 
@@ -77,7 +77,7 @@ void run_in_order(std::int64_t count) {
       if (started.empty()) break;
       fail_of_deadlock(started);
     }
-    started.emplace_back(schedule.place(next++, count));
+    started.emplace_back(schedule.ith_block(next++, count));
   }
 }
 
@@ -91,8 +91,9 @@ class ConcurrentRun {
   void run() {
     while (!to_start_.empty() || !resident_.empty()) {
       while (!to_start_.empty() && resident_.size() < kResidentBlocks) start();
-      Block& picked = *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.below(resident_.size())));
-      bool progress = picked.advance(std::int64_t{1} << schedule.below(kMostTurnsLog2 + 1));
+      Block& picked =
+          *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
+      bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
       publish_some(picked);
       for (auto block = resident_.begin(); block != resident_.end();) {
         if (!progress) progress = block->advance(1);
@@ -100,30 +101,30 @@ class ConcurrentRun {
       }
       if (!progress && !publish_one()) fail_of_deadlock(resident_);
     }
-    of_ended_.publish_all();
+    ended_stores_.publish_all();
   }
 
  private:
   using Blocks = std::list<Block>;
 
   void start() {
-    std::swap(to_start_[schedule.below(to_start_.size())], to_start_.back());
+    std::swap(to_start_[schedule.random_below(to_start_.size())], to_start_.back());
     resident_.emplace_back(to_start_.back());
     to_start_.pop_back();
   }
   Blocks::iterator end(Blocks::iterator block) {
-    for (Fiber& fiber : block->fibers) fiber.stores.move_to(of_ended_);
-    block->stores.move_to(of_ended_);
+    for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
+    block->stores.move_to(ended_stores_);
     return resident_.erase(block);
   }
 
   // Makes some of the stores visible that no signal has published yet.
   void publish_some(Block& block) {
-    StoreBuffer* const buffers[] = {&of_ended_, &block.stores,
-                                    &block.fibers[schedule.below(block.fibers.size())].stores};
-    StoreBuffer& buffer = *buffers[schedule.below(std::size(buffers))];
-    for (std::size_t left = schedule.below(kMostPublished); left > 0 && !buffer.empty(); --left) {
-      buffer.publish(schedule.below(buffer.size()));
+    StoreBuffer* const buffers[] = {&ended_stores_, &block.stores,
+                                    &block.fibers[schedule.random_below(block.fibers.size())].stores};
+    StoreBuffer& buffer = *buffers[schedule.random_below(std::size(buffers))];
+    for (std::size_t left = schedule.random_below(kMostPublished); left > 0 && !buffer.empty(); --left) {
+      buffer.publish(schedule.random_below(buffer.size()));
     }
   }
   // Makes one store visible when no block can run without one. Returns false if all buffers are empty.
@@ -132,20 +133,20 @@ class ConcurrentRun {
     const auto add = [&](StoreBuffer& buffer) {
       if (!buffer.empty()) buffers.push_back(&buffer);
     };
-    add(of_ended_);
+    add(ended_stores_);
     for (Block& block : resident_) {
       add(block.stores);
       for (Fiber& fiber : block.fibers) add(fiber.stores);
     }
     if (buffers.empty()) return false;
-    StoreBuffer& buffer = *buffers[schedule.below(buffers.size())];
-    buffer.publish(schedule.below(buffer.size()));
+    StoreBuffer& buffer = *buffers[schedule.random_below(buffers.size())];
+    buffer.publish(schedule.random_below(buffer.size()));
     return true;
   }
 
   std::vector<std::int64_t> to_start_;
   Blocks resident_;
-  StoreBuffer of_ended_;  // stores of blocks that have ended
+  StoreBuffer ended_stores_;  // stores of blocks that have ended
 };
 
 }  // namespace
@@ -184,13 +185,13 @@ void Schedule::arrange(std::vector<int>& order) {
   for (std::size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[next() % (i + 1)]);
 }
 
-std::int64_t Schedule::place(std::int64_t i, std::int64_t count) const {
+std::int64_t Schedule::ith_block(std::int64_t i, std::int64_t count) const {
   return order_ == Order::reverse ? count - 1 - i : i;
 }
 
 bool Schedule::coin() { return is_random() && next() % 2 == 0; }
 
-std::size_t Schedule::below(std::size_t count) { return next() % count; }
+std::size_t Schedule::random_below(std::size_t count) { return next() % count; }
 
 // ---- a grid ----
 
@@ -223,7 +224,7 @@ void run(const Grid& launched) {
   grid = nullptr;
 }
 
-void spoil(void* memory, std::size_t bytes) {
+void poison(void* memory, std::size_t bytes) {
   std::memset(memory, 0xFF, bytes);  // every float is NaN
   // The flags are raised in a pseudo-random half of the calls, not in every second one: each product takes the same
   // number of workspaces, so with every second one its flags could always be raised at first, or never.

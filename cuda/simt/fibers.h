@@ -48,14 +48,14 @@ namespace emulator {
 class Schedule {
  public:
   static Schedule from_environment();
-  void arrange(std::vector<int>& order);                         // orders a block's fibers, anew for each round
-  std::int64_t place(std::int64_t i, std::int64_t count) const;  // the index of the block that starts as the i-th
+  void arrange(std::vector<int>& order);                             // orders a block's fibers, anew for each round
+  std::int64_t ith_block(std::int64_t i, std::int64_t count) const;  // the index of the block that starts as the i-th
   bool coin();  // whether an asynchronous copy is done at once, as a device may do it
   // The same for what runs beside the threads (async.h). It is early under `reverse` and late under `forward`.
   bool is_early() { return order_ == Order::reverse || coin(); }
   bool is_concurrent() const { return order_ == Order::concurrent; }
   bool is_random() const { return order_ == Order::random || order_ == Order::concurrent; }
-  std::size_t below(std::size_t count);  // a random number, 0 ... count - 1
+  std::size_t random_below(std::size_t count);  // a random number, 0 ... count - 1
 
  private:
   enum class Order { forward, reverse, random, concurrent } order_ = Order::forward;
@@ -83,7 +83,7 @@ constexpr std::size_t kReservedSmemBytes = 1024;
 void run(const Grid& grid);
 
 // Fills fresh memory with values that a kernel must not rely on.
-void spoil(void* memory, std::size_t bytes);
+void poison(void* memory, std::size_t bytes);
 
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
@@ -98,8 +98,9 @@ struct Position {
 extern thread_local const Position* position;
 
 void barrier(Site site);  // waits for all threads of the block
-// The lanes of a warp meet: the last one to come runs `all` on what every lane has brought; then all of them continue.
-void meet(void* lane, void (*all)(void* const* lanes), Site site);
+// The lanes of a warp meet: the last one to come runs `exchange` on what every lane has brought; then all of them
+// continue.
+void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site);
 // Waits until another block has set *flag to value.
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
 // Publishes every store that the thread sees, then sets *flag to value.
@@ -109,7 +110,7 @@ void signal(std::uint32_t* flag, std::uint32_t value);
 extern constinit thread_local bool concurrent;
 void load(void* to, const void* from, std::size_t bytes);
 void store(void* to, const void* from, std::size_t bytes);
-void cut();           // lets other threads and blocks run
+void yield();         // lets other threads and blocks run
 void share_stores();  // makes the thread's stores visible to its block
 
 // Copies in groups, like cp.async: each is only queued, and takes place when the thread waits for its group.
@@ -127,8 +128,8 @@ void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes);
 void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site);
 void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
 void named_barrier(int number, int threads, Site site);
-// The threads of a warpgroup meet, as the lanes of a warp do in meet().
-void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site);
+// The threads of a warpgroup meet, as the lanes of a warp do in warp_collective().
+void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site site);
 std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor);
 void compute_if_early(WgmmaProduct& product);
 WgmmaQueue& wgmma_queue();

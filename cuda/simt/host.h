@@ -66,15 +66,15 @@ inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
 inline void release_own(const DeviceMemory& memory, const Stream&) { emulator::release_on_device(memory.data); }
-// Memory that the host program gives is reachable for kernels from take_over() until hand_back().
-inline void take_over(const DeviceMemory& memory, std::size_t bytes) {
+// Memory that the host program gives is reachable for kernels from make_reachable() until make_unreachable().
+inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
   emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
 }
-inline void hand_back(const DeviceMemory& memory) { emulator::withdraw(memory.data); }
+inline void make_unreachable(const DeviceMemory& memory) { emulator::withdraw(memory.data); }
 // Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
-inline void spoil(void* memory, std::size_t bytes) {
+inline void poison(void* memory, std::size_t bytes) {
   const DeviceWork work;
-  emulator::spoil(memory, bytes);
+  emulator::poison(memory, bytes);
 }
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
@@ -103,14 +103,14 @@ T* dynamic_smem() {
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
-// `all` reads and changes what every lane has brought.
-template <class Lane, class All>
-void meet(Lane& lane, const All&, Site site) {
-  emulator::meet(
+// `exchange` reads and changes what every lane has brought.
+template <class Lane, class Exchange>
+void collective(Lane& lane, const Exchange&, Site site) {
+  emulator::warp_collective(
       &lane,
       [](void* const* lanes) {
-        static_assert(std::is_empty_v<All>);
-        All{}(reinterpret_cast<Lane* const*>(lanes));
+        static_assert(std::is_empty_v<Exchange>);
+        Exchange{}(reinterpret_cast<Lane* const*>(lanes));
       },
       site);
 }
@@ -118,7 +118,7 @@ void meet(Lane& lane, const All&, Site site) {
 inline void sync_warp(Site site = Site::current()) {
   emulator::share_stores();
   int nothing = 0;
-  meet(nothing, [](int* const*) {}, site);
+  collective(nothing, [](int* const*) {}, site);
 }
 
 template <class T>
@@ -127,7 +127,7 @@ T shfl(T value, int source, Site site = Site::current()) {
     T in, out;
     int source;
   } lane{value, {}, source};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         for (int i = 0; i < kWarp; ++i) lanes[i]->out = lanes[lanes[i]->source]->in;
@@ -143,7 +143,7 @@ T shfl_xor(T value, int mask, Site site = Site::current()) {
 
 // The largest value of any lane. The bits of floats >= 0 can be compared so, too.
 inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current()) {
-  meet(
+  collective(
       value,
       [](std::uint32_t* const* lanes) {
         std::uint32_t most = 0;
@@ -162,16 +162,16 @@ inline void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site =
   emulator::wait_for(flag, value, site);
 }
 inline int take_ticket(std::uint32_t* counter) {
-  emulator::cut();
+  emulator::yield();
   return static_cast<int>((*counter)++);
 }
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
-  emulator::cut();
+  emulator::yield();
   *at += value;
 }
 inline void atomic_min(std::uint64_t* at, std::uint64_t value) {
-  emulator::cut();
+  emulator::yield();
   *at = value < *at ? value : *at;
 }
 
@@ -201,41 +201,41 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
 }
 
 // On a device this keeps a value in a register that the compiler would otherwise compute again in each step of a loop.
-inline std::uint32_t kept(std::uint32_t value) { return value; }
+inline std::uint32_t in_register(std::uint32_t value) { return value; }
 // An address in shared memory. On a device it has 32 bits, so adding to it or flipping its bits takes one instruction.
-struct SharedPlace {
+struct SharedAddress {
   std::byte* address;
-  explicit SharedPlace(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
-  SharedPlace at(std::uint32_t bytes) const { return SharedPlace(address + bytes); }
-  SharedPlace flipped(std::uint32_t bits) const {
-    return SharedPlace(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
+  explicit SharedAddress(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
+  SharedAddress at(std::uint32_t bytes) const { return SharedAddress(address + bytes); }
+  SharedAddress flipped(std::uint32_t bits) const {
+    return SharedAddress(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
   }
-  SharedPlace kept() const { return *this; }
+  SharedAddress in_register() const { return *this; }
   // The distance from here to kRowsBegin, in the low 16 bits of the address.
-  std::uint32_t to_rows() const {
+  std::uint32_t bytes_to_rows() const {
     return static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(address)) & 0xFFFF;
   }
   // A table of 256 rows of 256 bytes begins at kRowsBegin. Byte `i` of `word` is the number of a row: the result is the
-  // place in that row with the same column as this place.
-  SharedPlace row_of_byte(std::uint32_t word, std::uint32_t i) const {
+  // address in that row with the same column as this address.
+  SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
     const std::uintptr_t row = (word >> (8 * i) & 0xFF) * kRowBytes;
     const std::uintptr_t kept_bits = reinterpret_cast<std::uintptr_t>(address) & ~std::uintptr_t{0xFF00};
-    return SharedPlace(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
+    return SharedAddress(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
-// Moves the place on by `bytes` if a < b.
-inline void advance_where_below(SharedPlace& place, std::uint32_t bytes, float a, float b) {
-  if (a < b) place = place.at(bytes);
+// Moves the address on by `bytes` if a < b.
+inline void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
+  if (a < b) address = address.at(bytes);
 }
 template <class V>
-V load_shared(const SharedPlace& from) {
+V load_shared(const SharedAddress& from) {
   if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
   V value;
   std::memcpy(&value, from.address, sizeof(V));
   return value;
 }
 template <class V>
-void store_shared(const SharedPlace& to, const V& value) {
+void store_shared(const SharedAddress& to, const V& value) {
   if (reinterpret_cast<std::uintptr_t>(to.address) % sizeof(V) != 0) emulator::fail("a misaligned store");
   std::memcpy(to.address, &value, sizeof(V));
   emulator::note_shared_store(to.address, sizeof(V));
@@ -248,7 +248,7 @@ void cp_async(void* to, const void* from, int valid = kBytes) {
   emulator::copy_async(to, from, valid, kBytes - valid);
 }
 // Copies 16 bytes, or writes 16 zeros if `there` is 0.
-inline void cp_async_or_zeros(const SharedPlace& to, const void* from, std::uint32_t there) {
+inline void cp_async_or_zeros(const SharedAddress& to, const void* from, std::uint32_t there) {
   cp_async<16>(to.address, from, there != 0 ? 16 : 0);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
@@ -313,7 +313,7 @@ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
     const void* row;
     std::uint32_t* r;
   } lane{row, r};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         for (int i = 0; i < kWarp; ++i) {
@@ -333,13 +333,13 @@ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix_x4<false>(r, row, site);
 }
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const SharedPlace& row, Site site = Site::current()) {
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const SharedAddress& row, Site site = Site::current()) {
   ldmatrix_x4<false>(r, row.address, site);
 }
 inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site site = Site::current()) {
   ldmatrix_x4<true>(r, row, site);
 }
-inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedPlace& row, Site site = Site::current()) {
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const SharedAddress& row, Site site = Site::current()) {
   ldmatrix_x4<true>(r, row.address, site);
 }
 
@@ -353,7 +353,7 @@ void mma_16x8x16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t
     float* c;
     const std::uint32_t *a, *b;
   } lane{c, a, b};
-  meet(
+  collective(
       lane,
       [](Lane* const* lanes) {
         const auto half = [](std::uint32_t pair, int i) {

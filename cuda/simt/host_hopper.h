@@ -73,7 +73,7 @@ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_d
     std::uint64_t b_descriptor;
     std::shared_ptr<emulator::WgmmaProduct> product;
   } lane{a, b_descriptor, nullptr};
-  emulator::meet_warpgroup(
+  emulator::warpgroup_collective(
       &lane,
       [](void* const* lanes) {
         const auto of = [&](int i) -> Lane& { return *static_cast<Lane*>(lanes[i]); };

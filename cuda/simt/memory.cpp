@@ -57,7 +57,7 @@ void protect(std::uintptr_t begin, const Range& range, bool open) {
 
 // ---- host code that touches memory of the device ----
 
-struct sigaction before{};
+struct sigaction previous_action{};
 
 void on_fault(int signal, siginfo_t* info, void* context) {
   // try_lock, because a mistake in this file could make the thread fault while it holds the lock itself.
@@ -69,12 +69,12 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     }
     all.mutex.unlock();
   }
-  if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
-    before.sa_sigaction(signal, info, context);
-  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-    before.sa_handler(signal);
+  if ((previous_action.sa_flags & SA_SIGINFO) != 0 && previous_action.sa_sigaction != nullptr) {
+    previous_action.sa_sigaction(signal, info, context);
+  } else if (previous_action.sa_handler != SIG_DFL && previous_action.sa_handler != SIG_IGN) {
+    previous_action.sa_handler(signal);
   } else {
-    sigaction(signal, &before, nullptr);  // then the access is repeated and faults as it did before
+    sigaction(signal, &previous_action, nullptr);  // then the access is repeated and faults as it did before
   }
 }
 
@@ -84,19 +84,19 @@ void catch_faults() {
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
-    return sigaction(SIGSEGV, &action, &before) == 0;
+    return sigaction(SIGSEGV, &action, &previous_action) == 0;
   }();
   static_cast<void>(done);
 }
 
-void enter(std::uintptr_t begin, Range range) {
+void add_range(std::uintptr_t begin, Range range) {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
   if (all.at_work == 0) protect(begin, range, false);
   all.ranges.insert_or_assign(begin, std::move(range));
 }
 
-Range take(const void* memory) {
+Range remove_range(const void* memory) {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
   const auto found = all.ranges.find(number_of(memory));
@@ -139,12 +139,12 @@ std::byte* allocate_on_device(std::size_t bytes, const std::string& name) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(static_cast<std::byte*>(memory) + bytes, pages - bytes);
 #endif
-  enter(number_of(memory), {number_of(memory) + bytes, pages, name});
+  add_range(number_of(memory), {number_of(memory) + bytes, pages, name});
   return static_cast<std::byte*>(memory);
 }
 
 void release_on_device(void* memory) {
-  const Range range = take(memory);
+  const Range range = remove_range(memory);
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(memory, range.mapped_bytes);
 #endif
@@ -159,15 +159,15 @@ std::byte* allocate_for_both(std::size_t bytes, const std::string& name) {
 }
 
 void release_for_both(void* memory) {
-  take(memory);
+  remove_range(memory);
   std::free(memory);
 }
 
 void declare_for_both(const void* memory, std::size_t bytes, const std::string& name) {
-  enter(number_of(memory), {number_of(memory) + bytes, 0, name});
+  add_range(number_of(memory), {number_of(memory) + bytes, 0, name});
 }
 
-void withdraw(const void* memory) { take(memory); }
+void withdraw(const void* memory) { remove_range(memory); }
 
 bool is_reachable(const void* address) {
   Registry& all = registry();

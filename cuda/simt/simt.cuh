@@ -46,9 +46,10 @@ struct LaunchShape {
 // Every architecture from sm_80 on gives a block at least so much; sm_86, sm_89 and sm_120 give no more.
 constexpr std::size_t kLeastSmemBytes = 99 * 1024;
 
-// SharedPlace::row_of_byte looks into a table that begins kRowsBegin bytes behind a multiple of 64 KB in shared memory.
-// There is such a place near the beginning, because a block's shared memory begins at address 0 (in the machine code of
-// sm_80) or behind the KB that a device keeps for itself (sm_90). product_config checks that a device keeps no more.
+// SharedAddress::row_of_byte looks into a table that begins kRowsBegin bytes behind a multiple of 64 KB in shared
+// memory. There is such a place near the beginning, because a block's shared memory begins at address 0 (in the machine
+// code of sm_80) or behind the KB that a device keeps for itself (sm_90). product_config checks that a device keeps no
+// more.
 constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 
 }  // namespace qlora_native::QLN_CUDA

@@ -12,18 +12,18 @@ class Workspace {
     if (bytes == 0) return;
     if (hooks().allocate != nullptr) {
       memory_ = hooks().allocate(bytes, stream);
-      take_over(memory_, bytes);
+      make_reachable(memory_, bytes);
     } else {
       memory_ = allocate_own(bytes, stream);
     }
-    spoil(memory_.data, bytes);
+    poison(memory_.data, bytes);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
     if (memory_.data == nullptr) return;
     if (hooks().allocate != nullptr) {
-      hand_back(memory_);
+      make_unreachable(memory_);
       hooks().release(memory_, stream_);
     } else {
       release_own(memory_, stream_);

@@ -986,7 +986,7 @@ void lion_moves_by_the_sign_of_the_smallest_numbers() {
 
 // Each bad argument of each operation is an Error that names it, and the results are then not touched. (test_core.cpp
 // has the arguments of linear_forward and of optimizer_8bit_step.)
-void bad_input_is_refused_by_its_name() {
+void bad_input_is_named_in_the_error() {
   const Tensor weight = random_weight({5, 63}, DType::f32);
   const Quantized quantized(weight.in(), formats()[0], 64, true);
   std::vector<std::uint8_t> codes(512, 9);
@@ -1120,6 +1120,6 @@ int main() {
     optimizer_steps_to_the_bit(algorithm);
   }
   lion_moves_by_the_sign_of_the_smallest_numbers();
-  bad_input_is_refused_by_its_name();
+  bad_input_is_named_in_the_error();
   return report();
 }

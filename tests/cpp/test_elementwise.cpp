@@ -181,7 +181,7 @@ void value_that_is_not_finite_stays_in_its_row() {
   }
 }
 
-void bad_input_is_refused_by_its_name() {
+void bad_input_is_named_in_the_error() {
   Tensor a(DType::f32, 2, 5), out(DType::f32, 2, 5), more(DType::f32, 2, 5);
   std::vector<float> r(2);
   const std::vector<char> before = out.bytes();
@@ -230,6 +230,6 @@ int main() {
   rms_norm_and_its_gradient_are_those_of_float64();
   bits_are_the_same_for_any_number_of_threads();
   value_that_is_not_finite_stays_in_its_row();
-  bad_input_is_refused_by_its_name();
+  bad_input_is_named_in_the_error();
   return report();
 }

@@ -14,8 +14,8 @@ constexpr unsigned kThreads = kGemmThreads;
 
 // A place in shared memory outside of any block: only its distance from `base` matters.
 alignas(256) std::byte base[1];
-SharedPlace place_at(unsigned bytes) { return SharedPlace(base).at(bytes); }
-unsigned offset_of(const SharedPlace& place) { return static_cast<unsigned>(place.address - base); }
+SharedAddress place_at(unsigned bytes) { return SharedAddress(base).at(bytes); }
+unsigned offset_of(const SharedAddress& place) { return static_cast<unsigned>(place.address - base); }
 
 // Whether some of eight 16-byte vectors use the same banks. If none do, they use all of the 32 banks.
 bool meet(const unsigned (&offsets)[8]) {
@@ -79,7 +79,7 @@ void each_lane_gets_its_part_of_the_left_operand() {
       for (unsigned i = 0; i < Tile::kRowFragments; ++i) {
         unsigned rows[kWarp];
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Left::operand(place_at(Left::first_of(Lane(warp * kWarp + lane))), k, i));
+          rows[lane] = offset_of(Left::operand(place_at(Left::first_operand(Lane(warp * kWarp + lane))), k, i));
         }
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -102,13 +102,13 @@ void weight_is_decoded_to_where_it_is_read() {
   constexpr bool kTransposed = !Weights::kForward;
   Memory memory;
   for (unsigned thread = 0; thread < kThreads; ++thread) {
-    for (unsigned v = 0; v < Tile::kPieces * kPieceVectors; ++v) {
-      const unsigned offset = offset_of(place_at(Weights::place_of(thread)).flipped(v * kVectorBytes));
+    for (unsigned v = 0; v < Tile::kThreadChunks * kChunkVectors; ++v) {
+      const unsigned offset = offset_of(place_at(Weights::first_place(thread)).flipped(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {
-        const unsigned byte = Weights::byte_of_piece(v % kPieceVectors, j / 2);
-        const unsigned along = v / kPieceVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
+        const unsigned byte = Weights::byte_of_chunk(v % kChunkVectors, j / 2);
+        const unsigned along = v / kChunkVectors * kChunk + 2 * byte + j % 2;  // counted from the thread's first code
         const unsigned inner = Weights::inner_of(thread), col = Weights::col_of(thread);
         memory.put(offset + 2 * j, Weights::kForward ? Element{inner + along, col} : Element{inner, col + along});
       }
@@ -117,7 +117,7 @@ void weight_is_decoded_to_where_it_is_read() {
   EXPECT(memory.count() == std::size_t{kGemmStep} * Tile::kCols);  // no place was written twice, so all were written
   for (unsigned first = 0; first < kThreads; first += 8) {
     unsigned eight[8];
-    for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::place_of(first + i);
+    for (unsigned i = 0; i < 8; ++i) eight[i] = Weights::first_place(first + i);
     EXPECT(!meet(eight));  // nor do they if the same bits of all offsets are flipped
   }
 
@@ -126,7 +126,7 @@ void weight_is_decoded_to_where_it_is_read() {
       for (unsigned p = 0; p < Tile::kColFragments / 2; ++p) {
         unsigned rows[kWarp];
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_of(Lane(warp * kWarp + lane))), k, p));
+          rows[lane] = offset_of(Weights::operands(place_at(Weights::first_operand(Lane(warp * kWarp + lane))), k, p));
         }
         EXPECT(!rows_meet(rows));
         for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -136,7 +136,8 @@ void weight_is_decoded_to_where_it_is_read() {
             // tile, two of them in each fragment.
             const unsigned fragment = 2 * p + r / 2, t = owner.g / 2;
             const unsigned col = Lane(warp * kWarp + t).template col<Tile>() +
-                                 fragment / Tile::kGroup * Tile::kGroupCols + fragment % Tile::kGroup * 2 + owner.g % 2;
+                                 fragment / Tile::kGroupFragments * Tile::kGroupCols +
+                                 fragment % Tile::kGroupFragments * 2 + owner.g % 2;
             for (unsigned j = 0; j < 2; ++j) {
               const Element expected = {kMmaInner * k + r % 2 * 8 + 2 * owner.t + j, col};
               EXPECT(loaded<kTransposed>(memory, rows, lane, r, j) == expected);
@@ -154,7 +155,7 @@ void each_element_of_the_tile_has_one_lane() {
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     const Lane lane(thread);
     for (unsigned i = 0; i < 2 * Tile::kRowFragments; ++i) {
-      for (unsigned group = 0; group < Tile::kGroups; ++group) {
+      for (unsigned group = 0; group < Tile::kFragmentGroups; ++group) {
         for (unsigned j = 0; j < Tile::kLaneCols; ++j) {
           const unsigned row = lane.template row<Tile>() + 8 * i;
           ++owners[row * Tile::kCols + lane.template col<Tile>() + group * Tile::kGroupCols + j];
@@ -186,7 +187,7 @@ void check_thin() {
   using Tile = ThinTile<kRows>;
   using Left = LeftStage<Bf16, Tile>;
   using Codes = ThinCodes<Tile>;
-  constexpr unsigned kPlaces = kGemmThreads * Codes::kOfThread;
+  constexpr unsigned kPlaces = kGemmThreads * Codes::kThreadChunks;
   for (unsigned place = 0; place < kPlaces; ++place) {
     EXPECT(Codes::place(Codes::col_at(place), Codes::chunk_at(place)) == place);
   }
@@ -194,7 +195,7 @@ void check_thin() {
   for (unsigned place = kGemmThreads; place < kPlaces; ++place) {
     const unsigned before = place - kGemmThreads;
     EXPECT(Codes::chunk_at(place) == Codes::chunk_at(before));
-    EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kOfThread);
+    EXPECT(Codes::col_at(place) == Codes::col_at(before) + Tile::kCols / Codes::kThreadChunks);
   }
   for (unsigned place = 0; place < kRows * Left::kVectors; ++place) {
     EXPECT(Left::place(place / Left::kVectors, Left::vector_at(place)) == place);

@@ -225,7 +225,7 @@ void decoded_weight_has_the_bits_of_dequantize() {
   }
 }
 
-void what_it_cannot_take_goes_another_way() {
+void other_operands_go_another_way() {
   const auto goes_another_way = [](const Case& c, bool backward) {
     const std::string way = way_of(c, backward);
     if (way.empty() || contains(way, "by wgmma")) return false;
@@ -233,7 +233,7 @@ void what_it_cannot_take_goes_another_way() {
     layer.run();
     return c.dtype == DType::f32 || layer.wrong() == 0;
   };
-  const Case refused[] = {
+  const Case others[] = {
       {.M = 64, .N = 128, .K = 96},                    // K is not whole steps
       {.M = 64, .N = 128, .K = 100},                   // K is not even whole vectors
       {.M = 64, .N = 128, .K = 128, .blocksize = 32},  // a step has two scales
@@ -242,7 +242,7 @@ void what_it_cannot_take_goes_another_way() {
       {.M = 64, .N = 128, .K = 128, .rank = 12},  // rows of U are not whole vectors
       {.M = 64, .N = 128, .K = 128, .gap = 1},    // rows of X are not aligned for vectors
   };
-  for (const Case& c : refused) {
+  for (const Case& c : others) {
     EXPECT(goes_another_way(c, false));
     EXPECT(goes_another_way(c, true));
   }
@@ -264,7 +264,7 @@ int main() {
   setenv("QLN_FORCE_HOPPER", "1", 1);
   product_is_the_sum_of_float64();
   decoded_weight_has_the_bits_of_dequantize();
-  what_it_cannot_take_goes_another_way();
+  other_operands_go_another_way();
   bits_depend_on_no_order_of_threads_or_blocks();
   return report();
 }

@@ -22,7 +22,7 @@ __global__ void encode_kernel(const float* code, const float* t, std::int64_t ei
   for (std::int64_t i = thread_index(); i < eights; i += kThreads) {
     float eight[kEight];
     for (int j = 0; j < kEight; ++j) eight[j] = t[kEight * i + j];
-    codes[i] = nearest.of_eight(eight);
+    codes[i] = nearest.codes_of_eight(eight);
   }
 }
 

@@ -163,8 +163,6 @@ void arrays_are_disjoint() {
   }
 }
 
-// ---- the same bits ----
-
 // The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
 void each_algorithm_has_its_own_arrays() {
   for (const qn::Algorithm algorithm : kAlgorithms) {
@@ -187,7 +185,9 @@ void each_algorithm_has_its_own_arrays() {
   }
 }
 
-void paged_step_leaves_the_same_bits(qn::Algorithm algorithm) {
+// ---- the same bits ----
+
+void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
   const std::vector<std::vector<qn::PagedState>> groups = {of(algorithm, kMixed), of(algorithm, {{70'000}, {3000}})};
   for (const bool pinned : {false, true}) {
     for (const bool eager : {false, true}) {
@@ -213,13 +213,13 @@ void paged_step_leaves_the_same_bits(qn::Algorithm algorithm) {
   }
 }
 
-void paged_step_leaves_the_bits_of_ordinary_memory() {
-  for (const qn::Algorithm algorithm : kAlgorithms) paged_step_leaves_the_same_bits(algorithm);
+void paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory() {
+  for (const qn::Algorithm algorithm : kAlgorithms) expect_same_bits_after_paged_steps(algorithm);
 }
 
 // The arena holds only one moment, and adamw finds the other elsewhere: then nothing is fetched, and the result is
 // right.
-void paged_step_of_each_algorithm_leaves_the_same_bits() {
+void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
   const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.stretch_bytes = 8192});
@@ -429,7 +429,7 @@ void statistics_count_what_happened() {
   }
 }
 
-void bad_input_is_refused() {
+void bad_input_is_named_in_the_error() {
   const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t stretch_bytes) {
     try {
       const qn::PagedArena arena(states, qn::Stream{}, {.stretch_bytes = stretch_bytes});
@@ -449,13 +449,13 @@ void bad_input_is_refused() {
 int main() {
   arrays_are_disjoint();
   each_algorithm_has_its_own_arrays();
-  paged_step_leaves_the_bits_of_ordinary_memory();
-  paged_step_of_each_algorithm_leaves_the_same_bits();
+  paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory();
+  state_partly_outside_of_an_arena_is_updated_where_it_lies();
   graph_takes_no_memory();
   managed_memory_is_prefetched_in_order();
   ring_copies_in_order();
   at_most_three_stretches_are_on_the_device();
   statistics_count_what_happened();
-  bad_input_is_refused();
+  bad_input_is_named_in_the_error();
   return report();
 }

@@ -59,12 +59,12 @@ void small_blocks_take_the_way_of_any_weight() {
 
 void expect_each_step_once(const GemmConfig& config) {
   if (config.blocks == 0) return;
-  EXPECT(config.begin_of(0) == 0 && config.begin_of(config.blocks) == config.tiles * config.steps);
+  EXPECT(config.first_step(0) == 0 && config.first_step(config.blocks) == config.tiles * config.steps);
   bool splits = false;
   for (int i = 0; i < config.blocks; ++i) {
-    EXPECT(config.begin_of(i) < config.begin_of(i + 1));
-    EXPECT(config.run_of(config.begin_of(i)) == i && config.run_of(config.begin_of(i + 1) - 1) == i);
-    splits |= config.begin_of(i + 1) % config.steps != 0;
+    EXPECT(config.first_step(i) < config.first_step(i + 1));
+    EXPECT(config.run_of(config.first_step(i)) == i && config.run_of(config.first_step(i + 1) - 1) == i);
+    splits |= config.first_step(i + 1) % config.steps != 0;
   }
   EXPECT(splits == config.splits_a_tile());
 }
@@ -233,9 +233,9 @@ void many_rows_get_panels_where_they_can() {
           shape.rank = rank;
           shape.aligned = shape.aligned_64 = false;
           EXPECT(is_by_panels(shape));
-          shape.masks = true;
+          shape.masked = true;
           EXPECT(!is_by_panels(shape));
-          shape.masks = false;
+          shape.masked = false;
           shape.dense_gemm = false;
           EXPECT(!is_by_panels(shape));
         }
@@ -268,10 +268,10 @@ void panel_is_within_its_memory_and_fills_the_device() {
               shape.multiprocessors = multiprocessors;
               if (!is_by_panels(shape)) continue;
               const PanelsConfig config = panels_of(shape);
-              const std::int64_t column = column_of_panel(inner, rank);
+              const std::int64_t column_elements = panel_column_elements(inner, rank);
               EXPECT(column >= inner + rank && column < inner + rank + kPanelAlignment);
               EXPECT(config.cols > 0 && config.cols % kPanelCols == 0);
-              EXPECT(config.cols * column * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
+              EXPECT(config.cols * column_elements * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
               EXPECT(rank == 0 ? config.rows == rows : config.rows <= kPanelCopiedRows && config.rows > rows / 16);
               const std::int64_t tiles =
                   ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
@@ -290,7 +290,7 @@ ProductShape on_hopper(std::int64_t rows) {
   ProductShape shape = many_rows(rows, 4096, 4096);
   shape.dense_gemm = false;
   shape.hopper = HopperUse::where_it_wins;
-  shape.tiles = true;
+  shape.tma_can_load = true;
   shape.smem_bytes = kHopperSmem;
   shape.reserved_smem_bytes = 1024;
   return shape;
@@ -333,9 +333,9 @@ void wgmma_takes_only_what_it_can_load() {
     EXPECT(!takes_changed([](ProductShape& shape) { shape.dtype = DType::f32; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.bits = 8; }));
     EXPECT(takes_changed([](ProductShape& shape) { shape.backward = true; }));
-    EXPECT(takes_changed([](ProductShape& shape) { shape.masks = shape.backward = true; }));
+    EXPECT(takes_changed([](ProductShape& shape) { shape.masked = shape.backward = true; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.aligned_64 = false; }));  // because of K or the blocksize
-    EXPECT(!takes_changed([](ProductShape& shape) { shape.tiles = false; }));
+    EXPECT(!takes_changed([](ProductShape& shape) { shape.tma_can_load = false; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.groups = 4; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.smem_bytes = kAmpereSmem; }));
     EXPECT(!takes_changed([](ProductShape& shape) { shape.reserved_smem_bytes = 1025; }));
@@ -360,7 +360,7 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
           shape.cols = cols;
           shape.inner = inner;
           shape.multiprocessors = multiprocessors;
-          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).runs;
+          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).gemm;
           EXPECT(config.tile_rows == tile && config.tile_cols == kGemmCols);
           EXPECT(config.row_tiles * tile >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
           EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
@@ -497,7 +497,7 @@ void steps_are_counted_beyond_an_int() {
   const std::int64_t many = std::int64_t{1} << 34;
   const auto config = std::get<GemmConfig>(product_config(
       {.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100}));
-  EXPECT(config.steps == many / kGemmStep && config.begin_of(config.blocks) == many / kGemmStep);
+  EXPECT(config.steps == many / kGemmStep && config.first_step(config.blocks) == many / kGemmStep);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void find_kernel(const Groups groups, std::int64_t rows, std::uint32_t count, Fo
 // The results of find_row_tile() for as many tiles as there may be, and for kNoTile.
 template <int kRows>
 Managed<FoundTile> found_tiles(const Groups& groups, std::int64_t rows) {
-  const std::int64_t most = most_row_tiles(rows, groups.all(), kRows);
+  const std::int64_t most = most_row_tiles(rows, groups.total(), kRows);
   Managed<FoundTile> found(static_cast<std::size_t>(most) + 1);
   launch<find_kernel<kRows>>({.blocks = 1, .threads = kWarp}, {}, groups, rows, static_cast<std::uint32_t>(most),
                              found.data());
@@ -51,20 +51,20 @@ Managed<FoundTile> found_tiles(const Groups& groups, std::int64_t rows) {
 template <int kRows>
 void expect_each_row_in_one_tile(const Groups& groups, std::int64_t rows) {
   const Managed<FoundTile> found = found_tiles<kRows>(groups, rows);
-  std::int64_t next = groups.has_front ? 0 : groups.offsets[0];  // the first row that is in no tile yet
+  std::int64_t next = groups.has_leading_group ? 0 : groups.offsets[0];  // the first row that is in no tile yet
   std::size_t tiles = 0;
   for (std::size_t i = 0; i + 1 < found.size(); ++i) {
     const RowTile& tile = found[i].tile;
     if (tile.is_empty()) continue;
     EXPECT(tiles++ == i);
     EXPECT(tile.begin == next);
-    const std::int64_t first = tile.group * groups.apart, after = first + groups.apart;
+    const std::int64_t first = tile.group * groups.stride, after = first + groups.stride;
     EXPECT(tile.begin >= (tile.group < 0 ? 0 : groups.offsets[first]));
     EXPECT(tile.end == groups.offsets[tile.group < 0 ? 0 : after]);
     next = std::min(tile.begin + kRows, tile.end);
   }
   EXPECT(next == rows);
-  EXPECT(found.back().tile.is_empty() && found.back().before == tiles);
+  EXPECT(found.back().tile.is_empty() && found.back().count == tiles);
 }
 
 void each_row_is_in_one_tile() {
@@ -75,10 +75,12 @@ void each_row_is_in_one_tile() {
       for (auto& offset : offsets) offset = random.below(rows + 1);
       offsets.back() = rows;
       std::sort(offsets.begin(), offsets.end());
-      for (const bool has_front : {false, true}) {
-        for (const int apart : {1, count}) {
-          const Groups groups{
-              .count = count / apart, .apart = apart, .offsets = offsets.data(), .has_front = has_front};
+      for (const bool has_leading_group : {false, true}) {
+        for (const int stride : {1, count}) {
+          const Groups groups{.count = count / stride,
+                              .stride = stride,
+                              .offsets = offsets.data(),
+                              .has_leading_group = has_leading_group};
           expect_each_row_in_one_tile<8>(groups, rows);
           expect_each_row_in_one_tile<64>(groups, rows);
         }
@@ -98,9 +100,10 @@ constexpr std::int64_t kRowsOfAny = 100;
 void tile_is_within_the_rows_whatever_the_offsets_say() {
   for (const auto& values : kAnyOffsets) {
     const Managed<std::int64_t> offsets(values.begin(), values.end());
-    for (const bool has_front : {false, true}) {
-      const Groups groups{
-          .count = static_cast<int>(values.size()) - 1, .offsets = offsets.data(), .has_front = has_front};
+    for (const bool has_leading_group : {false, true}) {
+      const Groups groups{.count = static_cast<int>(values.size()) - 1,
+                          .offsets = offsets.data(),
+                          .has_leading_group = has_leading_group};
       for (const FoundTile& found : found_tiles<8>(groups, kRowsOfAny)) {
         if (found.tile.is_empty()) continue;
         EXPECT(found.tile.begin >= 0 && found.tile.end <= kRowsOfAny);

@@ -333,7 +333,7 @@ void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_r
 void flag_without_barrier_before_it_is_caught() { EXPECT(is_caught<Mistake::flag_without_barrier>()); }
 void sums_read_before_their_flag_are_caught() { EXPECT(is_caught<Mistake::sums_before_flag>()); }
 void sums_read_without_a_barrier_are_caught() { EXPECT(is_caught<Mistake::sums_without_barrier>()); }
-void flag_that_is_not_reset_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
+void flag_that_stays_raised_is_caught() { EXPECT(is_caught<Mistake::flags_that_stay_raised>()); }
 
 void seed_is_one_interleaving() {
   const auto run = [] { return shared_sums<Mistake::flag_before_sums>(); };
@@ -377,7 +377,7 @@ void workspace_begins_as_nan_or_as_raised_flags() {
   int nan = 0, flags = 0;
   for (int i = 0; i < 100; ++i) {
     Managed<std::uint32_t> words(2);
-    spoil(words.data(), words.size() * sizeof(words[0]));
+    poison(words.data(), words.size() * sizeof(words[0]));
     nan += words[0] == 0xFFFFFFFF && words[1] == 0xFFFFFFFF;
     flags += words[0] == 1 && words[1] == 1;
   }
@@ -388,7 +388,7 @@ void workspace_begins_as_nan_or_as_raised_flags() {
 // Copies two chunks of 16 bytes from `in` to each other's places; the second chunk counts as missing, so zeros take its
 // place. Then the kernel changes one word.
 __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
-  const SharedPlace first = SharedPlace(dynamic_smem<std::uint32_t>()).at(32);
+  const SharedAddress first = SharedAddress(dynamic_smem<std::uint32_t>()).at(32);
   cp_async_or_zeros(first.flipped(16), in, 4);
   cp_async_or_zeros(first, in + 4, 0);
   cp_async_commit();
@@ -398,7 +398,7 @@ __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
   store_vector<std::uint32_t, 4>(out, load_shared<Vector<std::uint32_t, 4>>(first));
   store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.flipped(16)));
 }
-__global__ void misaligned_place_kernel() { load_shared<float>(SharedPlace(dynamic_smem<float>()).at(2)); }
+__global__ void misaligned_place_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 
 void shared_memory_is_laid_out_as_named() {
   const Managed<std::uint32_t> in = {1, 0x200, 3, 4, 5, 6, 7, 8};
@@ -414,11 +414,12 @@ void shared_memory_is_laid_out_as_named() {
 constexpr std::size_t kTableBytes = 256 * kRowBytes;
 __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
   std::byte* const smem = dynamic_smem<std::byte>();
-  auto* const table = reinterpret_cast<std::uint32_t*>(smem + SharedPlace(smem).to_rows());
+  auto* const table = reinterpret_cast<std::uint32_t*>(smem + SharedAddress(smem).bytes_to_rows());
   const int lane = thread_index();
   for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
   sync_warp();
-  out[block_index() * kWarp + lane] = load_shared<std::uint32_t>(SharedPlace(table + lane).row_of_byte(word, lane % 4));
+  out[block_index() * kWarp + lane] =
+      load_shared<std::uint32_t>(SharedAddress(table + lane).row_of_byte(word, lane % 4));
 }
 
 void rows_of_a_table_are_where_they_are_read() {
@@ -431,14 +432,14 @@ void rows_of_a_table_are_where_they_are_read() {
   }
 }
 
-__global__ void place_kernel(std::uint32_t* to_rows) {
-  if (thread_index() == 0) to_rows[block_index()] = SharedPlace(dynamic_smem<std::byte>()).to_rows();
+__global__ void place_kernel(std::uint32_t* bytes_to_rows) {
+  if (thread_index() == 0) bytes_to_rows[block_index()] = SharedAddress(dynamic_smem<std::byte>()).bytes_to_rows();
 }
 
 void each_block_has_both_places_of_shared_memory() {
-  Managed<std::uint32_t> to_rows(2);
-  launch<place_kernel>({2, kWarp, 1024}, {}, to_rows.data());
-  EXPECT(to_rows[0] == 0 && to_rows[1] == kRowsBegin);
+  Managed<std::uint32_t> bytes_to_rows(2);
+  launch<place_kernel>({2, kWarp, 1024}, {}, bytes_to_rows.data());
+  EXPECT(bytes_to_rows[0] == 0 && bytes_to_rows[1] == kRowsBegin);
 }
 
 void emulated_device_has_the_shared_memory_that_was_said() {
@@ -541,7 +542,7 @@ __global__ void pack_kernel(std::uint32_t word, std::uint32_t* packed) {
   shared[lane] = static_cast<float>(byte_of(word, lane % 4)) - 100.5f;
   sync_warp();
   if (lane % 2 != 0) return;
-  const auto pair = load_shared<Vector<float, 2>>(SharedPlace(shared).at(lane * sizeof(float)));
+  const auto pair = load_shared<Vector<float, 2>>(SharedAddress(shared).at(lane * sizeof(float)));
   packed[lane / 2] = pack_pair<T>(pair.at[0], pair.at[1]);
 }
 
@@ -663,7 +664,7 @@ void tensors_of_a_call_are_on_the_device_while_it_runs() {
   EXPECT(contains(words, "the host reads or writes memory of the device while no kernel runs: a tensor of a call"));
 }
 
-void unknown_schedule_is_refused() {
+void unknown_schedule_is_named_in_the_message() {
   setenv("QLN_SCHEDULE", "sideways", 1);
   EXPECT(contains(death_message([] { rounds<true>(); }),
                   "forward, reverse, random:SEED or concurrent:SEED, got sideways"));
@@ -684,7 +685,7 @@ int run_all() {
   flag_without_barrier_before_it_is_caught();
   sums_read_before_their_flag_are_caught();
   sums_read_without_a_barrier_are_caught();
-  flag_that_is_not_reset_is_caught();
+  flag_that_stays_raised_is_caught();
   seed_is_one_interleaving();
   block_sees_its_own_stores();
   workspace_begins_as_nan_or_as_raised_flags();
@@ -702,7 +703,7 @@ int run_all() {
   memory_of_the_host_is_caught_in_the_arguments_of_a_kernel();
   memory_of_the_device_is_reached_by_kernels_alone();
   tensors_of_a_call_are_on_the_device_while_it_runs();
-  unknown_schedule_is_refused();
+  unknown_schedule_is_named_in_the_message();
   return report();
 }
 

@@ -98,9 +98,9 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
     }
     if constexpr (kMistake != Mistake::no_fence_of_registers) wgmma_fence();
     for (int k = 0; k < 4; ++k) {
-      const int apart = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
+      const int step_bytes = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
       std::uint64_t descriptor =
-          descriptor_of_swizzled_rows(shared_address(shared.b[stage]) + static_cast<std::uint32_t>(apart * k));
+          descriptor_of_swizzled_rows(shared_address(shared.b[stage]) + static_cast<std::uint32_t>(step_bytes * k));
       if constexpr (kMistake == Mistake::wrong_stride_of_the_descriptor) descriptor ^= std::uint64_t{96} << 32;
       wgmma<T, kCols>(d, fragments[k], descriptor);
     }
@@ -332,7 +332,7 @@ __global__ void stored_kernel(float* out) {
   std::byte* const b = smem + (beyond == 0 ? 0 : kSwizzledAlignment - beyond);
   const int thread = thread_index();
   for (int i = thread; i < 32 * 8; i += kWarpgroup) {
-    store_shared(SharedPlace(b + i * 16), Vector<std::uint32_t, 4>{{0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80}});
+    store_shared(SharedAddress(b + i * 16), Vector<std::uint32_t, 4>{{0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80}});
   }
   if constexpr (kFence) fence_proxy_async();
   sync_threads();

@@ -2,60 +2,64 @@
 
 from mutant_lists.mutant import CONCURRENT, ON_GPU, Mutant, without
 
-GEMM_BLOCK, RUNS, THIN, THIN_SUMS = (f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "runs", "thin", "thin_sums"))
-LEAVE = """      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      meet();
-      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
+GEMM_BLOCK, STREAM_K, THIN, THIN_SUMS = (
+    f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "stream_k", "thin", "thin_sums")
+)
+STORE = """      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      sync();
+      if (thread_index() == 0) signal(memory_.ready + part.run, 1);
 """
 WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; other += kGemmThreads) {
-        wait_for(shared_.ready + other, 1);
+        wait_for(memory_.ready + other, 1);
       }
-      meet();
+      sync();
 """
 ADD = """#pragma unroll 1
-      for (int other = part.run + 1; other <= last; ++other) sums.add(shared_.of_runs + std::int64_t{other} * kSums);
+      for (int other = part.run + 1; other <= last; ++other) {
+        sums.add_partial(memory_.sums + std::int64_t{other} * kTileSums);
+      }
 """
 
 BETWEEN_BLOCKS = [
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flag is raised before the sums are stored",
-        LEAVE,
-        """      if (thread_index() == 0) signal(shared_.ready + part.run, 1);
-      sums.leave(shared_.of_runs + std::int64_t{part.run} * kSums);
-      meet();
+        STORE,
+        """      if (thread_index() == 0) signal(memory_.ready + part.run, 1);
+      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      sync();
 """,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier before the flag", LEAVE, LEAVE.replace("      meet();\n", ""), CONCURRENT),
+    Mutant(STREAM_K, "no barrier before the flag", STORE, STORE.replace("      sync();\n", ""), CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flag is an ordinary store, without release",
-        "signal(shared_.ready + part.run, 1)",
-        "store_vector<std::uint32_t, 1>(shared_.ready + part.run, {{1}})",
+        "signal(memory_.ready + part.run, 1)",
+        "store_vector<std::uint32_t, 1>(memory_.ready + part.run, {{1}})",
         CONCURRENT,
     ),
     Mutant(
-        RUNS,
+        STREAM_K,
         "sums are read before their flag",
         WAIT + ADD,
         ADD + WAIT,
         CONCURRENT,
     ),
-    Mutant(RUNS, "no barrier after the wait", WAIT, WAIT.replace("      meet();\n", ""), CONCURRENT),
+    Mutant(STREAM_K, "no barrier after the wait", WAIT, WAIT.replace("      sync();\n", ""), CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "runs are given out by the blocks' indices",
-        "shared_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(shared_.ticket)",
+        "memory_.ticket == nullptr ? static_cast<int>(block_index()) : take_ticket(memory_.ticket)",
         "static_cast<int>(block_index())",
         CONCURRENT,
     ),
-    Mutant(RUNS, "nobody waits", WAIT, "      meet();\n", CONCURRENT),
+    Mutant(STREAM_K, "nobody waits", WAIT, "      sync();\n", CONCURRENT),
     Mutant(
-        RUNS,
+        STREAM_K,
         "the flags are not reset",
-        "if (workspace_.data() != nullptr) fill_bytes(",
-        "if (false) fill_bytes(",
+        "if (workspace_.data() != nullptr) {",
+        "if (false) {",
         CONCURRENT,
     ),
 ]
@@ -90,8 +94,8 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "the last part of the inner dimension is left out",
-        "left.inner() < last_inner() ? whole + 1 : whole",
-        "left.inner() < last_inner() ? whole : whole",
+        "left.inner() < last_inner() ? whole_steps + 1 : whole_steps",
+        "left.inner() < last_inner() ? whole_steps : whole_steps",
         ON_GPU,
     ),
     Mutant(
@@ -104,8 +108,8 @@ GEMM = [
     Mutant(
         GEMM_BLOCK,
         "a part of the rank that is not whole is left out",
-        "for (int k = 0; k * kMmaInner < there; ++k)",
-        "for (int k = 0; (k + 1) * kMmaInner <= there; ++k)",
+        "for (int k = 0; k * kMmaInner < step_inner; ++k)",
+        "for (int k = 0; (k + 1) * kMmaInner <= step_inner; ++k)",
         ON_GPU,
     ),
     Mutant(THIN, "a step is not waited for", *without("      cp_async_wait<kStages - 2>();\n"), ON_GPU),
@@ -121,8 +125,8 @@ GEMM = [
     Mutant(
         THIN,
         "the end of the inner dimension is left out",
-        "step < whole || (step == whole && inner < tail)",
-        "step < whole",
+        "step < whole_steps || (step == whole_steps && inner < tail)",
+        "step < whole_steps",
         ON_GPU,
     ),
     Mutant(
@@ -135,8 +139,8 @@ GEMM = [
     Mutant(
         "cuda/product/gemm/sums.cuh",
         "the bias is that of the first group of columns",
-        "bias[j] = to_f32(bias_of[first + j]);",
-        "bias[j] = to_f32(bias_of[j]);",
+        "bias[j] = to_f32(biases[first + j]);",
+        "bias[j] = to_f32(biases[j]);",
         ON_GPU,
     ),
     Mutant(
@@ -150,8 +154,8 @@ GEMM = [
     Mutant(
         "cuda/product/gemm/operands.cuh",
         "a vector holds the codes of another",
-        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;",
-        "return vector / Tile::kGroup * Tile::kGroupCols / 2 + 4 * (vector % Tile::kGroup) + i;",
+        "Tile::kGroupFragments * i +\n           vector % Tile::kGroupFragments;",
+        "4 * (vector % Tile::kGroupFragments) + i;",
         ON_GPU,
     ),
     Mutant(

@@ -26,7 +26,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a stage is filled again too soon",
-        *without("      wait_for_empty();\n      if (asks_for_copies()) {\n", "      if (asks_for_copies()) {\n"),
+        *without("      wait_for_empty();\n      if (issues_copies()) {\n", "      if (issues_copies()) {\n"),
         HOPPER,
     ),
     Mutant(
@@ -119,7 +119,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "consumers do not meet around sums of other blocks",
-        "[] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); }",
+        "[] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); }",
         "[] {}",
         HOPPER,
     ),
@@ -131,7 +131,5 @@ BY_WGMMA = [
         "random = dropout_random(dropout.seed, row + i, col)",
         HOPPER,
     ),
-    Mutant(
-        HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(bias_of[j])", "to_f32(bias_of[0])", HOPPER
-    ),
+    Mutant(HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(biases[j])", "to_f32(biases[0])", HOPPER),
 ]

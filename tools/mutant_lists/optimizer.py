@@ -25,7 +25,7 @@ OPTIMIZER = [
     Mutant(
         "cuda/optimizer/step.cu",
         "every launch counts a skipped step",
-        *without("  updates.skipped = nullptr;\n"),
+        *without("  args.skipped = nullptr;\n"),
         CONCURRENT,
     ),
     Mutant(
@@ -45,8 +45,8 @@ OPTIMIZER = [
     Mutant(
         "cuda/optimizer/block.cuh",
         "what a block lacks is not 0",
-        "place.load_codes(item.state[k], zero_code(k))",
-        "place.load_codes(item.state[k], 0)",
+        "elements.load_codes(item.state[k], zero_code(k))",
+        "elements.load_codes(item.state[k], 0)",
         ON_GPU,
     ),
 ]

@@ -27,7 +27,7 @@ ON_CHIP = [
     Mutant(
         "cuda/device/decode.cuh",
         "the scale's scale is the first",
-        "w_.nested_absmax[block >> scales_.sharing]",
+        "w_.nested_absmax[block >> scales_.absmax_shift]",
         "w_.nested_absmax[0]",
         ON_GPU,
     ),
@@ -67,8 +67,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/sources.cuh",
         "the mask of dA is transposed",
-        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, m, k);",
-        "std::int64_t k, std::int64_t m) const {\n    return dropout.kept_of(raw, k, m);",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.keep(raw, m, k);",
+        "std::int64_t k, std::int64_t m) const {\n    return dropout.keep(raw, k, m);",
         ON_GPU,
     ),
     Mutant(
@@ -81,8 +81,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/sources.cuh",
         "the scale's scale is that of another block",
-        "scales.of_blocks[block >> scales.sharing]",
-        "scales.of_blocks[(block + 1) >> scales.sharing]",
+        "scales.absmax[block >> scales.absmax_shift]",
+        "scales.absmax[(block + 1) >> scales.absmax_shift]",
         ON_GPU,
     ),
     Mutant(
@@ -94,8 +94,8 @@ ON_CHIP = [
     Mutant(
         "cuda/product/gemv.cu",
         "the second row has the first one's scale",
-        "now.chunk[row].decode(decoded[row], i, units[row], table)",
-        "now.chunk[row].decode(decoded[row], i, units[0], table)",
+        "now.chunk[row].decode(decoded[row], i, factors[row], table)",
+        "now.chunk[row].decode(decoded[row], i, factors[0], table)",
         ON_GPU,
     ),
     Mutant(

@@ -20,7 +20,7 @@ float to_f32(float value, DType) { return value; }
 float to_f32(std::uint16_t bits, DType dtype) {
   return dtype == DType::bf16 ? f32_from_bf16(bits) : f32_from_f16(bits);
 }
-std::uint32_t size_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF; }
+std::uint32_t magnitude_bits(float value) { return std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF; }
 
 template <class T>
 float absmax_of(const QuantizeMicroscaledArgs& args) {
@@ -31,7 +31,7 @@ float absmax_of(const QuantizeMicroscaledArgs& args) {
     const std::int64_t end = std::min(args.elements, (task + 1) * kTaskElements);
     std::uint32_t found = 0;
     for (std::int64_t e = task * kTaskElements; e < end; ++e) {
-      found = std::max(found, size_bits(to_f32(weight[e], args.dtype)));
+      found = std::max(found, magnitude_bits(to_f32(weight[e], args.dtype)));
     }
     const std::lock_guard lock(mutex);
     most = std::max(most, found);
@@ -53,11 +53,11 @@ void quantize_blocks(const QuantizeMicroscaledArgs& args, float global_scale) {
       std::uint32_t most = 0;
       for (std::int64_t i = 0; i < count; ++i) {
         w[i] = to_f32(weight[begin + i], args.dtype);
-        most = std::max(most, size_bits(w[i]));
+        most = std::max(most, magnitude_bits(w[i]));
       }
       if (most >= kInfinity) {
         for (std::int64_t i = 0; i < count; ++i) {
-          if (size_bits(w[i]) >= kInfinity && found.count++ == 0) found.first = begin + i;
+          if (magnitude_bits(w[i]) >= kInfinity && found.count++ == 0) found.first = begin + i;
         }
         continue;
       }

@@ -23,11 +23,11 @@ struct LeftStage {
   static constexpr unsigned vector_at(unsigned place) { return place % kVectors ^ place / kVectors % 8; }
   // In bytes: where a lane points ldmatrix, which loads both halves of 16 of the inner dimension in 16 rows, in the
   // order that mma takes.
-  __device__ static unsigned first_of(const Lane& lane) {
+  __device__ static unsigned first_operand(const Lane& lane) {
     return place(lane.warp_row<Tile>() + lane.lane % kMmaRows, lane.lane / kMmaRows) * kVectorBytes;
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the i-th 16 rows.
-  __device__ __forceinline__ static SharedPlace operand(const SharedPlace& first, unsigned k, unsigned i) {
+  __device__ __forceinline__ static SharedAddress operand(const SharedAddress& first, unsigned k, unsigned i) {
     return first.flipped(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
   }
 };
@@ -40,7 +40,7 @@ class LeftRows {
   static constexpr int kVector = Stage::kVector;
   static constexpr int kRowsAtOnce = kGemmThreads / Stage::kVectors;
   static constexpr int kRowsOfThread = (Tile::kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  static constexpr std::uint32_t kBytesApart = kRowsAtOnce * Stage::kRowBytes;
+  static constexpr std::uint32_t kStrideBytes = kRowsAtOnce * Stage::kRowBytes;
 
  public:
   // Where in a step the thread's vector begins.
@@ -54,8 +54,8 @@ class LeftRows {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       // A row beyond the last is loaded as the last one is; its results are not stored.
-      const int there = row(i) < rows ? row(i) : rows - 1;
-      vectors_[i] = static_cast<std::uint32_t>(there) * static_cast<std::uint32_t>(matrix.stride / kVector);
+      const int loaded_row = row(i) < rows ? row(i) : rows - 1;
+      vectors_[i] = static_cast<std::uint32_t>(loaded_row) * static_cast<std::uint32_t>(matrix.stride / kVector);
     }
   }
   __device__ __forceinline__ void next_step() { first_ += Tile::kStep; }
@@ -68,20 +68,20 @@ class LeftRows {
 
   // Copies rows that are vectors. If the thread's vector is not there, or its row is not to be kept, zeros are stored.
   template <bool kKeepsSome = false>
-  __device__ __forceinline__ void fetch_vectors(const SharedPlace& to, bool there) const {
+  __device__ __forceinline__ void fetch_vectors(const SharedAddress& to, bool is_there) const {
     if (Tile::kRows < kRowsAtOnce && row(0) >= Tile::kRows) return;
     const auto* const first = reinterpret_cast<const std::byte*>(first_);
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      cp_async_or_zeros(to.at(i * kBytesApart), first + std::uint64_t{vectors_[i]} * kVectorBytes,
-                        there && (!kKeepsSome || is_kept(row(i))));
+      cp_async_or_zeros(to.at(i * kStrideBytes), first + std::uint64_t{vectors_[i]} * kVectorBytes,
+                        is_there && (!kKeepsSome || is_kept(row(i))));
     }
   }
-  // Loads other rows element by element. `rows` rows are there, and `inner_there` of the step.
+  // Loads other rows element by element. `rows` rows are there, and `step_inner` of the step.
   template <bool kKeepsSome = false>
-  __device__ __forceinline__ void fetch_elements(const SharedPlace& to, std::int64_t stride, int rows,
-                                                 int inner_there) const {
-    const int rest = inner_there - inner();
+  __device__ __forceinline__ void fetch_elements(const SharedAddress& to, std::int64_t stride, int rows,
+                                                 int step_inner) const {
+    const int rest = step_inner - inner();
     const T* from = first_ + row(0) * stride;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
@@ -91,7 +91,7 @@ class LeftRows {
       for (int j = 0; j < kVector; ++j) {
         if (j < rest && row(i) < rows && (!kKeepsSome || is_kept(row(i)))) values.at[j] = from[j];
       }
-      store_shared(to.at(i * kBytesApart), values);
+      store_shared(to.at(i * kStrideBytes), values);
       from += kRowsAtOnce * stride;
     }
   }
@@ -108,13 +108,13 @@ class LeftRows {
 
 // ---- the weight ----------------------------------------------------------------------------------------------------
 //
-// A thread has pieces of 32 neighbours of W, and each piece becomes four vectors of eight 16-bit elements. Both layouts
-// below say where in the step and in the tile the thread's first piece begins, where its vectors stand, which codes
+// A thread has chunks of 32 neighbours of W, and each chunk becomes four vectors of eight 16-bit elements. Both layouts
+// below say where in the step and in the tile the thread's first chunk begins, where its vectors stand, which codes
 // each vector holds, and where a lane points ldmatrix. Eight vectors that lanes write at once, or that ldmatrix reads
 // at once, always lie in different banks.
 
 constexpr int kChunkBytes = kChunk / 2;
-constexpr unsigned kPieceVectors = kChunk / 8;
+constexpr unsigned kChunkVectors = kChunk / 8;
 
 // Decoded weights lie in lines of 128 bytes, as many as the tile has columns, 256 bytes apart. The 128 bytes before
 // each line have room for a row of the table that decodes codes: PairTable wants its rows 256 bytes apart, and 16
@@ -142,9 +142,9 @@ struct DecodedRows {
   }
   static constexpr unsigned inner_of(unsigned thread) { return thread % kColThreads * Tile::kThreadWeights; }
   // Where the thread's first vector stands. The places of its other vectors differ from this in flipped bits.
-  static constexpr unsigned place_of(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
-  // Which byte of a piece's codes becomes word `i` of a vector.
-  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) { return 4 * vector + i; }
+  static constexpr unsigned first_place(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
+  // Which byte of a chunk's codes becomes word `i` of a vector.
+  static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) { return 4 * vector + i; }
 
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
     return col * w.K + inner;
@@ -152,21 +152,23 @@ struct DecodedRows {
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
   // Where a lane points ldmatrix at first; it loads both halves of 16 of the inner dimension in two fragments.
-  __device__ static unsigned first_of(const Lane& lane) {
+  __device__ static unsigned first_operand(const Lane& lane) {
     const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
     const unsigned col = row / 2 * Tile::kLaneCols + row % 2 + 2 * other;
     return place(lane.warp_col<Tile>() + col, half);
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the p-th two fragments.
-  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
-    const unsigned col = 2 * p / Tile::kGroup * Tile::kGroupCols + 2 * p % Tile::kGroup * 2;
+  __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
+    const unsigned col = 2 * p / Tile::kGroupFragments * Tile::kGroupCols + 2 * p % Tile::kGroupFragments * 2;
     return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
   }
-  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) { ldmatrix_x4(b, from); }
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
+    ldmatrix_x4(b, from);
+  }
 };
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. When a row is decoded, it is
-// one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A piece has
+// one or more lines of vectors. A vector has the eight columns of a fragment, and ldmatrix transposes it. A chunk has
 // the columns of one group of fragments, or of two, and its pairs of neighbours are dealt out to the vectors of these
 // fragments.
 template <class Tile>
@@ -197,9 +199,10 @@ struct DecodedColumns {
     constexpr unsigned kRows = 8 / kLineThreads;
     return thread / 8 / (kRowThreads / kLineThreads) * kRows + thread / kLineThreads % kRows;
   }
-  static constexpr unsigned place_of(unsigned thread) { return place(inner_of(thread), col_of(thread) / kMmaCols); }
-  static constexpr unsigned byte_of_piece(unsigned vector, unsigned i) {
-    return vector / Tile::kGroup * Tile::kGroupCols / 2 + Tile::kGroup * i + vector % Tile::kGroup;
+  static constexpr unsigned first_place(unsigned thread) { return place(inner_of(thread), col_of(thread) / kMmaCols); }
+  static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) {
+    return vector / Tile::kGroupFragments * Tile::kGroupCols / 2 + Tile::kGroupFragments * i +
+           vector % Tile::kGroupFragments;
   }
 
   static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
@@ -207,14 +210,14 @@ struct DecodedColumns {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
-  __device__ static unsigned first_of(const Lane& lane) {
+  __device__ static unsigned first_operand(const Lane& lane) {
     const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;
     return place(8 * half + row, lane.warp_col<Tile>() / kMmaCols + other);
   }
-  __device__ __forceinline__ static SharedPlace operands(const SharedPlace& first, unsigned k, unsigned p) {
+  __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
     return first.flipped(2 * kVectorBytes * p).at(k * kMmaInner * kRowLines * kLineBytes);
   }
-  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedPlace& from) {
+  __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
     ldmatrix_x4_transposed(b, from);
   }
 };

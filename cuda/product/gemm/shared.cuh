@@ -19,7 +19,7 @@ struct GemmShared {
   // The left operand of a step, and the codes of the next step. Only the thread that has copied codes reads them.
   struct Stage {
     LeftStage<T, Tile> left;
-    std::uint8_t codes[Tile::kPieces * kGemmThreads * kChunkBytes];
+    std::uint8_t codes[Tile::kThreadChunks * kGemmThreads * kChunkBytes];
   };
   Row rows[2 * Tile::kCols];  // the first 256 have the table; all have decoded weights, of this step and of the next
   Stage stages[Tile::kStages];
@@ -31,9 +31,9 @@ struct GemmShared {
 
   // `rows` must begin where the table must, which is not far from the beginning of shared memory: product_config has
   // asked the device. If it were further away all the same, the end would lie in another block's memory.
-  static __device__ GemmShared& of_block() {
+  static __device__ GemmShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedPlace(smem).to_rows();
+    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
     if (before > kGemmMostReservedSmem) trap();
     return *reinterpret_cast<GemmShared*>(smem + before);
   }

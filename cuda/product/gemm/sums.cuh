@@ -11,7 +11,7 @@ namespace qlora_native::QLN_CUDA {
 template <class T, class Weights, class Tile>
 class GemmSums {
   static constexpr int kRowFragments = Tile::kRowFragments, kColFragments = Tile::kColFragments;
-  static constexpr int kLaneCols = Tile::kLaneCols, kGroups = Tile::kGroups;
+  static constexpr int kLaneCols = Tile::kLaneCols, kFragmentGroups = Tile::kFragmentGroups;
   static constexpr int kLaneRows = 2 * kRowFragments;
 
  public:
@@ -20,7 +20,7 @@ class GemmSums {
   }
 
   // Adds the products of the k-th 16 of a step. `left` and `weights` are where the lane points ldmatrix at first.
-  __device__ __forceinline__ void multiply(const SharedPlace& left, const SharedPlace& weights, unsigned k) {
+  __device__ __forceinline__ void multiply(const SharedAddress& left, const SharedAddress& weights, unsigned k) {
     std::uint32_t a[kRowFragments][4], b[kColFragments / 2][4];
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) ldmatrix_x4(a[i], LeftStage<T, Tile>::operand(left, k, i));
@@ -40,10 +40,10 @@ class GemmSums {
   // that is not unrolled for the random bits, which are much code, and one that is, because sums are registers and each
   // must be named.
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
-    static_assert(8 % kLaneCols == 0 && kGroups * kLaneRows <= 32);  // neighbours share their random bits
+    static_assert(8 % kLaneCols == 0 && kFragmentGroups * kLaneRows <= 32);  // neighbours share their random bits
     std::uint32_t kept[kLaneCols] = {};
 #pragma unroll 1
-    for (int i = kGroups * kLaneRows - 1; i >= 0; --i) {
+    for (int i = kFragmentGroups * kLaneRows - 1; i >= 0; --i) {
       const std::int64_t first = col + i / kLaneRows * Tile::kGroupCols;
       const PhiloxBlock random = dropout_random(dropout.seed, row + i % kLaneRows * 8, first);
 #pragma unroll
@@ -52,7 +52,7 @@ class GemmSums {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kGroups * kLaneRows; ++i) {
+    for (int i = 0; i < kFragmentGroups * kLaneRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kLaneCols; ++j) {
         float& sum = at(i % kLaneRows, i / kLaneRows, j);
@@ -63,8 +63,8 @@ class GemmSums {
 
   // Where several blocks share a tile's steps, a block without the tile's beginning stores its sums in memory, in the
   // order in which threads hold them, and the block with the beginning adds them from there.
-  __device__ void leave(float* of_block) const {
-    float* to = of_block + thread_index() * 4;
+  __device__ void store_partial(float* partial) const {
+    float* to = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) {
 #pragma unroll
@@ -74,8 +74,8 @@ class GemmSums {
       }
     }
   }
-  __device__ void add(const float* of_block) {
-    const float* from = of_block + thread_index() * 4;
+  __device__ void add_partial(const float* partial) {
+    const float* from = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kRowFragments; ++i) {
 #pragma unroll
@@ -88,18 +88,18 @@ class GemmSums {
   }
 
   // Stores each sum plus bias, rounded once, in the `rows` rows and `cols` columns that are there, counted from the
-  // lane's first. `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
-  __device__ void store(T* out, std::int64_t stride, const T* bias_of, int rows, int cols) const {
+  // lane's first. `out` and `biases` point to the lane's first; without a bias `biases` is null.
+  __device__ void store(T* out, std::int64_t stride, const T* biases, int rows, int cols) const {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kFragmentGroups; ++group) {
       const int first = group * Tile::kGroupCols, rest = cols - first;
       if (rest <= 0) return;
       const int count = rest < kLaneCols ? rest : kLaneCols;
       float bias[kLaneCols] = {};
-      if (bias_of != nullptr) {
+      if (biases != nullptr) {
 #pragma unroll
         for (int j = 0; j < kLaneCols; ++j) {
-          if (j < count) bias[j] = to_f32(bias_of[first + j]);
+          if (j < count) bias[j] = to_f32(biases[first + j]);
         }
       }
       T* to = out + first;
@@ -128,10 +128,10 @@ class GemmSums {
   }
   // The sum in the lane's i-th row (its rows are 8 apart) and in the j-th of its neighbouring columns of a group.
   __device__ __forceinline__ float& at(int i, int group, int j) {
-    return sum_[i / 2][group * Tile::kGroup + j / 2][i % 2 * 2 + j % 2];
+    return sum_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
   }
   __device__ __forceinline__ const float& at(int i, int group, int j) const {
-    return sum_[i / 2][group * Tile::kGroup + j / 2][i % 2 * 2 + j % 2];
+    return sum_[i / 2][group * Tile::kGroupFragments + j / 2][i % 2 * 2 + j % 2];
   }
 
   float sum_[kRowFragments][kColFragments][4];

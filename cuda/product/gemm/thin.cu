@@ -5,29 +5,29 @@ namespace qlora_native::QLN_CUDA {
 
 void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream) {
   if (config.blocks == 0) return;
-  const SumsMemory memory(config, stream);
-  const GemmArgs args(product, config, memory);
-  const auto start = [&]<class T, int kRows>() {
+  const StreamKWorkspace workspace(config, stream);
+  const GemmArgs args(product, config, workspace);
+  const auto launch_for = [&]<class T, int kRows>() {
     const LaunchShape shape = {config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()};
     if constexpr (kRows <= kThinRows) {  // with more rows in groups it would have too few registers
       if (config.grouped) return launch<thin_gemm_kernel<T, kRows, true>>(shape, stream, args);
     }
     launch<thin_gemm_kernel<T, kRows, false>>(shape, stream, args);
   };
-  const auto start_tile = [&]<class T>() {
+  const auto launch_tile = [&]<class T>() {
     switch (config.tile_rows) {
       case kGemmFewRows:
-        return start.template operator()<T, kGemmFewRows>();
+        return launch_for.template operator()<T, kGemmFewRows>();
       case kThinRows:
-        return start.template operator()<T, kThinRows>();
+        return launch_for.template operator()<T, kThinRows>();
       case kGemmMiddleRows:
-        return start.template operator()<T, kGemmMiddleRows>();
+        return launch_for.template operator()<T, kGemmMiddleRows>();
     }
   };
   if (args.left.dtype == DType::bf16) {
-    start_tile.template operator()<Bf16>();
+    launch_tile.template operator()<Bf16>();
   } else {
-    start_tile.template operator()<F16>();
+    launch_tile.template operator()<F16>();
   }
 }
 

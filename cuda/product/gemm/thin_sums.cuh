@@ -38,7 +38,7 @@ struct ThinLane : Lane {
 template <class Tile>
 struct ThinCodes {
   static constexpr unsigned kChunks = Tile::kStep / kChunk;  // of a row
-  static constexpr unsigned kOfThread = Tile::kCols * kChunks / kGemmThreads;
+  static constexpr unsigned kThreadChunks = Tile::kCols * kChunks / kGemmThreads;
 
   static constexpr unsigned place(unsigned col, unsigned chunk) {
     const unsigned line = col / kMmaRows * kMmaRows + col % 2 * (kMmaRows / 2) + col % kMmaRows / 2;
@@ -74,7 +74,7 @@ class ThinSums {
     }
   }
   // `left`: where the lane's eight elements stand in the first rows of X.
-  __device__ __forceinline__ void multiply(const Weights& weights, const SharedPlace& left) {
+  __device__ __forceinline__ void multiply(const Weights& weights, const SharedAddress& left) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
@@ -101,9 +101,9 @@ class ThinSums {
   // Joins the sums of the two warps that have the same columns and different halves of the steps: one warp gets the
   // sums of the first fragment, the other those of the second. `exchange` is shared memory that no thread reads or
   // writes meanwhile.
-  __device__ __forceinline__ void join(const SharedPlace& exchange, unsigned half) {
+  __device__ __forceinline__ void join(const SharedAddress& exchange, unsigned half) {
     const unsigned thread = thread_index();
-    const SharedPlace mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
+    const SharedAddress mine = exchange.at(thread * kVectorBytes), other = exchange.at((thread ^ kWarp) * kVectorBytes);
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       Vector<float, 4> given;
@@ -125,32 +125,32 @@ class ThinSums {
   }
 
   // Stores joined sums in memory, or adds them from there, as in GemmSums.
-  __device__ void leave(float* of_run) const {
+  __device__ void store_partial(float* partial) const {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
       const float (&s)[4] = sum_[0][f];
-      store_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
+      store_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
     }
   }
-  __device__ void add(const float* of_run) {
+  __device__ void add_partial(const float* partial) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
-      const auto s = load_vector<float, 4>(of_run + (f * kGemmThreads + thread_index()) * 4);
+      const auto s = load_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4);
 #pragma unroll
       for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
     }
   }
   // Stores each sum plus bias, rounded once, in the `rows` rows and in the lane's `cols` columns that are there. `out`
-  // and `bias_of` point to the lane's first column; without a bias `bias_of` is null.
-  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* bias_of, int rows,
+  // and `biases` point to the lane's first column; without a bias `biases` is null.
+  __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* biases, int rows,
                         int cols) const {
     if (cols <= 0) return;
     const int count = cols < 2 ? cols : 2;
     float bias[2] = {};
-    if (bias_of != nullptr) {
+    if (biases != nullptr) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(bias_of[j]);
+        if (j < count) bias[j] = to_f32(biases[j]);
       }
     }
 #pragma unroll

@@ -27,15 +27,15 @@ struct GemmTile {
   static constexpr int kRowFragments = kWarpRows / kMmaRows, kColFragments = kWarpCols / kMmaCols;
   // A lane has two columns of each fragment. Its columns of a group of four fragments, or of both where there are two,
   // are neighbours.
-  static constexpr int kGroup = kColFragments < 4 ? kColFragments : 4;
-  static constexpr int kGroups = kColFragments / kGroup;
-  static constexpr int kLaneCols = 2 * kGroup;
-  static constexpr int kGroupCols = kMmaCols * kGroup;
+  static constexpr int kGroupFragments = kColFragments < 4 ? kColFragments : 4;
+  static constexpr int kFragmentGroups = kColFragments / kGroupFragments;
+  static constexpr int kLaneCols = 2 * kGroupFragments;
+  static constexpr int kGroupCols = kMmaCols * kGroupFragments;
 
-  // How many of a step's weights a thread brings and decodes. They are neighbours that share a scale, in pieces of 32,
+  // How many of a step's weights a thread brings and decodes. They are neighbours that share a scale, in chunks of 32,
   // each of which has 16 bytes of codes.
-  static constexpr int kThreadWeights = kCols * kGemmStep / kGemmThreads, kPieces = kThreadWeights / kChunk;
-  static_assert(kPieces == 1 || (kPieces == 2 && kAligned));
+  static constexpr int kThreadWeights = kCols * kGemmStep / kGemmThreads, kThreadChunks = kThreadWeights / kChunk;
+  static_assert(kThreadChunks == 1 || (kThreadChunks == 2 && kAligned));
 };
 
 // The part of a tile that lane (g, t) has, with g = lane / 4 and t = lane % 4. mma gives the lane rows g and g + 8, and
@@ -46,7 +46,7 @@ struct Lane {
   unsigned thread, warp, lane, g, t;
   // A Lane is computed anew for each part of a tile, so that what follows from it fills no registers in the other
   // parts.
-  __device__ __forceinline__ Lane() : Lane(kept(static_cast<std::uint32_t>(thread_index()))) {}
+  __device__ __forceinline__ Lane() : Lane(in_register(static_cast<std::uint32_t>(thread_index()))) {}
   __device__ __forceinline__ explicit Lane(unsigned thread)
       : thread(thread), warp(thread / kWarp), lane(thread % kWarp), g(lane / 4), t(thread % 4) {}
   // Where the warp's part of the tile begins.

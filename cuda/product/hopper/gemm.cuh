@@ -19,7 +19,7 @@
 // rank a multiple of 8.
 #pragma once
 
-#include "product/gemm/runs.cuh"
+#include "product/gemm/stream_k.cuh"
 #include "product/hopper/tile.cuh"
 #include "product/hopper/weights.cuh"
 
@@ -40,21 +40,21 @@ class HopperGemm {
   using Stage = typename Shared::Stage;
   static constexpr int kProducts = Tile::kProducts;
   static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
-  static constexpr int kConsumersMeet = 1;  // a barrier's number
+  static constexpr int kConsumerBarrier = 1;  // a barrier's number
 
  public:
   __device__ HopperGemm(const GemmArgs& args, const HopperMaps& maps, Shared& shared)
       : args_(args),
         maps_(maps),
         shared_(shared),
-        runs_(args.config, args.shared_sums),
+        stream_k_(args.config, args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs) {}
 
   // Sets up the block's run, its barriers and its tables.
   __device__ void prepare() {
     if (thread_index() == 0) {
-      shared_.run = runs_.take();
+      shared_.run = stream_k_.take_run();
       for (int i = 0; i < Tile::kStages; ++i) {
         mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // the warps, and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps);
@@ -70,64 +70,64 @@ class HopperGemm {
   __device__ void run() {
     if (thread_index() < Tile::kConsumers) {
       increase_max_registers<kConsumerRegisters>();
-      for_parts([&](const Part& part) { consume(part); });
+      for_each_part([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
-      for_parts([&](const Part& part) { produce(part); });
+      for_each_part([&](const TilePart& part) { produce(part); });
     }
   }
 
  private:
   // Producers and consumers walk through the same parts of the block's run, and so through the same stages.
   template <class F>
-  __device__ __forceinline__ void for_parts(const F& f) const {
+  __device__ __forceinline__ void for_each_part(const F& f) const {
 #pragma unroll 1
     for (std::uint32_t done = 0;;) {
-      const Part part = runs_.part_after(shared_.run, done);
+      const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;
       f(part);
       done += static_cast<std::uint32_t>(part.count);
     }
   }
   // The coordinates of TMA have 32 bits.
-  __device__ __forceinline__ int row0(const Part& part) const {
+  __device__ __forceinline__ int row0(const TilePart& part) const {
     return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
   }
-  __device__ __forceinline__ int col0(const Part& part) const {
+  __device__ __forceinline__ int col0(const TilePart& part) const {
     return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
   }
   // Keeps a value, so that it is not computed anew at each step, by divisions.
-  __device__ __forceinline__ static int kept_int(int value) {
-    return static_cast<int>(kept(static_cast<std::uint32_t>(value)));
+  __device__ __forceinline__ static int int_in_register(int value) {
+    return static_cast<int>(in_register(static_cast<std::uint32_t>(value)));
   }
   // The adapter comes first, so only the block that has the beginning of a tile multiplies by it.
-  __device__ __forceinline__ int rank_of(const Part& part) const {
+  __device__ __forceinline__ int rank_of(const TilePart& part) const {
     return part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0;
   }
 
   // Goes through the stages in turn. `parity` is the last bit of how often it has passed all of them.
   struct Ring {
     std::uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void go_on() {
+    __device__ __forceinline__ void advance() {
       if (++stage < Tile::kStages) return;
       stage = 0;
       parity ^= 1;
     }
   };
-  __device__ __forceinline__ SharedPlace place_of(std::uint32_t stage) const {
-    return SharedPlace(shared_.stages).at(stage * sizeof(Stage));
+  __device__ __forceinline__ SharedAddress stage_address(std::uint32_t stage) const {
+    return SharedAddress(shared_.stages).at(stage * sizeof(Stage));
   }
 
   // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
 
-  __device__ __forceinline__ bool asks_for_copies() const { return thread_index() == Tile::kConsumers; }
+  __device__ __forceinline__ bool issues_copies() const { return thread_index() == Tile::kConsumers; }
 
-  __device__ void produce(const Part& part) {
-    const int row0 = kept_int(this->row0(part)), col0 = kept_int(this->col0(part));
+  __device__ void produce(const TilePart& part) {
+    const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
-      if (asks_for_copies()) load(maps_.low_rank, row0, r, 0);
+      if (issues_copies()) load(maps_.low_rank, row0, r, 0);
       arrive_at_full();
     }
     // The scales of this many steps are on their way.
@@ -146,11 +146,11 @@ class HopperGemm {
 #pragma unroll
     for (auto& each : raw) fetch(each);
     const float offset = ScaleReader<true>::offset_of(args_.weight);
-    const SharedPlace scales = place_of(0).at(offsetof(Stage, scales) + thread * sizeof(float)).kept();
+    const SharedAddress scales = stage_address(0).at(offsetof(Stage, scales) + thread * sizeof(float)).in_register();
 #pragma unroll 1
     for (int step = part.first; step < part.first + part.count; ++step) {
       wait_for_empty();
-      if (asks_for_copies()) {
+      if (issues_copies()) {
         const int inner0 = step * Tile::kStep;
         load(maps_.left, row0, inner0, Shared::kCodeBytes);
         tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
@@ -167,26 +167,26 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
   }
-  // Asks for a tile of rows; `bytes` is how many other bytes will come beside it.
-  __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t bytes) const {
+  // Asks for a tile of rows; `other_bytes` is how many other bytes will come beside it.
+  __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t other_bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
-    mbarrier_arrive_expect(full, Shared::kLeftBytes + bytes);
+    mbarrier_arrive_expect(full, Shared::kLeftBytes + other_bytes);
     tma_load_tile(shared_.stages[ring_.stage].left, map, row, inner, full);
   }
   __device__ __forceinline__ void arrive_at_full() {
     sync_warp();  // what its lanes have stored is there
     if (thread_index() % kWarp == kWarp - 1) mbarrier_arrive(&shared_.full[ring_.stage]);
-    ring_.go_on();
+    ring_.advance();
   }
 
   // ---- consumers ----------------------------------------------------------------------------------------------------
 
-  __device__ void consume(const Part& part) {
+  __device__ void consume(const TilePart& part) {
     sums_.clear();
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
-    if (!runs_.complete<Tile::kRows * Tile::kCols>(part, sums_,
-                                                   [] { sync_some_threads<kConsumersMeet>(Tile::kConsumers); })) {
+    if (!stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
+            part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
       return;
     }
     const HopperLane lane;
@@ -203,11 +203,11 @@ class HopperGemm {
   // the products are done, because the compiler lets nothing define an operand of wgmma while products run.
   __device__ void multiply(int steps) {
     const HopperLane lane;
-    const typename Weights::Places places(lane, place_of(0).at(offsetof(Stage, codes)),
-                                          place_of(0).at(offsetof(Stage, scales)));
+    const typename Weights::Addresses addresses(lane, stage_address(0).at(offsetof(Stage, codes)),
+                                                stage_address(0).at(offsetof(Stage, scales)));
     HopperValues values;
     wait_for_full();
-    Weights::decode(places, bytes_of_stage(), table_, values);
+    Weights::decode(addresses, stage_offset(), table_, values);
 #pragma unroll 1
     for (int rest = steps; rest > 0; --rest) {
       Fragment fragments[kProducts];
@@ -215,10 +215,10 @@ class HopperGemm {
       for (int i = 0; i < kProducts * 4; ++i) fragments[i / 4][i % 4] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
       multiply(fragments);
       const std::uint32_t stage = ring_.stage;
-      ring_.go_on();
+      ring_.advance();
       if (rest > 1) {
         wait_for_full();
-        Weights::decode(places, bytes_of_stage(), table_, values);
+        Weights::decode(addresses, stage_offset(), table_, values);
       }
       wgmma_wait_for(values);
       arrive_at_empty(stage);
@@ -226,16 +226,16 @@ class HopperGemm {
     wgmma_wait_for(sums_.sum);
   }
   // The distance in bytes of the ring's stage from the first.
-  __device__ __forceinline__ std::uint32_t bytes_of_stage() const {
+  __device__ __forceinline__ std::uint32_t stage_offset() const {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
   // Multiplies by the left operand's rows in the ring's stage.
   __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
-    constexpr std::uint64_t kApart = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
-    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + bytes_of_stage());
+    constexpr std::uint64_t kDescriptorStep = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
+    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + stage_offset());
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kApart);
+    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kDescriptorStep);
     wgmma_commit();
   }
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
@@ -247,11 +247,11 @@ class HopperGemm {
   // Multiplies by the adapter, 64 of the rank at a time, with s*B, or A, in place of the weight. A lane's share comes
   // from global memory, and waits in the lane's own shared memory until it is complete. So one piece of code loads
   // every pair, and no registers are held meanwhile.
-  __device__ void add_low_rank(const Part& part, int rank) {
+  __device__ void add_low_rank(const TilePart& part, int rank) {
     const HopperLane lane;
     const std::int64_t col = col0(part) + lane.col();
     const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
-      return SharedPlace(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
+      return SharedAddress(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
     };
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += Tile::kStep) {
@@ -270,18 +270,18 @@ class HopperGemm {
       multiply(fragments);
       wgmma_wait_for(sums_.sum);
       arrive_at_empty(ring_.stage);
-      ring_.go_on();
+      ring_.advance();
     }
     if constexpr (!Weights::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.
-      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.prepared(), row0(part) + lane.row(), col);
+      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.with_seed(), row0(part) + lane.row(), col);
     }
   }
 
   const GemmArgs& args_;
   const HopperMaps& maps_;
   Shared& shared_;
-  const Runs runs_;
+  const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   Ring ring_;
@@ -292,7 +292,7 @@ template <class T, class Weights, int kRows>
 __global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
     hopper_gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ HopperMaps maps) {
   using Tile = HopperTile<kRows>;
-  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::of_block());
+  HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::in_dynamic_smem());
   gemm.prepare();
   gemm.run();
 }
@@ -336,22 +336,22 @@ void hopper_gemm(const Product& product, const GemmConfig& config, const Stream&
   if (rank > 0) {
     maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
   }
-  const SumsMemory memory(config, stream);
-  const GemmArgs args(product, config, memory);
-  const auto start = [&]<class T, int kRows>() {
+  const StreamKWorkspace workspace(config, stream);
+  const GemmArgs args(product, config, workspace);
+  const auto launch_for = [&]<class T, int kRows>() {
     using Tile = HopperTile<kRows>;
     const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
-  const auto start_tile = [&]<class T>() {
-    if (config.tile_rows == kGemmMiddleRows) return start.template operator()<T, kGemmMiddleRows>();
-    if (config.tile_rows == kGemmManyRows) return start.template operator()<T, kGemmManyRows>();
-    start.template operator()<T, kGemmTallRows>();
+  const auto launch_tile = [&]<class T>() {
+    if (config.tile_rows == kGemmMiddleRows) return launch_for.template operator()<T, kGemmMiddleRows>();
+    if (config.tile_rows == kGemmManyRows) return launch_for.template operator()<T, kGemmManyRows>();
+    launch_for.template operator()<T, kGemmTallRows>();
   };
   if (product.left.dtype == DType::bf16) {
-    start_tile.template operator()<Bf16>();
+    launch_tile.template operator()<Bf16>();
   } else {
-    start_tile.template operator()<F16>();
+    launch_tile.template operator()<F16>();
   }
 }
 

@@ -48,11 +48,11 @@ TensorMap::TensorMap(const TileSource& source) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(source.cols), static_cast<cuuint64_t>(source.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(source.stride_bytes)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(source.box_cols), static_cast<cuuint32_t>(source.box_rows)};
-  const cuuint32_t apart[] = {1, 1};
+  const cuuint32_t element_strides[] = {1, 1};
   // Tiles that follow each other along a row lie in the same one or two stretches of 256 bytes.
   const CUresult result =
       encode(&map_, source.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
-             const_cast<void*>(source.data), sizes, strides, box, apart, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             const_cast<void*>(source.data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
              swizzle_of(source.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return;
   const char* fault = source.fault();

@@ -58,9 +58,9 @@ struct HopperShared {
 
   static constexpr std::uint32_t kLeftBytes = sizeof(Stage::left), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
-  static __device__ HopperShared& of_block() {
+  static __device__ HopperShared& in_dynamic_smem() {
     std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedPlace(smem).to_rows();
+    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
     if (before > kGemmMostReservedSmem) trap();
     return *reinterpret_cast<HopperShared*>(smem + before);
   }
@@ -91,20 +91,20 @@ class HopperSums {
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col) {
     constexpr int kLaneRows = 2 * kVectors, kLanes = 4;
     static_assert(kLaneRows <= 64);
-    const unsigned mine = HopperLane().g % kLanes;  // the word that this lane needs
-    std::uint64_t kept[2] = {};                     // by column; a bit for each row
+    const unsigned own_word = HopperLane().g % kLanes;  // the word that this lane needs
+    std::uint64_t kept[2] = {};                         // by column; a bit for each row
 #pragma unroll 1
     for (int first = kLaneRows - kLanes; first >= 0; first -= kLanes) {
-      const int i = first + static_cast<int>(mine);
+      const int i = first + static_cast<int>(own_word);
       const PhiloxBlock random = dropout_random(dropout.seed, row + row_of(i), col);
       kept[0] <<= kLanes;
       kept[1] <<= kLanes;
 #pragma unroll
-      for (unsigned apart = 0; apart < kLanes; ++apart) {
-        const unsigned other = mine ^ apart;
+      for (unsigned distance = 0; distance < kLanes; ++distance) {
+        const unsigned other = own_word ^ distance;
         const std::uint32_t even = other & 2 ? random.word[2] : random.word[0];
         const std::uint32_t odd = other & 2 ? random.word[3] : random.word[1];
-        const std::uint32_t word = shfl_xor(other & 1 ? odd : even, static_cast<int>(apart * 4));
+        const std::uint32_t word = shfl_xor(other & 1 ? odd : even, static_cast<int>(distance * 4));
         kept[0] |= std::uint64_t{(word & 0xFFFF) >= dropout.threshold} << other;
         kept[1] |= std::uint64_t{word >> 16 >= dropout.threshold} << other;
       }
@@ -119,16 +119,16 @@ class HopperSums {
     }
   }
   // Stores sums in memory, or adds them from there, as in GemmSums.
-  __device__ void leave(float* of_run) const {
-    float* const to = of_run + thread_index() * 4;
+  __device__ void store_partial(float* partial) const {
+    float* const to = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const float* const s = sum + 4 * i;
       store_vector<float, 4>(to + i * Tile::kConsumers * 4, {{s[0], s[1], s[2], s[3]}});
     }
   }
-  __device__ void add(const float* of_run) {
-    const float* const from = of_run + thread_index() * 4;
+  __device__ void add_partial(const float* partial) {
+    const float* const from = partial + thread_index() * 4;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const auto s = load_vector<float, 4>(from + i * Tile::kConsumers * 4);
@@ -137,15 +137,15 @@ class HopperSums {
     }
   }
   // Stores each sum plus bias, rounded once, in the rows and columns that are there, counted from the lane's first.
-  // `out` and `bias_of` point to the lane's first; without a bias `bias_of` is null.
-  __device__ void store(T* out, std::int64_t stride, const T* bias_of, std::int64_t rows, std::int64_t cols) const {
+  // `out` and `biases` point to the lane's first; without a bias `biases` is null.
+  __device__ void store(T* out, std::int64_t stride, const T* biases, std::int64_t rows, std::int64_t cols) const {
     if (cols <= 0) return;
     const int count = cols < 2 ? 1 : 2;
     float bias[2] = {};
-    if (bias_of != nullptr) {
+    if (biases != nullptr) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(bias_of[j]);
+        if (j < count) bias[j] = to_f32(biases[j]);
       }
     }
 #pragma unroll

@@ -37,30 +37,30 @@ struct HopperRows {
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
   // Where both vectors of the lane's first row, and its scale, stand in a stage.
-  struct Places {
-    SharedPlace vectors[2], scales;
+  struct Addresses {
+    SharedAddress vectors[2], scales;
     unsigned t;
-    __device__ Places(const HopperLane& lane, const SharedPlace& codes, const SharedPlace& scales)
-        : vectors{codes.at(vector(lane, 0)).kept(), codes.at(vector(lane, 1)).kept()},
-          scales(scales.at(lane.col() * sizeof(float)).kept()),
+    __device__ Addresses(const HopperLane& lane, const SharedAddress& codes, const SharedAddress& scales)
+        : vectors{codes.at(vector(lane, 0)).in_register(), codes.at(vector(lane, 1)).in_register()},
+          scales(scales.at(lane.col() * sizeof(float)).in_register()),
           t(lane.t) {}
     __device__ static unsigned vector(const HopperLane& lane, unsigned i) {
       return lane.col() * kTileRowBytes + (i ^ lane.col() / 4 % 2) * kVectorBytes;
     }
   };
   template <class Table>
-  __device__ __forceinline__ static void decode(const Places& places, std::uint32_t stage, const Table& table,
+  __device__ __forceinline__ static void decode(const Addresses& addresses, std::uint32_t stage, const Table& table,
                                                 HopperValues& values) {
-    const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage));
+    const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage));
 #pragma unroll
     for (unsigned vector = 0; vector < 2; ++vector) {
 #pragma unroll
       for (unsigned row = 0; row < 2; ++row) {
-        const SharedPlace codes = places.vectors[vector].at(stage + row * kTileRowBytes);
+        const SharedAddress codes = addresses.vectors[vector].at(stage + row * kTileRowBytes);
         const auto words = load_shared<Vector<std::uint32_t, 4>>(codes);
 #pragma unroll
         for (unsigned word = 0; word < 4; ++word) {
-          const auto pair = table.of_byte(words.at[word], places.t);
+          const auto pair = table.pair_of_byte(words.at[word], addresses.t);
           float* const to = values + (vector * 4 + word) * 4 + row * 2;
           to[0] = pair.at[0] * scale.at[row];
           to[1] = pair.at[1] * scale.at[row];
@@ -94,28 +94,28 @@ struct HopperColumns {
 
   // Where the lane's byte of row 2t, and the row's scale, stand in a stage. Rows that are multiples of 8 further on
   // have the same swizzle.
-  struct Places {
-    SharedPlace byte, scales;
-    __device__ Places(const HopperLane& lane, const SharedPlace& codes, const SharedPlace& scales)
-        : byte(codes.at(byte_of(lane)).kept()),
-          scales(scales.at((lane.col() / kGemmStep * kGemmStep + 2 * lane.t) * sizeof(float)).kept()) {}
+  struct Addresses {
+    SharedAddress byte, scales;
+    __device__ Addresses(const HopperLane& lane, const SharedAddress& codes, const SharedAddress& scales)
+        : byte(codes.at(byte_of(lane)).in_register()),
+          scales(scales.at((lane.col() / kGemmStep * kGemmStep + 2 * lane.t) * sizeof(float)).in_register()) {}
     __device__ static unsigned byte_of(const HopperLane& lane) {
       const unsigned byte = lane.col() / 2;
       return 2 * lane.t * kTileRowBytes + (byte / kVectorBytes ^ lane.t) * kVectorBytes + byte % kVectorBytes;
     }
   };
   template <class Table>
-  __device__ __forceinline__ static void decode(const Places& places, std::uint32_t stage, const Table& table,
+  __device__ __forceinline__ static void decode(const Addresses& addresses, std::uint32_t stage, const Table& table,
                                                 HopperValues& values) {
     constexpr std::uint32_t kHigh = 0xF0F0F0F0;
 #pragma unroll
-    for (unsigned four = 0; four < 2; ++four) {  // half of the eight pairs of rows, which are 8 rows apart
+    for (unsigned half = 0; half < 2; ++half) {  // half of the eight pairs of rows, which are 8 rows apart
       std::uint32_t rows[2] = {};                // the first and the second of each pair
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) {
 #pragma unroll
         for (unsigned second = 0; second < 2; ++second) {
-          const SharedPlace at = places.byte.at(stage + ((four * 4 + i) * 8 + second) * kTileRowBytes);
+          const SharedAddress at = addresses.byte.at(stage + ((half * 4 + i) * 8 + second) * kTileRowBytes);
           rows[second] |= std::uint32_t{load_shared<std::uint8_t>(at)} << (8 * i);
         }
       }
@@ -123,12 +123,12 @@ struct HopperColumns {
                                      (rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)};
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) {
-        const unsigned of_step = four * 4 + i;
-        const auto scale = load_shared<Vector<float, 2>>(places.scales.at(stage + of_step * 8 * sizeof(float)));
+        const unsigned row_pair = half * 4 + i;
+        const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage + row_pair * 8 * sizeof(float)));
 #pragma unroll
         for (unsigned col = 0; col < 2; ++col) {
-          const auto pair = table.of_byte(cols[col], i);
-          float* const to = values + of_step * 4 + col * 2;
+          const auto pair = table.pair_of_byte(cols[col], i);
+          float* const to = values + row_pair * 4 + col * 2;
           to[0] = pair.at[0] * scale.at[0];
           to[1] = pair.at[1] * scale.at[1];
         }

@@ -8,7 +8,7 @@ namespace qlora_native::cuda_emulated::emulator {
 
 void barrier(Site site) { suspend(*current, Fiber::State::at_barrier, site); }
 
-void meet(void* lane, void (*all)(void* const* lanes), Site site) {
+void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
   Fiber& self = *current;
   Warp& warp = *self.warp;
   if (warp.arrived == 0) warp.site = site;
@@ -16,8 +16,8 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
     fail("lanes of a warp meet at different calls: " + text(warp.site) + " and " + text(site));
   }
   warp.lanes[self.position.thread % kWarp] = lane;
-  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_meeting, site);
-  all(warp.lanes);
+  if (++warp.arrived < kWarp) return suspend(self, Fiber::State::at_rendezvous, site);
+  exchange(warp.lanes);
   warp.arrived = 0;
   const int first = self.position.thread / kWarp * kWarp;
   for (int i = first; i < first + kWarp; ++i) {
@@ -27,45 +27,45 @@ void meet(void* lane, void (*all)(void* const* lanes), Site site) {
 
 namespace {
 
-// The last thread to come runs `all` on what every thread has brought; then all of them continue.
-void meet_others(Meeting& meeting, int threads, void* lane, std::size_t place, void (*all)(void* const* lanes),
-                 Site site) {
+// The last thread to come runs `exchange` on what every thread has brought; then all of them continue.
+void arrive_at(Rendezvous& rendezvous, int threads, void* lane, std::size_t place, void (*exchange)(void* const* lanes),
+               Site site) {
   Fiber& self = *current;
-  if (meeting.fibers.empty()) {
-    meeting.site = site;
-    meeting.threads = threads;
-    meeting.lanes.assign(static_cast<std::size_t>(threads), nullptr);
+  if (rendezvous.fibers.empty()) {
+    rendezvous.site = site;
+    rendezvous.threads = threads;
+    rendezvous.lanes.assign(static_cast<std::size_t>(threads), nullptr);
   }
-  if (meeting.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
-  meeting.fibers.push_back(&self);
-  if (all != nullptr) {
-    if (!(meeting.site == site)) {
-      fail("threads of a warpgroup meet at different calls: " + text(meeting.site) + " and " + text(site));
+  if (rendezvous.threads != threads) fail("threads meet at one barrier and expect other numbers of threads");
+  rendezvous.fibers.push_back(&self);
+  if (exchange != nullptr) {
+    if (!(rendezvous.site == site)) {
+      fail("threads of a warpgroup meet at different calls: " + text(rendezvous.site) + " and " + text(site));
     }
-    meeting.lanes[place] = lane;
+    rendezvous.lanes[place] = lane;
   }
-  if (meeting.fibers.size() < static_cast<std::size_t>(threads)) {
-    return suspend(self, Fiber::State::at_meeting, site);
+  if (rendezvous.fibers.size() < static_cast<std::size_t>(threads)) {
+    return suspend(self, Fiber::State::at_rendezvous, site);
   }
-  if (all != nullptr) all(meeting.lanes.data());
-  for (Fiber* fiber : meeting.fibers) {
+  if (exchange != nullptr) exchange(rendezvous.lanes.data());
+  for (Fiber* fiber : rendezvous.fibers) {
     fiber->state = Fiber::State::ready;
     fiber->stores.move_to(self.block->stores);
   }
-  meeting.fibers.clear();
+  rendezvous.fibers.clear();
 }
 
 }  // namespace
 
 void named_barrier(int number, int threads, Site site) {
   if (number < 0 || number >= kNamedBarriers || threads % kWarp != 0) fail("a barrier that the device does not have");
-  meet_others(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
+  arrive_at(current->block->named_barriers[number], threads, nullptr, 0, nullptr, site);
 }
 
-void meet_warpgroup(void* lane, void (*all)(void* const* lanes), Site site) {
+void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site site) {
   const int thread = current->position.thread;
-  Meeting& meeting = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
-  meet_others(meeting, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), all, site);
+  Rendezvous& rendezvous = current->block->warpgroups[static_cast<std::size_t>(thread / kWarpgroup)];
+  arrive_at(rendezvous, kWarpgroup, lane, static_cast<std::size_t>(thread % kWarpgroup), exchange, site);
 }
 
 std::uint32_t shared_address(const void* p) { return current->block->memory->address_of(p); }
