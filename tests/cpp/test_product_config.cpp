@@ -269,7 +269,7 @@ void panel_is_within_its_memory_and_fills_the_device() {
               if (!is_by_panels(shape)) continue;
               const PanelsConfig config = panels_of(shape);
               const std::int64_t column_elements = panel_column_elements(inner, rank);
-              EXPECT(column >= inner + rank && column < inner + rank + kPanelAlignment);
+              EXPECT(column_elements >= inner + rank && column_elements < inner + rank + kPanelAlignment);
               EXPECT(config.cols > 0 && config.cols % kPanelCols == 0);
               EXPECT(config.cols * column_elements * static_cast<std::int64_t>(size_of(dtype)) <= kPanelMostBytes);
               EXPECT(rank == 0 ? config.rows == rows : config.rows <= kPanelCopiedRows && config.rows > rows / 16);
