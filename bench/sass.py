@@ -85,6 +85,8 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     for pattern, unit, units in WORK:
         if loop and (match := re.match(pattern, kernel.name)):
             result[f"per_{unit}"] = round(len(loop) / units(match, loop), 2)
+    if step := cycles.count_step(kernel):
+        result["step"] = step
     return {**result, "kinds": kinds(loop)}
 
 
@@ -195,7 +197,7 @@ def peer_library() -> Path | None:
     return max(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"), default=None)
 
 
-def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled: Sequence[Kernel]) -> str:
+def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
     """The report for people."""
 
     def table(found: dict[str, Any]) -> str:
@@ -204,7 +206,7 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
 
     text = [title, table(ours), *optimizer_steps(ours)]
     text += ["What bounds a step of the tensor-core product, by the model of bench/cycles.py:"]
-    text += ["\n".join(cycles.table(compiled))]
+    text += ["\n".join(cycles.table(ours))]
     if theirs:
         text += ["bitsandbytes, likewise:", table(theirs)]
     return "\n\n".join(text) + "\n"
@@ -288,14 +290,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs = report(kernels(library, PEER)) if library and not args.kernels else {}
     title = f"nvcc {version}" + (f"; bitsandbytes {importlib.metadata.version('bitsandbytes')}" if theirs else "")
     if not args.output:
-        print(markdown(ours, theirs, title, compiled), end="")
+        print(markdown(ours, theirs, title), end="")
         return 0
     entries = []
     for name, both in ours.items():
         lines = [f"{json.dumps(architecture)}: {json.dumps(figure)}" for architecture, figure in both.items()]
         entries.append(f"{json.dumps(name)}: {{\n   " + ",\n   ".join(lines) + "}")
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
-    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title), compiled))
+    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title)))
     README.write_text(with_table(README.read_text(), short_table(json.loads(RESULTS.read_text()))))
     return 0
 

@@ -210,10 +210,10 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
     kernel = machine_code.Kernel(
         "gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true>, false>", "sm_90", code, 255, 0
     )
-    step = cycles.step_of(kernel)
-    assert step is not None and step.bound == "tensor"
+    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90"])
+    assert step.bound == "tensor"
     assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048) and round(step.share, 4) == 0.62
-    assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
+    assert cycles.count_step(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
 
 
 def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
@@ -221,8 +221,9 @@ def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 2, "BRA", "EXIT"]
     operands = {5: "0x0", 8: "0x60"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
-    step = cycles.step_of(machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0))
-    assert step is not None and step.cycles["tensor"] == 1024
+    kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
+    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
+    assert step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load 4 x 128 bytes each, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 4 + 32
     assert step.cycles["issue"] == (8 * 6 + 4 * 3) / 4
