@@ -12,7 +12,8 @@ wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, 
 warps that multiply, 4 bring codes and scales.
 
 The largest is a lower bound on the time, without waits, conflicts and caches, and an upper bound on the share of the
-tensor cores' peak that a full tile can reach. No GPU has confirmed it yet.
+tensor cores' peak that a full tile can reach. No GPU has confirmed it yet. cuda_account.py computes the time of whole
+products from it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
-    make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md
+    make sass ARGS=--output       writes those figures, results/sass.md for people, and the table of cuda/README.md;
+                                  and results/cuda-account.md, the time of whole products by a model
 
 The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
 inside it. Without any of them it is the loop with the most instructions; or, in a kernel that has one loop with vector
@@ -32,12 +33,14 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
+import cuda_account
 import cycles
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
 README = ROOT / "cuda/README.md"
+CHOICES_PROGRAM = "qln_test_product_choices"  # beside the library
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
 SLACK = 0.02
 
@@ -283,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not same:
             print(f"The figures are nvcc {committed['nvcc']}'s, this is {version}: only spills are looked for")
         wrong = faults(ours, committed["kernels"], same)
+        if cuda_account.PAGE.read_text() != cuda_account.committed_page(committed["kernels"]):
+            wrong.append(f"results/{cuda_account.PAGE.name} is not what the committed figures give")
         print(*wrong, sep="\n", end="\n" if wrong else "")
         print(f"{len(ours)} kernels for {' and '.join(ARCHITECTURES)}: {len(wrong)} faults")
         return 1 if wrong else 0
@@ -299,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
     RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title)))
     README.write_text(with_table(README.read_text(), short_table(json.loads(RESULTS.read_text()))))
+    cuda_account.CHOICES.write_text("\n".join(run(str(args.library.parent / CHOICES_PROGRAM))) + "\n")
+    cuda_account.PAGE.write_text(cuda_account.committed_page(ours))
     return 0
 
 
