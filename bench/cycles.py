@@ -12,16 +12,18 @@ wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, 
 warps that multiply, 4 bring codes and scales.
 
 The largest is a lower bound on the time, without waits, conflicts and caches, and an upper bound on the share of the
-tensor cores' peak that a full tile can reach. No GPU has confirmed it yet.
+tensor cores' peak that a full tile can reach. No GPU has confirmed it yet. cuda_account.py computes the time of whole
+products from it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
@@ -66,12 +68,41 @@ def shared_cycles(loop: Sequence[Instruction]) -> int:
     return sum(-(-bytes_of(instruction.opcode) // SHARED_BYTES) for instruction in loop)
 
 
+def tile_of(name: str) -> tuple[int, int] | None:
+    """The rows and columns of a tile of the tensor-core product; None for other kernels."""
+    match = re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", name)
+    if match is None:
+        match = re.match(r"(?:thin_gemm_kernel<\w+, |hopper_gemm_kernel<\w+, \w+, )(\d+)", name)
+        return None if match is None else (int(match[1]), 128)
+    return int(match[1]), int(match[2])
+
+
+def count_step(kernel: Kernel) -> dict[str, int] | None:
+    """The cycles of shared memory and of issue that a step takes, counted from code; None for other kernels."""
+    tile = tile_of(kernel.name)
+    if tile is None:
+        return None
+    turns = 1 / 2 if kernel.name.startswith("thin") else 1  # a step of the thin kernel is 128
+    loop = main_loop(kernel.code, kernel.name)
+    beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
+    if kernel.name.startswith("hopper"):
+        rows, cols = tile
+        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 2]
+        beside = PRODUCERS * min(map(len, brings), default=0)
+        left = rows * STEP * 2
+        copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
+    return {
+        "shared memory": round(WARPS * shared_cycles(loop) * turns + copied),
+        "issue": round((WARPS * len(loop) + beside) / SCHEDULERS * turns),
+    }
+
+
 @dataclass(frozen=True)
 class Step:
     """The cycles of a step of one kernel, by resource."""
 
     kernel: str
-    architecture: str
+    device: Device
     cycles: dict[str, float]
     least: float  # cycles that its multiply-adds take at the peak
 
@@ -86,30 +117,15 @@ class Step:
         return self.least / self.cycles[self.bound]
 
 
-def step_of(kernel: Kernel) -> Step | None:
-    """The step of a kernel of the tensor-core product; None for other kernels."""
-    thin = re.match(r"thin_gemm_kernel<\w+, (\d+), \w+>", kernel.name)
-    wgmma = re.match(r"hopper_gemm_kernel<\w+, \w+, (\d+)>", kernel.name)
-    match = thin or wgmma or re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", kernel.name)
-    if match is None:
-        return None
-    rows, cols = int(match[1]), 128 if thin or wgmma else int(match[2])
-    turns = 1 / 2 if thin else 1  # a step of the thin kernel is 128
-    device = DEVICES[kernel.architecture]
-    loop = main_loop(kernel.code, kernel.name)
+def step_of(name: str, counted: Mapping[str, float], device: Device) -> Step:
+    """The step of a kernel, from what count_step() says of it."""
+    rows, cols = tile_of(name)
     share = device.bandwidth / device.multiprocessors / device.clock
-    beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
-    if wgmma:
-        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 2]
-        beside = PRODUCERS * min(map(len, brings))
-        left = rows * STEP * 2
-        copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return Step(
-        kernel.name,
-        kernel.architecture,
+        name,
+        device,
         {
-            "shared memory": WARPS * shared_cycles(loop) * turns + copied,
-            "issue": (WARPS * len(loop) + beside) / SCHEDULERS * turns,
+            **counted,
             "tensor": rows * cols * STEP / device.multiply_adds,
             "DRAM": cols * STEP * BYTES_OF_WEIGHT / share,
         },
@@ -117,12 +133,14 @@ def step_of(kernel: Kernel) -> Step | None:
     )
 
 
-def table(kernels: Sequence[Kernel]) -> Iterator[str]:
-    """The table as Markdown, with a line for each kernel in bf16; fp16 costs the same."""
+def table(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The table as Markdown, of {kernel: {architecture: figures}}. Kernels in fp16 are left out: they cost the same."""
     resources = ("shared memory", "issue", "tensor", "DRAM")
     yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by | of the peak |"
     yield "|---|---|" + "---|" * (len(resources) + 2)
-    steps = (step_of(kernel) for kernel in kernels if "<Bf16" in kernel.name)
-    for step in sorted(filter(None, steps), key=lambda step: (step.architecture, step.kernel)):
-        cycles = " | ".join(f"{step.cycles[name]:.0f}" for name in resources)
-        yield f"| {step.kernel} | {DEVICES[step.architecture].name} | {cycles} | {step.bound} | {step.share:.0%} |"
+    for architecture, device in DEVICES.items():
+        for name, figures in sorted(found.items()):
+            if "<Bf16" in name and "step" in figures.get(architecture, {}):
+                step = step_of(name, figures[architecture]["step"], device)
+                cycles = " | ".join(f"{step.cycles[resource]:.0f}" for resource in resources)
+                yield f"| {name} | {device.name} | {cycles} | {step.bound} | {step.share:.0%} |"

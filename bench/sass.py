@@ -2,7 +2,8 @@
 
     make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
-    make sass ARGS=--output       writes those figures, results/sass.md for people, and the tables of the READMEs
+    make sass ARGS=--output       writes those figures, results/sass.md for people, the tables of the READMEs, and
+                                  results/cuda-account.md, the time of whole products by a model
 
 The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
 inside it. Without any of them it is the loop with the most instructions; or, in a kernel that has one loop with vector
@@ -32,11 +33,13 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
+import cuda_account
 import cycles
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/cpp/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
+CHOICES_PROGRAM = "qln_test_product_choices"  # beside the library
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
 SLACK = 0.02
 
@@ -84,6 +87,8 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     for pattern, unit, units in WORK:
         if loop and (match := re.match(pattern, kernel.name)):
             result[f"per_{unit}"] = round(len(loop) / units(match, loop), 2)
+    if step := cycles.count_step(kernel):
+        result["step"] = step
     return {**result, "kinds": kinds(loop)}
 
 
@@ -194,7 +199,7 @@ def peer_library() -> Path | None:
     return max(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"), default=None)
 
 
-def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled: Sequence[Kernel]) -> str:
+def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
     """The report for people."""
 
     def table(found: dict[str, Any]) -> str:
@@ -203,7 +208,7 @@ def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str, compiled:
 
     text = [title, table(ours), *optimizer_steps(ours)]
     text += ["What bounds a step of the tensor-core product, by the model of bench/cycles.py:"]
-    text += ["\n".join(cycles.table(compiled))]
+    text += ["\n".join(cycles.table(ours))]
     if theirs:
         text += ["bitsandbytes, likewise:", table(theirs)]
     return "\n\n".join(text) + "\n"
@@ -280,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not same:
             print(f"The figures are nvcc {committed['nvcc']}'s, this is {version}: only spills are looked for")
         wrong = faults(ours, committed["kernels"], same)
+        if cuda_account.PAGE.read_text() != cuda_account.committed_page(committed["kernels"]):
+            wrong.append(f"results/{cuda_account.PAGE.name} is not what the committed figures give")
         print(*wrong, sep="\n", end="\n" if wrong else "")
         print(f"{len(ours)} kernels for {' and '.join(ARCHITECTURES)}: {len(wrong)} faults")
         return 1 if wrong else 0
@@ -287,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs = report(kernels(library, PEER)) if library and not args.kernels else {}
     title = f"nvcc {version}" + (f"; bitsandbytes {importlib.metadata.version('bitsandbytes')}" if theirs else "")
     if not args.output:
-        print(markdown(ours, theirs, title, compiled), end="")
+        print(markdown(ours, theirs, title), end="")
         return 0
     entries = []
     for name, both in ours.items():
@@ -298,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     committed = json.loads(RESULTS.read_text())
     for page, shown in SHOWN.items():
         page.write_text(with_table(page.read_text(), short_table(committed, shown)))
+    cuda_account.CHOICES.write_text("\n".join(run(str(args.library.parent / CHOICES_PROGRAM))) + "\n")
+    cuda_account.PAGE.write_text(cuda_account.committed_page(ours))
     return 0
 
 

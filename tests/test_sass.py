@@ -1,6 +1,8 @@
-"""Guards `make sass`: what tools/machine_code.py reads from a listing, and what bench/sass.py calls a fault."""
+"""Guards `make sass`: what tools/machine_code.py reads from a listing, what bench/sass.py calls a fault, and what
+bench/cuda_model.py makes of it for whole products."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import shutil
@@ -211,10 +213,10 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
     kernel = machine_code.Kernel(
         "gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true>, false>", "sm_90", code, 255, 0
     )
-    step = cycles.step_of(kernel)
-    assert step is not None and step.bound == "tensor"
+    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90"])
+    assert step.bound == "tensor"
     assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048) and round(step.share, 4) == 0.62
-    assert cycles.step_of(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
+    assert cycles.count_step(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
 
 
 def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
@@ -222,8 +224,111 @@ def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 2, "BRA", "EXIT"]
     operands = {5: "0x0", 8: "0x60"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
-    step = cycles.step_of(machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0))
-    assert step is not None and step.cycles["tensor"] == 1024
+    kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
+    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
+    assert step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load 4 x 128 bytes each, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 4 + 32
     assert step.cycles["issue"] == (8 * 6 + 4 * 3) / 4
+
+
+# ---- the account of whole products -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def account(sass):
+    return importlib.import_module("cuda_account")
+
+
+@pytest.fixture
+def model(account):
+    return importlib.import_module("cuda_model")
+
+
+def test_account_is_that_of_the_committed_figures_and_choices(sass, account):
+    kernels = json.loads(sass.RESULTS.read_text())["kernels"]
+    assert account.PAGE.read_text() == account.committed_page(kernels)
+
+
+def test_runs_and_panels_of_the_model_are_those_of_config_cpp(account, model):
+    multiprocessors = model.H100.multiprocessors
+    choices = account.read_choices(account.CHOICES.read_text())
+    compared = {"thin": 0, "gemm": 0, "wgmma": 0, "panels": 0}
+    for (product, asked), (way, numbers) in choices.items():
+        if way in ("thin", "gemm", "wgmma"):
+            most = multiprocessors * (2 if way != "wgmma" and numbers["tile_rows"] <= 64 else 1)
+            tile = numbers["tile_rows"], numbers["tile_cols"]
+            assert model.Runs.of(product, way, *tile, most) == choices[product, asked].runs(), (product, asked)
+        elif way == "panels":
+            rank = account.RANK if asked == "chosen-with-adapter" else 0
+            assert model.Panels.of(dataclasses.replace(product, rank=rank), multiprocessors) == model.Panels(**numbers)
+        else:
+            assert asked == "low-rank"
+            continue
+        compared[way] += 1
+    assert min(compared.values()) >= 5, compared
+    asked = [product for weight in account.WEIGHTS for product in account.products(weight) if not product.rank]
+    assert len(asked) == 60 and all((product, "chosen") in choices for product in asked)
+
+
+def figures_of(model, cycles):
+    """Machine code of which a step takes this many cycles of shared memory."""
+    step = {"step": {"shared memory": cycles, "issue": 1}}
+    return {
+        "hopper_gemm_kernel<Bf16, HopperRows, 64>": {"sm_90a": step},
+        "gemm_kernel<Bf16, DecodedRows, GemmTile<64, 128, true>, false>": {"sm_90": step},
+        "panel_kernel<Bf16, 4>": {"sm_90": {"per_element": 20.0}},
+    }
+
+
+def test_blocks_with_whole_tiles_take_their_steps_and_store_their_results(model):
+    clock, product = model.H100.clock, model.Product("forward", 64, 128 * 132, 6400)
+    runs = model.Runs.of(product, "wgmma", 64, 128, 132)
+    assert (runs.tiles, runs.steps, runs.share, runs.rest) == (132, 100, 100, 0) and not runs.splits_a_tile
+    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
+    cycles = 2 * 700 + 101 * 2000 + 64 * 128 * 2 / 32
+    assert seconds == pytest.approx(cycles / clock + 1e-6)
+    # With twice as many tiles, a block has two; only the kernels of gemm/ begin anew with each.
+    product = dataclasses.replace(product, cols=2 * product.cols)
+    for kernel, anew in (("wgmma", 0), ("gemm", 700 + 2000)):
+        runs = model.Runs.of(product, kernel, 64, 128, 132)
+        seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
+        assert seconds == pytest.approx((2 * 700 + 201 * 2000 + 2 * 512 + anew) / clock + 1e-6)
+
+
+def test_blocks_that_share_a_tile_exchange_its_sums(model):
+    product = model.Product("forward", 64, 128, 6400)
+    runs = model.Runs("wgmma", 64, 128, tiles=1, steps=100, blocks=2, share=50, rest=0)
+    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
+    sums = 64 * 128 * 4 / 64  # stored by one block, and loaded by the other
+    cycles = 2 * 700 + 51 * 2000 + sums + 291 + sums + 291 + 512
+    assert seconds == pytest.approx(cycles / model.H100.clock + 2e-6), "a kernel and a memset"
+
+
+def test_memory_bounds_a_product_of_few_rows(model):
+    product = model.Product("forward", 64, 128 * 132, 6400)
+    runs = model.Runs.of(product, "wgmma", 64, 128, 132)
+    for bandwidth in (1e12, 2e12):
+        device = dataclasses.replace(model.H100, bandwidth=bandwidth)
+        parts = model.Model(figures_of(model, 1), device).parts(product, runs)
+        assert parts["steps"] == pytest.approx(product.bytes / device.bandwidth)
+        assert product.limit(device) == pytest.approx(product.bytes / device.bandwidth)
+
+
+def test_panels_take_between_one_and_all_of_their_decoding(model):
+    product = model.Product("forward", 2048, 4096, 4096)
+    panels = model.Panels.of(product, 132)
+    assert panels == model.Panels(1024, 2048)
+    best, worst = model.Model(figures_of(model, 1), model.H100).panels(product, panels)
+    decoding = 4096 * 4096 * 20.0 / (128 * 132 * model.H100.clock)
+    assert worst - best == pytest.approx(decoding * 3 / 4)
+    dense = 4 * 132 * 128 * 128 * 4096 / 395e12  # four panels of one wave each
+    assert dense < best < 1.2 * dense
+    assert model.Panels.of(dataclasses.replace(product, rows=128), 132) is None, "too few tiles for the device"
+
+
+def test_sm_100_is_bound_by_shared_memory_until_pairs_share_a_tall_tile(sass):
+    sm100 = importlib.import_module("sm100")
+    shares = [taken["tensor"] / max(taken.values()) for taken in (sm100.step(v, 347) for v in sm100.VARIANTS)]
+    assert shares[0] < shares[1] < shares[3] < shares[4] == 1
+    assert all(sm100.words(variant) <= sm100.WORDS for variant in sm100.VARIANTS)
