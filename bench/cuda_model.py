@@ -104,7 +104,7 @@ class Runs:
         blocks = min(most_blocks, math.ceil(tiles * steps / (Runs.LEAST_INNER // step)))
         return Runs(kernel, tile_rows, tile_cols, tiles, steps, blocks, *divmod(tiles * steps, blocks))
 
-    def begin_of(self, run: int) -> int:
+    def first_step(self, run: int) -> int:
         """The step with which a run begins, counted over all tiles."""
         return run * self.share + min(run, self.rest)
 
@@ -202,7 +202,7 @@ class Model:
         together = self._together(runs)
         step = max(self.step(product, runs).values()) * together * self._of_step(runs)
         # The runs that begin within a tile store its sums at about the same time, and the others add them.
-        inside = sum(runs.begin_of(run) % runs.steps > 0 for run in range(runs.blocks))
+        inside = sum(runs.first_step(run) % runs.steps > 0 for run in range(runs.blocks))
         sums = runs.tile_rows * runs.tile_cols
         left = sums * F32 / min(PORT, self.l2 / max(inside, 1))
         added = sums * F32 / min(PORT, self.l2 / min(runs.tiles, runs.blocks)) + L2_LATENCY
@@ -213,7 +213,7 @@ class Model:
 
         left_at, end = [0.0] * runs.blocks, 0.0  # when a run has stored the sums of its first tile; when all have ended
         for run in reversed(range(runs.blocks)):
-            first, stop = runs.begin_of(run), runs.begin_of(run + 1)
+            first, stop = runs.first_step(run), runs.first_step(run + 1)
             own = math.ceil(first / runs.steps)  # the first tile whose beginning the run has
             count = max(math.ceil(stop / runs.steps) - own, 0)  # of such tiles
             time = begin + (stop - first) * step + count * (adapter + stored)

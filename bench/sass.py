@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [f"{json.dumps(architecture)}: {json.dumps(figure)}" for architecture, figure in both.items()]
         entries.append(f"{json.dumps(name)}: {{\n   " + ",\n   ".join(lines) + "}")
     RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
-    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title), compiled))
+    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title)))
     committed = json.loads(RESULTS.read_text())
     for page, shown in SHOWN.items():
         page.write_text(with_table(page.read_text(), short_table(committed, shown)))

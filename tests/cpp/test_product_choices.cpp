@@ -36,7 +36,7 @@ std::ostream& operator<<(std::ostream& text, const GemmConfig& config) {
   return write_runs(text, config.thin ? "thin" : "gemm", config);
 }
 std::ostream& operator<<(std::ostream& text, const HopperConfig& config) {
-  return write_runs(text, "wgmma", config.runs);
+  return write_runs(text, "wgmma", config.gemm);
 }
 std::ostream& operator<<(std::ostream& text, const PanelsConfig& config) {
   return text << "panels cols=" << config.cols << " rows=" << config.rows;
@@ -56,7 +56,7 @@ std::string all_choices() {
                               .backward = backward,
                               .aligned = true,
                               .aligned_64 = true,
-                              .tiles = true,
+                              .tma_can_load = true,
                               .multiprocessors = kMultiprocessors,
                               .smem_bytes = kSmem,
                               .reserved_smem_bytes = kReservedSmem};
