@@ -5,7 +5,7 @@ from mutant_lists.mutant import CONCURRENT, ON_GPU, Mutant, without
 GEMM_BLOCK, STREAM_K, THIN, THIN_SUMS = (
     f"cuda/product/gemm/{name}.cuh" for name in ("gemm", "stream_k", "thin", "thin_sums")
 )
-STORE = """      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+STORE = """      store(sums, memory_.sums + std::int64_t{part.run} * kTileSums);
       sync();
       if (thread_index() == 0) signal(memory_.ready + part.run, 1);
 """
@@ -16,7 +16,7 @@ WAIT = """      for (int other = part.run + 1 + thread_index(); other <= last; o
 """
 ADD = """#pragma unroll 1
       for (int other = part.run + 1; other <= last; ++other) {
-        sums.add_partial(memory_.sums + std::int64_t{other} * kTileSums);
+        add(sums, memory_.sums + std::int64_t{other} * kTileSums);
       }
 """
 
@@ -26,7 +26,7 @@ BETWEEN_BLOCKS = [
         "the flag is raised before the sums are stored",
         STORE,
         """      if (thread_index() == 0) signal(memory_.ready + part.run, 1);
-      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      store(sums, memory_.sums + std::int64_t{part.run} * kTileSums);
       sync();
 """,
         CONCURRENT,

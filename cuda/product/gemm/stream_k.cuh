@@ -113,7 +113,7 @@ class StreamK {
   template <int kTileSums, class Sums, class Sync>
   __device__ __forceinline__ bool complete_tile(const TilePart& part, Sums& sums, const Sync& sync) const {
     if (part.first > 0) {
-      sums.store_partial(memory_.sums + std::int64_t{part.run} * kTileSums);
+      store(sums, memory_.sums + std::int64_t{part.run} * kTileSums);
       sync();
       if (thread_index() == 0) signal(memory_.ready + part.run, 1);
       return false;
@@ -127,7 +127,7 @@ class StreamK {
       sync();
 #pragma unroll 1
       for (int other = part.run + 1; other <= last; ++other) {
-        sums.add_partial(memory_.sums + std::int64_t{other} * kTileSums);
+        add(sums, memory_.sums + std::int64_t{other} * kTileSums);
       }
     }
     return true;
@@ -138,6 +138,28 @@ class StreamK {
   }
 
  private:
+  // In memory the sums of a tile have the order in which threads hold them: a vector of each thread, then the next.
+  template <class Sums>
+  __device__ __forceinline__ static void store(Sums& sums, float* run) {
+    float* const to = run + thread_index() * 4;
+#pragma unroll
+    for (int i = 0; i < Sums::kVectors; ++i) {
+      const float* const s = sums.vector(i);
+      store_vector<float, 4>(to + i * kGemmThreads * 4, {{s[0], s[1], s[2], s[3]}});
+    }
+  }
+  template <class Sums>
+  __device__ __forceinline__ static void add(Sums& sums, const float* run) {
+    const float* const from = run + thread_index() * 4;
+#pragma unroll
+    for (int i = 0; i < Sums::kVectors; ++i) {
+      const auto s = load_vector<float, 4>(from + i * kGemmThreads * 4);
+      float* const to = sums.vector(i);
+#pragma unroll
+      for (int part = 0; part < 4; ++part) to[part] += s.at[part];
+    }
+  }
+
   const GemmConfig& config_;
   const StreamKMemory& memory_;
 };

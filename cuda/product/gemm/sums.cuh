@@ -61,31 +61,9 @@ class GemmSums {
     }
   }
 
-  // Where several blocks share a tile's steps, a block without the tile's beginning stores its sums in memory, in the
-  // order in which threads hold them, and the block with the beginning adds them from there.
-  __device__ void store_partial(float* partial) const {
-    float* to = partial + thread_index() * 4;
-#pragma unroll
-    for (int i = 0; i < kRowFragments; ++i) {
-#pragma unroll
-      for (int f = 0; f < kColFragments; ++f) {
-        const float (&s)[4] = sum_[i][f];
-        store_vector<float, 4>(to + (i * kColFragments + f) * kGemmThreads * 4, {{s[0], s[1], s[2], s[3]}});
-      }
-    }
-  }
-  __device__ void add_partial(const float* partial) {
-    const float* from = partial + thread_index() * 4;
-#pragma unroll
-    for (int i = 0; i < kRowFragments; ++i) {
-#pragma unroll
-      for (int f = 0; f < kColFragments; ++f) {
-        const auto s = load_vector<float, 4>(from + (i * kColFragments + f) * kGemmThreads * 4);
-#pragma unroll
-        for (int part = 0; part < 4; ++part) sum_[i][f][part] += s.at[part];
-      }
-    }
-  }
+  // The sums as vectors of four, which stream_k.cuh stores in memory and adds from there.
+  static constexpr int kVectors = kRowFragments * kColFragments;
+  __device__ __forceinline__ float* vector(int i) { return sum_[i / kColFragments][i % kColFragments]; }
 
   // Stores each sum plus bias, rounded once, in the `rows` rows and `cols` columns that are there, counted from the
   // lane's first. `out` and `biases` point to the lane's first; without a bias `biases` is null.

@@ -124,22 +124,9 @@ class ThinSums {
     sync_threads();
   }
 
-  // Stores joined sums in memory, or adds them from there, as in GemmSums.
-  __device__ void store_partial(float* partial) const {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const float (&s)[4] = sum_[0][f];
-      store_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4, {{s[0], s[1], s[2], s[3]}});
-    }
-  }
-  __device__ void add_partial(const float* partial) {
-#pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const auto s = load_vector<float, 4>(partial + (f * kGemmThreads + thread_index()) * 4);
-#pragma unroll
-      for (int part = 0; part < 4; ++part) sum_[0][f][part] += s.at[part];
-    }
-  }
+  // The joined sums as vectors of four, which stream_k.cuh stores in memory and adds from there.
+  static constexpr int kVectors = kRowFragments;
+  __device__ __forceinline__ float* vector(int i) { return sum_[0][i]; }
   // Stores each sum plus bias, rounded once, in the `rows` rows and in the lane's `cols` columns that are there. `out`
   // and `biases` point to the lane's first column; without a bias `biases` is null.
   __device__ void store(const ThinLane<Tile>& lane, T* out, std::int64_t stride, const T* biases, int rows,

@@ -76,9 +76,10 @@ struct HopperShared {
 // row 2g + 1} x {column 2t, column 2t + 1}.
 template <class T, class Tile>
 class HopperSums {
-  static constexpr int kSums = Tile::kRows / 2, kVectors = kSums / 4;
+  static constexpr int kSums = Tile::kRows / 2;
 
  public:
+  static constexpr int kVectors = kSums / 4;
   float sum[kSums];
 
   __device__ __forceinline__ void clear() {
@@ -118,24 +119,8 @@ class HopperSums {
       }
     }
   }
-  // Stores sums in memory, or adds them from there, as in GemmSums.
-  __device__ void store_partial(float* partial) const {
-    float* const to = partial + thread_index() * 4;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float* const s = sum + 4 * i;
-      store_vector<float, 4>(to + i * Tile::kConsumers * 4, {{s[0], s[1], s[2], s[3]}});
-    }
-  }
-  __device__ void add_partial(const float* partial) {
-    const float* const from = partial + thread_index() * 4;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const auto s = load_vector<float, 4>(from + i * Tile::kConsumers * 4);
-#pragma unroll
-      for (int part = 0; part < 4; ++part) sum[4 * i + part] += s.at[part];
-    }
-  }
+  // The sums as vectors of four, which stream_k.cuh stores in memory and adds from there.
+  __device__ __forceinline__ float* vector(int i) { return sum + 4 * i; }
   // Stores each sum plus bias, rounded once, in the rows and columns that are there, counted from the lane's first.
   // `out` and `biases` point to the lane's first; without a bias `biases` is null.
   __device__ void store(T* out, std::int64_t stride, const T* biases, std::int64_t rows, std::int64_t cols) const {
