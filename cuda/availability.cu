@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "qlora_native/runtime.h"
+#include "backend.h"
 #include "simt/check.h"
 
 namespace qlora_native {
@@ -18,7 +18,9 @@ bool read(CudaMachine::Gpu& gpu, int device) {
 
 }  // namespace
 
-std::string cuda_unavailable_reason() {
+namespace cuda {
+
+std::string unavailable_reason() {
   CudaMachine machine{.runtime_version = CUDART_VERSION};
   cudaDriverGetVersion(&machine.driver_version);
   int devices = 0;
@@ -28,10 +30,8 @@ std::string cuda_unavailable_reason() {
     if (CudaMachine::Gpu gpu; read(gpu, device)) machine.gpus.push_back(gpu);
   }
   cudaGetLastError();  // so that the next call does not report an error of these queries
-  return unavailable_reason(machine);
+  return qlora_native::unavailable_reason(machine);
 }
-
-namespace cuda {
 
 std::string remedy_for(cudaError_t error) {
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion) return "";

@@ -38,10 +38,11 @@ std::string cpu_isa();
 std::vector<std::string> cpu_isas();
 
 // cuda/backend.cu is compiled for devices and for an emulator of one. In a build without one of these, cuda/no_cuda.cpp
-// or cuda/no_emulator.cpp defines the same symbol, which throws Unavailable.
+// or cuda/no_emulator.cpp defines the same symbols, and backend() throws Unavailable.
 namespace cuda {
 const Backend& backend();
-}
+std::string unavailable_reason();  // what runtime.h's cuda_unavailable_reason() returns
+}  // namespace cuda
 namespace cuda_emulated {
 const Backend& backend();
 }

@@ -1,5 +1,3 @@
-// What runtime.h declares, but for cuda_unavailable_reason(), which is the CUDA backend's: cuda/availability.cu, or
-// cuda/no_cuda.cpp in a build without it.
 #include "qlora_native/runtime.h"
 
 #include <algorithm>
@@ -51,6 +49,8 @@ void set_dense_gemm(DenseGemm dense_gemm) { set_hooks.dense_gemm = dense_gemm; }
 std::vector<std::string> available_isas() { return cpu_isas(); }
 
 std::string current_isa() { return cpu_isa(); }
+
+std::string cuda_unavailable_reason() { return cuda::unavailable_reason(); }
 
 std::string cpu_tensors_backend() { return is_emulated() ? "cuda_emulated" : "cpu"; }
 
