@@ -32,10 +32,12 @@ def run(*command, schedule="forward", **more):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
+@pytest.mark.parametrize("wgmma", ("0", "1"), ids=("", "wgmma"))
 @pytest.mark.parametrize("schedule", (*SCHEDULES, CONCURRENT[0]))
-def test_cases_pass_under_each_order_of_threads(schedule):
-    step = 1 if schedule == SCHEDULES[0] else EVERY
-    shown = run("-c", f"import test_emulated; test_emulated.run_conformance({step})", schedule=schedule)
+def test_cases_pass_under_each_order_of_threads(schedule, wgmma):
+    step = 1 if schedule == SCHEDULES[0] and wgmma == "0" else EVERY
+    command = "-c", f"import test_emulated; test_emulated.run_conformance({step})"
+    shown = run(*command, schedule=schedule, QLN_FORCE_HOPPER=wgmma)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
 
