@@ -51,7 +51,7 @@ COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:gray", "tab:p
 
 def smollm2() -> tuple[nn.Module, Tensor]:
     """The model in bf16, and tokens [batch, sequence]."""
-    return step.load(), step._tokens()
+    return step.load(), step.some_tokens()
 
 
 def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
@@ -105,15 +105,9 @@ def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str
         model, tokens = MODELS[name](**changes)
         operations, vocabulary = operations_of(model, tokens.numel()), model.config.vocab_size
         if contestant == BITSANDBYTES:
-            take = step._bitsandbytes(model, 0.0)
+            take = step.step_of_bitsandbytes(model, 0.0)
         else:
-            take = step._ours(model, 0.0)
-            if contestant == OURS:
-                from qlora_native.integrations.blocks import fuse_blocks
-                from qlora_native.integrations.loss import fuse_loss
-
-                fuse_loss(model)
-                fuse_blocks(model)
+            take = step.step_of_ours(model, 0.0, fused=contestant == OURS)
         losses, seconds = [take(tokens)], []
         for _ in range(rounds):
             started = time.perf_counter()

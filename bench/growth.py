@@ -113,9 +113,9 @@ def measure_products(shape: tuple[int, int], dtype: torch.dtype) -> list[dict[st
 
 def train(stack: str, steps: int) -> list[float]:
     """Train, and return the seconds of each step. Prints a line when the first begins."""
-    make = step._ours if stack == OURS else step._dense
+    make = step.step_of_ours if stack == OURS else step.step_of_dense
     with torch.enable_grad():
-        run, tokens = make(step.load(), 0.0), step._tokens()
+        run, tokens = make(step.load(), 0.0), step.some_tokens()
         run(tokens)
         print("began", flush=True)
         seconds = []

@@ -208,7 +208,7 @@ def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
         parts += [f"![{Path(path).stem}]({path})", caption]
     steps = [result[name] for name in STEPS if name in result]
     if steps:
-        parts += ["## A training step", _step_table(steps, result["limits"])]
+        parts += ["## A training step", _step_table(steps)]
     if result.get("optimizer"):
         parts += ["## A step of AdamW", _optimizer_table(result["optimizer"])]
     if result["memory"]:
@@ -252,7 +252,7 @@ def _optimizer_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _step_table(steps: list[dict], limits: dict[str, float]) -> str:
+def _step_table(steps: list[dict]) -> str:
     lines = ["| | LoRA dropout | memory | s | tokens/s | times as fast | losses |", "|---|---|---|---|---|---|---|"]
     for step in steps:
         for name, found in step["contestants"].items():
@@ -265,21 +265,7 @@ def _step_table(steps: list[dict], limits: dict[str, float]) -> str:
     what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
     what += "the contestants of a step take turns in a process of its own, and where it has several, these are medians "
     what += 'of theirs. Memory "kept": by an allocator that gives nothing back.'
-    return "\n\n".join([what, "\n".join(lines), *_step_limit(first, limits)])
-
-
-def _step_limit(step: dict, limits: dict[str, float]) -> Iterable[str]:
-    """How fast a training step would be with a product at the limit."""
-    ours, peer = step["contestants"][OURS], step["contestants"].get("bitsandbytes + PEFT")
-    if "own_seconds" not in ours or peer is None:  # of an older report, or of half a one
-        return
-    limit = ours["flops"] / limits[step["dtype"]]
-    best = peer["seconds"] / (ours["seconds"] - ours["own_seconds"] + limit)
-    yield (
-        f"Without dropout, {ours['own_seconds']:.2f} s of a step of ours are in operations of ours, "
-        f"{ours['flops'] / 1e9:.0f} GFLOP that would take {limit:.2f} s at the machine's matrix rate; the rest is "
-        f"torch's own, the same on both. At that limit a step would be {best:.2f} × as fast as bitsandbytes + PEFT."
-    )
+    return "\n\n".join([what, "\n".join(lines)])
 
 
 if __name__ == "__main__":

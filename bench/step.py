@@ -1,11 +1,11 @@
-"""A training step of SmolLM2-135M: our Linear4bit under PEFT against bitsandbytes NF4 under stock PEFT.
+"""A training step of SmolLM2-135M: ours under PEFT, with everything fused, against bitsandbytes NF4 under stock PEFT.
 
     python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense] [--profile]
 
 All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
-layer, in fp32 as PEFT makes it). Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW. Contestants
-take turns step by step in one process; a step is forward, backward and optimizer. All start from the same values, so
-their first losses must be equal, which is the check.
+layer, in fp32 as PEFT makes it). Ours has `fuse_loss` and `fuse_blocks`, as in examples/finetune.py. Each stack has its
+own 8-bit AdamW; bf16 weights have torch's fused AdamW. Contestants take turns step by step in one process; a step is
+forward, backward and optimizer. All start from the same values, so their first losses must be equal: that is the check.
 
 Later losses differ. At first the adapter's part is smaller than half a unit in the last place of a bf16 activation, so
 stock PEFT, which adds it to a product that is already rounded, loses most of it. The fused product adds it in the fp32
@@ -17,8 +17,7 @@ decides what its allocator does with freed memory (timing.set_allocator), which 
 whole weight for every product. Processes still differ, so run.py takes the median of several. --keep-memory measures
 with an allocator that returns no memory to the system.
 
-Attention, head and loss are torch's own on both sides. The profiler measures the time of our own operations in one more
-step; it is shown beside its limit, the operations of its products over the machine's matrix rate.
+Attention is torch's own on both sides. account.py says where the time of a step goes, and what is its limit.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def merged(found: list[dict]) -> dict[str, object]:
     report = found[0]
     for name, contestant in report["contestants"].items():
         of_each = [each["contestants"][name] for each in found]
-        for field in contestant.keys() & {"seconds", "own_seconds", "tokens_per_s"}:
+        for field in contestant.keys() & {"seconds", "tokens_per_s"}:
             contestant[field] = statistics.median(each[field] for each in of_each)
         contestant["all_seconds"] = [seconds for each in of_each for seconds in each["all_seconds"]]
     for ratio in report.keys() & {"ratio", "dense_ratio"}:
@@ -83,9 +82,9 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
         keep_memory: from now on the C allocator returns no memory to the system.
 
     Returns:
-        A report with `contestants`: name -> {seconds (median), all_seconds, tokens_per_s, losses}, ours also with
-        own_seconds, of the operations that are ours, and their flops; `ratio`: tokens/s of ours over bitsandbytes',
-        missing as its entry is where it is not installed; with `dense` also `dense_ratio`, over bf16 weights.
+        A report with `contestants`: name -> {seconds (median), all_seconds, tokens_per_s, losses}; `ratio`: tokens/s of
+        ours over bitsandbytes', missing as its entry is where it is not installed; with `dense` also `dense_ratio`,
+        over bf16 weights.
 
     Raises:
         RuntimeError: the first losses differ, or a loss does not fall.
@@ -94,14 +93,13 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
         set_allocator("kept")
     with torch.enable_grad():
         model = load()
-        quantized = copy.deepcopy(model)
-        steps = {OURS: _ours(quantized, dropout)}
+        steps = {OURS: step_of_ours(copy.deepcopy(model), dropout)}
         if importlib.util.find_spec("bitsandbytes"):
-            steps["bitsandbytes + PEFT"] = _bitsandbytes(copy.deepcopy(model), dropout)
+            steps["bitsandbytes + PEFT"] = step_of_bitsandbytes(copy.deepcopy(model), dropout)
         if dense:
-            steps["bf16 + PEFT"] = _dense(copy.deepcopy(model), dropout)
+            steps["bf16 + PEFT"] = step_of_dense(copy.deepcopy(model), dropout)
         del model
-        tokens = _tokens()
+        tokens = some_tokens()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(rounds + 1):
@@ -110,7 +108,6 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
                 losses[name].append(step(tokens))
                 if i > 0:
                     seconds[name].append(time.perf_counter() - started)
-        own_seconds = _own_seconds(_profiled(steps[OURS], tokens))
     _compare(losses)
     contestants = {
         name: {
@@ -121,7 +118,6 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
         }
         for name, times in seconds.items()
     }
-    contestants[OURS] |= {"own_seconds": own_seconds, "flops": _flops(quantized)}
     report: dict[str, object] = {
         "model": "SmolLM2-135M-Instruct", "tokens": BATCH * SEQUENCE, "rank": RANK, "dropout": dropout,
         "memory": "kept" if keep_memory else "default", "dtype": "bfloat16", "contestants": contestants,
@@ -165,7 +161,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
-def _tokens() -> Tensor:
+def some_tokens() -> Tensor:
     """Tokens of a real text [BATCH, SEQUENCE]: the scripts of this folder."""
     text = "\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     return torch.tensor(tokenizer()(text).input_ids[: BATCH * SEQUENCE]).reshape(BATCH, SEQUENCE)
@@ -182,12 +178,19 @@ def with_adapter(model: nn.Module, dropout: float, register: Callable | None = N
     return get_peft_model(model, register(config) if register else config)
 
 
-def _ours(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
+    """A training step of ours; without `fused` the loss, norms and activations are those of torch and transformers."""
     import qlora_native as qn
+    from qlora_native.integrations.blocks import fuse_blocks
+    from qlora_native.integrations.loss import fuse_loss
     from qlora_native.integrations.peft import register
 
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
-    return _step(with_adapter(model, dropout, register), qn.optim.AdamW8bit)
+    model = with_adapter(model, dropout, register)
+    if fused:
+        fuse_loss(model)
+        fuse_blocks(model)
+    return _step(model, qn.optim.AdamW8bit)
 
 
 def in_bitsandbytes(model: nn.Module) -> nn.Module:
@@ -208,13 +211,15 @@ def in_bitsandbytes(model: nn.Module) -> nn.Module:
     return model
 
 
-def _bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+def step_of_bitsandbytes(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+    """A training step of bitsandbytes under stock PEFT."""
     from bitsandbytes.optim import AdamW8bit
 
     return _step(with_adapter(in_bitsandbytes(model), dropout), AdamW8bit)
 
 
-def _dense(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+def step_of_dense(model: nn.Module, dropout: float) -> Callable[[Tensor], float]:
+    """A training step of LoRA over the bf16 weights, with torch's fused AdamW."""
     return _step(with_adapter(model, dropout), functools.partial(torch.optim.AdamW, fused=True))
 
 
@@ -234,18 +239,6 @@ def _step(model: nn.Module, optimizer_class: Callable[..., torch.optim.Optimizer
     return step
 
 
-def _profiled(step: Callable[[Tensor], float], tokens: Tensor) -> Any:
-    """Profile a step, and return torch.profiler's operators."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step(tokens)
-    return profiler.key_averages()
-
-
-def _own_seconds(operators: Any) -> float:
-    """The seconds of a step in the operators of qlora_native."""
-    return 1e-6 * sum(found.self_cpu_time_total for found in operators if found.key.startswith("qlora_native::"))
-
-
 def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
     """The operations of a step over linear `layers`: for Y and dX, adapter included, and for dA and dB.
 
@@ -256,18 +249,14 @@ def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
     return 2 * tokens * (2 * weights + 2 * RANK * sides), 2 * tokens * RANK * sides
 
 
-def _flops(model: nn.Module) -> int:
-    """The operations of the products of a step with 4-bit weights and adapters."""
-    import qlora_native as qn
-
-    return sum(operations([m for m in model.modules() if isinstance(m, qn.nn.Linear4bit)], BATCH * SEQUENCE))
-
-
 def profile() -> str:
     """A table of the operators of our step by their own time."""
-    step, tokens = _ours(load(), 0.0), _tokens()
+    step, tokens = step_of_ours(load(), 0.0), some_tokens()
     step(tokens)
-    return _profiled(step, tokens).table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(tokens)
+    table = profiler.key_averages().table
+    return table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
 
 
 def main() -> None:
