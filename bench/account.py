@@ -162,7 +162,7 @@ def lines(found: dict) -> str:
             text.append(f"| {part} | " + " | ".join([*cells, limit]) + " |")
         text.append("| **a step** | " + " | ".join(f"**{1e3 * row['seconds']:.0f}**" for row in rows) + " | |")
         text.append(
-            "| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 2**20:.0f}" for row in rows) + " | |"
+            "| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 1e6:.0f}" for row in rows) + " | |"
         )
     text.append(
         "\nUnder bitsandbytes, products hold the decoding of W and the adapters' gradients, which are products there. "
@@ -186,7 +186,7 @@ def draw(found: dict, path: Path) -> None:
             for part, colour in zip(ORDER, COLOURS, strict=True):
                 axis.barh(place, row["parts"][part], left=begin, color=colour, label=part if place == 0 else None)
                 begin += row["parts"][part]
-            axis.text(begin, place, f" {row['seconds']:.2f} s, {row['peak_bytes'] / 2**20:.0f} MB", va="center")
+            axis.text(begin, place, f" {row['seconds']:.2f} s, {row['peak_bytes'] / 1e6:.0f} MB", va="center")
         axis.set_yticks(range(len(rows)), [row["contestant"] for row in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, 1.25 * max((row["seconds"] for row in rows), default=1.0))

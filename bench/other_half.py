@@ -174,7 +174,7 @@ def lines(found: dict) -> str:
         for name, seconds in row["seconds"].items():
             ours = row["seconds"].get(OURS)
             ratio = f"{seconds / ours:.2f} × as fast" if ours and not name.startswith("ours") and name != OURS else ""
-            cells = (row["name"], row["rows"], name, f"{1e3 * seconds:.3g}", ratio, f"{bytes_of[name] / 2**20:.3g}")
+            cells = (row["name"], row["rows"], name, f"{1e3 * seconds:.3g}", ratio, f"{bytes_of[name] / 1e6:.3g}")
             text.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(text) + "\n"
 

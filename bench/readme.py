@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import machine
 from cases import ADAMW_ADAPTER, DOWN, LORA_RANK, OURS, SQUARE
 from goals import GOALS, LARGE, LEFT_OUT, Goal, _against, _format, _values
 
@@ -129,6 +130,40 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def accounts() -> Iterator[tuple[str, str, dict, dict]]:
+    """(machine, model, our step, the step of bitsandbytes + PEFT) of each report of account.py."""
+    for path in sorted(ROOT.glob("bench/results/*/account.json")):
+        found = json.loads(path.read_text())
+        steps = {(step["model"], step["contestant"]): step for step in found["measured"]}
+        for (model, contestant), step in steps.items():
+            if contestant == OURS:
+                yield machine.cpu_name(found["machine"]), model, step, steps[model, "bitsandbytes + PEFT"]
+
+
+def memory_of_step() -> str:
+    """The memory of a training step as a sentence of README.md."""
+    of_smollm2 = [(ours, peer) for _, model, ours, peer in accounts() if model == "SmolLM2-135M"]
+    ours, peers = ([step["peak_bytes"] / 1e6 for step in steps] for steps in zip(*of_smollm2, strict=True))
+    text = (
+        f"Beside the model, a training step of SmolLM2-135M over {of_smollm2[0][0]['tokens']} tokens takes up to "
+        f"{max(ours):.0f} MB of memory, where bitsandbytes + PEFT takes {min(peers):,.0f} MB."
+    )
+    return textwrap.fill(text, 120) + "\n"
+
+
+def account_table() -> str:
+    """The table of training steps of docs/numbers.md in Markdown."""
+    rows = [["", "machine", "s, bitsandbytes + PEFT", "s, ours", "memory, bitsandbytes + PEFT", "memory, ours"]]
+    rows.append(["---"] * len(rows[0]))
+    for name, model, ours, peer in accounts():
+        cells = [f"{step['seconds']:.2f}" for step in (peer, ours)]
+        cells[1] += f" ({peer['seconds'] / ours['seconds']:.2f} ×)"
+        megabytes = [f"{step['peak_bytes'] / 1e6:,.0f} MB" for step in (peer, ours)]
+        megabytes[1] += f" ({ours['peak_bytes'] / peer['peak_bytes']:.2f} of it)"
+        rows.append([f"{model}, {ours['tokens']} tokens", name, *cells, *megabytes])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def finetune_run() -> str:
     """The committed run of `make finetune` as a sentence of docs/numbers.md."""
     run = json.loads(FINETUNE.read_text())
@@ -146,8 +181,8 @@ def finetune_run() -> str:
 
 # {page: {the name in the marks around a part: the function that makes it}}.
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"": short_table},
-    ROOT / "docs/numbers.md": {"": table, " finetune": finetune_run},
+    ROOT / "README.md": {"": short_table, " memory": memory_of_step},
+    ROOT / "docs/numbers.md": {"": table, " account": account_table, " finetune": finetune_run},
 }
 
 
