@@ -3,8 +3,6 @@
 // instruction treats subnormal inputs and results as zero, whatever the control register says.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/avx512/simd.h"
 
 #include "cpu/generic/dot_f32-inl.h"
@@ -96,36 +94,32 @@ struct DotBf16 {
           _mm512_castps_si512(chunk[0].v[k % 2]), k < 2 ? evens : odds, _mm512_castps_si512(chunk[1].v[k % 2])));
     return step;
   }
-  struct StepOfOneBlock {
-    __m512i high, low;  // in each byte the index that its high or low nibble stands for: the fifth bit names the chunk
-    __m512i levels;     // 16 of each chunk
-    F32 vector(int k) const {
+  // A vector is decoded when it is used: the tables are fewer registers than what they decode to.
+  template <int kScales>
+  struct Step4 {
+    __m512i high, low;  // in each byte the index that its high or low nibble stands for: bits 4 and 5 name the block
+    __m512i levels[kScales];  // of two blocks each, 16 words of either
+    [[gnu::always_inline]] F32 vector(int k) const {
       const __m512i pair = k % 2 == 0 ? high : low;
-      return _mm512_castsi512_ps(_mm512_permutexvar_epi16(k < 2 ? pair : _mm512_srli_epi16(pair, 8), levels));
+      const __m512i index = k < 2 ? pair : _mm512_srli_epi16(pair, 8);
+      if constexpr (kScales == 1) return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, levels[0]));
+      if constexpr (kScales == 2) return _mm512_castsi512_ps(_mm512_permutex2var_epi16(levels[0], index, levels[1]));
+      if constexpr (kScales == 4) {
+        // Each half of the vector has four blocks of its own. The first half is looked up in place of its indices,
+        // which the lookup of the second half leaves.
+        const __m512i second = _mm512_mask2_permutex2var_epi16(levels[2], index, 0xFFFF0000, levels[3]);
+        return _mm512_castsi512_ps(_mm512_mask2_permutex2var_epi16(levels[0], second, 0x0000FFFF, levels[1]));
+      }
     }
   };
-  // A step of smaller blocks is decoded at once, for its tables take more registers than what they decode to.
-  template <int kScales>
-  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, Step>;
   template <int kScales>
   static Step4<kScales> step4(const std::uint8_t* codes, Table16 code, const float* scales) {
     const __m512i words = _mm512_loadu_si512(codes);
     const __m512i nibbles = _mm512_set1_epi8(0x0F), block = block_bits<kStepChunks * kScales>();
-    const __m512i high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, block, kAndOr);
-    const __m512i low = _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr);
-    if constexpr (kScales == 1) {
-      return {high, low, levels_of_two(code, scales)};
-    } else {
-      const __m512i index[kStepVectors] = {high, low, _mm512_srli_epi16(high, 8), _mm512_srli_epi16(low, 8)};
-      Step step;
-      for (int k = 0; k < kStepVectors; ++k) {
-        step.v[k] = lookup_in_four(code, scales, index[k]);
-        // Each half of the vector has four blocks of its own.
-        if constexpr (kScales == 4)
-          step.v[k] = blend_words(step.v[k], lookup_in_four(code, scales + 4, index[k]), 0xFFFF0000);
-      }
-      return step;
-    }
+    Step4<kScales> step = {_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), nibbles, block, kAndOr),
+                           _mm512_ternarylogic_epi64(words, nibbles, block, kAndOr)};
+    for (int i = 0; i < kScales; ++i) step.levels[i] = levels_of_two(code, scales + 2 * i);
+    return step;
   }
   struct Step8 {
     __m512i chunk[kStepChunks];  // four bytes a lane
