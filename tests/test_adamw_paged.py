@@ -88,7 +88,7 @@ def test_all_paged_moments_are_in_the_arena():
     step(params, optimizer, 0)
     stats = optimizer.stats()
     assert stats["bytes_resident"] == stats["bytes_managed"] >= stats["state_bytes"] > 0
-    assert stats["prefetches"] == 2  # a stretch a group
+    assert stats["prefetches"] == 2  # a segment a group
     assert 0 <= stats["stalls"] <= 2
     step(params, optimizer, 1)
     assert optimizer.stats()["prefetches"] == 4
@@ -186,8 +186,8 @@ def test_paged_moments_outlive_their_optimizer():
 def test_bad_input_of_a_paged_arena_is_named_in_the_error():
     with pytest.raises(ValueError, match=r"states\[1\].elements: expected >= 0, got -1"):
         _C.PagedArena([(1, True), (-1, False)], DEVICE.type == "cuda", 0)
-    with pytest.raises(ValueError, match="stretch_bytes: expected >= 1, got 0"):
-        _C.PagedArena([(1, True)], DEVICE.type == "cuda", 0, stretch_bytes=0)
+    with pytest.raises(ValueError, match="segment_bytes: expected >= 1, got 0"):
+        _C.PagedArena([(1, True)], DEVICE.type == "cuda", 0, segment_bytes=0)
     with pytest.raises(ValueError, match="algorithm: expected adamw, lion or ademamix, got sgd"):
         _C.PagedArena([(1, True)], DEVICE.type == "cuda", 0, "sgd")
     with pytest.raises(IndexError):
@@ -248,9 +248,9 @@ def test_paged_moments_move_on_a_gpu():
 
 @gpu
 def test_paged_ring_gives_the_bits_of_ordinary_memory_on_a_gpu(monkeypatch):
-    """Pinned memory and the ring, which managed memory that is not concurrent would need; stretches of 64 KB."""
+    """Pinned memory and the ring, which managed memory that is not concurrent would need; segments of 64 KB."""
     make = _C.PagedArena
-    monkeypatch.setattr(_C, "PagedArena", lambda *args: make(*args, stretch_bytes=1 << 16, pinned=True))
+    monkeypatch.setattr(_C, "PagedArena", lambda *args: make(*args, segment_bytes=1 << 16, pinned=True))
     params, optimizer = start(optim.PagedAdamW8bit)
     for seed in range(3):
         step(params, optimizer, seed)

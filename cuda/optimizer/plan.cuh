@@ -132,9 +132,9 @@ Pieces pieces_of(const std::vector<UpdatePart>& parts, DType Optimizer8bitTensor
     const Optimizer8bitTensor& tensor = part.tensor;
     if (tensor.*dtype_of != dtype) continue;
     const std::int64_t elements = in_vectors(tensor) ? tensor.elements / kBlock * kBlock : 0;
-    if (elements > 0) whole.push_back({{stretch_of(tensor, 0, elements), part.index}, true});
+    if (elements > 0) whole.push_back({{segment_of(tensor, 0, elements), part.index}, true});
     if (elements > 0 && elements == tensor.elements) continue;
-    rest.push_back({{stretch_of(tensor, elements, tensor.elements - elements), part.index}, false});
+    rest.push_back({{segment_of(tensor, elements, tensor.elements - elements), part.index}, false});
     if (elements > 0) rest.back().part.tensor.step = nullptr;  // the whole piece counts the step
   }
   whole.insert(whole.end(), rest.begin(), rest.end());

@@ -27,14 +27,14 @@ struct Paged {
 };
 
 Paged make(const std::vector<std::pair<std::int64_t, bool>>& states, bool cuda, int index, const std::string& algorithm,
-           const std::optional<std::size_t>& stretch_bytes, bool pinned) {
+           const std::optional<std::size_t>& segment_bytes, bool pinned) {
   const py::gil_scoped_release released;
   std::vector<PagedState> list;
   for (const auto& [elements, in_8_bits] : states) {
     list.push_back({elements, in_8_bits, algorithm_of(algorithm)});
   }
   PagedOptions options{.pinned = pinned};
-  if (stretch_bytes) options.stretch_bytes = *stretch_bytes;
+  if (segment_bytes) options.segment_bytes = *segment_bytes;
   const Stream stream{.device = cuda ? Device::cuda : Device::cpu, .index = index};
   auto arena = std::make_shared<PagedArena>(list, stream, options);
   return {std::move(list), std::move(arena), stream};
@@ -103,7 +103,7 @@ void bind_paged(py::module_& module) {
   py::class_<Paged>(module, "PagedArena",
                     "Memory for the state of an 8-bit optimizer that moves between host and GPU (paged.h).")
       .def(py::init(&make), py::arg("states"), py::arg("cuda"), py::arg("index"), py::arg("algorithm") = "adamw",
-           py::arg("stretch_bytes") = py::none(), py::arg("pinned") = false)
+           py::arg("segment_bytes") = py::none(), py::arg("pinned") = false)
       .def("arrays", &arrays, py::arg("index"),
            "DLPack capsules over those arrays of states[index] that the algorithm has: state1, state2 and, with 8-bit "
            "moments, absmax1, absmax2.")

@@ -49,7 +49,7 @@ class MomentArena:
 class Paged(Optimizer8bit):
     """Moments in memory that GPU and host share, which move to the GPU just before they are used.
 
-    The moments of a parameter group lie in one arena, in update order. A step goes through it in stretches of 32 MB:
+    The moments of a parameter group lie in one arena, in update order. A step goes through it in segments of 32 MB:
     while one is updated, the next is fetched, and if the GPU's memory is short, the one before goes back to the host.
     Small parameters are paged too. Moments that are loaded from a state dict are moved into an arena.
 
@@ -73,7 +73,7 @@ class Paged(Optimizer8bit):
         Returns:
             The counts of the ordinary optimizer, and four of the paging, of which the last two start again at 0 when a
             state dict is loaded: "bytes_managed", bytes that can move between host and GPU, 0 if nothing is paged;
-            "bytes_resident", bytes of the state in the memory where parameters are updated; "prefetches", stretches of
+            "bytes_resident", bytes of the state in the memory where parameters are updated; "prefetches", segments of
             state that were requested ahead of their use; "stalls", the prefetches that an update had to wait for.
         """
         stats = super().stats()

@@ -134,10 +134,10 @@ std::vector<qn::PagedState> of(qn::Algorithm algorithm, std::vector<qn::PagedSta
 // ---- layout ----
 
 void arrays_are_disjoint() {
-  for (const std::size_t stretch_bytes :
+  for (const std::size_t segment_bytes :
        {std::size_t{1}, std::size_t{2000}, std::size_t{30'000}, std::size_t{1} << 25}) {
     EmulatedDriver::Options driver;
-    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = stretch_bytes});
+    const auto arena = make_arena(kMixed, driver, {.segment_bytes = segment_bytes});
     std::vector<std::pair<const std::byte*, std::size_t>> arrays;
     for (std::size_t i = 0; i < kMixed.size(); ++i) {
       qn::Optimizer8bitTensor t;
@@ -166,9 +166,9 @@ void arrays_are_disjoint() {
 // The slow moment of ademamix directly follows the fast one, as in bitsandbytes' tensors.
 void each_algorithm_has_its_own_arrays() {
   for (const qn::Algorithm algorithm : kAlgorithms) {
-    for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
+    for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{1} << 25}) {
       EmulatedDriver::Options driver;
-      const auto arena = make_arena(of(algorithm, kMixed), driver, {.stretch_bytes = stretch_bytes});
+      const auto arena = make_arena(of(algorithm, kMixed), driver, {.segment_bytes = segment_bytes});
       for (std::size_t i = 0; i < kMixed.size(); ++i) {
         qn::Optimizer8bitTensor t;
         arena->place(i, t);
@@ -191,14 +191,14 @@ void expect_same_bits_after_paged_steps(qn::Algorithm algorithm) {
   const std::vector<std::vector<qn::PagedState>> groups = {of(algorithm, kMixed), of(algorithm, {{70'000}, {3000}})};
   for (const bool pinned : {false, true}) {
     for (const bool eager : {false, true}) {
-      for (const std::size_t stretch_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
+      for (const std::size_t segment_bytes : {std::size_t{1}, std::size_t{10'000}, std::size_t{1} << 25}) {
         EmulatedDriver::Options driver{.concurrent = !pinned, .eager = eager, .free_bytes = 0};
-        const auto first = make_arena(groups[0], driver, {.stretch_bytes = stretch_bytes});
-        const auto second = make_arena(groups[1], driver, {.stretch_bytes = stretch_bytes, .pinned = pinned});
+        const auto first = make_arena(groups[0], driver, {.segment_bytes = segment_bytes});
+        const auto second = make_arena(groups[1], driver, {.segment_bytes = segment_bytes, .pinned = pinned});
         Training paged(groups), plain(groups), half(groups);
         paged.use(*first, 0);
         paged.use(*second, 1);
-        const auto third = make_arena(groups[1], driver, {.stretch_bytes = stretch_bytes});
+        const auto third = make_arena(groups[1], driver, {.segment_bytes = segment_bytes});
         half.use(*third, 1);
         for (const int left_out : {-1, 2, -1, 9, -1}) {
           for (Training* training : {&paged, &plain, &half}) training->step(left_out);
@@ -222,7 +222,7 @@ void paged_step_of_each_algorithm_leaves_the_bits_of_ordinary_memory() {
 void state_partly_outside_of_an_arena_is_updated_where_it_lies() {
   const std::vector<qn::PagedState> states(2, {5000});
   EmulatedDriver::Options driver{.concurrent = false};
-  const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.stretch_bytes = 8192});
+  const auto arena = make_arena(of(qn::Algorithm::lion, states), driver, {.segment_bytes = 8192});
   Training paged({states}), plain({states});
   paged.use_first_moments(*arena);
   bool called = false;
@@ -238,7 +238,7 @@ void graph_takes_no_memory() {
   for (const bool pinned : {false, true}) {
     std::vector<std::string> calls;
     EmulatedDriver::Options driver;
-    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = 10'000, .pinned = pinned});
+    const auto arena = make_arena(kMixed, driver, {.segment_bytes = 10'000, .pinned = pinned});
     Training paged({kMixed}), plain({kMixed});
     paged.use(*arena);
     driver.trace = [&](const std::string& call) { calls.push_back(call); };
@@ -287,9 +287,9 @@ void expect_calls(const std::vector<std::string>& found, const std::vector<std::
   }
 }
 
-// There are two stretches, a and b, of two parameters each. Events are named in the order in which they are created.
+// There are two segments, a and b, of two parameters each. Events are named in the order in which they are created.
 void managed_memory_is_prefetched_in_order() {
-  const qn::PagedOptions options{.stretch_bytes = 20'000};
+  const qn::PagedOptions options{.segment_bytes = 20'000};
   const std::vector<std::pair<std::string, std::string>> names = {{"stream 0", "in"},
                                                                   {"stream 1", "out"},
                                                                   {"event 0", "entered"},
@@ -324,7 +324,7 @@ void managed_memory_is_prefetched_in_order() {
                __LINE__);
 }
 
-// There are four stretches a, b, c, d of one parameter each, and three slots x, y, z.
+// There are four segments a, b, c, d of one parameter each, and three slots x, y, z.
 void ring_copies_in_order() {
   std::vector<std::pair<std::string, std::string>> names = {
       {"stream 0", "in"},    {"stream 1", "out"},    {"event 0", "x back"}, {"event 1", "y back"},
@@ -338,7 +338,7 @@ void ring_copies_in_order() {
   }
   for (int i = 0; i < 3; ++i) names.push_back({"ring+" + std::to_string(i * 8704), std::string(1, "xyz"[i])});
   names.push_back({", 8512", ""});
-  expect_calls(calls_of_step({.concurrent = false}, {.stretch_bytes = 8192}, names),
+  expect_calls(calls_of_step({.concurrent = false}, {.segment_bytes = 8192}, names),
                {"caller: record entered",
                 "in: wait for entered",
                 "out: wait for entered",
@@ -389,10 +389,10 @@ void ring_copies_in_order() {
 
 // ---- eviction and statistics ----
 
-void at_most_three_stretches_are_on_the_device() {
+void at_most_three_segments_are_on_the_device() {
   EmulatedDriver::Options driver{.free_bytes = 0};
   const std::vector<qn::PagedState> states(12, {4096});
-  const auto arena = make_arena(states, driver, {.stretch_bytes = 8192});
+  const auto arena = make_arena(states, driver, {.segment_bytes = 8192});
   Training training({states});
   training.use(*arena);
   int now = 0, most = 0, fetched = 0;
@@ -411,7 +411,7 @@ void at_most_three_stretches_are_on_the_device() {
 void statistics_count_what_happened() {
   for (const bool eager : {false, true}) {
     EmulatedDriver::Options driver{.eager = eager};
-    const auto arena = make_arena(kMixed, driver, {.stretch_bytes = 10'000});
+    const auto arena = make_arena(kMixed, driver, {.segment_bytes = 10'000});
     Training training({kMixed});
     training.use(*arena);
     const qn::PagedStats before = arena->stats();
@@ -430,16 +430,16 @@ void statistics_count_what_happened() {
 }
 
 void bad_input_is_named_in_the_error() {
-  const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t stretch_bytes) {
+  const auto refuses = [](const char* argument, const std::vector<qn::PagedState>& states, std::size_t segment_bytes) {
     try {
-      const qn::PagedArena arena(states, qn::Stream{}, {.stretch_bytes = stretch_bytes});
+      const qn::PagedArena arena(states, qn::Stream{}, {.segment_bytes = segment_bytes});
     } catch (const qn::Error& error) {
       return error.argument() == argument;
     }
     return false;
   };
   EXPECT(refuses("states[1].elements", {{1}, {-1}}, 1000));
-  EXPECT(refuses("stretch_bytes", {{1}}, 0));
+  EXPECT(refuses("segment_bytes", {{1}}, 0));
   const qn::PagedArena empty(std::vector<qn::PagedState>{}, qn::Stream{});
   EXPECT(empty.data() != nullptr);
 }
@@ -454,7 +454,7 @@ int main() {
   graph_takes_no_memory();
   managed_memory_is_prefetched_in_order();
   ring_copies_in_order();
-  at_most_three_stretches_are_on_the_device();
+  at_most_three_segments_are_on_the_device();
   statistics_count_what_happened();
   bad_input_is_named_in_the_error();
   return report();

@@ -10,13 +10,13 @@ PAGED_OPTIMIZER = [
     Mutant(
         ARENA,
         "the update does not wait for its state",
-        *without("  driver_->wait(stream, stretch.fetched);\n"),
+        *without("  driver_->wait(stream, segment.fetched);\n"),
         PAGED,
     ),
     Mutant(
         ARENA,
         "state goes back before it is updated",
-        *without("  driver_->wait(out_, stretch.updated);\n"),
+        *without("  driver_->wait(out_, segment.updated);\n"),
         PAGED,
     ),
     Mutant(
@@ -35,8 +35,8 @@ PAGED_OPTIMIZER = [
     Mutant(
         ARENA,
         "a fetch that was in time counts as a stall",
-        "driver_->is_earlier(stretch.ready, stretch.fetched)",
-        "driver_->is_earlier(stretch.fetched, stretch.ready)",
+        "driver_->is_earlier(segment.ready, segment.fetched)",
+        "driver_->is_earlier(segment.fetched, segment.ready)",
         PAGED,
     ),
     Mutant(
@@ -48,16 +48,16 @@ PAGED_OPTIMIZER = [
     ),
     Mutant(
         ARENA,
-        "stretches that share a block of managed memory",
+        "segments that share a block of managed memory",
         "array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage)",
         "array(of_first * state_bytes, kAlignment)",
         PAGED,
     ),
     Mutant(
         UPDATE,
-        "the scales of a later stretch are the first ones",
-        "absmax_of(stretch, k) += first / kOptimizer8bitBlocksize;",
-        "absmax_of(stretch, k) += 0;",
+        "the scales of a later segment are the first ones",
+        "absmax_of(segment, k) += first / kOptimizer8bitBlocksize;",
+        "absmax_of(segment, k) += 0;",
         PAGED,
     ),
     Mutant(

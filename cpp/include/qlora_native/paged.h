@@ -2,11 +2,11 @@
 //
 // An arena holds the state of one parameter group, in the order in which it is updated, in memory that host and device
 // share (cudaMallocManaged). optimizer_8bit_step recognizes a state in an arena by its address, and updates the arena
-// stretch by stretch. While it updates one stretch, the next one comes to the device on the arena's own stream, and if
+// segment by segment. While it updates one segment, the next one comes to the device on the arena's own stream, and if
 // memory is short the one before goes back to the host. Only the caller's stream waits, on events.
 //
 // If host and device cannot use managed memory at the same time, the state lies in pinned memory of the host. Three
-// slots of device memory form a ring: one stretch is copied in, one is updated, and one is copied back.
+// slots of device memory form a ring: one segment is copied in, one is updated, and one is copied back.
 #pragma once
 
 #include <memory>
@@ -26,16 +26,16 @@ struct PagedState {
 };
 
 struct PagedOptions {
-  // The bytes of moments in a stretch. 32 MB take over a millisecond on a PCIe bus, a hundred times as long as the call
-  // that asks for them; and three such stretches are a small part of a GPU's memory.
-  std::size_t stretch_bytes = std::size_t{32} << 20;
+  // The bytes of moments in a segment. 32 MB take over a millisecond on a PCIe bus, a hundred times as long as the call
+  // that asks for them; and three such segments are a small part of a GPU's memory.
+  std::size_t segment_bytes = std::size_t{32} << 20;
   bool pinned = false;  // use pinned memory and the ring even if managed memory can be used
 };
 
 struct PagedStats {
   std::int64_t bytes_managed = 0;   // the state in the arena
   std::int64_t bytes_resident = 0;  // the part of it that is on the device
-  std::int64_t prefetches = 0;      // how many stretches were fetched ahead of their update
+  std::int64_t prefetches = 0;      // how many segments were fetched ahead of their update
   std::int64_t stalls = 0;          // how many of these an update had to wait for; counted once both have happened
 };
 

@@ -26,7 +26,7 @@ class Tasks {
 
   std::int64_t count() const { return ceil_div(begin_.back(), kTaskElements); }
 
-  // Calls f(index of the tensor, stretch) for all that a task covers.
+  // Calls f(index of the tensor, segment) for all that a task covers.
   template <class F>
   void run(std::int64_t task, const F& f) const {
     std::int64_t at = task * kTaskElements;
@@ -36,7 +36,7 @@ class Tasks {
       const std::int64_t index = next - begin_.begin() - 1;
       const Optimizer8bitTensor& tensor = args_.tensors[index];
       const std::int64_t begin = begin_[static_cast<std::size_t>(index)];
-      f(index, OptimizerStretch{&tensor, at - begin, std::min(std::min(end, *next) - begin, tensor.elements)});
+      f(index, OptimizerSegment{&tensor, at - begin, std::min(std::min(end, *next) - begin, tensor.elements)});
     }
   }
 
@@ -53,8 +53,8 @@ void optimizer_8bit_step(const Optimizer8bitArgs& args, const OptimizerKernels& 
   std::atomic<bool> usable{args.found_inf == nullptr || *args.found_inf == 0.0f};
   if (usable) {
     parallel_for(tasks.count(), [&](std::int64_t task) {
-      tasks.run(task, [&](std::int64_t, const OptimizerStretch& stretch) {
-        if (!kernels.is_usable(stretch, inv_scale)) usable.store(false, std::memory_order_relaxed);
+      tasks.run(task, [&](std::int64_t, const OptimizerSegment& segment) {
+        if (!kernels.is_usable(segment, inv_scale)) usable.store(false, std::memory_order_relaxed);
       });
     });
   }
@@ -71,8 +71,8 @@ void optimizer_8bit_step(const Optimizer8bitArgs& args, const OptimizerKernels& 
     }
   });
   parallel_for(tasks.count(), [&](std::int64_t task) {
-    tasks.run(task, [&](std::int64_t index, const OptimizerStretch& stretch) {
-      kernels.update(args.algorithm, stretch, coefficients[static_cast<std::size_t>(index)]);
+    tasks.run(task, [&](std::int64_t index, const OptimizerSegment& segment) {
+      kernels.update(args.algorithm, segment, coefficients[static_cast<std::size_t>(index)]);
     });
   });
 }

@@ -7,14 +7,14 @@
 namespace qlora_native {
 
 // Elements [first, end) of `tensor`; first is a multiple of the blocksize.
-struct OptimizerStretch {
+struct OptimizerSegment {
   const Optimizer8bitTensor* tensor;
   std::int64_t first, end;
 };
 
 struct OptimizerKernels {
-  bool (*is_usable)(const OptimizerStretch& stretch, float inv_scale);  // every gradient is at most kLargestGradient
-  void (*update)(Algorithm algorithm, const OptimizerStretch& stretch, const StepCoefficients& coefficients);
+  bool (*is_usable)(const OptimizerSegment& segment, float inv_scale);  // every gradient is at most kLargestGradient
+  void (*update)(Algorithm algorithm, const OptimizerSegment& segment, const StepCoefficients& coefficients);
 };
 
 void optimizer_8bit_step(const Optimizer8bitArgs& args, const OptimizerKernels& kernels);

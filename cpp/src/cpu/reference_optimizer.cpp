@@ -10,9 +10,9 @@
 namespace qlora_native::reference {
 namespace {
 
-bool is_usable(const OptimizerStretch& stretch, float inv_scale) {
-  const Optimizer8bitTensor& tensor = *stretch.tensor;
-  for (std::int64_t i = stretch.first; i < stretch.end; ++i) {
+bool is_usable(const OptimizerSegment& segment, float inv_scale) {
+  const Optimizer8bitTensor& tensor = *segment.tensor;
+  for (std::int64_t i = segment.first; i < segment.end; ++i) {
     const float g = load(tensor.grad, tensor.grad_dtype, i) * inv_scale;
     if (!(std::fabs(g) <= kLargestGradient)) return false;  // NaN too
   }
@@ -65,15 +65,15 @@ void update_32bit(const Optimizer8bitTensor& tensor, const StepCoefficients& c, 
   for (int k = 0; k < Rule::kMoments; ++k) state(k) = values[k];
 }
 
-void update(Algorithm algorithm, const OptimizerStretch& stretch, const StepCoefficients& c) {
-  const Optimizer8bitTensor& tensor = *stretch.tensor;
+void update(Algorithm algorithm, const OptimizerSegment& segment, const StepCoefficients& c) {
+  const Optimizer8bitTensor& tensor = *segment.tensor;
   with_rule(algorithm, [&]<class Rule>() {
     if (tensor.absmax1 != nullptr) {
-      for (std::int64_t i = stretch.first; i < stretch.end; i += kOptimizer8bitBlocksize) {
-        update_8bit<Rule>(tensor, c, i, std::min(stretch.end, i + kOptimizer8bitBlocksize));
+      for (std::int64_t i = segment.first; i < segment.end; i += kOptimizer8bitBlocksize) {
+        update_8bit<Rule>(tensor, c, i, std::min(segment.end, i + kOptimizer8bitBlocksize));
       }
     } else {
-      for (std::int64_t i = stretch.first; i < stretch.end; ++i) update_32bit<Rule>(tensor, c, i);
+      for (std::int64_t i = segment.first; i < segment.end; ++i) update_32bit<Rule>(tensor, c, i);
     }
   });
 }

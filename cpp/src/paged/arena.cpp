@@ -13,17 +13,17 @@ namespace {
 
 // Arrays begin at multiples of this. It is the alignment of cudaMalloc; vector loads need aligned arrays.
 constexpr std::size_t kAlignment = 256;
-// Stretches begin at multiples of this. The driver moves managed memory in blocks of this size, so no block belongs to
-// two stretches.
+// Segments begin at multiples of this. The driver moves managed memory in blocks of this size, so no block belongs to
+// two segments.
 constexpr std::size_t kPage = std::size_t{2} << 20;
 // The slots of the ring: one is filled while one is updated and one is copied back.
 constexpr std::size_t kSlots = 3;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-std::int64_t piece_of(std::int64_t elements, std::size_t bytes_of_element, std::size_t stretch_bytes) {
+std::int64_t piece_of(std::int64_t elements, std::size_t bytes_of_element, std::size_t segment_bytes) {
   const auto block = static_cast<std::size_t>(kOptimizer8bitBlocksize);
-  const std::size_t blocks = std::max<std::size_t>(stretch_bytes / (bytes_of_element * block), 1);
+  const std::size_t blocks = std::max<std::size_t>(segment_bytes / (bytes_of_element * block), 1);
   return std::min(elements, static_cast<std::int64_t>(blocks * block));
 }
 
@@ -42,24 +42,24 @@ std::size_t PagedArena::Impl::array(std::size_t bytes, std::size_t alignment) {
   return begin;
 }
 
-// Small parameters share a stretch as long as they fit; it is one range of the arena. A parameter that is larger than a
-// stretch gets stretches of its own; each is a piece of the parameter, with a range in each of its arrays.
-void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes) {
-  bool is_open = false;  // whether the last stretch may take more parameters
+// Small parameters share a segment as long as they fit; it is one range of the arena. A parameter that is larger than a
+// segment gets segments of its own; each is a piece of the parameter, with a range in each of its arrays.
+void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_t segment_bytes) {
+  bool is_open = false;  // whether the last segment may take more parameters
   for (const PagedState& state : states) {
     Entry entry{.elements = state.elements,
                 .element_bytes = state.in_8_bits ? sizeof(std::uint8_t) : sizeof(float),
                 .moments = moments_of(state.algorithm)};
     const auto moments = static_cast<std::size_t>(entry.moments);
-    entry.piece = piece_of(entry.elements, moments * entry.element_bytes, stretch_bytes);
+    entry.piece = piece_of(entry.elements, moments * entry.element_bytes, segment_bytes);
     const std::size_t state_bytes = entry.state_bytes(entry.elements),
                       absmax_bytes = entry.absmax_bytes(entry.elements);
     const bool is_whole = entry.piece == entry.elements;
     const std::size_t bytes = moments * (round_up(state_bytes, kAlignment) + round_up(absmax_bytes, kAlignment));
-    if (is_whole && is_open && bytes_ + bytes - stretches_.back().ranges[0].begin > stretch_bytes) is_open = false;
+    if (is_whole && is_open && bytes_ + bytes - segments_.back().ranges[0].begin > segment_bytes) is_open = false;
     if (!is_whole) is_open = false;
     const std::size_t between = is_whole ? kAlignment : kPage;
-    // The third moment follows the first in the same array. (If the array is cut into stretches, these share blocks of
+    // The third moment follows the first in the same array. (If the array is cut into segments, these share blocks of
     // managed memory where one moment ends and the other begins.)
     const std::size_t of_first = moments == 3 ? 2 : 1;
     entry.state[0] = array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
@@ -71,47 +71,47 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
       if (moments > 1) entry.absmax[1] = array(absmax_bytes, between);
     }
     if (is_whole) {
-      if (!is_open) stretches_.push_back({.ranges = {{entry.state[0], entry.state[0]}}});
+      if (!is_open) segments_.push_back({.ranges = {{entry.state[0], entry.state[0]}}});
       is_open = true;
-      stretches_.back().ranges[0].end = bytes_;
-      entry.first_stretch = stretches_.size() - 1;
+      segments_.back().ranges[0].end = bytes_;
+      entry.first_segment = segments_.size() - 1;
     } else {
-      entry.first_stretch = stretches_.size();
+      entry.first_segment = segments_.size();
       for (std::int64_t first = 0; first < entry.elements; first += entry.piece) {
         const std::int64_t end = std::min(first + entry.piece, entry.elements);
-        Stretch stretch;
+        Segment segment;
         for (int k = 0; k < entry.moments; ++k) {
           const std::size_t at = entry.state[k];
-          stretch.ranges.push_back({at + entry.state_bytes(first), at + entry.state_bytes(end)});
+          segment.ranges.push_back({at + entry.state_bytes(first), at + entry.state_bytes(end)});
         }
         for (int k = 0; k < entry.moments && entry.in_8_bits(); ++k) {
           const std::size_t at = entry.absmax[k];
-          stretch.ranges.push_back({at + entry.absmax_bytes(first), at + entry.absmax_bytes(end)});
+          segment.ranges.push_back({at + entry.absmax_bytes(first), at + entry.absmax_bytes(end)});
         }
-        stretches_.push_back(std::move(stretch));
+        segments_.push_back(std::move(segment));
       }
     }
     entries_.push_back(entry);
   }
 }
 
-std::size_t PagedArena::Impl::size_of(std::size_t stretch) const {
+std::size_t PagedArena::Impl::size_of(std::size_t segment) const {
   std::size_t bytes = 0;
-  for (const Range& range : stretches_[stretch].ranges) bytes += round_up(range.end - range.begin, kAlignment);
+  for (const Range& range : segments_[segment].ranges) bytes += round_up(range.end - range.begin, kAlignment);
   return bytes;
 }
 
 // ---- memory ----
 
 void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOptions& options) {
-  lay_out(states, options.stretch_bytes);
+  lay_out(states, options.segment_bytes);
   bytes_ = std::max(bytes_, kAlignment);  // even an empty arena gets an address of its own
   pinned_ = options.pinned || !driver_->is_concurrent();
   data_ =
       static_cast<std::byte*>(driver_->allocate(pinned_ ? Driver::Memory::pinned : Driver::Memory::managed, bytes_));
   if (pinned_) {
-    for (std::size_t i = 0; i < stretches_.size(); ++i) slot_bytes_ = std::max(slot_bytes_, size_of(i));
-    slots_.resize(std::min(kSlots, stretches_.size()));
+    for (std::size_t i = 0; i < segments_.size(); ++i) slot_bytes_ = std::max(slot_bytes_, size_of(i));
+    slots_.resize(std::min(kSlots, segments_.size()));
     if (slot_bytes_ > 0) {
       ring_ = static_cast<std::byte*>(driver_->allocate(Driver::Memory::device, slot_bytes_ * slots_.size()));
     }
@@ -123,9 +123,9 @@ void PagedArena::Impl::open(const std::vector<PagedState>& states, const PagedOp
   in_ = driver_->create_stream();
   out_ = driver_->create_stream();
   for (void** event : {&entered_, &left_, &sent_}) *event = driver_->create_event();
-  for (Stretch& stretch : stretches_) {
-    for (void** event : {&stretch.fetched, &stretch.ready}) *event = driver_->create_event(/*timed=*/true);
-    stretch.updated = driver_->create_event();
+  for (Segment& segment : segments_) {
+    for (void** event : {&segment.fetched, &segment.ready}) *event = driver_->create_event(/*timed=*/true);
+    segment.updated = driver_->create_event();
   }
   const std::unique_lock lock(all_mutex_);
   all_[data_ + bytes_] = this;
@@ -138,8 +138,8 @@ PagedArena::Impl::~Impl() {
   }
   std::vector<void*> events{entered_, left_, sent_};
   for (const Slot& slot : slots_) events.push_back(slot.copied_back);
-  for (const Stretch& stretch : stretches_) {
-    events.insert(events.end(), {stretch.fetched, stretch.ready, stretch.updated});
+  for (const Segment& segment : segments_) {
+    events.insert(events.end(), {segment.fetched, segment.ready, segment.updated});
   }
   for (void* event : {left_, sent_}) {
     if (event != nullptr) driver_->synchronize(event);
@@ -182,9 +182,9 @@ const PagedArena::Impl::Entry* PagedArena::Impl::entry_of(const Optimizer8bitTen
 
 PagedStats PagedArena::Impl::stats() {
   stats_.bytes_managed = stats_.bytes_resident = 0;
-  for (Stretch& stretch : stretches_) {
-    count_stall(stretch);
-    for (const Range& range : stretch.ranges) {
+  for (Segment& segment : segments_) {
+    count_stall(segment);
+    for (const Range& range : segment.ranges) {
       const std::size_t bytes = range.end - range.begin;
       stats_.bytes_managed += static_cast<std::int64_t>(bytes);
       if (pinned_ || bytes == 0 || !driver_->is_on_device(data_ + range.begin, bytes)) continue;
@@ -194,29 +194,29 @@ PagedStats PagedArena::Impl::stats() {
   return stats_;
 }
 
-void PagedArena::Impl::count_stall(Stretch& stretch) {
-  if (!stretch.uncounted || !driver_->is_done(stretch.ready) || !driver_->is_done(stretch.fetched)) return;
-  if (driver_->is_earlier(stretch.ready, stretch.fetched)) ++stats_.stalls;
-  stretch.uncounted = false;
+void PagedArena::Impl::count_stall(Segment& segment) {
+  if (!segment.uncounted || !driver_->is_done(segment.ready) || !driver_->is_done(segment.fetched)) return;
+  if (driver_->is_earlier(segment.ready, segment.fetched)) ++stats_.stalls;
+  segment.uncounted = false;
 }
 
 // ---- a step ----
 
-// Calls f(home, address in the slot, bytes) for each range of a stretch.
+// Calls f(home, address in the slot, bytes) for each range of a segment.
 template <class F>
-void PagedArena::Impl::each_in_slot(const Stretch& stretch, const F& f) const {
-  std::byte* at = ring_ + stretch.slot * slot_bytes_;
-  for (const Range& range : stretch.ranges) {
+void PagedArena::Impl::each_in_slot(const Segment& segment, const F& f) const {
+  std::byte* at = ring_ + segment.slot * slot_bytes_;
+  for (const Range& range : segment.ranges) {
     f(data_ + range.begin, at, range.end - range.begin);
     at += round_up(range.end - range.begin, kAlignment);
   }
 }
 
-void* PagedArena::Impl::resident(std::size_t stretch, void* home) const {
+void* PagedArena::Impl::resident(std::size_t segment, void* home) const {
   if (!pinned_) return home;
   auto* const p = static_cast<std::byte*>(home);
   void* found = nullptr;
-  each_in_slot(stretches_[stretch], [&](std::byte* begin, std::byte* at, std::size_t bytes) {
+  each_in_slot(segments_[segment], [&](std::byte* begin, std::byte* at, std::size_t bytes) {
     if (p >= begin && p < begin + bytes) found = at + (p - begin);
   });
   return found;
@@ -232,45 +232,45 @@ void PagedArena::Impl::begin(void* stream) {
 }
 
 void PagedArena::Impl::fetch(std::size_t index) {
-  Stretch& stretch = stretches_[index];
-  count_stall(stretch);
+  Segment& segment = segments_[index];
+  count_stall(segment);
   if (pinned_) {
-    stretch.slot = next_slot_++ % slots_.size();
-    Slot& slot = slots_[stretch.slot];
+    segment.slot = next_slot_++ % slots_.size();
+    Slot& slot = slots_[segment.slot];
     if (slot.used) driver_->wait(in_, slot.copied_back);
-    each_in_slot(stretch, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(at, home, n, in_); });
+    each_in_slot(segment, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(at, home, n, in_); });
   } else {
-    for (const Range& range : stretch.ranges) {
+    for (const Range& range : segment.ranges) {
       driver_->prefetch(data_ + range.begin, range.end - range.begin, Driver::Place::device, in_);
     }
-    stretch.resident = true;
+    segment.resident = true;
   }
-  driver_->record(stretch.fetched, in_);
+  driver_->record(segment.fetched, in_);
   ++stats_.prefetches;
 }
 
 void PagedArena::Impl::enter(std::size_t index, void* stream) {
-  Stretch& stretch = stretches_[index];
-  driver_->record(stretch.ready, stream);
-  driver_->wait(stream, stretch.fetched);
-  stretch.uncounted = true;
+  Segment& segment = segments_[index];
+  driver_->record(segment.ready, stream);
+  driver_->wait(stream, segment.fetched);
+  segment.uncounted = true;
 }
 
 void PagedArena::Impl::leave(std::size_t index, void* stream, bool evict) {
-  Stretch& stretch = stretches_[index];
+  Segment& segment = segments_[index];
   if (!pinned_ && !evict) return;
-  driver_->record(stretch.updated, stream);
-  driver_->wait(out_, stretch.updated);
+  driver_->record(segment.updated, stream);
+  driver_->wait(out_, segment.updated);
   if (pinned_) {
-    Slot& slot = slots_[stretch.slot];
-    each_in_slot(stretch, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(home, at, n, out_); });
+    Slot& slot = slots_[segment.slot];
+    each_in_slot(segment, [&](std::byte* home, std::byte* at, std::size_t n) { driver_->copy(home, at, n, out_); });
     driver_->record(slot.copied_back, out_);
     slot.used = true;
   } else {
-    for (const Range& range : stretch.ranges) {
+    for (const Range& range : segment.ranges) {
       driver_->prefetch(data_ + range.begin, range.end - range.begin, Driver::Place::host, out_);
     }
-    stretch.resident = false;
+    segment.resident = false;
   }
 }
 
@@ -305,7 +305,7 @@ PagedArena::PagedArena(const std::vector<PagedState>& states, std::unique_ptr<Dr
     const std::int64_t elements = states[i].elements;
     check(elements >= 0, [&] { return "states[" + std::to_string(i) + "].elements"; }, ">= 0", elements);
   }
-  check(options.stretch_bytes >= 1, "stretch_bytes", ">= 1", options.stretch_bytes);
+  check(options.segment_bytes >= 1, "segment_bytes", ">= 1", options.segment_bytes);
   impl_ = std::make_unique<Impl>(std::move(driver));
   impl_->open(states, options);
 }

@@ -1,4 +1,4 @@
-// The implementation of PagedArena: where the states lie, and how their stretches come and go in a step.
+// The implementation of PagedArena: where the states lie, and how their segments come and go in a step.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ class PagedArena::Impl {
  public:
   struct Entry {  // the state of one parameter
     std::int64_t elements;
-    std::int64_t piece;         // elements in each of its stretches, except the last
-    std::size_t first_stretch;  // if the parameter is one piece, it may share this stretch with others
+    std::int64_t piece;         // elements in each of its segments, except the last
+    std::size_t first_segment;  // if the parameter is one piece, it may share this segment with others
     std::size_t element_bytes;
     int moments;
     std::size_t state[kMostMoments], absmax[kMostMoments];  // offsets
@@ -43,28 +43,28 @@ class PagedArena::Impl {
   Driver& driver() const { return *driver_; }
   PagedStats stats();
 
-  // The order of calls in a step: begin; then fetch, enter and leave for each stretch; then finish. `stream` is the
-  // caller's stream; the update of a stretch is put into it between enter and leave.
+  // The order of calls in a step: begin; then fetch, enter and leave for each segment; then finish. `stream` is the
+  // caller's stream; the update of a segment is put into it between enter and leave.
   void begin(void* stream);
-  void fetch(std::size_t stretch);
-  void enter(std::size_t stretch, void* stream);
-  void leave(std::size_t stretch, void* stream, bool evict);
+  void fetch(std::size_t segment);
+  void enter(std::size_t segment, void* stream);
+  void leave(std::size_t segment, void* stream, bool evict);
   void finish(void* stream);
 
-  std::size_t bytes_to_come(std::size_t stretch) const { return stretches_[stretch].resident ? 0 : size_of(stretch); }
-  // The address at which a kernel finds the data of `home`, an address in a stretch that was entered.
-  void* resident(std::size_t stretch, void* home) const;
+  std::size_t bytes_to_come(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
+  // The address at which a kernel finds the data of `home`, an address in a segment that was entered.
+  void* resident(std::size_t segment, void* home) const;
 
  private:
   struct Range {  // offsets of bytes in the arena
     std::size_t begin, end;
   };
-  struct Stretch {
+  struct Segment {
     std::vector<Range> ranges;
-    void* fetched = nullptr;  // event: the stretch has come
+    void* fetched = nullptr;  // event: the segment has come
     void* ready = nullptr;    // event: the caller's stream has come to the update
     void* updated = nullptr;
-    bool resident = false;   // only for managed memory: the stretch was fetched and not sent back
+    bool resident = false;   // only for managed memory: the segment was fetched and not sent back
     bool uncounted = false;  // it is not known yet whether the update had to wait
     std::size_t slot = 0;    // its place in the ring
   };
@@ -73,16 +73,16 @@ class PagedArena::Impl {
     bool used = false;
   };
 
-  void lay_out(const std::vector<PagedState>& states, std::size_t stretch_bytes);
+  void lay_out(const std::vector<PagedState>& states, std::size_t segment_bytes);
   std::size_t array(std::size_t bytes, std::size_t alignment);
-  std::size_t size_of(std::size_t stretch) const;
-  void count_stall(Stretch& stretch);
+  std::size_t size_of(std::size_t segment) const;
+  void count_stall(Segment& segment);
   template <class F>
-  void each_in_slot(const Stretch& stretch, const F& f) const;
+  void each_in_slot(const Segment& segment, const F& f) const;
 
   std::unique_ptr<Driver> driver_;
   std::vector<Entry> entries_;
-  std::vector<Stretch> stretches_;
+  std::vector<Segment> segments_;
   std::size_t bytes_ = 0;
   std::byte* data_ = nullptr;
   bool pinned_ = false;

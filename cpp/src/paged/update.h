@@ -15,11 +15,11 @@ struct UpdatePart {
 };
 
 // Elements [first, first + elements) of a tensor. `first` is a multiple of the blocksize.
-Optimizer8bitTensor stretch_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t elements);
+Optimizer8bitTensor segment_of(const Optimizer8bitTensor& tensor, std::int64_t first, std::int64_t elements);
 
 class PagedUpdate {
  public:
-  // Begins to fetch the first stretch, so that it comes while the gradients are checked.
+  // Begins to fetch the first segment, so that it comes while the gradients are checked.
   PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream);
 
   // launch(parts) puts the update of some parts into the stream. All calls together cover every tensor once; the first
@@ -37,7 +37,7 @@ class PagedUpdate {
  private:
   struct Visit {
     PagedArena::Impl* arena;  // null if the parts are not paged
-    std::size_t stretch;
+    std::size_t segment;
     std::vector<UpdatePart> parts;
   };
   void begin();
@@ -49,7 +49,7 @@ class PagedUpdate {
   void* stream_;
   std::vector<Visit> visits_;
   std::vector<PagedArena::Impl*> arenas_;  // each arena once
-  bool is_short_ = false;                  // if memory is short, a stretch goes back once it is updated
+  bool is_short_ = false;                  // if memory is short, a segment goes back once it is updated
 };
 
 }  // namespace qlora_native

@@ -258,9 +258,9 @@ class BlockF32 {
 };
 
 template <class F>
-inline void for_each_block(const OptimizerStretch& stretch, const F& f) {
-  for (std::int64_t first = stretch.first; first < stretch.end; first += kOptimizerBlock)
-    f(first, smaller<std::int64_t>(kOptimizerBlock, stretch.end - first));
+inline void for_each_block(const OptimizerSegment& segment, const F& f) {
+  for (std::int64_t first = segment.first; first < segment.end; first += kOptimizerBlock)
+    f(first, smaller<std::int64_t>(kOptimizerBlock, segment.end - first));
 }
 
 // The state of a rule's moments.
@@ -295,14 +295,14 @@ void update_block(const MomentTables& tables, const StepCoefficients& coefficien
   }
 }
 
-inline void optimizer_update(Algorithm algorithm, const OptimizerStretch& stretch,
+inline void optimizer_update(Algorithm algorithm, const OptimizerSegment& segment,
                              const StepCoefficients& coefficients) {
   static const MomentTables tables;
-  const Optimizer8bitTensor& tensor = *stretch.tensor;
+  const Optimizer8bitTensor& tensor = *segment.tensor;
   const auto update = with_rule(algorithm, []<class Rule>() { return &update_block<Rule>; });
   with_dtype(tensor.param_dtype, [&](auto param_dtype) {
     with_dtype(tensor.grad_dtype, [&](auto grad_dtype) {
-      for_each_block(stretch, [&](std::int64_t first, std::int64_t count) {
+      for_each_block(segment, [&](std::int64_t first, std::int64_t count) {
         BlockF32<param_dtype()> param(tensor.param, first, count);
         BlockF32<grad_dtype()> grad(const_cast<void*>(tensor.grad), first, count);
         update(tables, coefficients, grad.get(), param.get(), tensor, first, count);
@@ -312,11 +312,11 @@ inline void optimizer_update(Algorithm algorithm, const OptimizerStretch& stretc
   });
 }
 
-inline bool optimizer_is_usable(const OptimizerStretch& stretch, float inv_scale) {
+inline bool optimizer_is_usable(const OptimizerSegment& segment, float inv_scale) {
   I32 most = set1_i32(0);  // as bits: those of NaN lie above those of infinity
-  with_dtype(stretch.tensor->grad_dtype, [&](auto dtype) {
-    for_each_block(stretch, [&](std::int64_t first, std::int64_t count) {
-      Block<Element<dtype()>> block(const_cast<void*>(stretch.tensor->grad), first, count);
+  with_dtype(segment.tensor->grad_dtype, [&](auto dtype) {
+    for_each_block(segment, [&](std::int64_t first, std::int64_t count) {
+      Block<Element<dtype()>> block(const_cast<void*>(segment.tensor->grad), first, count);
       const auto* grad = block.get();
       for (int i = 0; i < kOptimizerBlock; i += kLanes)
         most = max_i32(most, as_i32(abs(mul(load_as_f32<dtype()>(grad + i), set1(inv_scale)))));

@@ -115,8 +115,8 @@ class QuantizedRows {
   template <int kRows, int kAhead = 0, class Sink>
   void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
     float scales[kRows][kMostScales];
-    for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kSegment) {
-      const std::int64_t end = smaller(begin + kSegment, chunks.end);
+    for (std::int64_t begin = chunks.begin; begin < chunks.end; begin += kChunksAtOnce) {
+      const std::int64_t end = smaller(begin + kChunksAtOnce, chunks.end);
       const std::int64_t elements = smaller(end * kChunk, w_.K) - begin * kChunk;
       const std::int64_t whole = aligned_ && count == kRows ? elements / kChunk : 0;
       if (whole > 0) whole_chunks<kRows, kAhead>(n, begin, whole, scales, sink);
@@ -199,9 +199,9 @@ class QuantizedRows {
 
  private:
   static_assert(kScales == 1 || (kBits == 4 && (kScales == 2 || kScales == 4)));
-  static constexpr int kScaleElements = kChunk / kScales;                  // elements that have one scale
-  static constexpr std::int64_t kSegment = 64;                             // chunks whose scales are decoded at once
-  static constexpr std::int64_t kMostScales = kSegment * kChunk / 16 + 2;  // of the smallest blocks
+  static constexpr int kScaleElements = kChunk / kScales;  // elements that have one scale
+  static constexpr std::int64_t kChunksAtOnce = 64;        // chunks whose scales are decoded at once
+  static constexpr std::int64_t kMostScales = kChunksAtOnce * kChunk / 16 + 2;  // of the smallest blocks
 
   // Decodes `count` chunks of aligned rows, in a loop where nothing varies but pointers.
   template <int kRows, int kAhead, class Sink>
