@@ -50,8 +50,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
-// So many blocks run at the same time under the schedule "concurrent"; a device may have room for more.
-constexpr std::size_t kResidentBlocks = 6;
+// So many blocks at most run at the same time under the schedule "concurrent"; a device may have room for more.
+constexpr std::size_t kMostResidentBlocks = 6;
 constexpr int kMostTurnsLog2 = 9;           // fibers of a block get at most 2^9 turns until another block may run
 constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this are published between two blocks' turns
 
@@ -84,13 +84,16 @@ void run_in_order(std::int64_t count) {
 // Runs several blocks at once, each for a random number of turns. They begin in any order, as in CUDA.
 class ConcurrentRun {
  public:
-  explicit ConcurrentRun(std::int64_t count) : to_start_(static_cast<std::size_t>(count)) {
+  explicit ConcurrentRun(std::int64_t count)
+      : to_start_(static_cast<std::size_t>(count)),
+        most_resident_(schedule.random_below(2) == 0 ? kMostResidentBlocks
+                                                     : 1 + schedule.random_below(kMostResidentBlocks)) {
     std::iota(to_start_.begin(), to_start_.end(), std::int64_t{0});
   }
 
   void run() {
     while (!to_start_.empty() || !resident_.empty()) {
-      while (!to_start_.empty() && resident_.size() < kResidentBlocks) start();
+      while (!to_start_.empty() && resident_.size() < most_resident_) start();
       Block& picked =
           *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
       bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
@@ -145,6 +148,7 @@ class ConcurrentRun {
   }
 
   std::vector<std::int64_t> to_start_;
+  std::size_t most_resident_;
   Blocks resident_;
   StoreBuffer ended_stores_;  // stores of blocks that have ended
 };

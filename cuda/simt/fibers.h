@@ -5,8 +5,9 @@
 // before it have ended or wait for others. Under random some warps are held back while others run. These schedules find
 // mistakes inside a block. The schedule concurrent finds mistakes between blocks. Its model:
 //
-//   - Blocks begin in a random order, and six are resident at once. One of them runs for a random number of turns, then
-//     another. If all six wait for a block that has not begun, that is a deadlock.
+//   - Blocks begin in a random order. Half of the kernels have six resident at once, the others a random number up to
+//     six, as on a device where another kernel runs. One of them runs for a random number of turns, then another. If
+//     all that are resident wait for a block that has not begun, that is a deadlock.
 //   - A fiber may be interrupted before each access to global memory by load_vector, store_vector or cp_async. It
 //     always is before signal, wait_for and an atomic. It continues after other threads, of any block, have run.
 //   - At first only the thread itself sees what its store_vector writes to global memory. Its block sees it from the

@@ -158,7 +158,7 @@ Bytes results(const Case& c) {
 }
 
 // The cases are: few rows; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
-// than blocks; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which several blocks share through
+// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which several blocks share through
 // a workspace. Then come the same for rows in groups, with their own weights or only with their own adapters.
 constexpr Case kCases[] = {
     {4, 200, 704, DType::bf16, 16},
@@ -166,6 +166,7 @@ constexpr Case kCases[] = {
     {12, 1250, 256, DType::bf16, 5},
     {40, 130, 333, DType::f16, 5},
     {100, 130, 704, DType::f16, 16},
+    {100, 1250, 256, DType::bf16, 5},
     {200, 130, 448, DType::bf16, 16},
     {40, 130, 960, DType::f32, 5},
     {12, 200, 704, DType::bf16, 5, 5, true},
