@@ -2,9 +2,9 @@
 
 A wheel is built for each Python with this machine's compiler and the C and C++ libraries of Debian 12; auditwheel names
 the systems that it runs on. The torch ops and the C++ package share one library. The wheel does not contain
-libtorch_cpu.so, which comes with torch, or OpenMP, or the emulator of the CUDA kernels. It is then installed into a new
-virtual environment with torch and the packages that the tests need, where TESTS run. The wheels are in dist/cpu/ and
-dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
+libtorch_cpu.so, which comes with torch, or OpenMP, or the emulators of CUDA's kernels and of AMX's. It is then
+installed into a new virtual environment with torch and the packages that the tests need, where TESTS run. The wheels are
+in dist/cpu/ and dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
 
 --only does one half. The half that tests needs only a Python, so it also runs in a tree of another system, which may
 have a Python that this one lacks:
@@ -39,7 +39,7 @@ RESULTS = ROOT / "bench/results/wheels.json"
 RELEASE, PACKAGES = "bookworm", ("libc6-dev", "libstdc++-12-dev")
 LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 # Warnings are not errors here: the checks of a change use the libraries that belong to the compiler.
-OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_WERROR": "OFF"}
+OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_AMX_EMULATED": "OFF", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_layers.py", "test_docs.py")
 # Tests of the C++ package, if there are a compiler and cmake.
 PACKAGE_TESTS = ("test_package.py::test_wheel_holds_the_package",)
@@ -116,6 +116,17 @@ def compiler() -> Path:
     return program
 
 
+def python_headers(python: str) -> Path:
+    """A folder with the part of the headers of a Debian Python that compiler() does not find in its own tree."""
+    program = "import sys, sysconfig as s; print(s.get_config_var('MULTIARCH'), 'python%d.%d' % sys.version_info[:2])"
+    part = Path(*run(python, "-c", program).split())
+    link = WORK / "include" / part
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if (Path("/usr/include") / part).exists() and not link.exists():
+        link.symlink_to(Path("/usr/include") / part)
+    return WORK / "include"
+
+
 def build(python: str, kind: str) -> Path:
     """A wheel for a Python, below dist/."""
     work = WORK / f"{kind}-{version_and_tag(python)[1]}"
@@ -131,6 +142,7 @@ def build(python: str, kind: str) -> Path:
         *("-C", f"build-dir={work}/build"),
         *(part for name, value in options.items() for part in ("-C", f"cmake.define.{name}={value}")),
         CXX=compiler(),
+        CPLUS_INCLUDE_PATH=python_headers(python),
         CUDAHOSTCXX=compiler(),
         CUDAFLAGS="--compress-mode=size",
         PATH=f"{interpreter.parent}:{os.environ['PATH']}",

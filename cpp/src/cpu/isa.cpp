@@ -113,7 +113,11 @@ std::vector<Isa> find_isas() {
   for (const char* name : {"neon_bf16", "neon"}) isas.push_back({name, nullptr, kNotBuilt});
 #endif
   isas.push_back({"scalar", reference_backend, nullptr});
+#if QLN_AMX_EMULATED
   isas.push_back({"amx_emulated", amx_emulated_backend, nullptr});
+#else
+  isas.push_back({"amx_emulated", nullptr, kNotBuilt});
+#endif
   return isas;
 }
 
