@@ -3,8 +3,8 @@
 A wheel is built for each Python with this machine's compiler and the C and C++ libraries of Debian 12; auditwheel names
 the systems that it runs on. The torch ops and the C++ package share one library. The wheel does not contain
 libtorch_cpu.so, which comes with torch, or OpenMP, or the emulators of CUDA's kernels and of AMX's. It is then
-installed into a new virtual environment with torch and the packages that the tests need, where TESTS run. The wheels are
-in dist/cpu/ and dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
+installed into a new virtual environment with torch and the packages that the tests need, where TESTS run. The wheels
+are in dist/cpu/ and dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
 
 --only does one half. The half that tests needs only a Python, so it also runs in a tree of another system, which may
 have a Python that this one lacks:
