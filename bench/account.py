@@ -161,9 +161,7 @@ def lines(found: dict) -> str:
             limit = f"{1e3 * limits[part]:.0f}" if part in limits else ""
             text.append(f"| {part} | " + " | ".join([*cells, limit]) + " |")
         text.append("| **a step** | " + " | ".join(f"**{1e3 * row['seconds']:.0f}**" for row in rows) + " | |")
-        text.append(
-            "| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 1e6:.0f}" for row in rows) + " | |"
-        )
+        text.append("| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 1e6:.0f}" for row in rows) + " | |")
     text.append(
         "\nUnder bitsandbytes, products hold the decoding of W and the adapters' gradients, which are products there. "
         "The limit is at the rate that torch's dense product reached, which ours may pass."

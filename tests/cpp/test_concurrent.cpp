@@ -158,8 +158,9 @@ Bytes results(const Case& c) {
 }
 
 // The cases are: few rows; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
-// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which several blocks share through
-// a workspace. Then come the same for rows in groups, with their own weights or only with their own adapters.
+// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which
+// several blocks share through a workspace. Then come the same for rows in groups, with their own weights or only with
+// their own adapters.
 constexpr Case kCases[] = {
     {4, 200, 704, DType::bf16, 16},
     {12, 200, 704, DType::bf16, 70},
