@@ -28,7 +28,7 @@ import models  # noqa: E402
 import moe  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from lora import assert_close  # noqa: E402
-from sharding import prepared_by_accelerate  # noqa: E402
+from sharding import needs_fsdp_of_bytes, prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations import bitsandbytes_backend as backend  # noqa: E402
@@ -342,6 +342,7 @@ def test_loftq_begins_nearer_to_the_weight(checkpoint):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+@needs_fsdp_of_bytes
 def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # accelerate sets it, for transformers to see

@@ -59,7 +59,7 @@ def enable() -> None:
         for device in devices():
             for name, kernel in _KERNELS.items():
                 own = torch.library.get_kernel(f"bitsandbytes::{name}", device)
-                library.impl(name, functools.partial(kernel, own), device, with_keyset=True)
+                library.impl(name, functools.partial(kernel, own), device, with_keyset=True, allow_override=True)
     _repack = modules._convert_weight_packed_for_cpu
     modules._convert_weight_packed_for_cpu = lambda weight, state, *_: (weight, state)
     _library = library
