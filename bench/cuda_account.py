@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import cuda_model
 import sm100
 from cuda_model import H100, H200, Model, Panels, Product, Runs
+from cycles import markdown
 
 RESULTS = Path(__file__).parent / "results"
 CHOICES, PAGE = RESULTS / "product-choices.txt", RESULTS / "cuda-account.md"
@@ -105,10 +106,6 @@ def times_of(model: Model, choices: Choices, product: Product) -> Times:
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
-
-
-def markdown(header: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
 def micro(seconds: float) -> str:

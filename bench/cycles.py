@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
         "shared memory": round(WARPS * shared_cycles(loop) * turns + copied),
         "issue": round((WARPS * len(loop) + beside) / SCHEDULERS * turns),
     }
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,7 @@ RESOURCES = ("shared memory", "tensor memory", "issue", "tensor", "DRAM")
 def section(figures: Mapping[str, Any]) -> str:
     """The part of results/cuda-account.md about sm_100."""
     header = ("cycles of a step of 64, 128 rows of W", "rows of X", *RESOURCES, "bound by", "of the peak", "words")
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines(figures)))
-    return "\n\n".join((BEFORE.format(CLOCK / 1e9), table, AFTER))
+    return "\n\n".join((BEFORE.format(CLOCK / 1e9), cycles.markdown(header, lines(figures)), AFTER))
 
 
 BEFORE = """## What sm_100 would change
@@ -125,7 +124,7 @@ What would have to be written: wrappers for tcgen05.alloc, .mma, .st, .ld, .comm
 model of tensor memory in the emulator; a producer that brings X by TMA to two blocks of a cluster, with barriers that
 count both; consumers that decode a row each and store it (dX: columns of W, whose codes must be turned first, because
 a lies along the inner dimension); one thread that multiplies; and a warpgroup that takes the sums from tensor memory,
-and stores or exchanges them (`runs.cuh`), while the next tile is multiplied. Scales, stages and runs would stay as
+and stores or exchanges them (`stream_k.cuh`), while the next tile is multiplied. Scales, stages and runs would stay as
 they are.
 
 [1]: https://chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut

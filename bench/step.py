@@ -255,8 +255,7 @@ def profile() -> str:
     step(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(tokens)
-    table = profiler.key_averages().table
-    return table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
 
 
 def main() -> None:
