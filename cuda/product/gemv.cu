@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
     }
     next.x.template fetch<kAligned>(part.left() + k, args.left.stride, part.rows(), count, lane);
   };
-  // Where in K the warp's first step begins, and where the lane's chunk begins in a step.
+  // The warp's first step begins at `first` of K, and the lane's chunk begins at `lane_offset` of a step.
   const std::int64_t first = lane.warp * kWarpStep, lane_offset = lane.t * kChunk;
   const auto fetch_first = [&](std::int64_t n0) {
     if (n0 < part.end() && first < K) fetch(n0, first + lane_offset);

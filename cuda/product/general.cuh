@@ -67,8 +67,8 @@ struct ProductStage {
 };
 constexpr int kProductStages = 2;
 
-// Where vectors stand: vector v of a line is at v ^ swizzle, so that vectors that a warp reads at once lie in different
-// banks.
+// This is where vectors stand: vector v of a line is at v ^ swizzle, so that those that a warp reads at once lie in
+// different banks.
 template <class T, bool kAlongInner>
 struct OperandLines {
   static constexpr int kElements = kAlongInner ? kProductStep<T> : kProductTile;  // of a line

@@ -1,5 +1,5 @@
-// Where the threads of a block meet or wait for each other: at its barrier, as a warp, as a warpgroup, at numbered
-// barriers and at mbarriers; and what they do together, tiles by TMA and products by wgmma.
+// Here the threads of a block meet or wait for each other: at its barrier, as a warp, as a warpgroup, at numbered
+// barriers and at mbarriers. And here they do what they do together, tiles by TMA and products by wgmma.
 #include <memory>
 
 #include "simt/block.h"

@@ -108,7 +108,7 @@ class Gemm {
   __device__ SharedAddress address_in_weights(std::size_t bytes) const {
     return SharedAddress(shared_.rows->weights).at(static_cast<std::uint32_t>(bytes)).in_register();
   }
-  // Where a thread's share of the left operand stands. Its share of the codes begins kCodesOffset bytes further on.
+  // Returns where a thread's share of the left operand is. Its share of the codes begins kCodesOffset bytes after it.
   __device__ SharedAddress address_of_share(const Lane& lane) const {
     return address_in_stage(lane.thread * kVectorBytes);
   }

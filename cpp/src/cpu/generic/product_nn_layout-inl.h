@@ -60,7 +60,7 @@ struct LayoutNn {
       return strip * (rows / count) + smaller(strip, rows % count);
     }
     int size(std::int64_t strip) const { return static_cast<int>(first(strip + 1) - first(strip)); }
-    // Where a strip begins in packed L. A last tile has zeros after the last row.
+    // Returns where a strip begins in packed L. A last tile has zeros after the last row.
     std::int64_t first_packed(std::int64_t strip) const {
       if (strip < count) return first(strip);
       return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows;
