@@ -205,6 +205,7 @@ def main() -> None:
     if args.finetune:
         figures, name = args.finetune
         run = {**json.loads(Path(figures).read_text()), "machine": name}
+        run["arguments"]["model"] = Path(run["arguments"]["model"]).name  # not where it lay on that machine
         FINETUNE.write_text(json.dumps(run, indent=2) + "\n")
     for path, parts in PARTS.items():
         if args.write:
