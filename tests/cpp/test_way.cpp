@@ -61,6 +61,23 @@ void fp16_goes_by_panels_where_the_dense_product_alone_has_tiles() {
   }
 }
 
+void fp32_goes_by_wide_panels_where_the_dense_product_is_ahead() {
+  for (const Product product : kBoth) {
+    qn::WayProblem p = problem(product, qn::DType::f32, 0);
+    p.dense_ahead = true;
+    EXPECT(first_rows(Way::panels, p) == 0);  // there is no dense product
+    p.dense_gemm = true;
+    EXPECT(first_rows(Way::panels, p) == 1024);
+    p.rank = 64;
+    EXPECT(first_rows(Way::panels, p) == 1024);
+    p.dropout = true;
+    EXPECT(first_rows(Way::panels, p) == 0);
+    p.dropout = false;
+    (product == Product::forward ? p.K : p.N) = 11008;  // its panels have 128 columns
+    EXPECT(first_rows(Way::panels, p) == 0);
+  }
+}
+
 // A panel of 64 columns or rows of W must fit its memory.
 void panels_are_left_where_they_would_not_fit() {
   qn::WayProblem p = problem(Product::backward_input, qn::DType::bf16, 2048);
@@ -88,6 +105,7 @@ int main() {
   vectors_multiply_all_but_few_rows();
   tiles_multiply_from_four_rows_on();
   fp16_goes_by_panels_where_the_dense_product_alone_has_tiles();
+  fp32_goes_by_wide_panels_where_the_dense_product_is_ahead();
   panels_are_left_where_they_would_not_fit();
   text_says_the_problem_and_its_way();
   return report();

@@ -65,7 +65,8 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //   cuda  It is used from 769 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
 //   cpu   It is used where it is faster (cpp/src/cpu/way.h): on processors with AMX, for bf16 from 1024 rows on, and
-//         for fp16 from 33 rows on if AMX multiplies fp16 too. It should use the threads of the library's pool. Extra
+//         for fp16 from 33 rows on if AMX multiplies fp16 too; with AVX-512 without BF16, for fp32 from 1024 rows on if
+//         the inner dimension and the rank are at most 4681. It should use the threads of the library's pool. Extra
 //         memory of such a call: a panel, 8 MB at most, and with an adapter 32 MB. Results are as reproducible as those
 //         of the dense product.
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);

@@ -161,5 +161,9 @@ bool dense_product_has_tiles(DType dtype) {
   static const bool in_use = cpu_isa() == "amx_bf16", fp16 = has_amx_fp16();
   return in_use && (dtype == DType::bf16 || (dtype == DType::f16 && fp16));
 }
+bool dense_product_is_ahead(DType dtype) {
+  static const bool in_use = cpu_isa() == "avx512";
+  return in_use && dtype == DType::f32;
+}
 
 }  // namespace qlora_native

@@ -15,9 +15,11 @@ namespace {
 //   this instruction set has      few_rows    vectors   tiles   panels
 //   vectors                       1 (Y)       9         -       -
 //   vectors; the dense tiles      1 (Y)       9         -       33
+//   vectors; dense is ahead       1 (Y)       9         -       1024, without dropout, of 448 columns or more
 //   tiles                         1 (Y)       1 (dX)    4       1024, without dropout
 //
-// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the host program's product uses here.
+// "The dense tiles" is fp16 on a processor with AMX-FP16, whose tiles only the host program's product uses here. "Dense
+// is ahead" is fp32 with AVX-512 without BF16 (dense_product_is_ahead).
 // Neither the weight's shape nor the number of threads decides: every way costs in proportion to N * K, and results
 // must be the same for any number of threads.
 struct Thresholds {
@@ -31,11 +33,20 @@ constexpr Thresholds kByVectors{kMostFewRows + 1, kNever, kNever};
 // So decoding W to memory and multiplying 16 rows by it costs little more than the decoding, which takes 3 ms for 4096
 // x 4096 there. In 3 ms vectors multiply 33 rows.
 constexpr Thresholds kDenseTiles{kMostFewRows + 1, kNever, 33};
+// The dense product packs its left operand anew for each panel. On an AMD EPYC (Zen 4) panels of 512 columns took 0.99
+// to 1.06 times as long as torch's product of 1024 or 2048 rows with all of W, and panels of 128 columns 1.26 times. An
+// inner dimension of 4096 leaves 512 columns in fp32, and 448 with an adapter.
+constexpr Thresholds kDenseAhead{kMostFewRows + 1, kNever, 1024};
+constexpr std::int64_t kWidePanel = 448;
 // With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
 // 0.14 for each other one; a tile product takes 0.8 ms for 1 ... 16 rows. From 1024 rows on the host's dense product is
 // faster than one that decodes on the way by more than it costs to decode panels: 15.7 against 18.5 ms, and 29 against
 // 39 for 2048 rows (measured with a first kernel).
 constexpr Thresholds kByTiles{4, 4, 1024};
+
+std::int64_t columns_of_panel(const WayProblem& p) {
+  return panel_columns((p.product == WayProblem::Product::forward ? p.K : p.N) + p.rank, p.dtype);
+}
 
 bool can_take(const WayProblem& p, Way way) {
   switch (way) {
@@ -46,8 +57,7 @@ bool can_take(const WayProblem& p, Way way) {
     case Way::tiles:
       return p.tiles;
     case Way::panels:
-      return p.dense_gemm && !p.dropout && p.one_adapter &&
-             panel_columns((p.product == WayProblem::Product::forward ? p.K : p.N) + p.rank, p.dtype) > 0;
+      return p.dense_gemm && !p.dropout && p.one_adapter && columns_of_panel(p) > 0;
   }
   return false;
 }
@@ -77,7 +87,11 @@ std::optional<Way> forced_way() {
 }  // namespace
 
 Way choose_way(const WayProblem& p) {
-  const Thresholds from = p.tiles ? kByTiles : p.dense_tiles ? kDenseTiles : kByVectors;
+  const bool dense_is_ahead = p.dense_ahead && columns_of_panel(p) >= kWidePanel;
+  const Thresholds from = p.tiles         ? kByTiles
+                          : p.dense_tiles  ? kDenseTiles
+                          : dense_is_ahead ? kDenseAhead
+                                           : kByVectors;
   if (p.M >= from.panels && can_take(p, Way::panels)) return Way::panels;
   if (p.M >= from.tiles && can_take(p, Way::tiles)) return Way::tiles;
   if (p.M < from.vectors && can_take(p, Way::few_rows)) return Way::few_rows;
@@ -103,7 +117,8 @@ WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& w
           .dropout = !adapters.empty() && lora.dropout > 0.0f,
           .tiles = tiles,
           .dense_gemm = hooks().dense_gemm != nullptr,
-          .dense_tiles = dense_product_has_tiles(dtype)};
+          .dense_tiles = dense_product_has_tiles(dtype),
+          .dense_ahead = dense_product_is_ahead(dtype)};
 }
 
 std::string text_of(const WayProblem& p, Way way) {

@@ -1,8 +1,6 @@
 // Which way a product over a quantized weight takes on the cpu. The choice is a plain function of what is known
 // beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all of W and
-// multiplying by the host program's dense product. bench/growth.py measures that. It holds on an AMD EPYC (Zen 4). On
-// an Intel Xeon (Cascade Lake) fp32 products of 2048 rows take 1.05 to 1.14 times as long, for they decode W again for
-// each 480 rows.
+// multiplying by the host program's dense product. bench/growth.py measures that.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +28,7 @@ struct WayProblem {
   bool tiles = false;        // the instruction set multiplies this dtype by tiles
   bool dense_gemm = false;   // the host program has a dense product
   bool dense_tiles = false;  // and it multiplies this dtype by tiles
+  bool dense_ahead = false;  // or it is faster than the vectors that multiply this dtype here, if there are many rows
 };
 // The problem of the rows that one weight multiplies, on this machine.
 WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
@@ -59,5 +58,11 @@ void print_if_asked(const WayProblem& problem, Way way);
 // Whether the host program's dense product has tile products of this dtype. An instruction set that QLN_FORCE_ISA names
 // stands for a machine that has no better one.
 bool dense_product_has_tiles(DType dtype);  // isa.cpp
+
+// Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
+// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20 times
+// as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place of a
+// product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
+bool dense_product_is_ahead(DType dtype);  // isa.cpp
 
 }  // namespace qlora_native
