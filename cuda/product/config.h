@@ -162,6 +162,8 @@ struct GemmConfig {
   }
   // Whether a run may end before the end of a tile.
   constexpr bool splits_a_tile() const { return steps > 1 && (rest > 0 || share % steps != 0); }
+  // How many flags and tickets the blocks share (stream_k.cuh).
+  constexpr std::int64_t counters() const { return grouped || splits_a_tile() ? blocks + 1 : 0; }
   bool operator==(const GemmConfig&) const = default;
 };
 

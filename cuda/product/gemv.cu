@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
         Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, chunk_elements(rank, r), lane), b);
       }
     };
+    wait_for_kernel_before();  // which makes U
     if constexpr (!kGrouped) {
       add_adapter(0, 0, part.rows());
     } else {
@@ -228,7 +229,10 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
   const QuantizedWeightView& w = product.weight;
   const GemvArgs args{product, scales_of(w), last_chunk_of(w)};
   const auto launch_for = [&]<class T, int kRows, int kBits, bool kAligned>() {
-    const LaunchShape shape = {config.blocks, kGemvThreads, sizeof(GemvShared<kAligned>)};
+    const LaunchShape shape = {.blocks = config.blocks,
+                               .threads = kGemvThreads,
+                               .smem_bytes = sizeof(GemvShared<kAligned>),
+                               .begins_early = args.follows_low_rank()};
     if constexpr (kRows == kGemvRows && kAligned) {
       if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
     }

@@ -36,19 +36,59 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
   };
 }
 
-void multiply(const Product& product, const GemmConfig& config, const Stream& stream) {
-  if (config.thin) return multiply_thin(product, config, stream);
-  product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
+void multiply(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
+  if (config.thin) return multiply_thin(product, config, counters, stream);
+  product.backward ? multiply_backward(product, config, counters, stream)
+                   : multiply_forward(product, config, counters, stream);
 }
-void multiply(const Product& product, const HopperConfig& config, const Stream& stream) {
-  product.backward ? multiply_backward(product, config, stream) : multiply_forward(product, config, stream);
+void multiply(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream) {
+  product.backward ? multiply_backward(product, config, counters, stream)
+                   : multiply_forward(product, config, counters, stream);
+}
+template <class Config>
+void multiply(const Product& product, const Config& config, Counters&, const Stream& stream) {
+  multiply(product, config, stream);
 }
 
-void multiply(const Product& product, const Stream& stream) {
+std::int64_t counters_of(const GemmConfig& config) { return config.counters(); }
+std::int64_t counters_of(const HopperConfig& config) { return config.gemm.counters(); }
+std::int64_t counters_of(const auto&) { return 0; }
+
+// Whether the kernel of the product waits for the one that makes U or V only where it reads them.
+bool begins_early(const ProductConfig& config) {
+  return !std::holds_alternative<GeneralConfig>(config) && !std::holds_alternative<PanelsConfig>(config);
+}
+
+ProductConfig config_of(const Product& product, const Stream& stream) {
   const ProductShape shape = shape_of(product, stream);
   const ProductConfig config = product_config(shape);
   print_if_asked(shape, config);
-  std::visit([&](const auto& way) { multiply(product, way, stream); }, config);
+  return config;
+}
+
+// Multiplies, without an adapter.
+void multiply(const Product& product, const Stream& stream) {
+  std::visit(
+      [&](const auto& way) {
+        Counters counters(counters_of(way), stream);
+        multiply(product, way, counters, stream);
+      },
+      config_of(product, stream));
+}
+// Makes U or V, and multiplies. The second kernel may begin while the first runs, so nothing comes between them, and
+// the memory of both is kept until both are launched.
+template <class Left, class Right>
+void multiply(const Left& left, const Right& right, const LowRankProduct& low_rank, const Product& product,
+              const Stream& stream) {
+  const ProductConfig config = config_of(product, stream);
+  std::visit(
+      [&](const auto& way) {
+        Counters counters(low_rank.counters() + counters_of(way), stream);
+        const LowRankWorkspace workspace(low_rank, counters, stream);
+        launch_low_rank(left, right, low_rank, workspace.memory(), begins_early(config), stream);
+        multiply(product, way, counters, stream);
+      },
+      config);
 }
 
 // The groups of the rows of U or V. Where groups share the weight, the rows before the first group have no adapter.
@@ -64,27 +104,32 @@ template <class T>
 void forward(const LinearForwardArgs& args, const Stream& stream) {
   const LoraView& lora = args.lora;
   const LowRankMatrix u(args.u, args.x.dtype, args.x.rows, lora.rank, stream);
-  if (lora.rank > 0) {
-    const Dropout dropout(lora);
-    const DropoutRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
-    const LoraRows<T> a{{lora.a, lora.dtype, args.weight.K, 1.0f}};
-    low_rank_product(x, a, lora.rank * args.weight.K, args.weight.K, dropout.scale, u.matrix(),
-                     groups_of_low_rank(args), stream);
-  }
-  multiply(product_of(args, u.read_only()), stream);
+  const Product product = product_of(args, u.read_only());
+  if (lora.rank == 0) return multiply(product, stream);
+  const std::int64_t K = args.weight.K;
+  const Dropout dropout(lora);
+  const DropoutRows<T> x{{{static_cast<const T*>(args.x.data), args.x.stride}}, dropout};
+  const LoraRows<T> a{{lora.a, lora.dtype, K, 1.0f}};
+  multiply(x, a, low_rank_product(u.matrix(), K, dropout.scale, lora.rank * K, groups_of_low_rank(args), stream),
+           product, stream);
 }
 
 template <class T>
 void backward(const LinearBackwardInputArgs& args, const Stream& stream) {
   const LoraView& lora = args.lora;
   const LowRankMatrix v(args.v, args.dy.dtype, args.dy.rows, lora.rank, stream);
-  if (lora.rank > 0) {
-    const Rows<T> dy{{static_cast<const T*>(args.dy.data), args.dy.stride}};
-    const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};
-    low_rank_product(dy, b, args.weight.N * lora.rank, args.weight.N, lora.scaling * Dropout(lora).scale, v.matrix(),
-                     groups_of_low_rank(args), stream);
+  const Product product = product_of(args, v.read_only());
+  if (lora.rank == 0) {
+    if (args.dx.data != nullptr) multiply(product, stream);
+    return;
   }
-  if (args.dx.data != nullptr) multiply(product_of(args, v.read_only()), stream);
+  const std::int64_t N = args.weight.N;
+  const Rows<T> dy{{static_cast<const T*>(args.dy.data), args.dy.stride}};
+  const LoraColumns<T> b{{lora.b, lora.dtype, lora.rank, 1.0f}};
+  const LowRankProduct low_rank = low_rank_product(v.matrix(), N, lora.scaling * Dropout(lora).scale, N * lora.rank,
+                                                   groups_of_low_rank(args), stream);
+  if (args.dx.data != nullptr) return multiply(dy, b, low_rank, product, stream);
+  multiply(dy, b, low_rank, stream);
 }
 
 }  // namespace

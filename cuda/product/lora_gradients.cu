@@ -16,11 +16,12 @@ void gradients(const LoraGradientsArgs& args, const Stream& stream) {
   if (args.da != nullptr) {
     const DropoutColumns<T> x{columns(args.x), Dropout(args.lora)};
     const Matrix da{.data = args.da, .dtype = args.lora.dtype, .rows = count * rank, .cols = K, .stride = K};
-    low_rank_gradients(columns(args.v), x, count, M, 1.0f, da, groups, stream);
+    multiply(columns(args.v), x, low_rank_gradient(da, count, M, 1.0f, groups, stream), stream);
   }
   if (args.db != nullptr) {
     const Matrix db{.data = args.db, .dtype = args.lora.dtype, .rows = count * N, .cols = rank, .stride = rank};
-    low_rank_gradients(columns(args.dy), columns(args.u), count, M, args.lora.scaling, db, groups, stream);
+    multiply(columns(args.dy), columns(args.u), low_rank_gradient(db, count, M, args.lora.scaling, groups, stream),
+             stream);
   }
 }
 

@@ -3,8 +3,8 @@
 //   U = drop(X) . A^T / (1-p)      dA = V^T . drop(X)
 //   V = s/(1-p) * dY . B           dB = s * dY^T . U
 //
-// All are long sums for few results, so several blocks share the sum of a tile, and a second kernel adds their parts in
-// one order.
+// All are long sums for few results, so several blocks share the sum of a tile, and the last of them to arrive adds
+// their parts, in the order of the parts. The kernel of the product may begin while that of U or V runs (linear.cu).
 #pragma once
 
 #include "product/config.h"
@@ -22,8 +22,17 @@ struct LowRankProduct {
   float scale;
   Groups groups;
   std::int64_t right_elements;  // for U and V: how many elements an adapter's A or B has
+  std::int64_t row_tiles;       // of out
   LowRankSplit split;
-  float* partial_sums;  // sums of several blocks that share a tile: one `out` for each part
+
+  std::int64_t tiles() const { return row_tiles * product_col_tiles(out.cols); }
+  // How many tickets its blocks need.
+  std::int64_t counters() const { return split.parts == 1 ? 0 : tiles(); }
+};
+// What the blocks share that have a part of a tile each; null if no tile has several.
+struct LowRankMemory {
+  float* partial_sums;     // one `out` for each part
+  std::uint32_t* arrived;  // by tile: how many parts are there
 };
 
 // A block's share of the product: a tile of out, and a part of its sum.
@@ -66,11 +75,12 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
   return part;
 }
 
-// out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded. Where several blocks share a tile's k, each
-// stores the sum over its part instead.
+// out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded.
 template <class Left, class Right, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
-    low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p) {
+    low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p,
+                    const LowRankMemory memory) {
+  let_next_kernel_begin();
   constexpr bool kSumsOverRows = !Left::kAlongInner;
   const auto part_of_block = [&] { return low_rank_part<kGrouped, kSumsOverRows>(p); };
   const auto position_of = [&](const LowRankPart& part) {
@@ -90,68 +100,95 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
   constexpr bool kIsKept = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
   const LowRankPart stored = kIsKept ? part : part_of_block();
-  position_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
-    const std::int64_t row = stored.first_row + i;
-    if (p.split.parts == 1) {
-      store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
-    } else {
-      p.partial_sums[(stored.part * p.out.rows + row) * p.out.cols + j] = s;
+  const ProductPosition<typename Left::Element> result = position_of(stored);
+  const auto store = [&](std::int64_t row, std::int64_t j, float s) {
+    store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
+  };
+  if (p.split.parts == 1) {
+    result.each(sum, [&](std::int64_t i, std::int64_t j, float s) { store(stored.first_row + i, j, s); });
+    return;
+  }
+  const auto partial_sum = [&](std::int64_t part, std::int64_t row, std::int64_t j) {
+    return memory.partial_sums + (part * p.out.rows + row) * p.out.cols + j;
+  };
+  result.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
+    store_vector<float, 1>(partial_sum(stored.part, stored.first_row + i, j), {{s}});
+  });
+  if (!is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) return;
+  result.each(sum, [&](std::int64_t i, std::int64_t j, float) {
+    float total = 0.0f;
+    for (int part = 0; part < p.split.parts; ++part) {
+      total += load_vector<float, 1>(partial_sum(part, stored.first_row + i, j)).at[0];
     }
+    store(stored.first_row + i, j, total);
   });
 }
 
-// Adds the parts of each sum, in their order.
-template <class T>
-__global__ void __launch_bounds__(kProductThreads)
-    low_rank_sum_kernel(const float* partial_sums, int count, float scale, const Matrix out) {
-  const std::int64_t step = grid_blocks() * kProductThreads, all = out.rows * out.cols;
-  for (std::int64_t e = block_index() * kProductThreads + thread_index(); e < all; e += step) {
-    float sum = 0.0f;
-    for (int part = 0; part < count; ++part) sum += partial_sums[part * all + e];
-    static_cast<T*>(out.data)[e / out.cols * out.stride + e % out.cols] = from_f32<T>(sum * scale);
-  }
+// `inner`: the average length of a sum.
+inline LowRankProduct with_split(LowRankProduct product, std::int64_t inner, const Stream& stream) {
+  product.split = low_rank_split(product.tiles(), inner, multiprocessors(stream));
+  return product;
 }
-
-// `row_tiles`: of out. `inner`: the average length of a sum.
-template <class Left, class Right>
-void launch_low_rank(const Left& left, const Right& right, LowRankProduct product, std::int64_t row_tiles,
-                     std::int64_t inner, const Stream& stream) {
-  const Matrix& out = product.out;
-  LaunchShape shape = product_grid(row_tiles, out.cols);
-  product.split = low_rank_split(shape.blocks, inner, multiprocessors(stream));
-  const int parts = product.split.parts;
-  shape.blocks *= parts;
-  const std::int64_t sums = parts == 1 ? 0 : parts * out.rows * out.cols;
-  const Workspace workspace(static_cast<std::size_t>(sums) * sizeof(float), stream);
-  product.partial_sums = reinterpret_cast<float*>(workspace.data());
-  if (product.groups.count > 0) {
-    launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product);
-  } else {
-    launch<low_rank_kernel<Left, Right, false>>(shape, stream, left, right, product);
-  }
-  if (parts == 1) return;
-  with_type(out.dtype, [&]<class T>() {
-    launch<low_rank_sum_kernel<T>>(looping_grid(out.rows * out.cols, kProductThreads, stream), stream,
-                                   product.partial_sums, parts, product.scale, out);
-  });
+// U or V, as sums over the `inner` columns of X or dY. An adapter's A or B has `right_elements` elements.
+inline LowRankProduct low_rank_product(const Matrix& out, std::int64_t inner, float scale, std::int64_t right_elements,
+                                       const Groups& groups, const Stream& stream) {
+  return with_split({.out = out,
+                     .rows = out.rows,
+                     .inner = inner,
+                     .scale = scale,
+                     .groups = groups,
+                     .right_elements = right_elements,
+                     .row_tiles = most_row_tiles(out.rows, groups.total(), kProductTile)},
+                    inner, stream);
 }
-
-// U or V. `right` gives the adapters' A or B, which have `right_elements` elements each.
-template <class Left, class Right>
-void low_rank_product(const Left& left, const Right& right, std::int64_t right_elements, std::int64_t inner,
-                      float scale, const Matrix& out, const Groups& groups, const Stream& stream) {
-  const LowRankProduct product = {
-      .out = out, .rows = out.rows, .inner = inner, .scale = scale, .groups = groups, .right_elements = right_elements};
-  launch_low_rank(left, right, product, most_row_tiles(out.rows, groups.total(), kProductTile), inner, stream);
-}
-
 // dA or dB of `count` adapters, [count, rows, columns of out], as sums over the `inner` rows of X.
-template <class Left, class Right>
-void low_rank_gradients(const Left& left, const Right& right, std::int64_t count, std::int64_t inner, float scale,
-                        const Matrix& out, const Groups& groups, const Stream& stream) {
+inline LowRankProduct low_rank_gradient(const Matrix& out, std::int64_t count, std::int64_t inner, float scale,
+                                        const Groups& groups, const Stream& stream) {
   const std::int64_t rows = out.rows / count;
-  const LowRankProduct product = {.out = out, .rows = rows, .inner = inner, .scale = scale, .groups = groups};
-  launch_low_rank(left, right, product, count * ceil_div(rows, kProductTile), ceil_div(inner, count), stream);
+  return with_split({.out = out,
+                     .rows = rows,
+                     .inner = inner,
+                     .scale = scale,
+                     .groups = groups,
+                     .row_tiles = count * ceil_div(rows, kProductTile)},
+                    ceil_div(inner, count), stream);
+}
+
+// Allocates the memory that blocks share, in a stream. `counters` has room for product.counters().
+class LowRankWorkspace {
+ public:
+  LowRankWorkspace(const LowRankProduct& product, Counters& counters, const Stream& stream)
+      : sums_(product.counters() == 0
+                  ? 0
+                  : static_cast<std::size_t>(product.split.parts * product.out.rows * product.out.cols) * sizeof(float),
+              stream),
+        memory_{reinterpret_cast<float*>(sums_.data()), counters.take(product.counters())} {}
+  const LowRankMemory& memory() const { return memory_; }
+
+ private:
+  const Workspace sums_;
+  const LowRankMemory memory_;
+};
+
+template <class Left, class Right>
+void launch_low_rank(const Left& left, const Right& right, const LowRankProduct& product, const LowRankMemory& memory,
+                     bool next_begins_early, const Stream& stream) {
+  LaunchShape shape = product_grid(product.row_tiles, product.out.cols);
+  shape.blocks *= product.split.parts;
+  shape.next_begins_early = next_begins_early;
+  if (product.groups.count > 0) {
+    launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product, memory);
+  } else {
+    launch<low_rank_kernel<Left, Right, false>>(shape, stream, left, right, product, memory);
+  }
+}
+
+// One of these products alone.
+template <class Left, class Right>
+void multiply(const Left& left, const Right& right, const LowRankProduct& product, const Stream& stream) {
+  Counters counters(product.counters(), stream);
+  const LowRankWorkspace workspace(product, counters, stream);
+  launch_low_rank(left, right, product, workspace.memory(), false, stream);
 }
 
 // The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.

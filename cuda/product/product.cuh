@@ -33,6 +33,9 @@ struct Product {
   bool own_weights;   // each group has its own weight, so a tile of out has rows of one group
   bool own_adapters;  // each group has its own adapter
 
+  // Whether the kernel of the product comes right after the one that makes low_rank, and so may begin early.
+  bool follows_low_rank() const { return low_rank.cols > 0; }
+
   // The number of a group's weight, and of its adapter.
   __device__ int weight_index(int group) const { return own_weights ? group : 0; }
   __device__ int adapter_index(int group) const { return own_adapters && group > 0 ? group : 0; }
@@ -145,15 +148,15 @@ class TileAdapters {
 };
 
 // One function for each way: general.cu, gemv.cu and panels.cu; gemm/thin.cu, forward.cu and backward.cu for
-// GemmConfig; hopper/forward.cu and backward.cu for HopperConfig.
+// GemmConfig; hopper/forward.cu and backward.cu for HopperConfig. Those that take counters use GemmConfig::counters().
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);
-void multiply_forward(const Product& product, const HopperConfig& config, const Stream& stream);
-void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream);
+void multiply_forward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream);
+void multiply_backward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream);
 HopperUse hopper_use(const Stream& stream);
-void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream);
-void multiply_forward(const Product& product, const GemmConfig& config, const Stream& stream);
-void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream);
+void multiply_thin(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
+void multiply_forward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
+void multiply_backward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream);
 
 }  // namespace qlora_native::QLN_CUDA

@@ -12,7 +12,7 @@ namespace {
 bool is_of_block(const Fiber& fiber, const void* p) {
   const auto* const at = static_cast<const std::byte*>(p);
   return (at >= fiber.stack && at < fiber.stack + kStackBytes) ||
-         (at >= fiber.block->smem && at < fiber.block->smem + grid->smem_bytes);
+         (at >= fiber.block->smem && at < fiber.block->smem + fiber.block->grid().smem_bytes);
 }
 
 // Reads global memory as the running fiber sees it, with the stores that are still in its buffers.
@@ -63,6 +63,23 @@ void signal(std::uint32_t* flag, std::uint32_t value) {
     current->block->stores.publish_all();
   }
   *flag = value;
+}
+
+bool is_last_to_arrive(std::uint32_t* counter, int count, Site site) {
+  Block& block = *current->block;
+  barrier(site);
+  if (current->position.thread == 0) {
+    yield();
+    if (concurrent) block.stores.publish_all();
+    block.is_last = ++*counter == static_cast<std::uint32_t>(count);
+  }
+  barrier(site);
+  return block.is_last;
+}
+
+void wait_for_kernel_before(Site site) {
+  const GridRun* const before = current->block->run.before;
+  if (before != nullptr) wait_for(&before->has_ended, 1, site);
 }
 
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site) {

@@ -56,31 +56,32 @@ thread_local Stacks stacks;
 
 }  // namespace
 
-Block::Block(std::int64_t index)
-    : index(index),
-      fibers(static_cast<std::size_t>(grid->threads)),
-      warps(static_cast<std::size_t>(grid->threads / kWarp)),
-      order(static_cast<std::size_t>(grid->threads)),
+Block::Block(GridRun& run, std::int64_t index)
+    : run(run),
+      index(index),
+      fibers(static_cast<std::size_t>(grid().threads)),
+      warps(static_cast<std::size_t>(grid().threads / kWarp)),
+      order(static_cast<std::size_t>(grid().threads)),
       next(order.size()),
-      unfinished(grid->threads) {
+      unfinished(grid().threads) {
   // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
   // float in it is NaN.
   void* memory = nullptr;
   const std::size_t begin = smem_begin(index);
-  if (posix_memalign(&memory, kSmemBoundary, begin + grid->smem_bytes) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, kSmemBoundary, begin + grid().smem_bytes) != 0) throw std::bad_alloc();
   smem = static_cast<std::byte*>(memory) + begin;
-  std::memset(smem, 0xFF, grid->smem_bytes);
+  std::memset(smem, 0xFF, grid().smem_bytes);
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(memory, begin);
 #endif
-  this->memory = std::make_unique<SharedMemory>(smem, grid->smem_bytes, static_cast<std::uint32_t>(begin));
+  this->memory = std::make_unique<SharedMemory>(smem, grid().smem_bytes, static_cast<std::uint32_t>(begin));
   tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
-  warpgroups.resize(static_cast<std::size_t>(grid->threads + kWarpgroup - 1) / kWarpgroup);
+  warpgroups.resize(static_cast<std::size_t>(grid().threads + kWarpgroup - 1) / kWarpgroup);
   max_registers.resize(warps.size());
   std::iota(order.begin(), order.end(), 0);
-  for (int thread = 0; thread < grid->threads; ++thread) {
+  for (int thread = 0; thread < grid().threads; ++thread) {
     Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
-    fiber.position = {thread, grid->threads, index, grid->blocks, smem};
+    fiber.position = {thread, grid().threads, index, grid().blocks, smem};
     fiber.block = this;
     fiber.warp = &warps[static_cast<std::size_t>(thread / kWarp)];
     fiber.stack = stacks.take();
@@ -100,7 +101,7 @@ Block::~Block() {
 void Block::main_of_fiber() {
   Fiber& self = *current;
   Context::arrived(self.context, self.block->scheduler);
-  grid->thread(grid->arguments);
+  self.block->grid().thread();
   if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
   self.state = Fiber::State::done;
   if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {

@@ -70,7 +70,16 @@ struct Fiber {
   StoreBuffer stores;                     // visible to this thread alone
 };
 
+// A grid that runs.
+struct GridRun {
+  const Grid& grid;
+  const GridRun* before;    // the grid before it, which may not have ended yet; or null
+  std::int64_t unfinished;  // blocks that have not ended
+  std::uint32_t has_ended = 0;
+};
+
 struct Block {
+  GridRun& run;
   std::int64_t index;
   Context scheduler;
   std::vector<Fiber> fibers;
@@ -86,8 +95,9 @@ struct Block {
   Rendezvous named_barriers[kNamedBarriers];
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
+  bool is_last = false;            // the answer of is_last_to_arrive()
 
-  explicit Block(std::int64_t index);
+  Block(GridRun& run, std::int64_t index);
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
   ~Block();
@@ -96,6 +106,7 @@ struct Block {
   // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
   // whether any fiber ran.
   bool advance(std::int64_t turns);
+  const Grid& grid() const { return run.grid; }
   std::string text_of_waits() const;  // what its fibers wait for, as text
 
  private:
@@ -109,10 +120,9 @@ struct Block {
   bool finish_a_copy();  // returns whether there was one
 };
 
-// What the host thread runs: one fiber at a time, of the blocks of one grid.
+// What the host thread runs: one fiber at a time, of the blocks of one grid, or of two.
 extern constinit thread_local Fiber* current;
 extern constinit thread_local Schedule schedule;
-extern constinit thread_local const Grid* grid;
 
 inline void suspend(Fiber& self, Fiber::State state, Site site) {
   self.state = state;

@@ -40,15 +40,31 @@ void ask_for_smem(std::size_t bytes, int device) {
   if (is_remembered) asked[device].store(bytes, std::memory_order_relaxed);
 }
 
+inline bool can_begin_early(const Stream& stream) {
+  int major = 0;
+  QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
+  return major >= 9;
+}
+
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
   if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
-  QLN_CHECK_CUDA(cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.blocks)),
-                                  dim3(static_cast<unsigned>(shape.threads)), pointers, shape.smem_bytes,
-                                  handle_of(stream)));
+  cudaLaunchAttribute attributes[1] = {};
+  cudaLaunchConfig_t config = {.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
+                               .blockDim = dim3(static_cast<unsigned>(shape.threads)),
+                               .dynamicSmemBytes = shape.smem_bytes,
+                               .stream = handle_of(stream),
+                               .attrs = attributes,
+                               .numAttrs = 0};
+  if (shape.begins_early && can_begin_early(stream)) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  QLN_CHECK_CUDA(cudaLaunchKernelExC(&config, function, pointers));
 }
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
@@ -149,6 +165,28 @@ __device__ __forceinline__ void wait_for(const std::uint32_t* flag, std::uint32_
 }
 // Returns how many times any block has called this before, and adds one.
 __device__ __forceinline__ int take_ticket(std::uint32_t* counter) { return static_cast<int>(atomicAdd(counter, 1u)); }
+// Adds one to the counter, and returns whether `count` blocks have now called this. All threads of a block call it.
+__device__ __forceinline__ bool is_last_to_arrive(std::uint32_t* counter, int count) {
+  sync_threads();
+  int is_last = 0;
+  if (thread_index() == 0) {
+    std::uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    is_last = static_cast<int>(before) == count - 1;
+  }
+  return __syncthreads_or(is_last) != 0;
+}
+// Before compute capability 9.0 a kernel begins when the one before it has ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // Ends the kernel: the next call of the runtime reports the failure.
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 __device__ __forceinline__ void atomic_add(std::uint64_t* at, std::uint64_t value) {

@@ -5,12 +5,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <list>
-#include <numeric>
+#include <optional>
 #include <utility>
 
 #include "simt/block.h"
+#include "simt/memory.h"
 
 #ifdef QLN_SWITCH_IN_ASSEMBLY
 asm(R"(
@@ -44,7 +46,6 @@ thread_local const Position* position = nullptr;
 constinit thread_local bool concurrent = false;
 constinit thread_local Fiber* current = nullptr;
 constinit thread_local Schedule schedule;
-constinit thread_local const Grid* grid = nullptr;
 
 namespace {
 
@@ -52,8 +53,9 @@ constexpr int kMaxThreads = 1024;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
 // So many blocks at most run at the same time under the schedule "concurrent"; a device may have room for more.
 constexpr std::size_t kMostResidentBlocks = 6;
-constexpr int kMostTurnsLog2 = 9;           // fibers of a block get at most 2^9 turns until another block may run
-constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this are published between two blocks' turns
+constexpr std::size_t kMostEarlyBlocks = 2;  // of a grid whose blocks begin before the grid before it
+constexpr int kMostTurnsLog2 = 9;            // fibers of a block get at most 2^9 turns until another block may run
+constexpr std::size_t kMostPublished = 32;   // fewer pieces of memory than this are published between two blocks' turns
 
 [[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
   std::string waits;
@@ -61,39 +63,72 @@ constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this 
   fail("deadlock:" + waits);
 }
 
+// Removes a block that is done.
+std::list<Block>::iterator end(std::list<Block>& blocks, std::list<Block>::iterator block) {
+  GridRun& run = block->run;
+  if (--run.unfinished == 0) run.has_ended = 1;
+  return blocks.erase(block);
+}
+
+// A block that has yet to begin.
+struct Start {
+  GridRun* run;
+  std::int64_t index;
+};
+
+// The blocks of all grids in the order in which they begin: grid after grid, but some of the last grid's blocks may
+// come first if it begins early.
+std::vector<Start> order_of_starts(std::vector<GridRun>& runs) {
+  std::vector<Start> starts;
+  for (GridRun& run : runs) {
+    const std::size_t first = starts.size();
+    for (std::int64_t i = 0; i < run.grid.blocks; ++i) starts.push_back({&run, schedule.ith_block(i, run.grid.blocks)});
+    const auto blocks = starts.begin() + static_cast<std::ptrdiff_t>(first);
+    if (schedule.is_concurrent()) {
+      for (std::size_t i = starts.size() - first; i > 1; --i)
+        std::swap(blocks[i - 1], blocks[schedule.random_below(i)]);
+    }
+    if (run.before != nullptr && schedule.is_early()) {
+      const auto early = std::min<std::ptrdiff_t>(kMostEarlyBlocks, starts.end() - blocks);
+      std::rotate(starts.begin(), blocks, blocks + early);
+    }
+  }
+  return starts;
+}
+
 // Starts a block when all blocks before it have ended or wait for another block. So more than one block is under way
 // only if blocks wait for each other.
-void run_in_order(std::int64_t count) {
+void run_in_order(const std::vector<Start>& starts) {
   std::list<Block> started;
-  std::int64_t next = 0;
-  while (next < count || !started.empty()) {
+  auto next = starts.begin();
+  while (next != starts.end() || !started.empty()) {
     bool progress = false;
     for (auto block = started.begin(); block != started.end();) {
       progress |= block->advance(std::numeric_limits<std::int64_t>::max());
-      block = block->done() ? started.erase(block) : std::next(block);
+      block = block->done() ? end(started, block) : std::next(block);
     }
     if (progress) continue;
-    if (next == count) {
+    if (next == starts.end()) {
       if (started.empty()) break;
       fail_of_deadlock(started);
     }
-    started.emplace_back(schedule.ith_block(next++, count));
+    started.emplace_back(*next->run, next->index);
+    ++next;
   }
 }
 
-// Runs several blocks at once, each for a random number of turns. They begin in any order, as in CUDA.
+// Runs several blocks at once, each for a random number of turns.
 class ConcurrentRun {
  public:
-  explicit ConcurrentRun(std::int64_t count)
-      : to_start_(static_cast<std::size_t>(count)),
+  explicit ConcurrentRun(const std::vector<Start>& starts)
+      : next_(starts.begin()),
+        end_(starts.end()),
         most_resident_(schedule.random_below(2) == 0 ? kMostResidentBlocks
-                                                     : 1 + schedule.random_below(kMostResidentBlocks)) {
-    std::iota(to_start_.begin(), to_start_.end(), std::int64_t{0});
-  }
+                                                     : 1 + schedule.random_below(kMostResidentBlocks)) {}
 
   void run() {
-    while (!to_start_.empty() || !resident_.empty()) {
-      while (!to_start_.empty() && resident_.size() < most_resident_) start();
+    while (next_ != end_ || !resident_.empty()) {
+      while (next_ != end_ && has_room()) start();
       Block& picked =
           *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
       bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
@@ -110,15 +145,22 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
+  // Blocks that have begun before the grid before theirs take no room away, since they may wait for it.
+  bool has_room() const {
+    const auto takes_room = [](const Block& block) {
+      return block.run.before == nullptr || block.run.before->has_ended != 0;
+    };
+    return static_cast<std::size_t>(std::count_if(resident_.begin(), resident_.end(), takes_room)) < most_resident_;
+  }
   void start() {
-    std::swap(to_start_[schedule.random_below(to_start_.size())], to_start_.back());
-    resident_.emplace_back(to_start_.back());
-    to_start_.pop_back();
+    resident_.emplace_back(*next_->run, next_->index);
+    ++next_;
   }
   Blocks::iterator end(Blocks::iterator block) {
     for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
     block->stores.move_to(ended_stores_);
-    return resident_.erase(block);
+    if (block->run.unfinished == 1) ended_stores_.publish_all();  // the grid ends
+    return emulator::end(resident_, block);
   }
 
   // Makes some of the stores visible that no signal has published yet.
@@ -147,11 +189,33 @@ class ConcurrentRun {
     return true;
   }
 
-  std::vector<std::int64_t> to_start_;
-  std::size_t most_resident_;
+  std::vector<Start>::const_iterator next_, end_;
+  const std::size_t most_resident_;
   Blocks resident_;
   StoreBuffer ended_stores_;  // stores of blocks that have ended
 };
+
+// Runs the grid; if there is one before it, that has not begun either.
+void run(const Grid* before, const Grid& grid) {
+  const DeviceWork work;
+  schedule = Schedule::from_environment();
+  std::vector<GridRun> runs;
+  runs.reserve(2);  // the second points to the first
+  if (before != nullptr) runs.push_back({*before, nullptr, before->blocks, before->blocks == 0});
+  runs.push_back({grid, before == nullptr ? nullptr : runs.data(), grid.blocks});
+  const std::vector<Start> starts = order_of_starts(runs);
+  concurrent = schedule.is_concurrent();
+  if (concurrent) {
+    ConcurrentRun(starts).run();
+  } else {
+    run_in_order(starts);
+  }
+  concurrent = false;
+  position = nullptr;
+}
+
+// The host thread's grid that is launched and has not begun.
+thread_local std::optional<Grid> kept;
 
 }  // namespace
 
@@ -208,24 +272,32 @@ std::size_t max_smem_bytes() {
   return bytes;
 }
 
-void run(const Grid& launched) {
-  if (launched.threads <= 0 || launched.threads > kMaxThreads || launched.threads % kWarp != 0) {
-    fail("a block of " + std::to_string(launched.threads) + " threads");
+void launch(Grid grid) {
+  if (grid.threads <= 0 || grid.threads > kMaxThreads || grid.threads % kWarp != 0) {
+    fail("a block of " + std::to_string(grid.threads) + " threads");
   }
-  if (launched.smem_bytes > max_smem_bytes()) fail(std::to_string(launched.smem_bytes) + " bytes of shared memory");
-  if (launched.blocks < 0 || launched.blocks > 0x7FFFFFFF) fail(std::to_string(launched.blocks) + " blocks");
+  if (grid.smem_bytes > max_smem_bytes()) fail(std::to_string(grid.smem_bytes) + " bytes of shared memory");
+  if (grid.blocks < 0 || grid.blocks > 0x7FFFFFFF) fail(std::to_string(grid.blocks) + " blocks");
   if (current != nullptr) fail("a kernel launches another");
-  schedule = Schedule::from_environment();
-  grid = &launched;
-  concurrent = schedule.is_concurrent();
-  if (concurrent) {
-    ConcurrentRun(launched.blocks).run();
-  } else {
-    run_in_order(launched.blocks);
+  if (!grid.begins_early) run_kept_grid();
+  if (grid.next_begins_early) {
+    run_kept_grid();
+    kept = std::move(grid);
+    return;
   }
-  concurrent = false;
-  position = nullptr;
-  grid = nullptr;
+  const std::optional<Grid> before = std::exchange(kept, std::nullopt);
+  run(before ? &*before : nullptr, grid);
+}
+
+void run_kept_grid() {
+  const std::optional<Grid> grid = std::exchange(kept, std::nullopt);
+  if (grid) run(nullptr, *grid);
+}
+
+void check_no_grid_is_kept() {
+  if (!kept) return;
+  if (std::uncaught_exceptions() == 0) fail("memory is released before the kernel that begins early is launched");
+  run_kept_grid();  // the call ends here
 }
 
 void poison(void* memory, std::size_t bytes) {

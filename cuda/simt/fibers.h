@@ -14,6 +14,7 @@
 //     next barrier of the block, or sync_warp of the warp, on. All blocks see it when a thread that sees it calls
 //     signal, or at a random later time, at the latest when the kernel has ended. 16-byte pieces may become visible in
 //     any order.
+//   - Of a kernel that begins early, up to two blocks begin before the kernel before it.
 //   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call left raised.
 //
 // The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
@@ -24,6 +25,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -64,13 +66,13 @@ class Schedule {
   std::uint32_t next();
 };
 
-// What a launch runs: the kernel with its arguments, called by every thread.
+// A launch: LaunchShape, and the kernel with its arguments, which every thread calls.
 struct Grid {
   std::int64_t blocks;
   int threads;
   std::size_t smem_bytes;
-  void (*thread)(const void* arguments);
-  const void* arguments;
+  bool begins_early, next_begins_early;
+  std::function<void()> thread;
 };
 
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
@@ -79,9 +81,15 @@ std::size_t max_smem_bytes();
 // The shared memory of each block that the device keeps for itself.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
-// Runs the grid; returns when it is done. Several host threads may run grids at once. A mistake of the kernel that no
-// device would forgive (a deadlock, lanes that meet at different calls) ends the process, with file and line.
-void run(const Grid& grid);
+// Runs the grid, and returns when it is done. If the next grid begins early, this one only begins when the next is
+// launched, and then both run: blocks of the next begin before this one, in its middle, or after it, by the schedule.
+// Several host threads may launch grids at once. A mistake of the kernel that no device would forgive (a deadlock,
+// lanes that meet at different calls) ends the process, with file and line.
+void launch(Grid grid);
+// Runs the host thread's grid that has not begun, if there is one. Whatever else a stream does must wait for it.
+void run_kept_grid();
+// The process ends if memory is released before the grid that may still use it has begun.
+void check_no_grid_is_kept();
 
 // Fills fresh memory with values that a kernel must not rely on.
 void poison(void* memory, std::size_t bytes);
@@ -106,6 +114,9 @@ void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site
 void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
 // Publishes every store that the thread sees, then sets *flag to value.
 void signal(std::uint32_t* flag, std::uint32_t value);
+// The block publishes its stores and adds one to the counter. Returns whether this made it `count`.
+bool is_last_to_arrive(std::uint32_t* counter, int count, Site site);
+void wait_for_kernel_before(Site site);
 
 // Whether the schedule is "concurrent". Under the others an access to memory is a plain copy.
 extern constinit thread_local bool concurrent;

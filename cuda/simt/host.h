@@ -45,14 +45,12 @@ template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
   int number = 0;
   (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
-  const std::tuple<const Args&...> all(args...);
-  const DeviceWork work;
-  emulator::run(
-      {.blocks = shape.blocks,
-       .threads = shape.threads,
-       .smem_bytes = shape.smem_bytes,
-       .thread = [](const void* p) { std::apply(kKernel, *static_cast<const std::tuple<const Args&...>*>(p)); },
-       .arguments = &all});
+  emulator::launch({.blocks = shape.blocks,
+                    .threads = shape.threads,
+                    .smem_bytes = shape.smem_bytes,
+                    .begins_early = shape.begins_early,
+                    .next_begins_early = shape.next_begins_early,
+                    .thread = [all = std::tuple<Args...>(args...)] { std::apply(kKernel, all); }});
 }
 
 // On a device this makes the stream's device current; here it does nothing.
@@ -65,12 +63,18 @@ class DeviceGuard {
 inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
-inline void release_own(const DeviceMemory& memory, const Stream&) { emulator::release_on_device(memory.data); }
+inline void release_own(const DeviceMemory& memory, const Stream&) {
+  emulator::check_no_grid_is_kept();
+  emulator::release_on_device(memory.data);
+}
 // Memory that the host program gives is reachable for kernels from make_reachable() until make_unreachable().
 inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
   emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
 }
-inline void make_unreachable(const DeviceMemory& memory) { emulator::withdraw(memory.data); }
+inline void make_unreachable(const DeviceMemory& memory) {
+  emulator::check_no_grid_is_kept();
+  emulator::withdraw(memory.data);
+}
 // Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
 inline void poison(void* memory, std::size_t bytes) {
   const DeviceWork work;
@@ -79,6 +83,7 @@ inline void poison(void* memory, std::size_t bytes) {
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   emulator::check_argument("fill_bytes", 1, data);
+  emulator::run_kept_grid();
   const DeviceWork work;
   std::memset(data, byte, bytes);
 }
@@ -165,6 +170,15 @@ inline int take_ticket(std::uint32_t* counter) {
   emulator::yield();
   return static_cast<int>((*counter)++);
 }
+inline bool is_last_to_arrive(std::uint32_t* counter, int count, Site site = Site::current()) {
+  return emulator::is_last_to_arrive(counter, count, site);
+}
+
+// A kernel that has called this in every block lets a kernel begin that is launched with begins_early.
+inline void let_next_kernel_begin() {}
+// Waits until the kernel launched before this one has ended. Does nothing if this one does not begin early.
+inline void wait_for_kernel_before(Site site = Site::current()) { emulator::wait_for_kernel_before(site); }
+
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
   emulator::yield();

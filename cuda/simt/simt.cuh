@@ -41,6 +41,11 @@ struct LaunchShape {
   std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
   int threads;                 // in each block; a multiple of 32
   std::size_t smem_bytes = 0;  // at most max_smem_bytes()
+  // The kernel may begin before the one launched before it has ended, on devices of compute capability 9.0 or more. It
+  // must call wait_for_kernel_before() before it reads what that kernel writes, and must not write what that kernel
+  // reads or writes. All memory of both must be there until this kernel has been launched.
+  bool begins_early = false;
+  bool next_begins_early = false;  // the kernel that is launched next; for the emulator alone
 };
 
 // Every architecture from sm_80 on gives a block at least so much; sm_86, sm_89 and sm_120 give no more.

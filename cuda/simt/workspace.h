@@ -36,4 +36,25 @@ class Workspace {
   DeviceMemory memory_;
 };
 
+// The flags and tickets that blocks of a call's kernels share. They begin as 0, by one memset before all of the
+// kernels.
+class Counters {
+ public:
+  Counters(std::int64_t count, const Stream& stream)
+      : workspace_(static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream),
+        next_(reinterpret_cast<std::uint32_t*>(workspace_.data())) {
+    if (count > 0) fill_bytes(next_, 0, static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream);
+  }
+  // The next `count` of them; null if there are none.
+  std::uint32_t* take(std::int64_t count) {
+    if (count == 0) return nullptr;
+    next_ += count;
+    return next_ - count;
+  }
+
+ private:
+  const Workspace workspace_;
+  std::uint32_t* next_;
+};
+
 }  // namespace qlora_native::QLN_CUDA

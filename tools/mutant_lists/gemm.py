@@ -56,10 +56,10 @@ BETWEEN_BLOCKS = [
     ),
     Mutant(STREAM_K, "nobody waits", WAIT, "      sync();\n", CONCURRENT),
     Mutant(
-        STREAM_K,
+        "cuda/simt/workspace.h",
         "the flags are not reset",
-        "if (workspace_.data() != nullptr) {",
-        "if (false) {",
+        "if (count > 0) fill_bytes(",
+        "if (false) fill_bytes(",
         CONCURRENT,
     ),
 ]

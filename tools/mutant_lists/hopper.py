@@ -111,6 +111,12 @@ BY_WGMMA = [
     Mutant(HOPPER_GEMM, "a step has the scale of the next", "finish(raw[0], offset)", "finish(raw[1], offset)", HOPPER),
     Mutant(
         HOPPER_GEMM,
+        "U or V is read before it is there",
+        *without("      if (issues_copies()) wait_for_kernel_before();  // which makes U or V\n"),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
         "each part of a tile has the adapter",
         "part.first == 0 ? static_cast<int>(args_.low_rank.cols) : 0",
         "static_cast<int>(args_.low_rank.cols)",

@@ -41,16 +41,36 @@ ON_CHIP = [
     Mutant(
         "cuda/product/low_rank.cuh",
         "a part of a shared sum is left out",
-        "for (int part = 0; part < count; ++part)",
-        "for (int part = 0; part < count - 1; ++part)",
+        "for (int part = 0; part < p.split.parts; ++part)",
+        "for (int part = 0; part < p.split.parts - 1; ++part)",
         ON_GPU,
     ),
     Mutant(
         "cuda/product/low_rank.cuh",
         "a shared sum is not scaled",
-        "from_f32<T>(sum * scale)",
-        "from_f32<T>(sum)",
+        "row * p.out.stride + j, s * p.scale);",
+        "row * p.out.stride + j, s);",
         ON_GPU,
+    ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "the parts of a sum are added before all are there",
+        "memory.arrived + block_index() / p.split.parts, p.split.parts)",
+        "memory.arrived + block_index() / p.split.parts, p.split.parts - 1)",
+        ON_GPU,
+    ),
+    *(
+        Mutant(
+            file,
+            "U is read before it is there",
+            *without(f"{indent}wait_for_kernel_before();  // which makes U{or_v}\n"),
+            ON_GPU,
+        )
+        for file, indent, or_v in (
+            ("cuda/product/gemv.cu", 4 * " ", ""),
+            ("cuda/product/gemm/gemm.cuh", 4 * " ", " or V"),
+            ("cuda/product/gemm/thin.cuh", 4 * " ", ""),
+        )
     ),
     Mutant(
         "cuda/product/general.cuh",

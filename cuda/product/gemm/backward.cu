@@ -3,8 +3,8 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_backward(const Product& product, const GemmConfig& config, const Stream& stream) {
-  gemm<DecodedColumns>(product, config, stream);
+void multiply_backward(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
+  gemm<DecodedColumns>(product, config, counters, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -274,6 +274,7 @@ class Gemm {
     const Lane lane;
     const Addresses at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
+    wait_for_kernel_before();  // which makes U or V
     if constexpr (kGrouped) {
       add_adapters(lane, at);
     } else {
@@ -411,13 +412,16 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kBlocks) gemm_kernel(const
 // ---- on the host ----
 
 template <template <class> class Weights>
-void gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
+void gemm(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
   if (config.blocks == 0) return;
-  const StreamKWorkspace workspace(config, stream);
+  const StreamKWorkspace workspace(config, counters, stream);
   const GemmArgs args(product, config, workspace);
   const auto launch_for = [&]<class T, int kRows, int kCols, bool kAligned>() {
     using Tile = GemmTile<kRows, kCols, kAligned>;
-    const LaunchShape shape = {config.blocks, kGemmThreads, GemmShared<T, Weights<Tile>, Tile>::bytes()};
+    const LaunchShape shape = {.blocks = config.blocks,
+                               .threads = kGemmThreads,
+                               .smem_bytes = GemmShared<T, Weights<Tile>, Tile>::bytes(),
+                               .begins_early = args.follows_low_rank()};
     if constexpr (kAligned && kCols == kGemmCols) {
       if (config.grouped) return launch<gemm_kernel<T, Weights, Tile, true>>(shape, stream, args);
     }

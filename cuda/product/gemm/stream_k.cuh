@@ -25,25 +25,19 @@ struct StreamKMemory {
   GroupedBlock* blocks;
 };
 
-// Allocates that memory in a stream; on the host.
+// Allocates that memory in a stream; on the host. `counters` has room for config.counters().
 class StreamKWorkspace {
  public:
-  // The flags and the ticket come last, behind sums that are a whole number of vectors.
-  StreamKWorkspace(const GemmConfig& config, const Stream& stream)
+  StreamKWorkspace(const GemmConfig& config, Counters& counters, const Stream& stream)
       : blocks_(config.blocks),
         sums_bytes_(bytes_of<float>(config.blocks * config.tile_rows * config.tile_cols)),
-        blocks_bytes_(config.grouped ? bytes_of<GroupedBlock>(blocks_) : 0),
-        flags_bytes_(bytes_of<std::uint32_t>(blocks_ + 1)),
-        workspace_(config.grouped || config.splits_a_tile() ? sums_bytes_ + blocks_bytes_ + flags_bytes_ : 0, stream) {
-    if (workspace_.data() != nullptr) {
-      fill_bytes(workspace_.data() + sums_bytes_ + blocks_bytes_, 0, flags_bytes_, stream);
-    }
-  }
+        workspace_(config.counters() == 0 ? 0 : sums_bytes_ + (config.grouped ? bytes_of<GroupedBlock>(blocks_) : 0),
+                   stream),
+        ready_(counters.take(config.counters())) {}
   StreamKMemory memory() const {
     std::byte* const memory = workspace_.data();
     if (memory == nullptr) return {};
-    auto* const ready = reinterpret_cast<std::uint32_t*>(memory + sums_bytes_ + blocks_bytes_);
-    return {reinterpret_cast<float*>(memory), ready, ready + blocks_,
+    return {reinterpret_cast<float*>(memory), ready_, ready_ + blocks_,
             reinterpret_cast<GroupedBlock*>(memory + sums_bytes_)};
   }
 
@@ -53,8 +47,9 @@ class StreamKWorkspace {
     return static_cast<std::size_t>(count) * sizeof(T);
   }
   const int blocks_;
-  const std::size_t sums_bytes_, blocks_bytes_, flags_bytes_;
+  const std::size_t sums_bytes_;
   const Workspace workspace_;
+  std::uint32_t* const ready_;
 };
 
 // The arguments of the kernels of this folder, and of hopper/.

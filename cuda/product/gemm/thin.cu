@@ -3,12 +3,15 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_thin(const Product& product, const GemmConfig& config, const Stream& stream) {
+void multiply_thin(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
   if (config.blocks == 0) return;
-  const StreamKWorkspace workspace(config, stream);
+  const StreamKWorkspace workspace(config, counters, stream);
   const GemmArgs args(product, config, workspace);
   const auto launch_for = [&]<class T, int kRows>() {
-    const LaunchShape shape = {config.blocks, kGemmThreads, ThinShared<T, ThinTile<kRows>>::bytes()};
+    const LaunchShape shape = {.blocks = config.blocks,
+                               .threads = kGemmThreads,
+                               .smem_bytes = ThinShared<T, ThinTile<kRows>>::bytes(),
+                               .begins_early = args.follows_low_rank()};
     if constexpr (kRows <= kThinRows) {  // with more rows in groups it would have too few registers
       if (config.grouped) return launch<thin_gemm_kernel<T, kRows, true>>(shape, stream, args);
     }

@@ -239,6 +239,7 @@ class ThinGemm {
   // held meanwhile.
   __device__ void add_low_rank(const TilePart& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
+    wait_for_kernel_before();  // which makes U
     if constexpr (kGrouped) {
       TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1

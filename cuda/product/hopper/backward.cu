@@ -3,8 +3,8 @@
 
 namespace qlora_native::QLN_CUDA {
 
-void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream) {
-  hopper_gemm<HopperColumns>(product, config.gemm, stream);
+void multiply_backward(const Product& product, const HopperConfig& config, Counters& counters, const Stream& stream) {
+  hopper_gemm<HopperColumns>(product, config.gemm, counters, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -127,6 +127,7 @@ class HopperGemm {
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
+      if (issues_copies()) wait_for_kernel_before();  // which makes U or V
       if (issues_copies()) load(maps_.low_rank, row0, r, 0);
       arrive_at_full();
     }
@@ -326,7 +327,7 @@ TileSource tiles_of_codes(const QuantizedWeightView& w) {
 }
 
 template <class Weights>
-void hopper_gemm(const Product& product, const GemmConfig& config, const Stream& stream) {
+void hopper_gemm(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
   if (config.blocks == 0) return;
   constexpr bool kForward = Weights::kForward;
   const std::int64_t rank = product.low_rank.cols;
@@ -336,11 +337,14 @@ void hopper_gemm(const Product& product, const GemmConfig& config, const Stream&
   if (rank > 0) {
     maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
   }
-  const StreamKWorkspace workspace(config, stream);
+  const StreamKWorkspace workspace(config, counters, stream);
   const GemmArgs args(product, config, workspace);
   const auto launch_for = [&]<class T, int kRows>() {
     using Tile = HopperTile<kRows>;
-    const LaunchShape shape = {config.blocks, Tile::kThreads, HopperShared<T, Tile>::bytes()};
+    const LaunchShape shape = {.blocks = config.blocks,
+                               .threads = Tile::kThreads,
+                               .smem_bytes = HopperShared<T, Tile>::bytes(),
+                               .begins_early = args.follows_low_rank()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
   const auto launch_tile = [&]<class T>() {

@@ -7,10 +7,10 @@ namespace qlora_native::QLN_CUDA {
 
 HopperUse hopper_use(const Stream&) { return HopperUse::none; }
 
-void multiply_forward(const Product&, const HopperConfig&, const Stream&) {
+void multiply_forward(const Product&, const HopperConfig&, Counters&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
-void multiply_backward(const Product&, const HopperConfig&, const Stream&) {
+void multiply_backward(const Product&, const HopperConfig&, Counters&, const Stream&) {
   throw std::logic_error("this build has no code for sm_90a");
 }
 
