@@ -264,11 +264,11 @@ class Model:
         return shown + decoding[0], shown + sum(decoding)
 
     def low_rank(self, product: Product, parts: int, length: int) -> float:
-        """The seconds of U or V: blocks sum `length` of the inner dimension each, and a kernel adds `parts` sums."""
+        """The seconds of U or V: blocks sum `length` of the inner dimension each, and the last one adds `parts` sums."""
         device = self.device
         blocks = math.ceil(product.rows / LOW_RANK_TILE) * parts
         together = min(math.ceil(blocks / device.multiprocessors), LOW_RANK_BLOCKS)
         waves = math.ceil(blocks / (LOW_RANK_BLOCKS * device.multiprocessors))
         of_wave = 2 * DRAM_LATENCY + math.ceil(length / STEP) * together * LOW_RANK_CYCLES
         seconds = max(waves * of_wave / device.clock, BF16 * product.rows * product.inner / device.bandwidth) + LAUNCH
-        return seconds + (LAUNCH + 2 * DRAM_LATENCY / device.clock if parts > 1 else 0)
+        return seconds + (3 * L2_LATENCY / device.clock if parts > 1 else 0)  # stores, a ticket, loads

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.low_rank.cols;
   GemvPart<T, kGrouped> part(args);
-  if (kGrouped && !part.next()) return;
+  if (kGrouped && !part.next()) return wait_for_kernel_before();
   struct Step {
     GemvChunk<kBits, kAligned> chunk[2];
     Rows x;

@@ -145,12 +145,13 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
-  // Blocks that have begun before the grid before theirs take no room away, since they may wait for it.
+  // Whether the next block may begin. Blocks that may wait for another grid take no room away from its blocks.
   bool has_room() const {
-    const auto takes_room = [](const Block& block) {
-      return block.run.before == nullptr || block.run.before->has_ended != 0;
-    };
-    return static_cast<std::size_t>(std::count_if(resident_.begin(), resident_.end(), takes_room)) < most_resident_;
+    const auto may_wait = [](const GridRun& run) { return run.before != nullptr && run.before->has_ended == 0; };
+    const auto waiting = static_cast<std::size_t>(
+        std::count_if(resident_.begin(), resident_.end(), [&](const Block& block) { return may_wait(block.run); }));
+    if (!may_wait(*next_->run)) return resident_.size() - waiting < most_resident_;
+    return waiting < kMostEarlyBlocks || resident_.size() < most_resident_;
   }
   void start() {
     resident_.emplace_back(*next_->run, next_->index);

@@ -44,7 +44,7 @@ class Gemm {
 
   // Computes the block's run of steps: the end of a tile, whole tiles, and the beginning of one.
   __device__ void run() {
-    if (kGrouped && shared_.run < 0) return;
+    if (kGrouped && shared_.run < 0) return wait_for_kernel_before();
     for (std::uint32_t done = 0;;) {  // counts steps; 2^32 of them would take minutes
       const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;

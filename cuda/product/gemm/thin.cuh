@@ -72,7 +72,7 @@ class ThinGemm {
   // Between parts only the number of a step is kept, in 32 bits, which can count the steps of an aligned weight.
   // Everything else is computed anew where it is needed, so that it fills no registers in between.
   __device__ void run() {
-    if (kGrouped && first_step_ == kNoStep) return;
+    if (kGrouped && first_step_ == kNoStep) return wait_for_kernel_before();
     for (std::uint32_t step = first_step_;;) {
       tile_rows_.go_to(part_at(step).tile);
       sums_.clear();
