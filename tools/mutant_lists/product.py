@@ -64,7 +64,7 @@ ON_CHIP = [
             file,
             "U is read before it is there",
             *without(f"{indent}wait_for_kernel_before();  // which makes U{or_v}\n"),
-            ON_GPU,
+            CONCURRENT,
         )
         for file, indent, or_v in (
             ("cuda/product/gemv.cu", 4 * " ", ""),
