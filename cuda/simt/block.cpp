@@ -17,9 +17,9 @@ namespace qlora_native::cuda_emulated::emulator {
 namespace {
 
 // The shared memory of odd blocks begins at a multiple of 64 KB, as on sm_80, and that of even blocks 1 KB behind one,
-// as on sm_90: a kernel must work with either.
+// as on sm_90: a kernel must work with either. The blocks of a cluster have the same addresses.
 constexpr std::size_t kSmemBoundary = 64 * 1024;
-std::size_t smem_begin(std::int64_t block) { return block % 2 == 0 ? kReservedSmemBytes : 0; }
+std::size_t smem_begin(std::int64_t block) { return block / grid->cluster % 2 == 0 ? kReservedSmemBytes : 0; }
 
 // A host thread keeps its stacks for the next launch. The page below each stack is a guard.
 class Stacks {
@@ -56,8 +56,9 @@ thread_local Stacks stacks;
 
 }  // namespace
 
-Block::Block(std::int64_t index)
+Block::Block(std::int64_t index, std::shared_ptr<Cluster> its_cluster)
     : index(index),
+      cluster(std::move(its_cluster)),
       fibers(static_cast<std::size_t>(grid->threads)),
       warps(static_cast<std::size_t>(grid->threads / kWarp)),
       order(static_cast<std::size_t>(grid->threads)),
@@ -75,6 +76,10 @@ Block::Block(std::int64_t index)
 #endif
   this->memory = std::make_unique<SharedMemory>(smem, grid->smem_bytes, static_cast<std::uint32_t>(begin));
   tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
+  if (cluster != nullptr) {
+    this->memory->track_intervals();
+    cluster->blocks[static_cast<std::size_t>(rank())] = this;
+  }
   warpgroups.resize(static_cast<std::size_t>(grid->threads + kWarpgroup - 1) / kWarpgroup);
   max_registers.resize(warps.size());
   std::iota(order.begin(), order.end(), 0);
@@ -106,6 +111,7 @@ void Block::main_of_fiber() {
   if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {
     fail("a block has ended before a tile that TMA loads was there");
   }
+  if (self.block->cluster != nullptr) end_thread_of_cluster(*self.block);
   self.context.switch_to(self.block->scheduler, /*last=*/true);
   __builtin_unreachable();
 }

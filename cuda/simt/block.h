@@ -70,8 +70,17 @@ struct Fiber {
   StoreBuffer stores;                     // visible to this thread alone
 };
 
+// The blocks of a cluster. cluster.cpp has what their threads do together.
+struct Cluster {
+  std::vector<struct Block*> blocks;      // by rank; null: it has not begun, or has ended
+  std::vector<struct Fiber*> at_barrier;  // threads that wait at the barrier
+  std::int32_t interval = 1;              // 1 + how many barriers all threads have passed
+  int ended_threads = 0;
+};
+
 struct Block {
   std::int64_t index;
+  std::shared_ptr<Cluster> cluster;  // null in a kernel without clusters
   Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -87,11 +96,12 @@ struct Block {
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
 
-  explicit Block(std::int64_t index);
+  explicit Block(std::int64_t index, std::shared_ptr<Cluster> cluster = nullptr);
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
   ~Block();
 
+  int rank() const { return static_cast<int>(index % static_cast<std::int64_t>(cluster->blocks.size())); }
   bool done() const { return unfinished == 0; }
   // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
   // whether any fiber ran.
@@ -113,6 +123,9 @@ struct Block {
 extern constinit thread_local Fiber* current;
 extern constinit thread_local Schedule schedule;
 extern constinit thread_local const Grid* grid;
+
+// A thread of the block ends, the last of them, or one of the others (cluster.cpp).
+void end_thread_of_cluster(Block& block);
 
 inline void suspend(Fiber& self, Fiber::State state, Site site) {
   self.state = state;

@@ -48,7 +48,7 @@ constinit thread_local const Grid* grid = nullptr;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kMostClusterBlocks = 8;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
 // So many blocks at most run at the same time under the schedule "concurrent"; a device may have room for more.
 constexpr std::size_t kMostResidentBlocks = 6;
@@ -61,8 +61,24 @@ constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this 
   fail("deadlock:" + waits);
 }
 
-// Starts a block when all blocks before it have ended or wait for another block. So more than one block is under way
-// only if blocks wait for each other.
+// Starts the cluster's blocks, which are the i-th and those after it in the order of the schedule; without clusters
+// this is one block. Under a random order they run before or behind each other and those that have begun.
+void start_cluster(std::int64_t i, std::int64_t count, std::list<Block>& blocks) {
+  if (grid->cluster == 1) {
+    blocks.emplace_back(schedule.ith_block(i, count));
+    return;
+  }
+  const auto cluster = std::make_shared<Cluster>();
+  cluster->blocks.resize(static_cast<std::size_t>(grid->cluster));
+  for (const std::int64_t end = i + grid->cluster; i < end; ++i) {
+    const std::size_t place = schedule.is_random() ? schedule.random_below(blocks.size() + 1) : blocks.size();
+    blocks.emplace(std::next(blocks.begin(), static_cast<std::ptrdiff_t>(place)), schedule.ith_block(i, count),
+                   cluster);
+  }
+}
+
+// Starts a block, or the blocks of a cluster, when all blocks before have ended or wait for another block. So more than
+// one block, or cluster, is under way only if blocks wait for each other.
 void run_in_order(std::int64_t count) {
   std::list<Block> started;
   std::int64_t next = 0;
@@ -77,7 +93,8 @@ void run_in_order(std::int64_t count) {
       if (started.empty()) break;
       fail_of_deadlock(started);
     }
-    started.emplace_back(schedule.ith_block(next++, count));
+    start_cluster(next, count, started);
+    next += grid->cluster;
   }
 }
 
@@ -85,7 +102,8 @@ void run_in_order(std::int64_t count) {
 class ConcurrentRun {
  public:
   explicit ConcurrentRun(std::int64_t count)
-      : to_start_(static_cast<std::size_t>(count)),
+      : count_(count),
+        to_start_(static_cast<std::size_t>(count / grid->cluster)),
         most_resident_(schedule.random_below(2) == 0 ? kMostResidentBlocks
                                                      : 1 + schedule.random_below(kMostResidentBlocks)) {
     std::iota(to_start_.begin(), to_start_.end(), std::int64_t{0});
@@ -93,7 +111,7 @@ class ConcurrentRun {
 
   void run() {
     while (!to_start_.empty() || !resident_.empty()) {
-      while (!to_start_.empty() && resident_.size() < most_resident_) start();
+      while (!to_start_.empty() && has_room()) start();
       Block& picked =
           *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
       bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
@@ -110,9 +128,13 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
+  // There is room for one cluster in any case.
+  bool has_room() const {
+    return resident_.empty() || resident_.size() + static_cast<std::size_t>(grid->cluster) <= most_resident_;
+  }
   void start() {
     std::swap(to_start_[schedule.random_below(to_start_.size())], to_start_.back());
-    resident_.emplace_back(to_start_.back());
+    start_cluster(to_start_.back() * grid->cluster, count_, resident_);
     to_start_.pop_back();
   }
   Blocks::iterator end(Blocks::iterator block) {
@@ -147,7 +169,8 @@ class ConcurrentRun {
     return true;
   }
 
-  std::vector<std::int64_t> to_start_;
+  const std::int64_t count_;
+  std::vector<std::int64_t> to_start_;  // clusters
   std::size_t most_resident_;
   Blocks resident_;
   StoreBuffer ended_stores_;  // stores of blocks that have ended
@@ -199,13 +222,25 @@ std::size_t Schedule::random_below(std::size_t count) { return next() % count; }
 
 // ---- a grid ----
 
-std::size_t max_smem_bytes() {
-  const char* value = std::getenv("QLN_EMULATED_SMEM");
-  if (value == nullptr || *value == '\0') return kHopperSmemBytes;
+namespace {
+
+// A number that an environment variable may give in place of the emulated device's own.
+unsigned long long number_of_device(const char* variable, const char* unit, unsigned long long own) {
+  const char* value = std::getenv(variable);
+  if (value == nullptr || *value == '\0') return own;
   char* end = nullptr;
-  const unsigned long long bytes = std::strtoull(value, &end, 10);
-  if (*end != '\0' || bytes == 0) fail(std::string("QLN_EMULATED_SMEM: expected bytes, got ") + value);
-  return bytes;
+  const unsigned long long number = std::strtoull(value, &end, 10);
+  if (*end != '\0' || number == 0) fail(std::string(variable) + ": expected " + unit + ", got " + value);
+  return number;
+}
+
+}  // namespace
+
+std::size_t max_smem_bytes() { return number_of_device("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
+
+int multiprocessors() {
+  constexpr int kFew = 3;
+  return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kFew));
 }
 
 void run(const Grid& launched) {
@@ -214,6 +249,9 @@ void run(const Grid& launched) {
   }
   if (launched.smem_bytes > max_smem_bytes()) fail(std::to_string(launched.smem_bytes) + " bytes of shared memory");
   if (launched.blocks < 0 || launched.blocks > 0x7FFFFFFF) fail(std::to_string(launched.blocks) + " blocks");
+  if (launched.cluster < 1 || launched.cluster > kMostClusterBlocks || launched.blocks % launched.cluster != 0) {
+    fail(std::to_string(launched.blocks) + " blocks in clusters of " + std::to_string(launched.cluster));
+  }
   if (current != nullptr) fail("a kernel launches another");
   schedule = Schedule::from_environment();
   grid = &launched;
