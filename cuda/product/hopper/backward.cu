@@ -4,7 +4,7 @@
 namespace qlora_native::QLN_CUDA {
 
 void multiply_backward(const Product& product, const HopperConfig& config, const Stream& stream) {
-  hopper_gemm<HopperColumns>(product, config.gemm, stream);
+  hopper_gemm<HopperColumns>(product, config, stream);
 }
 
 }  // namespace qlora_native::QLN_CUDA
