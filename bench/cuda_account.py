@@ -138,6 +138,7 @@ def steps(models: Sequence[Model], choices: Choices) -> Iterator[Sequence[str]]:
                 bound,
                 f"{cycles[bound] / used:.1f}",
                 f"{runs.tiles} × {runs.steps * (2 if runs.kernel == 'thin' else 1)} over {runs.blocks}",
+                "runs" if runs.cluster == 0 else f"clusters of {runs.cluster}" if runs.cluster > 1 else "whole tiles",
             )
 
 
@@ -154,6 +155,8 @@ def parts(model: Model, choices: Choices) -> Iterator[Sequence[str]]:
         spent["U or V"] = model.low_rank(product, **choices[alone, "low-rank"].numbers)
         total = sum(spent.values())
         tile = f"{chosen.way} {chosen.numbers['tile_rows']} × {chosen.numbers['tile_cols']}"
+        if (cluster := chosen.numbers.get("cluster", 0)) > 1:
+            tile += f", clusters of {cluster}"
         yield product.direction, str(product.rows), tile, *map(micro, spent.values()), micro(total)
 
 
@@ -218,7 +221,7 @@ def page(figures: Mapping[str, Any], choices: Choices) -> str:
     text = [PREFACE]
     header = ("M", "product", "tile", "shared memory", "issue", "tensor", "L2", "DRAM, H100 … H200", "bound by")
     text += ["## Cycles of a step, by mma.sync and by wgmma", STEPS]
-    text += [markdown((*header, "cycles a row", "tiles × steps over blocks"), steps(models, choices))]
+    text += [markdown((*header, "cycles a row", "tiles × steps over blocks", "shared by"), steps(models, choices))]
     text += ["## What takes the time", PARTS]
     header = ("product", "M", "tile", "launches", "begin", "steps", "exchange, adapter, results", "U or V", "all")
     text += [markdown(header, parts(models[0], choices))]
@@ -269,7 +272,8 @@ costs {cuda_model.LAUNCH * 1e6:.0f} µs to launch."""
 STEPS = """Of one tile and 64 of the inner dimension, W of 4096 × 4096. "thin" and "gemm" multiply by mma.sync; wgmma
 is as QLN_FORCE_HOPPER=1 has it. Two blocks of a multiprocessor take twice these cycles. DRAM is the whole card's,
 spread over the steps of the longest run. "Cycles a row" are those of the resource that bounds, for a row of X and 128
-columns of the result. The blocks share the steps of all tiles evenly."""
+columns of the result. With "runs" the blocks share the steps of all tiles evenly; with "clusters" the blocks of each
+cluster share those of one tile, and exchange their sums through distributed shared memory."""
 PARTS = """Microseconds on the H100, W of 4096 × 4096, r = 16, by the kernel that config.cpp chooses where there is no
 dense product. "Begin" is from a block's start to its first product. U or V has two kernels of its own."""
 LOSSES = """All products of this page for which the best other way beats the chosen one by more than {:.0%}, if panels

@@ -7,7 +7,8 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
-               waits for them and adds them, one after another
+               waits for them and adds them, one after another. Where a cluster shares a tile (hopper/): each block
+               stores its sums in its shared memory and, after a barrier, adds a part of them over all blocks
     result     storing a tile
 
 To the resources of cycles.py come L2, through which each tile loads its operands, and the whole card's DRAM, through
@@ -40,6 +41,12 @@ L2_BANDWIDTH = 6.65e12
 PORT, STORED = 64, 32
 # Cycles until a load arrives: an H100 SXM in github.com/markdewing/AI_kernels, latency/README.md.
 L2_LATENCY, DRAM_LATENCY = 291, 700
+# Bytes a second that all multiprocessors load from the shared memory of others, by blocks of a cluster, and cycles
+# until such a load arrives: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
+# arXiv 2501.12084. A barrier of a cluster is taken to cost as much again, and a trip to L2, because ptxas makes a fence
+# of the whole device (MEMBAR.ALL.GPU) of its release.
+CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12}, 200
+CLUSTER_BARRIER = CLUSTER_LATENCY + L2_LATENCY
 # Multiply-adds a second of cuBLAS in bf16 on an H100: 790 TFLOP/s, measured. Power keeps it from more, so no way is
 # counted with more.
 DENSE_RATE = 790e12 / 2
@@ -82,7 +89,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Runs:
-    """GemmConfig: each of `blocks` blocks has `share` steps, and the first `rest` blocks have one more."""
+    """GemmConfig: each of `blocks` blocks has `share` steps, and the first `rest` blocks have one more.
+
+    HopperConfig: if `cluster` is not 0, so many blocks share each tile, and there are no runs.
+    """
 
     kernel: str  # thin, gemm or wgmma
     tile_rows: int
@@ -92,17 +102,43 @@ class Runs:
     blocks: int
     share: int
     rest: int
+    cluster: int = 0
 
     LEAST_INNER, THIN_STEP = 256, 128  # kLeastInner, kThinStep
+    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, TOGETHER = 6, 3, {2: 4, 4: 7}, 16  # in steps: hopper_cluster()
 
     @staticmethod
     def of(product: Product, kernel: str, tile_rows: int, tile_cols: int, most_blocks: int) -> Runs:
-        """share_steps() and GemmConfig::with_row_tiles(), for a product without groups."""
+        """share_steps(), GemmConfig::with_row_tiles() and hopper_cluster(), for a product without groups."""
         step = Runs.THIN_STEP if kernel == "thin" else STEP
         steps = math.ceil(product.inner / step)
         tiles = math.ceil(product.cols / tile_cols) * math.ceil(product.rows / tile_rows)
         blocks = min(most_blocks, math.ceil(tiles * steps / (Runs.LEAST_INNER // step)))
-        return Runs(kernel, tile_rows, tile_cols, tiles, steps, blocks, *divmod(tiles * steps, blocks))
+        runs = Runs(kernel, tile_rows, tile_cols, tiles, steps, blocks, *divmod(tiles * steps, blocks))
+        if kernel != "wgmma":
+            return runs
+        exchange = Runs.EXCHANGE + Runs.OF_TWO_MORE * math.ceil(steps / runs.share) // 2 if runs.splits_a_tile else 0
+        taken = {1: math.ceil(tiles / most_blocks) * steps, 0: runs.longest + exchange}
+        if tiles <= most_blocks // 2:
+            taken[2] = math.ceil(steps / 2) + Runs.EXCHANGE_OF[2]
+        if tiles <= most_blocks // Runs.TOGETHER * (Runs.TOGETHER // 4):
+            taken[4] = math.ceil(steps / 4) + Runs.EXCHANGE_OF[4]
+        cluster = min(taken, key=taken.__getitem__)
+        if cluster == 0:
+            return runs
+        return dataclasses.replace(runs, blocks=min(tiles * cluster, most_blocks), share=0, rest=0, cluster=cluster)
+
+    @property
+    def tiles_of_block(self) -> int:
+        """Of which the slowest block of a cluster has a part; not for runs."""
+        return math.ceil(self.tiles * self.cluster / self.blocks)
+
+    @property
+    def longest(self) -> int:
+        """The steps of the slowest block."""
+        if self.cluster:
+            return self.tiles_of_block * math.ceil(self.steps / self.cluster)
+        return self.share + (self.rest > 0)
 
     def first_step(self, run: int) -> int:
         """The step with which a run begins, counted over all tiles."""
@@ -185,7 +221,7 @@ class Model:
         return {
             **step.cycles,
             "L2": loaded * device.multiprocessors / self.l2,
-            "DRAM": dram / (self._together(runs) * (runs.share + (runs.rest > 0)) * self._of_step(runs)),
+            "DRAM": dram / (self._together(runs) * runs.longest * self._of_step(runs)),
         }
 
     def _together(self, runs: Runs) -> int:
@@ -201,15 +237,42 @@ class Model:
         """The seconds of a product that decodes on the way, by what takes them."""
         together = self._together(runs)
         step = max(self.step(product, runs).values()) * together * self._of_step(runs)
+        begin = 2 * DRAM_LATENCY + step
+        steps = runs.longest * step
+        end = (self._end_of_clusters if runs.cluster else self._end_of_runs)(product, runs, step, begin)
+        cycles_of = {"begin": begin, "steps": steps, "exchange, adapter, results": end - begin - steps}
+        return {
+            "launches": LAUNCH * (1 + runs.splits_a_tile),  # a memset clears the flags of shared tiles
+            **{part: spent / self.device.clock for part, spent in cycles_of.items()},
+        }
+
+    def _adapter(self, product: Product, runs: Runs, step: float) -> float:
+        """The cycles of a tile's adapter."""
+        return step + ADAPTER_WAITS[runs.kernel] * DRAM_LATENCY if product.rank else 0
+
+    def _end_of_clusters(self, product: Product, runs: Runs, step: float, begin: float) -> float:
+        """The cycles until the slowest block has ended, where clusters share tiles, or blocks have whole tiles."""
+        sums, count = runs.tile_rows * runs.tile_cols, runs.cluster
+        exchange = 0.0
+        if count > 1:
+            loaded = sums * F32 * (count - 1) / count
+            rate = CLUSTER_BANDWIDTH[count] / self.device.multiprocessors / self.device.clock
+            stored = sums * F32 / cycles.SHARED_BYTES
+            exchange = stored + CLUSTER_BARRIER + CLUSTER_LATENCY + loaded / rate + CLUSTER_BARRIER
+        of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
+        return begin + runs.longest * step + runs.tiles_of_block * of_tile
+
+    def _end_of_runs(self, product: Product, runs: Runs, step: float, begin: float) -> float:
+        """The cycles until the slowest block has ended, where blocks have runs."""
+        together = self._together(runs)
         # The runs that begin within a tile store its sums at about the same time, and the others add them.
         inside = sum(runs.first_step(run) % runs.steps > 0 for run in range(runs.blocks))
         sums = runs.tile_rows * runs.tile_cols
         left = sums * F32 / min(PORT, self.l2 / max(inside, 1))
         added = sums * F32 / min(PORT, self.l2 / min(runs.tiles, runs.blocks)) + L2_LATENCY
         stored = sums * BF16 / STORED * together
-        begin = 2 * DRAM_LATENCY + step
         restart = 0 if runs.kernel == "wgmma" else DRAM_LATENCY + step
-        adapter = step + ADAPTER_WAITS[runs.kernel] * DRAM_LATENCY if product.rank else 0
+        adapter = self._adapter(product, runs, step)
 
         left_at, end = [0.0] * runs.blocks, 0.0  # when a run has stored the sums of its first tile; when all have ended
         for run in reversed(range(runs.blocks)):
@@ -227,12 +290,7 @@ class Model:
                 waited = max(left_at[run + 1 : last + 1]) + L2_LATENCY
                 time = max(time - stored, waited) + (last - run) * added + stored
             end = max(end, time)
-        steps = (runs.share + (runs.rest > 0)) * step
-        cycles_of = {"begin": begin, "steps": steps, "exchange, adapter, results": end - begin - steps}
-        return {
-            "launches": LAUNCH * (1 + runs.splits_a_tile),  # a memset clears the flags of shared tiles
-            **{part: spent / self.device.clock for part, spent in cycles_of.items()},
-        }
+        return end
 
     def fused(self, product: Product, runs: Runs) -> float:
         """The seconds of a product that decodes on the way."""

@@ -284,7 +284,7 @@ def figures_of(model, cycles):
 def test_blocks_with_whole_tiles_take_their_steps_and_store_their_results(model):
     clock, product = model.H100.clock, model.Product("forward", 64, 128 * 132, 6400)
     runs = model.Runs.of(product, "wgmma", 64, 128, 132)
-    assert (runs.tiles, runs.steps, runs.share, runs.rest) == (132, 100, 100, 0) and not runs.splits_a_tile
+    assert (runs.tiles, runs.steps, runs.cluster, runs.longest) == (132, 100, 1, 100) and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     cycles = 2 * 700 + 101 * 2000 + 64 * 128 * 2 / 32
     assert seconds == pytest.approx(cycles / clock + 1e-6)
@@ -303,6 +303,18 @@ def test_blocks_that_share_a_tile_exchange_its_sums(model):
     sums = 64 * 128 * 4 / 64  # stored by one block, and loaded by the other
     cycles = 2 * 700 + 51 * 2000 + sums + 291 + sums + 291 + 512
     assert seconds == pytest.approx(cycles / model.H100.clock + 2e-6), "a kernel and a memset"
+
+
+@pytest.mark.parametrize(("count", "bandwidth"), [(2, 3.3e12), (4, 2.65e12)])
+def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidth):
+    product = model.Product("forward", 64, 128, 64 * 101)
+    runs = model.Runs("wgmma", 64, 128, tiles=1, steps=101, blocks=count, share=0, rest=0, cluster=count)
+    assert runs.longest == {2: 51, 4: 26}[count] and not runs.splits_a_tile
+    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
+    sums = 64 * 128 * 4
+    cycles = 2 * 700 + (runs.longest + 1) * 2000 + sums / 128 + 2 * (200 + 291) + 200 + 512 / count
+    loaded = sums * (count - 1) / count / (bandwidth / 132)
+    assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
 
 
 def test_memory_bounds_a_product_of_few_rows(model):

@@ -148,10 +148,41 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
   if (shape.smem_bytes < hopper_smem_bytes(config.gemm.tile_rows)) return std::nullopt;
   share_steps(shape, kGemmStep, config.gemm);
+  config.cluster = hopper_cluster(config.gemm, shape.multiprocessors);
+  if (config.cluster == 0) return config;
+  config.gemm.blocks =
+      static_cast<int>(std::min<std::int64_t>(config.gemm.tiles * config.cluster, shape.multiprocessors));
+  config.gemm.share = config.gemm.rest = 0;
   return config;
 }
 
 }  // namespace
+
+// Chooses what takes the slowest block the fewest steps. An exchange of sums counts as the steps that take as long, for
+// which bench/cuda_model.py gives, for a tile of 64 ... 256 rows on an H100:
+//
+//   in a cluster of 2 or 4    3 ... 5 or 4 ... 8: the sums of the other blocks come through their shared memory
+//   between runs              8 ... 13: a launch clears the flags, the sums go to L2, and the block that has the tile's
+//                             beginning adds those of one run after another, each of which takes 1.3 ... 1.8 steps
+int hopper_cluster(const GemmConfig& runs, int multiprocessors) {
+  constexpr std::int64_t kStepsOfPair = 4, kStepsOfFour = 7, kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
+  // The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18
+  // multiprocessors, so that a cluster of 4 may leave 2 of 18 idle.
+  constexpr std::int64_t kTogether = 16;
+  int best = 1;
+  std::int64_t fewest = ceil_div(runs.tiles, std::int64_t{multiprocessors}) * runs.steps;
+  const auto consider = [&](int cluster, std::int64_t steps) {
+    if (steps >= fewest) return;
+    best = cluster;
+    fewest = steps;
+  };
+  const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
+  consider(0, runs.share + (runs.rest > 0) + (others > 0 ? kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2 : 0));
+  const auto in_cluster = [&](std::int64_t blocks) { return ceil_div(std::int64_t{runs.steps}, blocks); };
+  if (runs.tiles <= multiprocessors / 2) consider(2, in_cluster(2) + kStepsOfPair);
+  if (runs.tiles <= multiprocessors / kTogether * (kTogether / 4)) consider(4, in_cluster(4) + kStepsOfFour);
+  return best;
+}
 
 ProductConfig product_config(const ProductShape& shape) {
   const std::optional<HopperConfig> hopper = by_wgmma(shape);
@@ -211,7 +242,10 @@ std::string name_of_way(const ProductShape&, const GemmConfig& config) {
   return (config.thin ? "tensor cores, thin, " : "tensor cores, ") + text_of_tiles(config);
 }
 std::string name_of_way(const ProductShape&, const HopperConfig& config) {
-  return "tensor cores by wgmma, " + text_of_tiles(config.gemm);
+  return "tensor cores by wgmma, " + text_of_tiles(config.gemm) +
+         (config.cluster > 1    ? " in clusters of " + number(config.cluster)
+          : config.cluster == 1 ? " with whole tiles"
+                                : " in runs");
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +

@@ -167,11 +167,17 @@ struct GemmConfig {
   bool operator==(const GemmConfig&) const = default;
 };
 
-// hopper/: products by wgmma, whose blocks share tiles as those of gemm/ do.
+// hopper/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
+// runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2 or 4 so many blocks, which run at the
+// same time as a cluster, share the steps of one tile evenly.
 struct HopperConfig {
   GemmConfig gemm;
+  int cluster = 0;
   bool operator==(const HopperConfig&) const = default;
 };
+
+// HopperConfig::cluster for a product whose runs would be `runs`.
+int hopper_cluster(const GemmConfig& runs, int multiprocessors);
 
 // panels.cu: the weight is decoded in panels for the host program's dense product.
 struct PanelsConfig {

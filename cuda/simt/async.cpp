@@ -40,12 +40,38 @@ std::byte* SharedMemory::at(std::uint32_t address) const {
   return data_ + (address - first_address_);
 }
 
+std::pair<std::size_t, std::size_t> SharedMemory::words_of(const void* p, std::size_t bytes) const {
+  const auto first = static_cast<std::size_t>(static_cast<const std::byte*>(p) - data_);
+  return {first / kWord, (first + bytes + kWord - 1) / kWord};
+}
+
 void SharedMemory::note_store(const void* p, std::size_t bytes, int thread) {
   if (!holds(p, bytes)) return;
-  const std::size_t first = static_cast<std::size_t>(static_cast<const std::byte*>(p) - data_);
-  for (std::size_t at = first / kWord; at * kWord < first + bytes; ++at) {
-    writers_[at] = static_cast<std::uint16_t>(thread + 1);
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) writers_[at] = static_cast<std::uint16_t>(thread + 1);
+}
+
+void SharedMemory::track_intervals() {
+  stored_.resize(writers_.size());
+  read_.resize(writers_.size());
+}
+
+void SharedMemory::note_store_in(std::int32_t interval, const void* p, std::size_t bytes) {
+  if (!holds(p, bytes)) return;
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
+    if (read_[at] == interval) fail("shared memory is overwritten, and another block of the cluster may still read it");
+    stored_[at] = interval;
   }
+}
+
+void SharedMemory::note_read_in(std::int32_t interval, const void* p, std::size_t bytes, int rank) {
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
+    if (stored_[at] == 0 || stored_[at] == interval) {
+      fail("reads shared memory of block " + std::to_string(rank) + " of its cluster that " +
+           (stored_[at] == 0 ? "was not stored" : "was stored after the last barrier of the cluster"));
+    }
+    read_[at] = interval;
+  }
+  last_read_ = interval;
 }
 
 void SharedMemory::publish_stores(int thread) {
@@ -55,8 +81,7 @@ void SharedMemory::publish_stores(int thread) {
 }
 
 void SharedMemory::check_published(const void* p, std::size_t bytes, const char* reader) const {
-  const std::size_t first = static_cast<std::size_t>(static_cast<const std::byte*>(p) - data_);
-  for (std::size_t at = first / kWord; at * kWord < first + bytes; ++at) {
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
     if (writers_[at] == 0) continue;
     fail(std::string(reader) + " reads what thread " + std::to_string(writers_[at] - 1) +
          " has stored to shared memory and not published by fence_proxy_async()");
@@ -64,8 +89,10 @@ void SharedMemory::check_published(const void* p, std::size_t bytes, const char*
 }
 
 void SharedMemory::forget_stores(const void* p, std::size_t bytes) {
-  const std::size_t first = static_cast<std::size_t>(static_cast<const std::byte*>(p) - data_);
-  for (std::size_t at = first / kWord; at * kWord < first + bytes; ++at) writers_[at] = 0;
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
+    writers_[at] = 0;
+    if (!stored_.empty()) stored_[at] = 0;
+  }
 }
 
 // ---- barriers ----

@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "simt/tensor_map.h"
@@ -33,7 +34,14 @@ class SharedMemory {
   // Tracks what threads have written and the asynchronous proxy (TMA and wgmma) may not read yet.
   void note_store(const void* p, std::size_t bytes, int thread);
   void publish_stores(int thread);
-  // The first is called before the asynchronous proxy reads, the second after it has written.
+  // Tracks what threads store and what other blocks of the cluster read in each interval between barriers of the
+  // cluster (cluster.cpp). Only a block that has others beside it in its cluster does.
+  void track_intervals();
+  void note_store_in(std::int32_t interval, const void* p, std::size_t bytes);
+  void note_read_in(std::int32_t interval, const void* p, std::size_t bytes, int rank);
+  bool was_read_in(std::int32_t interval) const { return last_read_ == interval; }
+  // The first is called before the asynchronous proxy reads, the second after it has written. What it has written is
+  // not for other blocks.
   void check_published(const void* p, std::size_t bytes, const char* reader) const;
   void forget_stores(const void* p, std::size_t bytes);
 
@@ -42,6 +50,9 @@ class SharedMemory {
   std::byte* const data_;
   const std::size_t bytes_;
   const std::uint32_t first_address_;
+  std::pair<std::size_t, std::size_t> words_of(const void* p, std::size_t bytes) const;  // the first, and the end
+  std::vector<std::int32_t> stored_, read_;  // for each word: the interval of its last store or read; 0: none
+  std::int32_t last_read_ = 0;
   std::vector<std::uint16_t> writers_;  // for each word: 1 + the thread that wrote it, or 0 if it is published
 };
 

@@ -17,9 +17,11 @@ namespace qlora_native::cuda_emulated::emulator {
 namespace {
 
 // The shared memory of odd blocks begins at a multiple of 64 KB, as on sm_80, and that of even blocks 1 KB behind one,
-// as on sm_90: a kernel must work with either.
+// as on sm_90: a kernel must work with either. The blocks of a cluster have the same addresses.
 constexpr std::size_t kSmemBoundary = 64 * 1024;
-std::size_t smem_begin(std::int64_t block) { return block % 2 == 0 ? kReservedSmemBytes : 0; }
+std::size_t smem_begin(const Block& block) {
+  return block.index / block.grid().cluster % 2 == 0 ? kReservedSmemBytes : 0;
+}
 
 // A host thread keeps its stacks for the next launch. The page below each stack is a guard.
 class Stacks {
@@ -56,9 +58,10 @@ thread_local Stacks stacks;
 
 }  // namespace
 
-Block::Block(GridRun& run, std::int64_t index)
+Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_cluster)
     : run(run),
       index(index),
+      cluster(std::move(its_cluster)),
       fibers(static_cast<std::size_t>(grid().threads)),
       warps(static_cast<std::size_t>(grid().threads / kWarp)),
       order(static_cast<std::size_t>(grid().threads)),
@@ -67,7 +70,7 @@ Block::Block(GridRun& run, std::int64_t index)
   // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
   // float in it is NaN.
   void* memory = nullptr;
-  const std::size_t begin = smem_begin(index);
+  const std::size_t begin = smem_begin(*this);
   if (posix_memalign(&memory, kSmemBoundary, begin + grid().smem_bytes) != 0) throw std::bad_alloc();
   smem = static_cast<std::byte*>(memory) + begin;
   std::memset(smem, 0xFF, grid().smem_bytes);
@@ -76,6 +79,10 @@ Block::Block(GridRun& run, std::int64_t index)
 #endif
   this->memory = std::make_unique<SharedMemory>(smem, grid().smem_bytes, static_cast<std::uint32_t>(begin));
   tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
+  if (cluster != nullptr) {
+    this->memory->track_intervals();
+    cluster->blocks[static_cast<std::size_t>(rank())] = this;
+  }
   warpgroups.resize(static_cast<std::size_t>(grid().threads + kWarpgroup - 1) / kWarpgroup);
   max_registers.resize(warps.size());
   std::iota(order.begin(), order.end(), 0);
@@ -91,9 +98,9 @@ Block::Block(GridRun& run, std::int64_t index)
 
 Block::~Block() {
   for (Fiber& fiber : fibers) stacks.give_back(fiber.stack);
-  std::byte* const memory = smem - smem_begin(index);
+  std::byte* const memory = smem - smem_begin(*this);
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(memory, smem_begin(index));
+  __asan_unpoison_memory_region(memory, smem_begin(*this));
 #endif
   std::free(memory);
 }
@@ -107,6 +114,7 @@ void Block::main_of_fiber() {
   if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {
     fail("a block has ended before a tile that TMA loads was there");
   }
+  if (self.block->cluster != nullptr) end_thread_of_cluster(*self.block);
   self.context.switch_to(self.block->scheduler, /*last=*/true);
   __builtin_unreachable();
 }

@@ -78,9 +78,18 @@ struct GridRun {
   std::uint32_t has_ended = 0;
 };
 
+// The blocks of a cluster. cluster.cpp has what their threads do together.
+struct Cluster {
+  std::vector<struct Block*> blocks;      // by rank; null: it has not begun, or has ended
+  std::vector<struct Fiber*> at_barrier;  // threads that wait at the barrier
+  std::int32_t interval = 1;              // 1 + how many barriers all threads have passed
+  int ended_threads = 0;
+};
+
 struct Block {
   GridRun& run;
   std::int64_t index;
+  std::shared_ptr<Cluster> cluster;  // null in a kernel without clusters
   Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -97,11 +106,12 @@ struct Block {
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
   bool is_last = false;            // the answer of is_last_to_arrive()
 
-  Block(GridRun& run, std::int64_t index);
+  Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> cluster = nullptr);
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
   ~Block();
 
+  int rank() const { return static_cast<int>(index % static_cast<std::int64_t>(cluster->blocks.size())); }
   bool done() const { return unfinished == 0; }
   // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
   // whether any fiber ran.
@@ -123,6 +133,9 @@ struct Block {
 // What the host thread runs: one fiber at a time, of the blocks of one grid, or of two.
 extern constinit thread_local Fiber* current;
 extern constinit thread_local Schedule schedule;
+
+// A thread of the block ends, the last of them, or one of the others (cluster.cpp).
+void end_thread_of_cluster(Block& block);
 
 inline void suspend(Fiber& self, Fiber::State state, Site site) {
   self.state = state;

@@ -52,13 +52,18 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
   if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
-  cudaLaunchAttribute attributes[1] = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {.gridDim = dim3(static_cast<unsigned>(shape.blocks)),
                                .blockDim = dim3(static_cast<unsigned>(shape.threads)),
                                .dynamicSmemBytes = shape.smem_bytes,
                                .stream = handle_of(stream),
                                .attrs = attributes,
                                .numAttrs = 0};
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
   if (shape.begins_early && can_begin_early(stream)) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -265,7 +270,12 @@ __device__ __forceinline__ V load_shared(const SharedAddress& from) {
 }
 template <class V>
 __device__ __forceinline__ void store_shared(const SharedAddress& to, const V& value) {
-  if constexpr (sizeof(V) == 16) {
+  if constexpr (std::is_same_v<V, Vector<float, 4>>) {
+    // ptxas takes a move to an integer register for a use of wgmma's sums before the wait for them.
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(value.at[0]), "f"(value.at[1]),
+                 "f"(value.at[2]), "f"(value.at[3])
+                 : "memory");
+  } else if constexpr (sizeof(V) == 16) {
     const auto v = std::bit_cast<Vector<std::uint32_t, 4>>(value);
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "r"(v.at[0]), "r"(v.at[1]), "r"(v.at[2]),
                  "r"(v.at[3])

@@ -65,6 +65,35 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
   }
 }
 
+// ---- clusters ----
+
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+// The address, in the cluster's shared memory, of what block `rank` has at this block's `address`.
+__device__ __forceinline__ std::uint32_t address_in_cluster(std::uint32_t address, int rank) {
+  std::uint32_t result;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+template <class V>
+__device__ __forceinline__ V load_shared_of_block(const SharedAddress& from, int rank) {
+  static_assert(sizeof(V) == 16);
+  Vector<std::uint32_t, 4> v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.at[0]), "=r"(v.at[1]), "=r"(v.at[2]), "=r"(v.at[3])
+               : "r"(address_in_cluster(from.address, rank))
+               : "memory");
+  return std::bit_cast<V>(v);
+}
+
 // ---- the copy engine, and what it and wgmma may read ----
 
 __device__ __forceinline__ void tma_load_tile(void* to, const TensorMap& map, int row, int col,

@@ -49,13 +49,13 @@ constinit thread_local Schedule schedule;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kMostClusterBlocks = 8;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
 // So many blocks at most run at the same time under the schedule "concurrent"; a device may have room for more.
 constexpr std::size_t kMostResidentBlocks = 6;
-constexpr std::size_t kMostEarlyBlocks = 2;  // of a grid whose blocks begin before the grid before it
-constexpr int kMostTurnsLog2 = 9;            // fibers of a block get at most 2^9 turns until another block may run
-constexpr std::size_t kMostPublished = 32;   // fewer pieces of memory than this are published between two blocks' turns
+constexpr std::size_t kMostEarly = 2;       // blocks, or clusters, of a grid that begin before the grid before it
+constexpr int kMostTurnsLog2 = 9;           // fibers of a block get at most 2^9 turns until another block may run
+constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this are published between two blocks' turns
 
 [[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
   std::string waits;
@@ -70,34 +70,52 @@ std::list<Block>::iterator end(std::list<Block>& blocks, std::list<Block>::itera
   return blocks.erase(block);
 }
 
-// A block that has yet to begin.
+// The blocks that begin together: those of a cluster, or one block. `first` is the position of the first of them in the
+// order of the schedule.
 struct Start {
   GridRun* run;
-  std::int64_t index;
+  std::int64_t first;
 };
 
-// The blocks of all grids in the order in which they begin: grid after grid, but some of the last grid's blocks may
-// come first if it begins early.
+// All that begin, in order: grid after grid, but if the last grid begins early, some of its blocks may come first.
 std::vector<Start> order_of_starts(std::vector<GridRun>& runs) {
   std::vector<Start> starts;
   for (GridRun& run : runs) {
-    const std::size_t first = starts.size();
-    for (std::int64_t i = 0; i < run.grid.blocks; ++i) starts.push_back({&run, schedule.ith_block(i, run.grid.blocks)});
-    const auto blocks = starts.begin() + static_cast<std::ptrdiff_t>(first);
+    const std::size_t before = starts.size();
+    for (std::int64_t i = 0; i < run.grid.blocks; i += run.grid.cluster) starts.push_back({&run, i});
+    const auto of_run = starts.begin() + static_cast<std::ptrdiff_t>(before);
     if (schedule.is_concurrent()) {
-      for (std::size_t i = starts.size() - first; i > 1; --i)
-        std::swap(blocks[i - 1], blocks[schedule.random_below(i)]);
+      for (std::size_t i = starts.size() - before; i > 1; --i) {
+        std::swap(of_run[static_cast<std::ptrdiff_t>(i - 1)],
+                  of_run[static_cast<std::ptrdiff_t>(schedule.random_below(i))]);
+      }
     }
     if (run.before != nullptr && schedule.is_early()) {
-      const auto early = std::min<std::ptrdiff_t>(kMostEarlyBlocks, starts.end() - blocks);
-      std::rotate(starts.begin(), blocks, blocks + early);
+      const auto early = std::min<std::ptrdiff_t>(kMostEarly, starts.end() - of_run);
+      std::rotate(starts.begin(), of_run, of_run + early);
     }
   }
   return starts;
 }
 
-// Starts a block when all blocks before it have ended or wait for another block. So more than one block is under way
-// only if blocks wait for each other.
+// Under a random order the blocks of a cluster run before or behind each other and those that have begun.
+void begin(const Start& start, std::list<Block>& blocks) {
+  const Grid& grid = start.run->grid;
+  const auto index_of = [&](std::int64_t position) { return schedule.ith_block(position, grid.blocks); };
+  if (grid.cluster == 1) {
+    blocks.emplace_back(*start.run, index_of(start.first));
+    return;
+  }
+  const auto cluster = std::make_shared<Cluster>();
+  cluster->blocks.resize(static_cast<std::size_t>(grid.cluster));
+  for (std::int64_t i = start.first; i < start.first + grid.cluster; ++i) {
+    const std::size_t place = schedule.is_random() ? schedule.random_below(blocks.size() + 1) : blocks.size();
+    blocks.emplace(std::next(blocks.begin(), static_cast<std::ptrdiff_t>(place)), *start.run, index_of(i), cluster);
+  }
+}
+
+// Starts a block, or the blocks of a cluster, when all blocks before have ended or wait for another block. So more than
+// one block, or cluster, is under way only if blocks wait for each other.
 void run_in_order(const std::vector<Start>& starts) {
   std::list<Block> started;
   auto next = starts.begin();
@@ -112,8 +130,7 @@ void run_in_order(const std::vector<Start>& starts) {
       if (started.empty()) break;
       fail_of_deadlock(started);
     }
-    started.emplace_back(*next->run, next->index);
-    ++next;
+    begin(*next++, started);
   }
 }
 
@@ -128,7 +145,7 @@ class ConcurrentRun {
 
   void run() {
     while (next_ != end_ || !resident_.empty()) {
-      while (next_ != end_ && has_room()) start();
+      while (next_ != end_ && has_room()) begin(*next_++, resident_);
       Block& picked =
           *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
       bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
@@ -145,17 +162,15 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
-  // Whether the next block may begin. Blocks that may wait for another grid take no room away from its blocks.
+  // Whether the next ones may begin. There is room for one cluster in any case, and blocks that may wait for another
+  // grid take no room away from its blocks.
   bool has_room() const {
     const auto may_wait = [](const GridRun& run) { return run.before != nullptr && run.before->has_ended == 0; };
     const auto waiting = static_cast<std::size_t>(
         std::count_if(resident_.begin(), resident_.end(), [&](const Block& block) { return may_wait(block.run); }));
-    if (!may_wait(*next_->run)) return resident_.size() - waiting < most_resident_;
-    return waiting < kMostEarlyBlocks || resident_.size() < most_resident_;
-  }
-  void start() {
-    resident_.emplace_back(*next_->run, next_->index);
-    ++next_;
+    const std::size_t others = resident_.size() - waiting, more = static_cast<std::size_t>(next_->run->grid.cluster);
+    if (!may_wait(*next_->run)) return others == 0 || others + more <= most_resident_;
+    return waiting < kMostEarly * more || resident_.size() + more <= most_resident_;
   }
   Blocks::iterator end(Blocks::iterator block) {
     for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
@@ -264,13 +279,25 @@ std::size_t Schedule::random_below(std::size_t count) { return next() % count; }
 
 // ---- a grid ----
 
-std::size_t max_smem_bytes() {
-  const char* value = std::getenv("QLN_EMULATED_SMEM");
-  if (value == nullptr || *value == '\0') return kHopperSmemBytes;
+namespace {
+
+// A number that an environment variable may give in place of the emulated device's own.
+unsigned long long number_of_device(const char* variable, const char* unit, unsigned long long own) {
+  const char* value = std::getenv(variable);
+  if (value == nullptr || *value == '\0') return own;
   char* end = nullptr;
-  const unsigned long long bytes = std::strtoull(value, &end, 10);
-  if (*end != '\0' || bytes == 0) fail(std::string("QLN_EMULATED_SMEM: expected bytes, got ") + value);
-  return bytes;
+  const unsigned long long number = std::strtoull(value, &end, 10);
+  if (*end != '\0' || number == 0) fail(std::string(variable) + ": expected " + unit + ", got " + value);
+  return number;
+}
+
+}  // namespace
+
+std::size_t max_smem_bytes() { return number_of_device("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
+
+int multiprocessors() {
+  constexpr int kFew = 3;
+  return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kFew));
 }
 
 void launch(Grid grid) {
@@ -279,6 +306,9 @@ void launch(Grid grid) {
   }
   if (grid.smem_bytes > max_smem_bytes()) fail(std::to_string(grid.smem_bytes) + " bytes of shared memory");
   if (grid.blocks < 0 || grid.blocks > 0x7FFFFFFF) fail(std::to_string(grid.blocks) + " blocks");
+  if (grid.cluster < 1 || grid.cluster > kMostClusterBlocks || grid.blocks % grid.cluster != 0) {
+    fail(std::to_string(grid.blocks) + " blocks in clusters of " + std::to_string(grid.cluster));
+  }
   if (current != nullptr) fail("a kernel launches another");
   if (!grid.begins_early) run_kept_grid();
   if (grid.next_begins_early) {

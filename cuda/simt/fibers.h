@@ -14,7 +14,8 @@
 //     next barrier of the block, or sync_warp of the warp, on. All blocks see it when a thread that sees it calls
 //     signal, or at a random later time, at the latest when the kernel has ended. 16-byte pieces may become visible in
 //     any order.
-//   - Of a kernel that begins early, up to two blocks begin before the kernel before it.
+//   - The blocks of a cluster begin together (cluster.cpp has the rules of clusters).
+//   - Of a kernel that begins early, up to two blocks, or clusters, begin before the kernel before it.
 //   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call left raised.
 //
 // The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
@@ -71,6 +72,7 @@ struct Grid {
   std::int64_t blocks;
   int threads;
   std::size_t smem_bytes;
+  int cluster;  // blocks of a cluster; 1: without clusters
   bool begins_early, next_begins_early;
   std::function<void()> thread;
 };
@@ -78,6 +80,9 @@ struct Grid {
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
 // with less.
 std::size_t max_smem_bytes();
+// How many multiprocessors the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
+// a persistent grid wait for each other.
+int multiprocessors();
 // The shared memory of each block that the device keeps for itself.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
@@ -146,6 +151,11 @@ std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, 
 void compute_if_early(WgmmaProduct& product);
 WgmmaQueue& wgmma_queue();
 void set_max_registers(int count);
+
+// The blocks of a cluster (cluster.cpp).
+void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
+// Where another block of the cluster has what this block has at `own` in its shared memory.
+const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank);
 
 [[noreturn]] void fail(const std::string& what);
 

@@ -6,6 +6,8 @@
 //   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
 //   tma_load_tile()                    copies a tile of a matrix in global memory; its bytes count at such a barrier
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
+//   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
+//   load_shared_of_block()             loads from the shared memory of another block of the cluster
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once

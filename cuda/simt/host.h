@@ -48,6 +48,7 @@ void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
   emulator::launch({.blocks = shape.blocks,
                     .threads = shape.threads,
                     .smem_bytes = shape.smem_bytes,
+                    .cluster = shape.cluster,
                     .begins_early = shape.begins_early,
                     .next_begins_early = shape.next_begins_early,
                     .thread = [all = std::tuple<Args...>(args...)] { std::apply(kKernel, all); }});
@@ -88,8 +89,7 @@ inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   std::memset(data, byte, bytes);
 }
 
-// So few that several blocks of a persistent grid wait for each other.
-inline int multiprocessors(const Stream&) { return 3; }
+inline int multiprocessors(const Stream&) { return emulator::multiprocessors(); }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 

@@ -49,6 +49,21 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site sit
   emulator::mbarrier_wait(barrier, parity, site);
 }
 
+// ---- clusters ----
+
+// Waits for all threads of all blocks of the cluster, which then see what the others have stored before.
+inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
+// Blocks that follow each other in the grid are a cluster. Loads what its block `rank`, from 0 on, has where this block
+// has `from`, in shared memory. Another block must have stored it by store_shared() before a barrier of the cluster,
+// and must not end before the next one (cluster.cpp).
+template <class V>
+V load_shared_of_block(const SharedAddress& from, int rank) {
+  if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
+  V value;
+  std::memcpy(&value, emulator::memory_of_block(from.address, sizeof(V), rank), sizeof(V));
+  return value;
+}
+
 // ---- the copy engine, and what it and wgmma may read ----
 
 inline void tma_load_tile(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier) {

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,7 +29,8 @@ struct Case {
   std::int64_t rank = 0;
   DType lora_dtype = DType::f32;
   float dropout = 0.0f;
-  std::int64_t gap = 0;  // elements between rows of X, U and Y
+  std::int64_t gap = 0;     // elements between rows of X, U and Y
+  int multiprocessors = 3;  // of the emulated device
 };
 
 // Scales differ from block to block, so that a wrong scale shows.
@@ -68,6 +71,7 @@ class Layer {
   }
 
   const std::vector<char>& run() {
+    setenv("QLN_EMULATED_MULTIPROCESSORS", std::to_string(c_.multiprocessors).c_str(), 1);
     const qn::LoraView lora{.rank = c_.rank,
                             .dtype = c_.lora_dtype,
                             .a = a_.data(),
@@ -156,8 +160,19 @@ std::string way_of(const Case& c, bool backward) {
   });
 }
 
-// The cases have each tile, full and with missing rows and columns; tiles that blocks share, and blocks with several
-// tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one and two steps, full and partial.
+// The tiles of that way, and how its blocks share them.
+const char* const kTiles[] = {"tiles of 64x128", "tiles of 128x128", "tiles of 256x128"};
+const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in runs"};
+std::string sharing_of(const std::string& way) {
+  for (const char* sharing : kSharings) {
+    if (contains(way, sharing)) return sharing;
+  }
+  return "";
+}
+
+// The cases have each tile, full and with missing rows and columns, shared in each way, by steps that divide evenly and
+// unevenly; blocks with several tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one and
+// two steps, full and partial.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
     {.M = 1, .N = 1, .K = 64, .rank = 8},
@@ -169,12 +184,44 @@ const Case kCases[] = {
     {.M = 250, .N = 256, .K = 320, .rank = 72, .dropout = 0.75f, .gap = 8},
     {.M = 40, .N = 72, .K = 2048, .format = "fp4", .double_quant = false, .rank = 72},
     {.M = 128, .N = 128, .K = 128, .dtype = DType::f16, .format = "int4", .blocksize = 128},
-    {.M = 97, .N = 257, .K = 704, .blocksize = 256, .bias = true, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
-    {.M = 97, .N = 704, .K = 192, .blocksize = 256, .rank = 16, .lora_dtype = DType::bf16, .gap = 16},
+    {.M = 97,
+     .N = 257,
+     .K = 704,
+     .blocksize = 256,
+     .bias = true,
+     .rank = 16,
+     .lora_dtype = DType::bf16,
+     .gap = 16,
+     .multiprocessors = 16},
+    {.M = 97,
+     .N = 704,
+     .K = 192,
+     .blocksize = 256,
+     .rank = 16,
+     .lora_dtype = DType::bf16,
+     .gap = 16,
+     .multiprocessors = 16},
     {.M = 270, .N = 104, .K = 320, .rank = 128, .lora_dtype = DType::bf16},
     {.M = 256, .N = 128, .K = 448, .blocksize = 4096, .bias = true},
     {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
     {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
+    // in clusters of 4 and 2, and in runs
+    {.M = 33, .N = 131, .K = 1088, .dtype = DType::f16, .bias = true, .rank = 16, .multiprocessors = 16},
+    {.M = 50, .N = 1096, .K = 192, .rank = 72, .dropout = 0.3f, .gap = 8, .multiprocessors = 16},
+    {.M = 100, .N = 136, .K = 1024, .bias = true, .multiprocessors = 16},
+    {.M = 128, .N = 1024, .K = 192, .dtype = DType::f16, .rank = 8, .multiprocessors = 16},
+    {.M = 200, .N = 128, .K = 1152, .dtype = DType::f16, .bias = true, .rank = 24, .gap = 24, .multiprocessors = 16},
+    {.M = 250, .N = 1152, .K = 128, .rank = 16, .dropout = 0.25f, .multiprocessors = 16},
+    {.M = 1, .N = 72, .K = 704, .bias = true, .rank = 8},
+    {.M = 17, .N = 704, .K = 64, .rank = 128, .lora_dtype = DType::bf16},
+    {.M = 256, .N = 128, .K = 768},
+    {.M = 240, .N = 712, .K = 64, .dtype = DType::f16, .rank = 16, .dropout = 0.5f},
+    {.M = 60, .N = 500, .K = 768, .bias = true, .rank = 16},
+    {.M = 64, .N = 768, .K = 512, .rank = 16, .dropout = 0.5f},
+    {.M = 70, .N = 500, .K = 832, .dtype = DType::f16},
+    {.M = 70, .N = 832, .K = 512},
+    {.M = 250, .N = 500, .K = 768, .rank = 8},
+    {.M = 250, .N = 768, .K = 512, .dtype = DType::f16, .bias = true, .rank = 16},
 };
 // Whether dX can be computed so: the rows of dY must consist of whole vectors.
 bool has_backward(const Case& c) { return c.N % 8 == 0; }
@@ -192,15 +239,21 @@ void print(const char* what, const Case& c, bool backward) {
 }
 
 void product_is_the_sum_of_float64() {
-  for_each_product([](const Case& c, bool backward) {
+  std::set<std::string> found;
+  for_each_product([&](const Case& c, bool backward) {
     Layer layer(c, backward);
     layer.run();
     const bool is_right = layer.wrong() == 0;
     if (!is_right) print("wrong", c, backward);
     EXPECT(is_right);
     EXPECT(layer.keeps_to_its_columns());
-    EXPECT(contains(way_of(c, backward), "by wgmma"));
+    const std::string way = way_of(c, backward);
+    EXPECT(contains(way, "by wgmma"));
+    for (const char* tile : kTiles) {
+      if (contains(way, tile)) found.insert(tile + sharing_of(way) + (backward ? ", dX" : ""));
+    }
   });
+  EXPECT(found.size() == std::size(kTiles) * std::size(kSharings) * 2);
 }
 
 void bits_depend_on_no_order_of_threads_or_blocks() {
@@ -216,6 +269,31 @@ void bits_depend_on_no_order_of_threads_or_blocks() {
     }
     unsetenv("QLN_SCHEDULE");
   });
+}
+
+// The four blocks of a cluster have sums of 1, 2^25, -2^25 and 1/2. In this order 1 is lost, and in others it is not,
+// or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of them.
+void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension() {
+  constexpr std::int64_t kRows = 64, kCols = 128, kSteps = 18, kStep = 64;
+  Tensor x(DType::bf16, kRows, kSteps * kStep), y(DType::bf16, kRows, kCols), ones(DType::f32, kCols, kSteps * kStep);
+  for (std::int64_t n = 0; n < kCols; ++n) {
+    for (std::int64_t k = 0; k < kSteps * kStep; ++k) ones.set(n, k, 1.0f);
+  }
+  const Quantized weight(ones.in(), format_named("nf4"), 64, false);
+  for (std::int64_t m = 0; m < kRows; ++m) {
+    const float of_rank[] = {1.0f, 0x1p25f, -0x1p25f, 0.5f};
+    for (std::int64_t k = 0; k < kSteps * kStep; ++k) x.set(m, k, 0.0f);
+    for (std::int64_t rank = 0; rank < 4; ++rank) {  // in the last step of each, because the blocks share them unevenly
+      x.set(m, (rank + 1) * kSteps / 4 * kStep - 1 - m % kStep, of_rank[rank]);
+    }
+  }
+  setenv("QLN_EMULATED_MULTIPROCESSORS", "16", 1);
+  qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
+  bool all = true;
+  for (std::int64_t m = 0; m < kRows; ++m) {
+    for (std::int64_t n = 0; n < kCols; ++n) all = all && y.at(m, n) == 0.5;
+  }
+  EXPECT(all);
 }
 
 void decoded_weight_has_the_bits_of_dequantize() {
@@ -263,6 +341,7 @@ void other_operands_go_another_way() {
 int main() {
   setenv("QLN_FORCE_HOPPER", "1", 1);
   product_is_the_sum_of_float64();
+  sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension();
   decoded_weight_has_the_bits_of_dequantize();
   other_operands_go_another_way();
   bits_depend_on_no_order_of_threads_or_blocks();

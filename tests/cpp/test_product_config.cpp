@@ -360,14 +360,56 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
           shape.cols = cols;
           shape.inner = inner;
           shape.multiprocessors = multiprocessors;
-          const GemmConfig config = std::get<HopperConfig>(product_config(shape)).gemm;
+          const auto [config, cluster] = std::get<HopperConfig>(product_config(shape));
           EXPECT(config.tile_rows == tile && config.tile_cols == kGemmCols);
           EXPECT(config.row_tiles * tile >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
           EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
-          expect_each_step_once(config);
+          if (cluster == 0) {
+            expect_each_step_once(config);
+            continue;
+          }
+          EXPECT(!config.splits_a_tile());  // so that there is no memory of runs
+          if (cluster == 1) {
+            EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, multiprocessors));
+          } else {
+            EXPECT(cluster == 2 || cluster == 4);
+            EXPECT(config.blocks == config.tiles * cluster && config.steps >= cluster);
+          }
         }
       }
     }
+  }
+}
+
+// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 can use 128; 0 is runs.
+constexpr struct {
+  std::int64_t rows, cols, inner;
+  int cluster;
+} kClusters[] = {
+    {64, 4096, 4096, 4},     // 32 tiles
+    {256, 4096, 4096, 4},    // 32
+    {256, 4224, 4096, 0},    // 33, one more than there are clusters of 4
+    {512, 4096, 4096, 2},    // 64
+    {512, 4224, 4096, 2},    // 66
+    {512, 4352, 4096, 0},    // 68
+    {1024, 4096, 4096, 1},   // 128
+    {1024, 4224, 4096, 1},   // 132
+    {1024, 4352, 4096, 0},   // 136, a second wave of 4
+    {2048, 4096, 4096, 1},   // 256, two waves of almost all multiprocessors
+    {2048, 4096, 14336, 0},  // the same, but the 8 that are idle could do more than an exchange takes
+    {64, 1024, 4096, 4},     // 8 tiles, each of which 16 runs would share
+    {64, 4096, 64 * 16, 4},  // 16 steps
+    {64, 4096, 64 * 12, 2},  // so few that they take as long as an exchange
+    {64, 4096, 64 * 8, 1},  {100'000, 4096, 4096, 0},  // many waves
+};
+
+void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
+  for (const auto& [rows, cols, inner, expected] : kClusters) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.inner = inner;
+    shape.multiprocessors = 132;
+    EXPECT(std::get<HopperConfig>(product_config(shape)).cluster == expected);
   }
 }
 
@@ -519,6 +561,7 @@ int main() {
   wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels();
   wgmma_takes_only_what_it_can_load();
   tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
+  wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();
   wgmma_is_used_where_it_is_asked_for();
   way_of_groups_with_own_weights_follows_their_average();
   way_of_groups_with_a_shared_weight_follows_all_rows();

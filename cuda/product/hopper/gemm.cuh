@@ -5,7 +5,7 @@
 //
 // The weight is wgmma's operand a, which consumers decode from shared memory to registers. The left operand, X or dY,
 // is its operand b, which TMA puts into shared memory in the order that wgmma takes. A block computes one tile of the
-// result after another, or a part of a tile's inner dimension, in steps of 64:
+// result after another, or a part of a tile's inner dimension (HopperConfig), in steps of 64:
 //
 //   producers, 4 warps    bring the left operand and codes of a step by TMA, and scales, into a stage that is empty
 //   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns
@@ -34,16 +34,24 @@ struct HopperMaps {
   TensorMap left, low_rank, codes;
 };
 
+struct HopperArgs : GemmArgs {
+  HopperArgs(const Product& product, const HopperConfig& config, const StreamKWorkspace& workspace)
+      : GemmArgs(product, config.gemm, workspace), cluster(config.cluster) {}
+
+  int cluster;  // as HopperConfig has it
+};
+
 template <class T, class Weights, class Tile>
 class HopperGemm {
   using Shared = HopperShared<T, Tile>;
   using Stage = typename Shared::Stage;
+  using Sums = HopperSums<Tile>;
   static constexpr int kProducts = Tile::kProducts;
   static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
   static constexpr int kConsumerBarrier = 1;  // a barrier's number
 
  public:
-  __device__ HopperGemm(const GemmArgs& args, const HopperMaps& maps, Shared& shared)
+  __device__ HopperGemm(const HopperArgs& args, const HopperMaps& maps, Shared& shared)
       : args_(args),
         maps_(maps),
         shared_(shared),
@@ -74,6 +82,10 @@ class HopperGemm {
     } else {
       decrease_max_registers<kProducerRegisters>();
       for_each_part([&](const TilePart& part) { produce(part); });
+      if (args_.cluster > 1) {
+        wait_until_sums_are_stored();
+        wait_until_sums_are_added();
+      }
     }
   }
 
@@ -83,12 +95,25 @@ class HopperGemm {
   __device__ __forceinline__ void for_each_part(const F& f) const {
 #pragma unroll 1
     for (std::uint32_t done = 0;;) {
-      const TilePart part = stream_k_.part_after(shared_.run, done);
+      const TilePart part = part_after(done);
       if (part.count == 0) return;
       f(part);
       done += static_cast<std::uint32_t>(part.count);
     }
   }
+  // The part that comes after the block's first `done` steps; it has no steps if there is none.
+  __device__ __forceinline__ TilePart part_after(std::uint32_t done) const {
+    const GemmConfig& config = args_.config;
+    if (args_.cluster == 0) return stream_k_.part_after(shared_.run, done);
+    // The blocks of a cluster share the steps of a tile in the order of their ranks.
+    const int rank = cluster_rank();
+    const int first = rank * config.steps / args_.cluster;
+    const int count = (rank + 1) * config.steps / args_.cluster - first;
+    const std::int64_t tile = (block_index() + done / count * config.blocks) / args_.cluster;
+    return {0, tile, first, tile < config.tiles ? count : 0, false};
+  }
+  // The blocks of a cluster follow each other in the grid.
+  __device__ __forceinline__ int cluster_rank() const { return static_cast<int>(block_index() % args_.cluster); }
   // The coordinates of TMA have 32 bits.
   __device__ __forceinline__ int row0(const TilePart& part) const {
     return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
@@ -186,16 +211,66 @@ class HopperGemm {
     sums_.clear();
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
-    if (!stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
-            part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
+    if (args_.cluster > 1) {
+      args_.cluster == 2 ? add_sums_of_cluster<2>(part) : add_sums_of_cluster<4>(part);
       return;
     }
+    if (args_.cluster == 0 && !stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
+                                  part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
+      return;
+    }
+    const HopperResult<T> result = result_of(part);
+#pragma unroll
+    for (int i = 0; i < Sums::kVectors; ++i) result.store(i, sums_.vector(i));
+  }
+  __device__ __forceinline__ HopperResult<T> result_of(const TilePart& part) const {
     const HopperLane lane;
     const std::int64_t row = row0(part) + lane.row(), col = col0(part) + lane.col();
     const T* const bias = static_cast<const T*>(args_.bias);
-    sums_.store(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
+    return HopperResult<T>(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
+                           bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
+
+  // Adds the sums that the blocks of a cluster have of a tile. Each block stores its own in its stages, which hold
+  // nothing else any more: a vector of each consumer, then the next one. Then it adds one part of the vectors over all
+  // blocks, in the order of the inner dimension, and stores the result.
+  template <int kCluster>
+  __device__ __forceinline__ void add_sums_of_cluster(const TilePart& part) {
+    using Four = Vector<float, 4>;
+    constexpr std::uint32_t kVectorsBytes = Tile::kConsumers * sizeof(Four);
+    static_assert(sizeof(shared_.stages) >= Sums::kVectors * kVectorsBytes);
+    sync_some_threads<kConsumerBarrier>(Tile::kConsumers);  // all of them have read the last stages
+    const SharedAddress own = SharedAddress(shared_.stages).at(thread_index() * sizeof(Four));
+#pragma unroll
+    for (int i = 0; i < Sums::kVectors; ++i) {
+      const float* const s = sums_.vector(i);
+      store_shared(own.at(i * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}});
+    }
+    wait_until_sums_are_stored();
+    const HopperResult<T> result = result_of(part);
+    constexpr int kCount = Sums::kVectors / kCluster;
+    const int own_rank = cluster_rank(), first = own_rank * kCount;
+#pragma unroll 1
+    for (int i = first; i < first + kCount; ++i) {
+      const SharedAddress at = own.at(i * kVectorsBytes);
+      Four sums[kCluster];
+#pragma unroll
+      for (int rank = 0; rank < kCluster; ++rank) {
+        sums[rank] = rank == own_rank ? load_shared<Four>(at) : load_shared_of_block<Four>(at, rank);
+      }
+#pragma unroll
+      for (int rank = 1; rank < kCluster; ++rank) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[0].at[j] += sums[rank].at[j];
+      }
+      result.store(i, sums[0].at);
+    }
+    wait_until_sums_are_added();
+  }
+  // All threads of the cluster's blocks come to both of these.
+  __device__ __forceinline__ static void wait_until_sums_are_stored() { sync_cluster(); }
+  // A block's shared memory must be there as long as others read it.
+  __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster(); }
 
   // A lane's part of one product's operand a: by half of the 16 of the inner dimension, and by column of the result.
   using Fragment = std::uint32_t[4];
@@ -279,19 +354,19 @@ class HopperGemm {
     }
   }
 
-  const GemmArgs& args_;
+  const HopperArgs& args_;
   const HopperMaps& maps_;
   Shared& shared_;
   const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   Ring ring_;
-  HopperSums<T, Tile> sums_;
+  Sums sums_;
 };
 
 template <class T, class Weights, int kRows>
 __global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
-    hopper_gemm_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ HopperMaps maps) {
+    hopper_gemm_kernel(const __grid_constant__ HopperArgs args, const __grid_constant__ HopperMaps maps) {
   using Tile = HopperTile<kRows>;
   HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::in_dynamic_smem());
   gemm.prepare();
@@ -327,7 +402,8 @@ TileSource tiles_of_codes(const QuantizedWeightView& w) {
 }
 
 template <class Weights>
-void hopper_gemm(const Product& product, const GemmConfig& config, Counters& counters, const Stream& stream) {
+void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& counters, const Stream& stream) {
+  const GemmConfig& config = hopper.gemm;
   if (config.blocks == 0) return;
   constexpr bool kForward = Weights::kForward;
   const std::int64_t rank = product.low_rank.cols;
@@ -338,12 +414,13 @@ void hopper_gemm(const Product& product, const GemmConfig& config, Counters& cou
     maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
   }
   const StreamKWorkspace workspace(config, counters, stream);
-  const GemmArgs args(product, config, workspace);
+  const HopperArgs args(product, hopper, workspace);
   const auto launch_for = [&]<class T, int kRows>() {
     using Tile = HopperTile<kRows>;
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = Tile::kThreads,
                                .smem_bytes = HopperShared<T, Tile>::bytes(),
+                               .cluster = hopper.cluster > 1 ? hopper.cluster : 1,
                                .begins_early = args.follows_low_rank()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };

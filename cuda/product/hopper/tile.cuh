@@ -72,9 +72,12 @@ struct HopperShared {
   }
 };
 
+// How far a lane's i-th row is from its first.
+constexpr int hopper_row(int i) { return i / 2 * 8 + i % 2; }
+
 // A consumer's sums, in registers: eight of wgmma's columns after another, and of these eight the lane's sums {row 2g,
 // row 2g + 1} x {column 2t, column 2t + 1}.
-template <class T, class Tile>
+template <class Tile>
 class HopperSums {
   static constexpr int kSums = Tile::kRows / 2;
 
@@ -97,7 +100,7 @@ class HopperSums {
 #pragma unroll 1
     for (int first = kLaneRows - kLanes; first >= 0; first -= kLanes) {
       const int i = first + static_cast<int>(own_word);
-      const PhiloxBlock random = dropout_random(dropout.seed, row + row_of(i), col);
+      const PhiloxBlock random = dropout_random(dropout.seed, row + hopper_row(i), col);
       kept[0] <<= kLanes;
       kept[1] <<= kLanes;
 #pragma unroll
@@ -119,34 +122,40 @@ class HopperSums {
       }
     }
   }
-  // The sums as vectors of four, which stream_k.cuh stores in memory and adds from there.
+  // The sums as vectors of four, which blocks exchange: vector i has rows 2i and 2i + 1 of both columns.
   __device__ __forceinline__ float* vector(int i) { return sum + 4 * i; }
-  // Stores each sum plus bias, rounded once, in the rows and columns that are there, counted from the lane's first.
-  // `out` and `biases` point to the lane's first; without a bias `biases` is null.
-  __device__ void store(T* out, std::int64_t stride, const T* biases, std::int64_t rows, std::int64_t cols) const {
-    if (cols <= 0) return;
-    const int count = cols < 2 ? 1 : 2;
-    float bias[2] = {};
-    if (biases != nullptr) {
+};
+
+// Where a lane's sums go: each plus bias, rounded once, in the rows and columns that are there.
+template <class T>
+class HopperResult {
+ public:
+  // `out` and `biases` point to the lane's first; without a bias `biases` is null. `rows` and `cols` are counted from
+  // there.
+  __device__ __forceinline__ HopperResult(T* out, std::int64_t stride, const T* biases, std::int64_t rows,
+                                          std::int64_t cols)
+      : out_(out), stride_(stride), rows_(cols <= 0 ? 0 : rows), count_(cols < 2 ? 1 : 2) {
+    if (biases == nullptr || cols <= 0) return;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (j < count) bias[j] = to_f32(biases[j]);
-      }
+    for (int j = 0; j < 2; ++j) {
+      if (j < count_) bias_[j] = to_f32(biases[j]);
     }
+  }
+  // Stores the i-th of HopperSums' vectors.
+  __device__ __forceinline__ void store(int i, const float* sums) const {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const T values[2] = {from_f32<T>(sum[4 * i + j] + bias[0]), from_f32<T>(sum[4 * i + 2 + j] + bias[1])};
-        const int row = row_of(2 * i + j);
-        if (row < rows) store_elements(out + row * stride, count, values);
-      }
+    for (int j = 0; j < 2; ++j) {
+      const T values[2] = {from_f32<T>(sums[j] + bias_[0]), from_f32<T>(sums[2 + j] + bias_[1])};
+      const int row = hopper_row(2 * i + j);
+      if (row < rows_) store_elements(out_ + row * stride_, count_, values);
     }
   }
 
  private:
-  // How far the lane's i-th row is from its first.
-  static constexpr int row_of(int i) { return i / 2 * 8 + i % 2; }
+  T* out_;
+  std::int64_t stride_, rows_;
+  int count_;
+  float bias_[2] = {};
 };
 
 }  // namespace qlora_native::QLN_CUDA
