@@ -154,6 +154,7 @@ def parts(model: Model, choices: Choices) -> Iterator[Sequence[str]]:
         spent = model.parts(product, chosen.runs())
         spent["U or V"] = model.low_rank(product, **choices[alone, "low-rank"].numbers)
         total = sum(spent.values())
+        del spent["launches"]  # none, beside those of U or V
         tile = f"{chosen.way} {chosen.numbers['tile_rows']} × {chosen.numbers['tile_cols']}"
         if (cluster := chosen.numbers.get("cluster", 0)) > 1:
             tile += f", clusters of {cluster}"
@@ -223,7 +224,7 @@ def page(figures: Mapping[str, Any], choices: Choices) -> str:
     text += ["## Cycles of a step, by mma.sync and by wgmma", STEPS]
     text += [markdown((*header, "cycles a row", "tiles × steps over blocks", "shared by"), steps(models, choices))]
     text += ["## What takes the time", PARTS]
-    header = ("product", "M", "tile", "launches", "begin", "steps", "exchange, adapter, results", "U or V", "all")
+    header = ("product", "M", "tile", "begin", "steps", "exchange, adapter, results", "U or V", "all")
     text += [markdown(header, parts(models[0], choices))]
     found = losses(models, choices)
     text += ["## Where another way than the chosen one wins clearly", LOSSES.format(CLEAR), verdict(found)]
@@ -275,7 +276,8 @@ spread over the steps of the longest run. "Cycles a row" are those of the resour
 columns of the result. With "runs" the blocks share the steps of all tiles evenly; with "clusters" the blocks of each
 cluster share those of one tile, and exchange their sums through distributed shared memory."""
 PARTS = """Microseconds on the H100, W of 4096 × 4096, r = 16, by the kernel that config.cpp chooses where there is no
-dense product. "Begin" is from a block's start to its first product. U or V has two kernels of its own."""
+dense product. "Begin" is from a block's start to its first product. U or V has a memset and a kernel; the kernel of the product is
+launched while that one runs, and the model lets it begin when U or V is there."""
 LOSSES = """All products of this page for which the best other way beats the chosen one by more than {:.0%}, if panels
 take as long as they may where they are the other way, and as little where they are chosen."""
 TIMES = """With U or V where r is 16. "mma.sync" is what a product took before there was wgmma; the numbers beside

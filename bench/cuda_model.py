@@ -16,8 +16,9 @@ which each operand passes once. Two blocks of a multiprocessor take turns at its
 its slowest block, and LAUNCH for each kernel and each memset.
 
 Panels take the dense product's measured rate. At best only the first panel's decoding shows, at worst that of all. U or
-V takes two kernels in every way. What is left out makes everything slower: bank conflicts, waits at barriers, a clock
-that falls, and X where it does not stay in L2.
+V takes a memset and a kernel in every way, and while the kernel runs, that of a product that decodes on the way is
+launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where it
+does not stay in L2.
 """
 
 from __future__ import annotations
@@ -242,7 +243,9 @@ class Model:
         end = (self._end_of_clusters if runs.cluster else self._end_of_runs)(product, runs, step, begin)
         cycles_of = {"begin": begin, "steps": steps, "exchange, adapter, results": end - begin - steps}
         return {
-            "launches": LAUNCH * (1 + runs.splits_a_tile),  # a memset clears the flags of shared tiles
+            # A memset clears the flags of shared tiles. With an adapter the memset and the kernel of U or V come first,
+            # and the product's kernel is launched while that one runs.
+            "launches": 0.0 if product.rank else LAUNCH * (1 + runs.splits_a_tile),
             **{part: spent / self.device.clock for part, spent in cycles_of.items()},
         }
 
@@ -328,5 +331,6 @@ class Model:
         together = min(math.ceil(blocks / device.multiprocessors), LOW_RANK_BLOCKS)
         waves = math.ceil(blocks / (LOW_RANK_BLOCKS * device.multiprocessors))
         of_wave = 2 * DRAM_LATENCY + math.ceil(length / STEP) * together * LOW_RANK_CYCLES
-        seconds = max(waves * of_wave / device.clock, BF16 * product.rows * product.inner / device.bandwidth) + LAUNCH
+        seconds = max(waves * of_wave / device.clock, BF16 * product.rows * product.inner / device.bandwidth)
+        seconds += 2 * LAUNCH  # a memset, which clears the product's flags too, and the kernel
         return seconds + (3 * L2_LATENCY / device.clock if parts > 1 else 0)  # stores, a ticket, loads
