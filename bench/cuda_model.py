@@ -17,8 +17,8 @@ its slowest block, and LAUNCH for each kernel and each memset.
 
 Panels take the dense product's measured rate. At best only the first panel's decoding shows, at worst that of all. U or
 V takes a memset and a kernel in every way, and while the kernel runs, that of a product that decodes on the way is
-launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where it
-does not stay in L2.
+launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where
+it does not stay in L2.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ class Model:
         return shown + decoding[0], shown + sum(decoding)
 
     def low_rank(self, product: Product, parts: int, length: int) -> float:
-        """The seconds of U or V: blocks sum `length` of the inner dimension each, and the last one adds `parts` sums."""
+        """The seconds of U or V: blocks sum `length` of the inner dimension each, and the last adds `parts` sums."""
         device = self.device
         blocks = math.ceil(product.rows / LOW_RANK_TILE) * parts
         together = min(math.ceil(blocks / device.multiprocessors), LOW_RANK_BLOCKS)
