@@ -15,25 +15,9 @@ from .._errors import bad
 from .._layer import QuantizedLayer
 from .experts import find_experts
 from .transformers import BitsAndBytesConfig, Quantizer, adopt
-from .transformers_config import FILE_FORMATS, FORMATS
+from .transformers_config import FORMATS
 
 __all__ = ["adopt_quantized"]
-
-
-class _Unsaved(Quantizer):
-    """The quantizer of a model that has no file format: saving it raises before a file is written."""
-
-    def __init__(self, config: BitsAndBytesConfig, error: ValueError) -> None:
-        super().__init__(config)
-        self.error = error
-
-    def is_serializable(self) -> bool:
-        """Refuse to be saved.
-
-        Raises:
-            ValueError: the reason, which transformers' own message would not give.
-        """
-        raise self.error
 
 
 def adopt_quantized(model: nn.Module) -> None:
@@ -58,11 +42,11 @@ def adopt_quantized(model: nn.Module) -> None:
         llm_int8_skip_modules=dense,
     )
     error = _why_not_saved(model, layers, dense)
-    if error is None:
-        adopt(model, Quantizer(config))
-        return
     before = getattr(model.config, "quantization_config", None)
-    adopt(model, _Unsaved(config, error))
+    quantizer = Quantizer(config)
+    adopt(model, quantizer, error)
+    if quantizer.unsaved is None:
+        return
     if before is None:
         del model.config.quantization_config  # it describes the model before it was quantized
     else:
@@ -76,8 +60,6 @@ def _why_not_saved(model: nn.Module, layers: dict[str, QuantizedLayer], dense: l
         return bad("model", "all quantized layers to be ours", f"others, of {method}: no file holds both")
     keep = [*dense, *(model._keep_in_fp32_modules or ())]
     for name, layer in layers.items():
-        if layer.format not in FILE_FORMATS:
-            return bad(f"{name}: format", "nf4 or fp4, the formats of the files that transformers reads", layer.format)
         if not isinstance(layer, Embedding4bit) and not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")
     return None
