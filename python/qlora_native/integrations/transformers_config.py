@@ -150,8 +150,9 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
     # The file decides how weights are stored, and the caller in which dtype to multiply.
     known = {*_FIELDS, "blocksize"} - {"bnb_4bit_quant_storage"}  # a file may have fields of a later version
     fields = {name: value for name, value in in_file.items() if name in known}
-    types = fields.get("bnb_4bit_quant_type")
-    if isinstance(types, list) and types:  # see to_dict
+    if isinstance(types := fields.get("bnb_4bit_quant_type"), list):  # see to_dict
+        if not types or any(type not in FORMATS for type in types):
+            raise bad("bnb_4bit_quant_type", f"some of {', '.join(FORMATS)}", types)
         fields["bnb_4bit_quant_type"] = types[0]
     config = BitsAndBytesConfig(**fields)
     if ours and given.product_dtype is not None:

@@ -134,8 +134,7 @@ def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
             with safe_open(file, framework="pt") as opened:
                 names.update(opened.keys())
     found = {name.partition(_QUANT_STATE)[0] for name in names if _QUANT_STATE in name}
-    blocks = (name.removesuffix(_BLOCKS) for name in names if name.endswith(_BLOCKS))
-    found.update(name for name in blocks if name + _SCALES in names)
+    found.update(name.removesuffix(suffix) for suffix in (_BLOCKS, _SCALES) for name in names if name.endswith(suffix))
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     return {apply_renamings(name, renamings) for name in found}
 
