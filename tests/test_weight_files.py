@@ -189,6 +189,14 @@ def test_each_layer_of_a_mixture_of_formats_comes_back_in_its_own(tmp_path):
     assert formats == {name: layer.format for name, layer in {**moe.experts_of(again), **layers_of(again)}.items()}
 
 
+def test_part_that_was_quantized_later_in_another_format_comes_back(tmp_path):
+    model = in_16_bits("qwen3-moe", tmp_path / "16")
+    quantize_model(model, skip=("model",), format="mxfp4", progress=False)  # the output layer
+    quantize_model(model.model, progress=False)
+    assert model.lm_head.format == "mxfp4"
+    comes_back(model, "qwen3-moe", tmp_path / "4")
+
+
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_microscaled_embedding_and_the_layer_tied_to_it_come_back_bit_for_bit(format, tmp_path):
     model = in_16_bits("qwen3-moe", tmp_path / "16", tie_word_embeddings=True)

@@ -23,9 +23,10 @@ __all__ = ["adopt_quantized"]
 def adopt_quantized(model: nn.Module) -> None:
     """Make transformers treat a model as quantized, as if it had been loaded quantized. `quantize_model` calls this.
 
-    `save_pretrained` then writes bitsandbytes' format with a quantization_config by which the same layers are quantized
-    when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If bitsandbytes does
-    not have the format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says so.
+    `save_pretrained` then writes files (weight_files.py) with a quantization_config by which the same layers are
+    quantized when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If there
+    are no files of a format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says
+    so.
 
     Args:
         model: a `PreTrainedModel` that contains quantized layers; it is changed in place.
@@ -71,8 +72,11 @@ _save_pretrained = PreTrainedModel.save_pretrained
 @functools.wraps(_save_pretrained)
 def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     # If only a part of the model was quantized, such as model.model, or a layer was put in by hand, adopt_quantized has
-    # not seen the whole.
-    adopted = isinstance(vars(self).get("hf_quantizer"), Quantizer)
+    # not seen the whole, or not since: a part shares its config with the whole.
+    quantizer, described = vars(self).get("hf_quantizer"), getattr(self.config, "quantization_config", None)
+    adopted = isinstance(quantizer, Quantizer)
+    if adopted and isinstance(described, BitsAndBytesConfig):
+        adopted = described is quantizer.quantization_config
     if not adopted and any(isinstance(module, QuantizedLayer) for module in self.modules()):
         adopt_quantized(self)
     _save_pretrained(self, *args, **kwargs)

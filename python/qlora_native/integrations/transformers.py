@@ -10,8 +10,8 @@ Each weight is quantized as soon as it has been read, so memory holds the 4-bit 
 A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this module if `from_pretrained` gets this
 config, or if bitsandbytes is not installed and this module has been imported.
 
-transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes", because it
-has bitsandbytes' format.
+transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes" if it has
+bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (weight_files.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = transformers.logging.get_logger(__name__)
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it in bitsandbytes' format."""
+    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it (weight_files.py)."""
 
     requires_calibration = False
     quantization_config: BitsAndBytesConfig
@@ -274,11 +274,11 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
         unsaved: the error of saving it, if its config cannot describe it; a layer that has no files is found here.
     """
     quantizer.unsaved = unsaved or why_not_saved(model)
-    quantizer.quantization_config.note_formats(m.format for m in model.modules() if isinstance(m, QuantizedLayer))
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
+    quantizer.quantization_config.note_formats(m.format for m in model.modules() if isinstance(m, QuantizedLayer))
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this

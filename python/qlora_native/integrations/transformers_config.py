@@ -100,7 +100,11 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def note_formats(self, formats: Iterable[str]) -> None:
-        """Store the formats that a model has, with that of the config first."""
+        """Store the formats that a model has, with that of the config first.
+
+        Args:
+            formats: the format of each quantized layer.
+        """
         others = sorted(set(formats) - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)
 
