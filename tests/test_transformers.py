@@ -309,7 +309,7 @@ def test_live_quantized_model_is_read_by_bitsandbytes(tmp_path):
     [
         ({"format": "int4"}, "q_proj: format: expected one of nf4, fp4, mxfp4, nvfp4, which have files, got int4"),
         ({"codebook": torch.linspace(-1, 1, 16)}, "format: expected one of nf4, .*, which have files, got codebook"),
-        ({"format": "mxfp4"}, "down_proj: in_features: expected a multiple of 32, as files of mxfp4 need, got 72"),
+        ({"format": "mxfp4"}, "down_proj: K: expected a multiple of 32, as files of mxfp4 need, got 72"),
     ],
 )
 def test_format_without_files_is_named_when_a_live_model_is_saved(options, message, tmp_path):

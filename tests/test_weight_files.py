@@ -251,7 +251,7 @@ def test_config_of_stock_transformers_is_named_in_the_error(saved):
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_rows_that_are_no_whole_blocks_are_named_and_nothing_is_written(format, tmp_path):
     model = quantize_model(moe.make("mixtral", intermediate_size=24), format=format, progress=False)
-    message = "experts.down_proj: in_features: expected a multiple of .*, as files of .* need, got 24"
+    message = "experts.down_proj: K: expected a multiple of .*, as files of .* need, got 24"
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

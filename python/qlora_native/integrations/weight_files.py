@@ -54,7 +54,7 @@ def why_not_saved(model: nn.Module) -> ValueError | None:
             return bad(f"{name}: format", f"one of {', '.join(FORMATS)}, which have files", layer.format)
         K = layer._shape[-1]
         if layer.format in MICROSCALED and K % layer.blocksize:
-            return bad(f"{name}: in_features", f"a multiple of {layer.blocksize}, as files of {layer.format} need", K)
+            return bad(f"{name}: K", f"a multiple of {layer.blocksize}, as files of {layer.format} need", K)
     return None
 
 
