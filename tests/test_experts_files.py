@@ -13,7 +13,6 @@ from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_experts import families, relative  # noqa: E402
 
-import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 from qlora_native.nn import quantize_model, size_report  # noqa: E402
 
@@ -134,7 +133,7 @@ def test_expert_of_another_shape_or_with_nan_is_named(folders, tmp_path):
         assert any(message in text and "layers.1.mlp.experts.gate_up_proj" in text for text in errors), message
 
 
-def errors_of_loading(folder, family):
+def errors_of_loading(folder, family, **changes):
     """What transformers' table says of the parameters for which loading fails."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -146,7 +145,7 @@ def errors_of_loading(folder, family):
 
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoadStateDictInfo, "create_loading_report", created)
-        load(folder, family, quantization_config=config())
+        load(folder, family, quantization_config=config(**changes))
     return found
 
 
@@ -265,45 +264,3 @@ def test_live_parameters_of_bitsandbytes_are_taken_over(family):
         replace(model)
         assert len(moe.experts_of(model)) == 4 and experts.down_proj.weight.data_ptr() == pointer
         assert relative(model(**moe.batch()).logits, expected) < 1e-5
-
-
-def mxfp4_checkpoint(folder, out):
-    """A checkpoint as gpt-oss has it, and its weights by name."""
-    state = {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
-    weights = {}
-    for name in [n for n, t in state.items() if t.dim() == 3]:
-        q = qn.quantize(state.pop(name).transpose(1, 2), "mxfp4")
-        weights[name] = q
-        E, N, K = q.shape
-        state[f"{name}_blocks"] = ((q.codes >> 4) | (q.codes << 4)).view(E, N, K // 32, 16)
-        state[f"{name}_scales"] = q.absmax.view(E, N, K // 32)
-    written = json.loads((folder / "config.json").read_text())
-    written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "lm_head"]}
-    (out / "config.json").write_text(json.dumps(written))
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    return state, weights
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_mxfp4_of_gpt_oss_is_read_with_its_bytes(folders, tmp_path, dtype):
-    _, weights = mxfp4_checkpoint(folders["gpt-oss"], tmp_path)
-    model = load(tmp_path, "gpt-oss", dtype=dtype, quantization_config=config())
-    experts = moe.experts_of(model)
-    assert experts.keys() == weights.keys()
-    for name, layer in experts.items():
-        assert layer.format == "mxfp4" and layer.dtype == dtype
-        assert torch.equal(layer.weight, weights[name].codes) and torch.equal(layer.absmax, weights[name].absmax)
-    assert {layer.format for layer in layers_of(model).values()} == {"nf4"}
-    with pytest.raises(ValueError, match="experts: expected nf4 or fp4, .* got mxfp4"):
-        model.save_pretrained(tmp_path / "out")
-    stock = load(tmp_path, "gpt-oss", quantization_config=transformers.Mxfp4Config(dequantize=True))
-    for name, layer in experts.items():
-        assert torch.equal(layer.parameter(torch.bfloat16), stock.get_parameter(name))
-
-
-def test_nan_in_a_scale_of_mxfp4_is_named_in_the_error(folders, tmp_path):
-    state, _ = mxfp4_checkpoint(folders["gpt-oss"], tmp_path)
-    state["model.layers.1.mlp.experts.down_proj_scales"][1, 2, 0] = 255
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    errors = errors_of_loading(tmp_path, "gpt-oss")
-    assert any("scales: expected scales of mxfp4: E8M0, of which 255 is NaN" in text for text in errors)

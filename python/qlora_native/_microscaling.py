@@ -93,6 +93,30 @@ def nvfp4_fields(
     return _fields("nvfp4", codes, scales, (codes.shape[0], 2 * codes.shape[1]), "scales", levels)
 
 
+def nvfp4_block_fields(blocks: Tensor, scales: Tensor, values: Tensor) -> dict[str, Any]:
+    """Make the fields of a QuantizedWeight in NVFP4 from tensors in the order of gpt-oss' files.
+
+    Args:
+        blocks: uint8 [N, K/16, 8] or [E, N, K/16, 8], with the first of two codes in the low half of a byte.
+        scales: uint8 [N, K/16] or [E, N, K/16], E4M3.
+        values: fp32 [127], the value of each byte of a scale, multiplied by the scale of the tensor.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape, a scale that is NaN or negative, or a value that is not finite.
+    """
+    _check_bytes("blocks", blocks)
+    _check_bytes("scales", scales)
+    if scales.dim() not in (2, 3) or blocks.shape != (*scales.shape, 8):
+        got = f"{list(blocks.shape)} with {list(scales.shape)}"
+        raise bad("blocks", "[..., N, K/16, 8] with scales [..., N, K/16]", got)
+    if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.shape != _E4M3.shape:
+        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise bad_type("scale_values", f"torch.float32 [{len(_E4M3)}]", got)
+    if not values.isfinite().all():
+        raise bad("scale_values", "finite values", "NaN or Inf")
+    return _fields("nvfp4", blocks, scales, (*scales.shape[:-1], 16 * scales.shape[-1]), "scales", values.detach())
+
+
 def _check_bytes(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise bad_type(name, "a tensor", type(tensor).__name__)

@@ -15,6 +15,7 @@ __all__ = [
     "SizeReport",
     "Unquantized",
     "has_reason",
+    "is_router",
     "linears_of_routers",
     "note_reason",
     "size_report",

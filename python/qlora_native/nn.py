@@ -215,8 +215,8 @@ def quantize_model(
     and what was not and why.
 
     transformers then treats its model as quantized: `save_pretrained`, also of a larger model that contains `model`,
-    writes bitsandbytes' format with a quantization_config, or raises a ValueError that names the format it cannot
-    write.
+    writes bitsandbytes' format (or, with "mxfp4" and "nvfp4", one that only this library reads) with a
+    quantization_config, or raises a ValueError that names the format it cannot write.
 
     Args:
         model: any module but a linear layer, which cannot be replaced in place.

@@ -15,33 +15,18 @@ from .._errors import bad
 from .._layer import QuantizedLayer
 from .experts import find_experts
 from .transformers import BitsAndBytesConfig, Quantizer, adopt
-from .transformers_config import FILE_FORMATS, FORMATS
+from .transformers_config import FORMATS
 
 __all__ = ["adopt_quantized"]
-
-
-class _Unsaved(Quantizer):
-    """The quantizer of a model that has no file format: saving it raises before a file is written."""
-
-    def __init__(self, config: BitsAndBytesConfig, error: ValueError) -> None:
-        super().__init__(config)
-        self.error = error
-
-    def is_serializable(self) -> bool:
-        """Refuse to be saved.
-
-        Raises:
-            ValueError: the reason, which transformers' own message would not give.
-        """
-        raise self.error
 
 
 def adopt_quantized(model: nn.Module) -> None:
     """Make transformers treat a model as quantized, as if it had been loaded quantized. `quantize_model` calls this.
 
-    `save_pretrained` then writes bitsandbytes' format with a quantization_config by which the same layers are quantized
-    when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If bitsandbytes does
-    not have the format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says so.
+    `save_pretrained` then writes files (weight_files.py) with a quantization_config by which the same layers are
+    quantized when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If there
+    are no files of a format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says
+    so.
 
     Args:
         model: a `PreTrainedModel` that contains quantized layers; it is changed in place.
@@ -58,11 +43,11 @@ def adopt_quantized(model: nn.Module) -> None:
         llm_int8_skip_modules=dense,
     )
     error = _why_not_saved(model, layers, dense)
-    if error is None:
-        adopt(model, Quantizer(config))
-        return
     before = getattr(model.config, "quantization_config", None)
-    adopt(model, _Unsaved(config, error))
+    quantizer = Quantizer(config)
+    adopt(model, quantizer, error)
+    if quantizer.unsaved is None:
+        return
     if before is None:
         del model.config.quantization_config  # it describes the model before it was quantized
     else:
@@ -76,8 +61,6 @@ def _why_not_saved(model: nn.Module, layers: dict[str, QuantizedLayer], dense: l
         return bad("model", "all quantized layers to be ours", f"others, of {method}: no file holds both")
     keep = [*dense, *(model._keep_in_fp32_modules or ())]
     for name, layer in layers.items():
-        if layer.format not in FILE_FORMATS:
-            return bad(f"{name}: format", "nf4 or fp4, the formats of the files that transformers reads", layer.format)
         if not isinstance(layer, Embedding4bit) and not should_convert_module(name, keep):
             return bad(name, "a layer that llm_int8_skip_modules tells from those in 16 bits", "one that it does not")
     return None
@@ -89,8 +72,11 @@ _save_pretrained = PreTrainedModel.save_pretrained
 @functools.wraps(_save_pretrained)
 def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     # If only a part of the model was quantized, such as model.model, or a layer was put in by hand, adopt_quantized has
-    # not seen the whole.
-    adopted = isinstance(vars(self).get("hf_quantizer"), Quantizer)
+    # not seen the whole, or not since: a part shares its config with the whole.
+    quantizer, described = vars(self).get("hf_quantizer"), getattr(self.config, "quantization_config", None)
+    adopted = isinstance(quantizer, Quantizer)
+    if adopted and isinstance(described, BitsAndBytesConfig):
+        adopted = described is quantizer.quantization_config
     if not adopted and any(isinstance(module, QuantizedLayer) for module in self.modules()):
         adopt_quantized(self)
     _save_pretrained(self, *args, **kwargs)

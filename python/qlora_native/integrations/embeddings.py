@@ -21,7 +21,7 @@ from .._errors import bad
 from .._layer import QuantizedLayer
 from .._sizes import note_reason
 from ..nn import Embedding4bit, Linear4bit
-from .expert_files import file_has
+from .weight_files import file_has
 
 __all__ = ["codes_of_embeddings", "replace_embeddings", "replace_tied", "tied_linears"]
 

@@ -1,9 +1,7 @@
 """Read experts from files into 4 bits while transformers loads a model, and write them.
 
 A 16-bit checkpoint has a tensor for each expert, which transformers would stack, or one tensor [E, ...]. Here experts
-are quantized one after the other. Our files, and those of `bitsandbytes.nn.parametrize`, have the entries that
-bitsandbytes writes for a weight, under the name of the parameter. The files of gpt-oss have MXFP4, whose bytes are
-kept.
+are quantized one after the other. Experts that a file has in 4 bits keep their bytes (weight_files.py).
 """
 
 from __future__ import annotations
@@ -14,15 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
     PrefixChange,
     WeightConverter,
-    WeightRenaming,
-    apply_renamings,
     log_conversion_errors,
 )
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -31,30 +26,13 @@ from .. import functional
 from .._errors import bad
 from .._experts import Experts4bit
 from .._formats import ceil_div
-from .._quant_state import NESTED_BLOCKSIZE, read_quant_state
+from .._quant_state import NESTED_BLOCKSIZE
 from .._sizes import note_reason
 from .._weight import QuantizedWeight
 from .experts import find_experts, run_quantized
+from .weight_files import SUFFIXES, file_has, read_weight
 
-__all__ = [
-    "experts_by_path",
-    "names_in_files",
-    "read_conversions",
-    "replace_experts",
-    "saved_conversions",
-    "saved_entries",
-]
-
-_QUANT_STATE = ".quant_state.bitsandbytes__"
-_COMPANIONS = (
-    "",
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    *(_QUANT_STATE + f for f in ("nf4", "fp4")),
-)
-_MXFP4 = ("_blocks", "_scales")
+__all__ = ["experts_by_path", "read_conversions", "replace_experts", "saved_conversions"]
 
 
 def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
@@ -63,22 +41,6 @@ def experts_by_path(model: nn.Module) -> dict[str, Experts4bit]:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
-    """The parameters that bitsandbytes has quantized in safetensors files, by their names in the model."""
-    found = set()
-    for file in files or ():
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                found.update(name.partition(_QUANT_STATE)[0] for name in opened.keys() if _QUANT_STATE in name)
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    return {apply_renamings(name, renamings) for name in found}
-
-
-def file_has(names: set[str], path: str) -> bool:
-    """Whether `path` is in `names`. Either may leave out the prefix of the base model."""
-    return any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for name in names)
 
 
 def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: set[str] | None) -> None:
@@ -116,14 +78,14 @@ def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: s
             run_quantized(found.module)
 
 
-def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quantizer: Any) -> list[Any]:
+def read_conversions(conversions: list[Any], model: nn.Module, quantizer: Any) -> list[Any]:
     """Change transformers' conversions of a checkpoint so that experts become `Experts4bit`.
 
     Args:
         conversions: the conversions of the model and of its quantizer.
         model: a model with `Experts4bit` that have no values yet.
-        mxfp4: whether the files have experts in MXFP4, as those of gpt-oss do.
-        quantizer: set as the `hf_quantizer` of our operations, so that transformers does not cast what they read.
+        quantizer: a `Quantizer` of ours. It becomes the `hf_quantizer` of our operations, so that transformers does not
+            cast what they read.
 
     Returns:
         The conversions to use in their place.
@@ -131,12 +93,11 @@ def read_conversions(conversions: list[Any], model: nn.Module, mxfp4: bool, quan
     paths = frozenset(experts_by_path(model))
     if not paths:
         return conversions
+    in_4_bits = quantizer.pre_quantized or quantizer.quantization_config.experts_in_mxfp4
     made: list[Any] = [_experts_converter(c, paths) if _is_of_experts(c, paths) else c for c in conversions]
     for tail in sorted({".".join(path.split(".")[-2:]) for path in paths}):
-        if mxfp4:
-            sources, operation = [f"{tail}{suffix}$" for suffix in _MXFP4], _ReadMxfp4()
-        elif quantizer.pre_quantized:
-            sources, operation = [f"{tail}{suffix}$" for suffix in _COMPANIONS], _ReadEntries(quantizer)
+        if in_4_bits:
+            sources, operation = [f"{tail}{suffix}$" for suffix in SUFFIXES], _ReadEntries(quantizer)
         else:
             sources, operation = [f"{tail}$"], _Whole()
         made.append(_experts_converter(WeightConverter(sources, [tail], [operation]), paths))
@@ -196,7 +157,7 @@ class _ExpertsConverter(WeightConverter):
 
     def _read(self, path: str, layer: Experts4bit, model: Any, config: Any) -> QuantizedWeight:
         first = self.operations[0]
-        if isinstance(first, (_ReadEntries, _ReadMxfp4)):
+        if isinstance(first, _ReadEntries):
             return first.read(path, layer, {name: _value(t[0]) for name, t in self._taken().items()})
         return _quantized(path, layer, self._single_experts(path, layer, model, config))
 
@@ -312,59 +273,30 @@ class _Whole(ConversionOps):
 
 
 class _ReadEntries(ConversionOps):
-    """The operation that reads the entries that bitsandbytes writes for a weight."""
+    """The operation that reads experts which a file has in 4 bits."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
-        """Return the tensor of experts that the file has in 16 bits."""
+        """Return the tensor of experts that the file has in 16 bits.
+
+        Raises:
+            ValueError: the file has them in 4 bits, but they are to stay in 16.
+        """
         if len(input_dict) != 1:
-            raise bad(target_patterns[0], "experts in 16 bits", ", ".join(input_dict))
+            got = ", ".join(name.removesuffix("$") for name in input_dict)
+            raise bad("llm_int8_skip_modules", f"no {target_patterns[0]}, which the file has in 4 bits", got)
         return {target_patterns[0]: next(iter(input_dict.values()))}
 
     def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
         """Make the weight from the bytes of the file."""
-        parent, _, own = path.rpartition(".")
-        tail = f"{parent.rpartition('.')[2]}.{own}"
-        entries = {f"{path}{name.removesuffix('$').removeprefix(tail)}": tensor for name, tensor in found.items()}
-        q = QuantizedWeight.from_bitsandbytes(entries, f"{parent}.", own)
-        key = next(key for key in entries if _QUANT_STATE in key)
-        state = read_quant_state(key, entries[key], q.nested_absmax is not None)
-        if bool(state.get("transposed", False)) != layer.transposed:
-            expected = f"blocks along the {'rows' if layer.transposed else 'last dimension'} of {list(layer.shape)}"
-            raise bad(path, f"{expected}, as they are written here", "blocks along the other")
-        if q.shape != layer._shape:
-            raise bad(path, f"{list(layer._shape)}, as config.json says", list(q.shape))
-        return q
-
-
-class _ReadMxfp4(ConversionOps):
-    """The operation that reads the MXFP4 blocks and scales of gpt-oss."""
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Refuse experts that are to stay in 16 bits, which these files do not have.
-
-        Raises:
-            ValueError: always.
-        """
-        raise bad("llm_int8_skip_modules", "no experts, which the file has in MXFP4", ", ".join(input_dict))
-
-    def read(self, path: str, layer: Experts4bit, found: dict[str, Tensor]) -> QuantizedWeight:
-        """Make the weight from the bytes of the file."""
-        if len(found) != 2:
-            raise bad(path, "blocks and scales", ", ".join(name.removesuffix("$") for name in found))
-        # transformers has cast the bytes to the dtype of the model, which holds every byte exactly.
-        blocks, scales = (
-            next(t for name, t in found.items() if name.endswith(f"{suffix}$")).to(torch.uint8) for suffix in _MXFP4
-        )
-        try:
-            q = QuantizedWeight.from_mxfp4(blocks, scales, layer.compute_dtype)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}, {error}") from None
-        if q.shape != layer._shape:
-            raise bad(path, f"{list(layer._shape)}, as config.json says", list(q.shape))
-        return q
+        tail = ".".join(path.split(".")[-2:])
+        entries = {name.removesuffix("$").removeprefix(tail): tensor for name, tensor in found.items()}
+        if not self.hf_quantizer.pre_quantized:
+            # transformers has cast the bytes to the dtype of the model, which holds every byte exactly.
+            entries = {suffix: tensor.to(torch.uint8) for suffix, tensor in entries.items()}
+        return read_weight(path, layer, entries)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -381,9 +313,3 @@ def saved_conversions(model: nn.Module) -> list[Any]:
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     paths = frozenset(experts_by_path(model))
     return [c for c in conversions if not isinstance(c, _ExpertsConverter) and not _is_of_experts(c, paths)]
-
-
-def saved_entries(path: str, layer: Experts4bit) -> dict[str, Tensor]:
-    """Make the entries of a file for the parameter at `path`."""
-    parent, _, own = path.rpartition(".")
-    return layer.quantized_weight.to_bitsandbytes(f"{parent}." if parent else "", own, layer.transposed)

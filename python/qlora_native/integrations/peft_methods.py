@@ -20,6 +20,7 @@ A tuner that is not in `METHODS` has not been tested and is refused, so a new PE
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,12 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from .._layer import QuantizedLayer
+from .._sizes import is_router
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .decoded import DecodedLinear4bit, WeightWritten, run_over_decoded
 from .peft_experts import check_experts_config, experts_as_parameters, targeted_experts
@@ -74,6 +77,7 @@ def _made_over_decoded(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, model, *args, **kwargs)
         for config in vars(self).get("peft_config", {}).values():
             _check_modules_to_save(model, config)
+            _leave_out_routers(model, config)
         with _decoded(model), experts_as_parameters(model), _checked(self):
             return method(self, model, *args, **kwargs)
 
@@ -128,6 +132,36 @@ def _check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
         )
         if quantized and any(name == key or name.endswith(f".{key}") for key in wanted):
             raise NotImplementedError(f"modules_to_save: expected modules that are not quantized, got {name}")
+
+
+def _leave_out_routers(model: nn.Module, config: PeftConfig) -> None:
+    """Exclude from "all-linear" the routers that are subclasses of nn.Linear, as those of Llama 4 and PhiMoE are.
+
+    Their forward returns a tuple, at which a layer of PEFT fails, over 16 bits too.
+
+    Raises:
+        NotImplementedError: `target_modules` names a router, or the method has no `exclude_modules`.
+    """
+    targets = getattr(config, "target_modules", None)
+    routers = (
+        [name for name, m in model.named_modules() if is_router(m) and isinstance(m, nn.Linear)] if targets else []
+    )
+    all_linear = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if all_linear and routers and hasattr(config, "exclude_modules"):
+        named = config.exclude_modules
+        if isinstance(named, str):
+            config.exclude_modules = "|".join((f"(?:{named})", *map(re.escape, routers)))
+        else:
+            config.exclude_modules = {*(named or ()), *routers}
+        return
+    for name in routers:
+        if all_linear or check_target_module_exists(config, name):
+            remedy = "name it in exclude_modules" if hasattr(config, "exclude_modules") else "list the others by name"
+            kind = type(model.get_submodule(name)).__name__
+            raise NotImplementedError(
+                f"target_modules: expected layers that return a tensor, got {name}, a {kind}, which returns a tuple: "
+                f"{remedy}"
+            )
 
 
 def _check_config(method: str, config: PeftConfig, parameter: str | None) -> None:

@@ -102,6 +102,8 @@ class Skeleton:
         there: set[str] = set()
         for name in (name for names in checkpoint.shards.values() for name in names):
             own = self.name_of(name)
+            if own not in self._state and own.endswith("_blocks"):
+                raise bad(name, "a weight in 16 bits, nf4 or fp4", "mxfp4 or nvfp4, converted as a live model only")
             if own in file_names:
                 raise bad(str(checkpoint.folder), f"{own} once", f"{file_names[own]} and {name}")
             file_names[own] = name

@@ -10,8 +10,8 @@ Each weight is quantized as soon as it has been read, so memory holds the 4-bit 
 A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this module if `from_pretrained` gets this
 config, or if bitsandbytes is not installed and this module has been imported.
 
-transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes", because it
-has bitsandbytes' format.
+transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes" if it has
+bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (weight_files.py).
 """
 
 from __future__ import annotations
@@ -36,18 +36,11 @@ from .. import _C, functional
 from .._errors import bad
 from .._layer import QuantizedLayer
 from .._sizes import has_reason, linears_of_routers, note_reason, size_report, unquantized_parameters
-from .._weight import QuantizedWeight
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
-from .expert_files import (
-    experts_by_path,
-    names_in_files,
-    read_conversions,
-    replace_experts,
-    saved_conversions,
-    saved_entries,
-)
-from .transformers_config import FILE_FORMATS, METHOD, BitsAndBytesConfig
+from .expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
+from .transformers_config import METHOD, BitsAndBytesConfig
+from .weight_files import SUFFIXES, names_in_files, read_weight, why_not_saved, written_weight
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
@@ -56,22 +49,13 @@ logger = transformers.logging.get_logger(__name__)
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):
-    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it in bitsandbytes' format."""
+    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it (weight_files.py)."""
 
     requires_calibration = False
     quantization_config: BitsAndBytesConfig
-    # The entries of a weight in bitsandbytes' files, which transformers collects for one operation.
-    serialized_names = {
-        "weight": [
-            "weight",
-            "weight.absmax",
-            "weight.quant_map",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_state.bitsandbytes__nf4",
-            "weight.quant_state.bitsandbytes__fp4",
-        ]
-    }
+    # The tensors of a weight in a file, which transformers collects for one operation.
+    serialized_names = {"weight": [f"weight{suffix}" for suffix in SUFFIXES]}
+    unsaved: ValueError | None = None  # why the model cannot be saved
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized.
@@ -88,13 +72,10 @@ class Quantizer(HfQuantizer):
         """True, or an error with the reason, which transformers' own message would not give.
 
         Raises:
-            ValueError: bitsandbytes' files do not have the format.
+            ValueError: there is no file format for a layer of the model.
         """
-        if self.quantization_config.experts_in_mxfp4:
-            raise bad("experts", "nf4 or fp4, the formats of the files that transformers reads", "mxfp4")
-        format = self.quantization_config.bnb_4bit_quant_type
-        if format not in FILE_FORMATS:
-            raise bad("bnb_4bit_quant_type", "nf4 or fp4, the formats of the files that transformers reads", format)
+        if self.unsaved is not None:
+            raise self.unsaved
         return True
 
     @property
@@ -150,7 +131,7 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Change the conversions of a checkpoint so that experts are quantized one by one."""
         conversions = super().update_weight_conversions(weight_conversions, model)
-        return read_conversions(conversions, model, self.quantization_config.experts_in_mxfp4, self)
+        return read_conversions(conversions, model, self)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         replace_tied(model, self.quantization_config)
@@ -178,7 +159,7 @@ class Quantizer(HfQuantizer):
         return {"deserialize": ReadQuantized}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict and the metadata to save, with quantized weights in bitsandbytes' entries."""
+        """The state dict and the metadata to save, with quantized weights as files have them."""
         state = model.state_dict()
         of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
         for name, module in model.named_modules(remove_duplicate=False):
@@ -187,11 +168,11 @@ class Quantizer(HfQuantizer):
                 for own in module.weight_names():
                     del state[prefix + own]
                 if isinstance(module, Embedding4bit) or id(module._parameters["weight"]) not in of_embeddings:
-                    state.update(module.quantized_weight.to_bitsandbytes(prefix))
+                    state.update(written_weight(f"{prefix}weight", module))
             elif isinstance(module, Experts4bit):
                 for own in module.weight_names():
                     del state[f"{name}.{own}"]
-                state.update(saved_entries(name, module))
+                state.update(written_weight(name, module))
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -241,7 +222,7 @@ class QuantizeWeight(ConversionOps):
 
 
 class ReadQuantized(ConversionOps):
-    """The operation that reads the entries that bitsandbytes has written for a weight."""
+    """The operation that reads the tensors that a file has for a quantized weight."""
 
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -255,20 +236,15 @@ class ReadQuantized(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Convert {"weight": [codes], "weight.absmax": [...], ...} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
-        entries = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         path = full_layer_name.removesuffix(".weight")
         layer = model.get_submodule(path) if full_layer_name.endswith(".weight") else None
         if not isinstance(layer, (Linear4bit, Embedding4bit)):
             return input_dict
-        if len(entries) == 1:
+        if len(input_dict) == 1:
             raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
         expected = layer.weight_names()
-        q = QuantizedWeight.from_bitsandbytes(
-            {f"{path}.{name}": tensor for name, tensor in entries.items()}, f"{path}."
-        )
-        if q.shape != layer.quantized_weight.shape:
-            raise bad(full_layer_name, f"{list(layer.quantized_weight.shape)}, as config.json says", list(q.shape))
-        layer.replace_weight(q)
+        found = {name.removeprefix("weight"): v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
+        layer.replace_weight(read_weight(full_layer_name, layer, found))
         if missing_keys is not None:  # only the file says whether scales are double-quantized
             missing_keys.difference_update(f"{path}.{name}" for name in expected)
         return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
@@ -289,17 +265,20 @@ def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list
     ]
 
 
-def adopt(model: nn.Module, quantizer: Quantizer) -> None:
+def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = None) -> None:
     """Make transformers, PEFT and TRL treat a model, whose layers are ours, as quantized.
 
     Args:
         model: the model, changed in place.
         quantizer: the quantizer that saves it.
+        unsaved: the error of saving it, if its config cannot describe it; a layer that has no files is found here.
     """
+    quantizer.unsaved = unsaved or why_not_saved(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
+    quantizer.quantization_config.note_formats(m.format for m in model.modules() if isinstance(m, QuantizedLayer))
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this

@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from ._versions import require
@@ -34,8 +35,9 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
     Attributes:
         load_in_4bit: True. LLM.int8() (`load_in_8bit`) is not supported.
-        bnb_4bit_quant_type: "nf4", "fp4" (transformers' default), "mxfp4" or "nvfp4". `save_pretrained` refuses the
-            last two, for which bitsandbytes has no files. `qlora_native.nn.quantize_model` has further formats.
+        bnb_4bit_quant_type: "nf4", "fp4" (transformers' default), "mxfp4" or "nvfp4". bitsandbytes has no files of the
+            last two: only this library reads what `save_pretrained` writes. `qlora_native.nn.quantize_model` has
+            further formats.
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
         bnb_4bit_compute_dtype: the dtype that activations are cast to for the product. float32, the default, does not
             cast them; sums are fp32 in any case.
@@ -45,9 +47,12 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         blocksize: elements that share a scale, as in `qlora_native.quantize`; after construction it is never None.
         strict: refuse a model with weights whose use is unknown; not written to files.
         experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept. Set when a file of gpt-oss is read.
+        formats: the formats of the model's weights, from when it has any. With one that bitsandbytes does not have, the
+            config of a file has this list as its bnb_4bit_quant_type, and our method; see `to_dict`.
     """
 
     experts_in_mxfp4 = False
+    formats: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, blocksize: int | None = None, strict: bool = False, **kwargs: Any) -> None:
         """Make a config.
@@ -94,10 +99,26 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         """The `product_dtype` of the layers; None does not cast activations."""
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
+    def note_formats(self, formats: Iterable[str]) -> None:
+        """Store the formats that a model has, with that of the config first.
+
+        Args:
+            formats: the format of each quantized layer.
+        """
+        others = sorted(set(formats) - {self.bnb_4bit_quant_type})
+        self.formats = (self.bnb_4bit_quant_type, *others)
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a file, where the method is "bitsandbytes", the format of the weights."""
+        """The fields for a file.
+
+        A file whose weights are all in formats of bitsandbytes is one of its method. In another one the method is
+        "qlora_native", and the type of the weights is a list: transformers takes every file with `load_in_4bit` for one
+        of bitsandbytes, would leave weights out that it does not know, and stops at a type that is not a string.
+        """
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
-        return {name: value for name, value in fields.items() if name not in ("strict", "experts_in_mxfp4")}
+        if not set(self.formats) <= set(FILE_FORMATS):
+            fields |= {"quant_method": METHOD, "bnb_4bit_quant_type": list(self.formats)}
+        return {name: value for name, value in fields.items() if name not in ("strict", "experts_in_mxfp4", "formats")}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields, because transformers compares only those of its own config."""
@@ -115,20 +136,31 @@ _merge_quantization_configs = AutoHfQuantizer.merge_quantization_configs
 
 @functools.wraps(_merge_quantization_configs)
 def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    ours = isinstance(quantization_config_from_args, BitsAndBytesConfig)
-    if ours and isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "mxfp4":
-        config = copy.copy(quantization_config_from_args)
+    in_file = quantization_config if isinstance(quantization_config, dict) else {}
+    given = quantization_config_from_args
+    ours, method = isinstance(given, BitsAndBytesConfig), in_file.get("quant_method")
+    if ours and method == "mxfp4":
+        config = copy.copy(given)
         config.experts_in_mxfp4 = True
         return config
-    in_file = isinstance(quantization_config, dict) and quantization_config.get("load_in_4bit", False)
-    if not in_file or not (ours or (quantization_config_from_args is None and not is_bitsandbytes_available())):
-        return _merge_quantization_configs(quantization_config, quantization_config_from_args)
+    if method == METHOD and given is not None and not ours:
+        got = f"{type(given).__module__}.{type(given).__name__}"
+        raise bad_type(
+            "quantization_config", f"{BitsAndBytesConfig.__module__}'s, as {METHOD} has written the file", got
+        )
+    takes = ours or method == METHOD or (given is None and not is_bitsandbytes_available())
+    if not in_file.get("load_in_4bit", False) or not takes:
+        return _merge_quantization_configs(quantization_config, given)
     # The file decides how weights are stored, and the caller in which dtype to multiply.
     known = {*_FIELDS, "blocksize"} - {"bnb_4bit_quant_storage"}  # a file may have fields of a later version
-    fields = {name: value for name, value in quantization_config.items() if name in known}
+    fields = {name: value for name, value in in_file.items() if name in known}
+    if isinstance(types := fields.get("bnb_4bit_quant_type"), list):  # see to_dict
+        if not types or any(type not in FORMATS for type in types):
+            raise bad("bnb_4bit_quant_type", f"some of {', '.join(FORMATS)}", types)
+        fields["bnb_4bit_quant_type"] = types[0]
     config = BitsAndBytesConfig(**fields)
-    if ours and quantization_config_from_args.product_dtype is not None:
-        config.bnb_4bit_compute_dtype = quantization_config_from_args.product_dtype
+    if ours and given.product_dtype is not None:
+        config.bnb_4bit_compute_dtype = given.product_dtype
     return config
 
 
