@@ -8,7 +8,8 @@
 # make fuzz       try random files and arguments, FUZZ_SECONDS=600 for each target; libFuzzer (CXX=clang++) and atheris
 #                 choose them by coverage
 # make wheels     build wheels that need no compiler, for PYTHONS="python3.11 python3.13", install and test them
-#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which takes much longer)
+#                 (ARGS=--cuda: with the CUDA kernels for all GPUs, which takes much longer; ARGS="--machine aarch64":
+#                 for 64-bit Arm and Debian's python3.11, tested under QEMU)
 # make sass       list registers and instructions of the CUDA kernels; ARGS=--check compares with results/sass.json
 # make lint       check formatting, style and the types of examples/
 # make docs       build the pages of docs/ and an API reference into build/docs/index.html
@@ -139,10 +140,10 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	    $(python) tests/fuzz/fuzz_python.py $$target --seconds $(FUZZ_SECONDS) $$guide; \
 	done
 
-# Wheels are for every GPU, and CUDAARCHS only for the checks of a change.
+# Wheels are for every GPU, and CUDAARCHS only for the checks of a change. The tool knows which torch a machine needs.
 PYTHONS ?= $(PYTHON)
 wheels: $(stamp)-build $(stamp)-wheels
-	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) --torch '$(TORCH)' $(ARGS)
+	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) $(if $(filter file,$(origin TORCH)),,--torch '$(TORCH)') $(ARGS)
 
 # Reads what `make test` has compiled, and the kernels of bitsandbytes, which is installed for the tests.
 sass: build-cpp $(stamp)-sass $(stamp)-test

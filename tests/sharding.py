@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 # torch 2.10 makes every sharded parameter differentiable first, which bytes cannot be.
-needs_fsdp_of_bytes = pytest.mark.skipif(torch.__version__ < "2.11", reason="FSDP2 of torch 2.10 shards no bytes")
+FSDP_SHARDS_BYTES = torch.__version__ >= "2.11"
+needs_fsdp_of_bytes = pytest.mark.skipif(not FSDP_SHARDS_BYTES, reason="FSDP2 of torch 2.10 shards no bytes")
 
 
 def prepared_by_accelerate(model, **options):

@@ -1,4 +1,4 @@
-"""Build wheels for Linux on x86-64, whose users need no compiler: python tools/wheels.py [--cuda] PYTHON [PYTHON ...].
+"""Build wheels for Linux, whose users need no compiler: python tools/wheels.py [--cuda] PYTHON [PYTHON ...].
 
 A wheel is built for each Python with this machine's compiler and the C and C++ libraries of Debian 12; auditwheel names
 the systems that it runs on. The torch ops and the C++ package share one library. The wheel does not contain
@@ -13,8 +13,13 @@ have a Python that this one lacks:
     mount --bind . TREE/mnt
     chroot TREE sh -c 'cd /mnt && python3 tools/wheels.py --only test python3'
 
-Building needs the Debian package mmdebstrap. Only the pybind11 module depends on the Python, so with ccache a second
-Python is quick. --cuda compiles for all architectures, which takes much longer.
+--machine aarch64 cross-compiles on x86-64 for the Python of Debian 12, by Debian 12's compiler; PYTHON has that version
+too, and runs the build. ARM_TESTS then run under QEMU, which shows that a wheel is whole, and nothing of its speed:
+
+    python tools/wheels.py --machine aarch64 python3.11
+
+Building needs the Debian package mmdebstrap, and for aarch64 qemu-user. Only the pybind11 module depends on the Python,
+so with ccache a second Python is quick. --cuda compiles for all architectures, which takes much longer.
 """
 
 from __future__ import annotations
@@ -23,7 +28,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -32,41 +36,50 @@ import time
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-WORK = ROOT / "build/wheels"
+from toolchain import (
+    ROOT,
+    WORK,
+    arm_python,
+    arm_site,
+    compiler,
+    cross_build,
+    python_headers,
+    run,
+    version_and_tag,
+)
+
 RESULTS = ROOT / "bench/results/wheels.json"
-# The headers and libraries of glibc 2.36 and GCC 12's libstdc++.
-RELEASE, PACKAGES = "bookworm", ("libc6-dev", "libstdc++-12-dev")
+TORCH = {"x86_64": "torch>=2.10", "aarch64": "torch==2.10.0"}  # PyPI's later ones for aarch64 are CUDA builds
 LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 # Warnings are not errors here: the checks of a change use the libraries that belong to the compiler.
 OPTIONS = {"BUILD_SHARED_LIBS": "ON", "QLN_CUDA_EMULATED": "OFF", "QLN_AMX_EMULATED": "OFF", "QLN_WERROR": "OFF"}
 TESTS = ("test_ops.py", "test_linear4bit.py", "test_layers.py", "test_docs.py")
+# Under QEMU, which cannot start the programs that test_docs.py and Inductor start.
+ARM_TESTS = TESTS[:3]
+ARM_VARIABLES = {"PYTEST_ADDOPTS": "-k 'not inductor'"}
+# QEMU's names: the instruction set that is used there. On an older one, cortex-a72, torch itself cannot be imported.
+ARM_PROCESSORS = {"max": "neon_bf16", "neoverse-n1": "neon"}
+# What the wheel's torch needs, named here because pip reads its conditions as for the machine that pip runs on.
+ARM_REQUIREMENTS = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions", "numpy", "pytest")
 # Tests of the C++ package, if there are a compiler and cmake.
 PACKAGE_TESTS = ("test_package.py::test_wheel_holds_the_package",)
-# Computes a product, and then checks that the process has loaded torch's OpenMP and no other.
+# Computes products, and then checks that the process has loaded torch's OpenMP and no other.
 PRODUCT = """
 import torch, qlora_native as qn
-y = qn.linear(torch.ones(64, 256), qn.quantize(torch.ones(256, 256)))
-assert torch.allclose(y, torch.full_like(y, 256)), y
+q = qn.quantize(torch.randn(256, 256))
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+    x = torch.randn(64, 256).to(dtype)
+    expected = x.double() @ qn.dequantize(q, dtype).double().T
+    error = (qn.linear(x, q) - expected).norm() / expected.norm()
+    assert error < tolerance, error
 loaded = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libiomp" in line}
 assert len(loaded) == 1, loaded
-print(torch.__version__)
+print(qn._C.current_isa(), torch.__version__)
 """
-
-
-def run(*command: object, **environment: object) -> str:
-    """Run a command, and return what it prints. If it fails, this program ends."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{done.stdout[-6000:]}\n{' '.join(map(str, command))}: exit status {done.returncode}")
-    return done.stdout
+SYSTEM = """
+import platform
+print(platform.freedesktop_os_release()["PRETTY_NAME"] + ", glibc " + platform.libc_ver()[1])
+"""
 
 
 def requirements(*extras: str) -> list[str]:
@@ -80,70 +93,30 @@ def environment(folder: Path, python: str, *options: str) -> Path:
     return folder / "bin/python"
 
 
-def version_and_tag(python: str) -> tuple[str, str]:
-    """The version and the tag of a Python: 3.11.2 and cp311."""
-    program = "import sys; v = sys.version_info; print('%d.%d.%d cp%d%d' % (*v[:3], *v[:2]))"
-    version, tag = run(python, "-c", program).split()
-    return version, tag
-
-
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def compiler() -> Path:
-    """Make a g++ that uses the headers and libraries of RELEASE instead of this system's."""
-    tree = WORK / RELEASE
-    if not tree.exists():
-        if not shutil.which("mmdebstrap"):
-            raise SystemExit("make wheels: expected mmdebstrap, which is a Debian package: apt-get install mmdebstrap")
-        unfinished = tree.with_suffix(".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        run("mmdebstrap", "--variant=extract", f"--include={','.join(PACKAGES)}", RELEASE, unfinished)
-        unfinished.rename(tree)
-    # --sysroot moves the C library; where C++'s is, GCC has built in.
-    program = WORK / "bin/g++"
-    program.parent.mkdir(exist_ok=True)
-    headers = ("c++/12", "x86_64-linux-gnu/c++/12", "c++/12/backward")
-    text = (
-        "#!/bin/sh\n"
-        f"exec {shutil.which(os.environ.get('CXX', 'g++'))} --sysroot={tree} -nostdinc++ "
-        f"{' '.join(f'-isystem {tree}/usr/include/{folder}' for folder in headers)} "
-        f'-L{tree}/usr/lib/gcc/x86_64-linux-gnu/12 "$@"\n'
-    )
-    if not program.exists() or program.read_text() != text:  # ccache knows a compiler by its time
-        program.write_text(text)
-        program.chmod(0o755)
-    return program
-
-
-def python_headers(python: str) -> Path:
-    """A folder with the part of the headers of a Debian Python that compiler() does not find in its own tree."""
-    program = "import sys, sysconfig as s; print(s.get_config_var('MULTIARCH'), 'python%d.%d' % sys.version_info[:2])"
-    part = Path(*run(python, "-c", program).split())
-    link = WORK / "include" / part
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if (Path("/usr/include") / part).exists() and not link.exists():
-        link.symlink_to(Path("/usr/include") / part)
-    return WORK / "include"
-
-
-def build(python: str, kind: str) -> Path:
+def build(python: str, machine: str, kind: str, torch: list[str]) -> Path:
     """A wheel for a Python, below dist/."""
-    work = WORK / f"{kind}-{version_and_tag(python)[1]}"
+    tag = version_and_tag(python)[1]
+    work = WORK / f"{kind}-{machine}-{tag}"
     interpreter = environment(work / "build-environment", python)
     run(interpreter, "-m", "pip", "install", "-q", *requirements("build"))
     raw, repaired = work / "raw", work / "repaired"
     for folder in (raw, repaired):
         shutil.rmtree(folder, ignore_errors=True)
-    torch = os.environ.get("QLN_TORCH") or importlib.util.find_spec("torch").submodule_search_locations[0]
-    options = {**OPTIONS, "QLN_CUDA": "ON" if kind == "cuda" else "OFF", "QLN_TORCH": torch}
+    options = {**OPTIONS, "QLN_CUDA": "ON" if kind == "cuda" else "OFF"}
+    if machine == "aarch64":
+        more, variables = cross_build(tag, torch)
+    else:
+        installed = os.environ.get("QLN_TORCH") or importlib.util.find_spec("torch").submodule_search_locations[0]
+        more = {"QLN_TORCH": installed}
+        variables = {"CPLUS_INCLUDE_PATH": python_headers(python), "CXX": compiler(), "CUDAHOSTCXX": compiler()}
     run(
         *(interpreter, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", raw),
         *("-C", f"build-dir={work}/build"),
-        *(part for name, value in options.items() for part in ("-C", f"cmake.define.{name}={value}")),
-        CXX=compiler(),
-        CPLUS_INCLUDE_PATH=python_headers(python),
-        CUDAHOSTCXX=compiler(),
+        *(part for name, value in (options | more).items() for part in ("-C", f"cmake.define.{name}={value}")),
+        **variables,
         CUDAFLAGS="--compress-mode=size",
         PATH=f"{interpreter.parent}:{os.environ['PATH']}",
     )
@@ -177,33 +150,53 @@ def check_files(wheel: Path, kind: str) -> None:
 
 def test(python: str, kind: str, torch: list[str], system_torch: bool) -> dict[str, object]:
     """Install the wheel for this Python and run the tests; a row of the table."""
-    version, tag = version_and_tag(python)
-    (wheel,) = (ROOT / "dist" / kind).glob(f"*-{tag}-{tag}-*.whl")
+    tag = version_and_tag(python)[1]
+    (wheel,) = (ROOT / "dist" / kind).glob(f"*-{tag}-{tag}-*_x86_64.whl")
     options = ("--system-site-packages",) if system_torch else ()
-    interpreter = environment(WORK / f"{kind}-{tag}/test-environment", python, *options)
+    interpreter = environment(WORK / f"{kind}-x86_64-{tag}/test-environment", python, *options)
     pip = (interpreter, "-m", "pip", "install", "-q")
     if not system_torch:
         run(*pip, *torch)
     run(*pip, f"{wheel}[bitsandbytes]", *requirements("build", "test", "finetune"))
+    tests = (*TESTS, *(PACKAGE_TESTS if shutil.which("c++") else ()))
+    return tested(wheel, kind, tests, str(interpreter))
+
+
+def test_arm(torch: list[str]) -> dict[str, object]:
+    """The same for the wheel for 64-bit Arm, under QEMU."""
+    python = arm_python()
+    tag = version_and_tag(*python)[1]
+    (wheel,) = (ROOT / "dist/cpu").glob(f"*-{tag}-{tag}-*_aarch64.whl")
+    arm_site(tag, *ARM_REQUIREMENTS)
+    variables = {**ARM_VARIABLES, "PYTHONPATH": arm_site(tag, "--no-deps", *torch, wheel)}
+    for processor, isa in ARM_PROCESSORS.items():
+        found = run(*python, "-c", PRODUCT, QEMU_CPU=processor, **variables).split()[-2]
+        if found != isa:
+            raise SystemExit(f"{wheel.name}: expected {isa} on {processor}, got {found}")
+    row = tested(wheel, "cpu", ARM_TESTS, *python, **variables)
+    return {**row, "system": f"{row['system']}, under QEMU"}
+
+
+def tested(wheel: Path, kind: str, tests: tuple[str, ...], *python: str, **variables: object) -> dict[str, object]:
+    """Run tests with a Python that has the wheel; a row of the table."""
     emulated = subprocess.run(
-        [str(interpreter), "-c", PRODUCT],
-        env={**os.environ, "QLN_BACKEND": "cuda_emulated"},
+        [*python, "-c", PRODUCT],
+        env={**os.environ, "QLN_BACKEND": "cuda_emulated", **{name: str(value) for name, value in variables.items()}},
         capture_output=True,
         text=True,
     )
     if "this build has no backend cuda_emulated" not in emulated.stderr:
         raise SystemExit(f"{wheel.name}: expected no emulator inside, got {emulated.stderr or emulated.stdout}")
-    torch_version = run(interpreter, "-c", PRODUCT).split()[-1]  # after warnings
+    torch_version = run(*python, "-c", PRODUCT, **variables).split()[-1]  # after warnings
     began = time.monotonic()
-    tests = (*TESTS, *(PACKAGE_TESTS if shutil.which("c++") else ()))
-    shown = run(interpreter, "-m", "pytest", *(f"tests/{name}" for name in tests))
+    shown = run(*python, "-m", "pytest", *(f"tests/{name}" for name in tests), **variables)
     return {
         "kind": kind,
         "wheel": wheel.name,
         "megabytes": round(wheel.stat().st_size / 1e6, 2),
-        "Python": version,
+        "Python": version_and_tag(*python)[0],
         "torch": torch_version,
-        "system": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, glibc {platform.libc_ver()[1]}",
+        "system": run(*python, "-c", SYSTEM).strip(),
         "result": re.findall(r"(?:\d+ \w+(?:, )?)+ in ", shown)[-1].removesuffix(" in "),
         "seconds": round(time.monotonic() - began),
     }
@@ -216,7 +209,8 @@ def table(rows: list[dict[str, object]]) -> str:
         "",
         "Written by `tools/wheels.py --output` (`make wheels`). Each wheel was installed with pip into a new virtual",
         f"environment, and ran {', '.join(f'`{name}`' for name in TESTS)}",
-        "from there. None of these machines has a GPU.",
+        "from there. None of these machines has a GPU. A wheel for aarch64 was installed into a folder, and ran the",
+        "first three under QEMU, without the test that compiles by Inductor: no Arm machine has run it.",
         "",
         "| wheel | MB | Python | torch | system | tests |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -248,19 +242,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="an interpreter: python3.12, or a path")
     parser.add_argument("--cuda", action="store_true", help="wheels with the CUDA backend, by nvcc")
+    parser.add_argument("--machine", choices=TORCH, default="x86_64", help="what the wheels are for")
     parser.add_argument("--only", choices=["build", "test"], help="one half")
-    parser.add_argument("--torch", default="torch>=2.10", help="what pip is to install before the wheel, in words")
+    parser.add_argument("--torch", help="what pip is to install before the wheel, in words")
     parser.add_argument("--system-torch", action="store_true", help="test with the torch that PYTHON has")
     parser.add_argument("--output", action="store_true", help="write bench/results/wheels.json and .md")
     args = parser.parse_args()
     kind = "cuda" if args.cuda else "cpu"
+    torch = (args.torch or TORCH[args.machine]).split()
+    if args.cuda and args.machine == "aarch64":
+        parser.error("a wheel for aarch64 has no CUDA backend")
     WORK.mkdir(parents=True, exist_ok=True)
     for python in args.pythons:
         if args.only != "test":
-            wheel = build(python, kind)
+            wheel = build(python, args.machine, kind, torch)
             print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
         if args.only != "build":
-            row = test(python, kind, args.torch.split(), args.system_torch)
+            row = test_arm(torch) if args.machine == "aarch64" else test(python, kind, torch, args.system_torch)
             print(f"Python {row['Python']}, torch {row['torch']}: {row['result']}", flush=True)
             if args.output:
                 write([row])
