@@ -75,6 +75,22 @@ __device__ LowRankPart low_rank_part(const LowRankProduct& p) {
   return part;
 }
 
+// Adds the parts of each sum of a tile, in their order.
+__device__ inline void add_parts(const LowRankProduct& p, const float* partial_sums, const LowRankPart& tile) {
+  const auto in_tile = [](std::int64_t rest) { return rest < kProductTile ? static_cast<int>(rest) : kProductTile; };
+  const int cols = in_tile(p.out.cols - tile.j0), count = in_tile(tile.rows - tile.i0) * cols;
+#pragma unroll 1
+  for (int e = thread_index(); e < count; e += kProductThreads) {
+    const std::int64_t row = tile.first_row + tile.i0 + e / cols, col = tile.j0 + e % cols;
+    const float* from = partial_sums + row * p.out.cols + col;
+    float sum = 0.0f;
+    for (int part = 0; part < p.split.parts; ++part, from += p.out.rows * p.out.cols) {
+      sum += load_vector<float, 1>(from).at[0];
+    }
+    store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + col, sum * p.scale);
+  }
+}
+
 // out(i, j) = scale * sum over k of left(i, k) * right(j, k), rounded.
 template <class Left, class Right, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
@@ -100,28 +116,17 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   // without groups, it is the search for a part of U or V that would make them short, so there the part is kept.
   constexpr bool kIsKept = !kGrouped && !kSumsOverRows && !kOnTensorCores<typename Left::Element>;
   const LowRankPart stored = kIsKept ? part : part_of_block();
-  const ProductPosition<typename Left::Element> result = position_of(stored);
-  const auto store = [&](std::int64_t row, std::int64_t j, float s) {
-    store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
-  };
-  if (p.split.parts == 1) {
-    result.each(sum, [&](std::int64_t i, std::int64_t j, float s) { store(stored.first_row + i, j, s); });
-    return;
-  }
-  const auto partial_sum = [&](std::int64_t part, std::int64_t row, std::int64_t j) {
-    return memory.partial_sums + (part * p.out.rows + row) * p.out.cols + j;
-  };
-  result.each(sum, [&](std::int64_t i, std::int64_t j, float s) {
-    store_vector<float, 1>(partial_sum(stored.part, stored.first_row + i, j), {{s}});
-  });
-  if (!is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) return;
-  result.each(sum, [&](std::int64_t i, std::int64_t j, float) {
-    float total = 0.0f;
-    for (int part = 0; part < p.split.parts; ++part) {
-      total += load_vector<float, 1>(partial_sum(part, stored.first_row + i, j)).at[0];
+  position_of(stored).each(sum, [&](std::int64_t i, std::int64_t j, float s) {
+    const std::int64_t row = stored.first_row + i;
+    if (p.split.parts == 1) {
+      store_from_f32(p.out.data, p.out.dtype, row * p.out.stride + j, s * p.scale);
+    } else {
+      store_vector<float, 1>(memory.partial_sums + (stored.part * p.out.rows + row) * p.out.cols + j, {{s}});
     }
-    store(stored.first_row + i, j, total);
   });
+  if (p.split.parts > 1 && is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) {
+    add_parts(p, memory.partial_sums, stored);
+  }
 }
 
 // `inner`: the average length of a sum.

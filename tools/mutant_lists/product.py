@@ -41,15 +41,15 @@ ON_CHIP = [
     Mutant(
         "cuda/product/low_rank.cuh",
         "a part of a shared sum is left out",
-        "for (int part = 0; part < p.split.parts; ++part)",
-        "for (int part = 0; part < p.split.parts - 1; ++part)",
+        "for (int part = 0; part < p.split.parts; ++part, from",
+        "for (int part = 0; part < p.split.parts - 1; ++part, from",
         ON_GPU,
     ),
     Mutant(
         "cuda/product/low_rank.cuh",
         "a shared sum is not scaled",
-        "row * p.out.stride + j, s * p.scale);",
-        "row * p.out.stride + j, s);",
+        "row * p.out.stride + col, sum * p.scale);",
+        "row * p.out.stride + col, sum);",
         ON_GPU,
     ),
     Mutant(
