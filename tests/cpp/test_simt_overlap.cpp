@@ -15,7 +15,7 @@ template <class T>
 using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
 
 constexpr int kBlocks = 9, kThreads = 64, kCount = kBlocks * kThreads;
-const std::vector<std::string> kSchedules = {"forward",      "reverse",      "random:1",     "random:2",     "random:3",
+const std::vector<std::string> kSchedules = {"forward",      "reverse",      "random:1",     "random:2",    "random:3",
                                              "concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4"};
 
 // Under how many schedules `run` returns what it should.
