@@ -46,8 +46,8 @@ struct LaunchShape {
   int cluster = 1;
   // The kernel may begin before the one launched before it has ended, on devices of compute capability 9.0 or more. It
   // must call wait_for_kernel_before() before it reads what that kernel writes, and before it writes what that kernel
-  // reads or writes. A block of it must call that in any case, because the kernel after it begins when it has ended. All
-  // memory of both must be there until this kernel has been launched.
+  // reads or writes. A block of it must call that in any case, because the kernel after it begins when it has ended.
+  // All memory of both must be there until this kernel has been launched.
   bool begins_early = false;
   bool next_begins_early = false;  // the kernel that is launched next; for the emulator alone
 };

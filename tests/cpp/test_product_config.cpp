@@ -297,7 +297,7 @@ ProductShape on_hopper(std::int64_t rows) {
 }
 bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
 
-void wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels() {
+void wgmma_is_for_more_than_16_rows_and_fewer_than_panels() {
   for (const bool backward : {false, true}) {
     const auto shape = [&](std::int64_t rows) {
       ProductShape result = on_hopper(rows);
@@ -305,8 +305,7 @@ void wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels() {
       return result;
     };
     for (const std::int64_t rows : {0, 1, 8, 9, 16}) EXPECT(!is_by_wgmma(shape(rows)));
-    for (const std::int64_t rows : {17, 32}) EXPECT(is_by_wgmma(shape(rows)) == backward);  // dX has no thin kernel
-    for (const std::int64_t rows : {33, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
+    for (const std::int64_t rows : {17, 32, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
   }
   ProductShape many = on_hopper(2048);
   EXPECT(is_by_wgmma(many));
@@ -558,7 +557,7 @@ int main() {
   fp32_and_eight_bits_get_the_general_kernel();
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
-  wgmma_is_for_more_rows_than_the_thin_kernels_and_fewer_than_panels();
+  wgmma_is_for_more_than_16_rows_and_fewer_than_panels();
   wgmma_takes_only_what_it_can_load();
   tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();

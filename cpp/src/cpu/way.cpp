@@ -88,10 +88,7 @@ std::optional<Way> forced_way() {
 
 Way choose_way(const WayProblem& p) {
   const bool dense_is_ahead = p.dense_ahead && columns_of_panel(p) >= kWidePanel;
-  const Thresholds from = p.tiles         ? kByTiles
-                          : p.dense_tiles  ? kDenseTiles
-                          : dense_is_ahead ? kDenseAhead
-                                           : kByVectors;
+  const Thresholds from = p.tiles ? kByTiles : p.dense_tiles ? kDenseTiles : dense_is_ahead ? kDenseAhead : kByVectors;
   if (p.M >= from.panels && can_take(p, Way::panels)) return Way::panels;
   if (p.M >= from.tiles && can_take(p, Way::tiles)) return Way::tiles;
   if (p.M < from.vectors && can_take(p, Way::few_rows)) return Way::few_rows;

@@ -60,9 +60,9 @@ void print_if_asked(const WayProblem& problem, Way way);
 bool dense_product_has_tiles(DType dtype);  // isa.cpp
 
 // Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
-// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20 times
-// as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place of a
-// product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
+// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20
+// times as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place
+// of a product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
 bool dense_product_is_ahead(DType dtype);  // isa.cpp
 
 }  // namespace qlora_native
