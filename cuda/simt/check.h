@@ -48,10 +48,14 @@ class CurrentDevice {
 // Every driver takes kernel parameters of up to 4096 bytes. Drivers from R530 (CUDA 12.1) on take up to 32,764 bytes.
 // Any CUDA 12 runtime also starts on R525, where the launch of a larger kernel would fail without saying why.
 constexpr std::size_t kParametersOfAnyDriver = 4096;
-inline void check_driver_takes_large_parameters() {
-  constexpr int kCuda121 = 12010;
+constexpr int kCuda121 = 12010, kCuda123 = 12030;
+inline int driver_version() {
   int version = 0;
   QLN_CHECK_CUDA(cudaDriverGetVersion(&version));
+  return version;
+}
+inline void check_driver_takes_large_parameters() {
+  const int version = driver_version();
   if (version >= kCuda121) return;
   throw std::runtime_error("the NVIDIA driver is of CUDA " + std::to_string(version / 1000) + "." +
                            std::to_string(version % 1000 / 10) + ": expected R530, which is of CUDA 12.1, or later");

@@ -40,10 +40,11 @@ void ask_for_smem(std::size_t bytes, int device) {
   if (is_remembered) asked[device].store(bytes, std::memory_order_relaxed);
 }
 
+// Graphs have such launches from CUDA 12.3 on, and any launch may be captured into one.
 inline bool can_begin_early(const Stream& stream) {
   int major = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
-  return major >= 9;
+  return major >= 9 && driver_version() >= kCuda123;
 }
 
 template <class... Parameters>
