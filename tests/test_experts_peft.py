@@ -175,7 +175,7 @@ def test_target_modules_mean_what_they_mean_over_16_bits(family, targets):
     assert relative(ours(**moe.batch()).logits, theirs(**moe.batch()).logits) < 1e-5
 
 
-def test_peft_itself_fails_at_the_router_of_llama4_over_16_bits():
+def test_stock_peft_takes_the_router_of_llama4_for_a_target_of_all_linear():
     """When it no longer does, `_leave_out_routers` has to go: "all-linear" would mean something else there."""
     model = peft.get_peft_model(moe.make("llama4"), peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'dtype'"):

@@ -288,7 +288,7 @@ def test_damaged_experts_are_named(gpt_oss, saved, name, change, message, whose,
         ([["nf4"]], "bnb_4bit_quant_type"),
     ],
 )
-def test_types_that_do_not_exist_are_named(saved, types, message, tmp_path):
+def test_error_names_the_types_that_files_have(saved, types, message, tmp_path):
     written = json.loads((saved[1] / "config.json").read_text())
     written["quantization_config"]["bnb_4bit_quant_type"] = types
     for path in saved[1].iterdir():
@@ -299,14 +299,14 @@ def test_types_that_do_not_exist_are_named(saved, types, message, tmp_path):
         load(tmp_path, "gpt-oss", quantization_config=config())
 
 
-def test_experts_that_a_file_has_in_4_bits_cannot_be_skipped(gpt_oss):
+def test_error_names_skipped_experts_that_the_file_has_in_4_bits(gpt_oss):
     skip = ["lm_head", "model.layers.0.mlp.experts"]
     errors = errors_of_loading(gpt_oss[0], "gpt-oss", llm_int8_skip_modules=skip)
     expected = "llm_int8_skip_modules: expected no experts.down_proj, which the file has in 4 bits"
     assert any(expected in text for text in errors)
 
 
-def test_command_names_a_weight_that_it_does_not_convert(saved, tmp_path):
+def test_error_of_the_command_names_the_weight_and_the_formats_it_takes(saved, tmp_path):
     command = [
         sys.executable,
         "-m",

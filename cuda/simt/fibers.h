@@ -154,7 +154,7 @@ void set_max_registers(int count);
 
 // The blocks of a cluster (cluster.cpp).
 void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
-// Where another block of the cluster has what this block has at `own` in its shared memory.
+// Returns where another block of the cluster has what this block has at `own` in its shared memory.
 const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank);
 
 [[noreturn]] void fail(const std::string& what);

@@ -126,7 +126,7 @@ class HopperSums {
   __device__ __forceinline__ float* vector(int i) { return sum + 4 * i; }
 };
 
-// Where a lane's sums go: each plus bias, rounded once, in the rows and columns that are there.
+// Stores a lane's sums: each plus bias, rounded once, in the rows and columns that are there.
 template <class T>
 class HopperResult {
  public:
