@@ -136,6 +136,11 @@ def _one(name: str, tensor: Any) -> Tensor:
     return value
 
 
+def swapped_codes(codes: Tensor) -> Tensor:
+    """Exchange the two codes of each byte: in files the first is in the low half, and here in the high half."""
+    return (codes >> 4) | (codes << 4)
+
+
 def _fields(
     format: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...], name: str, levels: Tensor
 ) -> dict[str, Any]:
@@ -144,8 +149,7 @@ def _fields(
     check_scales(name, scales, format)
     blocks = scales.numel()
     return {
-        # The files have the first of two codes in the low half of a byte; here it is in the high half.
-        "codes": ((codes >> 4) | (codes << 4)).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
+        "codes": swapped_codes(codes).detach().reshape(*shape[:-1], shape[-1] // 2).contiguous(),
         "absmax": scales.detach().reshape(-1).contiguous(),
         "nested_absmax": torch.ones(-(-blocks // 256), dtype=torch.float32, device=codes.device),
         "nested_code": scale_table(format, levels).to(codes.device),

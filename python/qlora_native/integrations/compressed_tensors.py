@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._errors import bad
+from .._microscaling import swapped_codes
 from .._weight import QuantizedWeight
 
 __all__ = ["LARGEST_CODES", "check_layer", "entries", "quantization_config", "with_rounded_scales"]
@@ -48,7 +49,7 @@ def entries(q: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
     """
     N, K = q.shape
     if q.format == "int4":
-        codes = (q.codes >> 4) | (q.codes << 4)  # the first of two codes goes from the high half to the low one
+        codes = swapped_codes(q.codes)
     else:
         codes = q.codes ^ 0x80
     packed = codes.contiguous().view(torch.int32).view(N, K // PACKED[q.format])

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 from .._errors import bad
 from .._formats import CODEBOOKS
 from .._layer import QuantizedLayer
-from .._microscaling import MICROSCALED, nvfp4_block_fields
+from .._microscaling import MICROSCALED, nvfp4_block_fields, swapped_codes
 from .._quant_state import read_quant_state
 from .._weight import QuantizedWeight
 from ..nn import Experts4bit
@@ -73,7 +73,7 @@ def written_weight(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
         )
     *rows, K = q.shape
     made = {
-        _BLOCKS: ((q.codes >> 4) | (q.codes << 4)).view(*rows, K // q.blocksize, q.blocksize // 2),
+        _BLOCKS: swapped_codes(q.codes).view(*rows, K // q.blocksize, q.blocksize // 2),
         _SCALES: q.absmax.view(*rows, K // q.blocksize),
     }
     if q.format == "nvfp4":
