@@ -389,6 +389,8 @@ const CpuBackend& reference_backend() {
       .gated_activation_backward = reference::gated_activation_backward,
       .rms_norm = reference::rms_norm,
       .rms_norm_backward = reference::rms_norm_backward,
+      .attention = reference::attention,
+      .attention_backward = reference::attention_backward,
       .optimizer_8bit_step = reference::optimizer_8bit_step,
   }};
   return backend;

@@ -4,6 +4,7 @@
 #include "cpu/generic/backend-inl.h"
 #include "cpu/isa.h"
 #include "cpu/quantize_microscaled.h"
+#include "cpu/reference.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -27,7 +28,8 @@ constexpr CpuBackend kBackendF32{
      [](const LinearForwardArgs& args, const Stream&) { linear_forward(args, kProductsF32); },
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
      [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
-     gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, optimizer_step},
+     gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, reference::attention,
+     reference::attention_backward, optimizer_step},
     &kProductsF32};
 
 }  // namespace

@@ -1,0 +1,89 @@
+#include "qlora_native/attention.h"
+
+#include "backend.h"
+#include "check.h"
+
+namespace qlora_native {
+namespace {
+
+template <class Pointer>
+void check_heads(const BasicHeads<Pointer>& x, const AttentionInputs& in, std::int64_t heads, std::int64_t rows,
+                 const char* argument) {
+  const auto shape = [](std::int64_t h, std::int64_t r) {
+    return [=] { return std::to_string(h) + " heads of " + std::to_string(r) + " rows"; };
+  };
+  const auto field = [=](const char* name) { return [=] { return std::string(argument) + name; }; };
+  check(x.heads == heads && x.rows == rows, argument, shape(heads, rows), shape(x.heads, x.rows));
+  const bool some = in.batch > 0 && heads > 0 && rows > 0;
+  check(
+      rows <= 1 || x.row_stride >= in.head_dim, field(".row_stride"),
+      [&] { return ">= " + std::to_string(in.head_dim); }, x.row_stride);
+  check(heads <= 1 || x.head_stride >= 0, field(".head_stride"), ">= 0", x.head_stride);
+  check(in.batch <= 1 || x.batch_stride >= 0, field(".batch_stride"), ">= 0", x.batch_stride);
+  check_elements(rows, rows <= 1 ? in.head_dim : x.row_stride, argument);
+  check_elements(heads, heads <= 1 ? 1 : x.head_stride, argument);
+  check_elements(in.batch, in.batch <= 1 ? 1 : x.batch_stride, argument);
+  check_pointer(x.data, some, field(".data"));
+}
+
+void check_inputs(const AttentionInputs& in, const Stream& stream) {
+  check_dtype(in.dtype, "in.dtype");
+  check(in.batch >= 0, "in.batch", ">= 0", in.batch);
+  check(in.head_dim >= 1, "in.head_dim", ">= 1", in.head_dim);
+  check(in.q.heads >= 1, "in.q.heads", ">= 1", in.q.heads);
+  check(in.q.rows >= 0, "in.q.rows", ">= 0", in.q.rows);
+  check(in.k.rows >= 0, "in.k.rows", ">= 0", in.k.rows);
+  check(
+      in.k.heads >= 1 && in.q.heads % in.k.heads == 0, "in.k.heads",
+      [&] { return "a divisor of in.q.heads, " + std::to_string(in.q.heads); }, in.k.heads);
+  check_heads(in.q, in, in.q.heads, in.q.rows, "in.q");
+  check_heads(in.k, in, in.k.heads, in.k.rows, "in.k");
+  check_heads(in.v, in, in.k.heads, in.k.rows, "in.v");
+  check(std::isfinite(in.scale) && in.scale > 0.0f, "in.scale", "a finite value > 0", in.scale);
+  if (in.key_ranges == nullptr || stream.device != Device::cpu) return;
+  const std::int64_t sequences = in.key_ranges_stride == 0 ? std::min<std::int64_t>(1, in.batch) : in.batch;
+  for (std::int64_t b = 0; b < sequences; ++b)
+    for (std::int64_t i = 0; i < in.q.rows; ++i) {
+      const std::int32_t* range = in.key_ranges + b * in.key_ranges_stride + 2 * i;
+      check(
+          range[0] >= 0 && range[1] <= in.k.rows, "in.key_ranges",
+          [&] { return "ranges within 0 ... " + std::to_string(in.k.rows); },
+          [&] {
+            return std::to_string(range[0]) + " ... " + std::to_string(range[1]) + " for query " + std::to_string(i) +
+                   " of sequence " + std::to_string(b);
+          });
+    }
+}
+
+// Only the CPU's tables have attention.
+template <class Args>
+auto implemented(void (*const operation)(const Args&, const Stream&)) {
+  if (operation == nullptr)
+    throw Unavailable(
+        "attention: there are kernels for the CPU alone; on a GPU use scaled_dot_product_attention of "
+        "torch, or cuDNN");
+  return operation;
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args, const Stream& stream) {
+  check_inputs(args.in, stream);
+  check_heads(args.out, args.in, args.in.q.heads, args.in.q.rows, "out");
+  check_pointer(args.lse, args.in.batch > 0 && args.in.q.rows > 0, "lse");
+  implemented(backend_for(stream).attention)(args, stream);
+}
+
+void attention_backward(const AttentionBackwardArgs& args, const Stream& stream) {
+  const AttentionInputs& in = args.in;
+  check_inputs(in, stream);
+  check_heads(args.out, in, in.q.heads, in.q.rows, "out");
+  check_pointer(args.lse, in.batch > 0 && in.q.rows > 0, "lse");
+  check_heads(args.dout, in, in.q.heads, in.q.rows, "dout");
+  check_heads(args.dq, in, in.q.heads, in.q.rows, "dq");
+  check_heads(args.dk, in, in.k.heads, in.k.rows, "dk");
+  check_heads(args.dv, in, in.k.heads, in.k.rows, "dv");
+  implemented(backend_for(stream).attention_backward)(args, stream);
+}
+
+}  // namespace qlora_native
