@@ -16,7 +16,7 @@ namespace qlora_native {
 const CpuBackend& avx512_bf16_backend() {
   using namespace avx512_bf16;
   static const CpuBackend backend = [] {
-    CpuBackend with_pairs = with_bf16_products<kProductsOf<DotBf16>, avx512_backend>();
+    CpuBackend with_pairs = with_bf16_products<DotBf16, kProductsOf<DotBf16>, avx512_backend>();
     with_pairs.table.optimizer_8bit_step = optimizer_step;
     return with_pairs;
   }();

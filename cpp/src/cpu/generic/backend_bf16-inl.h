@@ -1,13 +1,14 @@
 // A backend whose products of bfloat16 are its own.
 #pragma once
 
+#include "cpu/generic/attention-inl.h"
 #include "cpu/isa.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// kOthers is the backend of the other dtypes and operations.
-template <const Products& kProducts, const CpuBackend& (*kOthers)()>
+// Dot multiplies in attention. kOthers is the backend of the other dtypes and operations.
+template <class Dot, const Products& kProducts, const CpuBackend& (*kOthers)()>
 CpuBackend with_bf16_products() {
   CpuBackend backend = kOthers();
   backend.bf16 = &kProducts;
@@ -20,6 +21,12 @@ CpuBackend with_bf16_products() {
   };
   backend.table.lora_gradients = [](const LoraGradientsArgs& args, const Stream& stream) {
     args.x.dtype == DType::bf16 ? lora_gradients(args, kProducts) : kOthers().table.lora_gradients(args, stream);
+  };
+  backend.table.attention = [](const AttentionArgs& args, const Stream& stream) {
+    args.in.dtype == DType::bf16 ? Attention<Dot>::forward(args) : kOthers().table.attention(args, stream);
+  };
+  backend.table.attention_backward = [](const AttentionBackwardArgs& args, const Stream& stream) {
+    args.in.dtype == DType::bf16 ? Attention<Dot>::backward(args) : kOthers().table.attention_backward(args, stream);
   };
   return backend;
 }

@@ -1,10 +1,10 @@
 // A backend whose products are all in fp32.
 #pragma once
 
+#include "cpu/generic/attention-inl.h"
 #include "cpu/generic/backend-inl.h"
 #include "cpu/isa.h"
 #include "cpu/quantize_microscaled.h"
-#include "cpu/reference.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -23,13 +23,20 @@ constexpr Products kProductsF32{
       return with_dtype(args.x.dtype, [&](auto dtype) { return lora_gradient_b<DotF32<dtype()>>(args, part, first); });
     }};
 
+inline void attention_in_f32(const AttentionArgs& args, const Stream&) {
+  with_dtype(args.in.dtype, [&](auto dtype) { Attention<DotF32<dtype()>>::forward(args); });
+}
+inline void attention_backward_in_f32(const AttentionBackwardArgs& args, const Stream&) {
+  with_dtype(args.in.dtype, [&](auto dtype) { Attention<DotF32<dtype()>>::backward(args); });
+}
+
 constexpr CpuBackend kBackendF32{
     {quantize_weight, quantize_scales, quantize_microscaled_on_cpu, dequantize_weight,
      [](const LinearForwardArgs& args, const Stream&) { linear_forward(args, kProductsF32); },
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
      [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
-     gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, reference::attention,
-     reference::attention_backward, optimizer_step},
+     gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, attention_in_f32,
+     attention_backward_in_f32, optimizer_step},
     &kProductsF32};
 
 }  // namespace

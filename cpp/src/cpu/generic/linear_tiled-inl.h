@@ -35,7 +35,7 @@ struct TiledBackend {
 
   static constexpr Products kProducts{forward, backward_input, lora_gradient_a<DotTiles>, lora_gradient_b<DotTiles>};
 
-  static CpuBackend backend() { return with_bf16_products<kProducts, kOthers>(); }
+  static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
 
  private:
   // Where this says no, the other backend chooses among the ways that are left, and prints its choice.

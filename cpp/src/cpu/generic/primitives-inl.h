@@ -114,6 +114,7 @@ concept Primitives =
              typename V::Number number, const typename V::Float (&four)[4],
              const typename V::Float (&floats)[kTableVectors], const typename V::Int (&ints)[kTableVectors],
              Table16 table, const Table256& table256, typename V::Float (&looked_up)[kTableVectors]) {
+      // If y is NaN, so is the larger or the smaller of x and y.
       { max(x, y) } -> FloatOf<V>;
       { min(x, y) } -> FloatOf<V>;
       { abs(x) } -> FloatOf<V>;

@@ -59,6 +59,32 @@ struct ProductNn : LayoutNn<DotOf> {
     if (has_totals) add_sums(part, part.totals, part.sums, true);
   }
 
+  // Some packed rows times one chunk of columns, [unit][64 columns], of which `vectors` vectors count. Sums are
+  // [row][64 columns]. With tiles there is room for a whole one after the last row.
+  static void multiply_rows(Tiles& tiles, const float* rows, std::int64_t stride, std::int64_t count,
+                            const float* columns, std::int64_t units, int vectors, float* sums, bool accumulate) {
+    NoDecoder none;
+    if constexpr (kByTiles) {
+      const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t row, int first) {
+        multiply_tiles<row_tiles, tile_columns>(
+            tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
+            {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
+            {sums + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, none);
+      };
+      for (int first = 0; first < vectors; first += 2)
+        for (std::int64_t row = 0; row < count; row += 2 * kTileRows)
+          with_constant<2>(count - row > kTileRows ? 2 : 1, [&](auto row_tiles) {
+            with_constant<2>(vectors - first > 1 ? 2 : 1, [&](auto columns) { block(row_tiles, columns, row, first); });
+          });
+    } else {
+      for (std::int64_t row = 0; row < count; row += kMostRows)
+        with_constant<kMostRows>(static_cast<int>(smaller<std::int64_t>(kMostRows, count - row)), [&](auto strip) {
+          multiply_strip<strip>({rows + row * stride, stride, columns, units, vectors, sums + row * kChunk, accumulate},
+                                none);
+        });
+    }
+  }
+
   // How left . w is cut into tasks, for some strips of left.
   struct Cut {
     Tiling tiling{};

@@ -12,7 +12,7 @@ namespace qlora_native {
 
 const CpuBackend& neon_bf16_backend() {
   using namespace neon_bf16;
-  static const CpuBackend backend = with_bf16_products<kProductsOf<DotBf16>, neon_backend>();
+  static const CpuBackend backend = with_bf16_products<DotBf16, kProductsOf<DotBf16>, neon_backend>();
   return backend;
 }
 

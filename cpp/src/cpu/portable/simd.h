@@ -56,6 +56,47 @@ inline F32 fma(F32 a, F32 b, F32 c) {
   return each_lane([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
 
+inline F32 max(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 min(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 abs(F32 a) {
+  return each_lane([&](int i) { return std::fabs(a.lane[i]); });
+}
+inline F32 divide(F32 a, F32 b) {
+  return each_lane([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline F32 with_sign_of(F32 a, F32 b) {
+  return each_lane([&](int i) { return std::copysign(a.lane[i], b.lane[i]); });
+}
+inline float reduce_max(F32 a) {
+  float most = a.lane[0];
+  for (int i = 1; i < kLanes; ++i) most = a.lane[i] > most ? a.lane[i] : most;
+  return most;
+}
+inline float reduce_add(F32 a) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+  return a.lane[0];
+}
+inline I32 as_i32(F32 a) { return std::bit_cast<I32>(a); }
+inline F32 as_f32(I32 a) { return std::bit_cast<F32>(a); }
+inline I32 set1_i32(int x) {
+  return each_lane<I32>([&](int) { return x; });
+}
+inline I32 add_i32(I32 a, I32 b) {  // modulo 2^32
+  return each_lane<I32>([&](int i) {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) + static_cast<std::uint32_t>(b.lane[i]));
+  });
+}
+template <int kBits>
+inline I32 shift_left(I32 a) {
+  return each_lane<I32>(
+      [&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) << kBits); });
+}
+
 template <DType kType>
 inline float round_lane(float x) {
   if constexpr (kType == DType::bf16) return f32_from_bf16(bf16_from_f32(x));

@@ -1,0 +1,351 @@
+// Guards attention of the instruction set in use: results and gradients are near their definition in float64, for every
+// dtype, ragged shapes, shared key heads and all kinds of key ranges. ctest runs this test once for each instruction
+// set; it exits 1 on a failure.
+//
+// Errors that are allowed: a probability and the gradient of a score are rounded once to the dtype, the result is too,
+// and a sum of n products in fp32 is off by the root of n, times its operands' norms.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "expect.h"
+#include "isa_is_here.h"
+#include "pool.h"
+#include "qlora_native/qlora_native.h"
+#include "tensor.h"
+
+namespace {
+
+constexpr double kUnit = 0x1p-24;
+constexpr double kUnits = 8.0;  // of an exponential, and of what is added to its argument
+
+enum class Ranges { all, causal, window, padded, packed };
+
+struct Shape {
+  std::int64_t batch, heads, key_heads, queries, keys, head_dim;
+  Ranges ranges;
+  float scale;
+};
+// They have blocks that are whole, ragged and of one row; one dimension and several chunks of them; no key, no query
+// and no sequence; and scores so large that a row has one probability.
+constexpr Shape kShapes[] = {
+    {1, 1, 1, 1, 1, 1, Ranges::all, 1.0f},           {2, 4, 2, 33, 40, 24, Ranges::all, 0.2f},
+    {1, 3, 1, 130, 130, 64, Ranges::causal, 0.125f}, {2, 2, 2, 64, 64, 128, Ranges::causal, 0.1f},
+    {1, 2, 1, 70, 200, 80, Ranges::window, 0.1f},    {1, 1, 1, 200, 7, 17, Ranges::all, 0.3f},
+    {2, 6, 2, 100, 100, 16, Ranges::padded, 0.25f},  {1, 2, 2, 129, 129, 40, Ranges::packed, 0.15f},
+    {1, 2, 1, 65, 66, 32, Ranges::causal, 20.0f},    {1, 2, 1, 5, 0, 8, Ranges::all, 1.0f},
+    {1, 2, 1, 0, 5, 8, Ranges::all, 1.0f},           {0, 2, 1, 5, 5, 8, Ranges::all, 1.0f}};
+
+// What each query sees, [batch, queries, 2].
+std::vector<std::int32_t> ranges_of(const Shape& s) {
+  std::vector<std::int32_t> ranges;
+  for (std::int64_t b = 0; b < s.batch; ++b)
+    for (std::int64_t i = 0; i < s.queries; ++i) {
+      std::int64_t begin = 0, end = s.keys;
+      if (s.ranges != Ranges::all) end = std::min(i + 1, s.keys);
+      if (s.ranges == Ranges::window) begin = std::max<std::int64_t>(0, std::min(i - 9, s.keys));
+      if (s.ranges == Ranges::padded) begin = 3 + 70 * b;  // the first queries see nothing
+      if (s.ranges == Ranges::packed) begin = i / 50 * 50;
+      ranges.push_back(static_cast<std::int32_t>(begin));
+      ranges.push_back(static_cast<std::int32_t>(end));
+    }
+  return ranges;
+}
+
+// Tokens [batch * rows, heads * head_dim] as heads.
+template <class Pointer, class Matrix>
+qn::BasicHeads<Pointer> heads_of(const Matrix& tokens, std::int64_t batch, std::int64_t head_dim) {
+  const std::int64_t rows = batch == 0 ? 0 : tokens.rows / batch;
+  return {tokens.data, tokens.cols / head_dim, rows, rows * tokens.stride, head_dim, tokens.stride};
+}
+
+struct Problem {
+  Shape shape;
+  DType dtype;
+  std::vector<std::int32_t> ranges;
+  Tensor q, k, v, dout, out, dq, dk, dv;
+  std::vector<float> lse;
+
+  Problem(const Shape& s, DType type)
+      : shape(s),
+        dtype(type),
+        ranges(ranges_of(s)),
+        q(type, s.batch * s.queries, s.heads * s.head_dim, 2),
+        k(type, s.batch * s.keys, s.key_heads * s.head_dim, 4),
+        v(type, s.batch * s.keys, s.key_heads * s.head_dim),
+        dout(type, s.batch * s.queries, s.heads * s.head_dim, 6),
+        out(type, s.batch * s.queries, s.heads * s.head_dim, 2),
+        dq(type, s.batch * s.queries, s.heads * s.head_dim, 1),
+        dk(type, s.batch * s.keys, s.key_heads * s.head_dim, 3),
+        dv(type, s.batch * s.keys, s.key_heads * s.head_dim),
+        lse(static_cast<std::size_t>(s.batch * s.heads * s.queries)) {
+    Random random(static_cast<std::uint64_t>(s.queries + s.keys));
+    q.fill(random, 1.0f), k.fill(random, 1.0f), v.fill(random, 1.0f), dout.fill(random, 1.0f);
+  }
+
+  qn::ConstHeads read(const Tensor& x) const { return heads_of<const void*>(x.in(), shape.batch, shape.head_dim); }
+  qn::Heads write(Tensor& x) const { return heads_of<void*>(x.out(), shape.batch, shape.head_dim); }
+  qn::AttentionInputs inputs() const {
+    const bool all = shape.ranges == Ranges::all;
+    return {.dtype = dtype,
+            .batch = shape.batch,
+            .head_dim = shape.head_dim,
+            .q = with_rows(read(q), shape.heads, shape.queries),
+            .k = with_rows(read(k), shape.key_heads, shape.keys),
+            .v = with_rows(read(v), shape.key_heads, shape.keys),
+            .scale = shape.scale,
+            .key_ranges = all ? nullptr : ranges.data(),
+            .key_ranges_stride = 2 * shape.queries};
+  }
+  qn::AttentionArgs forward() { return {inputs(), with_rows(write(out), shape.heads, shape.queries), lse.data()}; }
+  qn::AttentionBackwardArgs backward() {
+    return {inputs(),
+            with_rows(read(out), shape.heads, shape.queries),
+            lse.data(),
+            with_rows(read(dout), shape.heads, shape.queries),
+            with_rows(write(dq), shape.heads, shape.queries),
+            with_rows(write(dk), shape.key_heads, shape.keys),
+            with_rows(write(dv), shape.key_heads, shape.keys)};
+  }
+  void run() {
+    qn::attention(forward());
+    qn::attention_backward(backward());
+  }
+
+ private:
+  // An empty batch has the sizes of any other.
+  template <class Heads>
+  static Heads with_rows(Heads heads, std::int64_t count, std::int64_t rows) {
+    heads.heads = count;
+    heads.rows = rows;
+    return heads;
+  }
+};
+
+// A sum in float64, and the error that a sum in the library's arithmetic may have.
+struct Sum {
+  double value = 0.0, error = 0.0;
+  void add(double a, double error_of_a, double b) {
+    value += a * b;
+    error += error_of_a * std::fabs(b);
+  }
+};
+
+class Expected {
+ public:
+  explicit Expected(const Problem& problem) : p_(problem), s_(problem.shape) {
+    gradients_k_.resize(static_cast<std::size_t>(s_.batch * s_.keys * s_.key_heads * s_.head_dim));
+    gradients_v_ = gradients_k_;
+    for (std::int64_t b = 0; b < s_.batch; ++b)
+      for (std::int64_t h = 0; h < s_.heads; ++h)
+        for (std::int64_t i = 0; i < s_.queries; ++i) see_query(b, h, i);
+    for (std::int64_t row = 0; row < s_.batch * s_.keys; ++row)
+      for (std::int64_t col = 0; col < s_.key_heads * s_.head_dim; ++col) {
+        const auto at = static_cast<std::size_t>(row * s_.key_heads * s_.head_dim + col);
+        see("dk", p_.dk.at(row, col), gradients_k_[at], double{s_.scale});
+        see("dv", p_.dv.at(row, col), gradients_v_[at], 1.0);
+      }
+  }
+  double worst() const { return worst_; }
+  const std::string& what() const { return what_; }
+
+ private:
+  void see(const char* name, double actual, const Sum& sum, double factor) {
+    const double expected = factor * sum.value;
+    const double allowed =
+        unit_roundoff(p_.dtype) * std::fabs(expected) + factor * sum.error + smallest_normal(p_.dtype);
+    const double ratio = std::fabs(actual - expected) / allowed;
+    if (!(ratio <= worst_)) worst_ = ratio, what_ = name;  // NaN counts as the worst
+  }
+  double norm(const Tensor& x, std::int64_t row, std::int64_t col) const {
+    double sum = 0.0;
+    for (std::int64_t d = 0; d < s_.head_dim; ++d) sum += double{x.at(row, col + d)} * double{x.at(row, col + d)};
+    return std::sqrt(sum);
+  }
+  double dot(const Tensor& x, std::int64_t x_row, std::int64_t x_col, const Tensor& y, std::int64_t y_row,
+             std::int64_t y_col) const {
+    double sum = 0.0;
+    for (std::int64_t d = 0; d < s_.head_dim; ++d)
+      sum += double{x.at(x_row, x_col + d)} * double{y.at(y_row, y_col + d)};
+    return sum;
+  }
+
+  void see_query(std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t row = b * s_.queries + i, col = h * s_.head_dim;
+    const std::int64_t key_col = h / (s_.heads / s_.key_heads) * s_.head_dim;
+    std::int64_t begin = 0, end = s_.keys;
+    if (s_.ranges != Ranges::all)
+      begin = p_.ranges[static_cast<std::size_t>(2 * row)], end = p_.ranges[static_cast<std::size_t>(2 * row + 1)];
+    // Of a sum of n products of rounded numbers, relative to the norms.
+    const auto of_sum = [&](std::int64_t n) {
+      return sum_roundoff(p_.dtype) * kSumFactor * std::sqrt(static_cast<double>(n));
+    };
+    const double u = unit_roundoff(p_.dtype), of_inner = of_sum(s_.head_dim), of_keys = of_sum(end - begin);
+    // Small numbers of float16 are rounded to multiples of 2^-24, and exponentials below about e^-88 are 0 (exp-inl.h).
+    const double least = p_.dtype == DType::f16 ? 0x1p-25 : 1e-38;
+
+    std::vector<double> scores;
+    double largest = -INFINITY, size = 0.0, error_of_score = 0.0;
+    for (std::int64_t key = begin; key < end; ++key) {
+      const std::int64_t k_row = b * s_.keys + key;
+      scores.push_back(double{s_.scale} * dot(p_.q, row, col, p_.k, k_row, key_col));
+      largest = std::max(largest, scores.back());
+      size = std::max(size, std::fabs(scores.back()));
+      error_of_score =
+          std::max(error_of_score, of_inner * double{s_.scale} * norm(p_.q, row, col) * norm(p_.k, k_row, key_col));
+    }
+    // The relative error of a probability: of its score, of those that the sum has, and of the exponential.
+    const double of_p = 2.0 * error_of_score + kUnits * kUnit * (1.0 + size);
+    double sum = 0.0;
+    for (const double score : scores) sum += std::exp(score - largest);
+    const double lse = begin < end ? largest + std::log(sum) : -INFINITY;
+    const float given = p_.lse[static_cast<std::size_t>((b * s_.heads + h) * s_.queries + i)];
+    if (begin < end)
+      see("lse", given, {lse, error_of_score + kUnits * kUnit * (1.0 + size)}, 1.0);
+    else
+      EXPECT(given == -INFINITY);
+
+    const double delta = dot(p_.out, row, col, p_.dout, row, col);
+    const double error_of_delta = kUnit * kSumFactor * std::sqrt(static_cast<double>(s_.head_dim)) *
+                                  norm(p_.out, row, col) * norm(p_.dout, row, col);
+    std::vector<Sum> out(static_cast<std::size_t>(s_.head_dim)), dq = out;
+    for (std::int64_t key = begin; key < end; ++key) {
+      const std::int64_t k_row = b * s_.keys + key;
+      const double exact = std::exp(scores[static_cast<std::size_t>(key - begin)] - lse);
+      const double p = std::exp(scores[static_cast<std::size_t>(key - begin)] - double{given});  // what backward has
+      const double dp = dot(p_.dout, row, col, p_.v, k_row, key_col), ds = p * (dp - delta);
+      const double error_of_ds =
+          (std::fabs(ds) * (u + of_p) +
+           p * (of_inner * norm(p_.dout, row, col) * norm(p_.v, k_row, key_col) + error_of_delta)) *
+              (1.0 + u) +
+          least * (1.0 + std::fabs(dp - delta));
+      const double error_of_p = p * (u + of_p) + least;
+      for (std::int64_t d = 0; d < s_.head_dim; ++d) {
+        const auto at = static_cast<std::size_t>(d),
+                   of_key = static_cast<std::size_t>(k_row * s_.key_heads * s_.head_dim + key_col + d);
+        const double q = p_.q.at(row, col + d), k = p_.k.at(k_row, key_col + d), v = p_.v.at(k_row, key_col + d),
+                     dout = p_.dout.at(row, col + d);
+        out[at].add(exact, exact * (u + of_p + of_keys) + least, v);
+        dq[at].add(ds, error_of_ds + of_keys * std::fabs(ds), k);
+        const double of_queries = of_sum(s_.queries * s_.heads / s_.key_heads);
+        gradients_k_[of_key].add(ds, error_of_ds + of_queries * std::fabs(ds), q);
+        gradients_v_[of_key].add(p, error_of_p + of_queries * p, dout);
+      }
+    }
+    for (std::int64_t d = 0; d < s_.head_dim; ++d) {
+      see("out", p_.out.at(row, col + d), out[static_cast<std::size_t>(d)], 1.0);
+      see("dq", p_.dq.at(row, col + d), dq[static_cast<std::size_t>(d)], double{s_.scale});
+    }
+  }
+
+  const Problem& p_;
+  const Shape& s_;
+  std::vector<Sum> gradients_k_, gradients_v_;
+  double worst_ = 0.0;
+  std::string what_;
+};
+
+void results_and_gradients_are_those_of_float64() {
+  for (const DType dtype : kDTypes)
+    for (const Shape& shape : kShapes) {
+      Problem problem(shape, dtype);
+      problem.run();
+      EXPECT(problem.out.keeps_to_its_columns() && problem.dq.keeps_to_its_columns());
+      EXPECT(problem.dk.keeps_to_its_columns() && problem.dv.keeps_to_its_columns());
+      const Expected expected(problem);
+      EXPECT(expected.worst() <= 1.0);
+      if (!(expected.worst() <= 1.0))
+        std::printf("  %s of %d x %d x %d over %d keys, %s: %.3g times what is allowed\n", expected.what().c_str(),
+                    static_cast<int>(shape.heads), static_cast<int>(shape.queries), static_cast<int>(shape.head_dim),
+                    static_cast<int>(shape.keys), qn::name_of(dtype), expected.worst());
+    }
+}
+
+// Few heads and many threads take other tasks than many heads and few threads.
+void bits_are_the_same_for_any_number_of_threads() {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::vector<std::vector<char>> expected;
+    for (const int threads : {1, 2, 3, 3, 16}) {
+      use_pool(threads);
+      Problem problem({1, 4, 2, 200, 210, 72, Ranges::causal, 0.1f}, dtype);
+      problem.run();
+      const std::vector<std::vector<char>> bytes = {problem.out.bytes(), problem.dq.bytes(), problem.dk.bytes(),
+                                                    problem.dv.bytes()};
+      if (expected.empty()) expected = bytes;
+      EXPECT(bytes == expected);
+    }
+  }
+  use_pool(2);
+}
+
+void query_that_is_not_finite_spoils_its_own_row() {
+  for (const DType dtype : kDTypes)
+    for (const float value : {NAN, INFINITY}) {
+      Problem problem({1, 1, 1, 70, 70, 20, Ranges::causal, 0.2f}, dtype);
+      problem.q.set(66, 3, value);
+      problem.run();
+      for (std::int64_t i = 0; i < 70; ++i)
+        for (std::int64_t d = 0; d < 20; ++d) EXPECT(std::isnan(problem.out.at(i, d)) == (i == 66));
+      EXPECT(std::isnan(problem.lse[66]) && std::isnan(problem.dv.at(0, 0)));
+    }
+}
+
+void all_sequences_may_share_the_ranges_of_the_first() {
+  Problem each({2, 2, 1, 40, 40, 16, Ranges::causal, 0.25f}, DType::f32), shared = each;
+  each.run();
+  qn::AttentionArgs args = shared.forward();
+  args.in.key_ranges_stride = 0;
+  qn::attention(args);
+  EXPECT(each.out.bytes() == shared.out.bytes());
+}
+
+void bad_input_is_named_in_the_error() {
+  Problem problem({2, 4, 2, 6, 7, 8, Ranges::causal, 0.5f}, DType::f32);
+  const std::vector<char> before = problem.out.bytes();
+  using F = qn::AttentionArgs;
+  const auto forward = [&](auto edit) { return change(problem.forward(), qn::attention, edit); };
+  expect_refused("in.dtype", forward([](F& args) { args.in.dtype = static_cast<DType>(9); }));
+  expect_refused("in.batch", forward([](F& args) { args.in.batch = -1; }));
+  expect_refused("in.head_dim", forward([](F& args) { args.in.head_dim = 0; }));
+  expect_refused("in.q.heads", forward([](F& args) { args.in.q.heads = 0; }));
+  expect_refused("in.q.rows", forward([](F& args) { args.in.q.rows = -1; }));
+  expect_refused("in.q.data", forward([](F& args) { args.in.q.data = nullptr; }));
+  expect_refused("in.q.row_stride", forward([](F& args) { args.in.q.row_stride = 7; }));
+  expect_refused("in.k.heads", forward([](F& args) { args.in.k.heads = 3; }));
+  expect_refused("in.v", forward([](F& args) { args.in.v.rows = 6; }));
+  expect_refused("in.v", forward([](F& args) { args.in.v.heads = 4; }));
+  expect_refused("in.scale", forward([](F& args) { args.in.scale = 0.0f; }));
+  expect_refused("in.scale", forward([](F& args) { args.in.scale = NAN; }));
+  expect_refused("out", forward([](F& args) { args.out.heads = 2; }));
+  expect_refused("lse", forward([](F& args) { args.lse = nullptr; }));
+  for (const std::int32_t bad : {-1, 8}) {
+    Problem other = problem;
+    other.ranges[static_cast<std::size_t>(2 * (6 + 3) + (bad > 0))] = bad;  // of query 3 of the second sequence
+    expect_refused("in.key_ranges", [&] { qn::attention(other.forward()); });
+  }
+  using B = qn::AttentionBackwardArgs;
+  const auto backward = [&](auto edit) { return change(problem.backward(), qn::attention_backward, edit); };
+  expect_refused("in.k.rows", backward([](B& args) { args.in.k.rows = -1; }));
+  expect_refused("out.data", backward([](B& args) { args.out.data = nullptr; }));
+  expect_refused("lse", backward([](B& args) { args.lse = nullptr; }));
+  expect_refused("dout", backward([](B& args) { args.dout.rows = 5; }));
+  expect_refused("dq.row_stride", backward([](B& args) { args.dq.row_stride = 1; }));
+  expect_refused("dk", backward([](B& args) { args.dk.heads = 4; }));
+  expect_refused("dv.data", backward([](B& args) { args.dv.data = nullptr; }));
+  EXPECT(problem.out.bytes() == before);
+}
+
+}  // namespace
+
+int main() {
+  if (!isa_is_here()) return kSkipped;
+  use_pool(2);
+  results_and_gradients_are_those_of_float64();
+  bits_are_the_same_for_any_number_of_threads();
+  query_that_is_not_finite_spoils_its_own_row();
+  all_sequences_may_share_the_ranges_of_the_first();
+  bad_input_is_named_in_the_error();
+  return report();
+}
