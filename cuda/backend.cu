@@ -34,6 +34,7 @@ const Backend& backend() {
       .rms_norm_backward = on_device<RmsNormBackwardArgs, rms_norm_backward>,
       .attention = nullptr,
       .attention_backward = nullptr,
+      .rotary = nullptr,
       .optimizer_8bit_step = on_device<Optimizer8bitArgs, optimizer_8bit_step>,
       .make_driver = make_driver,
   };

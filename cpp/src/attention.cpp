@@ -6,23 +6,24 @@
 namespace qlora_native {
 namespace {
 
+// The layout of heads, of which there are so many with so many rows.
 template <class Pointer>
-void check_heads(const BasicHeads<Pointer>& x, const AttentionInputs& in, std::int64_t heads, std::int64_t rows,
-                 const char* argument) {
+void check_heads(const BasicHeads<Pointer>& x, std::int64_t batch, std::int64_t head_dim, std::int64_t heads,
+                 std::int64_t rows, const char* argument) {
   const auto shape = [](std::int64_t h, std::int64_t r) {
     return [=] { return std::to_string(h) + " heads of " + std::to_string(r) + " rows"; };
   };
   const auto field = [=](const char* name) { return [=] { return std::string(argument) + name; }; };
   check(x.heads == heads && x.rows == rows, argument, shape(heads, rows), shape(x.heads, x.rows));
-  const bool some = in.batch > 0 && heads > 0 && rows > 0;
+  const bool some = batch > 0 && heads > 0 && rows > 0;
   check(
-      rows <= 1 || x.row_stride >= in.head_dim, field(".row_stride"),
-      [&] { return ">= " + std::to_string(in.head_dim); }, x.row_stride);
+      rows <= 1 || x.row_stride >= head_dim, field(".row_stride"), [&] { return ">= " + std::to_string(head_dim); },
+      x.row_stride);
   check(heads <= 1 || x.head_stride >= 0, field(".head_stride"), ">= 0", x.head_stride);
-  check(in.batch <= 1 || x.batch_stride >= 0, field(".batch_stride"), ">= 0", x.batch_stride);
-  check_elements(rows, rows <= 1 ? in.head_dim : x.row_stride, argument);
+  check(batch <= 1 || x.batch_stride >= 0, field(".batch_stride"), ">= 0", x.batch_stride);
+  check_elements(rows, rows <= 1 ? head_dim : x.row_stride, argument);
   check_elements(heads, heads <= 1 ? 1 : x.head_stride, argument);
-  check_elements(in.batch, in.batch <= 1 ? 1 : x.batch_stride, argument);
+  check_elements(batch, batch <= 1 ? 1 : x.batch_stride, argument);
   check_pointer(x.data, some, field(".data"));
 }
 
@@ -36,9 +37,9 @@ void check_inputs(const AttentionInputs& in, const Stream& stream) {
   check(
       in.k.heads >= 1 && in.q.heads % in.k.heads == 0, "in.k.heads",
       [&] { return "a divisor of in.q.heads, " + std::to_string(in.q.heads); }, in.k.heads);
-  check_heads(in.q, in, in.q.heads, in.q.rows, "in.q");
-  check_heads(in.k, in, in.k.heads, in.k.rows, "in.k");
-  check_heads(in.v, in, in.k.heads, in.k.rows, "in.v");
+  check_heads(in.q, in.batch, in.head_dim, in.q.heads, in.q.rows, "in.q");
+  check_heads(in.k, in.batch, in.head_dim, in.k.heads, in.k.rows, "in.k");
+  check_heads(in.v, in.batch, in.head_dim, in.k.heads, in.k.rows, "in.v");
   check(std::isfinite(in.scale) && in.scale > 0.0f, "in.scale", "a finite value > 0", in.scale);
   if (in.key_ranges == nullptr || stream.device != Device::cpu) return;
   const std::int64_t sequences = in.key_ranges_stride == 0 ? std::min<std::int64_t>(1, in.batch) : in.batch;
@@ -55,35 +56,49 @@ void check_inputs(const AttentionInputs& in, const Stream& stream) {
     }
 }
 
-// Only the CPU's tables have attention.
+// Only the CPU's tables have these operations.
 template <class Args>
-auto implemented(void (*const operation)(const Args&, const Stream&)) {
+auto implemented(void (*const operation)(const Args&, const Stream&), const char* name) {
   if (operation == nullptr)
-    throw Unavailable(
-        "attention: there are kernels for the CPU alone; on a GPU use scaled_dot_product_attention of "
-        "torch, or cuDNN");
+    throw Unavailable(std::string(name) +
+                      ": there are kernels for the CPU alone; on a GPU use those of torch or of cuDNN");
   return operation;
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& args, const Stream& stream) {
-  check_inputs(args.in, stream);
-  check_heads(args.out, args.in, args.in.q.heads, args.in.q.rows, "out");
-  check_pointer(args.lse, args.in.batch > 0 && args.in.q.rows > 0, "lse");
-  implemented(backend_for(stream).attention)(args, stream);
+  const AttentionInputs& in = args.in;
+  check_inputs(in, stream);
+  check_heads(args.out, in.batch, in.head_dim, in.q.heads, in.q.rows, "out");
+  check_pointer(args.lse, in.batch > 0 && in.q.rows > 0, "lse");
+  implemented(backend_for(stream).attention, "attention")(args, stream);
 }
 
 void attention_backward(const AttentionBackwardArgs& args, const Stream& stream) {
   const AttentionInputs& in = args.in;
   check_inputs(in, stream);
-  check_heads(args.out, in, in.q.heads, in.q.rows, "out");
+  check_heads(args.out, in.batch, in.head_dim, in.q.heads, in.q.rows, "out");
   check_pointer(args.lse, in.batch > 0 && in.q.rows > 0, "lse");
-  check_heads(args.dout, in, in.q.heads, in.q.rows, "dout");
-  check_heads(args.dq, in, in.q.heads, in.q.rows, "dq");
-  check_heads(args.dk, in, in.k.heads, in.k.rows, "dk");
-  check_heads(args.dv, in, in.k.heads, in.k.rows, "dv");
-  implemented(backend_for(stream).attention_backward)(args, stream);
+  check_heads(args.dout, in.batch, in.head_dim, in.q.heads, in.q.rows, "dout");
+  check_heads(args.dq, in.batch, in.head_dim, in.q.heads, in.q.rows, "dq");
+  check_heads(args.dk, in.batch, in.head_dim, in.k.heads, in.k.rows, "dk");
+  check_heads(args.dv, in.batch, in.head_dim, in.k.heads, in.k.rows, "dv");
+  implemented(backend_for(stream).attention_backward, "attention_backward")(args, stream);
+}
+
+void rotary(const RotaryArgs& args, const Stream& stream) {
+  check_dtype(args.dtype, "dtype");
+  check(args.batch >= 0, "batch", ">= 0", args.batch);
+  check(args.head_dim >= 2 && args.head_dim % 2 == 0, "head_dim", "an even number >= 2", args.head_dim);
+  check(args.x.heads >= 0, "x.heads", ">= 0", args.x.heads);
+  check(args.x.rows >= 0, "x.rows", ">= 0", args.x.rows);
+  check_heads(args.x, args.batch, args.head_dim, args.x.heads, args.x.rows, "x");
+  const bool some = args.batch > 0 && args.x.rows > 0;
+  check_pointer(args.cos, some, "cos");
+  check_pointer(args.sin, some, "sin");
+  check_heads(args.y, args.batch, args.head_dim, args.x.heads, args.x.rows, "y");
+  implemented(backend_for(stream).rotary, "rotary")(args, stream);
 }
 
 }  // namespace qlora_native

@@ -1,4 +1,5 @@
-// The torch ops of attention. Their fakes and derivatives are in python/qlora_native/_attention.py.
+// The torch ops of attention and of the rotation of positions. Their fakes and derivatives are in
+// python/qlora_native/_attention.py.
 #include <tuple>
 #include <utility>
 
@@ -99,6 +100,24 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_op(const Tensor& dout, con
   return {dq, dk, dv};
 }
 
+Tensor rotary_op(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
+  const HeadsOfTensor of_x = heads_like(x, x, "x");
+  RotaryArgs args;
+  args.dtype = dtype_of(x.scalar_type(), "x");
+  args.batch = x.size(0);
+  args.head_dim = x.size(3);
+  args.x = of_x.heads;
+  args.shared = cos.dim() > 0 && cos.size(0) == 1;
+  const std::int64_t numel = (args.shared ? 1 : args.batch) * args.x.rows * args.head_dim;
+  args.cos = data_of(cos, x.scalar_type(), numel, x, "cos");
+  args.sin = data_of(sin, x.scalar_type(), numel, x, "sin");
+  args.transposed = transposed;
+  Tensor y = x;
+  std::tie(y, args.y) = new_heads(x);
+  rotary(args, stream_of(x));
+  return y;
+}
+
 }  // namespace
 }  // namespace qlora_native
 
@@ -108,9 +127,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
       "Tensor? key_ranges=None) -> (Tensor dq, Tensor dk, Tensor dv)");
+  library.def("rotary(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) {
   library.impl("attention", TORCH_BOX(&qlora_native::attention_op));
   library.impl("attention_backward", TORCH_BOX(&qlora_native::attention_backward_op));
+  library.impl("rotary", TORCH_BOX(&qlora_native::rotary_op));
 }

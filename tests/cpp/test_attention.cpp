@@ -301,6 +301,42 @@ void all_sequences_may_share_the_ranges_of_the_first() {
   EXPECT(each.out.bytes() == shared.out.bytes());
 }
 
+void rotation_and_its_gradient_are_those_of_float64() {
+  for (const DType dtype : kDTypes)
+    for (const std::int64_t half : {1, 7, 16, 40})
+      for (const bool shared : {false, true})
+        for (const bool transposed : {false, true}) {
+          const std::int64_t batch = 2, heads = 3, rows = 5, D = 2 * half;
+          Random random(static_cast<std::uint64_t>(half));
+          Tensor x(dtype, batch * rows, heads * D, 2), y(dtype, batch * rows, heads * D, 1);
+          Tensor cos(dtype, batch * rows, D), sin(dtype, batch * rows, D);
+          x.fill(random, 1.0f), cos.fill(random, 0.5f), sin.fill(random, 0.5f);
+          qn::rotary({.dtype = dtype,
+                      .batch = batch,
+                      .head_dim = D,
+                      .x = heads_of<const void*>(x.in(), batch, D),
+                      .cos = cos.data(),
+                      .sin = sin.data(),
+                      .shared = shared,
+                      .transposed = transposed,
+                      .y = heads_of<void*>(y.out(), batch, D)});
+          EXPECT(y.keeps_to_its_columns());
+          bool near = true;
+          for (std::int64_t token = 0; token < batch * rows; ++token)
+            for (std::int64_t i = 0; i < heads * D; ++i) {
+              const std::int64_t angle = shared ? token % rows : token, d = i % D;
+              const std::int64_t other = d < half ? i + half : i - half, of_other = d < half ? d + half : d - half;
+              const double sign = (d < half) == transposed ? 1.0 : -1.0;
+              const double sine = sign * double{sin.at(angle, transposed ? of_other : d)};
+              const double a = double{x.at(token, i)} * double{cos.at(angle, d)}, b = double{x.at(token, other)} * sine;
+              const double allowed =
+                  unit_roundoff(dtype) * std::fabs(a + b) + 2.0 * kUnit * (std::fabs(a) + std::fabs(b));
+              near = near && std::fabs(double{y.at(token, i)} - (a + b)) <= allowed + smallest_normal(dtype);
+            }
+          EXPECT(near);
+        }
+}
+
 void bad_input_is_named_in_the_error() {
   Problem problem({2, 4, 2, 6, 7, 8, Ranges::causal, 0.5f}, DType::f32);
   const std::vector<char> before = problem.out.bytes();
@@ -334,6 +370,21 @@ void bad_input_is_named_in_the_error() {
   expect_refused("dq.row_stride", backward([](B& args) { args.dq.row_stride = 1; }));
   expect_refused("dk", backward([](B& args) { args.dk.heads = 4; }));
   expect_refused("dv.data", backward([](B& args) { args.dv.data = nullptr; }));
+  const qn::RotaryArgs turned{.dtype = DType::f32,
+                              .batch = 2,
+                              .head_dim = 8,
+                              .x = problem.read(problem.q),
+                              .cos = problem.k.data(),
+                              .sin = problem.k.data(),
+                              .y = problem.write(problem.out)};
+  using R = qn::RotaryArgs;
+  const auto rotary = [&](auto edit) { return change(turned, qn::rotary, edit); };
+  expect_refused("head_dim", rotary([](R& args) { args.head_dim = 7; }));
+  expect_refused("x.rows", rotary([](R& args) { args.x.rows = -1; }));
+  expect_refused("x.data", rotary([](R& args) { args.x.data = nullptr; }));
+  expect_refused("cos", rotary([](R& args) { args.cos = nullptr; }));
+  expect_refused("sin", rotary([](R& args) { args.sin = nullptr; }));
+  expect_refused("y", rotary([](R& args) { args.y.heads = 1; }));
   EXPECT(problem.out.bytes() == before);
 }
 
@@ -346,6 +397,7 @@ int main() {
   bits_are_the_same_for_any_number_of_threads();
   query_that_is_not_finite_spoils_its_own_row();
   all_sequences_may_share_the_ranges_of_the_first();
+  rotation_and_its_gradient_are_those_of_float64();
   bad_input_is_named_in_the_error();
   return report();
 }

@@ -1,6 +1,5 @@
-// Attention, softmax(scale * q k^T) v of each head, forward and backward. The scores exist a block at a time, so memory
-// does not grow with the square of the sequence (Dao et al., "FlashAttention", algorithms 1 and 4). Only the CPU has
-// it: on a GPU, the libraries of its vendor do.
+// Attention, and the rotation of positions before it, both forward and backward. Only the CPU has them: on a GPU, the
+// libraries of its vendor do.
 #pragma once
 
 #include "qlora_native/export.h"
@@ -22,6 +21,8 @@ struct BasicHeads {
 using ConstHeads = BasicHeads<const void*>;
 using Heads = BasicHeads<void*>;
 
+// Attention, out = softmax(scale * q k^T) v of each head. The scores exist a block at a time, so memory does not grow
+// with the square of the sequence (Dao et al., "FlashAttention", algorithms 1 and 4).
 struct AttentionInputs {
   DType dtype = DType::f32;  // of all heads, gradients too
   std::int64_t batch = 0;
@@ -57,5 +58,21 @@ struct AttentionBackwardArgs {
   Heads dv;         // as v, out
 };
 QLN_API void attention_backward(const AttentionBackwardArgs& args, const Stream& stream = {});
+
+// Rotary position embedding (Su et al., "RoFormer"), with the halves of a row as pairs, as in GPT-NeoX and Llama:
+// y = x o cos + (-x2, x1) o sin for x = (x1, x2), computed in fp32 and rounded once. With `transposed` y is the
+// gradient of x where x is that of y.
+struct RotaryArgs {
+  DType dtype = DType::f32;  // of all
+  std::int64_t batch = 0;
+  std::int64_t head_dim = 0;  // even
+  ConstHeads x;               // [batch, heads, rows, head_dim]
+  const void* cos = nullptr;  // [batch, rows, head_dim]
+  const void* sin = nullptr;  // [batch, rows, head_dim]
+  bool shared = false;        // whether all sequences have the cos and sin of the first
+  bool transposed = false;
+  Heads y;  // as x, out
+};
+QLN_API void rotary(const RotaryArgs& args, const Stream& stream = {});
 
 }  // namespace qlora_native

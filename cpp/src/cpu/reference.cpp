@@ -391,6 +391,7 @@ const CpuBackend& reference_backend() {
       .rms_norm_backward = reference::rms_norm_backward,
       .attention = reference::attention,
       .attention_backward = reference::attention_backward,
+      .rotary = reference::rotary,
       .optimizer_8bit_step = reference::optimizer_8bit_step,
   }};
   return backend;

@@ -9,8 +9,9 @@ namespace qlora_native::reference {
 float load(const void* data, DType dtype, std::int64_t i);
 void store(void* data, DType dtype, std::int64_t i, float value);
 
-void attention(const AttentionArgs& args, const Stream&);  // reference_attention.cpp, as the next one
+void attention(const AttentionArgs& args, const Stream&);  // reference_attention.cpp, as the next two
 void attention_backward(const AttentionBackwardArgs& args, const Stream&);
+void rotary(const RotaryArgs& args, const Stream&);
 void cross_entropy(const CrossEntropyArgs& args, const Stream&);        // reference_cross_entropy.cpp
 void gated_activation(const GatedActivationArgs& args, const Stream&);  // reference_elementwise.cpp, as the next three
 void gated_activation_backward(const GatedActivationBackwardArgs& args, const Stream&);

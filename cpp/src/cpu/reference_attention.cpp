@@ -112,4 +112,23 @@ void attention_backward(const AttentionBackwardArgs& args, const Stream&) {
   });
 }
 
+void rotary(const RotaryArgs& args, const Stream&) {
+  const std::int64_t D = args.head_dim, half = D / 2;
+  parallel_for(args.batch * args.x.rows, [&](std::int64_t token) {
+    const std::int64_t b = token / args.x.rows, row = token % args.x.rows;
+    const std::int64_t angles = (args.shared ? row : token) * D;
+    const auto cos = [&](std::int64_t d) { return double{load(args.cos, args.dtype, angles + d)}; };
+    const auto sin = [&](std::int64_t d) { return double{load(args.sin, args.dtype, angles + d)}; };
+    for (std::int64_t h = 0; h < args.x.heads; ++h)
+      for (std::int64_t d = 0; d < half; ++d) {
+        const double x1 = double{load(args.x.data, args.dtype, index(args.x, b, h, row, d))};
+        const double x2 = double{load(args.x.data, args.dtype, index(args.x, b, h, row, half + d))};
+        const double sin1 = args.transposed ? -sin(half + d) : sin(d), sin2 = args.transposed ? -sin(d) : sin(half + d);
+        store(args.y.data, args.dtype, index(args.y, b, h, row, d), static_cast<float>(x1 * cos(d) - x2 * sin1));
+        store(args.y.data, args.dtype, index(args.y, b, h, row, half + d),
+              static_cast<float>(x2 * cos(half + d) + x1 * sin2));
+      }
+  });
+}
+
 }  // namespace qlora_native::reference

@@ -36,7 +36,7 @@ constexpr CpuBackend kBackendF32{
      [](const LinearBackwardInputArgs& args, const Stream&) { linear_backward_input(args, kProductsF32); },
      [](const LoraGradientsArgs& args, const Stream&) { lora_gradients(args, kProductsF32); }, cross_entropy_rows,
      gated_activation_rows, gated_activation_backward_rows, rms_norm_rows, rms_norm_backward_rows, attention_in_f32,
-     attention_backward_in_f32, optimizer_step},
+     attention_backward_in_f32, rotate_rows, optimizer_step},
     &kProductsF32};
 
 }  // namespace

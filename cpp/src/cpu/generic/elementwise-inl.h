@@ -1,12 +1,14 @@
-// Gated activations and RMS norms. A task takes some rows, and reads and writes each element once (a norm reads them
-// twice, the second time from the cache).
+// Gated activations, RMS norms and the rotation of positions. A task takes some rows, and reads and writes each element
+// once (a norm reads them twice, the second time from the cache).
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "cpu/generic/exp-inl.h"
 #include "cpu/generic/rows-inl.h"
 #include "cpu/parallel.h"
+#include "qlora_native/attention.h"
 #include "qlora_native/elementwise.h"
 
 namespace qlora_native::QLN_ISA {
@@ -172,6 +174,35 @@ inline void rms_norm_backward_rows(const RmsNormBackwardArgs& args, const Stream
         const F32 gradient = mul(fma(normalized(at, lanes), mean, weighted(at, lanes)), set1(r));
         store_from_f32<kType>(dx + at, gradient, lanes);
       });
+    });
+  });
+}
+
+// ---- rotation of positions ----
+
+inline void rotate_rows(const RotaryArgs& args, const Stream&) {
+  with_dtype(args.dtype, [&](auto dtype) {
+    constexpr DType kType = dtype();
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+    const std::int64_t D = args.head_dim, half = D / 2 * kSize;
+    for_each_row(args.batch * args.x.rows, larger<std::int64_t>(1, args.x.heads) * D, [&](std::int64_t token) {
+      const std::int64_t b = token / args.x.rows, row = token % args.x.rows;
+      const std::int64_t angles = (args.shared ? row : token) * D * kSize;
+      const char *cos = static_cast<const char*>(args.cos) + angles, *sin = static_cast<const char*>(args.sin) + angles;
+      const auto first = [&](const auto& x) { return (b * x.batch_stride + row * x.row_stride) * kSize; };
+      const char* x = static_cast<const char*>(args.x.data) + first(args.x);
+      char* y = static_cast<char*>(args.y.data) + first(args.y);
+      const F32 sign = set1(args.transposed ? -1.0f : 1.0f);
+      const char *sin1 = sin, *sin2 = sin + half;  // of x2 in y1, and of x1 in y2
+      if (args.transposed) std::swap(sin1, sin2);
+      for (std::int64_t h = 0; h < args.x.heads; ++h, x += args.x.head_stride * kSize, y += args.y.head_stride * kSize)
+        for_each_vector<kType>(D / 2, [&](std::int64_t at, int lanes) {
+          const auto of = [&](const char* p) { return load_as_f32<kType>(p + at, lanes); };
+          const F32 x1 = of(x), x2 = of(x + half);
+          const F32 minus = mul(mul(of(sin1), sign), set1(-1.0f));
+          store_from_f32<kType>(y + at, fma(x2, minus, mul(x1, of(cos))), lanes);
+          store_from_f32<kType>(y + half + at, fma(x1, mul(of(sin2), sign), mul(x2, of(cos + half))), lanes);
+        });
     });
   });
 }
