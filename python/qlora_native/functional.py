@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._attention import attention
 from ._elementwise import gated_activation, rms_norm
 from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
@@ -21,6 +22,7 @@ from ._weight import QuantizedWeight, check_quantized
 
 __all__ = [
     "QuantizedWeight",
+    "attention",
     "dequantize",
     "embedding",
     "gated_activation",
