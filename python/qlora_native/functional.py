@@ -1,4 +1,7 @@
-"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product."""
+"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product.
+
+Also what a language model computes around its products: attention, gated activations, norms, embeddings and the loss.
+"""
 
 from __future__ import annotations
 
