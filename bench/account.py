@@ -4,7 +4,7 @@
 
 Two models: SmolLM2-135M with a batch of 4 x 256 tokens, and two layers of Llama-7B's shape, with its head, over 512
 tokens. LoRA of rank 16 on all seven linears of a layer, bf16, each stack's own 8-bit AdamW. Contestants: ours with
-`fuse_loss` and `fuse_blocks`, ours without, and bitsandbytes under stock PEFT.
+`fuse_loss`, `fuse_blocks` and `fuse_attention`, ours without, and bitsandbytes under stock PEFT.
 
 Each contestant trains in a process of its own. The time of a step is the median of several; torch.profiler divides one
 more step into parts. An operation with a dimension of the vocabulary's size counts as head and loss; the others are

@@ -3,9 +3,10 @@
     python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense] [--profile]
 
 All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
-layer, in fp32 as PEFT makes it). Ours has `fuse_loss` and `fuse_blocks`, as in examples/finetune.py. Each stack has its
-own 8-bit AdamW; bf16 weights have torch's fused AdamW. Contestants take turns step by step in one process; a step is
-forward, backward and optimizer. All start from the same values, so their first losses must be equal: that is the check.
+layer, in fp32 as PEFT makes it). Ours has `fuse_loss`, `fuse_blocks` and `fuse_attention`, as in examples/finetune.py;
+the others have transformers' own code. Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW.
+Contestants take turns step by step in one process; a step is forward, backward and optimizer. All start from the same
+values, so their first losses must be equal: that is the check.
 
 Later losses differ. At first the adapter's part is smaller than half a unit in the last place of a bf16 activation, so
 stock PEFT, which adds it to a product that is already rounded, loses most of it. The fused product adds it in the fp32
@@ -17,7 +18,7 @@ decides what its allocator does with freed memory (timing.set_allocator), which 
 whole weight for every product. Processes still differ, so run.py takes the median of several. --keep-memory measures
 with an allocator that returns no memory to the system.
 
-Attention is torch's own on both sides. account.py says where the time of a step goes, and what is its limit.
+account.py says where the time of a step goes, and what is its limit.
 """
 
 from __future__ import annotations
@@ -179,8 +180,9 @@ def with_adapter(model: nn.Module, dropout: float, register: Callable | None = N
 
 
 def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
-    """A training step of ours; without `fused` the loss, norms and activations are those of torch and transformers."""
+    """A training step of ours; without `fused` all but the products is that of torch and transformers."""
     import qlora_native as qn
+    from qlora_native.integrations.attention import fuse_attention
     from qlora_native.integrations.blocks import fuse_blocks
     from qlora_native.integrations.loss import fuse_loss
     from qlora_native.integrations.peft import register
@@ -190,6 +192,7 @@ def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Cal
     if fused:
         fuse_loss(model)
         fuse_blocks(model)
+        fuse_attention(model)
     return _step(model, qn.optim.AdamW8bit)
 
 

@@ -8,9 +8,10 @@
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
-transformers loads the model, PEFT holds the adapter, torch optimizes it. Three lines are qlora_native's.
+transformers loads the model, PEFT holds the adapter, torch optimizes it. Four lines are qlora_native's.
 quantize_model() puts the linear layers into 4 bits, whereupon PEFT runs adapter and weight as one matrix product.
 fuse_loss() takes the loss without making logits. fuse_blocks() makes a norm, or a gated activation, one op.
+fuse_attention() computes attention on a CPU.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 import processes
 import qlora_native as qn
 from pairs import Example, batches, chat, encode, read_pairs, split
+from qlora_native.integrations.attention import fuse_attention
 from qlora_native.integrations.blocks import fuse_blocks
 from qlora_native.integrations.loss import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
@@ -292,6 +294,13 @@ def plot(losses: list[float], before: float, after: float, path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
+def fuse(model: nn.Module, device: str) -> None:
+    """Let what stands between the products of a model be one op each, which keeps its operands alone for backward."""
+    fuse_blocks(model)  # norms and activations
+    if device == "cpu":  # on a GPU, torch's own is fused
+        fuse_attention(model)
+
+
 def publish(staged: Path, output: Path) -> None:
     """Move each file into place by a rename, so that readers see either the whole old file or the whole new one."""
     for path in sorted(staged.rglob("*")):
@@ -311,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
     model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft.py says why
     fuse_loss(model)  # no logits in training
-    fuse_blocks(model)  # norms and activations keep their operands alone
+    fuse(model, args.device)
     examples = encode(tokenizer, pairs, args.seq_len)
     if processes.rank() > 0:  # only the first process measures, prints and saves
         torch.manual_seed(args.seed + processes.rank())  # so that each process draws its own dropout masks
@@ -350,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save_pretrained(str(staged / "adapter"), save_embedding_layers=False)
         del model, base
         fresh = PeftModel.from_pretrained(load_quantized(args)[1], staged / "adapter", config=lora_config(args))
-        fuse_blocks(fresh)  # its rounding is that of the model that was trained
+        fuse(fresh, args.device)  # its rounding is that of the model that was trained
         reloaded = held_out_loss(fresh, held, args.batch_size)
         print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
         if not math.isclose(reloaded, after, rel_tol=1e-6):

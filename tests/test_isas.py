@@ -13,6 +13,7 @@ from qlora_native import _C
 TESTS = Path(__file__).parent
 FILES = (
     "test_conformance.py",
+    "test_attention.py",
     "test_microscaling.py",
     "test_bitsandbytes.py",
     "test_determinism.py",

@@ -39,6 +39,7 @@ MODULES = [
     "qlora_native.testing",
     "qlora_native.integrations",
     "qlora_native.integrations.adopt",
+    "qlora_native.integrations.attention",
     "qlora_native.integrations.bitsandbytes",
     "qlora_native.integrations.blocks",
     "qlora_native.integrations.gguf",

@@ -1,4 +1,7 @@
-"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product."""
+"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product.
+
+Also what a language model computes around its products: attention, gated activations, norms, embeddings and the loss.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._attention import attention
 from ._elementwise import gated_activation, rms_norm
 from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
@@ -21,6 +25,7 @@ from ._weight import QuantizedWeight, check_quantized
 
 __all__ = [
     "QuantizedWeight",
+    "attention",
     "dequantize",
     "embedding",
     "gated_activation",
