@@ -109,19 +109,20 @@ def _causal_ranges(queries: int, keys: int) -> Tensor:
 # ---- fakes ----
 
 
-def _new_heads(like: Tensor) -> Tensor:
+def new_heads(like: Tensor) -> Tensor:
+    """What the ops of attention return for a tensor [B, H, T, D]: tokens one after another, with all heads of each."""
     B, H, T, D = like.shape
     return like.new_empty((B, T, H, D)).transpose(1, 2)
 
 
 @torch.library.register_fake("qlora_native::attention")
 def _(q, k, v, scale, key_ranges=None):
-    return _new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("qlora_native::attention_backward")
 def _(dout, q, k, v, out, lse, scale, key_ranges=None):
-    return _new_heads(q), _new_heads(k), _new_heads(v)
+    return new_heads(q), new_heads(k), new_heads(v)
 
 
 # ---- autograd ----

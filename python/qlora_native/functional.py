@@ -21,6 +21,7 @@ from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
 from ._ops import LinearFunction
 from ._quant_state import NESTED_BLOCKSIZE
+from ._rotary import rotary_embedding
 from ._weight import QuantizedWeight, check_quantized
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "linear_grouped",
     "quantize",
     "rms_norm",
+    "rotary_embedding",
 ]
 
 _linear_forward = torch.ops.qlora_native.linear_forward.default

@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from .._errors import FLOAT_DTYPES, is_finite_number
 from ..functional import attention
 from ._deferred import is_plain
+from .rotary import fuse_rotary
 
 __all__ = ["fuse_attention"]
 
@@ -81,6 +82,8 @@ def fuse_attention(model: nn.Module) -> bool:
         if remark is not None:
             warnings.warn(f"fuse_attention: {type(group[0]).__name__} {remark}", stacklevel=2)
         fused = fused or group[0].config._attn_implementation == NAME
+    if fused:
+        fuse_rotary(model)
     return fused
 
 
