@@ -257,12 +257,14 @@ def test_other_calls_give_the_bits_of_sdpa(why, calls):
         {"query": torch.randn(2, 4, 5, 16).double(), "key": torch.randn(2, 2, 5, 16).double()},
         {"attention_mask": torch.ones(2, 4, 5, 5, dtype=torch.bool).tril()},
         {"attention_mask": torch.ones(5, 5, dtype=torch.bool).tril()},
+        {"groups": 1, "key": torch.randn(2, 1, 5, 16), "value": torch.randn(2, 1, 5, 16)},  # torch repeats one head
     ],
     ids=lambda changes: "+".join(changes),
 )
 def test_other_operands_are_handed_on(changes, calls):
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True
+    changes = dict(changes)
+    module.num_key_value_groups, module.is_causal = changes.pop("groups", 2), True
     shapes = {"query": (2, 4, 5, 16), "key": (2, 2, 5, 16), "value": (2, 2, 5, 16)}
     arguments = {name: torch.randn(shape) for name, shape in shapes.items()} | {"attention_mask": None} | changes
     if arguments["query"].dtype == torch.float64:
@@ -378,6 +380,16 @@ def test_models_within_a_model_are_fused_where_they_have_sdpa(kept):
             assert fuse_attention(model)
     assert model.config._attn_implementation == model.config.text_config._attn_implementation == "qlora_native"
     assert model.config.vision_config._attn_implementation == ("qlora_native" if kept is None else "eager")
+
+
+def test_inner_model_that_the_config_does_not_list_keeps_its_choice():
+    model = make()
+    model.inner, model.other = make(), make()
+    model.inner.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps its attention: its implementation is 'eager'"):
+        assert fuse_attention(model)
+    assert implementations(model.inner) == {"eager"} and implementations(model.other) == {"qlora_native"}
+    assert implementations(model.model) == {"qlora_native"}
 
 
 def test_images_see_each_other_as_before(calls):
