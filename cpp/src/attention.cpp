@@ -28,26 +28,26 @@ void check_heads(const BasicHeads<Pointer>& x, std::int64_t batch, std::int64_t 
 }
 
 void check_inputs(const AttentionInputs& in, const Stream& stream) {
-  check_dtype(in.dtype, "in.dtype");
-  check(in.batch >= 0, "in.batch", ">= 0", in.batch);
-  check(in.head_dim >= 1, "in.head_dim", ">= 1", in.head_dim);
-  check(in.q.heads >= 1, "in.q.heads", ">= 1", in.q.heads);
-  check(in.q.rows >= 0, "in.q.rows", ">= 0", in.q.rows);
-  check(in.k.rows >= 0, "in.k.rows", ">= 0", in.k.rows);
+  check_dtype(in.dtype, "dtype");
+  check(in.batch >= 0, "batch", ">= 0", in.batch);
+  check(in.head_dim >= 1, "head_dim", ">= 1", in.head_dim);
+  check(in.q.heads >= 1, "q.heads", ">= 1", in.q.heads);
+  check(in.q.rows >= 0, "q.rows", ">= 0", in.q.rows);
+  check(in.k.rows >= 0, "k.rows", ">= 0", in.k.rows);
   check(
-      in.k.heads >= 1 && in.q.heads % in.k.heads == 0, "in.k.heads",
-      [&] { return "a divisor of in.q.heads, " + std::to_string(in.q.heads); }, in.k.heads);
-  check_heads(in.q, in.batch, in.head_dim, in.q.heads, in.q.rows, "in.q");
-  check_heads(in.k, in.batch, in.head_dim, in.k.heads, in.k.rows, "in.k");
-  check_heads(in.v, in.batch, in.head_dim, in.k.heads, in.k.rows, "in.v");
-  check(std::isfinite(in.scale) && in.scale > 0.0f, "in.scale", "a finite value > 0", in.scale);
+      in.k.heads >= 1 && in.q.heads % in.k.heads == 0, "k.heads",
+      [&] { return "a divisor of q.heads, " + std::to_string(in.q.heads); }, in.k.heads);
+  check_heads(in.q, in.batch, in.head_dim, in.q.heads, in.q.rows, "q");
+  check_heads(in.k, in.batch, in.head_dim, in.k.heads, in.k.rows, "k");
+  check_heads(in.v, in.batch, in.head_dim, in.k.heads, in.k.rows, "v");
+  check(std::isfinite(in.scale) && in.scale > 0.0f, "scale", "a finite value > 0", in.scale);
   if (in.key_ranges == nullptr || stream.device != Device::cpu) return;
   const std::int64_t sequences = in.key_ranges_stride == 0 ? std::min<std::int64_t>(1, in.batch) : in.batch;
   for (std::int64_t b = 0; b < sequences; ++b)
     for (std::int64_t i = 0; i < in.q.rows; ++i) {
       const std::int32_t* range = in.key_ranges + b * in.key_ranges_stride + 2 * i;
       check(
-          range[0] >= 0 && range[1] <= in.k.rows, "in.key_ranges",
+          range[0] >= 0 && range[1] <= in.k.rows, "key_ranges",
           [&] { return "ranges within 0 ... " + std::to_string(in.k.rows); },
           [&] {
             return std::to_string(range[0]) + " ... " + std::to_string(range[1]) + " for query " + std::to_string(i) +

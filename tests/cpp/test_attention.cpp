@@ -342,28 +342,28 @@ void bad_input_is_named_in_the_error() {
   const std::vector<char> before = problem.out.bytes();
   using F = qn::AttentionArgs;
   const auto forward = [&](auto edit) { return change(problem.forward(), qn::attention, edit); };
-  expect_refused("in.dtype", forward([](F& args) { args.in.dtype = static_cast<DType>(9); }));
-  expect_refused("in.batch", forward([](F& args) { args.in.batch = -1; }));
-  expect_refused("in.head_dim", forward([](F& args) { args.in.head_dim = 0; }));
-  expect_refused("in.q.heads", forward([](F& args) { args.in.q.heads = 0; }));
-  expect_refused("in.q.rows", forward([](F& args) { args.in.q.rows = -1; }));
-  expect_refused("in.q.data", forward([](F& args) { args.in.q.data = nullptr; }));
-  expect_refused("in.q.row_stride", forward([](F& args) { args.in.q.row_stride = 7; }));
-  expect_refused("in.k.heads", forward([](F& args) { args.in.k.heads = 3; }));
-  expect_refused("in.v", forward([](F& args) { args.in.v.rows = 6; }));
-  expect_refused("in.v", forward([](F& args) { args.in.v.heads = 4; }));
-  expect_refused("in.scale", forward([](F& args) { args.in.scale = 0.0f; }));
-  expect_refused("in.scale", forward([](F& args) { args.in.scale = NAN; }));
+  expect_refused("dtype", forward([](F& args) { args.in.dtype = static_cast<DType>(9); }));
+  expect_refused("batch", forward([](F& args) { args.in.batch = -1; }));
+  expect_refused("head_dim", forward([](F& args) { args.in.head_dim = 0; }));
+  expect_refused("q.heads", forward([](F& args) { args.in.q.heads = 0; }));
+  expect_refused("q.rows", forward([](F& args) { args.in.q.rows = -1; }));
+  expect_refused("q.data", forward([](F& args) { args.in.q.data = nullptr; }));
+  expect_refused("q.row_stride", forward([](F& args) { args.in.q.row_stride = 7; }));
+  expect_refused("k.heads", forward([](F& args) { args.in.k.heads = 3; }));
+  expect_refused("v", forward([](F& args) { args.in.v.rows = 6; }));
+  expect_refused("v", forward([](F& args) { args.in.v.heads = 4; }));
+  expect_refused("scale", forward([](F& args) { args.in.scale = 0.0f; }));
+  expect_refused("scale", forward([](F& args) { args.in.scale = NAN; }));
   expect_refused("out", forward([](F& args) { args.out.heads = 2; }));
   expect_refused("lse", forward([](F& args) { args.lse = nullptr; }));
   for (const std::int32_t bad : {-1, 8}) {
     Problem other = problem;
     other.ranges[static_cast<std::size_t>(2 * (6 + 3) + (bad > 0))] = bad;  // of query 3 of the second sequence
-    expect_refused("in.key_ranges", [&] { qn::attention(other.forward()); });
+    expect_refused("key_ranges", [&] { qn::attention(other.forward()); });
   }
   using B = qn::AttentionBackwardArgs;
   const auto backward = [&](auto edit) { return change(problem.backward(), qn::attention_backward, edit); };
-  expect_refused("in.k.rows", backward([](B& args) { args.in.k.rows = -1; }));
+  expect_refused("k.rows", backward([](B& args) { args.in.k.rows = -1; }));
   expect_refused("out.data", backward([](B& args) { args.out.data = nullptr; }));
   expect_refused("lse", backward([](B& args) { args.lse = nullptr; }));
   expect_refused("dout", backward([](B& args) { args.dout.rows = 5; }));

@@ -1,7 +1,8 @@
 // A backend whose products of bfloat16 are its own.
 #pragma once
 
-#include "cpu/generic/attention-inl.h"
+#include "cpu/generic/attention_backward-inl.h"
+#include "cpu/generic/attention_forward-inl.h"
 #include "cpu/isa.h"
 
 namespace qlora_native::QLN_ISA {
@@ -23,10 +24,10 @@ CpuBackend with_bf16_products() {
     args.x.dtype == DType::bf16 ? lora_gradients(args, kProducts) : kOthers().table.lora_gradients(args, stream);
   };
   backend.table.attention = [](const AttentionArgs& args, const Stream& stream) {
-    args.in.dtype == DType::bf16 ? Attention<Dot>::forward(args) : kOthers().table.attention(args, stream);
+    args.in.dtype == DType::bf16 ? AttentionForward<Dot>::run(args) : kOthers().table.attention(args, stream);
   };
   backend.table.attention_backward = [](const AttentionBackwardArgs& args, const Stream& stream) {
-    args.in.dtype == DType::bf16 ? Attention<Dot>::backward(args) : kOthers().table.attention_backward(args, stream);
+    args.in.dtype == DType::bf16 ? AttentionBackward<Dot>::run(args) : kOthers().table.attention_backward(args, stream);
   };
   return backend;
 }

@@ -1,7 +1,8 @@
 // A backend whose products are all in fp32.
 #pragma once
 
-#include "cpu/generic/attention-inl.h"
+#include "cpu/generic/attention_backward-inl.h"
+#include "cpu/generic/attention_forward-inl.h"
 #include "cpu/generic/backend-inl.h"
 #include "cpu/isa.h"
 #include "cpu/quantize_microscaled.h"
@@ -24,10 +25,10 @@ constexpr Products kProductsF32{
     }};
 
 inline void attention_in_f32(const AttentionArgs& args, const Stream&) {
-  with_dtype(args.in.dtype, [&](auto dtype) { Attention<DotF32<dtype()>>::forward(args); });
+  with_dtype(args.in.dtype, [&](auto dtype) { AttentionForward<DotF32<dtype()>>::run(args); });
 }
 inline void attention_backward_in_f32(const AttentionBackwardArgs& args, const Stream&) {
-  with_dtype(args.in.dtype, [&](auto dtype) { Attention<DotF32<dtype()>>::backward(args); });
+  with_dtype(args.in.dtype, [&](auto dtype) { AttentionBackward<DotF32<dtype()>>::run(args); });
 }
 
 constexpr CpuBackend kBackendF32{
