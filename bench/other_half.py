@@ -1,12 +1,13 @@
-"""The other half of a training step: the loss of a language model, gated activations and norms.
+"""The other half of a training step: the loss of a language model, attention, gated activations and norms.
 
     python bench/other_half.py [--output]
 
 The loss: `linear_cross_entropy`, forward and backward, against `F.cross_entropy(F.linear(...))` and, where it is
 installed, Apple's cut-cross-entropy (its `torch_compile`, which is what it has for a CPU; Liger's kernels need a GPU),
 with the memory of each; and a large head in 4 bits, whose logits would not fit here. Blocks:
-`gated_activation` and `rms_norm`, forward and backward, against what transformers' models compute, with the bytes that
-autograd keeps beside the operands.
+`gated_activation`, `rms_norm` and `rotary_embedding`, forward and backward, against what transformers' models compute,
+and `attention`, causal, against torch's `scaled_dot_product_attention`, with the bytes that autograd keeps beside the
+operands.
 
 Contestants take turns in one process (timing.py); medians. Results are compared before they are timed. --output writes
 bench/results/<machine>/other-half.{json,md}.
@@ -17,11 +18,12 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 
 import qlora_native as qn
 import torch
 import torch.nn.functional as F
-from qlora_native.functional import gated_activation, linear_cross_entropy, rms_norm
+from qlora_native.functional import attention, gated_activation, linear_cross_entropy, rms_norm, rotary_embedding
 from torch import Tensor
 
 import checks
@@ -116,7 +118,9 @@ def block(
 ) -> dict:
     """A function of a block and its gradients by the operands that want one."""
     trained = [operand for operand in operands if operand.requires_grad]
-    gradient = torch.randn(operands[0].shape).to(DTYPE)
+    B, *others = operands[0].shape  # [T, N], or [B, H, T, D]
+    tokens = B * (others[1] if len(others) == 3 else 1)
+    gradient = torch.randn_like(operands[0])
 
     def step(function: Callable) -> Callable[[int], tuple[Tensor, ...]]:
         return lambda _: torch.autograd.grad(function(*operands), trained, gradient)
@@ -127,7 +131,7 @@ def block(
     found, _ = clock.alternate(steps, probe, BUDGET_S)
     return {
         "name": f"{name} [{', '.join(map(str, operands[0].shape))}]",
-        "rows": operands[0].shape[0],
+        "rows": tokens,
         "seconds": {each: times.median for each, times in found.items()},
         "kept_bytes": {each: kept(function, operands) for each, function in contestants.items()},
     }
@@ -145,6 +149,25 @@ def blocks(T: int, width: int, inner: int, clock: timing.Cpu, probe: Callable) -
     ]
 
 
+def parts_of_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers' Llama computes it."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]
+
+
+def heads(B: int, H: int, KV: int, T: int, D: int, clock: timing.Cpu, probe: Callable) -> list[dict]:
+    """Causal attention of H heads over KV heads of keys, and the rotation of the queries."""
+    q, k, v = (torch.randn(B, T, h, D).to(DTYPE).transpose(1, 2).requires_grad_() for h in (H, KV, KV))
+    angles = torch.randn(1, T, D // 2).repeat(1, 1, 2)
+    of_torch = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    causal = {OURS: partial(attention, is_causal=True), UNFUSED: of_torch}
+    rotation = {OURS: rotary_embedding, UNFUSED: parts_of_rotation}
+    return [
+        block(f"attention over {KV} heads of keys", causal, [q, k, v], clock, probe),
+        block("rotation", rotation, [q, angles.cos().to(DTYPE), angles.sin().to(DTYPE)], clock, probe),
+    ]
+
+
 def measure() -> list[dict]:
     """The rows of the report."""
     buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
@@ -155,6 +178,9 @@ def measure() -> list[dict]:
         large_loss(8192, 4096, 128_256),
         *blocks(1024, 576, 1536, clock, probe),
         *blocks(512, 4096, 11_008, clock, probe),
+        *heads(4, 9, 3, 256, 64, clock, probe),
+        *heads(1, 32, 32, 512, 128, clock, probe),
+        *heads(1, 32, 8, 2048, 128, clock, probe),
     ]
 
 

@@ -383,14 +383,16 @@ def test_other_half_of_a_step_is_measured_against_its_parts(script, monkeypatch)
         rows = [
             half.loss(40, 32, 300, half.timing.Cpu(), lambda: None),
             *half.blocks(30, 64, 96, half.timing.Cpu(), lambda: None),
+            *half.heads(1, 4, 2, 20, 8, half.timing.Cpu(), lambda: None),
         ]
         rows.append(half.large_loss(40, 64, 300))
     kept = [row["kept_bytes"] for row in rows if "kept_bytes" in row]
-    assert [each[half.OURS] for each in kept] == [0, 30 * 4]
+    of_attention = 4 * 20 * (8 * 2 + 4) + 20 * 2 * 4  # the result, a number for each query of a head, and the ranges
+    assert [each[half.OURS] for each in kept] == [0, 30 * 4, of_attention, 0]
     assert kept[0][half.UNFUSED] == 30 * 96 * 2 and kept[1][half.UNFUSED] >= 30 * 64 * 4
     machine = {"cpu": "A", "isa": "avx2", "versions": {"torch": "2"}, "threads": 2}
     text = half.lines({"machine": machine, "measured": rows})
-    assert text.count("× as fast") == 3
+    assert text.count("× as fast") == 5
 
 
 def test_figures_of_the_docs_are_those_of_the_reports(script):

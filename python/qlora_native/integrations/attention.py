@@ -44,6 +44,8 @@ _ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
 def fuse_attention(model: nn.Module) -> bool:
     """Let the attention of a model be `qlora_native.functional.attention` wherever that computes the same.
 
+    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (rotary.py).
+
     Results change only by rounding, gradients too. The model and those within it, such as the encoder of images beside
     a language model, are changed where their implementation is "sdpa", which is transformers' default; another one is
     the user's choice and stays. `model.set_attn_implementation("sdpa")` undoes it. Saved configs do not name the
