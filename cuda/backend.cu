@@ -32,9 +32,6 @@ const Backend& backend() {
       .gated_activation_backward = on_device<GatedActivationBackwardArgs, gated_activation_backward>,
       .rms_norm = on_device<RmsNormArgs, rms_norm>,
       .rms_norm_backward = on_device<RmsNormBackwardArgs, rms_norm_backward>,
-      .attention = nullptr,
-      .attention_backward = nullptr,
-      .rotary = nullptr,
       .optimizer_8bit_step = on_device<Optimizer8bitArgs, optimizer_8bit_step>,
       .make_driver = make_driver,
   };

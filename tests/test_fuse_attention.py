@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 
 from qlora_native.integrations import attention as integration  # noqa: E402
 from qlora_native.integrations.attention import fuse_attention  # noqa: E402
+from qlora_native.integrations.rotary import fuse_rotary  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 # Weights are large, so that probabilities are far from equal.
@@ -231,6 +232,7 @@ def others():
 def test_other_calls_give_the_bits_of_sdpa(why, calls):
     changes, inputs = others()[why]
     model = make(**changes)
+    fuse_rotary(model)  # fuse_attention does, and rounds otherwise
     expected = step(model, inputs)
     ours = copy.deepcopy(model)
     if why == "dropout":

@@ -56,13 +56,12 @@ void check_inputs(const AttentionInputs& in, const Stream& stream) {
     }
 }
 
-// Only the CPU's tables have these operations.
-template <class Args>
-auto implemented(void (*const operation)(const Args&, const Stream&), const char* name) {
-  if (operation == nullptr)
-    throw Unavailable(std::string(name) +
+// Only the CPU's tables have these operations. They also serve the emulated device, whose memory is the host's.
+const Backend& backend_for_host(const Stream& stream, const char* operation) {
+  if (stream.device != Device::cpu)
+    throw Unavailable(std::string(operation) +
                       ": there are kernels for the CPU alone; on a GPU use those of torch or of cuDNN");
-  return operation;
+  return cpu_backend();
 }
 
 }  // namespace
@@ -72,7 +71,7 @@ void attention(const AttentionArgs& args, const Stream& stream) {
   check_inputs(in, stream);
   check_heads(args.out, in.batch, in.head_dim, in.q.heads, in.q.rows, "out");
   check_pointer(args.lse, in.batch > 0 && in.q.rows > 0, "lse");
-  implemented(backend_for(stream).attention, "attention")(args, stream);
+  backend_for_host(stream, "attention").attention(args, stream);
 }
 
 void attention_backward(const AttentionBackwardArgs& args, const Stream& stream) {
@@ -84,7 +83,7 @@ void attention_backward(const AttentionBackwardArgs& args, const Stream& stream)
   check_heads(args.dq, in.batch, in.head_dim, in.q.heads, in.q.rows, "dq");
   check_heads(args.dk, in.batch, in.head_dim, in.k.heads, in.k.rows, "dk");
   check_heads(args.dv, in.batch, in.head_dim, in.k.heads, in.k.rows, "dv");
-  implemented(backend_for(stream).attention_backward, "attention_backward")(args, stream);
+  backend_for_host(stream, "attention_backward").attention_backward(args, stream);
 }
 
 void rotary(const RotaryArgs& args, const Stream& stream) {
@@ -98,7 +97,7 @@ void rotary(const RotaryArgs& args, const Stream& stream) {
   check_pointer(args.cos, some, "cos");
   check_pointer(args.sin, some, "sin");
   check_heads(args.y, args.batch, args.head_dim, args.x.heads, args.x.rows, "y");
-  implemented(backend_for(stream).rotary, "rotary")(args, stream);
+  backend_for_host(stream, "rotary").rotary(args, stream);
 }
 
 }  // namespace qlora_native

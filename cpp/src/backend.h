@@ -28,7 +28,7 @@ struct Backend {
   void (*gated_activation_backward)(const GatedActivationBackwardArgs&, const Stream&);
   void (*rms_norm)(const RmsNormArgs&, const Stream&);
   void (*rms_norm_backward)(const RmsNormBackwardArgs&, const Stream&);
-  void (*attention)(const AttentionArgs&, const Stream&);  // null, and the next two too, if the backend has none
+  void (*attention)(const AttentionArgs&, const Stream&);  // only the CPU's tables have this and the next two
   void (*attention_backward)(const AttentionBackwardArgs&, const Stream&);
   void (*rotary)(const RotaryArgs&, const Stream&);
   void (*optimizer_8bit_step)(const Optimizer8bitArgs&, const Stream&);

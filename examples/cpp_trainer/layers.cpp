@@ -7,19 +7,12 @@
 
 #include "qlora_native/qlora_native.h"
 
-// Each parallel loop below runs over independent rows or heads, so the sums are the same for any number of threads.
+// Each parallel loop below runs over independent rows, so the sums are the same for any number of threads.
 
 namespace qn = qlora_native;
 
 namespace trainer {
 namespace {
-
-float dot(const float* a, const float* b, std::int64_t n) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
 
 void add_scaled(const float* x, float scale, std::int64_t n, float* y) {
   for (std::int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
@@ -68,60 +61,47 @@ void rope(float* x, std::int64_t rows, std::int64_t heads, std::int64_t head_dim
     }
 }
 
-void Attention::forward(const float* q, const float* k, const float* v, float* p, float* y) const {
-  const std::int64_t q_width = heads * head_dim, kv_width = kv_heads * head_dim;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-#pragma omp parallel for
-  for (std::int64_t task = 0; task < sequences * heads; ++task) {
-    const std::int64_t row = task / heads * length, h = task % heads, kv = h * kv_heads / heads * head_dim;
-    for (std::int64_t t = 0; t < length; ++t) {
-      const float* query = q + (row + t) * q_width + h * head_dim;
-      float* probability = p + (task * length + t) * length;
-      float most = -INFINITY, sum = 0.0f;
-      for (std::int64_t s = 0; s <= t; ++s) {
-        probability[s] = scale * dot(query, k + (row + s) * kv_width + kv, head_dim);
-        most = std::max(most, probability[s]);
-      }
-      for (std::int64_t s = 0; s <= t; ++s) sum += probability[s] = std::exp(probability[s] - most);
-      float* out = y + (row + t) * q_width + h * head_dim;
-      std::fill_n(out, head_dim, 0.0f);
-      for (std::int64_t s = 0; s <= t; ++s) {
-        probability[s] /= sum;
-        add_scaled(v + (row + s) * kv_width + kv, probability[s], head_dim, out);
-      }
-    }
-  }
+namespace {
+
+// Tokens [sequences * length, heads * head_dim] as the library's heads.
+template <class Pointer, class Tokens>
+qn::BasicHeads<Pointer> heads_of(const Attention& a, Tokens* tokens, std::int64_t heads) {
+  const std::int64_t width = heads * a.head_dim;
+  return {tokens, heads, a.length, a.length * width, a.head_dim, width};
 }
 
-void Attention::backward(const float* dy, const float* q, const float* k, const float* v, const float* p, float* dq,
-                         float* dk, float* dv) const {
-  const std::int64_t q_width = heads * head_dim, kv_width = kv_heads * head_dim, group = heads / kv_heads;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  // A task takes all query heads that share keys and values, so no two tasks add to the same gradients.
-#pragma omp parallel for
-  for (std::int64_t task = 0; task < sequences * kv_heads; ++task) {
-    const std::int64_t sequence = task / kv_heads, row = sequence * length, kv = task % kv_heads * head_dim;
-    for (std::int64_t t = 0; t < length; ++t) {
-      std::fill_n(dk + (row + t) * kv_width + kv, head_dim, 0.0f);
-      std::fill_n(dv + (row + t) * kv_width + kv, head_dim, 0.0f);
-    }
-    for (std::int64_t h = task % kv_heads * group; h < (task % kv_heads + 1) * group; ++h)
-      for (std::int64_t t = 0; t < length; ++t) {
-        const std::int64_t at = (row + t) * q_width + h * head_dim;
-        const float* probability = p + ((sequence * heads + h) * length + t) * length;
-        std::fill_n(dq + at, head_dim, 0.0f);
-        float mean = 0.0f;
-        for (std::int64_t s = 0; s <= t; ++s)
-          mean += probability[s] * dot(dy + at, v + (row + s) * kv_width + kv, head_dim);
-        for (std::int64_t s = 0; s <= t; ++s) {
-          const std::int64_t other = (row + s) * kv_width + kv;
-          const float dscore = scale * probability[s] * (dot(dy + at, v + other, head_dim) - mean);
-          add_scaled(k + other, dscore, head_dim, dq + at);
-          add_scaled(q + at, dscore, head_dim, dk + other);
-          add_scaled(dy + at, probability[s], head_dim, dv + other);
-        }
-      }
-  }
+qn::AttentionInputs inputs(const Attention& a, const float* q, const float* k, const float* v) {
+  return {.dtype = qn::DType::f32,
+          .batch = a.sequences,
+          .head_dim = a.head_dim,
+          .q = heads_of<const void*>(a, q, a.heads),
+          .k = heads_of<const void*>(a, k, a.kv_heads),
+          .v = heads_of<const void*>(a, v, a.kv_heads),
+          .scale = 1.0f / std::sqrt(static_cast<float>(a.head_dim)),
+          .key_ranges = a.key_ranges.data()};
+}
+
+}  // namespace
+
+Attention::Attention(std::int64_t sequences, std::int64_t length, std::int64_t heads, std::int64_t kv_heads,
+                     std::int64_t head_dim)
+    : sequences(sequences), length(length), heads(heads), kv_heads(kv_heads), head_dim(head_dim) {
+  for (std::int32_t t = 0; t < length; ++t) key_ranges.insert(key_ranges.end(), {0, t + 1});
+}
+
+void Attention::forward(const float* q, const float* k, const float* v, float* y, float* lse) const {
+  qn::attention({.in = inputs(*this, q, k, v), .out = heads_of<void*>(*this, y, heads), .lse = lse});
+}
+
+void Attention::backward(const float* dy, const float* q, const float* k, const float* v, const float* y,
+                         const float* lse, float* dq, float* dk, float* dv) const {
+  qn::attention_backward({.in = inputs(*this, q, k, v),
+                          .out = heads_of<const void*>(*this, y, heads),
+                          .lse = lse,
+                          .dout = heads_of<const void*>(*this, dy, heads),
+                          .dq = heads_of<void*>(*this, dq, heads),
+                          .dk = heads_of<void*>(*this, dk, kv_heads),
+                          .dv = heads_of<void*>(*this, dv, kv_heads)});
 }
 
 void swiglu(const float* gate, const float* up, std::int64_t rows, std::int64_t width, float* y) {

@@ -1,6 +1,6 @@
 // The parts of a transformer between its linear layers, each forward and backward, in fp32. Activations are
 // [rows, width], a row being one token of one sequence; rows are independent wherever "rows" is a parameter. Norms,
-// SwiGLU and the loss are the library's.
+// attention, SwiGLU and the loss are the library's.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,16 @@ void rope(float* x, std::int64_t rows, std::int64_t heads, std::int64_t head_dim
 // Causal attention with grouped keys and values.
 struct Attention {
   std::int64_t sequences = 0, length = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  std::vector<std::int32_t> key_ranges;  // of each query, as the library takes them
 
-  std::int64_t probabilities() const { return sequences * heads * length * length; }
-  // q, y: [sequences * length, heads * head_dim]; k, v: [.., kv_heads * head_dim]; p: the probabilities, for backward
-  void forward(const float* q, const float* k, const float* v, float* p, float* y) const;
-  void backward(const float* dy, const float* q, const float* k, const float* v, const float* p, float* dq, float* dk,
-                float* dv) const;
+  Attention() = default;
+  Attention(std::int64_t sequences, std::int64_t length, std::int64_t heads, std::int64_t kv_heads,
+            std::int64_t head_dim);
+  // q, y: [sequences * length, heads * head_dim]; k, v: [.., kv_heads * head_dim]; lse: a number for each query of a
+  // head, for backward
+  void forward(const float* q, const float* k, const float* v, float* y, float* lse) const;
+  void backward(const float* dy, const float* q, const float* k, const float* v, const float* y, const float* lse,
+                float* dq, float* dk, float* dv) const;
 };
 
 // y = silu(gate) * up, and its backward pass.

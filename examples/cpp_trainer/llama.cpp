@@ -105,7 +105,7 @@ std::vector<QloraLinear*> Llama::linears() {
 
 std::span<float> Llama::forward(std::span<const std::int32_t> tokens, std::int64_t length, std::uint64_t seed) {
   const std::int64_t rows = static_cast<std::int64_t>(tokens.size()), width = config_.width;
-  attention_ = {rows / length, length, config_.heads, config_.kv_heads, config_.head_dim};
+  attention_ = Attention(rows / length, length, config_.heads, config_.kv_heads, config_.head_dim);
   x_.resize(static_cast<std::size_t>(rows * width));
   for (std::int64_t r = 0; r < rows; ++r) {
     if (tokens[r] < 0 || tokens[r] >= config_.vocabulary)
@@ -141,9 +141,9 @@ void Llama::forward(Block& block, std::uint64_t seed) {
   device().synchronize();
   rope(a.queries.data(), rows, config_.heads, config_.head_dim, attention_.length, config_.theta, 1);
   rope(a.keys.data(), rows, config_.kv_heads, config_.head_dim, attention_.length, config_.theta, 1);
-  a.probabilities.resize(static_cast<std::size_t>(attention_.probabilities()));
+  a.lse.resize(size(config_.heads));
   a.attended.resize(a.queries.size());
-  attention_.forward(a.queries.data(), a.keys.data(), a.values.data(), a.probabilities.data(), a.attended.data());
+  attention_.forward(a.queries.data(), a.keys.data(), a.values.data(), a.attended.data(), a.lse.data());
   apply(block.o, a.attended, delta_);
   device().synchronize();
   add(delta_, x_);
@@ -197,8 +197,8 @@ void Llama::backward(Block& block) {
   d.queries.resize(a.queries.size());
   d.keys.resize(a.keys.size());
   d.values.resize(a.values.size());
-  attention_.backward(d.attended.data(), a.queries.data(), a.keys.data(), a.values.data(), a.probabilities.data(),
-                      d.queries.data(), d.keys.data(), d.values.data());
+  attention_.backward(d.attended.data(), a.queries.data(), a.keys.data(), a.values.data(), a.attended.data(),
+                      a.lse.data(), d.queries.data(), d.keys.data(), d.values.data());
   rope(d.queries.data(), rows, config_.heads, config_.head_dim, attention_.length, config_.theta, -1);
   rope(d.keys.data(), rows, config_.kv_heads, config_.head_dim, attention_.length, config_.theta, -1);
   back(block.q, d.queries, d.normed);

@@ -48,7 +48,7 @@ class Llama {
  private:
   // Activations that backward needs. x is the input of the block, and `after` is x plus the attention.
   struct Activations {
-    std::vector<float> x, probabilities, after, attention_r, mlp_r;  // each r belongs to a norm
+    std::vector<float> x, lse, after, attention_r, mlp_r;  // each r belongs to a norm
     Floats normed, queries, keys, values, attended, mlp_normed, gated, upped, hidden;
   };
   // Gradients in one block at a time. x is first the gradient of the block's output, then that of its input.
