@@ -17,12 +17,13 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from ._formats import ceil_div
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._weight import QuantizedWeight
 
 _ops = torch.ops.qlora_native
-# Bytes of logits in a chunk. Smaller chunks would read the weight so often that the time of a call grows.
-CHUNK_BYTES = 16 << 20
+# Bytes of logits in a chunk, at most. Smaller chunks would read the weight so often that the time of a call grows.
+CHUNK_BYTES = 24 << 20
 _FEWEST_ROWS = 16
 # Rows of a dense weight whose gradient is computed at once and then added to the fp32 sum.
 _GRADIENT_ROWS = 4096
@@ -45,7 +46,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     return_logprobs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`F.cross_entropy(z(F.linear(hidden, weight, bias)), labels)` without the logits, which exist 16 MB at a time.
+    """`F.cross_entropy(z(F.linear(hidden, weight, bias)), labels)` without the logits, which exist 25 MB at a time.
 
     Differentiable, once, in hidden, a dense weight, bias, lora_a and lora_b. The logits are rounded to the dtype of
     hidden, as `F.linear` does; the loss is fp32. Beside the result and the gradients, a call needs memory for the
@@ -228,10 +229,10 @@ class Gradients:
 
 
 def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-    """Split the rows into chunks whose logits fill about CHUNK_BYTES."""
-    fitting = CHUNK_BYTES // (vocabulary * dtype.itemsize) // _FEWEST_ROWS * _FEWEST_ROWS
-    most = max(fitting, _FEWEST_ROWS)
-    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
+    """Split the rows into chunks of nearly one size, whose logits fill CHUNK_BYTES at most, if that is some rows."""
+    most = max(CHUNK_BYTES // (vocabulary * dtype.itemsize) // _FEWEST_ROWS, 1) * _FEWEST_ROWS
+    each = ceil_div(ceil_div(rows, max(ceil_div(rows, most), 1)), _FEWEST_ROWS) * _FEWEST_ROWS
+    return [slice(first, min(first + each, rows)) for first in range(0, rows, max(each, 1))]
 
 
 def _head_of(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Head]:
