@@ -6,12 +6,12 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -88; NaN for NaN. It writes x = n * ln 2 + r with |r| <= ln 2 / 2 (Cody
-// and Waite), and e^r as its series up to r^7, whose relative error is 5e-9.
+// e^x for x <= 0, within 2 units in the last place; 0 below -88; NaN for NaN. It writes x = n * ln 2 + r with |r| <= ln
+// 2 / 2 (Cody and Waite), and e^r as its series up to r^7, whose relative error is 5e-9.
 inline F32 exp_of_negative(F32 x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
   constexpr float kRound = 0x1.8p23f;  // the sum of n and this has n in its lowest bits
-  x = max(set1(-88.0f), x);  // in this order, NaN stays
+  x = max(set1(-88.0f), x);            // in this order, NaN stays
   const F32 shifted = fma(x, set1(kLog2E), set1(kRound));
   const F32 n = add(shifted, set1(-kRound));
   const F32 r = fma(n, set1(-kLn2Low), fma(n, set1(-kLn2High), x));
