@@ -2,7 +2,8 @@
 
 A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is the sum of
 
-    begin      two latencies of memory, for the table of codes and for the first stage, and a step that nothing hides
+    begin      latencies of memory, for the table of codes and for the first stage, and a step that nothing hides; by
+               wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
@@ -238,7 +239,7 @@ class Model:
         """The seconds of a product that decodes on the way, by what takes them."""
         together = self._together(runs)
         step = max(self.step(product, runs).values()) * together * self._of_step(runs)
-        begin = 2 * DRAM_LATENCY + step
+        begin = self._latencies_of_begin(runs) + step
         steps = runs.longest * step
         end = (self._end_of_clusters if runs.cluster else self._end_of_runs)(product, runs, step, begin)
         cycles_of = {"begin": begin, "steps": steps, "exchange, adapter, results": end - begin - steps}
@@ -248,6 +249,16 @@ class Model:
             "launches": 0.0 if product.rank else LAUNCH * (1 + runs.splits_a_tile),
             **{part: spent / self.device.clock for part, spent in cycles_of.items()},
         }
+
+    @staticmethod
+    def _latencies_of_begin(runs: Runs) -> float:
+        """The cycles that a block waits for memory before its first step.
+
+        By wgmma the first stages come while the tables are filled. In runs its producers wait for a ticket first.
+        """
+        if runs.kernel != "wgmma":
+            return 2 * DRAM_LATENCY
+        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0)
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""

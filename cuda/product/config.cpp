@@ -130,18 +130,17 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
-// Chooses wgmma, unless there are few rows: for these the kernels of gemm/ ask less of shared memory, which bounds
-// both, or hardly more but with two blocks a multiprocessor. By bench/cuda_model.py they would take 0.95 ... 1.43 times
-// as long for 17 ... 32 rows forward, over a dozen weights of 1024 ... 14336 columns, and 1.1 ... 1.8 times for dX. A
-// tile of few rows is for few rows; for more rows, the tallest tile decodes a weight for the most rows.
+// Chooses wgmma. A tile of few rows is for few rows; for more rows, the tallest tile decodes a weight for the most
+// rows.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
   if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
-  if (shape.hopper == HopperUse::where_it_wins && shape.rows <= kGemmFewRows) return std::nullopt;
   if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tma_can_load) return std::nullopt;
   if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
   HopperConfig config{.gemm = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
-  config.gemm.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
+  config.gemm.tile_rows = shape.rows <= kGemmFewRows      ? kGemmFewRows
+                          : shape.rows <= kThinRows       ? kThinRows
+                          : shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
                           : shape.rows <= kGemmManyRows || wastes(shape.rows, kGemmTallRows, kGemmManyRows)
                               ? kGemmManyRows
                               : kGemmTallRows;

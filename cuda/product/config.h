@@ -47,10 +47,10 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
-// The product by wgmma (hopper/). Its tiles have 64, 128 or 256 rows by kGemmCols columns. A block has a multiprocessor
-// to itself, so its stages fill the shared memory. Bytes: the rows of the table of codes; for each stage the left
-// operand, codes and scales, rounded up to a multiple of 1024; and, also rounded up, the levels, the barriers and the
-// number of the run.
+// The product by wgmma (hopper/). Its tiles have 16, 32, 64, 128 or 256 rows by kGemmCols columns. A block has a
+// multiprocessor to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
+// to answer. Bytes: the rows of the table of codes; for each stage the left operand, codes and scales, rounded up to a
+// multiple of 1024; and, also rounded up, the levels, the barriers and the number of the run.
 constexpr int hopper_stages(int tile_rows) {
   return tile_rows == kGemmTallRows ? 4 : tile_rows == kGemmManyRows ? 6 : 8;
 }

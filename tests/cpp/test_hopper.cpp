@@ -161,7 +161,8 @@ std::string way_of(const Case& c, bool backward) {
 }
 
 // The tiles of that way, and how its blocks share them.
-const char* const kTiles[] = {"tiles of 64x128", "tiles of 128x128", "tiles of 256x128"};
+const char* const kTiles[] = {"tiles of 16x128", "tiles of 32x128", "tiles of 64x128", "tiles of 128x128",
+                              "tiles of 256x128"};
 const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in runs"};
 std::string sharing_of(const std::string& way) {
   for (const char* sharing : kSharings) {
@@ -175,6 +176,8 @@ std::string sharing_of(const std::string& way) {
 // two steps, full and partial.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
+    {.M = 32, .N = 128, .K = 64},
+    {.M = 16, .N = 64, .K = 128, .rank = 8, .dropout = 0.5f},
     {.M = 1, .N = 1, .K = 64, .rank = 8},
     {.M = 33, .N = 131, .K = 256, .dtype = DType::f16, .bias = true, .rank = 16, .lora_dtype = DType::f16},
     {.M = 60, .N = 304, .K = 1088, .bias = true, .rank = 64, .gap = 8},
@@ -212,10 +215,21 @@ const Case kCases[] = {
     {.M = 128, .N = 1024, .K = 192, .dtype = DType::f16, .rank = 8, .multiprocessors = 16},
     {.M = 200, .N = 128, .K = 1152, .dtype = DType::f16, .bias = true, .rank = 24, .gap = 24, .multiprocessors = 16},
     {.M = 250, .N = 1152, .K = 128, .rank = 16, .dropout = 0.25f, .multiprocessors = 16},
+    {.M = 9, .N = 131, .K = 1088, .dtype = DType::f16, .bias = true, .rank = 16, .multiprocessors = 16},
+    {.M = 12, .N = 1096, .K = 192, .rank = 72, .dropout = 0.3f, .gap = 8, .multiprocessors = 16},
+    {.M = 31, .N = 136, .K = 1088, .bias = true, .rank = 8, .gap = 8, .multiprocessors = 16},
+    {.M = 25, .N = 1096, .K = 192, .dtype = DType::f16, .rank = 16, .dropout = 0.5f, .multiprocessors = 16},
     {.M = 1, .N = 72, .K = 704, .bias = true, .rank = 8},
+    {.M = 15, .N = 704, .K = 64, .dtype = DType::f16, .rank = 72, .dropout = 0.25f},
+    {.M = 20, .N = 72, .K = 704, .dtype = DType::f16, .bias = true, .rank = 8},
     {.M = 17, .N = 704, .K = 64, .rank = 128, .lora_dtype = DType::bf16},
+    {.M = 50, .N = 704, .K = 64, .rank = 128, .lora_dtype = DType::bf16},
     {.M = 256, .N = 128, .K = 768},
     {.M = 240, .N = 712, .K = 64, .dtype = DType::f16, .rank = 16, .dropout = 0.5f},
+    {.M = 16, .N = 500, .K = 768, .bias = true, .rank = 16},
+    {.M = 10, .N = 768, .K = 512, .rank = 16, .dropout = 0.5f},
+    {.M = 32, .N = 500, .K = 768, .dtype = DType::f16},
+    {.M = 30, .N = 768, .K = 512, .bias = true, .rank = 16, .dropout = 0.25f},
     {.M = 60, .N = 500, .K = 768, .bias = true, .rank = 16},
     {.M = 64, .N = 768, .K = 512, .rank = 16, .dropout = 0.5f},
     {.M = 70, .N = 500, .K = 832, .dtype = DType::f16},
@@ -272,15 +286,16 @@ void bits_depend_on_no_order_of_threads_or_blocks() {
 }
 
 // The four blocks of a cluster have sums of 1, 2^25, -2^25 and 1/2. In this order 1 is lost, and in others it is not,
-// or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of them.
-void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension() {
-  constexpr std::int64_t kRows = 64, kCols = 128, kSteps = 18, kStep = 64;
-  Tensor x(DType::bf16, kRows, kSteps * kStep), y(DType::bf16, kRows, kCols), ones(DType::f32, kCols, kSteps * kStep);
+// or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of them; in the smallest
+// tile two blocks share a vector.
+void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_t rows) {
+  constexpr std::int64_t kCols = 128, kSteps = 18, kStep = 64;
+  Tensor x(DType::bf16, rows, kSteps * kStep), y(DType::bf16, rows, kCols), ones(DType::f32, kCols, kSteps * kStep);
   for (std::int64_t n = 0; n < kCols; ++n) {
     for (std::int64_t k = 0; k < kSteps * kStep; ++k) ones.set(n, k, 1.0f);
   }
   const Quantized weight(ones.in(), format_named("nf4"), 64, false);
-  for (std::int64_t m = 0; m < kRows; ++m) {
+  for (std::int64_t m = 0; m < rows; ++m) {
     const float of_rank[] = {1.0f, 0x1p25f, -0x1p25f, 0.5f};
     for (std::int64_t k = 0; k < kSteps * kStep; ++k) x.set(m, k, 0.0f);
     for (std::int64_t rank = 0; rank < 4; ++rank) {  // in the last step of each, because the blocks share them unevenly
@@ -290,7 +305,7 @@ void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension() {
   setenv("QLN_EMULATED_MULTIPROCESSORS", "16", 1);
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
   bool all = true;
-  for (std::int64_t m = 0; m < kRows; ++m) {
+  for (std::int64_t m = 0; m < rows; ++m) {
     for (std::int64_t n = 0; n < kCols; ++n) all = all && y.at(m, n) == 0.5;
   }
   EXPECT(all);
@@ -341,7 +356,7 @@ void other_operands_go_another_way() {
 int main() {
   setenv("QLN_FORCE_HOPPER", "1", 1);
   product_is_the_sum_of_float64();
-  sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension();
+  for (const std::int64_t rows : {16, 32, 64}) sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows);
   decoded_weight_has_the_bits_of_dequantize();
   other_operands_go_another_way();
   bits_depend_on_no_order_of_threads_or_blocks();

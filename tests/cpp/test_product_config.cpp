@@ -297,22 +297,16 @@ ProductShape on_hopper(std::int64_t rows) {
 }
 bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
 
-void wgmma_is_for_more_than_16_rows_and_fewer_than_panels() {
+void wgmma_is_for_all_rows_but_those_of_gemv() {
   for (const bool backward : {false, true}) {
     const auto shape = [&](std::int64_t rows) {
       ProductShape result = on_hopper(rows);
       result.backward = backward;
       return result;
     };
-    for (const std::int64_t rows : {0, 1, 8, 9, 16}) EXPECT(!is_by_wgmma(shape(rows)));
-    for (const std::int64_t rows : {17, 32, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
+    for (const std::int64_t rows : {0, 1, 8}) EXPECT(is_by_wgmma(shape(rows)) == backward);
+    for (const std::int64_t rows : {9, 16, 17, 32, 64, 65, 128, 512, 768, 100'000}) EXPECT(is_by_wgmma(shape(rows)));
   }
-  ProductShape many = on_hopper(2048);
-  EXPECT(is_by_wgmma(many));
-  many.dense_gemm = true;
-  EXPECT(is_by_panels(many));
-  many.hopper = HopperUse::wherever_it_can;
-  EXPECT(is_by_wgmma(many));
   ProductShape few = on_hopper(1);
   few.hopper = HopperUse::wherever_it_can;
   EXPECT(is_by_wgmma(few));
@@ -346,8 +340,8 @@ void wgmma_takes_only_what_it_can_load() {
 constexpr struct {
   std::int64_t rows;
   int tile;
-} kTilesOfWgmma[] = {{33, 64},   {64, 64},   {65, 128},  {128, 128}, {129, 256},
-                     {256, 256}, {257, 128}, {384, 128}, {512, 256}, {100'000, 256}};
+} kTilesOfWgmma[] = {{9, 16},    {16, 16},   {17, 32},   {32, 32},   {33, 64},   {64, 64},   {65, 128},
+                     {128, 128}, {129, 256}, {256, 256}, {257, 128}, {384, 128}, {512, 256}, {100'000, 256}};
 
 void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
   for (const auto& [rows, tile] : kTilesOfWgmma) {
@@ -557,7 +551,7 @@ int main() {
   fp32_and_eight_bits_get_the_general_kernel();
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
-  wgmma_is_for_more_than_16_rows_and_fewer_than_panels();
+  wgmma_is_for_all_rows_but_those_of_gemv();
   wgmma_takes_only_what_it_can_load();
   tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();

@@ -168,8 +168,28 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "two blocks add the same part of the sums",
-        "first = own_rank * kCount;",
-        "first = own_rank / 2 * kCount;",
+        "first = own_rank / kSharing * kCount;",
+        "first = own_rank / 2 / kSharing * kCount;",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "two blocks add the sums of the same warps",
+        "kSharing == own_rank % kSharing ? kCount",
+        "kSharing == 0 ? kCount",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "codes and scales are decoded before the tables are there",
+        "wait_for_tables() { sync_some_threads<kTablesBarrier>(Tile::kThreads); }",
+        "wait_for_tables() {}",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "producers come to the barrier of the tables again and again",
+        *without("    if (has_tables_) return;\n"),
         HOPPER,
     ),
     Mutant(
