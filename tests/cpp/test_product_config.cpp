@@ -312,6 +312,34 @@ void wgmma_is_for_all_rows_but_those_of_gemv() {
   EXPECT(is_by_wgmma(few));
 }
 
+// Where there is a dense product, more than 2048 rows are for panels unless copying [X | U] beside them takes too long.
+constexpr struct {
+  std::int64_t rows, cols, inner, rank;
+  bool by_wgmma;
+} kManyRows[] = {
+    {2048, 4096, 4096, 0, true},     {2049, 4096, 4096, 0, false},   {2048, 4096, 3008, 0, false},
+    {2048, 4096, 3008, 16, true},    {2048, 4096, 1984, 16, false},  {2049, 4096, 4096, 8, true},
+    {100'000, 4096, 4096, 16, true}, {8192, 14336, 4096, 16, false}, {2048, 14336, 4096, 16, true},
+    {8192, 4096, 14336, 16, true},   {8192, 8192, 4096, 16, true},   {8192, 8320, 4096, 16, false},
+};
+
+void wgmma_or_panels_is_the_faster_one() {
+  for (const auto& [rows, cols, inner, rank, by_wgmma] : kManyRows) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.inner = inner;
+    shape.rank = rank;
+    shape.multiprocessors = 132;
+    EXPECT(is_by_wgmma(shape));
+    shape.dense_gemm = true;
+    EXPECT(is_by_wgmma(shape) == by_wgmma && is_by_panels(shape) == !by_wgmma);
+    shape.hopper = HopperUse::wherever_it_can;
+    EXPECT(is_by_wgmma(shape));
+    shape.hopper = HopperUse::none;
+    EXPECT(is_by_panels(shape));
+  }
+}
+
 void wgmma_takes_only_what_it_can_load() {
   for (const HopperUse use : {HopperUse::where_it_wins, HopperUse::wherever_it_can}) {
     const auto takes_changed = [&](const auto& change) {
@@ -552,6 +580,7 @@ int main() {
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
   wgmma_is_for_all_rows_but_those_of_gemv();
+  wgmma_or_panels_is_the_faster_one();
   wgmma_takes_only_what_it_can_load();
   tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();

@@ -213,6 +213,13 @@ BY_WGMMA = [
         "multiprocessors / 4",
         ("product_config",),
     ),
+    Mutant(
+        "cuda/product/config.cpp",
+        "panels are thought to copy nothing for an adapter",
+        "return shape.rank > 0 && shape.cols <= 2 * shape.inner;",
+        "return false;",
+        ("product_config",),
+    ),
     Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),
     Mutant(
         HOPPER_TILE,
