@@ -21,7 +21,7 @@ from cycles import markdown
 RESULTS = Path(__file__).parent / "results"
 CHOICES, PAGE = RESULTS / "product-choices.txt", RESULTS / "cuda-account.md"
 ROWS = tuple(16 << i for i in range(10))
-WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336))  # [N, K]
+WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # [N, K]
 DIRECTIONS = ("forward", "dX")
 DEVICES = (H100, H200)
 RANK = 16

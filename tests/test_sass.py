@@ -268,7 +268,7 @@ def test_runs_and_panels_of_the_model_are_those_of_config_cpp(account, model):
         compared[way] += 1
     assert min(compared.values()) >= 5, compared
     asked = [product for weight in account.WEIGHTS for product in account.products(weight) if not product.rank]
-    assert len(asked) == 60 and all((product, "chosen") in choices for product in asked)
+    assert len(asked) == 80 and all((product, "chosen") in choices for product in asked)
 
 
 def figures_of(model, cycles):
@@ -306,11 +306,11 @@ def test_blocks_that_share_a_tile_exchange_its_sums(model):
     assert seconds == pytest.approx(cycles / model.H100.clock + 2e-6), "a kernel and a memset"
 
 
-@pytest.mark.parametrize(("count", "bandwidth"), [(2, 3.3e12), (4, 2.65e12)])
+@pytest.mark.parametrize(("count", "bandwidth"), [(2, 3.3e12), (4, 2.65e12), (8, 2.65e12 / 3.3 * 2.65)])
 def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidth):
     product = model.Product("forward", 64, 128, 64 * 101)
     runs = model.Runs("wgmma", 64, 128, tiles=1, steps=101, blocks=count, share=0, rest=0, cluster=count)
-    assert runs.longest == {2: 51, 4: 26}[count] and not runs.splits_a_tile
+    assert runs.longest == {2: 51, 4: 26, 8: 13}[count] and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     sums = 64 * 128 * 4
     cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + 2 * (200 + 291) + 200 + 512 / count

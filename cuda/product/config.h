@@ -107,6 +107,7 @@ struct ProductShape {
   bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
+  int hopper_rows = 0;        // of a tile of hopper/, where a test asks for some; 0: those that are done first
   bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
@@ -168,16 +169,13 @@ struct GemmConfig {
 };
 
 // hopper/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
-// runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2 or 4 so many blocks, which run at the
-// same time as a cluster, share the steps of one tile evenly.
+// runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2, 4 or 8 so many blocks, which run at
+// the same time as a cluster, share the steps of one tile evenly.
 struct HopperConfig {
   GemmConfig gemm;
   int cluster = 0;
   bool operator==(const HopperConfig&) const = default;
 };
-
-// HopperConfig::cluster for a product whose runs would be `runs`.
-int hopper_cluster(const GemmConfig& runs, int multiprocessors);
 
 // panels.cu: the weight is decoded in panels for the host program's dense product.
 struct PanelsConfig {
@@ -188,8 +186,9 @@ struct PanelsConfig {
 using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
 // How a device uses hopper/. If it can run hopper/, the default is where its model says that it wins;
-// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never.
+// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never. The rows of a tile in place of 1 also choose the tile.
 HopperUse asked_hopper_use(bool is_hopper);
+int asked_hopper_rows();
 
 // How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
 constexpr std::int64_t panel_column_elements(std::int64_t inner, std::int64_t rank) {

@@ -220,6 +220,20 @@ BY_WGMMA = [
         "return false;",
         ("product_config",),
     ),
+    Mutant(
+        "cuda/product/config.cpp",
+        "clusters of 8 are thought to fit where those of 4 do",
+        "multiprocessors / kTogether * (kTogether / 8)",
+        "multiprocessors / kTogether * (kTogether / 4)",
+        ("product_config",),
+    ),
+    Mutant(
+        "cuda/product/config.cpp",
+        "a tile is chosen by its steps, however long they take",
+        "if (steps * tile.of_step >= least) continue;\n    least = steps * tile.of_step;",
+        "if (steps >= least) continue;\n    least = steps;",
+        ("product_config",),
+    ),
     Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),
     Mutant(
         HOPPER_TILE,

@@ -223,8 +223,9 @@ class HopperGemm {
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
     if (args_.cluster > 1) {
-      args_.cluster == 2 ? add_sums_of_cluster<2>(part) : add_sums_of_cluster<4>(part);
-      return;
+      if (args_.cluster == 2) return add_sums_of_cluster<2>(part);
+      if (args_.cluster == 4) return add_sums_of_cluster<4>(part);
+      return add_sums_of_cluster<8>(part);
     }
     if (args_.cluster == 0 && !stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
                                   part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
