@@ -21,11 +21,11 @@ from cycles import markdown
 RESULTS = Path(__file__).parent / "results"
 CHOICES, PAGE = RESULTS / "product-choices.txt", RESULTS / "cuda-account.md"
 ROWS = tuple(16 << i for i in range(10))
-WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336))  # [N, K]
+WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # [N, K]
 DIRECTIONS = ("forward", "dX")
 DEVICES = (H100, H200)
 RANK = 16
-WGMMA_ROWS = (64, 128, 256)
+WGMMA_ROWS = (16, 32, 64, 128, 256)
 # By how much another way must win to be marked, and to be listed: the model is no better.
 SOME, CLEAR = 0.05, 0.10
 
@@ -209,6 +209,8 @@ def losses(models: Sequence[Model], choices: Choices) -> list[Loss]:
 def verdict(found: Sequence[Loss]) -> str:
     """For how many rows a rule that knows rows and direction alone should choose another way."""
     wins = collections.Counter((loss.product.direction, loss.product.rows, loss.faster) for loss in found)
+    if not found:
+        return "No other way wins so."
     everywhere = len(DEVICES) * len(WEIGHTS) * 2  # without and with an adapter
     always = [f"{way} for {direction} of {rows} rows" for (direction, rows, way), n in wins.items() if n == everywhere]
     if always:
@@ -241,7 +243,7 @@ def page(figures: Mapping[str, Any], choices: Choices) -> str:
         )
         for loss in found
     )
-    text += [markdown(header, lines)]
+    text += [markdown(header, lines)] if found else []
     text += ["## Microseconds of a product", TIMES.format(SOME)]
     header = ("product", "M", "limit", "mma.sync", *(f"wgmma {rows}" for rows in WGMMA_ROWS), "panels")
     for model in models:

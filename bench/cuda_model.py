@@ -2,7 +2,8 @@
 
 A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is the sum of
 
-    begin      two latencies of memory, for the table of codes and for the first stage, and a step that nothing hides
+    begin      latencies of memory, for the table of codes and for the first stage, and a step that nothing hides; by
+               wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
@@ -45,8 +46,9 @@ L2_LATENCY, DRAM_LATENCY = 291, 700
 # Bytes a second that all multiprocessors load from the shared memory of others, by blocks of a cluster, and cycles
 # until such a load arrives: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
 # arXiv 2501.12084. A barrier of a cluster is taken to cost as much again, and a trip to L2, because ptxas makes a fence
-# of the whole device (MEMBAR.ALL.GPU) of its release.
-CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12}, 200
+# of the whole device (MEMBAR.ALL.GPU) of its release. They measured clusters of 2 and 4; for 8 the bandwidth is assumed
+# to fall once more as it does from 2 to 4.
+CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12, 8: 2.65e12**2 / 3.3e12}, 200
 CLUSTER_BARRIER = CLUSTER_LATENCY + L2_LATENCY
 # Multiply-adds a second of cuBLAS in bf16 on an H100: 790 TFLOP/s, measured. Power keeps it from more, so no way is
 # counted with more.
@@ -106,11 +108,11 @@ class Runs:
     cluster: int = 0
 
     LEAST_INNER, THIN_STEP = 256, 128  # kLeastInner, kThinStep
-    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, TOGETHER = 6, 3, {2: 4, 4: 7}, 16  # in steps: hopper_cluster()
+    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, TOGETHER = 6, 3, {2: 4, 4: 7, 8: 10}, 16  # in steps: hopper_sharing()
 
     @staticmethod
     def of(product: Product, kernel: str, tile_rows: int, tile_cols: int, most_blocks: int) -> Runs:
-        """share_steps(), GemmConfig::with_row_tiles() and hopper_cluster(), for a product without groups."""
+        """share_steps(), GemmConfig::with_row_tiles() and hopper_sharing(), for a product without groups."""
         step = Runs.THIN_STEP if kernel == "thin" else STEP
         steps = math.ceil(product.inner / step)
         tiles = math.ceil(product.cols / tile_cols) * math.ceil(product.rows / tile_rows)
@@ -122,8 +124,9 @@ class Runs:
         taken = {1: math.ceil(tiles / most_blocks) * steps, 0: runs.longest + exchange}
         if tiles <= most_blocks // 2:
             taken[2] = math.ceil(steps / 2) + Runs.EXCHANGE_OF[2]
-        if tiles <= most_blocks // Runs.TOGETHER * (Runs.TOGETHER // 4):
-            taken[4] = math.ceil(steps / 4) + Runs.EXCHANGE_OF[4]
+        for blocks in (4, 8):
+            if tiles <= most_blocks // Runs.TOGETHER * (Runs.TOGETHER // blocks):
+                taken[blocks] = math.ceil(steps / blocks) + Runs.EXCHANGE_OF[blocks]
         cluster = min(taken, key=taken.__getitem__)
         if cluster == 0:
             return runs
@@ -238,7 +241,7 @@ class Model:
         """The seconds of a product that decodes on the way, by what takes them."""
         together = self._together(runs)
         step = max(self.step(product, runs).values()) * together * self._of_step(runs)
-        begin = 2 * DRAM_LATENCY + step
+        begin = self._latencies_of_begin(runs) + step
         steps = runs.longest * step
         end = (self._end_of_clusters if runs.cluster else self._end_of_runs)(product, runs, step, begin)
         cycles_of = {"begin": begin, "steps": steps, "exchange, adapter, results": end - begin - steps}
@@ -248,6 +251,16 @@ class Model:
             "launches": 0.0 if product.rank else LAUNCH * (1 + runs.splits_a_tile),
             **{part: spent / self.device.clock for part, spent in cycles_of.items()},
         }
+
+    @staticmethod
+    def _latencies_of_begin(runs: Runs) -> float:
+        """The cycles that a block waits for memory before its first step.
+
+        By wgmma the first stages come while the tables are filled. In runs its producers wait for a ticket first.
+        """
+        if runs.kernel != "wgmma":
+            return 2 * DRAM_LATENCY
+        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0)
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""

@@ -235,7 +235,7 @@ SHOWN = {
     },
     ROOT / "cuda/product/hopper/README.md": {
         f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
-        for rows in (64, 128, 256)
+        for rows in (16, 32, 64, 128, 256)
         for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
     },
 }

@@ -86,8 +86,10 @@ class ScaleReader {
   // The values of the levels, in shared memory.
   struct Levels {
     float code[256];
-    __device__ void fill(const QuantizedWeightView& w) {
-      for (int i = thread_index(); i < 256; i += block_threads()) {
+    __device__ void fill(const QuantizedWeightView& w) { fill(w, block_threads()); }
+    // The first `threads` threads of the block call this.
+    __device__ void fill(const QuantizedWeightView& w, int threads) {
+      for (int i = thread_index(); i < 256; i += threads) {
         code[i] = w.nested_absmax == nullptr ? 1.0f : w.nested_code[i];
       }
     }
@@ -206,8 +208,10 @@ class PairTable {
   static constexpr int kPairs = 256 * kStride;
   static constexpr bool kInRows = kStride * sizeof(Pair) == kRowBytes;
 
-  __device__ static void fill(Pair* pairs, const float* code) {
-    for (int i = thread_index(); i < 256 * kCopies; i += block_threads()) {
+  __device__ static void fill(Pair* pairs, const float* code) { fill(pairs, code, block_threads()); }
+  // The first `threads` threads of the block call this.
+  __device__ static void fill(Pair* pairs, const float* code, int threads) {
+    for (int i = thread_index(); i < 256 * kCopies; i += threads) {
       const int byte = i / kCopies;
       pairs[i + byte * (kStride - kCopies)] = {{code[byte >> 4], code[byte & 15]}};
     }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <limits>
 #include <optional>
 
 #include "common/layout.h"
@@ -130,59 +132,91 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
-// Chooses wgmma, unless there are few rows: for these the kernels of gemm/ ask less of shared memory, which bounds
-// both, or hardly more but with two blocks a multiprocessor. By bench/cuda_model.py they would take 0.95 ... 1.43 times
-// as long for 17 ... 32 rows forward, over a dozen weights of 1024 ... 14336 columns, and 1.1 ... 1.8 times for dX. A
-// tile of few rows is for few rows; for more rows, the tallest tile decodes a weight for the most rows.
-std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
-  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
-  if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
-  if (shape.hopper == HopperUse::where_it_wins && shape.rows <= kGemmFewRows) return std::nullopt;
-  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tma_can_load) return std::nullopt;
-  if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
-  HopperConfig config{.gemm = {.aligned = true, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
-  config.gemm.tile_rows = shape.rows <= kGemmMiddleRows ? kGemmMiddleRows
-                          : shape.rows <= kGemmManyRows || wastes(shape.rows, kGemmTallRows, kGemmManyRows)
-                              ? kGemmManyRows
-                              : kGemmTallRows;
-  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
-  if (shape.smem_bytes < hopper_smem_bytes(config.gemm.tile_rows)) return std::nullopt;
-  share_steps(shape, kGemmStep, config.gemm);
-  config.cluster = hopper_cluster(config.gemm, shape.multiprocessors);
-  if (config.cluster == 0) return config;
-  config.gemm.blocks =
-      static_cast<int>(std::min<std::int64_t>(config.gemm.tiles * config.cluster, shape.multiprocessors));
-  config.gemm.share = config.gemm.rest = 0;
-  return config;
-}
-
-}  // namespace
+// HopperConfig::cluster, and the steps that the slowest block then takes, an exchange of sums included.
+struct HopperSharing {
+  int cluster;
+  std::int64_t steps;
+};
 
 // Chooses what takes the slowest block the fewest steps. An exchange of sums counts as the steps that take as long, for
-// which bench/cuda_model.py gives, for a tile of 64 ... 256 rows on an H100:
+// which bench/cuda_model.py gives, for a tile of 64 ... 256 rows on an H100, and fewer for one of 16 or 32:
 //
-//   in a cluster of 2 or 4    3 ... 5 or 4 ... 8: the sums of the other blocks come through their shared memory
+//   in a cluster of 2, 4, 8   4 ... 5, 6 ... 8, 7 ... 12: the sums of other blocks come through their shared memory
 //   between runs              8 ... 13: a launch clears the flags, the sums go to L2, and the block that has the tile's
 //                             beginning adds those of one run after another, each of which takes 1.3 ... 1.8 steps
-int hopper_cluster(const GemmConfig& runs, int multiprocessors) {
-  constexpr std::int64_t kStepsOfPair = 4, kStepsOfFour = 7, kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
+HopperSharing hopper_sharing(const GemmConfig& runs, int multiprocessors) {
+  constexpr std::int64_t kStepsOfPair = 4, kStepsOfFour = 7, kStepsOfEight = 10, kStepsOfRuns = 6,
+                         kStepsOfTwoMoreRuns = 3;
   // The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18
-  // multiprocessors, so that a cluster of 4 may leave 2 of 18 idle.
+  // multiprocessors, so that clusters of 4 or 8 may leave 2 of 18 idle.
   constexpr std::int64_t kTogether = 16;
-  int best = 1;
-  std::int64_t fewest = ceil_div(runs.tiles, std::int64_t{multiprocessors}) * runs.steps;
+  HopperSharing best = {1, ceil_div(runs.tiles, std::int64_t{multiprocessors}) * runs.steps};
   const auto consider = [&](int cluster, std::int64_t steps) {
-    if (steps >= fewest) return;
-    best = cluster;
-    fewest = steps;
+    if (steps < best.steps) best = {cluster, steps};
   };
   const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
   consider(0, runs.share + (runs.rest > 0) + (others > 0 ? kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2 : 0));
   const auto in_cluster = [&](std::int64_t blocks) { return ceil_div(std::int64_t{runs.steps}, blocks); };
   if (runs.tiles <= multiprocessors / 2) consider(2, in_cluster(2) + kStepsOfPair);
   if (runs.tiles <= multiprocessors / kTogether * (kTogether / 4)) consider(4, in_cluster(4) + kStepsOfFour);
+  if (runs.tiles <= multiprocessors / kTogether * (kTogether / 8)) consider(8, in_cluster(8) + kStepsOfEight);
   return best;
 }
+
+// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md: 16 cycles of a forward step.
+// Steps of dX take longer, all by as much.
+constexpr struct {
+  int rows;
+  std::int64_t of_step;
+} kHopperTiles[] = {
+    {kGemmFewRows, 30}, {kThinRows, 33}, {kGemmMiddleRows, 39}, {kGemmManyRows, 51}, {kGemmTallRows, 80}};
+
+// Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
+// more rows, and smaller ones occupy more multiprocessors.
+std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
+  constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
+  if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
+  if (shape.dtype == DType::f32 || shape.bits != 4 || !shape.aligned_64 || !shape.tma_can_load) return std::nullopt;
+  if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
+  if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
+  if (shape.smem_bytes < hopper_smem_bytes(kGemmTallRows)) return std::nullopt;
+  HopperConfig best;
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (const auto& tile : kHopperTiles) {
+    if (shape.hopper_rows != 0 && tile.rows != shape.hopper_rows) continue;
+    HopperConfig config{
+        .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
+    share_steps(shape, kGemmStep, config.gemm);
+    const auto [cluster, steps] = hopper_sharing(config.gemm, shape.multiprocessors);
+    if (steps * tile.of_step >= least) continue;
+    least = steps * tile.of_step;
+    config.cluster = cluster;
+    best = config;
+  }
+  if (best.cluster == 0) return best;
+  best.gemm.blocks = static_cast<int>(std::min<std::int64_t>(best.gemm.tiles * best.cluster, shape.multiprocessors));
+  best.gemm.share = best.gemm.rest = 0;
+  return best;
+}
+
+// Whether wgmma is faster than panels, where both can compute a product: by bench/cuda_model.py, for 18 weights of
+// 1024 ... 28672 rows and columns on an H100 and an H200.
+//
+// Up to kRows rows it is faster, in the median by 5% without an adapter and by 9% with one: the first panel is decoded
+// while nothing is multiplied, and panels leave more of the device idle. It is not where the inner dimension is so
+// short that the ends of tiles take as much.
+//
+// Beyond kRows rows the two are within 5% of each other, mostly, but for the adapter. Panels then copy [X | U]: 4 bytes
+// of 3.35 TB/s an element, for which the dense product computes 2 * cols of 790 TFLOP/s. So the copy takes 472 / cols
+// of its time. wgmma spends the adapter's step, its waits for B and the store of the result once a tile: 3.7 steps of
+// the tile's inner / 64, which are 235 / inner of its time. The copy takes more if cols <= 2 * inner.
+bool beats_panels(const ProductShape& shape) {
+  constexpr std::int64_t kRows = 2048, kLong = 3072, kLongWithAdapter = 2048;
+  if (shape.rows <= kRows) return shape.inner >= (shape.rank > 0 ? kLongWithAdapter : kLong);
+  return shape.rank > 0 && shape.cols <= 2 * shape.inner;
+}
+
+}  // namespace
 
 ProductConfig product_config(const ProductShape& shape) {
   const std::optional<HopperConfig> hopper = by_wgmma(shape);
@@ -195,7 +229,8 @@ ProductConfig product_config(const ProductShape& shape) {
     const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
   }
-  if (const std::optional<PanelsConfig> panels = by_panels(shape)) return *panels;
+  const std::optional<PanelsConfig> panels = by_panels(shape);
+  if (panels && !(hopper && beats_panels(shape))) return *panels;
   if (hopper) return *hopper;
   // fp32 has no tensor-core product that keeps its bits, and the kernels of gemm/ decode pairs of 4-bit codes.
   if (shape.dtype == DType::f32 || shape.bits != 4 || shape.small_blocks || !is_compiled) return GeneralConfig{};
@@ -211,7 +246,15 @@ HopperUse asked_hopper_use(bool is_hopper) {
   if (!is_hopper) return HopperUse::none;
   const char* asked = std::getenv("QLN_FORCE_HOPPER");
   if (asked == nullptr) return HopperUse::where_it_wins;
-  return *asked == '1' ? HopperUse::wherever_it_can : HopperUse::none;
+  return *asked == '0' ? HopperUse::none : HopperUse::wherever_it_can;
+}
+
+int asked_hopper_rows() {
+  const char* asked = std::getenv("QLN_FORCE_HOPPER");
+  const int rows = asked == nullptr ? 0 : std::atoi(asked);
+  const bool is_tile = std::any_of(std::begin(kHopperTiles), std::end(kHopperTiles),
+                                   [&](const auto& tile) { return tile.rows == rows; });
+  return is_tile ? rows : 0;
 }
 
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {

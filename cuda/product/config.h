@@ -47,10 +47,10 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
-// The product by wgmma (hopper/). Its tiles have 64, 128 or 256 rows by kGemmCols columns. A block has a multiprocessor
-// to itself, so its stages fill the shared memory. Bytes: the rows of the table of codes; for each stage the left
-// operand, codes and scales, rounded up to a multiple of 1024; and, also rounded up, the levels, the barriers and the
-// number of the run.
+// The product by wgmma (hopper/). Its tiles have 16, 32, 64, 128 or 256 rows by kGemmCols columns. A block has a
+// multiprocessor to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
+// to answer. Bytes: the rows of the table of codes; for each stage the left operand, codes and scales, rounded up to a
+// multiple of 1024; and, also rounded up, the levels, the barriers and the number of the run.
 constexpr int hopper_stages(int tile_rows) {
   return tile_rows == kGemmTallRows ? 4 : tile_rows == kGemmManyRows ? 6 : 8;
 }
@@ -107,6 +107,7 @@ struct ProductShape {
   bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
+  int hopper_rows = 0;        // of a tile of hopper/, where a test asks for some; 0: those that are done first
   bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
@@ -168,16 +169,13 @@ struct GemmConfig {
 };
 
 // hopper/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
-// runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2 or 4 so many blocks, which run at the
-// same time as a cluster, share the steps of one tile evenly.
+// runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2, 4 or 8 so many blocks, which run at
+// the same time as a cluster, share the steps of one tile evenly.
 struct HopperConfig {
   GemmConfig gemm;
   int cluster = 0;
   bool operator==(const HopperConfig&) const = default;
 };
-
-// HopperConfig::cluster for a product whose runs would be `runs`.
-int hopper_cluster(const GemmConfig& runs, int multiprocessors);
 
 // panels.cu: the weight is decoded in panels for the host program's dense product.
 struct PanelsConfig {
@@ -188,8 +186,9 @@ struct PanelsConfig {
 using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
 // How a device uses hopper/. If it can run hopper/, the default is where its model says that it wins;
-// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never.
+// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never. The rows of a tile in place of 1 also choose the tile.
 HopperUse asked_hopper_use(bool is_hopper);
+int asked_hopper_rows();
 
 // How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
 constexpr std::int64_t panel_column_elements(std::int64_t inner, std::int64_t rank) {

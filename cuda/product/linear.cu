@@ -29,6 +29,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .masked = p.backward && p.low_rank.cols > 0 && p.dropout.threshold > 0,
       .dense_gemm = hooks().dense_gemm != nullptr,
       .hopper = hopper_use(stream),
+      .hopper_rows = asked_hopper_rows(),
       .tma_can_load = tma_can_load(p.left, p.inner) && tma_can_load(p.low_rank, p.low_rank.cols),
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),

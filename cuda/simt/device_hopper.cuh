@@ -138,16 +138,22 @@ __device__ __forceinline__ void increase_max_registers() {
 // tens and the operands in eights.
 // clang-format off
 #define QLN_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define QLN_D_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define QLN_D_32 QLN_TEN() "%10, %11, %12, %13, %14, %15"
 #define QLN_D_64 QLN_TEN() QLN_TEN(1) QLN_TEN(2) "%30, %31"
 #define QLN_D_128 QLN_TEN() QLN_TEN(1) QLN_TEN(2) QLN_TEN(3) QLN_TEN(4) QLN_TEN(5) "%60, %61, %62, %63"
 #define QLN_D_256 QLN_TEN() QLN_TEN(1) QLN_TEN(2) QLN_TEN(3) QLN_TEN(4) QLN_TEN(5) QLN_TEN(6) QLN_TEN(7) QLN_TEN(8) \
   QLN_TEN(9) QLN_TEN(10) QLN_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define QLN_A_16 "{%8, %9, %10, %11}, %12"
+#define QLN_A_32 "{%16, %17, %18, %19}, %20"
 #define QLN_A_64 "{%32, %33, %34, %35}, %36"
 #define QLN_A_128 "{%64, %65, %66, %67}, %68"
 #define QLN_A_256 "{%128, %129, %130, %131}, %132"
 #define QLN_EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
   "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QLN_SUMS_64 QLN_EIGHT(0), QLN_EIGHT(8), QLN_EIGHT(16), QLN_EIGHT(24)
+#define QLN_SUMS_16 QLN_EIGHT(0)
+#define QLN_SUMS_32 QLN_SUMS_16, QLN_EIGHT(8)
+#define QLN_SUMS_64 QLN_SUMS_32, QLN_EIGHT(16), QLN_EIGHT(24)
 #define QLN_SUMS_128 QLN_SUMS_64, QLN_EIGHT(32), QLN_EIGHT(40), QLN_EIGHT(48), QLN_EIGHT(56)
 #define QLN_SUMS_256 QLN_SUMS_128, QLN_EIGHT(64), QLN_EIGHT(72), QLN_EIGHT(80), QLN_EIGHT(88), QLN_EIGHT(96), \
   QLN_EIGHT(104), QLN_EIGHT(112), QLN_EIGHT(120)
@@ -158,13 +164,17 @@ __device__ __forceinline__ void increase_max_registers() {
 
 template <class T, int kCols>
 __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_descriptor) {
-  static_assert(kCols == 64 || kCols == 128 || kCols == 256);
+  static_assert(kCols == 16 || kCols == 32 || kCols == 64 || kCols == 128 || kCols == 256);
   if constexpr (std::is_same_v<T, Bf16>) {
+    if constexpr (kCols == 16) QLN_WGMMA(16, "bf16");
+    if constexpr (kCols == 32) QLN_WGMMA(32, "bf16");
     if constexpr (kCols == 64) QLN_WGMMA(64, "bf16");
     if constexpr (kCols == 128) QLN_WGMMA(128, "bf16");
     if constexpr (kCols == 256) QLN_WGMMA(256, "bf16");
   } else {
     static_assert(std::is_same_v<T, F16>);
+    if constexpr (kCols == 16) QLN_WGMMA(16, "f16");
+    if constexpr (kCols == 32) QLN_WGMMA(32, "f16");
     if constexpr (kCols == 64) QLN_WGMMA(64, "f16");
     if constexpr (kCols == 128) QLN_WGMMA(128, "f16");
     if constexpr (kCols == 256) QLN_WGMMA(256, "f16");
@@ -172,13 +182,19 @@ __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], const std::uint32_t
 }
 
 #undef QLN_TEN
+#undef QLN_D_16
+#undef QLN_D_32
 #undef QLN_D_64
 #undef QLN_D_128
 #undef QLN_D_256
+#undef QLN_A_16
+#undef QLN_A_32
 #undef QLN_A_64
 #undef QLN_A_128
 #undef QLN_A_256
 #undef QLN_EIGHT
+#undef QLN_SUMS_16
+#undef QLN_SUMS_32
 #undef QLN_SUMS_64
 #undef QLN_SUMS_128
 #undef QLN_SUMS_256

@@ -161,8 +161,10 @@ std::string way_of(const Case& c, bool backward) {
 }
 
 // The tiles of that way, and how its blocks share them.
-const char* const kTiles[] = {"tiles of 64x128", "tiles of 128x128", "tiles of 256x128"};
-const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in runs"};
+const char* const kTiles[] = {"tiles of 16x128", "tiles of 32x128", "tiles of 64x128", "tiles of 128x128",
+                              "tiles of 256x128"};
+const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in clusters of 8",
+                                 "in runs"};
 std::string sharing_of(const std::string& way) {
   for (const char* sharing : kSharings) {
     if (contains(way, sharing)) return sharing;
@@ -175,6 +177,8 @@ std::string sharing_of(const std::string& way) {
 // two steps, full and partial.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
+    {.M = 32, .N = 128, .K = 64},
+    {.M = 16, .N = 64, .K = 128, .rank = 8, .dropout = 0.5f},
     {.M = 1, .N = 1, .K = 64, .rank = 8},
     {.M = 33, .N = 131, .K = 256, .dtype = DType::f16, .bias = true, .rank = 16, .lora_dtype = DType::f16},
     {.M = 60, .N = 304, .K = 1088, .bias = true, .rank = 64, .gap = 8},
@@ -205,17 +209,38 @@ const Case kCases[] = {
     {.M = 256, .N = 128, .K = 448, .blocksize = 4096, .bias = true},
     {.M = 200, .N = 192, .K = 576, .dtype = DType::f16, .format = "fp4", .bias = true, .rank = 24, .gap = 24},
     {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16},
-    // in clusters of 4 and 2, and in runs
+    // in clusters of 8, 4 and 2, and in runs
+    {.M = 7, .N = 72, .K = 2112, .bias = true, .rank = 8, .multiprocessors = 16},
+    {.M = 16, .N = 2112, .K = 64, .dtype = DType::f16, .rank = 16, .dropout = 0.5f, .multiprocessors = 16},
+    {.M = 20, .N = 136, .K = 2240, .dtype = DType::f16, .rank = 16, .gap = 8, .multiprocessors = 16},
+    {.M = 31, .N = 2200, .K = 192, .rank = 8, .multiprocessors = 16},
+    {.M = 50, .N = 72, .K = 2112, .bias = true, .multiprocessors = 16},
+    {.M = 64, .N = 2112, .K = 64, .rank = 16, .dropout = 0.25f, .gap = 8, .multiprocessors = 16},
+    {.M = 100, .N = 40, .K = 2112, .rank = 16, .multiprocessors = 16},
+    {.M = 70, .N = 2112, .K = 64, .dtype = DType::f16, .multiprocessors = 16},
+    {.M = 130, .N = 40, .K = 2112, .dtype = DType::f16, .bias = true, .multiprocessors = 16},
+    {.M = 140, .N = 2112, .K = 64, .rank = 8, .multiprocessors = 16},
     {.M = 33, .N = 131, .K = 1088, .dtype = DType::f16, .bias = true, .rank = 16, .multiprocessors = 16},
     {.M = 50, .N = 1096, .K = 192, .rank = 72, .dropout = 0.3f, .gap = 8, .multiprocessors = 16},
     {.M = 100, .N = 136, .K = 1024, .bias = true, .multiprocessors = 16},
     {.M = 128, .N = 1024, .K = 192, .dtype = DType::f16, .rank = 8, .multiprocessors = 16},
     {.M = 200, .N = 128, .K = 1152, .dtype = DType::f16, .bias = true, .rank = 24, .gap = 24, .multiprocessors = 16},
     {.M = 250, .N = 1152, .K = 128, .rank = 16, .dropout = 0.25f, .multiprocessors = 16},
+    {.M = 9, .N = 131, .K = 1088, .dtype = DType::f16, .bias = true, .rank = 16, .multiprocessors = 16},
+    {.M = 12, .N = 1096, .K = 192, .rank = 72, .dropout = 0.3f, .gap = 8, .multiprocessors = 16},
+    {.M = 31, .N = 136, .K = 1088, .bias = true, .rank = 8, .gap = 8, .multiprocessors = 16},
+    {.M = 25, .N = 1096, .K = 192, .dtype = DType::f16, .rank = 16, .dropout = 0.5f, .multiprocessors = 16},
     {.M = 1, .N = 72, .K = 704, .bias = true, .rank = 8},
+    {.M = 15, .N = 704, .K = 64, .dtype = DType::f16, .rank = 72, .dropout = 0.25f},
+    {.M = 20, .N = 72, .K = 704, .dtype = DType::f16, .bias = true, .rank = 8},
     {.M = 17, .N = 704, .K = 64, .rank = 128, .lora_dtype = DType::bf16},
+    {.M = 50, .N = 704, .K = 64, .rank = 128, .lora_dtype = DType::bf16},
     {.M = 256, .N = 128, .K = 768},
     {.M = 240, .N = 712, .K = 64, .dtype = DType::f16, .rank = 16, .dropout = 0.5f},
+    {.M = 16, .N = 500, .K = 768, .bias = true, .rank = 16},
+    {.M = 10, .N = 768, .K = 512, .rank = 16, .dropout = 0.5f},
+    {.M = 32, .N = 500, .K = 768, .dtype = DType::f16},
+    {.M = 30, .N = 768, .K = 512, .bias = true, .rank = 16, .dropout = 0.25f},
     {.M = 60, .N = 500, .K = 768, .bias = true, .rank = 16},
     {.M = 64, .N = 768, .K = 512, .rank = 16, .dropout = 0.5f},
     {.M = 70, .N = 500, .K = 832, .dtype = DType::f16},
@@ -226,12 +251,22 @@ const Case kCases[] = {
 // Whether dX can be computed so: the rows of dY must consist of whole vectors.
 bool has_backward(const Case& c) { return c.N % 8 == 0; }
 
+void use_wgmma_with_tiles_of(std::int64_t rows) { setenv("QLN_FORCE_HOPPER", std::to_string(rows).c_str(), 1); }
+// Each case takes the smallest tile that holds its rows, or several of 128 rows.
+std::int64_t tile_rows_of(const Case& c) {
+  for (const std::int64_t rows : {16, 32, 64, 128, 256}) {
+    if (c.M <= rows) return rows;
+  }
+  return 128;
+}
 template <class F>
 void for_each_product(const F& f) {
   for (const Case& c : kCases) {
+    use_wgmma_with_tiles_of(tile_rows_of(c));
     f(c, false);
     if (has_backward(c)) f(c, true);
   }
+  setenv("QLN_FORCE_HOPPER", "1", 1);
 }
 void print(const char* what, const Case& c, bool backward) {
   std::printf("%s: M=%d N=%d K=%d%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
@@ -271,26 +306,31 @@ void bits_depend_on_no_order_of_threads_or_blocks() {
   });
 }
 
-// The four blocks of a cluster have sums of 1, 2^25, -2^25 and 1/2. In this order 1 is lost, and in others it is not,
-// or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of them.
-void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension() {
-  constexpr std::int64_t kRows = 64, kCols = 128, kSteps = 18, kStep = 64;
-  Tensor x(DType::bf16, kRows, kSteps * kStep), y(DType::bf16, kRows, kCols), ones(DType::f32, kCols, kSteps * kStep);
+// Four blocks of a cluster have sums of 1, 2^25, -2^25 and 1/2, and further ones have 0. In this order 1 is lost, and
+// in others it is not, or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of
+// them; in the smallest tile two blocks share a vector.
+void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_t rows, std::int64_t cluster) {
+  constexpr std::int64_t kCols = 128, kStep = 64;
+  const std::int64_t steps = cluster == 4 ? 18 : 42;
+  Tensor x(DType::bf16, rows, steps * kStep), y(DType::bf16, rows, kCols), ones(DType::f32, kCols, steps * kStep);
   for (std::int64_t n = 0; n < kCols; ++n) {
-    for (std::int64_t k = 0; k < kSteps * kStep; ++k) ones.set(n, k, 1.0f);
+    for (std::int64_t k = 0; k < steps * kStep; ++k) ones.set(n, k, 1.0f);
   }
   const Quantized weight(ones.in(), format_named("nf4"), 64, false);
-  for (std::int64_t m = 0; m < kRows; ++m) {
-    const float of_rank[] = {1.0f, 0x1p25f, -0x1p25f, 0.5f};
-    for (std::int64_t k = 0; k < kSteps * kStep; ++k) x.set(m, k, 0.0f);
-    for (std::int64_t rank = 0; rank < 4; ++rank) {  // in the last step of each, because the blocks share them unevenly
-      x.set(m, (rank + 1) * kSteps / 4 * kStep - 1 - m % kStep, of_rank[rank]);
+  for (std::int64_t m = 0; m < rows; ++m) {
+    const float of_rank[] = {1.0f, 0x1p25f, -0x1p25f, 0.5f, 0.0f, 0.0f, 0.0f, 0.0f};
+    for (std::int64_t k = 0; k < steps * kStep; ++k) x.set(m, k, 0.0f);
+    for (std::int64_t rank = 0; rank < cluster;
+         ++rank) {  // in the last step of each, because the blocks share them unevenly
+      x.set(m, (rank + 1) * steps / cluster * kStep - 1 - m % kStep, of_rank[rank]);
     }
   }
   setenv("QLN_EMULATED_MULTIPROCESSORS", "16", 1);
+  use_wgmma_with_tiles_of(rows);
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
+  setenv("QLN_FORCE_HOPPER", "1", 1);
   bool all = true;
-  for (std::int64_t m = 0; m < kRows; ++m) {
+  for (std::int64_t m = 0; m < rows; ++m) {
     for (std::int64_t n = 0; n < kCols; ++n) all = all && y.at(m, n) == 0.5;
   }
   EXPECT(all);
@@ -341,7 +381,11 @@ void other_operands_go_another_way() {
 int main() {
   setenv("QLN_FORCE_HOPPER", "1", 1);
   product_is_the_sum_of_float64();
-  sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension();
+  for (const std::int64_t rows : {16, 32, 64}) {
+    for (const std::int64_t cluster : {4, 8}) {
+      sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows, cluster);
+    }
+  }
   decoded_weight_has_the_bits_of_dequantize();
   other_operands_go_another_way();
   bits_depend_on_no_order_of_threads_or_blocks();

@@ -46,7 +46,8 @@ std::ostream& operator<<(std::ostream& text, const PanelsConfig& config) {
 // takes where there is none, without wgmma and with it, and how the sums of U or V are split.
 std::string all_choices() {
   std::ostringstream text;
-  for (const auto& [n, k] : {std::pair{4096, 4096}, std::pair{14336, 4096}, std::pair{4096, 14336}}) {
+  for (const auto& [n, k] :
+       {std::pair{4096, 4096}, std::pair{14336, 4096}, std::pair{4096, 14336}, std::pair{1024, 4096}}) {
     for (std::int64_t rows = 16; rows <= 8192; rows *= 2) {
       for (const bool backward : {false, true}) {
         ProductShape shape = {.rows = rows,

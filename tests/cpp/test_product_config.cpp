@@ -297,25 +297,47 @@ ProductShape on_hopper(std::int64_t rows) {
 }
 bool is_by_wgmma(const ProductShape& shape) { return takes<HopperConfig>(shape); }
 
-void wgmma_is_for_more_than_16_rows_and_fewer_than_panels() {
+void wgmma_is_for_all_rows_but_those_of_gemv() {
   for (const bool backward : {false, true}) {
     const auto shape = [&](std::int64_t rows) {
       ProductShape result = on_hopper(rows);
       result.backward = backward;
       return result;
     };
-    for (const std::int64_t rows : {0, 1, 8, 9, 16}) EXPECT(!is_by_wgmma(shape(rows)));
-    for (const std::int64_t rows : {17, 32, 64, 65, 128, 512, 768}) EXPECT(is_by_wgmma(shape(rows)));
+    for (const std::int64_t rows : {0, 1, 8}) EXPECT(is_by_wgmma(shape(rows)) == backward);
+    for (const std::int64_t rows : {9, 16, 17, 32, 64, 65, 128, 512, 768, 100'000}) EXPECT(is_by_wgmma(shape(rows)));
   }
-  ProductShape many = on_hopper(2048);
-  EXPECT(is_by_wgmma(many));
-  many.dense_gemm = true;
-  EXPECT(is_by_panels(many));
-  many.hopper = HopperUse::wherever_it_can;
-  EXPECT(is_by_wgmma(many));
   ProductShape few = on_hopper(1);
   few.hopper = HopperUse::wherever_it_can;
   EXPECT(is_by_wgmma(few));
+}
+
+// Where there is a dense product, more than 2048 rows are for panels unless copying [X | U] beside them takes too long.
+constexpr struct {
+  std::int64_t rows, cols, inner, rank;
+  bool by_wgmma;
+} kManyRows[] = {
+    {2048, 4096, 4096, 0, true},     {2049, 4096, 4096, 0, false},   {2048, 4096, 3008, 0, false},
+    {2048, 4096, 3008, 16, true},    {2048, 4096, 1984, 16, false},  {2049, 4096, 4096, 8, true},
+    {100'000, 4096, 4096, 16, true}, {8192, 14336, 4096, 16, false}, {2048, 14336, 4096, 16, true},
+    {8192, 4096, 14336, 16, true},   {8192, 8192, 4096, 16, true},   {8192, 8320, 4096, 16, false},
+};
+
+void wgmma_or_panels_is_the_faster_one() {
+  for (const auto& [rows, cols, inner, rank, by_wgmma] : kManyRows) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.inner = inner;
+    shape.rank = rank;
+    shape.multiprocessors = 132;
+    EXPECT(is_by_wgmma(shape));
+    shape.dense_gemm = true;
+    EXPECT(is_by_wgmma(shape) == by_wgmma && is_by_panels(shape) == !by_wgmma);
+    shape.hopper = HopperUse::wherever_it_can;
+    EXPECT(is_by_wgmma(shape));
+    shape.hopper = HopperUse::none;
+    EXPECT(is_by_panels(shape));
+  }
 }
 
 void wgmma_takes_only_what_it_can_load() {
@@ -342,16 +364,38 @@ void wgmma_takes_only_what_it_can_load() {
   }
 }
 
-// Up to 256 rows, the smallest tile that holds all rows; beyond, the largest that wastes at most an eighth of its rows.
+// On 132 multiprocessors: the smallest tile that holds all rows, or several smaller ones where that leaves fewer
+// multiprocessors idle.
 constexpr struct {
-  std::int64_t rows;
+  std::int64_t rows, cols, inner;
   int tile;
-} kTilesOfWgmma[] = {{33, 64},   {64, 64},   {65, 128},  {128, 128}, {129, 256},
-                     {256, 256}, {257, 128}, {384, 128}, {512, 256}, {100'000, 256}};
+} kTilesOfWgmma[] = {
+    {9, 4096, 4096, 16},        {16, 4096, 4096, 16},
+    {17, 4096, 4096, 32},       {32, 4096, 4096, 32},
+    {33, 4096, 4096, 64},       {64, 4096, 4096, 64},
+    {65, 4096, 4096, 128},      {128, 4096, 4096, 128},
+    {512, 4096, 4096, 256},     {768, 4096, 4096, 256},
+    {100'000, 4096, 4096, 256}, {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in clusters of 4
+    {300, 4096, 4096, 128},                              // 96, of 84 rows that do not exist, rather than 64 of 212
+    {128, 1024, 4096, 64},                               // 16 in clusters of 8, rather than 8
+    {256, 1024, 4096, 64},                               // 32 in clusters of 4
+    {1536, 4096, 1024, 128},                             // 384, three for most multiprocessors, rather than 192
+};
 
-void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
-  for (const auto& [rows, tile] : kTilesOfWgmma) {
-    EXPECT(hopper_smem_bytes(tile) <= kHopperSmem);
+void tile_of_wgmma_takes_the_least_time() {
+  for (const auto& [rows, cols, inner, tile] : kTilesOfWgmma) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.inner = inner;
+    shape.multiprocessors = 132;
+    const int chosen = std::get<HopperConfig>(product_config(shape)).gemm.tile_rows;
+    EXPECT(chosen == tile);
+  }
+}
+
+void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
+  for (const int tile : {16, 32, 64, 128, 256}) EXPECT(hopper_smem_bytes(tile) <= kHopperSmem);
+  for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000}) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : {64, 256, 4096, 14336}) {
         for (const int multiprocessors : kMultiprocessors) {
@@ -360,8 +404,8 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
           shape.inner = inner;
           shape.multiprocessors = multiprocessors;
           const auto [config, cluster] = std::get<HopperConfig>(product_config(shape));
-          EXPECT(config.tile_rows == tile && config.tile_cols == kGemmCols);
-          EXPECT(config.row_tiles * tile >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
+          EXPECT(hopper_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kGemmCols);
+          EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
           EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
           if (cluster == 0) {
             expect_each_step_once(config);
@@ -371,7 +415,7 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
           if (cluster == 1) {
             EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, multiprocessors));
           } else {
-            EXPECT(cluster == 2 || cluster == 4);
+            EXPECT(cluster == 2 || cluster == 4 || cluster == 8);
             EXPECT(config.blocks == config.tiles * cluster && config.steps >= cluster);
           }
         }
@@ -380,14 +424,13 @@ void tile_of_wgmma_holds_the_rows_and_every_step_is_done_once() {
   }
 }
 
-// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 can use 128; 0 is runs.
+// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs.
 constexpr struct {
   std::int64_t rows, cols, inner;
   int cluster;
 } kClusters[] = {
     {64, 4096, 4096, 4},     // 32 tiles
-    {256, 4096, 4096, 4},    // 32
-    {256, 4224, 4096, 0},    // 33, one more than there are clusters of 4
+    {64, 4224, 4096, 0},     // 33, one more than there are clusters of 4
     {512, 4096, 4096, 2},    // 64
     {512, 4224, 4096, 2},    // 66
     {512, 4352, 4096, 0},    // 68
@@ -396,8 +439,11 @@ constexpr struct {
     {1024, 4352, 4096, 0},   // 136, a second wave of 4
     {2048, 4096, 4096, 1},   // 256, two waves of almost all multiprocessors
     {2048, 4096, 14336, 0},  // the same, but the 8 that are idle could do more than an exchange takes
-    {64, 1024, 4096, 4},     // 8 tiles, each of which 16 runs would share
-    {64, 4096, 64 * 16, 4},  // 16 steps
+    {64, 1024, 4096, 8},     // 8 tiles, each of which 16 runs would share
+    {64, 2048, 4096, 8},     // 16
+    {64, 2176, 4096, 4},     // 17, one more than there are clusters of 8
+    {64, 1024, 64 * 24, 4},  // 24 steps
+    {16, 4096, 64 * 16, 4},  // 16 steps
     {64, 4096, 64 * 12, 2},  // so few that they take as long as an exchange
     {64, 4096, 64 * 8, 1},  {100'000, 4096, 4096, 0},  // many waves
 };
@@ -419,6 +465,16 @@ void wgmma_is_used_where_it_is_asked_for() {
   EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can && asked_hopper_use(false) == HopperUse::none);
   setenv("QLN_FORCE_HOPPER", "0", 1);
   EXPECT(asked_hopper_use(true) == HopperUse::none);
+  unsetenv("QLN_FORCE_HOPPER");
+  EXPECT(asked_hopper_rows() == 0);
+  for (const int rows : {1, 16, 32, 48, 64, 128, 256}) {
+    setenv("QLN_FORCE_HOPPER", std::to_string(rows).c_str(), 1);
+    EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can);
+    EXPECT(asked_hopper_rows() == (rows == 1 || rows == 48 ? 0 : rows));
+    ProductShape shape = on_hopper(700);
+    shape.hopper_rows = asked_hopper_rows();
+    EXPECT(shape.hopper_rows == 0 || std::get<HopperConfig>(product_config(shape)).gemm.tile_rows == rows);
+  }
   unsetenv("QLN_FORCE_HOPPER");
 }
 
@@ -557,9 +613,11 @@ int main() {
   fp32_and_eight_bits_get_the_general_kernel();
   many_rows_get_panels_where_they_can();
   panel_is_within_its_memory_and_fills_the_device();
-  wgmma_is_for_more_than_16_rows_and_fewer_than_panels();
+  wgmma_is_for_all_rows_but_those_of_gemv();
+  wgmma_or_panels_is_the_faster_one();
   wgmma_takes_only_what_it_can_load();
-  tile_of_wgmma_holds_the_rows_and_every_step_is_done_once();
+  tile_of_wgmma_takes_the_least_time();
+  tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once();
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();
   wgmma_is_used_where_it_is_asked_for();
   way_of_groups_with_own_weights_follows_their_average();

@@ -48,7 +48,7 @@ class HopperGemm {
   using Sums = HopperSums<Tile>;
   static constexpr int kProducts = Tile::kProducts;
   static_assert(Weights::kTileRows * Weights::kTileRowBytes == Shared::kCodeBytes);
-  static constexpr int kConsumerBarrier = 1;  // a barrier's number
+  static constexpr int kConsumerBarrier = 1, kTablesBarrier = 2;  // numbers of barriers
 
  public:
   __device__ HopperGemm(const HopperArgs& args, const HopperMaps& maps, Shared& shared)
@@ -59,7 +59,7 @@ class HopperGemm {
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs) {}
 
-  // Sets up the block's run, its barriers and its tables.
+  // Sets up the block's run and its barriers. Then producers may ask for copies, while consumers fill the tables.
   __device__ void prepare() {
     if (thread_index() == 0) {
       shared_.run = stream_k_.take_run();
@@ -71,13 +71,14 @@ class HopperGemm {
       prefetch_map(maps_.left);
       prefetch_map(maps_.codes);
     }
-    Shared::Table::fill(shared_.rows->pairs, args_.weight.code);
-    shared_.levels.fill(args_.weight);
     sync_threads();
   }
   __device__ void run() {
     if (thread_index() < Tile::kConsumers) {
       increase_max_registers<kConsumerRegisters>();
+      Shared::Table::fill(shared_.rows->pairs, args_.weight.code, Tile::kConsumers);
+      shared_.levels.fill(args_.weight, Tile::kConsumers);
+      wait_for_tables();
       for_each_part([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
@@ -143,12 +144,16 @@ class HopperGemm {
     return SharedAddress(shared_.stages).at(stage * sizeof(Stage));
   }
 
+  // All threads come here once. Producers read the levels of the scales afterwards.
+  __device__ __forceinline__ static void wait_for_tables() { sync_some_threads<kTablesBarrier>(Tile::kThreads); }
+
   // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
 
   __device__ __forceinline__ bool issues_copies() const { return thread_index() == Tile::kConsumers; }
 
   __device__ void produce(const TilePart& part) {
     const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
+    if (rank_of(part) > 0) come_to_tables();  // before the wait for U or V, so that consumers load B or A meanwhile
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
@@ -182,6 +187,7 @@ class HopperGemm {
         tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
                       Weights::tile_byte(inner0, col0), &shared_.full[ring_.stage]);
       }
+      come_to_tables();  // after the first copies have been asked for
       const float scale = scales_.finish(raw[0], offset);
 #pragma unroll
       for (int i = 1; i < kAhead; ++i) raw[i - 1] = raw[i];
@@ -189,6 +195,11 @@ class HopperGemm {
       store_shared(scales.at(ring_.stage * sizeof(Stage)), scale);
       arrive_at_full();
     }
+  }
+  __device__ __forceinline__ void come_to_tables() {
+    if (has_tables_) return;
+    wait_for_tables();
+    has_tables_ = true;
   }
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
@@ -212,8 +223,9 @@ class HopperGemm {
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
     if (args_.cluster > 1) {
-      args_.cluster == 2 ? add_sums_of_cluster<2>(part) : add_sums_of_cluster<4>(part);
-      return;
+      if (args_.cluster == 2) return add_sums_of_cluster<2>(part);
+      if (args_.cluster == 4) return add_sums_of_cluster<4>(part);
+      return add_sums_of_cluster<8>(part);
     }
     if (args_.cluster == 0 && !stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
                                   part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
@@ -248,10 +260,13 @@ class HopperGemm {
     }
     wait_until_sums_are_stored();
     const HopperResult<T> result = result_of(part);
-    constexpr int kCount = Sums::kVectors / kCluster;
-    const int own_rank = cluster_rank(), first = own_rank * kCount;
+    // Where the blocks are more than the vectors, `kSharing` of them add one vector, of every kSharing-th warp each.
+    constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
+    constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
+    const int own_rank = cluster_rank(), first = own_rank / kSharing * kCount;
+    const int count = thread_index() / kWarp % kSharing == own_rank % kSharing ? kCount : 0;
 #pragma unroll 1
-    for (int i = first; i < first + kCount; ++i) {
+    for (int i = first; i < first + count; ++i) {
       const SharedAddress at = own.at(i * kVectorsBytes);
       Four sums[kCluster];
 #pragma unroll
@@ -361,6 +376,7 @@ class HopperGemm {
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
   Ring ring_;
+  bool has_tables_ = false;  // of a producer
   Sums sums_;
 };
 
@@ -425,6 +441,8 @@ void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& c
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
   const auto launch_tile = [&]<class T>() {
+    if (config.tile_rows == kGemmFewRows) return launch_for.template operator()<T, kGemmFewRows>();
+    if (config.tile_rows == kThinRows) return launch_for.template operator()<T, kThinRows>();
     if (config.tile_rows == kGemmMiddleRows) return launch_for.template operator()<T, kGemmMiddleRows>();
     if (config.tile_rows == kGemmManyRows) return launch_for.template operator()<T, kGemmManyRows>();
     launch_for.template operator()<T, kGemmTallRows>();
