@@ -35,7 +35,7 @@ class Worst {
   void see(double actual, double expected, DType dtype, double allowed) {
     const double off = std::fabs(actual - expected);
     const double ratio = off / (unit_roundoff(dtype) * std::fabs(expected) + allowed + smallest_normal(dtype));
-    if (!(ratio <= worst_)) worst_ = ratio;  // NaN counts as the worst
+    worst_ = std::max(worst_, std::isnan(ratio) ? INFINITY : ratio);
   }
   double value() const { return worst_; }
 

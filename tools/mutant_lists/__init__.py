@@ -3,6 +3,7 @@
 The text to find must occur once in its file, so a refactoring that changes it must change its mutant too.
 """
 
+from mutant_lists.attention import ATTENTION
 from mutant_lists.cpu import ON_CPU
 from mutant_lists.gemm import BETWEEN_BLOCKS, GEMM
 from mutant_lists.hopper import BY_WGMMA
@@ -15,4 +16,15 @@ from mutant_lists.row_groups import ROW_GROUPS
 
 __all__ = ["MUTANTS", "SUITES", "Mutant"]
 
-MUTANTS = [*BETWEEN_BLOCKS, *BY_WGMMA, *GEMM, *ON_CHIP, *ROW_GROUPS, *QUANTIZERS, *OPTIMIZER, *ON_CPU, *PAGED_OPTIMIZER]
+MUTANTS = [
+    *BETWEEN_BLOCKS,
+    *BY_WGMMA,
+    *GEMM,
+    *ON_CHIP,
+    *ROW_GROUPS,
+    *QUANTIZERS,
+    *OPTIMIZER,
+    *ON_CPU,
+    *ATTENTION,
+    *PAGED_OPTIMIZER,
+]

@@ -32,6 +32,7 @@ SUITES = {
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),
     "conformance_tiles": Suite("qln_test_conformance", {"QLN_FORCE_ISA": "amx_emulated"}),
+    "attention": Suite("qln_test_attention"),
     "encoder": Suite("qln_test_encoder_avx2"),
 }
 
