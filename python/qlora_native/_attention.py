@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, is_finite_number
-from ._ops import refuse_second_derivative
+from ._ops import differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 
@@ -144,19 +144,6 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
     return (*_ops.attention_backward(dout, q, k, v, out, lse, ctx.scale, *ranges), *others)
 
 
-class Attention(torch.autograd.Function):
-    """The formula as eager mode calls it, which costs less a call than what register_autograd generates."""
+Attention = differentiable("attention", _save, _backward)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of the op."""
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.attention.default(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-torch.library.register_autograd("qlora_native::attention", _backward, setup_context=_save)
 refuse_second_derivative("attention_backward", "attention")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from ._errors import bad, bad_type, check_float_dtype
-from ._ops import Remade, refuse_second_derivative
+from ._ops import Remade, differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in the ops
@@ -147,17 +147,7 @@ def _gated_backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
-class GatedActivation(torch.autograd.Function):
-    """The formula as eager mode calls it, which costs less a call than what register_autograd generates."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Inputs and output of the op."""
-        h = _compute_gated(*inputs)
-        _save_gated(ctx, inputs, h)
-        return h
-
-    backward = staticmethod(_gated_backward)
+GatedActivation = differentiable("gated_activation", _save_gated, _gated_backward)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -186,21 +176,6 @@ def _norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     return total
 
 
-class RmsNorm(torch.autograd.Function):
-    """As `GatedActivation`."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of the op."""
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.rms_norm.default(*inputs)
-        _save_norm(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_norm_backward)
-
-
-torch.library.register_autograd("qlora_native::gated_activation", _gated_backward, setup_context=_save_gated)
-torch.library.register_autograd("qlora_native::rms_norm", _norm_backward, setup_context=_save_norm)
+RmsNorm = differentiable("rms_norm", _save_norm, _norm_backward)
 refuse_second_derivative("gated_activation_backward", "gated_activation")
 refuse_second_derivative("rms_norm_backward", "rms_norm")

@@ -192,20 +192,33 @@ def refuse_second_derivative(op: str, function: str) -> None:
     torch.library.register_autograd(f"qlora_native::{op}", refuse)
 
 
-class LinearFunction(torch.autograd.Function):
-    """The formula for eager mode. The one that register_autograd generates costs 100 us more a call (torch 2.13)."""
+def differentiable(
+    op: str, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """Give an op its derivative, and return the formula for eager mode.
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run linear_forward, and save what backward needs."""
+    A call of the one that register_autograd generates costs 100 us more (torch 2.13).
+
+    Args:
+        op: its name in `torch.ops.qlora_native`.
+        save: keeps in a context what `backward` needs of the inputs and the output.
+        backward: the gradients of the inputs, from a context and those of the output.
+    """
+    packet = getattr(_ops, op)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.linear_forward.default(*inputs)
-        _save(ctx, inputs, output)
+            output = packet.default(*inputs)
+        save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    torch.library.register_autograd(f"qlora_native::{op}", backward, setup_context=save)
+    name = "".join(part.title() for part in op.split("_"))
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
 
 
-torch.library.register_autograd("qlora_native::linear_forward", _backward, setup_context=_save)
+LinearFunction = differentiable("linear_forward", _save, _backward)
 for _name in ("linear_backward_input", "lora_gradients"):
     refuse_second_derivative(_name, "linear")

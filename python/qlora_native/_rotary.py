@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _C  # noqa: F401  (registers the ops)
 from ._attention import new_heads
 from ._errors import bad, bad_type, check_float_dtype
+from ._ops import differentiable
 
 _ops = torch.ops.qlora_native
 
@@ -67,18 +68,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
-class Rotary(torch.autograd.Function):
-    """The formula as eager mode calls it, which costs less a call than what register_autograd generates."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Inputs and output of the op."""
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.rotary.default(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-torch.library.register_autograd("qlora_native::rotary", _backward, setup_context=_save)
+Rotary = differentiable("rotary", _save, _backward)
