@@ -4,6 +4,7 @@ import torch
 import transformers
 
 from qlora_native.nn import Linear4bit
+from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
 VOCABULARY = 128
 AUTO = {"t5": transformers.AutoModelForSeq2SeqLM}
@@ -85,3 +86,14 @@ def logits(model):
 
 def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def assert_same(ours, theirs, dtype=torch.float32):
+    """Compare two steps, each (loss, {name of a parameter: its gradient}), but for the roundings of the dtype."""
+    (loss, gradients), (expected, wanted) = ours, theirs
+    assert gradients.keys() == wanted.keys()
+    allowed = SUM_FACTOR * unit_roundoff(dtype)
+    assert (loss - expected).abs() <= allowed * expected.abs()
+    for name, gradient in wanted.items():
+        # Gradients pass through the layers, each of which rounds.
+        assert (gradients[name] - gradient).norm() <= 8 * allowed * gradient.norm() + 1e-12, name

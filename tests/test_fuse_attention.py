@@ -13,10 +13,11 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from models import assert_same  # noqa: E402
+
 from qlora_native.integrations import attention as integration  # noqa: E402
 from qlora_native.integrations.attention import fuse_attention  # noqa: E402
 from qlora_native.integrations.rotary import fuse_rotary  # noqa: E402
-from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 # Weights are large, so that probabilities are far from equal.
 COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -102,16 +103,6 @@ def step(model, inputs=None):
     loss = model(**(batch() if inputs is None else inputs)).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, theirs, dtype=torch.float32):
-    (loss, gradients), (expected, wanted) = ours, theirs
-    assert gradients.keys() == wanted.keys()
-    allowed = SUM_FACTOR * unit_roundoff(dtype)
-    assert (loss - expected).abs() <= allowed * expected.abs()
-    for name, gradient in wanted.items():
-        # Gradients pass through the layers, each of which rounds.
-        assert (gradients[name] - gradient).norm() <= 8 * allowed * gradient.norm() + 1e-12, name
 
 
 def fused(model):
@@ -344,7 +335,7 @@ def test_second_call_changes_nothing_and_sdpa_can_be_set_again(calls):
     assert implementations(model) == {"sdpa"} and not calls
 
 
-def test_saved_model_does_not_name_the_implementation(tmp_path):
+def test_saved_model_loads_with_the_implementation_sdpa(tmp_path):
     model = fused(make())
     model.save_pretrained(tmp_path)
     assert "qlora_native" not in (tmp_path / "config.json").read_text()
@@ -384,7 +375,7 @@ def test_models_within_a_model_are_fused_where_they_have_sdpa(kept):
     assert model.config.vision_config._attn_implementation == ("qlora_native" if kept is None else "eager")
 
 
-def test_inner_model_that_the_config_does_not_list_keeps_its_choice():
+def test_inner_model_beside_the_config_keeps_its_choice():
     model = make()
     model.inner, model.other = make(), make()
     model.inner.set_attn_implementation("eager")
@@ -423,7 +414,7 @@ def test_code_that_knows_sdpa_by_name_stays():
     assert implementations(model) == {"sdpa"}
 
 
-def test_code_that_does_not_look_attention_up_stays():
+def test_code_with_attention_of_its_own_stays():
     """BLOOM's has none but its own; the name is what its config would say."""
     sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96}
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
@@ -432,7 +423,7 @@ def test_code_that_does_not_look_attention_up_stays():
         assert not fuse_attention(model)
 
 
-def test_model_that_is_not_of_transformers_is_refused():
+def test_only_models_of_transformers_are_taken():
     for model in (nn.Linear(3, 3), "llama"):
         with pytest.raises(TypeError, match="model: expected a model of transformers, got"):
             fuse_attention(model)

@@ -10,6 +10,8 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from models import assert_same  # noqa: E402
+
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.blocks import DeferredActivation, fuse_blocks  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
@@ -51,16 +53,6 @@ def step(model):
     loss = model(**batch()).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, theirs, dtype):
-    (loss, gradients), (expected, wanted) = ours, theirs
-    assert gradients.keys() == wanted.keys()
-    allowed = SUM_FACTOR * unit_roundoff(dtype)
-    assert (loss - expected).abs() <= allowed * expected.abs()
-    for name, gradient in wanted.items():
-        # Gradients pass through the layers, each of which rounds.
-        assert (gradients[name] - gradient).norm() <= 8 * allowed * gradient.norm() + 1e-12, name
 
 
 @families

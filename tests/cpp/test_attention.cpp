@@ -178,7 +178,7 @@ class Expected {
     std::int64_t begin = 0, end = s_.keys;
     if (s_.ranges != Ranges::all)
       begin = p_.ranges[static_cast<std::size_t>(2 * row)], end = p_.ranges[static_cast<std::size_t>(2 * row + 1)];
-    // Of a sum of n products of rounded numbers, relative to the norms.
+    // This is the error of a sum of n products of rounded numbers, relative to the norms.
     const auto of_sum = [&](std::int64_t n) {
       return sum_roundoff(p_.dtype) * kSumFactor * std::sqrt(static_cast<double>(n));
     };

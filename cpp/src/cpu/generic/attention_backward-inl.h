@@ -60,7 +60,7 @@ class AttentionBackward : AttentionBlocks<Dot> {
     float* dq;                        // sums
     float *shift, *delta;             // [64]
   };
-  // Of a block of keys.
+  // What they need of a block of keys.
   struct HeadOfKeys {
     float *k, *v;      // transposed
     float* k_columns;  // for dQ

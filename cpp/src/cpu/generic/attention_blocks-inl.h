@@ -126,7 +126,7 @@ class AttentionBlocks {
   struct Seen {
     std::int32_t begin, end;
   };
-  // Of one block of queries: what each sees, and the blocks of keys that have any of it.
+  // This is what each query of a block sees, and the blocks of keys that have any of it.
   struct SeenByBlock {
     Seen of[kBlock];
     Range blocks;
@@ -159,7 +159,7 @@ class AttentionBlocks {
 
   // ---- sums and scores ----
 
-  // What is subtracted from scores. A query that has seen no key has -inf, and -inf - -inf would be NaN.
+  // This is subtracted from scores. A query that has seen no key has -inf, and -inf - -inf would be NaN.
   static float finite_or_zero(float x) { return x == -kInfinity ? 0.0f : x; }
   static F32 negative(F32 x) { return mul(x, set1(-1.0f)); }
 
