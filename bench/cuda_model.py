@@ -45,10 +45,12 @@ PORT, STORED = 64, 32
 L2_LATENCY, DRAM_LATENCY = 291, 700
 # Bytes a second that all multiprocessors load from the shared memory of others, by blocks of a cluster, and cycles
 # until such a load arrives: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
-# arXiv 2501.12084. A barrier of a cluster is taken to cost as much again, and a trip to L2, because ptxas makes a fence
-# of the whole device (MEMBAR.ALL.GPU) of its release. They measured clusters of 2 and 4; for 8 the bandwidth is assumed
-# to fall once more as it does from 2 to 4.
+# arXiv 2501.12084, on an H800 PCIe, which has 114 multiprocessors and this clock. They measured clusters of 2 and 4;
+# for 8 the bandwidth is assumed to fall once more as it does from 2 to 4. A barrier of a cluster is taken to cost as
+# much again as a load and, where it shows stores, a trip to L2, because ptxas makes a fence of the whole device
+# (MEMBAR.ALL.GPU) of its release.
 CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12, 8: 2.65e12**2 / 3.3e12}, 200
+CLUSTER_MULTIPROCESSORS = 114
 CLUSTER_BARRIER = CLUSTER_LATENCY + L2_LATENCY
 # Multiply-adds a second of cuBLAS in bf16 on an H100: 790 TFLOP/s, measured. Power keeps it from more, so no way is
 # counted with more.
@@ -57,7 +59,7 @@ DENSE_RATE = 790e12 / 2
 # (NVIDIA's "Getting Started with CUDA Graphs", on a V100) to 1.2 us. This is the model's least certain number.
 LAUNCH = 1e-6
 # How many latencies the loops wait that load B of a tile: for two columns of a lane (gemm/gemm.cuh, hopper/gemm.cuh),
-# or for four and U (gemm/thin.cuh). Other elements of the same 32 bytes come from L1.
+# or for four and U (gemm/thin.cuh). Other elements of the same 32 bytes come from L1. hopper/ has B in L2 by then.
 ADAPTER_WAITS = {"thin": 5, "gemm": 2, "wgmma": 2}
 # A tile of U or V (general.cuh, low_rank.cuh): its rows, how many of its blocks a multiprocessor holds, and cycles of
 # shared memory of a step of 64. Both operands are stored once, and 8 warps load 16 rows of one and 32 of the other.
@@ -264,7 +266,9 @@ class Model:
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""
-        return step + ADAPTER_WAITS[runs.kernel] * DRAM_LATENCY if product.rank else 0
+        if product.rank == 0:
+            return 0
+        return step + ADAPTER_WAITS[runs.kernel] * (L2_LATENCY if runs.kernel == "wgmma" else DRAM_LATENCY)
 
     def _end_of_clusters(self, product: Product, runs: Runs, step: float, begin: float) -> float:
         """The cycles until the slowest block has ended, where clusters share tiles, or blocks have whole tiles."""
@@ -272,9 +276,9 @@ class Model:
         exchange = 0.0
         if count > 1:
             loaded = sums * F32 * (count - 1) / count
-            rate = CLUSTER_BANDWIDTH[count] / self.device.multiprocessors / self.device.clock
+            rate = CLUSTER_BANDWIDTH[count] / CLUSTER_MULTIPROCESSORS / self.device.clock
             stored = sums * F32 / cycles.SHARED_BYTES
-            exchange = stored + CLUSTER_BARRIER + CLUSTER_LATENCY + loaded / rate + CLUSTER_BARRIER
+            exchange = stored + CLUSTER_BARRIER + CLUSTER_LATENCY + loaded / rate + CLUSTER_LATENCY
         of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
         return begin + runs.longest * step + runs.tiles_of_block * of_tile
 

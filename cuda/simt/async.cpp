@@ -63,11 +63,13 @@ void SharedMemory::note_store_in(std::int32_t interval, const void* p, std::size
   }
 }
 
-void SharedMemory::note_read_in(std::int32_t interval, const void* p, std::size_t bytes, int rank) {
+void SharedMemory::note_read_in(std::int32_t interval, std::int32_t first_unseen, const void* p, std::size_t bytes,
+                                int rank) {
   for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
-    if (stored_[at] == 0 || stored_[at] == interval) {
-      fail("reads shared memory of block " + std::to_string(rank) + " of its cluster that " +
-           (stored_[at] == 0 ? "was not stored" : "was stored after the last barrier of the cluster"));
+    if (stored_[at] == 0 || stored_[at] >= first_unseen) {
+      fail(
+          "reads shared memory of block " + std::to_string(rank) + " of its cluster that " +
+          (stored_[at] == 0 ? "was not stored" : "was stored after the last barrier of the cluster that shows stores"));
     }
     read_[at] = interval;
   }

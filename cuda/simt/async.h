@@ -38,7 +38,7 @@ class SharedMemory {
   // cluster (cluster.cpp). Only a block that has others beside it in its cluster does.
   void track_intervals();
   void note_store_in(std::int32_t interval, const void* p, std::size_t bytes);
-  void note_read_in(std::int32_t interval, const void* p, std::size_t bytes, int rank);
+  void note_read_in(std::int32_t interval, std::int32_t first_unseen, const void* p, std::size_t bytes, int rank);
   bool was_read_in(std::int32_t interval) const { return last_read_ == interval; }
   // The first is called before the asynchronous proxy reads, the second after it has written. What it has written is
   // not for other blocks.

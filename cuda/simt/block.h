@@ -83,6 +83,8 @@ struct Cluster {
   std::vector<struct Block*> blocks;      // by rank; null: it has not begun, or has ended
   std::vector<struct Fiber*> at_barrier;  // threads that wait at the barrier
   std::int32_t interval = 1;              // 1 + how many barriers all threads have passed
+  std::int32_t first_unseen = 1;          // the first interval whose stores other blocks do not see yet
+  bool shows_stores = true;               // whether the barrier does at which threads wait
   int ended_threads = 0;
 };
 

@@ -67,14 +67,15 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
 
 // ---- clusters ----
 
-__device__ __forceinline__ void arrive_at_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void sync_cluster() {
-  arrive_at_cluster();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  wait_for_cluster();
+}
+__device__ __forceinline__ void sync_cluster_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   wait_for_cluster();
 }
 // The address, in the cluster's shared memory, of what block `rank` has at this block's `address`.
@@ -106,6 +107,9 @@ __device__ __forceinline__ void tma_load_tile(void* to, const TensorMap& map, in
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map.map()) : "memory");
+}
+__device__ __forceinline__ void prefetch_sector(const std::byte* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -153,7 +153,8 @@ WgmmaQueue& wgmma_queue();
 void set_max_registers(int count);
 
 // The blocks of a cluster (cluster.cpp).
-void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
+// Waits for all threads of all blocks of the cluster. If `shows_stores`, they then see what the others have stored.
+void cluster_barrier(bool shows_stores, Site site);
 // Returns where another block of the cluster has what this block has at `own` in its shared memory.
 const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank);
 

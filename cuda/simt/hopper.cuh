@@ -6,8 +6,10 @@
 //   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
 //   tma_load_tile()                    copies a tile of a matrix in global memory; its bytes count at such a barrier
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
-//   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
+//   sync_cluster(), _relaxed()         wait for all threads of a cluster's blocks (LaunchShape::cluster); after the
+//                                      second one nobody sees what others have stored before it
 //   load_shared_of_block()             loads from the shared memory of another block of the cluster
+//   prefetch_map(), prefetch_sector()  bring nearer what is loaded soon
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once
@@ -21,6 +23,7 @@ constexpr int kWarpgroup = 4 * kWarp;
 // A wgmma multiplies 64 rows over 16 elements of the inner dimension.
 constexpr int kWgmmaRows = 64, kWgmmaInner = 16;
 constexpr int kMbarrierBytes = 8;
+constexpr int kSectorBytes = 32;  // what L2 loads at once
 // TMA writes to addresses that are multiples of kTmaAlignment. A tile of b with rows of 128 bytes begins at a multiple
 // of kSwizzledAlignment, because the swizzle repeats every eight rows.
 constexpr int kTmaAlignment = 128, kSwizzledRowBytes = 128, kSwizzledAlignment = 8 * kSwizzledRowBytes;

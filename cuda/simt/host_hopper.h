@@ -52,10 +52,12 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site sit
 // ---- clusters ----
 
 // Waits for all threads of all blocks of the cluster, which then see what the others have stored before.
-inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
+inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(true, site); }
+// Only waits. On a device it costs less, because the first one must wait until stores are seen on the whole device.
+inline void sync_cluster_relaxed(Site site = Site::current()) { emulator::cluster_barrier(false, site); }
 // Blocks that follow each other in the grid are a cluster. Loads what its block `rank`, from 0 on, has where this block
-// has `from`, in shared memory. Another block must have stored it by store_shared() before a barrier of the cluster,
-// and must not end before the next one (cluster.cpp).
+// has `from`, in shared memory. Another block must have stored it by store_shared() before a sync_cluster(), and must
+// not end before the next barrier of the cluster (cluster.cpp).
 template <class V>
 V load_shared_of_block(const SharedAddress& from, int rank) {
   if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
@@ -70,6 +72,10 @@ inline void tma_load_tile(void* to, const TensorMap& map, int row, int col, std:
   emulator::load_tile(to, map.source(), row, col, barrier);
 }
 inline void prefetch_map(const TensorMap&) {}
+// Asks for the kSectorBytes of global memory around an address, so that L2 has them when they are loaded.
+inline void prefetch_sector(const std::byte* global) {
+  static_cast<void>(*static_cast<const volatile std::byte*>(global));
+}
 inline void fence_proxy_async() { emulator::publish_shared_stores(); }
 
 // ---- products of a warpgroup ----

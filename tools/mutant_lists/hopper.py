@@ -68,16 +68,16 @@ BY_WGMMA = [
     ),
     Mutant(
         HOPPER_WEIGHTS,
-        "nibbles of two rows do not change places",
-        "(rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)",
-        "rows[1]",
+        "both columns of dX have the first one's values",
+        "to[2] = pair.at[1] * scale.at[row];",
+        "to[2] = pair.at[0] * scale.at[row];",
         HOPPER,
     ),
     Mutant(
         HOPPER_WEIGHTS,
         "both rows of a pair have the first one's scale",
-        "pair.at[1] * scale.at[1];",
-        "pair.at[1] * scale.at[0];",
+        "to[2] = pair.at[1] * scale.at[row];",
+        "to[2] = pair.at[1] * scale.at[0];",
         HOPPER,
     ),
     Mutant(
@@ -139,7 +139,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a block ends while others read its sums",
-        "wait_until_sums_are_added() { sync_cluster(); }",
+        "wait_until_sums_are_added() { sync_cluster_relaxed(); }",
         "wait_until_sums_are_added() {}",
         HOPPER,
     ),

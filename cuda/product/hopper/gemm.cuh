@@ -76,6 +76,7 @@ class HopperGemm {
   __device__ void run() {
     if (thread_index() < Tile::kConsumers) {
       increase_max_registers<kConsumerRegisters>();
+      prefetch_right();
       Shared::Table::fill(shared_.rows->pairs, args_.weight.code, Tile::kConsumers);
       shared_.levels.fill(args_.weight, Tile::kConsumers);
       wait_for_tables();
@@ -284,8 +285,8 @@ class HopperGemm {
   }
   // All threads of the cluster's blocks come to both of these.
   __device__ __forceinline__ static void wait_until_sums_are_stored() { sync_cluster(); }
-  // A block's shared memory must be there as long as others read it.
-  __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster(); }
+  // A block's shared memory must be there as long as others read it. They store nothing for each other any more.
+  __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster_relaxed(); }
 
   // A lane's part of one product's operand a: by half of the 16 of the inner dimension, and by column of the result.
   using Fragment = std::uint32_t[4];
@@ -335,6 +336,26 @@ class HopperGemm {
     if (thread_index() % kWarp == 0) mbarrier_arrive(&shared_.empty[stage]);
   }
 
+  // Brings the B or A of the block's first tile to L2 while the tables are filled. What comes after it, other blocks
+  // have loaded by then.
+  __device__ void prefetch_right() const {
+    const TilePart part = part_after(0);
+    const std::int64_t rank = part.count == 0 ? 0 : rank_of(part), col = col0(part);
+    if (rank == 0) return;
+    const std::int64_t cols = args_.cols - col < Tile::kCols ? args_.cols - col : Tile::kCols;
+    // B has all ranks of a column one after another, and A all columns of a rank.
+    const std::int64_t spans = Weights::kForward ? 1 : rank, first = Weights::kForward ? col * rank : col;
+    const auto bytes = static_cast<std::int64_t>(size_of(args_.right_dtype));
+    const std::int64_t span_bytes = (Weights::kForward ? cols * rank : cols) * bytes;
+    const auto* const right = static_cast<const std::byte*>(args_.right) + first * bytes;
+#pragma unroll 1
+    for (std::int64_t span = 0; span < spans; ++span) {
+#pragma unroll 1
+      for (std::int64_t at = thread_index() * kSectorBytes; at < span_bytes; at += Tile::kConsumers * kSectorBytes) {
+        prefetch_sector(right + span * args_.cols * bytes + at);
+      }
+    }
+  }
   // Multiplies by the adapter, 64 of the rank at a time, with s*B, or A, in place of the weight. A lane's share comes
   // from global memory, and waits in the lane's own shared memory until it is complete. So one piece of code loads
   // every pair, and no registers are held meanwhile.

@@ -71,11 +71,7 @@ struct HopperRows {
 };
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. A step has 64 rows of 64
-// bytes. A byte has both columns of the lane, but a pair of wgmma's operand comes from two rows. So nibbles of two
-// bytes change places before the table is asked:
-//
-//   row n       [ column 2g | 2g + 1 ]         [ row n | n + 1 ]   column 2g
-//   row n + 1   [ column 2g | 2g + 1 ]   ->    [ row n | n + 1 ]   column 2g + 1
+// bytes. A byte has both columns of the lane, and the lane has four rows of each 16.
 //
 // TMA's swizzle of 64 bytes puts the vectors of rows 2t, which lanes read at once, into different banks.
 struct HopperColumns {
@@ -107,31 +103,16 @@ struct HopperColumns {
   template <class Table>
   __device__ __forceinline__ static void decode(const Addresses& addresses, std::uint32_t stage, const Table& table,
                                                 HopperValues& values) {
-    constexpr std::uint32_t kHigh = 0xF0F0F0F0;
 #pragma unroll
-    for (unsigned half = 0; half < 2; ++half) {  // half of the eight pairs of rows, which are 8 rows apart
-      std::uint32_t rows[2] = {};                // the first and the second of each pair
+    for (unsigned row_pair = 0; row_pair < kGemmStep / 8; ++row_pair) {  // which are 8 rows apart
+      const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage + row_pair * 8 * sizeof(float)));
 #pragma unroll
-      for (unsigned i = 0; i < 4; ++i) {
-#pragma unroll
-        for (unsigned second = 0; second < 2; ++second) {
-          const SharedAddress at = addresses.byte.at(stage + ((half * 4 + i) * 8 + second) * kTileRowBytes);
-          rows[second] |= std::uint32_t{load_shared<std::uint8_t>(at)} << (8 * i);
-        }
-      }
-      const std::uint32_t cols[2] = {(rows[0] & kHigh) | (rows[1] >> 4 & ~kHigh),
-                                     (rows[0] << 4 & kHigh) | (rows[1] & ~kHigh)};
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) {
-        const unsigned row_pair = half * 4 + i;
-        const auto scale = load_shared<Vector<float, 2>>(addresses.scales.at(stage + row_pair * 8 * sizeof(float)));
-#pragma unroll
-        for (unsigned col = 0; col < 2; ++col) {
-          const auto pair = table.pair_of_byte(cols[col], i);
-          float* const to = values + row_pair * 4 + col * 2;
-          to[0] = pair.at[0] * scale.at[0];
-          to[1] = pair.at[1] * scale.at[1];
-        }
+      for (unsigned row = 0; row < 2; ++row) {
+        const SharedAddress at = addresses.byte.at(stage + (row_pair * 8 + row) * kTileRowBytes);
+        const auto pair = table.pair_of_byte(load_shared<std::uint8_t>(at), 0);
+        float* const to = values + row_pair * 4 + row;
+        to[0] = pair.at[0] * scale.at[row];
+        to[2] = pair.at[1] * scale.at[row];
       }
     }
   }
