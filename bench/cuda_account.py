@@ -88,7 +88,12 @@ class Times(NamedTuple):
 def times_of(model: Model, choices: Choices, product: Product) -> Times:
     """What each way takes."""
     alone = dataclasses.replace(product, rank=0)
-    beside = model.low_rank(product, **choices[alone, "low-rank"].numbers) if product.rank else 0.0
+
+    def with_low_rank(seconds: float, runs: Runs | None) -> float:
+        if product.rank == 0:
+            return seconds
+        return seconds + model.low_rank(product, runs, **choices[alone, "low-rank"].numbers)
+
     chosen = choices[alone, "chosen-with-adapter" if product.rank else "chosen"]
     wgmma = {rows: Runs.of(product, "wgmma", rows, 128, model.device.multiprocessors) for rows in WGMMA_ROWS}
     panels = Panels.of(product, model.device.multiprocessors)
@@ -97,10 +102,11 @@ def times_of(model: Model, choices: Choices, product: Product) -> Times:
     else:
         name = "panels" if chosen.way == "panels" else "mma.sync"
     by_panels = model.panels(product, panels) if panels else None
+    before = choices[alone, "mma.sync"].runs()
     return Times(
-        model.fused(product, choices[alone, "mma.sync"].runs()) + beside,
-        {rows: model.fused(product, runs) + beside for rows, runs in wgmma.items()},
-        (by_panels[0] + beside, by_panels[1] + beside) if by_panels else None,
+        with_low_rank(model.fused(product, before), before),
+        {rows: with_low_rank(model.fused(product, runs), runs) for rows, runs in wgmma.items()},
+        (with_low_rank(by_panels[0], None), with_low_rank(by_panels[1], None)) if by_panels else None,
         name,
     )
 
@@ -152,7 +158,7 @@ def parts(model: Model, choices: Choices) -> Iterator[Sequence[str]]:
         if chosen.way == "panels":
             chosen = choices[alone, "wgmma"]
         spent = model.parts(product, chosen.runs())
-        spent["U or V"] = model.low_rank(product, **choices[alone, "low-rank"].numbers)
+        spent["U or V"] = model.low_rank(product, chosen.runs(), **choices[alone, "low-rank"].numbers)
         total = sum(spent.values())
         del spent["launches"]  # none, beside those of U or V
         tile = f"{chosen.way} {chosen.numbers['tile_rows']} × {chosen.numbers['tile_cols']}"
@@ -278,8 +284,9 @@ spread over the steps of the longest run. "Cycles a row" are those of the resour
 columns of the result. With "runs" the blocks share the steps of all tiles evenly; with "clusters" the blocks of each
 cluster share those of one tile, and exchange their sums through distributed shared memory."""
 PARTS = """Microseconds on the H100, W of 4096 × 4096, r = 16, by the kernel that config.cpp chooses where there is no
-dense product. "Begin" is from a block's start to its first product. U or V has a memset and a kernel; the kernel of the
-product is launched while that one runs, and the model lets it begin when U or V is there."""
+dense product. "Begin" is from a block's start to its first product. U or V takes a kernel that clears tickets, or a memset where
+the product takes tickets too, and its own kernel, which is launched beside the first; the kernel of the product is
+launched while that one runs, and the model lets it begin when U or V is there."""
 LOSSES = """All products of this page for which the best other way beats the chosen one by more than {:.0%}, if panels
 take as long as they may where they are the other way, and as little where they are chosen."""
 TIMES = """With U or V where r is 16. "mma.sync" is what a product took before there was wgmma; the numbers beside

@@ -14,11 +14,10 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
 
 To the resources of cycles.py come L2, through which each tile loads its operands, and the whole card's DRAM, through
 which each operand passes once. Two blocks of a multiprocessor take turns at its resources. A product takes as long as
-its slowest block, and LAUNCH for each kernel and each memset.
+its slowest block, and LAUNCH for each kernel and each memset that nothing hides.
 
 Panels take the dense product's measured rate. At best only the first panel's decoding shows, at worst that of all. U or
-V takes a memset and a kernel in every way, and while the kernel runs, that of a product that decodes on the way is
-launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where
+V takes two launches at most, and while it is made, the kernel of a product that decodes on the way is launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where
 it does not stay in L2.
 """
 
@@ -341,13 +340,17 @@ class Model:
                 decoding.append(cols * inner * of_element)
         return shown + decoding[0], shown + sum(decoding)
 
-    def low_rank(self, product: Product, parts: int, length: int) -> float:
-        """The seconds of U or V: blocks sum `length` of the inner dimension each, and the last adds `parts` sums."""
+    def low_rank(self, product: Product, runs: Runs | None, parts: int, length: int) -> float:
+        """The seconds of U or V: blocks sum `length` of the inner dimension each, and the last adds `parts` sums.
+
+        Tickets are cleared by a kernel beside which the one of U or V is launched; but by a memset where the product's
+        runs (None: panels) take tickets too.
+        """
         device = self.device
         blocks = math.ceil(product.rows / LOW_RANK_TILE) * parts
         together = min(math.ceil(blocks / device.multiprocessors), LOW_RANK_BLOCKS)
         waves = math.ceil(blocks / (LOW_RANK_BLOCKS * device.multiprocessors))
         of_wave = 2 * DRAM_LATENCY + math.ceil(length / STEP) * together * LOW_RANK_CYCLES
         seconds = max(waves * of_wave / device.clock, BF16 * product.rows * product.inner / device.bandwidth)
-        seconds += 2 * LAUNCH  # a memset, which clears the product's flags too, and the kernel
+        seconds += LAUNCH * (2 if runs is not None and runs.cluster == 0 and runs.splits_a_tile else 1)
         return seconds + (3 * L2_LATENCY / device.clock if parts > 1 else 0)  # stores, a ticket, loads

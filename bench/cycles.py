@@ -9,7 +9,9 @@ dimension of one tile, which 8 warps do together:
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
 wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, and its tiles come by TMA. Beside the 8
-warps that multiply, 4 bring codes and scales.
+warps that multiply, 4 bring codes and scales. Where lanes i and i ^ 1 load the same 16 bytes, a load takes two cycles
+and not four (Greg of NVIDIA, forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228), as it does
+for the forward codes of wgmma, which the four lanes of a quad share (HopperRows in hopper/weights.cuh).
 
 The largest is a lower bound on the time, without waits, conflicts and caches, and an upper bound on the share of the
 tensor cores' peak that a full tile can reach. No GPU has confirmed it yet. cuda_account.py computes the time of whole
@@ -54,10 +56,15 @@ DEVICES = {
 PRODUCERS = 4  # warps, of a kernel that multiplies by wgmma
 
 
-def shared_cycles(loop: Sequence[Instruction]) -> int:
-    """The cycles of shared memory for one warp in one turn of a loop."""
+def shared_cycles(loop: Sequence[Instruction], lanes_share_vectors: bool = False) -> int:
+    """The cycles of shared memory for one warp in one turn of a loop.
+
+    With `lanes_share_vectors`, lanes i and i ^ 1 load the same 16 bytes.
+    """
 
     def bytes_of(opcode: str) -> int:
+        if lanes_share_vectors and opcode == "LDS.128":
+            return LANES * 16 // 2
         if opcode.startswith("LDSM"):
             return LANES * 4 * int(opcode.rsplit(".", 1)[1])  # matrices of 8 rows of 16 bytes
         if re.match(r"(LDS|STS|LDGSTS)\b", opcode):
@@ -92,7 +99,7 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return {
-        "shared memory": round(WARPS * shared_cycles(loop) * turns + copied),
+        "shared memory": round(WARPS * shared_cycles(loop, "HopperRows" in kernel.name) * turns + copied),
         "issue": round((WARPS * len(loop) + beside) / SCHEDULERS * turns),
     }
 

@@ -206,6 +206,12 @@ def test_shared_memory_is_counted_by_the_width_of_each_access(machine_code):
         assert cycles.shared_cycles([machine_code.Instruction(0, "", opcode, "")]) == expected, opcode
 
 
+def test_vectors_that_lanes_share_take_half_as_long(machine_code):
+    cycles = importlib.import_module("cycles")
+    loop = [machine_code.Instruction(0, "", opcode, "") for opcode in ("LDS.128", "LDS.64")]
+    assert [cycles.shared_cycles(loop, lanes_share_vectors=shared) for shared in (False, True)] == [4 + 2, 2 + 2]
+
+
 def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
     cycles = importlib.import_module("cycles")
     loop = [("LDSM.16.M88.4", "")] * 32 + [("HMMA.16816.F32.BF16", "")] * 128 + [("BRA", "`(.L_0)")]
@@ -227,8 +233,8 @@ def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
     step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
     assert step.cycles["tensor"] == 1024
-    # X is written once and read by both warpgroups; 8 warps load 4 x 128 bytes each, and codes come in 32 x 128.
-    assert step.cycles["shared memory"] == 3 * 256 + 8 * 4 + 32
+    # X is written once and read by both warpgroups; 8 warps load vectors that lanes share, and codes come in 32 x 128.
+    assert step.cycles["shared memory"] == 3 * 256 + 8 * 2 + 32
     assert step.cycles["issue"] == (8 * 6 + 4 * 3) / 4
 
 

@@ -76,17 +76,19 @@ void multiply(const Product& product, const Stream& stream) {
       },
       config_of(product, stream));
 }
-// Makes U or V, and multiplies. The second kernel may begin while the first runs, so nothing comes between them, and
-// the memory of both is kept until both are launched.
+// Makes U or V, and multiplies. Each kernel may begin while the one before it runs, so nothing comes between them, and
+// the memory of all is kept until the last is launched.
 template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& low_rank, const Product& product,
               const Stream& stream) {
   const ProductConfig config = config_of(product, stream);
   std::visit(
       [&](const auto& way) {
-        Counters counters(low_rank.counters() + counters_of(way), stream);
+        // A product that takes tickets does so as it begins, which may be before the kernel before U or V has ended.
+        Counters counters(low_rank.counters() + counters_of(way), stream, counters_of(way) == 0);
         const LowRankWorkspace workspace(low_rank, counters, stream);
-        launch_low_rank(left, right, low_rank, workspace.memory(), begins_early(config), stream);
+        launch_low_rank(left, right, low_rank, workspace.memory(), counters.next_begins_early(), begins_early(config),
+                        stream);
         multiply(product, way, counters, stream);
       },
       config);

@@ -4,7 +4,8 @@
 //   V = s/(1-p) * dY . B           dB = s * dY^T . U
 //
 // All are long sums for few results, so several blocks share the sum of a tile, and the last of them to arrive adds
-// their parts, in the order of the parts. The kernel of the product may begin while that of U or V runs (linear.cu).
+// their parts, in the order of the parts. The kernel may begin while another one clears the tickets of these blocks,
+// and the kernel of the product may begin while that of U or V runs (linear.cu).
 #pragma once
 
 #include "product/config.h"
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     return ProductPosition<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
   };
   const LowRankPart part = part_of_block();
-  if (kGrouped && part.i0 >= part.rows) return;
+  if (kGrouped && part.i0 >= part.rows) return wait_for_kernel_before();
   const ProductPosition<typename Left::Element> position = position_of(part);
   ProductSums sum = {};
   if constexpr (kGrouped && !kSumsOverRows) {
@@ -124,6 +125,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
       store_vector<float, 1>(memory.partial_sums + (stored.part * p.out.rows + row) * p.out.cols + j, {{s}});
     }
   });
+  wait_for_kernel_before();  // which clears the tickets
   if (p.split.parts > 1 && is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) {
     add_parts(p, memory.partial_sums, stored);
   }
@@ -177,9 +179,10 @@ class LowRankWorkspace {
 
 template <class Left, class Right>
 void launch_low_rank(const Left& left, const Right& right, const LowRankProduct& product, const LowRankMemory& memory,
-                     bool next_begins_early, const Stream& stream) {
+                     bool begins_early, bool next_begins_early, const Stream& stream) {
   LaunchShape shape = product_grid(product.row_tiles, product.out.cols);
   shape.blocks *= product.split.parts;
+  shape.begins_early = begins_early;
   shape.next_begins_early = next_begins_early;
   if (product.groups.count > 0) {
     launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product, memory);
@@ -191,9 +194,9 @@ void launch_low_rank(const Left& left, const Right& right, const LowRankProduct&
 // One of these products alone.
 template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& product, const Stream& stream) {
-  Counters counters(product.counters(), stream);
+  Counters counters(product.counters(), stream, true);
   const LowRankWorkspace workspace(product, counters, stream);
-  launch_low_rank(left, right, product, workspace.memory(), false, stream);
+  launch_low_rank(left, right, product, workspace.memory(), counters.next_begins_early(), false, stream);
 }
 
 // The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.

@@ -300,6 +300,18 @@ int multiprocessors() {
   return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kFew));
 }
 
+namespace {
+
+// True in a pseudo-random half of the calls, and not in every second one: each product makes the same number of calls,
+// so that every second one could always be the same of them.
+bool is_picked_half_of_the_time() {
+  static thread_local std::uint32_t calls = 0;
+  constexpr std::uint32_t kGoldenRatio = 0x9E3779B9;
+  return (++calls * kGoldenRatio) >> 31 != 0;
+}
+
+}  // namespace
+
 void launch(Grid grid) {
   if (grid.threads <= 0 || grid.threads > kMaxThreads || grid.threads % kWarp != 0) {
     fail("a block of " + std::to_string(grid.threads) + " threads");
@@ -312,7 +324,10 @@ void launch(Grid grid) {
   if (current != nullptr) fail("a kernel launches another");
   if (!grid.begins_early) run_kept_grid();
   if (grid.next_begins_early) {
-    run_kept_grid();
+    // Of a kernel between two others, only two run at the same time: now these, now those.
+    const std::optional<Grid> before = std::exchange(kept, std::nullopt);
+    if (before && is_picked_half_of_the_time()) return run(&*before, grid);
+    if (before) run(nullptr, *before);
     kept = std::move(grid);
     return;
   }
@@ -333,11 +348,7 @@ void check_no_grid_is_kept() {
 
 void poison(void* memory, std::size_t bytes) {
   std::memset(memory, 0xFF, bytes);  // every float is NaN
-  // The flags are raised in a pseudo-random half of the calls, not in every second one: each product takes the same
-  // number of workspaces, so with every second one its flags could always be raised at first, or never.
-  static thread_local std::uint32_t calls = 0;
-  constexpr std::uint32_t kGoldenRatio = 0x9E3779B9;
-  if (!Schedule::from_environment().is_concurrent() || (++calls * kGoldenRatio) >> 31 == 0) return;
+  if (!Schedule::from_environment().is_concurrent() || !is_picked_half_of_the_time()) return;
   const std::uint32_t raised_flag = 1;
   for (std::size_t i = 0; i + sizeof(raised_flag) <= bytes; i += sizeof(raised_flag)) {
     std::memcpy(static_cast<std::byte*>(memory) + i, &raised_flag, sizeof(raised_flag));

@@ -77,6 +77,37 @@ void write_before_the_wait_is_caught() {
   EXPECT(right_schedules(doubled_plus_one<Early::writes_first>, kDoubledPlusOne) < kAll);
 }
 
+// Three kernels, of which the second and the third begin early, and one of the two has a mistake.
+template <Early kOfSecond, Early kOfThird>
+Managed<int> doubled_plus_two() {
+  Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
+  for (int i = 0; i < kCount; ++i) in[i] = i;
+  const LaunchShape between = {.blocks = kBlocks, .threads = kThreads, .begins_early = true, .next_begins_early = true};
+  launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
+  launch<add_one_kernel<kOfSecond>>(between, {}, doubled.data(), in.data(), more.data());
+  launch<add_one_kernel<kOfThird>>(kSecond, {}, more.data(), doubled.data(), out.data());
+  return out;
+}
+const Managed<int> kDoubledPlusTwo = [] {
+  Managed<int> expected(kCount);
+  for (int i = 0; i < kCount; ++i) expected[i] = 2 * i + 2;
+  return expected;
+}();
+// Each launch overlaps another kernel in some of the calls, whatever the schedule is.
+template <Early kOfSecond, Early kOfThird>
+bool is_right_in_all_of_many_calls() {
+  constexpr int kCalls = 8;
+  int right = 0;
+  for (int i = 0; i < kCalls; ++i) right += right_schedules(doubled_plus_two<kOfSecond, kOfThird>, kDoubledPlusTwo);
+  return right == kCalls * kAll;
+}
+
+void kernel_between_two_others_overlaps_either() {
+  EXPECT((is_right_in_all_of_many_calls<Early::waits, Early::waits>()));
+  EXPECT((!is_right_in_all_of_many_calls<Early::reads_first, Early::waits>()));
+  EXPECT((!is_right_in_all_of_many_calls<Early::waits, Early::reads_first>()));
+}
+
 void launched_kernel_runs_before_anything_else_in_its_stream() {
   Managed<int> in(kCount, 1), doubled(kCount);
   Managed<int> filled(1);
@@ -130,6 +161,7 @@ int run_all() {
   kernel_that_waits_reads_what_the_one_before_has_written();
   read_before_the_wait_is_caught();
   write_before_the_wait_is_caught();
+  kernel_between_two_others_overlaps_either();
   launched_kernel_runs_before_anything_else_in_its_stream();
   memory_released_between_two_kernels_that_overlap_is_caught();
   last_block_to_arrive_sees_what_all_have_stored();

@@ -57,9 +57,16 @@ BETWEEN_BLOCKS = [
     Mutant(STREAM_K, "nobody waits", WAIT, "      sync();\n", CONCURRENT),
     Mutant(
         "cuda/simt/workspace.h",
+        "the tickets of U are not reset",
+        "i += block_threads()) at[i] = T{};",
+        "i += block_threads()) at[i] = at[i];",
+        CONCURRENT,
+    ),
+    Mutant(
+        "cuda/simt/workspace.h",
         "the flags are not reset",
-        "if (count > 0) fill_bytes(",
-        "if (false) fill_bytes(",
+        "} else if (count > 0) {",
+        "} else if (false) {",
         CONCURRENT,
     ),
 ]

@@ -3,6 +3,7 @@
 from mutant_lists.mutant import Mutant, without
 
 HOPPER_GEMM, HOPPER_TILE, HOPPER_WEIGHTS = (f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "tile", "weights"))
+REGISTER_TABLE = "cuda/product/hopper/register_table.cuh"
 HOPPER = ("hopper",)
 
 BY_WGMMA = [
@@ -32,10 +33,10 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a step is decoded before it is there",
-        *without("        wait_for_full();\n        Weights::decode(", "        Weights::decode("),
+        *without("        wait_for_full();\n        decoder.decode(", "        decoder.decode("),
         HOPPER,
     ),
-    Mutant(HOPPER_GEMM, "operands change while products run", *without("      wgmma_wait_for(values);\n"), HOPPER),
+    Mutant(HOPPER_GEMM, "operands change while products run", *without("      decoder.wait_for_products();\n"), HOPPER),
     Mutant(
         HOPPER_GEMM,
         "sums of the adapter are not waited for",
@@ -64,6 +65,34 @@ BY_WGMMA = [
         "codes of columns are read as without a swizzle",
         "(byte / kVectorBytes ^ lane.t) * kVectorBytes",
         "byte / kVectorBytes * kVectorBytes",
+        HOPPER,
+    ),
+    Mutant(
+        REGISTER_TABLE,
+        "both halves of the table in registers are the first",
+        "(codes >> 1 & 0x4444) | 0x3210;",
+        "0x3210;",
+        HOPPER,
+    ),
+    Mutant(
+        REGISTER_TABLE,
+        "the table in registers is rounded before it is scaled",
+        "pack_pair<T>(four[2] * scale, four[3] * scale)",
+        "pack_pair<T>(to_f32(from_f32<T>(four[2])) * scale, four[3] * scale)",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "values from the table in registers change places",
+        "four.template pair<1, 0>()",
+        "four.template pair<0, 1>()",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "the table in registers is asked for codes of another lane",
+        "(lane.t + 4) << 4",
+        "(lane.t ^ 5) << 4",
         HOPPER,
     ),
     Mutant(

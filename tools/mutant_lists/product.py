@@ -59,6 +59,12 @@ ON_CHIP = [
         "memory.arrived + block_index() / p.split.parts, p.split.parts - 1)",
         ON_GPU,
     ),
+    Mutant(
+        "cuda/product/low_rank.cuh",
+        "a ticket is taken before it is cleared",
+        *without("  wait_for_kernel_before();  // which clears the tickets\n"),
+        CONCURRENT,
+    ),
     *(
         Mutant(
             file,

@@ -288,31 +288,26 @@ class HopperGemm {
   // A block's shared memory must be there as long as others read it. They store nothing for each other any more.
   __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster_relaxed(); }
 
-  // A lane's part of one product's operand a: by half of the 16 of the inner dimension, and by column of the result.
-  using Fragment = std::uint32_t[4];
-
-  // The products of a step run while the next step is decoded. Its values are rounded into wgmma's operand only when
-  // the products are done, because the compiler lets nothing define an operand of wgmma while products run.
+  // The products of a step run while the next step is decoded.
   __device__ void multiply(int steps) {
     const HopperLane lane;
-    const typename Weights::Addresses addresses(lane, stage_address(0).at(offsetof(Stage, codes)),
-                                                stage_address(0).at(offsetof(Stage, scales)));
-    HopperValues values;
+    typename Weights::template Decoder<T, decodes_in_registers(Tile::kRows)> decoder(
+        lane, {lane, stage_address(0).at(offsetof(Stage, codes)), stage_address(0).at(offsetof(Stage, scales))},
+        args_.weight.code);
     wait_for_full();
-    Weights::decode(addresses, stage_offset(), table_, values);
+    decoder.decode(stage_offset(), table_);
 #pragma unroll 1
     for (int rest = steps; rest > 0; --rest) {
-      Fragment fragments[kProducts];
-#pragma unroll
-      for (int i = 0; i < kProducts * 4; ++i) fragments[i / 4][i % 4] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+      HopperFragments fragments;
+      decoder.round(fragments);
       multiply(fragments);
       const std::uint32_t stage = ring_.stage;
       ring_.advance();
       if (rest > 1) {
         wait_for_full();
-        Weights::decode(addresses, stage_offset(), table_, values);
+        decoder.decode(stage_offset(), table_);
       }
-      wgmma_wait_for(values);
+      decoder.wait_for_products();
       arrive_at_empty(stage);
     }
     wgmma_wait_for(sums_.sum);
@@ -322,7 +317,7 @@ class HopperGemm {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
   // Multiplies by the left operand's rows in the ring's stage.
-  __device__ __forceinline__ void multiply(const Fragment (&fragments)[kProducts]) {
+  __device__ __forceinline__ void multiply(const HopperFragments& fragments) {
     constexpr std::uint64_t kDescriptorStep = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
     const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + stage_offset());
     wgmma_fence();
@@ -373,7 +368,7 @@ class HopperGemm {
         store_shared(scratch(word), pack_pair<T>(right_at<Weights::kForward>(args_, r, col + word % 2),
                                                  right_at<Weights::kForward>(args_, r + 1, col + word % 2)));
       }
-      Fragment fragments[kProducts];
+      HopperFragments fragments;
 #pragma unroll
       for (unsigned word = 0; word < kProducts * 4; ++word) {
         fragments[word / 4][word % 4] = load_shared<std::uint32_t>(scratch(word));
