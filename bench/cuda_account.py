@@ -284,8 +284,8 @@ spread over the steps of the longest run. "Cycles a row" are those of the resour
 columns of the result. With "runs" the blocks share the steps of all tiles evenly; with "clusters" the blocks of each
 cluster share those of one tile, and exchange their sums through distributed shared memory."""
 PARTS = """Microseconds on the H100, W of 4096 × 4096, r = 16, by the kernel that config.cpp chooses where there is no
-dense product. "Begin" is from a block's start to its first product. U or V takes a kernel that clears tickets, or a memset where
-the product takes tickets too, and its own kernel, which is launched beside the first; the kernel of the product is
+dense product. "Begin" is from a block's start to its first product. U or V takes a kernel that clears its tickets, or a
+memset where the product takes tickets too, and a kernel that is launched beside the first. The kernel of the product is
 launched while that one runs, and the model lets it begin when U or V is there."""
 LOSSES = """All products of this page for which the best other way beats the chosen one by more than {:.0%}, if panels
 take as long as they may where they are the other way, and as little where they are chosen."""

@@ -17,8 +17,9 @@ which each operand passes once. Two blocks of a multiprocessor take turns at its
 its slowest block, and LAUNCH for each kernel and each memset that nothing hides.
 
 Panels take the dense product's measured rate. At best only the first panel's decoding shows, at worst that of all. U or
-V takes two launches at most, and while it is made, the kernel of a product that decodes on the way is launched. What is left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where
-it does not stay in L2.
+V takes two launches at most, and while it is made, the kernel of a product that decodes on the way is launched. What is
+left out makes everything slower: bank conflicts, waits at barriers, a clock that falls, and X where it does not stay in
+L2.
 """
 
 from __future__ import annotations
