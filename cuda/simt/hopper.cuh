@@ -8,6 +8,8 @@
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
 //   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
 //   load_shared_of_block()             loads from the shared memory of another block of the cluster
+//   tma_load_tile_to_blocks()          copies a tile to several blocks of the cluster
+//   mbarrier_arrive_at_block()         arrives at such a barrier of another block of the cluster
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once
