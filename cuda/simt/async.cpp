@@ -151,12 +151,12 @@ std::int64_t Mbarriers::begin_wait(std::uint64_t* barrier, std::uint32_t parity,
 bool Mbarriers::is_complete(std::uint64_t* barrier, std::int64_t phase) { return find(barrier).phase > phase; }
 
 void Mbarriers::check_published(std::uint64_t* barrier) {
-  if (!find(barrier).is_published) fail("TMA arrives at an mbarrier whose initialization was not published to it");
+  if (!find(barrier).is_published) fail("an mbarrier whose initialization was not published");
 }
 
 void Mbarriers::check_published_before(std::int32_t interval, std::uint64_t* barrier) {
-  const Mbarrier& at = find(barrier);
-  if (!at.is_published || at.published_in == interval) {
+  check_published(barrier);
+  if (find(barrier).published_in == interval) {
     fail("uses an mbarrier of another block, and no barrier of the cluster has come since it was published");
   }
 }
