@@ -144,7 +144,8 @@ def steps(models: Sequence[Model], choices: Choices) -> Iterator[Sequence[str]]:
                 bound,
                 f"{cycles[bound] / used:.1f}",
                 f"{runs.tiles} × {runs.steps * (2 if runs.kernel == 'thin' else 1)} over {runs.blocks}",
-                "runs" if runs.cluster == 0 else f"clusters of {runs.cluster}" if runs.cluster > 1 else "whole tiles",
+                ("runs" if runs.cluster == 0 else f"clusters of {runs.cluster}" if runs.cluster > 1 else "whole tiles")
+                + (", pairs" if runs.pairs else ""),
             )
 
 
@@ -164,6 +165,8 @@ def parts(model: Model, choices: Choices) -> Iterator[Sequence[str]]:
         tile = f"{chosen.way} {chosen.numbers['tile_rows']} × {chosen.numbers['tile_cols']}"
         if (cluster := chosen.numbers.get("cluster", 0)) > 1:
             tile += f", clusters of {cluster}"
+        if chosen.numbers.get("pairs", 0):
+            tile += ", pairs"
         yield product.direction, str(product.rows), tile, *map(micro, spent.values()), micro(total)
 
 
@@ -282,7 +285,8 @@ STEPS = """Of one tile and 64 of the inner dimension, W of 4096 × 4096. "thin" 
 is as QLN_FORCE_HOPPER=1 has it. Two blocks of a multiprocessor take twice these cycles. DRAM is the whole card's,
 spread over the steps of the longest run. "Cycles a row" are those of the resource that bounds, for a row of X and 128
 columns of the result. With "runs" the blocks share the steps of all tiles evenly; with "clusters" the blocks of each
-cluster share those of one tile, and exchange their sums through distributed shared memory."""
+cluster share those of one tile, and exchange their sums through distributed shared memory. With "pairs" two blocks load
+rows of X once for two tiles."""
 PARTS = """Microseconds on the H100, W of 4096 × 4096, r = 16, by the kernel that config.cpp chooses where there is no
 dense product. "Begin" is from a block's start to its first product. U or V takes a kernel that clears its tickets, or a
 memset where the product takes tickets too, and a kernel that is launched beside the first. The kernel of the product is

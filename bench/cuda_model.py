@@ -5,6 +5,8 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
     begin      latencies of memory, for the table of codes and for the first stage, and a step that nothing hides; by
                wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
+    pairs      a barrier of the cluster before the first step and one at the end, where two blocks load rows of X for
+               both (hopper/), which halves what these take of L2; an exchange of sums has the second one already
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
@@ -96,7 +98,8 @@ class Product:
 class Runs:
     """GemmConfig: each of `blocks` blocks has `share` steps, and the first `rest` blocks have one more.
 
-    HopperConfig: if `cluster` is not 0, so many blocks share each tile, and there are no runs.
+    HopperConfig: if `cluster` is not 0, so many blocks share each tile, and there are no runs. With `pairs` two blocks
+    load rows of X for both.
     """
 
     kernel: str  # thin, gemm or wgmma
@@ -108,9 +111,14 @@ class Runs:
     share: int
     rest: int
     cluster: int = 0
+    pairs: int = 0
 
     LEAST_INNER, THIN_STEP = 256, 128  # kLeastInner, kThinStep
-    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, TOGETHER = 6, 3, {2: 4, 4: 7, 8: 10}, 16  # in steps: hopper_sharing()
+    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, OF_PAIRS = 6, 3, {2: 4, 4: 7, 8: 10}, 1  # in steps: hopper_sharing()
+    MOST_CLUSTER, TOGETHER = 8, 16
+    # kHopperTiles: of a step, what decoding takes, and what else, alone and in pairs.
+    OF_STEP = {16: (30, 14, 11), 32: (33, 18, 13), 64: (39, 27, 19), 128: (51, 45, 38), 256: (75, 81, 77)}
+    MORE_OF_COLUMNS = 7
 
     @staticmethod
     def of(product: Product, kernel: str, tile_rows: int, tile_cols: int, most_blocks: int) -> Runs:
@@ -122,17 +130,37 @@ class Runs:
         runs = Runs(kernel, tile_rows, tile_cols, tiles, steps, blocks, *divmod(tiles * steps, blocks))
         if kernel != "wgmma":
             return runs
-        exchange = Runs.EXCHANGE + Runs.OF_TWO_MORE * math.ceil(steps / runs.share) // 2 if runs.splits_a_tile else 0
-        taken = {1: math.ceil(tiles / most_blocks) * steps, 0: runs.longest + exchange}
-        if tiles <= most_blocks // 2:
-            taken[2] = math.ceil(steps / 2) + Runs.EXCHANGE_OF[2]
-        for blocks in (4, 8):
-            if tiles <= most_blocks // Runs.TOGETHER * (Runs.TOGETHER // blocks):
-                taken[blocks] = math.ceil(steps / blocks) + Runs.EXCHANGE_OF[blocks]
+        shared = [runs.shared(product, most_blocks, pairs) for pairs in (0, 1)]
+        return min(shared, key=lambda steps_and_runs: steps_and_runs[0])[1]
+
+    def shared(self, product: Product, most_blocks: int, pairs: int) -> tuple[int, Runs]:
+        """hopper_sharing() for these runs, and how long the slowest block then takes."""
+        tiles = self.tiles
+        if pairs:
+            col_tiles = math.ceil(product.cols / self.tile_cols)
+            tiles += col_tiles % 2 * (tiles // col_tiles)
+
+        def at_once(cluster: int) -> int:
+            count = cluster << pairs
+            fit = most_blocks // count if count <= 2 else most_blocks // Runs.TOGETHER * (Runs.TOGETHER // count)
+            return fit << pairs
+
+        taken = {1: math.ceil(tiles / at_once(1)) * self.steps}
+        if not pairs:
+            others = math.ceil(self.steps / self.share) if self.splits_a_tile else 0
+            taken[0] = self.longest + (Runs.EXCHANGE + Runs.OF_TWO_MORE * others // 2 if others else 0)
+        for cluster, exchange in Runs.EXCHANGE_OF.items():
+            if cluster << pairs <= Runs.MOST_CLUSTER and tiles <= at_once(cluster):
+                taken[cluster] = math.ceil(self.steps / cluster) + exchange
         cluster = min(taken, key=taken.__getitem__)
+        decoding, *others_of_step = Runs.OF_STEP[self.tile_rows]
+        of_step = max(decoding + Runs.MORE_OF_COLUMNS * (product.direction == "dX"), others_of_step[pairs])
+        time = (taken[cluster] + Runs.OF_PAIRS * pairs) * of_step
         if cluster == 0:
-            return runs
-        return dataclasses.replace(runs, blocks=min(tiles * cluster, most_blocks), share=0, rest=0, cluster=cluster)
+            return time, self
+        blocks = min(tiles, at_once(cluster)) * cluster
+        shared = {"tiles": tiles, "blocks": blocks, "share": 0, "rest": 0, "cluster": cluster, "pairs": pairs}
+        return time, dataclasses.replace(self, **shared)
 
     @property
     def tiles_of_block(self) -> int:
@@ -222,7 +250,8 @@ class Model:
         rate = min(cycles.DEVICES[architecture].multiply_adds, dense)
         counted = self.figures[name][architecture]["step"]
         step = cycles.step_of(name, counted, dataclasses.replace(device, multiply_adds=rate))
-        loaded = STEP * (min(rows, product.rows) * BF16 + runs.tile_cols * BYTES_OF_WEIGHT)
+        of_left = min(rows, product.rows) * BF16 / (2 if runs.pairs else 1)
+        loaded = STEP * (of_left + runs.tile_cols * BYTES_OF_WEIGHT)
         dram = product.bytes / device.bandwidth * device.clock
         return {
             **step.cycles,
@@ -262,7 +291,7 @@ class Model:
         """
         if runs.kernel != "wgmma":
             return 2 * DRAM_LATENCY
-        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0)
+        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0) + (CLUSTER_BARRIER if runs.pairs else 0)
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""
@@ -280,7 +309,8 @@ class Model:
             stored = sums * F32 / cycles.SHARED_BYTES
             exchange = stored + CLUSTER_BARRIER + CLUSTER_LATENCY + loaded / rate + CLUSTER_LATENCY
         of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
-        return begin + runs.longest * step + runs.tiles_of_block * of_tile
+        end = CLUSTER_BARRIER if runs.pairs and count == 1 else 0
+        return begin + runs.longest * step + runs.tiles_of_block * of_tile + end
 
     def _end_of_runs(self, product: Product, runs: Runs, step: float, begin: float) -> float:
         """The cycles until the slowest block has ended, where blocks have runs."""

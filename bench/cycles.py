@@ -94,7 +94,8 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
     beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
     if kernel.name.startswith("hopper"):
         rows, cols = tile
-        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 2]
+        # Rows for this block or for a pair, and codes.
+        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 3]
         beside = PRODUCERS * min(map(len, brings), default=0)
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES

@@ -227,15 +227,15 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
 
 def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     cycles = importlib.import_module("cycles")
-    opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 2, "BRA", "EXIT"]
-    operands = {5: "0x0", 8: "0x60"}
+    opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 3, "BRA", "EXIT"]
+    operands = {5: "0x0", 9: "0x60"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
     kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
     step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
     assert step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load vectors that lanes share, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 2 + 32
-    assert step.cycles["issue"] == (8 * 6 + 4 * 3) / 4
+    assert step.cycles["issue"] == (8 * 6 + 4 * 4) / 4
 
 
 # ---- the account of whole products -----------------------------------------------------------------------------------
@@ -322,6 +322,26 @@ def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidt
     cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + 2 * (200 + 291) + 200 + 512 / count
     loaded = sums * (count - 1) / count / (bandwidth / 132)
     assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
+
+
+def test_pairs_load_rows_of_x_once_and_meet_at_two_barriers(model):
+    product = model.Product("forward", 64, 256, 64 * 100)
+    alone = model.Runs("wgmma", 64, 128, tiles=2, steps=100, blocks=2, share=0, rest=0, cluster=1)
+    in_pairs = dataclasses.replace(alone, pairs=1)
+    of = model.Model(figures_of(model, 2000), model.H100)
+    of_x = 64 * 64 * 2 * 132 / (6.65e12 / model.H100.clock)
+    assert of.step(product, alone)["L2"] - of.step(product, in_pairs)["L2"] == pytest.approx(of_x / 2)
+    # Shared memory bounds a step, so that the barriers are all that differs. An exchange of sums has the second one.
+    for cluster, barriers in ((1, 2), (2, 1)):
+        runs = [dataclasses.replace(each, cluster=cluster, blocks=2 * cluster) for each in (alone, in_pairs)]
+        more = of.fused(product, runs[1]) - of.fused(product, runs[0])
+        assert more == pytest.approx(barriers * (200 + 291) / model.H100.clock)
+
+
+def test_pairs_are_for_tall_tiles_of_the_forward_product(model):
+    for direction, rows, pairs in (("forward", 256, 1), ("dX", 256, 0), ("forward", 128, 0)):
+        product = model.Product(direction, 1024, 4096, 4096)
+        assert model.Runs.of(product, "wgmma", rows, 128, 132).pairs == pairs
 
 
 def test_memory_bounds_a_product_of_few_rows(model):

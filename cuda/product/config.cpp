@@ -6,6 +6,7 @@
 #include <iterator>
 #include <limits>
 #include <optional>
+#include <string_view>
 
 #include "common/layout.h"
 
@@ -132,6 +133,20 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
+// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 multiprocessors,
+// so that clusters of 4 or 8 may leave 2 of 18 idle.
+int clusters_at_once(int blocks_of_cluster, int multiprocessors) {
+  constexpr int kTogether = 16;
+  if (blocks_of_cluster <= 2) return multiprocessors / blocks_of_cluster;
+  return multiprocessors / kTogether * (kTogether / blocks_of_cluster);
+}
+
+// How many tiles the device has at once, if `cluster` blocks share each.
+std::int64_t tiles_at_once(int cluster, bool pairs, int multiprocessors) {
+  const int tiles = pairs ? 2 : 1;
+  return std::int64_t{clusters_at_once(cluster * tiles, multiprocessors)} * tiles;
+}
+
 // HopperConfig::cluster, and the steps that the slowest block then takes, an exchange of sums included.
 struct HopperSharing {
   int cluster;
@@ -144,35 +159,51 @@ struct HopperSharing {
 //   in a cluster of 2, 4, 8   4 ... 5, 6 ... 8, 7 ... 12: the sums of other blocks come through their shared memory
 //   between runs              8 ... 13: a launch clears the flags, the sums go to L2, and the block that has the tile's
 //                             beginning adds those of one run after another, each of which takes 1.3 ... 1.8 steps
-HopperSharing hopper_sharing(const GemmConfig& runs, int multiprocessors) {
-  constexpr std::int64_t kStepsOfPair = 4, kStepsOfFour = 7, kStepsOfEight = 10, kStepsOfRuns = 6,
-                         kStepsOfTwoMoreRuns = 3;
-  // The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18
-  // multiprocessors, so that clusters of 4 or 8 may leave 2 of 18 idle.
-  constexpr std::int64_t kTogether = 16;
-  HopperSharing best = {1, ceil_div(runs.tiles, std::int64_t{multiprocessors}) * runs.steps};
+//
+// Pairs meet at a barrier of the cluster before their first step, and again at their end if no exchange of sums makes
+// them: 0.4 ... 2 steps together.
+HopperSharing hopper_sharing(const GemmConfig& runs, bool pairs, int multiprocessors) {
+  constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3, kStepsOfPairs = 1;
+  constexpr struct {
+    int blocks;
+    std::int64_t steps_of_exchange;
+  } kClusters[] = {{2, 4}, {4, 7}, {8, 10}};
+  const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
+  HopperSharing best = {1, waves * runs.steps};
   const auto consider = [&](int cluster, std::int64_t steps) {
     if (steps < best.steps) best = {cluster, steps};
   };
-  const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
-  consider(0, runs.share + (runs.rest > 0) + (others > 0 ? kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2 : 0));
-  const auto in_cluster = [&](std::int64_t blocks) { return ceil_div(std::int64_t{runs.steps}, blocks); };
-  if (runs.tiles <= multiprocessors / 2) consider(2, in_cluster(2) + kStepsOfPair);
-  if (runs.tiles <= multiprocessors / kTogether * (kTogether / 4)) consider(4, in_cluster(4) + kStepsOfFour);
-  if (runs.tiles <= multiprocessors / kTogether * (kTogether / 8)) consider(8, in_cluster(8) + kStepsOfEight);
+  if (!pairs) {
+    const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
+    consider(0, runs.share + (runs.rest > 0) + (others > 0 ? kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2 : 0));
+  }
+  for (const auto& [blocks, steps_of_exchange] : kClusters) {
+    if (blocks * (pairs ? 2 : 1) > kHopperMostCluster) break;
+    if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
+    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) + steps_of_exchange);
+  }
+  if (pairs) best.steps += kStepsOfPairs;
   return best;
 }
 
-// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md: 16 cycles of a forward step.
-// Steps of dX take longer, all by as much.
-constexpr struct {
+// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it, in
+// the forward product, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
+constexpr struct HopperTileTimes {
   int rows;
-  std::int64_t of_step;
-} kHopperTiles[] = {
-    {kGemmFewRows, 30}, {kThinRows, 33}, {kGemmMiddleRows, 39}, {kGemmManyRows, 51}, {kGemmTallRows, 80}};
+  std::int64_t decoding, alone, in_pair;
+
+  std::int64_t of_step(bool backward, bool pairs) const {
+    constexpr std::int64_t kMoreOfColumns = 7;
+    return std::max(decoding + (backward ? kMoreOfColumns : 0), pairs ? in_pair : alone);
+  }
+} kHopperTiles[] = {{kGemmFewRows, 30, 14, 11},
+                    {kThinRows, 33, 18, 13},
+                    {kGemmMiddleRows, 39, 27, 19},
+                    {kGemmManyRows, 51, 45, 38},
+                    {kGemmTallRows, 75, 81, 77}};
 
 // Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
-// more rows, and smaller ones occupy more multiprocessors.
+// more rows, smaller ones occupy more multiprocessors, and pairs of blocks load rows once for two tiles.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
   if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
@@ -180,21 +211,31 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (std::max({shape.rows, shape.cols, shape.inner}) > kMostCoordinate - kGemmTallRows) return std::nullopt;
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
   if (shape.smem_bytes < hopper_smem_bytes(kGemmTallRows)) return std::nullopt;
+  const auto allows = [&](bool pairs) {
+    return shape.multiprocessors == 1 ? !pairs : shape.hopper_pairs.value_or(pairs) == pairs;
+  };
   HopperConfig best;
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   for (const auto& tile : kHopperTiles) {
     if (shape.hopper_rows != 0 && tile.rows != shape.hopper_rows) continue;
-    HopperConfig config{
-        .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.multiprocessors}};
-    share_steps(shape, kGemmStep, config.gemm);
-    const auto [cluster, steps] = hopper_sharing(config.gemm, shape.multiprocessors);
-    if (steps * tile.of_step >= least) continue;
-    least = steps * tile.of_step;
-    config.cluster = cluster;
-    best = config;
+    for (const bool pairs : {false, true}) {
+      if (!allows(pairs)) continue;
+      HopperConfig config{
+          .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.multiprocessors},
+          .pairs = pairs};
+      share_steps(shape, kGemmStep, config.gemm);
+      if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kGemmCols}) % 2 * config.gemm.row_tiles;
+      const auto [cluster, steps] = hopper_sharing(config.gemm, pairs, shape.multiprocessors);
+      const std::int64_t time = steps * tile.of_step(shape.backward, pairs);
+      if (time >= least) continue;
+      least = time;
+      config.cluster = cluster;
+      best = config;
+    }
   }
   if (best.cluster == 0) return best;
-  best.gemm.blocks = static_cast<int>(std::min<std::int64_t>(best.gemm.tiles * best.cluster, shape.multiprocessors));
+  const std::int64_t at_once = tiles_at_once(best.cluster, best.pairs, shape.multiprocessors);
+  best.gemm.blocks = static_cast<int>(std::min(best.gemm.tiles, at_once) * best.cluster);
   best.gemm.share = best.gemm.rest = 0;
   return best;
 }
@@ -257,6 +298,14 @@ int asked_hopper_rows() {
   return is_tile ? rows : 0;
 }
 
+std::optional<bool> asked_hopper_pairs() {
+  const char* asked = std::getenv("QLN_FORCE_HOPPER");
+  const std::string_view text = asked == nullptr ? "" : asked;
+  if (text.ends_with(",pairs")) return true;
+  if (text.ends_with(",alone")) return false;
+  return std::nullopt;
+}
+
 LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
   constexpr std::int64_t kLeastLength = 256;           // a shorter sum is mostly the exchange of its result
   constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // a block has 256 threads with 128 registers
@@ -288,7 +337,8 @@ std::string name_of_way(const ProductShape&, const HopperConfig& config) {
   return "tensor cores by wgmma, " + text_of_tiles(config.gemm) +
          (config.cluster > 1    ? " in clusters of " + number(config.cluster)
           : config.cluster == 1 ? " with whole tiles"
-                                : " in runs");
+                                : " in runs") +
+         (config.pairs ? ", in pairs" : "");
 }
 std::string name_of_way(const ProductShape&, const PanelsConfig& config) {
   return "panels of " + number(config.cols) + " columns, " + number(config.rows) +

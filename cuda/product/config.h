@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <variant>
 
@@ -59,6 +60,8 @@ constexpr std::size_t hopper_smem_bytes(int tile_rows) {
   const int stage = (kGemmStep * (2 * tile_rows + kGemmCols / 2) + 4 * kGemmCols + 1023) / 1024 * 1024;
   return kGemmMostReservedSmem + static_cast<std::size_t>(kTableBytes + hopper_stages(tile_rows) * stage + kEndBytes);
 }
+// The most blocks that every device with clusters runs as one.
+constexpr int kHopperMostCluster = 8;
 // The kernel for few rows takes kGemvRows rows at most, and a block takes kGemvCols columns of the result at a time.
 // Both are sizes of mma.
 constexpr int kGemvRows = 8;
@@ -107,7 +110,9 @@ struct ProductShape {
   bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
-  int hopper_rows = 0;        // of a tile of hopper/, where a test asks for some; 0: those that are done first
+  int hopper_rows = 0;  // of a tile of hopper/, where a test asks for some; 0: those that are done first
+  // Whether pairs of blocks of hopper/ share rows, where a test asks; it cannot have them on one multiprocessor.
+  std::optional<bool> hopper_pairs;
   bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
   int multiprocessors = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
@@ -171,9 +176,16 @@ struct GemmConfig {
 // hopper/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
 // runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2, 4 or 8 so many blocks, which run at
 // the same time as a cluster, share the steps of one tile evenly.
+//
+// With `pairs` two blocks load the left operand's rows together, each one half for both: they have the same steps of
+// two tiles with the same rows and neighbouring columns. A cluster then has the blocks of both tiles, up to 8. There
+// are no runs, and `tiles` counts one more tile of columns, which has none, if their number is odd.
 struct HopperConfig {
   GemmConfig gemm;
   int cluster = 0;
+  bool pairs = false;
+  // How many blocks the device runs together; 1: each by itself.
+  constexpr int blocks_of_cluster() const { return (cluster > 1 ? cluster : 1) * (pairs ? 2 : 1); }
   bool operator==(const HopperConfig&) const = default;
 };
 
@@ -186,9 +198,11 @@ struct PanelsConfig {
 using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
 // How a device uses hopper/. If it can run hopper/, the default is where its model says that it wins;
-// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never. The rows of a tile in place of 1 also choose the tile.
+// QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never. The rows of a tile in place of 1 also choose the tile,
+// and ",pairs" or ",alone" behind them whether pairs of blocks share its rows.
 HopperUse asked_hopper_use(bool is_hopper);
 int asked_hopper_rows();
+std::optional<bool> asked_hopper_pairs();
 
 // How many elements of a panel a column of out takes: those of the weight, those of the adapter, and zeros.
 constexpr std::int64_t panel_column_elements(std::int64_t inner, std::int64_t rank) {

@@ -30,6 +30,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .dense_gemm = hooks().dense_gemm != nullptr,
       .hopper = hopper_use(stream),
       .hopper_rows = asked_hopper_rows(),
+      .hopper_pairs = asked_hopper_pairs(),
       .tma_can_load = tma_can_load(p.left, p.inner) && tma_can_load(p.low_rank, p.low_rank.cols),
       .multiprocessors = multiprocessors(stream),
       .smem_bytes = max_smem_bytes(stream),

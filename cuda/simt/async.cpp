@@ -105,8 +105,12 @@ void Mbarriers::init(std::uint64_t* barrier, int arrivals, int thread) {
   barriers_[barrier] = {.arrivals = arrivals, .pending = arrivals, .initialized_by = thread};
 }
 
-void Mbarriers::publish(int thread) {
-  for (auto& [address, barrier] : barriers_) barrier.is_published |= barrier.initialized_by == thread;
+void Mbarriers::publish(int thread, std::int32_t interval) {
+  for (auto& [address, barrier] : barriers_) {
+    if (barrier.is_published || barrier.initialized_by != thread) continue;
+    barrier.is_published = true;
+    barrier.published_in = interval;
+  }
 }
 
 Mbarriers::Mbarrier& Mbarriers::find(std::uint64_t* barrier) {
@@ -149,7 +153,14 @@ std::int64_t Mbarriers::begin_wait(std::uint64_t* barrier, std::uint32_t parity,
 bool Mbarriers::is_complete(std::uint64_t* barrier, std::int64_t phase) { return find(barrier).phase > phase; }
 
 void Mbarriers::check_published(std::uint64_t* barrier) {
-  if (!find(barrier).is_published) fail("TMA arrives at an mbarrier whose initialization was not published to it");
+  if (!find(barrier).is_published) fail("an mbarrier whose initialization was not published");
+}
+
+void Mbarriers::check_published_before(std::int32_t interval, std::uint64_t* barrier) {
+  check_published(barrier);
+  if (find(barrier).published_in == interval) {
+    fail("uses an mbarrier of another block, and no barrier of the cluster has come since it was published");
+  }
 }
 
 void Mbarriers::complete_bytes(std::uint64_t* barrier, std::uint32_t bytes) {
@@ -170,6 +181,10 @@ void TileCopies::begin(std::byte* to, const TileSource& source, std::int64_t row
   if (!memory_.holds(to, static_cast<std::size_t>(bytes))) fail("TMA writes beyond shared memory");
   if (memory_.address_of(to) % 128 != 0) fail("TMA writes to an address that is no multiple of 128");
   barriers_.check_published(barrier);
+  for (const Copy& copy : copies_) {
+    const std::int64_t copy_bytes = copy.source.box_rows * copy.source.box_row_bytes();
+    if (to < copy.to + copy_bytes && copy.to < to + bytes) fail("TMA writes where another tile is still on its way");
+  }
   copies_.push_back({to, source, row, col, barrier});
   for (std::int64_t at = 0; at < bytes; at += kVector) std::memset(place(copies_.back(), at), 0xFF, kVector);
 }

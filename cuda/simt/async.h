@@ -5,7 +5,8 @@
 //     many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or misses one:
 //     PTX allows some of these, but our kernels do none of them.
 //   - A copy of a tile fills its destination with NaN when it begins. The schedule decides when it takes place and in
-//     which order. It may arrive only at a barrier that was published to the copy engine.
+//     which order. It may arrive only at a barrier that was published to the copy engine, and not where another copy is
+//     still under way. A copy to several blocks of a cluster is one of its own in each (cluster.cpp).
 //   - A product reads shared memory at some time between its issue and the wait for it. Until that wait its sums are
 //     NaN, and the thread must change neither them nor the registers of a.
 //   - The copy engine and products may read what a thread has written by store_shared() only after that thread has
@@ -59,12 +60,15 @@ class SharedMemory {
 class Mbarriers {
  public:
   void init(std::uint64_t* barrier, int arrivals, int thread);
-  void publish(int thread);  // lets the copy engine use the barriers that this thread has initialized
+  // Lets the copy engine use the barriers that this thread has initialized, and other blocks of the cluster from the
+  // next interval on.
+  void publish(int thread, std::int32_t interval);
   void arrive(std::uint64_t* barrier, std::uint32_t expected_bytes, int thread);
   // Returns the phase to wait for; is_complete() says whether that phase is over.
   std::int64_t begin_wait(std::uint64_t* barrier, std::uint32_t parity, int thread);
   bool is_complete(std::uint64_t* barrier, std::int64_t phase);
   void check_published(std::uint64_t* barrier);
+  void check_published_before(std::int32_t interval, std::uint64_t* barrier);
   void complete_bytes(std::uint64_t* barrier, std::uint32_t bytes);
 
  private:
@@ -74,6 +78,7 @@ class Mbarriers {
     std::int64_t phase = 0;  // the phase under way
     int initialized_by;
     bool is_published = false;
+    std::int32_t published_in = 0;                // interval
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };
   Mbarrier& find(std::uint64_t* barrier);

@@ -159,6 +159,12 @@ bool Block::finish_a_copy() {
   return count > 0;
 }
 
+void Block::load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col,
+                      std::uint64_t* barrier) {
+  tile_copies->begin(to, source, row, col, barrier);
+  if (schedule.is_early()) tile_copies->finish(tile_copies->under_way() - 1);
+}
+
 bool Block::advance(std::int64_t turns) {
   // `ran` says whether a fiber ran in this round. It begins true, because the rest of a round that an earlier call
   // has begun cannot show that no fiber can run.

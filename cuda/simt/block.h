@@ -107,6 +107,9 @@ struct Block {
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
   bool is_last = false;            // the answer of is_last_to_arrive()
+  // The last interval in which another block of the cluster has loaded a tile into this one's shared memory, or arrived
+  // at a barrier in it.
+  std::int32_t reached_in = 0;
 
   Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> cluster = nullptr);
   Block(const Block&) = delete;
@@ -120,6 +123,8 @@ struct Block {
   bool advance(std::int64_t turns);
   const Grid& grid() const { return run.grid; }
   std::string text_of_waits() const;  // what its fibers wait for, as text
+  // Begins a copy, which the schedule may also finish.
+  void load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
 
  private:
   static void main_of_fiber();

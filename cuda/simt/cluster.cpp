@@ -1,11 +1,14 @@
-// The blocks of a cluster, on compute capability 9.0: their barrier, and the shared memory that they read of each
-// other. The barriers of a cluster divide time into intervals. The rules:
+// The blocks of a cluster, on compute capability 9.0: their barrier, the shared memory that they read of each other,
+// the tiles that they load into it, and the mbarriers there at which they arrive. The barriers of a cluster divide time
+// into intervals. The rules:
 //
 //   - All threads of all blocks come to each barrier. (PTX lets a thread end instead, which our kernels never do.)
 //   - A word of another block's shared memory may be read if store_shared() has stored it in an earlier interval, and a
 //     barrier since then shows stores. So a read that comes too early ends the process under every schedule, whatever
 //     is in memory by then.
 //   - Nothing may be stored in a word in an interval in which another block reads it, and a block must not end in one.
+//   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must not
+//     end in an interval in which its mbarriers are used so, even if it has waited for them. (PTX would allow that.)
 #include "simt/block.h"
 
 namespace qlora_native::cuda_emulated::emulator {
@@ -15,6 +18,33 @@ Cluster& cluster_of_current() {
   if (current->block->cluster == nullptr)
     fail("a cluster's instruction in a kernel that was launched without clusters");
   return *current->block->cluster;
+}
+
+// A block of the cluster; `use` says what the running thread does with it.
+Block& block_of_rank(int rank, const char* use) {
+  const Cluster& cluster = cluster_of_current();
+  if (rank < 0 || static_cast<std::size_t>(rank) >= cluster.blocks.size()) {
+    fail(std::string(use) + " block " + std::to_string(rank) + " of a cluster of " +
+         std::to_string(cluster.blocks.size()));
+  }
+  Block* const block = cluster.blocks[static_cast<std::size_t>(rank)];
+  if (block == nullptr) fail(std::string(use) + " a block of its cluster that has ended");
+  return *block;
+}
+
+// Where another block has what the running thread's block has at `own`, in shared memory.
+template <class V>
+V* address_in(const Block& block, V* own) {
+  const auto* const smem = reinterpret_cast<const std::byte*>(current->block->smem);
+  return reinterpret_cast<V*>(block.smem + (reinterpret_cast<const std::byte*>(own) - smem));
+}
+
+// The barrier of another block at which the running thread, or a copy that it asks for, may arrive.
+std::uint64_t* barrier_of(Block& block, std::uint64_t* own) {
+  std::uint64_t* const barrier = address_in(block, own);
+  block.mbarriers.check_published_before(block.cluster->interval, barrier);
+  block.reached_in = block.cluster->interval;
+  return barrier;
 }
 
 [[noreturn]] void fail_of_missing_thread() {
@@ -43,18 +73,33 @@ void cluster_barrier(bool shows_stores, Site site) {
 }
 
 const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank) {
-  const Cluster& cluster = cluster_of_current();
-  const Block& self = *current->block;
-  if (rank < 0 || static_cast<std::size_t>(rank) >= cluster.blocks.size()) {
-    fail("reads shared memory of block " + std::to_string(rank) + " of a cluster of " +
-         std::to_string(cluster.blocks.size()));
-  }
-  if (!self.memory->holds(own, bytes)) fail("reads beyond the shared memory of another block");
-  const Block* const other = cluster.blocks[static_cast<std::size_t>(rank)];
-  if (other == nullptr) fail("reads shared memory of a block of its cluster that has ended");
-  const std::byte* const from = other->smem + (static_cast<const std::byte*>(own) - self.smem);
-  if (other != &self) other->memory->note_read_in(cluster.interval, cluster.first_unseen, from, bytes, rank);
+  const Block& other = block_of_rank(rank, "reads shared memory of");
+  if (!current->block->memory->holds(own, bytes)) fail("reads beyond the shared memory of another block");
+  const std::byte* const from = address_in(other, static_cast<const std::byte*>(own));
+  if (&other != current->block)
+    other.memory->note_read_in(other.cluster->interval, other.cluster->first_unseen, from, bytes, rank);
   return from;
+}
+
+void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
+                         std::uint32_t ranks) {
+  const Block& self = *current->block;
+  if (ranks == 0) fail("TMA loads a tile into no block");
+  for (int rank = 0; ranks >> rank != 0; ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    Block& block = block_of_rank(rank, "TMA loads a tile into");
+    block.load_tile(address_in(block, static_cast<std::byte*>(to)), source, row, col,
+                    &block == &self ? barrier : barrier_of(block, barrier));
+  }
+}
+
+void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
+  constexpr int kMostThreads = 1024;
+  Block& block = block_of_rank(rank, "arrives at an mbarrier of");
+  const Block& self = *current->block;
+  if (&block == &self) return mbarrier_arrive(barrier, 0);
+  // Threads of all blocks have numbers of their own at the barrier.
+  block.mbarriers.arrive(barrier_of(block, barrier), 0, (self.rank() + 1) * kMostThreads + current->position.thread);
 }
 
 void end_thread_of_cluster(Block& block) {
@@ -64,6 +109,9 @@ void end_thread_of_cluster(Block& block) {
   if (block.unfinished > 0) return;
   if (block.memory->was_read_in(cluster.interval)) {
     fail("a block has ended, and another one of its cluster may still read its shared memory");
+  }
+  if (block.reached_in == cluster.interval) {
+    fail("a block has ended, and another one of its cluster may still arrive at its mbarriers");
   }
   cluster.blocks[static_cast<std::size_t>(block.rank())] = nullptr;
 }

@@ -95,6 +95,15 @@ __device__ __forceinline__ V load_shared_of_block(const SharedAddress& from, int
   return std::bit_cast<V>(v);
 }
 
+// This releases to the block alone, as is the default. With .release.cluster ptxas puts a fence of the whole device
+// (MEMBAR.ALL.GPU) before each arrival, and with .acquire.cluster it empties the L1 cache after each wait (CCTL.IVALL).
+// Only fences can order what threads store and load, but all that passes here is that wgmma has read a tile, which the
+// wait for it says already.
+__device__ __forceinline__ void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(shared_address(barrier), rank))
+               : "memory");
+}
+
 // ---- the copy engine, and what it and wgmma may read ----
 
 __device__ __forceinline__ void tma_load_tile(void* to, const TensorMap& map, int row, int col,
@@ -103,6 +112,14 @@ __device__ __forceinline__ void tma_load_tile(void* to, const TensorMap& map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           shared_address(to)),
       "l"(map.map()), "r"(col), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_tile_to_blocks(void* to, const TensorMap& map, int row, int col,
+                                                        std::uint64_t* barrier, std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map.map()), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"(ranks)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

@@ -157,6 +157,11 @@ void set_max_registers(int count);
 void cluster_barrier(bool shows_stores, Site site);
 // Returns where another block of the cluster has what this block has at `own` in its shared memory.
 const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank);
+// Like load_tile() and mbarrier_arrive(), for the same places in the shared memory of other blocks of the cluster:
+// those whose bits are set in `ranks`, and that of `rank`.
+void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
+                         std::uint32_t ranks);
+void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank);
 
 [[noreturn]] void fail(const std::string& what);
 

@@ -9,6 +9,8 @@
 //   sync_cluster(), _relaxed()         wait for all threads of a cluster's blocks (LaunchShape::cluster); after the
 //                                      second one nobody sees what others have stored before it
 //   load_shared_of_block()             loads from the shared memory of another block of the cluster
+//   tma_load_tile_to_blocks()          copies a tile to several blocks of the cluster
+//   mbarrier_arrive_at_block()         arrives at such a barrier of another block of the cluster
 //   prefetch_map(), prefetch_sector()  bring nearer what is loaded soon
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use

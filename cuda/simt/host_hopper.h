@@ -66,10 +66,22 @@ V load_shared_of_block(const SharedAddress& from, int rank) {
   return value;
 }
 
+// Arrives at the barrier that block `rank` of the cluster has where this block has `barrier`. This orders nothing that
+// threads store or load, but what wgmma has read before the wait for it.
+inline void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
+  emulator::mbarrier_arrive_at_block(barrier, rank);
+}
+
 // ---- the copy engine, and what it and wgmma may read ----
 
 inline void tma_load_tile(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier) {
   emulator::load_tile(to, map.source(), row, col, barrier);
+}
+// Copies a tile to the same place in the shared memory of several blocks of the cluster, those whose bits are set in
+// `ranks`. In each of them its bytes count at the barrier that has the place of `barrier`.
+inline void tma_load_tile_to_blocks(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier,
+                                    std::uint16_t ranks) {
+  emulator::load_tile_to_blocks(to, map.source(), row, col, barrier, ranks);
 }
 inline void prefetch_map(const TensorMap&) {}
 // Asks for the kSectorBytes of global memory around an address, so that L2 has them when they are loaded.

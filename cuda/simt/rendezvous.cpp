@@ -80,7 +80,10 @@ void mbarrier_init(std::uint64_t* barrier, int arrivals) {
   if (!current->block->memory->holds(barrier, sizeof(*barrier))) fail("an mbarrier outside of shared memory");
   current->block->mbarriers.init(barrier, arrivals, current->position.thread);
 }
-void mbarrier_publish() { current->block->mbarriers.publish(current->position.thread); }
+void mbarrier_publish() {
+  Block& block = *current->block;
+  block.mbarriers.publish(current->position.thread, block.cluster == nullptr ? 0 : block.cluster->interval);
+}
 void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t expected_bytes) {
   current->block->mbarriers.arrive(barrier, expected_bytes, current->position.thread);
 }
@@ -93,9 +96,7 @@ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site site) {
 }
 
 void load_tile(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier) {
-  TileCopies& copies = *current->block->tile_copies;
-  copies.begin(static_cast<std::byte*>(to), source, row, col, barrier);
-  if (schedule.is_early()) copies.finish(copies.under_way() - 1);
+  current->block->load_tile(static_cast<std::byte*>(to), source, row, col, barrier);
 }
 
 std::shared_ptr<WgmmaProduct> begin_wgmma(WgmmaProduct::ToF32 to_f32, int cols, std::uint64_t b_descriptor) {

@@ -41,7 +41,7 @@ struct LaunchShape {
   std::int64_t blocks;         // fewer than 2^31; 0: nothing is launched
   int threads;                 // in each block; a multiple of 32
   std::size_t smem_bytes = 0;  // at most max_smem_bytes()
-  // Blocks of a cluster, which run at the same time and read each other's shared memory (hopper.cuh): a divisor of
+  // Blocks of a cluster, which run at the same time and reach each other's shared memory (hopper.cuh): a divisor of
   // `blocks`, at most 8. 1: there are no clusters, which not every architecture has.
   int cluster = 1;
   // The kernel may begin before the one launched before it has ended, on devices of compute capability 9.0 or more. It

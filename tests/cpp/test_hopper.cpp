@@ -31,6 +31,7 @@ struct Case {
   float dropout = 0.0f;
   std::int64_t gap = 0;     // elements between rows of X, U and Y
   int multiprocessors = 3;  // of the emulated device
+  bool pairs = false;       // of blocks share rows of the left operand
 };
 
 // Scales differ from block to block, so that a wrong scale shows.
@@ -165,16 +166,17 @@ const char* const kTiles[] = {"tiles of 16x128", "tiles of 32x128", "tiles of 64
                               "tiles of 256x128"};
 const char* const kSharings[] = {"with whole tiles", "in clusters of 2", "in clusters of 4", "in clusters of 8",
                                  "in runs"};
+constexpr std::size_t kSharingsOfPairs = 3;  // the first three; there are no runs, and no clusters of 16 blocks
 std::string sharing_of(const std::string& way) {
   for (const char* sharing : kSharings) {
-    if (contains(way, sharing)) return sharing;
+    if (contains(way, sharing)) return sharing + std::string(contains(way, "in pairs") ? ", in pairs" : "");
   }
   return "";
 }
 
 // The cases have each tile, full and with missing rows and columns, shared in each way, by steps that divide evenly and
 // unevenly; blocks with several tiles; the fewest steps; each codebook and kind of scale; and adapters of no, one and
-// two steps, full and partial.
+// two steps, full and partial. Pairs have even and odd numbers of tiles of columns.
 const Case kCases[] = {
     {.M = 64, .N = 128, .K = 64},
     {.M = 32, .N = 128, .K = 64},
@@ -247,11 +249,63 @@ const Case kCases[] = {
     {.M = 70, .N = 832, .K = 512},
     {.M = 250, .N = 500, .K = 768, .rank = 8},
     {.M = 250, .N = 768, .K = 512, .dtype = DType::f16, .bias = true, .rank = 16},
+    // in pairs: whole tiles, of which blocks have one or several
+    {.M = 16, .N = 256, .K = 128, .rank = 8, .dropout = 0.5f, .pairs = true},
+    {.M = 1, .N = 1, .K = 64, .rank = 8, .pairs = true},
+    {.M = 30, .N = 392, .K = 448, .dtype = DType::f16, .bias = true, .rank = 72, .gap = 8, .pairs = true},
+    {.M = 270, .N = 104, .K = 320, .rank = 128, .lora_dtype = DType::bf16, .dropout = 0.25f, .pairs = true},
+    {.M = 513, .N = 136, .K = 192, .double_quant = false, .bias = true, .rank = 16, .pairs = true},
+    {.M = 256, .N = 384, .K = 384, .blocksize = 4096, .pairs = true},
+    // clusters of 4, forward and dX
+    {.M = 9, .N = 131, .K = 1088, .bias = true, .rank = 16, .multiprocessors = 16, .pairs = true},
+    {.M = 16, .N = 1096, .K = 192, .rank = 72, .dropout = 0.3f, .gap = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 32, .N = 256, .K = 1024, .dtype = DType::f16, .rank = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 20, .N = 1024, .K = 64, .multiprocessors = 16, .pairs = true},
+    {.M = 60, .N = 384, .K = 1152, .bias = true, .rank = 8, .gap = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 64,
+     .N = 1096,
+     .K = 256,
+     .dtype = DType::f16,
+     .rank = 16,
+     .dropout = 0.5f,
+     .multiprocessors = 16,
+     .pairs = true},
+    {.M = 100, .N = 40, .K = 1088, .rank = 16, .multiprocessors = 16, .pairs = true},
+    {.M = 128, .N = 1096, .K = 128, .dtype = DType::f16, .rank = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 200,
+     .N = 256,
+     .K = 1152,
+     .dtype = DType::f16,
+     .bias = true,
+     .rank = 24,
+     .multiprocessors = 16,
+     .pairs = true},
+    {.M = 250, .N = 1152, .K = 64, .rank = 16, .dropout = 0.25f, .multiprocessors = 16, .pairs = true},
+    // clusters of 2
+    {.M = 10, .N = 500, .K = 704, .dtype = DType::f16, .bias = true, .rank = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 15, .N = 704, .K = 64, .rank = 72, .dropout = 0.25f, .multiprocessors = 16, .pairs = true},
+    {.M = 31, .N = 136, .K = 704, .bias = true, .multiprocessors = 16, .pairs = true},
+    {.M = 17, .N = 704, .K = 192, .dtype = DType::f16, .rank = 128, .multiprocessors = 16, .pairs = true},
+    {.M = 50, .N = 256, .K = 768, .rank = 16, .gap = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 60, .N = 712, .K = 256, .rank = 8, .dropout = 0.5f, .multiprocessors = 16, .pairs = true},
+    {.M = 300, .N = 256, .K = 704, .bias = true, .rank = 16, .multiprocessors = 16, .pairs = true},
+    {.M = 70, .N = 704, .K = 128, .dtype = DType::f16, .multiprocessors = 16, .pairs = true},
+    {.M = 250, .N = 300, .K = 704, .rank = 8, .multiprocessors = 16, .pairs = true},
+    {.M = 240,
+     .N = 712,
+     .K = 64,
+     .dtype = DType::f16,
+     .rank = 16,
+     .dropout = 0.5f,
+     .multiprocessors = 16,
+     .pairs = true},
 };
 // Whether dX can be computed so: the rows of dY must consist of whole vectors.
 bool has_backward(const Case& c) { return c.N % 8 == 0; }
 
-void use_wgmma_with_tiles_of(std::int64_t rows) { setenv("QLN_FORCE_HOPPER", std::to_string(rows).c_str(), 1); }
+void use_wgmma_with_tiles_of(std::int64_t rows, bool pairs) {
+  setenv("QLN_FORCE_HOPPER", (std::to_string(rows) + (pairs ? ",pairs" : ",alone")).c_str(), 1);
+}
 // Each case takes the smallest tile that holds its rows, or several of 128 rows.
 std::int64_t tile_rows_of(const Case& c) {
   for (const std::int64_t rows : {16, 32, 64, 128, 256}) {
@@ -262,15 +316,15 @@ std::int64_t tile_rows_of(const Case& c) {
 template <class F>
 void for_each_product(const F& f) {
   for (const Case& c : kCases) {
-    use_wgmma_with_tiles_of(tile_rows_of(c));
+    use_wgmma_with_tiles_of(tile_rows_of(c), c.pairs);
     f(c, false);
     if (has_backward(c)) f(c, true);
   }
   setenv("QLN_FORCE_HOPPER", "1", 1);
 }
 void print(const char* what, const Case& c, bool backward) {
-  std::printf("%s: M=%d N=%d K=%d%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
-              backward ? ", dX" : "");
+  std::printf("%s: M=%d N=%d K=%d%s%s\n", what, static_cast<int>(c.M), static_cast<int>(c.N), static_cast<int>(c.K),
+              backward ? ", dX" : "", c.pairs ? ", in pairs" : "");
 }
 
 void product_is_the_sum_of_float64() {
@@ -288,7 +342,7 @@ void product_is_the_sum_of_float64() {
       if (contains(way, tile)) found.insert(tile + sharing_of(way) + (backward ? ", dX" : ""));
     }
   });
-  EXPECT(found.size() == std::size(kTiles) * std::size(kSharings) * 2);
+  EXPECT(found.size() == std::size(kTiles) * (std::size(kSharings) + kSharingsOfPairs) * 2);
 }
 
 void bits_depend_on_no_order_of_threads_or_blocks() {
@@ -309,11 +363,13 @@ void bits_depend_on_no_order_of_threads_or_blocks() {
 // Four blocks of a cluster have sums of 1, 2^25, -2^25 and 1/2, and further ones have 0. In this order 1 is lost, and
 // in others it is not, or 1/2 is, too. Rows and columns are as many as a tile has, so that each block adds a part of
 // them; in the smallest tile two blocks share a vector.
-void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_t rows, std::int64_t cluster) {
-  constexpr std::int64_t kCols = 128, kStep = 64;
+void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_t rows, std::int64_t cluster,
+                                                                     bool pairs) {
+  constexpr std::int64_t kStep = 64;
+  const std::int64_t cols = pairs ? 256 : 128;
   const std::int64_t steps = cluster == 4 ? 18 : 42;
-  Tensor x(DType::bf16, rows, steps * kStep), y(DType::bf16, rows, kCols), ones(DType::f32, kCols, steps * kStep);
-  for (std::int64_t n = 0; n < kCols; ++n) {
+  Tensor x(DType::bf16, rows, steps * kStep), y(DType::bf16, rows, cols), ones(DType::f32, cols, steps * kStep);
+  for (std::int64_t n = 0; n < cols; ++n) {
     for (std::int64_t k = 0; k < steps * kStep; ++k) ones.set(n, k, 1.0f);
   }
   const Quantized weight(ones.in(), format_named("nf4"), 64, false);
@@ -326,12 +382,12 @@ void sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(std::int64_
     }
   }
   setenv("QLN_EMULATED_MULTIPROCESSORS", "16", 1);
-  use_wgmma_with_tiles_of(rows);
+  use_wgmma_with_tiles_of(rows, pairs);
   qn::linear_forward({.weight = weight.view(), .x = x.in(), .y = y.out()});
   setenv("QLN_FORCE_HOPPER", "1", 1);
   bool all = true;
   for (std::int64_t m = 0; m < rows; ++m) {
-    for (std::int64_t n = 0; n < kCols; ++n) all = all && y.at(m, n) == 0.5;
+    for (std::int64_t n = 0; n < cols; ++n) all = all && y.at(m, n) == 0.5;
   }
   EXPECT(all);
 }
@@ -383,8 +439,9 @@ int main() {
   product_is_the_sum_of_float64();
   for (const std::int64_t rows : {16, 32, 64}) {
     for (const std::int64_t cluster : {4, 8}) {
-      sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows, cluster);
+      sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows, cluster, false);
     }
+    sums_of_a_cluster_are_added_in_the_order_of_the_inner_dimension(rows, 4, true);
   }
   decoded_weight_has_the_bits_of_dequantize();
   other_operands_go_another_way();

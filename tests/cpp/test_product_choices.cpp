@@ -36,7 +36,7 @@ std::ostream& operator<<(std::ostream& text, const GemmConfig& config) {
   return write_runs(text, config.thin ? "thin" : "gemm", config);
 }
 std::ostream& operator<<(std::ostream& text, const HopperConfig& config) {
-  return write_runs(text, "wgmma", config.gemm) << " cluster=" << config.cluster;
+  return write_runs(text, "wgmma", config.gemm) << " cluster=" << config.cluster << (config.pairs ? " pairs=1" : "");
 }
 std::ostream& operator<<(std::ostream& text, const PanelsConfig& config) {
   return text << "panels cols=" << config.cols << " rows=" << config.rows;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "common/layout.h"
 #include "expect.h"
@@ -376,7 +377,7 @@ constexpr struct {
     {65, 4096, 4096, 128},      {128, 4096, 4096, 128},
     {512, 4096, 4096, 256},     {768, 4096, 4096, 256},
     {100'000, 4096, 4096, 256}, {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in clusters of 4
-    {300, 4096, 4096, 128},                              // 96, of 84 rows that do not exist, rather than 64 of 212
+    {640, 4096, 4096, 128},                              // 160, rather than 96 of 128 rows that do not exist
     {128, 1024, 4096, 64},                               // 16 in clusters of 8, rather than 8
     {256, 1024, 4096, 64},                               // 32 in clusters of 4
     {1536, 4096, 1024, 128},                             // 384, three for most multiprocessors, rather than 192
@@ -403,20 +404,29 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
           shape.cols = cols;
           shape.inner = inner;
           shape.multiprocessors = multiprocessors;
-          const auto [config, cluster] = std::get<HopperConfig>(product_config(shape));
-          EXPECT(hopper_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kGemmCols);
-          EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
-          EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
-          if (cluster == 0) {
-            expect_each_step_once(config);
-            continue;
-          }
-          EXPECT(!config.splits_a_tile());  // so that there is no memory of runs
-          if (cluster == 1) {
-            EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, multiprocessors));
-          } else {
-            EXPECT(cluster == 2 || cluster == 4 || cluster == 8);
-            EXPECT(config.blocks == config.tiles * cluster && config.steps >= cluster);
+          for (const std::optional<bool> asked : {std::optional<bool>(), std::optional(false), std::optional(true)}) {
+            shape.hopper_pairs = asked;
+            const auto hopper = std::get<HopperConfig>(product_config(shape));
+            const auto& [config, cluster, pairs] = hopper;
+            EXPECT(hopper_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kGemmCols);
+            EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
+            EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
+            EXPECT(multiprocessors == 1 ? !pairs : pairs == asked.value_or(pairs));
+            EXPECT(!pairs || (cluster >= 1 && config.tiles % 2 == 0 && config.tiles / config.row_tiles % 2 == 0));
+            if (cluster == 0) {
+              expect_each_step_once(config);
+              continue;
+            }
+            EXPECT(!config.splits_a_tile());  // so that there is no memory of runs
+            EXPECT(hopper.blocks_of_cluster() <= kHopperMostCluster);
+            EXPECT(config.blocks % hopper.blocks_of_cluster() == 0);
+            if (cluster == 1) {
+              const int most = pairs ? multiprocessors / 2 * 2 : multiprocessors;
+              EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, most));
+            } else {
+              EXPECT(cluster == 2 || cluster == 4 || cluster == 8);
+              EXPECT(config.blocks == config.tiles * cluster && config.steps >= cluster);
+            }
           }
         }
       }
@@ -424,7 +434,8 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
   }
 }
 
-// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs.
+// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs. No
+// pairs of blocks share rows here.
 constexpr struct {
   std::int64_t rows, cols, inner;
   int cluster;
@@ -454,7 +465,58 @@ void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
     shape.cols = cols;
     shape.inner = inner;
     shape.multiprocessors = 132;
+    shape.hopper_pairs = false;
     EXPECT(std::get<HopperConfig>(product_config(shape)).cluster == expected);
+  }
+}
+
+// On 132 multiprocessors pairs of blocks share rows of X where L2 would take longest: in the forward product by tall
+// tiles, if these are whole or belong to clusters, and have so many steps that the barriers of pairs do not matter.
+constexpr struct {
+  std::int64_t rows, cols, inner;
+  bool backward, pairs;
+} kPairs[] = {
+    {1024, 4096, 4096, false, true},    {512, 4096, 4096, false, true},   // 128 tiles, and 64 in clusters of 4 blocks
+    {1024, 4096, 4096, true, false},                                      // decoding takes longer
+    {1024, 4096, 1024, false, false},                                     // 16 steps
+    {1024, 4224, 4096, false, false},   {1280, 3328, 4096, false, true},  // 33 and 26 tiles of columns, of 132 and 130
+    {256, 4096, 4096, false, false},                                      // by tiles of 128 rows
+    {100'000, 4096, 4096, false, true},                                   // many waves, as quick as runs
+};
+
+void pairs_of_blocks_share_rows_where_l2_takes_longest() {
+  for (const auto& [rows, cols, inner, backward, pairs] : kPairs) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.inner = inner;
+    shape.backward = backward;
+    shape.multiprocessors = 132;
+    const auto config = std::get<HopperConfig>(product_config(shape));
+    EXPECT(config.pairs == pairs);
+  }
+}
+
+// Pairs that were asked for take the clusters that hold two tiles, and an odd number of tiles one more in each row.
+constexpr struct {
+  std::int64_t rows, cols, tiles;
+  int cluster, blocks;
+} kAskedPairs[] = {
+    {64, 2048, 16, 4, 64},     // 8 clusters of 4 + 4 blocks, rather than of 8
+    {64, 4096, 32, 4, 128},    // 16, which is as many as run at once
+    {64, 4224, 34, 2, 68},     // 17 of 2 + 2
+    {256, 4224, 136, 1, 132},  // four rows of tiles; the last 4 are a second wave
+    {64, 128, 2, 4, 8},        // one tile, and one that has no columns
+};
+
+void pairs_of_tiles_share_clusters() {
+  for (const auto& [rows, cols, tiles, cluster, blocks] : kAskedPairs) {
+    ProductShape shape = on_hopper(rows);
+    shape.cols = cols;
+    shape.multiprocessors = 132;
+    shape.hopper_rows = 64;
+    shape.hopper_pairs = true;
+    const auto config = std::get<HopperConfig>(product_config(shape));
+    EXPECT(config.pairs && config.gemm.tiles == tiles && config.cluster == cluster && config.gemm.blocks == blocks);
   }
 }
 
@@ -474,6 +536,12 @@ void wgmma_is_used_where_it_is_asked_for() {
     ProductShape shape = on_hopper(700);
     shape.hopper_rows = asked_hopper_rows();
     EXPECT(shape.hopper_rows == 0 || std::get<HopperConfig>(product_config(shape)).gemm.tile_rows == rows);
+    EXPECT(!asked_hopper_pairs().has_value());
+    for (const bool pairs : {false, true}) {
+      setenv("QLN_FORCE_HOPPER", (std::to_string(rows) + (pairs ? ",pairs" : ",alone")).c_str(), 1);
+      EXPECT(asked_hopper_use(true) == HopperUse::wherever_it_can && asked_hopper_rows() == shape.hopper_rows);
+      EXPECT(asked_hopper_pairs() == pairs);
+    }
   }
   unsetenv("QLN_FORCE_HOPPER");
 }
@@ -619,6 +687,8 @@ int main() {
   tile_of_wgmma_takes_the_least_time();
   tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once();
   wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs();
+  pairs_of_blocks_share_rows_where_l2_takes_longest();
+  pairs_of_tiles_share_clusters();
   wgmma_is_used_where_it_is_asked_for();
   way_of_groups_with_own_weights_follows_their_average();
   way_of_groups_with_a_shared_weight_follows_all_rows();

@@ -1,8 +1,11 @@
-// Guards the emulator of clusters (cuda/simt/cluster.cpp): their blocks meet and read each other's shared memory under
-// each order of threads and blocks, and planted mistakes are found under every one. A kernel that must end the process
-// runs in a child, whose message is read.
+// Guards the emulator of clusters (cuda/simt/cluster.cpp): their blocks meet, read each other's shared memory, load
+// tiles into it and arrive at its barriers under each order of threads and blocks, and planted mistakes are found under
+// every one. A kernel that must end the process runs in a child, whose message is read.
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <set>
 #include <string>
 #include <vector>
@@ -138,6 +141,146 @@ void memory_that_others_read_must_stay_until_the_next_barrier() {
   });
 }
 
+// ---- tiles for several blocks, and arrivals at other blocks ----
+
+// Each of two blocks copies a matrix of kTileRows rows, whose tiles come through a ring of stages that the first thread
+// fills: each block asks for half of the rows, for both of them. Two other warps read one half each. These mistakes can
+// be planted:
+enum class PairMistake {
+  none,
+  peer_is_not_waited_for,
+  one_arrival_too_few,
+  one_arrival_too_many,
+  half_is_for_one_block,
+  half_of_the_bytes_is_expected,
+  both_ask_for_the_same_half,
+  no_barrier_before_use,
+  not_published,
+  no_barrier_at_the_end,
+  tile_for_another_cluster,
+  tile_for_no_block,
+  arrival_at_another_cluster,
+};
+constexpr int kTileRows = 16, kTileCols = 64, kSteps = 7, kStages = 2, kReaders = 2;
+constexpr int kTileBytes = kTileRows * kTileCols;
+struct PairShared {
+  std::uint8_t tiles[kStages][kTileRows][kTileCols];
+  std::uint64_t full[kStages], empty[kStages];
+};
+
+template <PairMistake kMistake>
+__global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out) {
+  constexpr bool kPeerReads = kMistake != PairMistake::peer_is_not_waited_for;
+  constexpr int kHalf = kTileRows / 2;
+  auto& shared = *dynamic_smem<PairShared>();
+  const int thread = thread_index(), reader = thread / kWarp - 1, rank = static_cast<int>(block_index() % 2);
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], kReaders * (kPeerReads ? 2 : 1));
+    }
+    if constexpr (kMistake != PairMistake::not_published) fence_mbarrier_init();
+  }
+  sync_threads();
+  if constexpr (kMistake != PairMistake::no_barrier_before_use) sync_cluster();
+  for (int step = 0; step < kSteps; ++step) {
+    const int stage = step % kStages;
+    const auto parity = static_cast<std::uint32_t>(step / kStages % 2);
+    if (thread == 0) {
+      const int row = kMistake == PairMistake::both_ask_for_the_same_half ? 0 : rank * kHalf;
+      const int ranks = kMistake == PairMistake::half_is_for_one_block      ? 1 << rank
+                        : kMistake == PairMistake::tile_for_another_cluster ? 7
+                        : kMistake == PairMistake::tile_for_no_block        ? 0
+                                                                            : 3;
+      mbarrier_wait(&shared.empty[stage], parity ^ 1);
+      mbarrier_arrive_expect(&shared.full[stage],
+                             kTileBytes / (kMistake == PairMistake::half_of_the_bytes_is_expected ? 2 : 1));
+      tma_load_tile_to_blocks(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
+                              static_cast<std::uint16_t>(ranks));
+    }
+    if (reader < 0) continue;
+    mbarrier_wait(&shared.full[stage], parity);
+    for (int i = thread % kWarp; i < kHalf * kTileCols; i += kWarp) {
+      const int row = reader * kHalf + i / kTileCols, col = i % kTileCols;
+      out[(block_index() * kTileRows + row) * kSteps * kTileCols + step * kTileCols + col] =
+          shared.tiles[stage][row][col];
+    }
+    sync_warp();
+    if (thread % kWarp == 0) mbarrier_arrive(&shared.empty[stage]);
+    const int peer = kMistake == PairMistake::arrival_at_another_cluster ? 2 : 1 - rank;
+    const bool arrives = kPeerReads && (kMistake != PairMistake::one_arrival_too_few || reader == 0);
+    if (thread % kWarp == 1 && arrives) mbarrier_arrive_at_block(&shared.empty[stage], peer);
+    if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) {
+      mbarrier_arrive_at_block(&shared.empty[stage], peer);
+    }
+  }
+  if constexpr (kMistake != PairMistake::no_barrier_at_the_end) sync_cluster();
+}
+
+// What the process says when it ends, "wrong" if a copy is wrong, or nothing.
+template <PairMistake kMistake>
+std::string words_of_pairs() {
+  constexpr int kCols = kSteps * kTileCols, kBlocks = 4;
+  Managed<std::uint8_t> matrix(kTileRows * kCols), out(kBlocks * kTileRows * kCols);
+  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
+  const TileSource source = {.name = "x",
+                             .data = matrix.data(),
+                             .element_bytes = 1,
+                             .rows = kTileRows,
+                             .cols = kCols,
+                             .stride_bytes = kCols,
+                             .box_rows = kTileRows / 2,
+                             .box_cols = kTileCols,
+                             .swizzle = Swizzle::none};
+  return death_message([&] {
+    launch<pair_kernel<kMistake>>({kBlocks, (1 + kReaders) * kWarp, sizeof(PairShared), 2}, {}, TensorMap(source),
+                                  out.data());
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      if (out[i] == matrix[i % matrix.size()]) continue;
+      std::fprintf(stderr, "wrong");
+      _exit(1);
+    }
+  });
+}
+
+// Which mistake shows first may depend on the schedule.
+template <PairMistake kMistake>
+bool is_found_in_pairs(std::initializer_list<const char*> messages) {
+  bool always = true;
+  under_each_schedule([&] {
+    const std::string words = words_of_pairs<kMistake>();
+    bool is_known = false;
+    for (const char* message : messages) is_known = is_known || contains(words, message);
+    if (!is_known) std::printf("under %s: %s\n", std::getenv("QLN_SCHEDULE"), words.c_str());
+    always = always && is_known;
+  });
+  return always;
+}
+
+void tiles_come_to_both_blocks_of_a_pair_under_each_schedule() {
+  under_each_schedule([] { EXPECT(words_of_pairs<PairMistake::none>().empty()); });
+}
+
+void mistakes_between_pairs_are_found_under_each_schedule() {
+  constexpr const char *kDeadlock = "waits for an mbarrier at", *kTooMany = "more arrivals in a phase";
+  constexpr const char *kOverwritten = "where another tile is still on its way", *kWrong = "wrong";
+  EXPECT(is_found_in_pairs<PairMistake::peer_is_not_waited_for>({kOverwritten, kTooMany, kDeadlock, kWrong}));
+  EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_few>({kDeadlock}));
+  EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_many>(
+      {kTooMany, "arrives twice in a phase", "has missed a phase"}));
+  EXPECT(is_found_in_pairs<PairMistake::half_is_for_one_block>({kDeadlock}));
+  EXPECT(is_found_in_pairs<PairMistake::half_of_the_bytes_is_expected>({kOverwritten, kTooMany, kDeadlock, kWrong}));
+  EXPECT(is_found_in_pairs<PairMistake::both_ask_for_the_same_half>({kOverwritten, kWrong}));
+  EXPECT(is_found_in_pairs<PairMistake::no_barrier_before_use>(
+      {"no barrier of the cluster has come since it was published", "was not initialized"}));
+  EXPECT(is_found_in_pairs<PairMistake::not_published>({"initialization was not published"}));
+  EXPECT(is_found_in_pairs<PairMistake::no_barrier_at_the_end>(
+      {"may still arrive at its mbarriers", "arrives at an mbarrier of a block of its cluster that has ended"}));
+  EXPECT(is_found_in_pairs<PairMistake::tile_for_another_cluster>({"loads a tile into block 2 of a cluster of 2"}));
+  EXPECT(is_found_in_pairs<PairMistake::tile_for_no_block>({"loads a tile into no block"}));
+  EXPECT(is_found_in_pairs<PairMistake::arrival_at_another_cluster>({"an mbarrier of block 2 of a cluster of 2"}));
+}
+
 // ---- launches ----
 
 __global__ void alone_kernel() { sync_cluster(); }
@@ -175,6 +318,8 @@ int run_all() {
   blocks_add_what_their_cluster_has_stored();
   mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule();
   memory_that_others_read_must_stay_until_the_next_barrier();
+  tiles_come_to_both_blocks_of_a_pair_under_each_schedule();
+  mistakes_between_pairs_are_found_under_each_schedule();
   launches_have_whole_clusters();
   blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses();
   return report();

@@ -14,7 +14,9 @@
 //   tensor cores   products of i              products of i + 1          products of i + 2
 //   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
 //
-// The barrier `full` of a stage counts its bytes and the warps of producers; `empty` counts the warps of consumers.
+// The barrier `full` of a stage counts its bytes and the warps of producers; `empty` counts the warps of consumers. In
+// a pair of blocks (HopperConfig::pairs) each asks for half of the left operand's rows, for both of them. So a stage is
+// empty when the consumers of both have read it.
 // Operands are what product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors,
 // rank a multiple of 8.
 #pragma once
@@ -36,9 +38,10 @@ struct HopperMaps {
 
 struct HopperArgs : GemmArgs {
   HopperArgs(const Product& product, const HopperConfig& config, const StreamKWorkspace& workspace)
-      : GemmArgs(product, config.gemm, workspace), cluster(config.cluster) {}
+      : GemmArgs(product, config.gemm, workspace), cluster(config.cluster), pairs(config.pairs ? 1 : 0) {}
 
   int cluster;  // as HopperConfig has it
+  int pairs;    // 1 or 0: two tiles, or one, belong to a cluster of blocks
 };
 
 template <class T, class Weights, class Tile>
@@ -57,7 +60,8 @@ class HopperGemm {
         shared_(shared),
         stream_k_(args.config, args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
-        table_(shared.rows->pairs) {}
+        table_(shared.rows->pairs),
+        peer_(int_in_register(peer_of(args))) {}
 
   // Sets up the block's run and its barriers. Then producers may ask for copies, while consumers fill the tables.
   __device__ void prepare() {
@@ -65,12 +69,13 @@ class HopperGemm {
       shared_.run = stream_k_.take_run();
       for (int i = 0; i < Tile::kStages; ++i) {
         mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // the warps, and the thread that asks for copies
-        mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps);
+        mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps << args_.pairs);
       }
       fence_mbarrier_init();
       prefetch_map(maps_.left);
       prefetch_map(maps_.codes);
     }
+    if (args_.pairs != 0) return wait_until_peer_has_barriers();
     sync_threads();
   }
   __device__ void run() {
@@ -89,6 +94,7 @@ class HopperGemm {
         wait_until_sums_are_added();
       }
     }
+    if (args_.pairs != 0 && args_.cluster == 1) wait_until_peer_has_read_stages();
   }
 
  private:
@@ -107,21 +113,27 @@ class HopperGemm {
   __device__ __forceinline__ TilePart part_after(std::uint32_t done) const {
     const GemmConfig& config = args_.config;
     if (args_.cluster == 0) return stream_k_.part_after(shared_.run, done);
-    // The blocks of a cluster share the steps of a tile in the order of their ranks.
-    const int rank = cluster_rank();
+    // The blocks of a tile share its steps in the order of their ranks.
+    const int rank = rank_in_tile();
     const int first = rank * config.steps / args_.cluster;
     const int count = (rank + 1) * config.steps / args_.cluster - first;
     const std::int64_t tile = (block_index() + done / count * config.blocks) / args_.cluster;
     return {0, tile, first, tile < config.tiles ? count : 0, false};
   }
-  // The blocks of a cluster follow each other in the grid.
-  __device__ __forceinline__ int cluster_rank() const { return static_cast<int>(block_index() % args_.cluster); }
-  // The coordinates of TMA have 32 bits.
+  // The blocks of a cluster follow each other in the grid: those of a tile, and then those of the pair's other tile.
+  __device__ __forceinline__ int rank_in_tile() const { return static_cast<int>(block_index() % args_.cluster); }
+  __device__ __forceinline__ int tile_in_pair() const { return args_.pairs != 0 && peer_ < args_.cluster ? 1 : 0; }
+  // The rank, in the cluster, of the block that has the same steps of the pair's other tile.
+  __device__ __forceinline__ static int peer_of(const HopperArgs& args) {
+    return args.pairs == 0 ? 0 : static_cast<int>(block_index() % (2 * args.cluster)) ^ args.cluster;
+  }
+  // The coordinates of TMA have 32 bits. Tiles are counted down the rows, and in pairs two by two.
   __device__ __forceinline__ int row0(const TilePart& part) const {
-    return static_cast<int>(part.tile % args_.config.row_tiles) * Tile::kRows;
+    return static_cast<int>((part.tile >> args_.pairs) % args_.config.row_tiles) * Tile::kRows;
   }
   __device__ __forceinline__ int col0(const TilePart& part) const {
-    return static_cast<int>(part.tile / args_.config.row_tiles) * Tile::kCols;
+    const auto cols = static_cast<int>((part.tile >> args_.pairs) / args_.config.row_tiles);
+    return (cols << args_.pairs | (static_cast<int>(part.tile) & args_.pairs)) * Tile::kCols;
   }
   // Keeps a value, so that it is not computed anew at each step, by divisions.
   __device__ __forceinline__ static int int_in_register(int value) {
@@ -205,11 +217,17 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_empty() const {
     mbarrier_wait(&shared_.empty[ring_.stage], ring_.parity ^ 1);
   }
-  // Asks for a tile of rows; `other_bytes` is how many other bytes will come beside it.
+  // Asks for a tile of rows, or for the pair's half of it; `other_bytes` is how many other bytes will come beside the
+  // tile. The peer's half may come before this block expects it, but not before `full` is in this phase, because the
+  // peer waits for this block's consumers too.
   __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t other_bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
+    T* const left = shared_.stages[ring_.stage].left;
     mbarrier_arrive_expect(full, Shared::kLeftBytes + other_bytes);
-    tma_load_tile(shared_.stages[ring_.stage].left, map, row, inner, full);
+    if (args_.pairs == 0) return tma_load_tile(left, map, row, inner, full);
+    const int half = tile_in_pair() * (Tile::kRows / 2);
+    const int ranks = 1 << peer_ | 1 << (peer_ ^ args_.cluster);
+    tma_load_tile_to_blocks(left + half * Tile::kStep, map, row + half, inner, full, static_cast<std::uint16_t>(ranks));
   }
   __device__ __forceinline__ void arrive_at_full() {
     sync_warp();  // what its lanes have stored is there
@@ -264,7 +282,8 @@ class HopperGemm {
     // Where the blocks are more than the vectors, `kSharing` of them add one vector, of every kSharing-th warp each.
     constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
     constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
-    const int own_rank = cluster_rank(), first = own_rank / kSharing * kCount;
+    const int own_rank = rank_in_tile(), first = own_rank / kSharing * kCount;
+    const int first_block = tile_in_pair() * kCluster;  // the tile's first, in its cluster
     const int count = thread_index() / kWarp % kSharing == own_rank % kSharing ? kCount : 0;
 #pragma unroll 1
     for (int i = first; i < first + count; ++i) {
@@ -272,7 +291,7 @@ class HopperGemm {
       Four sums[kCluster];
 #pragma unroll
       for (int rank = 0; rank < kCluster; ++rank) {
-        sums[rank] = rank == own_rank ? load_shared<Four>(at) : load_shared_of_block<Four>(at, rank);
+        sums[rank] = rank == own_rank ? load_shared<Four>(at) : load_shared_of_block<Four>(at, first_block + rank);
       }
 #pragma unroll
       for (int rank = 1; rank < kCluster; ++rank) {
@@ -283,10 +302,13 @@ class HopperGemm {
     }
     wait_until_sums_are_added();
   }
-  // All threads of the cluster's blocks come to both of these.
+  // All threads of the cluster's blocks come to all of these.
   __device__ __forceinline__ static void wait_until_sums_are_stored() { sync_cluster(); }
   // A block's shared memory must be there as long as others read it. They store nothing for each other any more.
   __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster_relaxed(); }
+  // The peer's barriers must be there before copies and consumers arrive at them, and until the last has.
+  __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster_relaxed(); }
+  __device__ __forceinline__ static void wait_until_peer_has_read_stages() { sync_cluster(); }
 
   // The products of a step run while the next step is decoded.
   __device__ void multiply(int steps) {
@@ -328,7 +350,9 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
   __device__ __forceinline__ void arrive_at_empty(std::uint32_t stage) const {
     sync_warp();  // all lanes have read it
-    if (thread_index() % kWarp == 0) mbarrier_arrive(&shared_.empty[stage]);
+    const int lane = thread_index() % kWarp;
+    if (lane == 0) mbarrier_arrive(&shared_.empty[stage]);
+    if (args_.pairs != 0 && lane == 1) mbarrier_arrive_at_block(&shared_.empty[stage], peer_);
   }
 
   // Brings the B or A of the block's first tile to L2 while the tables are filled. What comes after it, other blocks
@@ -391,6 +415,7 @@ class HopperGemm {
   const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
+  const int peer_;  // in a pair
   Ring ring_;
   bool has_tables_ = false;  // of a producer
   Sums sums_;
@@ -439,11 +464,12 @@ void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& c
   if (config.blocks == 0) return;
   constexpr bool kForward = Weights::kForward;
   const std::int64_t rank = product.low_rank.cols;
-  HopperMaps maps{TensorMap(tiles_of(kForward ? "x" : "dy", product.left, product.inner, config.tile_rows)),
+  const int box_rows = config.tile_rows / (hopper.pairs ? 2 : 1);
+  HopperMaps maps{TensorMap(tiles_of(kForward ? "x" : "dy", product.left, product.inner, box_rows)),
                   {},
                   TensorMap(tiles_of_codes<Weights>(product.weight))};
   if (rank > 0) {
-    maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, config.tile_rows));
+    maps.low_rank = TensorMap(tiles_of(kForward ? "u" : "v", product.low_rank, rank, box_rows));
   }
   const StreamKWorkspace workspace(config, counters, stream);
   const HopperArgs args(product, hopper, workspace);
@@ -452,7 +478,7 @@ void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& c
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = Tile::kThreads,
                                .smem_bytes = HopperShared<T, Tile>::bytes(),
-                               .cluster = hopper.cluster > 1 ? hopper.cluster : 1,
+                               .cluster = hopper.blocks_of_cluster(),
                                .begins_early = args.follows_low_rank()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
