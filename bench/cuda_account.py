@@ -95,13 +95,13 @@ def times_of(model: Model, choices: Choices, product: Product) -> Times:
         return seconds + model.low_rank(product, runs, **choices[alone, "low-rank"].numbers)
 
     chosen = choices[alone, "chosen-with-adapter" if product.rank else "chosen"]
-    wgmma = {rows: Runs.of(product, "wgmma", rows, 128, model.device.multiprocessors) for rows in WGMMA_ROWS}
-    panels = Panels.of(product, model.device.multiprocessors)
+    wgmma = {rows: choices[alone, f"wgmma-{rows}"].runs() for rows in WGMMA_ROWS}
+    dense = choices[alone, "dense-with-adapter" if product.rank else "dense"]
     if chosen.way == "wgmma":
         name = f"wgmma {chosen.numbers['tile_rows']}"
     else:
         name = "panels" if chosen.way == "panels" else "mma.sync"
-    by_panels = model.panels(product, panels) if panels else None
+    by_panels = model.panels(product, Panels(**dense.numbers)) if dense.way == "panels" else None
     before = choices[alone, "mma.sync"].runs()
     return Times(
         with_low_rank(model.fused(product, before), before),
@@ -294,6 +294,6 @@ launched while that one runs, and the model lets it begin when U or V is there."
 LOSSES = """All products of this page for which the best other way beats the chosen one by more than {:.0%}, if panels
 take as long as they may where they are the other way, and as little where they are chosen."""
 TIMES = """With U or V where r is 16. "mma.sync" is what a product took before there was wgmma; the numbers beside
-"wgmma" are rows of a tile. Panels are given at best and at worst (all decoding shows), also for up to 768 rows, where
-config.cpp does not consider them; – where no panel is wide enough. The last column has the best other way if it beats
+"wgmma" are rows of a tile. Panels are given at best and at worst (all decoding shows); – where config.cpp does not
+consider them, for up to 768 rows, and where no panel is wide enough. The last column has the best other way if it beats
 the chosen one by more than {:.0%}, as above. GEMV is for up to 8 rows, and so in no line."""

@@ -68,6 +68,7 @@ ADAPTER_WAITS = {"thin": 5, "gemm": 2, "wgmma": 2}
 LOW_RANK_TILE, LOW_RANK_BLOCKS = 64, 2
 LOW_RANK_CYCLES = (2 * 64 + 8 * (16 + 32)) * STEP * 2 // cycles.SHARED_BYTES
 BF16, F32 = 2, 4  # bytes
+THIN_STEP = 128  # kThinStep
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Product:
         return max(self.bytes / device.bandwidth, self.rows * self.cols * self.inner / peak)
 
 
-# ---- how the work is shared: config.h and config.cpp -----------------------------------------------------------------
+# ---- how the work is shared: config.h --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -112,55 +113,6 @@ class Runs:
     rest: int
     cluster: int = 0
     pairs: int = 0
-
-    LEAST_INNER, THIN_STEP = 256, 128  # kLeastInner, kThinStep
-    EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, OF_PAIRS = 6, 3, {2: 4, 4: 7, 8: 10}, 1  # in steps: hopper_sharing()
-    MOST_CLUSTER, TOGETHER = 8, 16
-    # kHopperTiles: of a step, what decoding takes, and what else, alone and in pairs.
-    OF_STEP = {16: (30, 14, 11), 32: (33, 18, 13), 64: (39, 27, 19), 128: (51, 45, 38), 256: (75, 81, 77)}
-    MORE_OF_COLUMNS = 7
-
-    @staticmethod
-    def of(product: Product, kernel: str, tile_rows: int, tile_cols: int, most_blocks: int) -> Runs:
-        """share_steps(), GemmConfig::with_row_tiles() and hopper_sharing(), for a product without groups."""
-        step = Runs.THIN_STEP if kernel == "thin" else STEP
-        steps = math.ceil(product.inner / step)
-        tiles = math.ceil(product.cols / tile_cols) * math.ceil(product.rows / tile_rows)
-        blocks = min(most_blocks, math.ceil(tiles * steps / (Runs.LEAST_INNER // step)))
-        runs = Runs(kernel, tile_rows, tile_cols, tiles, steps, blocks, *divmod(tiles * steps, blocks))
-        if kernel != "wgmma":
-            return runs
-        shared = [runs.shared(product, most_blocks, pairs) for pairs in (0, 1)]
-        return min(shared, key=lambda steps_and_runs: steps_and_runs[0])[1]
-
-    def shared(self, product: Product, most_blocks: int, pairs: int) -> tuple[int, Runs]:
-        """hopper_sharing() for these runs, and how long the slowest block then takes."""
-        tiles = self.tiles
-        if pairs:
-            col_tiles = math.ceil(product.cols / self.tile_cols)
-            tiles += col_tiles % 2 * (tiles // col_tiles)
-
-        def at_once(cluster: int) -> int:
-            count = cluster << pairs
-            fit = most_blocks // count if count <= 2 else most_blocks // Runs.TOGETHER * (Runs.TOGETHER // count)
-            return fit << pairs
-
-        taken = {1: math.ceil(tiles / at_once(1)) * self.steps}
-        if not pairs:
-            others = math.ceil(self.steps / self.share) if self.splits_a_tile else 0
-            taken[0] = self.longest + (Runs.EXCHANGE + Runs.OF_TWO_MORE * others // 2 if others else 0)
-        for cluster, exchange in Runs.EXCHANGE_OF.items():
-            if cluster << pairs <= Runs.MOST_CLUSTER and tiles <= at_once(cluster):
-                taken[cluster] = math.ceil(self.steps / cluster) + exchange
-        cluster = min(taken, key=taken.__getitem__)
-        decoding, *others_of_step = Runs.OF_STEP[self.tile_rows]
-        of_step = max(decoding + Runs.MORE_OF_COLUMNS * (product.direction == "dX"), others_of_step[pairs])
-        time = (taken[cluster] + Runs.OF_PAIRS * pairs) * of_step
-        if cluster == 0:
-            return time, self
-        blocks = min(tiles, at_once(cluster)) * cluster
-        shared = {"tiles": tiles, "blocks": blocks, "share": 0, "rest": 0, "cluster": cluster, "pairs": pairs}
-        return time, dataclasses.replace(self, **shared)
 
     @property
     def tiles_of_block(self) -> int:
@@ -196,33 +148,7 @@ class Panels:
     cols: int
     rows: int
 
-    TILE, BYTES, MOST_BYTES, COPIED_ROWS, ALIGNMENT = 128, 8 << 20, 32 << 20, 8192, 8  # kPanel...
-    ENOUGH, LEAST = 0.95, 0.75
-
-    @staticmethod
-    def of(product: Product, multiprocessors: int) -> Panels | None:
-        """by_panels(), but for any number of rows."""
-
-        def even_part(count: int, most: int, unit: int) -> int:
-            return math.ceil(math.ceil(count / math.ceil(count / most)) / unit) * unit
-
-        rows = even_part(product.rows, Panels.COPIED_ROWS, Panels.TILE) if product.rank else product.rows
-        column = math.ceil((product.inner + product.rank) / Panels.ALIGNMENT) * Panels.ALIGNMENT
-        tile_bytes = Panels.TILE * column * BF16
-        row_tiles = math.ceil(min(rows, product.rows) / Panels.TILE)
-        col_tiles = math.ceil(product.cols / Panels.TILE)
-        best, cols, tiles = 0.0, 0, max(Panels.BYTES // tile_bytes, 1)
-        while tiles * tile_bytes <= Panels.MOST_BYTES and best < Panels.ENOUGH:
-            part = even_part(col_tiles, tiles, 1)
-            waves = col_tiles // part * math.ceil(row_tiles * part / multiprocessors)
-            waves += math.ceil(row_tiles * (col_tiles % part) / multiprocessors)
-            busy = row_tiles * col_tiles / (waves * multiprocessors)
-            if busy > best:
-                best, cols = busy, part * Panels.TILE
-            if tiles >= col_tiles:
-                break
-            tiles += 1
-        return Panels(cols, rows) if best >= Panels.LEAST else None
+    TILE = 128  # kPanelCols, and the rows of a tile of cuBLAS
 
 
 # ---- the time of each way --------------------------------------------------------------------------------------------
@@ -266,7 +192,7 @@ class Model:
     @staticmethod
     def _of_step(runs: Runs) -> int:
         """How many steps of 64 a step of the kernel is."""
-        return Runs.THIN_STEP // STEP if runs.kernel == "thin" else 1
+        return THIN_STEP // STEP if runs.kernel == "thin" else 1
 
     def parts(self, product: Product, runs: Runs) -> dict[str, float]:
         """The seconds of a product that decodes on the way, by what takes them."""
@@ -291,7 +217,7 @@ class Model:
         """
         if runs.kernel != "wgmma":
             return 2 * DRAM_LATENCY
-        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0) + (CLUSTER_BARRIER if runs.pairs else 0)
+        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0) + (CLUSTER_LATENCY if runs.pairs else 0)
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""

@@ -9,9 +9,9 @@ dimension of one tile, which 8 warps do together:
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
 wgmma (hopper/) reads its b from shared memory once for each of two warpgroups, and its tiles come by TMA. Beside the 8
-warps that multiply, 4 bring codes and scales. Where lanes i and i ^ 1 load the same 16 bytes, a load takes two cycles
-and not four (Greg of NVIDIA, forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/77228), as it does
-for the forward codes of wgmma, which the four lanes of a quad share (HopperRows in hopper/weights.cuh).
+warps that multiply, one asks for tiles and two bring scales. Where lanes i and i ^ 1 load the same 16 bytes, a load
+takes two cycles and not four (Greg of NVIDIA, forums.developer.nvidia.com/t/unexpected-shared-memory-bank-conflict/
+77228), as it does for the forward codes of wgmma, which four lanes share (HopperRows in hopper/weights.cuh).
 
 The largest is a lower bound on the time, without waits, conflicts and caches, and an upper bound on the share of the
 tensor cores' peak that a full tile can reach. No GPU has confirmed it yet. cuda_account.py computes the time of whole
@@ -53,7 +53,7 @@ DEVICES = {
     "sm_90": Device("H100", 132, 1.755e9, 3.35e12, 0.62 * 2048, 2048),
     "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048, 2048),
 }
-PRODUCERS = 4  # warps, of a kernel that multiplies by wgmma
+SCALE_WARPS = 2  # of a kernel that multiplies by wgmma
 
 
 def shared_cycles(loop: Sequence[Instruction], lanes_share_vectors: bool = False) -> int:
@@ -94,9 +94,11 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
     beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
     if kernel.name.startswith("hopper"):
         rows, cols = tile
-        # Rows for this block or for a pair, and codes.
-        brings = [body for body in loops(kernel.code) if count(body, "UTMALDG") == 3]
-        beside = PRODUCERS * min(map(len, brings), default=0)
+        # One warp asks for rows, for this block or for a pair, and for codes. Others load scales.
+        waiting = [body for body in loops(kernel.code) if count(body, "SYNCS")]
+        asks = [len(body) for body in waiting if count(body, "UTMALDG") == 3]
+        scales = [len(body) for body in waiting if count(body, "LDG")]
+        beside = min(asks, default=0) + SCALE_WARPS * min(scales, default=0)
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return {

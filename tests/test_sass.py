@@ -227,15 +227,16 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
 
 def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     cycles = importlib.import_module("cycles")
-    opcodes = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA", *["UTMALDG.2D"] * 3, "BRA", "EXIT"]
-    operands = {5: "0x0", 9: "0x60"}
+    products = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA"]
+    opcodes = [*products, "SYNCS", *["UTMALDG.2D"] * 3, "BRA", "SYNCS", "LDG.E", "BRA", "EXIT"]
+    operands = {5: "0x0", 10: "0x60", 13: "0xb0"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
     kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
     step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
     assert step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load vectors that lanes share, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 2 + 32
-    assert step.cycles["issue"] == (8 * 6 + 4 * 4) / 4
+    assert step.cycles["issue"] == round((8 * 6 + 5 + 2 * 3) / 4)
 
 
 # ---- the account of whole products -----------------------------------------------------------------------------------
@@ -256,25 +257,17 @@ def test_account_is_that_of_the_committed_figures_and_choices(sass, account):
     assert account.PAGE.read_text() == account.committed_page(kernels)
 
 
-def test_runs_and_panels_of_the_model_are_those_of_config_cpp(account, model):
-    multiprocessors = model.H100.multiprocessors
+def test_choices_have_every_product_and_way_of_the_account(account, model):
     choices = account.read_choices(account.CHOICES.read_text())
-    compared = {"thin": 0, "gemm": 0, "wgmma": 0, "panels": 0}
-    for (product, asked), (way, numbers) in choices.items():
-        if way in ("thin", "gemm", "wgmma"):
-            most = multiprocessors * (2 if way != "wgmma" and numbers["tile_rows"] <= 64 else 1)
-            tile = numbers["tile_rows"], numbers["tile_cols"]
-            assert model.Runs.of(product, way, *tile, most) == choices[product, asked].runs(), (product, asked)
-        elif way == "panels":
-            rank = account.RANK if asked == "chosen-with-adapter" else 0
-            assert model.Panels.of(dataclasses.replace(product, rank=rank), multiprocessors) == model.Panels(**numbers)
-        else:
-            assert asked == "low-rank"
-            continue
-        compared[way] += 1
-    assert min(compared.values()) >= 5, compared
-    asked = [product for weight in account.WEIGHTS for product in account.products(weight) if not product.rank]
-    assert len(asked) == 80 and all((product, "chosen") in choices for product in asked)
+    products = [product for weight in account.WEIGHTS for product in account.products(weight) if not product.rank]
+    assert len(products) == 80
+    for product in products:
+        assert choices[product, "chosen"].way in ("wgmma", "panels")
+        for rows in account.WGMMA_ROWS:
+            assert choices[product, f"wgmma-{rows}"].runs().tile_rows == rows
+        for asked in ("dense", "dense-with-adapter"):
+            dense = choices[product, asked]
+            assert dense.way != "panels" or model.Panels(**dense.numbers).rows > 0
 
 
 def figures_of(model, cycles):
@@ -289,17 +282,17 @@ def figures_of(model, cycles):
 
 def test_blocks_with_whole_tiles_take_their_steps_and_store_their_results(model):
     clock, product = model.H100.clock, model.Product("forward", 64, 128 * 132, 6400)
-    runs = model.Runs.of(product, "wgmma", 64, 128, 132)
-    assert (runs.tiles, runs.steps, runs.cluster, runs.longest) == (132, 100, 1, 100) and not runs.splits_a_tile
+    runs = model.Runs("wgmma", 64, 128, tiles=132, steps=100, blocks=132, share=0, rest=0, cluster=1)
+    assert runs.longest == 100 and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     cycles = 700 + 101 * 2000 + 64 * 128 * 2 / 32
     assert seconds == pytest.approx(cycles / clock + 1e-6)
     # With twice as many tiles, a block has two. The kernels of gemm/ begin anew with each, and fill their table before
     # anything else.
     product = dataclasses.replace(product, cols=2 * product.cols)
-    for kernel, more in (("wgmma", 0), ("gemm", 700 + 700 + 2000)):
-        runs = model.Runs.of(product, kernel, 64, 128, 132)
-        seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
+    of_gemm = model.Runs("gemm", 64, 128, tiles=264, steps=100, blocks=132, share=200, rest=0)
+    for twice, more in ((dataclasses.replace(runs, tiles=264), 0), (of_gemm, 700 + 700 + 2000)):
+        seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, twice)
         assert seconds == pytest.approx((700 + 201 * 2000 + 2 * 512 + more) / clock + 1e-6)
 
 
@@ -319,8 +312,8 @@ def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidt
     assert runs.longest == {2: 51, 4: 26, 8: 13}[count] and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     sums = 64 * 128 * 4
-    cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + 2 * (200 + 291) + 200 + 512 / count
-    loaded = sums * (count - 1) / count / (bandwidth / 132)
+    cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + (200 + 291) + 200 + 200 + 512 / count
+    loaded = sums * (count - 1) / count / (bandwidth / 114)
     assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
 
 
@@ -332,21 +325,15 @@ def test_pairs_load_rows_of_x_once_and_meet_at_two_barriers(model):
     of_x = 64 * 64 * 2 * 132 / (6.65e12 / model.H100.clock)
     assert of.step(product, alone)["L2"] - of.step(product, in_pairs)["L2"] == pytest.approx(of_x / 2)
     # Shared memory bounds a step, so that the barriers are all that differs. An exchange of sums has the second one.
-    for cluster, barriers in ((1, 2), (2, 1)):
+    for cluster, barriers in ((1, 200 + 200 + 291), (2, 200)):
         runs = [dataclasses.replace(each, cluster=cluster, blocks=2 * cluster) for each in (alone, in_pairs)]
         more = of.fused(product, runs[1]) - of.fused(product, runs[0])
-        assert more == pytest.approx(barriers * (200 + 291) / model.H100.clock)
-
-
-def test_pairs_are_for_tall_tiles_of_the_forward_product(model):
-    for direction, rows, pairs in (("forward", 256, 1), ("dX", 256, 0), ("forward", 128, 0)):
-        product = model.Product(direction, 1024, 4096, 4096)
-        assert model.Runs.of(product, "wgmma", rows, 128, 132).pairs == pairs
+        assert more == pytest.approx(barriers / model.H100.clock)
 
 
 def test_memory_bounds_a_product_of_few_rows(model):
     product = model.Product("forward", 64, 128 * 132, 6400)
-    runs = model.Runs.of(product, "wgmma", 64, 128, 132)
+    runs = model.Runs("wgmma", 64, 128, tiles=132, steps=100, blocks=132, share=0, rest=0, cluster=1)
     for bandwidth in (1e12, 2e12):
         device = dataclasses.replace(model.H100, bandwidth=bandwidth)
         parts = model.Model(figures_of(model, 1), device).parts(product, runs)
@@ -356,14 +343,11 @@ def test_memory_bounds_a_product_of_few_rows(model):
 
 def test_panels_take_between_one_and_all_of_their_decoding(model):
     product = model.Product("forward", 2048, 4096, 4096)
-    panels = model.Panels.of(product, 132)
-    assert panels == model.Panels(1024, 2048)
-    best, worst = model.Model(figures_of(model, 1), model.H100).panels(product, panels)
+    best, worst = model.Model(figures_of(model, 1), model.H100).panels(product, model.Panels(1024, 2048))
     decoding = 4096 * 4096 * 20.0 / (128 * 132 * model.H100.clock)
     assert worst - best == pytest.approx(decoding * 3 / 4)
     dense = 4 * 132 * 128 * 128 * 4096 / 395e12  # four panels of one wave each
     assert dense < best < 1.2 * dense
-    assert model.Panels.of(dataclasses.replace(product, rows=128), 132) is None, "too few tiles for the device"
 
 
 def test_sm_100_is_bound_by_shared_memory_until_pairs_share_a_tall_tile(sass):

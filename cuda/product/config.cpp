@@ -147,60 +147,63 @@ std::int64_t tiles_at_once(int cluster, bool pairs, int multiprocessors) {
   return std::int64_t{clusters_at_once(cluster * tiles, multiprocessors)} * tiles;
 }
 
-// HopperConfig::cluster, and the steps that the slowest block then takes, an exchange of sums included.
+// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it,
+// forward and backward, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
+constexpr struct HopperTileTimes {
+  int rows;
+  std::int64_t forward, backward, alone, in_pair;
+
+  std::int64_t of_step(bool is_backward, bool pairs) const {
+    return std::max(is_backward ? backward : forward, pairs ? in_pair : alone);
+  }
+} kHopperTiles[] = {{kGemmFewRows, 26, 37, 14, 11},
+                    {kThinRows, 26, 40, 18, 13},
+                    {kGemmMiddleRows, 27, 46, 27, 19},
+                    {kGemmManyRows, 39, 58, 45, 38},
+                    {kGemmTallRows, 71, 82, 81, 77}};
+
+// HopperConfig::cluster, and how long the slowest block then takes, in 16 cycles.
 struct HopperSharing {
   int cluster;
-  std::int64_t steps;
+  std::int64_t time;
 };
 
-// Chooses what takes the slowest block the fewest steps. An exchange of sums counts as the steps that take as long, for
-// which bench/cuda_model.py gives, for a tile of 64 ... 256 rows on an H100, and fewer for one of 16 or 32:
+// Chooses what takes the slowest block the least time, by bench/cuda_model.py for an H100:
 //
-//   in a cluster of 2, 4, 8   4 ... 5, 6 ... 8, 7 ... 12: the sums of other blocks come through their shared memory
-//   between runs              8 ... 13: a launch clears the flags, the sums go to L2, and the block that has the tile's
-//                             beginning adds those of one run after another, each of which takes 1.3 ... 1.8 steps
-//
-// Pairs meet at a barrier of the cluster before their first step, and again at their end if no exchange of sums makes
-// them: 0.4 ... 2 steps together.
-HopperSharing hopper_sharing(const GemmConfig& runs, bool pairs, int multiprocessors) {
-  constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3, kStepsOfPairs = 1;
+//   steps              as many as the block has
+//   results            8 cycles for each row, shared by the blocks of a cluster
+//   exchange of sums   in a cluster, 56 for barriers and latencies, and for 16 rows what it takes to load the sums of
+//                      the other blocks through their shared memory; between runs, 6 steps and 3 for two more runs:
+//                      a launch clears the flags, the sums go to L2, and the block that has the tile's beginning adds
+//                      those of one run after another
+//   pairs              a barrier of the cluster before their first step, and one at the end if no exchange has it
+HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool pairs, int multiprocessors) {
+  constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
+  constexpr std::int64_t kOfExchange = 56, kOfFirstBarrier = 13, kOfLastBarrier = 31;
   constexpr struct {
     int blocks;
-    std::int64_t steps_of_exchange;
-  } kClusters[] = {{2, 4}, {4, 7}, {8, 10}};
+    std::int64_t of_16_rows;
+  } kClusters[] = {{2, 20}, {4, 33}, {8, 46}};
+  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfFirstBarrier : 0;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
-  HopperSharing best = {1, waves * runs.steps};
-  const auto consider = [&](int cluster, std::int64_t steps) {
-    if (steps < best.steps) best = {cluster, steps};
+  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs + (pairs ? kOfLastBarrier : 0)};
+  const auto consider = [&](int cluster, std::int64_t time) {
+    if (time < best.time) best = {cluster, time};
   };
   if (!pairs) {
     const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
-    consider(0, runs.share + (runs.rest > 0) + (others > 0 ? kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2 : 0));
+    const std::int64_t of_exchange = others == 0 ? 0 : kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2;
+    const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{runs.blocks});
+    consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * results);
   }
-  for (const auto& [blocks, steps_of_exchange] : kClusters) {
+  for (const auto& [blocks, of_16_rows] : kClusters) {
     if (blocks * (pairs ? 2 : 1) > kHopperMostCluster) break;
     if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
-    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) + steps_of_exchange);
+    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step + results / blocks +
+                         kOfExchange + rows / 16 * of_16_rows + of_pairs);
   }
-  if (pairs) best.steps += kStepsOfPairs;
   return best;
 }
-
-// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it, in
-// the forward product, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
-constexpr struct HopperTileTimes {
-  int rows;
-  std::int64_t decoding, alone, in_pair;
-
-  std::int64_t of_step(bool backward, bool pairs) const {
-    constexpr std::int64_t kMoreOfColumns = 7;
-    return std::max(decoding + (backward ? kMoreOfColumns : 0), pairs ? in_pair : alone);
-  }
-} kHopperTiles[] = {{kGemmFewRows, 30, 14, 11},
-                    {kThinRows, 33, 18, 13},
-                    {kGemmMiddleRows, 39, 27, 19},
-                    {kGemmManyRows, 51, 45, 38},
-                    {kGemmTallRows, 75, 81, 77}};
 
 // Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
 // more rows, smaller ones occupy more multiprocessors, and pairs of blocks load rows once for two tiles.
@@ -225,8 +228,8 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
           .pairs = pairs};
       share_steps(shape, kGemmStep, config.gemm);
       if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kGemmCols}) % 2 * config.gemm.row_tiles;
-      const auto [cluster, steps] = hopper_sharing(config.gemm, pairs, shape.multiprocessors);
-      const std::int64_t time = steps * tile.of_step(shape.backward, pairs);
+      const auto [cluster, time] =
+          hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), pairs, shape.multiprocessors);
       if (time >= least) continue;
       least = time;
       config.cluster = cluster;

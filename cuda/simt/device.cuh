@@ -222,6 +222,11 @@ __device__ __forceinline__ std::uint32_t in_register(std::uint32_t value) {
   asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
   return result;
 }
+__device__ __forceinline__ std::uint64_t in_register(std::uint64_t value) {
+  std::uint64_t result;
+  asm volatile("mov.u64 %0, %1;" : "=l"(result) : "l"(value));
+  return result;
+}
 // An address in shared memory, in 32 bits.
 struct SharedAddress {
   std::uint32_t address;
@@ -230,11 +235,16 @@ struct SharedAddress {
   __device__ __forceinline__ SharedAddress at(std::uint32_t bytes) const { return SharedAddress(address + bytes); }
   __device__ __forceinline__ SharedAddress flipped(std::uint32_t bits) const { return SharedAddress(address ^ bits); }
   __device__ __forceinline__ SharedAddress in_register() const { return SharedAddress(cuda::in_register(address)); }
-  __device__ __forceinline__ std::uint32_t bytes_to_rows() const { return (kRowsBegin - address) & 0xFFFF; }
   __device__ __forceinline__ SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
     return SharedAddress(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
+// This address is a constant, so that what lies behind it takes no instructions to find.
+template <class T>
+__device__ __forceinline__ T* dynamic_smem_for_rows() {
+  if (shared_address(dynamic_smem<std::byte>()) > kRowsBegin) trap();
+  return reinterpret_cast<T*>(__cvta_shared_to_generic(kRowsBegin));
+}
 // This takes one instruction beside the comparison; the compiler makes more from `a < b ? address.at(bytes) : address`.
 __device__ __forceinline__ void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
   asm("{ .reg .pred p; setp.lt.f32 p, %2, %3; @p add.u32 %0, %0, %1; }"

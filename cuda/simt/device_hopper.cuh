@@ -99,10 +99,17 @@ __device__ __forceinline__ V load_shared_of_block(const SharedAddress& from, int
 // (MEMBAR.ALL.GPU) before each arrival, and with .acquire.cluster it empties the L1 cache after each wait (CCTL.IVALL).
 // Only fences can order what threads store and load, but all that passes here is that wgmma has read a tile, which the
 // wait for it says already.
-__device__ __forceinline__ void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(shared_address(barrier), rank))
-               : "memory");
-}
+class MbarriersOfBlock {
+ public:
+  __device__ __forceinline__ MbarriersOfBlock(std::uint64_t* barriers, int rank)
+      : address_(in_register(address_in_cluster(shared_address(barriers), rank))) {}
+  __device__ __forceinline__ void arrive(std::uint32_t i) const {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_ + i * kMbarrierBytes) : "memory");
+  }
+
+ private:
+  const std::uint32_t address_;
+};
 
 // ---- the copy engine, and what it and wgmma may read ----
 

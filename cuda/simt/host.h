@@ -216,6 +216,7 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
 
 // On a device this keeps a value in a register that the compiler would otherwise compute again in each step of a loop.
 inline std::uint32_t in_register(std::uint32_t value) { return value; }
+inline std::uint64_t in_register(std::uint64_t value) { return value; }
 // An address in shared memory. On a device it has 32 bits, so adding to it or flipping its bits takes one instruction.
 struct SharedAddress {
   std::byte* address;
@@ -225,10 +226,6 @@ struct SharedAddress {
     return SharedAddress(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
   }
   SharedAddress in_register() const { return *this; }
-  // The distance from here to kRowsBegin, in the low 16 bits of the address.
-  std::uint32_t bytes_to_rows() const {
-    return static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(address)) & 0xFFFF;
-  }
   // A table of 256 rows of 256 bytes begins at kRowsBegin. Byte `i` of `word` is the number of a row: the result is the
   // address in that row with the same column as this address.
   SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
@@ -237,6 +234,15 @@ struct SharedAddress {
     return SharedAddress(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
+// Dynamic shared memory from kRowsBegin on. The block must have asked for so much more, because dynamic_smem() may
+// begin anywhere before.
+template <class T>
+T* dynamic_smem_for_rows() {
+  auto* const smem = dynamic_smem<std::byte>();
+  const auto before = static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(smem)) & 0xFFFF;
+  if (before > kRowsBegin) emulator::fail("shared memory begins behind the place for a table of rows");
+  return reinterpret_cast<T*>(smem + before);
+}
 // Moves the address on by `bytes` if a < b.
 inline void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {
   if (a < b) address = address.at(bytes);

@@ -66,11 +66,18 @@ V load_shared_of_block(const SharedAddress& from, int rank) {
   return value;
 }
 
-// Arrives at the barrier that block `rank` of the cluster has where this block has `barrier`. This orders nothing that
-// threads store or load, but what wgmma has read before the wait for it.
-inline void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
-  emulator::mbarrier_arrive_at_block(barrier, rank);
-}
+// The barriers that block `rank` of the cluster has where this block has `barriers`; rank 0 is this block where there
+// are no clusters. To arrive at one orders nothing that threads store or load, but what wgmma has read before the wait
+// for it.
+class MbarriersOfBlock {
+ public:
+  MbarriersOfBlock(std::uint64_t* barriers, int rank) : barriers_(barriers), rank_(rank) {}
+  void arrive(std::uint32_t i) const { emulator::mbarrier_arrive_at_block(barriers_ + i, rank_); }
+
+ private:
+  std::uint64_t* const barriers_;
+  const int rank_;
+};
 
 // ---- the copy engine, and what it and wgmma may read ----
 

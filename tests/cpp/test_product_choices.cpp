@@ -43,7 +43,8 @@ std::ostream& operator<<(std::ostream& text, const PanelsConfig& config) {
 }
 
 // A line for each product, and for what it is asked: which way it takes where there is a dense product, which one it
-// takes where there is none, without wgmma and with it, and how the sums of U or V are split.
+// takes where there is none, without wgmma, with it, and with each of its tiles; which panels it would have without
+// wgmma; and how the sums of U or V are split.
 std::string all_choices() {
   std::ostringstream text;
   for (const auto& [n, k] :
@@ -73,6 +74,13 @@ std::string all_choices() {
         };
         add("mma.sync", 0, false, HopperUse::none);
         add("wgmma", 0, false, HopperUse::wherever_it_can);
+        for (const int tile_rows : {16, 32, 64, 128, 256}) {
+          shape.hopper_rows = tile_rows;
+          add(("wgmma-" + std::to_string(tile_rows)).c_str(), 0, false, HopperUse::wherever_it_can);
+        }
+        shape.hopper_rows = 0;
+        add("dense", 0, true, HopperUse::none);
+        add("dense-with-adapter", kRank, true, HopperUse::none);
         add("chosen", 0, true, HopperUse::where_it_wins);
         add("chosen-with-adapter", kRank, true, HopperUse::where_it_wins);
         const LowRankSplit split = low_rank_split(ceil_div(rows, kLowRankTile), shape.inner, kMultiprocessors);

@@ -413,8 +413,7 @@ void shared_memory_is_laid_out_as_named() {
 // of `word` names.
 constexpr std::size_t kTableBytes = 256 * kRowBytes;
 __global__ void rows_kernel(std::uint32_t word, std::uint32_t* out) {
-  std::byte* const smem = dynamic_smem<std::byte>();
-  auto* const table = reinterpret_cast<std::uint32_t*>(smem + SharedAddress(smem).bytes_to_rows());
+  auto* const table = dynamic_smem_for_rows<std::uint32_t>();
   const int lane = thread_index();
   for (int row = 0; row < 256; ++row) table[row * kRowBytes / 4 + lane] = row * kWarp + lane;
   sync_warp();
@@ -433,7 +432,9 @@ void rows_of_a_table_are_where_they_are_read() {
 }
 
 __global__ void place_kernel(std::uint32_t* bytes_to_rows) {
-  if (thread_index() == 0) bytes_to_rows[block_index()] = SharedAddress(dynamic_smem<std::byte>()).bytes_to_rows();
+  if (thread_index() > 0) return;
+  bytes_to_rows[block_index()] =
+      static_cast<std::uint32_t>(dynamic_smem_for_rows<std::byte>() - dynamic_smem<std::byte>());
 }
 
 void each_block_has_both_places_of_shared_memory() {

@@ -209,10 +209,9 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     if (thread % kWarp == 0) mbarrier_arrive(&shared.empty[stage]);
     const int peer = kMistake == PairMistake::arrival_at_another_cluster ? 2 : 1 - rank;
     const bool arrives = kPeerReads && (kMistake != PairMistake::one_arrival_too_few || reader == 0);
-    if (thread % kWarp == 1 && arrives) mbarrier_arrive_at_block(&shared.empty[stage], peer);
-    if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) {
-      mbarrier_arrive_at_block(&shared.empty[stage], peer);
-    }
+    const MbarriersOfBlock empty_of_peer(shared.empty, peer);
+    if (thread % kWarp == 1 && arrives) empty_of_peer.arrive(stage);
+    if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) empty_of_peer.arrive(stage);
   }
   if constexpr (kMistake != PairMistake::no_barrier_at_the_end) sync_cluster();
 }

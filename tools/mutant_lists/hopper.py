@@ -11,8 +11,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a full stage has one arrival too few",
-        "Tile::kProducerWarps + 1);",
-        "Tile::kProducerWarps);",
+        "Tile::kScaleWarps + 1);",
+        "Tile::kScaleWarps);",
         HOPPER,
     ),
     Mutant(
@@ -27,7 +27,10 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a stage is filled again too soon",
-        *without("      wait_for_empty();\n      if (issues_copies()) {\n", "      if (issues_copies()) {\n"),
+        *without(
+            "      wait_for_empty();\n      if (asks) {\n        const int inner0",
+            "      if (asks) {\n        const int inner0",
+        ),
         HOPPER,
     ),
     Mutant(
@@ -41,8 +44,8 @@ BY_WGMMA = [
         HOPPER_GEMM,
         "sums of the adapter are not waited for",
         *without(
-            "      wgmma_wait_for(sums_.sum);\n      arrive_at_empty(ring_.stage);\n",
-            "      arrive_at_empty(ring_.stage);\n",
+            "      wgmma_wait_for(sums_.sum);\n      arrive_at_empty(empty, ring_.stage);\n",
+            "      arrive_at_empty(empty, ring_.stage);\n",
         ),
         HOPPER,
     ),
@@ -137,11 +140,17 @@ BY_WGMMA = [
         *without("    sync_warp();  // what its lanes have stored is there\n"),
         HOPPER,
     ),
-    Mutant(HOPPER_GEMM, "a step has the scale of the next", "finish(raw[0], offset)", "finish(raw[1], offset)", HOPPER),
+    Mutant(
+        HOPPER_GEMM,
+        "a step has the scale of the next",
+        "finish(raw[0][i], offset)",
+        "finish(raw[1][i], offset)",
+        HOPPER,
+    ),
     Mutant(
         HOPPER_GEMM,
         "U or V is read before it is there",
-        *without("      if (issues_copies()) wait_for_kernel_before();  // which makes U or V\n"),
+        *without("        wait_for_kernel_before();  // which makes U or V\n"),
         HOPPER,
     ),
     Mutant(
@@ -211,8 +220,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "codes and scales are decoded before the tables are there",
-        "wait_for_tables() { sync_some_threads<kTablesBarrier>(Tile::kThreads); }",
-        "wait_for_tables() {}",
+        "    sync_some_threads<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);\n",
+        "",
         HOPPER,
     ),
     Mutant(
@@ -259,21 +268,22 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a stage of a pair is filled again before the peer has read it",
-        "mbarrier_arrive_at_block(&shared_.empty[stage], peer_)",
-        "mbarrier_arrive_at_block(&shared_.empty[stage], peer_ ^ args_.cluster)",
+        "thread_index() % kWarp == 0 ? own_ : peer()};",
+        "own_};",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
         "the consumers of a pair do not arrive at the peer",
-        *without("    if (args_.pairs != 0 && lane == 1) mbarrier_arrive_at_block(&shared_.empty[stage], peer_);\n"),
+        "if (thread_index() % kWarp <= args_.pairs) empty.arrive(stage);",
+        "if (thread_index() % kWarp == 0) empty.arrive(stage);",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
         "the consumers of a pair arrive at the peer twice",
-        "args_.pairs != 0 && lane == 1",
-        "args_.pairs != 0 && (lane == 1 || lane == 2)",
+        "if (thread_index() % kWarp <= args_.pairs) empty.arrive(stage);",
+        "if (thread_index() % kWarp <= 2 * args_.pairs) empty.arrive(stage);",
         HOPPER,
     ),
     Mutant(
@@ -300,8 +310,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "rows come to one block of a pair",
-        "ranks = 1 << peer_ | 1 << (peer_ ^ args_.cluster);",
-        "ranks = 1 << (peer_ ^ args_.cluster);",
+        "ranks = 1 << own_ | 1 << peer();",
+        "ranks = 1 << own_;",
         HOPPER,
     ),
     Mutant(

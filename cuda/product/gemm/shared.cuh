@@ -31,12 +31,7 @@ struct GemmShared {
 
   // `rows` must begin where the table must, which is not far from the beginning of shared memory: product_config has
   // asked the device. If it were further away all the same, the end would lie in another block's memory.
-  static __device__ GemmShared& in_dynamic_smem() {
-    std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
-    if (before > kGemmMostReservedSmem) trap();
-    return *reinterpret_cast<GemmShared*>(smem + before);
-  }
+  static __device__ GemmShared& in_dynamic_smem() { return *dynamic_smem_for_rows<GemmShared>(); }
   static constexpr std::size_t bytes() {
     static_assert(kRowsBegin == kGemmMostReservedSmem);
     constexpr std::size_t kBytes = kRowsBegin + sizeof(GemmShared);

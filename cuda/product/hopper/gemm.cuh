@@ -7,14 +7,15 @@
 // is its operand b, which TMA puts into shared memory in the order that wgmma takes. A block computes one tile of the
 // result after another, or a part of a tile's inner dimension (HopperConfig), in steps of 64:
 //
-//   producers, 4 warps    bring the left operand and codes of a step by TMA, and scales, into a stage that is empty
+//   producers, 3 warps    bring what a step needs into a stage that is empty: one asks TMA for the left operand and
+//                         codes, and two bring scales
 //   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns
 //
 //   step           i                          i + 1                      i + 2
 //   tensor cores   products of i              products of i + 1          products of i + 2
 //   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
 //
-// The barrier `full` of a stage counts its bytes and the warps of producers; `empty` counts the warps of consumers. In
+// The barrier `full` of a stage counts its bytes and the producers; `empty` counts the warps of consumers. In
 // a pair of blocks (HopperConfig::pairs) each asks for half of the left operand's rows, for both of them. So a stage is
 // empty when the consumers of both have read it.
 // Operands are what product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors,
@@ -61,14 +62,14 @@ class HopperGemm {
         stream_k_(args.config, args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs),
-        peer_(int_in_register(peer_of(args))) {}
+        own_(int_in_register(rank_of_block(args))) {}
 
   // Sets up the block's run and its barriers. Then producers may ask for copies, while consumers fill the tables.
   __device__ void prepare() {
     if (thread_index() == 0) {
       shared_.run = stream_k_.take_run();
       for (int i = 0; i < Tile::kStages; ++i) {
-        mbarrier_init(&shared_.full[i], Tile::kProducerWarps + 1);  // the warps, and the thread that asks for copies
+        mbarrier_init(&shared_.full[i], Tile::kScaleWarps + 1);  // and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps << args_.pairs);
       }
       fence_mbarrier_init();
@@ -88,7 +89,10 @@ class HopperGemm {
       for_each_part([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
-      for_each_part([&](const TilePart& part) { produce(part); });
+      const int warp = (thread_index() - Tile::kConsumers) / kWarp;
+      if (warp < Tile::kScaleWarps) for_each_part([&](const TilePart& part) { bring_scales(part); });
+      if (warp == Tile::kScaleWarps) for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
+      sync_warp();  // for the barriers of a cluster
       if (args_.cluster > 1) {
         wait_until_sums_are_stored();
         wait_until_sums_are_added();
@@ -122,11 +126,12 @@ class HopperGemm {
   }
   // The blocks of a cluster follow each other in the grid: those of a tile, and then those of the pair's other tile.
   __device__ __forceinline__ int rank_in_tile() const { return static_cast<int>(block_index() % args_.cluster); }
-  __device__ __forceinline__ int tile_in_pair() const { return args_.pairs != 0 && peer_ < args_.cluster ? 1 : 0; }
-  // The rank, in the cluster, of the block that has the same steps of the pair's other tile.
-  __device__ __forceinline__ static int peer_of(const HopperArgs& args) {
-    return args.pairs == 0 ? 0 : static_cast<int>(block_index() % (2 * args.cluster)) ^ args.cluster;
+  __device__ __forceinline__ int tile_in_pair() const { return args_.pairs != 0 && own_ >= args_.cluster ? 1 : 0; }
+  // The rank, in the cluster, of this block, and of the one that has the same steps of the pair's other tile.
+  __device__ __forceinline__ static int rank_of_block(const HopperArgs& args) {
+    return args.cluster == 0 ? 0 : static_cast<int>(block_index() % (args.cluster << args.pairs));
   }
+  __device__ __forceinline__ int peer() const { return own_ ^ args_.cluster; }
   // The coordinates of TMA have 32 bits. Tiles are counted down the rows, and in pairs two by two.
   __device__ __forceinline__ int row0(const TilePart& part) const {
     return static_cast<int>((part.tile >> args_.pairs) % args_.config.row_tiles) * Tile::kRows;
@@ -148,64 +153,95 @@ class HopperGemm {
   struct Ring {
     std::uint32_t stage = 0, parity = 0;
     __device__ __forceinline__ void advance() {
-      if (++stage < Tile::kStages) return;
-      stage = 0;
-      parity ^= 1;
+      stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+      parity ^= stage == 0 ? 1 : 0;
     }
   };
   __device__ __forceinline__ SharedAddress stage_address(std::uint32_t stage) const {
     return SharedAddress(shared_.stages).at(stage * sizeof(Stage));
   }
 
-  // All threads come here once. Producers read the levels of the scales afterwards.
-  __device__ __forceinline__ static void wait_for_tables() { sync_some_threads<kTablesBarrier>(Tile::kThreads); }
+  // All consumers come here once, and the warps that read the levels of scales afterwards.
+  __device__ __forceinline__ static void wait_for_tables() {
+    sync_some_threads<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);
+  }
 
-  // ---- producers: thread i brings the i-th scale of a step --------------------------------------------------------
+  // ---- producers: one warp asks for tiles, others bring scales
+  // -------------------------------------------------------
 
-  __device__ __forceinline__ bool issues_copies() const { return thread_index() == Tile::kConsumers; }
-
-  __device__ void produce(const TilePart& part) {
+  __device__ void ask_for_tiles(const TilePart& part) {
     const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
-    if (rank_of(part) > 0) come_to_tables();  // before the wait for U or V, so that consumers load B or A meanwhile
+    const bool asks = thread_index() % kWarp == 0;
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
-      if (issues_copies()) wait_for_kernel_before();  // which makes U or V
-      if (issues_copies()) load(maps_.low_rank, row0, r, 0);
-      arrive_at_full();
+      if (asks) {
+        wait_for_kernel_before();  // which makes U or V
+        load(maps_.low_rank, row0, r, 0);
+      }
+      ring_.advance();
     }
-    // The scales of this many steps are on their way.
-    constexpr int kAhead = 2;
-    typename ScaleReader<true>::Raw raw[kAhead];
-    const int thread = thread_index() - Tile::kConsumers, first = part.first * Tile::kStep;
-    const std::int64_t element =
-        Weights::element(args_.weight, first + Weights::scale_inner(thread), col0 + Weights::scale_col(thread));
-    auto chunk = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
-    const auto fetch = [&](typename ScaleReader<true>::Raw& to) {
-      // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
-      // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
-      scales_.fetch(to, scales_.block_of(chunk < args_.last_chunk ? chunk : args_.last_chunk));
-      chunk += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
-    };
-#pragma unroll
-    for (auto& each : raw) fetch(each);
-    const float offset = ScaleReader<true>::offset_of(args_.weight);
-    const SharedAddress scales = stage_address(0).at(offsetof(Stage, scales) + thread * sizeof(float)).in_register();
 #pragma unroll 1
     for (int step = part.first; step < part.first + part.count; ++step) {
       wait_for_empty();
-      if (issues_copies()) {
+      if (asks) {
         const int inner0 = step * Tile::kStep;
         load(maps_.left, row0, inner0, Shared::kCodeBytes);
         tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
                       Weights::tile_byte(inner0, col0), &shared_.full[ring_.stage]);
       }
-      come_to_tables();  // after the first copies have been asked for
-      const float scale = scales_.finish(raw[0], offset);
+      ring_.advance();
+    }
+  }
+  // Thread i brings the scales i and i + 64 of each step. Those of the next kAhead steps are on their way.
+  __device__ void bring_scales(const TilePart& part) {
+#pragma unroll 1
+    for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {  // steps of the adapter, which have no scales
+      if (r == 0) come_to_tables();  // early, because consumers load B or A behind them
+      wait_for_empty();
+      arrive_at_full();
+    }
+    constexpr int kAhead = 2, kThreads = Tile::kScaleWarps * kWarp, kScales = Tile::kCols / kThreads;
+    const int thread = thread_index() - Tile::kConsumers, first = part.first * Tile::kStep, col0 = this->col0(part);
+    std::uint32_t chunks[kScales];
 #pragma unroll
-      for (int i = 1; i < kAhead; ++i) raw[i - 1] = raw[i];
+    for (int i = 0; i < kScales; ++i) {
+      const int scale = thread + i * kThreads;
+      const std::int64_t element =
+          Weights::element(args_.weight, first + Weights::scale_inner(scale), col0 + Weights::scale_col(scale));
+      chunks[i] = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
+    }
+    typename ScaleReader<true>::Raw raw[kAhead][kScales];
+    const auto fetch = [&](typename ScaleReader<true>::Raw(&to)[kScales]) {
+    // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
+    // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
+#pragma unroll
+      for (int i = 0; i < kScales; ++i) {
+        scales_.fetch(to[i], scales_.block_of(chunks[i] < args_.last_chunk ? chunks[i] : args_.last_chunk));
+        chunks[i] += static_cast<std::uint32_t>(Weights::step(args_.weight) / kChunk);
+      }
+    };
+#pragma unroll
+    for (auto& step : raw) fetch(step);
+    const float offset = ScaleReader<true>::offset_of(args_.weight);
+    const SharedAddress scales = stage_address(0).at(offsetof(Stage, scales) + thread * sizeof(float)).in_register();
+    come_to_tables();
+#pragma unroll 1
+    for (int rest = part.count; rest > 0; --rest) {
+      float scale[kScales];
+#pragma unroll
+      for (int i = 0; i < kScales; ++i) scale[i] = scales_.finish(raw[0][i], offset);
+#pragma unroll
+      for (int step = 1; step < kAhead; ++step) {
+#pragma unroll
+        for (int i = 0; i < kScales; ++i) raw[step - 1][i] = raw[step][i];
+      }
       fetch(raw[kAhead - 1]);
-      store_shared(scales.at(ring_.stage * sizeof(Stage)), scale);
+      wait_for_empty();
+#pragma unroll
+      for (int i = 0; i < kScales; ++i) {
+        store_shared(scales.at(stage_offset() + i * kThreads * sizeof(float)), scale[i]);
+      }
       arrive_at_full();
     }
   }
@@ -226,7 +262,7 @@ class HopperGemm {
     mbarrier_arrive_expect(full, Shared::kLeftBytes + other_bytes);
     if (args_.pairs == 0) return tma_load_tile(left, map, row, inner, full);
     const int half = tile_in_pair() * (Tile::kRows / 2);
-    const int ranks = 1 << peer_ | 1 << (peer_ ^ args_.cluster);
+    const int ranks = 1 << own_ | 1 << peer();
     tma_load_tile_to_blocks(left + half * Tile::kStep, map, row + half, inner, full, static_cast<std::uint16_t>(ranks));
   }
   __device__ __forceinline__ void arrive_at_full() {
@@ -316,6 +352,7 @@ class HopperGemm {
     typename Weights::template Decoder<T, decodes_in_registers(Tile::kRows)> decoder(
         lane, {lane, stage_address(0).at(offsetof(Stage, codes)), stage_address(0).at(offsetof(Stage, scales))},
         args_.weight.code);
+    const MbarriersOfBlock empty = empty_barriers();
     wait_for_full();
     decoder.decode(stage_offset(), table_);
 #pragma unroll 1
@@ -330,7 +367,7 @@ class HopperGemm {
         decoder.decode(stage_offset(), table_);
       }
       decoder.wait_for_products();
-      arrive_at_empty(stage);
+      arrive_at_empty(empty, stage);
     }
     wgmma_wait_for(sums_.sum);
   }
@@ -341,18 +378,23 @@ class HopperGemm {
   // Multiplies by the left operand's rows in the ring's stage.
   __device__ __forceinline__ void multiply(const HopperFragments& fragments) {
     constexpr std::uint64_t kDescriptorStep = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
-    const std::uint64_t left = descriptor_of_swizzled_rows(shared_address(shared_.stages) + stage_offset());
+    constexpr std::uint64_t kDescriptorStage = sizeof(Stage) / 16;
+    const std::uint64_t left =
+        in_register(descriptor_of_swizzled_rows(shared_address(shared_.stages)) + ring_.stage * kDescriptorStage);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kDescriptorStep);
     wgmma_commit();
   }
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
-  __device__ __forceinline__ void arrive_at_empty(std::uint32_t stage) const {
+  // The barriers at which a lane says that its warp has read a stage: lane 0 those of its own block, and lane 1 those
+  // of the peer.
+  __device__ __forceinline__ MbarriersOfBlock empty_barriers() const {
+    return {shared_.empty, thread_index() % kWarp == 0 ? own_ : peer()};
+  }
+  __device__ __forceinline__ void arrive_at_empty(const MbarriersOfBlock& empty, std::uint32_t stage) const {
     sync_warp();  // all lanes have read it
-    const int lane = thread_index() % kWarp;
-    if (lane == 0) mbarrier_arrive(&shared_.empty[stage]);
-    if (args_.pairs != 0 && lane == 1) mbarrier_arrive_at_block(&shared_.empty[stage], peer_);
+    if (thread_index() % kWarp <= args_.pairs) empty.arrive(stage);
   }
 
   // Brings the B or A of the block's first tile to L2 while the tables are filled. What comes after it, other blocks
@@ -380,6 +422,7 @@ class HopperGemm {
   // every pair, and no registers are held meanwhile.
   __device__ void add_low_rank(const TilePart& part, int rank) {
     const HopperLane lane;
+    const MbarriersOfBlock empty = empty_barriers();
     const std::int64_t col = col0(part) + lane.col();
     const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
       return SharedAddress(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
@@ -400,7 +443,7 @@ class HopperGemm {
       wait_for_full();
       multiply(fragments);
       wgmma_wait_for(sums_.sum);
-      arrive_at_empty(ring_.stage);
+      arrive_at_empty(empty, ring_.stage);
       ring_.advance();
     }
     if constexpr (!Weights::kForward) {
@@ -415,7 +458,7 @@ class HopperGemm {
   const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
-  const int peer_;  // in a pair
+  const int own_;  // its rank in the cluster
   Ring ring_;
   bool has_tables_ = false;  // of a producer
   Sums sums_;

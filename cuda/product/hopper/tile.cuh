@@ -19,8 +19,9 @@ struct HopperTile {
   // Consumers are the block's first threads. They are as many as a block of gemm/ has, so that its runs and lanes serve
   // here too.
   static constexpr int kConsumers = kCols / kWgmmaRows * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-  static_assert(kConsumers == kGemmThreads && kCols == kWarpgroup);  // each producer brings a scale
-  static constexpr int kConsumerWarps = kConsumers / kWarp, kProducerWarps = kWarpgroup / kWarp;
+  static_assert(kConsumers == kGemmThreads);
+  // Of the producers, one warp asks for tiles, some bring scales, and one is idle: registers are for four warps.
+  static constexpr int kConsumerWarps = kConsumers / kWarp, kScaleWarps = 2;
   // How many products of 16 of the inner dimension a step has.
   static constexpr int kProducts = kStep / kWgmmaInner;
   static_assert(kStep * 2 == kSwizzledRowBytes);
@@ -58,12 +59,7 @@ struct HopperShared {
 
   static constexpr std::uint32_t kLeftBytes = sizeof(Stage::left), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
-  static __device__ HopperShared& in_dynamic_smem() {
-    std::byte* const smem = dynamic_smem<std::byte>();
-    const std::uint32_t before = SharedAddress(smem).bytes_to_rows();
-    if (before > kGemmMostReservedSmem) trap();
-    return *reinterpret_cast<HopperShared*>(smem + before);
-  }
+  static __device__ HopperShared& in_dynamic_smem() { return *dynamic_smem_for_rows<HopperShared>(); }
   static constexpr std::size_t bytes() {
     static_assert(kRowsBegin % kSwizzledAlignment == 0 && sizeof(rows) % kSwizzledAlignment == 0);
     constexpr std::size_t kBytes = kGemmMostReservedSmem + sizeof(HopperShared);

@@ -18,11 +18,10 @@ using HopperFragments = std::uint32_t[kGemmStep / kWgmmaInner][4];
 // and rounds it when they are done, because the compiler lets nothing define an operand of wgmma while products run.
 
 // Whether a forward tile of so many rows decodes half of its codes by a table in registers. By
-// bench/results/cuda-account.md this takes 128 cycles a step from shared memory, which bounds steps of 64 and 128 rows,
-// and has 100 more of the issue slots, which bound steps of fewer rows then. With 256 rows neither bounds.
-constexpr bool decodes_in_registers(int tile_rows) {
-  return tile_rows == kGemmMiddleRows || tile_rows == kGemmManyRows;
-}
+// bench/results/cuda-account.md this takes 128 cycles a step from shared memory, and 100 more of the issue slots.
+// Shared memory bounds the steps of tiles of 32 ... 128 rows. With 16 rows it has little more to do than the issue
+// slots would then have, and with 256 rows the tensor cores take longer.
+constexpr bool decodes_in_registers(int tile_rows) { return tile_rows > kGemmFewRows && tile_rows < kGemmTallRows; }
 
 // Forward: a column of the result is a row of W, and 32 bytes of it are a step. The lane takes byte t of each word:
 //
