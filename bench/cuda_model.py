@@ -6,7 +6,8 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
                wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
     pairs      a barrier of the cluster before the first step and one at the end, where two blocks load rows of X for
-               both (hopper/), which halves what these take of L2; an exchange of sums has the second one already
+               both (hopper/), which halves what these take of L2; the first one shows no stores, and an exchange of
+               sums has the second one already
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
@@ -116,9 +117,14 @@ class Runs:
     LEAST_INNER, THIN_STEP = 256, 128  # kLeastInner, kThinStep
     EXCHANGE, OF_TWO_MORE, EXCHANGE_OF, OF_PAIRS = 6, 3, {2: 4, 4: 7, 8: 10}, 1  # in steps: hopper_sharing()
     MOST_CLUSTER, TOGETHER = 8, 16
-    # kHopperTiles: of a step, what decoding takes, and what else, alone and in pairs.
-    OF_STEP = {16: (30, 14, 11), 32: (33, 18, 13), 64: (39, 27, 19), 128: (51, 45, 38), 256: (75, 81, 77)}
-    MORE_OF_COLUMNS = 7
+    # kHopperTiles: of a step, what decoding takes, forward and in dX, and what else, alone and in pairs.
+    OF_STEP = {
+        16: ((26, 37), (14, 11)),
+        32: ((29, 40), (18, 14)),
+        64: ((30, 46), (27, 19)),
+        128: ((39, 58), (45, 38)),
+        256: ((71, 82), (81, 77)),
+    }
 
     @staticmethod
     def of(product: Product, kernel: str, tile_rows: int, tile_cols: int, most_blocks: int) -> Runs:
@@ -153,8 +159,8 @@ class Runs:
             if cluster << pairs <= Runs.MOST_CLUSTER and tiles <= at_once(cluster):
                 taken[cluster] = math.ceil(self.steps / cluster) + exchange
         cluster = min(taken, key=taken.__getitem__)
-        decoding, *others_of_step = Runs.OF_STEP[self.tile_rows]
-        of_step = max(decoding + Runs.MORE_OF_COLUMNS * (product.direction == "dX"), others_of_step[pairs])
+        decoding, others_of_step = Runs.OF_STEP[self.tile_rows]
+        of_step = max(decoding[product.direction == "dX"], others_of_step[pairs])
         time = (taken[cluster] + Runs.OF_PAIRS * pairs) * of_step
         if cluster == 0:
             return time, self
@@ -291,7 +297,7 @@ class Model:
         """
         if runs.kernel != "wgmma":
             return 2 * DRAM_LATENCY
-        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0) + (CLUSTER_BARRIER if runs.pairs else 0)
+        return DRAM_LATENCY + (L2_LATENCY if runs.splits_a_tile else 0) + (CLUSTER_LATENCY if runs.pairs else 0)
 
     def _adapter(self, product: Product, runs: Runs, step: float) -> float:
         """The cycles of a tile's adapter."""

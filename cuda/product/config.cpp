@@ -187,20 +187,20 @@ HopperSharing hopper_sharing(const GemmConfig& runs, bool pairs, int multiproces
 }
 
 // The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it, in
-// the forward product, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
+// the forward product and in dX, and what else may bound it, the tensor cores or L2, for a block alone and for one of a
+// pair.
 constexpr struct HopperTileTimes {
   int rows;
-  std::int64_t decoding, alone, in_pair;
+  std::int64_t forward, backward, alone, in_pair;
 
-  std::int64_t of_step(bool backward, bool pairs) const {
-    constexpr std::int64_t kMoreOfColumns = 7;
-    return std::max(decoding + (backward ? kMoreOfColumns : 0), pairs ? in_pair : alone);
+  std::int64_t of_step(bool is_backward, bool pairs) const {
+    return std::max(is_backward ? backward : forward, pairs ? in_pair : alone);
   }
-} kHopperTiles[] = {{kGemmFewRows, 30, 14, 11},
-                    {kThinRows, 33, 18, 13},
-                    {kGemmMiddleRows, 39, 27, 19},
-                    {kGemmManyRows, 51, 45, 38},
-                    {kGemmTallRows, 75, 81, 77}};
+} kHopperTiles[] = {{kGemmFewRows, 26, 37, 14, 11},
+                    {kThinRows, 29, 40, 18, 14},
+                    {kGemmMiddleRows, 30, 46, 27, 19},
+                    {kGemmManyRows, 39, 58, 45, 38},
+                    {kGemmTallRows, 71, 82, 81, 77}};
 
 // Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
 // more rows, smaller ones occupy more multiprocessors, and pairs of blocks load rows once for two tiles.

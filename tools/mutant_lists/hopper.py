@@ -340,9 +340,9 @@ BY_WGMMA = [
     ),
     Mutant(
         "cuda/product/config.cpp",
-        "the tall tile of dX is thought to gain by pairs",
-        "kMoreOfColumns = 7;",
-        "kMoreOfColumns = 0;",
+        "dX is thought to gain by pairs as the forward product does",
+        "std::max(is_backward ? backward : forward,",
+        "std::max(forward,",
         ("product_config",),
     ),
     Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),
