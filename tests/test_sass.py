@@ -319,8 +319,8 @@ def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidt
     assert runs.longest == {2: 51, 4: 26, 8: 13}[count] and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     sums = 64 * 128 * 4
-    cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + 2 * (200 + 291) + 200 + 512 / count
-    loaded = sums * (count - 1) / count / (bandwidth / 132)
+    cycles = 700 + (runs.longest + 1) * 2000 + sums / 128 + (200 + 291) + 200 + 200 + 512 / count
+    loaded = sums * (count - 1) / count / (bandwidth / 114)
     assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
 
 
