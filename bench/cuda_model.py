@@ -6,7 +6,8 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
                wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
     pairs      a barrier of the cluster before the first step and one at the end, where two blocks load rows of X for
-               both (hopper/), which halves what these take of L2; an exchange of sums has the second one already
+               both (hopper/), which halves what these take of L2; the first one shows no stores, and an exchange of
+               sums has the second one already
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning

@@ -32,8 +32,12 @@ def run(*command, schedule="forward", **more):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
-@pytest.mark.parametrize("wgmma", ("0", "1"), ids=("", "wgmma"))
-@pytest.mark.parametrize("schedule", (*SCHEDULES, CONCURRENT[0]))
+# Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
+@pytest.mark.parametrize(
+    ("schedule", "wgmma"),
+    [(schedule, wgmma) for schedule in (*SCHEDULES, CONCURRENT[0]) for wgmma in ("0", "1")]
+    + [(schedule, "1,pairs") for schedule in (SCHEDULES[-1], CONCURRENT[0])],
+)
 def test_cases_pass_under_each_order_of_threads(schedule, wgmma):
     step = 1 if schedule == SCHEDULES[0] and wgmma == "0" else EVERY
     command = "-c", f"import test_emulated; test_emulated.run_conformance({step})"

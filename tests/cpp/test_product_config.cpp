@@ -375,7 +375,7 @@ constexpr struct {
     {17, 4096, 4096, 32},       {32, 4096, 4096, 32},
     {33, 4096, 4096, 64},       {64, 4096, 4096, 64},
     {65, 4096, 4096, 128},      {128, 4096, 4096, 128},
-    {512, 4096, 4096, 256},     {768, 4096, 4096, 256},
+    {512, 4096, 4096, 128},     {768, 4096, 4096, 256},
     {100'000, 4096, 4096, 256}, {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in clusters of 4
     {640, 4096, 4096, 128},                              // 160, rather than 96 of 128 rows that do not exist
     {128, 1024, 4096, 64},                               // 16 in clusters of 8, rather than 8
@@ -434,8 +434,8 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
   }
 }
 
-// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs. No
-// pairs of blocks share rows here.
+// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs.
+// The tile has 16, 64 or 256 rows, and no pairs of blocks share them.
 constexpr struct {
   std::int64_t rows, cols, inner;
   int cluster;
@@ -465,23 +465,27 @@ void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
     shape.cols = cols;
     shape.inner = inner;
     shape.multiprocessors = 132;
+    shape.hopper_rows = rows <= 16 ? 16 : rows <= 64 ? 64 : 256;
     shape.hopper_pairs = false;
     EXPECT(std::get<HopperConfig>(product_config(shape)).cluster == expected);
   }
 }
 
-// On 132 multiprocessors pairs of blocks share rows of X where L2 would take longest: in the forward product by tall
-// tiles, if these are whole or belong to clusters, and have so many steps that the barriers of pairs do not matter.
+// On 132 multiprocessors pairs of blocks share rows of X where L2 would take longest: in the forward product by tiles
+// of 128 and 256 rows, if these are whole or belong to clusters, and have more than a few steps.
 constexpr struct {
   std::int64_t rows, cols, inner;
   bool backward, pairs;
 } kPairs[] = {
-    {1024, 4096, 4096, false, true},    {512, 4096, 4096, false, true},   // 128 tiles, and 64 in clusters of 4 blocks
-    {1024, 4096, 4096, true, false},                                      // decoding takes longer
-    {1024, 4096, 1024, false, false},                                     // 16 steps
-    {1024, 4224, 4096, false, false},   {1280, 3328, 4096, false, true},  // 33 and 26 tiles of columns, of 132 and 130
-    {256, 4096, 4096, false, false},                                      // by tiles of 128 rows
-    {100'000, 4096, 4096, false, true},                                   // many waves, as quick as runs
+    {1024, 4096, 4096, false, true},     // 128 tiles
+    {256, 4096, 4096, false, true},      // 64 in clusters of 4 blocks
+    {128, 4096, 4096, false, true},      // 32 in clusters of 8
+    {100'000, 4096, 4096, false, true},  // many waves, as quick as runs
+    {1024, 4096, 4096, true, false},     // decoding takes longer
+    {64, 4096, 4096, false, false},      // and here
+    {1024, 4096, 256, false, false},     // 4 steps, beside which the barriers of pairs matter
+    {1024, 4224, 4096, false, false},    // 33 tiles of columns, of which pairs make 34 and a second wave
+    {1280, 3328, 4096, false, true},     // 26
 };
 
 void pairs_of_blocks_share_rows_where_l2_takes_longest() {

@@ -261,8 +261,8 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "a tile is chosen by its steps, however long they take",
-        "time = steps * tile.of_step(shape.backward, pairs);",
-        "time = steps;",
+        "hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), pairs,",
+        "hopper_sharing(config.gemm, 1, pairs,",
         ("product_config",),
     ),
     Mutant(
@@ -345,14 +345,15 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "the barriers of pairs are thought to take no time",
-        *without("  if (pairs) best.steps += kStepsOfPairs;\n"),
+        "of_pairs = pairs ? kOfFirstBarrier : 0;",
+        "of_pairs = pairs ? -kOfLastBarrier : 0;",
         ("product_config",),
     ),
     Mutant(
         "cuda/product/config.cpp",
-        "the tall tile of dX is thought to gain by pairs",
-        "kMoreOfColumns = 7;",
-        "kMoreOfColumns = 0;",
+        "dX is thought to gain by pairs as the forward product does",
+        "std::max(is_backward ? backward : forward,",
+        "std::max(forward,",
         ("product_config",),
     ),
     Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),

@@ -342,7 +342,8 @@ class HopperGemm {
   __device__ __forceinline__ static void wait_until_sums_are_stored() { sync_cluster(); }
   // A block's shared memory must be there as long as others read it. They store nothing for each other any more.
   __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster_relaxed(); }
-  // The peer's barriers must be there before copies and consumers arrive at them, and until the last has.
+  // The peer's barriers must be there before copies and consumers arrive at them, and until the last has. For the first
+  // of these, fence_mbarrier_init() shows them; the second one waits until this block's own arrivals have come.
   __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster_relaxed(); }
   __device__ __forceinline__ static void wait_until_peer_has_read_stages() { sync_cluster(); }
 
