@@ -6,13 +6,12 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
                wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
     pairs      a barrier of the cluster before the first step and one at the end, where two blocks load rows of X for
-               both (hopper/), which halves what these take of L2; the first one shows no stores, and an exchange of
-               sums has the second one already
+               both (hopper/), which halves what these take of L2; an exchange of sums has the second one already
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
                waits for them and adds them, one after another. Where a cluster shares a tile (hopper/): each block
-               stores its sums in its shared memory and, after a barrier, adds a part of them over all blocks
+               stores its sums into the shared memory of the others after a barrier, and adds a part of them
     result     storing a tile
 
 To the resources of cycles.py come L2, through which each tile loads its operands, and the whole card's DRAM, through
@@ -49,12 +48,11 @@ L2_LATENCY, DRAM_LATENCY = 291, 700
 # Bytes a second that all multiprocessors load from the shared memory of others, by blocks of a cluster, and cycles
 # until such a load arrives: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
 # arXiv 2501.12084, on an H800 PCIe, which has 114 multiprocessors and this clock. They measured clusters of 2 and 4;
-# for 8 the bandwidth is assumed to fall once more as it does from 2 to 4. A barrier of a cluster is taken to cost as
-# much again as a load and, where it shows stores, a trip to L2, because ptxas makes a fence of the whole device
-# (MEMBAR.ALL.GPU) of its release.
+# for 8 the bandwidth is assumed to fall once more as it does from 2 to 4. Stores are taken to be as fast, and a barrier
+# of a cluster to cost one such latency; and a trip to L2 beside it where it waits for what was stored before, because
+# ptxas makes a fence of the whole device (MEMBAR.ALL.GPU) of that.
 CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12, 8: 2.65e12**2 / 3.3e12}, 200
 CLUSTER_MULTIPROCESSORS = 114
-CLUSTER_BARRIER = CLUSTER_LATENCY + L2_LATENCY
 # Multiply-adds a second of cuBLAS in bf16 on an H100: 790 TFLOP/s, measured. Power keeps it from more, so no way is
 # counted with more.
 DENSE_RATE = 790e12 / 2
@@ -231,12 +229,14 @@ class Model:
         sums, count = runs.tile_rows * runs.tile_cols, runs.cluster
         exchange = 0.0
         if count > 1:
-            loaded = sums * F32 * (count - 1) / count
+            stored = sums * F32 * (count - 1) / count  # in other blocks
             rate = CLUSTER_BANDWIDTH[count] / CLUSTER_MULTIPROCESSORS / self.device.clock
-            stored = sums * F32 / cycles.SHARED_BYTES
-            exchange = stored + CLUSTER_BARRIER + CLUSTER_LATENCY + loaded / rate + CLUSTER_LATENCY
+            loaded = sums * F32 / cycles.SHARED_BYTES
+            exchange = CLUSTER_LATENCY + stored / rate + CLUSTER_LATENCY + loaded  # a barrier comes first
         of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
-        end = CLUSTER_BARRIER if runs.pairs and count == 1 else 0
+        end = 0
+        if runs.pairs:  # the barrier of the exchange, or a barrier of its own, waits for arrivals at the other block
+            end = L2_LATENCY + (CLUSTER_LATENCY if count == 1 else 0)
         return begin + runs.longest * step + runs.tiles_of_block * of_tile + end
 
     def _end_of_runs(self, product: Product, runs: Runs, step: float, begin: float) -> float:

@@ -172,21 +172,22 @@ struct HopperSharing {
 //
 //   steps              as many as the block has
 //   results            8 cycles for each row, shared by the blocks of a cluster
-//   exchange of sums   in a cluster, 56 for barriers and latencies, and for 16 rows what it takes to load the sums of
-//                      the other blocks through their shared memory; between runs, 6 steps and 3 for two more runs:
-//                      a launch clears the flags, the sums go to L2, and the block that has the tile's beginning adds
-//                      those of one run after another
-//   pairs              a barrier of the cluster before their first step, and one at the end if no exchange has it
+//   exchange of sums   in a cluster, 25 for a barrier and a latency, and for each 16 rows the time of storing the sums
+//                      into the shared memory of other blocks and of adding them. Between runs, 6 steps, and 3 for two
+//                      more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
+//                      beginning adds those of one run after another
+//   pairs              a barrier of the cluster before the first step and one at the end, which an exchange of sums has
+//                      already, but without the wait for arrivals at the other block
 HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool pairs, int multiprocessors) {
   constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
-  constexpr std::int64_t kOfExchange = 56, kOfFirstBarrier = 13, kOfLastBarrier = 31;
+  constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13, kOfArrivals = 18;
   constexpr struct {
     int blocks;
     std::int64_t of_16_rows;
   } kClusters[] = {{2, 20}, {4, 33}, {8, 46}};
-  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfFirstBarrier : 0;
+  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier + kOfArrivals : 0;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
-  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs + (pairs ? kOfLastBarrier : 0)};
+  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs + (pairs ? kOfBarrier : 0)};
   const auto consider = [&](int cluster, std::int64_t time) {
     if (time < best.time) best = {cluster, time};
   };

@@ -50,32 +50,6 @@ void SharedMemory::note_store(const void* p, std::size_t bytes, int thread) {
   for (auto [at, end] = words_of(p, bytes); at < end; ++at) writers_[at] = static_cast<std::uint16_t>(thread + 1);
 }
 
-void SharedMemory::track_intervals() {
-  stored_.resize(writers_.size());
-  read_.resize(writers_.size());
-}
-
-void SharedMemory::note_store_in(std::int32_t interval, const void* p, std::size_t bytes) {
-  if (!holds(p, bytes)) return;
-  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
-    if (read_[at] == interval) fail("shared memory is overwritten, and another block of the cluster may still read it");
-    stored_[at] = interval;
-  }
-}
-
-void SharedMemory::note_read_in(std::int32_t interval, std::int32_t first_unseen, const void* p, std::size_t bytes,
-                                int rank) {
-  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
-    if (stored_[at] == 0 || stored_[at] >= first_unseen) {
-      fail(
-          "reads shared memory of block " + std::to_string(rank) + " of its cluster that " +
-          (stored_[at] == 0 ? "was not stored" : "was stored after the last barrier of the cluster that shows stores"));
-    }
-    read_[at] = interval;
-  }
-  last_read_ = interval;
-}
-
 void SharedMemory::publish_stores(int thread) {
   for (std::uint16_t& writer : writers_) {
     if (writer == thread + 1) writer = 0;
@@ -91,10 +65,7 @@ void SharedMemory::check_published(const void* p, std::size_t bytes, const char*
 }
 
 void SharedMemory::forget_stores(const void* p, std::size_t bytes) {
-  for (auto [at, end] = words_of(p, bytes); at < end; ++at) {
-    writers_[at] = 0;
-    if (!stored_.empty()) stored_[at] = 0;
-  }
+  for (auto [at, end] = words_of(p, bytes); at < end; ++at) writers_[at] = 0;
 }
 
 // ---- barriers ----
@@ -207,6 +178,26 @@ void TileCopies::finish(std::size_t i) {
     }
   }
   barriers_.complete_bytes(copy.barrier, static_cast<std::uint32_t>(source.box_rows * source.box_row_bytes()));
+}
+
+// ---- vectors of other blocks ----
+
+void ArrivingVectors::begin(std::byte* to, const std::byte* value, std::uint64_t* barrier) {
+  if (!memory_.holds(to, kBytes)) fail("stores beyond the shared memory of a block");
+  if (memory_.address_of(to) % kBytes != 0) fail("a misaligned store into a block");
+  Arriving arriving{to, {}, barrier};
+  std::memcpy(arriving.value.data(), value, kBytes);
+  vectors_.push_back(arriving);
+  std::memset(to, 0xFF, kBytes);
+}
+
+void ArrivingVectors::finish(std::size_t i) {
+  const Arriving vector = vectors_[i];
+  vectors_[i] = vectors_.back();
+  vectors_.pop_back();
+  std::memcpy(vector.to, vector.value.data(), kBytes);
+  memory_.forget_stores(vector.to, kBytes);
+  barriers_.complete_bytes(vector.barrier, kBytes);
 }
 
 // ---- products ----

@@ -6,13 +6,15 @@
 //     PTX allows some of these, but our kernels do none of them.
 //   - A copy of a tile fills its destination with NaN when it begins. The schedule decides when it takes place and in
 //     which order. It may arrive only at a barrier that was published to the copy engine, and not where another copy is
-//     still under way. A copy to several blocks of a cluster is one of its own in each (cluster.cpp).
+//     still under way. A copy to several blocks of a cluster is one of its own in each (cluster.cpp), and a vector that
+//     a block stores into another one is treated in the same way.
 //   - A product reads shared memory at some time between its issue and the wait for it. Until that wait its sums are
 //     NaN, and the thread must change neither them nor the registers of a.
 //   - The copy engine and products may read what a thread has written by store_shared() only after that thread has
 //     published it by fence_proxy_async(). (Writes through plain pointers are not tracked.)
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -35,14 +37,7 @@ class SharedMemory {
   // Tracks what threads have written and the asynchronous proxy (TMA and wgmma) may not read yet.
   void note_store(const void* p, std::size_t bytes, int thread);
   void publish_stores(int thread);
-  // Tracks what threads store and what other blocks of the cluster read in each interval between barriers of the
-  // cluster (cluster.cpp). Only a block that has others beside it in its cluster does.
-  void track_intervals();
-  void note_store_in(std::int32_t interval, const void* p, std::size_t bytes);
-  void note_read_in(std::int32_t interval, std::int32_t first_unseen, const void* p, std::size_t bytes, int rank);
-  bool was_read_in(std::int32_t interval) const { return last_read_ == interval; }
-  // The first is called before the asynchronous proxy reads, the second after it has written. What it has written is
-  // not for other blocks.
+  // The first is called before the asynchronous proxy reads, the second after it has written.
   void check_published(const void* p, std::size_t bytes, const char* reader) const;
   void forget_stores(const void* p, std::size_t bytes);
 
@@ -52,8 +47,6 @@ class SharedMemory {
   const std::size_t bytes_;
   const std::uint32_t first_address_;
   std::pair<std::size_t, std::size_t> words_of(const void* p, std::size_t bytes) const;  // the first, and the end
-  std::vector<std::int32_t> stored_, read_;  // for each word: the interval of its last store or read; 0: none
-  std::int32_t last_read_ = 0;
   std::vector<std::uint16_t> writers_;  // for each word: 1 + the thread that wrote it, or 0 if it is published
 };
 
@@ -106,6 +99,26 @@ class TileCopies {
   SharedMemory& memory_;
   Mbarriers& barriers_;
   std::vector<Copy> copies_;
+};
+
+// Vectors that blocks of the cluster, and the block itself, store into its shared memory (cluster.cpp).
+class ArrivingVectors {
+ public:
+  static constexpr std::size_t kBytes = 16;
+  ArrivingVectors(SharedMemory& memory, Mbarriers& barriers) : memory_(memory), barriers_(barriers) {}
+  void begin(std::byte* to, const std::byte* value, std::uint64_t* barrier);
+  std::size_t under_way() const { return vectors_.size(); }
+  void finish(std::size_t i);  // the last one takes the i-th place
+
+ private:
+  struct Arriving {
+    std::byte* to;
+    std::array<std::byte, kBytes> value;
+    std::uint64_t* barrier;
+  };
+  SharedMemory& memory_;
+  Mbarriers& barriers_;
+  std::vector<Arriving> vectors_;
 };
 
 // The product a[64, 16] . b[16, cols] that the threads of a warpgroup compute together.

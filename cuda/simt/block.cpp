@@ -79,10 +79,8 @@ Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_clus
 #endif
   this->memory = std::make_unique<SharedMemory>(smem, grid().smem_bytes, static_cast<std::uint32_t>(begin));
   tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
-  if (cluster != nullptr) {
-    this->memory->track_intervals();
-    cluster->blocks[static_cast<std::size_t>(rank())] = this;
-  }
+  vectors = std::make_unique<ArrivingVectors>(*this->memory, mbarriers);
+  if (cluster != nullptr) cluster->blocks[static_cast<std::size_t>(rank())] = this;
   warpgroups.resize(static_cast<std::size_t>(grid().threads + kWarpgroup - 1) / kWarpgroup);
   max_registers.resize(warps.size());
   std::iota(order.begin(), order.end(), 0);
@@ -111,8 +109,9 @@ void Block::main_of_fiber() {
   self.block->grid().thread();
   if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
   self.state = Fiber::State::done;
-  if (--self.block->unfinished == 0 && self.block->tile_copies->under_way() > 0) {
-    fail("a block has ended before a tile that TMA loads was there");
+  if (--self.block->unfinished == 0) {
+    if (self.block->tile_copies->under_way() > 0) fail("a block has ended before a tile that TMA loads was there");
+    if (self.block->vectors->under_way() > 0) fail("a block has ended before a vector of its cluster was there");
   }
   if (self.block->cluster != nullptr) end_thread_of_cluster(*self.block);
   self.context.switch_to(self.block->scheduler, /*last=*/true);
@@ -151,18 +150,28 @@ void Block::finish_some_copies() {
   for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
     if (schedule.random_below(kRounds) == 0) tile_copies->finish(i);
   }
+  for (std::size_t i = vectors->under_way(); schedule.is_random() && i-- > 0;) {
+    if (schedule.random_below(kRounds) == 0) vectors->finish(i);
+  }
 }
 
 bool Block::finish_a_copy() {
   const std::size_t count = tile_copies->under_way();
   if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.random_below(count) : 0);
-  return count > 0;
+  const bool any = count > 0 || vectors->under_way() > 0;
+  while (vectors->under_way() > 0) vectors->finish(vectors->under_way() - 1);  // they are many
+  return any;
 }
 
 void Block::load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col,
                       std::uint64_t* barrier) {
   tile_copies->begin(to, source, row, col, barrier);
   if (schedule.is_early()) tile_copies->finish(tile_copies->under_way() - 1);
+}
+
+void Block::store_vector(std::byte* to, const std::byte* value, std::uint64_t* barrier) {
+  vectors->begin(to, value, barrier);
+  if (schedule.is_early()) vectors->finish(vectors->under_way() - 1);
 }
 
 bool Block::advance(std::int64_t turns) {

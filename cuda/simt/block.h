@@ -83,8 +83,6 @@ struct Cluster {
   std::vector<struct Block*> blocks;      // by rank; null: it has not begun, or has ended
   std::vector<struct Fiber*> at_barrier;  // threads that wait at the barrier
   std::int32_t interval = 1;              // 1 + how many barriers all threads have passed
-  std::int32_t first_unseen = 1;          // the first interval whose stores other blocks do not see yet
-  bool shows_stores = true;               // whether the barrier does at which threads wait
   int ended_threads = 0;
 };
 
@@ -103,6 +101,7 @@ struct Block {
   std::unique_ptr<SharedMemory> memory;
   Mbarriers mbarriers;
   std::unique_ptr<TileCopies> tile_copies;
+  std::unique_ptr<ArrivingVectors> vectors;  // from blocks of the cluster
   Rendezvous named_barriers[kNamedBarriers];
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
@@ -125,6 +124,7 @@ struct Block {
   std::string text_of_waits() const;  // what its fibers wait for, as text
   // Begins a copy, which the schedule may also finish.
   void load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
+  void store_vector(std::byte* to, const std::byte* value, std::uint64_t* barrier);
 
  private:
   static void main_of_fiber();

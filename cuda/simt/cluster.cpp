@@ -1,14 +1,12 @@
-// The blocks of a cluster, on compute capability 9.0: their barrier, the shared memory that they read of each other,
-// the tiles that they load into it, and the mbarriers there at which they arrive. The barriers of a cluster divide time
-// into intervals. The rules:
+// The blocks of a cluster, on compute capability 9.0: their barrier, what they store and which tiles they load into the
+// shared memory of each other, and the mbarriers there at which they arrive. The barriers of a cluster divide time into
+// intervals. The rules:
 //
 //   - All threads of all blocks come to each barrier. (PTX lets a thread end instead, which our kernels never do.)
-//   - A word of another block's shared memory may be read if store_shared() has stored it in an earlier interval, and a
-//     barrier since then shows stores. So a read that comes too early ends the process under every schedule, whatever
-//     is in memory by then.
-//   - Nothing may be stored in a word in an interval in which another block reads it, and a block must not end in one.
+//   - What comes from another block is NaN until the schedule lets it come, and a block must not end before it has.
 //   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must not
 //     end in an interval in which its mbarriers are used so, even if it has waited for them. (PTX would allow that.)
+//     It may where only bytes of vectors have come, for which it waits.
 #include "simt/block.h"
 
 namespace qlora_native::cuda_emulated::emulator {
@@ -53,32 +51,28 @@ std::uint64_t* barrier_of(Block& block, std::uint64_t* own) {
 
 }  // namespace
 
-void cluster_barrier(bool shows_stores, Site site) {
+void cluster_barrier(Site site) {
   Fiber& self = *current;
   Cluster& cluster = cluster_of_current();
   if (cluster.ended_threads > 0) fail_of_missing_thread();
-  if (cluster.at_barrier.empty()) cluster.shows_stores = true;
-  cluster.shows_stores &= shows_stores;
   cluster.at_barrier.push_back(&self);
   if (cluster.at_barrier.size() < cluster.blocks.size() * self.block->fibers.size()) {
     return suspend(self, Fiber::State::at_rendezvous, site);
   }
   for (Fiber* fiber : cluster.at_barrier) {
     fiber->state = Fiber::State::ready;
-    if (cluster.shows_stores) fiber->stores.move_to(fiber->block->stores);
+    fiber->stores.move_to(fiber->block->stores);
   }
   cluster.at_barrier.clear();
   ++cluster.interval;
-  if (cluster.shows_stores) cluster.first_unseen = cluster.interval;
 }
 
-const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank) {
-  const Block& other = block_of_rank(rank, "reads shared memory of");
-  if (!current->block->memory->holds(own, bytes)) fail("reads beyond the shared memory of another block");
-  const std::byte* const from = address_in(other, static_cast<const std::byte*>(own));
-  if (&other != current->block)
-    other.memory->note_read_in(other.cluster->interval, other.cluster->first_unseen, from, bytes, rank);
-  return from;
+void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank) {
+  Block& block = block_of_rank(rank, "stores into");
+  const std::int32_t reached_in = block.reached_in;
+  block.store_vector(address_in(block, static_cast<std::byte*>(own)), value,
+                     &block == current->block ? barrier : barrier_of(block, barrier));
+  block.reached_in = reached_in;  // it waits for what is stored, or its end is noticed
 }
 
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
@@ -108,9 +102,6 @@ void end_thread_of_cluster(Block& block) {
   if (!cluster.at_barrier.empty()) fail_of_missing_thread();
   ++cluster.ended_threads;
   if (block.unfinished > 0) return;
-  if (block.memory->was_read_in(cluster.interval)) {
-    fail("a block has ended, and another one of its cluster may still read its shared memory");
-  }
   if (block.reached_in == cluster.interval) {
     fail("a block has ended, and another one of its cluster may still arrive at its mbarriers");
   }

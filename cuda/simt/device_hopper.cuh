@@ -84,15 +84,13 @@ __device__ __forceinline__ std::uint32_t address_in_cluster(std::uint32_t addres
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
   return result;
 }
-template <class V>
-__device__ __forceinline__ V load_shared_of_block(const SharedAddress& from, int rank) {
-  static_assert(sizeof(V) == 16);
-  Vector<std::uint32_t, 4> v;
-  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.at[0]), "=r"(v.at[1]), "=r"(v.at[2]), "=r"(v.at[3])
-               : "r"(address_in_cluster(from.address, rank))
+__device__ __forceinline__ void store_to_block(const SharedAddress& to, const Vector<float, 4>& value,
+                                               std::uint64_t* barrier, int rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_in_cluster(to.address, rank)),
+               "f"(value.at[0]), "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3]),
+               "r"(address_in_cluster(shared_address(barrier), rank))
                : "memory");
-  return std::bit_cast<V>(v);
 }
 
 // This releases to the block alone, as is the default. With .release.cluster ptxas puts a fence of the whole device

@@ -153,12 +153,10 @@ WgmmaQueue& wgmma_queue();
 void set_max_registers(int count);
 
 // The blocks of a cluster (cluster.cpp).
-// Waits for all threads of all blocks of the cluster. If `shows_stores`, they then see what the others have stored.
-void cluster_barrier(bool shows_stores, Site site);
-// Returns where another block of the cluster has what this block has at `own` in its shared memory.
-const std::byte* memory_of_block(const void* own, std::size_t bytes, int rank);
-// Like load_tile() and mbarrier_arrive(), for the same places in the shared memory of other blocks of the cluster:
-// those whose bits are set in `ranks`, and that of `rank`.
+void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
+// Stores 16 bytes, loads a tile and arrives at a barrier, each in the same place of the shared memory of other blocks
+// of the cluster: that of `rank`, or those whose bits are set in `ranks`.
+void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank);
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
                          std::uint32_t ranks);
 void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank);

@@ -51,19 +51,15 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site sit
 
 // ---- clusters ----
 
-// Waits for all threads of all blocks of the cluster, which then see what the others have stored before.
-inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(true, site); }
+// Waits for all threads of all blocks of the cluster. After sync_cluster() they see what the others have stored to
+// global memory, and what has arrived at barriers.
+inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
 // Only waits. On a device it costs less, because the first one must wait until stores are seen on the whole device.
-inline void sync_cluster_relaxed(Site site = Site::current()) { emulator::cluster_barrier(false, site); }
-// Blocks that follow each other in the grid are a cluster. Loads what its block `rank`, from 0 on, has where this block
-// has `from`, in shared memory. Another block must have stored it by store_shared() before a sync_cluster(), and must
-// not end before the next barrier of the cluster (cluster.cpp).
-template <class V>
-V load_shared_of_block(const SharedAddress& from, int rank) {
-  if (reinterpret_cast<std::uintptr_t>(from.address) % sizeof(V) != 0) emulator::fail("a misaligned load");
-  V value;
-  std::memcpy(&value, emulator::memory_of_block(from.address, sizeof(V), rank), sizeof(V));
-  return value;
+inline void sync_cluster_relaxed(Site site = Site::current()) { emulator::cluster_barrier(site); }
+// Stores a vector where block `rank` of the cluster, from 0 on, has what this block has at `to`, in shared memory. Its
+// bytes count at the barrier that has the place of `barrier` there. The other block must not end before.
+inline void store_to_block(const SharedAddress& to, const Vector<float, 4>& value, std::uint64_t* barrier, int rank) {
+  emulator::store_to_block(to.address, reinterpret_cast<const std::byte*>(&value), barrier, rank);
 }
 
 // The barriers that block `rank` of the cluster has where this block has `barriers`; rank 0 is this block where there

@@ -70,9 +70,7 @@ void warpgroup_collective(void* lane, void (*exchange)(void* const* lanes), Site
 
 std::uint32_t shared_address(const void* p) { return current->block->memory->address_of(p); }
 void note_shared_store(const void* p, std::size_t bytes) {
-  Block& block = *current->block;
-  block.memory->note_store(p, bytes, current->position.thread);
-  if (block.cluster != nullptr) block.memory->note_store_in(block.cluster->interval, p, bytes);
+  current->block->memory->note_store(p, bytes, current->position.thread);
 }
 void publish_shared_stores() { current->block->memory->publish_stores(current->position.thread); }
 

@@ -1,8 +1,9 @@
-// Guards the emulator of clusters (cuda/simt/cluster.cpp): their blocks meet, read each other's shared memory, load
-// tiles into it and arrive at its barriers under each order of threads and blocks, and planted mistakes are found under
-// every one. A kernel that must end the process runs in a child, whose message is read.
+// Guards the emulator of clusters (cuda/simt/cluster.cpp): their blocks meet, store into each other's shared memory,
+// load tiles into it and arrive at its barriers under each order of threads and blocks, and planted mistakes are found
+// under every one. A kernel that must end the process runs in a child, whose message is read.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -32,113 +33,122 @@ void under_each_schedule(const F& f) {
   unsetenv("QLN_SCHEDULE");
 }
 
-// A block stores a vector for each thread. Then each thread adds those of all blocks of its cluster, by rank. These
-// mistakes can be planted:
+// ---- vectors for other blocks ----
+
+// Each thread stores a vector into every block of its cluster. Then each thread adds those that have come to it, by
+// rank. These mistakes can be planted:
 enum class Mistake {
   none,
-  no_barrier_before_reads,
-  relaxed_barrier_before_reads,
-  no_barrier_after_reads,
-  stored_again_after_reads,
-  plain_stores,
+  no_barrier_before_stores,
+  not_published,
+  no_wait,
+  more_bytes_are_expected,
   half_is_not_stored,
   threads_end_before_a_barrier,
-  threads_miss_a_barrier,
   rank_of_another_cluster,
   beyond_the_memory,
   misaligned,
 };
-constexpr int kThreads = 2 * kWarp;
-constexpr std::size_t kBytes = kThreads * sizeof(Four);
+constexpr int kThreads = 2 * kWarp, kMostBlocks = 8;
+struct SumsShared {
+  Four vectors[kMostBlocks][kThreads];
+  std::uint64_t sums;
+};
 
-template <Mistake kMistake>
-__global__ void sums_kernel(int cluster, float* out) {
-  const int thread = thread_index();
-  const auto first = static_cast<float>(block_index() * kThreads + thread);
-  const SharedAddress own = SharedAddress(dynamic_smem<std::byte>()).at(static_cast<std::uint32_t>(thread) * 16);
-  const Four stored = {{first, 2 * first, 3 * first, 4 * first}};
-  if constexpr (kMistake == Mistake::plain_stores) {
-    store_vector<float, 4>(dynamic_smem<float>() + 4 * thread, stored);
-  } else if (kMistake != Mistake::half_is_not_stored || thread < kWarp) {
-    store_shared(own, stored);
-  }
-  if (kMistake == Mistake::threads_end_before_a_barrier && thread >= kWarp) return;
-  if constexpr (kMistake == Mistake::relaxed_barrier_before_reads) {
-    sync_cluster_relaxed();
-  } else if constexpr (kMistake != Mistake::no_barrier_before_reads) {
-    sync_cluster();
-  }
-  if (kMistake == Mistake::threads_miss_a_barrier && thread >= kWarp) return;
-  Four sum = {};
-  for (int rank = 0; rank < cluster; ++rank) {
-    const int of = rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0);
-    const SharedAddress from = kMistake == Mistake::beyond_the_memory ? own.at(kBytes)
-                               : kMistake == Mistake::misaligned      ? own.at(4)
-                                                                      : own;
-    const auto part = load_shared_of_block<Four>(from, of);
-    for (int i = 0; i < 4; ++i) sum.at[i] += part.at[i];
-  }
-  if constexpr (kMistake == Mistake::stored_again_after_reads) store_shared(own, sum);
-  if constexpr (kMistake != Mistake::no_barrier_after_reads) sync_cluster_relaxed();
-  store_vector<float, 4>(out + (block_index() * kThreads + thread) * 4, sum);
+Four vector_of(std::int64_t block, int thread) {
+  const auto first = static_cast<float>(block * kThreads + thread);
+  return {{first, 2 * first, 3 * first, 4 * first}};
 }
 
 template <Mistake kMistake>
-Managed<float> sums(int blocks, int cluster) {
+__global__ void sums_kernel(int cluster, float* out) {
+  auto& shared = *dynamic_smem<SumsShared>();
+  const int thread = thread_index(), own_rank = static_cast<int>(block_index() % cluster);
+  if (thread == 0) {
+    mbarrier_init(&shared.sums, 1);
+    if constexpr (kMistake != Mistake::not_published) fence_mbarrier_init();
+  }
+  sync_threads();
+  if (kMistake == Mistake::threads_end_before_a_barrier && thread >= kWarp) return;
+  if constexpr (kMistake != Mistake::no_barrier_before_stores) sync_cluster_relaxed();
+  if (thread == 0) {
+    const std::size_t bytes = static_cast<std::size_t>(cluster) * kThreads * sizeof(Four);
+    mbarrier_arrive_expect(&shared.sums,
+                           static_cast<std::uint32_t>(bytes + (kMistake == Mistake::more_bytes_are_expected ? 16 : 0)));
+  }
+  const SharedAddress own(&shared.vectors[own_rank][thread]);
+  const SharedAddress to = kMistake == Mistake::beyond_the_memory ? own.at(sizeof(SumsShared))
+                           : kMistake == Mistake::misaligned      ? own.at(4)
+                                                                  : own;
+  for (int rank = 0; rank < cluster; ++rank) {
+    if (kMistake == Mistake::half_is_not_stored && thread >= kWarp) continue;
+    store_to_block(to, vector_of(block_index(), thread), &shared.sums,
+                   rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
+  }
+  if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.sums, 0);
+  Four sum = {};
+  for (int rank = 0; rank < cluster; ++rank) {
+    for (int i = 0; i < 4; ++i) sum.at[i] += shared.vectors[rank][thread].at[i];
+  }
+  store_vector<float, 4>(out + (block_index() * kThreads + thread) * 4, sum);
+}
+
+// What the process says when it ends, "wrong" if a sum is wrong, or nothing.
+template <Mistake kMistake>
+std::string words_of_sums(int blocks, int cluster) {
   Managed<float> out(static_cast<std::size_t>(blocks) * kThreads * 4);
-  launch<sums_kernel<kMistake>>({blocks, kThreads, kBytes, cluster}, {}, cluster, out.data());
-  return out;
+  return death_message([&] {
+    launch<sums_kernel<kMistake>>({blocks, kThreads, sizeof(SumsShared), cluster}, {}, cluster, out.data());
+    for (int i = 0; i < blocks * kThreads; ++i) {
+      Four expected = {};
+      for (int rank = 0; rank < cluster; ++rank) {
+        const Four vector = vector_of(i / kThreads / cluster * cluster + rank, i % kThreads);
+        for (int j = 0; j < 4; ++j) expected.at[j] += vector.at[j];
+      }
+      if (std::equal(expected.at, expected.at + 4, &out[static_cast<std::size_t>(i) * 4])) continue;
+      std::fprintf(stderr, "wrong");
+      _exit(1);
+    }
+  });
 }
 
 void blocks_add_what_their_cluster_has_stored() {
   for (const int cluster : {2, 4, 8}) {
-    const int blocks = 24;  // more than are resident at once
-    Managed<float> expected(static_cast<std::size_t>(blocks) * kThreads * 4);
-    for (int i = 0; i < blocks * kThreads; ++i) {
-      for (int rank = 0; rank < cluster; ++rank) {
-        const int block = i / kThreads / cluster * cluster + rank;
-        for (int j = 0; j < 4; ++j) {
-          expected[static_cast<std::size_t>(i * 4 + j)] +=
-              static_cast<float>((block * kThreads + i % kThreads) * (j + 1));
-        }
-      }
-    }
-    under_each_schedule([&] { EXPECT(sums<Mistake::none>(blocks, cluster) == expected); });
+    under_each_schedule([&] { EXPECT(words_of_sums<Mistake::none>(24, cluster).empty()); });  // more than run at once
   }
 }
 
-// What the process says when it ends, which must be so under every schedule.
-template <Mistake kMistake>
-bool is_found(const char* message) {
+// Whether under every schedule the words have one of the messages: which mistake shows first may depend on it.
+template <class Words>
+bool is_found(const Words& words_of_mistake, std::initializer_list<const char*> messages) {
   bool always = true;
   under_each_schedule([&] {
-    const std::string words = death_message([] { sums<kMistake>(8, 4); });
-    always = always && contains(words, message);
+    const std::string words = words_of_mistake();
+    bool is_known = false;
+    for (const char* message : messages) is_known = is_known || contains(words, message);
+    if (!is_known) std::printf("under %s: %s\n", std::getenv("QLN_SCHEDULE"), words.c_str());
+    always = always && is_known;
   });
   return always;
 }
+template <Mistake kMistake>
+bool is_found_in_sums(std::initializer_list<const char*> messages) {
+  return is_found([] { return words_of_sums<kMistake>(8, 4); }, messages);
+}
 
 void mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule() {
-  EXPECT(is_found<Mistake::no_barrier_before_reads>("of its cluster that was "));  // not stored, or just now
-  EXPECT(is_found<Mistake::relaxed_barrier_before_reads>("after the last barrier of the cluster that shows stores"));
-  EXPECT(is_found<Mistake::plain_stores>("that was not stored"));
-  EXPECT(is_found<Mistake::half_is_not_stored>("that was not stored"));
-  EXPECT(is_found<Mistake::threads_end_before_a_barrier>("a thread has ended, and others of its cluster wait for it"));
-  EXPECT(is_found<Mistake::threads_miss_a_barrier>("a thread has ended, and others of its cluster wait for it"));
-  EXPECT(is_found<Mistake::rank_of_another_cluster>("shared memory of block 4 of a cluster of 4"));
-  EXPECT(is_found<Mistake::beyond_the_memory>("reads beyond the shared memory of another block"));
-  EXPECT(is_found<Mistake::misaligned>("a misaligned load"));
-}
-// Which of two threads comes first, and so what the message is, depends on the schedule.
-void memory_that_others_read_must_stay_until_the_next_barrier() {
-  under_each_schedule([] {
-    const std::string ended = death_message([] { sums<Mistake::no_barrier_after_reads>(8, 4); });
-    EXPECT(contains(ended, "a block has ended, and another one of its cluster may still read") ||
-           contains(ended, "of a block of its cluster that has ended"));
-    const std::string stored = death_message([] { sums<Mistake::stored_again_after_reads>(8, 4); });
-    EXPECT(contains(stored, "is overwritten, and another block of the cluster may still read it") ||
-           contains(stored, "was stored after the last barrier of the cluster"));
-  });
+  constexpr const char *kDeadlock = "waits for an mbarrier at", *kEnded = "stores into a block of its cluster that has";
+  EXPECT(is_found_in_sums<Mistake::no_barrier_before_stores>(
+      {"no barrier of the cluster has come since it was published", "was not initialized", kEnded}));
+  EXPECT(is_found_in_sums<Mistake::not_published>({"initialization was not published"}));
+  EXPECT(is_found_in_sums<Mistake::no_wait>({"ended before a vector of its cluster was there", kEnded, "wrong"}));
+  EXPECT(is_found_in_sums<Mistake::more_bytes_are_expected>({kDeadlock}));
+  EXPECT(is_found_in_sums<Mistake::half_is_not_stored>({kDeadlock}));
+  EXPECT(is_found_in_sums<Mistake::threads_end_before_a_barrier>(
+      {"a thread has ended, and others of its cluster wait for it"}));
+  EXPECT(is_found_in_sums<Mistake::rank_of_another_cluster>({"stores into block 4 of a cluster of 4"}));
+  EXPECT(is_found_in_sums<Mistake::beyond_the_memory>({"stores beyond the shared memory of a block"}));
+  EXPECT(is_found_in_sums<Mistake::misaligned>({"a misaligned store into a block"}));
 }
 
 // ---- tiles for several blocks, and arrivals at other blocks ----
@@ -242,18 +252,9 @@ std::string words_of_pairs() {
   });
 }
 
-// Which mistake shows first may depend on the schedule.
 template <PairMistake kMistake>
 bool is_found_in_pairs(std::initializer_list<const char*> messages) {
-  bool always = true;
-  under_each_schedule([&] {
-    const std::string words = words_of_pairs<kMistake>();
-    bool is_known = false;
-    for (const char* message : messages) is_known = is_known || contains(words, message);
-    if (!is_known) std::printf("under %s: %s\n", std::getenv("QLN_SCHEDULE"), words.c_str());
-    always = always && is_known;
-  });
-  return always;
+  return is_found(words_of_pairs<kMistake>, messages);
 }
 
 void tiles_come_to_both_blocks_of_a_pair_under_each_schedule() {
@@ -285,9 +286,9 @@ void mistakes_between_pairs_are_found_under_each_schedule() {
 __global__ void alone_kernel() { sync_cluster(); }
 
 void launches_have_whole_clusters() {
-  EXPECT(contains(death_message([] { sums<Mistake::none>(6, 4); }), "6 blocks in clusters of 4"));
-  EXPECT(contains(death_message([] { sums<Mistake::none>(32, 16); }), "32 blocks in clusters of 16"));
-  EXPECT(contains(death_message([] { sums<Mistake::none>(4, 0); }), "4 blocks in clusters of 0"));
+  EXPECT(contains(words_of_sums<Mistake::none>(6, 4), "6 blocks in clusters of 4"));
+  EXPECT(contains(words_of_sums<Mistake::none>(32, 16), "32 blocks in clusters of 16"));
+  EXPECT(contains(words_of_sums<Mistake::none>(4, 0), "4 blocks in clusters of 0"));
   EXPECT(contains(death_message([] { launch<alone_kernel>({2, kWarp}, {}); }), "launched without clusters"));
 }
 
@@ -316,7 +317,6 @@ void blocks_of_a_cluster_run_in_several_orders_and_have_the_same_addresses() {
 int run_all() {
   blocks_add_what_their_cluster_has_stored();
   mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule();
-  memory_that_others_read_must_stay_until_the_next_barrier();
   tiles_come_to_both_blocks_of_a_pair_under_each_schedule();
   mistakes_between_pairs_are_found_under_each_schedule();
   launches_have_whole_clusters();

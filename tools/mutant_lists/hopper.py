@@ -169,24 +169,29 @@ BY_WGMMA = [
     ),
     Mutant(
         HOPPER_GEMM,
-        "sums of another block are read too early",
-        "wait_until_sums_are_stored() { sync_cluster(); }",
-        "wait_until_sums_are_stored() {}",
+        "sums of other blocks are read before they are there",
+        *without("    mbarrier_wait(&shared_.sums, 0);\n"),
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
-        "a block ends while others read its sums",
-        "wait_until_sums_are_added() { sync_cluster_relaxed(); }",
-        "wait_until_sums_are_added() {}",
+        "sums overwrite a stage that another block still reads",
+        "    if (args_.pairs != 0) return sync_cluster();\n    sync_cluster_relaxed();\n",
+        "    sync_threads();\n",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
-        "sums overwrite a stage that the other warpgroup reads",
-        *without(
-            "    sync_some_threads<kConsumerBarrier>(Tile::kConsumers);  // all of them have read the last stages\n"
-        ),
+        "the sums of one block are not waited for",
+        "kCluster * kPartBytes / kSharing);",
+        "(kCluster - 1) * kPartBytes / kSharing);",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "parts of the sums go to another block",
+        "first_block + i / kCount * kSharing + share);",
+        "first_block + (i / kCount * kSharing + share ^ 1));",
         HOPPER,
     ),
     Mutant(
@@ -199,22 +204,22 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "the sums of one block are added twice",
-        "load_shared_of_block<Four>(at, first_block + rank);",
-        "load_shared_of_block<Four>(at, first_block + rank / 2 * 2);",
+        "sums.at(rank * kPartBytes + i * kVectorsBytes)",
+        "sums.at(rank / 2 * 2 * kPartBytes + i * kVectorsBytes)",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
         "two blocks add the same part of the sums",
-        "first = own_rank / kSharing * kCount;",
-        "first = own_rank / 2 / kSharing * kCount;",
+        "result.store(own_rank / kSharing * kCount + i,",
+        "result.store(own_rank / 2 / kSharing * kCount + i,",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
         "two blocks add the sums of the same warps",
-        "kSharing == own_rank % kSharing ? kCount",
-        "kSharing == 0 ? kCount",
+        "share == own_rank % kSharing ? kCount : 0;",
+        "share == 0 ? kCount : 0;",
         HOPPER,
     ),
     Mutant(
@@ -345,8 +350,8 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "the barriers of pairs are thought to take no time",
-        "of_pairs = pairs ? kOfFirstBarrier : 0;",
-        "of_pairs = pairs ? -kOfLastBarrier : 0;",
+        "of_pairs = pairs ? kOfBarrier + kOfArrivals : 0;",
+        "of_pairs = pairs ? -kOfBarrier : 0;",
         ("product_config",),
     ),
     Mutant(

@@ -72,6 +72,7 @@ class HopperGemm {
         mbarrier_init(&shared_.full[i], Tile::kScaleWarps + 1);  // and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps << args_.pairs);
       }
+      mbarrier_init(&shared_.sums, 1);
       fence_mbarrier_init();
       prefetch_map(maps_.left);
       prefetch_map(maps_.codes);
@@ -93,10 +94,7 @@ class HopperGemm {
       if (warp < Tile::kScaleWarps) for_each_part([&](const TilePart& part) { bring_scales(part); });
       if (warp == Tile::kScaleWarps) for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
       sync_warp();  // for the barriers of a cluster
-      if (args_.cluster > 1) {
-        wait_until_sums_are_stored();
-        wait_until_sums_are_added();
-      }
+      if (args_.cluster > 1) wait_until_stages_are_free();
     }
     if (args_.pairs != 0 && args_.cluster == 1) wait_until_peer_has_read_stages();
   }
@@ -298,50 +296,52 @@ class HopperGemm {
                            bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
 
-  // Adds the sums that the blocks of a cluster have of a tile. Each block stores its own in its stages, which hold
-  // nothing else any more: a vector of each consumer, then the next one. Then it adds one part of the vectors over all
-  // blocks, in the order of the inner dimension, and stores the result.
+  // Adds the sums that the blocks of a cluster have of a tile: each block adds a part of the vectors of four, and gets
+  // this part of the others' sums into its stages, which hold nothing else any more. It adds them in the order of the
+  // inner dimension, and stores the result.
   template <int kCluster>
   __device__ __forceinline__ void add_sums_of_cluster(const TilePart& part) {
     using Four = Vector<float, 4>;
-    constexpr std::uint32_t kVectorsBytes = Tile::kConsumers * sizeof(Four);
-    static_assert(sizeof(shared_.stages) >= Sums::kVectors * kVectorsBytes);
-    sync_some_threads<kConsumerBarrier>(Tile::kConsumers);  // all of them have read the last stages
-    const SharedAddress own = SharedAddress(shared_.stages).at(thread_index() * sizeof(Four));
+    // Where there are more blocks than vectors, `kSharing` blocks add one vector, of every kSharing-th warp each.
+    constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
+    constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
+    constexpr std::uint32_t kVectorsBytes = Tile::kConsumers * sizeof(Four), kPartBytes = kCount * kVectorsBytes;
+    static_assert(sizeof(shared_.stages) >= kCluster * kPartBytes);
+    const int own_rank = rank_in_tile(), share = thread_index() / kWarp % kSharing;
+    const int first_block = tile_in_pair() * kCluster;  // the tile's first, in its cluster
+    const SharedAddress sums = SharedAddress(shared_.stages).at(thread_index() * sizeof(Four));
+    wait_until_stages_are_free();
+    if (thread_index() == 0) mbarrier_arrive_expect(&shared_.sums, kCluster * kPartBytes / kSharing);
 #pragma unroll
     for (int i = 0; i < Sums::kVectors; ++i) {
       const float* const s = sums_.vector(i);
-      store_shared(own.at(i * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}});
+      store_to_block(sums.at(own_rank * kPartBytes + i % kCount * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}},
+                     &shared_.sums, first_block + i / kCount * kSharing + share);
     }
-    wait_until_sums_are_stored();
+    mbarrier_wait(&shared_.sums, 0);
     const HopperResult<T> result = result_of(part);
-    // Where the blocks are more than the vectors, `kSharing` of them add one vector, of every kSharing-th warp each.
-    constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
-    constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
-    const int own_rank = rank_in_tile(), first = own_rank / kSharing * kCount;
-    const int first_block = tile_in_pair() * kCluster;  // the tile's first, in its cluster
-    const int count = thread_index() / kWarp % kSharing == own_rank % kSharing ? kCount : 0;
+    const int count = share == own_rank % kSharing ? kCount : 0;
 #pragma unroll 1
-    for (int i = first; i < first + count; ++i) {
-      const SharedAddress at = own.at(i * kVectorsBytes);
-      Four sums[kCluster];
+    for (int i = 0; i < count; ++i) {
+      Four of_rank[kCluster];
 #pragma unroll
       for (int rank = 0; rank < kCluster; ++rank) {
-        sums[rank] = rank == own_rank ? load_shared<Four>(at) : load_shared_of_block<Four>(at, first_block + rank);
+        of_rank[rank] = load_shared<Four>(sums.at(rank * kPartBytes + i * kVectorsBytes));
       }
 #pragma unroll
       for (int rank = 1; rank < kCluster; ++rank) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[0].at[j] += sums[rank].at[j];
+        for (int j = 0; j < 4; ++j) of_rank[0].at[j] += of_rank[rank].at[j];
       }
-      result.store(i, sums[0].at);
+      result.store(own_rank / kSharing * kCount + i, of_rank[0].at);
     }
-    wait_until_sums_are_added();
   }
-  // All threads of the cluster's blocks come to all of these.
-  __device__ __forceinline__ static void wait_until_sums_are_stored() { sync_cluster(); }
-  // A block's shared memory must be there as long as others read it. They store nothing for each other any more.
-  __device__ __forceinline__ static void wait_until_sums_are_added() { sync_cluster_relaxed(); }
+  // All threads of the cluster's blocks come to these. The first also waits until arrivals at the peer's barriers have
+  // come, as the last one does.
+  __device__ __forceinline__ void wait_until_stages_are_free() const {
+    if (args_.pairs != 0) return sync_cluster();
+    sync_cluster_relaxed();
+  }
   // The peer's barriers must be there before copies and consumers arrive at them, and until the last has. For the first
   // of these, fence_mbarrier_init() shows them; the second one waits until this block's own arrivals have come.
   __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster_relaxed(); }

@@ -55,7 +55,8 @@ struct HopperShared {
   Stage stages[Tile::kStages];
   typename ScaleReader<true>::Levels levels;
   std::uint64_t full[Tile::kStages], empty[Tile::kStages];
-  int run;  // the block's
+  std::uint64_t sums;  // the barrier at which the sums of a cluster's blocks arrive
+  int run;             // the block's
 
   static constexpr std::uint32_t kLeftBytes = sizeof(Stage::left), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
