@@ -5,8 +5,8 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
     begin      latencies of memory, for the table of codes and for the first stage, and a step that nothing hides; by
                wgmma the table and the stage come at the same time, but runs wait for a ticket first
     steps      each takes the cycles of the resource that takes longest
-    pairs      a barrier of the cluster before the first step and one at the end, where two blocks load rows of X for
-               both (hopper/), which halves what these take of L2; an exchange of sums has the second one already
+    pairs      a barrier of the cluster before the first step, where two blocks load rows of X for both (hopper/), which
+               halves what these take of L2
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
@@ -49,8 +49,7 @@ L2_LATENCY, DRAM_LATENCY = 291, 700
 # until such a load arrives: Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
 # arXiv 2501.12084, on an H800 PCIe, which has 114 multiprocessors and this clock. They measured clusters of 2 and 4;
 # for 8 the bandwidth is assumed to fall once more as it does from 2 to 4. Stores are taken to be as fast, and a barrier
-# of a cluster to cost one such latency; and a trip to L2 beside it where it waits for what was stored before, because
-# ptxas makes a fence of the whole device (MEMBAR.ALL.GPU) of that.
+# of a cluster, which shows no stores, to cost one such latency.
 CLUSTER_BANDWIDTH, CLUSTER_LATENCY = {2: 3.3e12, 4: 2.65e12, 8: 2.65e12**2 / 3.3e12}, 200
 CLUSTER_MULTIPROCESSORS = 114
 # Multiply-adds a second of cuBLAS in bf16 on an H100: 790 TFLOP/s, measured. Power keeps it from more, so no way is
@@ -234,10 +233,7 @@ class Model:
             loaded = sums * F32 / cycles.SHARED_BYTES
             exchange = CLUSTER_LATENCY + stored / rate + CLUSTER_LATENCY + loaded  # a barrier comes first
         of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
-        end = 0
-        if runs.pairs:  # the barrier of the exchange, or a barrier of its own, waits for arrivals at the other block
-            end = L2_LATENCY + (CLUSTER_LATENCY if count == 1 else 0)
-        return begin + runs.longest * step + runs.tiles_of_block * of_tile + end
+        return begin + runs.longest * step + runs.tiles_of_block * of_tile
 
     def _end_of_runs(self, product: Product, runs: Runs, step: float, begin: float) -> float:
         """The cycles until the slowest block has ended, where blocks have runs."""

@@ -317,18 +317,18 @@ def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidt
     assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
 
 
-def test_pairs_load_rows_of_x_once_and_meet_at_two_barriers(model):
+def test_pairs_load_rows_of_x_once_and_meet_at_a_barrier(model):
     product = model.Product("forward", 64, 256, 64 * 100)
     alone = model.Runs("wgmma", 64, 128, tiles=2, steps=100, blocks=2, share=0, rest=0, cluster=1)
     in_pairs = dataclasses.replace(alone, pairs=1)
     of = model.Model(figures_of(model, 2000), model.H100)
     of_x = 64 * 64 * 2 * 132 / (6.65e12 / model.H100.clock)
     assert of.step(product, alone)["L2"] - of.step(product, in_pairs)["L2"] == pytest.approx(of_x / 2)
-    # Shared memory bounds a step, so that the barriers are all that differs. An exchange of sums has the second one.
-    for cluster, barriers in ((1, 200 + 200 + 291), (2, 200 + 291)):
+    # Shared memory bounds a step, so that the barrier is all that differs.
+    for cluster in (1, 2):
         runs = [dataclasses.replace(each, cluster=cluster, blocks=2 * cluster) for each in (alone, in_pairs)]
         more = of.fused(product, runs[1]) - of.fused(product, runs[0])
-        assert more == pytest.approx(barriers / model.H100.clock)
+        assert more == pytest.approx(200 / model.H100.clock)
 
 
 def test_memory_bounds_a_product_of_few_rows(model):

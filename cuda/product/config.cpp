@@ -176,25 +176,24 @@ struct HopperSharing {
 //                      into the shared memory of other blocks and of adding them. Between runs, 6 steps, and 3 for two
 //                      more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
 //                      beginning adds those of one run after another
-//   pairs              a barrier of the cluster before the first step and one at the end, which an exchange of sums has
-//                      already, but without the wait for arrivals at the other block
+//   pairs              a barrier of the cluster before the first step
 HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool pairs, int multiprocessors) {
   constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
-  constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13, kOfArrivals = 18;
+  constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13;
   constexpr struct {
     int blocks;
     std::int64_t of_16_rows;
   } kClusters[] = {{2, 20}, {4, 33}, {8, 46}};
-  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier + kOfArrivals : 0;
+  const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier : 0;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
-  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs + (pairs ? kOfBarrier : 0)};
+  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs};
   const auto consider = [&](int cluster, std::int64_t time) {
     if (time < best.time) best = {cluster, time};
   };
   if (!pairs) {
     const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
     const std::int64_t of_exchange = others == 0 ? 0 : kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2;
-    const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{runs.blocks});
+    const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{multiprocessors});
     consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * results);
   }
   for (const auto& [blocks, of_16_rows] : kClusters) {

@@ -1,5 +1,6 @@
 #include "simt/async.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -138,6 +139,16 @@ void Mbarriers::complete_bytes(std::uint64_t* barrier, std::uint32_t bytes) {
   Mbarrier& at = find(barrier);
   at.bytes -= bytes;
   end_phase_if_complete(at);
+}
+
+bool Mbarriers::others_were_waited_for() const {
+  for (const auto& [address, barrier] : barriers_) {
+    if (!barrier.is_for_others) continue;
+    std::int64_t waited = 0;  // phases
+    for (const auto& [thread, phase] : barrier.waited) waited = std::max(waited, phase + 1);
+    if (waited < barrier.phase || barrier.pending < barrier.arrivals) return false;
+  }
+  return true;
 }
 
 // ---- copies ----

@@ -63,6 +63,9 @@ class Mbarriers {
   void check_published(std::uint64_t* barrier);
   void check_published_before(std::int32_t interval, std::uint64_t* barrier);
   void complete_bytes(std::uint64_t* barrier, std::uint32_t bytes);
+  // Tracks the barriers at which other blocks of the cluster arrive. Some thread must wait for each of their phases.
+  void note_use_by_others(std::uint64_t* barrier) { find(barrier).is_for_others = true; }
+  bool others_were_waited_for() const;
 
  private:
   struct Mbarrier {
@@ -70,7 +73,7 @@ class Mbarriers {
     std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
     std::int64_t phase = 0;  // the phase under way
     int initialized_by;
-    bool is_published = false;
+    bool is_published = false, is_for_others = false;
     std::int32_t published_in = 0;                // interval
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };

@@ -106,9 +106,6 @@ struct Block {
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
   bool is_last = false;            // the answer of is_last_to_arrive()
-  // The last interval in which another block of the cluster has loaded a tile into this one's shared memory, or arrived
-  // at a barrier in it.
-  std::int32_t reached_in = 0;
 
   Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> cluster = nullptr);
   Block(const Block&) = delete;

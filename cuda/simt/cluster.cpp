@@ -4,9 +4,8 @@
 //
 //   - All threads of all blocks come to each barrier. (PTX lets a thread end instead, which our kernels never do.)
 //   - What comes from another block is NaN until the schedule lets it come, and a block must not end before it has.
-//   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must not
-//     end in an interval in which its mbarriers are used so, even if it has waited for them. (PTX would allow that.)
-//     It may where only bytes of vectors have come, for which it waits.
+//   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must wait
+//     for each phase in which its mbarriers are used so, because it must not end before what arrives there.
 #include "simt/block.h"
 
 namespace qlora_native::cuda_emulated::emulator {
@@ -41,7 +40,7 @@ V* address_in(const Block& block, V* own) {
 std::uint64_t* barrier_of(Block& block, std::uint64_t* own) {
   std::uint64_t* const barrier = address_in(block, own);
   block.mbarriers.check_published_before(block.cluster->interval, barrier);
-  block.reached_in = block.cluster->interval;
+  block.mbarriers.note_use_by_others(barrier);
   return barrier;
 }
 
@@ -69,10 +68,8 @@ void cluster_barrier(Site site) {
 
 void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank) {
   Block& block = block_of_rank(rank, "stores into");
-  const std::int32_t reached_in = block.reached_in;
   block.store_vector(address_in(block, static_cast<std::byte*>(own)), value,
                      &block == current->block ? barrier : barrier_of(block, barrier));
-  block.reached_in = reached_in;  // it waits for what is stored, or its end is noticed
 }
 
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
@@ -102,8 +99,8 @@ void end_thread_of_cluster(Block& block) {
   if (!cluster.at_barrier.empty()) fail_of_missing_thread();
   ++cluster.ended_threads;
   if (block.unfinished > 0) return;
-  if (block.reached_in == cluster.interval) {
-    fail("a block has ended, and another one of its cluster may still arrive at its mbarriers");
+  if (!block.mbarriers.others_were_waited_for()) {
+    fail("a block has ended, and has not waited for all that other blocks of its cluster let arrive at an mbarrier");
   }
   cluster.blocks[static_cast<std::size_t>(block.rank())] = nullptr;
 }

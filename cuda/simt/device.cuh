@@ -239,11 +239,14 @@ struct SharedAddress {
     return SharedAddress(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset
   }
 };
-// This address is a constant, so that what lies behind it takes no instructions to find.
-template <class T>
+// A known address makes what lies behind it operands of instructions: wgmma's kernels have fewer instructions so, while
+// those of gemm/ have more.
+template <class T, bool kIsKnown = false>
 __device__ __forceinline__ T* dynamic_smem_for_rows() {
-  if (shared_address(dynamic_smem<std::byte>()) > kRowsBegin) trap();
-  return reinterpret_cast<T*>(__cvta_shared_to_generic(kRowsBegin));
+  const std::uint32_t before = (kRowsBegin - shared_address(dynamic_smem<std::byte>())) & 0xFFFF;
+  if (before > kRowsBegin) trap();
+  if constexpr (kIsKnown) return reinterpret_cast<T*>(__cvta_shared_to_generic(kRowsBegin));
+  return reinterpret_cast<T*>(dynamic_smem<std::byte>() + before);
 }
 // This takes one instruction beside the comparison; the compiler makes more from `a < b ? address.at(bytes) : address`.
 __device__ __forceinline__ void advance_if_less(SharedAddress& address, std::uint32_t bytes, float a, float b) {

@@ -67,16 +67,9 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
 
 // ---- clusters ----
 
-__device__ __forceinline__ void wait_for_cluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  wait_for_cluster();
-}
-__device__ __forceinline__ void sync_cluster_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  wait_for_cluster();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // The address, in the cluster's shared memory, of what block `rank` has at this block's `address`.
 __device__ __forceinline__ std::uint32_t address_in_cluster(std::uint32_t address, int rank) {

@@ -6,7 +6,7 @@
 //   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
 //   tma_load_tile()                    copies a tile of a matrix in global memory; its bytes count at such a barrier
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
-//   sync_cluster(), _relaxed()         wait for all threads of a cluster's blocks (LaunchShape::cluster)
+//   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
 //   store_to_block()                   stores into the shared memory of a block of the cluster; its bytes count there
 //   tma_load_tile_to_blocks()          copies a tile to several blocks of the cluster
 //   mbarrier_arrive_at_block()         arrives at such a barrier of another block of the cluster

@@ -235,8 +235,8 @@ struct SharedAddress {
   }
 };
 // Dynamic shared memory from kRowsBegin on. The block must have asked for so much more, because dynamic_smem() may
-// begin anywhere before.
-template <class T>
+// begin anywhere before. With kIsKnown a device's compiler knows this address.
+template <class T, bool kIsKnown = false>
 T* dynamic_smem_for_rows() {
   auto* const smem = dynamic_smem<std::byte>();
   const auto before = static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(smem)) & 0xFFFF;

@@ -51,11 +51,9 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site sit
 
 // ---- clusters ----
 
-// Waits for all threads of all blocks of the cluster. After sync_cluster() they see what the others have stored to
-// global memory, and what has arrived at barriers.
+// Waits for all threads of all blocks of the cluster. It shows them nothing that others have stored, which on a device
+// would take a fence of all its memory.
 inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
-// Only waits. On a device it costs less, because the first one must wait until stores are seen on the whole device.
-inline void sync_cluster_relaxed(Site site = Site::current()) { emulator::cluster_barrier(site); }
 // Stores a vector where block `rank` of the cluster, from 0 on, has what this block has at `to`, in shared memory. Its
 // bytes count at the barrier that has the place of `barrier` there. The other block must not end before.
 inline void store_to_block(const SharedAddress& to, const Vector<float, 4>& value, std::uint64_t* barrier, int rank) {

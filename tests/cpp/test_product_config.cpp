@@ -453,10 +453,10 @@ constexpr struct {
     {64, 1024, 4096, 8},     // 8 tiles, each of which 16 runs would share
     {64, 2048, 4096, 8},     // 16
     {64, 2176, 4096, 4},     // 17, one more than there are clusters of 8
-    {64, 1024, 64 * 24, 4},  // 24 steps
-    {16, 4096, 64 * 16, 4},  // 16 steps
-    {64, 4096, 64 * 12, 2},  // so few that they take as long as an exchange
-    {64, 4096, 64 * 8, 1},  {100'000, 4096, 4096, 0},  // many waves
+    {64, 1024, 64 * 24, 8},  // 24 steps
+    {64, 1024, 64 * 12, 4},   {16, 4096, 64 * 16, 4},
+    {64, 4096, 64 * 8, 4},    {64, 4096, 64 * 6, 1},  // so few that they take as long as an exchange
+    {100'000, 4096, 4096, 0},                         // many waves
 };
 
 void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
@@ -483,7 +483,7 @@ constexpr struct {
     {100'000, 4096, 4096, false, true},  // many waves, as quick as runs
     {1024, 4096, 4096, true, false},     // decoding takes longer
     {64, 4096, 4096, false, false},      // and here
-    {1024, 4096, 256, false, false},     // 4 steps, beside which the barriers of pairs matter
+    {1024, 4096, 128, false, false},     // 2 steps, beside which the barrier of pairs matters
     {1024, 4224, 4096, false, false},    // 33 tiles of columns, of which pairs make 34 and a second wave
     {1280, 3328, 4096, false, true},     // 26
 };

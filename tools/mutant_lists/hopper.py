@@ -176,8 +176,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "sums overwrite a stage that another block still reads",
-        "    if (args_.pairs != 0) return sync_cluster();\n    sync_cluster_relaxed();\n",
-        "    sync_threads();\n",
+        "wait_until_stages_are_free() { sync_cluster(); }",
+        "wait_until_stages_are_free() { sync_threads(); }",
         HOPPER,
     ),
     Mutant(
@@ -294,15 +294,14 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a block of a pair uses the peer's barriers before they are there",
-        "wait_until_peer_has_barriers() { sync_cluster_relaxed(); }",
+        "wait_until_peer_has_barriers() { sync_cluster(); }",
         "wait_until_peer_has_barriers() { sync_threads(); }",
         HOPPER,
     ),
     Mutant(
         HOPPER_GEMM,
         "a block of a pair ends while the peer's consumers may arrive",
-        "wait_until_peer_has_read_stages() { sync_cluster(); }",
-        "wait_until_peer_has_read_stages() {}",
+        *without("        if (args_.pairs != 0) wait_until_peer_has_read_stages();\n"),
         HOPPER,
     ),
     Mutant(
@@ -350,7 +349,7 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "the barriers of pairs are thought to take no time",
-        "of_pairs = pairs ? kOfBarrier + kOfArrivals : 0;",
+        "of_pairs = pairs ? kOfBarrier : 0;",
         "of_pairs = pairs ? -kOfBarrier : 0;",
         ("product_config",),
     ),

@@ -92,11 +92,13 @@ class HopperGemm {
       decrease_max_registers<kProducerRegisters>();
       const int warp = (thread_index() - Tile::kConsumers) / kWarp;
       if (warp < Tile::kScaleWarps) for_each_part([&](const TilePart& part) { bring_scales(part); });
-      if (warp == Tile::kScaleWarps) for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
+      if (warp == Tile::kScaleWarps) {
+        for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
+        if (args_.pairs != 0) wait_until_peer_has_read_stages();
+      }
       sync_warp();  // for the barriers of a cluster
       if (args_.cluster > 1) wait_until_stages_are_free();
     }
-    if (args_.pairs != 0 && args_.cluster == 1) wait_until_peer_has_read_stages();
   }
 
  private:
@@ -336,16 +338,18 @@ class HopperGemm {
       result.store(own_rank / kSharing * kCount + i, of_rank[0].at);
     }
   }
-  // All threads of the cluster's blocks come to these. The first also waits until arrivals at the peer's barriers have
-  // come, as the last one does.
-  __device__ __forceinline__ void wait_until_stages_are_free() const {
-    if (args_.pairs != 0) return sync_cluster();
-    sync_cluster_relaxed();
+  // All threads of the cluster's blocks come to these two. Nothing that they have stored is read by others.
+  __device__ __forceinline__ static void wait_until_stages_are_free() { sync_cluster(); }
+  // The peer's barriers must be there before copies and consumers arrive at them; fence_mbarrier_init() shows them.
+  __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster(); }
+  // A block must not end before the last arrivals of the peer's consumers have come, for which nobody else waits.
+  __device__ __forceinline__ void wait_until_peer_has_read_stages() {
+#pragma unroll 1
+    for (int i = 0; i < Tile::kStages; ++i) {
+      wait_for_empty();
+      ring_.advance();
+    }
   }
-  // The peer's barriers must be there before copies and consumers arrive at them, and until the last has. For the first
-  // of these, fence_mbarrier_init() shows them; the second one waits until this block's own arrivals have come.
-  __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster_relaxed(); }
-  __device__ __forceinline__ static void wait_until_peer_has_read_stages() { sync_cluster(); }
 
   // The products of a step run while the next step is decoded.
   __device__ void multiply(int steps) {

@@ -60,7 +60,7 @@ struct HopperShared {
 
   static constexpr std::uint32_t kLeftBytes = sizeof(Stage::left), kCodeBytes = sizeof(Stage::codes);
   // As in GemmShared: the table must begin at kRowsBegin.
-  static __device__ HopperShared& in_dynamic_smem() { return *dynamic_smem_for_rows<HopperShared>(); }
+  static __device__ HopperShared& in_dynamic_smem() { return *dynamic_smem_for_rows<HopperShared, true>(); }
   static constexpr std::size_t bytes() {
     static_assert(kRowsBegin % kSwizzledAlignment == 0 && sizeof(rows) % kSwizzledAlignment == 0);
     constexpr std::size_t kBytes = kGemmMostReservedSmem + sizeof(HopperShared);
