@@ -301,7 +301,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a block of a pair ends while the peer's consumers may arrive",
-        *without("        if (args_.pairs != 0) wait_until_peer_has_read_stages();\n"),
+        *without("        wait_until_stages_are_read();\n"),
         HOPPER,
     ),
     Mutant(

@@ -15,11 +15,10 @@
 //   tensor cores   products of i              products of i + 1          products of i + 2
 //   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
 //
-// The barrier `full` of a stage counts its bytes and the producers; `empty` counts the warps of consumers. In
-// a pair of blocks (HopperConfig::pairs) each asks for half of the left operand's rows, for both of them. So a stage is
-// empty when the consumers of both have read it.
-// Operands are what product_config asks for: 4 bits, blocks of 64 or more, K a multiple of 64, rows of 16-byte vectors,
-// rank a multiple of 8.
+// The barrier `full` of a stage counts its bytes and the producers; `empty` counts the warps of consumers. In a pair of
+// blocks (HopperConfig::pairs) each asks for half of the left operand's rows, for both of them. So a stage is empty
+// when the consumers of both have read it. Operands are what product_config asks for: 4 bits, blocks of 64 or more, K a
+// multiple of 64, rows of 16-byte vectors, rank a multiple of 8.
 #pragma once
 
 #include "product/gemm/stream_k.cuh"
@@ -94,7 +93,7 @@ class HopperGemm {
       if (warp < Tile::kScaleWarps) for_each_part([&](const TilePart& part) { bring_scales(part); });
       if (warp == Tile::kScaleWarps) {
         for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
-        if (args_.pairs != 0) wait_until_peer_has_read_stages();
+        wait_until_stages_are_read();
       }
       sync_warp();  // for the barriers of a cluster
       if (args_.cluster > 1) wait_until_stages_are_free();
@@ -166,9 +165,9 @@ class HopperGemm {
     sync_some_threads<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);
   }
 
-  // ---- producers: one warp asks for tiles, others bring scales
-  // -------------------------------------------------------
+  // ---- producers ----------------------------------------------------------------------------------------------------
 
+  // One warp asks TMA for tiles.
   __device__ void ask_for_tiles(const TilePart& part) {
     const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
     const bool asks = thread_index() % kWarp == 0;
@@ -193,7 +192,8 @@ class HopperGemm {
       ring_.advance();
     }
   }
-  // Thread i brings the scales i and i + 64 of each step. Those of the next kAhead steps are on their way.
+  // Thread i of the others brings the scales i and i + 64 of each step. Those of the next kAhead steps are on their
+  // way.
   __device__ void bring_scales(const TilePart& part) {
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {  // steps of the adapter, which have no scales
@@ -212,9 +212,9 @@ class HopperGemm {
       chunks[i] = static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
     }
     typename ScaleReader<true>::Raw raw[kAhead][kScales];
+    // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not stored.
+    // So any chunk will do there, and a chunk beyond the weight becomes its last.
     const auto fetch = [&](typename ScaleReader<true>::Raw(&to)[kScales]) {
-    // Chunks beyond the product are multiplied by zeros of the left operand, or belong to columns that are not
-    // stored. So any chunk will do there, and a chunk beyond the weight becomes its last.
 #pragma unroll
       for (int i = 0; i < kScales; ++i) {
         scales_.fetch(to[i], scales_.block_of(chunks[i] < args_.last_chunk ? chunks[i] : args_.last_chunk));
@@ -298,9 +298,9 @@ class HopperGemm {
                            bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
 
-  // Adds the sums that the blocks of a cluster have of a tile: each block adds a part of the vectors of four, and gets
-  // this part of the others' sums into its stages, which hold nothing else any more. It adds them in the order of the
-  // inner dimension, and stores the result.
+  // Adds the sums that the blocks of a cluster have of a tile. Each block adds a part of the vectors of four: all
+  // blocks store this part of theirs into its stages, which hold nothing else any more. It adds them in the order of
+  // the inner dimension, and stores the result.
   template <int kCluster>
   __device__ __forceinline__ void add_sums_of_cluster(const TilePart& part) {
     using Four = Vector<float, 4>;
@@ -342,8 +342,9 @@ class HopperGemm {
   __device__ __forceinline__ static void wait_until_stages_are_free() { sync_cluster(); }
   // The peer's barriers must be there before copies and consumers arrive at them; fence_mbarrier_init() shows them.
   __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster(); }
-  // A block must not end before the last arrivals of the peer's consumers have come, for which nobody else waits.
-  __device__ __forceinline__ void wait_until_peer_has_read_stages() {
+  // A block must not end before all consumers have arrived, those of the peer too, and nobody else waits for the last
+  // of these arrivals.
+  __device__ __forceinline__ void wait_until_stages_are_read() {
 #pragma unroll 1
     for (int i = 0; i < Tile::kStages; ++i) {
       wait_for_empty();
