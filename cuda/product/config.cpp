@@ -243,17 +243,18 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   return best;
 }
 
-// Whether wgmma is faster than panels, where both can compute a product: by bench/cuda_model.py, for 18 weights of
-// 1024 ... 28672 rows and columns on an H100 and an H200.
+// Whether wgmma is faster than panels, where both can compute a product: by bench/cuda_model.py, for an H100 and an
+// H200. The rule is from 18 weights of 1024 ... 28672 rows and columns, the figures are of the four in
+// bench/results/cuda-account.md.
 //
-// Up to kRows rows it is faster, in the median by 5% without an adapter and by 9% with one: the first panel is decoded
-// while nothing is multiplied, and panels leave more of the device idle. It is not where the inner dimension is so
-// short that the ends of tiles take as much.
+// Up to kRows rows it is faster, in the median by 3 ... 8% without an adapter and by 9 ... 16% with one: the first
+// panel is decoded while nothing is multiplied, and panels leave more of the device idle. It is not where the inner
+// dimension is so short that the ends of tiles take as much.
 //
 // Beyond kRows rows the two are within 5% of each other, mostly, but for the adapter. Panels then copy [X | U]: 4 bytes
 // of 3.35 TB/s an element, for which the dense product computes 2 * cols of 790 TFLOP/s. So the copy takes 472 / cols
-// of its time. wgmma spends the adapter's step, its waits for B and the store of the result once a tile: 3.7 steps of
-// the tile's inner / 64, which are 235 / inner of its time. The copy takes more if cols <= 2 * inner.
+// of its time. wgmma spends the adapter's step, its waits for B and the store of the result once a tile: 3.1 steps of
+// the tile's inner / 64, which are 201 / inner of its time. The copy takes more if cols <= 2.3 * inner.
 bool beats_panels(const ProductShape& shape) {
   constexpr std::int64_t kRows = 2048, kLong = 3072, kLongWithAdapter = 2048;
   if (shape.rows <= kRows) return shape.inner >= (shape.rank > 0 ? kLongWithAdapter : kLong);
