@@ -9,7 +9,7 @@
 //   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
 //   store_to_block()                   stores into the shared memory of a block of the cluster; its bytes count there
 //   tma_load_tile_to_blocks()          copies a tile to several blocks of the cluster
-//   mbarrier_arrive_at_block()         arrives at such a barrier of another block of the cluster
+//   MbarriersOfBlock                   such barriers of a block of the cluster, to arrive at
 //   prefetch_map(), prefetch_sector()  bring nearer what is loaded soon
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
