@@ -125,7 +125,7 @@ def name_of(product: Product) -> str:
 def steps(models: Sequence[Model], choices: Choices) -> Iterator[Sequence[str]]:
     """The lines of the table of steps: the kernels by mma.sync and by wgmma, for one weight."""
     of_h100, of_h200 = models
-    resources = ("shared memory", "issue", "tensor", "L2", "DRAM")
+    resources = ("shared memory", "issue", "ALU", "tensor", "L2", "DRAM")
     for product in products(WEIGHTS[0]):
         if product.rank:
             continue
@@ -231,7 +231,7 @@ def page(figures: Mapping[str, Any], choices: Choices) -> str:
     """The text of results/cuda-account.md. `figures` are the kernels of results/sass.json."""
     models = [Model(figures, device) for device in DEVICES]
     text = [PREFACE]
-    header = ("M", "product", "tile", "shared memory", "issue", "tensor", "L2", "DRAM, H100 … H200", "bound by")
+    header = ("M", "product", "tile", "shared memory", "issue", "ALU", "tensor", "L2", "DRAM, H100 … H200", "bound by")
     text += ["## Cycles of a step, by mma.sync and by wgmma", STEPS]
     text += [markdown((*header, "cycles a row", "tiles × steps over blocks", "shared by"), steps(models, choices))]
     text += ["## What takes the time", PARTS]

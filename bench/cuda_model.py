@@ -8,10 +8,11 @@ A block has a run of steps (GemmConfig in cuda/product/config.h). Its time is th
     pairs      a barrier of the cluster before the first step, where two blocks load rows of X for both (hopper/), which
                halves what these take of L2
     restart    a latency and a step for each further tile, where the pipeline drains between tiles (gemm/)
+    join       by wgmma two warpgroups have sums of the same columns of dX, and exchange them through shared memory
     adapter    a step at the beginning of each tile, and latencies, because the loops that load B are not unrolled
     exchange   where runs share a tile: all but one store their sums in fp32, and the one that has the tile's beginning
                waits for them and adds them, one after another. Where a cluster shares a tile (hopper/): each block
-               stores its sums into the shared memory of the others after a barrier, and adds a part of them
+               stores its sums into the shared memory of the others after a barrier, and adds a part of them, in turns
     result     storing a tile
 
 To the resources of cycles.py come L2, through which each tile loads its operands, and the whole card's DRAM, through
@@ -66,7 +67,7 @@ ADAPTER_WAITS = {"thin": 5, "gemm": 2, "wgmma": 2}
 LOW_RANK_TILE, LOW_RANK_BLOCKS = 64, 2
 LOW_RANK_CYCLES = (2 * 64 + 8 * (16 + 32)) * STEP * 2 // cycles.SHARED_BYTES
 BF16, F32 = 2, 4  # bytes
-THIN_STEP = 128  # kThinStep
+THIN_STEP, TALL_ROWS, MOST_TURNS = 128, 256, 4  # kThinStep, kGemmTallRows, kHopperMostTurns
 
 
 @dataclass(frozen=True)
@@ -223,16 +224,29 @@ class Model:
             return 0
         return step + ADAPTER_WAITS[runs.kernel] * (L2_LATENCY if runs.kernel == "wgmma" else DRAM_LATENCY)
 
+    @staticmethod
+    def _join(product: Product, runs: Runs) -> float:
+        """The cycles in which two warpgroups exchange sums of a tile of dX, through shared memory.
+
+        Each has a part of every sum, and gives half of them to the other. Of a tall tile each has other columns, so it
+        has half as many sums to give, and none if the blocks of a cluster exchange them (hopper/gemm.cuh).
+        """
+        if runs.kernel != "wgmma" or product.direction != "dX" or (runs.tile_rows == TALL_ROWS and runs.cluster > 1):
+            return 0
+        given = runs.tile_rows * runs.tile_cols * F32 / (2 if runs.tile_rows == TALL_ROWS else 1)
+        return 2 * given / cycles.SHARED_BYTES
+
     def _end_of_clusters(self, product: Product, runs: Runs, step: float, begin: float) -> float:
         """The cycles until the slowest block has ended, where clusters share tiles, or blocks have whole tiles."""
         sums, count = runs.tile_rows * runs.tile_cols, runs.cluster
-        exchange = 0.0
+        last = sums * BF16 / STORED / count  # results
         if count > 1:
-            stored = sums * F32 * (count - 1) / count  # in other blocks
             rate = CLUSTER_BANDWIDTH[count] / CLUSTER_MULTIPROCESSORS / self.device.clock
-            loaded = sums * F32 / cycles.SHARED_BYTES
-            exchange = CLUSTER_LATENCY + stored / rate + CLUSTER_LATENCY + loaded  # a barrier comes first
-        of_tile = self._adapter(product, runs, step) + exchange + sums * BF16 / STORED / count
+            stored = sums * F32 * (count - 1) / count / rate  # in other blocks
+            added = sums * F32 / cycles.SHARED_BYTES + last
+            turns = min(max(runs.tile_rows // 8 // count, 1), MOST_TURNS)
+            last = max(stored + added / turns, stored / turns + added) + 2 * CLUSTER_LATENCY  # a barrier comes first
+        of_tile = self._adapter(product, runs, step) + self._join(product, runs) + last
         return begin + runs.longest * step + runs.tiles_of_block * of_tile
 
     def _end_of_runs(self, product: Product, runs: Runs, step: float, begin: float) -> float:
@@ -245,17 +259,17 @@ class Model:
         added = sums * F32 / min(PORT, self.l2 / min(runs.tiles, runs.blocks)) + L2_LATENCY
         stored = sums * BF16 / STORED * together
         restart = 0 if runs.kernel == "wgmma" else DRAM_LATENCY + step
-        adapter = self._adapter(product, runs, step)
+        adapter, joined = self._adapter(product, runs, step), self._join(product, runs)
 
         left_at, end = [0.0] * runs.blocks, 0.0  # when a run has stored the sums of its first tile; when all have ended
         for run in reversed(range(runs.blocks)):
             first, stop = runs.first_step(run), runs.first_step(run + 1)
             own = math.ceil(first / runs.steps)  # the first tile whose beginning the run has
             count = max(math.ceil(stop / runs.steps) - own, 0)  # of such tiles
-            time = begin + (stop - first) * step + count * (adapter + stored)
+            time = begin + (stop - first) * step + count * (adapter + joined + stored)
             if first % runs.steps:
-                left_at[run] = begin + (min(own * runs.steps, stop) - first) * step + left
-                time += left + count * restart
+                left_at[run] = begin + (min(own * runs.steps, stop) - first) * step + joined + left
+                time += joined + left + count * restart
             else:
                 time += (count - 1) * restart
             if count and stop % runs.steps:

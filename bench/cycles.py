@@ -5,6 +5,7 @@ dimension of one tile, which 8 warps do together:
 
     shared memory  128 bytes a cycle: loads, stores, ldmatrix, and asynchronous copies on their way in
     issue          4 schedulers, an instruction of a warp a cycle each
+    ALU            half of that: a scheduler begins one of ALU's instructions every second cycle
     tensor         the tile's multiply-adds over the rate of mma.sync, or of wgmma
     DRAM           the tile's codes and scales over the multiprocessor's share of the memory's bandwidth, once
 
@@ -54,6 +55,12 @@ DEVICES = {
     "sm_90a": Device("H100", 132, 1.755e9, 3.35e12, 2048, 2048),
 }
 SCALE_WARPS = 2  # of a kernel that multiplies by wgmma
+# The instructions of which a multiprocessor has 64 results a cycle, and not 128: sums, logic, comparisons and minima of
+# integers, and conversions to 16 bits (CUDA C++ Programming Guide, "Throughput of native arithmetic instructions",
+# compute capability 8.0 and 9.0). Integer multiply-adds (IMAD) take another unit.
+ALU = frozenset(
+    "IADD3 VIADD IABS LEA LOP3 PLOP3 PRMT SHF SEL ISETP VIMNMX VIADDMNMX IMNMX F2FP FMNMX FSEL FSETP P2R R2P".split()
+)
 
 
 def shared_cycles(loop: Sequence[Instruction], lanes_share_vectors: bool = False) -> int:
@@ -75,6 +82,11 @@ def shared_cycles(loop: Sequence[Instruction], lanes_share_vectors: bool = False
     return sum(-(-bytes_of(instruction.opcode) // SHARED_BYTES) for instruction in loop)
 
 
+def of_alu(code: Sequence[Instruction]) -> int:
+    """How many instructions are the ALU's."""
+    return sum(instruction.opcode.split(".")[0] in ALU for instruction in code)
+
+
 def tile_of(name: str) -> tuple[int, int] | None:
     """The rows and columns of a tile of the tensor-core product; None for other kernels."""
     match = re.match(r"gemm_kernel<\w+, \w+, GemmTile<(\d+), (\d+), true>", name)
@@ -85,25 +97,28 @@ def tile_of(name: str) -> tuple[int, int] | None:
 
 
 def count_step(kernel: Kernel) -> dict[str, int] | None:
-    """The cycles of shared memory and of issue that a step takes, counted from code; None for other kernels."""
+    """The cycles of shared memory, issue and ALU that a step takes, counted from code; None for other kernels."""
     tile = tile_of(kernel.name)
     if tile is None:
         return None
     turns = 1 / 2 if kernel.name.startswith("thin") else 1  # a step of the thin kernel is 128
     loop = main_loop(kernel.code, kernel.name)
-    beside, copied = 0, 0  # what producers issue; what passes shared memory and is in no instruction of the loop
+    # What producers issue, and of it to the ALU; what passes shared memory and is in no instruction of the loop.
+    beside, beside_alu, copied = 0, 0, 0.0
     if kernel.name.startswith("hopper"):
         rows, cols = tile
-        # One warp asks for rows, for this block or for a pair, and for codes. Others load scales.
-        waiting = [body for body in loops(kernel.code) if count(body, "SYNCS")]
-        asks = [len(body) for body in waiting if count(body, "UTMALDG") == 3]
-        scales = [len(body) for body in waiting if count(body, "LDG")]
-        beside = min(asks, default=0) + SCALE_WARPS * min(scales, default=0)
+        # One warp asks for rows and codes, in one of two loops: for this block or for a pair. Others load scales.
+        waiting = sorted((body for body in loops(kernel.code) if count(body, "SYNCS")), key=len)
+        asks = [body for body in waiting if count(body, "UTMALDG") == 2][1]
+        scales = next(body for body in waiting if count(body, "LDG"))
+        beside = len(asks) + SCALE_WARPS * len(scales)
+        beside_alu = of_alu(asks) + SCALE_WARPS * of_alu(scales)
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return {
         "shared memory": round(WARPS * shared_cycles(loop, "HopperRows" in kernel.name) * turns + copied),
         "issue": round((WARPS * len(loop) + beside) / SCHEDULERS * turns),
+        "ALU": round(2 * (WARPS * of_alu(loop) + beside_alu) / SCHEDULERS * turns),
     }
 
 
@@ -150,7 +165,7 @@ def step_of(name: str, counted: Mapping[str, float], device: Device) -> Step:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The table as Markdown, of {kernel: {architecture: figures}}. Kernels in fp16 are left out: they cost the same."""
-    resources = ("shared memory", "issue", "tensor", "DRAM")
+    resources = ("shared memory", "issue", "ALU", "tensor", "DRAM")
     yield "| cycles of a step of 64 | on | " + " | ".join(resources) + " | bound by | of the peak |"
     yield "|---|---|" + "---|" * (len(resources) + 2)
     for architecture, device in DEVICES.items():

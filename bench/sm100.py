@@ -39,8 +39,8 @@ VARIANTS = (
 )
 
 
-def step(variant: Variant, issue: float) -> dict[str, float]:
-    """The cycles of a step of one multiprocessor, by resource. `issue` is what decoding takes."""
+def step(variant: Variant, issue: float, alu: float) -> dict[str, float]:
+    """The cycles of a step of one multiprocessor, by resource. `issue` and `alu` are what decoding takes."""
     codes = COLS * STEP // 2
     left = variant.rows * STEP * BF16 // (2 if variant.pair else 1)  # what this multiprocessor's shared memory holds
     decoded = COLS * STEP * BF16
@@ -52,6 +52,7 @@ def step(variant: Variant, issue: float) -> dict[str, float]:
         "shared memory": shared / SHARED_BYTES,
         "tensor memory": 0 if variant.through_shared else decoded / TENSOR_MEMORY,
         "issue": issue,
+        "ALU": alu,
         "tensor": variant.rows * COLS * STEP / MULTIPLY_ADDS,
         "DRAM": COLS * STEP * BYTES_OF_WEIGHT / (BANDWIDTH / MULTIPROCESSORS / CLOCK),
     }
@@ -76,7 +77,7 @@ def lines(figures: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         "–",
     )
     for variant in VARIANTS:
-        taken = step(variant, counted["issue"])
+        taken = step(variant, counted["issue"], counted["ALU"])
         bound = max(RESOURCES, key=taken.__getitem__)
         yield (
             variant.name,
@@ -88,7 +89,7 @@ def lines(figures: Mapping[str, Any]) -> Iterator[Sequence[str]]:
         )
 
 
-RESOURCES = ("shared memory", "tensor memory", "issue", "tensor", "DRAM")
+RESOURCES = ("shared memory", "tensor memory", "issue", "ALU", "tensor", "DRAM")
 
 
 def section(figures: Mapping[str, Any]) -> str:
@@ -109,7 +110,7 @@ the sums in tensor memory; from tensor memory a must be contiguous along the inn
 warpgroup reaches 32 rows of its own ([8]). Two multiprocessors that multiply as a pair (cta_group::2) have 128 rows of
 W each and hold half of X each ([9]), which about halves what X costs shared memory ([10])."""
 AFTER = """These are forward steps. Decoding is counted as today: 32 bytes of codes and 32 pairs of the table for each
-row, and the issue slots of the kernel by wgmma, although a lane then has a row of its own and needs one scale a step.
+row, and what the kernel by wgmma issues, although a lane then has a row of its own and needs one scale a step.
 A store to tensor memory is taken as a word a lane and cycle; no document says so, and no bound depends on it. L2 is
 not counted, for want of a rate; on an H100 it is about as near as shared memory, and a pair halves what X costs it,
 too.

@@ -156,11 +156,11 @@ constexpr struct HopperTileTimes {
   std::int64_t of_step(bool is_backward, bool pairs) const {
     return std::max(is_backward ? backward : forward, pairs ? in_pair : alone);
   }
-} kHopperTiles[] = {{kGemmFewRows, 26, 37, 14, 11},
-                    {kThinRows, 26, 40, 18, 13},
-                    {kGemmMiddleRows, 27, 46, 27, 19},
-                    {kGemmManyRows, 39, 58, 45, 38},
-                    {kGemmTallRows, 71, 82, 81, 77}};
+} kHopperTiles[] = {{kGemmFewRows, 26, 23, 14, 11},
+                    {kThinRows, 25, 26, 18, 13},
+                    {kGemmMiddleRows, 27, 30, 27, 19},
+                    {kGemmManyRows, 39, 42, 45, 38},
+                    {kGemmTallRows, 71, 78, 81, 77}};
 
 // HopperConfig::cluster, and how long the slowest block then takes, in 16 cycles.
 struct HopperSharing {
@@ -172,21 +172,26 @@ struct HopperSharing {
 //
 //   steps              as many as the block has
 //   results            8 cycles for each row, shared by the blocks of a cluster
+//   sums of dX         two warpgroups exchange half of them through shared memory; of tall tiles a quarter, and none in
+//                      a cluster
 //   exchange of sums   in a cluster, 25 for a barrier and a latency, and for each 16 rows the time of storing the sums
-//                      into the shared memory of other blocks and of adding them. Between runs, 6 steps, and 3 for two
-//                      more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
+//                      into the shared memory of other blocks. To add them takes 4 for each 16 rows. Only those of the
+//                      last turn are added and stored when no others are on their way. Between runs, 6 steps, and 3 for
+//                      two more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
 //                      beginning adds those of one run after another
 //   pairs              a barrier of the cluster before the first step
-HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool pairs, int multiprocessors) {
+HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool backward, bool pairs,
+                             int multiprocessors) {
   constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
   constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13;
   constexpr struct {
     int blocks;
     std::int64_t of_16_rows;
-  } kClusters[] = {{2, 20}, {4, 33}, {8, 46}};
+  } kClusters[] = {{2, 16}, {4, 29}, {8, 42}};
   const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier : 0;
+  const std::int64_t of_warpgroups = !backward ? 0 : rows == kGemmTallRows ? rows / 4 : rows / 2;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
-  HopperSharing best = {1, waves * (runs.steps * of_step + results) + of_pairs};
+  HopperSharing best = {1, waves * (runs.steps * of_step + results + of_warpgroups) + of_pairs};
   const auto consider = [&](int cluster, std::int64_t time) {
     if (time < best.time) best = {cluster, time};
   };
@@ -194,13 +199,15 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
     const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
     const std::int64_t of_exchange = others == 0 ? 0 : kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2;
     const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{multiprocessors});
-    consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * results);
+    consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * (results + of_warpgroups));
   }
   for (const auto& [blocks, of_16_rows] : kClusters) {
     if (blocks * (pairs ? 2 : 1) > kHopperMostCluster) break;
     if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
-    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step + results / blocks +
-                         kOfExchange + rows / 16 * of_16_rows + of_pairs);
+    const std::int64_t of_turn = (rows / 4 + results / blocks) / hopper_turns(runs.tile_rows, blocks);
+    consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step +
+                         (rows == kGemmTallRows ? 0 : of_warpgroups) + kOfExchange + rows / 16 * of_16_rows + of_turn +
+                         of_pairs);
   }
   return best;
 }
@@ -228,8 +235,8 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
           .pairs = pairs};
       share_steps(shape, kGemmStep, config.gemm);
       if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kGemmCols}) % 2 * config.gemm.row_tiles;
-      const auto [cluster, time] =
-          hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), pairs, shape.multiprocessors);
+      const auto [cluster, time] = hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), shape.backward,
+                                                  pairs, shape.multiprocessors);
       if (time >= least) continue;
       least = time;
       config.cluster = cluster;
@@ -247,7 +254,7 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
 // H200. The rule is from 18 weights of 1024 ... 28672 rows and columns, the figures are of the four in
 // bench/results/cuda-account.md.
 //
-// Up to kRows rows it is faster, in the median by 3 ... 8% without an adapter and by 9 ... 16% with one: the first
+// Up to kRows rows it is faster, in the median by 5 ... 9% without an adapter and by 11 ... 17% with one: the first
 // panel is decoded while nothing is multiplied, and panels leave more of the device idle. It is not where the inner
 // dimension is so short that the ends of tiles take as much.
 //

@@ -62,6 +62,13 @@ constexpr std::size_t hopper_smem_bytes(int tile_rows) {
 }
 // The most blocks that every device with clusters runs as one.
 constexpr int kHopperMostCluster = 8;
+// In how many turns the blocks of a cluster exchange the sums of a tile, so that a block adds those of one turn while
+// the next ones come. A thread has a vector of four sums for each eight rows, and a block adds an equal part of them.
+constexpr int kHopperMostTurns = 4;
+constexpr int hopper_turns(int tile_rows, int cluster) {
+  const int vectors = tile_rows / 8 / cluster;
+  return vectors < 1 ? 1 : vectors < kHopperMostTurns ? vectors : kHopperMostTurns;
+}
 // The kernel for few rows takes kGemvRows rows at most, and a block takes kGemvCols columns of the result at a time.
 // Both are sizes of mma.
 constexpr int kGemvRows = 8;

@@ -101,14 +101,18 @@ inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
 
+// Where right has the element that right' has in row r and column col.
+template <bool kForward>
+__device__ __forceinline__ std::int64_t right_index(const Product& product, std::int64_t r, std::int64_t col) {
+  return kForward ? col * product.low_rank.cols + r : r * product.cols + col;
+}
 // An element of right', in fp32; 0 beyond the rank and beyond the columns.
 template <bool kForward>
 __device__ __forceinline__ float right_at(const Product& product, std::int64_t r, std::int64_t col, int adapter = 0) {
-  const std::int64_t rank = product.low_rank.cols;
-  if (r >= rank || col >= product.cols) return 0.0f;
+  if (r >= product.low_rank.cols || col >= product.cols) return 0.0f;
   return product.right_factor *
          load_as_f32(product.right, product.right_dtype,
-                     adapter * product.right_elements() + (kForward ? col * rank + r : r * product.cols + col));
+                     adapter * product.right_elements() + right_index<kForward>(product, r, col));
 }
 
 // Goes through the adapters that a tile has rows of; a tile has kRows rows at most. It has rows of several adapters

@@ -455,7 +455,7 @@ constexpr struct {
     {64, 2176, 4096, 4},     // 17, one more than there are clusters of 8
     {64, 1024, 64 * 24, 8},  // 24 steps
     {64, 1024, 64 * 12, 4},   {16, 4096, 64 * 16, 4},
-    {64, 4096, 64 * 8, 4},    {64, 4096, 64 * 6, 1},  // so few that they take as long as an exchange
+    {64, 4096, 64 * 8, 2},    {64, 4096, 64 * 5, 1},  // so few that they take as long as an exchange
     {100'000, 4096, 4096, 0},                         // many waves
 };
 
@@ -471,8 +471,8 @@ void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
   }
 }
 
-// On 132 multiprocessors pairs of blocks share rows of X where L2 would take longest: in the forward product by tiles
-// of 128 and 256 rows, if these are whole or belong to clusters, and have more than a few steps.
+// On 132 multiprocessors pairs of blocks share rows where L2 would take longest: by tiles of 128 and 256 rows, if these
+// are whole or belong to clusters, and have more than a few steps.
 constexpr struct {
   std::int64_t rows, cols, inner;
   bool backward, pairs;
@@ -481,7 +481,8 @@ constexpr struct {
     {256, 4096, 4096, false, true},      // 64 in clusters of 4 blocks
     {128, 4096, 4096, false, true},      // 32 in clusters of 8
     {100'000, 4096, 4096, false, true},  // many waves, as quick as runs
-    {1024, 4096, 4096, true, false},     // decoding takes longer
+    {1024, 4096, 4096, true, true},      // 128 tiles of dX
+    {64, 4096, 4096, true, false},       // decoding takes longer
     {64, 4096, 4096, false, false},      // and here
     {1024, 4096, 128, false, false},     // 2 steps, beside which the barrier of pairs matters
     {1024, 4224, 4096, false, false},    // 33 tiles of columns, of which pairs make 34 and a second wave

@@ -2,8 +2,9 @@
 
 from mutant_lists.mutant import Mutant, without
 
-HOPPER_GEMM, HOPPER_TILE, HOPPER_WEIGHTS = (f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "tile", "weights"))
-REGISTER_TABLE = "cuda/product/hopper/register_table.cuh"
+HOPPER_GEMM, HOPPER_SUMS, CLUSTER_SUMS, HOPPER_WEIGHTS, REGISTER_TABLE = (
+    f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "sums", "cluster_sums", "weights", "register_table")
+)
 HOPPER = ("hopper",)
 
 BY_WGMMA = [
@@ -44,7 +45,7 @@ BY_WGMMA = [
         HOPPER_GEMM,
         "sums of the adapter are not waited for",
         *without(
-            "      wgmma_wait_for(sums_.sum);\n      arrive_at_empty(empty, ring_.stage);\n",
+            "      sums_.wait_for_products();\n      arrive_at_empty(empty, ring_.stage);\n",
             "      arrive_at_empty(empty, ring_.stage);\n",
         ),
         HOPPER,
@@ -52,8 +53,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a descriptor goes on by twice as much",
-        "kWgmmaInner * sizeof(T) / 16;",
-        "kWgmmaInner * sizeof(T) / 8;",
+        "{ return inner * sizeof(T) / 16; }",
+        "{ return inner * sizeof(T) / 8; }",
         HOPPER,
     ),
     Mutant(
@@ -66,8 +67,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_WEIGHTS,
         "codes of columns are read as without a swizzle",
-        "(byte / kVectorBytes ^ lane.t) * kVectorBytes",
-        "byte / kVectorBytes * kVectorBytes",
+        "(vector ^ row / 2 % 4) * kVectorBytes",
+        "vector * kVectorBytes",
         HOPPER,
     ),
     Mutant(
@@ -101,22 +102,50 @@ BY_WGMMA = [
     Mutant(
         HOPPER_WEIGHTS,
         "both columns of dX have the first one's values",
-        "to[2] = pair.at[1] * scale.at[row];",
-        "to[2] = pair.at[0] * scale.at[row];",
+        "levels[2 * i + 1] = pair.at[1];",
+        "levels[2 * i + 1] = pair.at[0];",
         HOPPER,
     ),
     Mutant(
         HOPPER_WEIGHTS,
         "both rows of a pair have the first one's scale",
-        "to[2] = pair.at[1] * scale.at[row];",
-        "to[2] = pair.at[1] * scale.at[0];",
+        "levels[col] * scale.at[row];",
+        "levels[col] * scale.at[0];",
         HOPPER,
     ),
     Mutant(
         HOPPER_WEIGHTS,
         "all columns have the scales of the first 64",
-        "lane.col() / kGemmStep * kGemmStep + 2 * lane.t",
-        "2 * lane.t",
+        "lane.col() / kGemmStep * kGemmStep + lane.inner(0, 0)",
+        "lane.inner(0, 0)",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "both warpgroups decode the same byte",
+        "(Tile::kSharesSteps ? i : warpgroup_)",
+        "i",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "levels of a byte change places",
+        "levels[col] = of_digits[col ^ 1];",
+        "levels[col] = of_digits[col];",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_WEIGHTS,
+        "the second row of a word has the levels of the first",
+        "levels_.look_up(word >> 8 * first_byte, of_digits);",
+        "levels_.look_up(word, of_digits);",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_GEMM,
+        "both warpgroups multiply by the same half of a step",
+        "Tile::kSharesSteps ? HopperLane<Tile>().warpgroup() * Tile::kInner : 0;",
+        "0;",
         HOPPER,
     ),
     Mutant(
@@ -163,14 +192,14 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "consumers do not meet around sums of other blocks",
-        "[] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); }",
-        "[] {}",
+        "complete_tile<Tile::kRows * Tile::kCols>(part, sums_, sync_consumers)",
+        "complete_tile<Tile::kRows * Tile::kCols>(part, sums_, [] {})",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
         "sums of other blocks are read before they are there",
-        *without("    mbarrier_wait(&shared_.sums, 0);\n"),
+        *without("    if (i % kOfTurn == 0) mbarrier_wait(&shared.sums[i / kOfTurn], 0);\n"),
         HOPPER,
     ),
     Mutant(
@@ -181,45 +210,59 @@ BY_WGMMA = [
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
         "the sums of one block are not waited for",
-        "kCluster * kPartBytes / kSharing);",
-        "(kCluster - 1) * kPartBytes / kSharing);",
+        "kCluster * kPartBytes / kSharing / kTurns);",
+        "(kCluster - 1) * kPartBytes / kSharing / kTurns);",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
+        "the sums of all turns count at the first one's barrier",
+        "&shared.sums[i / kOfTurn],\n",
+        "&shared.sums[0],\n",
+        HOPPER,
+    ),
+    Mutant(
+        CLUSTER_SUMS,
         "parts of the sums go to another block",
-        "first_block + i / kCount * kSharing + share);",
-        "first_block + (i / kCount * kSharing + share ^ 1));",
+        "first_block + other * kSharing + share);",
+        "first_block + (other * kSharing + share ^ 1));",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
+        "a warpgroup stores the rows of the other",
+        "if (i % 2 != thread_index() / kWarpgroup) continue;",
+        "if (i % 2 == thread_index() / kWarpgroup) continue;",
+        HOPPER,
+    ),
+    Mutant(
+        CLUSTER_SUMS,
         "sums of a cluster are added out of order",
         "for (int rank = 1; rank < kCluster; ++rank) {",
         "for (int rank = kCluster - 1; rank > 0; --rank) {",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
         "the sums of one block are added twice",
-        "sums.at(rank * kPartBytes + i * kVectorsBytes)",
-        "sums.at(rank / 2 * 2 * kPartBytes + i * kVectorsBytes)",
+        "first.at(rank * kPartBytes)",
+        "first.at(rank / 2 * 2 * kPartBytes)",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
         "two blocks add the same part of the sums",
-        "result.store(own_rank / kSharing * kCount + i,",
-        "result.store(own_rank / 2 / kSharing * kCount + i,",
+        "vector = own_rank / kSharing * kCount + i;",
+        "vector = own_rank / 2 / kSharing * kCount + i;",
         HOPPER,
     ),
     Mutant(
-        HOPPER_GEMM,
+        CLUSTER_SUMS,
         "two blocks add the sums of the same warps",
-        "share == own_rank % kSharing ? kCount : 0;",
-        "share == 0 ? kCount : 0;",
+        "else if (share == own_rank % kSharing) {",
+        "else if (share == 0) {",
         HOPPER,
     ),
     Mutant(
@@ -266,8 +309,8 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "a tile is chosen by its steps, however long they take",
-        "hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), pairs,",
-        "hopper_sharing(config.gemm, 1, pairs,",
+        "hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), shape.backward,",
+        "hopper_sharing(config.gemm, 1, shape.backward,",
         ("product_config",),
     ),
     Mutant(
@@ -335,8 +378,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "sums of the other tile of a pair are added",
-        "first_block = tile_in_pair() * kCluster;",
-        "first_block = 0;",
+        "rank_in_tile(), tile_in_pair() * kCluster,",
+        "rank_in_tile(), 0,",
         HOPPER,
     ),
     Mutant(
@@ -360,13 +403,61 @@ BY_WGMMA = [
         "std::max(forward,",
         ("product_config",),
     ),
-    Mutant(HOPPER_TILE, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),
+    Mutant(HOPPER_SUMS, "rows beyond the last are stored", "if (row < rows_)", "if (rows_ > 0)", HOPPER),
     Mutant(
-        HOPPER_TILE,
+        HOPPER_SUMS,
         "dropout's mask is that of another row",
-        "random = dropout_random(dropout.seed, row + hopper_row(i), col)",
-        "random = dropout_random(dropout.seed, row + i, col)",
+        "random = dropout_random(dropout.seed, row + row_of(own_row), col)",
+        "random = dropout_random(dropout.seed, row + own_row, col)",
         HOPPER,
     ),
-    Mutant(HOPPER_TILE, "a lane's bias is that of its first column", "to_f32(biases[j])", "to_f32(biases[0])", HOPPER),
+    Mutant(
+        HOPPER_SUMS,
+        "dropout's mask is that of the neighbour's columns",
+        "shared.scratch(thread, word)) >> (lane.g % 2 * 4);",
+        "shared.scratch(thread, word));",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_SUMS,
+        "dropout's mask is read before it is there",
+        *without(
+            "      store_shared(shared.scratch(lane.thread, word), bytes);\n    }\n    sync();\n",
+            "      store_shared(shared.scratch(lane.thread, word), bytes);\n    }\n",
+        ),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_SUMS,
+        "a warpgroup takes sums before they are given",
+        *without(
+            "given<kOwn>(i));\n      }\n      sync();\n",
+            "given<kOwn>(i));\n      }\n",
+        ),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_SUMS,
+        "a warpgroup gives more sums before the last are taken",
+        *without(
+            "take<kOwn>(i, other, joined);\n      }\n      sync();\n",
+            "take<kOwn>(i, other, joined);\n      }\n",
+        ),
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_SUMS,
+        "a warpgroup gives the sums that it stores",
+        "constexpr int kOther = 1 - kOwn;",
+        "constexpr int kOther = kOwn;",
+        HOPPER,
+    ),
+    Mutant(
+        HOPPER_SUMS,
+        "the columns of two warpgroups change places",
+        "joined[row][2 * (1 - kOwn) + col] = other.at[j];",
+        "joined[row][2 * (1 - kOwn) + (1 - col)] = other.at[j];",
+        HOPPER,
+    ),
+    Mutant(HOPPER_SUMS, "a lane's bias is that of its first column", "to_f32(biases[j])", "to_f32(biases[0])", HOPPER),
 ]

@@ -9,7 +9,8 @@
 //
 //   producers, 3 warps    bring what a step needs into a stage that is empty: one asks TMA for the left operand and
 //                         codes, and two bring scales
-//   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns
+//   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns, or, for
+//                         dX, half of the stage (tile.cuh)
 //
 //   step           i                          i + 1                      i + 2
 //   tensor cores   products of i              products of i + 1          products of i + 2
@@ -22,7 +23,7 @@
 #pragma once
 
 #include "product/gemm/stream_k.cuh"
-#include "product/hopper/tile.cuh"
+#include "product/hopper/cluster_sums.cuh"
 #include "product/hopper/weights.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -61,7 +62,8 @@ class HopperGemm {
         stream_k_(args.config, args.stream_k),
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs),
-        own_(int_in_register(rank_of_block(args))) {}
+        own_(int_in_register(rank_of_block(args))),
+        first_left_(descriptor_of_swizzled_rows(shared_address(shared.stages)) + descriptor_step(first_inner())) {}
 
   // Sets up the block's run and its barriers. Then producers may ask for copies, while consumers fill the tables.
   __device__ void prepare() {
@@ -71,7 +73,7 @@ class HopperGemm {
         mbarrier_init(&shared_.full[i], Tile::kScaleWarps + 1);  // and the thread that asks for copies
         mbarrier_init(&shared_.empty[i], Tile::kConsumerWarps << args_.pairs);
       }
-      mbarrier_init(&shared_.sums, 1);
+      for (std::uint64_t& turn : shared_.sums) mbarrier_init(&turn, 1);
       fence_mbarrier_init();
       prefetch_map(maps_.left);
       prefetch_map(maps_.codes);
@@ -80,7 +82,8 @@ class HopperGemm {
     sync_threads();
   }
   __device__ void run() {
-    if (thread_index() < Tile::kConsumers) {
+    const int block_warp = of_warp(thread_index() / kWarp);
+    if (block_warp < Tile::kConsumerWarps) {
       increase_max_registers<kConsumerRegisters>();
       prefetch_right();
       Shared::Table::fill(shared_.rows->pairs, args_.weight.code, Tile::kConsumers);
@@ -89,10 +92,14 @@ class HopperGemm {
       for_each_part([&](const TilePart& part) { consume(part); });
     } else {
       decrease_max_registers<kProducerRegisters>();
-      const int warp = (thread_index() - Tile::kConsumers) / kWarp;
+      const int warp = block_warp - Tile::kConsumerWarps;
       if (warp < Tile::kScaleWarps) for_each_part([&](const TilePart& part) { bring_scales(part); });
       if (warp == Tile::kScaleWarps) {
-        for_each_part([&](const TilePart& part) { ask_for_tiles(part); });
+        if (args_.pairs == 0) {
+          for_each_part([&](const TilePart& part) { ask_for_tiles<false>(part); });
+        } else {
+          for_each_part([&](const TilePart& part) { ask_for_tiles<true>(part); });
+        }
         wait_until_stages_are_read();
       }
       sync_warp();  // for the barriers of a cluster
@@ -124,8 +131,8 @@ class HopperGemm {
     return {0, tile, first, tile < config.tiles ? count : 0, false};
   }
   // The blocks of a cluster follow each other in the grid: those of a tile, and then those of the pair's other tile.
-  __device__ __forceinline__ int rank_in_tile() const { return static_cast<int>(block_index() % args_.cluster); }
   __device__ __forceinline__ int tile_in_pair() const { return args_.pairs != 0 && own_ >= args_.cluster ? 1 : 0; }
+  __device__ __forceinline__ int rank_in_tile() const { return own_ - tile_in_pair() * args_.cluster; }
   // The rank, in the cluster, of this block, and of the one that has the same steps of the pair's other tile.
   __device__ __forceinline__ static int rank_of_block(const HopperArgs& args) {
     return args.cluster == 0 ? 0 : static_cast<int>(block_index() % (args.cluster << args.pairs));
@@ -152,8 +159,9 @@ class HopperGemm {
   struct Ring {
     std::uint32_t stage = 0, parity = 0;
     __device__ __forceinline__ void advance() {
-      stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
-      parity ^= stage == 0 ? 1 : 0;
+      const bool wraps = stage == Tile::kStages - 1;
+      stage = wraps ? 0 : stage + 1;
+      if (wraps) parity ^= 1;
     }
   };
   __device__ __forceinline__ SharedAddress stage_address(std::uint32_t stage) const {
@@ -168,6 +176,7 @@ class HopperGemm {
   // ---- producers ----------------------------------------------------------------------------------------------------
 
   // One warp asks TMA for tiles.
+  template <bool kPairs>
   __device__ void ask_for_tiles(const TilePart& part) {
     const int row0 = int_in_register(this->row0(part)), col0 = int_in_register(this->col0(part));
     const bool asks = thread_index() % kWarp == 0;
@@ -176,7 +185,7 @@ class HopperGemm {
       wait_for_empty();
       if (asks) {
         wait_for_kernel_before();  // which makes U or V
-        load(maps_.low_rank, row0, r, 0);
+        load<kPairs>(maps_.low_rank, row0, r, 0);
       }
       ring_.advance();
     }
@@ -185,7 +194,7 @@ class HopperGemm {
       wait_for_empty();
       if (asks) {
         const int inner0 = step * Tile::kStep;
-        load(maps_.left, row0, inner0, Shared::kCodeBytes);
+        load<kPairs>(maps_.left, row0, inner0, Shared::kCodeBytes);
         tma_load_tile(shared_.stages[ring_.stage].codes, maps_.codes, Weights::tile_row(inner0, col0),
                       Weights::tile_byte(inner0, col0), &shared_.full[ring_.stage]);
       }
@@ -256,11 +265,12 @@ class HopperGemm {
   // Asks for a tile of rows, or for the pair's half of it; `other_bytes` is how many other bytes will come beside the
   // tile. The peer's half may come before this block expects it, but not before `full` is in this phase, because the
   // peer waits for this block's consumers too.
+  template <bool kPairs>
   __device__ __forceinline__ void load(const TensorMap& map, int row, int inner, std::uint32_t other_bytes) const {
     std::uint64_t* const full = &shared_.full[ring_.stage];
     T* const left = shared_.stages[ring_.stage].left;
     mbarrier_arrive_expect(full, Shared::kLeftBytes + other_bytes);
-    if (args_.pairs == 0) return tma_load_tile(left, map, row, inner, full);
+    if constexpr (!kPairs) return tma_load_tile(left, map, row, inner, full);
     const int half = tile_in_pair() * (Tile::kRows / 2);
     const int ranks = 1 << own_ | 1 << peer();
     tma_load_tile_to_blocks(left + half * Tile::kStep, map, row + half, inner, full, static_cast<std::uint16_t>(ranks));
@@ -277,66 +287,32 @@ class HopperGemm {
     sums_.clear();
     if (const int rank = rank_of(part); rank > 0) add_low_rank(part, rank);
     multiply(part.count);
+    if constexpr (Tile::kSharesSteps) sums_.join(shared_, sync_consumers);
     if (args_.cluster > 1) {
+      wait_until_stages_are_free();
       if (args_.cluster == 2) return add_sums_of_cluster<2>(part);
       if (args_.cluster == 4) return add_sums_of_cluster<4>(part);
       return add_sums_of_cluster<8>(part);
     }
-    if (args_.cluster == 0 && !stream_k_.complete_tile<Tile::kRows * Tile::kCols>(
-                                  part, sums_, [] { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); })) {
-      return;
-    }
-    const HopperResult<T> result = result_of(part);
+    if constexpr (Tile::kSharesCols) sums_.join(shared_, sync_consumers);
+    if (args_.cluster == 0 && !stream_k_.complete_tile<Tile::kRows * Tile::kCols>(part, sums_, sync_consumers)) return;
+    const HopperResult<T, Tile> result = result_of(part);
 #pragma unroll
     for (int i = 0; i < Sums::kVectors; ++i) result.store(i, sums_.vector(i));
   }
-  __device__ __forceinline__ HopperResult<T> result_of(const TilePart& part) const {
-    const HopperLane lane;
-    const std::int64_t row = row0(part) + lane.row(), col = col0(part) + lane.col();
+  __device__ __forceinline__ static void sync_consumers() { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); }
+  __device__ __forceinline__ HopperResult<T, Tile> result_of(const TilePart& part) const {
+    const HopperLane<Tile> lane;
+    const std::int64_t row = row0(part) + lane.row_of_result(), col = col0(part) + lane.col();
     const T* const bias = static_cast<const T*>(args_.bias);
-    return HopperResult<T>(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
-                           bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
+    return HopperResult<T, Tile>(static_cast<T*>(args_.out.data) + row * args_.out.stride + col, args_.out.stride,
+                                 bias == nullptr ? nullptr : bias + col, args_.rows - row, args_.cols - col);
   }
 
-  // Adds the sums that the blocks of a cluster have of a tile. Each block adds a part of the vectors of four: all
-  // blocks store this part of theirs into its stages, which hold nothing else any more. It adds them in the order of
-  // the inner dimension, and stores the result.
   template <int kCluster>
   __device__ __forceinline__ void add_sums_of_cluster(const TilePart& part) {
-    using Four = Vector<float, 4>;
-    // Where there are more blocks than vectors, `kSharing` blocks add one vector, of every kSharing-th warp each.
-    constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
-    constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
-    constexpr std::uint32_t kVectorsBytes = Tile::kConsumers * sizeof(Four), kPartBytes = kCount * kVectorsBytes;
-    static_assert(sizeof(shared_.stages) >= kCluster * kPartBytes);
-    const int own_rank = rank_in_tile(), share = thread_index() / kWarp % kSharing;
-    const int first_block = tile_in_pair() * kCluster;  // the tile's first, in its cluster
-    const SharedAddress sums = SharedAddress(shared_.stages).at(thread_index() * sizeof(Four));
-    wait_until_stages_are_free();
-    if (thread_index() == 0) mbarrier_arrive_expect(&shared_.sums, kCluster * kPartBytes / kSharing);
-#pragma unroll
-    for (int i = 0; i < Sums::kVectors; ++i) {
-      const float* const s = sums_.vector(i);
-      store_to_block(sums.at(own_rank * kPartBytes + i % kCount * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}},
-                     &shared_.sums, first_block + i / kCount * kSharing + share);
-    }
-    mbarrier_wait(&shared_.sums, 0);
-    const HopperResult<T> result = result_of(part);
-    const int count = share == own_rank % kSharing ? kCount : 0;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      Four of_rank[kCluster];
-#pragma unroll
-      for (int rank = 0; rank < kCluster; ++rank) {
-        of_rank[rank] = load_shared<Four>(sums.at(rank * kPartBytes + i * kVectorsBytes));
-      }
-#pragma unroll
-      for (int rank = 1; rank < kCluster; ++rank) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) of_rank[0].at[j] += of_rank[rank].at[j];
-      }
-      result.store(own_rank / kSharing * kCount + i, of_rank[0].at);
-    }
+    hopper_cluster_sums<kCluster, Tile>(sums_, shared_, rank_in_tile(), tile_in_pair() * kCluster,
+                                        [&] { return result_of(part); });
   }
   // All threads of the cluster's blocks come to these two. Nothing that they have stored is read by others.
   __device__ __forceinline__ static void wait_until_stages_are_free() { sync_cluster(); }
@@ -354,10 +330,8 @@ class HopperGemm {
 
   // The products of a step run while the next step is decoded.
   __device__ void multiply(int steps) {
-    const HopperLane lane;
-    typename Weights::template Decoder<T, decodes_in_registers(Tile::kRows)> decoder(
-        lane, {lane, stage_address(0).at(offsetof(Stage, codes)), stage_address(0).at(offsetof(Stage, scales))},
-        args_.weight.code);
+    typename Weights::template Decoder<T, Tile> decoder(
+        stage_address(0).at(offsetof(Stage, codes)), stage_address(0).at(offsetof(Stage, scales)), args_.weight.code);
     const MbarriersOfBlock empty = empty_barriers();
     wait_for_full();
     decoder.decode(stage_offset(), table_);
@@ -375,21 +349,28 @@ class HopperGemm {
       decoder.wait_for_products();
       arrive_at_empty(empty, stage);
     }
-    wgmma_wait_for(sums_.sum);
+    sums_.wait_for_products();
   }
   // The distance in bytes of the ring's stage from the first.
   __device__ __forceinline__ std::uint32_t stage_offset() const {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
+  // Where the warpgroup's part of a step begins.
+  __device__ __forceinline__ static std::uint32_t first_inner() {
+    return Tile::kSharesSteps ? HopperLane<Tile>().warpgroup() * Tile::kInner : 0;
+  }
+  // The difference of descriptors for so many of the inner dimension. Their units are 16 bytes.
+  static constexpr std::uint64_t descriptor_step(std::uint32_t inner) { return inner * sizeof(T) / 16; }
   // Multiplies by the left operand's rows in the ring's stage.
   __device__ __forceinline__ void multiply(const HopperFragments& fragments) {
-    constexpr std::uint64_t kDescriptorStep = kWgmmaInner * sizeof(T) / 16;  // in the units of a descriptor
     constexpr std::uint64_t kDescriptorStage = sizeof(Stage) / 16;
-    const std::uint64_t left =
-        in_register(descriptor_of_swizzled_rows(shared_address(shared_.stages)) + ring_.stage * kDescriptorStage);
+    const std::uint64_t left = in_register(first_left_ + ring_.stage * kDescriptorStage);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kProducts; ++k) wgmma<T, Tile::kRows>(sums_.sum, fragments[k], left + k * kDescriptorStep);
+    for (int p = 0; p < kProducts; ++p) {
+      wgmma<T, Tile::kRows>(sums_.sum[p / Tile::kInnerProducts], fragments[p],
+                            left + descriptor_step(p % Tile::kInnerProducts * kWgmmaInner));
+    }
     wgmma_commit();
   }
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
@@ -410,16 +391,16 @@ class HopperGemm {
     const std::int64_t rank = part.count == 0 ? 0 : rank_of(part), col = col0(part);
     if (rank == 0) return;
     const std::int64_t cols = args_.cols - col < Tile::kCols ? args_.cols - col : Tile::kCols;
-    // B has all ranks of a column one after another, and A all columns of a rank.
-    const std::int64_t spans = Weights::kForward ? 1 : rank, first = Weights::kForward ? col * rank : col;
+    // The columns of B lie one after another, with all their ranks, and those of A by rank.
     const auto bytes = static_cast<std::int64_t>(size_of(args_.right_dtype));
-    const std::int64_t span_bytes = (Weights::kForward ? cols * rank : cols) * bytes;
-    const auto* const right = static_cast<const std::byte*>(args_.right) + first * bytes;
+    const std::int64_t spans = Tile::kForward ? 1 : rank, span_bytes = (Tile::kForward ? cols * rank : cols) * bytes;
 #pragma unroll 1
     for (std::int64_t span = 0; span < spans; ++span) {
+      const auto* const begin =
+          static_cast<const std::byte*>(args_.right) + right_index<Tile::kForward>(args_, span, col) * bytes;
 #pragma unroll 1
       for (std::int64_t at = thread_index() * kSectorBytes; at < span_bytes; at += Tile::kConsumers * kSectorBytes) {
-        prefetch_sector(right + span * args_.cols * bytes + at);
+        prefetch_sector(begin + at);
       }
     }
   }
@@ -427,34 +408,34 @@ class HopperGemm {
   // from global memory, and waits in the lane's own shared memory until it is complete. So one piece of code loads
   // every pair, and no registers are held meanwhile.
   __device__ void add_low_rank(const TilePart& part, int rank) {
-    const HopperLane lane;
+    const HopperLane<Tile> lane;
     const MbarriersOfBlock empty = empty_barriers();
     const std::int64_t col = col0(part) + lane.col();
-    const auto scratch = [&](unsigned word) {  // the words of neighbouring lanes lie in different banks
-      return SharedAddress(&shared_.rows[lane.thread].scratch[(word + lane.lane) % Shared::kScratchWords]);
-    };
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += Tile::kStep) {
 #pragma unroll 1
       for (unsigned word = 0; word < kProducts * 4; ++word) {
-        const std::int64_t r = r0 + word / 4 * kWgmmaInner + word / 2 % 2 * 8 + 2 * lane.t;
-        store_shared(scratch(word), pack_pair<T>(right_at<Weights::kForward>(args_, r, col + word % 2),
-                                                 right_at<Weights::kForward>(args_, r + 1, col + word % 2)));
+        const std::int64_t r = r0 + lane.inner(word / 4, word % 4), of_word = col + lane.col_of(word / 4, word % 4);
+        store_shared(shared_.scratch(lane.thread, word),
+                     pack_pair<T>(right_at<Weights::kForward>(args_, r, of_word),
+                                  right_at<Weights::kForward>(args_, r + 1, of_word)));
       }
       HopperFragments fragments;
 #pragma unroll
       for (unsigned word = 0; word < kProducts * 4; ++word) {
-        fragments[word / 4][word % 4] = load_shared<std::uint32_t>(scratch(word));
+        fragments[word / 4][word % 4] = load_shared<std::uint32_t>(shared_.scratch(lane.thread, word));
       }
       wait_for_full();
       multiply(fragments);
-      wgmma_wait_for(sums_.sum);
+      sums_.wait_for_products();
       arrive_at_empty(empty, ring_.stage);
       ring_.advance();
     }
     if constexpr (!Weights::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.
-      if (args_.dropout.threshold > 0) sums_.drop(args_.dropout.with_seed(), row0(part) + lane.row(), col);
+      if (args_.dropout.threshold > 0) {
+        sums_.drop(args_.dropout.with_seed(), row0(part) + lane.row(), col, shared_, sync_consumers);
+      }
     }
   }
 
@@ -464,16 +445,17 @@ class HopperGemm {
   const StreamK stream_k_;
   const ScaleReader<true> scales_;
   const typename Shared::Table table_;
-  const int own_;  // its rank in the cluster
+  const int own_;                   // its rank in the cluster
+  const std::uint64_t first_left_;  // the descriptor of the warpgroup's part of the first stage's left operand
   Ring ring_;
   bool has_tables_ = false;  // of a producer
   Sums sums_;
 };
 
 template <class T, class Weights, int kRows>
-__global__ void __launch_bounds__(HopperTile<kRows>::kThreads, 1)
+__global__ void __launch_bounds__(HopperTile<kRows, Weights::kForward>::kThreads, 1)
     hopper_gemm_kernel(const __grid_constant__ HopperArgs args, const __grid_constant__ HopperMaps maps) {
-  using Tile = HopperTile<kRows>;
+  using Tile = HopperTile<kRows, Weights::kForward>;
   HopperGemm<T, Weights, Tile> gemm(args, maps, HopperShared<T, Tile>::in_dynamic_smem());
   gemm.prepare();
   gemm.run();
@@ -523,7 +505,7 @@ void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& c
   const StreamKWorkspace workspace(config, counters, stream);
   const HopperArgs args(product, hopper, workspace);
   const auto launch_for = [&]<class T, int kRows>() {
-    using Tile = HopperTile<kRows>;
+    using Tile = HopperTile<kRows, Weights::kForward>;
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = Tile::kThreads,
                                .smem_bytes = HopperShared<T, Tile>::bytes(),

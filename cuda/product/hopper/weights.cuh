@@ -10,18 +10,25 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// The elements of a step that a lane has, rounded, as wgmma's operand a: by 16 of the inner dimension, then by half of
-// these and by column of the result. A register has two neighbours in the inner dimension.
+// The elements of a step that a lane has, rounded, as wgmma's operand a: by product, then by half of its 16 of the
+// inner dimension and by column of the result. A register has two neighbours in the inner dimension (HopperLane).
 using HopperFragments = std::uint32_t[kGemmStep / kWgmmaInner][4];
 
 // Each layout has a Decoder of what a lane has of a step. It decodes a step while the products of the one before run,
 // and rounds it when they are done, because the compiler lets nothing define an operand of wgmma while products run.
 
-// Whether a forward tile of so many rows decodes half of its codes by a table in registers. By
-// bench/results/cuda-account.md this takes 128 cycles a step from shared memory, and 100 more of the issue slots.
-// Shared memory bounds the steps of tiles of 32 ... 128 rows. With 16 rows it has little more to do than the issue
-// slots would then have, and with 256 rows the tensor cores take longer.
+// Tables in registers (register_table.cuh) take cycles of shared memory from a step, and more of the issue slots and of
+// the ALU. By bench/results/cuda-account.md shared memory bounds the steps of small tiles, so that these use both, as
+// equally as they can. With 256 rows the tensor cores take longer.
+//
+// Whether a forward tile of so many rows decodes half of its codes by a BlockTable: 128 cycles less of shared memory,
+// 100 more of the issue slots, and 230 of the ALU. With 16 rows it would have to wait for these.
 constexpr bool decodes_in_registers(int tile_rows) { return tile_rows > kGemmFewRows && tile_rows < kGemmTallRows; }
+// How many of the 8 rows that a lane has of a step of dX it decodes by a LevelTable: 32 cycles less of shared memory
+// each, 39 more of the issue slots, and 87 of the ALU.
+constexpr unsigned rows_in_registers(int tile_rows) {
+  return tile_rows == kGemmTallRows ? 0 : tile_rows < kGemmMiddleRows ? 2 : 3;
+}
 
 // Forward: a column of the result is a row of W, and 32 bytes of it are a step. The lane takes byte t of each word:
 //
@@ -46,23 +53,14 @@ struct HopperRows {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
-  // Where both vectors of the lane's first row, and the scales of both rows, stand in the first stage.
-  struct Addresses {
-    SharedAddress vectors[2], scales;
-    __device__ Addresses(const HopperLane& lane, const SharedAddress& codes, const SharedAddress& scales)
-        : vectors{codes.at(vector(lane, 0)).in_register(), codes.at(vector(lane, 1)).in_register()},
-          scales(scales.at(lane.col() * sizeof(float)).in_register()) {}
-    __device__ static unsigned vector(const HopperLane& lane, unsigned i) {
-      return lane.col() * kTileRowBytes + (i ^ lane.col() / 4 % 2) * kVectorBytes;
-    }
-  };
-  // The first of the lane's two rows is decoded by the table of pairs, and the second one by a table in registers, if
-  // kInRegisters.
-  template <class T, bool kInRegisters>
+  // The first of the lane's two rows is decoded by the table of pairs. So is the second one, or by a table in
+  // registers.
+  template <class T, class Tile>
   class Decoder {
    public:
-    __device__ Decoder(const HopperLane& lane, const Addresses& addresses, const float* code)
-        : addresses_(addresses), t_(lane.t), bytes_t_(lane.t | (lane.t + 4) << 4) {
+    // `codes` and `scales` are the first stage's.
+    __device__ Decoder(const SharedAddress& codes, const SharedAddress& scales, const float* code)
+        : Decoder(HopperLane<Tile>(), codes, scales) {
       if constexpr (kInRegisters) {
 #pragma unroll
         for (int i = 0; i < kLevels; ++i) levels_[i] = code[i];
@@ -71,7 +69,7 @@ struct HopperRows {
     // Decodes the step in the stage that begins `stage` bytes behind the first.
     template <class Table>
     __device__ __forceinline__ void decode(std::uint32_t stage, const Table& table) {
-      const auto scale = load_shared<Vector<float, 2>>(addresses_.scales.at(stage));
+      const auto scale = load_shared<Vector<float, 2>>(scales_.at(stage));
 #pragma unroll
       for (unsigned vector = 0; vector < 2; ++vector) {
 #pragma unroll
@@ -87,7 +85,7 @@ struct HopperRows {
         }
       }
       if constexpr (kInRegisters) {
-        const RegisterTable<T> second(levels_, scale.at[1]);
+        const BlockTable<T> second(levels_, scale.at[1]);
 #pragma unroll
         for (unsigned i = 0; i < kFours; ++i) {
           const Words words = load(stage, i / 2, 1);
@@ -115,30 +113,48 @@ struct HopperRows {
       wgmma_wait_for(values_);
       if constexpr (kInRegisters) {
 #pragma unroll
-        for (auto& four : fours_) four = {in_register(four.low), in_register(four.high)};
+        for (auto& four : fours_) four = {in_register(four.bytes[0]), in_register(four.bytes[1])};
       }
     }
 
    private:
     using Words = Vector<std::uint32_t, 4>;
+    static constexpr bool kInRegisters = decodes_in_registers(Tile::kRows);
     static constexpr unsigned kRowsByPairs = kInRegisters ? 1 : 2, kWords = 8, kFours = 4;
     static constexpr int kLevels = 16;
 
-    __device__ __forceinline__ Words load(std::uint32_t stage, unsigned vector, unsigned row) const {
-      return load_shared<Words>(addresses_.vectors[vector].at(stage + row * kTileRowBytes));
+    __device__ Decoder(const HopperLane<Tile>& lane, const SharedAddress& codes, const SharedAddress& scales)
+        : vectors_{codes.at(vector(lane, 0)).in_register(), codes.at(vector(lane, 1)).in_register()},
+          scales_(scales.at(lane.col() * sizeof(float)).in_register()),
+          t_(lane.t),
+          bytes_t_(lane.t | (lane.t + 4) << 4) {}
+    // Where a stage has the i-th vector of the lane's first row.
+    __device__ static unsigned vector(const HopperLane<Tile>& lane, unsigned i) {
+      return lane.col() * kTileRowBytes + (i ^ lane.col() / 4 % 2) * kVectorBytes;
     }
-    const Addresses addresses_;
+    __device__ __forceinline__ Words load(std::uint32_t stage, unsigned vector, unsigned row) const {
+      return load_shared<Words>(vectors_[vector].at(stage + row * kTileRowBytes));
+    }
+    const SharedAddress vectors_[2], scales_;
     const std::uint32_t t_, bytes_t_;  // the byte that the lane takes of a word, and those that it takes of two
     float levels_[kLevels];
-    float values_[kRowsByPairs * kWords * 2];        // by row and word
-    typename RegisterTable<T>::Four fours_[kFours];  // of the second row: each of two words
+    float values_[kRowsByPairs * kWords * 2];     // by row and word
+    typename BlockTable<T>::Four fours_[kFours];  // of the second row: each of two words
   };
 };
 
 // Backward: a column of the result is a column of W, whose rows are the inner dimension. A step has 64 rows of 64
-// bytes. A byte has both columns of the lane, and the lane has four rows of each 16.
+// bytes. A vector of 16 bytes has 32 columns, which a warp has. ldmatrix gives lane (g, t) of it two bytes, four
+// columns, of two rows:
 //
-// TMA's swizzle of 64 bytes puts the vectors of rows 2t, which lanes read at once, into different banks.
+//   of eight rows of vectors, as it loads them     as lane (g, t) has them, in one register
+//   row 2t      bytes 0 1 ... 2g 2g+1 ...          row 2t:     bytes 2g, 2g + 1
+//   row 2t + 1  bytes 0 1 ... 2g 2g+1 ...          row 2t + 1: bytes 2g, 2g + 1
+//
+// By Tile::kSharesSteps the lane decodes both bytes of half of the rows, and otherwise its warpgroup's byte of all
+// rows.
+//
+// TMA's swizzle of 64 bytes puts the vectors of eight rows, which are loaded at once, into different banks.
 struct HopperColumns {
   static constexpr bool kForward = false;
   static constexpr int kTileRows = kGemmStep, kTileRowBytes = kGemmCols / 2;
@@ -153,50 +169,83 @@ struct HopperColumns {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
-  // Where the lane's byte of row 2t, and the row's scale, stand in a stage. Rows that are multiples of 8 further on
-  // have the same swizzle.
-  struct Addresses {
-    SharedAddress byte, scales;
-    __device__ Addresses(const HopperLane& lane, const SharedAddress& codes, const SharedAddress& scales)
-        : byte(codes.at(byte_of(lane)).in_register()),
-          scales(scales.at((lane.col() / kGemmStep * kGemmStep + 2 * lane.t) * sizeof(float)).in_register()) {}
-    __device__ static unsigned byte_of(const HopperLane& lane) {
-      const unsigned byte = lane.col() / 2;
-      return 2 * lane.t * kTileRowBytes + (byte / kVectorBytes ^ lane.t) * kVectorBytes + byte % kVectorBytes;
-    }
-  };
-  // A row's scale is for two codes of a lane alone, so that no table in registers is worth its making.
-  template <class T, bool>
+  // The levels of the first of the lane's rows come from a table in registers, and the others from the table of pairs.
+  template <class T, class Tile>
   class Decoder {
    public:
-    __device__ Decoder(const HopperLane&, const Addresses& addresses, const float*) : addresses_(addresses) {}
+    __device__ Decoder(const SharedAddress& codes, const SharedAddress& scales, const float* code)
+        : Decoder(HopperLane<Tile>(), codes, scales, code) {}
     template <class Table>
     __device__ __forceinline__ void decode(std::uint32_t stage, const Table& table) {
 #pragma unroll
-      for (unsigned row_pair = 0; row_pair < kRowPairs; ++row_pair) {
-        const auto scale = load_shared<Vector<float, 2>>(addresses_.scales.at(stage + row_pair * 8 * sizeof(float)));
+      for (unsigned first = 0; first < Tile::kInner; first += 4 * kMatrixRows) {
+        std::uint32_t words[4];
+        ldmatrix_x4_transposed(words, row_.at(stage + first * kTileRowBytes));
 #pragma unroll
-        for (unsigned row = 0; row < 2; ++row) {
-          const SharedAddress at = addresses_.byte.at(stage + (row_pair * 8 + row) * kTileRowBytes);
-          const auto pair = table.pair_of_byte(load_shared<std::uint8_t>(at), 0);
-          float* const to = values_ + row_pair * 4 + row;
-          to[0] = pair.at[0] * scale.at[row];
-          to[2] = pair.at[1] * scale.at[row];
+        for (unsigned i = 0; i < 4; ++i) {
+          const unsigned inner = first + i * kMatrixRows;
+          const auto scale = load_shared<Vector<float, 2>>(scales_.at(stage + inner * sizeof(float)));
+#pragma unroll
+          for (unsigned row = 0; row < 2; ++row) {
+            float levels[2 * Tile::kColTiles];
+            look_up(words[i], 2 * i + row, table, levels);
+#pragma unroll
+            for (unsigned col = 0; col < 2 * Tile::kColTiles; ++col) {
+              values_[((col / 2 * Tile::kInner + inner) / kMatrixRows * 2 + col % 2) * 2 + row] =
+                  levels[col] * scale.at[row];
+            }
+          }
         }
       }
     }
     __device__ __forceinline__ void round(HopperFragments& fragments) const {
 #pragma unroll
-      for (unsigned i = 0; i < kRowPairs * 2; ++i) {
+      for (unsigned i = 0; i < kValues / 2; ++i) {
         fragments[i / 4][i % 4] = pack_pair<T>(values_[2 * i], values_[2 * i + 1]);
       }
     }
     __device__ __forceinline__ void wait_for_products() { wgmma_wait_for(values_); }
 
    private:
-    static constexpr unsigned kRowPairs = kGemmStep / 8;  // 2t and 2t + 1 of each 8
-    const Addresses addresses_;
-    float values_[kRowPairs * 4];  // by pair of rows, column, and row
+    static constexpr unsigned kMatrixRows = 8, kValues = 32, kRowsInRegisters = rows_in_registers(Tile::kRows);
+
+    __device__ Decoder(const HopperLane<Tile>& lane, const SharedAddress& codes, const SharedAddress& scales,
+                       const float* code)
+        : row_(codes.at(row_of(lane)).in_register()),
+          scales_(scales.at((lane.col() / kGemmStep * kGemmStep + lane.inner(0, 0)) * sizeof(float)).in_register()),
+          warpgroup_(lane.warpgroup()),
+          levels_(code) {}
+    // Looks up the lane's columns of the `row`-th of its rows, of which a word has two.
+    template <class Table>
+    __device__ __forceinline__ void look_up(std::uint32_t word, unsigned row, const Table& table,
+                                            float (&levels)[2 * Tile::kColTiles]) const {
+      const unsigned first_byte = row % 2 * 2;
+      if constexpr (Tile::kSharesSteps) {
+        if (row < kRowsInRegisters) {
+          float of_digits[4];  // the first code of a byte is its high digit
+          levels_.look_up(word >> 8 * first_byte, of_digits);
+#pragma unroll
+          for (unsigned col = 0; col < 4; ++col) levels[col] = of_digits[col ^ 1];
+          return;
+        }
+      }
+#pragma unroll
+      for (unsigned i = 0; i < Tile::kColTiles; ++i) {
+        const auto pair = table.pair_of_byte(word, first_byte + (Tile::kSharesSteps ? i : warpgroup_));
+        levels[2 * i] = pair.at[0];
+        levels[2 * i + 1] = pair.at[1];
+      }
+    }
+    // Where a stage has the vector that the lane brings to the first ldmatrix: that of the warpgroup's lane-th row.
+    // Rows that are multiples of 8 further on have the same swizzle.
+    __device__ static unsigned row_of(const HopperLane<Tile>& lane) {
+      const unsigned row = lane.inner(0, 0) - 2 * lane.t + lane.lane, vector = lane.col() / (2 * kVectorBytes);
+      return row * kTileRowBytes + (vector ^ row / 2 % 4) * kVectorBytes;
+    }
+    const SharedAddress row_, scales_;
+    const std::uint32_t warpgroup_;
+    const LevelTable levels_;
+    float values_[kValues];  // by tile of columns, pair of rows, column, and row
   };
 };
 
