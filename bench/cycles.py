@@ -103,22 +103,23 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
         return None
     turns = 1 / 2 if kernel.name.startswith("thin") else 1  # a step of the thin kernel is 128
     loop = main_loop(kernel.code, kernel.name)
-    # What producers issue, and of it to the ALU; what passes shared memory and is in no instruction of the loop.
-    beside, beside_alu, copied = 0, 0, 0.0
+    beside: list[Instruction] = []  # what producers issue
+    copied = 0.0  # what passes shared memory and is in no instruction of the loop
     if kernel.name.startswith("hopper"):
         rows, cols = tile
-        # One warp asks for rows and codes, in one of two loops: for this block or for a pair. Others load scales.
+        # One warp asks for rows and codes, in one of two loops: for this block, or, which is longer, for a pair. Others
+        # load scales.
         waiting = sorted((body for body in loops(kernel.code) if count(body, "SYNCS")), key=len)
-        asks = [body for body in waiting if count(body, "UTMALDG") == 2][1]
-        scales = next(body for body in waiting if count(body, "LDG"))
-        beside = len(asks) + SCALE_WARPS * len(scales)
-        beside_alu = of_alu(asks) + SCALE_WARPS * of_alu(scales)
+        asks = [body for body in waiting if count(body, "UTMALDG") == 2]
+        scales = [body for body in waiting if count(body, "LDG")]
+        for body in (*asks[1:2], *SCALE_WARPS * scales[:1]):
+            beside += body
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES
     return {
         "shared memory": round(WARPS * shared_cycles(loop, "HopperRows" in kernel.name) * turns + copied),
-        "issue": round((WARPS * len(loop) + beside) / SCHEDULERS * turns),
-        "ALU": round(2 * (WARPS * of_alu(loop) + beside_alu) / SCHEDULERS * turns),
+        "issue": round((WARPS * len(loop) + len(beside)) / SCHEDULERS * turns),
+        "ALU": round(2 * (WARPS * of_alu(loop) + of_alu(beside)) / SCHEDULERS * turns),
     }
 
 

@@ -4,6 +4,7 @@ bench/cuda_model.py makes of it for whole products."""
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -227,16 +228,18 @@ def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
 
 def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
     cycles = importlib.import_module("cycles")
-    products = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "BRA"]
-    opcodes = [*products, "SYNCS", *["UTMALDG.2D"] * 3, "BRA", "SYNCS", "LDG.E", "BRA", "EXIT"]
-    operands = {5: "0x0", 10: "0x60", 13: "0xb0"}
+    products = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "PRMT", "BRA"]
+    asks, asks_for_pair = ["SYNCS", *["UTMALDG.2D"] * 2, "BRA"], ["SYNCS", "IADD3", *["UTMALDG.2D"] * 2, "BRA"]
+    opcodes = [*products, *asks, *asks_for_pair, "SYNCS", "LDG.E", "LOP3.LUT", "BRA", "EXIT"]
+    operands = {6: "0x0", 10: "0x70", 15: "0xb0", 19: "0x100"}
     code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
     kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
     step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
     assert step.cycles["tensor"] == 1024
     # X is written once and read by both warpgroups; 8 warps load vectors that lanes share, and codes come in 32 x 128.
     assert step.cycles["shared memory"] == 3 * 256 + 8 * 2 + 32
-    assert step.cycles["issue"] == round((8 * 6 + 5 + 2 * 3) / 4)
+    assert step.cycles["issue"] == round((8 * 7 + 5 + 2 * 4) / 4)
+    assert step.cycles["ALU"] == round(2 * (8 + 1 + 2) / 4), "two cycles for each PRMT, IADD3 and LOP3"
 
 
 # ---- the account of whole products -----------------------------------------------------------------------------------
@@ -272,9 +275,10 @@ def test_choices_have_every_product_and_way_of_the_account(account, model):
 
 def figures_of(model, cycles):
     """Machine code of which a step takes this many cycles of shared memory."""
-    step = {"step": {"shared memory": cycles, "issue": 1}}
+    step = {"step": {"shared memory": cycles, "issue": 1, "ALU": 1}}
+    wgmma = itertools.product(("HopperRows", "HopperColumns"), (64, 256))
     return {
-        "hopper_gemm_kernel<Bf16, HopperRows, 64>": {"sm_90a": step},
+        **{f"hopper_gemm_kernel<Bf16, {layout}, {rows}>": {"sm_90a": step} for layout, rows in wgmma},
         "gemm_kernel<Bf16, DecodedRows, GemmTile<64, 128, true>, false>": {"sm_90": step},
         "panel_kernel<Bf16, 4>": {"sm_90": {"per_element": 20.0}},
     }
@@ -305,16 +309,28 @@ def test_blocks_that_share_a_tile_exchange_its_sums(model):
     assert seconds == pytest.approx(cycles / model.H100.clock + 2e-6), "a kernel and a memset"
 
 
-@pytest.mark.parametrize(("count", "bandwidth"), [(2, 3.3e12), (4, 2.65e12), (8, 2.65e12 / 3.3 * 2.65)])
-def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidth):
+@pytest.mark.parametrize(
+    ("count", "bandwidth", "turns"), [(2, 3.3e12, 4), (4, 2.65e12, 2), (8, 2.65e12 / 3.3 * 2.65, 1)]
+)
+def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidth, turns):
     product = model.Product("forward", 64, 128, 64 * 101)
     runs = model.Runs("wgmma", 64, 128, tiles=1, steps=101, blocks=count, share=0, rest=0, cluster=count)
     assert runs.longest == {2: 51, 4: 26, 8: 13}[count] and not runs.splits_a_tile
     seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
     sums = 64 * 128 * 4
-    cycles = 700 + (runs.longest + 1) * 2000 + 200 + 200 + sums / 128 + 512 / count
-    loaded = sums * (count - 1) / count / (bandwidth / 114)
-    assert seconds == pytest.approx(cycles / model.H100.clock + loaded + 1e-6), "a kernel without a memset"
+    # The sums of a turn are added while those of the next one come, which takes longer.
+    cycles = 700 + (runs.longest + 1) * 2000 + 200 + 200 + (sums / 128 + 512 / count) / turns
+    stored = sums * (count - 1) / count / (bandwidth / 114)
+    assert seconds == pytest.approx(cycles / model.H100.clock + stored + 1e-6), "a kernel without a memset"
+
+
+@pytest.mark.parametrize(("rows", "cluster", "given"), [(64, 1, 1 / 2), (64, 2, 1 / 2), (256, 1, 1 / 4), (256, 2, 0)])
+def test_warpgroups_of_dx_exchange_sums_unless_a_cluster_does(model, rows, cluster, given):
+    runs = model.Runs("wgmma", rows, 128, tiles=1, steps=100, blocks=cluster, share=0, rest=0, cluster=cluster)
+    of = model.Model(figures_of(model, 2000), model.H100)
+    forward, dx = (of.fused(model.Product(direction, rows, 128, 6400), runs) for direction in ("forward", "dX"))
+    cycles = 2 * given * 2 * rows * 128 * 4 / 128  # each stores this part of the tile's sums, and loads as many
+    assert (dx - forward) * model.H100.clock == pytest.approx(cycles, abs=1e-3)
 
 
 def test_pairs_load_rows_of_x_once_and_meet_at_a_barrier(model):
@@ -352,6 +368,6 @@ def test_panels_take_between_one_and_all_of_their_decoding(model):
 
 def test_sm_100_is_bound_by_shared_memory_until_pairs_share_a_tall_tile(sass):
     sm100 = importlib.import_module("sm100")
-    shares = [taken["tensor"] / max(taken.values()) for taken in (sm100.step(v, 347) for v in sm100.VARIANTS)]
+    shares = [taken["tensor"] / max(taken.values()) for taken in (sm100.step(v, 347, 200) for v in sm100.VARIANTS)]
     assert shares[0] < shares[1] < shares[3] < shares[4] == 1
     assert all(sm100.words(variant) <= sm100.WORDS for variant in sm100.VARIANTS)

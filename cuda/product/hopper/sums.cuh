@@ -37,7 +37,7 @@ class HopperSums {
   // kept. All consumers come here.
   template <class Shared, class Sync>
   __device__ void drop(const Dropout& dropout, std::int64_t row, std::int64_t col, Shared& shared, const Sync& sync) {
-    constexpr int kLanes = 4, kRowsOfLane = 2 * kVectors / kLanes;  // for whose columns a lane makes the bytes
+    constexpr int kLanes = 4, kRowsOfLane = 2 * kVectors / kLanes;  // of which it makes the bytes
     constexpr int kWords = kRowsOfLane < 4 ? 1 : kRowsOfLane / 4;
     const HopperLane<Tile> lane;
     const unsigned own = lane.g % 2 + 2 * lane.warpgroup();
