@@ -122,6 +122,12 @@ def name_of(product: Product) -> str:
     return product.direction + (f", r={product.rank}" if product.rank else "")
 
 
+def sharing_of(runs: Runs) -> str:
+    """How blocks share tiles, in words."""
+    blocks = "runs" if runs.cluster == 0 else f"clusters of {runs.cluster}" if runs.cluster > 1 else "whole tiles"
+    return blocks + (", pairs" if runs.pairs else "")
+
+
 def steps(models: Sequence[Model], choices: Choices) -> Iterator[Sequence[str]]:
     """The lines of the table of steps: the kernels by mma.sync and by wgmma, for one weight."""
     of_h100, of_h200 = models
@@ -144,8 +150,7 @@ def steps(models: Sequence[Model], choices: Choices) -> Iterator[Sequence[str]]:
                 bound,
                 f"{cycles[bound] / used:.1f}",
                 f"{runs.tiles} × {runs.steps * (2 if runs.kernel == 'thin' else 1)} over {runs.blocks}",
-                ("runs" if runs.cluster == 0 else f"clusters of {runs.cluster}" if runs.cluster > 1 else "whole tiles")
-                + (", pairs" if runs.pairs else ""),
+                sharing_of(runs),
             )
 
 
@@ -158,15 +163,12 @@ def parts(model: Model, choices: Choices) -> Iterator[Sequence[str]]:
             continue
         if chosen.way == "panels":
             chosen = choices[alone, "wgmma"]
-        spent = model.parts(product, chosen.runs())
-        spent["U or V"] = model.low_rank(product, chosen.runs(), **choices[alone, "low-rank"].numbers)
+        runs = chosen.runs()
+        spent = model.parts(product, runs)
+        spent["U or V"] = model.low_rank(product, runs, **choices[alone, "low-rank"].numbers)
         total = sum(spent.values())
         del spent["launches"]  # none, beside those of U or V
-        tile = f"{chosen.way} {chosen.numbers['tile_rows']} × {chosen.numbers['tile_cols']}"
-        if (cluster := chosen.numbers.get("cluster", 0)) > 1:
-            tile += f", clusters of {cluster}"
-        if chosen.numbers.get("pairs", 0):
-            tile += ", pairs"
+        tile = f"{runs.kernel} {runs.tile_rows} × {runs.tile_cols}, {sharing_of(runs)}"
         yield product.direction, str(product.rows), tile, *map(micro, spent.values()), micro(total)
 
 
