@@ -172,8 +172,8 @@ struct HopperSharing {
 //
 //   steps              as many as the block has
 //   results            8 cycles for each row, shared by the blocks of a cluster
-//   sums of dX         two warpgroups exchange half of them through shared memory; of tall tiles a quarter, and none in
-//                      a cluster
+//   sums of dX         each of two warpgroups gives half of its sums to the other through shared memory; in a tall tile
+//                      each has half as many, and in a cluster they exchange none of these
 //   exchange of sums   in a cluster, 25 for a barrier and a latency, and for each 16 rows the time of storing the sums
 //                      into the shared memory of other blocks. To add them takes 4 for each 16 rows. Only those of the
 //                      last turn are added and stored when no others are on their way. Between runs, 6 steps, and 3 for
@@ -202,7 +202,8 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
     consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * (results + of_warpgroups));
   }
   for (const auto& [blocks, of_16_rows] : kClusters) {
-    if (blocks * (pairs ? 2 : 1) > kHopperMostCluster) break;
+    // Each block must have a step.
+    if (blocks * (pairs ? 2 : 1) > kHopperMostCluster || blocks > runs.steps) break;
     if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
     const std::int64_t of_turn = (rows / 4 + results / blocks) / hopper_turns(runs.tile_rows, blocks);
     consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step +

@@ -251,6 +251,9 @@ const Case kCases[] = {
     {.M = 70, .N = 832, .K = 512},
     {.M = 250, .N = 500, .K = 768, .rank = 8},
     {.M = 250, .N = 768, .K = 512, .dtype = DType::f16, .bias = true, .rank = 16},
+    // fewer steps than the 8 blocks that would be done first
+    {.M = 16, .N = 128, .K = 320, .multiprocessors = 16},
+    {.M = 12, .N = 448, .K = 128, .rank = 8, .multiprocessors = 16},
     // in pairs: whole tiles, of which blocks have one or several
     {.M = 16, .N = 256, .K = 128, .rank = 8, .dropout = 0.5f, .pairs = true},
     {.M = 1, .N = 1, .K = 64, .rank = 8, .pairs = true},

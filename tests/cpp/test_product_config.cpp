@@ -398,7 +398,7 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
   for (const int tile : {16, 32, 64, 128, 256}) EXPECT(hopper_smem_bytes(tile) <= kHopperSmem);
   for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000}) {
     for (const std::int64_t cols : kSizes) {
-      for (const std::int64_t inner : {64, 256, 4096, 14336}) {
+      for (const std::int64_t inner : {64, 192, 256, 320, 384, 448, 4096, 14336}) {
         for (const int multiprocessors : kMultiprocessors) {
           ProductShape shape = on_hopper(rows);
           shape.cols = cols;

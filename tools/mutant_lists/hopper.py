@@ -144,8 +144,8 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "both warpgroups multiply by the same half of a step",
-        "Tile::kSharesSteps ? HopperLane<Tile>().warpgroup() * Tile::kInner : 0;",
-        "0;",
+        "descriptor_step(HopperLane<Tile>().first_inner())",
+        "descriptor_step(0)",
         HOPPER,
     ),
     Mutant(
@@ -301,6 +301,12 @@ BY_WGMMA = [
     ),
     Mutant(
         "cuda/product/config.cpp",
+        "clusters have more blocks than steps",
+        *without(" || blocks > runs.steps"),
+        ("product_config",),
+    ),
+    Mutant(
+        "cuda/product/config.cpp",
         "panels are thought to copy nothing for an adapter",
         "return shape.rank > 0 && shape.cols <= 2 * shape.inner;",
         "return false;",
@@ -316,7 +322,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "a stage of a pair is filled again before the peer has read it",
-        "thread_index() % kWarp == 0 ? own_ : peer()};",
+        "args_.pairs == 0 || thread_index() % kWarp == 0 ? own_ : peer()};",
         "own_};",
         HOPPER,
     ),

@@ -5,8 +5,8 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// Each block adds a part of the vectors of four: all blocks store this part of theirs into its stages, which must hold
-// nothing else any more. It adds them in the order of the inner dimension, and stores the result. In each turn
+// Each block adds a part of the tile's vectors. All blocks copy their sums of that part into its stages, which must no
+// longer be in use. It adds them in the order of the inner dimension, and stores the result. In each turn
 // (hopper_turns()) all blocks get some of their part. All consumers come here.
 //
 // `own_rank` is the block's rank among those of the tile, and `first_block` the rank in the cluster of the first of

@@ -9,12 +9,9 @@
 //
 //   producers, 3 warps    bring what a step needs into a stage that is empty: one asks TMA for the left operand and
 //                         codes, and two bring scales
-//   consumers, 2 x 4      decode and multiply a stage that is full; four warps have 64 of the result's columns, or, for
-//                         dX, half of the stage (tile.cuh)
-//
-//   step           i                          i + 1                      i + 2
-//   tensor cores   products of i              products of i + 1          products of i + 2
-//   a consumer     decodes i + 1, waits       decodes i + 2, waits       decodes i + 3, waits
+//   consumers, 2 x 4      decode and multiply a stage that is full: a step is decoded while the products of the one
+//                         before run. Forward, four warps have 64 of the result's columns; tile.cuh says how they share
+//                         the work of dX
 //
 // The barrier `full` of a stage counts its bytes and the producers; `empty` counts the warps of consumers. In a pair of
 // blocks (HopperConfig::pairs) each asks for half of the left operand's rows, for both of them. So a stage is empty
@@ -63,7 +60,8 @@ class HopperGemm {
         scales_(args.weight, args.scales, shared.levels),
         table_(shared.rows->pairs),
         own_(int_in_register(rank_of_block(args))),
-        first_left_(descriptor_of_swizzled_rows(shared_address(shared.stages)) + descriptor_step(first_inner())) {}
+        first_left_(descriptor_of_swizzled_rows(shared_address(shared.stages)) +
+                    descriptor_step(HopperLane<Tile>().first_inner())) {}
 
   // Sets up the block's run and its barriers. Then producers may ask for copies, while consumers fill the tables.
   __device__ void prepare() {
@@ -206,7 +204,7 @@ class HopperGemm {
   __device__ void bring_scales(const TilePart& part) {
 #pragma unroll 1
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {  // steps of the adapter, which have no scales
-      if (r == 0) come_to_tables();  // early, because consumers load B or A behind them
+      if (r == 0) come_to_tables();  // now, because consumers wait there before they load B or A
       wait_for_empty();
       arrive_at_full();
     }
@@ -314,7 +312,8 @@ class HopperGemm {
     hopper_cluster_sums<kCluster, Tile>(sums_, shared_, rank_in_tile(), tile_in_pair() * kCluster,
                                         [&] { return result_of(part); });
   }
-  // All threads of the cluster's blocks come to these two. Nothing that they have stored is read by others.
+  // All threads of the cluster's blocks come to these two, which order no stores. Of what comes before them, other
+  // blocks read mbarriers alone.
   __device__ __forceinline__ static void wait_until_stages_are_free() { sync_cluster(); }
   // The peer's barriers must be there before copies and consumers arrive at them; fence_mbarrier_init() shows them.
   __device__ __forceinline__ static void wait_until_peer_has_barriers() { sync_cluster(); }
@@ -355,10 +354,6 @@ class HopperGemm {
   __device__ __forceinline__ std::uint32_t stage_offset() const {
     return static_cast<std::uint32_t>(ring_.stage * sizeof(Stage));
   }
-  // Where the warpgroup's part of a step begins.
-  __device__ __forceinline__ static std::uint32_t first_inner() {
-    return Tile::kSharesSteps ? HopperLane<Tile>().warpgroup() * Tile::kInner : 0;
-  }
   // The difference of descriptors for so many of the inner dimension. Their units are 16 bytes.
   static constexpr std::uint64_t descriptor_step(std::uint32_t inner) { return inner * sizeof(T) / 16; }
   // Multiplies by the left operand's rows in the ring's stage.
@@ -377,7 +372,7 @@ class HopperGemm {
   // The barriers at which a lane says that its warp has read a stage: lane 0 those of its own block, and lane 1 those
   // of the peer.
   __device__ __forceinline__ MbarriersOfBlock empty_barriers() const {
-    return {shared_.empty, thread_index() % kWarp == 0 ? own_ : peer()};
+    return {shared_.empty, args_.pairs == 0 || thread_index() % kWarp == 0 ? own_ : peer()};
   }
   __device__ __forceinline__ void arrive_at_empty(const MbarriersOfBlock& empty, std::uint32_t stage) const {
     sync_warp();  // all lanes have read it
@@ -416,9 +411,8 @@ class HopperGemm {
 #pragma unroll 1
       for (unsigned word = 0; word < kProducts * 4; ++word) {
         const std::int64_t r = r0 + lane.inner(word / 4, word % 4), of_word = col + lane.col_of(word / 4, word % 4);
-        store_shared(shared_.scratch(lane.thread, word),
-                     pack_pair<T>(right_at<Weights::kForward>(args_, r, of_word),
-                                  right_at<Weights::kForward>(args_, r + 1, of_word)));
+        store_shared(shared_.scratch(lane.thread, word), pack_pair<T>(right_at<Tile::kForward>(args_, r, of_word),
+                                                                      right_at<Tile::kForward>(args_, r + 1, of_word)));
       }
       HopperFragments fragments;
 #pragma unroll
@@ -431,7 +425,7 @@ class HopperGemm {
       arrive_at_empty(empty, ring_.stage);
       ring_.advance();
     }
-    if constexpr (!Weights::kForward) {
+    if constexpr (!Tile::kForward) {
       // This comes before anything else is in the sums, because the mask must fall on nothing else.
       if (args_.dropout.threshold > 0) {
         sums_.drop(args_.dropout.with_seed(), row0(part) + lane.row(), col, shared_, sync_consumers);

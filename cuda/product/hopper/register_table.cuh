@@ -26,8 +26,8 @@ struct RegisterTable {
   }
 };
 
-// The values of a block, rounded to T. The table belongs to one scale, and a lane must have several codes of a block
-// for it to be worth its making.
+// The values of a block, rounded to T. The table belongs to one scale, so it pays only where a lane decodes several
+// codes of one block.
 template <class T>
 class BlockTable {
  public:

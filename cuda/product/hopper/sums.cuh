@@ -6,9 +6,9 @@
 
 namespace qlora_native::QLN_CUDA {
 
-// A lane's sums are in registers as wgmma leaves them: eight of its columns after another, and of these eight the sums
-// {first, second column of the lane} x {row 2t, row 2t + 1}. Blocks exchange them as vectors of four, and store these.
-// For dX, join() makes the vectors.
+// A lane's sums are in registers as wgmma leaves them. wgmma's columns are rows of the result, and of each eight the
+// lane has four sums: {its first, second column} x {row 2t, row 2t + 1}. Blocks exchange and store them as vectors of
+// four. For dX, join() makes the vectors.
 template <class Tile>
 class HopperSums {
   static constexpr int kSums = Tile::kRows / 2;  // of two columns
@@ -27,7 +27,7 @@ class HopperSums {
   }
   __device__ __forceinline__ void wait_for_products() {
 #pragma unroll
-    for (auto& of_columns : sum) wgmma_wait_for(of_columns);
+    for (auto& of_columns : sum) wgmma_wait_for(of_columns);  // only the first has to wait
   }
   __device__ __forceinline__ float* vector(int i) { return sum[0] + 4 * i; }
 
@@ -82,8 +82,8 @@ class HopperSums {
 
   // Makes the vectors of dX: of four neighbouring columns each. A warpgroup has half of each sum, or two of the four
   // columns. It gives the other one what it has of every second eight rows, and adds, or puts beside its own, what it
-  // is given of the rest. Vector i is then a row, the i-th of those. All consumers come here; what they give passes
-  // through their scratch memory.
+  // is given of the rest. Afterwards vector(i) has the lane's columns of the i-th of those rows that its warpgroup
+  // stores. All consumers come here; what they give passes through their scratch memory.
   template <class Shared, class Sync>
   __device__ __forceinline__ void join(Shared& shared, const Sync& sync) {
     const HopperLane<Tile> lane;
@@ -120,7 +120,8 @@ class HopperSums {
       for (int j = 0; j < 4; ++j) vector(i)[j] = joined[i][j];
     }
   }
-  // The sum of the lane's column `col`, of two, or of four by kSharesSteps, and of the i-th row of every second eight.
+  // The sum of the lane's column `col`, of two, or of four with kSharesSteps, and of the i-th row of every second
+  // eight.
   template <int kWhich>
   __device__ __forceinline__ float& at(int i, int col) {
     return sum[col / 2][(i / 2 * 2 + kWhich) * 4 + i % 2 + col % 2 * 2];

@@ -54,11 +54,14 @@ struct HopperLane : Lane {
   __device__ __forceinline__ unsigned row() const { return 2 * t; }
   // Its first row of the result that it stores.
   __device__ __forceinline__ unsigned row_of_result() const { return row() + (Tile::kForward ? 0 : 8 * warpgroup()); }
+  // Where its warpgroup's part of a step begins.
+  __device__ __forceinline__ unsigned first_inner() const {
+    return Tile::kSharesSteps ? warpgroup() * Tile::kInner : 0;
+  }
   // Register i of the operand a of a step's p-th product has two elements of the inner dimension, from this one of the
   // step on, for this of the lane's columns.
   __device__ __forceinline__ unsigned inner(unsigned p, unsigned i) const {
-    const unsigned first = Tile::kSharesSteps ? warpgroup() * Tile::kInner : 0;
-    return first + p % Tile::kInnerProducts * kWgmmaInner + i / 2 * 8 + 2 * t;
+    return first_inner() + p % Tile::kInnerProducts * kWgmmaInner + i / 2 * 8 + 2 * t;
   }
   __device__ __forceinline__ unsigned col_of(unsigned p, unsigned i) const {
     if constexpr (Tile::kForward) return i % 2;

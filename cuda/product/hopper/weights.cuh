@@ -17,8 +17,8 @@ using HopperFragments = std::uint32_t[kGemmStep / kWgmmaInner][4];
 // Each layout has a Decoder of what a lane has of a step. It decodes a step while the products of the one before run,
 // and rounds it when they are done, because the compiler lets nothing define an operand of wgmma while products run.
 
-// Tables in registers (register_table.cuh) take cycles of shared memory from a step, and more of the issue slots and of
-// the ALU. By bench/results/cuda-account.md shared memory bounds the steps of small tiles, so that these use both, as
+// Tables in registers (register_table.cuh) save a step cycles of shared memory, but cost issue slots and cycles of the
+// ALU. By bench/results/cuda-account.md shared memory bounds the steps of small tiles, so that these use both, as
 // equally as they can. With 256 rows the tensor cores take longer.
 //
 // Whether a forward tile of so many rows decodes half of its codes by a BlockTable: 128 cycles less of shared memory,
@@ -36,8 +36,8 @@ constexpr unsigned rows_in_registers(int tile_rows) {
 //   byte                0    1    2    3     4 ... 7    8 ... 11    12 ... 15
 //   taken by t =        0    1    2    3     0 ... 3    0 ... 3     0 ... 3
 //
-// TMA's swizzle exchanges the two vectors of a row in every second group of four rows, so that eight g read different
-// banks.
+// TMA's swizzle exchanges the two vectors of a row in every second group of four rows. So four neighbouring g, which is
+// how many a load of 16 bytes serves at once, read different banks.
 struct HopperRows {
   static constexpr bool kForward = true;
   static constexpr int kTileRows = kGemmCols, kTileRowBytes = kGemmStep / 2;  // of codes
@@ -151,7 +151,7 @@ struct HopperRows {
 //   row 2t      bytes 0 1 ... 2g 2g+1 ...          row 2t:     bytes 2g, 2g + 1
 //   row 2t + 1  bytes 0 1 ... 2g 2g+1 ...          row 2t + 1: bytes 2g, 2g + 1
 //
-// By Tile::kSharesSteps the lane decodes both bytes of half of the rows, and otherwise its warpgroup's byte of all
+// With Tile::kSharesSteps the lane decodes both bytes of half of the rows, and otherwise its warpgroup's byte of all
 // rows.
 //
 // TMA's swizzle of 64 bytes puts the vectors of eight rows, which are loaded at once, into different banks.
@@ -169,7 +169,8 @@ struct HopperColumns {
   }
   static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
-  // The levels of the first of the lane's rows come from a table in registers, and the others from the table of pairs.
+  // The levels of the lane's first kRowsInRegisters rows come from a table in registers, and the others from the table
+  // of pairs.
   template <class T, class Tile>
   class Decoder {
    public:
@@ -239,7 +240,7 @@ struct HopperColumns {
     // Where a stage has the vector that the lane brings to the first ldmatrix: that of the warpgroup's lane-th row.
     // Rows that are multiples of 8 further on have the same swizzle.
     __device__ static unsigned row_of(const HopperLane<Tile>& lane) {
-      const unsigned row = lane.inner(0, 0) - 2 * lane.t + lane.lane, vector = lane.col() / (2 * kVectorBytes);
+      const unsigned row = lane.first_inner() + lane.lane, vector = lane.col() / (2 * kVectorBytes);
       return row * kTileRowBytes + (vector ^ row / 2 % 4) * kVectorBytes;
     }
     const SharedAddress row_, scales_;
