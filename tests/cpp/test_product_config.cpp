@@ -370,22 +370,35 @@ void wgmma_takes_only_what_it_can_load() {
 constexpr struct {
   std::int64_t rows, cols, inner;
   int tile;
+  bool backward = false;
 } kTilesOfWgmma[] = {
-    {9, 4096, 4096, 16},        {16, 4096, 4096, 16},
-    {17, 4096, 4096, 32},       {32, 4096, 4096, 32},
-    {33, 4096, 4096, 64},       {64, 4096, 4096, 64},
-    {65, 4096, 4096, 128},      {128, 4096, 4096, 128},
-    {512, 4096, 4096, 128},     {768, 4096, 4096, 256},
-    {100'000, 4096, 4096, 256}, {256, 4096, 4096, 128},  // 64 tiles in clusters of 2, rather than 32 in clusters of 4
-    {640, 4096, 4096, 128},                              // 160, rather than 96 of 128 rows that do not exist
-    {128, 1024, 4096, 64},                               // 16 in clusters of 8, rather than 8
-    {256, 1024, 4096, 64},                               // 32 in clusters of 4
-    {1536, 4096, 1024, 128},                             // 384, three for most multiprocessors, rather than 192
+    {9, 4096, 4096, 16},
+    {16, 4096, 4096, 16},
+    {17, 4096, 4096, 32},
+    {32, 4096, 4096, 32},
+    {33, 4096, 4096, 64},
+    {64, 4096, 4096, 64},
+    {65, 4096, 4096, 128},
+    {128, 4096, 4096, 128},
+    {512, 4096, 4096, 128},
+    {768, 4096, 4096, 256},
+    {100'000, 4096, 4096, 256},
+    {256, 4096, 4096, 128},   // 64 tiles in clusters of 2, rather than 32 in clusters of 4
+    {640, 4096, 4096, 128},   // 160, rather than 96 of 128 rows that do not exist
+    {128, 1024, 4096, 64},    // 16 in clusters of 8, rather than 8
+    {256, 1024, 4096, 64},    // 32 in clusters of 4
+    {1536, 4096, 1024, 128},  // 384, three for most multiprocessors, rather than 192
+    // dX, whose steps take other times, and whose warpgroups exchange sums at the end of each tile
+    {12, 4096, 14336, 16, true},
+    {12, 8192, 4096, 16, true},
+    {160, 3072, 2048, 32, true},   // 120, rather than 72 of 64 rows in runs
+    {160, 4096, 14336, 256, true}  // 32 in clusters of 4, rather than 64 of 128 rows in clusters of 2
 };
 
 void tile_of_wgmma_takes_the_least_time() {
-  for (const auto& [rows, cols, inner, tile] : kTilesOfWgmma) {
+  for (const auto& [rows, cols, inner, tile, backward] : kTilesOfWgmma) {
     ProductShape shape = on_hopper(rows);
+    shape.backward = backward;
     shape.cols = cols;
     shape.inner = inner;
     shape.multiprocessors = 132;

@@ -301,6 +301,13 @@ BY_WGMMA = [
     ),
     Mutant(
         "cuda/product/config.cpp",
+        "the warpgroups of dX are thought to exchange nothing",
+        "!backward ? 0 : rows == kGemmTallRows",
+        "true ? 0 : rows == kGemmTallRows",
+        ("product_config",),
+    ),
+    Mutant(
+        "cuda/product/config.cpp",
         "clusters have more blocks than steps",
         *without(" || blocks > runs.steps"),
         ("product_config",),
@@ -404,7 +411,7 @@ BY_WGMMA = [
     ),
     Mutant(
         "cuda/product/config.cpp",
-        "dX is thought to gain by pairs as the forward product does",
+        "a step of dX is thought to take as long as a forward one",
         "std::max(is_backward ? backward : forward,",
         "std::max(forward,",
         ("product_config",),
