@@ -112,7 +112,7 @@ def count_step(kernel: Kernel) -> dict[str, int] | None:
         waiting = sorted((body for body in loops(kernel.code) if count(body, "SYNCS")), key=len)
         asks = [body for body in waiting if count(body, "UTMALDG") == 2]
         scales = [body for body in waiting if count(body, "LDG")]
-        for body in (*asks[1:2], *SCALE_WARPS * scales[:1]):
+        for body in (*asks[-1:], *SCALE_WARPS * scales[:1]):
             beside += body
         left = rows * STEP * 2
         copied = (2 * left + left + cols * STEP // 2) / SHARED_BYTES

@@ -189,7 +189,8 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
     std::int64_t of_16_rows;
   } kClusters[] = {{2, 16}, {4, 29}, {8, 42}};
   const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier : 0;
-  const std::int64_t of_warpgroups = !backward ? 0 : rows == kGemmTallRows ? rows / 4 : rows / 2;
+  const bool shares_steps = hopper_shares_steps(runs.tile_rows);
+  const std::int64_t of_warpgroups = !backward ? 0 : shares_steps ? rows / 2 : rows / 4;
   const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
   HopperSharing best = {1, waves * (runs.steps * of_step + results + of_warpgroups) + of_pairs};
   const auto consider = [&](int cluster, std::int64_t time) {
@@ -207,7 +208,7 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
     if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
     const std::int64_t of_turn = (rows / 4 + results / blocks) / hopper_turns(runs.tile_rows, blocks);
     consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step +
-                         (rows == kGemmTallRows ? 0 : of_warpgroups) + kOfExchange + rows / 16 * of_16_rows + of_turn +
+                         (shares_steps ? of_warpgroups : 0) + kOfExchange + rows / 16 * of_16_rows + of_turn +
                          of_pairs);
   }
   return best;

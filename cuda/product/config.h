@@ -66,9 +66,11 @@ constexpr int kHopperMostCluster = 8;
 // the next ones come. A thread has a vector of four sums for each eight rows, and a block adds an equal part of them.
 constexpr int kHopperMostTurns = 4;
 constexpr int hopper_turns(int tile_rows, int cluster) {
-  const int vectors = tile_rows / 8 / cluster;
-  return vectors < 1 ? 1 : vectors < kHopperMostTurns ? vectors : kHopperMostTurns;
+  return std::clamp(tile_rows / 8 / cluster, 1, kHopperMostTurns);
 }
+// Whether the two warpgroups of a tile of dX share each step. They have columns of their own where a lane has not
+// registers enough for the sums of all (hopper/tile.cuh).
+constexpr bool hopper_shares_steps(int tile_rows) { return tile_rows < kGemmTallRows; }
 // The kernel for few rows takes kGemvRows rows at most, and a block takes kGemvCols columns of the result at a time.
 // Both are sizes of mma.
 constexpr int kGemvRows = 8;

@@ -101,7 +101,7 @@ inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
 
-// Where right has the element that right' has in row r and column col.
+// The element that right' has in row r and column col has this index in right.
 template <bool kForward>
 __device__ __forceinline__ std::int64_t right_index(const Product& product, std::int64_t r, std::int64_t col) {
   return kForward ? col * product.low_rank.cols + r : r * product.cols + col;

@@ -302,8 +302,8 @@ BY_WGMMA = [
     Mutant(
         "cuda/product/config.cpp",
         "the warpgroups of dX are thought to exchange nothing",
-        "!backward ? 0 : rows == kGemmTallRows",
-        "true ? 0 : rows == kGemmTallRows",
+        "!backward ? 0 : shares_steps",
+        "true ? 0 : shares_steps",
         ("product_config",),
     ),
     Mutant(

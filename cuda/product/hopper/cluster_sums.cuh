@@ -10,13 +10,13 @@ namespace qlora_native::QLN_CUDA {
 // (hopper_turns()) all blocks get some of their part. All consumers come here.
 //
 // `own_rank` is the block's rank among those of the tile, and `first_block` the rank in the cluster of the first of
-// these. `result_of_tile()` makes the HopperResult.
+// these. `result_of_tile()` makes the HopperResult, while sums are on their way.
 template <int kCluster, class Tile, class Shared, class Result>
 __device__ __forceinline__ void hopper_cluster_sums(HopperSums<Tile>& own_sums, Shared& shared, int own_rank,
                                                     int first_block, const Result& result_of_tile) {
   using Sums = HopperSums<Tile>;
   using Four = Vector<float, 4>;
-  // Where there are more blocks than vectors, `kSharing` blocks add one vector, of every kSharing-th warp each.
+  // If there are more blocks than vectors, `kSharing` blocks add one vector: each adds that of every kSharing-th warp.
   constexpr int kCount = kCluster < Sums::kVectors ? Sums::kVectors / kCluster : 1;
   constexpr int kSharing = kCluster / (Sums::kVectors / kCount);
   constexpr std::uint32_t kVectorsBytes = Tile::kConsumers * sizeof(Four), kPartBytes = kCount * kVectorsBytes;

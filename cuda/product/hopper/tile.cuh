@@ -19,7 +19,8 @@ namespace qlora_native::QLN_CUDA {
 template <int kRows_, bool kForward_>
 struct HopperTile {
   static constexpr bool kForward = kForward_;
-  static constexpr bool kSharesSteps = !kForward && kRows_ < kGemmTallRows, kSharesCols = !kForward && !kSharesSteps;
+  static constexpr bool kSharesSteps = !kForward && hopper_shares_steps(kRows_),
+                        kSharesCols = !kForward && !kSharesSteps;
   static constexpr int kRows = kRows_, kCols = kGemmCols, kStep = kGemmStep;
   static constexpr int kStages = hopper_stages(kRows);
   // Consumers are the block's first threads. They are as many as a block of gemm/ has, so that its runs and lanes serve
@@ -34,7 +35,7 @@ struct HopperTile {
   static_assert(kStep * 2 == kSwizzledRowBytes);
 };
 
-// What all lanes of a warp have alike. By this the compiler learns it, and computes what follows once for the warp.
+// All lanes of a warp have the same value. By this the compiler learns it, and computes what follows once for the warp.
 template <class T>
 __device__ __forceinline__ T of_warp(T value) {
   return shfl(value, 0);
@@ -54,7 +55,7 @@ struct HopperLane : Lane {
   __device__ __forceinline__ unsigned row() const { return 2 * t; }
   // Its first row of the result that it stores.
   __device__ __forceinline__ unsigned row_of_result() const { return row() + (Tile::kForward ? 0 : 8 * warpgroup()); }
-  // Where its warpgroup's part of a step begins.
+  // Its warpgroup's part of a step begins here.
   __device__ __forceinline__ unsigned first_inner() const {
     return Tile::kSharesSteps ? warpgroup() * Tile::kInner : 0;
   }
@@ -91,7 +92,8 @@ struct HopperShared {
   std::uint64_t sums[kHopperMostTurns];  // the barriers at which the sums of a cluster's blocks arrive
   int run;                               // the block's
 
-  // A word, or a vector of four, of a consumer's scratch memory. Those of neighbouring lanes lie in different banks.
+  // A word, or a vector of four, of a consumer's scratch memory is here. Those of neighbouring lanes lie in different
+  // banks.
   __device__ __forceinline__ SharedAddress scratch(unsigned thread, unsigned word) {
     return SharedAddress(&rows[thread].scratch[(word + thread) % kScratchWords]);
   }

@@ -128,7 +128,7 @@ struct HopperRows {
           scales_(scales.at(lane.col() * sizeof(float)).in_register()),
           t_(lane.t),
           bytes_t_(lane.t | (lane.t + 4) << 4) {}
-    // Where a stage has the i-th vector of the lane's first row.
+    // A stage has the i-th vector of the lane's first row so many bytes behind its codes' beginning.
     __device__ static unsigned vector(const HopperLane<Tile>& lane, unsigned i) {
       return lane.col() * kTileRowBytes + (i ^ lane.col() / 4 % 2) * kVectorBytes;
     }
@@ -237,8 +237,8 @@ struct HopperColumns {
         levels[2 * i + 1] = pair.at[1];
       }
     }
-    // Where a stage has the vector that the lane brings to the first ldmatrix: that of the warpgroup's lane-th row.
-    // Rows that are multiples of 8 further on have the same swizzle.
+    // A stage has the vector that the lane brings to the first ldmatrix so many bytes behind its codes' beginning. It
+    // is that of the warpgroup's lane-th row. Rows that are multiples of 8 further on have the same swizzle.
     __device__ static unsigned row_of(const HopperLane<Tile>& lane) {
       const unsigned row = lane.first_inner() + lane.lane, vector = lane.col() / (2 * kVectorBytes);
       return row * kTileRowBytes + (vector ^ row / 2 % 4) * kVectorBytes;
