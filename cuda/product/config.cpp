@@ -159,7 +159,7 @@ constexpr struct HopperTileTimes {
 } kHopperTiles[] = {{kGemmFewRows, 26, 23, 14, 11},
                     {kThinRows, 25, 26, 18, 13},
                     {kGemmMiddleRows, 27, 30, 27, 19},
-                    {kGemmManyRows, 39, 42, 45, 38},
+                    {kGemmManyRows, 39, 40, 45, 38},
                     {kGemmTallRows, 71, 78, 81, 77}};
 
 // HopperConfig::cluster, and how long the slowest block then takes, in 16 cycles.

@@ -392,7 +392,7 @@ constexpr struct {
     {12, 4096, 14336, 16, true},
     {12, 8192, 4096, 16, true},
     {160, 3072, 2048, 32, true},   // 120, rather than 72 of 64 rows in runs
-    {160, 4096, 14336, 256, true}  // 32 in clusters of 4, rather than 64 of 128 rows in clusters of 2
+    {160, 8192, 14336, 256, true}  // 64 in clusters of 2, rather than 128 of 128 rows
 };
 
 void tile_of_wgmma_takes_the_least_time() {
