@@ -125,8 +125,7 @@ constexpr unsigned kLineBytes = kRowBytes, kLineVectors = kRowBytes / 2 / kVecto
 // of eight vectors, as the rows of the left operand are. The columns of an mma fragment come in pairs that lie
 // kLaneCols apart, so vectors change places by the numbers in which these columns differ.
 template <class Tile>
-struct DecodedRows {
-  static constexpr bool kForward = true;
+struct DecodedRows : ByRows {
   static constexpr unsigned kColThreads = kGemmStep / Tile::kThreadWeights;
 
   // Where a vector of a column stands, in bytes, as all places of this struct.
@@ -145,11 +144,6 @@ struct DecodedRows {
   static constexpr unsigned first_place(unsigned thread) { return place(col_of(thread), inner_of(thread) / 8); }
   // Which byte of a chunk's codes becomes word `i` of a vector.
   static constexpr unsigned byte_of_chunk(unsigned vector, unsigned i) { return 4 * vector + i; }
-
-  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
-    return col * w.K + inner;
-  }
-  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
   // Where a lane points ldmatrix at first; it loads both halves of 16 of the inner dimension in two fragments.
   __device__ static unsigned first_operand(const Lane& lane) {
@@ -172,8 +166,7 @@ struct DecodedRows {
 // the columns of one group of fragments, or of two, and its pairs of neighbours are dealt out to the vectors of these
 // fragments.
 template <class Tile>
-struct DecodedColumns {
-  static constexpr bool kForward = false;
+struct DecodedColumns : ByColumns {
   static constexpr unsigned kRowVectors = Tile::kCols / kMmaCols;
   static constexpr unsigned kRowThreads = Tile::kCols / Tile::kThreadWeights;
   static constexpr unsigned kLineThreads = kLineVectors * kMmaCols / Tile::kThreadWeights;
@@ -204,11 +197,6 @@ struct DecodedColumns {
     return vector / Tile::kGroupFragments * Tile::kGroupCols / 2 + Tile::kGroupFragments * i +
            vector % Tile::kGroupFragments;
   }
-
-  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
-    return inner * w.K + col;
-  }
-  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
   __device__ static unsigned first_operand(const Lane& lane) {
     const unsigned row = lane.lane % 8, half = lane.lane / 8 % 2, other = lane.lane / 16;

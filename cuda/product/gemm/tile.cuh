@@ -8,6 +8,24 @@
 
 namespace qlora_native::QLN_CUDA {
 
+// How a product goes through the weight: a column of the result is one of its rows (forward) or one of its columns
+// (backward). element() is the number of the weight's element that stands at a place of the product's right operand,
+// and that of the next step's element is larger by step().
+struct ByRows {
+  static constexpr bool kForward = true;
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+    return col * w.K + inner;
+  }
+  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
+};
+struct ByColumns {
+  static constexpr bool kForward = false;
+  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
+    return inner * w.K + col;
+  }
+  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
+};
+
 constexpr int kGemmWarps = 8;
 constexpr int kGemmThreads = kGemmWarps * kWarp;
 

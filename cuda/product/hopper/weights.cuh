@@ -40,8 +40,7 @@ constexpr unsigned rows_in_registers(int tile_rows) {
 //
 // TMA's swizzle exchanges the two vectors of a row in every second group of four rows. So four neighbouring g, which is
 // how many a load of 16 bytes serves at once, read different banks.
-struct HopperRows {
-  static constexpr bool kForward = true;
+struct HopperRows : ByRows {
   static constexpr int kTileRows = kGemmCols, kTileRowBytes = kGemmStep / 2;  // of codes
   static constexpr Swizzle kSwizzle = Swizzle::bytes_32;
 
@@ -50,10 +49,6 @@ struct HopperRows {
   // The element of a step, and the column of a tile, that the i-th scale is for.
   static constexpr int scale_inner(int) { return 0; }
   static constexpr int scale_col(int i) { return i; }
-  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
-    return col * w.K + inner;
-  }
-  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView&) { return kGemmStep; }
 
   // The first of the lane's two rows is decoded by the table of pairs. So is the second one, or by a table in
   // registers.
@@ -157,8 +152,7 @@ struct HopperRows {
 // rows.
 //
 // TMA's swizzle of 64 bytes puts the vectors of eight rows, which are loaded at once, into different banks.
-struct HopperColumns {
-  static constexpr bool kForward = false;
+struct HopperColumns : ByColumns {
   static constexpr int kTileRows = kGemmStep, kTileRowBytes = kGemmCols / 2;
   static constexpr Swizzle kSwizzle = Swizzle::bytes_64;
 
@@ -166,10 +160,6 @@ struct HopperColumns {
   static constexpr int tile_byte(int, int col0) { return col0 / 2; }
   static constexpr int scale_inner(int i) { return i % kGemmStep; }
   static constexpr int scale_col(int i) { return i / kGemmStep * kGemmStep; }
-  static QLN_HOST_DEVICE std::int64_t element(const QuantizedWeightView& w, std::int64_t inner, std::int64_t col) {
-    return inner * w.K + col;
-  }
-  static QLN_HOST_DEVICE std::int64_t step(const QuantizedWeightView& w) { return kGemmStep * w.K; }
 
   // The levels of the lane's first kRowsInRegisters rows come from a table in registers, and the others from the table
   // of pairs.
