@@ -239,7 +239,7 @@ step(weight, 1), step(quantized, 1)  # what is made once
 def test_logits_never_exist_as_a_whole():
     """The logits of 1024 rows by 49,152 words are 96 MB in bf16, and 192 MB in fp32; a chunk of them is 24 MB."""
     taken = peaks(STEPS, "step(weight, T)", "step(quantized, T)")
-    assert all(24 << 20 <= each <= 40 << 20 for each in taken), megabytes(taken)
+    assert all(16 << 20 <= each <= 40 << 20 for each in taken), megabytes(taken)
 
 
 @pytest.mark.parametrize(
