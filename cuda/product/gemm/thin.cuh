@@ -137,7 +137,7 @@ class ThinGemm {
     return chunk < args_.last_chunk ? chunk : args_.last_chunk;
   }
   __device__ __forceinline__ std::uint32_t chunk_of(std::int64_t col, std::int64_t inner) const {
-    const std::int64_t element = tile_rows_.weight_offset() + col * args_.weight.K + inner;
+    const std::int64_t element = tile_rows_.weight_offset() + ByRows::element(args_.weight, inner, col);
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(element) / kChunk);
   }
   __device__ __forceinline__ std::uint32_t chunks_of_row() const {

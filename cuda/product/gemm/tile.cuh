@@ -1,5 +1,5 @@
-// The shape of a block's work in the tensor-core product (gemm.cuh): which part of a tile a warp has, and which a lane
-// has.
+// The shape of a block's work in the tensor-core product (gemm.cuh): how it goes through the weight, which part of a
+// tile a warp has, and which a lane has.
 #pragma once
 
 #include "device/weight_chunk.cuh"
