@@ -12,7 +12,8 @@ import pytest
 # What is freed goes back to the system at once, so that the next one does not live on what this one has left.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
 PROGRAM = """
-import gc, threading, time, torch
+import ctypes, gc, threading, time, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page that is touched brings no 511 others
 
 def anonymous():
     with open("/proc/self/status") as lines:
