@@ -266,6 +266,65 @@ def test_second_derivative_is_named_in_the_error():
         torch.autograd.grad(da.sum(), b)
 
 
+ONES = qn.quantize(torch.ones(8, 64))
+FUNCTIONS = {  # of x [2, 64]
+    "linear": lambda x: qn.linear(x, ONES),
+    "linear_grouped": lambda x: qn.functional.linear_grouped(
+        x, ONES, lora_a=torch.ones(2, 1, 64), lora_b=torch.ones(2, 8, 1), adapter_index=torch.tensor([1, 0])
+    ),
+    "linear_cross_entropy": lambda x: qn.functional.linear_cross_entropy(x, torch.ones(8, 64), torch.tensor([1, 2])),
+    "attention": lambda x: qn.functional.attention(*[x.view(1, 2, 8, 8)] * 3),
+    "rotary_embedding": lambda x: qn.functional.rotary_embedding(x.view(1, 2, 8, 8), *[torch.ones(1, 8, 8)] * 2),
+    "rms_norm": lambda x: qn.functional.rms_norm(x, torch.ones(64)),
+    "gated_activation": lambda x: qn.functional.gated_activation(x, torch.ones(2, 64)),
+}
+OPS = {
+    "linear": lambda x: ops.linear_forward(x, *ONES.op_arguments(), None, None, None, 1.0, 0.0, None)[0],
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
+        x, torch.tensor([1, 2]), torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0,
+        0.0, 0.0, [False] * 4, None,
+    )[0],
+    "rms_norm": lambda x: ops.rms_norm(x, torch.ones(64), 0.0, 1e-6)[0],
+    "attention": lambda x: ops.attention(*[x.view(1, 2, 8, 8)] * 3, 1.0)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["jvp", "jacfwd", "dual"])
+@pytest.mark.parametrize(
+    ("name", "function"), [*FUNCTIONS.items(), *OPS.items()], ids=[*FUNCTIONS, *(f"op of {name}" for name in OPS)]
+)
+def test_forward_mode_is_named_in_the_error(name, function, mode):
+    x, tangent = torch.randn(2, 64), torch.randn(2, 64)
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(x, tangent))
+
+    modes = {
+        "jvp": lambda x: torch.func.jvp(function, (x,), (tangent,)),
+        "jacfwd": torch.func.jacfwd(function),
+        "dual": dual,
+    }
+    assert function(x).isfinite().all()
+    with pytest.raises(NotImplementedError, match=f"qlora_native.{name}: expected reverse-mode differentiation"):
+        modes[mode](x)
+
+
+def test_compiled_forward_mode_is_named_in_the_error():
+    x = torch.randn(2, 64)
+    compiled = torch.compile(lambda x: torch.func.jvp(FUNCTIONS["linear"], (x,), (x,)), backend="aot_eager")
+    with pytest.raises(Exception, match="qlora_native.linear: expected reverse-mode"):  # in an error of the compiler
+        compiled(x)
+
+
+def test_tensors_without_tangents_pass_through_forward_mode():
+    x, q, bias, a, b = operands(requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        y = qn.linear(x, q, bias, a, b)
+        assert torch.equal(y, qn.linear(x.detach(), q, bias, a, b))
+        assert y.requires_grad
+
+
 def test_weight_stays_out_of_autograd():
     weight = torch.randn(N, K, requires_grad=True)
     q = qn.quantize(weight)

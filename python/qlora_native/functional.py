@@ -19,7 +19,7 @@ from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shap
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
-from ._ops import LinearFunction
+from ._ops import linear_forward, refuse_forward_mode
 from ._quant_state import NESTED_BLOCKSIZE
 from ._rotary import rotary_embedding
 from ._weight import QuantizedWeight, check_quantized
@@ -37,8 +37,6 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
 ]
-
-_linear_forward = torch.ops.qlora_native.linear_forward.default
 
 
 def quantize(
@@ -250,7 +248,7 @@ def linear(
     if bias is not None:
         bias = checked_bias(bias, (N,), x)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
-    return _product(x, *q.op_arguments(), bias, *lora)
+    return linear_forward(x, *q.op_arguments(), bias, *lora)[0]
 
 
 def linear_grouped(
@@ -291,6 +289,7 @@ def linear_grouped(
             offsets and indices are not read, because that would wait for the device; wrong ones touch no memory but
             that of the operands.
     """
+    refuse_forward_mode("linear_grouped", (x,))  # before its rows are sorted
     x = checked_input(x, q, 3)
     *experts, N, K = q.shape
     if (offsets is None) == (adapter_index is None):
@@ -311,20 +310,9 @@ def linear_grouped(
         bias = checked_bias(bias, (*experts, N), x)
     of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
-    y = _product(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
+    y, _ = linear_forward(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
     y = y if back is None else _Permuted.apply(y, *back)
     return y.view(*x.shape[:-1], N)
-
-
-def _product(*arguments: Any) -> Tensor:
-    """Call the op linear_forward, with as little overhead as autograd and torch.compile allow."""
-    if torch.compiler.is_compiling():
-        return _linear_forward(*arguments)[0]
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-        return LinearFunction.apply(*arguments)[0]
-    # Skip the registered autograd formula: it is Python, and takes 10 us a call even if no gradient is wanted.
-    with torch._C._AutoDispatchBelowAutograd():
-        return _linear_forward(*arguments)[0]
 
 
 class _Permuted(torch.autograd.Function):
