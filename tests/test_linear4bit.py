@@ -12,6 +12,7 @@ import qlora_native as qn
 from qlora_native.nn import Linear4bit, quantize_model
 
 N, K = 40, 96
+LARGEST = torch.finfo(torch.float32).max
 OPTIONS = [
     {},
     {"double_quant": False},
@@ -42,6 +43,29 @@ def same(layer, other):
     for name, tensor in layer.state_dict().items():
         other_tensor = other.state_dict()[name]
         assert tensor.dtype == other_tensor.dtype and torch.equal(tensor, other_tensor), name
+
+
+# ---- the container ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("format", "value"), [("nf4", LARGEST), ("fp4", LARGEST), ("int4", LARGEST), ("int4", 3.3e38), ("int8", 3.3e38)]
+)
+def test_weight_of_large_values_is_valid_and_decodes_to_finite_ones(format, value, double_quant):
+    weight = torch.randn(6, 128)
+    weight[1, 3], weight[2, 5], weight[4:] = value, -value, value
+    q = qn.quantize(weight, format, double_quant=double_quant)
+    assert q.check_values() is q
+    assert q.dequantize().isfinite().all()
+
+
+def test_container_describes_itself_in_a_line():
+    q = qn.quantize(torch.randn(48, 96).bfloat16())
+    assert repr(q) == (
+        f"QuantizedWeight(shape=(48, 96), format=nf4, blocksize=64, double_quant=True, dtype=torch.bfloat16, "
+        f"device=cpu, nbytes={q.nbytes})"
+    )
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

@@ -134,6 +134,22 @@ def test_inductor_compiles_one_graph_that_computes_the_same():
     assert (first - block(x)).norm() < 2 * block(x).norm()
 
 
+def test_scaling_in_a_tensor_is_read_at_each_call():
+    x, q, bias, a, b = operands(requires_grad=True)
+    scaling = torch.tensor(0.5)
+    function = torch.compile(lambda: qn.linear(x, q, bias, a, b, scaling), backend="aot_eager", fullgraph=True)
+    for value in (0.5, -3.0):
+        scaling.fill_(value)
+        expected = qn.linear(x, q, bias, a, b, value)
+        for y in (qn.linear(x, q, bias, a, b, scaling), function()):
+            assert torch.equal(y, expected)
+            gradients = (
+                torch.autograd.grad(each.square().sum(), (x, a, b), retain_graph=True) for each in (y, expected)
+            )
+            for actual, wanted in zip(*gradients, strict=True):
+                assert (actual - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_compiled_function_takes_any_container():
     x, q, bias, a, b = operands()
     compiled = torch.compile(lambda x, q: qn.linear(x, q, bias), backend="aot_eager", fullgraph=True)

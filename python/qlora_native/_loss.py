@@ -36,7 +36,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",

@@ -67,9 +67,9 @@ def quantize(
 
     Raises:
         TypeError: `weight` is not a tensor of one of these dtypes, or `blocksize` is not an int.
-        ValueError: `weight` has another number of dimensions, is empty, or has a NaN or Inf (the message says how many
-            and where the first is); the format or the blocksize is unknown; or the codebook is not 16 ascending finite
-            values.
+        ValueError: `weight` has another number of dimensions, is empty, has a NaN or Inf (the message says how many and
+            where the first is), or is so near the largest of fp32 that it decodes to Inf; the format or the blocksize
+            is unknown; or the codebook is not 16 ascending finite values.
     """
     if not isinstance(weight, Tensor):
         raise bad_type("weight", "a tensor", type(weight).__name__)
@@ -93,7 +93,7 @@ def quantize(
         rows, code, nested_code, bits, blocksize
     )
     _check_found(non_finite, weight)
-    return QuantizedWeight(
+    q = QuantizedWeight(
         codes=codes.view(codes_shape(*weight.shape, bits=bits)),
         absmax=absmax,
         nested_absmax=nested_absmax if double_quant else None,
@@ -105,6 +105,10 @@ def quantize(
         format=format,
         dtype=weight.dtype,
     )
+    try:
+        return q.check_values()
+    except ValueError:
+        raise bad("weight", f"values that {format} decodes to finite ones", f"up to {rows.abs().max():.9g}") from None
 
 
 def double_quantized(q: QuantizedWeight) -> QuantizedWeight:
@@ -212,7 +216,7 @@ def linear(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     lora_dropout: float = 0.0,
 ) -> Tensor:
     """Multiply by a quantized weight, with a LoRA adapter (Hu et al., 2021) inside the same product.
@@ -229,7 +233,8 @@ def linear(
         bias: [N], any floating dtype.
         lora_a: [rank, K] in fp32, bf16 or fp16, together with `lora_b`. Rank 0 means no adapter.
         lora_b: [N, rank] in the dtype of `lora_a`.
-        lora_scaling: any finite factor.
+        lora_scaling: any finite factor. A tensor [] multiplies `lora_b`, so a compiled graph reads it at each call, as
+            PEFT's hotswapping needs.
         lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the adapter;
             the others are scaled by 1/(1-p). It applies whenever it is above 0, so a layer passes 0 in evaluation. One
             number drawn from torch's CPU generator determines the mask, which is not stored for backward. If
@@ -258,7 +263,7 @@ def linear_grouped(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     lora_dropout: float = 0.0,
     *,
     adapter_index: Tensor | None = None,

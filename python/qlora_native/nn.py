@@ -161,7 +161,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         x: Tensor,
         lora_a: Tensor | None = None,
         lora_b: Tensor | None = None,
-        lora_scaling: float = 1.0,
+        lora_scaling: float | Tensor = 1.0,
         lora_dropout: float = 0.0,
         adapter_index: Tensor | None = None,
     ) -> Tensor:
