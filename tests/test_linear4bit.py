@@ -87,7 +87,7 @@ def test_container_of_a_layer_shares_its_tensors(options):
     layer, _ = layer_of(options)
     q = layer.quantized_weight
     assert q.codes is layer.weight and q.absmax is layer.absmax
-    assert q.nested_absmax is layer.nested_absmax and q.code is layer.code
+    assert q.nested_absmax is layer.nested_absmax and q.code is layer.codebook
     checked = qn.QuantizedWeight(*(getattr(q, name) for name in q.__dataclass_fields__))
     assert checked.format == layer.format
     assert q.nbytes == sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
@@ -97,7 +97,7 @@ def test_stored_tensors_are_what_fsdp_and_peft_expect():
     layer, _ = layer_of()
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     assert parameters.keys() == {"weight", "absmax", "bias"}
-    assert buffers.keys() == {"nested_absmax", "nested_code", "offset", "code"}
+    assert buffers.keys() == {"nested_absmax", "nested_code", "offset", "codebook"}
     for name in ("weight", "absmax"):  # bytes, so that a mixed-precision policy leaves them alone
         assert parameters[name].dtype == torch.uint8 and not parameters[name].requires_grad
     assert layer.weight.shape == (N, K // 2)
@@ -115,8 +115,43 @@ def test_stored_tensors_are_what_fsdp_and_peft_expect():
 def test_each_layer_has_tables_of_its_own():
     """safetensors refuses to save tensors that share memory."""
     first, second = layer_of()[0], layer_of()[0]
-    for name in ("code", "nested_code"):
+    for name in ("codebook", "nested_code"):
         assert getattr(first, name).data_ptr() != getattr(second, name).data_ptr()
+
+
+LAYERS = {
+    "linear": lambda: layer_of()[0],
+    "embedding": lambda: qn.nn.Embedding4bit.from_embedding(nn.Embedding(N, K)),
+    "experts": lambda: qn.nn.Experts4bit.from_parameter(torch.randn(2, N, K)),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_float64_is_refused_at_once_and_changes_nothing(make):
+    layer, twin = (make() for _ in range(2))
+    message = "{}: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"
+    for cast in (layer.double, lambda: layer.to(torch.float64), lambda: nn.Sequential(layer).double()):
+        with pytest.raises(TypeError, match=message.format("compute_dtype")):
+            cast()
+    for name in ("compute_dtype", "product_dtype"):
+        with pytest.raises(TypeError, match=message.format(name)):
+            setattr(layer, name, torch.float64)
+        assert getattr(layer, name) == getattr(twin, name)
+    assert {n: t.dtype for n, t in layer.state_dict().items()} == {n: t.dtype for n, t in twin.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_dict_of_version_0_1_is_read(options):
+    layer, _ = layer_of(options)
+    state = layer.state_dict()
+    if "codebook" in state:
+        state["code"] = state.pop("codebook")
+    again = fresh(options)
+    again.load_state_dict(state)
+    same(again, layer)
+    again = nn.Sequential(fresh(options, device="meta"))
+    again.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
+    same(again[0], layer)
 
 
 def test_layer_has_gradients_of_input_and_bias():

@@ -167,6 +167,22 @@ def test_exported_layer_computes_the_same():
     torch.testing.assert_close(exported(x), block(x))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "options", [*WEIGHTS, {"format": "mxfp4"}, {"codebook": [i / 8 - 1 for i in range(16)]}], ids=str
+)
+def test_exported_layer_alone_gives_the_same_bits(options, strict):
+    torch.manual_seed(0)
+    layers = {
+        qn.nn.Linear4bit.from_linear(nn.Linear(K, N), **options): (torch.randn(2, 5, K),),
+        qn.nn.Embedding4bit.from_embedding(nn.Embedding(N, K), **options): (torch.tensor([[3, 0], [7, 3]]),),
+        qn.nn.Experts4bit.from_parameter(torch.randn(2, N, K), **options): (torch.randn(5, K), torch.tensor([0, 2, 5])),
+    }
+    for layer, arguments in layers.items():
+        program = torch.export.export(layer, arguments, strict=strict)
+        assert torch.equal(program.module()(*arguments), layer(*arguments))
+
+
 # ---- checkpointing ---------------------------------------------------------------------------------------------------
 
 
