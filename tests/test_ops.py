@@ -1,9 +1,16 @@
 """Guards the torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what backward keeps."""
 
+import functools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import qlora_native as qn
 
@@ -181,6 +188,80 @@ def test_exported_layer_alone_gives_the_same_bits(options, strict):
     for layer, arguments in layers.items():
         program = torch.export.export(layer, arguments, strict=strict)
         assert torch.equal(program.module()(*arguments), layer(*arguments))
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", ["x, adapter", "x", "adapter", "nothing"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_step_counts_the_flops_of_the_dense_step(trained, adapter):
+    x, q, bias, a, b = operands()
+    x.requires_grad_("x" in trained)
+    a.requires_grad_("adapter" in trained), b.requires_grad_("adapter" in trained)
+    lora = (a, b) if adapter else (None, None)
+    dense = q.dequantize()
+
+    def plain():
+        y = F.linear(x, dense, bias)
+        return y + 0.5 * F.linear(F.linear(x, a), b) if adapter else y
+
+    def total(forward):
+        return flops(lambda: forward().sum().backward() if forward().requires_grad else forward())
+
+    assert total(lambda: qn.linear(x, q, bias, *lora, 0.5)) == total(plain) > 0
+    grouped = qn.quantize(torch.randn(3, N, K))
+    offsets = torch.tensor([0, 4, 4, 10])
+    stacks = [each.expand(3, *each.shape) for each in (a, b)] if adapter else (None, None)
+    call = functools.partial(qn.functional.linear_grouped, x.view(10, K), grouped, offsets, None, *stacks)
+    assert total(lambda: call()) == total(plain)
+
+
+@pytest.mark.parametrize("dense_head", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_loss_counts_the_flops_of_the_dense_loss(adapter, dense_head):
+    x, q, bias, a, b = operands(requires_grad=True)
+    labels, lora = torch.randint(N, (2, 5)), (a, b) if adapter else (None, None)
+    weight = q.dequantize().requires_grad_(dense_head)
+
+    def plain():
+        y = F.linear(x, weight, bias)
+        y = y + F.linear(F.linear(x, a), b) if adapter else y
+        F.cross_entropy(y.flatten(0, 1), labels.flatten()).backward()
+
+    def ours():
+        qn.functional.linear_cross_entropy(x, weight if dense_head else q, labels, bias, *lora).backward()
+
+    assert flops(ours) == flops(plain) > 0
+
+
+def test_attention_counts_the_flops_of_torchs():
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    shapes = [q.shape] * 3  # torch counts heads that are repeated
+    forward, backward = sdpa_flop_count(*shapes), sdpa_backward_flop_count(q.shape, *shapes)
+    assert flops(lambda: qn.functional.attention(q, k, v)) == forward
+    assert flops(lambda: qn.functional.attention(q, k, v).sum().backward()) == forward + backward
+
+
+@pytest.mark.parametrize("first", ["qlora_native", "torch.utils.flop_counter"])
+def test_formulas_are_registered_in_any_order_of_imports(first):
+    code = f"""
+import sys, importlib
+importlib.import_module({first!r})
+assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} != "qlora_native")
+import qlora_native, torch, torch.utils.flop_counter as counter
+assert torch.ops.qlora_native.linear_forward in counter.flop_registry
+assert counter.__spec__.loader.name == "torch.utils.flop_counter"
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 # ---- checkpointing ---------------------------------------------------------------------------------------------------
