@@ -1,15 +1,14 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: as much as for the dense products of such shapes.
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: as much as for the dense products they replace.
 
 Importing the counter imports triton where there is one, so the formulas are registered when a program imports it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -78,12 +77,9 @@ class _WhenImported(MetaPathFinder):
     """Finds the counter as Python does, and registers the formulas once it has been executed."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target) if name == _COUNTER else None
         if spec is None or spec.loader is None:
-            return spec
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
