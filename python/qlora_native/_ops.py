@@ -100,7 +100,7 @@ def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype, offsets=None, adapte
 @torch.library.register_fake("qlora_native::optimizer_8bit_step")
 def _(
     algorithm, params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
-    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(),
+    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(), check_only=False,
 ):  # fmt: skip
     return None
 

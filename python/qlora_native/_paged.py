@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _C
 from ._optim_base import Optimizer8bit
 from ._optim_state import Algorithm, shapes_of
+from ._sharded import local
 
 
 def is_pageable(device: torch.device) -> bool:
@@ -35,12 +36,12 @@ class MomentArena:
 
     def __init__(self, algorithm: Algorithm, in_8_bits: Mapping[Tensor, bool], device: torch.device) -> None:
         """See the class."""
-        states = [(param.numel(), flag) for param, flag in in_8_bits.items()]
+        states = [(local(param).numel(), flag) for param, flag in in_8_bits.items()]
         self.arena = _C.PagedArena(states, device.type == "cuda", device.index or 0, algorithm.name)
         self.unused: dict[Tensor, dict[str, Tensor]] = {}
         for index, (param, flag) in enumerate(in_8_bits.items()):
             arrays = map(torch.from_dlpack, self.arena.arrays(index))
-            shapes = shapes_of(algorithm, param, flag)
+            shapes = shapes_of(algorithm, local(param), flag)
             self.unused[param] = {
                 name: array.view(shape) for array, (name, (_, shape)) in zip(arrays, shapes.items(), strict=True)
             }
