@@ -121,7 +121,7 @@ void check_same_shape(const Tensor& grad, const Tensor& param, const Name& argum
 
 using Numbers = std::vector<double>;
 
-void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& params, const Tensors& grads,
+void optimizer_8bit_step_op(StringHandle algorithm_name, const Tensors& params, const Tensors& grads,
                             const Tensors& state1, const Tensors& state2, const Tensors& absmax1,
                             const Tensors& absmax2, const Tensors& steps, const std::vector<std::int64_t>& group_sizes,
                             const Numbers& lr, const Numbers& beta1, const Numbers& beta2, const Numbers& eps,
@@ -129,7 +129,7 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
                             const OptionalTensor& found_inf, const Tensor& skipped, const Tensors& lr_tensors,
                             const std::vector<std::int64_t>& lr_groups, const Numbers& beta3, const Numbers& alpha,
                             const Numbers& t_alpha, const Numbers& t_beta3, bool check_only) {
-  const Algorithm algorithm = algorithm_of(algorithm_name);
+  const Algorithm algorithm = algorithm_of(take_text(algorithm_name));
   const std::size_t count = params.size();
   check_length(grads.size(), count, "grads");
   for (const auto* values : {&lr, &beta1, &beta2, &eps, &weight_decay}) {
@@ -226,6 +226,22 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
   args.inv_scale = scalar(inv_scale, "inv_scale");
   args.found_inf = scalar(found_inf, "found_inf");
   args.skipped = static_cast<std::int64_t*>(data_of(skipped, ScalarType::Long, 1, skipped, "skipped"));
+  Operands operands;
+  const auto add = [&](const Tensors& list, const char* name, bool written) {
+    for (std::size_t i = 0; i < list.size(); ++i) operands.add(list[i], {name, static_cast<std::int64_t>(i)}, written);
+  };
+  add(params, "params", true);
+  add(grads, "grads", false);
+  add(state1, "state1", true);
+  add(state2, "state2", true);
+  add(absmax1, "absmax1", true);
+  add(absmax2, "absmax2", true);
+  add(steps, "steps", true);
+  add(lr_tensors, "lr_tensors", false);
+  if (inv_scale) operands.add(*inv_scale, {"inv_scale"}, false);
+  if (found_inf) operands.add(*found_inf, {"found_inf"}, false);
+  operands.add(skipped, {"skipped"}, true);
+  operands.check_apart();
   const auto write = [&] {
     for (auto& [param, copy] : written) torch::stable::copy_(param, copy);
   };

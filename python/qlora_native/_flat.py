@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._errors import check_memory
 from ._formats import ceil_div
 from ._optim_state import BLOCKSIZE, Algorithm, shapes_of
 from ._sharded import local
@@ -84,6 +85,7 @@ def _move(name: str, unit: int, items: list[tuple[Tensor, dict[str, Tensor]]]) -
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
     for place, (_, state) in zip(flat.split(sizes), items, strict=True):
         tensor = state[name]
+        check_memory(name, tensor)
         state[name] = place[: tensor.numel()].view(tensor.shape)
         state[name].copy_(tensor)
     return flat

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._formats import ceil_div
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._weight import QuantizedWeight
@@ -29,6 +29,7 @@ _FEWEST_ROWS = 16
 _GRADIENT_ROWS = 4096
 
 
+@checks_memory
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -261,6 +262,8 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     `wanted` says which gradients: of hidden, a dense weight, the bias, the adapter; the others are empty tensors.
     `row_gradients` [T] are factors of the rows' gradients.
     """
+    for argument, value in zip(_ARGUMENTS, arguments, strict=False):
+        check_memory(argument, value)
     hidden, labels, head = _head_of(arguments[:_HEAD])
     *loss_options, wanted, row_gradients = arguments[_HEAD:]
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -284,6 +287,9 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
         gradients.add(x, logits, u, v)
         del logits  # so that two chunks never exist at once
     return (loss, log_probability, dhidden, *gradients.results())
+
+
+_ARGUMENTS = [argument.name for argument in _ops.linear_cross_entropy.default._schema.arguments]
 
 
 @_linear_cross_entropy.register_fake
@@ -335,6 +341,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dloss is None or not any(ctx.wanted):
             return tuple(results)
+        check_memory("dloss", dloss)
         if ctx.reduction == "none":
             arguments = list(ctx.others)
             for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):

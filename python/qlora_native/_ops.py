@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
+from ._errors import check_memory
 
 _ops = torch.ops.qlora_native
 _NESTED_BLOCKSIZE = 256
@@ -173,6 +174,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
     """Sum the rows of `dy` [..., N]: [N], or [weights, N] if each group has a bias of its own."""
+    check_memory("dy", dy)
     rows = dy.reshape(-1, dy.shape[-1])
     if weights == 1:
         return rows.sum(0)

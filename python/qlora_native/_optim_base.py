@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._errors import bad, check_float_dtype
+from ._errors import bad, check_float_dtype, check_memory
 from ._flat import FlatStates, are_states
 from ._optim_state import (
     Algorithm,
@@ -260,6 +260,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         A GradScaler sets both. The processes that share a parameter skip a step together.
         """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for name, tensor in (("grad_scale", scale), ("found_inf", found_inf)):
+            check_memory(name, tensor)
         if scale is not None:  # in float64, so that the bits are those of GradScaler.unscale_
             scale = torch.as_tensor(scale, device=like.device).double().reciprocal().float()
         if found_inf is not None:

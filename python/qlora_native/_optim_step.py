@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops  # noqa: F401  (the fake kernel)
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, check_memory
 from ._flat import FlatStates
 from ._optim_state import Algorithm
 from ._sharded import local_pairs
@@ -50,6 +50,7 @@ def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
         return None
     if lr.numel() != 1:
         raise bad("lr", "a number or a one-element tensor", f"shape {list(lr.shape)}")
+    check_memory("lr", lr)
     if lr.device != device:
         return None
     if lr.dtype == torch.float32:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._errors import check_memory
 from ._optim_base import Optimizer8bit
 from ._optim_state import Algorithm, shapes_of
 from ._sharded import local
@@ -121,6 +122,7 @@ class Paged(Optimizer8bit):
             moments = self.state.get(param)
             if moments and "state1" in moments:
                 for name, tensor in arena.unused.pop(param).items():
+                    check_memory(name, moments[name])
                     moments[name] = tensor.copy_(moments[name])
         self._arenas[index, device] = arena
         return arena

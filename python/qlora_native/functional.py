@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._attention import attention
 from ._elementwise import gated_activation, rms_norm
-from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from ._errors import bad, bad_type, check_float_dtype, checks_memory, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
@@ -41,6 +41,7 @@ __all__ = [
 _linear_forward = torch.ops.qlora_native.linear_forward.default
 
 
+@checks_memory
 def quantize(
     weight: Tensor,
     format: str = "nf4",
@@ -181,6 +182,7 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     return q.dequantize(dtype)
 
 
+@checks_memory
 def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """Decode rows of W: `F.embedding(ids, dequantize(q))` without decoding the other rows.
 
@@ -208,6 +210,7 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
     return rows.view(*ids.shape, q.shape[1])
 
 
+@checks_memory
 def linear(
     x: Tensor,
     q: QuantizedWeight,
@@ -253,6 +256,7 @@ def linear(
     return _product(x, *q.op_arguments(), bias, *lora)
 
 
+@checks_memory
 def linear_grouped(
     x: Tensor,
     q: QuantizedWeight,

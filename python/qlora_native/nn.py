@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._embedding import Embedding4bit, can_be_quantized
-from ._errors import bad, bad_type
+from ._errors import bad, bad_type, check_memory
 from ._experts import Experts4bit
 from ._layer import QuantizedLayer, zero_weight
 from ._neighbours import (
@@ -178,7 +178,10 @@ class Linear4bit(QuantizedLayer, nn.Linear):
             [..., out_features] in the dtype of x.
         """
         q, lora = self.quantized_weight, (lora_a, lora_b, lora_scaling, lora_dropout)
-        rows = x if self.product_dtype is None else x.to(self.product_dtype)
+        rows = x
+        if self.product_dtype is not None:
+            check_memory("x", x)
+            rows = x.to(self.product_dtype)
         if adapter_index is None:
             y = functional.linear(rows, q, self.bias, *lora)
         else:
