@@ -23,6 +23,7 @@ from lora import (  # noqa: E402
     quantized,
     relative_error,
 )
+from peft.utils import hotswap  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -321,3 +322,24 @@ def test_unload_gives_the_base_model_back(family):
 def test_register_names_the_config_that_it_expected():
     with pytest.raises(TypeError, match=r"lora_config: expected a peft\.LoraConfig, got dict"):
         register({"r": 8})
+
+
+def test_swapped_adapter_runs_in_the_compiled_graph(tmp_path):
+    """PEFT's hotswapping: other weights, another rank and another scaling, and no second compilation."""
+    x = models.ids(2, 5)
+    adapters = {"one": {"r": 2, "lora_alpha": 2}, "other": {"r": 4, "lora_alpha": 12}}
+    expected = {}
+    for number, (name, changes) in enumerate(adapters.items()):
+        torch.manual_seed(number)
+        model = peft.get_peft_model(quantized(), config(**changes)).eval()
+        model.save_pretrained(tmp_path / name)
+        expected[name] = model(x).logits.detach()
+    model = peft.PeftModel.from_pretrained(quantized(), tmp_path / "one").eval()
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert_close(model(x).logits.detach(), expected["one"], ORDER)
+    torch.compiler.reset()
+    model.compile(backend="aot_eager")
+    assert_close(model(x).logits.detach(), expected["one"], ORDER)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        hotswap.hotswap_adapter(model, tmp_path / "other", adapter_name="default")
+        assert_close(model(x).logits.detach(), expected["other"], ORDER)

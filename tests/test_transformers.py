@@ -101,6 +101,28 @@ def test_compute_dtype_is_that_of_the_product(folders):
     assert torch.equal(layer(x), expected.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_file_says_the_dtype_of_the_product(folders, tmp_path, dtype):
+    """The model's, unless the user chose one."""
+    loaded = load(folders["llama"], dtype=dtype, quantization_config=config())
+    replaced = qn.nn.quantize_model(models.make("llama", dtype), progress=False)
+    cast = qn.nn.quantize_model(models.make("llama"), progress=False).to(dtype)
+    chosen = load(folders["llama"], dtype=dtype, quantization_config=config(bnb_4bit_compute_dtype=torch.float16))
+    for name, model in {"loaded": loaded, "replaced": replaced, "cast": cast, "chosen": chosen}.items():
+        model.save_pretrained(tmp_path / name)
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        expected = torch.float16 if name == "chosen" else dtype
+        assert f"torch.{written['bnb_4bit_compute_dtype']}" == str(expected), name
+    again = load(tmp_path / "loaded", dtype=dtype, quantization_config=config())
+    assert torch.equal(models.logits(again), models.logits(loaded))
+
+
+def test_float64_as_compute_dtype_is_named_in_the_error():
+    for dtype in (torch.float64, "float64"):
+        with pytest.raises(TypeError, match="bnb_4bit_compute_dtype: expected torch.float32, .* got torch.float64"):
+            config(bnb_4bit_compute_dtype=dtype)
+
+
 def test_nan_in_a_shard_ends_the_loading(tmp_path):
     model = models.make("llama")
     with torch.no_grad():

@@ -46,10 +46,8 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     _check("gate", gate, gate)
     _check("up", up, gate)
     number = ACTIVATIONS.index(activation)
-    if torch.compiler.is_compiling():
-        return _ops.gated_activation(gate, up, number)
-    h = GatedActivation.apply(gate, up, number)
-    if h.requires_grad:
+    h = _gated_op(gate, up, number)
+    if h.requires_grad and not torch.compiler.is_compiling():
         Remade.by(h, partial(_compute_gated, activation=number), (gate, up))
     return h
 
@@ -84,10 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, shift: float = 0.0
         raise bad("eps", "a number of at least 0", eps)
     if not math.isfinite(shift):
         raise bad("shift", "a finite number", shift)
-    weight = weight.contiguous()
-    if torch.compiler.is_compiling():
-        return _ops.rms_norm(x, weight, shift, eps)[0]
-    return RmsNorm.apply(x, weight, shift, eps)[0]
+    return _norm_op(x, weight.contiguous(), shift, eps)[0]
 
 
 def _check(name: str, tensor: Tensor, first: Tensor) -> None:
@@ -149,7 +144,7 @@ def _gated_backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
-GatedActivation = differentiable("gated_activation", _save_gated, _gated_backward)
+_gated_op = differentiable("gated_activation", "gated_activation", _save_gated, _gated_backward)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -180,6 +175,6 @@ def _norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     return total
 
 
-RmsNorm = differentiable("rms_norm", _save_norm, _norm_backward)
+_norm_op = differentiable("rms_norm", "rms_norm", _save_norm, _norm_backward)
 refuse_second_derivative("gated_activation_backward", "gated_activation")
 refuse_second_derivative("rms_norm_backward", "rms_norm")

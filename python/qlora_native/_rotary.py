@@ -48,9 +48,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if tensor.shape not in ((B, T, D), (1, T, D)) or tensor.shape != cos.shape:
             raise bad(name, f"{[B, T, D]} or {[1, T, D]}, cos and sin alike", list(tensor.shape))
     cos, sin = cos.detach().contiguous(), sin.detach().contiguous()
-    if torch.compiler.is_compiling():
-        return _ops.rotary(x, cos, sin)
-    return Rotary.apply(x, cos, sin)
+    return _rotary_op(x, cos, sin)
 
 
 @torch.library.register_fake("qlora_native::rotary")
@@ -69,4 +67,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
-Rotary = differentiable("rotary", _save, _backward)
+_rotary_op = differentiable("rotary", "rotary_embedding", _save, _backward)

@@ -41,7 +41,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for "int8" and odd K)
         absmax         the scales: double-quantized uint8 [blocks], frozen parameter; or fp32 [blocks], buffer
         nested_absmax, nested_code, offset     fp32, buffers of the double quantization; None without it
-        code           fp32 [16], buffer: what the codes mean; None for "int8"
+        codebook       fp32 [16], buffer: what the codes mean; None for "int8"
         bias           [N], parameter, or None
 
     Bytes are parameters, so that FSDP shards them. fp32 values are buffers, so that FSDP's mixed precision does not
@@ -161,7 +161,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         x: Tensor,
         lora_a: Tensor | None = None,
         lora_b: Tensor | None = None,
-        lora_scaling: float = 1.0,
+        lora_scaling: float | Tensor = 1.0,
         lora_dropout: float = 0.0,
         adapter_index: Tensor | None = None,
     ) -> Tensor:

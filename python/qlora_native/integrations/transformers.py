@@ -160,6 +160,7 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict and the metadata to save, with quantized weights as files have them."""
+        self.quantization_config.note_layers(model)  # which may have been cast since it was adopted
         state = model.state_dict()
         of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
         for name, module in model.named_modules(remove_duplicate=False):
@@ -278,7 +279,7 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
-    quantizer.quantization_config.note_formats(m.format for m in model.modules() if isinstance(m, QuantizedLayer))
+    quantizer.quantization_config.note_layers(model)
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this
