@@ -239,6 +239,24 @@ def check_merge(ours, theirs, again, row):
         assert_close(logits(merged, row), logits(ours, row), SAME)
 
 
+def test_fan_in_fan_out_is_switched_off_by_every_method_that_has_it(bases, tmp_path):
+    """Over a `Linear4bit`, whose weight is [out, in]: else a method would merge, or start from, the transpose."""
+    tried = set()
+    for name, row in ROWS.items():
+        try:
+            config = row.config(tmp_path)
+        except ImportError:
+            continue
+        if TABLE[name][0] == REFUSED or row.make or not hasattr(config, "fan_in_fan_out"):
+            continue
+        config.fan_in_fan_out = True
+        with pytest.warns(UserWarning, match="fan_in_fan_out is set to True .* Linear4bit"):
+            peft.get_peft_model(copy.deepcopy(bases[0]), config)
+        assert not config.fan_in_fan_out, name
+        tried.add(config.peft_type.value)
+    assert {"LORA", "IA3", "VERA", "BOFT", "OFT", "HIRA", "DEFT", "SHIRA", "ADALORA"} <= tried
+
+
 # ---- what the table rests on -----------------------------------------------------------------------------------------
 
 

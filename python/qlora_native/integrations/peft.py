@@ -162,7 +162,6 @@ class LoraLinear4bit(PeftLoraLinear):
         return (
             (name not in self.lora_variant or self._is_dora(name))
             and not self.lora_bias[name]
-            and not self.fan_in_fan_out
             and isinstance(self.base_layer, Linear4bit)
             and type(self.lora_A[name]) is nn.Linear
             and type(self.lora_B[name]) is nn.Linear

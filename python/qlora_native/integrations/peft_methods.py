@@ -109,6 +109,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
         if type(base) is not DecodedLinear4bit and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
+        _switch_fan_in_fan_out_off(config)
         try:
             return method(config, adapter_name, target, *args, **kwargs)
         except WeightWritten as error:
@@ -191,6 +192,21 @@ def _check_config(method: str, config: PeftConfig, parameter: str | None) -> Non
             "to 4 bits once more. Start it over the model in 16 bits, or use initialize_loftq of "
             "qlora_native.integrations.loftq"
         )
+
+
+def _switch_fan_in_fan_out_off(config: PeftConfig) -> None:
+    """Set `fan_in_fan_out`, which says that a weight is [in, out], to False, with a warning, as PEFT does for linears.
+
+    Recipes for GPT-2 have it, for its Conv1D. A `Linear4bit` in the place of one has a weight [out, in], and with this
+    field PEFT would merge the transpose.
+    """
+    if getattr(config, "fan_in_fan_out", False):
+        warnings.warn(
+            "fan_in_fan_out is set to True but the target module is Linear4bit, whose weight is [out, in]. Setting "
+            "fan_in_fan_out to False.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = False
 
 
 def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
