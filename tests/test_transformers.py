@@ -257,6 +257,26 @@ def test_weight_missing_from_a_quantized_file_is_named(folders, tmp_path):
         load(tmp_path, quantization_config=config())
 
 
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_model_of_which_nothing_is_quantized_is_named_with_what_it_has(folders, monkeypatch, caplog, tmp_path):
+    load(folders["llama"], quantization_config=config(llm_int8_skip_modules=["model", "lm_head"]))
+    assert "nothing of LlamaForCausalLM is quantized; left as they are: model.layers.0" in caplog.text
+    assert "(named in llm_int8_skip_modules, tied, or kept in fp32)" in caplog.text
+    monkeypatch.setattr(transformers.models.falcon.modeling_falcon, "FalconLinear", Doubled)
+    models.make("falcon").save_pretrained(tmp_path)
+    caplog.clear()
+    load(tmp_path, quantization_config=config())
+    assert "nothing of FalconForCausalLM is quantized; left as they are" in caplog.text
+    assert "query_key_value.weight" in caplog.text and "(a subclass of nn.Linear, Doubled)" in caplog.text
+    caplog.clear()
+    load(folders["llama"], quantization_config=config())
+    assert "is quantized" not in caplog.text
+
+
 def read(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
