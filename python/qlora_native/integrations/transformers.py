@@ -16,6 +16,7 @@ bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (weight_files.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ._versions import require
@@ -47,6 +48,7 @@ from .._sizes import (
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
 from .expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
+from .new_layers import check_devices
 from .transformers_config import METHOD, BitsAndBytesConfig
 from .weight_files import SUFFIXES, names_in_files, read_weight, why_not_saved, written_weight
 
@@ -72,7 +74,8 @@ class Quantizer(HfQuantizer):
             quantization_config: the config.
             kwargs: as in transformers.
         """
-        super().__init__(quantization_config, **kwargs)
+        # A copy, because it gets the names of the layers of this model that stay.
+        super().__init__(copy.copy(quantization_config), **kwargs)
         if quantization_config.experts_in_mxfp4:
             self.pre_quantized = False
 
@@ -85,6 +88,10 @@ class Quantizer(HfQuantizer):
         if self.unsaved is not None:
             raise self.unsaved
         return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a map of devices that leaves modules on the disk, before anything is read."""
+        check_devices(device_map)
 
     @property
     def is_trainable(self) -> bool:
@@ -226,6 +233,8 @@ class QuantizeWeight(ConversionOps):
                 q = functional.quantize(weight.t() if layer.transposed_source else weight, **config.quantize_options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}.{error}") from None
+            if q.shape != layer._shape:
+                raise bad(full_name, f"{list(layer._shape)}, as config.json says", list(q.shape))
             layer.replace_weight(q)
             result.update({f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()})
         return result
