@@ -27,7 +27,7 @@ class Skeleton:
         architecture: the name of the model's class.
         config: the config that transformers makes of config.json.
         dtype: the dtype of the weights in config.json.
-        linears: the paths of the layers that transformers would give to bitsandbytes.
+        linears: the paths of the layers that are quantized where transformers loads the model (modules_to_quantize).
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
