@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, checks_memory
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._formats import ceil_div
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._ops import refuse_forward_mode, refuse_second_derivative
