@@ -364,15 +364,52 @@ def test_skip_leaves_the_named_layers_alone(skip, left):
     assert quantized_names(model) == ALL - left
 
 
-def test_subclass_of_linear_stays():
-    class Special(nn.Linear):
-        pass
+class Marked(nn.Linear):
+    pass
 
-    model = nn.Sequential(Special(8, 8), nn.Linear(8, 8))
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class WithState(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class InTraining(nn.Linear):
+    def forward(self, input):
+        y = input @ self.weight.T
+        y = y if self.bias is None else y + self.bias
+        return y.relu() if self.training else y
+
+
+class OtherRouter(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+class Spelled(nn.Linear):  # as Falcon's
+    def forward(self, input):
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("kind", [Marked, Doubled, WithState, InTraining, OtherRouter])
+def test_subclass_of_linear_stays_unless_it_computes_the_same_and_has_nothing_else(kind):
+    model = nn.Sequential(kind(8, 8), nn.Linear(8, 8), Spelled(8, 8), Spelled(8, 8, bias=False))
+    expected = [layer.weight.clone() for layer in model]
     quantize_model(model, progress=False)
-    assert type(model[0]) is Special and isinstance(model[1], Linear4bit)
-    with pytest.warns(UserWarning, match="found no nn.Linear to quantize"):
-        quantize_model(model, progress=False)
+    assert type(model[0]) is kind
+    for layer, weight in zip(model[1:], expected[1:], strict=True):
+        assert type(layer) is Linear4bit and torch.equal(layer.dequantize(), qn.quantize(weight).dequantize())
+    reason = "a router" if kind is OtherRouter else f"a subclass of nn.Linear, {kind.__name__}"
+    with pytest.warns(UserWarning, match=rf"found no nn.Linear to quantize; left as they are: 0.weight \({reason}\)"):
+        quantize_model(nn.Sequential(kind(8, 8)), progress=False)
 
 
 def test_layer_that_transformers_keeps_in_fp32_stays():

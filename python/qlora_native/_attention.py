@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, is_finite_number
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, checks_memory, is_finite_number
 from ._ops import differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 
 
+@checks_memory
 def attention(
     q: Tensor,
     k: Tensor,

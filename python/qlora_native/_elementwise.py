@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._ops import Remade, differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in the ops
 
 
+@checks_memory
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """h = f(gate) * up, a gated linear unit's (Shazeer, "GLU variants improve transformer"), in one pass.
 
@@ -51,6 +52,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     return h
 
 
+@checks_memory
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, shift: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (shift + weight) over the last dimension (Zhang and Sennrich, RMSNorm).
 
@@ -164,6 +166,8 @@ def _norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
 
 def _norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     """The sum over rows of dy * x * r, in fp32: [N]."""
+    for name, tensor in (("dy", dy), ("x", x), ("r", r)):
+        check_memory(name, tensor)
     N = x.shape[-1]
     total = x.new_zeros(N, dtype=torch.float32)
     for each_dy, each_x, each_r in zip(*(t.split(1024) for t in (dy.reshape(-1, N), x.reshape(-1, N), r)), strict=True):

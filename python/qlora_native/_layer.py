@@ -173,6 +173,8 @@ class QuantizedLayer(nn.Module):
 
         `torch.nn.Module.to_empty` leaves the meta device without values; this gives the layer valid ones.
         """
+        for name, tensor in {**self.weight_tensors(), "bias": self._parameters.get("bias")}.items():
+            check_memory(name, tensor)
         with torch.no_grad():
             for tensor in (
                 self._parameters["weight"],

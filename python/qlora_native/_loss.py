@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._formats import ceil_div
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._ops import refuse_forward_mode, refuse_second_derivative
@@ -29,6 +29,7 @@ _FEWEST_ROWS = 16
 _GRADIENT_ROWS = 4096
 
 
+@checks_memory
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -247,6 +248,7 @@ torch.library.define(
 )
 
 
+@checks_memory
 def _operands(
     hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
     bias, lora_a, lora_b, lora_scaling, ignore_index, scale, softcap, label_smoothing, z_loss, wanted, row_gradients,
@@ -369,6 +371,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dloss is None or not any(ctx.wanted):
             return tuple(results)
+        check_memory("dloss", dloss)
         if ctx.reduction == "none":
             arguments = list(ctx.others)
             for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (registers the ops)
+from ._errors import check_memory
 
 _ops = torch.ops.qlora_native
 _library = torch.library.Library("qlora_native", "FRAGMENT")  # its kernels live as long as it does
@@ -102,7 +103,7 @@ def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype, offsets=None, adapte
 @torch.library.register_fake("qlora_native::optimizer_8bit_step")
 def _(
     algorithm, params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
-    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(),
+    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(), check_only=False,
 ):  # fmt: skip
     return None
 
@@ -174,6 +175,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
     """Sum the rows of `dy` [..., N]: [N], or [weights, N] if each group has a bias of its own."""
+    check_memory("dy", dy)
     rows = dy.reshape(-1, dy.shape[-1])
     if weights == 1:
         return rows.sum(0)

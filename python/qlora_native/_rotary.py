@@ -9,12 +9,13 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from ._attention import new_heads
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, checks_memory
 from ._ops import differentiable
 
 _ops = torch.ops.qlora_native
 
 
+@checks_memory
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x o cos + (-x2, x1) o sin with x = (x1, x2), the halves of a row (Su et al., "RoFormer"; Llama's order).
 

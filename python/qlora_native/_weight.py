@@ -25,6 +25,7 @@ def check_finite(name: str, tensor: Tensor) -> float:
     Raises:
         ValueError: a value is NaN or Inf.
     """
+    check_memory(name, tensor)
     if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
         return 0.0
     low, high = (value.item() for value in torch.aminmax(tensor.detach()))  # one pass; one NaN makes both NaN
@@ -235,6 +236,8 @@ class QuantizedWeight:
         Returns:
             A weight whose tensors are on `device`; those that were there already are shared, not copied.
         """
+        for name, tensor in self.tensors().items():
+            check_memory(name, tensor)
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @classmethod
@@ -303,6 +306,8 @@ class QuantizedWeight:
         """
         if self.format not in ("nf4", "fp4"):
             raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
+        for each, tensor in self.tensors().items():
+            check_memory(each, tensor)
         if not torch.equal(self.code.cpu(), CODEBOOKS[self.format]):
             raise bad("code", f"the codebook of {self.format}", "another, which bitsandbytes would not use")
         state: dict[str, Any] = {

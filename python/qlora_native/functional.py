@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._attention import attention
 from ._elementwise import gated_activation, rms_norm
-from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from ._errors import bad, bad_type, check_float_dtype, checks_memory, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 
+@checks_memory
 def quantize(
     weight: Tensor,
     format: str = "nf4",
@@ -183,6 +184,7 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     return q.dequantize(dtype)
 
 
+@checks_memory
 def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """Decode rows of W: `F.embedding(ids, dequantize(q))` without decoding the other rows.
 
@@ -210,6 +212,7 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
     return rows.view(*ids.shape, q.shape[1])
 
 
+@checks_memory
 def linear(
     x: Tensor,
     q: QuantizedWeight,
@@ -256,6 +259,7 @@ def linear(
     return linear_forward(x, *q.op_arguments(), bias, *lora)[0]
 
 
+@checks_memory
 def linear_grouped(
     x: Tensor,
     q: QuantizedWeight,

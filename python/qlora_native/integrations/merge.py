@@ -1,6 +1,6 @@
 """Convert checkpoints for deployment, shard by shard: merge a LoRA adapter into its base, or quantize.
 
-    python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4]
+    python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
     python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
@@ -12,8 +12,10 @@ compressed-tensors.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,17 +26,16 @@ from ._versions import require
 require("transformers")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from .._errors import bad, check_blocksize
-from .._json import parse_object
 from .._progress import Progress
 from . import compressed_tensors
 from ._report import Report, square
 from .adapters import Adapter
-from .checkpoints import Checkpoint, other_files, write_shards
+from .checkpoints import Checkpoint, other_files, rounded, write_shards
 from .skeleton import Skeleton
 from .staging import new_folder
 from .transformers import BitsAndBytesConfig
@@ -57,7 +58,7 @@ def convert(
     base: str | Path,
     out: str | Path,
     adapter: str | Path | None = None,
-    to: str = "bf16",
+    to: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
     progress: bool = True,
@@ -69,7 +70,9 @@ def convert(
             model of the hub that is in the Hugging Face cache.
         out: a folder that does not exist or is empty. It appears when it is complete.
         adapter: folder of a LoRA adapter that PEFT saved, or None.
-        to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes.
+        to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes. None keeps
+            the dtype of each tensor of the base; a weight in 4 bits gets the one that it had before, as its quant_state
+            says.
         blocksize, double_quant: as in `qlora_native.quantize`, for a format. "int4" and "int8" are written in the
             format of compressed-tensors, which has no double quantization and needs rows of whole blocks.
         progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
@@ -83,12 +86,13 @@ def convert(
         TypeError, ValueError: a file is damaged, a tensor of the model is missing, or the adapter cannot be merged or
             does not fit the base. Nothing is written.
     """
-    if to not in TARGETS:
+    if to is not None and to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
+    target = None if to is None else TARGETS[to]
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     lora = None if adapter is None else Adapter(adapter)
-    conversion = _Conversion(checkpoint, Skeleton(checkpoint), lora, TARGETS[to], blocksize, double_quant)
+    conversion = _Conversion(checkpoint, Skeleton(checkpoint), lora, target, blocksize, double_quant)
     conversion.check()
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -100,14 +104,14 @@ def convert(
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
-        path = checkpoint.folder / "config.json"
-        config = parse_object(path.read_bytes(), str(path))
+        config = copy.deepcopy(checkpoint.config)
         config.pop("quantization_config", None)
         if conversion.format is not None:
             config["quantization_config"] = conversion.quantization_config()
-        else:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(TARGETS[to]).removeprefix("torch.")
+        elif conversion.dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = _name(conversion.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    conversion.note_dtypes()
     return conversion.report
 
 
@@ -118,16 +122,23 @@ class _Conversion:
     checkpoint: Checkpoint
     model: Skeleton
     lora: Adapter | None
-    target: torch.dtype | str
+    target: torch.dtype | str | None
     blocksize: int
     double_quant: bool
     report: Report = field(default_factory=Report)
     others: list[Path] = field(default_factory=list)  # files to copy: tokenizer, generation config, ...
+    stored: Counter[torch.dtype] = field(default_factory=Counter)  # how many tensors are written in a dtype,
+    decoded: Counter[torch.dtype] = field(default_factory=Counter)  # and how many of them were in 4 bits
 
     @property
     def format(self) -> str | None:
         """The format that weights are quantized to, or None."""
         return self.target if isinstance(self.target, str) else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of all tensors that are not quantized, or None: each has that of the base."""
+        return self.target if isinstance(self.target, torch.dtype) else None
 
     @property
     def packed(self) -> bool:
@@ -154,7 +165,7 @@ class _Conversion:
             if list(tensor.shape) != self.model.shape(name):
                 raise bad(f"adapter, {name}", f"the base's shape {self.model.shape(name)}", list(tensor.shape))
         for path in sorted(self.model.linears) if self.packed else ():
-            if isinstance(self.model.module(path), Conv1D):
+            if type(self.model.module(path)) is not nn.Linear:  # the format names its layers by this class
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
             compressed_tensors.check_layer(path, self.model.shape(f"{path}.weight")[1], self.blocksize)
         if self.format is not None and (stacks := self.model.stacks()):
@@ -162,10 +173,22 @@ class _Conversion:
                 f"{len(stacks)} tensors of experts, {sum(stacks.values()):,} elements, stay in 16 bits: they are "
                 "quantized where transformers loads the checkpoint in 16 bits"
             )
+        self.report.notes += self.model.note_of_unread("copied as they are")
         self.others = other_files(self.checkpoint.folder)
+
+    def note_dtypes(self) -> None:
+        """Say in the report which dtypes were written, if the caller has not chosen."""
+        if self.target is None:
+            self.report.notes.append(f"dtypes of the base were kept: {_counts(self.stored)} (--to chooses another)")
+            if self.decoded:
+                self.report.notes.append(
+                    f"weights in 4 bits were written in the dtype that they had before: {_counts(self.decoded)}"
+                )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Make the entries that replace the tensor `name` of the file."""
+        if name in self.model.unread:
+            return {name: self.checkpoint[name]}
         own = self.model.name_of(name)
         path, _, kind = own.rpartition(".")
         adapted = self.lora is not None and path in self.lora.layers
@@ -173,10 +196,9 @@ class _Conversion:
         if kind == "weight" and (adapted or path in self.model.linears or self.checkpoint.quantized(name)):
             return self._weight(name, path, adapted, replaced)
         tensor = self.checkpoint[name] if replaced is None else replaced
-        dtype = self.target if isinstance(self.target, torch.dtype) else tensor.dtype
         if kind == "bias" and adapted:
             tensor = self.lora.merged_bias(path, tensor)
-        return {name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()}
+        return {name: self._rounded(name, tensor)}
 
     def _weight(self, name: str, path: str, adapted: bool, replaced: Tensor | None) -> dict[str, Tensor]:
         """Make the entries for the weight `name` of a layer; `replaced` is its value in the adapter, or None."""
@@ -196,18 +218,35 @@ class _Conversion:
             self.report.squares["delta"] += square(merged, weight)
             weight = merged
         if not quantize:
-            weight = weight.t() if transposed else weight
-            return {
-                name: weight.to(self.target if isinstance(self.target, torch.dtype) else self.model.dtype).contiguous()
-            }
-        q = functional.quantize(weight, *self._options())
+            return {name: self._rounded(name, weight.t() if transposed else weight)}
+        try:
+            q = functional.quantize(weight, *self._options())
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
         if self.packed:
             q = compressed_tensors.with_rounded_scales(q, self.model.dtype)
         self.report.add_rounding(path, q.dequantize(torch.float32), weight)
         if self.packed:
             return compressed_tensors.entries(q, name.removesuffix("weight"))
-        dtype = self.model.dtype if adapted or quantized else stored.dtype
-        return replace(q, dtype=dtype).to_bitsandbytes(name.removesuffix("weight"))
+        return replace(q, dtype=self.checkpoint.dtype(name)).to_bitsandbytes(name.removesuffix("weight"))
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        """Round the value of a tensor, once, to the dtype in which it is written. Integers are kept."""
+        if not tensor.is_floating_point():
+            return tensor.contiguous()
+        dtype = self.dtype or self.checkpoint.dtype(name)
+        self.stored[dtype] += 1
+        self.decoded[dtype] += self.checkpoint.quantized(name)
+        return rounded(self.checkpoint.describe(name), tensor, dtype)
 
     def _options(self) -> tuple[str, int, bool]:
         return self.format, self.blocksize, self.double_quant and not self.packed
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _counts(dtypes: Counter[torch.dtype]) -> str:
+    """ "bfloat16 (290 tensors), float32 (2)"."""
+    return ", ".join(f"{_name(dtype)} ({count:,})" for dtype, count in dtypes.most_common() if count)
