@@ -298,7 +298,7 @@ FUNCTIONS = {
     "reset_parameters": lambda: (
         reset_layer,
         {"nested_absmax": torch.ones(1), "nested_code": torch.ones(256)}
-        | {"offset": torch.ones(()), "code": torch.ones(16)},
+        | {"offset": torch.ones(()), "codebook": torch.ones(16)},
     ),
     "the first step": lambda: (
         first_step,
