@@ -116,6 +116,11 @@ def adapter(of_each=(), dtype=torch.float32):
     return {"lora_a": torch.ones(*of_each, RANK, K, dtype=dtype), "lora_b": torch.ones(*of_each, N, RANK, dtype=dtype)}
 
 
+def scaled_adapter(of_each=()):
+    """With the scaling as a tensor, which only functions take."""
+    return {**adapter(of_each), "lora_scaling": torch.ones(())}
+
+
 def double(*shape):
     """A bias that is cast wherever it is used."""
     return torch.ones(*shape, dtype=torch.float64)
@@ -236,27 +241,27 @@ FUNCTIONS = {
     ),
     "linear": lambda: (
         qn.linear,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **adapter()},
+        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **scaled_adapter()},
     ),
     "linear of a changed weight": lambda: changed_weight(lambda q: qn.linear(torch.ones(M, K), q)),
     "linear_grouped by index": lambda: (
         functional.linear_grouped,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **adapter((E,))}
+        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(N, K)), "bias": double(N), **scaled_adapter((E,))}
         | {"adapter_index": torch.tensor([1, 0, -1])},
     ),
     "linear_grouped by offsets": lambda: (
         functional.linear_grouped,
-        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(E, N, K)), "bias": double(E, N), **adapter((E,))}
+        {"x": torch.ones(M, K), "q": qn.quantize(torch.ones(E, N, K)), "bias": double(E, N), **scaled_adapter((E,))}
         | {"offsets": torch.tensor([0, 1, M])},
     ),
     "linear_cross_entropy": lambda: (
         functional.linear_cross_entropy,
         {"hidden": torch.ones(M, K), "weight": qn.quantize(torch.ones(V, K)), "labels": labels(), "bias": double(V)}
-        | adapter(),
+        | scaled_adapter(),
     ),
     "linear_cross_entropy of a dense head": lambda: (
         functional.linear_cross_entropy,
-        {"hidden": torch.ones(M, K), "weight": torch.ones(V, K), "labels": labels(), "bias": double(V), **adapter()},
+        {"hidden": torch.ones(M, K), "weight": torch.ones(V, K), "labels": labels(), "bias": double(V), **scaled_adapter()},
     ),
     "the op linear_cross_entropy": lambda: (
         loss_op,
@@ -298,7 +303,7 @@ FUNCTIONS = {
     "reset_parameters": lambda: (
         reset_layer,
         {"nested_absmax": torch.ones(1), "nested_code": torch.ones(256)}
-        | {"offset": torch.ones(()), "code": torch.ones(16)},
+        | {"offset": torch.ones(()), "codebook": torch.ones(16)},
     ),
     "the first step": lambda: (
         first_step,
