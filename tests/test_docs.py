@@ -374,6 +374,40 @@ def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypa
         dist.destroy_process_group()
 
 
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_fsdp1_refuses_bytes(checkpoint, monkeypatch):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Cannot flatten integer dtype|Must flatten tensors with"):
+            FullyShardedDataParallel(load(checkpoint, config()), device_id=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_optimizer_of_dtensors_is_here_alone(monkeypatch):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = torch.ones(64, 64)
+        param = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+        param.grad = distribute_tensor(whole, param.device_mesh, [Shard(0)])
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"),
+        ):
+            bnb.optim.AdamW8bit([param]).step()
+        qn.optim.AdamW8bit([param], lr=0.5).step()
+        assert (param.to_local() < 0.6).all()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512_BF16 alone")
 def test_evaluation_changes_the_weight_there_alone(checkpoint):
     for model, changes in zip(both(checkpoint), (True, False), strict=True):

@@ -43,6 +43,11 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     From the first step on these are views: the states of a parameter group lie side by side in a few tensors.
 
+    Parameters may be DTensors, as FSDP2 makes them. Each process then steps its shards, whose blocks are their own, and
+    holds their states; p is the shard in the table above, and `min_8bit_size` is compared with the whole parameter. All
+    processes skip a step together. `state_dict` has the states as DTensors, which torch.distributed.checkpoint saves;
+    they can be loaded for the same sharding only.
+
     A learning rate that is a tensor is read at each step, and where the parameters are, if it is there too: a CUDA
     graph that has captured a step takes the value at its replay, and skips the step if that is negative or not finite.
     """
@@ -100,7 +105,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            TypeError, ValueError: a gradient or an option is refused; no parameter and no moment has changed.
+            TypeError, ValueError: a parameter, a gradient or an option is refused; nothing has changed on any device.
         """
         loss = None
         if closure is not None:
