@@ -336,6 +336,30 @@ def test_new_head_stays_in_16_bits(files, kind, skip, folders, in_4_bits, tmp_pa
     assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
 
 
+class NewDense(transformers.GPTNeoXPreTrainedModel):
+    """Its new layer has the name that ends those of two layers of each block."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt_neox = transformers.GPTNeoXModel(config)
+        self.dense = nn.Linear(config.hidden_size, 3)
+        self.last = nn.Linear(3, 3)
+        self.post_init()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_name_of_a_new_layer_skips_no_other(folders, live, tmp_path):
+    options = {} if live else {"quantization_config": config()}
+    model = NewDense.from_pretrained(folders["gpt-neox"], **options)
+    if live:
+        qn.nn.quantize_model(model.gpt_neox, progress=False)
+    assert type(model.dense) is nn.Linear and len(models.layers_of(model)) == 8
+    model.save_pretrained(tmp_path)
+    again = NewDense.from_pretrained(tmp_path, quantization_config=config())
+    assert models.layers_of(again).keys() == models.layers_of(model).keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_weight_of_another_shape_than_the_config_says_ends_the_loading(folders, tmp_path, caplog):
     shutil.copytree(folders["llama"], tmp_path / "wrong")
     path = tmp_path / "wrong" / "config.json"

@@ -94,7 +94,7 @@ def check_layers_of_peft(model: nn.Module, weights: set[int]) -> None:
     Raises:
         ValueError, NotImplementedError: one does not; the message names it.
     """
-    if "peft" in sys.modules:
+    if any(map(is_of_peft, model.modules())):
         from .integrations.peft import check_layers
 
         check_layers(model, weights)
@@ -102,7 +102,7 @@ def check_layers_of_peft(model: nn.Module, weights: set[int]) -> None:
 
 def adopt_layers_of_peft(model: nn.Module) -> None:
     """Make PEFT's layers over layers that have just been quantized read these (integrations/peft.py)."""
-    if "peft" in sys.modules:
+    if any(map(is_of_peft, model.modules())):
         from .integrations.peft import adopt_layers
 
         adopt_layers(model)

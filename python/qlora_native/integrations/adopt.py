@@ -16,6 +16,7 @@ from .._layer import QuantizedLayer
 from .._neighbours import modules_without_peft
 from .._sizes import is_linear
 from .experts import find_experts
+from .new_layers import names_to_skip
 from .transformers import BitsAndBytesConfig, Quantizer, adopt
 from .transformers_config import FORMATS
 
@@ -40,7 +41,9 @@ def adopt_quantized(model: nn.Module) -> None:
         return
     first = next(iter(layers.values()))
     experts = {id(found.module) for found in find_experts(model)}
-    dense = [name for name, m in modules if is_linear(m) or isinstance(m, Conv1D) or id(m) in experts]
+    dense = names_to_skip(
+        (name for name, m in modules if is_linear(m) or isinstance(m, Conv1D) or id(m) in experts), layers
+    )
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=first.format if first.format in FORMATS else "nf4",

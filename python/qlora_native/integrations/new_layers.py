@@ -6,6 +6,7 @@ Codes are no weights that could get such values. So between the two, each layer 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .._errors import bad
 from .._layer import QuantizedLayer
@@ -21,7 +23,7 @@ from .._sizes import note_reason
 from ..nn import Embedding4bit, Linear4bit
 from .transformers_config import BitsAndBytesConfig
 
-__all__ = ["check_devices", "restore_missing"]
+__all__ = ["check_devices", "names_to_skip", "restore_missing"]
 
 
 def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing: set[str]) -> None:
@@ -46,7 +48,20 @@ def restore_missing(model: PreTrainedModel, config: BitsAndBytesConfig, missing:
         new.append(path)
     if new:
         keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
-        config.llm_int8_skip_modules = sorted({*keep, *new})
+        quantized = [path for path, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+        config.llm_int8_skip_modules = sorted({*keep, *names_to_skip(new, quantized)})
+
+
+def names_to_skip(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """The entries of `llm_int8_skip_modules` for the layers `dense`, by which the layers `quantized` are not skipped.
+
+    An entry is a pattern, or the end of a name: "dense" would skip "layers.0.attention.dense" too.
+    """
+    quantized = list(quantized)
+    return [
+        name if all(should_convert_module(other, [name]) for other in quantized) else f"^{re.escape(name)}$"
+        for name in dense
+    ]
 
 
 def _dense(layer: QuantizedLayer) -> nn.Module:
