@@ -1,21 +1,14 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: as much as for the dense products they replace.
-
-Importing the counter imports triton where there is one, so the formulas are registered when a program imports it.
-"""
+"""What torch's FlopCounterMode counts for our ops: as much as for the dense products that they replace."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Sequence
 from math import prod
-from types import ModuleType
-from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
-_COUNTER = "torch.utils.flop_counter"
+from . import _loss  # noqa: F401  (defines an op, beside those that _C registers)
 
 
 def _linear_forward(x, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
@@ -58,41 +51,12 @@ def _rank(lora_a: Sequence[int] | None) -> int:
     return 0 if lora_a is None else lora_a[-2]
 
 
-FORMULAS: dict[str, Callable[..., int]] = {
+for _op, _formula in {
     "linear_forward": _linear_forward,
     "linear_backward_input": _linear_backward_input,
     "lora_gradients": _lora_gradients,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
     "attention_backward": _attention_backward,
-}
-
-
-def _register(counter: ModuleType) -> None:
-    for op, formula in FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.qlora_native, op))(formula)
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds the counter as Python does, and registers the formulas once it has been executed."""
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == _COUNTER else None
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def register_formulas() -> None:
-    """Register the formulas now if the counter has been imported, or else when it is."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+}.items():
+    register_flop_formula(getattr(torch.ops.qlora_native, _op))(_formula)
