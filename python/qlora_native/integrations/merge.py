@@ -1,12 +1,11 @@
-"""Convert checkpoints for deployment, shard by shard: merge a LoRA adapter into its base, or quantize.
+"""Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4]
     python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
-may be in 16 bits or in 4 (bitsandbytes' format). W + scaling * B A is computed in fp32 and rounded once. The result is
-an
-ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
+may be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is
+an ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
 compressed-tensors.
 """
 
@@ -29,10 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from .._errors import bad, check_blocksize
-from .._json import parse_object
 from .._progress import Progress
 from . import compressed_tensors
-from ._report import Report, square
+from ._report import Report
 from .adapters import Adapter
 from .checkpoints import Checkpoint, other_files, write_shards
 from .skeleton import Skeleton
@@ -68,7 +66,8 @@ def convert(
         base: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4; or the id of a
             model of the hub that is in the Hugging Face cache.
         out: a folder that does not exist or is empty. It appears when it is complete.
-        adapter: folder of a LoRA adapter that PEFT saved, or None.
+        adapter: folder of an adapter that PEFT saved, or None: LoRA and what comes with it (DoRA, experts' parameters,
+            trained tokens, modules_to_save, another vocabulary), LoHa or IA³.
         to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes.
         blocksize, double_quant: as in `qlora_native.quantize`, for a format. "int4" and "int8" are written in the
             format of compressed-tensors, which has no double quantization and needs rows of whole blocks.
@@ -87,8 +86,9 @@ def convert(
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
-    lora = None if adapter is None else Adapter(adapter)
-    conversion = _Conversion(checkpoint, Skeleton(checkpoint), lora, TARGETS[to], blocksize, double_quant)
+    model = Skeleton(checkpoint)
+    loaded = None if adapter is None else Adapter(adapter, model)
+    conversion = _Conversion(checkpoint, model, loaded, TARGETS[to], blocksize, double_quant)
     conversion.check()
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -100,8 +100,7 @@ def convert(
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
-        path = checkpoint.folder / "config.json"
-        config = parse_object(path.read_bytes(), str(path))
+        config = (model if loaded is None else loaded.model).json
         config.pop("quantization_config", None)
         if conversion.format is not None:
             config["quantization_config"] = conversion.quantization_config()
@@ -117,12 +116,15 @@ class _Conversion:
 
     checkpoint: Checkpoint
     model: Skeleton
-    lora: Adapter | None
+    adapter: Adapter | None
     target: torch.dtype | str
     blocksize: int
     double_quant: bool
     report: Report = field(default_factory=Report)
     others: list[Path] = field(default_factory=list)  # files to copy: tokenizer, generation config, ...
+    # {name: names that it is tied to in the base, which the files do not have}: those that get tensors of their own ...
+    untied: dict[str, list[str]] = field(default_factory=dict)
+    shared: dict[str, list[str]] = field(default_factory=dict)  # ... and those that stay tied, and that are adapted
 
     @property
     def format(self) -> str | None:
@@ -146,13 +148,10 @@ class _Conversion:
         ).to_dict()
 
     def check(self) -> None:
-        """Raise ValueError unless the files have all tensors of the model, and the adapter changes only these."""
-        there = self.model.check_files(self.checkpoint) & self.model.names()
-        if self.lora is not None:
-            self.lora.check_names(there)
-        for name, tensor in self.lora.replaced.items() if self.lora is not None else ():
-            if list(tensor.shape) != self.model.shape(name):
-                raise bad(f"adapter, {name}", f"the base's shape {self.model.shape(name)}", list(tensor.shape))
+        """Raise ValueError unless the files have all tensors of the model, and the adapter can be merged into them."""
+        there = self.model.check_files(self.checkpoint)
+        if self.adapter is not None:
+            self._check_adapter(self.adapter, there)
         for path in sorted(self.model.linears) if self.packed else ():
             if isinstance(self.model.module(path), Conv1D):
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
@@ -164,50 +163,91 @@ class _Conversion:
             )
         self.others = other_files(self.checkpoint.folder)
 
+    def _check_adapter(self, adapter: Adapter, there: set[str]) -> None:
+        """Find where each tensor that the adapter changes is written.
+
+        Raises:
+            ValueError: the files have no tensor that it could be merged into.
+        """
+        files = [name for names in self.checkpoint.shards.values() for name in names]
+        adapter.check_parts([(name, part) for name in files if (part := self.model.part_of(name)) is not None])
+        direct = {self.model.name_of(name) for name in files}
+        needed = adapter.model.needed(there)
+        for name in sorted({*adapter.names, *needed} - there):
+            source = next((other for other in sorted(self.model.tied(name)) if other in direct), None)
+            if source is None:
+                raise bad("adapter", "changes to tensors that the base has", f"{name}, which it has not")
+            (self.untied if name in needed else self.shared).setdefault(source, []).append(name)
+        self.report.merged = sum(not name.endswith(".bias") for name in adapter.names)
+        self.report.notes += adapter.notes
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Make the entries that replace the tensor `name` of the file."""
         own = self.model.name_of(name)
-        path, _, kind = own.rpartition(".")
-        adapted = self.lora is not None and path in self.lora.layers
-        replaced = None if self.lora is None else self.lora.replaced.get(own)
-        if kind == "weight" and (adapted or path in self.model.linears or self.checkpoint.quantized(name)):
-            return self._weight(name, path, adapted, replaced)
-        tensor = self.checkpoint[name] if replaced is None else replaced
-        dtype = self.target if isinstance(self.target, torch.dtype) else tensor.dtype
-        if kind == "bias" and adapted:
-            tensor = self.lora.merged_bias(path, tensor)
-        return {name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()}
+        part = None if self.adapter is None else self.model.part_of(name)
+        if part is not None and part.own in self.adapter.names:
+            stored = self.checkpoint[name]
+            merged = self.adapter.merged_part(part, stored)
+            return {name: self._rounded(name, merged, stored, merged, stored.dtype)}
+        entries = self._entries(name, own, name)
+        for other in self.untied.get(own, ()):
+            entries.update(self._entries(name, other, other))
+        return entries
 
-    def _weight(self, name: str, path: str, adapted: bool, replaced: Tensor | None) -> dict[str, Tensor]:
-        """Make the entries for the weight `name` of a layer; `replaced` is its value in the adapter, or None."""
-        quantized = replaced is None and self.checkpoint.quantized(name)
-        quantize = self.format is not None and path in self.model.linears
+    def _entries(self, name: str, own: str, key: str) -> dict[str, Tensor]:
+        """Make the entries of the model's tensor `own` of what the files call `name`, to be written as `key`."""
+        path, _, kind = own.rpartition(".")
+        adapted = self.adapter is not None and own in self.adapter.names
+        quantized = self.checkpoint.quantized(name)
+        quantize = self.format is not None and kind == "weight" and path in self.model.linears
         if quantize and quantized and not adapted:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
-                return q.to_bitsandbytes(name.removesuffix("weight"))  # unchanged bytes
-        stored = self.checkpoint.dense(name) if replaced is None else replaced
+                return q.to_bitsandbytes(key.removesuffix("weight"))  # unchanged bytes
+        stored = self.checkpoint.dense(name)
         # Conv1D has a weight [in, out]; in 4 bits it is stored as [out, in], as in nn.Linear.
-        transposed = isinstance(self.model.module(path), Conv1D)
-        weight = stored.t() if transposed and not quantized else stored
-        if adapted:
-            merged = self.lora.merged_weight(path, weight)
-            self.report.merged += 1
-            self.report.squares["delta"] += square(merged, weight)
-            weight = merged
+        transposed = self.model.is_transposed(own)
+        base = stored.t() if transposed and quantized else stored
+        weight, trained = self.adapter.merged(own, base) if adapted else (base, base)
         if not quantize:
-            weight = weight.t() if transposed else weight
-            return {
-                name: weight.to(self.target if isinstance(self.target, torch.dtype) else self.model.dtype).contiguous()
-            }
+            return {key: self._rounded(own, weight, base, trained, self.model.dtype if quantized else stored.dtype)}
+        weight = weight.t() if transposed else weight
         q = functional.quantize(weight, *self._options())
         if self.packed:
             q = compressed_tensors.with_rounded_scales(q, self.model.dtype)
-        self.report.add_rounding(path, q.dequantize(torch.float32), weight)
+        rounded = q.dequantize(torch.float32)
+        self.report.add_rounding(path, rounded, weight)
+        self._measure(own, rounded.t() if transposed else rounded, base, trained)
         if self.packed:
-            return compressed_tensors.entries(q, name.removesuffix("weight"))
+            return compressed_tensors.entries(q, key.removesuffix("weight"))
         dtype = self.model.dtype if adapted or quantized else stored.dtype
-        return replace(q, dtype=dtype).to_bitsandbytes(name.removesuffix("weight"))
+        return replace(q, dtype=dtype).to_bitsandbytes(key.removesuffix("weight"))
+
+    def _rounded(self, name: str, tensor: Tensor, base: Tensor, trained: Tensor, dtype: torch.dtype) -> Tensor:
+        """Round a tensor that is not quantized, once, to the dtype in which it is written.
+
+        Args:
+            name: what errors call it.
+            tensor: its value.
+            base: its value in the base.
+            trained: its value in the model that was trained.
+            dtype: what it is written in if the target is a format.
+        """
+        if not tensor.is_floating_point():
+            return tensor.contiguous()
+        dtype = self.target if isinstance(self.target, torch.dtype) else dtype
+        rounded = tensor.to(dtype).contiguous()
+        if tensor is not base and not rounded.isfinite().all():
+            raise bad(f"adapter, {name}", f"a merged weight that {dtype} can hold", "one beyond its largest number")
+        self._measure(name, rounded, base, trained)
+        return rounded
+
+    def _measure(self, name: str, written: Tensor, base: Tensor, trained: Tensor) -> None:
+        """Count how far a written tensor is from what the trained model has, and how far that is from the base."""
+        if self.adapter is not None and not (written is base and trained is base):
+            self.report.add_written(written, base, trained)
+            for other in self.shared.get(name, ()):
+                self.report.add_written(written, base, self.adapter.merged(other, base)[1])
 
     def _options(self) -> tuple[str, int, bool]:
         return self.format, self.blocksize, self.double_quant and not self.packed
