@@ -142,6 +142,18 @@ def test_another_vocabulary_is_the_merged_models(bases, family, changes, tmp_pat
         assert report.error_of_delta < 1e-5
 
 
+def test_base_whose_files_untie_it_is_merged_as_peft_merges_it(bases, tmp_path):
+    """Files that have both tied tensors, with different values, are loaded as they are, whatever config.json says."""
+    models.load(bases("llama")).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    config = lora(target_modules=["embed_tokens"])
+    expected, trained = adapter_of(tmp_path / "base", "llama", config, tmp_path / "adapter")
+    convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    merged = check_same(tmp_path / "out", "llama", expected)
+    torch.testing.assert_close(models.logits(merged), trained, rtol=1e-3, atol=1e-4)
+
+
 def test_vocabulary_of_half_a_model_is_named_in_the_error(bases, tmp_path):
     adapter_of(bases("llama"), "llama", lora(), tmp_path / "adapter", models.VOCABULARY + 5)
     change(tmp_path / "adapter", lambda tensors: tensors.pop("base_model.model.lm_head.weight"))

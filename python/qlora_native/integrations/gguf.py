@@ -227,7 +227,7 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     if to not in ADAPTER_TYPES:
         raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
     checkpoint, kind = Checkpoint(base), ADAPTER_TYPES[to]
-    layout = Layout(Skeleton(checkpoint))
+    layout = Layout(Skeleton(checkpoint).as_loaded(checkpoint))
     lora = Adapter(adapter, layout.skeleton)
     layout.skeleton.check_files(checkpoint)
     file_names = layout.skeleton.file_names(checkpoint)

@@ -87,7 +87,10 @@ def convert(
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     model = Skeleton(checkpoint)
-    loaded = None if adapter is None else Adapter(adapter, model)
+    loaded = None
+    if adapter is not None:
+        model = model.as_loaded(checkpoint)
+        loaded = Adapter(adapter, model)
     conversion = _Conversion(checkpoint, model, loaded, TARGETS[to], blocksize, double_quant)
     conversion.check()
 

@@ -174,6 +174,16 @@ class Skeleton:
         source = ties.get(name, name)
         return {name, source, *(target for target, of in ties.items() if of == source)}
 
+    def as_loaded(self, checkpoint: Checkpoint) -> Skeleton:
+        """The model with the ties that transformers makes: none if the files have both tensors, and these differ."""
+        files = self.file_names(checkpoint)
+        for name, source in self._model.all_tied_weights_keys.items():
+            if name in files and source in files:
+                first, second = (checkpoint.dense(files[own]) for own in (name, source))
+                if not torch.equal(first, second):
+                    return self.changed(tied=False)
+        return self
+
     def input_embeddings(self) -> str | None:
         """The name of the weight of the embedding, or None if the model has none."""
         try:
