@@ -273,6 +273,17 @@ def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):
     assert not any(p.dim() == 3 and p.is_floating_point() for p in ours.parameters())
 
 
+def test_falcon_stays_in_16_bits_there_and_is_quantized_here(tmp_path):
+    models.make("falcon", torch.bfloat16, width=64, inner=128).save_pretrained(tmp_path / "bf16")
+    theirs, ours = both(tmp_path / "bf16")
+    names = {name for name, m in theirs.named_modules() if type(m).__name__ == "FalconLinear"}
+    assert models.layers_of(ours).keys() == names and len(names) == 8
+    ours.save_pretrained(tmp_path / "nf4")
+    assert torch.equal(models.logits(load(tmp_path / "nf4", config())), models.logits(ours))
+    with pytest.raises(RuntimeError):
+        load(tmp_path / "nf4", stock_config())
+
+
 def test_preparation_casts_there_alone(checkpoint):
     for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
         prepared = peft.prepare_model_for_kbit_training(model)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ gguf = pytest.importorskip("gguf")
 import models  # noqa: E402
 from gguf_files import fields, from_gguf, kinds, make, make_all, read  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
 from qlora_native.integrations import _gguf  # noqa: E402
@@ -39,6 +41,31 @@ def test_model_is_read_back_by_transformers_bit_for_bit(bases, name, tmp_path):
     for key, tensor in expected.state_dict().items():
         assert torch.equal(state[key], tensor), key
     assert torch.equal(models.logits(actual), models.logits(expected))
+
+
+def test_head_of_its_own_beside_a_tied_config_is_written(bases, tmp_path):
+    """transformers does not tie two tensors with different values; llama.cpp takes output.weight if there is one."""
+    shutil.copytree(bases["tied"], tmp_path / "model")
+    path = next(path for path in (tmp_path / "model").glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    state = load_file(path)
+    head = torch.randn(models.VOCABULARY, 64)
+    save_file({**state, "lm_head.weight": head}, path, metadata={"format": "pt"})
+    index = tmp_path / "model/model.safetensors.index.json"
+    changed = json.loads(index.read_text())
+    changed["weight_map"]["lm_head.weight"] = path.name
+    index.write_text(json.dumps(changed))
+    export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
+    assert torch.equal(read(tmp_path / "m.gguf")["output.weight"], head)
+    assert torch.equal(models.load(tmp_path / "model").lm_head.weight, head)
+
+
+def test_tensor_that_transformers_does_not_read_is_named_and_left_out(tmp_path):
+    make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(path), name: torch.rand(8)}, path, metadata={"format": "pt"})
+    report = export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
+    assert f"1 tensors that transformers does not read were left out: {name}" in str(report)
 
 
 def test_bias_is_reordered_like_the_rows_of_its_weight(bases, tmp_path):
@@ -210,7 +237,7 @@ def edit(folder, **changes):
         ),
         ({"rms_norm_eps": 1e-60}, "rms_norm_eps: expected a positive number, got 1e-60"),
         ({"max_position_embeddings": 2**40}, "max_position_embeddings: expected a number from 1 to"),
-        ({"dtype": "float64"}, "dtype: expected float32, float16 or bfloat16, got torch.float64"),
+        ({"dtype": "float64"}, "dtype: expected float32, bfloat16 or float16, got float64"),
         ({"num_attention_heads": 64, "head_dim": 1, "num_key_value_heads": 32}, "head_dim: expected an even number"),
     ],
     ids=str,

@@ -213,6 +213,17 @@ def test_tokens_beyond_the_embedding_are_counted_in_the_error(tmp_path):
         export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
 
 
+def test_two_tokens_of_one_id_are_named_in_the_error(tmp_path):
+    """GGUF has one text for each id, so one of them would not be found in a text any more."""
+    save(bytes_bpe(WORDS), tmp_path / "model")
+    path = tmp_path / "model/tokenizer.json"
+    state = json.loads(path.read_text())
+    state["model"]["vocab"]["again"] = 300
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="tokenizer.json: expected one token for each id, got '.*' and '.*' for 300"):
+        export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)
+
+
 def test_model_without_a_tokenizer_says_so(tmp_path):
     make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
     report = export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)

@@ -7,11 +7,15 @@ files contradict.
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
+from qlora_native._json import parse_object  # noqa: E402
+from qlora_native.integrations.checkpoints import Checkpoint  # noqa: E402
 from qlora_native.integrations.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
@@ -181,6 +187,16 @@ def test_key_that_occurs_twice_is_named_in_the_error(copies):
     refused(copies, f"the key '{UP}' occurs twice")
 
 
+def test_time_to_find_a_key_that_occurs_twice_is_that_of_reading():
+    """A comparison of each key with each other takes minutes."""
+    keys = ",".join(f'"{number}":0' for number in range(200_000))
+    parse_object(f"{{{keys}}}", "unique")
+    start = time.process_time()
+    with pytest.raises(ValueError, match="the key '7' occurs twice"):
+        parse_object(f'{{{keys},"7":0}}', "twice")
+    assert time.process_time() - start < 10
+
+
 def test_tensor_of_another_shape_is_named(copies):
     for folder, message in (("one", f"{UP}: expected the shape [72, 96], as config.json says, got [72, 48]"),):
         state = load_file(copies / folder / "model.safetensors")
@@ -267,6 +283,22 @@ def test_file_that_was_cut_short_is_named(copies, share, model):
     path = sorted((copies / model).glob("*.safetensors"))[-1]
     os.truncate(path, int(path.stat().st_size * share))
     refused(copies, f"{path.name}: expected a whole safetensors file, got another, or a part of one", model)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a moment")
+@pytest.mark.parametrize("model", ["one", "shards"])
+def test_file_that_may_not_be_read_is_named_with_the_reason(made, model):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        copy = Path(shutil.copytree(made / model, Path(folder) / "copy"))
+        Path(folder).chmod(0o755)
+        secret = min(copy.glob("*.safetensors"))
+        secret.chmod(0)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=f"Permission denied: '{re.escape(str(secret))}'"):
+                Checkpoint(copy)
+        finally:
+            os.seteuid(0)
 
 
 def test_disk_that_is_full_is_one_sentence(copies):
@@ -359,10 +391,10 @@ def test_damage_of_an_adapter_is_named_in_the_error(copies, damage, message):
     check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
 
 
-def test_layer_of_the_adapter_alone_is_named_in_the_error(copies):
-    """The files may have more than config.json describes; what is merged must be the model's."""
+def test_layer_that_the_model_lacks_is_named_in_the_error(copies):
+    """It may be of another model, or belong to weights that are read, as scales do."""
     edit(copies / "one/config.json", lambda config: config.update(num_hidden_layers=0, layer_types=[]))
-    message = "expected a config that PEFT can use over this base, got something else (Target modules {'up_proj'} not"
+    message = "/model.safetensors: model.layers.0.input_layernorm.weight: expected a tensor that a LlamaForCausalLM has"
     check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
 
 

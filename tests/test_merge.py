@@ -92,6 +92,20 @@ def test_merged_checkpoint_is_what_peft_merges(bases, family, changes, tmp_path)
         assert torch.equal(layer.dequantize(torch.float32), qn.quantize(weight.detach()).dequantize()), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_say_whether_a_weight_is_transposed_and_not_the_adapter(bases, family, tmp_path):
+    """`fan_in_fan_out` of a recipe for GPT-2 may be in an adapter of any model, or missing from one of GPT-2."""
+    adapter_of(bases[family], family, tmp_path / "adapter")
+    path, written = tmp_path / "adapter" / "adapter_config.json", []
+    for value in (False, True):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": value}))
+        convert(bases[family], tmp_path / str(value), tmp_path / "adapter", "fp32", progress=False)
+        files = sorted((tmp_path / str(value)).glob("*.safetensors"))
+        written.append({n: t for file in files for n, t in load_file(file).items()})
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_checkpoint_is_what_loading_quantizes(bases, family, tmp_path):
     report = convert(bases[family], tmp_path / "out", to="nf4", progress=False)
@@ -142,6 +156,116 @@ def test_index_and_config_match_the_files(bases, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["blocksize"] == 128 and config["bnb_4bit_quant_type"] == "fp4"
     assert config["bnb_4bit_use_double_quant"] is False
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+def tensors_of(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def changed(base, out, **tensors):
+    """A copy of a folder in one file, with other tensors."""
+    out.mkdir()
+    save_file({**tensors_of(base), **tensors}, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((base / "config.json").read_text())
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_of_the_base_is_the_default(bases, dtype, tmp_path, capsys):
+    models.make("llama", dtype).save_pretrained(tmp_path / "plain")
+    base = changed(tmp_path / "plain", tmp_path / "base", **{"model.norm.weight": torch.full((96,), 1.0001)})
+    adapter_of(
+        tmp_path / "plain", "llama", tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    places = (f"--{name}={tmp_path / name}" for name in ("base", "adapter", "out"))
+    main(["merge", *places])
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+    touched = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert touched == {*(f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)), "lm_head.weight"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((base / "config.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    counts = f"{name} (20), float32 (1)" if dtype != torch.float32 else "float32 (21)"
+    assert f"dtypes of the base were kept: {counts} (--to chooses another)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weight_in_4_bits_is_merged_into_the_dtype_that_it_had(dtype, tmp_path, capsys):
+    models.make("llama", dtype).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "base", to="nf4", progress=False)
+    adapter_of(tmp_path / "plain", "llama", tmp_path / "adapter", target_modules=["q_proj"])
+    places = (f"--{name}={tmp_path / name}" for name in ("base", "adapter", "out"))
+    main(["merge", *places])
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {dtype}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.") and "quantization_config" not in config
+    text = f"weights in 4 bits were written in the dtype that they had before: {config['dtype']} (14)"
+    assert text in capsys.readouterr().out
+
+
+def test_tensor_that_is_not_quantized_keeps_the_dtype_of_the_base(bases, tmp_path):
+    """Also one that the adapter brings in another dtype."""
+    adapter_of(bases["llama"], "llama", tmp_path / "adapter", target_modules=["lm_head"], modules_to_save=["norm"])
+    convert(bases["llama"], tmp_path / "out", tmp_path / "adapter", "nf4", progress=False)
+    written = tensors_of(tmp_path / "out")
+    assert written["model.norm.weight"].dtype == written["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "value", "message"),
+    [
+        ("fp16", torch.bfloat16, 1e5, r"at most 65504, as float16 has \(convert to bf16 or fp32\), got 99840"),
+        ("fp16", torch.float32, -65520.0, r"at most 65504, as float16 has \(convert to bf16 or fp32\), got -65520"),
+        ("bf16", torch.float32, 3.4e38, r"at most 3.38953e\+38, as bfloat16 has \(convert to fp32\), got 3.4e\+38"),
+    ],
+)
+@pytest.mark.parametrize("name", [LAST, "model.norm.weight", "model.embed_tokens.weight"])
+def test_value_beyond_the_dtype_is_named_in_the_error(bases, to, dtype, value, message, name, tmp_path):
+    tensor = tensors_of(bases["llama"])[name].to(dtype)
+    tensor.view(-1)[5] = value
+    base = changed(bases["llama"], tmp_path / "base", **{name: tensor})
+    with pytest.raises(ValueError, match=f"base/model.safetensors: {name}: expected values of {message}"):
+        convert(base, tmp_path / "out", to=to, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    convert(base, tmp_path / "out", to="fp32", progress=False)
+    assert torch.equal(tensors_of(tmp_path / "out")[name], tensor.float())
+
+
+def test_infinity_of_the_base_stays_one(bases, tmp_path):
+    """Only a change of a value is refused."""
+    tensor = torch.tensor([float("inf"), float("-inf"), float("nan")] * 32).bfloat16()
+    base = changed(bases["llama"], tmp_path / "base", **{"model.norm.weight": tensor})
+    for to in (None, "fp16"):
+        convert(base, tmp_path / str(to), to=to, progress=False)
+        written = tensors_of(tmp_path / str(to))["model.norm.weight"]
+        assert torch.equal(written.float().nan_to_num(0.5), tensor.float().nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_named_with_its_file(bases, to, value, tmp_path):
+    tensor = tensors_of(bases["llama"])[LAST]
+    tensor[3, 5] = value
+    base = changed(bases["llama"], tmp_path / "base", **{LAST: tensor})
+    with pytest.raises(ValueError, match=f"base/model.safetensors: {LAST}: expected .*finite.*, got"):
+        convert(base, tmp_path / "out", to=to, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.mark.parametrize("to", [None, "fp16", "nf4"])
+def test_tensor_that_transformers_does_not_read_is_named_and_copied(bases, to, tmp_path, capsys):
+    """Files of older versions have buffers that the model computes today."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    buffer = torch.rand(12)
+    base = changed(bases["llama"], tmp_path / "base", **{name: buffer})
+    report = convert(base, tmp_path / "out", to=to, progress=False)
+    assert f"1 tensors that transformers does not read were copied as they are: {name}" in str(report)
+    assert torch.equal(tensors_of(tmp_path / "out")[name], buffer)
 
 
 # ---- what cannot be merged -------------------------------------------------------------------------------------------

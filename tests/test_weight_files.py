@@ -306,7 +306,7 @@ def test_error_names_skipped_experts_that_the_file_has_in_4_bits(gpt_oss):
     assert any(expected in text for text in errors)
 
 
-def test_error_of_the_command_names_the_weight_and_the_formats_it_takes(saved, tmp_path):
+def test_error_of_the_command_names_the_method_and_the_formats_it_takes(saved, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -319,4 +319,5 @@ def test_error_of_the_command_names_the_weight_and_the_formats_it_takes(saved, t
     ]
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode != 0
-    assert "down_proj_blocks: expected a weight in 16 bits, nf4 or fp4, got mxfp4 or nvfp4" in shown.stderr
+    assert "quantization_config: expected weights in 16 or 32 bits, or nf4 and fp4 of the method" in shown.stderr
+    assert "got the method 'qlora_native'" in shown.stderr

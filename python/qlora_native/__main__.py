@@ -82,8 +82,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--to",
         type=_stored_format,
         choices=["bf16", "fp16", "fp32", "nf4", "fp4", *PACKED],
-        default="bf16",
-        help="int4 and int8: a folder of compressed-tensors",
+        help="int4 and int8: a folder of compressed-tensors (default: the dtype that each tensor has in the base; a "
+        "weight in 4 bits gets the one that it had before)",
     )
     quantize.add_argument("--to", type=_stored_format, choices=["nf4", "fp4"], default="nf4")
     for command in (merge, quantize):

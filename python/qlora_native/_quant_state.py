@@ -11,6 +11,16 @@ from torch import Tensor
 from ._errors import FLOAT_DTYPES, bad, bad_type
 from ._json import parse_object
 
+FORMATS = ("nf4", "fp4")  # those that bitsandbytes has in files
+QUANT_STATE = ".quant_state.bitsandbytes__"  # the format follows
+# What follows the name of a weight in the names of the tensors that belong to its codes.
+STATE_SUFFIXES = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    *(QUANT_STATE + format for format in FORMATS),
+)
 NESTED_BLOCKSIZE = 256  # scales that share a second-level scale: QLoRA's number, and the only one in bitsandbytes
 
 
@@ -39,7 +49,7 @@ def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
     sizes = isinstance(shape, list) and len(shape) in (2, 3) and all(map(is_size, shape))
     if not sizes or math.prod(shape) >= 2**60:
         raise bad(f"{key}: shape", "[N, K] or [E, N, K] of at least 1 and fewer than 2^60 elements", shape)
-    if state["quant_type"] not in ("nf4", "fp4"):
+    if state["quant_type"] not in FORMATS:
         raise bad(f"{key}: quant_type", "nf4 or fp4", repr(state["quant_type"]))
     if state["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]:
         raise bad(f"{key}: dtype", "float32, bfloat16 or float16", repr(state["dtype"]))

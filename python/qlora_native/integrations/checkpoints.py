@@ -15,13 +15,12 @@ from torch import Tensor
 
 from .._errors import bad
 from .._json import parse_object
-from .._quant_state import read_quant_state
+from .._quant_state import QUANT_STATE, STATE_SUFFIXES, read_quant_state
 from .._weight import QuantizedWeight
 
-__all__ = ["Checkpoint", "file_inside", "open_safetensors", "other_files", "write_shards"]
+__all__ = ["Checkpoint", "file_inside", "open_safetensors", "other_files", "rounded", "write_shards"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-QUANT_STATE = ".quant_state.bitsandbytes__"
 
 
 def file_inside(folder: Path, name: Any) -> Path:
@@ -57,6 +56,7 @@ def open_safetensors(path: Path) -> safe_open:
         ValueError: it is not a safetensors file, or was not written to its end.
         OSError: it cannot be read.
     """
+    path.open("rb").close()  # its error has the reason; safetensors says of each "No such file or directory"
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -69,6 +69,8 @@ class Checkpoint:
     A weight that bitsandbytes has quantized is one name, `x.weight`; its scales and tables have none of their own.
 
     Attributes:
+        folder: where it is.
+        config: the object in config.json.
         shards: {file name: [names]}, in the order of the files. A quantized weight is listed where its codes are.
     """
 
@@ -79,8 +81,9 @@ class Checkpoint:
             folder: a folder, or the id of a model of the hub that is in the Hugging Face cache.
 
         Raises:
-            FileNotFoundError: the folder, its safetensors file or a file of the index is missing.
-            ValueError: a file is damaged, lies outside the folder, or disagrees with the index.
+            FileNotFoundError: the folder, its config.json, its safetensors file or a file of the index is missing.
+            ValueError: a file is damaged, lies outside the folder, or disagrees with the index; or config.json says
+                that the weights are in a format that is not read here.
         """
         self.folder = _folder_of(folder)
         if (self.folder / INDEX).exists():
@@ -90,14 +93,18 @@ class Checkpoint:
                 self._file_of = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise FileNotFoundError(f"{self.folder}: expected {SINGLE} or {INDEX}, found neither")
+        path = file_inside(self.folder, "config.json")
+        self.config = parse_object(path.read_bytes(), str(path))
+        _check_quantization(self.config.get("quantization_config"), str(path))
         self._open: tuple[str, safe_open] | None = None
-        self._quantized = {name.partition(QUANT_STATE)[0] for name in self._file_of if QUANT_STATE in name}
-        if without_codes := sorted(self._quantized - self._file_of.keys()):
+        states = (name for name in self._file_of if name.endswith(STATE_SUFFIXES) and QUANT_STATE in name)
+        self._state_of = {name.partition(QUANT_STATE)[0]: name for name in states}
+        if without_codes := sorted(self._state_of.keys() - self._file_of.keys()):
             raise bad(str(self.folder), f"the tensor {without_codes[0]}, whose quant_state is there", "none")
+        belonging = {name + suffix for name in self._state_of for suffix in STATE_SUFFIXES}
         self.shards: dict[str, list[str]] = {file: [] for file in sorted(set(self._file_of.values()))}
         for name, file in self._file_of.items():
-            layer, dot, _ = name.rpartition(".weight.")
-            if not dot or f"{layer}.weight" not in self._quantized:
+            if name not in belonging:
                 self.shards[file].append(name)
 
     def __contains__(self, name: str) -> bool:
@@ -105,28 +112,46 @@ class Checkpoint:
         return name in self._file_of
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor as it is stored."""
-        return self._file(name).get_tensor(name)
+        """The tensor as it is stored. Its values are read when they are used.
+
+        Raises:
+            ValueError: torch has no such dtype.
+        """
+        file = self._file(name)
+        try:
+            return file.get_tensor(name)
+        except SafetensorError as error:
+            raise bad(self.describe(name), "a tensor of a dtype that torch has", f"another ({error})") from None
+
+    def describe(self, name: str) -> str:
+        """The file and the name of a tensor, for errors."""
+        return f"{self.folder / self._file_of[name]}: {name}"
 
     def shape(self, name: str) -> list[int]:
         """The stored shape of the tensor, or (N, K) of a quantized weight. No values are read."""
-        if self.quantized(name):
-            key = next(key for key in self._file_of if key.startswith(f"{name}{QUANT_STATE}"))
-            return read_quant_state(key, self[key], f"{name}.nested_absmax" in self)["shape"]
-        return self._file(name).get_slice(name).get_shape()
+        return self._state(name)["shape"] if self.quantized(name) else self._file(name).get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of the tensor, or the one that a quantized weight had before. No values are read."""
+        return getattr(torch, self._state(name)["dtype"]) if self.quantized(name) else self[name].dtype
 
     def quantized(self, name: str) -> bool:
         """Whether `name` is a weight that bitsandbytes has quantized."""
-        return name in self._quantized
+        return name in self._state_of
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """The quantized weight `name`."""
-        entries = {key: self[key] for key in self._file_of if key == name or key.startswith(f"{name}.")}
+        names = (name + suffix for suffix in ("", *STATE_SUFFIXES))
+        entries = {key: self[key] for key in names if key in self._file_of}
         return QuantizedWeight.from_bitsandbytes(entries, name.removesuffix("weight"))
 
     def dense(self, name: str) -> Tensor:
         """The tensor; a quantized one is decoded to fp32, which holds its values exactly."""
         return self.quantized_weight(name).dequantize(torch.float32) if self.quantized(name) else self[name]
+
+    def _state(self, name: str) -> dict[str, Any]:
+        key = self._state_of[name]
+        return read_quant_state(key, self[key], f"{name}.nested_absmax" in self)
 
     def _file(self, name: str) -> safe_open:
         file = self._file_of[name]
@@ -151,6 +176,22 @@ def _folder_of(name: str | Path) -> Path:
     raise FileNotFoundError(f"{name}: {expected}, found none")
 
 
+def _check_quantization(described: Any, path: str) -> None:
+    """Raise ValueError unless the quantization_config of config.json is none, or that of bitsandbytes' 4 bits.
+
+    A weight in another format is not what its tensor says: FP8 and int8 have scales beside it.
+    """
+    if described is None:
+        return
+    if not isinstance(described, dict):
+        raise bad(f"{path}: quantization_config", "an object", type(described).__name__)
+    method = described.get("quant_method", "bitsandbytes" if "load_in_4bit" in described else None)
+    if method != "bitsandbytes" or described.get("load_in_4bit") is not True:
+        expected = "weights in 16 or 32 bits, or nf4 and fp4 of the method 'bitsandbytes', as nothing else is read here"
+        got = f"the method {method!r}" + (", in 8 bits (LLM.int8)" if described.get("load_in_8bit") else "")
+        raise bad(f"{path}: quantization_config", expected, got)
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """Read the index of a folder, {tensor: file}, and check that it lists exactly the tensors of the files."""
     path = file_inside(folder, INDEX)
@@ -170,6 +211,22 @@ def _read_index(folder: Path) -> dict[str, str]:
                 raise bad(f"{folder}: {name}", "one tensor of that name", f"one in {file_of[name]} and one in {file}")
             raise bad(f"{path}: weight_map", f"the tensor {name}, which {file} has", "none")
     return file_of
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a tensor to `dtype`. NaN and infinities are kept.
+
+    Raises:
+        ValueError: a finite value is beyond the largest number of `dtype`. The error calls the tensor `name`.
+    """
+    made = tensor.to(dtype).contiguous()
+    if made.dtype != tensor.dtype and made.numel() and not all(end.isfinite() for end in made.aminmax()):
+        lost = tensor[made.isinf() & tensor.isfinite()]
+        if len(lost):
+            larger = "fp32" if dtype == torch.bfloat16 else "bf16 or fp32"
+            largest = f"values of at most {torch.finfo(dtype).max:g}, as {str(dtype).removeprefix('torch.')} has"
+            raise bad(name, f"{largest} (convert to {larger})", f"{lost[0].item():g}")
+    return made
 
 
 def other_files(folder: Path) -> list[Path]:

@@ -80,13 +80,12 @@ def export_model(model: str | Path, out: str | Path, to: str | None = None, prog
     checkpoint = Checkpoint(model)
     layout = Layout(Skeleton(checkpoint))
     layout.skeleton.check_files(checkpoint)
-    if layout.skeleton.dtype not in DTYPES:
-        raise bad("config.json: dtype", "float32, float16 or bfloat16", layout.skeleton.dtype)
     if to is None:
         to = DTYPES[layout.skeleton.dtype].name.lower()
     if to not in MODEL_TYPES:
         raise bad("to", "one of " + ", ".join(MODEL_TYPES), repr(to))
     kind, report = MODEL_TYPES[to], Report()
+    report.notes += layout.skeleton.note_of_unread("left out")
     other_files(checkpoint.folder)  # raises if a link leads out of the folder
     with gguf_writer(out, layout, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.MODEL)
@@ -166,10 +165,13 @@ def _model_entries(checkpoint: Checkpoint, layout: Layout, kind: GGMLType) -> It
     """Make the entries of the model, in the order of its files."""
     skeleton = layout.skeleton
     file_names = skeleton.file_names(checkpoint)
-    if skeleton.config.tie_word_embeddings:  # the files have either tensor; GGUF wants the embedding
-        head = file_names.pop("lm_head.weight", None)
-        if head is not None:
-            file_names.setdefault("model.embed_tokens.weight", head)
+    embedding, head = (file_names.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if skeleton.config.tie_word_embeddings and head is not None:
+        # GGUF wants the embedding. transformers ties the two, unless the files have both with different values.
+        if embedding is None:
+            file_names["model.embed_tokens.weight"] = file_names.pop("lm_head.weight")
+        elif torch.equal(checkpoint.dense(embedding), checkpoint.dense(head)):
+            del file_names["lm_head.weight"]
     for own, file_name in file_names.items():
         name, shape = layout.name_of(own), skeleton.shape(own)
 
@@ -227,9 +229,10 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     if to not in ADAPTER_TYPES:
         raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
     checkpoint, kind = Checkpoint(base), ADAPTER_TYPES[to]
-    layout = Layout(Skeleton(checkpoint).as_loaded(checkpoint))
+    skeleton = Skeleton(checkpoint)
+    skeleton.check_files(checkpoint)
+    layout = Layout(skeleton.as_loaded(checkpoint))
     lora = Adapter(adapter, layout.skeleton)
-    layout.skeleton.check_files(checkpoint)
     file_names = layout.skeleton.file_names(checkpoint)
     for name, tensor in lora.replaced.items():
         # PEFT saves an adapted embedding's own weight too, which must be the base's.

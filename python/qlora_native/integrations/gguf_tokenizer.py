@@ -90,6 +90,8 @@ def _tokens(path: Path, vocabulary: dict[str, int], added: dict[int, Any], size:
     for token, number in vocabulary.items():
         if number >= size:
             raise bad(str(path), f"tokens below {size}, the rows of the embedding", f"{number} ({token!r})")
+        if types[number] != gguf.TokenType.UNUSED:
+            raise bad(str(path), "one token for each id", f"{tokens[number]!r} and {token!r} for {number}")
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
         if number in added:
             types[number] = gguf.TokenType.CONTROL if added[number].special else gguf.TokenType.USER_DEFINED

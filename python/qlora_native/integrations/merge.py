@@ -1,6 +1,6 @@
 """Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
-    python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4]
+    python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
     python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,7 @@ from ._versions import require
 require("transformers")
 
 import torch
-from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from .. import functional
 from .._errors import bad, check_blocksize
@@ -32,7 +32,7 @@ from .._progress import Progress
 from . import compressed_tensors
 from ._report import Report
 from .adapters import Adapter
-from .checkpoints import Checkpoint, other_files, write_shards
+from .checkpoints import Checkpoint, other_files, rounded, write_shards
 from .skeleton import Skeleton
 from .staging import new_folder
 from .transformers import BitsAndBytesConfig
@@ -55,7 +55,7 @@ def convert(
     base: str | Path,
     out: str | Path,
     adapter: str | Path | None = None,
-    to: str = "bf16",
+    to: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
     progress: bool = True,
@@ -68,7 +68,9 @@ def convert(
         out: a folder that does not exist or is empty. It appears when it is complete.
         adapter: folder of an adapter that PEFT saved, or None: LoRA and what comes with it (DoRA, experts' parameters,
             trained tokens, modules_to_save, another vocabulary), LoHa or IA³.
-        to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes.
+        to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes. None keeps
+            the dtype of each tensor of the base; a weight in 4 bits gets the one that it had before, as its quant_state
+            says.
         blocksize, double_quant: as in `qlora_native.quantize`, for a format. "int4" and "int8" are written in the
             format of compressed-tensors, which has no double quantization and needs rows of whole blocks.
         progress: show the progress on stderr: on a terminal a bar, if tqdm is installed; in a log file a line now and
@@ -82,17 +84,19 @@ def convert(
         TypeError, ValueError: a file is damaged, a tensor of the model is missing, or the adapter cannot be merged or
             does not fit the base. Nothing is written.
     """
-    if to not in TARGETS:
+    if to is not None and to not in TARGETS:
         raise bad("to", "one of " + ", ".join(TARGETS), repr(to))
+    target = None if to is None else TARGETS[to]
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
     model = Skeleton(checkpoint)
+    there = model.check_files(checkpoint)
     loaded = None
     if adapter is not None:
         model = model.as_loaded(checkpoint)
         loaded = Adapter(adapter, model)
-    conversion = _Conversion(checkpoint, model, loaded, TARGETS[to], blocksize, double_quant)
-    conversion.check()
+    conversion = _Conversion(checkpoint, model, loaded, target, blocksize, double_quant)
+    conversion.check(there)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
@@ -107,9 +111,10 @@ def convert(
         config.pop("quantization_config", None)
         if conversion.format is not None:
             config["quantization_config"] = conversion.quantization_config()
-        else:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(TARGETS[to]).removeprefix("torch.")
+        elif conversion.dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = _name(conversion.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    conversion.note_dtypes()
     return conversion.report
 
 
@@ -120,7 +125,7 @@ class _Conversion:
     checkpoint: Checkpoint
     model: Skeleton
     adapter: Adapter | None
-    target: torch.dtype | str
+    target: torch.dtype | str | None
     blocksize: int
     double_quant: bool
     report: Report = field(default_factory=Report)
@@ -128,11 +133,18 @@ class _Conversion:
     # {name: names that it is tied to in the base, which the files do not have}: those that get tensors of their own ...
     untied: dict[str, list[str]] = field(default_factory=dict)
     shared: dict[str, list[str]] = field(default_factory=dict)  # ... and those that stay tied, and that are adapted
+    stored: Counter[torch.dtype] = field(default_factory=Counter)  # how many tensors are written in a dtype,
+    decoded: Counter[torch.dtype] = field(default_factory=Counter)  # and how many of them were in 4 bits
 
     @property
     def format(self) -> str | None:
         """The format that weights are quantized to, or None."""
         return self.target if isinstance(self.target, str) else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of all tensors that are not quantized, or None: each has that of the base."""
+        return self.target if isinstance(self.target, torch.dtype) else None
 
     @property
     def packed(self) -> bool:
@@ -150,13 +162,16 @@ class _Conversion:
             blocksize=self.blocksize,
         ).to_dict()
 
-    def check(self) -> None:
-        """Raise ValueError unless the files have all tensors of the model, and the adapter can be merged into them."""
-        there = self.model.check_files(self.checkpoint)
+    def check(self, there: set[str]) -> None:
+        """Raise ValueError unless the adapter can be merged into the files, and the layers can have the format.
+
+        Args:
+            there: the names of the model's tensors that the files make.
+        """
         if self.adapter is not None:
             self._check_adapter(self.adapter, there)
         for path in sorted(self.model.linears) if self.packed else ():
-            if isinstance(self.model.module(path), Conv1D):
+            if type(self.model.module(path)) is not nn.Linear:  # the format names its layers by this class
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
             compressed_tensors.check_layer(path, self.model.shape(f"{path}.weight")[1], self.blocksize)
         if self.format is not None and (stacks := self.model.stacks()):
@@ -164,6 +179,7 @@ class _Conversion:
                 f"{len(stacks)} tensors of experts, {sum(stacks.values()):,} elements, stay in 16 bits: they are "
                 "quantized where transformers loads the checkpoint in 16 bits"
             )
+        self.report.notes += self.model.note_of_unread("copied as they are")
         self.others = other_files(self.checkpoint.folder)
 
     def _check_adapter(self, adapter: Adapter, there: set[str]) -> None:
@@ -184,14 +200,25 @@ class _Conversion:
         self.report.merged = sum(not name.endswith(".bias") for name in adapter.names)
         self.report.notes += adapter.notes
 
+    def note_dtypes(self) -> None:
+        """Say in the report which dtypes were written, if the caller has not chosen."""
+        if self.target is None:
+            self.report.notes.append(f"dtypes of the base were kept: {_counts(self.stored)} (--to chooses another)")
+            if self.decoded:
+                self.report.notes.append(
+                    f"weights in 4 bits were written in the dtype that they had before: {_counts(self.decoded)}"
+                )
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Make the entries that replace the tensor `name` of the file."""
+        if name in self.model.unread:
+            return {name: self.checkpoint[name]}
         own = self.model.name_of(name)
         part = None if self.adapter is None else self.model.part_of(name)
         if part is not None and part.own in self.adapter.names:
             stored = self.checkpoint[name]
             merged = self.adapter.merged_part(part, stored)
-            return {name: self._rounded(name, merged, stored, merged, stored.dtype)}
+            return {name: self._rounded(name, part.own, merged, stored, merged)}
         entries = self._entries(name, own, name)
         for other in self.untied.get(own, ()):
             entries.update(self._entries(name, other, other))
@@ -213,37 +240,38 @@ class _Conversion:
         base = stored.t() if transposed and quantized else stored
         weight, trained = self.adapter.merged(own, base) if adapted else (base, base)
         if not quantize:
-            return {key: self._rounded(own, weight, base, trained, self.model.dtype if quantized else stored.dtype)}
+            return {key: self._rounded(name, own, weight, base, trained)}
         weight = weight.t() if transposed else weight
-        q = functional.quantize(weight, *self._options())
+        try:
+            q = functional.quantize(weight, *self._options())
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
         if self.packed:
             q = compressed_tensors.with_rounded_scales(q, self.model.dtype)
-        rounded = q.dequantize(torch.float32)
-        self.report.add_rounding(path, rounded, weight)
-        self._measure(own, rounded.t() if transposed else rounded, base, trained)
+        decoded = q.dequantize(torch.float32)
+        self.report.add_rounding(path, decoded, weight)
+        self._measure(own, decoded.t() if transposed else decoded, base, trained)
         if self.packed:
             return compressed_tensors.entries(q, key.removesuffix("weight"))
-        dtype = self.model.dtype if adapted or quantized else stored.dtype
-        return replace(q, dtype=dtype).to_bitsandbytes(key.removesuffix("weight"))
+        return replace(q, dtype=self.checkpoint.dtype(name)).to_bitsandbytes(key.removesuffix("weight"))
 
-    def _rounded(self, name: str, tensor: Tensor, base: Tensor, trained: Tensor, dtype: torch.dtype) -> Tensor:
-        """Round a tensor that is not quantized, once, to the dtype in which it is written.
+    def _rounded(self, name: str, own: str, tensor: Tensor, base: Tensor, trained: Tensor) -> Tensor:
+        """Round a tensor that is not quantized, once, to the dtype in which it is written. Integers are kept.
 
         Args:
-            name: what errors call it.
+            name, own: its names in the files and in the model.
             tensor: its value.
             base: its value in the base.
             trained: its value in the model that was trained.
-            dtype: what it is written in if the target is a format.
         """
         if not tensor.is_floating_point():
             return tensor.contiguous()
-        dtype = self.target if isinstance(self.target, torch.dtype) else dtype
-        rounded = tensor.to(dtype).contiguous()
-        if tensor is not base and not rounded.isfinite().all():
-            raise bad(f"adapter, {name}", f"a merged weight that {dtype} can hold", "one beyond its largest number")
-        self._measure(name, rounded, base, trained)
-        return rounded
+        dtype = self.dtype or self.checkpoint.dtype(name)
+        self.stored[dtype] += 1
+        self.decoded[dtype] += self.checkpoint.quantized(name)
+        written = rounded(self.checkpoint.describe(name), tensor, dtype)
+        self._measure(own, written, base, trained)
+        return written
 
     def _measure(self, name: str, written: Tensor, base: Tensor, trained: Tensor) -> None:
         """Count how far a written tensor is from what the trained model has, and how far that is from the base."""
@@ -254,3 +282,12 @@ class _Conversion:
 
     def _options(self) -> tuple[str, int, bool]:
         return self.format, self.blocksize, self.double_quant and not self.packed
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _counts(dtypes: Counter[torch.dtype]) -> str:
+    """ "bfloat16 (290 tensors), float32 (2)"."""
+    return ", ".join(f"{_name(dtype)} ({count:,})" for dtype, count in dtypes.most_common() if count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from .._errors import bad
-from .._json import parse_object
-from .checkpoints import Checkpoint, file_inside
+from .._errors import FLOAT_DTYPES, bad
+from .checkpoints import Checkpoint
 from .experts import find_experts
 from .transformers import modules_to_quantize
 
@@ -73,7 +73,9 @@ class Skeleton:
         architecture: the name of the model's class.
         config: the config that transformers makes of config.json.
         dtype: the dtype of the weights in config.json.
-        linears: the paths of the layers that transformers would give to bitsandbytes.
+        linears: the paths of the layers that are quantized where transformers loads the model (modules_to_quantize).
+        unread: what `check_files` has found in the files that transformers does not read: tensors of other versions or
+            of parts that the class lacks, and buffers that it computes.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,8 +84,8 @@ class Skeleton:
         Raises:
             ValueError: it is not a model of transformers, or transformers cannot make it.
         """
-        path = file_inside(checkpoint.folder, "config.json")
-        self._json = parse_object(path.read_bytes(), str(path))
+        path = checkpoint.folder / "config.json"
+        self._json = checkpoint.config
         kind = self._json.get("architectures")
         self.architecture = kind[0] if isinstance(kind, list) and kind and isinstance(kind[0], str) else "none"
         model_class = getattr(transformers, self.architecture, None)
@@ -100,6 +102,9 @@ class Skeleton:
         except Exception as error:  # transformers raises errors of many types on bad values
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
+        if self.dtype not in FLOAT_DTYPES:
+            raise bad(f"{path}: dtype", "float32, bfloat16 or float16", _name(self.dtype))
+        self.unread: list[str] = []
 
     def _make(self, model_class: type[nn.Module], config: Any) -> None:
         with torch.device("meta"):
@@ -194,55 +199,76 @@ class Skeleton:
 
     def needed(self, there: set[str]) -> set[str]:
         """The tensors that the files must have. One of several tied ones is enough."""
-        ignored = [re.compile(pattern) for pattern in self._model._keys_to_ignore_on_load_missing or ()]
         tied = self._model.all_tied_weights_keys.items()
         shared = {name for pair in tied if there.intersection(pair) for name in pair}
-        return {
-            name for name in self._state if name not in shared and not any(pattern.search(name) for pattern in ignored)
-        }
+        return self._reported(self._state.keys() - shared, set())[0]
 
     def check_files(self, checkpoint: Checkpoint) -> set[str]:
-        """Check the tensors of the files, and return their names in the model.
+        """Check the tensors of the files, set `unread`, and return the names of the model's tensors that they make.
 
         Raises:
-            ValueError: a tensor is missing, occurs twice, or has another shape.
+            ValueError: a tensor is missing, occurs twice, has another shape or a dtype that says that it is quantized,
+                or is none of the model.
         """
         file_names: dict[str, str] = {}
         there: set[str] = set()
+        others: set[str] = set()
         for name in (name for names in checkpoint.shards.values() for name in names):
             own = self.name_of(name)
-            if own not in self._state and own.endswith("_blocks"):
-                raise bad(name, "a weight in 16 bits, nf4 or fp4", "mxfp4 or nvfp4, converted as a live model only")
             if own in file_names:
                 raise bad(str(checkpoint.folder), f"{own} once", f"{file_names[own]} and {name}")
             file_names[own] = name
-            there.add(own)
-            there.update(self.names_made_of(name))
-            self.check_shape(name, checkpoint.shape(name), checkpoint.quantized(name))
+            if made := self.names_made_of(name) & self._state.keys():
+                there.update(made)
+                self._check_tensor(checkpoint, name, self._state[min(made)].dtype)
+            else:
+                others.add(own)
+        unexpected = self._reported(set(), others)[1]
         if missing := sorted(self.needed(there) - there):
-            raise bad(
-                str(checkpoint.folder),
-                f"all tensors of a {self.architecture}",
-                f"no {missing[0]}" + (f", and {len(missing) - 1} more are missing" if missing[1:] else ""),
-            )
+            more = f", and {len(missing) - 1} more are missing" if missing[1:] else ""
+            raise bad(str(checkpoint.folder), f"all tensors of a {self.architecture}", f"no {missing[0]}{more}")
+        self.unread = sorted(file_names[own] for own in others.difference(unexpected))
+        unknown = [file_names[own] for own in unexpected] + [name for name in self.unread if checkpoint.quantized(name)]
+        if unknown:
+            raise bad(checkpoint.describe(min(unknown)), f"a tensor that a {self.architecture} has", "another")
         return there
 
-    def check_shape(self, name: str, shape: list[int], is_quantized: bool) -> None:
-        """Raise ValueError unless the file's tensor `name` has the shape of the model's, and may be quantized if it is.
+    def _reported(self, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+        """Those of the missing and of the unexpected tensors that transformers would report when it loads the files."""
+        computed = {name for name, _ in self._model.named_buffers()}
+        found = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected - computed)
+        self._model._adjust_missing_and_unexpected_keys(found)
+        return found.missing_keys, found.unexpected_keys
+
+    def _check_tensor(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+        """Raise ValueError unless the file's tensor `name` has the shape of the model's, and the kind of its `dtype`.
 
         A quantized tensor is [out, in], also of a Conv1D, whose own weight is [in, out].
         """
-        own = self.name_of(name)
-        if is_quantized and not own.endswith(".weight"):
+        own, shape, stored = self.name_of(name), checkpoint.shape(name), checkpoint.dtype(name)
+        if checkpoint.quantized(name) and not own.endswith(".weight"):
             raise bad(name, "experts in 16 bits", "quantized ones, which are converted as a live model only")
         if own in self._state:
             expected = self.shape(own)
-            if is_quantized and self.is_transposed(own):
+            if checkpoint.quantized(name) and self.is_transposed(own):
                 expected.reverse()
             if shape != expected:
                 raise bad(name, f"the shape {expected}, as config.json says", shape)
-        elif is_quantized:
+        elif checkpoint.quantized(name):
             raise bad(name, f"a weight that a {self.architecture} has", "another, quantized")
+        if dtype.is_floating_point:
+            fits, kind = stored in FLOAT_DTYPES or stored == dtype, "float32, bfloat16 or float16"
+        else:
+            fits, kind = not stored.is_floating_point and stored.is_complex == dtype.is_complex, _name(dtype)
+        if not fits:
+            raise bad(checkpoint.describe(name), kind, f"{_name(stored)}, which has another meaning in the files")
+
+    def note_of_unread(self, done: str) -> list[str]:
+        """A sentence about the tensors that transformers does not read, or nothing. `done` is what became of them."""
+        if not self.unread:
+            return []
+        shown = ", ".join(self.unread[:3]) + (", ..." if self.unread[3:] else "")
+        return [f"{len(self.unread)} tensors that transformers does not read were {done}: {shown}"]
 
     def other_linears(self) -> list[str]:
         """The paths of the `nn.Linear` layers that transformers would not give to bitsandbytes, such as lm_head."""
@@ -270,3 +296,7 @@ class Skeleton:
     def module(self, path: str) -> nn.Module:
         """The module at `path`, without values."""
         return self._model.get_submodule(path)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

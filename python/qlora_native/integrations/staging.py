@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,20 +13,28 @@ from pathlib import Path
 
 __all__ = ["new_file", "new_folder"]
 
+TOKEN_BYTES = 8  # of the random part of a name, which has two hexadecimal digits for each
+
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yield a folder beside `out` to write into. If no error occurs, it is renamed to `out`.
 
-    A killed process leaves a folder `.<out>.partial-<random>`. The next call for `out` removes it. It knows the folders
-    of live processes by their locks, which end with the process.
+    If `out` is a link, the folder that it leads to is written, and the link stays.
+
+    A killed process leaves a folder `.<out>.partial-<16 hexadecimal digits>`, which has only files. The next call for
+    `out` removes such folders, and no others. It knows the folders of live processes by their locks, which end with the
+    process.
 
     Raises:
-        FileExistsError: `out` exists and is not an empty folder, at the beginning or at the end.
+        FileExistsError: `out` exists and is not an empty folder, at the beginning or at the end; or it is a mount
+            point, which cannot be replaced.
     """
-    out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = Path(os.path.realpath(out))
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a new or empty folder")
+    if os.path.ismount(out):
+        raise FileExistsError(f"{out}: expected a new or empty folder, got a mount point (name a new folder in it)")
     with _staged(out) as staged:
         yield staged
         for path in (*staged.iterdir(), staged):
@@ -62,8 +71,10 @@ def _staged(out: Path) -> Iterator[Path]:
     """Yield a new locked folder beside `out`, and remove it after an error. First remove leftovers of dead runs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.partial-"
-    for left in out.parent.glob(f"{_literal(prefix)}*"):
-        _remove_if_dead(left)
+    name_of_ours = re.compile(f"{re.escape(prefix)}[0-9a-f]{{{2 * TOKEN_BYTES}}}")
+    for name in os.listdir(out.parent):
+        if name_of_ours.fullmatch(name):
+            _remove_if_dead(out.parent / name)
     staged, lock = _locked_folder(out.parent, prefix)
     try:
         yield staged
@@ -75,15 +86,10 @@ def _staged(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _literal(text: str) -> str:
-    """A glob pattern that matches only `text`."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     """Make a new folder, and lock it. Returns the folder and the descriptor that holds the lock."""
     while True:
-        path = parent / f"{prefix}{secrets.token_hex(8)}"
+        path = parent / f"{prefix}{secrets.token_hex(TOKEN_BYTES)}"
         path.mkdir()
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -96,7 +102,7 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def _remove_if_dead(folder: Path) -> None:
-    """Remove the leftover of a killed process, unless a live one may be writing to it."""
+    """Remove the leftover of a killed process, unless a live one may be writing to it, or it has more than files."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -106,7 +112,10 @@ def _remove_if_dead(folder: Path) -> None:
     except OSError:
         return
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        with os.scandir(folder) as entries:
+            has_only_files = all(entry.is_file(follow_symlinks=False) for entry in entries)
+        if has_only_files:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
 

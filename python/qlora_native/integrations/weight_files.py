@@ -23,26 +23,15 @@ from .._errors import bad
 from .._formats import CODEBOOKS
 from .._layer import QuantizedLayer
 from .._microscaling import MICROSCALED, nvfp4_block_fields, swapped_codes
-from .._quant_state import read_quant_state
+from .._quant_state import QUANT_STATE, STATE_SUFFIXES, read_quant_state
 from .._weight import QuantizedWeight
 from ..nn import Experts4bit
 from .transformers_config import FORMATS
 
 __all__ = ["SUFFIXES", "file_has", "names_in_files", "read_weight", "why_not_saved", "written_weight"]
 
-_QUANT_STATE = ".quant_state.bitsandbytes__"
 _BLOCKS, _SCALES, _SCALE_VALUES = "_blocks", "_scales", "_scale_values"
-SUFFIXES = (
-    "",
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    *(_QUANT_STATE + format for format in ("nf4", "fp4")),
-    _BLOCKS,
-    _SCALES,
-    _SCALE_VALUES,
-)
+SUFFIXES = ("", *STATE_SUFFIXES, _BLOCKS, _SCALES, _SCALE_VALUES)
 
 
 def why_not_saved(model: nn.Module) -> ValueError | None:
@@ -99,7 +88,7 @@ def read_weight(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> Q
         parent, _, own = name.rpartition(".")
         entries = {name + suffix: tensor for suffix, tensor in found.items()}
         q = QuantizedWeight.from_bitsandbytes(entries, f"{parent}." if parent else "", own)
-        key = next(key for key in entries if _QUANT_STATE in key)
+        key = next(key for key in entries if QUANT_STATE in key)
         state = read_quant_state(key, entries[key], q.nested_absmax is not None)
         if bool(state.get("transposed", False)) != transposed:
             shape = list(layer.shape if isinstance(layer, Experts4bit) else layer._shape)
@@ -133,7 +122,7 @@ def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
                 names.update(opened.keys())
-    found = {name.partition(_QUANT_STATE)[0] for name in names if _QUANT_STATE in name}
+    found = {name.partition(QUANT_STATE)[0] for name in names if QUANT_STATE in name}
     found.update(name.removesuffix(suffix) for suffix in (_BLOCKS, _SCALES) for name in names if name.endswith(suffix))
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     return {apply_renamings(name, renamings) for name in found}
