@@ -352,21 +352,24 @@ def _config(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_tensors(lambda s, k: s.pop(f"{k}.lora_B.weight")), f"adapter, {LAYER}: expected lora_A and lora_B, got no"),
+        (_tensors(lambda s, k: s.pop(f"{k}.lora_B.weight")), f"adapter: expected {LAYER}.lora_B.weight, as"),
         (
             _tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(0, 96)})),
-            f"adapter, {LAYER}: lora_A: expected a floating-point matrix, got torch.float32 [0, 96]",
+            f"{LAYER}.lora_A.weight: expected the shape [4, 96], by adapter_config.json and the base, got [0, 96]",
         ),
         (
             _tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(4, 96, dtype=torch.int8)})),
-            f"adapter, {LAYER}: lora_A: expected a floating-point matrix, got torch.int8",
+            f"adapter, {LAYER}.lora_A.weight: expected a floating-point tensor, got torch.int8",
         ),
-        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(3, 96)})), "expected the rank 3 of lora_A"),
-        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(4, 95)})), "the weight's shape [72, 96]"),
-        (_tensors(lambda s, k: s[f"{k}.lora_B.weight"].fill_(float("nan"))), "merged weight of finite values"),
+        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(3, 96)})), "base, got [3, 96]"),
+        (_tensors(lambda s, k: s.update({f"{k}.lora_A.weight": torch.zeros(4, 95)})), "base, got [4, 95]"),
+        (
+            _tensors(lambda s, k: s[f"{k}.lora_B.weight"].fill_(float("nan"))),
+            f"{LAYER}.lora_B.weight: expected finite values",
+        ),
         (
             _tensors(lambda s, k: s.update({f"{k}.lora_magnitude_vector": torch.zeros(5)})),
-            "lora_magnitude_vector: expected [72], got [5]",
+            f"adapter_config.json adapts, got {LAYER}.lora_magnitude_vector",
         ),
         (_tensors(lambda s, k: s.update({"base_model.model.nowhere.weight": torch.zeros(5)})), "nowhere.weight"),
         (_config(lora_alpha=None), "lora_alpha: expected a finite number, got None"),
@@ -374,7 +377,7 @@ def _config(**changes):
         (_config(alpha_pattern=[1]), "alpha_pattern: expected an object, got list"),
         (_config(alpha_pattern={"(": 1}), "alpha_pattern: expected regular expressions, got '('"),
         (_config(alpha_pattern={"up_proj": "8"}), "alpha_pattern, up_proj: expected a finite number, got '8'"),
-        (_config(peft_type=["LORA"]), "peft_type: expected LORA"),
+        (_config(peft_type=["LORA"]), "peft_type: expected one of LORA"),
         (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), "expected a whole safetensors file"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "expected a JSON object, got list"),
         (

@@ -284,11 +284,14 @@ def rename(folder, old, new):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: edit(f, peft_type="LOHA"), "peft_type: expected LORA, got LOHA"),
+        (lambda f: edit(f, peft_type="LOKR"), "peft_type: expected one of LORA, LOHA, IA3, TRAINABLE_TOKENS, got LOKR"),
         (lambda f: edit(f, use_qalora=True), "use_qalora: expected none, as it cannot be merged here, got True"),
         (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "init_lora_weights: expected one that leaves the base"),
-        (lambda f: rename(f, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"), "layers.7.mlp.up_proj.weight, which it"),
-        (lambda f: rename(f, "lora_A", "lora_X"), "expected keys of LoRA layers, got base_model.model"),
+        (
+            lambda f: rename(f, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
+            "base has and adapter_config.json adapts, got model",
+        ),
+        (lambda f: rename(f, "lora_A", "lora_X"), "adapter_config.json adapts, got model.layers.0"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: expected a file that PEFT"),
     ],
 )

@@ -69,7 +69,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--cmake-dir", action="store_true", help="print the value for CMake's -Dqlora_native_DIR=")
     commands = parser.add_subparsers(dest="command")
-    merge = commands.add_parser("merge", help="merge a LoRA adapter into a checkpoint, shard by shard")
+    merge = commands.add_parser("merge", help="merge an adapter into a checkpoint, shard by shard")
     quantize = commands.add_parser("quantize", help="put a checkpoint into 4 bits, shard by shard")
     merge.add_argument(
         "--base", required=True, help="folder of the model, in 16 or in 4 bits, or its id in the hub's cache"

@@ -1,53 +1,53 @@
-"""Read a LoRA adapter that PEFT has saved, and merge it without PEFT: W + scaling * B A, with DoRA's magnitude."""
+"""Merge an adapter that PEFT has saved, tensor by tensor: LoRA and its relatives, LoHa, IA³, trained tokens.
+
+PEFT itself says what an adapter consists of: its layers are made over the model without values, from the adapter's
+config, and the file has to have exactly their tensors (adapter_files.py). What each layer makes of the tensor below it
+is a change (adapter_changes.py).
+"""
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from ._versions import require
 
-from .._errors import bad, is_finite_number
+require("peft")
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .._errors import bad
 from .._json import parse_object
-from .checkpoints import file_inside, open_safetensors
+from .adapter_changes import Added, Change, Rows, changes_of
+from .adapter_files import PREFIX, assign, layers_over, peft_config, read_tensors, resized
+from .checkpoints import file_inside
+from .skeleton import Part, Skeleton
 
 __all__ = ["Adapter"]
 
-# Fields of a LoraConfig with which the layer computes something other than W + scaling * B A.
-_OTHER_PRODUCTS = (
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-)
-# Values of init_lora_weights with which PEFT changed the base weight before it trained.
-_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
-_PART = re.compile(r"^(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?$")
-
 
 class Adapter:
-    """A LoRA adapter from a folder.
+    """An adapter from a folder, over the model that it was trained for.
 
     Attributes:
-        layers: {path of a layer in the base model: {name of a part: tensor}}.
-        replaced: {name of a tensor of the base: its new value}, from `modules_to_save` and trained biases.
+        config: what its adapter_config.json has.
+        model: the model that it makes of the base: with its vocabulary, and with the ties that it leaves.
+        changes: {name of a tensor of the model: its changes, each with the name that its layer has for the tensor};
+            tied tensors have each other's.
+        replaced: {name of a tensor of the model: its new value}, from `modules_to_save`, trained biases and resized
+            embeddings.
+        names: those of both.
+        notes: sentences for a reader of the merged files.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read and check the adapter in `folder`.
+    def __init__(self, folder: str | Path, base: Skeleton) -> None:
+        """Read and check the adapter in `folder` of the model `base`.
 
         Raises:
             FileNotFoundError: adapter_config.json or adapter_model.safetensors is missing.
-            ValueError: the folder has no LoRA adapter, a damaged one, or a variant that cannot be merged here.
+            ValueError: the folder has no adapter that can be merged here, a damaged one, one that contradicts itself,
+                or one of another model.
         """
         folder = Path(folder)
         names = "adapter_config.json", "adapter_model.safetensors"
@@ -56,125 +56,118 @@ class Adapter:
                 raise FileNotFoundError(f"{folder / name}: expected a file that PEFT saved, found none")
         config, weights = (file_inside(folder, name) for name in names)
         self.config: dict[str, Any] = parse_object(config.read_bytes(), str(config))
-        if self.config.get("peft_type") != "LORA":
-            raise bad("adapter_config.json: peft_type", "LORA", self.config.get("peft_type"))
-        for name in _OTHER_PRODUCTS:
-            if self.config.get(name):
-                raise bad(f"adapter_config.json: {name}", "none, as it cannot be merged here", self.config[name])
-        start = self.config.get("init_lora_weights")
-        if isinstance(start, str) and start.startswith(_CHANGED_BASES):
-            raise bad("adapter_config.json: init_lora_weights", "one that leaves the base weight as it is", start)
-        self._alpha, self._alphas = _alphas(self.config)
-        self.layers: dict[str, dict[str, Tensor]] = {}
-        self.replaced: dict[str, Tensor] = {}
-        with open_safetensors(weights) as file:
-            for key in file.keys():
-                self._add(key, file.get_tensor(key))
-        for path, parts in self.layers.items():
-            _check_parts(path, parts)
+        known = peft_config(self.config)
+        tensors = read_tensors(weights)
+        self.model = resized(base, tensors)
+        layers = layers_over(self.model, known)
+        self._collect(layers, assign(layers, tensors))
+        for name in sorted(self.model.names() - set(self.replaced)):
+            if self.model.shape(name) != base.shape(name):
+                raise bad("adapter", "all tensors that have a row for each token of its vocabulary", f"no {name}")
+        self.notes: list[str] = []
+        self._tie(base)
 
-    def _add(self, key: str, tensor: Tensor) -> None:
-        name = key.removeprefix("base_model.model.")
-        match = _PART.match(name)
-        if match is None:
-            if "lora_" in name:
-                raise bad("adapter_model.safetensors", "keys of LoRA layers", key)
-            self.replaced[name.replace(".base_layer.", ".")] = tensor
-            return
-        path, part, suffix = match.groups()
-        self.layers.setdefault(path, {})[part if suffix != ".bias" else f"{part}.bias"] = tensor
+    def _collect(self, layers: nn.Module, values: dict[int, Tensor]) -> None:
+        """Find what becomes of each tensor. All names of a tied tensor have the changes of the layers over either.
 
-    def names(self) -> set[str]:
-        """The names of the base's tensors that the adapter changes."""
-        biases = {f"{path}.bias" for path, parts in self.layers.items() if "lora_B.bias" in parts}
-        return {f"{path}.weight" for path in self.layers} | biases | set(self.replaced)
+        Args:
+            layers: PEFT's model.
+            values: {id of one of its tensors: the value that the file has for it}.
+        """
+        changes: dict[int, list[tuple[str, Change]]] = {}
+        for name, layer in layers.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                path = name.removeprefix(PREFIX).replace(".base_layer", "").removesuffix(".token_adapter")
+                for parameter, change in changes_of(path, layer, lambda tensor: values[id(tensor)]).items():
+                    below = getattr(layer.get_base_layer(), parameter)
+                    changes.setdefault(id(below), []).append((f"{path}.{parameter}", change))
+        merged = layers.unload().state_dict(keep_vars=True)
+        self._ids = {name: id(tensor) for name, tensor in merged.items()}  # which tied tensors share
+        self.changes = {name: changes[key] for name, key in self._ids.items() if key in changes}
+        self.replaced = {name: values[key] for name, key in self._ids.items() if key in values}
+        self.names = {*self.changes, *self.replaced}
 
-    def check_names(self, there: set[str]) -> None:
-        """Raise ValueError unless `there` has the names of all tensors that the adapter changes."""
-        if missing := sorted(self.names() - there):
-            raise bad("adapter", "changes to tensors that the base has", f"{missing[0]}, which it has not")
-
-    def scaling(self, path: str) -> float:
-        """The scaling of a layer: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        parts = self.layers[path]
-        rank = (parts["lora_A"] if "lora_A" in parts else parts["lora_embedding_A"]).shape[0]
-        # PEFT takes the first pattern that matches the end of the path (its get_pattern_key).
-        alpha = next((value for pattern, value in self._alphas if pattern.match(path)), self._alpha)
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-    def factors(self, path: str, shape: list[int]) -> tuple[Tensor, Tensor]:
-        """The factors of a layer's change: left [out, rank] and right [rank, in], which are B and A of a linear layer.
+    def _tie(self, base: Skeleton) -> None:
+        """Leave the ties that PEFT leaves, which unties a tensor by replacing it.
 
         Raises:
-            ValueError: their product does not have `shape`, the shape of the layer's weight.
+            ValueError: transformers ties them whatever config.json says.
         """
-        parts = self.layers[path]
-        if "lora_embedding_A" in parts:
-            left, right = parts["lora_embedding_A"].t(), parts["lora_embedding_B"].t()
-        else:
-            left, right = parts["lora_B"], parts["lora_A"]
-        if shape != [left.shape[0], right.shape[1]]:
-            raise bad(f"adapter, {path}", f"the weight's shape {shape}", [left.shape[0], right.shape[1]])
-        return left, right
+        for name in sorted(self.names):
+            apart = sorted(other for other in base.tied(name) if not self._shared(name, other))
+            if apart:
+                self.model = self.model.changed(tied=False)
+                self.notes.append(f"{name} and {apart[0]} are no longer tied: each has values of its own")
+                break
+        for name in self._ids:
+            for other in self.model.tied(name):
+                if not self._shared(name, other):
+                    raise bad("adapter", f"one value for {name} and {other}, which transformers ties", "two")
+        for name, changes in self.changes.items():
+            others = [own for own, change in changes if own != name and not isinstance(change, Rows)]
+            if others:
+                self.notes.append(
+                    f"{name} and {others[0]} are tied: a change of one is merged into both, as PEFT does, which is not "
+                    "the model that was trained"
+                )
+                break
 
-    def merged_weight(self, path: str, weight: Tensor) -> Tensor:
-        """Merge the adapter into `weight` [out, in] of the layer `path`, in fp32.
+    def _shared(self, name: str, other: str) -> bool:
+        return self._ids[name] == self._ids[other]
+
+    def check_parts(self, parts: list[tuple[str, Part]]) -> None:
+        """Raise ValueError unless the adapter can be merged into the tensors of the files that are parts of others.
+
+        Args:
+            parts: (name in the files, what it is).
+        """
+        for name, part in parts:
+            changes = [change for _, change in self.changes.get(part.own, ())]
+            if not all(isinstance(change, Added) for change in changes):
+                raise bad(f"adapter, {part.own}", f"a change that can be added to {name}, its part", "another")
+            rows = self.model.shape(part.own)[0]
+            if (changes or part.own in self.replaced) and part.expert is not None and part.expert >= rows:
+                raise bad(name, f"one of {rows} experts", part.expert)
+
+    def merged(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge the adapter into the model's tensor `name`, whose value in the base is `tensor`.
+
+        Returns:
+            (merged, trained), in fp32: what PEFT merges, and what the trained model computes with. They differ where a
+            tensor gets the changes of another one, which it is tied to.
 
         Raises:
-            ValueError: the shapes of the adapter do not fit the weight.
+            ValueError: the merged tensor is not finite.
         """
-        parts = self.layers[path]
-        left, right = self.factors(path, list(weight.shape))
-        merged = torch.addmm(weight.float(), left.float(), right.float(), alpha=self.scaling(path))
-        if "lora_magnitude_vector" in parts:
-            magnitude = parts["lora_magnitude_vector"].float()
-            if magnitude.shape != merged.shape[:1]:
-                raise bad(f"adapter, {path}: lora_magnitude_vector", f"[{len(merged)}]", list(magnitude.shape))
-            merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
-        if not merged.isfinite().all():
-            raise bad(f"adapter, {path}", "a merged weight of finite values", "NaN or Inf")
-        return merged
+        start, changes = self.replaced.get(name, tensor), self.changes.get(name, [])
+        merged = _finite(name, _applied(start, [change for _, change in changes]))
+        own = [change for of, change in changes if of == name]
+        return merged, merged if len(own) == len(changes) else _applied(start, own)
 
-    def merged_bias(self, path: str, bias: Tensor) -> Tensor:
-        """Add `lora_bias` to the bias of the layer `path`, in fp32."""
-        added = self.layers[path].get("lora_B.bias")
-        if added is None:
-            return bias
-        if added.shape != bias.shape:
-            raise bad(f"adapter, {path}: lora_B.bias", f"the bias's shape {list(bias.shape)}", list(added.shape))
-        return bias.float() + self.scaling(path) * added.float()
+    def merged_part(self, part: Part, tensor: Tensor) -> Tensor:
+        """Merge the adapter into a tensor of the base's files that is a part of one of the model, in fp32.
 
-
-def _alphas(config: dict[str, Any]) -> tuple[float, list[tuple[re.Pattern[str], float]]]:
-    """lora_alpha, and a list of (pattern of paths, alpha) for the layers that have another."""
-
-    def number(name: str, value: Any) -> float:
-        if not is_finite_number(value):
-            raise bad(f"adapter_config.json: {name}", "a finite number", repr(value))
-        return value
-
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise bad("adapter_config.json: alpha_pattern", "an object", type(patterns).__name__)
-    alphas = []
-    for pattern, alpha in patterns.items():
-        try:
-            compiled = re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise bad("adapter_config.json: alpha_pattern", "regular expressions", f"{pattern!r} ({error})") from None
-        alphas.append((compiled, number(f"alpha_pattern, {pattern}", alpha)))
-    return number("lora_alpha", config.get("lora_alpha")), alphas
+        Raises:
+            ValueError: the result is not finite, or `tensor` has another shape than the part.
+        """
+        replaced = self.replaced.get(part.own)
+        merged = tensor
+        if replaced is not None:
+            merged = part.of(replaced if part.expert is None else replaced[part.expert])
+        deltas = [part.of(change.delta(part.expert)) for _, change in self.changes.get(part.own, ())]  # see check_parts
+        for value in (merged, *deltas):
+            if value.shape != tensor.shape:
+                raise bad(f"{part.own}, {part.source}", f"the shape {list(value.shape)}", list(tensor.shape))
+        return _finite(part.own, sum(deltas, start=merged.float()))
 
 
-def _check_parts(path: str, parts: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the tensors of a layer make up one adapter."""
-    pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A", "lora_B")
-    for name in pair:
-        if name not in parts:
-            raise bad(f"adapter, {path}", f"{pair[0]} and {pair[1]}", f"no {name}")
-        if not parts[name].is_floating_point() or parts[name].dim() != 2 or 0 in parts[name].shape:
-            got = f"{parts[name].dtype} {list(parts[name].shape)}"
-            raise bad(f"adapter, {path}: {name}", "a floating-point matrix", got)
-    a, b = (parts[name] for name in pair)
-    if a.shape[0] != b.shape[1]:
-        raise bad(f"adapter, {path}: {pair[1]}", f"the rank {a.shape[0]} of {pair[0]}", b.shape[1])
+def _applied(tensor: Tensor, changes: list[Change]) -> Tensor:
+    for change in changes:
+        tensor = change.apply(tensor)
+    return tensor.float()
+
+
+def _finite(name: str, merged: Tensor) -> Tensor:
+    if not merged.isfinite().all():
+        raise bad(f"adapter, {name}", "a merged weight of finite values", "NaN or Inf")
+    return merged

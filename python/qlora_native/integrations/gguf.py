@@ -22,7 +22,7 @@ require("gguf")
 
 import gguf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .._errors import bad, is_finite_number
@@ -37,6 +37,7 @@ from ._gguf import (
     gguf_writer,
 )
 from ._report import Report
+from .adapter_changes import LowRank
 from .adapters import Adapter
 from .checkpoints import Checkpoint, other_files
 from .gguf_tokenizer import add_tokenizer
@@ -228,21 +229,22 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     if to not in ADAPTER_TYPES:
         raise bad("to", "one of " + ", ".join(ADAPTER_TYPES) + " for an adapter", repr(to))
     checkpoint, kind = Checkpoint(base), ADAPTER_TYPES[to]
-    layout, lora = Layout(Skeleton(checkpoint)), Adapter(adapter)
-    lora.check_names(layout.skeleton.check_files(checkpoint) & layout.skeleton.names())
+    skeleton = Skeleton(checkpoint)
+    skeleton.check_files(checkpoint)
+    layout = Layout(skeleton.as_loaded(checkpoint))
+    lora = Adapter(adapter, layout.skeleton)
     file_names = layout.skeleton.file_names(checkpoint)
-    for (
-        name,
-        tensor,
-    ) in lora.replaced.items():  # PEFT saves an adapted embedding's own weight too, which must be the base's
-        if name not in file_names or not torch.equal(tensor, checkpoint.dense(file_names[name]).to(tensor.dtype)):
+    for name, tensor in lora.replaced.items():
+        # PEFT saves an adapted embedding's own weight too, which must be the base's.
+        files = [file_names[other] for other in layout.skeleton.tied(name) if other in file_names]
+        if not files or not _equal(tensor, checkpoint.dense(files[0])):
             raise bad("adapter", f"LoRA alone, as GGUF has nothing else ({MERGE})", f"a {name} of its own")
-    if not lora.layers:
+    if not lora.changes:
         raise bad("adapter", "LoRA layers", "none")
-    alpha = torch.tensor(float(lora.config["lora_alpha"]), dtype=torch.float32).item()
+    alpha = torch.tensor(float(lora.config.get("lora_alpha", 1)), dtype=torch.float32).item()
     if alpha == 0 or math.isinf(alpha):  # llama.cpp takes 0 for a file without scaling
         alpha = 1.0
-    entries = [e for path in sorted(lora.layers) for e in _adapter_entries(lora, path, alpha, layout, kind)]
+    entries = [e for name in sorted(lora.changes) for e in _adapter_entries(lora, name, alpha, layout, kind)]
     report = Report()
     with gguf_writer(out, layout, kind) as (writer, write):
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -253,20 +255,24 @@ def export_adapter(base: str | Path, adapter: str | Path, out: str | Path, to: s
     return report
 
 
-def _adapter_entries(lora: Adapter, path: str, alpha: float, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
-    """Make lora_a and lora_b of a layer; llama.cpp multiplies their product by alpha / rank."""
-    parts, weight = lora.layers[path], f"{path}.weight"
+def _equal(tensor: Tensor, base: Tensor) -> bool:
+    return tensor.shape == base.shape and torch.equal(tensor, base.to(tensor.dtype))
+
+
+def _adapter_entries(lora: Adapter, weight: str, alpha: float, layout: Layout, kind: GGMLType) -> Iterator[Entry]:
+    """Make lora_a and lora_b of a weight; llama.cpp multiplies their product by alpha / rank."""
+    path = weight.removesuffix(".weight")
+    for _, change in lora.changes[weight]:
+        if not isinstance(change, LowRank):
+            raise bad(f"adapter, {weight}", f"LoRA alone, as GGUF has no {change.kind} ({MERGE})", change.kind)
     name = layout.name_of(weight)
-    for part, what in (("lora_magnitude_vector", "DoRA"), ("lora_B.bias", "lora_bias")):
-        if part in parts:
-            raise bad(f"adapter, {path}", f"lora_A and lora_B alone, as GGUF has no {what} ({MERGE})", part)
     if layout.skeleton.config.tie_word_embeddings and name in ("token_embd.weight", "output.weight"):
         raise bad("adapter", f"no layer whose weight is tied, as llama.cpp adapts both or none ({MERGE})", path)
-    left, right = lora.factors(path, layout.skeleton.shape(weight))
-    factor = lora.scaling(path) * len(right) / alpha
-    if "lora_embedding_A" in parts:  # for an embedding, A is the matrix whose rows are looked up
-        a, b = left, right.t()
+    ((_, change),) = lora.changes[weight]
+    factor = change.scaling * len(change.right) / alpha
+    if isinstance(layout.skeleton.module(path), nn.Embedding):  # A is the matrix whose rows are looked up
+        a, b = change.left, change.right.t()
     else:
-        a, b = right, layout.reordered(weight, left)
+        a, b = change.right, layout.reordered(weight, change.left)
     yield Entry(f"{name}.lora_a", list(a.shape), kind, lambda: a)
     yield Entry(f"{name}.lora_b", list(b.shape), kind, lambda: b if factor == 1 else b.float() * factor)

@@ -1,18 +1,16 @@
-"""Convert checkpoints for deployment, shard by shard: merge a LoRA adapter into its base, or quantize.
+"""Convert checkpoints for deployment, shard by shard: merge an adapter into its base, or quantize.
 
     python -m qlora_native merge --base DIR --adapter DIR --out DIR [--to bf16|nf4|int4|...]
     python -m qlora_native quantize --model DIR --out DIR [--to nf4]
 
 Memory holds one shard of the result and two weights in fp32, so any model that fits on the disk can be merged. The base
-may be in 16 bits or in 4 (bitsandbytes' format). W + scaling * B A is computed in fp32 and rounded once. The result is
-an
-ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
+may be in 16 bits or in 4 (bitsandbytes' format). The merged weight is computed in fp32 and rounded once. The result is
+an ordinary checkpoint that transformers loads: NF4 and FP4 in bitsandbytes' format, "int4" and "int8" in the format of
 compressed-tensors.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections import Counter
@@ -27,13 +25,12 @@ require("transformers")
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import functional
 from .._errors import bad, check_blocksize
 from .._progress import Progress
 from . import compressed_tensors
-from ._report import Report, square
+from ._report import Report
 from .adapters import Adapter
 from .checkpoints import Checkpoint, other_files, rounded, write_shards
 from .skeleton import Skeleton
@@ -69,7 +66,8 @@ def convert(
         base: folder of a checkpoint in safetensors files, in 16 or 32 bits or in bitsandbytes' 4; or the id of a
             model of the hub that is in the Hugging Face cache.
         out: a folder that does not exist or is empty. It appears when it is complete.
-        adapter: folder of a LoRA adapter that PEFT saved, or None.
+        adapter: folder of an adapter that PEFT saved, or None: LoRA and what comes with it (DoRA, experts' parameters,
+            trained tokens, modules_to_save, another vocabulary), LoHa or IA³.
         to: a key of TARGETS. A format quantizes the layers that transformers would give to bitsandbytes. None keeps
             the dtype of each tensor of the base; a weight in 4 bits gets the one that it had before, as its quant_state
             says.
@@ -91,9 +89,14 @@ def convert(
     target = None if to is None else TARGETS[to]
     checkpoint = Checkpoint(base)
     check_blocksize(blocksize)
-    lora = None if adapter is None else Adapter(adapter)
-    conversion = _Conversion(checkpoint, Skeleton(checkpoint), lora, target, blocksize, double_quant)
-    conversion.check()
+    model = Skeleton(checkpoint)
+    there = model.check_files(checkpoint)
+    loaded = None
+    if adapter is not None:
+        model = model.as_loaded(checkpoint)
+        loaded = Adapter(adapter, model)
+    conversion = _Conversion(checkpoint, model, loaded, target, blocksize, double_quant)
+    conversion.check(there)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         bar = Progress(sum(map(len, checkpoint.shards.values())), progress, "convert", "tensor")
@@ -104,7 +107,7 @@ def convert(
         conversion.report.bytes = write_shards(folder, shards())
         for path in conversion.others:
             shutil.copy2(path, folder / path.name)
-        config = copy.deepcopy(checkpoint.config)
+        config = (model if loaded is None else loaded.model).json
         config.pop("quantization_config", None)
         if conversion.format is not None:
             config["quantization_config"] = conversion.quantization_config()
@@ -121,12 +124,15 @@ class _Conversion:
 
     checkpoint: Checkpoint
     model: Skeleton
-    lora: Adapter | None
+    adapter: Adapter | None
     target: torch.dtype | str | None
     blocksize: int
     double_quant: bool
     report: Report = field(default_factory=Report)
     others: list[Path] = field(default_factory=list)  # files to copy: tokenizer, generation config, ...
+    # {name: names that it is tied to in the base, which the files do not have}: those that get tensors of their own ...
+    untied: dict[str, list[str]] = field(default_factory=dict)
+    shared: dict[str, list[str]] = field(default_factory=dict)  # ... and those that stay tied, and that are adapted
     stored: Counter[torch.dtype] = field(default_factory=Counter)  # how many tensors are written in a dtype,
     decoded: Counter[torch.dtype] = field(default_factory=Counter)  # and how many of them were in 4 bits
 
@@ -156,14 +162,14 @@ class _Conversion:
             blocksize=self.blocksize,
         ).to_dict()
 
-    def check(self) -> None:
-        """Raise ValueError unless the files have all tensors of the model, and the adapter changes only these."""
-        there = self.model.check_files(self.checkpoint) & self.model.names()
-        if self.lora is not None:
-            self.lora.check_names(there)
-        for name, tensor in self.lora.replaced.items() if self.lora is not None else ():
-            if list(tensor.shape) != self.model.shape(name):
-                raise bad(f"adapter, {name}", f"the base's shape {self.model.shape(name)}", list(tensor.shape))
+    def check(self, there: set[str]) -> None:
+        """Raise ValueError unless the adapter can be merged into the files, and the layers can have the format.
+
+        Args:
+            there: the names of the model's tensors that the files make.
+        """
+        if self.adapter is not None:
+            self._check_adapter(self.adapter, there)
         for path in sorted(self.model.linears) if self.packed else ():
             if type(self.model.module(path)) is not nn.Linear:  # the format names its layers by this class
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
@@ -175,6 +181,24 @@ class _Conversion:
             )
         self.report.notes += self.model.note_of_unread("copied as they are")
         self.others = other_files(self.checkpoint.folder)
+
+    def _check_adapter(self, adapter: Adapter, there: set[str]) -> None:
+        """Find where each tensor that the adapter changes is written.
+
+        Raises:
+            ValueError: the files have no tensor that it could be merged into.
+        """
+        files = [name for names in self.checkpoint.shards.values() for name in names]
+        adapter.check_parts([(name, part) for name in files if (part := self.model.part_of(name)) is not None])
+        direct = {self.model.name_of(name) for name in files}
+        needed = adapter.model.needed(there)
+        for name in sorted({*adapter.names, *needed} - there):
+            source = next((other for other in sorted(self.model.tied(name)) if other in direct), None)
+            if source is None:
+                raise bad("adapter", "changes to tensors that the base has", f"{name}, which it has not")
+            (self.untied if name in needed else self.shared).setdefault(source, []).append(name)
+        self.report.merged = sum(not name.endswith(".bias") for name in adapter.names)
+        self.report.notes += adapter.notes
 
     def note_dtypes(self) -> None:
         """Say in the report which dtypes were written, if the caller has not chosen."""
@@ -190,54 +214,71 @@ class _Conversion:
         if name in self.model.unread:
             return {name: self.checkpoint[name]}
         own = self.model.name_of(name)
-        path, _, kind = own.rpartition(".")
-        adapted = self.lora is not None and path in self.lora.layers
-        replaced = None if self.lora is None else self.lora.replaced.get(own)
-        if kind == "weight" and (adapted or path in self.model.linears or self.checkpoint.quantized(name)):
-            return self._weight(name, path, adapted, replaced)
-        tensor = self.checkpoint[name] if replaced is None else replaced
-        if kind == "bias" and adapted:
-            tensor = self.lora.merged_bias(path, tensor)
-        return {name: self._rounded(name, tensor)}
+        part = None if self.adapter is None else self.model.part_of(name)
+        if part is not None and part.own in self.adapter.names:
+            stored = self.checkpoint[name]
+            merged = self.adapter.merged_part(part, stored)
+            return {name: self._rounded(name, part.own, merged, stored, merged)}
+        entries = self._entries(name, own, name)
+        for other in self.untied.get(own, ()):
+            entries.update(self._entries(name, other, other))
+        return entries
 
-    def _weight(self, name: str, path: str, adapted: bool, replaced: Tensor | None) -> dict[str, Tensor]:
-        """Make the entries for the weight `name` of a layer; `replaced` is its value in the adapter, or None."""
-        quantized = replaced is None and self.checkpoint.quantized(name)
-        quantize = self.format is not None and path in self.model.linears
+    def _entries(self, name: str, own: str, key: str) -> dict[str, Tensor]:
+        """Make the entries of the model's tensor `own` of what the files call `name`, to be written as `key`."""
+        path, _, kind = own.rpartition(".")
+        adapted = self.adapter is not None and own in self.adapter.names
+        quantized = self.checkpoint.quantized(name)
+        quantize = self.format is not None and kind == "weight" and path in self.model.linears
         if quantize and quantized and not adapted:
             q = self.checkpoint.quantized_weight(name)
             if (q.format, q.blocksize, q.nested_absmax is not None) == self._options():
-                return q.to_bitsandbytes(name.removesuffix("weight"))  # unchanged bytes
-        stored = self.checkpoint.dense(name) if replaced is None else replaced
+                return q.to_bitsandbytes(key.removesuffix("weight"))  # unchanged bytes
+        stored = self.checkpoint.dense(name)
         # Conv1D has a weight [in, out]; in 4 bits it is stored as [out, in], as in nn.Linear.
-        transposed = isinstance(self.model.module(path), Conv1D)
-        weight = stored.t() if transposed and not quantized else stored
-        if adapted:
-            merged = self.lora.merged_weight(path, weight)
-            self.report.merged += 1
-            self.report.squares["delta"] += square(merged, weight)
-            weight = merged
+        transposed = self.model.is_transposed(own)
+        base = stored.t() if transposed and quantized else stored
+        weight, trained = self.adapter.merged(own, base) if adapted else (base, base)
         if not quantize:
-            return {name: self._rounded(name, weight.t() if transposed else weight)}
+            return {key: self._rounded(name, own, weight, base, trained)}
+        weight = weight.t() if transposed else weight
         try:
             q = functional.quantize(weight, *self._options())
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.describe(name)}: {str(error).removeprefix('weight: ')}") from None
         if self.packed:
             q = compressed_tensors.with_rounded_scales(q, self.model.dtype)
-        self.report.add_rounding(path, q.dequantize(torch.float32), weight)
+        decoded = q.dequantize(torch.float32)
+        self.report.add_rounding(path, decoded, weight)
+        self._measure(own, decoded.t() if transposed else decoded, base, trained)
         if self.packed:
-            return compressed_tensors.entries(q, name.removesuffix("weight"))
-        return replace(q, dtype=self.checkpoint.dtype(name)).to_bitsandbytes(name.removesuffix("weight"))
+            return compressed_tensors.entries(q, key.removesuffix("weight"))
+        return replace(q, dtype=self.checkpoint.dtype(name)).to_bitsandbytes(key.removesuffix("weight"))
 
-    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
-        """Round the value of a tensor, once, to the dtype in which it is written. Integers are kept."""
+    def _rounded(self, name: str, own: str, tensor: Tensor, base: Tensor, trained: Tensor) -> Tensor:
+        """Round a tensor that is not quantized, once, to the dtype in which it is written. Integers are kept.
+
+        Args:
+            name, own: its names in the files and in the model.
+            tensor: its value.
+            base: its value in the base.
+            trained: its value in the model that was trained.
+        """
         if not tensor.is_floating_point():
             return tensor.contiguous()
         dtype = self.dtype or self.checkpoint.dtype(name)
         self.stored[dtype] += 1
         self.decoded[dtype] += self.checkpoint.quantized(name)
-        return rounded(self.checkpoint.describe(name), tensor, dtype)
+        written = rounded(self.checkpoint.describe(name), tensor, dtype)
+        self._measure(own, written, base, trained)
+        return written
+
+    def _measure(self, name: str, written: Tensor, base: Tensor, trained: Tensor) -> None:
+        """Count how far a written tensor is from what the trained model has, and how far that is from the base."""
+        if self.adapter is not None and not (written is base and trained is base):
+            self.report.add_written(written, base, trained)
+            for other in self.shared.get(name, ()):
+                self.report.add_written(written, base, self.adapter.merged(other, base)[1])
 
     def _options(self) -> tuple[str, int, bool]:
         return self.format, self.blocksize, self.double_quant and not self.packed

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import FLOAT_DTYPES, bad
@@ -16,7 +20,50 @@ from .checkpoints import Checkpoint
 from .experts import find_experts
 from .transformers import modules_to_quantize
 
-__all__ = ["Skeleton"]
+__all__ = ["Part", "Skeleton"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a tensor of the files is a part of a tensor of the model, as the weight of one expert is of a stack.
+
+    Attributes:
+        own: the name of the model's tensor.
+        expert: the index of the part in the first dimension, or None if the model's tensor is not a stack.
+        source: the pattern of this tensor among those that make up the model's.
+        converter: transformers' conversion of the files' tensors.
+        model: the model, without values.
+    """
+
+    own: str
+    expert: int | None
+    source: str
+    converter: WeightConverter
+    model: nn.Module
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Take this part out of a value of the model's tensor, or of the one expert of a stack that has it.
+
+        Raises:
+            ValueError: transformers cannot undo its conversion.
+        """
+        try:
+            undo = self.converter.reverse_transform()
+            parts: dict[str, Any] = {undo.source_patterns[0]: [tensor if self.expert is None else tensor[None]]}
+            for operation in undo.operations:
+                parts = operation.convert(
+                    parts,
+                    source_patterns=undo.source_patterns,
+                    target_patterns=undo.target_patterns,
+                    full_layer_name=self.own,
+                    model=self.model,
+                    config=self.model.config,
+                )
+            target = undo.target_patterns[self.converter.source_patterns.index(self.source)]
+            part = parts[target.replace("*", "0")]
+        except (NotImplementedError, KeyError, ValueError) as error:
+            raise bad(self.own, "a tensor whose conversion can be undone", f"{self.source} ({error})") from None
+        return part[0] if isinstance(part, list) else part
 
 
 class Skeleton:
@@ -38,7 +85,8 @@ class Skeleton:
             ValueError: it is not a model of transformers, or transformers cannot make it.
         """
         path = checkpoint.folder / "config.json"
-        kind = checkpoint.config.get("architectures")
+        self._json = checkpoint.config
+        kind = self._json.get("architectures")
         self.architecture = kind[0] if isinstance(kind, list) and kind and isinstance(kind[0], str) else "none"
         model_class = getattr(transformers, self.architecture, None)
         if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
@@ -50,21 +98,47 @@ class Skeleton:
             layers, names = getattr(config, "num_hidden_layers", 0), sum(map(len, checkpoint.shards.values()))
             if isinstance(layers, int) and layers > names:  # checked before millions of layers are made
                 raise bad("num_hidden_layers", f"no more than the {names} tensors of the files", layers)
-            with torch.device("meta"):
-                self._model = model_class(config)
+            self._make(model_class, config)
         except Exception as error:  # transformers raises errors of many types on bad values
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
-        self.config = config
-        self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         if self.dtype not in FLOAT_DTYPES:
             raise bad(f"{path}: dtype", "float32, bfloat16 or float16", _name(self.dtype))
-        self.linears = set(modules_to_quantize(self._model))
         self.unread: list[str] = []
+
+    def _make(self, model_class: type[nn.Module], config: Any) -> None:
+        with torch.device("meta"):
+            self._model = model_class(config)
+        self.config = config
+        self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.linears = set(modules_to_quantize(self._model))
         self._state = self._model.state_dict()
         conversions = get_model_conversion_mapping(self._model)
         self._renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
         self._converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+
+    def changed(self, vocab_size: int | None = None, tied: bool | None = None) -> Skeleton:
+        """The model with another `vocab_size` or `tie_word_embeddings` in its config.json."""
+        made = copy.copy(self)
+        made._json = self.json
+        text = made._json.get("text_config")
+        inner = text if isinstance(text, dict) else made._json
+        for name, value, place in (("vocab_size", vocab_size, inner), ("tie_word_embeddings", tied, made._json)):
+            for part in (made._json, inner) if value is not None else ():
+                if part is place or name in part:
+                    part[name] = value
+        json = {name: value for name, value in made._json.items() if name != "quantization_config"}
+        made._make(type(self._model), type(self.config).from_dict(json))
+        return made
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """A copy of what config.json has."""
+        return copy.deepcopy(self._json)
+
+    def model(self) -> nn.Module:
+        """A copy of the model, without values, that may be changed."""
+        return copy.deepcopy(self._model)
 
     def name_of(self, name: str) -> str:
         """The name in the model of the file's tensor `name`."""
@@ -86,6 +160,42 @@ class Skeleton:
                 first, *others = converter.target_patterns
                 return {own, *(own.replace(first, other) for other in others)}
         return {own}
+
+    def part_of(self, name: str) -> Part | None:
+        """What the file's tensor `name` is a part of; None if the model has it as it is, or makes several of it."""
+        prefix = self._model.base_model_prefix
+        own, source = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        converter = next((c for c in self._converters if source in c.source_patterns), None)
+        if name in self._state or converter is None or len(converter.target_patterns) != 1:
+            return None
+        index = re.search(source.replace("*.", r"(\d+)\."), apply_renamings(name, self._renamings))
+        return Part(
+            own, int(index[1]) if "*." in source and index is not None else None, source, converter, self._model
+        )
+
+    def tied(self, name: str) -> set[str]:
+        """The names of all tensors that are tied to the model's tensor `name`, with its own."""
+        ties = self._model.all_tied_weights_keys
+        source = ties.get(name, name)
+        return {name, source, *(target for target, of in ties.items() if of == source)}
+
+    def as_loaded(self, checkpoint: Checkpoint) -> Skeleton:
+        """The model with the ties that transformers makes: none if the files have both tensors, and these differ."""
+        files = self.file_names(checkpoint)
+        for name, source in self._model.all_tied_weights_keys.items():
+            if name in files and source in files:
+                first, second = (checkpoint.dense(files[own]) for own in (name, source))
+                if not torch.equal(first, second):
+                    return self.changed(tied=False)
+        return self
+
+    def input_embeddings(self) -> str | None:
+        """The name of the weight of the embedding, or None if the model has none."""
+        try:
+            embedding = self._model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+        return next((f"{name}.weight" for name, module in self._model.named_modules() if module is embedding), None)
 
     def needed(self, there: set[str]) -> set[str]:
         """The tensors that the files must have. One of several tied ones is enough."""
@@ -140,7 +250,7 @@ class Skeleton:
             raise bad(name, "experts in 16 bits", "quantized ones, which are converted as a live model only")
         if own in self._state:
             expected = self.shape(own)
-            if checkpoint.quantized(name) and isinstance(self.module(own.rpartition(".")[0]), Conv1D):
+            if checkpoint.quantized(name) and self.is_transposed(own):
                 expected.reverse()
             if shape != expected:
                 raise bad(name, f"the shape {expected}, as config.json says", shape)
@@ -177,6 +287,11 @@ class Skeleton:
     def shape(self, name: str) -> list[int]:
         """The shape of the model's tensor `name`."""
         return list(self._state[name].shape)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model's tensor `name`, if it has one, is the weight [in, out] of a Conv1D."""
+        path = name.rpartition(".")[0]
+        return name in self._state and isinstance(self.module(path), Conv1D) and self._state[name].dim() == 2
 
     def module(self, path: str) -> nn.Module:
         """The module at `path`, without values."""
