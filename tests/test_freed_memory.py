@@ -261,7 +261,8 @@ FUNCTIONS = {
     ),
     "linear_cross_entropy of a dense head": lambda: (
         functional.linear_cross_entropy,
-        {"hidden": torch.ones(M, K), "weight": torch.ones(V, K), "labels": labels(), "bias": double(V), **scaled_adapter()},
+        {"hidden": torch.ones(M, K), "weight": torch.ones(V, K), "labels": labels(), "bias": double(V)}
+        | scaled_adapter(),
     ),
     "the op linear_cross_entropy": lambda: (
         loss_op,
