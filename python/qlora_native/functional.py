@@ -159,6 +159,8 @@ def code_tensor(format: str, codebook: Tensor | Sequence[float] | None, device: 
     code = torch.as_tensor(codebook, dtype=torch.float32).detach()
     if code.shape != (16,):
         raise bad("codebook", "16 values", f"shape {list(code.shape)}")
+    if code.is_meta:
+        raise bad("codebook", "a tensor with values", "one on the meta device")
     if not code.isfinite().all():
         raise bad("codebook", "finite values", code.tolist())
     if not (code[1:] >= code[:-1]).all():
@@ -317,7 +319,7 @@ def linear_grouped(
         raise bad("offsets", f"[{experts[0] + 1}] for a weight {list(q.shape)}", [groups + 1])
     if bias is not None:
         bias = checked_bias(bias, (*experts, N), x)
-    of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
+    of_each = () if not isinstance(lora_a, Tensor) or lora_a.dim() == 2 else (groups,)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
     y, _ = linear_forward(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
     y = y if back is None else _Permuted.apply(y, *back)

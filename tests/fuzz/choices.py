@@ -99,9 +99,11 @@ class Choices:
             return like.reshape(-1)[0].expand(like.shape) if like.numel() else like
         if kind == 6:
             return like.to("meta")
-        if kind == 7:  # freed, or cut short
-            freed = like.clone()
-            freed.untyped_storage().resize_(self.below(freed.nbytes + 1) if self.one_in(2) else 0)
+        if kind == 7:  # freed, or cut short; of another dtype or layout, so that something may want to copy it
+            freed = like.to(self.of(DTYPES)) if self.one_in(3) else like.clone()
+            freed = torch.stack((freed, freed), -1)[..., 0] if self.one_in(3) else freed.clone()
+            storage = freed.untyped_storage()
+            storage.resize_(self.below(storage.nbytes() + 1) if self.one_in(2) else 0)
             return freed
         if kind == 8:
             changed = like.clone(memory_format=torch.contiguous_format)
@@ -121,6 +123,22 @@ class Choices:
         if like.is_floating_point():
             return torch.nn.Parameter(like.clone())
         return like if like.is_meta or like.dim() == 0 else like.to_sparse()
+
+    def overlapping(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tensors, with their values, in one memory: the second begins in the first, or right after it.
+
+        They stay as they are where torch could not copy them.
+        """
+        if any(t.layout is not torch.strided or t.is_meta or not _has_memory(t) for t in (first, second)):
+            return first, second
+        at = 8 * self.below(-(-first.nbytes // 8) + 1)
+        memory = torch.zeros(at + 8 + first.nbytes + second.nbytes, dtype=torch.uint8)
+
+        def placed(tensor: torch.Tensor, begin: int) -> torch.Tensor:
+            place = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            return place.copy_(tensor.detach())
+
+        return placed(first, 0), placed(second, at)
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

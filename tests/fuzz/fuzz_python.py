@@ -61,6 +61,8 @@ def fuzz_entries(choices: Choices) -> None:
         kind = choices.below(4)
         if kind == 0:
             entries.pop(key, None)
+        elif kind == 1 and choices.one_in(8):
+            _overlap(choices, entries)
         elif kind == 1 and isinstance(entries.get(key), torch.Tensor):
             entries[key] = choices.tensor(entries[key])
         else:
@@ -85,6 +87,8 @@ def fuzz_layer(choices: Choices) -> None:
         key = choices.of(sorted(state)) if state else "weight"
         if choices.one_in(4):
             state.pop(key, None)
+        elif choices.one_in(8):
+            _overlap(choices, state)
         elif isinstance(state.get(key), torch.Tensor):
             state[key] = choices.tensor(state[key])
     try:
@@ -130,7 +134,34 @@ def fuzz_optimizer(choices: Choices) -> None:
     optimizer.load_state_dict(state)
     for param in params:
         param.grad = torch.full_like(param, 0.1)
+    if choices.one_in(2):
+        _change_operands(choices, optimizer, params)
     optimizer.step()
+
+
+def _overlap(choices: Choices, tensors: dict[str, Any]) -> None:
+    """Move two of the tensors into one memory."""
+    names = sorted(name for name, value in tensors.items() if isinstance(value, torch.Tensor))
+    if names:
+        first, second = choices.of(names), choices.of(names)
+        tensors[first], tensors[second] = choices.overlapping(tensors[first], tensors[second])
+
+
+def _change_operands(choices: Choices, optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> None:
+    """Move two operands of a step into one memory, or free or cut short one of them."""
+    operands: dict[str, torch.Tensor] = {}
+    for index, param in enumerate(params):
+        operands |= {f"{index} param": param.data, f"{index} grad": param.grad}
+        operands |= {f"{index} {name}": tensor for name, tensor in optimizer.state[param].items()}
+    if choices.one_in(2):
+        _overlap(choices, operands)
+    else:
+        storage = operands[choices.of(sorted(operands))].untyped_storage()
+        storage.resize_(choices.below(storage.nbytes() + 1) if choices.one_in(2) else 0)
+    for index, param in enumerate(params):
+        param.data, param.grad = operands.pop(f"{index} param"), operands.pop(f"{index} grad")
+        for name in optimizer.state[param]:
+            optimizer.state[param][name] = operands.pop(f"{index} {name}")
 
 
 def fuzz_config(choices: Choices) -> None:
@@ -239,7 +270,47 @@ def fuzz_export(choices: Choices) -> None:
         assert len(gguf.GGUFReader(out).tensors) > 0
 
 
-# ---- the ops themselves ----------------------------------------------------------------------------------------------
+# ---- functions, and the ops themselves -------------------------------------------------------------------------------
+
+
+def fuzz_functions(choices: Choices) -> None:
+    """qlora_native.functional: what it accepts can be computed, and differentiated."""
+    F = qn.functional
+    N, K, M, rank, E = 1 + choices.below(9), 1 + choices.below(130), choices.below(40), choices.below(5), 2
+    dtype = choices.of((torch.float32, torch.bfloat16, torch.float16))
+    q, experts = qn.quantize(torch.ones(N, K)), qn.quantize(torch.ones(E, N, K))
+
+    def adapter(*of_each: int) -> dict[str, Any]:
+        return {"lora_a": torch.ones(*of_each, rank, K), "lora_b": torch.ones(*of_each, N, rank)}
+
+    x, bias, labels = torch.ones(M, K, dtype=dtype), torch.ones(N), torch.zeros(M, dtype=torch.int64)
+    heads, angles = torch.ones(1, 2, M, 8, dtype=dtype), torch.ones(1, M, 8, dtype=dtype)
+    weight, offsets = torch.ones(N, K, dtype=dtype), torch.tensor([0, M // 2, M])
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (F.quantize, {"weight": weight, "codebook": torch.linspace(-1, 1, 16)}),
+        (F.quantize, {"weight": torch.ones(E, N, K, dtype=dtype), "format": choices.of(("int8", "mxfp4", "nvfp4"))}),
+        (F.embedding, {"ids": labels, "q": q}),
+        (F.linear, {"x": x, "q": q, "bias": bias, **adapter(), "lora_dropout": choices.of((0.0, 0.5))}),
+        (F.linear_grouped, {"x": x, "q": experts, "offsets": offsets, "bias": torch.ones(E, N), **adapter(E)}),
+        (F.linear_grouped, {"x": x, "q": q, "bias": bias, **adapter(E), "adapter_index": labels}),
+        (F.linear_cross_entropy, {"hidden": x, "weight": q, "labels": labels, "bias": bias, **adapter()}),
+        (F.linear_cross_entropy, {"hidden": x, "weight": weight, "labels": labels, "bias": bias, **adapter()}),
+        (F.attention, {"q": heads, "k": heads.clone(), "v": heads.clone(), "is_causal": choices.one_in(2)}),
+        (F.gated_activation, {"gate": x, "up": x.clone()}),
+        (F.rms_norm, {"x": x, "weight": torch.ones(K, dtype=dtype)}),
+        (F.rotary_embedding, {"x": heads, "cos": angles, "sin": angles.clone()}),
+    ]
+    function, arguments = choices.of(calls)
+    for _ in range(choices.below(3)):
+        name = choices.of([name for name, value in arguments.items() if isinstance(value, torch.Tensor)] or ["x"])
+        if choices.one_in(4):
+            _overlap(choices, arguments)
+        elif name in arguments:
+            arguments[name] = choices.tensor(arguments[name])
+    with torch.autocast("cpu", torch.bfloat16, enabled=choices.one_in(3)):
+        result = function(**arguments)
+    if isinstance(result, torch.Tensor) and result.requires_grad:
+        result.sum().backward()
 
 
 def fuzz_ops(choices: Choices) -> None:
@@ -263,9 +334,19 @@ def fuzz_ops(choices: Choices) -> None:
         (ops.linear_backward_input, [dy, *weight, *adapter, choices.one_in(2)]),
         (ops.lora_gradients, [x, dy, low, low, *adapter[2:], dtype]),
         (ops.optimizer_8bit_step, _step_arguments(choices)),
+        (ops.dequantize_rows, [*weight, dtype, torch.zeros(M, dtype=torch.int64)]),
+        (ops.quantize_absmax, [torch.ones(K), torch.linspace(-1, 1, 256)]),
+        *_calls_beside_products(choices, dtype),
     ]
     op, arguments = choices.of(calls)
-    for _ in range(choices.below(4)):
+    overlapping = choices.one_in(4)
+    if overlapping:
+        places = [(arguments, at) for at, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+        lists = [value for value in arguments if isinstance(value, list)]
+        places += [(value, at) for value in lists for at, each in enumerate(value) if isinstance(each, torch.Tensor)]
+        (first, i), (second, j) = choices.of(places), choices.of(places)
+        first[i], second[j] = choices.overlapping(first[i], second[j])
+    for _ in range(0 if overlapping else choices.below(4)):
         at = choices.below(len(arguments))
         old = arguments[at]
         if isinstance(old, torch.Tensor):
@@ -281,6 +362,27 @@ def fuzz_ops(choices: Choices) -> None:
         elif not isinstance(old, list):
             arguments[at] = choices.of(NUMBERS)
     op.default(*arguments)  # not the packet, whose error prints all arguments, which torch cannot where memory is freed
+
+
+def _calls_beside_products(choices: Choices, dtype: torch.dtype) -> list[tuple[Any, list[Any]]]:
+    """The ops of attention, of what a block computes between its products, and of the loss."""
+    ops = torch.ops.qlora_native
+    rows, N, B, H, KV, T, D = (1 + choices.below(each) for each in (9, 70, 2, 2, 2, 9, 20))
+    x, weight, r = torch.ones(rows, N, dtype=dtype), torch.ones(N, dtype=dtype), torch.ones(rows)
+    q, k = torch.ones(B, H * KV, T, D, dtype=dtype), torch.ones(B, KV, T, D, dtype=dtype)
+    cos, lse = torch.ones(1, T, D, dtype=dtype), torch.ones(B, H * KV, T)
+    ranges = choices.of((None, torch.tensor([[[0, T]] * T], dtype=torch.int32)))
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return [
+        (ops.cross_entropy_, [x.clone(), labels, -100, 1.0, 0.0, 0.0, 0.0, choices.one_in(2), choices.of((None, r))]),
+        (ops.attention, [q, k, k.clone(), 0.5, ranges]),
+        (ops.attention_backward, [q.clone(), q, k, k.clone(), q.clone(), lse, 0.5, ranges]),
+        (ops.rotary, [q, cos, cos.clone(), choices.one_in(2)]),
+        (ops.gated_activation, [x, x.clone(), 0]),
+        (ops.gated_activation_backward, [x, x.clone(), x.clone(), 0]),
+        (ops.rms_norm, [x, weight, 0.0, 1e-6]),
+        (ops.rms_norm_backward, [x, x.clone(), weight, 0.0, r]),
+    ]
 
 
 def _step_arguments(choices: Choices) -> list[Any]:
@@ -318,6 +420,7 @@ PROMISED: dict[str, tuple[type[Exception], ...]] = {
     "folder": (TypeError, ValueError, OSError),
     "export": (TypeError, ValueError, OSError),
     "json": (ValueError,),
+    "functions": (ValueError, TypeError),
     "ops": (Exception,),
 }
 TARGETS: dict[str, Callable[[Choices], None]] = {name: globals()[f"fuzz_{name}"] for name in PROMISED}
