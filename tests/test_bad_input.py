@@ -9,6 +9,7 @@ import qlora_native as qn
 
 N, K = 6, 64
 NAN, INF = float("nan"), float("inf")
+LARGEST = torch.finfo(torch.float32).max
 
 
 def weight(*positions, value=NAN, dtype=torch.float32):
@@ -53,6 +54,11 @@ QUANTIZE = [
     ),
     ({"weight": weight(3, value=INF, dtype=torch.float16)}, ValueError, f"{FINITE}64 NaN or Inf, the first at [3, 0]"),
     ({"weight": weight((1, 2)), "format": "int8"}, ValueError, f"{FINITE}1 NaN or Inf, the first at [1, 2]"),
+    (
+        {"weight": weight((1, 2), value=LARGEST), "format": "int8", "double_quant": False},
+        ValueError,
+        "weight: expected values that int8 decodes to finite ones, got up to 3.40282347e+38",
+    ),
     ({"format": "nf5"}, ValueError, f"{FORMAT}'nf5'"),
     ({"format": None}, ValueError, f"{FORMAT}None"),
     ({"blocksize": 48}, ValueError, f"{BLOCKSIZE}48"),
@@ -219,6 +225,11 @@ LINEAR = [
     ),
     ({"lora_a": A, "lora_b": B, "lora_scaling": NAN}, ValueError, "lora_scaling: expected a finite number, got nan"),
     ({"lora_a": A, "lora_b": B, "lora_scaling": INF}, ValueError, "lora_scaling: expected a finite number, got inf"),
+    (
+        {"lora_a": A, "lora_b": B, "lora_scaling": torch.ones(2)},
+        ValueError,
+        "lora_scaling: expected a number or a tensor",
+    ),
     (
         {"lora_a": A, "lora_b": B, "lora_dropout": 1.0},
         ValueError,

@@ -324,6 +324,12 @@ def test_damage_of_a_state_dict_is_named_in_the_error(damage, error, message):
         qn.QuantizedWeight.from_bitsandbytes(entries)
 
 
+def test_entries_of_other_keys_are_left_alone():
+    q = qn.quantize(torch.randn(8, 64))
+    again = qn.QuantizedWeight.from_bitsandbytes({7: None, ("weight",): None, **q.to_bitsandbytes()})
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
 def test_nan_in_a_scale_is_named_in_the_error():
     entries = qn.quantize(torch.randn(8, 64), double_quant=False).to_bitsandbytes()
     _filled("weight.absmax", float("nan"), 3)(entries)

@@ -121,15 +121,16 @@ def test_error_reported_is_the_one_that_was_made(base, tmp_path):
 
 
 def test_unsupported_layer_is_named_in_the_error(base, tmp_path):
-    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="to: expected bf16, fp16, fp32, nf4 or fp4 for a GPT2LMHeadModel, got int4"):
-        convert(tmp_path / "gpt2", tmp_path / "out", to="int4", progress=False)
+    for family, kind in (("gpt2", "GPT2LMHeadModel"), ("falcon", "FalconForCausalLM")):
+        models.make(family).save_pretrained(tmp_path / family)
+        with pytest.raises(ValueError, match=f"to: expected bf16, fp16, fp32, nf4 or fp4 for a {kind}, got int4"):
+            convert(tmp_path / family, tmp_path / "out", to="int4", progress=False)
     message = (
         "blocksize: expected a divisor of 64, which a row of model.layers.0.mlp.gate_proj has, for compressed-tens"
     )
     with pytest.raises(ValueError, match=message):
         convert(base, tmp_path / "out", to="int8", blocksize=128, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2", "falcon"}
 
 
 def test_folder_is_no_base_for_another_conversion(base, tmp_path):

@@ -273,6 +273,17 @@ def test_experts_stay_in_16_bits_there_and_are_quantized_here(tmp_path):
     assert not any(p.dim() == 3 and p.is_floating_point() for p in ours.parameters())
 
 
+def test_falcon_stays_in_16_bits_there_and_is_quantized_here(tmp_path):
+    models.make("falcon", torch.bfloat16, width=64, inner=128).save_pretrained(tmp_path / "bf16")
+    theirs, ours = both(tmp_path / "bf16")
+    names = {name for name, m in theirs.named_modules() if type(m).__name__ == "FalconLinear"}
+    assert models.layers_of(ours).keys() == names and len(names) == 8
+    ours.save_pretrained(tmp_path / "nf4")
+    assert torch.equal(models.logits(load(tmp_path / "nf4", config())), models.logits(ours))
+    with pytest.raises(RuntimeError):
+        load(tmp_path / "nf4", stock_config())
+
+
 def test_preparation_casts_there_alone(checkpoint):
     for model, expected in zip(both(checkpoint), (torch.float32, torch.bfloat16), strict=True):
         prepared = peft.prepare_model_for_kbit_training(model)
@@ -359,6 +370,40 @@ def test_accelerate_prepares_it_only_with_efficient_loading(checkpoint, monkeypa
         assert_close(models.logits(sharded).float(), expected.float(), 1e-2)
         with pytest.raises(AttributeError, match="device_mesh"):
             prepared_by_accelerate(other, cpu_ram_efficient_loading=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_fsdp1_refuses_bytes(checkpoint, monkeypatch):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Cannot flatten integer dtype|Must flatten tensors with"):
+            FullyShardedDataParallel(load(checkpoint, config()), device_id=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")
+def test_optimizer_of_dtensors_is_here_alone(monkeypatch):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = torch.ones(64, 64)
+        param = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+        param.grad = distribute_tensor(whole, param.device_mesh, [Shard(0)])
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"),
+        ):
+            bnb.optim.AdamW8bit([param]).step()
+        qn.optim.AdamW8bit([param], lr=0.5).step()
+        assert (param.to_local() < 0.6).all()
     finally:
         dist.destroy_process_group()
 

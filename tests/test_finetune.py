@@ -13,7 +13,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -76,6 +75,7 @@ def run(folder, *arguments, launcher=(), model="model", program="finetune.py"):
     "options", [[], ["--format", "int4", "--no-double-quant", "--target-modules", "q_proj", "v_proj", "--dropout", "0"]]
 )
 def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
+    pytest.importorskip("matplotlib")
     output = folder / f"out-{len(options)}"
     shown = run(folder, "--data", folder / "data.jsonl", "--steps", "15", "--output", output, *options)
     assert shown.returncode == 0, shown.stderr
@@ -105,7 +105,7 @@ def test_run_on_own_data_writes_adapter_curve_and_figures(folder, options):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert not list(output.glob(".partial*")), "unfinished files stay behind"
+    assert {path.name for path in output.iterdir()} == {"adapter", "figures.json", "loss.png"}
 
 
 @pytest.mark.parametrize("written_by", ["quantize_model", "bitsandbytes"])
@@ -172,14 +172,11 @@ def alone(folder):
     return json.loads((folder / "alone" / "figures.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
-        ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"],
-    ],
-    ids=["accelerate", "torchrun"],
-)
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+
+
+@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
 def test_launched_run_learns_what_one_process_does(folder, alone, launcher):
     if "accelerate" in launcher[1]:
         pytest.importorskip("accelerate")
@@ -190,6 +187,164 @@ def test_launched_run_learns_what_one_process_does(folder, alone, launcher):
     assert figures["processes"] == 2 and alone["processes"] == 1
     assert figures["losses"] == pytest.approx(alone["losses"], rel=1e-3)
     assert figures["held_out_loss"]["after"] == pytest.approx(alone["held_out_loss"]["after"], rel=1e-3)
+
+
+# ---- runs that are interrupted, and what a run leaves ----------------------------------------------------------------
+
+
+def in_this_process(folder, output, *options):
+    paths = {"--model": folder / "model", "--data": folder / "data.jsonl", "--output": output}
+    finetune.main([*(str(word) for option in paths.items() for word in option), *options])
+
+
+def tensors_of(output):
+    return load_file(output / "adapter/adapter_model.safetensors")
+
+
+def test_adapter_stays_without_matplotlib_and_with_a_loss_that_differs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setattr(finetune.math, "isclose", lambda *args, **options: False)  # as for a loss that is 1e-6 away
+    in_this_process(folder, tmp_path / "out", *SHORT)
+    shown = capsys.readouterr()
+    assert re.search(r"no loss.png \(.*\): pip install matplotlib", shown.out)
+    assert re.search(r"warning: the loss was \d\.\d{7} before saving, and is \d\.\d{7} now", shown.err)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "figures.json"}
+    assert len(tensors_of(tmp_path / "out")) == 2 * 7 * LAYERS
+
+
+SAVED = ["--steps", "8", "--batch-size", "5", "--save-steps", "2"]
+
+
+class Interrupted(BaseException):
+    """What ends a run in these tests."""
+
+
+def interrupted(main, step):
+    """Call `main`, and end it in the midst of a step, when gradients are there and the update is not made."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_or_end(*args):
+        calls.append(args)
+        if len(calls) == step:
+            raise Interrupted
+        return clip(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_or_end)
+        with pytest.raises(Interrupted):
+            main()
+
+
+def check_resumed(whole, cut):
+    losses = [json.loads((output / "figures.json").read_text())["losses"] for output in (whole, cut)]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    assert all(map(torch.equal, tensors_of(whole).values(), tensors_of(cut).values()))
+    assert not (cut / "checkpoint.pt").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(folder, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    in_this_process(folder, whole, *SAVED)
+    interrupted(lambda: in_this_process(folder, cut, *SAVED), step=6)
+    assert {path.name for path in cut.iterdir()} == {"adapter", "checkpoint.pt"}
+    assert not all(map(torch.equal, tensors_of(whole).values(), tensors_of(cut).values()))
+    other = tmp_path / "other.jsonl"
+    other.write_text((folder / "data.jsonl").read_text().replace("It is", "That is"))
+    for options, message in (
+        ([], "checkpoint.pt is of an unfinished run: add --resume, or remove it"),
+        (["--resume", "--lr", "0.5"], "--resume: expected lr 0.001, with which .*checkpoint.pt was made, got 0.5"),
+        (["--resume", "--data", str(other)], "--resume: expected data [0-9]+, with which"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            in_this_process(folder, cut, *SAVED, *options)
+    capsys.readouterr()
+    in_this_process(folder, cut, *SAVED, "--resume")
+    assert "resumed after step 4" in capsys.readouterr().out
+    check_resumed(whole, cut)
+
+
+# What each of two processes does: the three runs, one after the other, in one group.
+THREE_RUNS = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = {paths!r}
+import test_finetune as tests
+
+folder, output = Path({folder!r}), Path({output!r})
+tests.processes.join("cpu")
+tests.processes.join, leave, tests.processes.leave = lambda device: device, tests.processes.leave, lambda: None
+tests.in_this_process(folder, output / "whole", *tests.SAVED)
+tests.interrupted(lambda: tests.in_this_process(folder, output / "cut", *tests.SAVED), step=6)
+tests.in_this_process(folder, output / "cut", *tests.SAVED, "--resume")
+leave()
+"""
+
+
+def test_resumed_run_of_two_processes_has_the_bits_of_an_uninterrupted_one(folder, tmp_path):
+    program = tmp_path / "three_runs.py"
+    paths = [str(EXAMPLES), str(Path(__file__).parent)]
+    program.write_text(THREE_RUNS.format(paths=paths, folder=str(folder), output=str(tmp_path)))
+    shown = run(folder, launcher=TORCHRUN, program=program)
+    assert shown.returncode == 0, shown.stderr
+    assert "resumed after step 4" in shown.stdout
+    check_resumed(tmp_path / "whole", tmp_path / "cut")
+
+
+# Saves again and again in a child process, which is killed, and looks at what is there.
+SAVES = """
+import argparse, os, random, signal, sys, time
+from pathlib import Path
+
+import peft, torch, transformers
+from safetensors.torch import load_file
+
+sys.path.insert(0, {examples!r})
+import checkpoints
+
+torch.set_num_threads(1)
+args = argparse.Namespace(output=Path({output!r}), resume=True, save_steps=1, device="cpu")
+model = transformers.AutoModelForCausalLM.from_pretrained({model!r})
+model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+def fill(value):
+    with torch.no_grad():
+        for param in trained:
+            param.fill_(value)
+
+random.seed(0)
+for trial in range({trials}):
+    child = os.fork()
+    if child == 0:
+        keeper = checkpoints.Checkpoints(args, [])
+        for step in range(1, 1000):
+            fill(step)
+            keeper.save(model, optimizer, schedule, [0.0] * step)
+    time.sleep(random.uniform(0.02, 0.2))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    keeper = checkpoints.Checkpoints(args, [])
+    if keeper.saved:
+        step = len(keeper.restore(model, optimizer, schedule))
+        assert all((param == step).all() for param in trained)
+    if keeper.adapter.exists():
+        saved = load_file(keeper.adapter / "adapter_model.safetensors")
+        assert len(saved) == len(trained) and len(set(t.unique().item() for t in saved.values())) == 1
+        peft.PeftConfig.from_pretrained(keeper.adapter)
+print("whole" if keeper.saved else "nothing was saved")
+"""
+
+
+def test_killed_run_leaves_whole_files(folder, tmp_path):
+    program = SAVES.format(examples=str(EXAMPLES), output=str(tmp_path / "out"), model=str(folder / "model"), trials=15)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "whole" in shown.stdout
 
 
 # ---- generate.py and the notebook ------------------------------------------------------------------------------------
@@ -289,6 +444,7 @@ def test_bad_line_is_named(tmp_path, line, message):
     [
         (["--dropout", "1"], "--dropout: expected a number in [0, 1), got 1.0"),
         (["--steps", "0"], "--steps: expected a positive number, got 0"),
+        (["--save-steps", "0"], "--save-steps: expected a positive number, got 0"),
         (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
         (["--format", "nf5"], "invalid choice: 'nf5'"),
     ],

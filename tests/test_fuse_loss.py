@@ -130,6 +130,14 @@ def test_heads_of_a_quantized_model_are_fused(head):
     assert_same(ours, expected, torch.float32)
 
 
+def test_head_that_multiplies_in_the_dtype_of_its_input_is_fused():
+    model = qn.nn.quantize_model(make("llama"), skip=(), progress=False)
+    assert fuse_loss(model)
+    for dtype, fused in ((None, True), (torch.float32, True), (torch.bfloat16, False)):
+        model.lm_head.product_dtype = dtype
+        assert isinstance(model(**batch()).logits, DeferredLogits) == fused
+
+
 def test_dropout_of_the_heads_adapter_takes_the_models_own_way():
     model = make("llama")
     qn.nn.quantize_model(model, skip=(), progress=False)

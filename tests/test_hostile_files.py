@@ -416,8 +416,8 @@ def _tensor(key, change):
         (_tensor("nested_absmax", lambda w: w * float("nan")), "nested_absmax: expected finite values"),
         (_tensor("nested_code", lambda w: w / 0), "nested_code: expected finite values"),
         (_tensor("offset", lambda w: w + float("inf")), "offset: expected finite values"),
-        (_tensor("code", lambda w: w.double()), "code: expected torch.float32"),
-        (_tensor("code", lambda w: w.tolist()), "code: expected a tensor, got list"),
+        (_tensor("codebook", lambda w: w.double()), "codebook: expected torch.float32"),
+        (_tensor("codebook", lambda w: w.tolist()), "codebook: expected a tensor, got list"),
         (_tensor("bias", lambda w: w.long()), "bias: expected torch.float32"),
     ],
 )

@@ -12,6 +12,7 @@ import qlora_native as qn
 from qlora_native.nn import Linear4bit, quantize_model
 
 N, K = 40, 96
+LARGEST = torch.finfo(torch.float32).max
 OPTIONS = [
     {},
     {"double_quant": False},
@@ -44,6 +45,29 @@ def same(layer, other):
         assert tensor.dtype == other_tensor.dtype and torch.equal(tensor, other_tensor), name
 
 
+# ---- the container ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("format", "value"), [("nf4", LARGEST), ("fp4", LARGEST), ("int4", LARGEST), ("int4", 3.3e38), ("int8", 3.3e38)]
+)
+def test_weight_of_large_values_is_valid_and_decodes_to_finite_ones(format, value, double_quant):
+    weight = torch.randn(6, 128)
+    weight[1, 3], weight[2, 5], weight[4:] = value, -value, value
+    q = qn.quantize(weight, format, double_quant=double_quant)
+    assert q.check_values() is q
+    assert q.dequantize().isfinite().all()
+
+
+def test_container_describes_itself_in_a_line():
+    q = qn.quantize(torch.randn(48, 96).bfloat16())
+    assert repr(q) == (
+        f"QuantizedWeight(shape=(48, 96), format=nf4, blocksize=64, double_quant=True, dtype=torch.bfloat16, "
+        f"device=cpu, nbytes={q.nbytes})"
+    )
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +87,7 @@ def test_container_of_a_layer_shares_its_tensors(options):
     layer, _ = layer_of(options)
     q = layer.quantized_weight
     assert q.codes is layer.weight and q.absmax is layer.absmax
-    assert q.nested_absmax is layer.nested_absmax and q.code is layer.code
+    assert q.nested_absmax is layer.nested_absmax and q.code is layer.codebook
     checked = qn.QuantizedWeight(*(getattr(q, name) for name in q.__dataclass_fields__))
     assert checked.format == layer.format
     assert q.nbytes == sum(t.nbytes for name, t in layer.state_dict().items() if name != "bias")
@@ -73,7 +97,7 @@ def test_stored_tensors_are_what_fsdp_and_peft_expect():
     layer, _ = layer_of()
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
     assert parameters.keys() == {"weight", "absmax", "bias"}
-    assert buffers.keys() == {"nested_absmax", "nested_code", "offset", "code"}
+    assert buffers.keys() == {"nested_absmax", "nested_code", "offset", "codebook"}
     for name in ("weight", "absmax"):  # bytes, so that a mixed-precision policy leaves them alone
         assert parameters[name].dtype == torch.uint8 and not parameters[name].requires_grad
     assert layer.weight.shape == (N, K // 2)
@@ -91,8 +115,43 @@ def test_stored_tensors_are_what_fsdp_and_peft_expect():
 def test_each_layer_has_tables_of_its_own():
     """safetensors refuses to save tensors that share memory."""
     first, second = layer_of()[0], layer_of()[0]
-    for name in ("code", "nested_code"):
+    for name in ("codebook", "nested_code"):
         assert getattr(first, name).data_ptr() != getattr(second, name).data_ptr()
+
+
+LAYERS = {
+    "linear": lambda: layer_of()[0],
+    "embedding": lambda: qn.nn.Embedding4bit.from_embedding(nn.Embedding(N, K)),
+    "experts": lambda: qn.nn.Experts4bit.from_parameter(torch.randn(2, N, K)),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_float64_is_refused_at_once_and_changes_nothing(make):
+    layer, twin = (make() for _ in range(2))
+    message = "{}: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"
+    for cast in (layer.double, lambda: layer.to(torch.float64), lambda: nn.Sequential(layer).double()):
+        with pytest.raises(TypeError, match=message.format("compute_dtype")):
+            cast()
+    for name in ("compute_dtype", "product_dtype"):
+        with pytest.raises(TypeError, match=message.format(name)):
+            setattr(layer, name, torch.float64)
+        assert getattr(layer, name) == getattr(twin, name)
+    assert {n: t.dtype for n, t in layer.state_dict().items()} == {n: t.dtype for n, t in twin.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_dict_of_version_0_1_is_read(options):
+    layer, _ = layer_of(options)
+    state = layer.state_dict()
+    if "codebook" in state:
+        state["code"] = state.pop("codebook")
+    again = fresh(options)
+    again.load_state_dict(state)
+    same(again, layer)
+    again = nn.Sequential(fresh(options, device="meta"))
+    again.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
+    same(again[0], layer)
 
 
 def test_layer_has_gradients_of_input_and_bias():
@@ -305,15 +364,52 @@ def test_skip_leaves_the_named_layers_alone(skip, left):
     assert quantized_names(model) == ALL - left
 
 
-def test_subclass_of_linear_stays():
-    class Special(nn.Linear):
-        pass
+class Marked(nn.Linear):
+    pass
 
-    model = nn.Sequential(Special(8, 8), nn.Linear(8, 8))
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class WithState(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class InTraining(nn.Linear):
+    def forward(self, input):
+        y = input @ self.weight.T
+        y = y if self.bias is None else y + self.bias
+        return y.relu() if self.training else y
+
+
+class OtherRouter(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+class Spelled(nn.Linear):  # as Falcon's
+    def forward(self, input):
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("kind", [Marked, Doubled, WithState, InTraining, OtherRouter])
+def test_subclass_of_linear_stays_unless_it_computes_the_same_and_has_nothing_else(kind):
+    model = nn.Sequential(kind(8, 8), nn.Linear(8, 8), Spelled(8, 8), Spelled(8, 8, bias=False))
+    expected = [layer.weight.clone() for layer in model]
     quantize_model(model, progress=False)
-    assert type(model[0]) is Special and isinstance(model[1], Linear4bit)
-    with pytest.warns(UserWarning, match="found no nn.Linear to quantize"):
-        quantize_model(model, progress=False)
+    assert type(model[0]) is kind
+    for layer, weight in zip(model[1:], expected[1:], strict=True):
+        assert type(layer) is Linear4bit and torch.equal(layer.dequantize(), qn.quantize(weight).dequantize())
+    reason = "a router" if kind is OtherRouter else f"a subclass of nn.Linear, {kind.__name__}"
+    with pytest.warns(UserWarning, match=rf"found no nn.Linear to quantize; left as they are: 0.weight \({reason}\)"):
+        quantize_model(nn.Sequential(kind(8, 8)), progress=False)
 
 
 def test_layer_that_transformers_keeps_in_fp32_stays():

@@ -267,3 +267,43 @@ def test_bad_input_is_named_in_the_error(change, error):
     linear_cross_entropy(**good)
     with pytest.raises((TypeError, ValueError), match=error):
         linear_cross_entropy(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"wanted": []}, r"wanted: expected four bools, at most \[True, True, True, True\]: .*, got \[\]"),
+        ({"bias": None}, r"wanted: expected four bools, at most \[True, True, False, True\]"),
+        ({"weight": None, "N": 0}, "weight, codes, absmax: expected a dense weight, or codes and absmax"),
+        ({"codes": torch.zeros(4, dtype=torch.uint8)}, "weight, codes, absmax: expected a dense weight, or codes and"),
+        ({"weight": torch.zeros(0, K)}, r"weight: expected \[V, K\] with V >= 1"),
+        ({"hidden": torch.zeros(())}, r"hidden: expected \[..., 48\]"),
+        ({"hidden": torch.zeros(2, 3, K)}, r"hidden: expected \[2, 48\], got \[2, 3, 48\]"),
+        ({"labels": torch.zeros(T)}, "labels: expected a tensor of torch.int64, got torch.float32"),
+        ({"labels": torch.zeros(T - 1).long()}, rf"labels: expected \[{T}\], got \[{T - 1}\]"),
+        ({"bias": torch.zeros(V + 1)}, rf"bias: expected \[{V}\], got \[{V + 1}\]"),
+        ({"lora_b": None}, "lora_a, lora_b: expected both or neither, got one"),
+        ({"lora_a": torch.zeros(())}, r"lora_a: expected \[48\], got \[\]"),
+        ({"lora_b": torch.zeros(V, RANK + 1)}, rf"lora_b: expected \[{V}, {RANK}\]"),
+        ({"row_gradients": torch.zeros(T).half()}, "row_gradients: expected a tensor of torch.float32, got"),
+        ({"row_gradients": torch.zeros(1)}, rf"row_gradients: expected \[{T}\], got \[1\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_argument_of_the_op_is_named_in_the_error(change, error, device):
+    hidden, weight, labels, bias, a, b = operands(torch.float32, requires_grad=False)
+    good = {
+        "hidden": hidden, "labels": labels, "weight": weight, "codes": None, "absmax": None, "nested_absmax": None,
+        "nested_code": None, "offset": None, "code": None, "N": V, "K": K, "bits": 0, "blocksize": 0, "bias": bias,
+        "lora_a": a, "lora_b": b, "lora_scaling": 0.5, "ignore_index": -100, "scale": 1.0, "softcap": 0.0,
+        "label_smoothing": 0.0, "z_loss": 0.0, "wanted": [True] * 4, "row_gradients": None,
+    }  # fmt: skip
+
+    def call(arguments):
+        moved = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments.values()]
+        torch.ops.qlora_native.linear_cross_entropy(*moved)
+
+    call(good)
+    with pytest.raises((TypeError, ValueError), match=error):
+        call({**good, **change})

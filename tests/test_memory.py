@@ -1,5 +1,6 @@
 """Guards memory: a call takes at most 8 MB and 1 MB a thread beside its results, and never a dequantized weight."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -110,3 +111,86 @@ def test_large_result_asks_for_huge_pages():
     other = torch.empty_like(result)
     assert "hg" in flags_of(result.data_ptr() + result.nbytes // 2)
     assert "hg" not in flags_of(other.data_ptr() + other.nbytes // 2)
+
+
+# Bytes of the heap that are in use, by glibc, before and after interleaved calls. The resident memory would not do: it
+# may grow for a while because freed pieces lie apart, and may stay as it is while lost ones fill what was free.
+HEAP = """
+import ctypes, gc, sys
+import torch
+import qlora_native as qn
+from qlora_native import functional as F
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+
+def in_use():
+    gc.collect()
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+torch.set_num_threads(1)
+ones = torch.ones
+weight = {format: qn.quantize(ones(48, 64), format) for format in ("nf4", "int8", "mxfp4")}
+experts = qn.quantize(ones(2, 48, 64))
+a, b = (torch.nn.Parameter(ones(*shape)) for shape in ((4, 64), (48, 4)))
+a2, b2 = (torch.nn.Parameter(ones(*shape)) for shape in ((2, 4, 64), (2, 48, 4)))
+
+def optimizer(name):
+    params = [torch.nn.Parameter(ones(70, 64)), torch.nn.Parameter(ones(9))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return getattr(qn.optim, name)(params)
+
+def heads(count=2):
+    return ones(1, count, 5, 8, requires_grad=True)
+
+def trained(rows, dtype=torch.float32):
+    return ones(rows, 64, dtype=dtype, requires_grad=True)
+
+def refused():
+    try:
+        qn.linear(ones(3, 63), weight["nf4"])
+    except ValueError:
+        pass
+
+calls = [
+    lambda: qn.linear(trained(3), weight["nf4"], None, a, b, 1.0, 0.1).sum().backward(),
+    lambda: qn.linear(trained(17, torch.bfloat16), weight["int8"], ones(48), a, b).sum().backward(),
+    lambda: F.linear_grouped(trained(5), experts, torch.tensor([0, 2, 5]), None, a2, b2).sum().backward(),
+    lambda: F.linear_cross_entropy(trained(5), weight["nf4"], torch.arange(5)).backward(),
+    lambda: F.attention(heads(), heads(), heads(), is_causal=True).sum().backward(),
+    lambda: F.rotary_embedding(heads(), ones(1, 5, 8), ones(1, 5, 8)).sum().backward(),
+    lambda: F.gated_activation(trained(3), trained(3)).sum().backward(),
+    lambda: F.rms_norm(trained(3), ones(64)).sum().backward(),
+    lambda: F.embedding(torch.arange(3), weight["nf4"]),
+    lambda: qn.quantize(ones(33, 70)).dequantize(),
+    lambda: weight["mxfp4"].dequantize(),
+    *(optimizer(name).step for name in ("AdamW8bit", "Lion8bit", "AdEMAMix8bit")),
+    refused,
+]
+rounds = int(sys.argv[1])
+for _ in range(rounds // 4):
+    for call in calls:
+        call()
+before = in_use()
+for _ in range(rounds):
+    for call in calls:
+        call()
+print(in_use() - before)
+"""
+
+
+def test_interleaved_calls_leave_nothing_in_the_heap():
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("a C library without mallinfo2")
+    rounds = 300
+    command = [sys.executable, "-c", HEAP, str(rounds)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    lost = int(shown.stdout) / rounds  # the smallest piece that malloc has is of 32 bytes
+    assert lost < 16, f"{lost:.0f} bytes in each round"

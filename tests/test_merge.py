@@ -92,6 +92,20 @@ def test_merged_checkpoint_is_what_peft_merges(bases, family, changes, tmp_path)
         assert torch.equal(layer.dequantize(torch.float32), qn.quantize(weight.detach()).dequantize()), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_say_whether_a_weight_is_transposed_and_not_the_adapter(bases, family, tmp_path):
+    """`fan_in_fan_out` of a recipe for GPT-2 may be in an adapter of any model, or missing from one of GPT-2."""
+    adapter_of(bases[family], family, tmp_path / "adapter")
+    path, written = tmp_path / "adapter" / "adapter_config.json", []
+    for value in (False, True):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": value}))
+        convert(bases[family], tmp_path / str(value), tmp_path / "adapter", "fp32", progress=False)
+        files = sorted((tmp_path / str(value)).glob("*.safetensors"))
+        written.append({n: t for file in files for n, t in load_file(file).items()})
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_checkpoint_is_what_loading_quantizes(bases, family, tmp_path):
     report = convert(bases[family], tmp_path / "out", to="nf4", progress=False)

@@ -1,9 +1,13 @@
 """Guards the torch ops: opcheck, torch.compile, checkpointing, autocast, grad modes, and what backward keeps."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import qlora_native as qn
 
@@ -134,6 +138,22 @@ def test_inductor_compiles_one_graph_that_computes_the_same():
     assert (first - block(x)).norm() < 2 * block(x).norm()
 
 
+def test_scaling_in_a_tensor_is_read_at_each_call():
+    x, q, bias, a, b = operands(requires_grad=True)
+    scaling = torch.tensor(0.5)
+    function = torch.compile(lambda: qn.linear(x, q, bias, a, b, scaling), backend="aot_eager", fullgraph=True)
+    for value in (0.5, -3.0):
+        scaling.fill_(value)
+        expected = qn.linear(x, q, bias, a, b, value)
+        for y in (qn.linear(x, q, bias, a, b, scaling), function()):
+            assert torch.equal(y, expected)
+            gradients = (
+                torch.autograd.grad(each.square().sum(), (x, a, b), retain_graph=True) for each in (y, expected)
+            )
+            for actual, wanted in zip(*gradients, strict=True):
+                assert (actual - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_compiled_function_takes_any_container():
     x, q, bias, a, b = operands()
     compiled = torch.compile(lambda x, q: qn.linear(x, q, bias), backend="aot_eager", fullgraph=True)
@@ -149,6 +169,81 @@ def test_exported_layer_computes_the_same():
     x = torch.randn(2, 5, K)
     exported = torch.export.export(block, (x,)).module()
     torch.testing.assert_close(exported(x), block(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "options", [*WEIGHTS, {"format": "mxfp4"}, {"codebook": [i / 8 - 1 for i in range(16)]}], ids=str
+)
+def test_exported_layer_alone_gives_the_same_bits(options, strict):
+    torch.manual_seed(0)
+    layers = {
+        qn.nn.Linear4bit.from_linear(nn.Linear(K, N), **options): (torch.randn(2, 5, K),),
+        qn.nn.Embedding4bit.from_embedding(nn.Embedding(N, K), **options): (torch.tensor([[3, 0], [7, 3]]),),
+        qn.nn.Experts4bit.from_parameter(torch.randn(2, N, K), **options): (torch.randn(5, K), torch.tensor([0, 2, 5])),
+    }
+    for layer, arguments in layers.items():
+        program = torch.export.export(layer, arguments, strict=strict)
+        assert torch.equal(program.module()(*arguments), layer(*arguments))
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", ["x, adapter", "x", "adapter", "nothing"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_step_counts_the_flops_of_the_dense_step(trained, adapter):
+    x, q, bias, a, b = operands()
+    x.requires_grad_("x" in trained)
+    a.requires_grad_("adapter" in trained), b.requires_grad_("adapter" in trained)
+    lora = (a, b) if adapter else (None, None)
+    dense = q.dequantize()
+
+    def plain():
+        y = F.linear(x, dense, bias)
+        return y + 0.5 * F.linear(F.linear(x, a), b) if adapter else y
+
+    def total(forward):
+        return flops(lambda: forward().sum().backward() if forward().requires_grad else forward())
+
+    assert total(lambda: qn.linear(x, q, bias, *lora, 0.5)) == total(plain) > 0
+    grouped = qn.quantize(torch.randn(3, N, K))
+    offsets = torch.tensor([0, 4, 4, 10])
+    stacks = [each.expand(3, *each.shape) for each in (a, b)] if adapter else (None, None)
+    call = functools.partial(qn.functional.linear_grouped, x.view(10, K), grouped, offsets, None, *stacks)
+    assert total(lambda: call()) == total(plain)
+
+
+@pytest.mark.parametrize("dense_head", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_loss_counts_the_flops_of_the_dense_loss(adapter, dense_head):
+    x, q, bias, a, b = operands(requires_grad=True)
+    labels, lora = torch.randint(N, (2, 5)), (a, b) if adapter else (None, None)
+    weight = q.dequantize().requires_grad_(dense_head)
+
+    def plain():
+        y = F.linear(x, weight, bias)
+        y = y + F.linear(F.linear(x, a), b) if adapter else y
+        F.cross_entropy(y.flatten(0, 1), labels.flatten()).backward()
+
+    def ours():
+        qn.functional.linear_cross_entropy(x, weight if dense_head else q, labels, bias, *lora).backward()
+
+    assert flops(ours) == flops(plain) > 0
+
+
+def test_attention_counts_the_flops_of_torchs():
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    shapes = [q.shape] * 3  # torch counts heads that are repeated
+    forward, backward = sdpa_flop_count(*shapes), sdpa_backward_flop_count(q.shape, *shapes)
+    assert flops(lambda: qn.functional.attention(q, k, v)) == forward
+    assert flops(lambda: qn.functional.attention(q, k, v).sum().backward()) == forward + backward
 
 
 # ---- checkpointing ---------------------------------------------------------------------------------------------------
@@ -264,6 +359,65 @@ def test_second_derivative_is_named_in_the_error():
     (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
     with pytest.raises(NotImplementedError, match="expected to be differentiated once, got a second derivative"):
         torch.autograd.grad(da.sum(), b)
+
+
+ONES = qn.quantize(torch.ones(8, 64))
+FUNCTIONS = {  # of x [2, 64]
+    "linear": lambda x: qn.linear(x, ONES),
+    "linear_grouped": lambda x: qn.functional.linear_grouped(
+        x, ONES, lora_a=torch.ones(2, 1, 64), lora_b=torch.ones(2, 8, 1), adapter_index=torch.tensor([1, 0])
+    ),
+    "linear_cross_entropy": lambda x: qn.functional.linear_cross_entropy(x, torch.ones(8, 64), torch.tensor([1, 2])),
+    "attention": lambda x: qn.functional.attention(*[x.view(1, 2, 8, 8)] * 3),
+    "rotary_embedding": lambda x: qn.functional.rotary_embedding(x.view(1, 2, 8, 8), *[torch.ones(1, 8, 8)] * 2),
+    "rms_norm": lambda x: qn.functional.rms_norm(x, torch.ones(64)),
+    "gated_activation": lambda x: qn.functional.gated_activation(x, torch.ones(2, 64)),
+}
+OPS = {
+    "linear": lambda x: ops.linear_forward(x, *ONES.op_arguments(), None, None, None, 1.0, 0.0, None)[0],
+    "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
+        x, torch.tensor([1, 2]), torch.ones(8, 64), *[None] * 6, 8, 64, 0, 0, None, None, None, 1.0, -100, 1.0, 0.0,
+        0.0, 0.0, [False] * 4, None,
+    )[0],
+    "rms_norm": lambda x: ops.rms_norm(x, torch.ones(64), 0.0, 1e-6)[0],
+    "attention": lambda x: ops.attention(*[x.view(1, 2, 8, 8)] * 3, 1.0)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["jvp", "jacfwd", "dual"])
+@pytest.mark.parametrize(
+    ("name", "function"), [*FUNCTIONS.items(), *OPS.items()], ids=[*FUNCTIONS, *(f"op of {name}" for name in OPS)]
+)
+def test_forward_mode_is_named_in_the_error(name, function, mode):
+    x, tangent = torch.randn(2, 64), torch.randn(2, 64)
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(x, tangent))
+
+    modes = {
+        "jvp": lambda x: torch.func.jvp(function, (x,), (tangent,)),
+        "jacfwd": torch.func.jacfwd(function),
+        "dual": dual,
+    }
+    assert function(x).isfinite().all()
+    with pytest.raises(NotImplementedError, match=f"qlora_native.{name}: expected reverse-mode differentiation"):
+        modes[mode](x)
+
+
+def test_compiled_forward_mode_is_named_in_the_error():
+    x = torch.randn(2, 64)
+    compiled = torch.compile(lambda x: torch.func.jvp(FUNCTIONS["linear"], (x,), (x,)), backend="aot_eager")
+    with pytest.raises(Exception, match="qlora_native.linear: expected reverse-mode"):  # in an error of the compiler
+        compiled(x)
+
+
+def test_tensors_without_tangents_pass_through_forward_mode():
+    x, q, bias, a, b = operands(requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        y = qn.linear(x, q, bias, a, b)
+        assert torch.equal(y, qn.linear(x.detach(), q, bias, a, b))
+        assert y.requires_grad
 
 
 def test_weight_stays_out_of_autograd():

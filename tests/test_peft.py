@@ -23,10 +23,12 @@ from lora import (  # noqa: E402
     quantized,
     relative_error,
 )
+from peft.utils import hotswap  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 from qlora_native.nn import Linear4bit  # noqa: E402
 
 # transformers on what PEFT asks it; PEFT on the shape of lora_bias.
@@ -313,6 +315,51 @@ def test_saved_adapter_loads_here_and_elsewhere(family, changes, tmp_path):
 
 
 @families
+@pytest.mark.filterwarnings("ignore:merging into a 4-bit weight")
+def test_model_quantized_below_its_adapters_is_as_one_quantized_before(family, monkeypatch, tmp_path):
+    """The adapters stay; they are fused, trained, saved and merged as over a model that was quantized first."""
+    later, before = (models.make(family) for _ in range(2))
+    options = config(family, modules_to_save=["lm_head"] if family != "gpt-neox" else ["embed_out"])
+    later = peft.get_peft_model(later, options)
+    adapters = {name: p for name, p in later.named_parameters() if p.requires_grad}
+    qn.nn.quantize_model(later, progress=False)
+    after = {name: p for name, p in later.named_parameters() if p.requires_grad}
+    assert after.keys() == adapters.keys() and all(after[name] is p for name, p in adapters.items())
+    later.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    before = qn.nn.quantize_model(before, progress=False)
+    before = peft.PeftModel.from_pretrained(before, tmp_path / "adapter", is_trainable=True)
+    for name, module in before.named_modules():
+        assert type(later.get_submodule(name)) is type(module), name
+    assert fused_layers(later, monkeypatch) == LINEARS[family]
+    actual, expected = logits_and_gradients(later), logits_and_gradients(before)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor, expected[name]), name
+    merged = [model.merge_and_unload() for model in (later, before)]
+    assert torch.equal(*map(logits, merged))
+    for name, model in zip(("later", "before"), merged, strict=True):
+        model.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("later", "before")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    again = models.load(tmp_path / "later", family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert_close(logits(again), logits(merged[0]), SAME)
+
+
+def test_embedding_below_an_adapter_and_copies_that_are_trained_stay():
+    """PEFT's layer over an embedding reads its weight; the layers of the model around it are quantized."""
+    options = config(target_modules=["embed_tokens", "q_proj"], modules_to_save=["up_proj"])
+    model = peft.get_peft_model(models.make("llama"), options)
+    expected = {name for name, m in model.named_modules() if type(m) is torch.nn.Linear and "lora_" not in name}
+    expected = {name for name in expected if "up_proj" not in name}
+    qn.nn.quantize_model(model, skip=(), progress=False)
+    assert models.layers_of(model).keys() == expected and len(expected) == 2 * 6 + 1
+    assert "an adapter, or kept by PEFT" in str(qn.nn.size_report(model))
+    logits(model).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name)
+
+
+@families
 def test_unload_gives_the_base_model_back(family):
     ours, _ = pair(family)
     assert_close(logits(ours.unload()), logits(quantized(family)), SAME)
@@ -321,3 +368,24 @@ def test_unload_gives_the_base_model_back(family):
 def test_register_names_the_config_that_it_expected():
     with pytest.raises(TypeError, match=r"lora_config: expected a peft\.LoraConfig, got dict"):
         register({"r": 8})
+
+
+def test_swapped_adapter_runs_in_the_compiled_graph(tmp_path):
+    """PEFT's hotswapping: other weights, another rank and another scaling, and no second compilation."""
+    x = models.ids(2, 5)
+    adapters = {"one": {"r": 2, "lora_alpha": 2}, "other": {"r": 4, "lora_alpha": 12}}
+    expected = {}
+    for number, (name, changes) in enumerate(adapters.items()):
+        torch.manual_seed(number)
+        model = peft.get_peft_model(quantized(), config(**changes)).eval()
+        model.save_pretrained(tmp_path / name)
+        expected[name] = model(x).logits.detach()
+    model = peft.PeftModel.from_pretrained(quantized(), tmp_path / "one").eval()
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert_close(model(x).logits.detach(), expected["one"], ORDER)
+    torch.compiler.reset()
+    model.compile(backend="aot_eager")
+    assert_close(model(x).logits.detach(), expected["one"], ORDER)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        hotswap.hotswap_adapter(model, tmp_path / "other", adapter_name="default")
+        assert_close(model(x).logits.detach(), expected["other"], ORDER)

@@ -12,6 +12,7 @@ from lora import LINEARS, config, families, fused_layers, logits, pair, quantize
 import qlora_native as qn  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq, loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit, register  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -70,6 +71,53 @@ def test_merge_and_unload_keeps_the_adapter_in(family):
     plain = logits(quantized(family))
     actual = logits(merged)
     assert (actual - adapted).norm() < 0.5 * (plain - adapted).norm()
+
+
+def loaded(family, folder):
+    """A model that is quantized while it is loaded, as GPT-2's Conv1D are only there."""
+    models.make(family).save_pretrained(folder)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return models.load(folder, family, quantization_config=options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_bias": True}], ids=lambda c: next(iter(c), "plain"))
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`", "ignore:Adapter 'default'")
+def test_fan_in_fan_out_is_switched_off_with_a_warning(family, changes, tmp_path):
+    """Recipes for GPT-2 have it. A `Linear4bit` has a weight [out, in], also in the place of a Conv1D."""
+    targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "o_proj", "down_proj"]
+    if "lora_bias" in changes and family == "llama":
+        pytest.skip("its layers have no bias that it could be merged into")
+    options = config(family, target_modules=targets, fan_in_fan_out=True, **changes)
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True .* Setting fan_in_fan_out to False"):
+        model = peft.get_peft_model(loaded(family, tmp_path), options)
+    assert not options.fan_in_fan_out
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(**models.inputs()).loss.backward()
+    optimizer.step()
+    model.eval()
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    merged = logits(model.merge_and_unload())
+    assert (merged - adapted).norm() < 0.3 * (plain - adapted).norm()
+
+
+def test_fan_in_fan_out_of_an_adapter_from_a_file_or_added_later_is_switched_off(tmp_path):
+    options = config("gpt2", target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    peft.get_peft_model(models.make("gpt2"), options).save_pretrained(tmp_path / "adapter")  # over its Conv1D
+    assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").fan_in_fan_out
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True"):
+        model = peft.PeftModel.from_pretrained(loaded("gpt2", tmp_path / "base"), tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True"):
+        model.load_adapter(tmp_path / "adapter", "second")
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True"):
+        model.add_adapter("third", config("gpt2", target_modules=["c_proj"], fan_in_fan_out=True))
+    adapted = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    merged = logits(model.merge_and_unload())
+    assert (merged - adapted).norm() < 0.3 * (plain - adapted).norm()
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])

@@ -22,6 +22,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear  # noqa: E402
 from peft_rows import ROWS, base_model  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
+from qlora_native.integrations import peft_methods  # noqa: E402
 from qlora_native.integrations.decoded import DecodedLinear4bit  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.peft_methods import METHODS  # noqa: E402
@@ -226,7 +227,7 @@ def check_merge(ours, theirs, again, row):
     ours.merge_adapter()
     for name, layer in layers(ours).items():
         dense = theirs.get_submodule(name)
-        q = qn.quantize(dense.weight)
+        q = qn.quantize(dense.weight, double_quant=layer.double_quant)
         # PEFT adds in another order: an element beside a midpoint may go to the other level.
         assert (layer.dequantize() - q.dequantize()).norm() < 0.02 * q.dequantize().norm(), name
         assert (layer.quantized_weight.codes != q.codes).float().mean() < 5e-3, name
@@ -237,6 +238,65 @@ def check_merge(ours, theirs, again, row):
         merged = again.merge_and_unload()
         assert all(type(module) is Linear4bit for module in merged.modules() if isinstance(module, Linear4bit))
         assert_close(logits(merged, row), logits(ours, row), SAME)
+
+
+def test_fan_in_fan_out_is_switched_off_by_every_method_that_has_it(bases, tmp_path):
+    """Over a `Linear4bit`, whose weight is [out, in]: else a method would merge, or start from, the transpose."""
+    tried = set()
+    for name, row in ROWS.items():
+        try:
+            config = row.config(tmp_path)
+        except ImportError:
+            continue
+        if TABLE[name][0] == REFUSED or row.make or not hasattr(config, "fan_in_fan_out"):
+            continue
+        config.fan_in_fan_out = True
+        with pytest.warns(UserWarning, match="fan_in_fan_out is set to True .* Linear4bit"):
+            peft.get_peft_model(copy.deepcopy(bases[0]), config)
+        assert not config.fan_in_fan_out, name
+        tried.add(config.peft_type.value)
+    assert {"LORA", "IA3", "VERA", "BOFT", "OFT", "HIRA", "DEFT", "SHIRA", "ADALORA"} <= tried
+
+
+# ---- a model that is quantized below its adapters --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_model_quantized_below_its_adapters_computes_the_same(name, bases, tmp_path, monkeypatch):
+    row, (forward, _, merge, _, remark) = ROWS[name], TABLE[name]
+    try:
+        ours, theirs = (adapted(bases[1], row, tmp_path) for _ in range(2))
+    except (ImportError, ValueError) as error:
+        pytest.skip(str(error))  # CorDA wants to see activations first
+    trained = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    adapters = {n for n, m in ours.named_modules() if type(m) is torch.nn.Linear and f"{n}.weight" in trained}
+    qn.nn.quantize_model(ours, double_quant=False, progress=False, strict=True)
+    after = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    assert after.keys() == trained.keys() and all(after[n] is p for n, p in trained.items())
+    assert all(type(ours.get_submodule(n)) is torch.nn.Linear for n in adapters)
+    if remark == "it starts by changing the weight":  # to one that is no longer the same in 4 bits
+        assert relative_error(logits(ours, row), logits(theirs, row)) < 1e-2
+        return
+    # With fp32 scales the weights are the same again.
+    assert len(models.layers_of(ours)) == len(models.layers_of(bases[0]))
+    check_forward_and_training(ours, theirs, row)
+    if forward == SAME_AS_16_BITS:
+        check_remark(remark, ours, row, monkeypatch)
+        if merge == SAME_AS_16_BITS:
+            check_merge(ours, theirs, None, row)
+
+
+def test_model_that_cannot_be_quantized_below_its_adapters_stays_as_it_is(bases, monkeypatch):
+    model = peft.get_peft_model(copy.deepcopy(bases[1]), peft.LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"q_proj: expected adapters that are not merged, got \['default'\]: unmerge"):
+        qn.nn.quantize_model(model, progress=False)
+    model.unmerge_adapter()
+    monkeypatch.setattr(peft_methods, "METHODS", METHODS - {"LORA", "ADALORA"})
+    with pytest.raises(NotImplementedError, match=r"q_proj, peft.tuners.lora.layer.Linear over Linear4bit: .* not"):
+        qn.nn.quantize_model(model, progress=False)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 # ---- what the table rests on -----------------------------------------------------------------------------------------

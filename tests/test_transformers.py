@@ -101,6 +101,28 @@ def test_compute_dtype_is_that_of_the_product(folders):
     assert torch.equal(layer(x), expected.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_file_says_the_dtype_of_the_product(folders, tmp_path, dtype):
+    """The model's, unless the user chose one."""
+    loaded = load(folders["llama"], dtype=dtype, quantization_config=config())
+    replaced = qn.nn.quantize_model(models.make("llama", dtype), progress=False)
+    cast = qn.nn.quantize_model(models.make("llama"), progress=False).to(dtype)
+    chosen = load(folders["llama"], dtype=dtype, quantization_config=config(bnb_4bit_compute_dtype=torch.float16))
+    for name, model in {"loaded": loaded, "replaced": replaced, "cast": cast, "chosen": chosen}.items():
+        model.save_pretrained(tmp_path / name)
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        expected = torch.float16 if name == "chosen" else dtype
+        assert f"torch.{written['bnb_4bit_compute_dtype']}" == str(expected), name
+    again = load(tmp_path / "loaded", dtype=dtype, quantization_config=config())
+    assert torch.equal(models.logits(again), models.logits(loaded))
+
+
+def test_float64_as_compute_dtype_is_named_in_the_error():
+    for dtype in (torch.float64, "float64"):
+        with pytest.raises(TypeError, match="bnb_4bit_compute_dtype: expected torch.float32, .* got torch.float64"):
+            config(bnb_4bit_compute_dtype=dtype)
+
+
 def test_nan_in_a_shard_ends_the_loading(tmp_path):
     model = models.make("llama")
     with torch.no_grad():
@@ -255,6 +277,143 @@ def test_weight_missing_from_a_quantized_file_is_named(folders, tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError):
         load(tmp_path, quantization_config=config())
+
+
+# ---- files that lack something, or of which nothing is quantized -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nf4")
+    qn.nn.quantize_model(load(folders["llama"], dtype=torch.bfloat16), progress=False).save_pretrained(folder)
+    return folder
+
+
+class TwoNewLayers(transformers.LlamaPreTrainedModel):
+    """A head of one's own, of which transformers keeps only the last layer in 16 bits."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = transformers.LlamaModel(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.last = nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.last(self.dense(self.model(input_ids).last_hidden_state).tanh())
+
+
+@pytest.mark.parametrize("skip", [None, ["lm_head"], []], ids=str)
+@pytest.mark.parametrize("files", ["nf4", "bf16", "bin"])
+@pytest.mark.parametrize("kind", [transformers.LlamaForSequenceClassification, TwoNewLayers])
+def test_new_head_stays_in_16_bits(files, kind, skip, folders, in_4_bits, tmp_path, caplog):
+    """transformers initializes it and says so; the model is saved, read and trained as any other."""
+    given = config(llm_int8_skip_modules=skip)
+    folder = in_4_bits if files == "nf4" else folders["llama"]
+    if files == "bin":
+        folder = tmp_path / "bin"
+        plain = load(folders["llama"], dtype=torch.bfloat16)
+        plain.config.save_pretrained(folder)
+        torch.save(plain.state_dict(), folder / "pytorch_model.bin")
+    model = kind.from_pretrained(folder, num_labels=3, quantization_config=given, dtype=torch.bfloat16)
+    new = ["score"] if kind is not TwoNewLayers else ["dense", "last"]
+    assert len(models.layers_of(model)) == 14
+    for name in new:
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
+        assert 0.01 < layer.weight.float().std() < 0.04  # the initializer_range of 0.02
+        assert f"{name}.weight" in caplog.text and "newly initialized" in caplog.text
+    assert given.llm_int8_skip_modules == skip
+    model.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", quantization_config=config())
+    for each in (model, again):
+        each.config.pad_token_id = 0
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=new)
+    trained = peft.get_peft_model(again, lora)
+    output = trained(input_ids=models.ids())
+    (output if kind is TwoNewLayers else output.logits).square().sum().backward()
+    assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+
+
+class NewDense(transformers.GPTNeoXPreTrainedModel):
+    """Its new layer has the name that ends those of two layers of each block."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt_neox = transformers.GPTNeoXModel(config)
+        self.dense = nn.Linear(config.hidden_size, 3)
+        self.last = nn.Linear(3, 3)
+        self.post_init()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_name_of_a_new_layer_skips_no_other(folders, live, tmp_path):
+    options = {} if live else {"quantization_config": config()}
+    model = NewDense.from_pretrained(folders["gpt-neox"], **options)
+    if live:
+        qn.nn.quantize_model(model.gpt_neox, progress=False)
+    assert type(model.dense) is nn.Linear and len(models.layers_of(model)) == 8
+    model.save_pretrained(tmp_path)
+    again = NewDense.from_pretrained(tmp_path, quantization_config=config())
+    assert models.layers_of(again).keys() == models.layers_of(model).keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weight_of_another_shape_than_the_config_says_ends_the_loading(folders, tmp_path, caplog):
+    shutil.copytree(folders["llama"], tmp_path / "wrong")
+    path = tmp_path / "wrong" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 96}))
+    with pytest.raises(RuntimeError):
+        load(tmp_path / "wrong", quantization_config=config())
+    assert "up_proj.weight: expected [96, 128], as config.json says, got [192, 128]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device_map": {"": "cpu", "model.layers.1": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 200_000}}],
+    ids=["map", "auto"],
+)
+@pytest.mark.parametrize("files", ["nf4", "bf16"])
+def test_module_that_would_lie_on_the_disk_is_named(files, options, folders, in_4_bits, tmp_path):
+    folder = in_4_bits if files == "nf4" else folders["llama"]
+    with pytest.raises(NotImplementedError, match="device_map: expected a device for every module, got 'disk' for "):
+        load(folder, quantization_config=config(), offload_folder=tmp_path, **options)
+
+
+@pytest.mark.parametrize("files", ["nf4", "bf16"])
+def test_base_saved_with_adapters_in_it_is_named_with_what_to_do(files, folders, in_4_bits, tmp_path):
+    quantization = {"quantization_config": config()} if files == "nf4" else {}
+    base = load(in_4_bits if files == "nf4" else folders["llama"], **quantization)
+    adapted = peft.get_peft_model(base, lora())
+    base.save_pretrained(tmp_path / "wrong")
+    message = (
+        r"expected model.*k_proj.weight, got model.*k_proj.base_layer.weight.* that unload\(\) or merge_and_unload\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "wrong", quantization_config=config())
+    adapted.unload().save_pretrained(tmp_path / "right")
+    assert len(models.layers_of(load(tmp_path / "right", quantization_config=config()))) == 14
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_model_of_which_nothing_is_quantized_is_named_with_what_it_has(folders, monkeypatch, caplog, tmp_path):
+    load(folders["llama"], quantization_config=config(llm_int8_skip_modules=["model", "lm_head"]))
+    assert "nothing of LlamaForCausalLM is quantized; left as they are: model.layers.0" in caplog.text
+    assert "(named in llm_int8_skip_modules, tied, or kept in fp32)" in caplog.text
+    monkeypatch.setattr(transformers.models.falcon.modeling_falcon, "FalconLinear", Doubled)
+    models.make("falcon").save_pretrained(tmp_path)
+    caplog.clear()
+    load(tmp_path, quantization_config=config())
+    assert "nothing of FalconForCausalLM is quantized; left as they are" in caplog.text
+    assert "query_key_value.weight" in caplog.text and "(a subclass of nn.Linear, Doubled)" in caplog.text
+    caplog.clear()
+    load(folders["llama"], quantization_config=config())
+    assert "is quantized" not in caplog.text
 
 
 def read(folder):

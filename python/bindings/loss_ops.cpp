@@ -25,6 +25,13 @@ std::tuple<Tensor, Tensor> cross_entropy_op(const Tensor& logits, const Tensor& 
   if (row_gradients)
     args.row_gradients =
         static_cast<const float*>(data_of(*row_gradients, ScalarType::Float, rows, logits, "row_gradients"));
+  if (gradient) {
+    Operands operands;
+    operands.add(logits, {"logits"}, true);
+    operands.add(labels, {"labels"}, false);
+    if (row_gradients) operands.add(*row_gradients, {"row_gradients"}, false);
+    operands.check_apart();
+  }
   Tensor loss = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   Tensor log_probability = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   args.loss = static_cast<float*>(loss.data_ptr());

@@ -1,4 +1,5 @@
 // The torch op of the optimizers: schema and implementation. Its fake kernel is in python/qlora_native/_ops.py.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -86,17 +87,49 @@ class StateCursor {
   ScalarType type_ = ScalarType::Undefined;
 };
 
+// Whether each element has memory of its own: ordered by size, each stride leads past all that the smaller ones reach.
+bool has_distinct_elements(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // (stride, size)
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return true;
+    if (sizes[i] > 1) dims.emplace_back(strides[i], sizes[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  std::int64_t reach = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) return false;
+    reach += stride * (size - 1);
+  }
+  return true;
+}
+
+template <class Ints>
+std::string shape_text(const Ints& sizes) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+template <class Name>
+void check_same_shape(const Tensor& grad, const Tensor& param, const Name& argument) {
+  const auto sizes = grad.sizes(), expected = param.sizes();
+  check(
+      sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()), argument,
+      [&] { return "shape " + shape_text(expected) + ", as the parameter's"; }, [&] { return shape_text(sizes); });
+}
+
 using Numbers = std::vector<double>;
 
-void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& params, const Tensors& grads,
+void optimizer_8bit_step_op(StringHandle algorithm_name, const Tensors& params, const Tensors& grads,
                             const Tensors& state1, const Tensors& state2, const Tensors& absmax1,
                             const Tensors& absmax2, const Tensors& steps, const std::vector<std::int64_t>& group_sizes,
                             const Numbers& lr, const Numbers& beta1, const Numbers& beta2, const Numbers& eps,
                             const Numbers& weight_decay, const OptionalTensor& inv_scale,
                             const OptionalTensor& found_inf, const Tensor& skipped, const Tensors& lr_tensors,
                             const std::vector<std::int64_t>& lr_groups, const Numbers& beta3, const Numbers& alpha,
-                            const Numbers& t_alpha, const Numbers& t_beta3) {
-  const Algorithm algorithm = algorithm_of(algorithm_name);
+                            const Numbers& t_alpha, const Numbers& t_beta3, bool check_only) {
+  const Algorithm algorithm = algorithm_of(take_text(algorithm_name));
   const std::size_t count = params.size();
   check_length(grads.size(), count, "grads");
   for (const auto* values : {&lr, &beta1, &beta2, &eps, &weight_decay}) {
@@ -151,8 +184,14 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
       check_memory(from, name(list));
       return copies.emplace_back(torch::stable::contiguous(from));
     };
+    check_same_shape(grads[i], params[i], name("grads"));
     const Tensor param = contiguous(params[i], "params");
-    if (!params[i].is_contiguous()) written.emplace_back(params[i], param);
+    if (!params[i].is_contiguous()) {
+      check(has_distinct_elements(params[i]), name("params"), "elements that each have memory of their own", [&] {
+        return "shape " + shape_text(params[i].sizes()) + " with strides " + shape_text(params[i].strides());
+      });
+      written.emplace_back(params[i], param);
+    }
     tensor.param = data_of(param, param_type, elements, skipped, name("params"));
     tensor.grad = data_of(contiguous(grads[i], "grads"), grad_type, elements, skipped, name("grads"));
     const ScalarType state_type = states1.type();
@@ -187,8 +226,29 @@ void optimizer_8bit_step_op(const std::string& algorithm_name, const Tensors& pa
   args.inv_scale = scalar(inv_scale, "inv_scale");
   args.found_inf = scalar(found_inf, "found_inf");
   args.skipped = static_cast<std::int64_t*>(data_of(skipped, ScalarType::Long, 1, skipped, "skipped"));
+  Operands operands;
+  const auto add = [&](const Tensors& list, const char* name, bool written) {
+    for (std::size_t i = 0; i < list.size(); ++i) operands.add(list[i], {name, static_cast<std::int64_t>(i)}, written);
+  };
+  add(params, "params", true);
+  add(grads, "grads", false);
+  add(state1, "state1", true);
+  add(state2, "state2", true);
+  add(absmax1, "absmax1", true);
+  add(absmax2, "absmax2", true);
+  add(steps, "steps", true);
+  add(lr_tensors, "lr_tensors", false);
+  if (inv_scale) operands.add(*inv_scale, {"inv_scale"}, false);
+  if (found_inf) operands.add(*found_inf, {"found_inf"}, false);
+  operands.add(skipped, {"skipped"}, true);
+  operands.check_apart();
+  const auto write = [&] {
+    for (auto& [param, copy] : written) torch::stable::copy_(param, copy);
+  };
+  write();  // the values that are there: what torch refuses to write, it refuses before anything has changed
+  if (check_only) return;
   optimizer_8bit_step(args, stream_of(skipped));
-  for (auto& [param, copy] : written) torch::stable::copy_(param, copy);
+  write();
 }
 
 template <class Library>
@@ -205,14 +265,14 @@ void implement_optimizer(Library& library) {
 // Parameters are in the order of their groups. absmax1 and absmax2 list the parameters whose state is uint8, in order.
 // lr_tensors[i], one fp32 value, replaces lr[lr_groups[i]]. A tensor of state1, state2, absmax1, absmax2 or steps may
 // be flat and belong to several parameters (StateCursor). A step that is skipped writes nothing but `skipped`
-// (optimizer.h).
+// (optimizer.h). One that raises has written nothing. With check_only the tensors are checked, and no step is made.
 STABLE_TORCH_LIBRARY_FRAGMENT(qlora_native, library) {
   library.def(
       "optimizer_8bit_step(str algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
       "Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] steps, int[] group_sizes, "
       "float[] lr, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, Tensor? inv_scale, "
       "Tensor? found_inf, Tensor(g!) skipped, Tensor[] lr_tensors, int[] lr_groups, float[] beta3=[], "
-      "float[] alpha=[], float[] t_alpha=[], float[] t_beta3=[]) -> ()");
+      "float[] alpha=[], float[] t_alpha=[], float[] t_beta3=[], bool check_only=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qlora_native, CPU, library) { qlora_native::implement_optimizer(library); }

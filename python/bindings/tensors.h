@@ -2,12 +2,17 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "qlora_native/error.h"
 #include "qlora_native/types.h"
@@ -20,11 +25,26 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline std::string name_of_type(ScalarType type) { return torch::headeronly::toString(type); }
 
-// The name of a tensor in a list of arguments. Only an error makes it text, because an optimizer has thousands of them.
+// A str argument of an op, which takes it as a handle: torch's own conversion (2.10 ... 2.13) never deletes the copy
+// that it makes, so an op that takes a std::string loses one at each call.
+inline std::string take_text(StringHandle handle) {
+  const char* data = nullptr;
+  std::size_t length = 0;
+  std::string text;
+  if (torch_string_c_str(handle, &data) == 0 && torch_string_length(handle, &length) == 0) text.assign(data, length);
+  torch_delete_string(handle);
+  return text;
+}
+
+// The name of a tensor in a list of arguments, or of an argument, whose index is kAlone. Only an error makes it text,
+// because an optimizer has thousands of them.
 struct ListItem {
+  static constexpr std::int64_t kAlone = -1;
   const char* list;
-  std::int64_t index;
-  std::string operator()() const { return std::string(list) + "[" + std::to_string(index) + "]"; }
+  std::int64_t index = kAlone;
+  std::string operator()() const {
+    return index == kAlone ? std::string(list) : std::string(list) + "[" + std::to_string(index) + "]";
+  }
 };
 
 template <class Name>
@@ -76,6 +96,45 @@ void* data_of(const Tensor& tensor, ScalarType type, std::int64_t numel, const T
   check_memory(tensor, argument);
   return tensor.data_ptr();
 }
+
+// The operands of an op that writes into some of them. Memory that it writes must be no other operand's: what was
+// checked could change before it is used, as labels that lie in the logits would, and the result would depend on
+// threads.
+class Operands {
+ public:
+  void add(const Tensor& tensor, ListItem name, bool written) {
+    const std::int64_t numel = tensor.numel();
+    if (numel == 0) return;
+    std::int64_t span = 1;  // elements from the first to the last
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    for (std::size_t i = 0; i < sizes.size(); ++i) span += (sizes[i] - 1) * strides[i];
+    if (span > numel) return;  // another operand may lie in the gaps, as the columns of one matrix do
+    const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+    ranges_.push_back({begin, begin + static_cast<std::uintptr_t>(span) * tensor.element_size(), written, name});
+  }
+
+  void check_apart() {
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    const Range *last = nullptr, *last_written = nullptr;  // of those before, the one that ends last
+    for (const Range& range : ranges_) {
+      const Range* const other = range.written ? last : last_written;
+      if (other != nullptr && range.begin < other->end) {
+        const Range &writer = range.written ? range : *other, &operand = range.written ? *other : range;
+        fail(operand.name, "memory apart from that of " + writer.name() + ", which is written", "memory of both");
+      }
+      if (last == nullptr || range.end > last->end) last = &range;
+      if (range.written && (last_written == nullptr || range.end > last_written->end)) last_written = &range;
+    }
+  }
+
+ private:
+  struct Range {
+    std::uintptr_t begin, end;
+    bool written;
+    ListItem name;
+  };
+  std::vector<Range> ranges_;
+};
 
 // torch's current stream of a device, as a cudaStream_t. The function is in a library that a CPU build of torch does
 // not have, so it is not linked but looked up in the library that torch has loaded.

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, is_finite_number
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, checks_memory, is_finite_number
 from ._ops import differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 
 
+@checks_memory
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,9 +70,7 @@ def attention(
         key_ranges = _checked_ranges(key_ranges, q)
     elif is_causal:
         key_ranges = _causal_ranges(q.shape[2], k.shape[2])
-    if torch.compiler.is_compiling():
-        return _ops.attention(q, k, v, scale, key_ranges)[0]
-    return Attention.apply(q, k, v, scale, key_ranges)[0]
+    return _attention_op(q, k, v, scale, key_ranges)[0]
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -144,6 +143,5 @@ def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ..
     return (*_ops.attention_backward(dout, q, k, v, out, lse, ctx.scale, *ranges), *others)
 
 
-Attention = differentiable("attention", _save, _backward)
-
+_attention_op = differentiable("attention", "attention", _save, _backward)
 refuse_second_derivative("attention_backward", "attention")

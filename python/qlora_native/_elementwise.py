@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._ops import Remade, differentiable, refuse_second_derivative
 
 _ops = torch.ops.qlora_native
 ACTIVATIONS = ("silu", "gelu_tanh")  # by their numbers in the ops
 
 
+@checks_memory
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """h = f(gate) * up, a gated linear unit's (Shazeer, "GLU variants improve transformer"), in one pass.
 
@@ -45,14 +46,13 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     _check("gate", gate, gate)
     _check("up", up, gate)
     number = ACTIVATIONS.index(activation)
-    if torch.compiler.is_compiling():
-        return _ops.gated_activation(gate, up, number)
-    h = GatedActivation.apply(gate, up, number)
-    if h.requires_grad:
+    h = _gated_op(gate, up, number)
+    if h.requires_grad and not torch.compiler.is_compiling():
         Remade.by(h, partial(_compute_gated, activation=number), (gate, up))
     return h
 
 
+@checks_memory
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, shift: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (shift + weight) over the last dimension (Zhang and Sennrich, RMSNorm).
 
@@ -82,10 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, shift: float = 0.0
         raise bad("eps", "a number of at least 0", eps)
     if not math.isfinite(shift):
         raise bad("shift", "a finite number", shift)
-    weight = weight.contiguous()
-    if torch.compiler.is_compiling():
-        return _ops.rms_norm(x, weight, shift, eps)[0]
-    return RmsNorm.apply(x, weight, shift, eps)[0]
+    return _norm_op(x, weight.contiguous(), shift, eps)[0]
 
 
 def _check(name: str, tensor: Tensor, first: Tensor) -> None:
@@ -147,7 +144,7 @@ def _gated_backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
-GatedActivation = differentiable("gated_activation", _save_gated, _gated_backward)
+_gated_op = differentiable("gated_activation", "gated_activation", _save_gated, _gated_backward)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -169,6 +166,8 @@ def _norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
 
 def _norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     """The sum over rows of dy * x * r, in fp32: [N]."""
+    for name, tensor in (("dy", dy), ("x", x), ("r", r)):
+        check_memory(name, tensor)
     N = x.shape[-1]
     total = x.new_zeros(N, dtype=torch.float32)
     for each_dy, each_x, each_r in zip(*(t.split(1024) for t in (dy.reshape(-1, N), x.reshape(-1, N), r)), strict=True):
@@ -176,6 +175,6 @@ def _norm_weight_gradient(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
     return total
 
 
-RmsNorm = differentiable("rms_norm", _save_norm, _norm_backward)
+_norm_op = differentiable("rms_norm", "rms_norm", _save_norm, _norm_backward)
 refuse_second_derivative("gated_activation_backward", "gated_activation")
 refuse_second_derivative("rms_norm_backward", "rms_norm")

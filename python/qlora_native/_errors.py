@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+P, R = ParamSpec("P"), TypeVar("R")
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS_OF_ONE_BLOCKSIZE = {"mxfp4": 32, "nvfp4": 16}
 DEFAULT_BLOCKSIZE = 64  # QLoRA's, for all other formats
@@ -33,23 +38,51 @@ def check_float_dtype(argument: str, dtype: Any) -> None:
         raise bad_type(argument, "torch.float32, torch.bfloat16 or torch.float16", dtype)
 
 
-def check_memory(argument: str, tensor: torch.Tensor, like: torch.Tensor | None = None) -> None:
+def check_memory(argument: str, tensor: Any, like: torch.Tensor | None = None) -> None:
     """Raise unless `tensor` is dense and its storage still holds all of its elements.
 
-    FSDP and offloading free a storage while tensors still refer to it. Subclasses such as DTensor, or the fake tensors
-    of the compiler, are not checked. A meta tensor passes only if `like` is None or a meta tensor too.
+    FSDP and offloading free a storage while tensors still refer to it. Not checked are what is no tensor, subclasses
+    such as DTensor, the wrappers of `torch.func`, which have no storage, and all that `torch.compile` traces. A meta
+    tensor passes only if `like` is None or a meta tensor too.
     """
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in _PLAIN_TENSORS or torch.compiler.is_compiling():
         return
     if tensor.layout is not torch.strided:
         raise bad_type(argument, "a dense tensor", tensor.layout)
-    if tensor.is_meta:
-        if like is not None and not like.is_meta:
-            raise bad(argument, "a tensor with values", "one on the meta device")
-    elif tensor.numel():
-        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise bad(argument, "a tensor with memory", "one whose storage was freed")
+    if like is not None and tensor.is_meta and not like.is_meta:
+        raise bad(argument, "a tensor with values", "one on the meta device")
+    needed = tensor.nbytes
+    if needed == 0:
+        return
+    if not tensor.is_contiguous():
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (last + 1) * tensor.itemsize
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # a wrapper of torch.func
+        return
+    if tensor.storage_offset() * tensor.itemsize + needed > held:
+        raise bad(argument, "a tensor with memory", "one whose storage was freed")
+
+
+def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `function` check the memory of each tensor among its arguments, in order, before anything reads one.
+
+    torch's casts, comparisons and products do not check it: they end the process, or read what now lies there.
+    """
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for index, value in enumerate(args):
+            if type(value) in _PLAIN_TENSORS:
+                check_memory(names[index], value)
+        for name, value in kwargs.items():
+            if type(value) in _PLAIN_TENSORS:
+                check_memory(name, value)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def chosen_blocksize(blocksize: int | None, format: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._errors import bad
+from ._errors import bad, check_memory
 from ._layer import QuantizedLayer, zero_weight
 from ._weight import QuantizedWeight, check_quantized
 
@@ -174,6 +174,7 @@ class Experts4bit(QuantizedLayer):
         q, adapter = self.quantized_weight, self._adapter()
         if self.product_dtype is None or self.product_dtype == x.dtype:
             return functional.linear_grouped(x, q, offsets, bias, *adapter)
+        check_memory("x", x)
         return functional.linear_grouped(x.to(self.product_dtype), q, offsets, bias, *adapter).to(x.dtype)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
@@ -182,6 +183,9 @@ class Experts4bit(QuantizedLayer):
             return None, None, 1.0
         if len(self.adapters) == 1:
             return self.adapters[0]
+        for a, b, _ in self.adapters:
+            check_memory("lora_a", a)
+            check_memory("lora_b", b)
         lora_a = torch.cat([a for a, _, _ in self.adapters], dim=1)
         lora_b = torch.cat([scaling * b for _, b, scaling in self.adapters], dim=2)
         return lora_a, lora_b, 1.0

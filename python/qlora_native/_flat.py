@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._errors import check_memory
 from ._formats import ceil_div
 from ._optim_state import BLOCKSIZE, Algorithm, shapes_of
+from ._sharded import local
 
 
 class FlatStates:
@@ -66,7 +68,7 @@ def are_states(algorithm: Algorithm, params: list[Tensor], states: list[dict[str
     """Whether the states have the names, dtypes, shapes and devices that the optimizer gives them."""
 
     def is_state(param: Tensor, state: dict[str, Any]) -> bool:
-        expected = shapes_of(algorithm, param, "absmax1" in state) | {"step": (torch.int64, ())}
+        expected = shapes_of(algorithm, local(param), "absmax1" in state) | {"step": (torch.int64, ())}
         return state.keys() == expected.keys() and all(
             isinstance(tensor := state[name], Tensor)
             and (tensor.dtype, tuple(tensor.shape), tensor.device) == (*wanted, param.device)
@@ -78,11 +80,12 @@ def are_states(algorithm: Algorithm, params: list[Tensor], states: list[dict[str
 
 def _move(name: str, unit: int, items: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
     """Move the tensors `name` of the states into one flat tensor. Each parameter gets whole blocks, at least one."""
-    sizes = [max(1, ceil_div(param.numel(), BLOCKSIZE)) * unit or 1 for param, _ in items]
+    sizes = [max(1, ceil_div(local(param).numel(), BLOCKSIZE)) * unit or 1 for param, _ in items]
     first = items[0][1][name]
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
     for place, (_, state) in zip(flat.split(sizes), items, strict=True):
         tensor = state[name]
+        check_memory(name, tensor)
         state[name] = place[: tensor.numel()].view(tensor.shape)
         state[name].copy_(tensor)
     return flat

@@ -56,7 +56,7 @@ def checked_bias(bias: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
 def checked_lora(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
-    scaling: float,
+    scaling: float | Tensor,
     dropout: float,
     weight_shape: tuple[int, int],
     x: Tensor,
@@ -65,12 +65,13 @@ def checked_lora(
     """Check the adapter, and return its five op arguments: A and B contiguous, scaling, dropout, seed.
 
     Args:
+        scaling: a number; or a tensor, which B is multiplied by, because an op takes a number, which is compiled in.
         of_each: (count,) for a stack of adapters, A [count, rank, K] and B [count, N, rank]; () for a single one.
     """
     if not 0 <= dropout < 1:
         raise bad("lora_dropout", "a probability in [0, 1)", dropout)
     if lora_a is None and lora_b is None:
-        return None, None, scaling, dropout, None
+        return None, None, 1.0, dropout, None
     N, K = weight_shape
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
@@ -86,6 +87,10 @@ def checked_lora(
         raise bad("lora_b", f"[{count}{N}, {rank}], the rank of lora_a", list(lora_b.shape))
     if lora_b.dtype != lora_a.dtype:
         raise bad_type("lora_b", f"{lora_a.dtype}, the dtype of lora_a", lora_b.dtype)
-    if not math.isfinite(scaling):
+    if isinstance(scaling, Tensor):
+        if scaling.dim() or not scaling.is_floating_point():
+            raise bad("lora_scaling", "a number or a tensor [] of one", f"{scaling.dtype} {list(scaling.shape)}")
+        lora_b, scaling = lora_b * scaling, 1.0
+    elif not math.isfinite(scaling):
         raise bad("lora_scaling", "a finite number", scaling)
     return lora_a.contiguous(), lora_b.contiguous(), scaling, dropout, draw_seed(x) if dropout > 0 else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._errors import FLOAT_DTYPES, bad_type, check_float_dtype, check_memory, chosen_blocksize
+from ._errors import bad_type, check_float_dtype, check_memory, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from ._neighbours import guard_neighbours
@@ -19,8 +19,16 @@ from ._weight import QuantizedWeight, check_finite
 
 __all__ = ["QuantizedLayer", "zero_weight"]
 
-# The tensors that make up the quantized weight of a layer; `weight` holds the codes.
-_STATE = ("weight", "absmax", "nested_absmax", "nested_code", "offset", "code")
+# {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
+# called `code`, because the modules that torch.export makes have a property of this name.
+_STATE = {
+    "weight": "codes",
+    "absmax": "absmax",
+    "nested_absmax": "nested_absmax",
+    "nested_code": "nested_code",
+    "offset": "offset",
+    "codebook": "code",
+}
 
 
 def zero_weight(
@@ -76,7 +84,14 @@ class QuantizedLayer(nn.Module):
         compute_dtype: the dtype that `dequantize` returns, and that PEFT makes adapters in.
         product_dtype: None, by default, computes a product in the dtype of x. Another dtype casts x to it for the
             product and y back, as bitsandbytes does with its `compute_dtype`.
+
+    Both are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "compute_dtype" or (name == "product_dtype" and value is not None):
+            check_float_dtype(name, value)
+        super().__setattr__(name, value)
 
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
@@ -96,13 +111,13 @@ class QuantizedLayer(nn.Module):
         for name in _STATE:
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
-        self.weight = _frozen(q.codes)
-        if q.nested_absmax is None:
-            self.register_buffer("absmax", q.absmax)
-        else:
-            self.absmax = _frozen(q.absmax)
-        for name in _STATE[2:]:
-            self.register_buffer(name, getattr(q, name))
+        tensors = {name: getattr(q, field) for name, field in _STATE.items()}
+        # Those that are None come last: torch.export (2.13) counts them when it looks for the names of the others.
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
+            if tensor is not None and tensor.dtype == torch.uint8:
+                setattr(self, name, _frozen(tensor))
+            else:
+                self.register_buffer(name, tensor)
 
     def weight_names(self) -> list[str]:
         """The names of the tensors that make up the quantized weight, as in the state dict."""
@@ -126,7 +141,7 @@ class QuantizedLayer(nn.Module):
             buffers["nested_absmax"],
             buffers["nested_code"],
             buffers["offset"],
-            buffers["code"],
+            buffers["codebook"],
             self._shape,
             self.blocksize,
             self.format,
@@ -158,6 +173,8 @@ class QuantizedLayer(nn.Module):
 
         `torch.nn.Module.to_empty` leaves the meta device without values; this gives the layer valid ones.
         """
+        for name, tensor in {**self.weight_tensors(), "bias": self._parameters.get("bias")}.items():
+            check_memory(name, tensor)
         with torch.no_grad():
             for tensor in (
                 self._parameters["weight"],
@@ -171,13 +188,15 @@ class QuantizedLayer(nn.Module):
             if self.nested_code is not None:
                 self.nested_code.copy_(_levels_of_scales(self.format))
             if self.format in CODEBOOKS:
-                self.code.copy_(CODEBOOKS[self.format])
+                self.codebook.copy_(CODEBOOKS[self.format])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
 
         Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
+        if f"{prefix}code" in state_dict:  # the codebook's name in version 0.1
+            state_dict[f"{prefix}codebook"] = state_dict.pop(f"{prefix}code")
         errors = []
         assign = args[0].get("assign_to_params_buffers", False)
         for name, own in (*self.weight_tensors().items(), ("bias", self._parameters.get("bias"))):
@@ -206,6 +225,8 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move or cast the module. The quantized weight is moved, but never cast."""
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        check_float_dtype("compute_dtype", dtype)  # before anything is changed
         weight = {id(tensor) for tensor in self.weight_tensors().values()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -213,9 +234,7 @@ class QuantizedLayer(nn.Module):
             return result if id(tensor) not in weight or result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(moved, recurse)
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        if dtype in FLOAT_DTYPES:
-            self.compute_dtype = dtype
+        self.compute_dtype = dtype
         return self
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the ops)
-from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype
+from ._errors import FLOAT_DTYPES, bad, bad_type, check_float_dtype, check_memory, checks_memory
 from ._formats import ceil_div
 from ._inputs import checked_bias, checked_input, checked_lora
+from ._ops import refuse_forward_mode, refuse_second_derivative
 from ._weight import QuantizedWeight
 
 _ops = torch.ops.qlora_native
@@ -29,6 +29,7 @@ _FEWEST_ROWS = 16
 _GRADIENT_ROWS = 4096
 
 
+@checks_memory
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -36,7 +37,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -76,6 +77,7 @@ def linear_cross_entropy(
             many, and the first). On a GPU the labels are not read, because that would wait for the device: a label out
             of range makes its row NaN.
     """
+    refuse_forward_mode("linear_cross_entropy", (hidden, weight, bias, lora_a, lora_b))
     quantized = isinstance(weight, QuantizedWeight)
     if quantized:
         hidden = checked_input(hidden, weight, 2, "hidden")
@@ -235,34 +237,67 @@ def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     return [slice(first, min(first + each, rows)) for first in range(0, rows, max(each, 1))]
 
 
-def _head_of(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Head]:
-    """Take (hidden, labels, head) from the first _HEAD arguments of the op."""
-    hidden, labels, dense, *quantized, bias, lora_a, lora_b, scaling = arguments
-    return hidden, labels, Head(dense, tuple(quantized), bias, lora_a, lora_b, scaling)
-
-
-_HEAD = 17  # the number of arguments that _head_of takes
-
-
-@torch.library.custom_op(
+torch.library.define(
     "qlora_native::linear_cross_entropy",
-    mutates_args=(),
-    schema=(
-        "(Tensor hidden, Tensor labels, Tensor? weight, Tensor? codes, Tensor? absmax, Tensor? nested_absmax, "
-        "Tensor? nested_code, Tensor? offset, Tensor? code, int N, int K, int bits, int blocksize, Tensor? bias, "
-        "Tensor? lora_a, Tensor? lora_b, float lora_scaling, int ignore_index, float scale, float softcap, "
-        "float label_smoothing, float z_loss, bool[] wanted, Tensor? row_gradients) -> "
-        "(Tensor loss, Tensor log_probability, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db)"
-    ),
+    "(Tensor hidden, Tensor labels, Tensor? weight, Tensor? codes, Tensor? absmax, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? offset, Tensor? code, int N, int K, int bits, int blocksize, Tensor? bias, "
+    "Tensor? lora_a, Tensor? lora_b, float lora_scaling, int ignore_index, float scale, float softcap, "
+    "float label_smoothing, float z_loss, bool[] wanted, Tensor? row_gradients) -> "
+    "(Tensor loss, Tensor log_probability, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
+
+
+@checks_memory
+def _operands(
+    hidden, labels, weight, codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize,
+    bias, lora_a, lora_b, lora_scaling, ignore_index, scale, softcap, label_smoothing, z_loss, wanted, row_gradients,
+):  # fmt: skip
+    """Check the op's arguments, as far as the ops that it calls do not.
+
+    Returns:
+        hidden, labels, the Head, the options that `cross_entropy_` takes before its gradient, wanted and row_gradients.
+    """
+    if (weight is None) == (codes is None) or (codes is None) != (absmax is None):
+        raise bad_type("weight, codes, absmax", "a dense weight, or codes and absmax", "both, or a part of one")
+    if weight is not None:
+        _checked_dense(hidden, weight)
+        N, K = weight.shape
+    check_float_dtype("hidden", hidden.dtype)
+    if N < 1 or K < 1:
+        raise bad("N, K", "numbers above 0", f"{N}, {K}")
+    if (lora_a is None) != (lora_b is None):
+        raise bad("lora_a, lora_b", "both or neither", "one of them")
+    for name, tensor, dtype in (("labels", labels, torch.int64), ("row_gradients", row_gradients, torch.float32)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise bad_type(name, f"a tensor of {dtype}", tensor.dtype)
+    T, rank = hidden.shape[:1], () if lora_a is None else lora_a.shape[:1]
+    for name, tensor, shape in (
+        ("hidden", hidden, (*T, K)),
+        ("labels", labels, T),
+        ("bias", bias, (N,)),
+        ("lora_a", lora_a, (*rank, K)),
+        ("lora_b", lora_b, (N, *rank)),
+        ("row_gradients", row_gradients, T),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise bad(name, f"{list(shape)}", list(tensor.shape))
+    given = [tensor is not None for tensor in (hidden, weight, bias, lora_a)]
+    if len(wanted) != 4 or any(want and not has for want, has in zip(wanted, given, strict=True)):
+        raise bad("wanted", f"four bools, at most {given}: of hidden, weight, bias and adapter", list(wanted))
+    quantized = (codes, absmax, nested_absmax, nested_code, offset, code, N, K, bits, blocksize)
+    options = (ignore_index, scale, softcap, label_smoothing, z_loss)
+    return hidden, labels, Head(weight, quantized, bias, lora_a, lora_b, lora_scaling), options, wanted, row_gradients
+
+
+@torch.library.register_kernel("qlora_native::linear_cross_entropy", None)
 def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the loss [T], the log-probability of each label [T], and the gradients of the sum of the losses.
 
     `wanted` says which gradients: of hidden, a dense weight, the bias, the adapter; the others are empty tensors.
     `row_gradients` [T] are factors of the rows' gradients.
     """
-    hidden, labels, head = _head_of(arguments[:_HEAD])
-    *loss_options, wanted, row_gradients = arguments[_HEAD:]
+    hidden, labels, head, loss_options, wanted, row_gradients = _operands(*arguments)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     log_probability = torch.empty_like(loss)
     dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
@@ -286,10 +321,9 @@ def _linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
     return (loss, log_probability, dhidden, *gradients.results())
 
 
-@_linear_cross_entropy.register_fake
+@torch.library.register_fake("qlora_native::linear_cross_entropy")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, _, head = _head_of(arguments[:_HEAD])
-    wanted = arguments[_HEAD + 5]
+    hidden, _, head, _, wanted, _ = _operands(*arguments)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     dhidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
     return (
@@ -299,6 +333,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         *Gradients(head, hidden.shape[1], tuple(wanted[1:]), hidden).results(),
     )
 
+
+refuse_second_derivative("linear_cross_entropy", "linear_cross_entropy")
 
 # The positions, among the op's arguments, of the tensors that may be trained.
 _HIDDEN, _WEIGHT, _BIAS, _LORA_A, _LORA_B = 0, 2, 13, 14, 15
@@ -335,6 +371,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dloss is None or not any(ctx.wanted):
             return tuple(results)
+        check_memory("dloss", dloss)
         if ctx.reduction == "none":
             arguments = list(ctx.others)
             for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):

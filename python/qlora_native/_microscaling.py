@@ -30,6 +30,7 @@ def scale_table(format: str, levels: Tensor | None = None) -> Tensor:
 
 def check_scales(name: str, scales: Tensor, format: str) -> None:
     """Raise ValueError if one of the bytes [blocks] is not a scale of `format`."""
+    check_memory(name, scales)
     if scales.is_meta or scales.numel() == 0:
         return
     scales = scales.detach().reshape(-1)
@@ -41,6 +42,7 @@ def check_scales(name: str, scales: Tensor, format: str) -> None:
 
 def check_scale_table(name: str, table: Tensor, format: str) -> None:
     """Raise ValueError unless `table` [256] has a finite value for each scale of `format`, and NaN for other bytes."""
+    check_memory(name, table)
     if table.is_meta:
         return
     count = len(MICROSCALED[format])
@@ -112,6 +114,7 @@ def nvfp4_block_fields(blocks: Tensor, scales: Tensor, values: Tensor) -> dict[s
     if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.shape != _E4M3.shape:
         got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise bad_type("scale_values", f"torch.float32 [{len(_E4M3)}]", got)
+    check_memory("scale_values", values)
     if not values.isfinite().all():
         raise bad("scale_values", "finite values", "NaN or Inf")
     return _fields("nvfp4", blocks, scales, (*scales.shape[:-1], 16 * scales.shape[-1]), "scales", values.detach())
@@ -130,6 +133,7 @@ def _one(name: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise bad_type(name, "a tensor of one floating-point number", got)
+    check_memory(name, tensor)
     value = tensor.detach().float().cpu().reshape(())
     if not (value.isfinite() and value > 0):
         raise bad(name, "a finite number above 0", value.item())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,71 @@ def check_peft_is_guarded() -> None:
             f"Linear4bit: expected {_PEFT} to be imported before get_peft_model, got a PEFT that was imported after "
             "the layer was made and would take its codes for the weight. Import it, and make the model anew"
         )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a class of PEFT, or one that inherits from it, wraps a layer or a model. PEFT need not be imported."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
+# The attributes in which PEFT's modules hold what they wrap. The last one is for modules that PEFT trains a copy of.
+_WRAPPED = ("base_model", "model", "lora_model", "base_layer", "original_module")
+
+
+def added_by_peft(model: nn.Module) -> set[int]:
+    """The ids of the modules of `model` that stay as they are because PEFT trains them or reads their weights.
+
+    These are adapters, prompt encoders, both copies of a module in `modules_to_save`, and embeddings below an adapter.
+    The layers that adapters stand over are not among them.
+    """
+    return {
+        id(module)
+        for wrapper in model.modules()
+        if is_of_peft(wrapper)
+        for name, child in wrapper.named_children()
+        if name not in _WRAPPED[:-1] or isinstance(child, nn.Embedding)
+        for module in child.modules()
+    }
+
+
+def modules_without_peft(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model`, with their paths, that it has if PEFT's are taken out."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        wraps = is_of_peft(module)
+        if not wraps:
+            yield path, module
+        for name, child in module.named_children():
+            if not wraps:
+                yield from walk(f"{path}.{name}" if path else name, child)
+            elif name in _WRAPPED:
+                yield from walk(path, child)
+
+    yield from walk("", model)
+
+
+def check_layers_of_peft(model: nn.Module, weights: set[int]) -> None:
+    """Check that PEFT's layers over the weights with these ids work over quantized ones (integrations/peft.py).
+
+    Raises:
+        ValueError, NotImplementedError: one does not; the message names it.
+    """
+    if any(map(is_of_peft, model.modules())):
+        from .integrations.peft import check_layers
+
+        check_layers(model, weights)
+
+
+def adopt_layers_of_peft(model: nn.Module) -> None:
+    """Make PEFT's layers over layers that have just been quantized read these (integrations/peft.py)."""
+    if any(map(is_of_peft, model.modules())):
+        from .integrations.peft import adopt_layers
+
+        adopt_layers(model)
 
 
 def transformers_models(model: nn.Module) -> list[nn.Module]:

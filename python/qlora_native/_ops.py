@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (registers the ops)
+from ._errors import check_memory
 
 _ops = torch.ops.qlora_native
+_library = torch.library.Library("qlora_native", "FRAGMENT")  # its kernels live as long as it does
 _NESTED_BLOCKSIZE = 256
 
 # {argument of linear_forward: its position}, from the schema.
@@ -100,7 +103,7 @@ def _(x, dy, u, v, lora_scaling, lora_dropout, seed, dtype, offsets=None, adapte
 @torch.library.register_fake("qlora_native::optimizer_8bit_step")
 def _(
     algorithm, params, grads, state1, state2, absmax1, absmax2, steps, group_sizes, lr, beta1, beta2, eps, weight_decay,
-    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(),
+    inv_scale, found_inf, skipped, lr_tensors, lr_groups, beta3=(), alpha=(), t_alpha=(), t_beta3=(), check_only=False,
 ):  # fmt: skip
     return None
 
@@ -137,8 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     remade = Remade.of(x) if adapter else None
     kept = (x if remade is None else None, u) if adapter else (None, None)
     ctx.make_x, operands = (None, ()) if remade is None else (remade.make, remade.operands)
-    # A call without groups may leave them to their defaults.
-    offsets, ctx.weights = inputs[_FORWARD["offsets"] :] if len(inputs) == len(_FORWARD) else (None, 1)
+    offsets, ctx.weights = inputs[_FORWARD["offsets"] :]
     ctx.save_for_backward(*kept, *inputs[_WEIGHT_TENSORS], lora_a, lora_b, inputs[_FORWARD["seed"]], offsets, *operands)
     ctx.weight_sizes = inputs[_WEIGHT_TENSORS.stop : _WEIGHT.stop]
     ctx.lora_scaling, ctx.lora_dropout = inputs[_FORWARD["lora_scaling"]], inputs[_FORWARD["lora_dropout"]]
@@ -173,12 +175,68 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 
 def _bias_gradient(dy: Tensor, offsets: Tensor | None, weights: int) -> Tensor:
     """Sum the rows of `dy` [..., N]: [N], or [weights, N] if each group has a bias of its own."""
+    check_memory("dy", dy)
     rows = dy.reshape(-1, dy.shape[-1])
     if weights == 1:
         return rows.sum(0)
     each = torch.arange(weights, device=rows.device)
     group = torch.repeat_interleave(each, offsets.diff(), output_size=rows.shape[0])
     return (group == each[:, None]).to(rows.dtype) @ rows  # on a GPU index_add would use atomics
+
+
+def refuse_forward_mode(function: str, arguments: Iterable[Any]) -> None:
+    """Raise NotImplementedError if an argument of `qlora_native.<function>` has a tangent, which would be lost."""
+    if forward_ad._current_level < 0:  # no dual tensor can exist; to ask each argument would take microseconds
+        return
+    for each in arguments:
+        if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+            raise NotImplementedError(
+                f"qlora_native.{function}: expected reverse-mode differentiation (backward), got forward mode "
+                "(jvp, jacfwd, dual tensors)"
+            )
+
+
+def differentiable(
+    op: str, function: str, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Give an op its derivative in reverse mode, and refuse forward mode.
+
+    Args:
+        op: its name in `torch.ops.qlora_native`.
+        function: the name of what users call, for errors.
+        save: keeps in a context what `backward` needs of the inputs and the output.
+        backward: the gradients of the inputs, from a context and those of the output.
+
+    Returns:
+        The op, to be called by position. In eager mode it skips the dispatcher's call of its own Python kernel.
+    """
+    overload = getattr(_ops, op).default
+    defaults = tuple(argument.default_value for argument in overload._schema.arguments)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    name = "".join(part.title() for part in op.split("_"))
+    formula = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def kernel(*inputs: Any) -> Any:
+        refuse_forward_mode(function, inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return formula.apply(*inputs, *defaults[len(inputs) :])  # the dispatcher leaves defaults out
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs)
+
+    _library.impl(op, kernel, "Autograd")
+
+    def call(*inputs: Any) -> Any:
+        return overload(*inputs) if torch.compiler.is_compiling() else kernel(*inputs)  # a compiler traces the op
+
+    return call
 
 
 def refuse_second_derivative(op: str, function: str) -> None:
@@ -189,36 +247,9 @@ def refuse_second_derivative(op: str, function: str) -> None:
             f"qlora_native.{function}: expected to be differentiated once, got a second derivative"
         )
 
-    torch.library.register_autograd(f"qlora_native::{op}", refuse)
+    differentiable(op, function, lambda *_: None, refuse)
 
 
-def differentiable(
-    op: str, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    """Give an op its derivative, and return the formula for eager mode.
-
-    A call of the one that register_autograd generates costs 100 us more (torch 2.13).
-
-    Args:
-        op: its name in `torch.ops.qlora_native`.
-        save: keeps in a context what `backward` needs of the inputs and the output.
-        backward: the gradients of the inputs, from a context and those of the output.
-    """
-    packet = getattr(_ops, op)
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = packet.default(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    torch.library.register_autograd(f"qlora_native::{op}", backward, setup_context=save)
-    name = "".join(part.title() for part in op.split("_"))
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-
-
-LinearFunction = differentiable("linear_forward", _save, _backward)
+linear_forward = differentiable("linear_forward", "linear", _save, _backward)
 for _name in ("linear_backward_input", "lora_gradients"):
     refuse_second_derivative(_name, "linear")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._errors import bad, check_float_dtype
+from ._errors import bad, check_float_dtype, check_memory
 from ._flat import FlatStates, are_states
 from ._optim_state import (
     Algorithm,
@@ -21,7 +21,8 @@ from ._optim_state import (
     options_of,
     shapes_of,
 )
-from ._optim_step import Batch, by_device, check_tensors
+from ._optim_step import Batch, by_device
+from ._sharded import any_unusable, check_placements, is_sharded, local, to_global, to_local
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -41,6 +42,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         absmax1, absmax2     fp32 [ceil(p.numel() / 256)]; not with fp32 moments
 
     From the first step on these are views: the states of a parameter group lie side by side in a few tensors.
+
+    Parameters may be DTensors, as FSDP2 makes them. Each process then steps its shards, whose blocks are their own, and
+    holds their states; p is the shard in the table above, and `min_8bit_size` is compared with the whole parameter. All
+    processes skip a step together. `state_dict` has the states as DTensors, which torch.distributed.checkpoint saves;
+    they can be loaded for the same sharding only.
 
     A learning rate that is a tensor is read at each step, and where the parameters are, if it is there too: a CUDA
     graph that has captured a step takes the value at its replay, and skips the step if that is negative or not finite.
@@ -99,36 +105,23 @@ class Optimizer8bit(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            TypeError, ValueError: a gradient or an option is refused; no parameter and no moment has changed.
+            TypeError, ValueError: a parameter, a gradient or an option is refused; nothing has changed on any device.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[torch.device, Batch] = {}
-        for index, group in enumerate(self.param_groups):
-            for device, (params, grads) in by_device(group["params"]).items():
-                batch = batches.setdefault(device, Batch(self.algorithm, len(self.param_groups)))
-                states = [self.state.get(param) for param in params]
-                if not all(states):
-                    check_tensors(params, grads)  # before a state is made
-                    states = [self.state[param] or self._init_state(index, param) for param in params]
-                flat = self._flat(index, device, params, states)
-                if flat is not None:
-                    batch.add_flat(index, params, grads, flat)
-                else:
-                    batch.add(index, params, grads, states)
-        if len(batches) > 1:  # check all devices first: one must not step if another refuses its gradients
-            for batch in batches.values():
-                check_tensors(batch.params, batch.grads)
-        for device, batch in batches.items():
-            if device not in self._skipped:
-                self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-            try:
-                batch.run(self.param_groups, self._scaling(device), self._skipped[device])
-            except (RuntimeError, ValueError):
-                check_tensors(batch.params, batch.grads)  # raises the same error in a user's words
-                raise
+        new: list[tuple[int, Tensor]] = []  # (group, parameter) of the states that this step makes
+        try:
+            batches = self._batches(new)
+            for device in list(batches)[1:]:  # check all devices: one must not step if another refuses
+                self._run(device, batches[device], check_only=True)
+            for device, batch in batches.items():
+                self._run(device, batch)
+                new = [(group, param) for group, param in new if param.device != device]
+        except BaseException:
+            self._forget(new)
+            raise
         return loss
 
     def stats(self) -> dict[str, int]:
@@ -144,6 +137,18 @@ class Optimizer8bit(torch.optim.Optimizer):
             "state_bytes": sum(tensor.nbytes for tensor in tensors),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Make the state dict, as every torch optimizer does.
+
+        Returns:
+            {"state": {number of the parameter: its state}, "param_groups": the groups}. The states of parameters that
+            FSDP2 has sharded are DTensors, so that torch.distributed.checkpoint saves what each process has.
+        """
+        found = super().state_dict()
+        params = dict(enumerate(param for group in self.param_groups for param in group["params"]))
+        states = {key: to_global(state, params.get(key), self.algorithm) for key, state in found["state"].items()}
+        return {**found, "state": states}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of bitsandbytes' class of the same name: all of it, or nothing.
 
@@ -151,8 +156,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict: what `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: it belongs to other parameters (by number or shapes) or to another optimizer, or it
-                is damaged. The optimizer is then unchanged.
+            TypeError, ValueError: it belongs to other parameters (by number, shapes or sharding) or to another
+                optimizer, or it is damaged. The optimizer is then unchanged.
         """
         check_state_dict(state_dict)
         # Registered last, so that it checks the state dict that a user's own hooks return.
@@ -168,7 +173,12 @@ class Optimizer8bit(torch.optim.Optimizer):
         Returns:
             The state dict with the same tensors, where the learning rate and the steps are numbers, and the dynamic
             maps stand beside the codes (qmap1, qmap2).
+
+        Raises:
+            ValueError: a parameter is sharded (a DTensor): that optimizer has no form for blocks of shards.
         """
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"]):
+            raise bad("params", "plain tensors, as bitsandbytes takes their states", "DTensors")
         found = self.state_dict()
         groups = [{**group, "lr": float(group["lr"])} for group in found["param_groups"]]
         states = {key: bitsandbytes_state(state, self.algorithm) for key, state in found["state"].items()}
@@ -185,16 +195,49 @@ class Optimizer8bit(torch.optim.Optimizer):
         for values in self.state.values():
             values.update({name: value.tensor for name, value in values.items() if isinstance(value, UncastTensor)})
 
-    def _init_state(self, group: int, param: Tensor) -> dict[str, Tensor]:
+    def _batches(self, new: list[tuple[int, Tensor]]) -> dict[torch.device, Batch]:
+        """What a step updates on each device. States are made for parameters that have none, and listed in `new`."""
+        batches: dict[torch.device, Batch] = {}
+        for index, group in enumerate(self.param_groups):
+            for device, (params, grads) in by_device(group["params"]).items():
+                batch = batches.setdefault(device, Batch(self.algorithm, len(self.param_groups)))
+                states = [self.state.get(param) for param in params]
+                if not all(states):
+                    without = [param for param, state in zip(params, states, strict=True) if not state]
+                    new += [(index, param) for param in without]
+                    for param in without:
+                        self._init_state(index, param)
+                    states = [self.state[param] for param in params]
+                flat = self._flat(index, device, params, states)
+                if flat is not None:
+                    batch.add_flat(index, params, grads, flat)
+                else:
+                    batch.add(index, params, grads, states)
+        return batches
+
+    def _run(self, device: torch.device, batch: Batch, check_only: bool = False) -> None:
+        """Step the parameters on a device, or with `check_only` raise what the step would raise."""
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        skipped = self._skipped[device]
+        batch.run(self.param_groups, (None, None) if check_only else self._scaling(batch, skipped), skipped, check_only)
+
+    def _forget(self, new: list[tuple[int, Tensor]]) -> None:
+        """Remove states that a failed step has made."""
+        for index, param in new:
+            self.state.pop(param, None)
+            self._flats.pop((index, param.device), None)
+
+    def _init_state(self, group: int, param: Tensor) -> None:
+        check_placements(param)
         state = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
         state.update(self._moments(group, param))
-        return state
 
     def _moments(self, group: int, param: Tensor) -> dict[str, Tensor]:
         """Make the moments and scales of a new parameter, all zero."""
         in_8_bits = param.numel() >= self.param_groups[group]["min_8bit_size"]
-        shapes = shapes_of(self.algorithm, param, in_8_bits)
+        shapes = shapes_of(self.algorithm, local(param), in_8_bits)
         return {name: torch.zeros(shape, dtype=dtype, device=param.device) for name, (dtype, shape) in shapes.items()}
 
     def _flat(
@@ -216,13 +259,20 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Whether the moments of parameters on `device` live in an arena."""
         return False
 
-    def _scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The (inv_scale, found_inf) that a GradScaler has set for this step, else (None, None)."""
+    def _scaling(self, batch: Batch, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The (inv_scale, found_inf) of a step on the device of `like`, each None if there is none.
+
+        A GradScaler sets both. The processes that share a parameter skip a step together.
+        """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for name, tensor in (("grad_scale", scale), ("found_inf", found_inf)):
+            check_memory(name, tensor)
         if scale is not None:  # in float64, so that the bits are those of GradScaler.unscale_
-            scale = torch.as_tensor(scale, device=device).double().reciprocal().float()
+            scale = torch.as_tensor(scale, device=like.device).double().reciprocal().float()
         if found_inf is not None:
-            found_inf = torch.as_tensor(found_inf, device=device).float()
+            found_inf = torch.as_tensor(found_inf, device=like.device).float()
+        if batch.sharded:
+            found_inf = any_unusable(batch.sharded, batch.grads, scale, found_inf, like)
         return scale, found_inf
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -242,11 +292,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         if twice := [i for i in ids if ids.count(i) > 1] if len(set(ids)) < len(ids) else []:
             raise bad("state_dict", "each parameter once", f"{twice[0]!r} twice")
         owner = type(self).__name__.removeprefix("Paged")
-        states = {
-            i: checked_state(
-                f"state[{i}]", state_dict["state"][i], param, not self._is_paged(param.device), self.algorithm, owner
-            )
-            for i, param in zip(ids, params, strict=True)
-            if state_dict["state"].get(i, {}) != {}
-        }
+        states = {}
+        for i, param in zip(ids, params, strict=True):
+            if (saved := state_dict["state"].get(i, {})) != {}:
+                name, copied = f"state[{i}]", not self._is_paged(param.device)
+                saved = to_local(name, saved, param, self.algorithm)
+                states[i] = checked_state(name, saved, local(param), copied, self.algorithm, owner)
         return {**state_dict, "state": states, "param_groups": groups}

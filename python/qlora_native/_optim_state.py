@@ -131,6 +131,7 @@ def checked_state(
             raise bad(f"{name}.{key}", "values >= 0", tensor.min().item())
         state[key] = tensor.to(param.device, copy=True).contiguous() if copied else tensor
     for key, levels in _MAPS.items():
+        check_memory(f"{name}.{key}", saved.get(key), param)
         if in_8_bits and key in saved and not (isinstance(saved[key], Tensor) and is_dynamic_map(saved[key], levels)):
             raise bad(f"{name}.{key}", "the dynamic map of an 8-bit optimizer", "another map")
     return {key: UncastTensor(tensor) for key, tensor in state.items()}
@@ -138,6 +139,8 @@ def checked_state(
 
 def bitsandbytes_state(state: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
     """The state of a parameter in bitsandbytes' form: the step is a number, and the maps stand beside the codes."""
+    for key, tensor in state.items():
+        check_memory(key, tensor)
     found = {**state, "step": int(state["step"])}
     if "absmax1" in state:
         for key in tuple(_MAPS)[: len(algorithm.states)]:
@@ -211,6 +214,7 @@ def check_options(options: dict[str, Any], algorithm: Algorithm) -> None:
         if value is None and name in algorithm.steps:
             continue
         if isinstance(value, Tensor):
+            check_memory(name, value)
             value = value.item() if value.numel() == 1 and not value.is_meta else math.nan
         if not isinstance(value, (int, float)):
             raise bad_type(name, "a number", type(value).__name__)

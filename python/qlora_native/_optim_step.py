@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _ops  # noqa: F401  (the fake kernel)
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, check_memory
 from ._flat import FlatStates
 from ._optim_state import Algorithm
+from ._sharded import local_pairs
 
 
 def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
@@ -49,6 +50,7 @@ def _device_lr(lr: float | Tensor, device: torch.device) -> Tensor | None:
         return None
     if lr.numel() != 1:
         raise bad("lr", "a number or a one-element tensor", f"shape {list(lr.shape)}")
+    check_memory("lr", lr)
     if lr.device != device:
         return None
     if lr.dtype == torch.float32:
@@ -65,6 +67,7 @@ class Batch:
         self.sizes = [0] * groups
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
+        self.sharded: list[Tensor] = []  # the DTensors of which `params` has the shards of this process
         self.steps: list[Tensor] = []
         # {name: tensors}; a name that the algorithm does not use stays empty.
         self.moments: dict[str, list[Tensor]] = {name: [] for name in ("state1", "state2", "absmax1", "absmax2")}
@@ -89,11 +92,39 @@ class Batch:
 
     def _add(self, group: int, params: list[Tensor], grads: list[Tensor]) -> None:
         self.sizes[group] = len(params)
-        self.params += params
+        shards, grads = local_pairs(params, grads)
+        if shards is not params:
+            self.sharded += params
+        self.params += shards
         self.grads += grads
 
-    def run(self, groups: list[dict[str, Any]], scaling: tuple[Tensor | None, Tensor | None], skipped: Tensor) -> None:
-        """Step all parameters. `groups` are the parameter groups of the optimizer."""
+    def run(
+        self,
+        groups: list[dict[str, Any]],
+        scaling: tuple[Tensor | None, Tensor | None],
+        skipped: Tensor,
+        check_only: bool = False,
+    ) -> None:
+        """Step all parameters, or raise and change nothing.
+
+        Args:
+            groups: the parameter groups of the optimizer.
+            scaling: a factor of the gradients, and whether to skip the step; each a tensor or None.
+            skipped: the count of skipped steps on this device.
+            check_only: raise what the step would raise, and do nothing else.
+        """
+        if check_only:
+            check_tensors(self.params, self.grads)
+        try:
+            self._call(groups, scaling, skipped, check_only)
+        except (RuntimeError, ValueError):
+            check_tensors(self.params, self.grads)  # raises the same error in a user's words
+            raise
+        if not check_only:
+            # Tells autograd that the parameters have changed, in case a graph has saved one.
+            torch.autograd.graph.increment_version(self.params + self.sharded)
+
+    def _call(self, groups: list[dict[str, Any]], scaling: tuple[Any, Any], skipped: Tensor, check_only: bool) -> None:
         rates = [_device_lr(group["lr"], skipped.device) for group in groups]
         torch.ops.qlora_native.optimizer_8bit_step.default(
             self.algorithm.name, self.params, self.grads, *self.moments.values(), self.steps, self.sizes,
@@ -107,9 +138,8 @@ class Batch:
             [rate for rate in rates if rate is not None],
             [index for index, rate in enumerate(rates) if rate is not None],
             *self._of_ademamix(groups),
+            check_only=check_only,
         )  # fmt: skip
-        # Tells autograd that the parameters have changed, in case a graph has saved one.
-        torch.autograd.graph.increment_version(self.params)
 
     def _of_ademamix(self, groups: list[dict[str, Any]]) -> tuple[list[float], ...]:
         """The options that only AdEMAMix has, each as a list over the groups: beta3, alpha, t_alpha, t_beta3."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._errors import check_memory
 from ._optim_base import Optimizer8bit
 from ._optim_state import Algorithm, shapes_of
+from ._sharded import local
 
 
 def is_pageable(device: torch.device) -> bool:
@@ -35,12 +37,12 @@ class MomentArena:
 
     def __init__(self, algorithm: Algorithm, in_8_bits: Mapping[Tensor, bool], device: torch.device) -> None:
         """See the class."""
-        states = [(param.numel(), flag) for param, flag in in_8_bits.items()]
+        states = [(local(param).numel(), flag) for param, flag in in_8_bits.items()]
         self.arena = _C.PagedArena(states, device.type == "cuda", device.index or 0, algorithm.name)
         self.unused: dict[Tensor, dict[str, Tensor]] = {}
         for index, (param, flag) in enumerate(in_8_bits.items()):
             arrays = map(torch.from_dlpack, self.arena.arrays(index))
-            shapes = shapes_of(algorithm, param, flag)
+            shapes = shapes_of(algorithm, local(param), flag)
             self.unused[param] = {
                 name: array.view(shape) for array, (name, (_, shape)) in zip(arrays, shapes.items(), strict=True)
             }
@@ -120,6 +122,7 @@ class Paged(Optimizer8bit):
             moments = self.state.get(param)
             if moments and "state1" in moments:
                 for name, tensor in arena.unused.pop(param).items():
+                    check_memory(name, moments[name])
                     moments[name] = tensor.copy_(moments[name])
         self._arenas[index, device] = arena
         return arena

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the ops)
 from ._attention import new_heads
-from ._errors import bad, bad_type, check_float_dtype
+from ._errors import bad, bad_type, check_float_dtype, checks_memory
 from ._ops import differentiable
 
 _ops = torch.ops.qlora_native
 
 
+@checks_memory
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x o cos + (-x2, x1) o sin with x = (x1, x2), the halves of a row (Su et al., "RoFormer"; Llama's order).
 
@@ -47,9 +48,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if tensor.shape not in ((B, T, D), (1, T, D)) or tensor.shape != cos.shape:
             raise bad(name, f"{[B, T, D]} or {[1, T, D]}, cos and sin alike", list(tensor.shape))
     cos, sin = cos.detach().contiguous(), sin.detach().contiguous()
-    if torch.compiler.is_compiling():
-        return _ops.rotary(x, cos, sin)
-    return Rotary.apply(x, cos, sin)
+    return _rotary_op(x, cos, sin)
 
 
 @torch.library.register_fake("qlora_native::rotary")
@@ -68,4 +67,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
-Rotary = differentiable("rotary", _save, _backward)
+_rotary_op = differentiable("rotary", "rotary_embedding", _save, _backward)

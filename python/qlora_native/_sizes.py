@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._layer import QuantizedLayer
+from ._neighbours import added_by_peft, is_of_peft
 
 __all__ = [
     "Row",
     "SizeReport",
     "Unquantized",
     "has_reason",
+    "is_linear",
     "is_router",
     "linears_of_routers",
     "note_reason",
     "size_report",
     "unquantized_parameters",
+    "why_nothing",
 ]
 
 _REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
@@ -135,6 +141,17 @@ def size_report(model: nn.Module) -> SizeReport:
     return SizeReport(sorted(rows.values(), key=lambda row: (not row.quantized, -row.bytes)))
 
 
+def why_nothing(model: nn.Module) -> str:
+    """A clause for the warning that nothing of `model` is quantized: which weights it has, and why each was left."""
+    beside = ("a vector", "a buffer")
+    left = [
+        f"{', '.join(row.names[:_SHOWN])}{', ...' * (len(row.names) > _SHOWN)} ({row.what})"
+        for row in size_report(model).rows
+        if row.what not in beside
+    ]
+    return f"left as they are: {'; '.join(left) or 'nothing, as it has no weights'}"
+
+
 def note_reason(module: nn.Module, reason: str) -> None:
     """Store in `module` the reason why its weights are not quantized, for the report."""
     setattr(module, _REASON, reason)
@@ -143,6 +160,39 @@ def note_reason(module: nn.Module, reason: str) -> None:
 def has_reason(module: nn.Module) -> bool:
     """Whether `module` has stored a reason why its weights are not quantized."""
     return _REASON in vars(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is an `nn.Linear`, or of a subclass that has nothing but a forward pass that computes the same.
+
+    Falcon's linear layers are of such a subclass. A subclass with anything else may be more than it computes: torch's
+    MultiheadAttention reads the weight of one.
+    """
+    if type(module) is nn.Linear:
+        return True
+    return isinstance(module, nn.Linear) and not is_router(module) and _computes_linear(type(module))
+
+
+@functools.cache
+def _computes_linear(cls: type[nn.Linear]) -> bool:
+    """Whether a subclass of nn.Linear defines only `forward`, which is tried with and without a bias."""
+    defined = vars(cls).keys() - {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
+    if cls.__bases__ != (nn.Linear,) or defined != {"forward"}:
+        return False
+    weight, x = (torch.arange(n, device="cpu", dtype=torch.float32).sin().view(-1, 5) for n in (15, 20))
+    for bias in (None, weight[:, 0]):
+        tried = nn.Linear(5, 3, bias=bias is not None, device="meta")
+        tried.weight = nn.Parameter(weight, requires_grad=False)
+        tried.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        tried.__class__ = cls
+        for training in (False, True):
+            try:
+                y = tried.train(training)(x)
+            except Exception:  # it wants something else than x
+                return False
+            if not isinstance(y, Tensor) or y.shape != (4, 3) or not torch.allclose(y, F.linear(x, weight, bias)):
+                return False
+    return True
 
 
 def is_router(module: nn.Module) -> bool:
@@ -155,7 +205,9 @@ def linears_of_routers(model: nn.Module) -> list[str]:
     found = []
     for path, router in model.named_modules():
         for name, child in router.named_children() if is_router(router) else ():
-            if type(child) is nn.Linear:
+            while is_of_peft(child) and hasattr(child, "base_layer"):
+                name, child = f"{name}.base_layer", child.base_layer
+            if is_linear(child):
                 note_reason(child, "a router")
                 found.append(f"{path}.{name}" if path else name)
     return found
@@ -164,18 +216,20 @@ def linears_of_routers(model: nn.Module) -> list[str]:
 def unquantized_parameters(model: nn.Module, quantized: set[int]) -> Iterator[Unquantized]:
     """The parameters of `model` whose id is not in `quantized`, each with the reason why it is not quantized."""
     seen: set[int] = set()
+    of_peft = added_by_peft(model)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             if id(parameter) not in quantized and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield Unquantized(name, parameter, *_reason(name, parameter, module))
+                if id(module) in of_peft or is_of_peft(module):
+                    yield Unquantized(name, parameter, "an adapter, or kept by PEFT")
+                else:
+                    yield Unquantized(name, parameter, *_reason(name, parameter, module))
 
 
 def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]:
     """The reason why a parameter is not quantized, and whether the reason is that its use is unknown."""
     kind = type(module).__name__
-    if ".lora_" in name:
-        return "an adapter", False
     if parameter.dim() < 2 or name.endswith("bias"):
         return "a vector", False
     if not parameter.is_floating_point():
@@ -188,7 +242,7 @@ def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]
         return "a router", False
     if isinstance(module, _ConvNd):
         return "a convolution", False
-    if type(module) is nn.Linear:
+    if is_linear(module):
         return "a linear layer", True
     if isinstance(module, nn.Linear):
         return f"a subclass of nn.Linear, {kind}", True

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def check_finite(name: str, tensor: Tensor) -> float:
     Raises:
         ValueError: a value is NaN or Inf.
     """
+    check_memory(name, tensor)
     if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
         return 0.0
     low, high = (value.item() for value in torch.aminmax(tensor.detach()))  # one pass; one NaN makes both NaN
@@ -32,7 +34,7 @@ def check_finite(name: str, tensor: Tensor) -> float:
     return max(abs(low), abs(high))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class QuantizedWeight:
     """A quantized weight W [N, K]: its codes, its scales, and the tables that decode them. Tensors are never copied.
 
@@ -106,17 +108,24 @@ class QuantizedWeight:
             raise bad(name, "a tensor that does not require gradients", "requires_grad=True")
         check_memory(name, tensor)
 
+    def __repr__(self) -> str:
+        how = f"format={self.format}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
+        where = f"dtype={self.dtype}, device={self.device}, nbytes={self.nbytes}"
+        return f"QuantizedWeight(shape={self.shape}, {how}, {where})"
+
     def check_values(self) -> QuantizedWeight:
         """Check that scales and tables are finite, which the constructor does not. Every byte of codes is valid.
 
-        Use it for a weight that comes from a file or from another library. It copies nothing, and waits for a GPU.
+        Use it for a weight that comes from a file or from another library. It waits for a GPU. It decodes the weight, a
+        part at a time, only if the largest scale times the largest level exceeds fp32.
 
         Returns:
             The weight itself.
 
         Raises:
-            ValueError: a scale, a table or the offset is NaN or Inf, or a byte is not a scale of "mxfp4" or "nvfp4". A
-                value of MXFP4 may exceed fp32; it decodes to infinity then, as in transformers.
+            ValueError: a scale, a table or the offset is NaN or Inf, an element decodes to one, or a byte is not a
+                scale of "mxfp4" or "nvfp4". A value of MXFP4 may exceed fp32; it decodes to infinity then, as in
+                transformers.
         """
         if self.format in MICROSCALED:
             check_scale_table("nested_code", self.nested_code, self.format)
@@ -128,9 +137,18 @@ class QuantizedWeight:
         scale = sizes["absmax"]
         if self.nested_absmax is not None:
             scale = sizes["nested_code"] * sizes["nested_absmax"] + sizes["offset"]
-        if sizes.get("code", 1.0) * scale > torch.finfo(torch.float32).max:
+        level = sizes.get("code", 1 + 2**-22)  # int8's 127 * (scale / 127) is rounded twice
+        if level * scale > torch.finfo(torch.float32).max and not self._decodes_to_finite():
             raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
         return self
+
+    def _decodes_to_finite(self) -> bool:
+        """Whether all elements decode to finite numbers of fp32. They are decoded some rows at a time."""
+        flat = self.flat()
+        rows, columns = flat.shape
+        parts = torch.arange(rows, device=self.device).split(max(1, (1 << 20) // columns))
+        decode = partial(torch.ops.qlora_native.dequantize_rows, *flat.op_arguments(), torch.float32)
+        return all(decode(part).isfinite().all() for part in parts)
 
     @classmethod
     def unchecked(cls, *values: Any) -> QuantizedWeight:
@@ -218,6 +236,8 @@ class QuantizedWeight:
         Returns:
             A weight whose tensors are on `device`; those that were there already are shared, not copied.
         """
+        for name, tensor in self.tensors().items():
+            check_memory(name, tensor)
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @classmethod
@@ -286,6 +306,8 @@ class QuantizedWeight:
         """
         if self.format not in ("nf4", "fp4"):
             raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
+        for each, tensor in self.tensors().items():
+            check_memory(each, tensor)
         if not torch.equal(self.code.cpu(), CODEBOOKS[self.format]):
             raise bad("code", f"the codebook of {self.format}", "another, which bitsandbytes would not use")
         state: dict[str, Any] = {
@@ -333,9 +355,10 @@ class QuantizedWeight:
             check_memory(name + suffix, tensor)
             return tensor
 
-        packed = [key for key in state_dict if key.startswith(f"{name}.quant_state.bitsandbytes__")]
+        begin = f"{name}.quant_state.bitsandbytes__"
+        packed = [key for key in state_dict if isinstance(key, str) and key.startswith(begin)]
         if len(packed) != 1:
-            raise bad("state_dict", f"one key {name + '.quant_state.bitsandbytes__nf4'!r} or __fp4", f"{len(packed)}")
+            raise bad("state_dict", f"one key {begin + 'nf4'!r} or __fp4", f"{len(packed)}")
         nested = f"{name}.nested_absmax" in state_dict
         state = read_quant_state(packed[0], entry(packed[0].removeprefix(name)), nested)
         shape = state["shape"]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ._attention import attention
 from ._elementwise import gated_activation, rms_norm
-from ._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from ._errors import bad, bad_type, check_float_dtype, checks_memory, chosen_blocksize
 from ._formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from ._inputs import checked_bias, checked_input, checked_lora
 from ._loss import linear_cross_entropy
 from ._microscaling import MICROSCALED
-from ._ops import LinearFunction
+from ._ops import linear_forward, refuse_forward_mode
 from ._quant_state import NESTED_BLOCKSIZE
 from ._rotary import rotary_embedding
 from ._weight import QuantizedWeight, check_quantized
@@ -38,9 +38,8 @@ __all__ = [
     "rotary_embedding",
 ]
 
-_linear_forward = torch.ops.qlora_native.linear_forward.default
 
-
+@checks_memory
 def quantize(
     weight: Tensor,
     format: str = "nf4",
@@ -69,9 +68,9 @@ def quantize(
 
     Raises:
         TypeError: `weight` is not a tensor of one of these dtypes, or `blocksize` is not an int.
-        ValueError: `weight` has another number of dimensions, is empty, or has a NaN or Inf (the message says how many
-            and where the first is); the format or the blocksize is unknown; or the codebook is not 16 ascending finite
-            values.
+        ValueError: `weight` has another number of dimensions, is empty, has a NaN or Inf (the message says how many and
+            where the first is), or is so near the largest of fp32 that it decodes to Inf; the format or the blocksize
+            is unknown; or the codebook is not 16 ascending finite values.
     """
     if not isinstance(weight, Tensor):
         raise bad_type("weight", "a tensor", type(weight).__name__)
@@ -95,7 +94,7 @@ def quantize(
         rows, code, nested_code, bits, blocksize
     )
     _check_found(non_finite, weight)
-    return QuantizedWeight(
+    q = QuantizedWeight(
         codes=codes.view(codes_shape(*weight.shape, bits=bits)),
         absmax=absmax,
         nested_absmax=nested_absmax if double_quant else None,
@@ -107,6 +106,10 @@ def quantize(
         format=format,
         dtype=weight.dtype,
     )
+    try:
+        return q.check_values()
+    except ValueError:
+        raise bad("weight", f"values that {format} decodes to finite ones", f"up to {rows.abs().max():.9g}") from None
 
 
 def double_quantized(q: QuantizedWeight) -> QuantizedWeight:
@@ -181,6 +184,7 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     return q.dequantize(dtype)
 
 
+@checks_memory
 def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """Decode rows of W: `F.embedding(ids, dequantize(q))` without decoding the other rows.
 
@@ -208,13 +212,14 @@ def embedding(ids: Tensor, q: QuantizedWeight, dtype: torch.dtype | None = None)
     return rows.view(*ids.shape, q.shape[1])
 
 
+@checks_memory
 def linear(
     x: Tensor,
     q: QuantizedWeight,
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     lora_dropout: float = 0.0,
 ) -> Tensor:
     """Multiply by a quantized weight, with a LoRA adapter (Hu et al., 2021) inside the same product.
@@ -231,7 +236,8 @@ def linear(
         bias: [N], any floating dtype.
         lora_a: [rank, K] in fp32, bf16 or fp16, together with `lora_b`. Rank 0 means no adapter.
         lora_b: [N, rank] in the dtype of `lora_a`.
-        lora_scaling: any finite factor.
+        lora_scaling: any finite factor. A tensor [] multiplies `lora_b`, so a compiled graph reads it at each call, as
+            PEFT's hotswapping needs.
         lora_dropout: probability in [0, 1), in steps of 1/65536, with which an element of x does not reach the adapter;
             the others are scaled by 1/(1-p). It applies whenever it is above 0, so a layer passes 0 in evaluation. One
             number drawn from torch's CPU generator determines the mask, which is not stored for backward. If
@@ -250,9 +256,10 @@ def linear(
     if bias is not None:
         bias = checked_bias(bias, (N,), x)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x)
-    return _product(x, *q.op_arguments(), bias, *lora)
+    return linear_forward(x, *q.op_arguments(), bias, *lora)[0]
 
 
+@checks_memory
 def linear_grouped(
     x: Tensor,
     q: QuantizedWeight,
@@ -260,7 +267,7 @@ def linear_grouped(
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
+    lora_scaling: float | Tensor = 1.0,
     lora_dropout: float = 0.0,
     *,
     adapter_index: Tensor | None = None,
@@ -291,6 +298,7 @@ def linear_grouped(
             offsets and indices are not read, because that would wait for the device; wrong ones touch no memory but
             that of the operands.
     """
+    refuse_forward_mode("linear_grouped", (x,))  # before its rows are sorted
     x = checked_input(x, q, 3)
     *experts, N, K = q.shape
     if (offsets is None) == (adapter_index is None):
@@ -311,20 +319,9 @@ def linear_grouped(
         bias = checked_bias(bias, (*experts, N), x)
     of_each = () if lora_a is None or lora_a.dim() == 2 else (groups,)
     lora = checked_lora(lora_a, lora_b, lora_scaling, lora_dropout, (N, K), x, of_each)
-    y = _product(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
+    y, _ = linear_forward(rows, *q.op_arguments(), bias, *lora, offsets, experts[0] if experts else 1)
     y = y if back is None else _Permuted.apply(y, *back)
     return y.view(*x.shape[:-1], N)
-
-
-def _product(*arguments: Any) -> Tensor:
-    """Call the op linear_forward, with as little overhead as autograd and torch.compile allow."""
-    if torch.compiler.is_compiling():
-        return _linear_forward(*arguments)[0]
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-        return LinearFunction.apply(*arguments)[0]
-    # Skip the registered autograd formula: it is Python, and takes 10 us a call even if no gradient is wanted.
-    with torch._C._AutoDispatchBelowAutograd():
-        return _linear_forward(*arguments)[0]
 
 
 class _Permuted(torch.autograd.Function):

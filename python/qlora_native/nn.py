@@ -15,18 +15,29 @@ from torch import Tensor, nn
 
 from . import functional
 from ._embedding import Embedding4bit, can_be_quantized
-from ._errors import bad, bad_type
+from ._errors import bad, bad_type, check_memory
 from ._experts import Experts4bit
 from ._layer import QuantizedLayer, zero_weight
 from ._neighbours import (
+    added_by_peft,
+    adopt_layers_of_peft,
     adopt_quantized,
+    check_layers_of_peft,
     check_peft_is_guarded,
     find_experts,
     run_quantized_experts,
     transformers_models,
 )
 from ._progress import Progress
-from ._sizes import SizeReport, linears_of_routers, note_reason, size_report, unquantized_parameters
+from ._sizes import (
+    SizeReport,
+    is_linear,
+    linears_of_routers,
+    note_reason,
+    size_report,
+    unquantized_parameters,
+    why_nothing,
+)
 from ._weight import QuantizedWeight
 
 __all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
@@ -41,7 +52,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for "int8" and odd K)
         absmax         the scales: double-quantized uint8 [blocks], frozen parameter; or fp32 [blocks], buffer
         nested_absmax, nested_code, offset     fp32, buffers of the double quantization; None without it
-        code           fp32 [16], buffer: what the codes mean; None for "int8"
+        codebook       fp32 [16], buffer: what the codes mean; None for "int8"
         bias           [N], parameter, or None
 
     Bytes are parameters, so that FSDP shards them. fp32 values are buffers, so that FSDP's mixed precision does not
@@ -161,7 +172,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         x: Tensor,
         lora_a: Tensor | None = None,
         lora_b: Tensor | None = None,
-        lora_scaling: float = 1.0,
+        lora_scaling: float | Tensor = 1.0,
         lora_dropout: float = 0.0,
         adapter_index: Tensor | None = None,
     ) -> Tensor:
@@ -178,7 +189,10 @@ class Linear4bit(QuantizedLayer, nn.Linear):
             [..., out_features] in the dtype of x.
         """
         q, lora = self.quantized_weight, (lora_a, lora_b, lora_scaling, lora_dropout)
-        rows = x if self.product_dtype is None else x.to(self.product_dtype)
+        rows = x
+        if self.product_dtype is not None:
+            check_memory("x", x)
+            rows = x.to(self.product_dtype)
         if adapter_index is None:
             y = functional.linear(rows, q, self.bias, *lora)
         else:
@@ -202,9 +216,13 @@ def quantize_model(
 ) -> nn.Module:
     """Replace every `nn.Linear` in a model, in place, by a `Linear4bit` over its quantized weight.
 
-    These layers are not quantized: subclasses of nn.Linear; layers that share their weight with a module that is not
-    quantized, such as an output layer tied to the embedding; layers that a model of transformers keeps in fp32 (T5
-    casts its input to the weight's dtype); and routers, which choose experts, with the linear layers in them.
+    These layers are not quantized: subclasses of nn.Linear, except for those that only spell its forward pass in
+    another way, as Falcon's does; layers that share their weight with a module that is not quantized, such as an output
+    layer tied to the embedding; layers that a model of transformers keeps in fp32 (T5 casts its input to the weight's
+    dtype); and routers, which choose experts, with the linear layers in them.
+
+    A model may have adapters of PEFT. They stay as they are, the layers below them are quantized, and LoRA is fused as
+    if the model had been quantized first. Modules in `modules_to_save`, and embeddings below an adapter, stay too.
 
     With `skip=()` every plain `nn.Embedding` becomes an `Embedding4bit`, and an output layer tied to one becomes a
     `Linear4bit` over the same bytes. The experts of a mixture, which transformers keeps as parameters of three
@@ -230,12 +248,13 @@ def quantize_model(
             they may be experts.
 
     Returns:
-        `model`. Warns if it has nothing to quantize.
+        `model`. Warns if it has nothing to quantize, and says what was left, and why.
 
     Raises:
         TypeError: `model` is not a module, or `skip` is a string.
         ValueError: `model` is a linear layer; `strict`, and there are weights whose use is unknown; or the experts of a
-            layer differ in shape.
+            layer differ in shape; or an adapter is merged into a layer.
+        NotImplementedError: a method of PEFT over a layer has not been tried over quantized ones.
         TypeError, ValueError: `qlora_native.quantize` refuses a weight or an argument; the message names the layer.
     """
     if not isinstance(model, nn.Module):
@@ -256,8 +275,9 @@ def quantize_model(
     unknown = [each for each in unquantized_parameters(model, planned) if each.unknown_use]
     if unknown and strict:
         raise bad("model", "weights whose use is known", "; ".join(map(str, unknown)))
+    check_layers_of_peft(model, planned)
     if not names and not experts:
-        warnings.warn("quantize_model: found no nn.Linear to quantize", stacklevel=2)
+        warnings.warn(f"quantize_model: found no nn.Linear to quantize; {why_nothing(model)}", stacklevel=2)
     options = (format, blocksize, double_quant, codebook)
     weights: dict[int, QuantizedWeight] = {}  # by the id of the weight
 
@@ -305,6 +325,7 @@ def quantize_model(
         if each.is_stack:
             warnings.warn(f"quantize_model: {each}", stacklevel=2)
     if layers:
+        adopt_layers_of_peft(model)
         for pretrained in transformers_models(model):
             adopt_quantized(pretrained)
         if progress:
@@ -330,11 +351,11 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool)
     modules = list(model.named_modules(remove_duplicate=False))
     routers = {id(model.get_submodule(name)) for name in linears_of_routers(model)}
     skipped = {id(module) for name, module in modules if _is_named(skip, name)} - routers
+    staying_modules = skipped | routers | added_by_peft(model)
     found = [
         (name, module)
         for name, module in modules
-        if (type(module) is nn.Linear or (with_embeddings and can_be_quantized(module)))
-        and id(module) not in skipped | routers
+        if (is_linear(module) or (with_embeddings and can_be_quantized(module))) and id(module) not in staying_modules
     ]
     chosen = {id(module) for _, module in found}
     staying = {
@@ -344,7 +365,7 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool)
         for parameter in module.parameters(recurse=False)
     }
     for module in model.modules():
-        if type(module) is not nn.Linear or id(module) in routers:
+        if not is_linear(module) or id(module) in routers:
             continue
         if id(module) in skipped:
             note_reason(module, "named in skip, or kept in fp32")

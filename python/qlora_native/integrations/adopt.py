@@ -13,7 +13,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .._embedding import Embedding4bit
 from .._errors import bad
 from .._layer import QuantizedLayer
+from .._neighbours import modules_without_peft
+from .._sizes import is_linear
 from .experts import find_experts
+from .new_layers import names_to_skip
 from .transformers import BitsAndBytesConfig, Quantizer, adopt
 from .transformers_config import FORMATS
 
@@ -29,12 +32,18 @@ def adopt_quantized(model: nn.Module) -> None:
     so.
 
     Args:
-        model: a `PreTrainedModel` that contains quantized layers; it is changed in place.
+        model: a `PreTrainedModel`; if it contains quantized layers, it is changed in place.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    # Files are written without adapters, so the config names layers as they are called without PEFT's around them.
+    modules = list(modules_without_peft(model))
+    layers = {name: module for name, module in modules if isinstance(module, QuantizedLayer)}
+    if not layers:
+        return
     first = next(iter(layers.values()))
-    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
-    dense += [found.path for found in find_experts(model)]
+    experts = {id(found.module) for found in find_experts(model)}
+    dense = names_to_skip(
+        (name for name, m in modules if is_linear(m) or isinstance(m, Conv1D) or id(m) in experts), layers
+    )
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=first.format if first.format in FORMATS else "nf4",

@@ -10,7 +10,6 @@ optimizer. `enable` changes no module, so code that expects bitsandbytes' own mo
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -26,6 +25,7 @@ from torch import nn
 
 from .._errors import bad, bad_type
 from .._layer import QuantizedLayer
+from .._neighbours import adopt_layers_of_peft, check_layers_of_peft
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 from .bitsandbytes_backend import disable, enable, enabled
@@ -71,10 +71,7 @@ def replace(model: nn.Module) -> nn.Module:
         instead = ", ".join(f"{count} {name}" for name, count in others.items()) or "no linear layer either"
         warnings.warn(f"replace: found no bitsandbytes.nn.Linear4bit, but {instead}", stacklevel=2)
         return model
-    adapted = {id(module): (name, module) for name, module in named if _is_lora(module)}.values()
-    for name, module in adapted:
-        if module.merged_adapters:
-            raise bad(name, "adapters that are not merged", f"{module.merged_adapters}: unmerge them first")
+    check_layers_of_peft(model, {id(module.weight) for _, module in found})
     layers: dict[int, Linear4bit] = {}
     for name, module in found:
         if id(module) not in layers:
@@ -83,16 +80,7 @@ def replace(model: nn.Module) -> nn.Module:
     for name, module in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
-    if adapted:
-        from .peft import LoraLinear4bit
-
-        for _, module in adapted:
-            module.__class__ = LoraLinear4bit  # which has the attributes of a lora.Linear and no others
-            module.is_target_conv_1d_layer = False
-    if "peft" in sys.modules:
-        from .peft_methods import guard_layers
-
-        guard_layers(model)
+    adopt_layers_of_peft(model)
     _tell_transformers(model)
     return model
 
@@ -136,11 +124,6 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
 
         add_hook_to_module(layer, module._hf_hook)
     return layer.train(module.training)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    """Whether `module` is PEFT's LoRA layer over a layer of bitsandbytes. PEFT may be missing, so not by isinstance."""
-    return type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ == "Linear4bit"
 
 
 def _tell_transformers(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from .. import functional
 from .._embedding import can_be_quantized
 from .._errors import bad
 from .._layer import QuantizedLayer
-from .._sizes import note_reason
+from .._sizes import is_linear, note_reason
 from ..nn import Embedding4bit, Linear4bit
 from .weight_files import file_has
 
@@ -33,7 +33,7 @@ def tied_linears(model: nn.Module) -> dict[str, str]:
         for target, source in model.all_tied_weights_keys.items()
     }
     modules = dict(model.named_modules())
-    return {target: source for target, source in paths.items() if type(modules.get(target)) is nn.Linear}
+    return {target: source for target, source in paths.items() if target in modules and is_linear(modules[target])}
 
 
 def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: set[str] | None) -> list[str]:

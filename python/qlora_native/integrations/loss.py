@@ -141,7 +141,7 @@ def _after(model: nn.Module, *_: Any) -> None:
 
 def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The new forward of the head: returns a `DeferredLogits` while the model computes a training loss."""
-    if head._wants_loss and not args and not kwargs and _operands(head) is not None:
+    if head._wants_loss and not args and not kwargs and _operands(head, x) is not None:
         return DeferredLogits(head, x)
     return type(head).forward(head, x, *args, **kwargs)
 
@@ -163,7 +163,7 @@ def _loss(
         return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    weight, bias, lora_a, lora_b, scaling = _operands(logits.head)  # type: ignore[misc]
+    weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]
     loss = linear_cross_entropy(
         logits.hidden,
         weight,
@@ -182,8 +182,8 @@ def _loss(
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
-def _operands(head: nn.Module) -> tuple[Any, ...] | None:
-    """(weight, bias, lora_a, lora_b, scaling) of a head, or None if `linear_cross_entropy` cannot compute it."""
+def _operands(head: nn.Module, x: Tensor | None = None) -> tuple[Any, ...] | None:
+    """(weight, bias, lora_a, lora_b, scaling) of a head, or None if `linear_cross_entropy` cannot compute it of `x`."""
     base, lora = head, (None, None, 1.0)
     if hasattr(head, "lora_A"):
         name = _plain_adapter(head)
@@ -193,7 +193,8 @@ def _operands(head: nn.Module) -> tuple[Any, ...] | None:
         if name:
             lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
     if isinstance(base, Linear4bit):
-        return None if base.product_dtype is not None else (base.quantized_weight, base.bias, *lora)
+        casts = x is not None and base.product_dtype not in (None, x.dtype)
+        return None if casts else (base.quantized_weight, base.bias, *lora)
     weight = getattr(base, "weight", None)
     plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES
     return (weight, base.bias, *lora) if plain else None

@@ -26,7 +26,7 @@ from ._versions import require
 require("transformers")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import functional
@@ -165,7 +165,7 @@ class _Conversion:
             if list(tensor.shape) != self.model.shape(name):
                 raise bad(f"adapter, {name}", f"the base's shape {self.model.shape(name)}", list(tensor.shape))
         for path in sorted(self.model.linears) if self.packed else ():
-            if isinstance(self.model.module(path), Conv1D):
+            if type(self.model.module(path)) is not nn.Linear:  # the format names its layers by this class
                 raise bad("to", f"bf16, fp16, fp32, nf4 or fp4 for a {self.model.architecture}", self.target)
             compressed_tensors.check_layer(path, self.model.shape(f"{path}.weight")[1], self.blocksize)
         if self.format is not None and (stacks := self.model.stacks()):

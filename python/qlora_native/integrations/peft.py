@@ -29,21 +29,24 @@ require("peft")
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import functional
+from .._errors import bad
 from .._weight import QuantizedWeight
 from ..nn import Linear4bit
 from .adapter_batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
 from .decoded import base_to_merge_into, run_over_decoded
 from .dora import RowNorms
 from .peft_experts import ParamWrapper, targeted_experts
-from .peft_methods import install
+from .peft_methods import check_method, guard_layers, install
 
-__all__ = ["LoraLinear4bit", "register"]
+__all__ = ["LoraLinear4bit", "adopt_layers", "check_layers", "register"]
 
 
 def register(lora_config: LoraConfig | None = None) -> LoraConfig | None:
@@ -162,7 +165,6 @@ class LoraLinear4bit(PeftLoraLinear):
         return (
             (name not in self.lora_variant or self._is_dora(name))
             and not self.lora_bias[name]
-            and not self.fan_in_fan_out
             and isinstance(self.base_layer, Linear4bit)
             and type(self.lora_A[name]) is nn.Linear
             and type(self.lora_B[name]) is nn.Linear
@@ -264,6 +266,56 @@ class LoraLinear4bit(PeftLoraLinear):
             "init_lora_weights='loftq': the weight is quantized already. Make the adapter, then call "
             "qlora_native.integrations.loftq.initialize_loftq(model, folder_of_the_16_bit_model)"
         )
+
+
+def check_layers(model: nn.Module, weights: set[int]) -> None:
+    """Check that PEFT's layers over weights that are to be quantized, or exchanged, can stand over a `Linear4bit`.
+
+    Args:
+        model: any module.
+        weights: the ids of the weights.
+
+    Raises:
+        NotImplementedError: the method of a layer is refused over quantized layers.
+        ValueError: an adapter is merged into a weight, from which `unmerge` could not take it out exactly.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if any(id(parameter) in weights for parameter in layer.get_base_layer().parameters(recurse=False)):
+            check_method(name, layer)
+            if layer.merged_adapters:
+                raise bad(name, "adapters that are not merged", f"{layer.merged_adapters}: unmerge them first")
+
+
+def adopt_layers(model: nn.Module) -> None:
+    """Turn PEFT's LoRA layers over layers that are quantized now into ours, and guard those of its other methods.
+
+    The parameters of adapters stay the same objects, so an optimizer that holds them stays valid.
+
+    Args:
+        model: any module, changed in place.
+    """
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        if type(module) is PeftParamWrapper and targeted_experts(module, module.parameter_name):
+            module.__class__ = ParamWrapper
+        elif isinstance(base, Linear4bit) and _is_plain_lora(module):
+            module.__class__ = LoraLinear4bit  # which has the attributes of a lora.Linear and no others
+            module.is_target_conv_1d_layer = False
+    guard_layers(model)
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    """Whether `module` is the layer that PEFT makes for LoRA over an nn.Linear, its weight, or bitsandbytes' layer."""
+    cls = type(module)  # by name, as PEFT has the last one only where bitsandbytes is installed
+    return (cls.__module__, cls.__name__) in (
+        ("peft.tuners.lora.layer", "Linear"),
+        ("peft.tuners.lora.layer", "ParamWrapper"),
+        ("peft.tuners.lora.bnb", "Linear4bit"),
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -38,7 +39,7 @@ from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .decoded import DecodedLinear4bit, WeightWritten, run_over_decoded
 from .peft_experts import check_experts_config, experts_as_parameters, targeted_experts
 
-__all__ = ["METHODS", "guard_layers", "install"]
+__all__ = ["METHODS", "check_method", "guard_layers", "install"]
 
 # The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
 METHODS = frozenset(
@@ -109,6 +110,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
         if type(base) is not DecodedLinear4bit and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
+        _switch_fan_in_fan_out_off(config)
         try:
             return method(config, adapter_name, target, *args, **kwargs)
         except WeightWritten as error:
@@ -178,9 +180,7 @@ def _check_config(method: str, config: PeftConfig, parameter: str | None) -> Non
     if parameter not in (None, "weight"):
         raise NotImplementedError(f"{method}, target_parameters: expected weight of a Linear4bit, got {parameter}")
     if method not in METHODS:
-        raise NotImplementedError(
-            f"{method} over Linear4bit: expected one of the methods in docs/peft.md, got one that has not been tried"
-        )
+        raise _not_tried(method)
     start = getattr(config, "init_lora_weights", None)
     field = next((name for name in CHANGES_BASE_FIELDS if getattr(config, name, None)), None)
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
@@ -191,6 +191,35 @@ def _check_config(method: str, config: PeftConfig, parameter: str | None) -> Non
             "to 4 bits once more. Start it over the model in 16 bits, or use initialize_loftq of "
             "qlora_native.integrations.loftq"
         )
+
+
+def check_method(name: str, layer: BaseTunerLayer) -> None:
+    """Refuse the layer `name` of PEFT if its method has not been tried over quantized layers."""
+    tuners = (tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if kind.value in METHODS)
+    # X-LoRA has no layers of its own, but those of LoRA.
+    if not isinstance(layer, tuple(tuner.tuner_layer_cls for tuner in tuners if hasattr(tuner, "tuner_layer_cls"))):
+        raise _not_tried(f"{name}, {type(layer).__module__}.{type(layer).__name__}")
+
+
+def _not_tried(method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{method} over Linear4bit: expected one of the methods in docs/peft.md, got one that has not been tried"
+    )
+
+
+def _switch_fan_in_fan_out_off(config: PeftConfig) -> None:
+    """Set `fan_in_fan_out`, which says that a weight is [in, out], to False, with a warning, as PEFT does for linears.
+
+    Recipes for GPT-2 have it, for its Conv1D. A `Linear4bit` in the place of one has a weight [out, in], and with this
+    field PEFT would merge the transpose.
+    """
+    if getattr(config, "fan_in_fan_out", False):
+        warnings.warn(
+            "fan_in_fan_out is set to True but the target module is Linear4bit, whose weight is [out, in]. Setting "
+            "fan_in_fan_out to False.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = False
 
 
 def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ class Skeleton:
         architecture: the name of the model's class.
         config: the config that transformers makes of config.json.
         dtype: the dtype of the weights in config.json.
-        linears: the paths of the layers that transformers would give to bitsandbytes.
+        linears: the paths of the layers that are quantized where transformers loads the model (modules_to_quantize).
         unread: what `check_files` has found in the files that transformers does not read: tensors of other versions or
             of parts that the class lacks, and buffers that it computes.
     """

@@ -16,6 +16,7 @@ bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (weight_files.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ._versions import require
@@ -35,10 +36,19 @@ from transformers.utils import is_peft_available
 from .. import _C, functional
 from .._errors import bad
 from .._layer import QuantizedLayer
-from .._sizes import has_reason, linears_of_routers, note_reason, size_report, unquantized_parameters
+from .._sizes import (
+    has_reason,
+    is_linear,
+    linears_of_routers,
+    note_reason,
+    size_report,
+    unquantized_parameters,
+    why_nothing,
+)
 from ..nn import Embedding4bit, Experts4bit, Linear4bit
 from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
 from .expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
+from .new_layers import check_devices
 from .transformers_config import METHOD, BitsAndBytesConfig
 from .weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
 
@@ -64,7 +74,8 @@ class Quantizer(HfQuantizer):
             quantization_config: the config.
             kwargs: as in transformers.
         """
-        super().__init__(quantization_config, **kwargs)
+        # A copy, because it gets the names of the layers of this model that stay.
+        super().__init__(copy.copy(quantization_config), **kwargs)
         if quantization_config.experts_in_mxfp4:
             self.pre_quantized = False
 
@@ -77,6 +88,10 @@ class Quantizer(HfQuantizer):
         if self.unsaved is not None:
             raise self.unsaved
         return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a map of devices that leaves modules on the disk, before anything is read."""
+        check_devices(device_map)
 
     @property
     def is_trainable(self) -> bool:
@@ -105,7 +120,7 @@ class Quantizer(HfQuantizer):
             check_weights_are_dense(checkpoint_files, model, set(linears), config.experts_in_mxfp4)
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
-            if type(module) is nn.Linear and name not in linears and not has_reason(module):
+            if is_linear(module) and name not in linears and not has_reason(module):
                 note_reason(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
         quantized = planned | _weights_of_experts(model)
         unknown = [each for each in unquantized_parameters(model, quantized) if each.unknown_use]
@@ -144,6 +159,8 @@ class Quantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
         adopt(model, self)
+        if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+            logger.warning(f"qlora_native: nothing of {type(model).__name__} is quantized; {why_nothing(model)}")
         logger.info("\n%s", size_report(model))
         return model
 
@@ -162,6 +179,7 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict and the metadata to save, with quantized weights as files have them."""
+        self.quantization_config.note_layers(model)  # which may have been cast since it was adopted
         state = model.state_dict()
         of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
         for name, module in model.named_modules(remove_duplicate=False):
@@ -218,6 +236,8 @@ class QuantizeWeight(ConversionOps):
                 q = functional.quantize(weight.t() if layer.transposed_source else weight, **config.quantize_options)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}.{error}") from None
+            if q.shape != layer._shape:
+                raise bad(full_name, f"{list(layer._shape)}, as config.json says", list(q.shape))
             layer.replace_weight(q)
             result.update({f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()})
         return result
@@ -253,7 +273,7 @@ class ReadQuantized(ConversionOps):
 
 
 def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
-    """The paths of the layers that transformers would give to bitsandbytes: nn.Linear and Conv1D, without `skip`.
+    """The paths of the layers that transformers would give to bitsandbytes, nn.Linear and Conv1D, and of Falcon's.
 
     Args:
         model: a `PreTrainedModel`, on any device.
@@ -263,7 +283,7 @@ def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, keep)
+        if (is_linear(module) or isinstance(module, Conv1D)) and should_convert_module(name, keep)
     ]
 
 
@@ -280,7 +300,7 @@ def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = N
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = quantizer.quantization_config
-    quantizer.quantization_config.note_formats(m.format for m in model.modules() if isinstance(m, QuantizedLayer))
+    quantizer.quantization_config.note_layers(model)
     if experts_by_path(model):
         model._weight_conversions = saved_conversions(model)
     # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this

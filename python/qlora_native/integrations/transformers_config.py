@@ -9,7 +9,6 @@ import copy
 import difflib
 import functools
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from ._versions import require
@@ -18,15 +17,18 @@ require("transformers")
 
 import torch
 import transformers
+from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils import is_bitsandbytes_available
 
-from .._errors import bad, bad_type, chosen_blocksize
+from .._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from .._layer import QuantizedLayer
 from .._microscaling import MICROSCALED
 
 METHOD = "qlora_native"
 FILE_FORMATS = ("nf4", "fp4")  # the formats of bitsandbytes' files, which we write too
 FORMATS = (*FILE_FORMATS, *MICROSCALED)
+_NOT_IN_FILES = ("strict", "experts_in_mxfp4", "formats", "layers_dtype")
 _FIELDS = tuple(inspect.signature(transformers.BitsAndBytesConfig).parameters)[:-1]  # the last one is **kwargs
 
 
@@ -39,8 +41,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             last two: only this library reads what `save_pretrained` writes. `qlora_native.nn.quantize_model` has
             further formats.
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
-        bnb_4bit_compute_dtype: the dtype that activations are cast to for the product. float32, the default, does not
-            cast them; sums are fp32 in any case.
+        bnb_4bit_compute_dtype: the dtype that activations are cast to for the product: fp32, bf16 or fp16. float32, the
+            default, does not cast them; sums are fp32 in any case. The config of a file then has the model's dtype.
         llm_int8_skip_modules: names of modules that stay in 16 bits; by default the output layer and tied weights. An
             empty list also quantizes embeddings, and an output layer tied to one shares its bytes. Only this library
             reads such a model, because bitsandbytes has no 4-bit embedding in its files.
@@ -49,10 +51,12 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         experts_in_mxfp4: the files have experts in MXFP4, whose bytes are kept. Set when a file of gpt-oss is read.
         formats: the formats of the model's weights, from when it has any. With one that bitsandbytes does not have, the
             config of a file has this list as its bnb_4bit_quant_type, and our method; see `to_dict`.
+        layers_dtype: the dtype in which the model's layers multiply by default, from when it has any.
     """
 
     experts_in_mxfp4 = False
     formats: tuple[str, ...] = ()
+    layers_dtype: torch.dtype | None = None
 
     def __init__(self, *args: Any, blocksize: int | None = None, strict: bool = False, **kwargs: Any) -> None:
         """Make a config.
@@ -71,6 +75,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
                 near = difflib.get_close_matches(name, [*_FIELDS, "blocksize"], 1) or sorted((*_FIELDS, "blocksize"))
                 raise bad_type("BitsAndBytesConfig", f"{', '.join(near)}", f"{name!r}, which is no field of it")
         super().__init__(*args, **kwargs)
+        check_float_dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
         self.blocksize = chosen_blocksize(blocksize, self.bnb_4bit_quant_type)
         self.quant_method = METHOD
         self.strict = strict
@@ -99,14 +104,16 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         """The `product_dtype` of the layers; None does not cast activations."""
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
-    def note_formats(self, formats: Iterable[str]) -> None:
-        """Store the formats that a model has, with that of the config first.
+    def note_layers(self, model: nn.Module) -> None:
+        """Store the formats that a model has, with that of the config first, and the dtype of its products.
 
         Args:
-            formats: the format of each quantized layer.
+            model: the model.
         """
-        others = sorted(set(formats) - {self.bnb_4bit_quant_type})
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+        others = sorted({layer.format for layer in layers} - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)
+        self.layers_dtype = next((layer.product_dtype or layer.compute_dtype for layer in layers), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a file.
@@ -116,9 +123,11 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         of bitsandbytes, would leave weights out that it does not know, and stops at a type that is not a string.
         """
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
+        if self.product_dtype is None and self.layers_dtype is not None:
+            fields["bnb_4bit_compute_dtype"] = str(self.layers_dtype).removeprefix("torch.")
         if not set(self.formats) <= set(FILE_FORMATS):
             fields |= {"quant_method": METHOD, "bnb_4bit_quant_type": list(self.formats)}
-        return {name: value for name, value in fields.items() if name not in ("strict", "experts_in_mxfp4", "formats")}
+        return {name: value for name, value in fields.items() if name not in _NOT_IN_FILES}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields, because transformers compares only those of its own config."""
@@ -161,10 +170,9 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         if not types or any(type not in FORMATS for type in types):
             raise bad("bnb_4bit_quant_type", f"some of {', '.join(FORMATS)}", types)
         fields["bnb_4bit_quant_type"] = types[0]
-    config = BitsAndBytesConfig(**fields)
     if ours and given.product_dtype is not None:
-        config.bnb_4bit_compute_dtype = given.product_dtype
-    return config
+        fields["bnb_4bit_compute_dtype"] = given.product_dtype
+    return BitsAndBytesConfig(**fields)
 
 
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)
