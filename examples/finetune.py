@@ -133,7 +133,14 @@ def load_quantized(args: argparse.Namespace) -> tuple[Any, PreTrainedModel, int,
         method = stored.get("quant_method", "a method without a name")
         raise SystemExit(f"--model: expected weights in 16 bits, or in 4 as bitsandbytes has them, got {method}")
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, **how, dtype=DTYPES[args.dtype])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **where, **how, dtype=DTYPES[args.dtype], output_loading_info=True
+    )
+    model, found = loaded
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    scales = [name for name in found["unexpected_keys"] if name.rpartition(".")[0] in linears]
+    if scales:  # transformers leaves them out, and takes the codes for weights
+        raise SystemExit(f"--model: expected weights in 16 bits, got quantized ones: {min(scales)} is beside a weight")
     if not stored:
         chosen = args.format or "nf4"
         qn.nn.quantize_model(model, skip=("lm_head",), format=chosen, double_quant=not args.no_double_quant)

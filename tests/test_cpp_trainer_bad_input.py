@@ -132,11 +132,39 @@ def test_undamaged_model_is_trained(trainer, model, tmp_path):
         ({"model_type": "gpt2"}, 'model_type: expected llama, for this trainer, got "gpt2"'),
         ({"model_type": None}, "model_type: expected a string, got null"),
         ({"attention_bias": True}, "attention_bias: expected no biases"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            'quant_method: expected bitsandbytes, for this trainer, got "fp8"',
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "load_in_4bit: expected true, for this trainer, got null",
+        ),
+        ({"quantization_config": "fp8"}, "quantization_config"),
     ],
 )
 def test_bad_field_of_the_config_is_named_in_the_error(trainer, model, tmp_path, change, message):
     (model / "config.json").write_text(json.dumps(CONFIG | change))
     check_model_is_refused(trainer, model, tmp_path, message)
+
+
+@pytest.mark.parametrize("extra", ["weight_scale", "weight_scale_inv", "SCB", "bias"])
+def test_tensor_that_would_be_left_out_is_named_in_the_error(trainer, model, tmp_path, extra):
+    name = f"model.layers.1.mlp.up_proj.{extra}"
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, name: torch.ones(INNER)}, model / "model.safetensors")
+    check_model_is_refused(trainer, model, tmp_path, f"{name}: expected a tensor of this model, got another, F32 [48]")
+
+
+def test_tensor_that_is_computed_or_tied_may_be_there(trainer, model, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors")
+    assert train(trainer, model, tmp_path / "out").returncode == 0
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, model / "model.safetensors")
+    check_model_is_refused(trainer, model, tmp_path / "again", "lm_head.weight: expected the embeddings, to which it")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ peft = pytest.importorskip("peft")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import docstrings  # noqa: E402
 import finetune  # noqa: E402
@@ -135,6 +136,18 @@ def test_format_beside_that_of_the_files_is_named_in_the_error(folder):
     shown = run(folder, "--data", folder / "data.jsonl", "--format", "fp4", model="nf4")
     assert shown.returncode != 0
     assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
+
+
+def test_weight_with_a_scale_beside_it_is_not_trained(folder, tmp_path):
+    """Codes in FP8 whose config does not say so: transformers casts them, and leaves the scales out."""
+    base = shutil.copytree(folder / "model", tmp_path / "fp8")
+    state = load_file(base / "model.safetensors")
+    name = next(name for name in state if name.endswith("up_proj.weight"))
+    state[name] = (state[name].float() * 1000).to(torch.float8_e4m3fn)
+    save_file({**state, f"{name}_scale_inv": torch.tensor([[1e-3]])}, base / "model.safetensors", {"format": "pt"})
+    shown = run(folder, "--data", folder / "data.jsonl", "--output", tmp_path / "out", model=base)
+    assert shown.returncode != 0
+    assert f"got quantized ones: {name}_scale_inv is beside a weight" in shown.stderr
 
 
 def test_one_process_in_the_place_of_several_is_told_so(monkeypatch):

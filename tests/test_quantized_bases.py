@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
 from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
 
@@ -261,3 +262,15 @@ def test_integers_of_a_model_stay_integers(tmp_path):
 def test_loftq_takes_weights_alone(made, format):
     with pytest.raises(ValueError, match="quantization_config: expected"):
         initialize_loftq(torch.nn.Module(), made / format)
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "unnamed"])
+def test_files_of_another_quantizer_are_not_quantized_while_they_are_read(made, format, described, tmp_path):
+    base = shutil.copytree(made / format, tmp_path / "base")
+    if not described:
+        edit(base, quantization_config=None)
+    by_tensor = "model.safetensors: model.layers.0.*expected (F32, BF16 or F16|a weight or a bias of a layer)"
+    by_method = "quantization_config: expected files in 16 or 32 bits.* got the method"
+    with pytest.raises(ValueError, match=f"{by_method}|{by_tensor}" if described else by_tensor):
+        models.load(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.bfloat16)

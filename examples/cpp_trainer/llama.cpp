@@ -33,6 +33,13 @@ LlamaConfig LlamaConfig::parse(const Json& json) {
     expect(json[bias].is_null() || !json[bias].boolean(), json[bias], "no biases");
   expect(json["hidden_act"].is_null() || json["hidden_act"].string() == "silu", json["hidden_act"], "silu");
 
+  // Codes of other methods, such as FP8, would be taken for values.
+  if (const Json quantized = json["quantization_config"]; !quantized.is_null()) {
+    const Json method = quantized["quant_method"], in_4_bits = quantized["load_in_4bit"];
+    expect(method.is_null() || method.string() == "bitsandbytes", method, "bitsandbytes");
+    expect(!in_4_bits.is_null() && in_4_bits.boolean(), in_4_bits, "true");
+  }
+
   LlamaConfig config;
   config.width = json["hidden_size"].integer(1, kLargest);
   config.inner = json["intermediate_size"].integer(1, kLargest);
@@ -93,6 +100,10 @@ Llama::Llama(const LlamaConfig& config, const Checkpoint& checkpoint, const Lora
   if (checkpoint.contains_any_below(prefix_of(config.layers)))
     throw std::runtime_error("expected " + std::to_string(config.layers) + " layers " + kWhy +
                              ", got one more in the checkpoint: " + prefix_of(config.layers) + "*");
+  if (config.is_head_tied && checkpoint.contains("lm_head.weight") &&
+      dense(checkpoint, "lm_head.weight", {config.vocabulary, width}) != embeddings_)
+    throw std::runtime_error("lm_head.weight: expected the embeddings, to which it is tied, got other values");
+  checkpoint.check_all_were_read();
 }
 
 std::vector<QloraLinear*> Llama::linears() {

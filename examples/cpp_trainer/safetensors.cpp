@@ -127,12 +127,20 @@ void Checkpoint::add(std::string_view file, const std::string& name) {
 const Tensor& Checkpoint::at(const std::string& name) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) throw std::runtime_error("the checkpoint has no tensor " + name);
+  read_.insert(name);
   return found->second;
 }
 
 bool Checkpoint::contains_any_below(const std::string& prefix) const {
   const auto found = tensors_.lower_bound(prefix);
   return found != tensors_.end() && found->first.starts_with(prefix);
+}
+
+void Checkpoint::check_all_were_read() const {
+  for (const auto& [name, tensor] : tensors_)
+    if (!read_.contains(name) && !name.ends_with("rotary_emb.inv_freq"))
+      fail(name,
+           "expected a tensor of this model, got another, " + tensor.dtype + " " + in_a_line(text_of(tensor.shape)));
 }
 
 std::vector<float> Checkpoint::floats(const std::string& name, const Shape& shape, const std::string& why) const {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -34,6 +35,9 @@ class Checkpoint {
 
   bool contains(const std::string& name) const { return tensors_.contains(name); }
   bool contains_any_below(const std::string& prefix) const;
+  // Fails at a tensor that nobody has read: what it says of the model, such as a bias or a scale, would be lost. The
+  // frequencies of rotary embeddings, which older files have, are computed.
+  void check_all_were_read() const;
   // A copy in fp32 of a tensor, which must have this shape and finite values. `why` ends the error about a wrong shape.
   std::vector<float> floats(const std::string& name, const Shape& shape, const std::string& why = "") const;
   // The bytes of a tensor of U8.
@@ -45,6 +49,7 @@ class Checkpoint {
 
   std::vector<std::unique_ptr<MappedFile>> files_;
   std::map<std::string, Tensor> tensors_;
+  mutable std::set<std::string> read_;
 };
 
 void write_safetensors(NewFile& file, const std::map<std::string, Tensor>& tensors);

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from choices import NUMBERS, Choices
+from choices import DTYPES, NUMBERS, Choices
+from safetensors.torch import load_file, save_file
 
 if "--atheris" in sys.argv:  # it must instrument our modules while they are imported
     import atheris
@@ -270,6 +271,65 @@ def fuzz_export(choices: Choices) -> None:
         assert len(gguf.GGUFReader(out).tensors) > 0
 
 
+# What other quantizers write beside a weight.
+SCALES = (
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "input_scale",
+    "SCB",
+    "weight_format",
+    "qweight",
+    "bias",
+)
+METHODS = ("fp8", "compressed-tensors", "modelopt", "bitsandbytes", "gptq", "mxfp4", "qlora_native", None, 4)
+
+
+def fuzz_dtypes(choices: Choices) -> None:
+    """`merge` and `export` of tensors of any dtype, and what other quantizers write: an error, or the base's values."""
+    import gguf
+
+    from qlora_native.integrations.gguf import export_model
+    from qlora_native.integrations.merge import convert
+
+    with tempfile.TemporaryDirectory() as scratch:
+        base, out = Path(scratch) / "base", Path(scratch) / "out"
+        shutil.copytree(_folders() / "one", base)
+        values = load_file(base / "model.safetensors")
+        stored = dict(values)
+        for _ in range(1 + choices.below(3)):
+            name, kind = choices.of(sorted(values)), choices.below(4)
+            if kind == 0:
+                stored[name] = stored[name].to(choices.of(DTYPES))
+            elif kind == 1:
+                scale = f"{name.removesuffix('weight')}{choices.of(SCALES)}"
+                stored[scale] = torch.ones(choices.of(((), (1,), (32, 1)))).to(choices.of(DTYPES))
+            elif kind == 2:
+                values[name] = stored[name] = values[name] * 2.0 ** choices.of((-30, 14, 24, 100))
+            else:
+                described = {"quant_method": choices.of(METHODS), choices.of(("load_in_8bit", "load_in_4bit")): True}
+                config = json.loads((base / "config.json").read_text())
+                config["quantization_config"] = described if choices.one_in(2) else choices.value()
+                (base / "config.json").write_text(json.dumps(config))
+        save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+        to = choices.of((None, "fp32", "fp16", "bf16", "gguf"))
+        try:
+            if to == "gguf":
+                export_model(base, out, "f32", progress=False)
+            else:
+                convert(base, out, to=to, progress=False)
+        except (TypeError, ValueError, OSError):
+            assert {path.name for path in Path(scratch).iterdir()} == {"base"}, "something was left"
+            raise
+        if to == "gguf":
+            assert all(abs(tensor.data).max() < float("inf") for tensor in gguf.GGUFReader(out).tensors)
+            return
+        written = load_file(out / "model.safetensors")
+        for name, tensor in values.items():
+            error = (written[name].double() - tensor.double()).abs()
+            assert bool((error <= 2**-7 * tensor.double().abs() + 1e-6).all()), f"{name} has other values"
+
+
 # ---- functions, and the ops themselves -------------------------------------------------------------------------------
 
 
@@ -419,10 +479,12 @@ PROMISED: dict[str, tuple[type[Exception], ...]] = {
     "config": (ValueError, TypeError),
     "folder": (TypeError, ValueError, OSError),
     "export": (TypeError, ValueError, OSError),
+    "dtypes": (TypeError, ValueError, OSError),
     "json": (ValueError,),
     "functions": (ValueError, TypeError),
     "ops": (Exception,),
 }
+OF_FOLDERS = ("folder", "export", "dtypes")
 TARGETS: dict[str, Callable[[Choices], None]] = {name: globals()[f"fuzz_{name}"] for name in PROMISED}
 
 
@@ -464,7 +526,7 @@ def batch(target: str, inputs: list[bytes]) -> tuple[bytes, str] | None:
 
 def prepare(target: str) -> None:
     """What is done once, before children are forked."""
-    if target in ("folder", "export"):
+    if target in OF_FOLDERS:
         _folders()
     elif target == "config":
         import qlora_native.integrations.transformers  # noqa: F401
@@ -481,7 +543,7 @@ def fuzz(target: str, seconds: float, seed: int) -> int:
     random_bytes = random.Random(f"{seed} {target}").randbytes
     length = random.Random(seed).randrange
     deadline, count, inputs = time.monotonic() + seconds, 0, corpus(target)
-    size = 20 if target in ("folder", "export") else 1000
+    size = 20 if target in OF_FOLDERS else 1000
     while True:
         finding = batch(target, inputs)
         if finding is not None:

@@ -50,7 +50,7 @@ from .embeddings import codes_of_embeddings, replace_embeddings, replace_tied
 from .expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
 from .new_layers import check_devices
 from .transformers_config import METHOD, BitsAndBytesConfig
-from .weight_files import SUFFIXES, names_in_files, read_weight, why_not_saved, written_weight
+from .weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
 
 __all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
 
@@ -116,6 +116,8 @@ class Quantizer(HfQuantizer):
         replace_experts(model, config, keep, in_files)
         tied = replace_embeddings(model, config, with_embeddings, in_files)
         linears = [name for name in modules_to_quantize(model, config.llm_int8_skip_modules) if name not in tied]
+        if not self.pre_quantized:
+            check_weights_are_dense(checkpoint_files, model, set(linears), config.experts_in_mxfp4)
         planned = {id(model.get_submodule(name).weight) for name in linears}
         for name, module in model.named_modules():
             if is_linear(module) and name not in linears and not has_reason(module):

@@ -157,6 +157,9 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         raise bad_type(
             "quantization_config", f"{BitsAndBytesConfig.__module__}'s, as {METHOD} has written the file", got
         )
+    if ours and in_file and not in_file.get("load_in_4bit", False):
+        got = f"the method {method!r}" + (", in 8 bits (LLM.int8)" if in_file.get("load_in_8bit", False) else "")
+        raise bad("quantization_config", "files in 16 or 32 bits, or in 4 bits of a method that is read here", got)
     takes = ours or method == METHOD or (given is None and not is_bitsandbytes_available())
     if not in_file.get("load_in_4bit", False) or not takes:
         return _merge_quantization_configs(quantization_config, given)

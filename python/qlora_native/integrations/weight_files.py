@@ -12,7 +12,7 @@ it is one of ours (transformers_config.py), because others would read a part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -28,7 +28,15 @@ from .._weight import QuantizedWeight
 from ..nn import Experts4bit
 from .transformers_config import FORMATS
 
-__all__ = ["SUFFIXES", "file_has", "names_in_files", "read_weight", "why_not_saved", "written_weight"]
+__all__ = [
+    "SUFFIXES",
+    "check_weights_are_dense",
+    "file_has",
+    "names_in_files",
+    "read_weight",
+    "why_not_saved",
+    "written_weight",
+]
 
 _BLOCKS, _SCALES, _SCALE_VALUES = "_blocks", "_scales", "_scale_values"
 SUFFIXES = ("", *STATE_SUFFIXES, _BLOCKS, _SCALES, _SCALE_VALUES)
@@ -115,17 +123,56 @@ def _read_blocks(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> 
         raise type(error)(f"{name}, {error}") from None
 
 
+def check_weights_are_dense(
+    files: Iterable[str] | None, model: nn.Module, linears: set[str], experts_in_mxfp4: bool
+) -> None:
+    """Check that safetensors files have floats, and no scales, for layers that are quantized while they are read.
+
+    transformers casts what it reads to the dtype of the model, so codes in FP8 or int8 would be taken for values.
+
+    Args:
+        files: the files of the checkpoint.
+        model: the model, with `Experts4bit` in the place of experts.
+        linears: the paths of its linear layers that will be quantized.
+        experts_in_mxfp4: the files have the experts in 4 bits.
+
+    Raises:
+        ValueError: the files have something else.
+    """
+    stacks = [] if experts_in_mxfp4 else [p for p, module in model.named_modules() if isinstance(module, Experts4bit)]
+    experts = {path.rpartition(".")[0] for path in stacks}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    renamings = _renamings(model)
+    for file, name, dtype in _tensors_of(files):
+        own = apply_renamings(name, renamings)
+        path, _, part = own.rpartition(".")
+        of_linear = not linears.isdisjoint((path, prefix + path, path.removeprefix(prefix)))
+        if of_linear and part not in ("weight", "bias"):
+            raise bad(f"{file}: {name}", "a weight or a bias of a layer in 16 bits", "another tensor of it")
+        if (of_linear or any(f"{each}." in own for each in experts)) and dtype not in ("F32", "BF16", "F16"):
+            raise bad(f"{file}: {name}", "F32, BF16 or F16", f"{dtype}, which has another meaning in the files")
+
+
 def names_in_files(files: Iterable[str] | None, model: nn.Module) -> set[str]:
     """The parameters that are quantized in safetensors files, by their names in the model."""
-    names: set[str] = set()
+    names = {name for _, name, _ in _tensors_of(files)}
+    found = {name.partition(QUANT_STATE)[0] for name in names if QUANT_STATE in name}
+    found.update(name.removesuffix(suffix) for suffix in (_BLOCKS, _SCALES) for name in names if name.endswith(suffix))
+    renamings = _renamings(model)
+    return {apply_renamings(name, renamings) for name in found}
+
+
+def _renamings(model: nn.Module) -> list[WeightRenaming]:
+    return [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+
+
+def _tensors_of(files: Iterable[str] | None) -> Iterator[tuple[str, str, str]]:
+    """The tensors of the safetensors files among `files`: file, name and safetensors' word for the dtype."""
     for file in files or ():
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
-                names.update(opened.keys())
-    found = {name.partition(QUANT_STATE)[0] for name in names if QUANT_STATE in name}
-    found.update(name.removesuffix(suffix) for suffix in (_BLOCKS, _SCALES) for name in names if name.endswith(suffix))
-    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    return {apply_renamings(name, renamings) for name in found}
+                for name in opened.keys():
+                    yield str(file), name, opened.get_slice(name).get_dtype()
 
 
 def file_has(names: set[str], path: str) -> bool:
