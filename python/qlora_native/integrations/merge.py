@@ -204,7 +204,7 @@ class _Conversion:
         """Say in the report which dtypes were written, if the caller has not chosen."""
         if self.target is None:
             self.report.notes.append(f"dtypes of the base were kept: {_counts(self.stored)} (--to chooses another)")
-            if self.decoded:
+            if self.decoded.total():
                 self.report.notes.append(
                     f"weights in 4 bits were written in the dtype that they had before: {_counts(self.decoded)}"
                 )
