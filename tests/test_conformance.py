@@ -144,7 +144,7 @@ def check_product(case, device="cpu", by_torch=False):
     leaves, actual, reference = compute(case, device)
     with oracle.one_thread():
         exact, blocked = reference.exact(), reference.blocked()
-        dense = reference.dense(device) if by_torch else {}
+        by_others = (reference.dense(device), reference.accumulated(device)) if by_torch else ()
         tolerance = reference.tolerance(exact, by_torch)
         assert actual.keys() == exact.keys()
         for name, result in actual.items():
@@ -153,8 +153,9 @@ def check_product(case, device="cpu", by_torch=False):
             if name not in blocked or reference.independent(name) < FEWEST_ELEMENTS:
                 continue
             error, yardstick = reference.errors(name, result, blocked, exact)
-            if name in dense:
-                yardstick = max(yardstick, reference.errors(name, dense[name], blocked, exact)[0])
+            for other in by_others:
+                if name in other:
+                    yardstick = max(yardstick, reference.errors(name, other[name], blocked, exact)[0])
             assert_error_ratio(name, [error], [yardstick], reference.independent(name))
 
 

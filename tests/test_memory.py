@@ -74,10 +74,17 @@ def call(M, N, K):
     }[what]
     for tensor in (weight, x, dy):
         tensor.fill_(1)  # touch it: an untouched zero takes no memory
-    left = dy if what == "dx" else x
-    panel = torch.ones(8 * 2**20 // left[0].nbytes, left.shape[1], dtype=dtype)
-    sums = torch.ones(M, len(panel), dtype=dtype)
-    by_torch = peak(lambda: torch.addmm(sums, left, panel.t(), out=sums) is None or ())
+    left, cols = {
+        "forward": (x, N),
+        "dx": (dy, K),
+        "experts": (x[: M // experts], N // experts),
+        "dx of experts": (dy_of_experts[: M // experts], K),
+    }.get(what, (x[:0], 0))
+    cols = min(cols, 8 * 2**20 // left[:1].nbytes) if cols else 0
+    inner = left.shape[1]
+    panel = torch.ones(inner, cols, dtype=dtype) if "dx" in what else torch.ones(cols, inner, dtype=dtype).t()
+    sums = torch.ones(len(left), cols, dtype=dtype)
+    by_torch = peak(lambda: torch.addmm(sums, left, panel, out=sums) is None or ())
     return peak(function), by_torch
 
 call(2, 2, 64)  # threads, code
