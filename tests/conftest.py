@@ -3,8 +3,8 @@
 import shutil
 import sys
 
+import oracle
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,6 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For small models, where two threads wait for each other longer than they work: by far, on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """For small models."""
+    with oracle.one_thread():
+        yield

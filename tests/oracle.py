@@ -6,6 +6,8 @@ and B, are rounded to the dtype of x. By Cauchy-Schwarz |U[m,r]| <= |x_m| |a_r|,
 too.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,24 @@ from qlora_native.testing import (
 )
 
 U32 = unit_roundoff(torch.float32)
-# Roundings of the low-rank part to the dtype of x: of A, of s*B, of U (or of B and V).
+# Roundings of the low-rank part to the dtype of x: of A, of s*B, of U (or of B and V). Where torch multiplies, the part
+# is a product of its own, which is rounded before it becomes a term of the result's sum.
 LOW_RANK_ROUNDINGS = 3
+LOW_RANK_ROUNDINGS_BY_TORCH = 4
 # Elements of a result that are held against sums in blocks, which take long.
 SAMPLE = 2048
+
+
+@contextmanager
+def one_thread():
+    """For many small operations of torch, whose threads wait for each other longer than they work, and on a busy
+    machine many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scales(q):
@@ -95,6 +111,17 @@ class Linear:
         results = self._run(lambda t: t.to(device, self.x.dtype))
         return {name: t.cpu() for name, t in results.items()}
 
+    def accumulated(self, device="cpu"):
+        """{"y", "dx"} by torch's product with w that is added to the adapter's part, as panels are multiplied on a CPU;
+        {} where there is no such part, or one with dropout."""
+        if self.a is None or self.keep != 1:
+            return {}
+        x, w, dy, a, b = (
+            t.detach().to(device, self.x.dtype) for t in (self.x, self.w, self.dy, self.a, self.scaling * self.b)
+        )
+        part = F.linear(F.linear(x, a), b, None if self.bias is None else self.bias.detach().to(x))
+        return {"y": torch.addmm(part, x, w.t()).cpu(), "dx": torch.addmm(dy @ b @ a, dy, w).cpu()}
+
     def _run(self, convert):
         x, w, dy, mask = (convert(t) for t in (self.x, self.w, self.dy, self.mask * self.keep))
         leaves = {"dx": x, "dbias": self.bias, "da": self.a, "db": self.b}
@@ -152,9 +179,9 @@ class Linear:
         count = len(rows) * len(columns)
         return min(count, len(self.x) * len(self.a)) if name in ("da", "db") else count
 
-    def tolerance(self, exact, chain=None):
-        """The error that each element of each result may have. `chain`: what stands for chain_length, if not ours."""
-        chain = chain or chain_length
+    def tolerance(self, exact, by_torch=False):
+        """The error that each element of each result may have, by our sums or by torch's, whose order is unknown."""
+        chain = (lambda terms, dtype: terms) if by_torch else chain_length
         x, w, dy = self.x.double(), self.w.double(), self.dy.double()
         (M, K), N, dtype = x.shape, len(w), self.x.dtype
         tolerance = {
@@ -170,7 +197,7 @@ class Linear:
         a, b, s = self.a.double(), self.b.double(), abs(self.scaling)
         u = self.keep * x.norm(dim=1)[:, None] * a.norm(dim=1)  # >= |U|, [M, rank]
         v = s * self.keep * dy.norm(dim=1)[:, None] * b.norm(dim=0)  # >= |V|
-        roundings = LOW_RANK_ROUNDINGS * unit_roundoff(dtype)
+        roundings = (LOW_RANK_ROUNDINGS_BY_TORCH if by_torch else LOW_RANK_ROUNDINGS) * unit_roundoff(dtype)
 
         def sums(*lengths):
             return roundings + SUM_FACTOR * U32 * sum(chain(length, dtype) ** 0.5 for length in lengths)

@@ -142,19 +142,21 @@ def check_product(case, device="cpu", by_torch=False):
     `by_torch`: whether its panels are multiplied by torch's dense product, so that it may be as far off as that is.
     """
     leaves, actual, reference = compute(case, device)
-    exact, blocked = reference.exact(), reference.blocked()
-    dense = reference.dense(device) if by_torch else {}
-    tolerance = reference.tolerance(exact, chain=(lambda terms, dtype: terms) if by_torch else None)
-    assert actual.keys() == exact.keys()
-    for name, result in actual.items():
-        assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
-        assert_close_by_norm(name, result, exact[name], tolerance[name])
-        if name not in blocked or reference.independent(name) < FEWEST_ELEMENTS:
-            continue
-        error, yardstick = reference.errors(name, result, blocked, exact)
-        if name in dense:
-            yardstick = max(yardstick, reference.errors(name, dense[name], blocked, exact)[0])
-        assert_error_ratio(name, [error], [yardstick], reference.independent(name))
+    with oracle.one_thread():
+        exact, blocked = reference.exact(), reference.blocked()
+        by_others = (reference.dense(device), reference.accumulated(device)) if by_torch else ()
+        tolerance = reference.tolerance(exact, by_torch)
+        assert actual.keys() == exact.keys()
+        for name, result in actual.items():
+            assert result.dtype == (leaves[name].dtype if name in leaves else case.dtype)
+            assert_close_by_norm(name, result, exact[name], tolerance[name])
+            if name not in blocked or reference.independent(name) < FEWEST_ELEMENTS:
+                continue
+            error, yardstick = reference.errors(name, result, blocked, exact)
+            for other in by_others:
+                if name in other:
+                    yardstick = max(yardstick, reference.errors(name, other[name], blocked, exact)[0])
+            assert_error_ratio(name, [error], [yardstick], reference.independent(name))
 
 
 def long_sums():
@@ -170,9 +172,10 @@ def test_long_sum_is_as_exact_as_sums_in_blocks(case, names):
     errors = {name: [] for name in names}
     for seed in range(SEEDS):
         _, actual, reference = compute(case, seed=seed)
-        exact, blocked = reference.exact(), reference.blocked()
-        for name in names:
-            errors[name].append(reference.errors(name, actual[name], blocked, exact))
+        with oracle.one_thread():
+            exact, blocked = reference.exact(), reference.blocked()
+            for name in names:
+                errors[name].append(reference.errors(name, actual[name], blocked, exact))
     for name, pairs in errors.items():
         assert_error_ratio(name, *zip(*pairs, strict=True), reference.independent(name))
 

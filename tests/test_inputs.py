@@ -101,7 +101,7 @@ def test_any_layout_of_the_adapter_gives_the_same_bits():
 PAIRS_OF_BF16 = ("avx512_bf16", "amx_bf16", "amx_emulated", "neon_bf16")
 
 
-@pytest.mark.parametrize("M", [1, 3, 16, 200])
+@pytest.mark.parametrize("M", [1, 3, 16, 200, 1100])  # the last by torch's product where panels are chosen
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiny_activations_count_where_the_instructions_keep_them(dtype, M):
     """Denormal activations under a weight that brings the result back among the normal numbers.

@@ -24,9 +24,9 @@ TESTS = Path(__file__).parent
 
 
 def run(call, **environment):
-    """What a function of this file prints in a process of its own, and the ways that its products took."""
+    """What a call prints in a process of its own, and the ways that its products took."""
     environment = {**os.environ, "QLN_PRINT_CONFIG": "1", **environment}
-    command = [sys.executable, "-c", f"import test_ways; test_ways.{call}"]
+    command = [sys.executable, "-c", f"from test_ways import *; {call}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     printed = [line for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
@@ -43,17 +43,37 @@ def ragged_cases():
         yield cases.Product(17, 37, 333, dtype, format, blocksize, double_quant=blocksize == 32)
 
 
-def check_products():
-    for case in (*ragged_cases(), *(case for case in cases.many_rows() if case.dropout == 0)):
+def check_products(*products):
+    for case in products:
         try:
             conformance.check_product(case, by_torch=True)  # whose product the panels are multiplied by
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
 
 
+def without_dropout():
+    return (*ragged_cases(), *(case for case in cases.many_rows() if case.dropout == 0))
+
+
+def bf16(products):
+    """Those that an emulated processor with AMX multiplies by tiles or by panels."""
+    return [case for case in products if case.dtype == torch.bfloat16]
+
+
 def test_products_by_panels_are_within_the_bounds():
-    _, ways = run("check_products()", QLN_FORCE_WAY="panels")
+    _, ways = run("check_products(*without_dropout())", QLN_FORCE_WAY="panels")
     assert ways and set(ways) == {"panels"}
+
+
+def test_products_by_panels_beside_tiles_are_within_the_bounds():
+    _, ways = run("check_products(*bf16(without_dropout()))", QLN_FORCE_WAY="panels", QLN_FORCE_ISA="amx_emulated")
+    assert ways and set(ways) == {"panels"}
+
+
+def test_products_of_many_rows_leave_tiles_for_panels():
+    """What a processor with AMX chooses, on any."""
+    _, ways = run("check_products(*bf16(cases.many_rows()))", QLN_FORCE_ISA="amx_emulated")
+    assert set(ways) == {"tiles", "panels"}
 
 
 def test_gradient_with_dropout_takes_another_way():
@@ -61,17 +81,36 @@ def test_gradient_with_dropout_takes_another_way():
     assert ways == ["vectors", "vectors"]
 
 
-def check_groups():
-    for dtype in cases.DTYPES:
+def check_experts(*dtypes):
+    for dtype in dtypes:
         for rows in grouped.ROUTINGS.values():
             grouped.test_groups_are_products_of_their_own(dtype, rows, True)
         grouped.test_one_adapter_may_serve_all_groups(dtype)
+
+
+def check_adapters(*dtypes):
+    for dtype in dtypes:
         grouped.test_index_gives_each_row_its_adapter(dtype, [0, 0, 1, 2, 2])
 
 
-def test_experts_by_panels_are_products_of_their_own():
-    _, ways = run("check_groups()", QLN_FORCE_WAY="panels")
-    assert set(ways) == {"panels", "vectors"}  # rows of one weight with several adapters leave the panels
+# What a machine with AMX has beside the ways of others.
+MACHINES = pytest.mark.parametrize(
+    ("dtypes", "environment"),
+    [("*cases.DTYPES", {}), ("torch.bfloat16", {"QLN_FORCE_ISA": "amx_emulated"})],
+    ids=["here", "amx_emulated"],
+)
+
+
+@MACHINES
+def test_experts_by_panels_are_products_of_their_own(dtypes, environment):
+    _, ways = run(f"check_experts({dtypes})", QLN_FORCE_WAY="panels", **environment)
+    assert set(ways) == {"panels"}
+
+
+@MACHINES
+def test_rows_of_one_weight_with_several_adapters_leave_the_panels(dtypes, environment):
+    _, ways = run(f"check_adapters({dtypes})", QLN_FORCE_WAY="panels", **environment)
+    assert ways and "panels" not in ways
 
 
 def check_dropout():

@@ -6,6 +6,8 @@
 #include <memory>
 #include <string>
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "tensors.h"
 
 // The reason why a call of torch's C API has failed in this thread. torch has this function from 2.13 on; older ones
@@ -56,9 +58,9 @@ Tensor tensor_over(const void* data, DType dtype, std::initializer_list<std::int
                                   {strides.begin(), strides.size()}, device, type_of(dtype));
 }
 
-// Calls linear.out, which is mm.out or, with a bias, addmm.out. Autocast has no rule for functions with an `out`, and
-// autograd does nothing, because no tensor requires a gradient. torch's settings act as in F.linear: whether fp32 may
-// be rounded to TF32, and whether partial sums may be rounded to 16 bits.
+// Calls linear.out, which is mm.out or, with a bias, addmm.out; or addmm.out with `out` itself for an addend. Autocast
+// has no rule for functions with an `out`, and autograd does nothing, because no tensor requires a gradient. torch's
+// settings act as in F.linear: whether fp32 may be rounded to TF32, and whether partial sums may be rounded to 16 bits.
 void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
   const torch::stable::Device device = device_of(stream);
   const std::int64_t inner = args.left.cols, cols = args.out.cols, stride = args.right.stride;
@@ -66,15 +68,23 @@ void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
     return tensor_over(m.data, m.dtype, {m.rows, m.cols}, {m.stride, 1}, device);
   };
   const auto row_stride = args.transpose_right ? stride : 1, col_stride = args.transpose_right ? 1 : stride;
+  const Tensor left = matrix(args.left), out = matrix(args.out);
+  const auto expect_success = [&](AOTITorchError error) {
+    if (error == TORCH_SUCCESS) return;
+    throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
+                      std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
+  };
+  if (args.accumulate) {
+    const Tensor right =
+        tensor_over(args.right.data, args.right.dtype, {inner, cols}, {col_stride, row_stride}, device);
+    return expect_success(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
+  }
   const Tensor weight = tensor_over(args.right.data, args.right.dtype, {cols, inner}, {row_stride, col_stride}, device);
   OptionalTensor bias;
   if (args.bias != nullptr) bias = tensor_over(args.bias, args.out.dtype, {cols}, {1}, device);
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(matrix(args.left)), from(weight), from(bias), from(matrix(args.out))};
-  if (torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
-    throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
-                      std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
-  }
+  std::array<StableIValue, 4> stack{from(left), from(weight), from(bias), from(out)};
+  expect_success(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference to `out` and releases it
 }
 

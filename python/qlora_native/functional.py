@@ -230,7 +230,8 @@ def linear(
 
     Differentiable, once, in x, bias, lora_a and lora_b. W and the adapter are rounded to the dtype of x before they are
     multiplied; sums are fp32, and y is rounded once. Under `torch.autocast`, x is cast as for `F.linear`.
-    bf16 products on processors with AVX512_BF16 flush denormal operands and results to zero, as torch's do.
+    In bf16, subnormal operands and results may count as zero: they do on processors with instructions for bf16
+    (AVX512_BF16, AMX, Arm's BF16), as in torch's products there, but for its smallest. In fp32 and fp16 they count.
 
     Args:
         x: [..., K] in fp32, bf16 or fp16, any strides; leading dimensions may be 0.

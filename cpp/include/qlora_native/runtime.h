@@ -46,13 +46,14 @@ using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream)
 // torch's current stream.)
 QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
 
-// A dense product in a single dtype: out = left . right + bias. Sums are fp32 and include the bias; they are rounded
-// once. Every pointer is to memory of the stream's device.
+// A dense product in a single dtype: out = left . right + bias, or out += left . right. Sums are fp32 and include the
+// bias, or what was in `out`; they are rounded once. Every pointer is to memory of the stream's device.
 struct DenseGemmArgs {
   ConstMatrix left;   // [rows, inner]
   ConstMatrix right;  // [inner, cols]; with transpose_right [cols, inner]
   bool transpose_right = false;
   const void* bias = nullptr;  // [cols], or null
+  bool accumulate = false;     // out += left . right; there is no bias then. Only the cpu backend asks for this
   Matrix out;                  // [rows, cols]; memory between its rows is not touched
 };
 using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
@@ -66,9 +67,11 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
 //   cpu   It is used where it is faster (cpp/src/cpu/way.h): on processors with AMX, for bf16 from 1024 rows on, and
 //         for fp16 from 33 rows on if AMX multiplies fp16 too; with AVX-512 without BF16, for fp32 from 1024 rows on if
-//         the inner dimension and the rank are at most 4681. It should use the threads of the library's pool. Extra
-//         memory of such a call: a panel, 8 MB at most, and with an adapter 32 MB. Results are as reproducible as those
-//         of the dense product.
+//         the inner dimension is at most 4681. It should use the threads of the library's pool. An adapter is a product
+//         of its own, to which the one with W is added: so the part U . (s*B)^T + bias, or V . A, is rounded to the
+//         dtype of the result before it becomes a term of the sum. Extra memory of such a call: a panel, 8 MB at most,
+//         1 MB of U or V if the caller wants none, and what the dense product takes. Results are as reproducible as
+//         those of the dense product.
 QLN_API void set_dense_gemm(DenseGemm dense_gemm);
 
 // The instruction sets that the cpu backend was built with and that this machine runs, best first: some of "amx_bf16",

@@ -1,5 +1,6 @@
 #include "cpu/way.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
@@ -35,7 +36,7 @@ constexpr Thresholds kByVectors{kMostFewRows + 1, kNever, kNever};
 constexpr Thresholds kDenseTiles{kMostFewRows + 1, kNever, 33};
 // The dense product packs its left operand anew for each panel. On an AMD EPYC (Zen 4) panels of 512 columns took 0.99
 // to 1.06 times as long as torch's product of 1024 or 2048 rows with all of W, and panels of 128 columns 1.26 times. An
-// inner dimension of 4096 leaves 512 columns in fp32, and 448 with an adapter.
+// inner dimension of 4096 leaves 512 columns in fp32.
 constexpr Thresholds kDenseAhead{kMostFewRows + 1, kNever, 1024};
 constexpr std::int64_t kWidePanel = 448;
 // With 4096 x 4096 weights, vectors of pairs take 0.48 ms for the first row of x, which is how long memory takes, and
@@ -45,7 +46,8 @@ constexpr std::int64_t kWidePanel = 448;
 constexpr Thresholds kByTiles{4, 4, 1024};
 
 std::int64_t columns_of_panel(const WayProblem& p) {
-  return panel_columns((p.product == WayProblem::Product::forward ? p.K : p.N) + p.rank, p.dtype);
+  const std::int64_t inner = p.product == WayProblem::Product::forward ? p.K : p.N;
+  return panel_columns(std::max(inner, p.rank), p.dtype);
 }
 
 bool can_take(const WayProblem& p, Way way) {

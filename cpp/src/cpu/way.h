@@ -42,8 +42,8 @@ constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;
 constexpr std::int64_t panel_columns(std::int64_t inner, DType dtype) {
   return kPanelBytes / (inner * static_cast<std::int64_t>(size_of(dtype))) / 64 * 64;
 }
-// Bytes of the left operand that are copied beside the adapter's at once.
-constexpr std::int64_t kCopiedBytes = std::int64_t{32} << 20;
+// Bytes of rows of U or V that are computed at once where the caller does not want them.
+constexpr std::int64_t kLowRankBytes = std::int64_t{1} << 20;
 
 Way choose_way(const WayProblem& problem);
 

@@ -5,6 +5,7 @@
 #include "cpu/generic/backward-inl.h"
 #include "cpu/generic/forward_many-inl.h"
 #include "cpu/generic/make_job-inl.h"
+#include "cpu/generic/panels-inl.h"
 #include "cpu/isa.h"
 #include "cpu/way.h"
 
@@ -18,19 +19,29 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, and does all else as another backend does. With kOtherWays that one
-// multiplies bfloat16 too where way.h does not choose tiles; without, tiles multiply any number of rows.
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. With kOtherWays
+// that one multiplies bfloat16 too where way.h chooses neither; without, tiles multiply few rows too.
 template <const CpuBackend& (*kOthers)(), bool kOtherWays>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
-    if (!takes_tiles(WayProblem::Product::forward, args.weight, args.lora, part, args.x.dtype))
-      return kOthers().bf16->forward(args, part);
-    return make_job<DotTiles, ForwardMany, DotTiles>(args, part);
+    switch (choose(WayProblem::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+      case Way::tiles:
+        return make_job<DotTiles, ForwardMany, DotTiles>(args, part);
+      case Way::panels:
+        return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
+      default:
+        return kOthers().bf16->forward(args, part);
+    }
   }
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
-    if (!takes_tiles(WayProblem::Product::backward_input, args.weight, args.lora, part, args.dy.dtype))
-      return kOthers().bf16->backward_input(args, part);
-    return make_job<DotTiles, BackwardInput, DotTiles>(args, part);
+    switch (choose(WayProblem::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
+      case Way::tiles:
+        return make_job<DotTiles, BackwardInput, DotTiles>(args, part);
+      case Way::panels:
+        return make_job<DotF32<DType::bf16>, BackwardInputPanels, DotTiles>(args, part);
+      default:
+        return kOthers().bf16->backward_input(args, part);
+    }
   }
 
   static constexpr Products kProducts{forward, backward_input, lora_gradient_a<DotTiles>, lora_gradient_b<DotTiles>};
@@ -38,13 +49,14 @@ struct TiledBackend {
   static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
 
  private:
-  // Where this says no, the other backend chooses among the ways that are left, and prints its choice.
-  static bool takes_tiles(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                          const WeightRows& part, DType dtype) {
+  // The other backend chooses between the ways that are left, and prints its choice.
+  static Way choose(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
+                    const WeightRows& part, DType dtype) {
     const WayProblem problem = way_problem(product, weight, lora, part, dtype, true);
-    if (kOtherWays && way_of(problem) != Way::tiles) return false;
-    print_if_asked(problem, Way::tiles);
-    return true;
+    Way way = way_of(problem);
+    if (!kOtherWays && way != Way::panels) way = Way::tiles;
+    if (way == Way::tiles || way == Way::panels) print_if_asked(problem, way);
+    return way;
   }
 };
 

@@ -1,10 +1,11 @@
 // Products of many rows by the host program's dense product (set_dense_gemm), which multiplies with panels of W,
 // decoded one after the other:
 //
-//   Y[M, n ... ]  = [ X | U ] . [ W | s*B ]^T     a panel is rows n ... of W, and of s*B beside them
-//   dX[M, k ... ] = [ dY | V ] . [ W ; A ]        a panel is columns k ... of W, and of A below them
+//   Y[M, n ... ]  = X . W^T + U . (s*B)^T     a panel is rows n ... of W
+//   dX[M, k ... ] = dY . W + V . A            a panel is columns k ... of W
 //
-// The sums have the adapter's part too: rows of the left operand are copied so that their U or V lies beside them.
+// The adapter's part comes first, by panels of A and B, and is written to the result; the product with W is added to it.
+// So the part is rounded once more than in the other ways, and the left operand is not copied to lie beside U or V.
 #pragma once
 
 #include "cpu/generic/lora-inl.h"
@@ -26,93 +27,72 @@ struct Panels {
   template <class Rows>
   static void forward(const Rows& w, const LinearForwardArgs& args) {
     const LoraView& lora = args.lora;
-    const std::int64_t N = args.weight.N, K = args.weight.K, inner = K + lora.rank;
-    const Buffers buffers(N, inner, args.x.rows, lora.rank);
-    for (std::int64_t m = 0; m < args.x.rows; m += buffers.rows) {
-      const std::int64_t rows = smaller(buffers.rows, args.x.rows - m);
-      ConstMatrix left = rows_of(args.x, m, rows);
-      if (lora.rank > 0) {
-        const Matrix joined = buffers.copy_of(left, inner);
-        const DenseRows<Element, false> a(lora_a(lora, K));
-        for (std::int64_t r = 0; r < lora.rank; r += buffers.cols) {  // U = X . A^T
-          const std::int64_t count = smaller(buffers.cols, lora.rank - r);
-          const Matrix panel{buffers.panel, kType, count, K, K};
-          decode_rows(a, r, 0, panel);
-          multiply(left, panel, true, nullptr, columns_of(joined, K + r, count));
-        }
-        if (args.u.data != nullptr) copy_rows(columns_of(joined, K, lora.rank), rows_of(args.u, m, rows));
-        left = readable(joined);
-      }
-      const DenseRows<Element, false> b(lora_b(lora, N), lora.scaling);
-      for (std::int64_t n = 0; n < N; n += buffers.cols) {
-        const std::int64_t count = smaller(buffers.cols, N - n);
-        const Matrix panel{buffers.panel, kType, count, inner, inner};
-        decode_rows(w, n, 0, columns_of(panel, 0, K));
-        decode_rows(b, n, 0, columns_of(panel, K, lora.rank));
-        const char* bias = args.bias == nullptr ? nullptr : static_cast<const char*>(args.bias) + n * kSize;
-        multiply(left, panel, true, bias, columns_of(rows_of(args.y, m, rows), n, count));
-      }
+    const std::int64_t N = args.weight.N, K = args.weight.K;
+    const Memory memory({{K, N}, {K, lora.rank}, {lora.rank, N}}, args.u, args.x.rows, lora.rank);
+    if (lora.rank > 0) {
+      const DenseRows<Element, false> a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
+      memory.each_low_rank(args.u, args.x.rows, [&](std::int64_t m, Matrix u) {
+        multiply<true>(rows_of(args.x, m, u.rows), a, memory.panel, {.out = u});
+        multiply<true>(readable(u), b, memory.panel, {.bias = args.bias, .out = rows_of(args.y, m, u.rows)});
+      });
     }
+    multiply<true>(args.x, w, memory.panel,
+                   {.bias = lora.rank > 0 ? nullptr : args.bias, .accumulate = lora.rank > 0, .out = args.y});
   }
 
   template <class Rows>
   static void backward_input(const Rows& w, const LinearBackwardInputArgs& args) {
     const LoraView& lora = args.lora;
-    const std::int64_t N = args.weight.N, K = args.weight.K, inner = N + lora.rank;
-    const Buffers buffers(K, inner, args.dy.rows, lora.rank);
-    for (std::int64_t m = 0; m < args.dy.rows; m += buffers.rows) {
-      const std::int64_t rows = smaller(buffers.rows, args.dy.rows - m);
-      ConstMatrix left = rows_of(args.dy, m, rows);
-      if (lora.rank > 0) {
-        const Matrix joined = buffers.copy_of(left, inner);
-        const DenseRows<Element, false> b(lora_b(lora, N), lora.scaling);
-        for (std::int64_t r = 0; r < lora.rank; r += buffers.cols) {  // V = dY . s*B
-          const std::int64_t count = smaller(buffers.cols, lora.rank - r);
-          const Matrix panel{buffers.panel, kType, N, count, count};
-          decode_rows(b, 0, r, panel);
-          multiply(left, panel, false, nullptr, columns_of(joined, N + r, count));
-        }
-        if (args.v.data != nullptr) copy_rows(columns_of(joined, N, lora.rank), rows_of(args.v, m, rows));
-        left = readable(joined);
-      }
-      if (args.dx.data == nullptr) continue;
-      const DenseRows<Element, false> a(lora_a(lora, K));
-      for (std::int64_t k = 0; k < K; k += buffers.cols) {
-        const std::int64_t count = smaller(buffers.cols, K - k);
-        const Matrix panel{buffers.panel, kType, inner, count, count};
-        decode_rows(w, 0, k, rows_of(panel, 0, N));
-        decode_rows(a, 0, k, rows_of(panel, N, lora.rank));
-        multiply(left, panel, false, nullptr, columns_of(rows_of(args.dx, m, rows), k, count));
-      }
+    const std::int64_t N = args.weight.N, K = args.weight.K;
+    const Memory memory({{N, K}, {N, lora.rank}, {lora.rank, K}}, args.v, args.dy.rows, lora.rank);
+    const bool dx = args.dx.data != nullptr;
+    if (lora.rank > 0) {
+      const DenseRows<Element, false> a(lora_a(lora, K)), b(lora_b(lora, N), lora.scaling);
+      memory.each_low_rank(args.v, args.dy.rows, [&](std::int64_t m, Matrix v) {
+        multiply<false>(rows_of(args.dy, m, v.rows), b, memory.panel, {.out = v});
+        if (dx) multiply<false>(readable(v), a, memory.panel, {.out = rows_of(args.dx, m, v.rows)});
+      });
     }
+    if (dx) multiply<false>(args.dy, w, memory.panel, {.accumulate = lora.rank > 0, .out = args.dx});
   }
 
  private:
-  // Memory of a panel, and with an adapter of a copy of as many rows of the left operand as kCopiedBytes hold.
-  struct Buffers {
-    Buffers(std::int64_t all_cols, std::int64_t inner, std::int64_t all_rows, std::int64_t rank)
-        : cols(smaller(panel_columns(inner, kType), ceil_div(all_cols, kChunk) * kChunk)), rows(all_rows) {
-      const std::int64_t row_bytes = inner * kSize;
-      if (rank > 0) rows = smaller(all_rows, larger<std::int64_t>(kCopiedBytes / row_bytes, 1));
-      const std::int64_t panel_bytes = ceil_div(cols * row_bytes, 64) * 64;
-      panel = reinterpret_cast<char*>(
-          scratch(Slot::call, static_cast<std::size_t>(panel_bytes + (rank > 0 ? rows * row_bytes : 0))));
-      copy = panel + panel_bytes;
+  // The right operand of a product: its inner dimension, and the columns of the result.
+  struct Right {
+    std::int64_t inner, cols;
+  };
+  static std::int64_t cols_at_once(Right right) {
+    return smaller(panel_columns(right.inner, kType), ceil_div(right.cols, kChunk) * kChunk);
+  }
+
+  // Memory of a panel, and of rows of U or V where the caller wants none.
+  struct Memory {
+    Memory(std::initializer_list<Right> rights, Matrix wanted, std::int64_t all_rows, std::int64_t rank) {
+      std::int64_t panel_bytes = 0, low_rank_bytes = 0;
+      for (const Right right : rights)
+        if (right.inner > 0) panel_bytes = larger(panel_bytes, cols_at_once(right) * right.inner * kSize);
+      if (rank > 0 && wanted.data == nullptr) {
+        const std::int64_t rows = smaller(all_rows, larger<std::int64_t>(kLowRankBytes / (rank * kSize), 1));
+        low_rank_bytes = rows * rank * kSize;
+        low_rank = {nullptr, kType, rows, rank, rank};
+      }
+      panel_bytes = ceil_div(panel_bytes, 64) * 64;
+      panel = reinterpret_cast<char*>(scratch(Slot::call, static_cast<std::size_t>(panel_bytes + low_rank_bytes)));
+      if (low_rank.rows > 0) low_rank.data = panel + panel_bytes;
     }
-    // `left`, in rows of `inner` elements.
-    Matrix copy_of(ConstMatrix left, std::int64_t inner) const {
-      const Matrix joined{copy, kType, left.rows, inner, inner};
-      copy_rows(columns_of(left, 0, left.cols), columns_of(joined, 0, left.cols));
-      return joined;
+    // Calls f(m, rows m ... of U or V) for all rows, as many at once as there is memory for.
+    template <class F>
+    void each_low_rank(Matrix wanted, std::int64_t all_rows, F&& f) const {
+      if (wanted.data != nullptr) return f(0, wanted);
+      for (std::int64_t m = 0; m < all_rows; m += low_rank.rows)
+        f(m, rows_of(low_rank, 0, smaller(low_rank.rows, all_rows - m)));
     }
-    std::int64_t cols, rows;
-    char *panel, *copy;
+    char* panel;
+    Matrix low_rank;
   };
 
-  template <class Pointer>
-  static BasicMatrix<Pointer> columns_of(BasicMatrix<Pointer> m, std::int64_t first, std::int64_t count) {
-    using Byte = std::conditional_t<std::is_same_v<Pointer, const void*>, const char*, char*>;
-    m.data = static_cast<Byte>(m.data) + first * kSize;
+  static Matrix columns_of(Matrix m, std::int64_t first, std::int64_t count) {
+    m.data = static_cast<char*>(m.data) + first * kSize;
     m.cols = count;
     return m;
   }
@@ -120,7 +100,6 @@ struct Panels {
   // Decodes to.rows x to.cols elements, from row n and column k of `from` on; k is a multiple of kChunk.
   template <class Rows>
   static void decode_rows(const Rows& from, std::int64_t n, std::int64_t k, Matrix to) {
-    if (to.cols == 0) return;
     constexpr std::int64_t kRows = 16;  // that a task decodes
     const std::int64_t first = k / kChunk;
     const Range chunks{first, first + ceil_div(to.cols, kChunk)};
@@ -135,18 +114,29 @@ struct Panels {
       }
     });
   }
-  template <class From>
-  static void copy_rows(From from, Matrix to) {
-    parallel_for(from.rows, [&](std::int64_t row) {
-      __builtin_memcpy(static_cast<char*>(to.data) + row * to.stride * kSize,
-                       static_cast<const char*>(from.data) + row * from.stride * kSize,
-                       static_cast<std::size_t>(from.cols * kSize));
-    });
-  }
 
-  static void multiply(ConstMatrix left, Matrix panel, bool transposed, const void* bias, Matrix out) {
-    hooks().dense_gemm(
-        {.left = left, .right = readable(panel), .transpose_right = transposed, .bias = bias, .out = out}, {});
+  struct Result {
+    const void* bias = nullptr;
+    bool accumulate = false;
+    Matrix out;
+  };
+  // out = left . R^T, or left . R unless kTransposed, with panels of R that are decoded into `memory`.
+  template <bool kTransposed, class Rows>
+  static void multiply(ConstMatrix left, const Rows& right, char* memory, const Result& result) {
+    const std::int64_t inner = left.cols, cols = result.out.cols, at_once = cols_at_once({inner, cols});
+    for (std::int64_t n = 0; n < cols; n += at_once) {
+      const std::int64_t count = smaller(at_once, cols - n);
+      const Matrix panel =
+          kTransposed ? Matrix{memory, kType, count, inner, inner} : Matrix{memory, kType, inner, count, count};
+      decode_rows(right, kTransposed ? n : 0, kTransposed ? 0 : n, panel);
+      hooks().dense_gemm({.left = left,
+                          .right = readable(panel),
+                          .transpose_right = kTransposed,
+                          .bias = result.bias == nullptr ? nullptr : static_cast<const char*>(result.bias) + n * kSize,
+                          .accumulate = result.accumulate,
+                          .out = columns_of(result.out, n, count)},
+                         {});
+    }
   }
 };
 

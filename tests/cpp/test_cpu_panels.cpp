@@ -1,0 +1,146 @@
+// Guards products by panels of decoded W on the CPU (cpu/generic/panels-inl.h), over a dense product that is a plain
+// loop: what they ask of it, and that their results are near those in float64. tests/test_ways.py runs them over torch.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include "cpu/way.h"
+#include "expect.h"
+#include "qlora_native/qlora_native.h"
+#include "quantized.h"
+#include "tensor.h"
+
+namespace {
+
+template <class Pointer>
+float at(const qn::BasicMatrix<Pointer>& m, std::int64_t i, std::int64_t j) {
+  const std::int64_t e = i * m.stride + j;
+  if (m.dtype == DType::f32) return static_cast<const float*>(m.data)[e];
+  const std::uint16_t half = static_cast<const std::uint16_t*>(m.data)[e];
+  return m.dtype == DType::bf16 ? qn::f32_from_bf16(half) : qn::f32_from_f16(half);
+}
+void set(const qn::Matrix& m, std::int64_t i, std::int64_t j, float value) {
+  const std::int64_t e = i * m.stride + j;
+  if (m.dtype == DType::f32)
+    static_cast<float*>(m.data)[e] = value;
+  else
+    static_cast<std::uint16_t*>(m.data)[e] =
+        m.dtype == DType::bf16 ? qn::bf16_from_f32(value) : qn::f16_from_f32(value);
+}
+
+// The memory of X, or of dY, and how many products multiplied rows of it.
+struct Left {
+  const char *begin, *end;
+  int products = 0;
+};
+Left left;
+
+// Sums in float64, rounded once.
+void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
+  const std::int64_t rows = args.left.rows, inner = args.left.cols;
+  const auto* data = static_cast<const char*>(args.left.data);
+  left.products += data >= left.begin && data < left.end;
+  EXPECT(args.out.rows == rows && !(args.accumulate && args.bias != nullptr));
+  EXPECT((args.transpose_right ? args.right.cols : args.right.rows) == inner);
+  EXPECT(args.right.rows * args.right.stride * static_cast<std::int64_t>(qn::size_of(args.right.dtype)) <=
+         qn::kPanelBytes);
+  const qn::ConstMatrix bias{args.bias, args.out.dtype, 1, args.out.cols, args.out.cols};
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < args.out.cols; ++j) {
+      double sum = args.accumulate ? at(args.out, i, j) : args.bias != nullptr ? at(bias, 0, j) : 0.0f;
+      for (std::int64_t k = 0; k < inner; ++k)
+        sum += static_cast<double>(at(args.left, i, k)) *
+               (args.transpose_right ? at(args.right, j, k) : at(args.right, k, j));
+      set(args.out, i, j, static_cast<float>(sum));
+    }
+}
+
+// How far results may be off: the result, and in the adapter's part A, s*B, the low-rank factor and the part itself,
+// are rounded once each. `of_adapter` is the sum of the part's absolute terms.
+double tolerance(DType dtype, double result, double of_adapter) {
+  return 1.01 * unit_roundoff(dtype) * (std::abs(result) + 4.0 * of_adapter) + smallest_normal(dtype);
+}
+
+struct Shape {
+  std::int64_t M, N, K, rank;
+};
+
+void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype, Shape s) {
+  Random random(static_cast<std::uint64_t>(s.M + s.rank));
+  const Tensor weight = Tensor(DType::f32, s.N, s.K).fill(random, 0.1f);
+  const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
+  Tensor w(dtype, s.N, s.K);
+  qn::dequantize({.weight = quantized.view(), .dtype = dtype, .out = w.data()});
+  const Tensor x = Tensor(dtype, s.M, s.K, 3).fill(random, 1.0f), dy = Tensor(dtype, s.M, s.N, 1).fill(random, 1.0f);
+  const Tensor bias = Tensor(dtype, 1, s.N).fill(random, 1.0f);
+  const Tensor a = Tensor(DType::f32, s.rank, s.K).fill(random, 0.1f);
+  const Tensor b = Tensor(DType::f32, s.N, s.rank).fill(random, 0.1f);
+  const qn::LoraView lora{.rank = s.rank, .a = a.data(), .b = b.data(), .scaling = 0.5f};
+
+  const auto run = [&](const Tensor& from, std::int64_t cols, bool wanted, Tensor& low_rank, auto call) {
+    left = {from.bytes().data(), from.bytes().data() + from.bytes().size()};
+    Tensor out(dtype, s.M, cols, 2);
+    call(out.out(), wanted ? low_rank.out() : qn::Matrix{});
+    EXPECT(out.keeps_to_its_columns());
+    // No other product has so many rows: its left operand was not copied.
+    EXPECT(left.products >= (s.rank > 0 ? 2 : 1));
+    return out;
+  };
+  const auto check = [&](const Tensor& from, std::int64_t cols, bool forward) {
+    Tensor low_rank(dtype, s.M, std::max<std::int64_t>(s.rank, 1));
+    const auto call = [&](qn::Matrix out, qn::Matrix low) {
+      if (s.rank == 0) low = {};
+      if (forward)
+        qn::linear_forward(
+            {.weight = quantized.view(), .lora = lora, .x = x.in(), .bias = bias.data(), .y = out, .u = low});
+      else
+        qn::linear_backward_input({.weight = quantized.view(), .lora = lora, .dy = dy.in(), .dx = out, .v = low});
+    };
+    const Tensor out = run(from, cols, true, low_rank, call);
+    EXPECT(run(from, cols, false, low_rank, call).bytes() == out.bytes());
+    const std::int64_t inner = from.cols();
+    std::vector<double> narrow(static_cast<std::size_t>(s.rank)), absolute(narrow.size());
+    for (std::int64_t m = 0; m < s.M; m += std::max<std::int64_t>(s.M / 20, 1)) {
+      for (std::int64_t r = 0; r < s.rank; ++r) {
+        double &sum = narrow[static_cast<std::size_t>(r)] = 0.0, &terms = absolute[static_cast<std::size_t>(r)] = 0.0;
+        for (std::int64_t k = 0; k < inner; ++k) {
+          const double term = static_cast<double>(from.at(m, k)) * (forward ? a.at(r, k) : 0.5 * b.at(k, r));
+          sum += term;
+          terms += std::abs(term);
+        }
+      }
+      for (std::int64_t j = 0; j < cols; ++j) {
+        double sum = forward ? bias.at(0, j) : 0.0f, of_adapter = std::abs(sum);
+        for (std::int64_t k = 0; k < inner; ++k)
+          sum += static_cast<double>(from.at(m, k)) * (forward ? w.at(j, k) : w.at(k, j));
+        for (std::int64_t r = 0; r < s.rank; ++r) {
+          const double factor = forward ? 0.5 * b.at(j, r) : a.at(r, j);
+          sum += narrow[static_cast<std::size_t>(r)] * factor;
+          of_adapter += absolute[static_cast<std::size_t>(r)] * std::abs(factor);
+        }
+        const double error = std::abs(out.at(m, j) - sum);
+        EXPECT(error <= tolerance(dtype, sum, of_adapter));
+      }
+    }
+  };
+  check(x, s.N, true);
+  check(dy, s.K, false);
+}
+
+}  // namespace
+
+int main() {
+  setenv("QLN_FORCE_WAY", "panels", 1);
+  unsetenv("QLN_BACKEND");
+  if (qn::current_isa() == "scalar") return kSkipped;  // it has one way
+  qn::set_dense_gemm(dense_gemm);
+  for (const DType dtype : kDTypes) {
+    for (const Shape s : {Shape{3, 5, 70, 0}, {40, 130, 64, 1}, {17, 66, 200, 70}})
+      result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, s);
+    // More rows of U and V than there is memory for at once.
+    const std::int64_t rank = 40, rows = qn::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
+    result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, {rows + rows / 3, 9, 10, rank});
+  }
+  return report();
+}
