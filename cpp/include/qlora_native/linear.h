@@ -10,8 +10,8 @@
 // Every pointer is to memory of the stream's device (types.h), also those to codebooks and scales.
 //
 // W is decoded in tiles on the way into the multiply. W, A, B, U and V are rounded once to the dtype of X; every sum is
-// fp32. In bf16 subnormal numbers may count as zero. Results do not depend on the number of threads, and several threads
-// may call at once. Extra memory of a call:
+// fp32. In bf16 subnormal numbers may count as zero. Results do not depend on the number of threads, and several
+// threads may call at once. Extra memory of a call:
 //
 //   cpu    8 MB, and 1 MB for each thread, kept for the next call
 //   cuda   128 KB for each multiprocessor

@@ -4,8 +4,8 @@
 //   Y[M, n ... ]  = X . W^T + U . (s*B)^T     a panel is rows n ... of W
 //   dX[M, k ... ] = dY . W + V . A            a panel is columns k ... of W
 //
-// The adapter's part comes first, by panels of A and B, and is written to the result; the product with W is added to it.
-// So the part is rounded once more than in the other ways, and the left operand is not copied to lie beside U or V.
+// The adapter's part comes first, by panels of A and B, and is written to the result; the product with W is added to
+// it. So the part is rounded once more than in the other ways, and the left operand is not copied to lie beside U or V.
 #pragma once
 
 #include "cpu/generic/lora-inl.h"
