@@ -172,6 +172,20 @@ def gradients():
     return {"added up": optimizer.state[param]["state1"]}
 
 
+def mixture():
+    """A parameter beside sharded ones that each process has whole, and the same one stepped alone."""
+    model, _ = sharded(qn.optim.AdamW8bit)
+    whole, alone = (nn.Parameter(torch.linspace(-1, 1, 300)) for _ in range(2))
+    both = qn.optim.AdamW8bit([*model.parameters(), whole], **OPTIONS)
+    one = qn.optim.AdamW8bit([alone], **OPTIONS)
+    for number in range(STEPS):
+        model(factors(number)).backward()
+        whole.grad, alone.grad = (torch.linspace(1, 2, 300) for _ in range(2))
+        both.step()
+        one.step()
+    return {"beside": whole.detach(), "alone": alone.detach()}
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
@@ -187,7 +201,7 @@ def worker(rank, folder):
         }
         if cls is qn.optim.AdamW8bit:
             found["refusals"] = refusals(optimizer, folder)
-    found |= {"skips": skips(), "gradients": gradients()}
+    found |= {"skips": skips(), "gradients": gradients(), "mixture": mixture()}
     torch.save(found, folder / f"{rank}.pt")
     leave()
 
@@ -218,6 +232,11 @@ def stepped(cls, before):
             param.grad = grad
         optimizer.step()
     return params, optimizer
+
+
+def test_whole_parameter_beside_sharded_ones_is_stepped_as_alone(processes):
+    for found in processes:
+        assert_equal(found["mixture"]["beside"], found["mixture"]["alone"])
 
 
 @every_optimizer

@@ -13,7 +13,7 @@ from . import _ops  # noqa: F401  (the fake kernel)
 from ._errors import bad, bad_type, check_float_dtype, check_memory
 from ._flat import FlatStates
 from ._optim_state import Algorithm
-from ._sharded import local_pairs
+from ._sharded import is_sharded, local_pairs
 
 
 def by_device(params: list[Tensor]) -> dict[torch.device, tuple[list[Tensor], list[Tensor]]]:
@@ -94,7 +94,7 @@ class Batch:
         self.sizes[group] = len(params)
         shards, grads = local_pairs(params, grads)
         if shards is not params:
-            self.sharded += params
+            self.sharded += filter(is_sharded, params)
         self.params += shards
         self.grads += grads
 

@@ -41,7 +41,7 @@ def local(tensor: Any) -> Tensor:
 
 def local_pairs(params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What this process has of parameters and of their gradients: the very same lists if none is sharded."""
-    if _WHOLE.issuperset(map(type, params)):
+    if _WHOLE.issuperset(map(type, params)) or not any(map(is_sharded, params)):
         return params, grads
     return list(map(local, params)), list(map(_local_grad, params, grads))
 
