@@ -110,8 +110,9 @@ def test_products_by_panels_beside_tiles_are_within_the_bounds():
 
 
 def test_products_of_many_rows_leave_tiles_for_panels():
-    """What a processor with AMX chooses, on any."""
-    _, ways = run("check_products(*bf16(cases.many_rows()))", QLN_FORCE_ISA="amx_emulated")
+    """What a processor with AMX chooses, on any. Emulated tiles are slow, so the widest product stays away."""
+    call = "check_products(*bf16(case for case in cases.many_rows() if case.N < 1000))"
+    _, ways = run(call, QLN_FORCE_ISA="amx_emulated")
     assert set(ways) == {"tiles", "panels"}
 
 
