@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 
 #include "cpu/way.h"
 #include "expect.h"
@@ -128,6 +129,41 @@ void result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(DType dtype,
   check(dy, s.K, false);
 }
 
+void fail(const qn::DenseGemmArgs&, const qn::Stream&) { throw qn::Unavailable("no product"); }
+// The adapter's products succeed, and the one that is added to them does not.
+void fail_to_add(const qn::DenseGemmArgs& args, const qn::Stream& stream) {
+  if (args.accumulate) fail(args, stream);
+  dense_gemm(args, stream);
+}
+
+void failed_product_is_an_error_and_the_next_call_is_right() {
+  Random random(1);
+  const Tensor weight = Tensor(DType::f32, 9, 70).fill(random, 0.1f);
+  const Quantized quantized(weight.in(), format_named("nf4"), 64, true);
+  const Tensor x = Tensor(DType::f32, 20, 70).fill(random, 1.0f);
+  const Tensor a = Tensor(DType::f32, 4, 70).fill(random, 0.1f), b = Tensor(DType::f32, 9, 4).fill(random, 0.1f);
+  const auto product = [&] {
+    Tensor y(DType::f32, 20, 9);
+    qn::linear_forward({.weight = quantized.view(),
+                        .lora = {.rank = 4, .a = a.data(), .b = b.data(), .scaling = 0.5f},
+                        .x = x.in(),
+                        .y = y.out()});
+    return y.bytes();
+  };
+  const auto right = product();
+  for (const qn::DenseGemm failing : {&fail, &fail_to_add}) {
+    qn::set_dense_gemm(failing);
+    try {
+      product();
+      EXPECT(false);
+    } catch (const qn::Unavailable& error) {
+      EXPECT(std::string(error.what()) == "no product");
+    }
+    qn::set_dense_gemm(dense_gemm);
+    EXPECT(product() == right);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -142,5 +178,6 @@ int main() {
     const std::int64_t rank = 40, rows = qn::kLowRankBytes / (rank * static_cast<std::int64_t>(qn::size_of(dtype)));
     result_is_near_float64_whether_low_rank_rows_are_wanted_or_not(dtype, {rows + rows / 3, 9, 10, rank});
   }
+  failed_product_is_an_error_and_the_next_call_is_right();
   return report();
 }

@@ -168,7 +168,7 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   if (call.products == 1) call.first_out = static_cast<const float*>(args.out.data);  // an address on the device
   const std::int64_t offset = static_cast<const float*>(args.out.data) - call.first_out;
   const std::int64_t row0 = offset / out_cols, col0 = offset % out_cols, inner = args.left.cols;
-  EXPECT(args.transpose_right == !call.backward && args.out.stride == out_cols);
+  EXPECT(args.transpose_right == !call.backward && args.out.stride == out_cols && !args.accumulate);
   EXPECT(args.left.rows == args.out.rows && (call.backward ? args.right.rows : args.right.cols) == inner);
   EXPECT((call.backward ? args.right.cols : args.right.rows) == args.out.cols && args.right.stride % 8 == 0);
   EXPECT(rank == 0 ? inner == weight_inner : inner % 8 == 0 && inner - weight_inner - rank < 8);
