@@ -141,17 +141,28 @@ def test_float64_is_refused_at_once_and_changes_nothing(make):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_state_dict_of_version_0_1_is_read(options):
+def test_codebook_is_read_by_its_first_name(options):
+    """It was called `code`, in state dicts and in pickles of whole layers."""
     layer, _ = layer_of(options)
     state = layer.state_dict()
+    old = copy.deepcopy(layer)
     if "codebook" in state:
         state["code"] = state.pop("codebook")
+    old._buffers["code"] = old._buffers.pop("codebook")
     again = fresh(options)
     again.load_state_dict(state)
     same(again, layer)
     again = nn.Sequential(fresh(options, device="meta"))
     again.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
     same(again[0], layer)
+    same(pickle.loads(pickle.dumps(old)), layer)
+
+
+def test_codebook_with_both_names_is_refused():
+    layer, _ = layer_of()
+    state = {**layer.state_dict(), "code": torch.zeros(16)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "code"'):
+        layer.load_state_dict(state)
 
 
 def test_layer_has_gradients_of_input_and_bias():
