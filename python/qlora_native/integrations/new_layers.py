@@ -110,12 +110,12 @@ def _check_keys(unexpected: Iterable[str]) -> None:
 
 # HfQuantizer has no method that is called when the files have been read and missing weights have no values yet, so a
 # function of transformers itself is extended.
-_finalize_model_loading = getattr(PreTrainedModel, "_finalize_model_loading", None)
-if _finalize_model_loading is None:
+if not hasattr(PreTrainedModel, "_finalize_model_loading"):
     raise ImportError(
         f"qlora_native: expected a transformers with PreTrainedModel._finalize_model_loading, got {__version__}, which "
         "may be newer than this qlora_native supports: pip install --upgrade qlora_native"
     )
+_finalize_model_loading = PreTrainedModel._finalize_model_loading
 
 
 def _finalize(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
