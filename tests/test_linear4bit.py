@@ -141,17 +141,28 @@ def test_float64_is_refused_at_once_and_changes_nothing(make):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_state_dict_of_version_0_1_is_read(options):
+def test_codebook_is_read_by_its_first_name(options):
+    """It was called `code`, in state dicts and in pickles of whole layers."""
     layer, _ = layer_of(options)
     state = layer.state_dict()
+    old = copy.deepcopy(layer)
     if "codebook" in state:
         state["code"] = state.pop("codebook")
+    old._buffers["code"] = old._buffers.pop("codebook")
     again = fresh(options)
     again.load_state_dict(state)
     same(again, layer)
     again = nn.Sequential(fresh(options, device="meta"))
     again.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
     same(again[0], layer)
+    same(pickle.loads(pickle.dumps(old)), layer)
+
+
+def test_codebook_with_both_names_is_refused():
+    layer, _ = layer_of()
+    state = {**layer.state_dict(), "code": torch.zeros(16)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "code"'):
+        layer.load_state_dict(state)
 
 
 def test_layer_has_gradients_of_input_and_bias():
@@ -388,28 +399,35 @@ class InTraining(nn.Linear):
         return y.relu() if self.training else y
 
 
+class InFloat32(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input.float(), self.weight.float(), self.bias)
+
+
 class OtherRouter(nn.Linear):
     def forward(self, input):
         return nn.functional.linear(input, self.weight, self.bias)
 
 
-class Spelled(nn.Linear):  # as Falcon's
-    def forward(self, input):
-        y = input @ self.weight.T
-        return y if self.bias is None else y + self.bias
-
-
-@pytest.mark.parametrize("kind", [Marked, Doubled, WithState, InTraining, OtherRouter])
-def test_subclass_of_linear_stays_unless_it_computes_the_same_and_has_nothing_else(kind):
-    model = nn.Sequential(kind(8, 8), nn.Linear(8, 8), Spelled(8, 8), Spelled(8, 8, bias=False))
-    expected = [layer.weight.clone() for layer in model]
+@pytest.mark.parametrize("kind", [Marked, Doubled, WithState, InTraining, InFloat32, OtherRouter])
+def test_subclass_of_linear_stays_and_is_named(kind):
+    model = nn.Sequential(kind(8, 8), nn.Linear(8, 8))
     quantize_model(model, progress=False)
-    assert type(model[0]) is kind
-    for layer, weight in zip(model[1:], expected[1:], strict=True):
-        assert type(layer) is Linear4bit and torch.equal(layer.dequantize(), qn.quantize(weight).dequantize())
+    assert [type(layer) for layer in model] == [kind, Linear4bit]
     reason = "a router" if kind is OtherRouter else f"a subclass of nn.Linear, {kind.__name__}"
     with pytest.warns(UserWarning, match=rf"found no nn.Linear to quantize; left as they are: 0.weight \({reason}\)"):
         quantize_model(nn.Sequential(kind(8, 8)), progress=False)
+
+
+def test_subclass_of_linear_that_computes_the_same_is_quantized():
+    linear = pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear
+    x = torch.randn(3, 8)
+    for bias in (True, False):
+        layer = linear(8, 8, bias=bias)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        expected = qn.quantize(layer.weight).dequantize()
+        model = quantize_model(nn.Sequential(layer), progress=False)
+        assert type(model[0]) is Linear4bit and torch.equal(model[0].dequantize(), expected)
 
 
 def test_layer_that_transformers_keeps_in_fp32_stays():

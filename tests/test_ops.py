@@ -384,9 +384,19 @@ OPS = {
 }  # fmt: skip
 
 
+OF_ADAPTERS = {
+    "linear": lambda a: qn.linear(torch.ones(2, 64), ONES, None, a, torch.ones(8, 2)),
+    "linear_grouped": lambda a: qn.functional.linear_grouped(
+        torch.ones(2, 64), ONES, lora_a=a.unsqueeze(1), lora_b=torch.ones(2, 8, 1), adapter_index=torch.tensor([1, 0])
+    ),
+}
+
+
 @pytest.mark.parametrize("mode", ["jvp", "jacfwd", "dual"])
 @pytest.mark.parametrize(
-    ("name", "function"), [*FUNCTIONS.items(), *OPS.items()], ids=[*FUNCTIONS, *(f"op of {name}" for name in OPS)]
+    ("name", "function"),
+    [*FUNCTIONS.items(), *OPS.items(), *OF_ADAPTERS.items()],
+    ids=[*FUNCTIONS, *(f"op of {name}" for name in OPS), *(f"{name} of adapters" for name in OF_ADAPTERS)],
 )
 def test_forward_mode_is_named_in_the_error(name, function, mode):
     x, tangent = torch.randn(2, 64), torch.randn(2, 64)

@@ -56,6 +56,18 @@ def test_missing_library_is_one_sentence(monkeypatch):
         _versions.require("no-such-library")
 
 
+def test_transformers_without_the_function_that_is_extended_is_one_sentence():
+    version = pytest.importorskip("transformers").__version__
+    shown = last_line(
+        "from transformers import PreTrainedModel; del PreTrainedModel._finalize_model_loading; "
+        "import qlora_native.integrations.transformers"
+    )
+    assert shown.startswith(
+        "ImportError: qlora_native: expected a transformers with PreTrainedModel._finalize_model_loading, "
+        f"got {version}"
+    )
+
+
 @pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
 def test_new_enough_library_passes(monkeypatch, version):
     monkeypatch.setattr(_versions.importlib.metadata, "version", lambda name: version)

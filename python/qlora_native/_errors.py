@@ -47,21 +47,23 @@ def check_memory(argument: str, tensor: Any, like: torch.Tensor | None = None) -
     """
     if type(tensor) not in _PLAIN_TENSORS or torch.compiler.is_compiling():
         return
-    if tensor.layout is not torch.strided:
-        raise bad_type(argument, "a dense tensor", tensor.layout)
     if like is not None and tensor.is_meta and not like.is_meta:
         raise bad(argument, "a tensor with values", "one on the meta device")
-    needed = tensor.nbytes
-    if needed == 0:
-        return
-    if not tensor.is_contiguous():
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (last + 1) * tensor.itemsize
+    _check_storage(argument, tensor)
+
+
+def _check_storage(argument: str, tensor: torch.Tensor) -> None:
     try:
         held = tensor.untyped_storage().nbytes()
-    except NotImplementedError:  # a wrapper of torch.func
-        return
-    if tensor.storage_offset() * tensor.itemsize + needed > held:
+    except NotImplementedError:
+        if tensor.layout is not torch.strided:
+            raise bad_type(argument, "a dense tensor", tensor.layout) from None
+        return  # a wrapper of torch.func
+    needed = tensor.nbytes
+    if not tensor.is_contiguous() and needed > 0:
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (last + 1) * tensor.itemsize
+    if needed > 0 and tensor.storage_offset() * tensor.itemsize + needed > held:
         raise bad(argument, "a tensor with memory", "one whose storage was freed")
 
 
@@ -74,12 +76,13 @@ def checks_memory(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for index, value in enumerate(args):
-            if type(value) in _PLAIN_TENSORS:
-                check_memory(names[index], value)
-        for name, value in kwargs.items():
-            if type(value) in _PLAIN_TENSORS:
-                check_memory(name, value)
+        if not torch.compiler.is_compiling():
+            for name, value in zip(names, args):  # noqa: B905  (the function itself refuses arguments that are too many)
+                if type(value) in _PLAIN_TENSORS:
+                    _check_storage(name, value)
+            for name, value in kwargs.items():
+                if type(value) in _PLAIN_TENSORS:
+                    _check_storage(name, value)
         return function(*args, **kwargs)
 
     return checked

@@ -93,6 +93,11 @@ class QuantizedLayer(nn.Module):
             check_float_dtype(name, value)
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "code" in self._buffers:  # a pickle in which the codebook has its first name
+            self._buffers["codebook"] = self._buffers.pop("code")
+
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
@@ -195,7 +200,7 @@ class QuantizedLayer(nn.Module):
 
         Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
         """
-        if f"{prefix}code" in state_dict:  # the codebook's name in version 0.1
+        if f"{prefix}code" in state_dict and f"{prefix}codebook" not in state_dict:  # the codebook's first name
             state_dict[f"{prefix}codebook"] = state_dict.pop(f"{prefix}code")
         errors = []
         assign = args[0].get("assign_to_params_buffers", False)

@@ -301,7 +301,8 @@ def linear_grouped(
             offsets and indices are not read, because that would wait for the device; wrong ones touch no memory but
             that of the operands.
     """
-    refuse_forward_mode("linear_grouped", (x,))  # before its rows are sorted
+    # Before rows are sorted, by a function that has no derivative in forward mode either.
+    refuse_forward_mode("linear_grouped", (x, bias, lora_a, lora_b, lora_scaling))
     x = checked_input(x, q, 3)
     *experts, N, K = q.shape
     if (offsets is None) == (adapter_index is None):

@@ -216,10 +216,10 @@ def quantize_model(
 ) -> nn.Module:
     """Replace every `nn.Linear` in a model, in place, by a `Linear4bit` over its quantized weight.
 
-    These layers are not quantized: subclasses of nn.Linear, except for those that only spell its forward pass in
-    another way, as Falcon's does; layers that share their weight with a module that is not quantized, such as an output
-    layer tied to the embedding; layers that a model of transformers keeps in fp32 (T5 casts its input to the weight's
-    dtype); and routers, which choose experts, with the linear layers in them.
+    These layers are not quantized: subclasses of nn.Linear, but for Falcon's, which computes the same; layers that
+    share their weight with a module that is not quantized, such as an output layer tied to the embedding; layers that a
+    model of transformers keeps in fp32 (T5 casts its input to the weight's dtype); and routers, which choose experts,
+    with the linear layers in them.
 
     A model may have adapters of PEFT. They stay as they are, the layers below them are quantized, and LoRA is fused as
     if the model had been quantized first. Modules in `modules_to_save`, and embeddings below an adapter, stay too.

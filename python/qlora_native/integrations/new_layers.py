@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -108,11 +108,18 @@ def _check_keys(unexpected: Iterable[str]) -> None:
         )
 
 
+# HfQuantizer has no method that is called when the files have been read and missing weights have no values yet, so a
+# function of transformers itself is extended.
+if not hasattr(PreTrainedModel, "_finalize_model_loading"):
+    raise ImportError(
+        f"qlora_native: expected a transformers with PreTrainedModel._finalize_model_loading, got {__version__}, which "
+        "may be newer than this qlora_native supports: pip install --upgrade qlora_native"
+    )
 _finalize_model_loading = PreTrainedModel._finalize_model_loading
 
 
 def _finalize(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
-    """transformers' function, which it calls when files have been read, and missing weights have no values yet."""
+    """Check what was found in the files, and restore layers that they lack, before transformers goes on."""
     config = getattr(load_config.hf_quantizer, "quantization_config", None)
     if isinstance(config, BitsAndBytesConfig):
         check_devices(load_config.device_map)
