@@ -60,7 +60,7 @@ class Adapter:
         tensors = read_tensors(weights)
         self.model = resized(base, tensors)
         layers = layers_over(self.model, known)
-        self._collect(layers, assign(layers, tensors))
+        self._collect(layers, assign(layers, tensors, self.model.input_embeddings() is not None))
         for name in sorted(self.model.names() - set(self.replaced)):
             if self.model.shape(name) != base.shape(name):
                 raise bad("adapter", "all tensors that have a row for each token of its vocabulary", f"no {name}")
