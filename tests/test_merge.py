@@ -329,6 +329,8 @@ def rename(folder, old, new):
         (lambda f: edit(f, peft_type="LOKR"), "peft_type: expected one of LORA, LOHA, IA3, TRAINABLE_TOKENS, got LOKR"),
         (lambda f: edit(f, use_qalora=True), "use_qalora: expected none, as it cannot be merged here, got True"),
         (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "init_lora_weights: expected one that leaves the base"),
+        (lambda f: edit(f, init_lora_weights="OLoRA"), "init_lora_weights: expected one that leaves the base"),
+        (lambda f: edit(f, init_lora_weights="loftq"), "init_lora_weights: expected one that leaves the base"),
         (
             lambda f: rename(f, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
             "base has and adapter_config.json adapts, got model",

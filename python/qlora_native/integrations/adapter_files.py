@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = frozenset(
     "qalora_group_size rank_dropout revision runtime_config task_type use_effective_conv2d".split()
 )
 # Values of init_lora_weights with which PEFT changed the base weight before it trained.
-_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
+_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 PREFIX = "base_model.model."
 
 
@@ -61,7 +61,7 @@ def peft_config(config: dict[str, Any]) -> PeftConfig:
         if config[name] is True or (isinstance(config[name], dict) and config[name]):
             raise bad(f"adapter_config.json: {name}", "no option that the installed PEFT does not know", config[name])
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
         raise bad("adapter_config.json: init_lora_weights", "one that leaves the base weight as it is", start)
     used = {name: config[name] for name in fields if name in _USED and name in config}
     for name in ("alpha", "lora_alpha"):
