@@ -196,6 +196,25 @@ def test_adapted_embedding_has_the_name_of_older_versions_of_peft(bases, tmp_pat
     check_same(tmp_path / "out", "llama", expected)
 
 
+def test_magnitude_has_the_name_of_other_versions_of_peft(bases, tmp_path):
+    expected, _ = adapter_of(bases("llama"), "llama", lora(use_dora=True), tmp_path / "adapter")
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.endswith("lora_magnitude_vector")]:
+            tensors[f"{name}.weight"] = tensors.pop(name)
+
+    change(tmp_path / "adapter", rename)
+    convert(bases("llama"), tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    check_same(tmp_path / "out", "llama", expected)
+
+
+def test_layers_that_peft_leaves_are_named(bases, tmp_path):
+    """PEFT's own merge has no lm_head.weight then."""
+    config = lora(trainable_token_indices=[3], modules_to_save=["lm_head"])
+    peft.get_peft_model(models.load(bases("tied")), config).save_pretrained(tmp_path / "adapter")
+    refused(bases("tied"), tmp_path, "expected a model that PEFT can merge, got lm_head.weight, which PEFT leaves")
+
+
 def test_model_without_embeddings_of_tokens_is_merged(tmp_path):
     """PEFT looks for embeddings that it should save, and transformers raises an error where there are none."""
     config = transformers.Wav2Vec2Config(

@@ -186,8 +186,9 @@ def assign(layers: nn.Module, tensors: dict[str, Tensor], has_embeddings: bool) 
     known = base | saved
     values: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        # Older versions of PEFT call an adapted embedding `a.weight`, and a magnitude `a.lora_magnitude_vector`.
-        names = (name, f"{name}.weight", f"{name.removesuffix('weight')}base_layer.weight")
+        # Other versions of PEFT write `a.weight` of an adapted embedding, and `a.lora_magnitude_vector.weight`.
+        path = name.removesuffix(".weight")
+        names = (name, path, f"{path}.base_layer.weight")
         expected = next((known[each] for each in names if each in known), None)
         if expected is None:
             raise bad("adapter", "tensors of layers that the base has and adapter_config.json adapts", name)
