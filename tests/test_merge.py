@@ -310,6 +310,17 @@ def test_tensor_that_belongs_to_a_weight_is_refused(bases, name, tmp_path):
         convert(base, tmp_path / "out", progress=False)
 
 
+def test_scale_of_a_weight_that_has_another_name_in_the_files_is_refused(bases, tmp_path):
+    """Files of GPT-2 leave out "transformer."."""
+    base, name = tmp_path / "base", "h.1.mlp.c_fc.weight_scale"
+    base.mkdir()
+    (base / "config.json").write_text((bases["gpt2"] / "config.json").read_text())
+    state = {key.removeprefix("transformer."): tensor for key, tensor in tensors_of(bases["gpt2"]).items()}
+    save_file({**state, name: torch.rand(1)}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor that a GPT2LMHeadModel has"):
+        convert(base, tmp_path / "out", progress=False)
+
+
 # ---- what cannot be merged -------------------------------------------------------------------------------------------
 
 

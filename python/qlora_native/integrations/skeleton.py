@@ -226,28 +226,13 @@ class Skeleton:
         if missing := sorted(self.needed(there) - there):
             more = f", and {len(missing) - 1} more are missing" if missing[1:] else ""
             raise bad(str(checkpoint.folder), f"all tensors of a {self.architecture}", f"no {missing[0]}{more}")
-        of_weights = self._of_weights(self._reported(set(), others)[1])
-        self.unread = sorted(file_names[own] for own in others - of_weights)
-        unknown = [file_names[own] for own in of_weights] + [name for name in self.unread if checkpoint.quantized(name)]
+        reported = {file_names[own] for own in self._reported(set(), others)[1]}
+        unread = {file_names[own] for own in others}
+        self.unread = sorted(unread - _belonging(reported, set(file_names.values()) - unread))
+        unknown = unread.difference(self.unread) | {name for name in self.unread if checkpoint.quantized(name)}
         if unknown:
             raise bad(checkpoint.describe(min(unknown)), f"a tensor that a {self.architecture} has", "another")
         return there
-
-    def _of_weights(self, names: set[str]) -> set[str]:
-        """Those of the `names`, which the model lacks, that say something of a weight that it has, as scales do.
-
-        Such a name begins with that of a tensor, or with the path of a module that has tensors and no module below it
-        that has: `q_proj.weight_scale`, `experts.0.up_proj.weight_scale_inv`, `experts.down_proj_scales`. Other names
-        are of parts that the class lacks, such as another head.
-        """
-        owners = {name.rpartition(".")[0] for name in self._state}
-        leaves = owners - {path[:end] for path in owners for end in _ends(path, ".")}
-        return {
-            name
-            for name in names
-            if any(name[:end] in self._state for end in _ends(name, "._"))
-            or any(name[:end] in leaves for end in _ends(name, "."))
-        }
 
     def _reported(self, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
         """Those of the missing and of the unexpected tensors that transformers would report when it loads the files."""
@@ -312,6 +297,23 @@ class Skeleton:
     def module(self, path: str) -> nn.Module:
         """The module at `path`, without values."""
         return self._model.get_submodule(path)
+
+
+def _belonging(names: set[str], tensors: set[str]) -> set[str]:
+    """Those of the `names` that say something of one of the other `tensors` of the files, as scales do.
+
+    Such a name begins with that of a tensor, or with the path of a module that has tensors and no module below it that
+    has: `q_proj.weight_scale`, `q_proj.bias`, `experts.down_proj_scales`. Other names are of parts that the model's
+    class lacks, such as another head.
+    """
+    owners = {name.rpartition(".")[0] for name in tensors}
+    leaves = owners - {path[:end] for path in owners for end in _ends(path, ".")}
+    return {
+        name
+        for name in names
+        if any(name[:end] in tensors for end in _ends(name, "._"))
+        or any(name[:end] in leaves for end in _ends(name, "."))
+    }
 
 
 def _ends(name: str, separators: str) -> list[int]:
