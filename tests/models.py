@@ -7,7 +7,7 @@ from qlora_native.nn import Linear4bit
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 
 VOCABULARY = 128
-AUTO = {"t5": transformers.AutoModelForSeq2SeqLM}
+AUTO = dict.fromkeys(("t5", "bart"), transformers.AutoModelForSeq2SeqLM)
 
 
 def make(family, dtype=torch.float32, layers=2, width=96, inner=72):

@@ -392,9 +392,9 @@ def test_damage_of_an_adapter_is_named_in_the_error(copies, damage, message):
 
 
 def test_layer_that_the_model_lacks_is_named_in_the_error(copies):
-    """It may be of another model, or belong to weights that are read, as scales do."""
+    """The files may have more than config.json describes; what is merged must be the model's."""
     edit(copies / "one/config.json", lambda config: config.update(num_hidden_layers=0, layer_types=[]))
-    message = "/model.safetensors: model.layers.0.input_layernorm.weight: expected a tensor that a LlamaForCausalLM has"
+    message = "adapter_config.json: expected a config that PEFT can use over this base, got something else (Target"
     check_refused(copies, message, "merge", "--base", copies / "one", "--adapter", copies / "adapter")
 
 

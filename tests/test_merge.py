@@ -268,6 +268,59 @@ def test_tensor_that_transformers_does_not_read_is_named_and_copied(bases, to, t
     assert torch.equal(tensors_of(tmp_path / "out")[name], buffer)
 
 
+OTHER_HEADS = [
+    # The files of BERT have another output layer and a pooler, which the class for masked words lacks.
+    ("bert", ["cls.seq_relationship.weight", "bert.pooler.dense.weight", "bert.pooler.dense.bias"]),
+    ("llama", ["v_head.summary.weight", "score.weight", "model.layers.2.mlp.up_proj.weight"]),
+    ("gpt2", ["transformer.h.0.attn.masked_bias"]),
+]
+
+
+@pytest.mark.parametrize(("family", "names"), OTHER_HEADS)
+def test_parts_that_the_class_lacks_are_named_and_copied(bases, family, names, tmp_path):
+    """transformers reads such files with a warning."""
+    if family == "bert":
+        config = transformers.BertConfig(
+            vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+        )
+        transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    added = {name: torch.rand(2, 64) for name in names}
+    base = changed(tmp_path / "bert" if family == "bert" else bases[family], tmp_path / "base", **added)
+    report = convert(base, tmp_path / "out", progress=False)
+    assert f"{len(names)} tensors that transformers does not read were copied as they are: {min(names)}" in str(report)
+    before, after = (tensors_of(folder) for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.self_attn.q_proj.weight.scale",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "model.norm.weight_scale",
+        "lm_head.SCB",
+    ],
+)
+def test_tensor_that_belongs_to_a_weight_is_refused(bases, name, tmp_path):
+    """Without it the weight is another one."""
+    base = changed(bases["llama"], tmp_path / "base", **{name: torch.rand(1)})
+    with pytest.raises(ValueError, match=f"base/model.safetensors: {name}: expected a tensor that a LlamaForCausalLM"):
+        convert(base, tmp_path / "out", progress=False)
+
+
+def test_scale_of_a_weight_that_has_another_name_in_the_files_is_refused(bases, tmp_path):
+    """Files of GPT-2 leave out "transformer."."""
+    base, name = tmp_path / "base", "h.1.mlp.c_fc.weight_scale"
+    base.mkdir()
+    (base / "config.json").write_text((bases["gpt2"] / "config.json").read_text())
+    state = {key.removeprefix("transformer."): tensor for key, tensor in tensors_of(bases["gpt2"]).items()}
+    save_file({**state, name: torch.rand(1)}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor that a GPT2LMHeadModel has"):
+        convert(base, tmp_path / "out", progress=False)
+
+
 # ---- what cannot be merged -------------------------------------------------------------------------------------------
 
 
@@ -287,6 +340,8 @@ def rename(folder, old, new):
         (lambda f: edit(f, peft_type="LOKR"), "peft_type: expected one of LORA, LOHA, IA3, TRAINABLE_TOKENS, got LOKR"),
         (lambda f: edit(f, use_qalora=True), "use_qalora: expected none, as it cannot be merged here, got True"),
         (lambda f: edit(f, init_lora_weights="pissa_niter_4"), "init_lora_weights: expected one that leaves the base"),
+        (lambda f: edit(f, init_lora_weights="OLoRA"), "init_lora_weights: expected one that leaves the base"),
+        (lambda f: edit(f, init_lora_weights="loftq"), "init_lora_weights: expected one that leaves the base"),
         (
             lambda f: rename(f, "layers.1.mlp.up_proj", "layers.7.mlp.up_proj"),
             "base has and adapter_config.json adapts, got model",

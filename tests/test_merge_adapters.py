@@ -1,6 +1,7 @@
 """Guards what `python -m qlora_native merge` makes of each kind of adapter: what PEFT makes of the model in memory."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -29,10 +30,26 @@ def tied_llama():
     return model
 
 
+def bart():
+    """A model with four names for one tensor."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=models.VOCABULARY,
+        d_model=64,
+        max_position_embeddings=32,
+        decoder_start_token_id=0,
+        **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 72 for part in ("encoder", "decoder")},
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
 MAKE = {
     "tied": tied_llama,
     **{family: lambda family=family: models.make(family) for family in ("llama", "gpt-neox", "t5", "gpt2")},
     **{family: lambda family=family: moe.make(family) for family in moe.FAMILIES},
+    "bart": bart,
 }
 
 
@@ -102,6 +119,8 @@ KINDS = [
     ("tied", lambda: lora(modules_to_save=["lm_head", "embed_tokens"])),
     ("tied", lambda: lora(modules_to_save=["embed_tokens"], target_modules=["lm_head"])),
     ("gpt2", lambda: lora(target_modules=["c_attn"], modules_to_save=["wte"])),
+    ("bart", lambda: lora(modules_to_save=["lm_head"])),
+    ("bart", lambda: lora(modules_to_save=["shared"])),
     *((family, lambda: lora(target_parameters=EXPERTS)) for family in moe.FAMILIES if family not in ("llama4",)),
     ("llama4", lambda: lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
     ("qwen3-moe", lambda: lora(target_parameters=["experts.down_proj", "gate.weight"], alpha_pattern={"experts": 3})),
@@ -152,6 +171,71 @@ def test_base_whose_files_untie_it_is_merged_as_peft_merges_it(bases, tmp_path):
     convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
     merged = check_same(tmp_path / "out", "llama", expected)
     torch.testing.assert_close(models.logits(merged), trained, rtol=1e-3, atol=1e-4)
+
+
+def test_files_that_have_a_tied_tensor_twice_get_its_new_value_twice(bases, tmp_path):
+    base, head = shutil.copytree(bases("tied"), tmp_path / "base"), "lm_head.weight"
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    path = base / index["weight_map"]["model.embed_tokens.weight"]
+    state = load_file(path)
+    save_file({**state, head: state["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    index["weight_map"][head] = path.name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    expected, trained = adapter_of(base, "tied", config, tmp_path / "adapter")
+    convert(base, tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    merged = check_same(tmp_path / "out", "tied", expected)
+    torch.testing.assert_close(models.logits(merged), trained, rtol=1e-3, atol=1e-4)
+
+
+def test_adapted_embedding_has_the_name_of_older_versions_of_peft(bases, tmp_path):
+    expected, _ = adapter_of(bases("llama"), "llama", lora(target_modules=["embed_tokens"]), tmp_path / "adapter")
+    new, old = (f"base_model.model.model.embed_tokens.{name}" for name in ("base_layer.weight", "weight"))
+    change(tmp_path / "adapter", lambda tensors: tensors.update({old: tensors.pop(new)}))
+    convert(bases("llama"), tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    check_same(tmp_path / "out", "llama", expected)
+
+
+def test_magnitude_has_the_name_of_other_versions_of_peft(bases, tmp_path):
+    expected, _ = adapter_of(bases("llama"), "llama", lora(use_dora=True), tmp_path / "adapter")
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.endswith("lora_magnitude_vector")]:
+            tensors[f"{name}.weight"] = tensors.pop(name)
+
+    change(tmp_path / "adapter", rename)
+    convert(bases("llama"), tmp_path / "out", tmp_path / "adapter", "fp32", progress=False)
+    check_same(tmp_path / "out", "llama", expected)
+
+
+def test_layers_that_peft_leaves_are_named(bases, tmp_path):
+    """PEFT's own merge has no lm_head.weight then."""
+    config = lora(trainable_token_indices=[3], modules_to_save=["lm_head"])
+    peft.get_peft_model(models.load(bases("tied")), config).save_pretrained(tmp_path / "adapter")
+    refused(bases("tied"), tmp_path, "expected a model that PEFT can merge, got lm_head.weight, which PEFT leaves")
+
+
+def test_model_without_embeddings_of_tokens_is_merged(tmp_path):
+    """PEFT looks for embeddings that it should save, and transformers raises an error where there are none."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=72,
+        conv_dim=(32,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        vocab_size=32,
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "base")
+    model = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, lora())
+    model.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "base", tmp_path / "out", tmp_path / "adapter", progress=False)
+    merged = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, **CLOSE)
 
 
 def test_vocabulary_of_half_a_model_is_named_in_the_error(bases, tmp_path):

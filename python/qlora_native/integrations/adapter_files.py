@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = frozenset(
     "qalora_group_size rank_dropout revision runtime_config task_type use_effective_conv2d".split()
 )
 # Values of init_lora_weights with which PEFT changed the base weight before it trained.
-_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
+_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 PREFIX = "base_model.model."
 
 
@@ -61,7 +61,7 @@ def peft_config(config: dict[str, Any]) -> PeftConfig:
         if config[name] is True or (isinstance(config[name], dict) and config[name]):
             raise bad(f"adapter_config.json: {name}", "no option that the installed PEFT does not know", config[name])
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
         raise bad("adapter_config.json: init_lora_weights", "one that leaves the base weight as it is", start)
     used = {name: config[name] for name in fields if name in _USED and name in config}
     for name in ("alpha", "lora_alpha"):
@@ -157,11 +157,16 @@ def layers_over(model: Skeleton, config: PeftConfig) -> nn.Module:
         raise _refused(error) from error
 
 
-def assign(layers: nn.Module, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+def assign(layers: nn.Module, tensors: dict[str, Tensor], has_embeddings: bool) -> dict[int, Tensor]:
     """Find out which of PEFT's tensors each tensor of the file is: {id of PEFT's: value}.
 
     PEFT passes over what it has no tensor for, and leaves at its initial values what the file does not have. Here
     either is an error. A file may have tensors of the base too, such as embeddings of another vocabulary.
+
+    Args:
+        layers: PEFT's model, without values.
+        tensors: what `read_tensors` has read.
+        has_embeddings: whether the base has input embeddings, which PEFT may save beside the adapter.
 
     Raises:
         ValueError: a tensor is missing or left over, or has another shape.
@@ -174,14 +179,17 @@ def assign(layers: nn.Module, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
                 layers, state_dict=state, save_embedding_layers=embeddings
             ).items()
         }
-        for embeddings in (False, True)
+        for embeddings in (False, has_embeddings)
     )
     own = {id(tensor) for tensor in needed.values()}
     base = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if id(tensor) not in own}
     known = base | saved
     values: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
-        expected = known.get(name, known.get(f"{name}.weight"))  # of a magnitude there are both names
+        # Other versions of PEFT write `a.weight` of an adapted embedding, and `a.lora_magnitude_vector.weight`.
+        path = name.removesuffix(".weight")
+        names = (name, path, f"{path}.base_layer.weight")
+        expected = next((known[each] for each in names if each in known), None)
         if expected is None:
             raise bad("adapter", "tensors of layers that the base has and adapter_config.json adapts", name)
         if tensor.shape != expected.shape:

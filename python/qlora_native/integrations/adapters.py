@@ -60,7 +60,7 @@ class Adapter:
         tensors = read_tensors(weights)
         self.model = resized(base, tensors)
         layers = layers_over(self.model, known)
-        self._collect(layers, assign(layers, tensors))
+        self._collect(layers, assign(layers, tensors, self.model.input_embeddings() is not None))
         for name in sorted(self.model.names() - set(self.replaced)):
             if self.model.shape(name) != base.shape(name):
                 raise bad("adapter", "all tensors that have a row for each token of its vocabulary", f"no {name}")
@@ -73,6 +73,9 @@ class Adapter:
         Args:
             layers: PEFT's model.
             values: {id of one of its tensors: the value that the file has for it}.
+
+        Raises:
+            ValueError: PEFT leaves one of its layers, as it does if trained tokens stand over modules_to_save.
         """
         changes: dict[int, list[tuple[str, Change]]] = {}
         for name, layer in layers.named_modules():
@@ -83,6 +86,8 @@ class Adapter:
                     changes.setdefault(id(below), []).append((f"{path}.{parameter}", change))
         merged = layers.unload().state_dict(keep_vars=True)
         self._ids = {name: id(tensor) for name, tensor in merged.items()}  # which tied tensors share
+        if left := sorted(self.model.names() - self._ids.keys()):
+            raise bad("adapter", "a model that PEFT can merge", f"{left[0]}, which PEFT leaves under several layers")
         self.changes = {name: changes[key] for name, key in self._ids.items() if key in changes}
         self.replaced = {name: values[key] for name, key in self._ids.items() if key in values}
         self.names = {*self.changes, *self.replaced}

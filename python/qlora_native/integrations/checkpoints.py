@@ -248,8 +248,12 @@ def write_shards(folder: Path, shards: Iterator[tuple[str, dict[str, Tensor]]]) 
     weight_map: dict[str, str] = {}
     total = 0
     for file, tensors in shards:
+        first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+        own = {  # safetensors refuses tensors that share memory, as those do that an adapter has replaced together
+            name: tensor if first[tensor.data_ptr()] == name else tensor.clone() for name, tensor in tensors.items()
+        }
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(own, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file}: cannot be written: {error}") from None
         weight_map.update(dict.fromkeys(tensors, file))

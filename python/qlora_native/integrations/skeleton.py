@@ -208,7 +208,7 @@ class Skeleton:
 
         Raises:
             ValueError: a tensor is missing, occurs twice, has another shape or a dtype that says that it is quantized,
-                or is none of the model.
+                or belongs to a weight of the model that is read without it.
         """
         file_names: dict[str, str] = {}
         there: set[str] = set()
@@ -223,12 +223,13 @@ class Skeleton:
                 self._check_tensor(checkpoint, name, self._state[min(made)].dtype)
             else:
                 others.add(own)
-        unexpected = self._reported(set(), others)[1]
         if missing := sorted(self.needed(there) - there):
             more = f", and {len(missing) - 1} more are missing" if missing[1:] else ""
             raise bad(str(checkpoint.folder), f"all tensors of a {self.architecture}", f"no {missing[0]}{more}")
-        self.unread = sorted(file_names[own] for own in others.difference(unexpected))
-        unknown = [file_names[own] for own in unexpected] + [name for name in self.unread if checkpoint.quantized(name)]
+        reported = {file_names[own] for own in self._reported(set(), others)[1]}
+        unread = {file_names[own] for own in others}
+        self.unread = sorted(unread - _belonging(reported, set(file_names.values()) - unread))
+        unknown = unread.difference(self.unread) | {name for name in self.unread if checkpoint.quantized(name)}
         if unknown:
             raise bad(checkpoint.describe(min(unknown)), f"a tensor that a {self.architecture} has", "another")
         return there
@@ -296,6 +297,28 @@ class Skeleton:
     def module(self, path: str) -> nn.Module:
         """The module at `path`, without values."""
         return self._model.get_submodule(path)
+
+
+def _belonging(names: set[str], tensors: set[str]) -> set[str]:
+    """Those of the `names` that say something of one of the other `tensors` of the files, as scales do.
+
+    Such a name begins with that of a tensor, or with the path of a module that has tensors and no module below it that
+    has: `q_proj.weight_scale`, `q_proj.bias`, `experts.down_proj_scales`. Other names are of parts that the model's
+    class lacks, such as another head.
+    """
+    owners = {name.rpartition(".")[0] for name in tensors}
+    leaves = owners - {path[:end] for path in owners for end in _ends(path, ".")}
+    return {
+        name
+        for name in names
+        if any(name[:end] in tensors for end in _ends(name, "._"))
+        or any(name[:end] in leaves for end in _ends(name, "."))
+    }
+
+
+def _ends(name: str, separators: str) -> list[int]:
+    """Where the beginnings of a name end, each before a separator."""
+    return [end for end, character in enumerate(name) if character in separators]
 
 
 def _name(dtype: torch.dtype) -> str:
