@@ -138,7 +138,7 @@ def test_format_beside_that_of_the_files_is_named_in_the_error(folder):
     assert "--format: expected nf4, which the files of --model have, got fp4" in shown.stderr
 
 
-def test_weight_with_a_scale_beside_it_is_not_trained(folder, tmp_path):
+def test_weight_with_a_scale_beside_it_is_refused(folder, tmp_path):
     """Codes in FP8 whose config does not say so: transformers casts them, and leaves the scales out."""
     base = shutil.copytree(folder / "model", tmp_path / "fp8")
     state = load_file(base / "model.safetensors")
