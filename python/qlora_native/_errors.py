@@ -32,6 +32,11 @@ def is_finite_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in files and errors: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_float_dtype(argument: str, dtype: Any) -> None:
     """Raise TypeError unless `dtype` is fp32, bf16 or fp16."""
     if dtype not in FLOAT_DTYPES:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import FLOAT_DTYPES, bad, bad_type
+from ._errors import FLOAT_DTYPES, bad, bad_type, dtype_name
 from ._json import parse_object
 
 FORMATS = ("nf4", "fp4")  # those that bitsandbytes has in files
@@ -51,7 +51,7 @@ def read_quant_state(key: str, packed: Tensor, nested: bool) -> dict[str, Any]:
         raise bad(f"{key}: shape", "[N, K] or [E, N, K] of at least 1 and fewer than 2^60 elements", shape)
     if state["quant_type"] not in FORMATS:
         raise bad(f"{key}: quant_type", "nf4 or fp4", repr(state["quant_type"]))
-    if state["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]:
+    if state["dtype"] not in list(map(dtype_name, FLOAT_DTYPES)):
         raise bad(f"{key}: dtype", "float32, bfloat16 or float16", repr(state["dtype"]))
     if nested:
         if state.get("nested_blocksize") != NESTED_BLOCKSIZE:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
-from ._errors import bad, bad_type, check_blocksize, check_float_dtype, check_memory
+from ._errors import bad, bad_type, check_blocksize, check_float_dtype, check_memory, dtype_name
 from ._formats import CODEBOOKS, ceil_div, check_format, codes_shape
 from ._microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
 from ._quant_state import NESTED_BLOCKSIZE, bytes_of, read_quant_state
@@ -313,7 +313,7 @@ class QuantizedWeight:
         state: dict[str, Any] = {
             "quant_type": self.format,
             "blocksize": self.blocksize,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": list(self.shape),
         }
         if transposed:

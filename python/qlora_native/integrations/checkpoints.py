@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._errors import bad
+from .._errors import bad, dtype_name
 from .._json import parse_object
 from .._quant_state import QUANT_STATE, STATE_SUFFIXES, read_quant_state
 from .._weight import QuantizedWeight
@@ -224,7 +224,7 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         lost = tensor[made.isinf() & tensor.isfinite()]
         if len(lost):
             larger = "fp32" if dtype == torch.bfloat16 else "bf16 or fp32"
-            largest = f"values of at most {torch.finfo(dtype).max:g}, as {str(dtype).removeprefix('torch.')} has"
+            largest = f"values of at most {torch.finfo(dtype).max:g}, as {dtype_name(dtype)} has"
             raise bad(name, f"{largest} (convert to {larger})", f"{lost[0].item():g}")
     return made
 

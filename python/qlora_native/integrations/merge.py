@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._errors import bad, check_blocksize
+from .._errors import bad, check_blocksize, dtype_name
 from .._progress import Progress
 from . import compressed_tensors
 from ._report import Report
@@ -112,7 +112,7 @@ def convert(
         if conversion.format is not None:
             config["quantization_config"] = conversion.quantization_config()
         elif conversion.dtype is not None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = _name(conversion.dtype)
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(conversion.dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     conversion.note_dtypes()
     return conversion.report
@@ -284,10 +284,6 @@ class _Conversion:
         return self.format, self.blocksize, self.double_quant and not self.packed
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _counts(dtypes: Counter[torch.dtype]) -> str:
     """ "bfloat16 (290 tensors), float32 (2)"."""
-    return ", ".join(f"{_name(dtype)} ({count:,})" for dtype, count in dtypes.most_common() if count)
+    return ", ".join(f"{dtype_name(dtype)} ({count:,})" for dtype, count in dtypes.most_common() if count)

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from .._errors import FLOAT_DTYPES, bad
+from .._errors import FLOAT_DTYPES, bad, dtype_name
 from .checkpoints import Checkpoint
 from .experts import find_experts
 from .transformers import modules_to_quantize
@@ -103,7 +103,7 @@ class Skeleton:
             text = " ".join(str(error).split())
             raise bad(str(path), f"the config of a {self.architecture}", f"something else ({text})") from error
         if self.dtype not in FLOAT_DTYPES:
-            raise bad(f"{path}: dtype", "float32, bfloat16 or float16", _name(self.dtype))
+            raise bad(f"{path}: dtype", "float32, bfloat16 or float16", dtype_name(self.dtype))
         self.unread: list[str] = []
 
     def _make(self, model_class: type[nn.Module], config: Any) -> None:
@@ -260,9 +260,9 @@ class Skeleton:
         if dtype.is_floating_point:
             fits, kind = stored in FLOAT_DTYPES or stored == dtype, "float32, bfloat16 or float16"
         else:
-            fits, kind = not stored.is_floating_point and stored.is_complex == dtype.is_complex, _name(dtype)
+            fits, kind = not stored.is_floating_point and stored.is_complex == dtype.is_complex, dtype_name(dtype)
         if not fits:
-            raise bad(checkpoint.describe(name), kind, f"{_name(stored)}, which has another meaning in the files")
+            raise bad(checkpoint.describe(name), kind, f"{dtype_name(stored)}, which has another meaning in the files")
 
     def note_of_unread(self, done: str) -> list[str]:
         """A sentence about the tensors that transformers does not read, or nothing. `done` is what became of them."""
@@ -319,7 +319,3 @@ def _belonging(names: set[str], tensors: set[str]) -> set[str]:
 def _ends(name: str, separators: str) -> list[int]:
     """Where the beginnings of a name end, each before a separator."""
     return [end for end, character in enumerate(name) if character in separators]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

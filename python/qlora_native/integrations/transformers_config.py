@@ -21,7 +21,7 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils import is_bitsandbytes_available
 
-from .._errors import bad, bad_type, check_float_dtype, chosen_blocksize
+from .._errors import bad, bad_type, check_float_dtype, chosen_blocksize, dtype_name
 from .._layer import QuantizedLayer
 from .._microscaling import MICROSCALED
 
@@ -124,7 +124,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         """
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
         if self.product_dtype is None and self.layers_dtype is not None:
-            fields["bnb_4bit_compute_dtype"] = str(self.layers_dtype).removeprefix("torch.")
+            fields["bnb_4bit_compute_dtype"] = dtype_name(self.layers_dtype)
         if not set(self.formats) <= set(FILE_FORMATS):
             fields |= {"quant_method": METHOD, "bnb_4bit_quant_type": list(self.formats)}
         return {name: value for name, value in fields.items() if name not in _NOT_IN_FILES}
