@@ -16,21 +16,10 @@ import torch as _torch  # before _C: it loads the library that _C links
 if tuple(map(int, _torch.__version__.split(".")[:2])) < (2, 10):
     raise ImportError(f'qlora_native needs torch 2.10 or later, got {_torch.__version__}: pip install "torch>=2.10"')
 
-import sys as _sys
-
-from . import _C
+from . import _C, functional, nn, optim
 from ._core import flops as _flops  # noqa: F401  (_flops registers formulas)
-from ._core import linear as functional
-from ._core.linear import dequantize, linear, quantize
 from ._core.weight import QuantizedWeight
-
-_sys.modules["qlora_native.functional"] = functional
-
-from ._layers import linear as nn  # noqa: E402
-
-_sys.modules["qlora_native.nn"] = nn
-
-from . import optim  # noqa: E402
+from .functional import dequantize, linear, quantize
 
 __version__ = _C.version()
 __all__ = ["QuantizedWeight", "__version__", "dequantize", "functional", "linear", "nn", "optim", "quantize"]

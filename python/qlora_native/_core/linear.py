@@ -1,7 +1,4 @@
-"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product.
-
-Also what a language model computes around its products: attention, gated activations, norms, embeddings and the loss.
-"""
+"""Quantize a weight, decode it, and multiply by it with a LoRA adapter inside the same product."""
 
 from __future__ import annotations
 
@@ -12,31 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import attention
-from .elementwise import gated_activation, rms_norm
 from .errors import bad, bad_type, check_float_dtype, checks_memory, chosen_blocksize
 from .formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
 from .inputs import checked_bias, checked_input, checked_lora
-from .loss import linear_cross_entropy
 from .microscaling import MICROSCALED
 from .ops import linear_forward, refuse_forward_mode
 from .quant_state import NESTED_BLOCKSIZE
-from .rotary import rotary_embedding
 from .weight import QuantizedWeight, check_quantized
-
-__all__ = [
-    "QuantizedWeight",
-    "attention",
-    "dequantize",
-    "embedding",
-    "gated_activation",
-    "linear",
-    "linear_cross_entropy",
-    "linear_grouped",
-    "quantize",
-    "rms_norm",
-    "rotary_embedding",
-]
 
 
 @checks_memory

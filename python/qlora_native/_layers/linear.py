@@ -31,7 +31,6 @@ from .callbacks import (
 from .embedding import Embedding4bit, can_be_quantized
 from .experts import Experts4bit
 from .sizes import (
-    SizeReport,
     is_linear,
     linears_of_routers,
     note_reason,
@@ -39,8 +38,6 @@ from .sizes import (
     unquantized_parameters,
     why_nothing,
 )
-
-__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
 
 
 class Linear4bit(QuantizedLayer, nn.Linear):

@@ -1,0 +1,11 @@
+"""`Linear4bit`, an `nn.Linear` whose weight stays in 4 bits, and `quantize_model`, which puts it into a model.
+
+`Embedding4bit` and `Experts4bit` are the same for embeddings and for the experts of a mixture.
+"""
+
+from ._layers.embedding import Embedding4bit
+from ._layers.experts import Experts4bit
+from ._layers.linear import Linear4bit, quantize_model
+from ._layers.sizes import SizeReport, size_report
+
+__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "SizeReport", "quantize_model", "size_report"]
