@@ -161,8 +161,9 @@ format: $(stamp)-lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_files)
 
-docs: $(stamp)-package $(stamp)-finetune $(stamp)-test
-	$(python) tools/docs.py
+# Reads the docstrings from python/, so nothing is built.
+docs: $(stamp)-docs
+	$(python) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)
@@ -212,6 +213,10 @@ $(stamp)-wheels: pyproject.toml | $(stamp)-venv
 
 $(stamp)-sass: pyproject.toml | $(stamp)-venv
 	$(requirements) sass | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-docs: pyproject.toml | $(stamp)-venv
+	$(requirements) docs | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-lint: pyproject.toml | $(stamp)-venv
