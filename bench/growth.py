@@ -4,7 +4,7 @@
 
 It writes two tables. The first has products of M = 1 ... 4096 rows on one thread, on all threads, and on all beside a
 busy process that multiplies on as many threads. Contestants are ours, torch's dense product, and decode-then-dense (W
-is decoded whole and multiplied by torch), whose time a product may exceed by at most 5 % (cpp/src/cpu/way.h). The
+is decoded whole and multiplied by torch), whose time a product may exceed by at most 5 % (product/config.h). The
 second has a training step of SmolLM2 (step.py), ours and LoRA over bf16 weights: alone, beside the busy process, and
 beside two more processes that train the same way on the same cores.
 
