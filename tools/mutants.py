@@ -298,12 +298,12 @@ def main() -> int:
     known = last_report() if arguments.new else {}
     chosen = sample_of(everything) if arguments.sample else everything
     chosen = [mutant for mutant in chosen if arguments.only in str(mutant) and str(mutant) not in known]
-    survivors = []
-    for mutant, outcome in try_mutants(chosen, Tree(arguments.folder.resolve(), arguments.jobs)):
-        if outcome.noticed_by is None:
-            survivors.append(mutant)
+    results = []
+    for result in try_mutants(chosen, Tree(arguments.folder.resolve(), arguments.jobs)):
+        results.append(result)
         if arguments.output:
-            write_report(everything, [(mutant, outcome)])
+            write_report(everything, results)
+    survivors = [mutant for mutant, outcome in results if outcome.noticed_by is None]
     print(f"\n{len(chosen)} mutants: {len(chosen) - len(survivors)} noticed, {len(survivors)} not")
     for mutant in survivors:
         print(f"  survives, so that a test is missing: {mutant}")
