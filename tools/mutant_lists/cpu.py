@@ -7,7 +7,7 @@ PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/product/product_nn-inl.h", "cpp/src/cpu/pr
 PIPELINE = "cpp/src/cpu/product/panel_pipeline-inl.h"
 FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/product/forward_small_m-inl.h", "cpp/src/cpu/product/forward_tiles-inl.h"
 ROWS, SCALES, QUANTIZE = (
-    f"cpp/src/cpu/{name}-inl.h" for name in ("product/rows", "quantize/scales", "quantize/quantize")
+    f"cpp/src/cpu/{name}-inl.h" for name in ("quantize/quantized_rows", "quantize/scales", "quantize/quantize")
 )
 
 ON_CPU = [

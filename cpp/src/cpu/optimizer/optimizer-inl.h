@@ -10,7 +10,7 @@
 
 #include "cpu/optimizer/dynamic_map-inl.h"
 #include "cpu/optimizer/optimizer_step.h"
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
