@@ -143,7 +143,7 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
   // the results.
   const int own_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
   float* const absmax = item.absmax[own_moment] + block;
-  const float scale = *absmax * Rule::kept(c, own_moment);
+  const float scale = *absmax * Rule::decode_factor(c, own_moment);
   float kept[kMoments], param[kEight], grad[kEight], m[kMoments][kEight], most[kMoments] = {};
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void update_32bit(const Strided<Rule>& elements, cons
   for (int i = 0; i < kEight; ++i) {
     float moments[kMoments];
 #pragma unroll
-    for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::kept(c, k);
+    for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::decode_factor(c, k);
     param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
 #pragma unroll
     for (int k = 0; k < kMoments; ++k) m[k][i] = moments[k];

@@ -1,13 +1,13 @@
 // The products of linear.h in bfloat16 by tiles. A backend.cpp includes this file after a DotBf16 and a class Tiles.
 #pragma once
 
-#include "cpu/isa/backend_bf16-inl.h"
+#include "cpu/backend/backend_bf16-inl.h"
+#include "cpu/backend/isa.h"
 #include "cpu/product/backward-inl.h"
 #include "cpu/product/config.h"
 #include "cpu/product/forward_tiles-inl.h"
 #include "cpu/product/make_job-inl.h"
 #include "cpu/product/panels-inl.h"
-#include "cpu/runtime/isa.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {

@@ -1,11 +1,11 @@
 // The backend for Advanced SIMD with BF16: bfloat16 products in pairs, the rest as without.
 #define QLN_ISA neon_bf16
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/neon/dot_bf16.h"
 
-#include "cpu/isa/backend_bf16-inl.h"
+#include "cpu/backend/backend_bf16-inl.h"
 #include "cpu/product/linear-inl.h"
 
 namespace qlora_native {

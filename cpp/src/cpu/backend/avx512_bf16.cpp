@@ -2,14 +2,14 @@
 // without.
 #define QLN_ISA avx512_bf16
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/avx512/table_vbmi.h"
 
 #include "cpu/isa/avx512/dot_bf16.h"
 
-#include "cpu/isa/backend-inl.h"
-#include "cpu/isa/backend_bf16-inl.h"
+#include "cpu/backend/backend-inl.h"
+#include "cpu/backend/backend_bf16-inl.h"
 
 namespace qlora_native {
 

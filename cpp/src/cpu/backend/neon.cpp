@@ -1,11 +1,11 @@
 // The backend for Advanced SIMD without BF16.
 #define QLN_ISA neon
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/neon/simd.h"
 
-#include "cpu/isa/backend_f32-inl.h"
+#include "cpu/backend/backend_f32-inl.h"
 
 namespace qlora_native {
 

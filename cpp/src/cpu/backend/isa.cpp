@@ -1,4 +1,4 @@
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // The backend for AMX-BF16: bfloat16 products by tiles, the rest as with AVX-512 BF16.
 #define QLN_ISA amx_bf16
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/avx512/table_vbmi.h"
 
@@ -9,7 +9,7 @@
 
 #include "cpu/isa/amx/tile.h"
 
-#include "cpu/product/linear_tiled-inl.h"
+#include "cpu/backend/backend_tiled-inl.h"
 
 namespace qlora_native {
 

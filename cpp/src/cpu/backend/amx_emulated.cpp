@@ -2,13 +2,13 @@
 // choice of panels. Tiles multiply the few rows that vectors multiply on the processor.
 #define QLN_ISA amx_emulated
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/portable/dot_bf16.h"
 
 #include "cpu/isa/amx/tile_emulated.h"
 
-#include "cpu/product/linear_tiled-inl.h"
+#include "cpu/backend/backend_tiled-inl.h"
 
 namespace qlora_native {
 

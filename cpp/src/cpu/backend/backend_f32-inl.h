@@ -3,9 +3,9 @@
 
 #include "cpu/attention/attention_backward-inl.h"
 #include "cpu/attention/attention_forward-inl.h"
-#include "cpu/isa/backend-inl.h"
+#include "cpu/backend/backend-inl.h"
+#include "cpu/backend/isa.h"
 #include "cpu/quantize/quantize_microscaled.h"
-#include "cpu/runtime/isa.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {

@@ -1,11 +1,11 @@
 // The backend for AVX2.
 #define QLN_ISA avx2
 
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 #include "cpu/isa/avx2/simd.h"
 
-#include "cpu/isa/backend_f32-inl.h"
+#include "cpu/backend/backend_f32-inl.h"
 
 namespace qlora_native {
 

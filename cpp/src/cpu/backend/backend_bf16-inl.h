@@ -3,7 +3,7 @@
 
 #include "cpu/attention/attention_backward-inl.h"
 #include "cpu/attention/attention_forward-inl.h"
-#include "cpu/runtime/isa.h"
+#include "cpu/backend/isa.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
