@@ -16,10 +16,10 @@ class Suite:
 
 EMULATED = {"QLN_BACKEND": "cuda_emulated"}
 SUITES = {
-    "simt": Suite("qln_test_simt"),
+    "emulator": Suite("qln_test_emulator"),
     "product_config": Suite("qln_test_product_config"),
     "gemm_layout": Suite("qln_test_gemm_layout"),
-    "code_sums": Suite("qln_test_code_sums"),
+    "code_table": Suite("qln_test_code_table"),
     "nearest_codes": Suite("qln_test_nearest_codes"),
     "concurrent": Suite("qln_test_concurrent", EMULATED),
     "core_emulated": Suite("qln_test", EMULATED),

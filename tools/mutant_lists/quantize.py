@@ -25,18 +25,18 @@ QUANTIZERS = [
         ("nearest_codes",),
     ),
     Mutant(
-        "cuda/optimizer/code_sums.cuh",
+        "cuda/optimizer/code_table.cuh",
         "a tie takes the level above",
         "while (least(cell) > midpoints[code]) ++code;",
         "while (least(cell) >= midpoints[code]) ++code;",
-        ("code_sums",),
+        ("code_table",),
     ),
     Mutant(
-        "cuda/optimizer/code_sums.cuh",
+        "cuda/optimizer/code_table.cuh",
         "a midpoint carries one float too early",
         "(0xFFFFu - lower)",
         "(0x10000u - lower)",
-        ("code_sums",),
+        ("code_table",),
         in_sample=True,
     ),
     Mutant(
