@@ -1,19 +1,19 @@
-// Guards CodeSums, by which the CUDA kernels quantize an optimizer's moments: the codes agree with the midpoints of the
+// Guards CodeTable, by which the CUDA kernels quantize an optimizer's moments: the codes agree with the midpoints of the
 // map, for every float from half of the level nearest to 0 up to a rounding error beyond 1.
 #include <cmath>
 #include <cstdio>
 
-#include "optimizer/code_sums.cuh"
+#include "optimizer/code_table.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
 template <bool kSigned>
 std::int64_t wrong_codes(bool is_negative) {
-  static constexpr CodeSums<kSigned> kSums;
+  static constexpr CodeTable<kSigned> kSums;
   const std::array<float, 256>& map = kSigned ? kDynamicMap : kUnsignedDynamicMap;
   const auto midpoint = [&](int i) { return (double{map[i]} + double{map[i + 1]}) / 2.0; };
-  const auto first = std::bit_cast<std::uint32_t>(CodeSums<kSigned>::kSmallest / 2.0f);
+  const auto first = std::bit_cast<std::uint32_t>(CodeTable<kSigned>::kSmallest / 2.0f);
   const std::uint32_t last = std::bit_cast<std::uint32_t>(1.0f) + 4;
   std::int64_t wrong = 0;
   int expected = 0;
@@ -31,8 +31,8 @@ std::int64_t wrong_codes(bool is_negative) {
 
 int main() {
   using namespace qlora_native::cuda_emulated;
-  static constexpr CodeSums<true> kSigned;
-  static constexpr CodeSums<false> kUnsigned;
+  static constexpr CodeTable<true> kSigned;
+  static constexpr CodeTable<false> kUnsigned;
   std::int64_t wrong = wrong_codes<true>(false) + wrong_codes<true>(true) + wrong_codes<false>(false);
   for (const float t : {0.0f, -0.0f, 1e-45f, -1e-45f, 1e-20f, -1e-20f, NAN, -NAN}) {
     const auto code1 = code_in_byte_2(kSigned, t) >> 16 & 0xFF, code2 = code_in_byte_2(kUnsigned, t) >> 16 & 0xFF;

@@ -1,4 +1,4 @@
-// CodeSums quantizes the moments of an optimizer to a dynamic map.
+// CodeTable quantizes the moments of an optimizer to a dynamic map.
 #pragma once
 
 #include "common/codebook.h"
@@ -18,7 +18,7 @@ namespace qlora_native::QLN_CUDA {
 // carries into the code. For a negative number the complement of its bits is added, because that ascends with the
 // number.
 template <bool kSigned>
-struct CodeSums {
+struct CodeTable {
   // Numbers nearer to 0 than this count as this. It is nearer to 0 than the first midpoints, which are 1.6e-7 and, of
   // the signed map, 2.75e-7.
   static constexpr float kSmallest = 0x1p-23f;
@@ -28,7 +28,7 @@ struct CodeSums {
 
   std::uint32_t entries[(kSigned ? 2 : 1) * kCount];  // positive, then negative floats, away from 0
 
-  constexpr CodeSums() : entries{} {
+  constexpr CodeTable() : entries{} {
     const auto& midpoints = kSigned ? kDynamicMidpoints : kUnsignedDynamicMidpoints;
     for (std::uint32_t negative = 0; negative < (kSigned ? 2 : 1); ++negative) {
       const auto least = [&](std::uint32_t cell) {  // the least float of a cell
@@ -52,8 +52,8 @@ struct CodeSums {
 
 // Byte 2 of the result is the code of t, which lies in [-1, 1] up to a rounding error. NaN has the code of 0.
 template <bool kSigned>
-__device__ __forceinline__ std::uint32_t code_in_byte_2(const CodeSums<kSigned>& sums, float t) {
-  using Sums = CodeSums<kSigned>;
+__device__ __forceinline__ std::uint32_t code_in_byte_2(const CodeTable<kSigned>& sums, float t) {
+  using Sums = CodeTable<kSigned>;
   const auto bits = std::bit_cast<std::uint32_t>(fmaxf(kSigned ? fabsf(t) : t, Sums::kSmallest));
   // With a shift instead of pick_bytes(), the address would take three instructions.
   if constexpr (!kSigned) return sums.entries[pick_bytes(bits, 0, 0x4432) - Sums::kFirst] + bits;
