@@ -61,7 +61,7 @@ EMULATED = {"QLN_BACKEND": "cuda_emulated"}
 SUITES = {
     "product_config": Suite("qln_test_product_config", is_quick=True),
     "gemm_layout": Suite("qln_test_gemm_layout", is_quick=True),
-    "code_sums": Suite("qln_test_code_sums", is_quick=True),
+    "code_table": Suite("qln_test_code_table", is_quick=True),
     "nearest_codes": Suite("qln_test_nearest_codes", is_quick=True),
     "concurrent": Suite("qln_test_concurrent", EMULATED),
     "core_emulated": Suite("qln_test", EMULATED),
