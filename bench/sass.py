@@ -233,7 +233,7 @@ SHOWN = {
         },
         "decoding a panel": "panel_kernel<Bf16, 4>",
     },
-    ROOT / "cuda/product/hopper/README.md": {
+    ROOT / "cuda/product/wgmma/README.md": {
         f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
         for rows in (16, 32, 64, 128, 256)
         for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))

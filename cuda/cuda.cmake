@@ -39,9 +39,10 @@ if(qln_with_cuda)
   if(CCACHE_PROGRAM AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE_PROGRAM}")
   endif()
-  file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemm/*.cu cuda/quantize/*.cu cuda/loss/*.cu
-       cuda/elementwise/*.cu cuda/optimizer/*.cu)
-  list(APPEND qln_cuda_sources cuda/backend.cu cuda/availability.cu cuda/driver.cu cuda/memory.cu)
+  file(GLOB qln_cuda_sources CONFIGURE_DEPENDS cuda/product/*.cu cuda/product/gemv/*.cu cuda/product/gemm/*.cu
+       cuda/quantize/*.cu cuda/loss/*.cu cuda/elementwise/*.cu cuda/optimizer/*.cu)
+  list(APPEND qln_cuda_sources cuda/runtime/backend.cu cuda/runtime/availability.cu cuda/runtime/driver.cu
+       cuda/runtime/memory.cu)
   # The compiler must not contract a * b + c, as on the host (CMakeLists.txt): fma() is written where it is meant.
   set(qln_cuda_flags --fmad=false --expt-relaxed-constexpr --extended-lambda -Xcompiler=-Wall,-Wextra
                      -Xcompiler=-Wno-missing-field-initializers)
@@ -56,30 +57,30 @@ if(qln_with_cuda)
     set(qln_asked ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
   endif()
   if(qln_asked MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
-    add_library(qln_hopper OBJECT cuda/product/hopper/forward.cu cuda/product/hopper/backward.cu
-                                  cuda/product/hopper/tensor_map.cu)
+    add_library(qln_hopper OBJECT cuda/product/wgmma/forward.cu cuda/product/wgmma/backward.cu
+                                  cuda/product/wgmma/tensor_map.cu)
     set_target_properties(qln_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON
                                                 CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
     target_include_directories(qln_hopper PRIVATE cpp/include cpp/src cuda)
     target_link_libraries(qln_hopper PRIVATE qln_options)
     target_compile_options(qln_hopper PRIVATE ${qln_cuda_flags})
   else()
-    list(APPEND qln_cuda_sources cuda/product/hopper/no_hopper.cu)
+    list(APPEND qln_cuda_sources cuda/product/wgmma/no_wgmma.cu)
   endif()
   set_source_files_properties(${qln_cuda_sources} PROPERTIES COMPILE_OPTIONS "${qln_cuda_flags}")
 else()
-  set(qln_cuda_sources cuda/no_cuda.cpp)
+  set(qln_cuda_sources cuda/runtime/no_cuda.cpp)
 endif()
-list(APPEND qln_cuda_sources cuda/availability.cpp cuda/product/config.cpp
-     cuda/product/side_stream.cpp)
+list(APPEND qln_cuda_sources cuda/runtime/availability.cpp cuda/product/config.cpp
+     cuda/runtime/side_stream.cpp)
 
 set(qln_cuda_objects)
 if(TARGET qln_hopper)
   list(APPEND qln_cuda_objects $<TARGET_OBJECTS:qln_hopper>)
 endif()
 if(QLN_CUDA_EMULATED)
-  add_subdirectory(cuda/emulated)
+  add_subdirectory(cuda/emulator)
   list(APPEND qln_cuda_objects $<TARGET_OBJECTS:qln_emulated>)
 else()
-  list(APPEND qln_cuda_sources cuda/no_emulator.cpp)
+  list(APPEND qln_cuda_sources cuda/runtime/no_emulator.cpp)
 endif()

@@ -1,4 +1,4 @@
-"""Guards the machine code of AMX's main loop (cpp/src/cpu/generic/tiles-inl.h), which cannot be timed without AMX.
+"""Guards the machine code of AMX's main loop (cpp/src/cpu/product/tiles-inl.h), which cannot be timed without AMX.
 
 A tile product costs at most one load, the loop stores no tile, and the decoder beside it keeps its values in registers.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OBJECTS = sorted(ROOT.glob("build/**/cpu/amx/backend.cpp.o"), key=lambda path: path.stat().st_mtime)
+OBJECTS = sorted(ROOT.glob("build/**/cpu/isa/amx/backend.cpp.o"), key=lambda path: path.stat().st_mtime)
 
 pytestmark = [
     pytest.mark.skipif(not OBJECTS, reason="reads what `make test-cpp` compiles for AMX"),

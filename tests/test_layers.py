@@ -12,29 +12,35 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CPU = "cpp/src/cpu"
 CORE = ("cpp/include", "cpp/src", "cpp/src/common")
+ROOMS = tuple(
+    f"{CPU}/{room}" for room in ("runtime", "product", "quantize", "optimizer", "attention", "loss", "elementwise")
+)
 # {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
 # its path begins with.
 MAY_INCLUDE = {
     "examples": ("cpp/include",),
     "python/bindings": ("cpp/include", "cpp/src/common"),
-    "cpp/program": ("cpp/include", CPU),
+    "cpp/program": ("cpp/include", f"{CPU}/runtime"),
     "cpp/include": (),
     "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
     "cpp/src/paged": CORE,
-    CPU: CORE,
-    f"{CPU}/generic": (*CORE, CPU),
-    f"{CPU}/portable": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/amx"),
-    f"{CPU}/avx2": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/avx512": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/neon": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/amx": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/portable", f"{CPU}/avx512"),  # vectors beside its tiles
-    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/simt"),
-    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/simt"),
-    "cuda/simt": (*CORE, "cpp/src/paged"),
+    f"{CPU}/runtime": (*CORE, f"{CPU}/product"),
+    f"{CPU}/isa": (*CORE, *ROOMS),
+    f"{CPU}/isa/portable": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/amx"),
+    f"{CPU}/isa/avx2": (*CORE, *ROOMS, f"{CPU}/isa"),
+    f"{CPU}/isa/avx512": (*CORE, *ROOMS, f"{CPU}/isa"),
+    f"{CPU}/isa/neon": (*CORE, *ROOMS, f"{CPU}/isa"),
+    # It has the vectors of another folder beside its tiles.
+    f"{CPU}/isa/amx": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/portable", f"{CPU}/isa/avx512"),
+    **{room: (*CORE, f"{CPU}/isa", *ROOMS) for room in ROOMS[1:]},
+    "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
+    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
+    "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
+    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
     "cpp/src/common": ("cpp/include",),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.
-INCLUDE_FOLDERS = ("cpp/include", "cpp/src", CPU, "cuda", "python/bindings")
+INCLUDE_FOLDERS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
 SUFFIXES = {".h", ".hpp", ".cpp", ".cu", ".cuh", ".c"}
 
 TORCH = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
@@ -116,8 +122,8 @@ def test_intrinsics_stand_in_the_folders_compiled_for_them():
     assert folders and folders <= {"avx2", "avx512", "neon", "amx"}
 
 
-def test_generic_algorithms_are_free_of_intrinsics_and_assembly():
-    files = sources(f"{CPU}/generic")
+def test_algorithms_of_all_instruction_sets_are_free_of_intrinsics_and_assembly():
+    files = [path for path in sources(CPU) if path.name.endswith("-inl.h")]
     assert len(files) > 10
     found = [
         f"{path.name}:{number}: {match[0]}"
@@ -130,7 +136,7 @@ def test_generic_algorithms_are_free_of_intrinsics_and_assembly():
 
 @pytest.mark.parametrize("folder", ["avx2", "avx512", "neon", "amx"])
 def test_pattern_of_intrinsics_finds_those_of_each_instruction_set(folder):
-    lines = [line for path in sources(f"{CPU}/{folder}") for _, line in numbered_lines(path)]
+    lines = [line for path in sources(f"{CPU}/isa/{folder}") for _, line in numbered_lines(path)]
     assert any(INTRINSIC.search(line) for line in lines)
 
 

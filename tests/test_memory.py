@@ -1,7 +1,7 @@
 """Guards memory: a call takes at most 8 MB and 1 MB a thread beside its results, and never a dequantized weight.
 
-That is so by each way that a machine could choose for a product (cpu/way.h), whichever this one chooses. Where torch's
-dense product multiplies panels of decoded weight, its own memory comes on top.
+That is so by each way that a machine could choose for a product (product/config.h), whichever this one chooses. Where
+torch's dense product multiplies panels of decoded weight, its own memory comes on top.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Guards the ways of a product on the CPU (cpu/way.h), each forced on products of every kind: tiles, and panels.
+"""Guards the ways of a product on the CPU (product/config.h), each forced on products of every kind: tiles, and panels.
 
 Tiles are chosen on processors that have them; panels of decoded weight are multiplied by torch. tests/cpp/test_way.cpp
 tests the rule that chooses.

@@ -41,8 +41,8 @@ const Backend& cpu_backend();
 std::string cpu_isa();
 std::vector<std::string> cpu_isas();
 
-// cuda/backend.cu is compiled for devices and for an emulator of one. In a build without one of these, cuda/no_cuda.cpp
-// or cuda/no_emulator.cpp defines the same symbols, and backend() throws Unavailable.
+// cuda/runtime/backend.cu is compiled for devices and for an emulator of one. In a build without one of these,
+// cuda/runtime/no_cuda.cpp or cuda/runtime/no_emulator.cpp defines the same symbols, and backend() throws Unavailable.
 namespace cuda {
 const Backend& backend();
 std::string unavailable_reason();  // what runtime.h's cuda_unavailable_reason() returns

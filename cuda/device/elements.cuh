@@ -8,8 +8,8 @@
 
 #include "common/host_device.h"
 #include "common/layout.h"
+#include "device/simt.cuh"
 #include "qlora_native/error.h"
-#include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

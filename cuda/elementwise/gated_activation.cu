@@ -1,6 +1,6 @@
 // gated_activation and its backward: a thread takes eight neighbouring elements of a row at a time.
 #include "device/elements.cuh"
-#include "operations.h"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -1,7 +1,7 @@
 // rms_norm and its backward: a block of threads takes a row, and reads it twice, once for a sum and once for the
 // result.
 #include "device/elements.cuh"
-#include "operations.h"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

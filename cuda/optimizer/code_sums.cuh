@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/codebook.h"
-#include "simt/simt.cuh"
+#include "device/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -15,8 +15,8 @@
 #include <map>
 #include <vector>
 
-#include "operations.h"
 #include "optimizer/block.cuh"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

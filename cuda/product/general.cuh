@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "device/elements.cuh"
-#include "simt/simt.cuh"
+#include "device/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -1,9 +1,9 @@
 // linear_forward and linear_backward_input: first the adapter's U or V, then the product, in the way that
 // product_config chooses.
 #include "hooks.h"
-#include "operations.h"
 #include "product/low_rank.cuh"
 #include "product/product.cuh"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

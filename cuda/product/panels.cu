@@ -12,7 +12,7 @@
 #include "device/decode.cuh"
 #include "hooks.h"
 #include "product/product.cuh"
-#include "product/side_stream.h"
+#include "runtime/side_stream.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -3,7 +3,7 @@
 // usually allocated these are at most the last seven. With a list of rows, as for an embedding, each row has its own
 // eights.
 #include "device/decode.cuh"
-#include "operations.h"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

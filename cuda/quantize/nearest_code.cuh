@@ -5,7 +5,7 @@
 
 #include "common/codebook.h"
 #include "device/elements.cuh"
-#include "simt/simt.cuh"
+#include "device/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

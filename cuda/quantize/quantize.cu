@@ -4,8 +4,8 @@
 #include "common/layout.h"
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
-#include "operations.h"
 #include "quantize/nearest_code.cuh"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

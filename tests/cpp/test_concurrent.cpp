@@ -1,5 +1,5 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
-// (cuda/simt/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
+// (cuda/emulator/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
 // results have the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1
 // on a failure.
 #include <array>

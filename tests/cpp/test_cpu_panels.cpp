@@ -1,4 +1,4 @@
-// Guards products by panels of decoded W on the CPU (cpu/generic/panels-inl.h), over a dense product that is a plain
+// Guards products by panels of decoded W on the CPU (cpu/product/panels-inl.h), over a dense product that is a plain
 // loop: what they ask of it, and that their results are near those in float64. tests/test_ways.py runs them over torch.
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "cpu/way.h"
+#include "cpu/product/config.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
 #include "quantized.h"

@@ -1,4 +1,4 @@
-// Guards the product by wgmma (cuda/product/hopper/), on the emulator: its errors are within the bound of its sums, its
+// Guards the product by wgmma (cuda/product/wgmma/), on the emulator: its errors are within the bound of its sums, its
 // results have the same bits under each order of threads and blocks, and it is not chosen for products that it cannot
 // compute. QLN_FORCE_HOPPER=1 makes the emulated device a Hopper.
 #include <unistd.h>

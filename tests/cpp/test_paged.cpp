@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "common/optimizer.h"
+#include "emulator/emulated_driver.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
-#include "simt/emulated_driver.h"
 
 namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;

@@ -1,7 +1,7 @@
 // Guards products by panels, on the emulator and with hooks of this program: the order in which panels are decoded
 // beside the products, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
-#include "product/side_stream.h"
 #include "qlora_native/qlora_native.h"
+#include "runtime/side_stream.h"
 
 #include <algorithm>
 #include <bit>
@@ -14,10 +14,10 @@
 #include <vector>
 
 #include "common/layout.h"
+#include "emulator/emulated_driver.h"
 #include "expect.h"
 #include "product/config.h"
 #include "quantized.h"
-#include "simt/emulated_driver.h"
 
 namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;

@@ -1,6 +1,6 @@
-// Guards the emulator of clusters (cuda/simt/cluster.cpp): their blocks meet, store into each other's shared memory,
-// load tiles into it and arrive at its barriers under each order of threads and blocks, and planted mistakes are found
-// under every one. A kernel that must end the process runs in a child, whose message is read.
+// Guards the emulator of clusters (cuda/emulator/cluster.cpp): their blocks meet, store into each other's shared
+// memory, load tiles into it and arrive at its barriers under each order of threads and blocks, and planted mistakes
+// are found under every one. A kernel that must end the process runs in a child, whose message is read.
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "death_message.h"
+#include "device/hopper.cuh"
 #include "expect.h"
-#include "simt/hopper.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -1,4 +1,4 @@
-// Guards the emulator of compute capability 9.0 (cuda/simt/hopper.cuh): barriers, copies of tiles and products of a
+// Guards the emulator of compute capability 9.0 (cuda/device/hopper.cuh): barriers, copies of tiles and products of a
 // warpgroup follow PTX under each order of threads, and planted mistakes are found. A kernel that must end the process
 // runs in a child, whose message is read.
 #include <cmath>
@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "death_message.h"
+#include "device/hopper.cuh"
 #include "expect.h"
 #include "qlora_native/error.h"
-#include "simt/hopper.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

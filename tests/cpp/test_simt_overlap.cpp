@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "death_message.h"
+#include "device/simt.cuh"
 #include "expect.h"
-#include "simt/simt.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -1,5 +1,5 @@
-// Guards the rule that chooses the way of a product on the CPU (cpu/way.h).
-#include "cpu/way.h"
+// Guards the rule that chooses the way of a product on the CPU (cpu/product/config.h).
+#include "cpu/product/config.h"
 
 #include <cstdio>
 #include <string>

@@ -3,9 +3,9 @@
 from mutant_lists.mutant import Mutant
 
 BLOCKS, FORWARD, BACKWARD = (
-    f"cpp/src/cpu/generic/attention_{name}-inl.h" for name in ("blocks", "forward", "backward")
+    f"cpp/src/cpu/attention/attention_{name}-inl.h" for name in ("blocks", "forward", "backward")
 )
-ELEMENTWISE, EXP = (f"cpp/src/cpu/generic/{name}-inl.h" for name in ("elementwise", "exp"))
+ELEMENTWISE, EXP = "cpp/src/cpu/elementwise/elementwise-inl.h", "cpp/src/cpu/isa/exp-inl.h"
 NOTICE = ("attention",)
 
 ATTENTION = [

@@ -2,11 +2,13 @@
 
 from mutant_lists.mutant import CONFORMANCE, Mutant
 
-STEP, BACKWARD = "cpp/src/cpu/generic/optimizer-inl.h", "cpp/src/cpu/generic/backward-inl.h"
-PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/generic/product_nn-inl.h", "cpp/src/cpu/generic/product_nt-inl.h"
-PIPELINE = "cpp/src/cpu/generic/panel_pipeline-inl.h"
-FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/generic/forward_few-inl.h", "cpp/src/cpu/generic/forward_many-inl.h"
-ROWS, SCALES, QUANTIZE = (f"cpp/src/cpu/generic/{name}-inl.h" for name in ("rows", "scales", "quantize"))
+STEP, BACKWARD = "cpp/src/cpu/optimizer/optimizer-inl.h", "cpp/src/cpu/product/backward-inl.h"
+PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/product/product_nn-inl.h", "cpp/src/cpu/product/product_nt-inl.h"
+PIPELINE = "cpp/src/cpu/product/panel_pipeline-inl.h"
+FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/product/forward_small_m-inl.h", "cpp/src/cpu/product/forward_tiles-inl.h"
+ROWS, SCALES, QUANTIZE = (
+    f"cpp/src/cpu/{name}-inl.h" for name in ("product/rows", "quantize/scales", "quantize/quantize")
+)
 
 ON_CPU = [
     Mutant(
@@ -52,7 +54,7 @@ ON_CPU = [
         CONFORMANCE,
     ),
     Mutant(
-        "cpp/src/cpu/generic/lora-inl.h",
+        "cpp/src/cpu/product/lora-inl.h",
         "V of every block of rows is written to the first one's",
         "args.v = rows_of(args.v, part.begin, rows);",
         "args.v = rows_of(args.v, 0, rows);",
@@ -207,21 +209,21 @@ ON_CPU = [
         CONFORMANCE,
     ),
     Mutant(
-        "cpp/src/cpu/generic/dropout-inl.h",
+        "cpp/src/cpu/product/dropout-inl.h",
         "the mask is that of the next eight elements",
         "static_cast<std::uint64_t>(chunk * 8 + part)",
         "static_cast<std::uint64_t>(chunk * 8 + part + 1)",
         CONFORMANCE,
     ),
     Mutant(
-        "cpp/src/cpu/generic/tiles-inl.h",
+        "cpp/src/cpu/product/tiles-inl.h",
         "both columns of tiles are the first",
         "kB = 6 + j % 2;",
         "kB = 6 + j % 1;",
         ("conformance_tiles",),
     ),
     Mutant(
-        "cpp/src/cpu/generic/tiles-inl.h",
+        "cpp/src/cpu/product/tiles-inl.h",
         "sums of a panel replace those before",
         "    if (accumulate)\n      tiles",
         "    if (false)\n      tiles",

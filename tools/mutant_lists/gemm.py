@@ -56,14 +56,14 @@ BETWEEN_BLOCKS = [
     ),
     Mutant(STREAM_K, "nobody waits", WAIT, "      sync();\n", CONCURRENT),
     Mutant(
-        "cuda/simt/workspace.h",
+        "cuda/runtime/workspace.h",
         "the tickets of U are not reset",
         "i += block_threads()) at[i] = T{};",
         "i += block_threads()) at[i] = at[i];",
         CONCURRENT,
     ),
     Mutant(
-        "cuda/simt/workspace.h",
+        "cuda/runtime/workspace.h",
         "the flags are not reset",
         "} else if (count > 0) {",
         "} else if (false) {",

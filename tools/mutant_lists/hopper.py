@@ -1,9 +1,9 @@
-"""Mistakes in cuda/product/hopper/."""
+"""Mistakes in cuda/product/wgmma/."""
 
 from mutant_lists.mutant import Mutant, without
 
 HOPPER_GEMM, HOPPER_SUMS, CLUSTER_SUMS, HOPPER_WEIGHTS, REGISTER_TABLE = (
-    f"cuda/product/hopper/{name}.cuh" for name in ("gemm", "sums", "cluster_sums", "weights", "register_table")
+    f"cuda/product/wgmma/{name}.cuh" for name in ("gemm", "sums", "cluster_sums", "weights", "register_table")
 )
 HOPPER = ("hopper",)
 

@@ -1,4 +1,4 @@
-"""Mistakes in cuda/product/ outside of gemm/ and hopper/, and in what decodes for it."""
+"""Mistakes in cuda/product/ outside of gemm/ and wgmma/, and in what decodes for it."""
 
 from mutant_lists.mutant import CONCURRENT, ON_GPU, Mutant, without
 
@@ -73,7 +73,7 @@ ON_CHIP = [
             CONCURRENT,
         )
         for file, indent, or_v in (
-            ("cuda/product/gemv.cu", 4 * " ", ""),
+            ("cuda/product/gemv/gemv.cu", 4 * " ", ""),
             ("cuda/product/gemm/gemm.cuh", 4 * " ", " or V"),
             ("cuda/product/gemm/thin.cuh", 4 * " ", ""),
         )
@@ -112,20 +112,20 @@ ON_CHIP = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/gemv.cu",
+        "cuda/product/gemv/gemv.cu",
         "no barrier before the sums are written again",
         *without("    sync_threads();  // before the sums are written again\n"),
         CONCURRENT,
     ),
     Mutant(
-        "cuda/product/gemv.cu",
+        "cuda/product/gemv/gemv.cu",
         "the second row has the first one's scale",
         "now.chunk[row].decode(decoded[row], i, factors[row], table)",
         "now.chunk[row].decode(decoded[row], i, factors[0], table)",
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/gemv.cu",
+        "cuda/product/gemv/gemv.cu",
         "warps take each other's parts of the rank too",
         "r0 < rank; r0 += kGemvWarps * kMmaInner)",
         "r0 < rank; r0 += kMmaInner)",
@@ -146,13 +146,13 @@ ON_CHIP = [
         ("panels",),
     ),
     Mutant(
-        "cuda/product/side_stream.cpp",
+        "cuda/runtime/side_stream.cpp",
         "a panel is decoded while its place is in use",
         *without("    driver_->wait(stream_, used_);\n"),
         ("panels",),
     ),
     Mutant(
-        "cuda/product/side_stream.cpp",
+        "cuda/runtime/side_stream.cpp",
         "a panel is multiplied before it is decoded",
         *without("    driver_->wait(caller, prepared_);\n"),
         ("panels",),

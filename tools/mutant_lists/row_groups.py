@@ -111,7 +111,7 @@ ROW_GROUPS = [
         ON_GPU,
     ),
     Mutant(
-        "cuda/product/gemv_part.cuh",
+        "cuda/product/gemv/gemv_part.cuh",
         "rows of another tile come after the last columns",
         "end_ = last < args_.cols ? last : args_.cols;",
         "end_ = last;",

@@ -65,7 +65,8 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //
 //   cuda  It is used from 769 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
-//   cpu   It is used where it is faster (cpp/src/cpu/way.h): on processors with AMX, for bf16 from 1024 rows on, and
+//   cpu   It is used where it is faster (cpp/src/cpu/product/config.h): on processors with AMX, for bf16 from 1024 rows
+//   on, and
 //         for fp16 from 33 rows on if AMX multiplies fp16 too; with AVX-512 without BF16, for fp32 from 1024 rows on if
 //         the inner dimension is at most 4681. It should use the threads of the library's pool. An adapter is a product
 //         of its own, to which the one with W is added: so the part U . (s*B)^T + bias, or V . A, is rounded to the

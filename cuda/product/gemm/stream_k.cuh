@@ -7,7 +7,7 @@
 #include "product/config.h"
 #include "product/gemm/tile.cuh"
 #include "product/product.cuh"
-#include "simt/workspace.h"
+#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -52,7 +52,7 @@ class StreamKWorkspace {
   std::uint32_t* const ready_;
 };
 
-// The arguments of the kernels of this folder, and of hopper/.
+// The arguments of the kernels of this folder, and of wgmma/.
 struct GemmArgs : Product {
   GemmArgs(const Product& product, const GemmConfig& config, const StreamKWorkspace& workspace)
       : Product(product),

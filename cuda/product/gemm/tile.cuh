@@ -2,9 +2,9 @@
 // tile a warp has, and which a lane has.
 #pragma once
 
+#include "device/simt.cuh"
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
-#include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
