@@ -1,7 +1,6 @@
 """Held-out loss after the same training: LoRA over bf16 weights, bitsandbytes + PEFT, and qlora_native.
 
-    python bench/quality/compare.py [--seeds 0 1 2] [--stacks ours bitsandbytes bf16] [--steps 24] --output FILE.json
-    python bench/quality/compare.py --table FILE.json
+    python bench/quality/stacks.py [--seeds 0 1 2] [--steps 24] [--output]
 
 With the same seed all stacks have the same initial adapter and the same batches. They differ in the weights, in where
 the adapter's product is added, and in the optimizer: each has its own 8-bit AdamW, and bf16 has torch's AdamW. Each
@@ -18,6 +17,8 @@ import qlora_native as qn
 import training
 from qlora_native.integrations.peft import register
 from torch import nn
+
+import summary
 
 STACKS = {"bf16": "LoRA over bf16 weights", "bitsandbytes": "bitsandbytes + PEFT", "ours": "qlora_native"}
 
@@ -66,18 +67,8 @@ def table(found: dict) -> str:
     header = ("", *(f"seed {seed}" for seed in seeds), "mean", "spread", "from bf16, same seed")
     settings = f"LoRA r={first['rank']}, dropout {first['dropout']}, lr {first['lr']}. "
     before = f"Before training, in bf16: {befores[0]:.4f}." if befores else ""
-    lines = [training.provenance(found) + " " + settings + before, "", *training.markdown(header, rows)]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """The command line."""
-    parser = training.command_line(__doc__, steps=24, seeds=[0, 1, 2])
-    parser.add_argument("--stacks", nargs="+", choices=list(STACKS), default=list(STACKS))
-    args = parser.parse_args()
-    keys = [{"stack": stack, "seed": seed, "steps": args.steps} for seed in args.seeds for stack in args.stacks]
-    training.make_table(args, keys, run, table)
+    return f"{training.provenance(found)} {settings}{before}\n\n{summary.table(header, rows)}"
 
 
 if __name__ == "__main__":
-    main()
+    training.make_table("stacks", __doc__, [{"stack": stack} for stack in STACKS], run, table)
