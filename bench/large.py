@@ -20,8 +20,8 @@ from typing import Any
 
 import qlora_native as qn
 import torch
-from qlora_native.integrations.experts import find_experts, run_quantized
 from qlora_native.integrations.peft import register
+from qlora_native.integrations.transformers._experts import find_experts, run_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 

@@ -1,6 +1,6 @@
 """What the CUDA kernels ask of a GPU, read from their machine code. No GPU is needed, and nothing is timed.
 
-    make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
+    make sass                     compiles the kernels, and prints a table of them and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is worse than results/sass.json says
     make sass ARGS=--output       writes those figures, and the tables of the READMEs below cuda/
 
@@ -35,7 +35,7 @@ from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kin
 from summary import table
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "build/cpp/libqlora_native.a"
+LIBRARY = ROOT / "build/sass/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
 # What results/sass.json keeps of a kernel's figures; a fault is a higher one, or a lower share of HMMA.
 BOUNDED = ("registers", "loop", "per_weight", "per_element")
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", action="store_true", help="write results/sass.json, and the tables of the READMEs")
     args = parser.parse_args(argv)
     if not args.library.exists():
-        raise SystemExit(f"{args.library} is missing: make test-cpp builds it")
+        raise SystemExit(f"{args.library} is missing: make sass builds it")
     version = nvcc_version()
     compiled = kernels(args.library, args.kernels)
     ours = report(compiled)

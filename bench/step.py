@@ -167,7 +167,7 @@ def some_tokens() -> Tensor:
 
 
 def with_adapter(model: nn.Module, dropout: float, register: Callable | None = None, seed: int = 0) -> nn.Module:
-    """Add PEFT's LoRA adapter, with values that `seed` determines. `register` is that of integrations/peft.py."""
+    """Add PEFT's LoRA adapter, with values that `seed` determines. `register` is that of integrations/peft/."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -180,9 +180,7 @@ def with_adapter(model: nn.Module, dropout: float, register: Callable | None = N
 def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
     """A training step of ours; without `fused` all but the products is that of torch and transformers."""
     import qlora_native as qn
-    from qlora_native.integrations.attention import fuse_attention
-    from qlora_native.integrations.blocks import fuse_blocks
-    from qlora_native.integrations.loss import fuse_loss
+    from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
     from qlora_native.integrations.peft import register
 
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OBJECTS = sorted(ROOT.glob("build/**/cpu/isa/amx/backend.cpp.o"), key=lambda path: path.stat().st_mtime)
+OBJECTS = sorted(ROOT.glob("build/**/cpu/backend/amx_bf16.cpp.o"), key=lambda path: path.stat().st_mtime)
 
 pytestmark = [
     pytest.mark.skipif(not OBJECTS, reason="reads what `make test-cpp` compiles for AMX"),
