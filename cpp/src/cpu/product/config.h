@@ -1,6 +1,7 @@
 // Which way a product over a quantized weight takes on the cpu. The choice is a plain function of what is known
 // beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all of W and
-// multiplying by the host program's dense product. bench/growth.py measures that.
+// multiplying by the host program's dense product. `bench/run.py --peers
+// torch_dense decoded` measures that.
 #pragma once
 
 #include <cstdint>
