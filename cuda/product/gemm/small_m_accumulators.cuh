@@ -1,9 +1,9 @@
-// The shape of a block's work in the tensor-core product of few rows (thin.cuh), and the sums of a tile.
+// The shape of a block's work in the tensor-core product of few rows (small_m.cuh), and the sums of a tile.
 #pragma once
 
 #include "device/elements.cuh"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -1,5 +1,5 @@
 // The forward product of few rows on tensor cores.
-#include "product/gemm/thin.cuh"
+#include "product/gemm/small_m.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

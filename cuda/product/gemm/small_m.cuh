@@ -14,10 +14,10 @@
 #pragma once
 
 #include "product/gemm/operands.cuh"
-#include "product/gemm/stream_k.cuh"
-#include "product/gemm/thin_sums.cuh"
+#include "product/gemm/small_m_accumulators.cuh"
 #include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

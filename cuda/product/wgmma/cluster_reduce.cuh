@@ -1,7 +1,7 @@
 // How the blocks of a cluster that share a tile of the product by wgmma (gemm.cuh) add their sums of it.
 #pragma once
 
-#include "product/wgmma/sums.cuh"
+#include "product/wgmma/accumulators.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
