@@ -295,9 +295,9 @@ unsigned long long number_of_device(const char* variable, const char* unit, unsi
 
 std::size_t max_smem_bytes() { return number_of_device("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
 
-int multiprocessors() {
+int num_sms() {
   constexpr int kFew = 3;
-  return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kFew));
+  return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of SMs", kFew));
 }
 
 namespace {
@@ -322,8 +322,8 @@ void launch(Grid grid) {
     fail(std::to_string(grid.blocks) + " blocks in clusters of " + std::to_string(grid.cluster));
   }
   if (current != nullptr) fail("a kernel launches another");
-  if (!grid.begins_early) run_kept_grid();
-  if (grid.next_begins_early) {
+  if (!grid.programmatic_launch) run_kept_grid();
+  if (grid.next_programmatic_launch) {
     // Of a kernel between two others, only two run at the same time: now these, now those.
     const std::optional<Grid> before = std::exchange(kept, std::nullopt);
     if (before && is_picked_half_of_the_time()) return run(&*before, grid);
