@@ -50,7 +50,7 @@ inline bool can_begin_early(const Stream& stream) {
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
-  if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
+  if constexpr ((sizeof(Parameters) + ... + 0) > kPortableParameterBytes) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
   cudaLaunchAttribute attributes[2] = {};
@@ -79,9 +79,9 @@ void launch(const LaunchShape& shape, const Stream& stream, const Args&... args)
   launch_kernel(kKernel, shape, stream, args...);
 }
 
-// A Workspace takes this memory if the host program gives none (memory.cu).
-DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
-void release_own(const DeviceMemory& memory, const Stream& stream);
+// A Workspace takes this memory if the application gives none (memory.cu).
+DeviceMemory allocate_workspace(std::size_t bytes, const Stream& stream);
+void release_workspace(const DeviceMemory& memory, const Stream& stream);
 // Only the emulator needs these (emulator/instructions.h); on a device they do nothing.
 inline void make_reachable(const DeviceMemory&, std::size_t) {}
 inline void make_unreachable(const DeviceMemory&) {}
