@@ -66,9 +66,9 @@ void cluster_barrier(Site site) {
   ++cluster.interval;
 }
 
-void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank) {
+void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank) {
   Block& block = block_of_rank(rank, "stores into");
-  block.store_vector(address_in(block, static_cast<std::byte*>(own)), value,
+  block.store_vector(address_in(block, static_cast<std::byte*>(local)), value,
                      &block == current->block ? barrier : barrier_of(block, barrier));
 }
 

@@ -295,9 +295,9 @@ unsigned long long device_attribute(const char* variable, const char* unit, unsi
 
 std::size_t max_smem_bytes() { return device_attribute("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
 
-int multiprocessors() {
+int num_sms() {
   constexpr int kDefault = 3;
-  return static_cast<int>(device_attribute("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kDefault));
+  return static_cast<int>(device_attribute("QLN_EMULATED_MULTIPROCESSORS", "a number of SMs", kDefault));
 }
 
 namespace {
@@ -322,8 +322,8 @@ void launch(Grid grid) {
     fail(std::to_string(grid.blocks) + " blocks in clusters of " + std::to_string(grid.cluster));
   }
   if (current != nullptr) fail("a kernel launches another");
-  if (!grid.begins_early) run_pending_grid();
-  if (grid.next_begins_early) {
+  if (!grid.programmatic_launch) run_pending_grid();
+  if (grid.next_programmatic_launch) {
     // A kernel between two others overlaps with only one of them: now with the one before it, now with the one after.
     const std::optional<Grid> before = std::exchange(pending, std::nullopt);
     if (before && is_picked_half_of_the_time()) return run(&*before, grid);

@@ -75,16 +75,16 @@ struct Grid {
   int threads;
   std::size_t smem_bytes;
   int cluster;  // blocks of a cluster; 1: without clusters
-  bool begins_early, next_begins_early;
+  bool programmatic_launch, next_programmatic_launch;
   std::function<void()> thread;
 };
 
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
 // with less.
 std::size_t max_smem_bytes();
-// How many multiprocessors the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
+// How many SMs the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
 // a persistent grid wait for each other.
-int multiprocessors();
+int num_sms();
 // The shared memory of each block that the device keeps for itself.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
@@ -124,7 +124,7 @@ void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
 void signal(std::uint32_t* flag, std::uint32_t value);
 // The block publishes its stores and adds one to the counter. Returns whether this made it `count`.
 bool is_last_to_arrive(std::uint32_t* counter, int count, Site site);
-void wait_for_kernel_before(Site site);
+void griddepcontrol_wait(Site site);
 
 // Whether the schedule is "concurrent". Under the others an access to memory is a plain copy.
 extern constinit thread_local bool concurrent;
@@ -159,7 +159,7 @@ void set_max_registers(int count);
 void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
 // These store 16 bytes, load a tile and arrive at a barrier, each at the same offset in the shared memory of other
 // blocks of the cluster: that of `rank`, or those whose bits are set in `ranks`.
-void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank);
+void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank);
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
                          std::uint32_t ranks);
 void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank);

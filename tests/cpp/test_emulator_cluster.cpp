@@ -82,8 +82,8 @@ __global__ void sums_kernel(int cluster, float* out) {
                                                                   : own;
   for (int rank = 0; rank < cluster; ++rank) {
     if (kMistake == Mistake::half_is_not_stored && thread >= kWarp) continue;
-    store_to_block(to, vector_of(block_index(), thread), &shared.sums,
-                   rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
+    store_async(to, vector_of(block_index(), thread), &shared.sums,
+                rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
   }
   if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.sums, 0);
   Four sum = {};
@@ -205,7 +205,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
       mbarrier_wait(&shared.empty[stage], parity ^ 1);
       mbarrier_arrive_expect(&shared.full[stage],
                              kTileBytes / (kMistake == PairMistake::half_of_the_bytes_is_expected ? 2 : 1));
-      tma_load_tile_to_blocks(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
+      tma_load_tile_multicast(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
                               static_cast<std::uint16_t>(ranks));
     }
     if (reader < 0) continue;
@@ -219,7 +219,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     if (thread % kWarp == 0) mbarrier_arrive(&shared.empty[stage]);
     const int peer = kMistake == PairMistake::arrival_at_another_cluster ? 2 : 1 - rank;
     const bool arrives = kPeerReads && (kMistake != PairMistake::one_arrival_too_few || reader == 0);
-    const MbarriersOfBlock empty_of_peer(shared.empty, peer);
+    const ClusterMbarriers empty_of_peer(shared.empty, peer);
     if (thread % kWarp == 1 && arrives) empty_of_peer.arrive(stage);
     if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) empty_of_peer.arrive(stage);
   }

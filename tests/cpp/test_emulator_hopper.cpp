@@ -365,7 +365,7 @@ template <int kCount>
 __global__ void registers_kernel() {
   increase_max_registers<kCount>();
 }
-void registers_of_a_block_are_within_a_multiprocessor() {
+void registers_of_a_block_are_within_an_sm() {
   EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
   EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
   EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
@@ -378,7 +378,7 @@ __global__ void some_threads_kernel(int* out) {
   const int thread = thread_index();
   if (thread >= 2 * kWarp) return;
   shared[thread] = thread;
-  if constexpr (kMeet) sync_some_threads<1>(2 * kWarp);
+  if constexpr (kMeet) sync_named_barrier<1>(2 * kWarp);
   out[thread] = shared[2 * kWarp - 1 - thread];
 }
 void some_threads_meet_without_the_others() {
@@ -406,7 +406,7 @@ int run_all() {
   operand_that_a_driver_refuses_is_named();
   block_that_ends_before_its_tile_is_found();
   stores_reach_wgmma_through_a_fence();
-  registers_of_a_block_are_within_a_multiprocessor();
+  registers_of_a_block_are_within_an_sm();
   some_threads_meet_without_the_others();
   return report();
 }

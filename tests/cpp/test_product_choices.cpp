@@ -1,5 +1,5 @@
 // Guards bench/results/product-choices.txt: what config.cpp chooses, on an H100, for the products whose time
-// bench/cuda_account.py models. An H200 has as many multiprocessors and as much shared memory, so it gets the same.
+// bench/cuda_account.py models. An H200 has as many SMs and as much shared memory, so it gets the same.
 //
 //     qln_test_product_choices FILE    compares the file with the choices
 //     qln_test_product_choices         prints them, for `make sass ARGS=--output`
@@ -18,7 +18,7 @@
 namespace qlora_native {
 namespace {
 
-constexpr int kMultiprocessors = 132;
+constexpr int kNumSms = 132;
 constexpr std::size_t kSmem = 227 * 1024, kReservedSmem = 1024;  // bytes
 constexpr std::int64_t kRank = 16;
 constexpr std::int64_t kLowRankTile = 64;  // rows of U or V in a tile (kProductTile)
@@ -59,7 +59,7 @@ std::string all_choices() {
                               .aligned = true,
                               .aligned_64 = true,
                               .tma_can_load = true,
-                              .multiprocessors = kMultiprocessors,
+                              .num_sms = kNumSms,
                               .smem_bytes = kSmem,
                               .reserved_smem_bytes = kReservedSmem};
         const auto begin_line = [&](const char* asked) -> std::ostream& {
@@ -83,7 +83,7 @@ std::string all_choices() {
         add("dense-with-adapter", kRank, true, HopperUse::none);
         add("chosen", 0, true, HopperUse::where_it_wins);
         add("chosen-with-adapter", kRank, true, HopperUse::where_it_wins);
-        const LowRankSplit split = low_rank_split(ceil_div(rows, kLowRankTile), shape.inner, kMultiprocessors);
+        const LowRankSplit split = low_rank_split(ceil_div(rows, kLowRankTile), shape.inner, kNumSms);
         begin_line("low-rank") << "split parts=" << split.parts << " length=" << split.length << '\n';
       }
     }

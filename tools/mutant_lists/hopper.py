@@ -179,7 +179,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "U or V is read before it is there",
-        *without("        wait_for_kernel_before();  // which makes U or V\n"),
+        *without("        griddepcontrol_wait();  // which makes U or V\n"),
         HOPPER,
     ),
     Mutant(
@@ -268,7 +268,7 @@ BY_WGMMA = [
     Mutant(
         HOPPER_GEMM,
         "codes and scales are decoded before the tables are there",
-        "    sync_some_threads<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);\n",
+        "    sync_named_barrier<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);\n",
         "",
         HOPPER,
     ),
@@ -294,9 +294,9 @@ BY_WGMMA = [
     ),
     Mutant(
         "cuda/product/config.cpp",
-        "clusters of 4 and 8 are thought to fit all multiprocessors",
-        "multiprocessors / kTogether * (kTogether / blocks_of_cluster)",
-        "multiprocessors / blocks_of_cluster",
+        "clusters of 4 and 8 are thought to fit all SMs",
+        "num_sms / kTogether * (kTogether / blocks_of_cluster)",
+        "num_sms / blocks_of_cluster",
         ("product_config",),
     ),
     Mutant(

@@ -62,14 +62,14 @@ ON_CHIP = [
     Mutant(
         "cuda/product/low_rank.cuh",
         "a ticket is taken before it is cleared",
-        *without("  wait_for_kernel_before();  // which clears the tickets\n"),
+        *without("  griddepcontrol_wait();  // which clears the tickets\n"),
         CONCURRENT,
     ),
     *(
         Mutant(
             file,
             "U is read before it is there",
-            *without(f"{indent}wait_for_kernel_before();  // which makes U{or_v}\n"),
+            *without(f"{indent}griddepcontrol_wait();  // which makes U{or_v}\n"),
             CONCURRENT,
         )
         for file, indent, or_v in (

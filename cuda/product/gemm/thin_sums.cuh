@@ -77,7 +77,7 @@ class ThinSums {
   __device__ __forceinline__ void multiply(const Weights& weights, const SharedAddress& left) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
-      const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
+      const auto x = load_shared<Vec8>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
