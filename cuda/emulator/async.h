@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "device/tensor_map.h"
+#include "common/tensor_map.h"
 
 namespace qlora_native::cuda_emulated::emulator {
 
