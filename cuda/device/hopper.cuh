@@ -1,6 +1,6 @@
 // What a kernel may use beside simt.cuh on a device of compute capability 9.0 (sm_90a): barriers in shared memory that
 // count arrivals and bytes, copies of tiles by the device's copy engine, and products of four warps.
-// instructions_hopper.cuh has the instructions, emulator/instructions_hopper.h their emulation. Only files of
+// instructions_hopper.cuh has the instructions, device/instructions_hopper_emulated.h their emulation. Only files of
 // product/wgmma/ include this file, because these instructions compile for no other architecture.
 //
 //   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
@@ -15,8 +15,8 @@
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once
 
+#include "common/tensor_map.h"
 #include "device/simt.cuh"
-#include "device/tensor_map.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -34,7 +34,7 @@ constexpr int kTmaAlignment = 128, kSwizzledRowBytes = 128, kSwizzledAlignment =
 #ifdef __CUDACC__
 #include "device/instructions_hopper.cuh"
 #else
-#include "emulator/instructions_hopper.h"
+#include "device/instructions_hopper_emulated.h"
 #endif
 
 namespace qlora_native::QLN_CUDA {

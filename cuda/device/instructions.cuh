@@ -1,5 +1,5 @@
 // Implements simt.cuh for a device: host code calls the CUDA runtime, and each instruction that has no name in C++ has
-// a function of its own. The comments in emulator/instructions.h say what each function does.
+// a function of its own. The comments in device/instructions_emulated.h say what each function does.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -50,7 +50,7 @@ inline bool supports_programmatic_launch(const Stream& stream) {
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
-  if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
+  if constexpr ((sizeof(Parameters) + ... + 0) > kPortableParameterBytes) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
   cudaLaunchAttribute attributes[2] = {};
@@ -79,10 +79,10 @@ void launch(const LaunchShape& shape, const Stream& stream, const Args&... args)
   launch_kernel(kKernel, shape, stream, args...);
 }
 
-// A Workspace takes this memory if the host program gives none (memory.cu).
-DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
-void release_own(const DeviceMemory& memory, const Stream& stream);
-// Only the emulator needs these (emulator/instructions.h); on a device they do nothing.
+// A Workspace takes this memory if the application gives none (memory.cu).
+DeviceMemory allocate_workspace(std::size_t bytes, const Stream& stream);
+void release_workspace(const DeviceMemory& memory, const Stream& stream);
+// Only the emulator needs these (device/instructions_emulated.h); on a device they do nothing.
 inline void make_reachable(const DeviceMemory&, std::size_t) {}
 inline void make_unreachable(const DeviceMemory&) {}
 inline void poison(void*, std::size_t) {}

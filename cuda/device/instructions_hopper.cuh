@@ -1,6 +1,6 @@
 // Implements hopper.cuh for a device: each instruction of sm_90a has a function of its own. The comments in
-// emulator/instructions_hopper.h say what each does. Only files of cuda/product/wgmma/ include this one, because no
-// other architecture has these instructions.
+// device/instructions_hopper_emulated.h say what each does. Only files of cuda/product/wgmma/ include this one, because
+// no other architecture has these instructions.
 #pragma once
 
 #include <cuda.h>

@@ -1,7 +1,7 @@
 // What a kernel may use. The .cu files of the operations (product/, quantize/, optimizer/) are compiled twice: by nvcc
-// with instructions.cuh, as the backend "cuda", and by the host's compiler with emulator/instructions.h, an emulator,
-// as the backend "cuda_emulated". QLN_CUDA is the namespace of the backend that is being compiled. Names and meanings
-// are the same in both.
+// with instructions.cuh, as the backend "cuda", and by the host's compiler with device/instructions_emulated.h, an
+// emulator, as the backend "cuda_emulated". QLN_CUDA is the namespace of the backend that is being compiled. Names and
+// meanings are the same in both.
 //
 //   launch<kernel>(shape, stream, args...)      launches a kernel, instead of <<<
 #pragma once
@@ -66,6 +66,6 @@ constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 #ifdef __CUDACC__
 #include "device/instructions.cuh"
 #else
-#include "emulator/instructions.h"
+#include "device/instructions_emulated.h"
 #endif
 #include "runtime/workspace.h"

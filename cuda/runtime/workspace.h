@@ -1,5 +1,5 @@
-// Memory on the stream's device for the kernels of one call. It comes from the host program's allocator, if that has
-// set one (runtime.h), else from the backend.
+// Memory on the stream's device for the kernels of one call. It is from the application's allocator, if that has set
+// one (runtime.h), else from the backend.
 #pragma once
 
 #include "hooks.h"
@@ -14,7 +14,7 @@ class Workspace {
       memory_ = hooks().allocate(bytes, stream);
       make_reachable(memory_, bytes);
     } else {
-      memory_ = allocate_own(bytes, stream);
+      memory_ = allocate_workspace(bytes, stream);
     }
     poison(memory_.data, bytes);
   }
@@ -26,7 +26,7 @@ class Workspace {
       make_unreachable(memory_);
       hooks().release(memory_, stream_);
     } else {
-      release_own(memory_, stream_);
+      release_workspace(memory_, stream_);
     }
   }
   std::byte* data() const { return static_cast<std::byte*>(memory_.data); }

@@ -123,9 +123,9 @@ void launched_kernel_runs_before_anything_else_in_its_stream() {
 void memory_released_between_two_kernels_that_overlap_is_caught() {
   Managed<int> in(kCount, 1), out(kCount);
   const std::string words = death_message([&] {
-    const DeviceMemory doubled = allocate_own(kCount * sizeof(int), {});
+    const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
     launch<double_kernel>(kFirst, {}, in.data(), static_cast<int*>(doubled.data));
-    release_own(doubled, {});
+    release_workspace(doubled, {});
     launch<double_kernel>(kSecond, {}, in.data(), out.data());
   });
   EXPECT(contains(words, "memory is released before the kernel that begins early is launched"));

@@ -37,7 +37,7 @@ namespace qlora_native::cuda_emulated {
 
 // ---- launches and memory, for host code ----
 
-// While an object of this class lives, host code may access the device's memory in the device's place. A host program
+// While an object of this class lives, host code may access the device's memory in the device's place. An application
 // that computes a dense product in a stream needs one.
 using emulator::DeviceWork;
 
@@ -60,21 +60,21 @@ class DeviceGuard {
   explicit DeviceGuard(const Stream&) {}
 };
 
-// A Workspace takes this memory if the host program gives none.
-inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
+// A Workspace takes this memory if the application gives none.
+inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
-inline void release_own(const DeviceMemory& memory, const Stream&) {
-  emulator::check_no_grid_is_kept();
+inline void release_workspace(const DeviceMemory& memory, const Stream&) {
+  emulator::check_no_pending_grid();
   emulator::release_on_device(memory.data);
 }
-// Memory that the host program gives is reachable for kernels from make_reachable() until make_unreachable().
+// Memory that the application gives is reachable for kernels from make_reachable() until make_unreachable().
 inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
-  emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
+  emulator::register_managed(memory.data, bytes, "a workspace in the application's memory");
 }
 inline void make_unreachable(const DeviceMemory& memory) {
-  emulator::check_no_grid_is_kept();
-  emulator::withdraw(memory.data);
+  emulator::check_no_pending_grid();
+  emulator::unregister_managed(memory.data);
 }
 // Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
 inline void poison(void* memory, std::size_t bytes) {
@@ -84,7 +84,7 @@ inline void poison(void* memory, std::size_t bytes) {
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   emulator::check_argument("fill_bytes", 1, data);
-  emulator::run_kept_grid();
+  emulator::run_pending_grid();
   const DeviceWork work;
   std::memset(data, byte, bytes);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/host_device.h"
-#include "emulator/instructions.h"
+#include "device/instructions_emulated.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native::cuda_emulated {
@@ -97,8 +97,8 @@ inline void fence_proxy_async() { emulator::publish_shared_stores(); }
 inline void wgmma_fence() { emulator::wgmma_queue().fence(); }
 
 // d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. The lanes of a warp hold a
-// and d as in mma_16x8x16 (emulator/instructions.h), with d for eight columns after the other. d must not be read, nor
-// a or d changed, before wgmma_wait().
+// and d as in mma_16x8x16 (device/instructions_emulated.h), with d for eight columns after the other. d must not be
+// read, nor a or d changed, before wgmma_wait().
 template <class T, int kCols>
 void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_descriptor,
            Site site = Site::current()) {
@@ -115,7 +115,7 @@ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_d
             emulator::begin_wgmma([](std::uint16_t bits) { return to_f32(T{bits}); }, kCols, of(0).b_descriptor);
         for (int i = 0; i < 4 * kWarp; ++i) {
           if (of(i).b_descriptor != of(0).b_descriptor) emulator::fail("wgmma: threads have other descriptors");
-          product->take_a(i, of(i).a);
+          product->set_a(i, of(i).a);
           of(i).product = product;
         }
         emulator::compute_if_early(*product);
