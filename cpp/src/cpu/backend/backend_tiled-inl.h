@@ -6,7 +6,6 @@
 #include "cpu/product/backward-inl.h"
 #include "cpu/product/config.h"
 #include "cpu/product/forward_tiles-inl.h"
-#include "cpu/product/make_job-inl.h"
 #include "cpu/product/panels-inl.h"
 
 namespace qlora_native::QLN_ISA {

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <optional>
 
+#include "backend.h"
+#include "cpu/runtime/processor.h"
 #include "hooks.h"
 #include "qlora_native/error.h"
 
@@ -84,6 +86,21 @@ std::optional<Way> forced_way() {
   for (const Way way : {Way::few_rows, Way::vectors, Way::tiles, Way::panels})
     if (std::string(forced) == name_of(way)) return way;
   throw Unavailable("QLN_FORCE_WAY: expected few_rows, vectors, tiles or panels, got \"" + std::string(forced) + "\"");
+}
+
+// Whether the host program's dense product has tile products of this dtype. An instruction set that QLN_FORCE_ISA names
+// stands for a machine that has no better one.
+bool dense_product_has_tiles(DType dtype) {
+  static const bool in_use = cpu_isa() == "amx_bf16", fp16 = has_amx_fp16();
+  return in_use && (dtype == DType::bf16 || (dtype == DType::f16 && fp16));
+}
+// Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
+// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20
+// times as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place
+// of a product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
+bool dense_product_is_ahead(DType dtype) {
+  static const bool in_use = cpu_isa() == "avx512";
+  return in_use && dtype == DType::f32;
 }
 
 }  // namespace

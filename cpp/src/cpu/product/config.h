@@ -55,14 +55,4 @@ Way way_of(const WayProblem& problem);
 std::string text_of(const WayProblem& problem, Way way);
 void print_if_asked(const WayProblem& problem, Way way);
 
-// Whether the host program's dense product has tile products of this dtype. An instruction set that QLN_FORCE_ISA names
-// stands for a machine that has no better one.
-bool dense_product_has_tiles(DType dtype);  // isa.cpp
-
-// Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
-// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20
-// times as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place
-// of a product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
-bool dense_product_is_ahead(DType dtype);  // isa.cpp
-
 }  // namespace qlora_native

@@ -11,6 +11,28 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
+// Elements that are decoded at once.
+template <class Dot>
+constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
+
+// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
+template <class Dot, int kRows, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
+  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
+  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
+  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+    const std::int64_t place = c % Dot::kStepChunks;
+    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
+    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
+    typename Dot::Step step[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
+      step[i] = Dot::join(held[i]);
+    }
+    sink(c / Dot::kStepChunks, step);
+  });
+}
+
 template <class Dot>
 struct FewRows {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
@@ -24,7 +46,7 @@ struct FewRows {
   template <class Rows>
   static void pack(const Rows& x, int rows, float* out) {
     for (int m = 0; m < rows; ++m)
-      x.template steps<1>(m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
+      steps_of_chunks<Dot, 1>(x, m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
         for (int k = 0; k < Dot::kStepVectors; ++k)
           store(out + (s * rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
       });
@@ -179,7 +201,7 @@ struct FewRows {
   static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
                           float* out) {
     Sums<kM> sums;
-    w.template steps<kRowsOf<kM>>(n, count, [&](std::int64_t s, const auto& step) {
+    steps_of_chunks<Dot, kRowsOf<kM>>(w, n, count, [&](std::int64_t s, const auto& step) {
       // The copy stays in registers. As far as the compiler knows x might lie where the sums do, so that it would store
       // each of them at once.
       Sums<kM> copy = sums;

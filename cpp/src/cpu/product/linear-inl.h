@@ -8,7 +8,6 @@
 #include "cpu/product/forward_small_m-inl.h"
 #include "cpu/product/forward_tiles-inl.h"
 #include "cpu/product/linear.h"
-#include "cpu/product/make_job-inl.h"
 #include "cpu/product/panels-inl.h"
 
 namespace qlora_native::QLN_ISA {
