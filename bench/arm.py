@@ -210,7 +210,7 @@ def few_rows(code: dict[str, list[Instruction]], dot: Dot, rows: int) -> Figure:
     weights = 2 * 64
     multiply_adds = rows * weights // (4 * dot.elements)
     name = re.escape(dot.name)
-    pattern = rf"(parallel_for<)?FewRows<{name} ?>::multiply<{rows}, QuantizedRows<{name}, 4, 1>"
+    pattern = rf"(parallel_for<)?SmallM<{name} ?>::multiply<{rows}, QuantizedRows<{name}, 4, 1>"
     wanted = [
         loop
         for loop in find(code, pattern)

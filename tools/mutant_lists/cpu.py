@@ -5,7 +5,7 @@ from mutant_lists.mutant import CONFORMANCE, Mutant
 STEP, BACKWARD = "cpp/src/cpu/optimizer/optimizer-inl.h", "cpp/src/cpu/product/backward-inl.h"
 PRODUCT_NN, PRODUCT_NT = "cpp/src/cpu/product/product_nn-inl.h", "cpp/src/cpu/product/product_nt-inl.h"
 PIPELINE = "cpp/src/cpu/product/panel_pipeline-inl.h"
-FORWARD_FEW, FORWARD_MANY = "cpp/src/cpu/product/forward_small_m-inl.h", "cpp/src/cpu/product/forward_tiles-inl.h"
+FORWARD_SMALL_M, FORWARD = "cpp/src/cpu/product/forward_small_m-inl.h", "cpp/src/cpu/product/forward-inl.h"
 ROWS, SCALES, QUANTIZE = (
     f"cpp/src/cpu/{name}-inl.h" for name in ("quantize/quantized_rows", "quantize/scales", "quantize/quantize")
 )
@@ -75,28 +75,28 @@ ON_CPU = [
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_MANY,
+        FORWARD,
         "every block of rows has the first one's mask",
         "1.0f, dropout, first_row_ + adapted.begin)",
         "1.0f, dropout, adapted.begin)",
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_MANY,
+        FORWARD,
         "U is what the last block of K gives",
         "sums, c != 0, none)",
         "sums, false, none)",
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_MANY,
+        FORWARD,
         "a piece's sums are those of its strip's first vectors",
         "into.data += (piece.vector - strips_.first(piece.strip)) * kLanes;",
         "",
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_MANY,
+        FORWARD,
         "all rows have the first adapter's B",
         "const LoraView& lora = adapted_[pieces_[i].adapter].lora;",
         "const LoraView& lora = adapted_[0].lora;",
@@ -181,14 +181,14 @@ ON_CPU = [
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_FEW,
+        FORWARD_SMALL_M,
         "rows of U are as long as the rank",
         "load(lora.u + m * lora.padded_rank + r)",
         "load(lora.u + m * lora.b.cols + r)",
         CONFORMANCE,
     ),
     Mutant(
-        FORWARD_FEW,
+        FORWARD_SMALL_M,
         "rows of W that fill no tile have no adapter",
         "kRows, count - j), x, loras, sums + j * kM);",
         "kRows, count - j), x, {}, sums + j * kM);",

@@ -1,4 +1,4 @@
-// linear_forward of a few rows of x: lanes along K, and a weight is decoded where it is used.
+// linear_forward of up to kMaxSmallM rows of x: lanes along K, and a weight is decoded where it is used.
 #pragma once
 
 #include <span>
@@ -34,7 +34,7 @@ inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& 
 }
 
 template <class Dot>
-struct FewRows {
+struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
 
   template <class Rows>
@@ -255,15 +255,15 @@ struct FewRows {
   static void with_rows_of_x(int rows, F&& f) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
       ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
-    }(std::make_integer_sequence<int, kMostFewRows>());
+    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
   }
 };
 
 // prepare() packs X, stage 0 computes U, and stage 1 multiplies.
 template <class Dot, class Rows>
-class ForwardFew final : public Job {
+class ForwardSmallM final : public Job {
  public:
-  ForwardFew(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+  ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
     rows_ = part.end - part.begin;
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
@@ -305,7 +305,7 @@ class ForwardFew final : public Job {
   }
 
  private:
-  using Product = FewRows<Dot>;
+  using Product = SmallM<Dot>;
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
 
