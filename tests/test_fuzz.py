@@ -36,6 +36,7 @@ def sanitized(tmp_path_factory):
     return build / "tests/fuzz"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["safetensors", "api"])
 def test_any_input_leaves_memory_alone(sanitized, target, tmp_path):
     corpus = FUZZ / "corpus" / target
