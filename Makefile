@@ -95,7 +95,7 @@ test-arm: $(stamp)-build
 # Needs a Python with a CUDA build of torch and the packages of the extras build, test and finetune, and nvcc.
 test-gpu:
 	QLN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
-	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py tests/test_cpp_trainer.py $(ARGS)
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are preloaded, and leaks are not checked, because Python never frees
 # some memory. Tests that mostly run Python and torch, or measure the memory of a call, are left to `make test`. The CUDA
@@ -121,10 +121,8 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
 	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
 
-# Targets are the C++ trainer's readers, the C++ API, and every way in from Python, which is guided by coverage if atheris
-# can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
+# Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
-fuzz_targets := safetensors api
 python_fuzz_targets := entries layer optimizer config folder export dtypes json functions ops
 comma := ,
 fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
@@ -132,12 +130,10 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
 	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF \
 	    -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
-	$(VENV)/bin/cmake --build build/fuzz --target $(fuzz_targets:%=fuzz_%)
-	for target in $(fuzz_targets); do \
-	    mkdir -p build/fuzz/corpus/$$target; \
-	    ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) \
-	        -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus/$$target tests/fuzz/corpus/$$target; \
-	done
+	$(VENV)/bin/cmake --build build/fuzz --target fuzz_api
+	mkdir -p build/fuzz/corpus
+	ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_api -max_total_time=$(FUZZ_SECONDS) \
+	    -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus tests/fuzz/corpus/api
 	$(requirements) fuzz | $(pip) install -r /dev/stdin || echo "atheris cannot be installed here: inputs are random"
 	for target in $(python_fuzz_targets); do \
 	    if [ $$target != ops ] && $(python) -c 'import atheris' 2> /dev/null; then guide=--atheris; else guide=; fi; \
@@ -173,8 +169,9 @@ format: $(stamp)-lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_files)
 
-docs: $(stamp)-package $(stamp)-finetune $(stamp)-test
-	$(python) tools/docs.py
+# Reads the docstrings from python/, so nothing is built.
+docs: $(stamp)-docs
+	$(python) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)
@@ -225,6 +222,10 @@ $(stamp)-wheels: pyproject.toml | $(stamp)-venv
 
 $(stamp)-sass: pyproject.toml | $(stamp)-venv
 	$(requirements) sass | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-docs: pyproject.toml | $(stamp)-venv
+	$(requirements) docs | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-lint: pyproject.toml | $(stamp)-venv

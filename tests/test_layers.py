@@ -15,6 +15,7 @@ CORE = ("cpp/include", "cpp/src", "cpp/src/common")
 ROOMS = tuple(
     f"{CPU}/{room}" for room in ("runtime", "product", "quantize", "optimizer", "attention", "loss", "elementwise")
 )
+ISA_FOLDERS = ("", "/scalar", "/portable", "/avx2", "/avx512", "/amx", "/neon")
 # {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
 # its path begins with.
 MAY_INCLUDE = {
@@ -24,15 +25,10 @@ MAY_INCLUDE = {
     "cpp/include": (),
     "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
     "cpp/src/paged": CORE,
-    f"{CPU}/runtime": (*CORE, f"{CPU}/product"),
-    f"{CPU}/isa": (*CORE, *ROOMS),
-    f"{CPU}/isa/portable": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/amx"),
-    f"{CPU}/isa/avx2": (*CORE, *ROOMS, f"{CPU}/isa"),
-    f"{CPU}/isa/avx512": (*CORE, *ROOMS, f"{CPU}/isa"),
-    f"{CPU}/isa/neon": (*CORE, *ROOMS, f"{CPU}/isa"),
-    # It has the vectors of another folder beside its tiles.
-    f"{CPU}/isa/amx": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/portable", f"{CPU}/isa/avx512"),
-    **{room: (*CORE, f"{CPU}/isa", *ROOMS) for room in ROOMS[1:]},
+    f"{CPU}/runtime": CORE,
+    **{f"{CPU}/isa{folder}": (*CORE, f"{CPU}/isa", f"{CPU}/isa/amx") for folder in ISA_FOLDERS},
+    **{room: (*CORE, f"{CPU}/isa", f"{CPU}/isa/scalar", f"{CPU}/backend", *ROOMS) for room in ROOMS[1:]},
+    f"{CPU}/backend": (*CORE, *(f"{CPU}/isa{folder}" for folder in ISA_FOLDERS), *ROOMS),
     "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
     "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
     "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
@@ -114,7 +110,7 @@ def test_torch_is_included_by_the_bindings_alone():
 def test_cuda_is_included_by_its_backend_alone():
     found = found_in(("cpp", "cuda", "python", "examples"), CUDA)
     assert found
-    assert all(name.startswith("cuda/") or name == "examples/cpp_trainer/cuda.cpp" for name in found), found
+    assert all(name.startswith("cuda/") for name in found), found
 
 
 def test_intrinsics_stand_in_the_folders_compiled_for_them():

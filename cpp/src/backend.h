@@ -35,8 +35,8 @@ struct Backend {
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null if the backend has none
 };
 
-// cpu/isa.cpp: the instruction set in use as a backend, its name, and the names of all that this machine runs, best
-// first.
+// cpu/backend/isa.cpp: the instruction set in use as a backend, its name, and the names of all that this machine runs,
+// best first.
 const Backend& cpu_backend();
 std::string cpu_isa();
 std::vector<std::string> cpu_isas();

@@ -184,7 +184,7 @@ inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorit
   memory.add(tensor.param, tensor.param_dtype, n);
   memory.add(tensor.grad, tensor.grad_dtype, n);
   const bool in_8_bits = tensor.absmax1 != nullptr;
-  for (int moment = 0; moment < kMostMoments; ++moment) {
+  for (int moment = 0; moment < kMaxMoments; ++moment) {
     void*& state = state_of(tensor, moment);
     float*& absmax = absmax_of(tensor, moment);
     if (moment >= moments_of(algorithm)) {

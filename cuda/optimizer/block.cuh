@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/optimizer.h"
-#include "optimizer/code_sums.cuh"
+#include "optimizer/code_table.cuh"
 #include "optimizer/plan.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -12,7 +12,7 @@ namespace qlora_native::QLN_CUDA {
 template <bool kSigned>
 struct alignas(kVectorBytes) MapTables {
   std::array<float, 256> levels = kSigned ? kDynamicMap : kUnsignedDynamicMap;
-  CodeSums<kSigned> sums;
+  CodeTable<kSigned> sums;
 };
 struct MomentTables {
   MapTables<true> signed_map;
@@ -119,7 +119,7 @@ struct Strided {
 };
 
 template <bool kSigned>
-__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeSums<kSigned>& sums, const float (&values)[kEight],
+__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& sums, const float (&values)[kEight],
                                                            float inverse) {
   Vector<std::uint32_t, 2> words;
 #pragma unroll
@@ -143,7 +143,7 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
   // the results.
   const int own_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
   float* const absmax = item.absmax[own_moment] + block;
-  const float scale = *absmax * Rule::kept(c, own_moment);
+  const float scale = *absmax * Rule::decode_factor(c, own_moment);
   float kept[kMoments], param[kEight], grad[kEight], m[kMoments][kEight], most[kMoments] = {};
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void update_32bit(const Strided<Rule>& elements, cons
   for (int i = 0; i < kEight; ++i) {
     float moments[kMoments];
 #pragma unroll
-    for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::kept(c, k);
+    for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::decode_factor(c, k);
     param[i] = Rule::template update<FloatMath>(c, param[i], grad[i], moments);
 #pragma unroll
     for (int k = 0; k < kMoments; ++k) m[k][i] = moments[k];

@@ -208,10 +208,10 @@ class PanelProducts {
     const std::int64_t left_stride = rank_ > 0 ? column_elements_ : product_.left.stride;
     const T* const bias = static_cast<const T*>(product_.bias);
     const DenseGemmArgs product{
-        .left = {left, dtype, rows.count, inner_, left_stride},
-        .right = {panel_memory(i), dtype, product_.backward ? inner_ : cols.count,
-                  product_.backward ? cols.count : inner_, panel_stride()},
-        .transpose_right = !product_.backward,
+        .x = {left, dtype, rows.count, inner_, left_stride},
+        .w = {panel_memory(i), dtype, product_.backward ? inner_ : cols.count, product_.backward ? cols.count : inner_,
+              panel_stride()},
+        .transpose_w = !product_.backward,
         .bias = bias == nullptr ? nullptr : bias + cols.first,
         .out = {row_of<T>(product_.out, rows.first) + cols.first, dtype, rows.count, cols.count, product_.out.stride}};
     const DeviceWork work;

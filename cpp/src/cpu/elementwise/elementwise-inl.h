@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cpu/isa/exp-inl.h"
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 #include "cpu/runtime/parallel.h"
 #include "qlora_native/attention.h"
 #include "qlora_native/elementwise.h"

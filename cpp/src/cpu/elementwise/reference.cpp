@@ -1,8 +1,8 @@
 // The scalar backend's gated activations and RMS norms, as elementwise.h defines them, in fp64.
 #include <cmath>
 
+#include "cpu/isa/scalar/reference.h"
 #include "cpu/runtime/parallel.h"
-#include "cpu/runtime/reference.h"
 
 namespace qlora_native::reference {
 namespace {

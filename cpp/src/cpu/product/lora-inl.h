@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/product/linear.h"
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native::QLN_ISA {

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "cpu/product/linear.h"
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {

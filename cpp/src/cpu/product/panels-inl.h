@@ -129,9 +129,9 @@ struct Panels {
       const Matrix panel =
           kTransposed ? Matrix{memory, kType, count, inner, inner} : Matrix{memory, kType, inner, count, count};
       decode_rows(right, kTransposed ? n : 0, kTransposed ? 0 : n, panel);
-      hooks().dense_gemm({.left = left,
-                          .right = readable(panel),
-                          .transpose_right = kTransposed,
+      hooks().dense_gemm({.x = left,
+                          .w = readable(panel),
+                          .transpose_w = kTransposed,
                           .bias = result.bias == nullptr ? nullptr : static_cast<const char*>(result.bias) + n * kSize,
                           .accumulate = result.accumulate,
                           .out = columns_of(result.out, n, count)},

@@ -10,10 +10,10 @@
 #include "common/float16.h"
 #include "common/layout.h"
 #include "common/philox.h"
+#include "cpu/backend/isa.h"
+#include "cpu/isa/scalar/reference.h"
 #include "cpu/quantize/quantize_microscaled.h"
-#include "cpu/runtime/isa.h"
 #include "cpu/runtime/parallel.h"
-#include "cpu/runtime/reference.h"
 #include "cpu/runtime/scratch.h"
 
 namespace qlora_native {
