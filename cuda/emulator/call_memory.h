@@ -178,13 +178,13 @@ inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   memory.add(args.out, args.dtype, args.elements());
   memory.add(args.rows, args.row_count);
 }
-// Adds only the moments that the algorithm has, since a caller may leave anything in the other pointers.
+// Adds only the moments that the algorithm has, because the other pointers may hold anything.
 inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {
   const std::int64_t n = tensor.elements;
   memory.add(tensor.param, tensor.param_dtype, n);
   memory.add(tensor.grad, tensor.grad_dtype, n);
   const bool in_8_bits = tensor.absmax1 != nullptr;
-  for (int moment = 0; moment < kMostMoments; ++moment) {
+  for (int moment = 0; moment < kMaxMoments; ++moment) {
     void*& state = state_of(tensor, moment);
     float*& absmax = absmax_of(tensor, moment);
     if (moment >= moments_of(algorithm)) {

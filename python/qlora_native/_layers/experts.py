@@ -19,8 +19,8 @@ __all__ = ["Experts4bit"]
 class Experts4bit(QuantizedLayer):
     """The quantized weights of E experts. It replaces the three-dimensional parameter that held them in 16 bits.
 
-    Expert e has the weight W[e] [N, K] and computes y = W[e] x, however the parameter was laid out. The state dict has
-    the entries of `Linear4bit` below the parameter's name: `weight` uint8 [E, N, K/2], `absmax`, and so on.
+    Expert e has the weight `W[e]`, [N, K], and computes `W[e] x`, however the parameter was laid out. The state dict
+    has the entries of `Linear4bit` below the parameter's name: `weight` uint8 [E, N, K/2], `absmax`, and so on.
 
     `shape`, `dtype`, `ndim`, `device` and `requires_grad` describe the parameter that was replaced, because PEFT's
     `target_parameters` reads them.

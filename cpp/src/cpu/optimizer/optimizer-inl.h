@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/isa/utility-inl.h"
 #include "cpu/optimizer/dynamic_map-inl.h"
 #include "cpu/optimizer/optimizer_step.h"
-#include "cpu/product/rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
@@ -133,7 +133,7 @@ void update_8bit(const MomentTables& tables, const StepCoefficients& coefficient
   alignas(64) float values[kMoments][kOptimizerBlock];
   F32 kept[kMoments], most[kMoments];
   for (int k = 0; k < kMoments; ++k) {
-    kept[k] = set1(*absmax[k] * Rule::kept(coefficients, k));
+    kept[k] = set1(*absmax[k] * Rule::decode_factor(coefficients, k));
     most[k] = zero();
   }
   for (int i = 0; i < kOptimizerBlock; i += kStep) {
@@ -195,7 +195,7 @@ void update_32bit(const StepCoefficients& coefficients, const float* grad, float
   const CoefficientsOf<VectorMath> c = in_every_lane(coefficients);
   for (int i = 0; i < kOptimizerBlock; i += kLanes) {
     F32 m[kMoments];
-    for (int k = 0; k < kMoments; ++k) m[k] = mul(load(state[k] + i), set1(Rule::kept(coefficients, k)));
+    for (int k = 0; k < kMoments; ++k) m[k] = mul(load(state[k] + i), set1(Rule::decode_factor(coefficients, k)));
     store(param + i, Rule::template update<VectorMath>(c, load(param + i), load(grad + i), m));
     for (int k = 0; k < kMoments; ++k) store(state[k] + i, m[k]);
   }

@@ -3,9 +3,8 @@
 #include <cmath>
 
 #include "common/codebook.h"
+#include "cpu/isa/scalar/reference.h"
 #include "cpu/optimizer/optimizer_step.h"
-#include "cpu/runtime/isa.h"
-#include "cpu/runtime/reference.h"
 
 namespace qlora_native::reference {
 namespace {
@@ -24,7 +23,7 @@ std::uint8_t nearest(const std::array<float, 256>& midpoints, float t) {
   return static_cast<std::uint8_t>(std::lower_bound(midpoints.begin(), midpoints.end(), t) - midpoints.begin());
 }
 
-// One element, its moments given multiplied by `kept`.
+// One element, its moments given multiplied by `decode_factor`.
 template <class Rule>
 void update_element(const Optimizer8bitTensor& tensor, const StepCoefficients& c, std::int64_t i,
                     float (&moments)[Rule::kMoments]) {
@@ -42,7 +41,7 @@ void update_8bit(const Optimizer8bitTensor& tensor, const StepCoefficients& c, s
   for (std::int64_t i = 0; i < end - first; ++i) {
     for (int k = 0; k < kMoments; ++k) {
       const auto& levels = is_signed(k) ? kDynamicMap : kUnsignedDynamicMap;
-      values[i][k] = levels[codes(k)[i]] * (absmax(k) * Rule::kept(c, k));
+      values[i][k] = levels[codes(k)[i]] * (absmax(k) * Rule::decode_factor(c, k));
     }
     update_element<Rule>(tensor, c, first + i, values[i]);
     for (int k = 0; k < kMoments; ++k) most[k] = std::max(most[k], std::fabs(values[i][k]));
@@ -60,7 +59,7 @@ template <class Rule>
 void update_32bit(const Optimizer8bitTensor& tensor, const StepCoefficients& c, std::int64_t i) {
   float values[Rule::kMoments];
   const auto state = [&](int k) -> float& { return static_cast<float*>(state_of(tensor, k))[i]; };
-  for (int k = 0; k < Rule::kMoments; ++k) values[k] = state(k) * Rule::kept(c, k);
+  for (int k = 0; k < Rule::kMoments; ++k) values[k] = state(k) * Rule::decode_factor(c, k);
   update_element<Rule>(tensor, c, i, values);
   for (int k = 0; k < Rule::kMoments; ++k) state(k) = values[k];
 }
