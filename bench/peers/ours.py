@@ -7,6 +7,7 @@ from typing import Any
 
 import qlora_native as qn
 import torch
+from qlora_native._core.weight import op_arguments
 from torch import Tensor
 
 NAME = "qlora_native"
@@ -54,11 +55,11 @@ def layer(weight: Tensor) -> qn.nn.Linear4bit:
 
 
 def forward_op(held: qn.QuantizedWeight, x: Tensor) -> Tensor:
-    return torch.ops.qlora_native.linear_forward(x, *held.op_arguments(), None, *_lora_arguments())[0]
+    return torch.ops.qlora_native.linear_forward(x, *op_arguments(held), None, *_lora_arguments())[0]
 
 
 def backward_input(held: qn.QuantizedWeight, dy: Tensor, **lora: Any) -> Tensor:
-    return torch.ops.qlora_native.linear_backward_input(dy, *held.op_arguments(), *_lora_arguments(**lora), True)[0]
+    return torch.ops.qlora_native.linear_backward_input(dy, *op_arguments(held), *_lora_arguments(**lora), True)[0]
 
 
 def lora_gradients(x: Tensor, dy: Tensor, u: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

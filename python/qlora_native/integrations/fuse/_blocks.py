@@ -5,7 +5,7 @@
 Between its products a block of a language model computes f(gate) * up and a norm. From torch's parts autograd keeps a
 tensor for every part, those of the norm in fp32; the ops of `qlora_native.functional` keep their operands, and take a
 pass over memory each. They are put in where a module computes just that, which is found out by trying, whatever its
-family is: an activation hands on a `DeferredActivation`, whose product with another tensor is the op, and a norm has
+family is: an activation returns a `DeferredActivation`, whose product with another tensor is the op, and a norm has
 another forward. Nothing else of the model changes; state dicts and checkpoints are the same.
 """
 
@@ -26,8 +26,6 @@ from ..._core.errors import FLOAT_DTYPES
 from ...functional import gated_activation, rms_norm
 from ._deferred import Deferred, is_plain
 
-__all__ = ["DeferredActivation", "fuse_blocks"]
-
 # What the ops compute, by the names of `gated_activation`.
 _DEFINITIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 _GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))  # children or parameters of a module with a gated linear unit
@@ -44,7 +42,7 @@ class DeferredActivation(Deferred):
     """
 
     def __init__(self, module: nn.Module, gate: Tensor) -> None:
-        """An activation that nobody has asked for."""
+        """Defer the activation of `gate`."""
         self.module, self.gate = module, gate
 
     def compute(self) -> Tensor:
@@ -79,8 +77,8 @@ def fuse_blocks(model: nn.Module) -> int:
     A norm is any module with one parameter, `weight` [N], and an epsilon, which gives what `functional.rms_norm` does,
     with or without the shift of Gemma's. An activation is `act_fn` or `activation_fn` of a module that has gate_proj
     and up_proj, or gate_up_proj, and computes SiLU or the tanh of GELU; a mixture's experts too. Results differ from
-    those before by rounding: each is computed in fp32 and rounded once. Where tensors of other kinds come, or a norm
-    has another dtype than its input, and under torch.compile, which fuses by itself, the module computes as before.
+    those before by rounding: each is computed in fp32 and rounded once. For tensors of other kinds, for a norm whose
+    dtype is not its input's, and under torch.compile, which fuses by itself, modules compute as before.
 
     Args:
         model: loaded, with its weights; transformers' or PEFT's, or any other.

@@ -30,23 +30,19 @@ from ...functional import linear_cross_entropy
 from ...nn import Linear4bit
 from ._deferred import Deferred
 
-__all__ = ["DeferredLogits", "fuse_loss"]
-
 
 class DeferredLogits(Deferred):
-    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, computed when anything but the loss reads it.
 
     Attributes:
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
-        made: z, once something has asked for it.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
-        """Logits that nobody has asked for."""
+        """Defer the logits of `hidden`."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
-        self.made = None
 
     def compute(self) -> Tensor:
         """The logits, as the model would have made them."""
@@ -60,7 +56,7 @@ class DeferredLogits(Deferred):
 
     def __mul__(self, factor: Any) -> Any:
         """z times a factor of the family's."""
-        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
+        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.computed is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
@@ -91,9 +87,9 @@ def fuse_loss(model: nn.Module) -> bool:
     """Make a causal language model compute its training loss without making logits.
 
     The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
-    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
-    changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
-    because its weight is sharded again by the time the loss is computed.
+    loss is accumulated in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second
+    call changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its
+    logits, because its weight is sharded again by the time the loss is computed.
 
     Args:
         model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
@@ -159,8 +155,8 @@ def _loss(
     options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
-    if logits.made is not None:
-        return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
+    if logits.computed is not None:
+        return ForCausalLMLoss(logits.computed, labels, vocab_size, **options, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]
