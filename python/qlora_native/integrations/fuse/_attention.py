@@ -16,7 +16,7 @@ import sys
 import warnings
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
