@@ -166,7 +166,7 @@ MAY_IMPORT = {
     "convert": (*LAYERS, "integrations.transformers"),
     "integrations": (*LAYERS, "convert", "integrations.fuse", "integrations.peft", "integrations.bitsandbytes"),
     "_loader": ("_layers", "integrations.peft", "integrations.transformers"),
-    "__init__": ("_core", "functional", "nn", "optim", "_loader"),
+    "__init__": ("_core", "functional", "nn", "optim", "_loader", "integrations.fuse"),
     "__main__": ("_core", "__init__", "convert"),
 }
 
