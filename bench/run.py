@@ -47,7 +47,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shapes", nargs="+", type=_shape, metavar="NxK")
     add("--m", nargs="+", type=int, help="rows of activations to keep (default: all)")
     add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
-    add("--peers", nargs="*", help="files of bench/peers (default: all)")
+    add("--peers", nargs="*", metavar="PEER", help="names in peers.PEERS (default: all that the device has)")
     add("--quick", action="store_true", help="4096x4096, few cases, short")
     add("--budget", type=float, metavar="SECONDS", help="a case, shared by its contestants (default: 1; quick: 0.3)")
     add("--isa", help="hold qlora_native to this instruction set (QLN_FORCE_ISA), and torch too if it is avx2")
@@ -98,7 +98,7 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     return args.shapes + [shape for shape in widths if shape not in args.shapes]
 
 
-def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
+def measure_table(args: argparse.Namespace, peers: Sequence, probes: Any, clock: Any, result: dict) -> None:
     """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
     import torch
 
@@ -120,7 +120,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
             for case in chosen:
                 torch.set_num_threads(case.threads or threads)
                 try:
-                    found = contestants(case, weights, adapters)
+                    found = contestants(case, weights, peers)
                 except WrongResult as error:
                     result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
                     print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         torch.set_default_device("cuda")
     torch.set_grad_enabled(False)
-    adapters, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
+    peers, missing = load(DEFAULT[args.device] if args.peers is None else args.peers)
     result: dict = {"machine": machine.describe(), "missing_peers": missing, "rows": [], "memory": [], "wrong": []}
     set_allocator("setup")
     others = machine.Others()
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["limits"] = machine.limits(probes, args.dtypes, clock)
     print(report.heading(result), flush=True)
     with busy_process() if args.busy else nullcontext():
-        measure_all(args, adapters, probes, clock, result)
+        measure_all(args, peers, probes, clock, result)
     result["load"] = others.shares()
     print("\n" + report.load_line(result["load"]))
     wrong = result.pop("wrong")
@@ -209,14 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return len(wrong)
 
 
-def measure_all(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
+def measure_all(args: argparse.Namespace, peers: Sequence, probes: Any, clock: Any, result: dict) -> None:
     """Measure and print all that the command line selects, into `result`."""
     import machine
     import memory
     import optimizer
     import report
 
-    measure_table(args, adapters, probes, clock, result)
+    measure_table(args, peers, probes, clock, result)
     # The speed of the machine changes while the table is measured: the limit is the better of two measurements.
     before, after = result["limits"], machine.limits(probes, args.dtypes, clock)
     result["limits"] = {name: max(before[name], after[name]) for name in before}
