@@ -22,7 +22,10 @@ PEER_ERROR = 0.02
 
 
 class Contestant:
-    """A library. Where it supports cases with an adapter, it has `attach(held, **lora)`, as qn.linear names them."""
+    """A library, with `quantize(weight [N, K])` to a form of its own and `dequantize(held, dtype)`.
+
+    Where it supports cases with an adapter, it has `attach(held, **lora)`, with the arguments of qn.linear.
+    """
 
     name: str  # in the table
     error = PEER_ERROR
@@ -46,14 +49,6 @@ class Contestant:
     def nbytes(self, held: Any) -> int:
         """The bytes of the weight, which decide on the number of copies."""
         return held.nbytes
-
-    def quantize(self, weight: Tensor) -> Any:
-        """A weight [N, K] in its own form."""
-        raise NotImplementedError
-
-    def dequantize(self, held: Any, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K]."""
-        raise NotImplementedError
 
     def forward(self, held: Any, x: Tensor) -> Tensor:
         """Y = X·Wᵀ: x [M, K] -> [M, N], differentiable in x. By default as without a fused product."""

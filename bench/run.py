@@ -1,15 +1,14 @@
 """Measure speed against torch's dense product, bitsandbytes and the machine's limits, all in the same process.
 
     python bench/run.py                              the whole table, in about twelve minutes on two cores
-    python bench/run.py --quick                      a few rows, in seconds
-    python bench/run.py --output                     also a report: JSON, Markdown and plots, below bench/results/
+    python bench/run.py --quick                      some cases, in seconds
+    python bench/run.py --output                     also a page with plots, and figures.json, below bench/results/
     python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
     python bench/run.py --operations forward dx --peers torch_dense decoded
                                                      whether a product is ever slower than decoding W for torch's
     python bench/run.py --busy                       beside a process that multiplies on as many threads
-    python bench/run.py --operations step            a training step of SmolLM2 (step.py)
-    python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
+    python bench/run.py --operations step optimizer  a training step of SmolLM2 (step.py), and a step of AdamW alone
     python bench/run.py --device cuda --output       a GPU, in its own table
 
 A row has the microseconds; GB/s if memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
@@ -104,11 +103,11 @@ def measure_table(args: argparse.Namespace, peers: Sequence, probes: Any, clock:
 
     from checks import WrongResult
     from contest import Weights, contestants
-    from report import Table
+    from report import line
     from timing import set_allocator
 
     threads = torch.get_num_threads()
-    table = Table(result["limits"])
+    before = None
     # Kept memory comes last, because later calls would reuse the heap that it leaves.
     for kept in (False, True):
         setup, timed = ("kept", "kept") if kept else ("setup", "default")
@@ -133,7 +132,8 @@ def measure_table(args: argparse.Namespace, peers: Sequence, probes: Any, clock:
                 us = {name: 1e6 * each.median for name, each in times.items()}
                 gb_per_s = probes.nbytes * (2 if copying else 1) / probe.median / 1e9
                 result["rows"].append(data.Row(**dataclasses.asdict(case), us=us, gb_per_s=gb_per_s))
-                print(table.line(result["rows"][-1]), flush=True)
+                print(line(result["rows"][-1], result["limits"], before), flush=True)
+                before = result["rows"][-1]
     torch.set_num_threads(threads)
 
 
@@ -151,10 +151,10 @@ def measure_alone(result: dict, name: str, measure: Callable[[], Any], lines: Ca
 def measure_steps(result: dict) -> None:
     """Measure the training steps."""
     import step
-    from report import step_lines
+    from report import training_steps
 
     for name, arguments in data.STEPS.items():
-        measure_alone(result, name, partial(step.measure_alone, **arguments), step_lines)
+        measure_alone(result, name, partial(step.measure_alone, **arguments), lambda found: training_steps([found]))
 
 
 @contextmanager
@@ -215,6 +215,7 @@ def measure_all(args: argparse.Namespace, peers: Sequence, probes: Any, clock: A
     import memory
     import optimizer
     import report
+    from timing import in_own_process
 
     measure_table(args, peers, probes, clock, result)
     # The speed of the machine changes while the table is measured: the limit is the better of two measurements.
@@ -228,7 +229,7 @@ def measure_all(args: argparse.Namespace, peers: Sequence, probes: Any, clock: A
             result["memory"].append(row)
             print(report.memory_line(row), flush=True)
     if "optimizer" in args.operations:
-        measure_alone(result, "optimizer", partial(optimizer.measure_alone, args.device), report.optimizer_lines)
+        measure_alone(result, "optimizer", partial(in_own_process, optimizer.measure_on, args.device), report.optimizer)
     if "step" in args.operations:
         measure_steps(result)
 
