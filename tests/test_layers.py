@@ -3,6 +3,7 @@ written once for all instruction sets is free of the intrinsics and the assembly
 """
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -12,28 +13,32 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CPU = "cpp/src/cpu"
 CORE = ("cpp/include", "cpp/src", "cpp/src/common")
-ROOMS = tuple(
-    f"{CPU}/{room}" for room in ("runtime", "product", "quantize", "optimizer", "attention", "loss", "elementwise")
-)
-ISA_FOLDERS = ("", "/scalar", "/portable", "/avx2", "/avx512", "/amx", "/neon")
-# {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
-# its path begins with.
+VECTORS, LOW = f"{CPU}/isa", (*CORE, f"{CPU}/runtime", f"{CPU}/isa", f"{CPU}/isa/scalar")
+ROOMS = tuple(f"{CPU}/{room}" for room in ("quantize", "product", "attention", "loss", "elementwise", "optimizer"))
+ISAS = tuple(f"{VECTORS}/{folder}" for folder in ("amx", "avx2", "avx512", "neon", "portable"))
+# {layer: the layers whose files it may include, beside its own}. A file belongs to the longest name
+# that its path begins with.
 MAY_INCLUDE = {
     "examples": ("cpp/include",),
     "python/bindings": ("cpp/include", "cpp/src/common"),
     "cpp/program": ("cpp/include", f"{CPU}/runtime"),
-    "cpp/include": (),
-    "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
-    "cpp/src/paged": CORE,
+    f"{CPU}/backend": (*LOW, *ISAS, *ROOMS),
+    f"{CPU}/attention": (*LOW, f"{CPU}/quantize", f"{CPU}/product"),
+    f"{CPU}/product": (*LOW, f"{CPU}/quantize"),
+    **{room: LOW for room in ROOMS if room not in (f"{CPU}/attention", f"{CPU}/product")},
+    f"{VECTORS}/portable": (*CORE, VECTORS, f"{VECTORS}/amx"),
+    **{isa: (*CORE, VECTORS) for isa in ISAS[:-1]},
+    f"{VECTORS}/scalar": CORE,
+    VECTORS: CORE,
     f"{CPU}/runtime": CORE,
-    **{f"{CPU}/isa{folder}": (*CORE, f"{CPU}/isa", f"{CPU}/isa/amx") for folder in ISA_FOLDERS},
-    **{room: (*CORE, f"{CPU}/isa", f"{CPU}/isa/scalar", f"{CPU}/backend", *ROOMS) for room in ROOMS[1:]},
-    f"{CPU}/backend": (*CORE, *(f"{CPU}/isa{folder}" for folder in ISA_FOLDERS), *ROOMS),
+    "cpp/src/paged": CORE,
+    "cpp/src": ("cpp/include", "cpp/src/common"),  # never a backend: it calls through backend.h
+    "cpp/src/common": ("cpp/include",),
+    "cpp/include": (),
     "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
     "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
     "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
     "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
-    "cpp/src/common": ("cpp/include",),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.
 INCLUDE_FOLDERS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
@@ -83,6 +88,11 @@ def test_layer_includes_only_what_it_may(layer):
         if layer_of(file) not in (layer, *MAY_INCLUDE[layer])
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_layer_of_cpp_includes_one_above_it():
+    order = graphlib.TopologicalSorter({name: below for name, below in MAY_INCLUDE.items() if name.startswith("cpp/")})
+    assert set(order.static_order()) <= MAY_INCLUDE.keys()  # a circle raises CycleError
 
 
 def test_every_source_file_belongs_to_a_layer():

@@ -4,7 +4,7 @@
 // dimension, wgmma wants lane (g, t) to have 2t, 2t + 1, 2t + 8 and 2t + 9.
 #pragma once
 
-#include "device/tensor_map.h"
+#include "common/tensor_map.h"
 #include "product/wgmma/register_table.cuh"
 #include "product/wgmma/tile.cuh"
 
