@@ -171,8 +171,7 @@ def allocated(size: tuple[int, int, int, int], method: str) -> dict[str, int]:
     """The same model with real tensors, one training step: what torch's allocator has handed out.
 
     Returns:
-        `kept`: bytes in use after the step; `peak`: the maximum above that of the model, during forward and
-        backward.
+        `kept`: bytes in use after the step; `peak`: the maximum above that of the model, in forward and backward.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as made:
         model = build(size, method)
