@@ -1,20 +1,16 @@
 """A small real data set that every Python carries: the signatures and docstrings of its standard library.
 
-`pairs()` returns dictionaries with a `prompt` (a signature in its class and module), a `response` (the first paragraph
-of its docstring) and a `group` (its module). finetune.py holds out whole groups, so that no held-out pair has a
-near-twin among the training pairs. The sources are parsed, never imported.
-
-    python examples/docstrings.py > docstrings.jsonl
+A prompt is a signature in its class and module, the response the first paragraph of its docstring, and the group its
+module. finetune.py holds out whole groups, so that no held-out pair has a near-twin among the training pairs. The
+sources are parsed, never imported.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import math
 import re
-import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -27,16 +23,10 @@ QUESTION = "Write a docstring:"
 
 
 def pairs(count: int = 5000) -> list[dict[str, str]]:
-    """Up to `count` pairs of signature and first docstring paragraph from this Python's standard library.
+    """Up to `count` pairs of `prompt`, `response` and `group`.
 
     A paragraph appears once, and not at all if another module has a near-twin of it. The choice and the order depend
     only on the text of the standard library.
-
-    Args:
-        count: the largest number of pairs.
-
-    Returns:
-        Dictionaries with the keys `prompt`, `response` and `group`.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
@@ -45,7 +35,7 @@ def pairs(count: int = 5000) -> list[dict[str, str]]:
         if SKIPPED_FOLDERS.isdisjoint(relative.parts):
             module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
             found += [
-                {"prompt": prompt, "response": response, "group": _family(module)}
+                {"prompt": prompt, "response": response, "group": re.sub(r"^_(py)?", "", module.split(".")[0])}
                 for prompt, response in _documented(path, module)
             ]
     # Sorted by hash: the first 5,000 by name would be only the modules from a to t.
@@ -75,11 +65,6 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
     return kept
 
 
-def _family(module: str) -> str:
-    """The group of a module: its package, or `decimal` for `_decimal` and `_pydecimal`."""
-    return re.sub(r"^_(py)?", "", module.split(".")[0])
-
-
 def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -89,7 +74,7 @@ def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, response) for each class and function in `node`, directly or inside a class or an `if`."""
+    """(prompt, response) of each class and function in `node`, directly or inside a class or an `if`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.If, ast.Try)):
             yield from _visit(child, header, indent)
@@ -107,8 +92,3 @@ def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]
         paragraph = (ast.get_docstring(child) or "").strip().split("\n\n")[0].split()
         if len(paragraph) > 2:  # "Deprecated." and the like say nothing about the signature
             yield f"{QUESTION}\n{header}{signature}", " ".join(paragraph)
-
-
-if __name__ == "__main__":
-    for pair in pairs():
-        sys.stdout.write(json.dumps(pair) + "\n")
