@@ -19,7 +19,6 @@ from pathlib import Path
 # Tests, demonstrations and bundled packages are poor examples of documented library code.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
 NEAR_TWIN = 0.7  # paragraphs that share this part of their words are near-twins
-QUESTION = "Write a docstring:"
 
 
 def pairs(count: int = 5000) -> list[dict[str, str]]:
@@ -31,13 +30,16 @@ def pairs(count: int = 5000) -> list[dict[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
-            module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            found += [
-                {"prompt": prompt, "response": response, "group": re.sub(r"^_(py)?", "", module.split(".")[0])}
-                for prompt, response in _documented(path, module)
-            ]
+        parts = path.relative_to(root).with_suffix("").parts
+        if not SKIPPED_FOLDERS.isdisjoint(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # a few files have broken code on purpose
+            continue
+        group = re.sub(r"^_(py)?", "", parts[0])  # decimal, _decimal and _pydecimal are one
+        for prompt, response in _visit(tree, f"# {'.'.join(parts).removesuffix('.__init__')}\n", ""):
+            found.append({"prompt": prompt, "response": response, "group": group})
     # Sorted by hash: the first 5,000 by name would be only the modules from a to t.
     found.sort(key=lambda pair: hashlib.sha256(pair["prompt"].encode()).digest())
     return _without_near_twins(found)[:count]
@@ -50,8 +52,7 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
     kept: list[dict[str, str]] = []
     by_word: dict[str, list[tuple[frozenset[str], str]]] = defaultdict(list)
     for pair, words in zip(found, words_of, strict=True):
-        # Two sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: compare only
-        # these.
+        # Sets with a Jaccard index of t share one of the (1 - t) * size + 1 rarest words of each: compare only these.
         rarest = sorted(words, key=lambda word: (frequency[word], word))
         rarest = rarest[: len(words) - math.ceil(NEAR_TWIN * len(words)) + 1]
         if not any(
@@ -63,14 +64,6 @@ def _without_near_twins(found: list[dict[str, str]]) -> list[dict[str, str]]:
             for word in rarest:
                 by_word[word].append((words, pair["group"]))
     return kept
-
-
-def _documented(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # a few files have broken code on purpose
-        return
-    yield from _visit(tree, f"# {module}\n", "")
 
 
 def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]:
@@ -91,4 +84,4 @@ def _visit(node: ast.AST, header: str, indent: str) -> Iterator[tuple[str, str]]
             continue
         paragraph = (ast.get_docstring(child) or "").strip().split("\n\n")[0].split()
         if len(paragraph) > 2:  # "Deprecated." and the like say nothing about the signature
-            yield f"{QUESTION}\n{header}{signature}", " ".join(paragraph)
+            yield f"Write a docstring:\n{header}{signature}", " ".join(paragraph)

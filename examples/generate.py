@@ -25,9 +25,7 @@ import finetune
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; `base` are finetune.py's arguments, by which it loads the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--adapter", type=Path, nargs="+", required=True, help="folders of adapters, as PEFT saved them"
-    )
+    parser.add_argument("--adapter", type=Path, nargs="+", required=True, help="folders of adapters of PEFT")
     parser.add_argument("--prompt", nargs="+", required=True, help="what the model is asked")
     parser.add_argument("--merge", type=Path, help="a new folder for the model with the first adapter merged into it")
     args, rest = parser.parse_known_args(argv)
