@@ -1,4 +1,4 @@
-"""Guards the CUDA kernels without a GPU, over their emulator (cuda/simt/host.h), and that CPUs do not need a driver.
+"""Guards the CUDA kernels without a GPU, over their emulator (cuda/emulator/), and that CPUs do not need a driver.
 
 The emulator runs the threads of a kernel in an order that QLN_SCHEDULE names. If a result depends on the order, a
 barrier or a wait is missing, so every order must pass the conformance cases and give the same bits. `make sanitize`

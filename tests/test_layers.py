@@ -3,6 +3,7 @@ written once for all instruction sets is free of the intrinsics and the assembly
 """
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -12,29 +13,35 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CPU = "cpp/src/cpu"
 CORE = ("cpp/include", "cpp/src", "cpp/src/common")
-# {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
-# its path begins with.
+VECTORS, LOW = f"{CPU}/isa", (*CORE, f"{CPU}/runtime", f"{CPU}/isa", f"{CPU}/isa/scalar")
+ROOMS = tuple(f"{CPU}/{room}" for room in ("quantize", "product", "attention", "loss", "elementwise", "optimizer"))
+ISAS = tuple(f"{VECTORS}/{folder}" for folder in ("amx", "avx2", "avx512", "neon", "portable"))
+# {layer: the layers whose files it may include, beside its own}. A file belongs to the longest name
+# that its path begins with.
 MAY_INCLUDE = {
     "examples": ("cpp/include",),
     "python/bindings": ("cpp/include", "cpp/src/common"),
-    "cpp/program": ("cpp/include", CPU),
-    "cpp/include": (),
-    "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
+    "cpp/program": ("cpp/include", f"{CPU}/runtime"),
+    f"{CPU}/backend": (*LOW, *ISAS, *ROOMS),
+    f"{CPU}/attention": (*LOW, f"{CPU}/quantize", f"{CPU}/product"),
+    f"{CPU}/product": (*LOW, f"{CPU}/quantize"),
+    **{room: LOW for room in ROOMS if room not in (f"{CPU}/attention", f"{CPU}/product")},
+    f"{VECTORS}/portable": (*CORE, VECTORS, f"{VECTORS}/amx"),
+    **{isa: (*CORE, VECTORS) for isa in ISAS[:-1]},
+    f"{VECTORS}/scalar": CORE,
+    VECTORS: CORE,
+    f"{CPU}/runtime": CORE,
     "cpp/src/paged": CORE,
-    CPU: CORE,
-    f"{CPU}/generic": (*CORE, CPU),
-    f"{CPU}/portable": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/amx"),
-    f"{CPU}/avx2": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/avx512": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/neon": (*CORE, CPU, f"{CPU}/generic"),
-    f"{CPU}/amx": (*CORE, CPU, f"{CPU}/generic", f"{CPU}/portable", f"{CPU}/avx512"),  # vectors beside its tiles
-    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/simt"),
-    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/simt"),
-    "cuda/simt": (*CORE, "cpp/src/paged"),
+    "cpp/src": ("cpp/include", "cpp/src/common"),  # never a backend: it calls through backend.h
     "cpp/src/common": ("cpp/include",),
+    "cpp/include": (),
+    "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
+    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
+    "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
+    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.
-INCLUDE_FOLDERS = ("cpp/include", "cpp/src", CPU, "cuda", "python/bindings")
+INCLUDE_FOLDERS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
 SUFFIXES = {".h", ".hpp", ".cpp", ".cu", ".cuh", ".c"}
 
 TORCH = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
@@ -83,6 +90,11 @@ def test_layer_includes_only_what_it_may(layer):
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_layer_of_cpp_includes_one_above_it():
+    order = graphlib.TopologicalSorter({name: below for name, below in MAY_INCLUDE.items() if name.startswith("cpp/")})
+    assert set(order.static_order()) <= MAY_INCLUDE.keys()  # a circle raises CycleError
+
+
 def test_every_source_file_belongs_to_a_layer():
     files = [path for folder in ("cpp", "cuda", "python", "examples") for path in sources(folder)]
     assert not [path for path in files if layer_of(path) is None]
@@ -116,8 +128,8 @@ def test_intrinsics_stand_in_the_folders_compiled_for_them():
     assert folders and folders <= {"avx2", "avx512", "neon", "amx"}
 
 
-def test_generic_algorithms_are_free_of_intrinsics_and_assembly():
-    files = sources(f"{CPU}/generic")
+def test_algorithms_of_all_instruction_sets_are_free_of_intrinsics_and_assembly():
+    files = [path for path in sources(CPU) if path.name.endswith("-inl.h")]
     assert len(files) > 10
     found = [
         f"{path.name}:{number}: {match[0]}"
@@ -130,7 +142,7 @@ def test_generic_algorithms_are_free_of_intrinsics_and_assembly():
 
 @pytest.mark.parametrize("folder", ["avx2", "avx512", "neon", "amx"])
 def test_pattern_of_intrinsics_finds_those_of_each_instruction_set(folder):
-    lines = [line for path in sources(f"{CPU}/{folder}") for _, line in numbered_lines(path)]
+    lines = [line for path in sources(f"{CPU}/isa/{folder}") for _, line in numbered_lines(path)]
     assert any(INTRINSIC.search(line) for line in lines)
 
 

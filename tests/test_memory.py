@@ -1,7 +1,7 @@
 """Guards memory: a call takes at most 8 MB and 1 MB a thread beside its results, and never a dequantized weight.
 
-That is so by each way that a machine could choose for a product (cpu/way.h), whichever this one chooses. Where torch's
-dense product multiplies panels of decoded weight, its own memory comes on top.
+That is so by each way that a machine could choose for a product (product/config.h), whichever this one chooses. Where
+torch's dense product multiplies panels of decoded weight, its own memory comes on top.
 """
 
 import ctypes
@@ -126,7 +126,7 @@ def test_call_takes_no_more_memory_than_stated(what, dtype):
     ("what", "dtype", "environment"),
     [
         *itertools.product(
-            ("forward", "dx", "experts", "dx of experts"), ("bfloat16", "float32"), ({"QLN_FORCE_WAY": "panels"},)
+            ("forward", "dx", "experts", "dx of experts"), ("bfloat16", "float32"), ({"QLN_FORCE_KERNEL": "panels"},)
         ),
         *itertools.product(("forward", "dx"), ("bfloat16",), ({"QLN_FORCE_ISA": "amx_emulated"},)),
     ],

@@ -54,8 +54,8 @@ void check_tensor(const Optimizer8bitTensor& tensor, Algorithm algorithm, int gr
   const bool any = tensor.elements > 0;
   check_pointer(tensor.param, any, field("param"));
   check_pointer(tensor.grad, any, field("grad"));
-  constexpr const char* kStates[kMostMoments] = {"state1", "state2", "state3"};
-  constexpr const char* kScales[kMostMoments] = {"absmax1", "absmax2", "absmax3"};
+  constexpr const char* kStates[kMaxMoments] = {"state1", "state2", "state3"};
+  constexpr const char* kScales[kMaxMoments] = {"absmax1", "absmax2", "absmax3"};
   const int moments = moments_of(algorithm);
   bool in_8_bits = false;
   for (int i = 0; i < moments; ++i) in_8_bits |= absmax_of(tensor, i) != nullptr;

@@ -9,7 +9,7 @@
 
 #include "common/layout.h"
 #include "device/elements.cuh"
-#include "simt/simt.cuh"
+#include "device/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "device/elements.cuh"
-#include "operations.h"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -18,7 +18,7 @@ namespace qlora_native {
 constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmManyRows = 128, kGemmTallRows = 256;
 constexpr int kGemmCols = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
-// How many blocks a multiprocessor holds at once where shared memory has room for them. A block has 256 threads, each
+// How many blocks an SM holds at once where shared memory has room for them. A block has 256 threads, each
 // with 128 registers (two blocks) or 255 (one).
 constexpr int gemm_blocks(int tile_rows) { return tile_rows <= kGemmMiddleRows ? 2 : 1; }
 // How many steps of the left operand, and of codes, are in shared memory at once. The tile of the fewest rows waits for
@@ -37,10 +37,10 @@ constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
   const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
   return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
 }
-// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (thin.cuh). Its tiles have
-// 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that two
-// blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the left
-// operand and codes.
+// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (small_m.cuh). Its tiles
+// have 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that
+// two blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the
+// left operand and codes.
 constexpr int kThinRows = 32, kThinStep = 128;
 constexpr int thin_stage_bytes(int tile_rows) { return kThinStep * (2 * tile_rows + kGemmCols / 2); }
 constexpr int thin_stages(int tile_rows) { return 48 * 1024 / thin_stage_bytes(tile_rows); }
@@ -48,8 +48,8 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   constexpr int kTableBytes = 256 * 128, kLevelBytes = 1024;
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
-// The product by wgmma (hopper/). Its tiles have 16, 32, 64, 128 or 256 rows by kGemmCols columns. A block has a
-// multiprocessor to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
+// The product by wgmma (wgmma/). Its tiles have 16, 32, 64, 128 or 256 rows by kGemmCols columns. A block has a
+// SM to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
 // to answer. Bytes: the rows of the table of codes; for each stage the left operand, codes and scales, rounded up to a
 // multiple of 1024; and, also rounded up, the levels, the barriers and the number of the run.
 constexpr int hopper_stages(int tile_rows) {
@@ -69,7 +69,7 @@ constexpr int hopper_turns(int tile_rows, int cluster) {
   return std::clamp(tile_rows / 8 / cluster, 1, kHopperMostTurns);
 }
 // Whether the two warpgroups of a tile of dX share each step. They have columns of their own where a lane has not
-// registers enough for the sums of all (hopper/tile.cuh).
+// registers enough for the sums of all (wgmma/tile.cuh).
 constexpr bool hopper_shares_steps(int tile_rows) { return tile_rows < kGemmTallRows; }
 // The kernel for few rows takes kGemvRows rows at most, and a block takes kGemvCols columns of the result at a time.
 // Both are sizes of mma.
@@ -97,7 +97,7 @@ constexpr std::int64_t most_row_tiles(std::int64_t rows, std::int64_t groups, st
   return (rows + std::min(groups, rows) * (tile_rows - 1)) / tile_rows;
 }
 
-// Whether hopper/ may compute a product. This is `none` unless the build has its code (sm_90a) and the device can run
+// Whether wgmma/ may compute a product. This is `none` unless the build has its code (sm_90a) and the device can run
 // it.
 enum class HopperUse : std::uint8_t { none, where_it_wins, wherever_it_can };
 
@@ -119,11 +119,11 @@ struct ProductShape {
   bool masked = false;        // backward: dropout masks the adapter's part within the sums
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
-  int hopper_rows = 0;  // of a tile of hopper/, where a test asks for some; 0: those that are done first
-  // Whether pairs of blocks of hopper/ share rows, where a test asks; it cannot have them on one multiprocessor.
+  int hopper_rows = 0;  // of a tile of wgmma/, where a test asks for some; 0: those that are done first
+  // Whether pairs of blocks of wgmma/ share rows, where a test asks; it cannot have them on one SM.
   std::optional<bool> hopper_pairs;
   bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
-  int multiprocessors = 1;
+  int num_sms = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
   std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them
 };
@@ -146,7 +146,7 @@ struct GemvConfig {
 // the first `rest` blocks have one more.
 struct GemmConfig {
   bool aligned = false;  // as ProductShape has it
-  bool thin = false;     // computed by thin.cuh
+  bool thin = false;     // computed by small_m.cuh
   bool grouped = false;  // only the device knows how many tiles there are: `row_tiles` or fewer
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;
@@ -182,7 +182,7 @@ struct GemmConfig {
   bool operator==(const GemmConfig&) const = default;
 };
 
-// hopper/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
+// wgmma/: products by wgmma. With `cluster` == 0 its blocks share tiles as those of gemm/ do. Otherwise there are no
 // runs, and `share` and `rest` are 0: with 1 a block has whole tiles, and with 2, 4 or 8 so many blocks, which run at
 // the same time as a cluster, share the steps of one tile evenly.
 //
@@ -206,7 +206,7 @@ struct PanelsConfig {
 
 using ProductConfig = std::variant<GeneralConfig, GemvConfig, GemmConfig, HopperConfig, PanelsConfig>;
 ProductConfig product_config(const ProductShape& shape);
-// How a device uses hopper/. If it can run hopper/, the default is where its model says that it wins;
+// How a device uses wgmma/. If it can run wgmma/, the default is where its model says that it wins;
 // QLN_FORCE_HOPPER=1 uses it wherever it can be, and =0 never. The rows of a tile in place of 1 also choose the tile,
 // and ",pairs" or ",alone" behind them whether pairs of blocks share its rows.
 HopperUse asked_hopper_use(bool is_hopper);
@@ -224,7 +224,7 @@ struct LowRankSplit {
   int parts;
   std::int64_t length;
 };
-LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int num_sms);
 // The length of each of `parts` parts, in whole steps.
 constexpr std::int64_t low_rank_length(std::int64_t inner, std::int64_t parts) {
   return (((inner + parts - 1) / parts + kGemmStep - 1) / kGemmStep) * kGemmStep;

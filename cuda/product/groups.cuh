@@ -4,8 +4,8 @@
 #pragma once
 
 #include "common/layout.h"
+#include "device/simt.cuh"
 #include "qlora_native/linear.h"
-#include "simt/simt.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

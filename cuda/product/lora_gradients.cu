@@ -1,6 +1,6 @@
 // lora_gradients: dA = V^T . drop(X) and dB = s * dY^T . U, which are sums over the rows (low_rank.cuh).
-#include "operations.h"
 #include "product/low_rank.cuh"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -96,7 +96,7 @@ inline bool rows_are_vectors(const ConstMatrix& matrix, std::int64_t cols) {
          (matrix.rows <= 1 || (matrix.stride % vector == 0 && matrix.stride / vector * kGemmTallRows <= 0xFFFFFFFF));
 }
 
-// Whether TMA can load tiles of the matrix too (hopper/).
+// Whether TMA can load tiles of the matrix too (wgmma/).
 inline bool tma_can_load(const ConstMatrix& matrix, std::int64_t cols) {
   return rows_are_vectors(matrix, cols) && (matrix.rows <= 1 || matrix.stride >= cols);
 }
@@ -151,8 +151,8 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One function for each way: general.cu, gemv.cu and panels.cu; gemm/thin.cu, forward.cu and backward.cu for
-// GemmConfig; hopper/forward.cu and backward.cu for HopperConfig. Those that take counters use GemmConfig::counters().
+// One function for each way: general.cu, gemv.cu and panels.cu; gemm/small_m.cu, forward.cu and backward.cu for
+// GemmConfig; wgmma/forward.cu and backward.cu for HopperConfig. Those that take counters use GemmConfig::counters().
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);
 void multiply(const Product& product, const PanelsConfig& config, const Stream& stream);

@@ -4,7 +4,7 @@
 #include "common/codebook.h"
 #include "common/layout.h"
 #include "device/elements.cuh"
-#include "operations.h"
+#include "runtime/operations.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -2,8 +2,8 @@
 #include "common/layout.h"
 #include "common/microscaling.h"
 #include "device/elements.cuh"
-#include "operations.h"
-#include "simt/workspace.h"
+#include "runtime/operations.h"
+#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -63,23 +63,22 @@ Tensor tensor_over(const void* data, DType dtype, std::initializer_list<std::int
 // settings act as in F.linear: whether fp32 may be rounded to TF32, and whether partial sums may be rounded to 16 bits.
 void dense_gemm(const DenseGemmArgs& args, const Stream& stream) {
   const torch::stable::Device device = device_of(stream);
-  const std::int64_t inner = args.left.cols, cols = args.out.cols, stride = args.right.stride;
+  const std::int64_t inner = args.x.cols, cols = args.out.cols, stride = args.w.stride;
   const auto matrix = [&](const auto& m) {
     return tensor_over(m.data, m.dtype, {m.rows, m.cols}, {m.stride, 1}, device);
   };
-  const auto row_stride = args.transpose_right ? stride : 1, col_stride = args.transpose_right ? 1 : stride;
-  const Tensor left = matrix(args.left), out = matrix(args.out);
+  const auto row_stride = args.transpose_w ? stride : 1, col_stride = args.transpose_w ? 1 : stride;
+  const Tensor left = matrix(args.x), out = matrix(args.out);
   const auto expect_success = [&](AOTITorchError error) {
     if (error == TORCH_SUCCESS) return;
-    throw Unavailable("torch's product [" + std::to_string(args.left.rows) + ", " + std::to_string(inner) + "] . [" +
+    throw Unavailable("torch's product [" + std::to_string(args.x.rows) + ", " + std::to_string(inner) + "] . [" +
                       std::to_string(inner) + ", " + std::to_string(cols) + "] failed: " + reason_of_failure());
   };
   if (args.accumulate) {
-    const Tensor right =
-        tensor_over(args.right.data, args.right.dtype, {inner, cols}, {col_stride, row_stride}, device);
+    const Tensor right = tensor_over(args.w.data, args.w.dtype, {inner, cols}, {col_stride, row_stride}, device);
     return expect_success(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, 1.0));
   }
-  const Tensor weight = tensor_over(args.right.data, args.right.dtype, {cols, inner}, {row_stride, col_stride}, device);
+  const Tensor weight = tensor_over(args.w.data, args.w.dtype, {cols, inner}, {row_stride, col_stride}, device);
   OptionalTensor bias;
   if (args.bias != nullptr) bias = tensor_over(args.bias, args.out.dtype, {cols}, {1}, device);
   using torch::stable::detail::from;

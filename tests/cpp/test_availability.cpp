@@ -1,5 +1,5 @@
 // Guards the reasons why a GPU cannot be used: each has its own sentence, which says what to do.
-#include "availability.h"
+#include "runtime/availability.h"
 
 #include "expect.h"
 

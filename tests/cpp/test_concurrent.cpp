@@ -1,5 +1,5 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
-// (cuda/simt/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
+// (cuda/emulator/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
 // results have the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1
 // on a failure.
 #include <array>
@@ -201,7 +201,7 @@ void several_blocks_share_a_tile() {
                            .groups = each.groups,
                            .own_weights = each.own_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
-    shape.multiprocessors = 3;  // the emulated device has 3
+    shape.num_sms = 3;  // the emulated device has 3
     shape.smem_bytes = 227 * 1024;
     shape.reserved_smem_bytes = 1024;
     const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));

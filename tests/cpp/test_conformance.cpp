@@ -846,8 +846,8 @@ std::uint8_t nearest(const std::array<float, 256>& map, double value) {  // a ti
 struct Parameter {
   Tensor param, grad;
   bool in_8_bits;
-  std::vector<std::uint8_t> codes[qn::kMostMoments];
-  std::vector<float> absmax[qn::kMostMoments], moments[qn::kMostMoments];
+  std::vector<std::uint8_t> codes[qn::kMaxMoments];
+  std::vector<float> absmax[qn::kMaxMoments], moments[qn::kMaxMoments];
   std::int64_t step = 0;
 
   Parameter(std::int64_t elements, DType param_dtype, DType grad_dtype, bool in_8_bits)
@@ -855,7 +855,7 @@ struct Parameter {
     Random random(static_cast<std::uint64_t>(elements));
     param.fill(random, 1.0f);
     const auto count = static_cast<std::size_t>(elements);
-    for (int k = 0; k < qn::kMostMoments; ++k) {
+    for (int k = 0; k < qn::kMaxMoments; ++k) {
       codes[k] = std::vector<std::uint8_t>(count, qn::zero_code(k));
       absmax[k] = std::vector<float>((count + 255) / 256);
       moments[k] = std::vector<float>(count);
@@ -869,7 +869,7 @@ struct Parameter {
                                    .elements = param.cols(),
                                    .step = &step,
                                    .group = group};
-    for (int k = 0; k < qn::kMostMoments; ++k) {
+    for (int k = 0; k < qn::kMaxMoments; ++k) {
       qn::state_of(tensor, k) = in_8_bits ? static_cast<void*>(codes[k].data()) : moments[k].data();
       qn::absmax_of(tensor, k) = in_8_bits ? absmax[k].data() : nullptr;
     }
@@ -882,11 +882,11 @@ struct Parameter {
     for (std::size_t first = 0; first < elements; first += 256) {
       const std::size_t end = std::min(elements, first + 256);
       float kept[Rule::kMoments], most[Rule::kMoments] = {};
-      for (int k = 0; k < Rule::kMoments; ++k) kept[k] = absmax[k][first / 256] * Rule::kept(c, k);
+      for (int k = 0; k < Rule::kMoments; ++k) kept[k] = absmax[k][first / 256] * Rule::decode_factor(c, k);
       for (std::size_t i = first; i < end; ++i) {
         float m[Rule::kMoments];
         for (int k = 0; k < Rule::kMoments; ++k) {
-          m[k] = in_8_bits ? map_of(k)[codes[k][i]] * kept[k] : moments[k][i] * Rule::kept(c, k);
+          m[k] = in_8_bits ? map_of(k)[codes[k][i]] * kept[k] : moments[k][i] * Rule::decode_factor(c, k);
         }
         const auto at = static_cast<std::int64_t>(i);
         param.set(0, at, Rule::template update<qn::FloatMath>(c, param.at(0, at), grad.at(0, at), m));
@@ -905,7 +905,7 @@ struct Parameter {
   }
   bool same_as(const Parameter& other) const {
     if (param.bytes() != other.param.bytes() || step != other.step) return false;
-    for (int k = 0; k < qn::kMostMoments; ++k) {
+    for (int k = 0; k < qn::kMaxMoments; ++k) {
       if (in_8_bits && (codes[k] != other.codes[k] || absmax[k] != other.absmax[k])) return false;
       if (!in_8_bits && moments[k] != other.moments[k]) return false;
     }

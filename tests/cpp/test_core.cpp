@@ -18,7 +18,7 @@
 #include "common/codebook.h"
 #include "common/float16.h"
 #include "common/philox.h"
-#include "cpu/blocking.h"
+#include "cpu/runtime/blocking.h"
 #include "expect.h"
 #include "isa_is_here.h"
 #include "pool.h"

@@ -1,12 +1,12 @@
-// Guards products by panels of decoded W on the CPU (cpu/generic/panels-inl.h), over a dense product that is a plain
-// loop: what they ask of it, and that their results are near those in float64. tests/test_ways.py runs them over torch.
+// Guards products by panels of decoded W on the CPU (cpu/product/panels-inl.h), over a dense product that is a plain
+// loop: what they ask of it, and that their results are near those in float64. tests/test_kernels.py runs them over torch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
-#include "cpu/way.h"
+#include "cpu/product/config.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
 #include "quantized.h"
@@ -39,20 +39,18 @@ Left left;
 
 // Sums in float64, rounded once.
 void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
-  const std::int64_t rows = args.left.rows, inner = args.left.cols;
-  const auto* data = static_cast<const char*>(args.left.data);
+  const std::int64_t rows = args.x.rows, inner = args.x.cols;
+  const auto* data = static_cast<const char*>(args.x.data);
   left.products += data >= left.begin && data < left.end;
   EXPECT(args.out.rows == rows && !(args.accumulate && args.bias != nullptr));
-  EXPECT((args.transpose_right ? args.right.cols : args.right.rows) == inner);
-  EXPECT(args.right.rows * args.right.stride * static_cast<std::int64_t>(qn::size_of(args.right.dtype)) <=
-         qn::kPanelBytes);
+  EXPECT((args.transpose_w ? args.w.cols : args.w.rows) == inner);
+  EXPECT(args.w.rows * args.w.stride * static_cast<std::int64_t>(qn::size_of(args.w.dtype)) <= qn::kPanelBytes);
   const qn::ConstMatrix bias{args.bias, args.out.dtype, 1, args.out.cols, args.out.cols};
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = 0; j < args.out.cols; ++j) {
       double sum = args.accumulate ? at(args.out, i, j) : args.bias != nullptr ? at(bias, 0, j) : 0.0f;
       for (std::int64_t k = 0; k < inner; ++k)
-        sum += static_cast<double>(at(args.left, i, k)) *
-               (args.transpose_right ? at(args.right, j, k) : at(args.right, k, j));
+        sum += static_cast<double>(at(args.x, i, k)) * (args.transpose_w ? at(args.w, j, k) : at(args.w, k, j));
       set(args.out, i, j, static_cast<float>(sum));
     }
 }
@@ -167,7 +165,7 @@ void failed_product_is_an_error_and_the_next_call_is_right() {
 }  // namespace
 
 int main() {
-  setenv("QLN_FORCE_WAY", "panels", 1);
+  setenv("QLN_FORCE_KERNEL", "panels", 1);
   unsetenv("QLN_BACKEND");
   if (qn::current_isa() == "scalar") return kSkipped;  // it has one way
   qn::set_dense_gemm(dense_gemm);

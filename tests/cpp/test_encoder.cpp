@@ -7,7 +7,7 @@
 
 #include QLN_SIMD_HEADER  // with the Table256 of an instruction set
 
-#include "cpu/generic/optimizer-inl.h"
+#include "cpu/optimizer/optimizer-inl.h"
 #include "expect.h"
 
 namespace qlora_native::QLN_ISA {

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "common/optimizer.h"
+#include "emulator/emulated_driver.h"
 #include "expect.h"
 #include "qlora_native/qlora_native.h"
-#include "simt/emulated_driver.h"
 
 namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;
@@ -107,7 +107,7 @@ class Training {
       const auto same = [](const void* x, const void* y, std::size_t n) { return n == 0 || std::memcmp(x, y, n) == 0; };
       const qn::Optimizer8bitTensor &s = a.tensor, &t = b.tensor;
       if (!same(s.param, t.param, a.values.size() * 4) || a.step != b.step) return false;
-      for (int k = 0; k < qn::kMostMoments; ++k) {
+      for (int k = 0; k < qn::kMaxMoments; ++k) {
         if (!same(state_of(s, k), state_of(t, k), a.states[k].size())) return false;
         if (!same(absmax_of(s, k), absmax_of(t, k), a.absmax[k].size() * 4)) return false;
       }
@@ -172,7 +172,7 @@ void each_algorithm_has_its_own_arrays() {
       for (std::size_t i = 0; i < kMixed.size(); ++i) {
         qn::Optimizer8bitTensor t;
         arena->place(i, t);
-        for (int k = 0; k < qn::kMostMoments; ++k) {
+        for (int k = 0; k < qn::kMaxMoments; ++k) {
           EXPECT((state_of(t, k) != nullptr) == (k < qn::moments_of(algorithm)));
           EXPECT((absmax_of(t, k) != nullptr) == (k < qn::moments_of(algorithm) && kMixed[i].in_8_bits));
         }

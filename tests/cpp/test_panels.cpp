@@ -1,7 +1,7 @@
 // Guards products by panels, on the emulator and with hooks of this program: the order in which panels are decoded
 // beside the products, the operands of the dense products, and the memory of a call. Exits 1 on a failure.
-#include "product/side_stream.h"
 #include "qlora_native/qlora_native.h"
+#include "runtime/side_stream.h"
 
 #include <algorithm>
 #include <bit>
@@ -14,10 +14,10 @@
 #include <vector>
 
 #include "common/layout.h"
+#include "emulator/emulated_driver.h"
 #include "expect.h"
 #include "product/config.h"
 #include "quantized.h"
-#include "simt/emulated_driver.h"
 
 namespace qn = qlora_native;
 using qn::cuda_emulated::EmulatedDriver;
@@ -161,23 +161,23 @@ Call call;
 void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
   const Layer& layer = *call.layer;
   ++call.products;
-  EXPECT(args.right.data != call.panel);  // because a device decodes the next panel while this one is multiplied
-  call.panel = args.right.data;
+  EXPECT(args.w.data != call.panel);  // because a device decodes the next panel while this one is multiplied
+  call.panel = args.w.data;
   const std::int64_t weight_inner = call.backward ? layer.N : layer.K, rank = layer.rank;
   const std::int64_t out_cols = call.backward ? layer.K : layer.N;
   if (call.products == 1) call.first_out = static_cast<const float*>(args.out.data);  // an address on the device
   const std::int64_t offset = static_cast<const float*>(args.out.data) - call.first_out;
-  const std::int64_t row0 = offset / out_cols, col0 = offset % out_cols, inner = args.left.cols;
-  EXPECT(args.transpose_right == !call.backward && args.out.stride == out_cols && !args.accumulate);
-  EXPECT(args.left.rows == args.out.rows && (call.backward ? args.right.rows : args.right.cols) == inner);
-  EXPECT((call.backward ? args.right.cols : args.right.rows) == args.out.cols && args.right.stride % 8 == 0);
+  const std::int64_t row0 = offset / out_cols, col0 = offset % out_cols, inner = args.x.cols;
+  EXPECT(args.transpose_w == !call.backward && args.out.stride == out_cols && !args.accumulate);
+  EXPECT(args.x.rows == args.out.rows && (call.backward ? args.w.rows : args.w.cols) == inner);
+  EXPECT((call.backward ? args.w.cols : args.w.rows) == args.out.cols && args.w.stride % 8 == 0);
   EXPECT(rank == 0 ? inner == weight_inner : inner % 8 == 0 && inner - weight_inner - rank < 8);
 
   int wrong = 0;
   const std::vector<float>& source = call.backward ? layer.dy : layer.x;
-  for (std::int64_t i = 0; i < args.left.rows; ++i) {
+  for (std::int64_t i = 0; i < args.x.rows; ++i) {
     for (std::int64_t k = 0; k < inner; ++k) {
-      const float value = at(args.left, i, k);
+      const float value = at(args.x, i, k);
       if (k >= weight_inner && k < weight_inner + rank) {
         call.multiplied[static_cast<std::size_t>((row0 + i) * rank + k - weight_inner)] = value;
         continue;
@@ -187,7 +187,7 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
     }
   }
   const auto right = [&](std::int64_t k, std::int64_t j) {
-    return call.backward ? at(args.right, k, j) : at(args.right, j, k);
+    return call.backward ? at(args.w, k, j) : at(args.w, j, k);
   };
   for (std::int64_t j = 0; j < args.out.cols; ++j) {
     for (std::int64_t k = 0; k < inner; ++k) {
@@ -210,7 +210,7 @@ void dense_gemm(const qn::DenseGemmArgs& args, const qn::Stream&) {
       ++call.times[static_cast<std::size_t>(offset + place)];
       if (!call.multiplies) continue;
       double sum = args.bias == nullptr ? 0.0 : static_cast<const float*>(args.bias)[j];
-      for (std::int64_t k = 0; k < inner; ++k) sum += double{at(args.left, i, k)} * right(k, j);
+      for (std::int64_t k = 0; k < inner; ++k) sum += double{at(args.x, i, k)} * right(k, j);
       static_cast<float*>(args.out.data)[place] = static_cast<float>(sum);
     }
   }

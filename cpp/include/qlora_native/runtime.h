@@ -46,14 +46,14 @@ using ReleaseMemory = void (*)(const DeviceMemory& memory, const Stream& stream)
 // torch's current stream.)
 QLN_API void set_device_memory(AllocateMemory allocate, ReleaseMemory release);
 
-// A dense product in a single dtype: out = left . right + bias, or out += left . right. Sums are fp32 and include the
-// bias, or what was in `out`; they are rounded once. Every pointer is to memory of the stream's device.
+// A dense product in a single dtype: out = x . w + bias, or out += x . w. It accumulates in fp32, from the bias or from
+// what was in `out`, and rounds once. Every pointer is to memory of the stream's device.
 struct DenseGemmArgs {
-  ConstMatrix left;   // [rows, inner]
-  ConstMatrix right;  // [inner, cols]; with transpose_right [cols, inner]
-  bool transpose_right = false;
+  ConstMatrix x;  // [rows, inner]
+  ConstMatrix w;  // [inner, cols]; with transpose_w [cols, inner]
+  bool transpose_w = false;
   const void* bias = nullptr;  // [cols], or null
-  bool accumulate = false;     // out += left . right; there is no bias then. Only the cpu backend asks for this
+  bool accumulate = false;     // out += x . w; there is no bias then. Only the cpu backend asks for this
   Matrix out;                  // [rows, cols]; memory between its rows is not touched
 };
 using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
@@ -65,7 +65,8 @@ using DenseGemm = void (*)(const DenseGemmArgs& args, const Stream& stream);
 //
 //   cuda  It is used from 769 rows on, and must put its work into the stream. Extra memory of such a call: two panels,
 //         64 MB at most, and with an adapter 8192 * (inner dimension + rank) elements.
-//   cpu   It is used where it is faster (cpp/src/cpu/way.h): on processors with AMX, for bf16 from 1024 rows on, and
+//   cpu   It is used where it is faster (cpp/src/cpu/product/config.h): on processors with AMX, for bf16 from 1024 rows
+//   on, and
 //         for fp16 from 33 rows on if AMX multiplies fp16 too; with AVX-512 without BF16, for fp32 from 1024 rows on if
 //         the inner dimension is at most 4681. It should use the threads of the library's pool. An adapter is a product
 //         of its own, to which the one with W is added: so the part U . (s*B)^T + bias, or V . A, is rounded to the

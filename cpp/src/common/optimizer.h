@@ -16,7 +16,7 @@
 namespace qlora_native {
 
 // No rule has more moments. They are counted from 0: moment 0 is state1, with absmax1.
-constexpr int kMostMoments = 3;
+constexpr int kMaxMoments = 3;
 
 // Whether a moment has the signed dynamic map. That is the same in every rule: only state2 is never negative.
 constexpr bool is_signed(int moment) { return moment != 1; }
@@ -99,9 +99,12 @@ struct AdamW {
   }
 
   // The factor of a moment, or of its scale, when it is decoded.
-  QLN_HOST_DEVICE static float kept(const StepCoefficients& c, int moment) { return moment == 1 ? c.beta2 : c.beta1; }
+  QLN_HOST_DEVICE static float decode_factor(const StepCoefficients& c, int moment) {
+    return moment == 1 ? c.beta2 : c.beta1;
+  }
 
-  // Returns the new value of a parameter and updates its moments, which are given already multiplied by `kept`.
+  // Returns the new value of a parameter and updates its moments, which are given already multiplied by
+  // `decode_factor`.
   template <class Math>
   QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,
                                                      typename Math::Value grad, typename Math::Value (&m)[kMoments]) {
@@ -135,7 +138,7 @@ struct AdEMAMix {
     return c;
   }
 
-  QLN_HOST_DEVICE static float kept(const StepCoefficients& c, int moment) {
+  QLN_HOST_DEVICE static float decode_factor(const StepCoefficients& c, int moment) {
     return moment == 1 ? c.beta2 : moment == 2 ? c.beta3 : c.beta1;
   }
 
@@ -167,7 +170,7 @@ struct Lion {
   }
 
   // The rule needs the moment itself, because it multiplies it by beta1 for the direction and by beta2 for the update.
-  QLN_HOST_DEVICE static float kept(const StepCoefficients&, int) { return 1.0f; }
+  QLN_HOST_DEVICE static float decode_factor(const StepCoefficients&, int) { return 1.0f; }
 
   template <class Math>
   QLN_HOST_DEVICE static typename Math::Value update(const CoefficientsOf<Math>& c, typename Math::Value param,

@@ -318,7 +318,7 @@ PagedStats PagedArena::stats() { return impl_->stats(); }
 
 void PagedArena::place(std::size_t index, Optimizer8bitTensor& tensor) const {
   const Impl::Entry& entry = impl_->entry(index);
-  for (int k = 0; k < kMostMoments; ++k) {
+  for (int k = 0; k < kMaxMoments; ++k) {
     const bool is_there = k < entry.moments;
     state_of(tensor, k) = is_there ? data() + entry.state[k] : nullptr;
     absmax_of(tensor, k) = is_there && entry.in_8_bits() ? reinterpret_cast<float*>(data() + entry.absmax[k]) : nullptr;

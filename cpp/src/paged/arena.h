@@ -22,7 +22,7 @@ class PagedArena::Impl {
     std::size_t first_segment;  // if the parameter is one piece, it may share this segment with others
     std::size_t element_bytes;
     int moments;
-    std::size_t state[kMostMoments], absmax[kMostMoments];  // offsets
+    std::size_t state[kMaxMoments], absmax[kMaxMoments];  // offsets
     bool in_8_bits() const { return element_bytes == 1; }
     std::size_t state_bytes(std::int64_t count) const { return static_cast<std::size_t>(count) * element_bytes; }
     std::size_t absmax_bytes(std::int64_t count) const {

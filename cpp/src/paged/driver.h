@@ -1,6 +1,6 @@
 // The functions of a device's driver that paging and panels need. Driver is an interface, so that the order of the
-// calls can be tested without a device. It is implemented by cuda/driver.cu and, for the emulator, by
-// cuda/simt/emulated_driver.h.
+// calls can be tested without a device. It is implemented by cuda/runtime/driver.cu and, for the emulator, by
+// cuda/emulator/emulated_driver.h.
 #pragma once
 
 #include <cstddef>

@@ -24,7 +24,7 @@ Optimizer8bitTensor segment_of(const Optimizer8bitTensor& tensor, std::int64_t f
   segment.elements = elements;
   segment.param = at(static_cast<std::byte*>(tensor.param), size_of(tensor.param_dtype));
   segment.grad = at(static_cast<const std::byte*>(tensor.grad), size_of(tensor.grad_dtype));
-  for (int k = 0; k < kMostMoments; ++k) {
+  for (int k = 0; k < kMaxMoments; ++k) {
     if (state_of(tensor, k) != nullptr) {
       state_of(segment, k) = at(static_cast<std::byte*>(state_of(tensor, k)), state_bytes);
     }
@@ -80,7 +80,7 @@ void PagedUpdate::before(std::size_t i) {
   visit.arena->enter(visit.segment, stream_);
   for (UpdatePart& part : visit.parts) {
     Optimizer8bitTensor& tensor = part.tensor;
-    for (int k = 0; k < kMostMoments; ++k) {
+    for (int k = 0; k < kMaxMoments; ++k) {
       void*& state = state_of(tensor, k);
       float*& absmax = absmax_of(tensor, k);
       if (state != nullptr) state = visit.arena->resident(visit.segment, state);

@@ -1,0 +1,257 @@
+// A Dot says how a product multiplies; this one multiplies and adds in fp32, for any element type of x.
+//
+// A product sees the inner dimension in chunks of 64 elements, and a chunk as units of 32 bits: here a unit is one
+// float. Decoding yields the even and the odd elements apart, and a sum does not depend on the order of its terms, so
+// a chunk keeps that order. With L lanes
+//
+//   vector 2g     has the even ones of elements 2L*g ... 2L*(g+1)-1
+//   vector 2g+1   has the odd ones
+//
+// Activations are put in the same order when they are packed.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/isa/primitives-inl.h"
+#include "qlora_native/types.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+constexpr int kChunk = 64;  // elements of the inner dimension that are decoded together
+
+// Loads vector i of `count` elements of a dense row, times `scale`, with zeros after them.
+template <DType kFrom>
+inline F32 dense_vector(const void* p, float scale, int i, int count) {
+  const int first = i * kLanes, left = count - first;
+  if (left <= 0) return zero();
+  const char* elements = static_cast<const char*>(p) + first * static_cast<int>(size_of(kFrom));
+  return mul(load_as_f32<kFrom>(elements, left < kLanes ? left : kLanes), set1(scale));
+}
+
+template <DType kType>
+struct DotF32 {
+  static constexpr DType kActivation = kType;  // of x; weights and adapters are rounded to it
+  static constexpr int kElementsPerUnit = 1;
+  static constexpr int kUnits = kChunk / kElementsPerUnit;  // of a chunk
+  static constexpr int kVectors = kUnits / kLanes;
+  static constexpr int kGroup = 2 * kLanes;  // elements that share an even and an odd vector
+  // Sums start afresh after so many elements: a long chain of fp32 additions loses what the short ones of a dense
+  // product keep.
+  static constexpr std::int64_t kRestart = 64;
+  static constexpr std::int64_t kBlock = 256;  // elements of the inner dimension that are decoded at once
+
+  struct Chunk {
+    F32 v[kVectors];
+  };
+  using Table = LevelTable;
+
+  static F32 dot(F32 sum, F32 x, F32 w) { return fma(x, w, sum); }
+
+  // Broadcasts a unit in memory to all lanes.
+  static F32 broadcast(const float* unit) { return set1(*unit); }
+  static F32 dot_broadcast(F32 sum, F32 x, const float* unit) { return dot(sum, x, set1(*unit)); }
+
+  // The 16 levels of one block, scaled and rounded.
+  [[gnu::always_inline]] static Table table(const Table16& code, float scale) {
+    return level_table<kType>(map_table(code, mul, set1(scale)));
+  }
+
+  // Decodes 64 weights from 32 bytes of codes; with kOdd from 33 bytes, of which the first weight has the low nibble.
+  template <bool kOdd>
+  [[gnu::always_inline]] static Chunk decode4(const std::uint8_t* bytes, Table table) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 even[kNibbleVectors], odd[kNibbleVectors];
+      lookup_nibbles<kType>(table, kOdd ? low_nibbles(p) : high_nibbles(p), even);
+      lookup_nibbles<kType>(table, kOdd ? high_nibbles(p + 1) : low_nibbles(p), odd);
+      for (int i = 0; i < kNibbleVectors; ++i) {
+        chunk.v[2 * (g + i)] = even[i];
+        chunk.v[2 * (g + i) + 1] = odd[i];
+      }
+    }
+    return chunk;
+  }
+
+  // Decodes 64 weights of kScales blocks, 2 or 4, which `scales` has in order.
+  template <int kScales>
+  [[gnu::always_inline]] static Chunk decode4_blocks(const std::uint8_t* bytes, const Table16& code,
+                                                     const float* scales) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; g += kNibbleVectors) {
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 even[kNibbleVectors], odd[kNibbleVectors];
+      lookup_in_blocks<kScales>(code, scales, g, high_nibbles(p), even);
+      lookup_in_blocks<kScales>(code, scales, g, low_nibbles(p), odd);
+      for (int i = 0; i < kNibbleVectors; ++i) {
+        chunk.v[2 * (g + i)] = even[i];
+        chunk.v[2 * (g + i) + 1] = odd[i];
+      }
+    }
+    return chunk;
+  }
+
+  // Decodes 64 weights from 64 signed bytes. A byte of 1 stands for `step`.
+  static Chunk decode8(const std::uint8_t* bytes, float step) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; ++g) {
+      load_signed_byte_pairs(bytes + g * kGroup, chunk.v[2 * g], chunk.v[2 * g + 1]);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(step)));
+    }
+    return chunk;
+  }
+
+  // Few rows of x multiply a chunk at a time, and each vector is decoded when it is used. Vectors of even elements and
+  // of odd ones take turns, kNibbleVectors each, because so many are looked up at once.
+  static constexpr int kStepChunks = 1;
+  static constexpr int kStepVectors = kVectors;
+  struct Step {
+    Chunk chunk;
+    F32 vector(int k) const {
+      const int pair = k % (2 * kNibbleVectors), odd = pair / kNibbleVectors;
+      return chunk.v[k - pair + 2 * (pair % kNibbleVectors) + odd];
+    }
+  };
+  static Step join(const Chunk (&chunk)[kStepChunks]) { return {chunk[0]}; }
+  struct StepOfOneBlock {
+    const std::uint8_t* bytes;
+    Table table;
+    F32 vector(int k) const {
+      const int turn = k / kNibbleVectors;
+      const std::uint8_t* p = bytes + turn / 2 * kNibbleVectors * kLanes;
+      F32 values[kNibbleVectors];
+      lookup_nibbles<kType>(table, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      return values[k % kNibbleVectors];
+    }
+  };
+  template <int kScales>
+  struct StepOfBlocks {
+    const std::uint8_t* bytes;
+    Table16 code;
+    const float* scales;
+    [[gnu::always_inline]] F32 vector(int k) const {
+      const int turn = k / kNibbleVectors, g = turn / 2 * kNibbleVectors;
+      const std::uint8_t* p = bytes + g * kLanes;
+      F32 values[kNibbleVectors];
+      lookup_in_blocks<kScales>(code, scales, g, turn % 2 == 0 ? high_nibbles(p) : low_nibbles(p), values);
+      return values[k % kNibbleVectors];
+    }
+  };
+  template <int kScales>
+  using Step4 = std::conditional_t<kScales == 1, StepOfOneBlock, StepOfBlocks<kScales>>;
+  template <int kScales>
+  [[gnu::always_inline]] static Step4<kScales> step4(const std::uint8_t* codes, const Table16& code,
+                                                     const float* scales) {
+    if constexpr (kScales == 1)
+      return {codes, table(code, scales[0])};
+    else
+      return {codes, code, scales};
+  }
+  using Step8 = Step;
+  static Step8 step8(const std::uint8_t* codes, const float* scales) { return {decode8(codes, scales[0] / 127.0f)}; }
+
+  // Loads 64 elements of a dense row, times `scale`, rounded.
+  template <DType kFrom>
+  static Chunk dense(const void* p, float scale) {
+    Chunk chunk;
+    for (int g = 0; g < kVectors / 2; ++g) {
+      const char* group = static_cast<const char*>(p) + g * kGroup * size_of(kFrom);
+      load_pairs<kFrom>(group, chunk.v[2 * g], chunk.v[2 * g + 1]);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) chunk.v[i] = round_to<kType>(mul(chunk.v[i], set1(scale)));
+    }
+    return chunk;
+  }
+  // Loads `count` of them in natural order, with zeros after them.
+  template <DType kFrom>
+  static Chunk dense_natural(const void* p, float scale, int count) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i)
+      chunk.v[i] = i * kLanes < count ? round_to<kType>(dense_vector<kFrom>(p, scale, i, count)) : zero();
+    return chunk;
+  }
+
+  // Takes the elements below `boundary` from a, and the others from b.
+  static Chunk blend(const Chunk& a, const Chunk& b, int boundary) {
+    Chunk chunk;
+    for (int i = 0; i < kVectors; ++i) {
+      alignas(64) std::uint8_t element[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        element[lane] = static_cast<std::uint8_t>((i / 2) * kGroup + 2 * lane + i % 2);
+      chunk.v[i] = blend_from(a.v[i], b.v[i], element, boundary);
+    }
+    return chunk;
+  }
+
+  // Clears the elements whose bit is not set.
+  static void keep(Chunk& chunk, std::uint64_t bits) {
+    for (int i = 0; i < kVectors; ++i) chunk.v[i] = keep_lanes(chunk.v[i], vector_bits(bits, i));
+  }
+
+  // --- In dX = dY . W a unit lies across the rows of W: here it is one row. ---
+
+  static constexpr int kColumnVectors = kChunk / kLanes;  // vectors of sums of 64 columns
+  struct Columns {
+    F32 v[kColumnVectors];
+  };
+  static Columns columns(const Chunk& row) {
+    Columns result;
+    for (int i = 0; i < kColumnVectors; ++i) result.v[i] = row.v[i];
+    return result;
+  }
+  static Columns columns_natural(const Chunk& row) { return columns(row); }
+  // Puts the sums of 64 decoded columns in natural order.
+  static void to_natural(F32 (&sums)[kColumnVectors]) {
+    for (int i = 0; i < kColumnVectors; i += 2) {
+      F32 a, b;
+      interleave(sums[i], sums[i + 1], a, b);
+      sums[i] = a;
+      sums[i + 1] = b;
+    }
+  }
+  // Clears the sums whose column's bit is not set.
+  static F32 keep_columns(F32 sums, int vector, std::uint64_t bits) {
+    return keep_lanes(sums, vector_bits(bits, vector));
+  }
+
+ private:
+  // Looks up the even or the odd nibbles of groups g ... g+kNibbleVectors-1 in a chunk of kScales blocks.
+  template <int kScales, class Nibbles>
+  [[gnu::always_inline]] static void lookup_in_blocks(const Table16& code, const float* scales, int g, Nibbles nibbles,
+                                                      F32 (&values)[kNibbleVectors]) {
+    static_assert(kGroup * kNibbleVectors <= 32);
+    if constexpr (kScales == 2) {  // all nibbles are in one block
+      lookup_nibbles<kType>(table(code, scales[g * kGroup / 32]), nibbles, values);
+    } else {  // this multiplies as often as four tables would, or less
+      static_assert(kScales == 4);
+      lookup_nibbles<DType::f32>(level_table<DType::f32>(code), nibbles, values);
+      for (int i = 0; i < kNibbleVectors; ++i)
+        values[i] = round_to<kType>(mul(values[i], scales_of_16(scales + (g + i) * kGroup / 16)));
+    }
+  }
+  // The bits of vector i's elements, lane by lane.
+  static std::uint32_t vector_bits(std::uint64_t bits, int i) {
+    return every_second_bit(bits >> ((i / 2) * kGroup), i % 2);
+  }
+};
+
+template <DType kType, bool kStream>
+[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
+  using Dot = DotF32<kType>;
+  for (int g = 0; g < Dot::kVectors / 2; ++g)
+    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
+                                chunk.v[2 * g + 1]);
+}
+// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
+template <DType kType, bool kStream = false>
+[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
+                                               std::int64_t count) {
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
+  char copy[kChunk * kSize];
+  store_whole_chunk<kType, false>(chunk, copy);
+  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+}
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,246 @@
+// linear_backward_input and lora_gradients, which all are products of ProductNn.
+#pragma once
+
+#include <memory>
+
+#include "cpu/product/lora-inl.h"
+#include "cpu/product/product_nn-inl.h"
+#include "cpu/runtime/job.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// Writes the sums of one row and chunk, times `scale`, to row `row` of out, from column `col` on.
+template <DType kTo, int kVectors>
+void write_row(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+  constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
+  char* p = static_cast<char*>(out.data) + (row * out.stride + col) * kTarget;
+  for (int i = 0; i < kVectors && col + i * kLanes < out.cols; ++i)
+    store_from_f32<kTo>(p + i * kLanes * kTarget, mul(sums[i], set1(scale)),
+                        static_cast<int>(smaller<std::int64_t>(kLanes, out.cols - col - i * kLanes)));
+}
+// Writes them to column `row` of out, from row `col` on.
+template <DType kTo, int kVectors>
+void write_column(Matrix out, std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors], float scale) {
+  constexpr auto kTarget = static_cast<std::int64_t>(size_of(kTo));
+  char values[kChunk * kTarget];
+  for (int i = 0; i < kVectors; ++i) store_from_f32<kTo>(values + i * kLanes * kTarget, mul(sums[i], set1(scale)));
+  const std::int64_t count = smaller<std::int64_t>(kChunk, out.rows - col);
+  for (std::int64_t i = 0; i < count; ++i)
+    __builtin_memcpy(static_cast<char*>(out.data) + ((col + i) * out.stride + row) * kTarget, values + i * kTarget,
+                     kTarget);
+}
+
+// dX = dY . W + mask o (V . A). Stage 0 packs dY, 1 computes V, 2 packs it, 3 multiplies.
+template <class Dot, class Rows>
+class BackwardInput final : public Job {
+ public:
+  BackwardInput(const Rows& w, const LinearBackwardInputArgs& args, const WeightRows& part) : w_(w) {
+    const LoraView& lora = args.lora;
+    dy_stride_ = Product::packed_stride(Product::units_of(args.weight.N));
+    v_stride_ = lora.rank > 0 ? Product::packed_stride(Product::units_of(lora.rank)) : 0;
+    rows_ = part.end - part.begin;
+    rows_ = smaller(rows_, rows_per_block(rows_, (dy_stride_ + 2 * v_stride_) * 4, Product::kStripRows));
+    first_row_ = part.begin;
+    args_ = args_of(args, part, rows_);
+    strips_ = Strips(rows_);
+    adapted_ = adapted_rows(lora, part, rows_, args.weight);
+    std::int64_t strip = 0;
+    for (const Adapted& adapted : adapted_) {
+      const Range strips = strips_.of({adapted.begin, adapted.end}, strip);
+      low_ranks_.push_back({nullptr, DenseRows<Dot, false>(lora_a(adapted.lora, args.weight.K)), strips});
+      strip = strips.end - 1;
+      packed_v_rows_ += strips_.first_packed(strips.end) - strips_.first(strips.begin);
+    }
+    floats_dy_ = strips_.packed_rows() * dy_stride_;
+    floats_v_ = packed_v_rows_ * v_stride_;
+    bytes_ = (floats_dy_ + floats_v_) * 4;
+    if (!adapted_.empty() && args.v.data == nullptr) bytes_ += rows_ * lora.rank * kSize;
+  }
+
+  void cut(std::int64_t threads) override {
+    tasks_[0] = strips_.count;
+    for (std::size_t i = 0; i < adapted_.size(); ++i) {
+      v_cuts_.push_back(Product::cut(strips_, low_ranks_[i].strips, b_of(adapted_[i]), threads));
+      tasks_[1] += v_cuts_.back().tasks();
+    }
+    if (args_.dx.data == nullptr) return;
+    for (const LowRank& low_rank : low_ranks_) tasks_[2] += low_rank.strips.count();
+    cut_ = Product::cut(strips_, {0, strips_.count}, w_, threads);
+    tasks_[3] = cut_.tasks();
+  }
+  void prepare(std::byte* memory) override {
+    dy_ = reinterpret_cast<float*>(memory);
+    float* v = dy_ + floats_dy_;
+    for (LowRank& low_rank : low_ranks_) {
+      low_rank.v = v;
+      v += (strips_.first_packed(low_rank.strips.end) - strips_.first(low_rank.strips.begin)) * v_stride_;
+    }
+    if (!adapted_.empty() && args_.v.data == nullptr)
+      args_.v = {v, Dot::kActivation, rows_, args_.lora.rank, args_.lora.rank};
+  }
+  void run(int stage, std::int64_t task) override {
+    switch (stage) {
+      case 0:
+        return Product::pack(args_.dy, {strips_.first(task), strips_.first_packed(task + 1)},
+                             dy_ + strips_.first(task) * dy_stride_);
+      case 1:
+        return compute_v(task);
+      case 2:
+        return pack_v(task);
+      default:
+        return multiply(task);
+    }
+  }
+
+ private:
+  using Product = ProductNn<Dot>;
+  using Strips = typename Product::Strips;
+  using LowRank = typename Product::LowRank;
+  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+  static constexpr int kVectors = Dot::kColumnVectors;
+
+  DenseRows<Dot, true> b_of(const Adapted& adapted) const { return lora_b(adapted.lora, args_.weight.N); }
+
+  // Computes V = s/(1-p) * dY . B of one adapter. Of the strips that it shares only its own rows are written.
+  void compute_v(std::int64_t task) {
+    std::size_t i = 0;
+    for (; task >= v_cuts_[i].tasks(); ++i) task -= v_cuts_[i].tasks();
+    const Adapted& adapted = adapted_[i];
+    const float scale = adapted.lora.scaling * dropout_scale(adapted.lora);
+    Product::product(v_cuts_[i], task, dy_, strips_, b_of(adapted), {},
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                       if (row >= adapted.begin && row < adapted.end)
+                         write_row<Dot::kActivation>(args_.v, row, col, sums, scale);
+                     });
+  }
+  // Packs one strip of the V of one adapter.
+  void pack_v(std::int64_t task) {
+    std::size_t i = 0;
+    for (; task >= low_ranks_[i].strips.count(); ++i) task -= low_ranks_[i].strips.count();
+    const Adapted& adapted = adapted_[i];
+    const LowRank& low_rank = low_ranks_[i];
+    const std::int64_t strip = low_rank.strips.begin + task, first = strips_.first(strip);
+    Product::pack(readable(rows_of(args_.v, adapted.begin, adapted.end - adapted.begin)),
+                  {first - adapted.begin, strips_.first_packed(strip + 1) - adapted.begin},
+                  low_rank.v + (first - strips_.first(low_rank.strips.begin)) * v_stride_);
+  }
+  void multiply(std::int64_t task) {
+    const Dropout dropout = adapted_.empty() ? Dropout{} : dropout_of(args_.lora);
+    Product::product(cut_, task, dy_, strips_, w_, {low_ranks_, dropout, first_row_},
+                     [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) {
+                       write_row<Dot::kActivation>(args_.dx, row, col, sums, 1.0f);
+                     });
+  }
+
+  Rows w_;
+  LinearBackwardInputArgs args_;  // of this job's rows
+  std::int64_t first_row_;        // of the call's, as dropout counts them
+  Strips strips_{0};
+  std::vector<Adapted> adapted_;
+  std::vector<LowRank> low_ranks_;  // one for each of these
+  std::int64_t dy_stride_, v_stride_, packed_v_rows_ = 0;
+  std::int64_t floats_dy_, floats_v_;
+  std::vector<typename Product::Cut> v_cuts_;
+  typename Product::Cut cut_;
+  float* dy_ = nullptr;
+};
+
+// dA = V^T . drop(X), or dB^T = s * U^T . dY. Both are left[rows, rank]^T . right[rows, cols], whose inner dimension
+// are the rows of x that the adapter is for. Stage 0 transposes left, 1 packs it, 2 multiplies.
+template <class Dot>
+class LoraGradient final : public Job {
+ public:
+  enum class Of { a, b };
+
+  LoraGradient(Of of, const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first)
+      : of_(of), first_(first), dtype_(args.lora.dtype) {
+    const LoraView& lora = args.lora;
+    inner_ = part.end - part.begin;
+    const bool of_a = of == Of::a;
+    left_ = rows_of(of_a ? args.v : args.u, part.begin, inner_);
+    const ConstMatrix right = rows_of(of_a ? args.x : args.dy, part.begin, inner_);
+    right_ = DenseRows<Dot, false>(right, 1.0f, of_a ? dropout_of(lora) : Dropout{}, part.begin);
+    const std::int64_t elements = part.adapter * lora.rank * right.cols;
+    if (of_a)
+      out_ = {elements_at(args.da, dtype_, elements), dtype_, lora.rank, right.cols, right.cols};
+    else
+      out_ = {elements_at(args.db, dtype_, elements), dtype_, right.cols, lora.rank, lora.rank};
+    scale_ = of_a ? 1.0f : lora.scaling;
+    stride_ = Product::packed_stride(Product::units_of(inner_));
+    rows_ = smaller(lora.rank - first, rows_per_block(lora.rank, stride_ * 4 + inner_ * kSize, Product::kStripRows));
+    strips_ = Strips(rows_);
+    bytes_ = strips_.packed_rows() * stride_ * 4 + rows_ * inner_ * kSize;
+  }
+
+  void cut(std::int64_t threads) override {
+    cut_ = Product::cut(strips_, {0, strips_.count}, right_, threads);
+    tasks_[0] = ceil_div(inner_, kTransposedRows);
+    tasks_[1] = strips_.count;
+    tasks_[2] = cut_.tasks();
+  }
+  void prepare(std::byte* memory) override {
+    packed_ = reinterpret_cast<float*>(memory);
+    transposed_ = reinterpret_cast<char*>(packed_ + strips_.packed_rows() * stride_);
+  }
+  void run(int stage, std::int64_t task) override {
+    switch (stage) {
+      case 0:
+        return transpose_left(task);
+      case 1:
+        return Product::pack({transposed_, Dot::kActivation, rows_, inner_, inner_},
+                             {strips_.first(task), strips_.first_packed(task + 1)},
+                             packed_ + strips_.first(task) * stride_);
+      default:
+        return Product::product(
+            cut_, task, packed_, strips_, right_, {},
+            [&](std::int64_t row, std::int64_t col, F32(&sums)[kVectors]) { write(first_ + row, col, sums); });
+    }
+  }
+
+ private:
+  using Product = ProductNn<Dot>;
+  using Strips = typename Product::Strips;
+  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+  static constexpr int kVectors = Dot::kColumnVectors;
+  static constexpr std::int64_t kTransposedRows = 64;  // rows of left that a task transposes
+
+  void transpose_left(std::int64_t task) {
+    const char* from = static_cast<const char*>(left_.data) + first_ * kSize;
+    const std::int64_t end = smaller((task + 1) * kTransposedRows, inner_);
+    for (std::int64_t m = task * kTransposedRows; m < end; ++m)
+      for (std::int64_t r = 0; r < rows_; ++r)
+        __builtin_memcpy(transposed_ + (r * inner_ + m) * kSize, from + (m * left_.stride + r) * kSize, kSize);
+  }
+  void write(std::int64_t row, std::int64_t col, const F32 (&sums)[kVectors]) const {
+    with_dtype(dtype_, [&](auto dtype) {
+      of_ == Of::a ? write_row<dtype()>(out_, row, col, sums, scale_)
+                   : write_column<dtype()>(out_, row, col, sums, scale_);
+    });
+  }
+
+  Of of_;
+  std::int64_t first_;  // the first rank of this job
+  DType dtype_;
+  ConstMatrix left_;
+  DenseRows<Dot, false> right_{ConstMatrix{}};
+  Matrix out_;
+  float scale_;
+  std::int64_t inner_, stride_;
+  Strips strips_{0};
+  typename Product::Cut cut_;
+  float* packed_ = nullptr;
+  char* transposed_ = nullptr;
+};
+
+template <class Dot>
+std::unique_ptr<Job> lora_gradient_a(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::a, args, part, first);
+}
+template <class Dot>
+std::unique_ptr<Job> lora_gradient_b(const LoraGradientsArgs& args, const AdapterRows& part, std::int64_t first) {
+  return std::make_unique<LoraGradient<Dot>>(LoraGradient<Dot>::Of::b, args, part, first);
+}
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,64 @@
+// Chooses the kernel that computes a product with a quantized weight on the CPU. The choice is a plain function of what
+// is known beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all
+// of W and multiplying by the application's dense product. `bench/run.py --peers torch_dense decoded` measures that.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/product/linear.h"
+#include "qlora_native/linear.h"
+
+namespace qlora_native::cpu {
+
+enum class ProductKernel {
+  small_m,  // forward_small_m-inl.h: lanes along K, each weight decoded where it is used
+  vectors,  // product_nt-inl.h and product_nn-inl.h
+  tiles,    // the same two, by tile products (tiles-inl.h)
+  panels,   // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
+};
+
+// The rows that one weight multiplies, on this machine.
+struct ProductShape {
+  enum class Product { forward, backward_input } product = Product::forward;
+  DType dtype = DType::f32;
+  std::int64_t M = 0, N = 0, K = 0;
+  std::int64_t rank = 0;
+  bool one_adapter = true;  // all rows have the same adapter, or none
+  bool dropout = false;
+  bool isa_has_tiles = false;         // the instruction set multiplies this dtype by tiles
+  bool has_dense_gemm = false;        // the application has a dense product
+  bool dense_gemm_has_tiles = false;  // and it multiplies this dtype by tiles
+  bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
+};
+ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
+                           const WeightRows& rows, DType dtype, bool isa_has_tiles);
+
+constexpr std::int64_t kMaxSmallM = 8;
+
+// Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
+constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;
+constexpr std::int64_t panel_columns(std::int64_t inner, DType dtype) {
+  return kPanelBytes / (inner * static_cast<std::int64_t>(size_of(dtype))) / 64 * 64;
+}
+// Bytes of rows of U or V that are computed at once where the caller does not want them.
+constexpr std::int64_t kLowRankBytes = std::int64_t{1} << 20;
+
+bool supports_small_m(const ProductShape& shape);
+bool supports_tiles(const ProductShape& shape);
+bool supports_panels(const ProductShape& shape);
+
+struct ProductConfig {
+  ProductKernel kernel = ProductKernel::vectors;
+};
+ProductConfig choose_product(const ProductShape& shape);
+
+// The same, or the kernel that QLN_FORCE_KERNEL names (small_m, vectors, tiles, panels) if it supports the shape: for
+// tests and measurements.
+ProductConfig product_config(const ProductShape& shape);
+
+// QLN_PRINT_CONFIG=1 prints this for each product.
+std::string describe(const ProductShape& shape, const ProductConfig& config);
+void log_product(const ProductShape& shape, const ProductConfig& config);
+
+}  // namespace qlora_native::cpu

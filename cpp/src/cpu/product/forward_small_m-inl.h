@@ -1,0 +1,369 @@
+// linear_forward of up to kMaxSmallM rows of x: lanes along K, and a weight is decoded where it is used.
+#pragma once
+
+#include <span>
+
+#include "cpu/product/config.h"
+#include "cpu/product/lora-inl.h"
+#include "cpu/runtime/job.h"
+#include "cpu/runtime/scratch.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// Elements that are decoded at once.
+template <class Dot>
+constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
+
+// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
+template <class Dot, int kRows, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
+  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
+  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
+  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+    const std::int64_t place = c % Dot::kStepChunks;
+    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
+    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
+    typename Dot::Step step[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
+      step[i] = Dot::join(held[i]);
+    }
+    sink(c / Dot::kStepChunks, step);
+  });
+}
+
+template <class Dot>
+struct SmallM {
+  static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
+
+  template <class Rows>
+  static std::int64_t steps(const Rows& rows) {
+    return ceil_div(rows.cols(), kStepElements<Dot>);
+  }
+
+  // x as [step][row][unit].
+  template <class Rows>
+  static void pack(const Rows& x, int rows, float* out) {
+    for (int m = 0; m < rows; ++m)
+      steps_of_chunks<Dot, 1>(x, m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
+        for (int k = 0; k < Dot::kStepVectors; ++k)
+          store(out + (s * rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
+      });
+  }
+
+  // What one adapter adds: U . (s*B)^T. `u` is [row][padded rank] in fp32, and zero in rows of other adapters.
+  struct LowRank {
+    ConstMatrix b;
+    float scaling = 0.0f;
+    float* u = nullptr;
+    std::int64_t padded_rank = 0;
+
+    // Prefetches rows n ... n+count-1 of B.
+    void prefetch(std::int64_t n, std::int64_t count) const {
+      const std::int64_t row_bytes = b.stride * static_cast<std::int64_t>(size_of(b.dtype));
+      const char* rows = static_cast<const char*>(b.data) + n * row_bytes;
+      for (std::int64_t i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(rows + i, 0, 3);
+    }
+    F32 row(std::int64_t n, std::int64_t r) const {
+      return with_dtype(b.dtype, [&](auto dtype) {
+        constexpr auto kSize = static_cast<std::int64_t>(size_of(dtype()));
+        const char* p = static_cast<const char*>(b.data) + (n * b.stride + r) * kSize;
+        const int count = static_cast<int>(smaller<std::int64_t>(kLanes, b.cols - r));
+        return round_to<Dot::kActivation>(mul(load_as_f32<dtype()>(p, count), set1(scaling)));
+      });
+    }
+  };
+
+  // Rows of W that are multiplied together, so that they share what is loaded of x. Their sums, and what decodes them,
+  // should fit the registers.
+  template <int kM>
+  static constexpr int kRowsOf = Dot::kStepVectors <= 4 && kM * 4 <= kRegisters / 2 ? 4 : 2;
+  // Sums for each row of x and of W. Two multiply-adds begin in a cycle and take four cycles, so eight sums keep the
+  // processor busy.
+  template <int kM>
+  static constexpr int kPartsOf = smaller(larger(8 / (kRowsOf<kM> * kM), 1), Dot::kStepVectors);
+
+  // After so many steps the sums are added to a total and start afresh. 0 means that one chain is good enough.
+  static constexpr std::int64_t kChainSteps = Dot::kRestart < Dot::kBlock ? 256 / kStepElements<Dot> : 0;
+
+  template <int kM>
+  struct Sums {
+    static constexpr int kRows = kRowsOf<kM>, kParts = kPartsOf<kM>;
+    F32 part[kRows][kM][kParts], total[kRows][kM];
+
+    [[gnu::always_inline]] Sums() {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          total[j][m] = zero();
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) part[j][m][i] = zero();
+        }
+    }
+    // Multiplies one step of x and of the rows of W. A vector of W is decoded right before the products that need it.
+    template <class Step>
+    [[gnu::always_inline]] void multiply(std::int64_t s, const float* x, const Step (&step)[kRows]) {
+      const float* units = x + s * kM * kStepUnits;
+#pragma GCC unroll 16
+      for (int k = 0; k < Dot::kStepVectors; ++k) {
+        F32 w[kRows];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j) w[j] = step[j].vector(k);
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+          const F32 value = load(units + m * kStepUnits + k * kLanes);
+#pragma GCC unroll 8
+          for (int j = 0; j < kRows; ++j) part[j][m][k % kParts] = Dot::dot(part[j][m][k % kParts], value, w[j]);
+        }
+      }
+      if constexpr (kChainSteps != 0)
+        if ((s + 1) % kChainSteps == 0) end_chain();
+    }
+    // Adds the parts of every sum to its total, and begins new ones.
+    [[gnu::always_inline]] void end_chain() {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+          for (int i = 0; i < kParts; ++i) {
+            total[j][m] = add(total[j][m], part[j][m][i]);
+            part[j][m][i] = zero();
+          }
+    }
+    // Adds what the adapters add to rows n ... n+count-1, and writes the sums to out[m][j].
+    [[gnu::always_inline]] void finish(std::int64_t n, int count, std::span<const LowRank> loras, float* out) {
+      end_chain();
+      for (const LowRank& lora : loras)
+        for (std::int64_t r = 0; r < lora.b.cols; r += kLanes)
+#pragma GCC unroll 8
+          for (int j = 0; j < kRows; ++j) {
+            const F32 b = j < count ? lora.row(n + j, r) : zero();
+#pragma GCC unroll 8
+            for (int m = 0; m < kM; ++m) total[j][m] = fma(b, load(lora.u + m * lora.padded_rank + r), total[j][m]);
+          }
+#pragma GCC unroll 8
+      for (int i = 0; i < kM * kRows; i += 4) {
+        F32 four[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) four[k] = i + k < kM * kRows ? total[(i + k) % kRows][(i + k) / kRows] : zero();
+        store_sums(out + i, four);
+      }
+    }
+  };
+
+  static constexpr int kRowsAtOnce = 16;  // rows of W whose scales are decoded, and whose results are written, together
+  // Each thread reads W in few long pieces: at the end of a piece, the rows that it prefetched are another thread's.
+  static constexpr std::int64_t kTasksOfThread = 2;
+
+  // Computes out[m][j] for kRowsOf<kM> aligned rows from n on.
+  template <int kM, class Rows>
+  static void whole_rows(const Rows& w, std::int64_t n, const float* scales, const float* x,
+                         std::span<const LowRank> loras, float* out) {
+    constexpr int kRows = kRowsOf<kM>;
+    Sums<kM> sums;
+    const std::uint8_t* codes[kRows];
+    const float* scale[kRows];
+    for (int j = 0; j < kRows; ++j) {
+      codes[j] = w.codes_at(n + j, 0);
+      scale[j] = scales + j * (w.cols() / kChunk) * Rows::kChunkScales;
+    }
+    // The rows after these are next in memory, and next to be read. They are prefetched into the second-level cache:
+    // into the first, they cost a third more time.
+    const std::int64_t ahead = kRows * w.row_bytes();
+    for (const LowRank& lora : loras) lora.prefetch(n + kRows, kRows);
+    const std::int64_t whole = w.cols() / kStepElements<Dot>;
+    for (std::int64_t s = 0; s < whole; ++s) {
+      typename Rows::QuantizedStep step[kRows];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRows; ++j) {
+        const std::uint8_t* p = codes[j] + s * Rows::kStepBytes;
+        for (std::int64_t i = 0; i < Rows::kStepBytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 2);
+        step[j] = w.step(p, scale[j] + s * Dot::kStepChunks * Rows::kChunkScales);
+      }
+      sums.multiply(s, x, step);
+    }
+    if constexpr (Dot::kStepChunks > 1)
+      if (whole != steps(w)) {
+        typename Rows::QuantizedStep step[kRows];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j)
+          step[j] = w.half_step(codes[j] + whole * Rows::kStepBytes,
+                                scale[j] + whole * Dot::kStepChunks * Rows::kChunkScales);
+        sums.multiply(whole, x, step);
+      }
+    sums.finish(n, kRows, loras, out);
+  }
+  // Computes the same for `count` rows of any kind.
+  template <int kM, class Rows>
+  static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
+                          float* out) {
+    Sums<kM> sums;
+    steps_of_chunks<Dot, kRowsOf<kM>>(w, n, count, [&](std::int64_t s, const auto& step) {
+      // The copy stays in registers. As far as the compiler knows x might lie where the sums do, so that it would store
+      // each of them at once.
+      Sums<kM> copy = sums;
+      copy.multiply(s, x, step);
+      sums = copy;
+    });
+    sums.finish(n, count, loras, out);
+  }
+
+  // Rows of W that a task takes where there are `rows` of them.
+  template <int kM>
+  static std::int64_t task_rows(std::int64_t rows, std::int64_t threads) {
+    constexpr int kRows = kRowsOf<kM>;
+    return ceil_div(ceil_div(rows, std::int64_t{kRows}), threads * kTasksOfThread) * kRows;
+  }
+  // Multiplies by rows `begin` ... end-1 of W, and calls write(m, n, count, sums) for kRowsAtOnce of them at most.
+  template <int kM, class Rows, class Write>
+  static void multiply(const Rows& w, std::int64_t begin, std::int64_t end, const float* x,
+                       std::span<const LowRank> loras, const Write& write) {
+    constexpr int kRows = kRowsOf<kM>;
+    static_assert(kRowsAtOnce % kRows == 0);
+    const std::int64_t row_scales = w.cols() / kChunk * Rows::kChunkScales;
+    // [tile][m][row of the tile]. The last tile is written with up to three floats too many.
+    float sums[kM * kRowsAtOnce + 3], of_row[kRowsAtOnce] = {};
+    float* scales = nullptr;
+    if constexpr (Rows::kQuantized)
+      if (w.aligned()) scales = scratch_floats(Slot::thread, kRowsAtOnce * row_scales);
+    for (std::int64_t first = begin; first < end; first += kRowsAtOnce) {
+      const int count = static_cast<int>(smaller<std::int64_t>(kRowsAtOnce, end - first));
+      int whole = 0;
+      if constexpr (Rows::kQuantized)
+        if (scales != nullptr) {
+          const Range chunks{0, w.cols() / kChunk};
+          w.prefetch_scales({first + count, first + count + kRowsAtOnce}, chunks);
+          w.chunk_scales({first, first + count}, chunks, scales, row_scales);
+          whole = count / kRows * kRows;
+          for (int j = 0; j < whole; j += kRows)
+            whole_rows<kM>(w, first + j, scales + j * row_scales, x, loras, sums + j * kM);
+        }
+      for (int j = whole; j < count; j += kRows)
+        ragged_rows<kM>(w, first + j, smaller(kRows, count - j), x, loras, sums + j * kM);
+      for (int m = 0; m < kM; ++m) {
+        for (int j = 0; j < count; j += kRows)
+          __builtin_memcpy(of_row + j, sums + j * kM + m * kRows, kRows * sizeof(float));
+        write(m, first, count, of_row);
+      }
+    }
+  }
+  // Calls f with the number of rows of x as a compile-time constant.
+  template <class F>
+  static void with_rows_of_x(int rows, F&& f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
+    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
+  }
+};
+
+// prepare() packs X, stage 0 computes U, and stage 1 multiplies.
+template <class Dot, class Rows>
+class ForwardSmallM final : public Job {
+ public:
+  ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+    rows_ = part.end - part.begin;
+    first_row_ = part.begin;
+    args_ = args_of(args, part, rows_);
+    adapted_ = adapted_rows(args.lora, part, rows_, args.weight);
+    for (const Adapted& adapted : adapted_)
+      loras_.push_back({lora_b(adapted.lora, args.weight.N), adapted.lora.scaling, nullptr, padded_rank()});
+    x_floats_ = Product::steps(w) * rows_ * Product::kStepUnits;
+    u_floats_ = rows_ * padded_rank();
+    bytes_ = (x_floats_ * (has_dropout() ? 2 : 1) + static_cast<std::int64_t>(loras_.size()) * u_floats_) * 4;
+  }
+
+  void cut(std::int64_t threads) override {
+    Product::with_rows_of_x(static_cast<int>(rows_), [&](auto kM) {
+      u_task_rows_ = Product::template task_rows<kM>(args_.lora.rank, threads);
+      y_task_rows_ = Product::template task_rows<kM>(w_.rows(), threads);
+    });
+    tasks_[0] = adapted_.empty() ? 0 : static_cast<std::int64_t>(adapted_.size()) * u_tasks();
+    tasks_[1] = ceil_div(w_.rows(), y_task_rows_);
+  }
+  void prepare(std::byte* memory) override {
+    const int rows = static_cast<int>(rows_);
+    x_ = dropped_x_ = reinterpret_cast<float*>(memory);
+    Product::pack(DenseRows<Dot, false>(args_.x), rows, x_);
+    float* u = x_ + x_floats_;
+    if (has_dropout()) {
+      dropped_x_ = u;
+      u += x_floats_;
+      Product::pack(DenseRows<Dot, false>(args_.x, 1.0f, dropout_of(args_.lora), first_row_), rows, dropped_x_);
+    }
+    __builtin_memset(u, 0, loras_.size() * static_cast<std::size_t>(u_floats_) * sizeof(float));
+    for (LowRank& lora : loras_) {
+      lora.u = u;
+      u += u_floats_;
+    }
+  }
+  void run(int stage, std::int64_t task) override {
+    Product::with_rows_of_x(static_cast<int>(rows_),
+                            [&](auto kM) { stage == 0 ? compute_u<kM>(task) : multiply<kM>(task); });
+  }
+
+ private:
+  using Product = SmallM<Dot>;
+  using LowRank = typename Product::LowRank;
+  static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+
+  std::int64_t padded_rank() const { return ceil_div(args_.lora.rank, kLanes) * kLanes; }
+  std::int64_t u_tasks() const { return ceil_div(args_.lora.rank, u_task_rows_); }
+  bool has_dropout() const { return !adapted_.empty() && static_cast<bool>(dropout_of(args_.lora)); }
+
+  // Computes the U of one adapter for all rows, and keeps the rows that are its own.
+  template <int kM>
+  void compute_u(std::int64_t task) {
+    const Adapted& adapted = adapted_[static_cast<std::size_t>(task / u_tasks())];
+    const LowRank& lora = loras_[static_cast<std::size_t>(task / u_tasks())];
+    const std::int64_t begin = task % u_tasks() * u_task_rows_;
+    const F32 scale = set1(dropout_scale(adapted.lora));
+    Product::template multiply<kM>(DenseRows<Dot, false>(lora_a(adapted.lora, args_.x.cols)), begin,
+                                   smaller(begin + u_task_rows_, adapted.lora.rank), dropped_x_, {},
+                                   [&](int m, std::int64_t first, int count, const float* sums) {
+                                     if (m < adapted.begin || m >= adapted.end) return;
+                                     for (int r = 0; r < count; r += kLanes) {
+                                       const int lanes = smaller(kLanes, count - r);
+                                       // U is rounded like any operand of a product.
+                                       const F32 value = round_to<Dot::kActivation>(mul(load(sums + r), scale));
+                                       store_from_f32<DType::f32>(lora.u + m * lora.padded_rank + first + r, value,
+                                                                  lanes);
+                                       if (args_.u.data != nullptr) store_elements(args_.u, m, first + r, value, lanes);
+                                     }
+                                   });
+  }
+  template <int kM>
+  void multiply(std::int64_t task) {
+    const std::int64_t begin = task * y_task_rows_;
+    Product::template multiply<kM>(w_, begin, smaller(begin + y_task_rows_, w_.rows()), x_, loras_,
+                                   [&](int m, std::int64_t first, int count, const float* sums) {
+                                     for (int j = 0; j < count; j += kLanes) {
+                                       const int lanes = smaller(kLanes, count - j);
+                                       store_elements(args_.y, m, first + j,
+                                                      add(load(sums + j), bias(first + j, lanes)), lanes);
+                                     }
+                                   });
+  }
+
+  static void store_elements(Matrix out, std::int64_t row, std::int64_t col, F32 values, int count) {
+    store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + col) * kSize, values, count);
+  }
+  F32 bias(std::int64_t n, int count) const {
+    if (args_.bias == nullptr) return zero();
+    return load_as_f32<Dot::kActivation>(static_cast<const char*>(args_.bias) + n * kSize, count);
+  }
+
+  Rows w_;
+  LinearForwardArgs args_;  // of this job's rows
+  std::int64_t first_row_;  // of the call's, as dropout counts them
+  std::vector<Adapted> adapted_;
+  std::vector<LowRank> loras_;
+  std::int64_t x_floats_, u_floats_;
+  std::int64_t u_task_rows_ = 0, y_task_rows_ = 0;  // of A, and of W
+  float *x_ = nullptr, *dropped_x_ = nullptr;
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,52 @@
+// The products of linear.h for activations of one dtype, each by the kernel that config.h chooses.
+#pragma once
+
+#include <memory>
+
+#include "cpu/product/backward-inl.h"
+#include "cpu/product/config.h"
+#include "cpu/product/forward-inl.h"
+#include "cpu/product/forward_small_m-inl.h"
+#include "cpu/product/linear.h"
+#include "cpu/product/panels-inl.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+template <class Dot>
+struct Linear {
+  static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
+    switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+      case cpu::ProductKernel::small_m:
+        return make_job<Dot, ForwardSmallM, Dot>(args, part);
+      case cpu::ProductKernel::panels:
+        return make_job<Element, ForwardPanels, Dot>(args, part);
+      default:
+        return make_job<Dot, Forward, Dot>(args, part);
+    }
+  }
+  static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
+    if (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype) ==
+        cpu::ProductKernel::panels)
+      return make_job<Element, BackwardInputPanels, Dot>(args, part);
+    return make_job<Dot, BackwardInput, Dot>(args, part);
+  }
+
+ private:
+  using Element = DotF32<Dot::kActivation>;  // panels hold elements in their order, rounded
+
+  static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
+                                   const LoraView& lora, const WeightRows& part, DType dtype) {
+    const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, false);
+    const cpu::ProductConfig config = cpu::product_config(shape);
+    cpu::log_product(shape, config);
+    return config.kernel;
+  }
+};
+
+template <class Dot>
+constexpr Products kProductsOf{Linear<Dot>::forward, Linear<Dot>::backward_input, lora_gradient_a<Dot>,
+                               lora_gradient_b<Dot>};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

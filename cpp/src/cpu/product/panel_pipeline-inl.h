@@ -1,0 +1,263 @@
+// What the two products over panels of decoded W have in common: Y = X . W^T (product_nt-inl.h) and dX = dY . W
+// (product_nn-inl.h). While one panel is multiplied the next one is decoded, a step of it now and then between the
+// multiplications, so that decoding, multiplying and reading memory overlap:
+//
+//   panel 0   decode   multiply
+//   panel 1            decode     multiply
+//   panel 2                       decode     multiply
+//
+// Each product has a class `Panel` that describes the layout. A *line* of a panel holds the rows of W that are decoded
+// together: one row for Y, the rows of a unit for dX.
+//
+//   kLineRows                     rows of W in a line
+//   kLineAfterLine                whether a line is decoded to its end before the next one is begun
+//   kMostScaledChunks             chunks of all rows in the largest panel
+//   lines, chunks                 the part of W that it holds
+//   data                          where it lies
+//   line_stride()                 floats from a line to the next
+//   chunk_stride()                floats from a chunk of a line to the next
+//   write<kNatural>(chunk, out)   writes one chunk of the rows of a line
+//   clear_rest()                  clears what is multiplied and not decoded
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/quantize/quantized_rows-inl.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// Decodes a whole panel.
+template <class Panel, class Rows>
+void decode_panel(const Rows& w, const Panel& panel) {
+  constexpr int kRows = Panel::kLineRows;
+  panel.clear_rest();
+  for (std::int64_t line = panel.lines.begin; line < panel.lines.end; ++line) {
+    const std::int64_t row = line * kRows;
+    const int count = static_cast<int>(smaller<std::int64_t>(kRows, w.rows() - row));
+    float* out = panel.data + (line - panel.lines.begin) * panel.line_stride();
+    w.template chunks<kRows>(row, count, panel.chunks, [&](std::int64_t c, const auto& chunk) {
+      Panel::template write<Rows::kNatural>(chunk, out + (c - panel.chunks.begin) * panel.chunk_stride());
+    });
+  }
+}
+
+// Decodes a panel of a quantized weight step by step.
+template <class Panel, class Rows>
+class Decoder {
+ public:
+  // `next` is the panel that is decoded after this one, or null. Its codes and scales are prefetched meanwhile.
+  Decoder(const Rows& w, const Panel& panel, const Panel* next)
+      : w_(w), panel_(panel), width_(panel.chunks.count()), lines_(panel.lines.count()) {
+    const Range rows = rows_of(panel);
+    stepwise_ = w.aligned() && rows.count() == lines_ * kLineRows;
+    if (!stepwise_) return;
+    codes_ = w.codes_at(rows.begin, panel.chunks.begin);
+    w.chunk_scales(rows, panel.chunks, scales_, width_ * Rows::kChunkScales);
+    if (next != nullptr) {
+      w.prefetch_scales(rows_of(*next), next->chunks);
+      ahead_ = w.codes_at(rows_of(*next).begin, next->chunks.begin) - codes_;
+    }
+    panel.clear_rest();
+    start(0);
+  }
+
+  // How often step() has something to do.
+  std::int64_t steps() const { return stepwise_ ? lines_ * ceil_div(width_, std::int64_t{2}) : 0; }
+
+  // Decodes two chunks of one line, which is a cache line of 4-bit codes for each row. Later codes are prefetched into
+  // the second-level cache: rows that are a power of two apart share so few sets of the first one that they would push
+  // each other out.
+  void step()
+    requires(Panel::kLineAfterLine)
+  {
+    if (left_ == 0) return;
+    for (std::int64_t i = 0; i < 2 * Rows::kChunkBytes; i += 64) __builtin_prefetch(from_ + ahead_ + i, 0, 2);
+    put_two();
+    chunk_ += 2;
+    from_ += 2 * Rows::kChunkBytes;
+    out_ += 2 * panel_.chunk_stride();
+    scale_ += 2 * Rows::kChunkScales;
+    if (chunk_ < width_) return;
+    from_ += w_.row_bytes() - chunk_ * Rows::kChunkBytes;  // the next line
+    out_ += panel_.line_stride() - chunk_ * panel_.chunk_stride();
+    scale_ += (width_ - chunk_) * Rows::kChunkScales;
+    chunk_ = 0;
+    --left_;
+  }
+  [[gnu::always_inline]] void step()
+    requires(!Panel::kLineAfterLine)
+  {
+    if (left_ == 0) return;
+#pragma GCC unroll 2
+    for (int i = 0; i < kLineRows; ++i) {
+      // At the end of a panel these are codes of the next one.
+      const std::uint8_t* later = from_ + (kLinesAhead * kLineRows + i) * w_.row_bytes();
+      __builtin_prefetch(later, 0, 2);
+      __builtin_prefetch(later + 2 * Rows::kChunkBytes - 1, 0, 2);
+    }
+    put_two();
+    from_ += kLineRows * w_.row_bytes();
+    scale_ += kLineRows * width_ * Rows::kChunkScales;
+    out_ += panel_.line_stride();
+    if (--left_ == 0 && chunk_ + 2 < width_) start(chunk_ + 2);
+  }
+  void finish() {
+    if (!stepwise_) return decode_panel(w_, panel_);
+    while (left_ > 0) step();
+  }
+
+ private:
+  static constexpr int kLineRows = Panel::kLineRows;
+  static constexpr std::int64_t kLinesAhead = 32;
+
+  Range rows_of(const Panel& panel) const {
+    return {panel.lines.begin * kLineRows, smaller(panel.lines.end * kLineRows, w_.rows())};
+  }
+  // Lets the next step be at this chunk of the first line.
+  void start(std::int64_t chunk) {
+    chunk_ = chunk;
+    left_ = lines_;
+    from_ = codes_ + chunk * Rows::kChunkBytes;
+    scale_ = scales_ + chunk * Rows::kChunkScales;
+    out_ = panel_.data + chunk * panel_.chunk_stride();
+  }
+  [[gnu::always_inline]] void put_two() const {
+    put(from_, scale_, out_);
+    if (chunk_ + 1 < width_) put(from_ + Rows::kChunkBytes, scale_ + Rows::kChunkScales, out_ + panel_.chunk_stride());
+  }
+  [[gnu::always_inline]] void put(const std::uint8_t* codes, const float* scales, float* out) const {
+    typename Panel::Chunk chunk[kLineRows];
+#pragma GCC unroll 2
+    for (int i = 0; i < kLineRows; ++i)
+      chunk[i] = w_.chunk(codes + i * w_.row_bytes(), scales + i * width_ * Rows::kChunkScales);
+    Panel::template write<Rows::kNatural>(chunk, out);
+  }
+
+  const Rows& w_;
+  Panel panel_;
+  std::int64_t width_, lines_;
+  bool stepwise_;  // else finish() decodes the panel as a whole
+  const std::uint8_t* codes_ = nullptr;
+  std::int64_t ahead_ = 0;  // bytes from this panel's codes to the next one's
+  // The next step decodes chunks chunk_ and chunk_ + 1 of a line. So many lines are left.
+  std::int64_t chunk_ = 0, left_ = 0;
+  const std::uint8_t* from_ = nullptr;
+  const float* scale_ = nullptr;
+  float* out_ = nullptr;
+  float scales_[Panel::kMostScaledChunks * Rows::kChunkScales];
+};
+// Stands for a decoder where a panel is multiplied and no other one is decoded.
+struct NoDecoder {
+  void step() {}
+};
+// A decoder that takes several of its steps at each step of a product.
+template <class Decoder>
+struct Paced {
+  Decoder& decoder;
+  std::int64_t steps;
+  [[gnu::always_inline]] void step() {
+    for (std::int64_t i = 0; i < steps; ++i) decoder.step();
+  }
+};
+
+// Calls multiply(i, panel, decoding) for the panels panel_of(0) ... panel_of(count-1) of w. Neighbours must lie in
+// different places, because one is decoded while the other is multiplied. A dense w is not decoded ahead.
+template <class Rows, class PanelOf, class Multiply>
+void multiply_panels(const Rows& w, std::int64_t count, const PanelOf& panel_of, const Multiply& multiply) {
+  using Panel = decltype(panel_of(std::int64_t{}));
+  NoDecoder none;
+  if constexpr (Rows::kQuantized) {
+    const auto decoder = [&](std::int64_t i) {
+      const Panel next = panel_of(i + 1);
+      return Decoder<Panel, Rows>(w, panel_of(i), i + 1 < count ? &next : nullptr);
+    };
+    decoder(0).finish();
+    for (std::int64_t i = 0; i + 1 < count; ++i) {
+      auto next = decoder(i + 1);
+      multiply(i, panel_of(i), next);
+      next.finish();
+    }
+    multiply(count - 1, panel_of(count - 1), none);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) {
+      decode_panel(w, panel_of(i));
+      multiply(i, panel_of(i), none);
+    }
+  }
+}
+
+// Rows that lie `stride` floats apart. A stride that is known beforehand is a FixedStride, which takes no register.
+template <class Pointer, class Stride>
+struct Strided {
+  Pointer data;
+  [[no_unique_address]] Stride stride;
+};
+template <class Pointer, class Stride>
+Strided(Pointer, Stride) -> Strided<Pointer, Stride>;
+template <std::int64_t kFloats>
+using FixedStride = std::integral_constant<std::int64_t, kFloats>;
+template <class Stride>
+constexpr bool kIsFixed = !std::is_same_v<Stride, std::int64_t>;
+
+// A register tile: the sums of kRows rows times kVectors vectors over some units, and its share of another panel's
+// decoding.
+//
+//   rows      [row][unit]: a unit is broadcast, times all vectors
+//   vectors   [unit][vector][lane]
+//   sums      [row][vector][lane]; with `accumulate` these are added to what is there
+//
+// With kChain the sums go on from what is there; else they are added to it in the end. A step of decoding comes before
+// every kDecodingUnits units.
+template <class Product, int kRows, int kVectors, bool kChain, std::int64_t kDecodingUnits, class RowStride,
+          class UnitStride, class SumStride, class Decoding>
+[[gnu::noinline]] void multiply_register_tile(Strided<const float*, RowStride> rows,
+                                              Strided<const float*, UnitStride> vectors, std::int64_t units,
+                                              Strided<float*, SumStride> sums, bool accumulate, Decoding& decoding) {
+  using Dot = typename Product::Dot;
+  F32 sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j)
+      sum[i][j] = kChain && accumulate ? load(sums.data + i * sums.stride + j * kLanes) : zero();
+  const auto multiply = [&](std::int64_t unit) {
+    // A fixed stride takes its part in an address; another one would be a multiplication.
+    const float* vectors_of_unit = vectors.data;
+    if constexpr (kIsFixed<UnitStride>)
+      vectors_of_unit += unit * vectors.stride;
+    else
+      vectors.data += vectors.stride;
+    F32 vector[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) vector[j] = load(vectors_of_unit + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const float* unit_of_row = rows.data + i * rows.stride + unit;
+      if constexpr (kVectors == 1) {
+        sum[i][0] = Dot::dot_broadcast(sum[i][0], vector[0], unit_of_row);
+      } else {
+        const auto value = Dot::broadcast(unit_of_row);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = Dot::dot(sum[i][j], vector[j], value);
+      }
+    }
+  };
+  std::int64_t unit = 0;
+  if constexpr (!std::is_same_v<Decoding, NoDecoder>)
+    for (; unit + kDecodingUnits <= units; unit += kDecodingUnits) {
+      decoding.step();
+      for (std::int64_t i = 0; i < kDecodingUnits; ++i) multiply(unit + i);
+    }
+  for (; unit < units; ++unit) multiply(unit);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* out = sums.data + i * sums.stride + j * kLanes;
+      store(out, accumulate && !kChain ? add(load(out), sum[i][j]) : sum[i][j]);
+    }
+}
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

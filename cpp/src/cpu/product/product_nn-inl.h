@@ -1,0 +1,293 @@
+// C[M,K] = L[M,N] . W[N,K]: lanes along the columns of W, units of L broadcast. A unit spans kElementsPerUnit rows of
+// W (two bfloat16, one float). product_nn_layout-inl.h says how operands and sums lie in memory.
+#pragma once
+
+#include <span>
+
+#include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/product_nn_layout-inl.h"
+#include "cpu/product/tiles-inl.h"
+#include "cpu/runtime/scratch.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+template <class DotOf>
+struct ProductNn : LayoutNn<DotOf> {
+  using Dot = DotOf;
+  using Layout = LayoutNn<Dot>;
+  using Layout::kByTiles, Layout::kOneChain, Layout::kPanelFloats, Layout::kStripRows, Layout::packed_stride,
+      Layout::tiling, Layout::units_of, Layout::whole_steps;
+  using typename Layout::Packed, typename Layout::Panel, typename Layout::Part, typename Layout::Strips,
+      typename Layout::Tiling;
+  using Tiles = typename TilesOf<Dot>::type;
+  // Panels of the widest tiles are shorter than kRestart, so there are more of them, and the error grows with their
+  // number. Therefore the sums of so many panels are added to a total.
+  static constexpr std::int64_t kPanelsOfTotal = 16;
+  static constexpr std::int64_t kMostSums = 128 << 10;  // floats
+
+  // What one adapter adds to the sums of its strips: V . A.
+  struct LowRank {
+    float* v = nullptr;  // packed, from the first row of the first strip on; zero in rows of other adapters
+    DenseRows<Dot, false> a;
+    Range strips;
+  };
+  // What all adapters of a product add: mask o (the sum of their parts).
+  struct LowRanks {
+    std::span<const LowRank> parts;
+    Dropout dropout;
+    std::int64_t first_row = 0;  // what dropout counts the first row of L as
+  };
+
+  // Adds `left` . w to the sums of a part, or sets them to it.
+  template <class Rows>
+  static void multiply(Tiles& tiles, const Rows& w, const Packed& left, const Part& part, bool accumulate) {
+    const std::int64_t units = units_of(w.rows());
+    const std::int64_t step = whole_steps(ceil_div(units, ceil_div(units, part.panel_units)));  // panels of equal size
+    const std::int64_t panels = ceil_div(units, step);
+    const auto panel_of = [&](std::int64_t i) {
+      return Panel{.lines = {i * step, smaller((i + 1) * step, units)},
+                   .chunks = part.chunks,
+                   .data = part.panels + i % 2 * kPanelFloats};
+    };
+    const bool has_totals = part.totals != nullptr && panels > kPanelsOfTotal;
+    multiply_panels(w, panels, panel_of, [&](std::int64_t i, const Panel& panel, auto& decoding) {
+      const bool afresh = has_totals && i != 0 && i % kPanelsOfTotal == 0;
+      if (afresh) add_sums(part, part.sums, part.totals, i != kPanelsOfTotal);
+      multiply_panel<Rows>(tiles, w.cols(), left, panel, part, !afresh && (accumulate || i != 0), decoding);
+    });
+    if (has_totals) add_sums(part, part.totals, part.sums, true);
+  }
+
+  // Some packed rows times one chunk of columns, [unit][64 columns], of which `vectors` vectors count. Sums are
+  // [row][64 columns]. With tiles there is room for a whole one after the last row.
+  static void multiply_rows(Tiles& tiles, const float* rows, std::int64_t stride, std::int64_t count,
+                            const float* columns, std::int64_t units, int vectors, float* sums, bool accumulate) {
+    NoDecoder none;
+    if constexpr (kByTiles) {
+      const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t row, int first) {
+        multiply_tiles<row_tiles, tile_columns>(
+            tiles, {rows + row * stride, stride, kTileRows * stride, kTileUnits},
+            {columns + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
+            {sums + row * kChunk + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, none);
+      };
+      for (int first = 0; first < vectors; first += 2)
+        for (std::int64_t row = 0; row < count; row += 2 * kTileRows)
+          with_constant<2>(count - row > kTileRows ? 2 : 1, [&](auto row_tiles) {
+            with_constant<2>(vectors - first > 1 ? 2 : 1, [&](auto columns) { block(row_tiles, columns, row, first); });
+          });
+    } else {
+      for (std::int64_t row = 0; row < count; row += kMostRows)
+        with_constant<kMostRows>(static_cast<int>(smaller<std::int64_t>(kMostRows, count - row)), [&](auto strip) {
+          multiply_strip<strip>({rows + row * stride, stride, columns, units, vectors, sums + row * kChunk, accumulate},
+                                none);
+        });
+    }
+  }
+
+  // How left . w is cut into tasks, for some strips of left.
+  struct Cut {
+    Tiling tiling{};
+    Grid grid{};
+    Range strips{};
+    std::int64_t tasks() const { return grid.row_parts * grid.column_tiles; }
+  };
+  template <class Rows>
+  static Cut cut(const Strips& strips, Range range, const Rows& w, std::int64_t threads) {
+    const Tiling cut = tiling(strips.rows, Rows::kQuantized && !w.aligned());
+    const std::int64_t most_strips =
+        larger<std::int64_t>(for_second_level(kMostSums, 1, caches()) / (cut.chunks * kChunk * kStripRows), 1);
+    const std::int64_t fewest_strips = 128 / kStripRows;
+    const Grid grid = make_grid(range.count(), ceil_div(w.cols(), kChunk),
+                                {most_strips, fewest_strips, cut.chunks, 1, 1}, threads, cut.tasks_per_thread);
+    return {cut, grid, range};
+  }
+
+  // Computes a task of left . w. write(row, first column, sums in natural order) takes each row and chunk of the
+  // result.
+  template <class Rows, class Write>
+  static void product(const Cut& cut, std::int64_t task, const float* left, const Strips& strips, const Rows& w,
+                      const LowRanks& lora, const Write& write) {
+    const Grid& grid = cut.grid;
+    const std::int64_t s0 = cut.strips.begin + task % grid.row_parts * grid.row_part;
+    const std::int64_t c0 = task / grid.row_parts * grid.column_tile;
+    Part part{.all_strips = strips,
+              .strips = {s0, smaller(s0 + grid.row_part, cut.strips.end)},
+              .chunks = {c0, smaller(c0 + grid.column_tile, ceil_div(w.cols(), kChunk))},
+              .panel_units = cut.tiling.panel_units()};
+    const bool has_totals = !kOneChain && part.panel_units < Dot::kRestart / Dot::kElementsPerUnit;
+    part.panels = scratch_floats(Slot::thread, 2 * kPanelFloats + (has_totals ? 2 : 1) * part.floats());
+    part.sums = part.panels + 2 * kPanelFloats;
+    part.totals = has_totals ? part.sums + part.floats() : nullptr;
+    Tiles tiles;
+    const bool begun = add_low_rank(tiles, lora, part);
+    multiply(tiles, w, {left, packed_stride(units_of(w.rows()))}, part, begun);
+    for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
+      for (int row = 0; row < strips.size(s); ++row)
+        for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+          F32 natural[Dot::kColumnVectors];
+          const float* from = part.sums_of(s, c) + row * kChunk;
+          for (int i = 0; i < Dot::kColumnVectors; ++i) natural[i] = load(from + i * kLanes);
+          if (!Rows::kNatural) Dot::to_natural(natural);
+          write(strips.first(s) + row, c * kChunk, natural);
+        }
+  }
+
+ private:
+  // Begins the sums of a part with what its adapters add, and says whether there is an adapter.
+  static bool add_low_rank(Tiles& tiles, const LowRanks& lora, const Part& part) {
+    if (lora.parts.empty()) return false;
+    const Range covered = lora.parts.front().strips;
+    // An adapter that is the only one of all strips sets the sums; several add to them.
+    const bool covers = lora.parts.size() == 1 && covered.begin <= part.strips.begin && covered.end >= part.strips.end;
+    if (!covers) __builtin_memset(part.sums, 0, static_cast<std::size_t>(part.floats()) * sizeof(float));
+    for (const LowRank& adapter : lora.parts) {
+      const Part own = part.within(adapter.strips);
+      if (own.strips.begin >= own.strips.end) continue;
+      const Packed v{adapter.v, packed_stride(units_of(adapter.a.rows())), part.all_strips.first(adapter.strips.begin)};
+      multiply(tiles, adapter.a, v, own, !covers);
+    }
+    if (lora.dropout) drop(lora, part);
+    return true;
+  }
+
+  // The vectors of a chunk whose columns w has; decoding spreads its columns over all of them.
+  template <class Rows>
+  static int vectors_of(std::int64_t chunk, std::int64_t cols) {
+    if (!Rows::kNatural) return Dot::kColumnVectors;
+    return static_cast<int>(ceil_div(smaller<std::int64_t>(kChunk, cols - chunk * kChunk), kLanes));
+  }
+
+  template <class Rows, class Decoding>
+  static void multiply_panel(Tiles& tiles, std::int64_t cols, const Packed& left, const Panel& panel, const Part& part,
+                             bool accumulate, Decoding& decoding) {
+    if constexpr (kByTiles) {
+      return multiply_panel_by_tiles<Rows>(tiles, cols, left, panel, part, accumulate, decoding);
+    } else {
+      NoDecoder none;
+      for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c)
+        for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
+          const StripAndChunk operands{.left = left.row(part.all_strips.first(s)) + panel.lines.begin,
+                                       .stride = left.stride,
+                                       .columns = panel.columns(c),
+                                       .units = panel.units(),
+                                       .vectors = vectors_of<Rows>(c, cols),
+                                       .sums = part.sums_of(s, c),
+                                       .accumulate = accumulate};
+          with_constant<kMostRows>(part.all_strips.size(s), [&](auto rows) {
+            if (s == part.strips.begin)
+              multiply_strip<rows>(operands, decoding);
+            else
+              multiply_strip<rows>(operands, none);
+          });
+        }
+    }
+  }
+
+  // A strip of L and a chunk of a panel.
+  struct StripAndChunk {
+    const float* left;
+    std::int64_t stride;   // from one of its rows to the next
+    const float* columns;  // [unit][64 columns]
+    std::int64_t units;
+    int vectors;
+    float* sums;
+    bool accumulate;
+  };
+  template <int kRows, class Decoding>
+  static void multiply_strip(const StripAndChunk& operands, Decoding& decoding) {
+    constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
+    constexpr int kStep = std::is_same_v<Decoding, NoDecoder> ? kColumnStep : kDecodingColumnStep;
+    for (int j = 0; j < operands.vectors; j += kStep)
+      for (std::int64_t unit = 0; unit < operands.units; unit += kChain) {
+        const auto multiply = [&](auto vectors) {
+          // A strip has a tile for every kDecodingColumnStep vectors of a chunk, and a step decodes two chunks of a
+          // unit.
+          constexpr std::int64_t kDecodingUnits = 2 * Dot::kColumnVectors / kDecodingColumnStep;
+          multiply_register_tile<ProductNn, kRows, vectors, kOneChain, kDecodingUnits>(
+              Strided{operands.left + unit, operands.stride},
+              Strided{operands.columns + unit * kChunk + j * kLanes, FixedStride<kChunk>()},
+              smaller(kChain, operands.units - unit), Strided{operands.sums + j * kLanes, FixedStride<kChunk>()},
+              operands.accumulate || unit != 0, decoding);
+        };
+        if (operands.vectors - j == 1)
+          multiply(std::integral_constant<int, 1>());
+        else if (operands.vectors - j == 2 || kStep == 2)
+          multiply(std::integral_constant<int, 2>());
+        else
+          multiply(std::integral_constant<int, kStep>());
+      }
+  }
+
+  // Multiplies the columns of two tiles by all strips, one after another, so that this part of the panel stays in the
+  // first-level cache.
+  template <class Rows, class Decoding>
+  static void multiply_panel_by_tiles(Tiles& tiles, std::int64_t cols, const Packed& left, const Panel& panel,
+                                      const Part& part, bool accumulate, Decoding& decoding) {
+    const std::int64_t units = panel.units();
+    const auto multiply_with = [&](auto& meanwhile) {
+      for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+        const int column_tiles = vectors_of<Rows>(c, cols);
+        const auto block = [&](auto row_tiles, auto tile_columns, std::int64_t s, int first) {
+          multiply_tiles<row_tiles, tile_columns>(
+              tiles,
+              {left.row(part.all_strips.first(s)) + panel.lines.begin, left.stride, kTileRows * left.stride,
+               kTileUnits},
+              {panel.columns(c) + first * kLanes, kChunk, kLanes, kTileUnits * kChunk}, units,
+              {part.sums_of(s, c) + first * kLanes, kChunk, kTileRows * kChunk, kLanes}, accumulate, meanwhile);
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> two;
+        constexpr std::integral_constant<int, 4> four;
+        const bool one_tile_high = part.strips.count() == 1 && part.all_strips.size(part.strips.begin) <= kTileRows;
+        if (one_tile_high && column_tiles == 4) {
+          block(one, four, part.strips.begin, 0);
+          continue;
+        }
+        for (int first = 0; first < column_tiles; first += 2)
+          for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s) {
+            const bool high = part.all_strips.size(s) > kTileRows, wide = first + 2 <= column_tiles;
+            if (high)
+              wide ? block(two, two, s, first) : block(two, one, s, first);
+            else
+              wide ? block(one, two, s, first) : block(one, one, s, first);
+          }
+      }
+    };
+    if constexpr (std::is_same_v<Decoding, NoDecoder>) {
+      multiply_with(decoding);
+    } else {
+      // Decoding takes longer than the products of one strip, so all strips share it. A block has two tiles of sums or
+      // more.
+      const std::int64_t rows = part.all_strips.first(part.strips.end) - part.all_strips.first(part.strips.begin);
+      const std::int64_t products =
+          ceil_div(rows, kTileRows) * part.chunks.count() * (kChunk / kLanes) * (units / kTileUnits);
+      Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
+      multiply_with(paced);
+    }
+  }
+
+  // Copies all sums of a part, or adds them to what stands there.
+  static void add_sums(const Part& part, const float* from, float* to, bool accumulate) {
+    for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
+      for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+        const std::int64_t first = part.sums_of(s, c) - part.sums;
+        for (std::int64_t i = first; i < first + part.all_strips.size(s) * kChunk; i += kLanes)
+          store(to + i, accumulate ? add(load(to + i), load(from + i)) : load(from + i));
+      }
+  }
+
+  static void drop(const LowRanks& lora, const Part& part) {
+    for (std::int64_t s = part.strips.begin; s < part.strips.end; ++s)
+      for (int row = 0; row < part.all_strips.size(s); ++row)
+        for (std::int64_t c = part.chunks.begin; c < part.chunks.end; ++c) {
+          const std::uint64_t keep = lora.dropout.keep_bits(lora.first_row + part.all_strips.first(s) + row, c);
+          float* p = part.sums_of(s, c) + row * kChunk;
+          for (int i = 0; i < Dot::kColumnVectors; ++i)
+            store(p + i * kLanes, Dot::keep_columns(load(p + i * kLanes), i, keep));
+        }
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,167 @@
+// How the operands and the sums of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
+//
+//   packed L   [row][unit], packed_stride(units) apart
+//   panel      the decoded columns of W, [chunk][unit][64 columns]
+//   sums       fp32, [strip][chunk][row of the strip][64 columns], in the order that decoding leaves (Dot::to_natural)
+//
+// With tiles, packed L is A, a quarter of a chunk of the panel is B, and the sums are C (tiles-inl.h).
+#pragma once
+
+#include "cpu/product/dense_rows-inl.h"
+#include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/tiles-inl.h"
+#include "cpu/runtime/blocking.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+template <class DotOf>
+struct LayoutNn {
+  using Dot = DotOf;
+  using Chunk = typename Dot::Chunk;
+  static constexpr bool kByTiles = kTiled<Dot>;
+  // Rows of a strip, which are multiplied together: as many as registers hold, or two tiles.
+  static constexpr int kStripRows = kByTiles ? 2 * kTileRows : kMostRows;
+  // So many units are multiplied at a time. A panel has zeros up to the next multiple.
+  static constexpr std::int64_t kStepUnits = kByTiles ? kTileUnits : 1;
+  static std::int64_t whole_steps(std::int64_t units) { return ceil_div(units, kStepUnits) * kStepUnits; }
+  // How the columns are cut into tiles. With few rows tiles are wide, so that each row of W is read in long stretches.
+  // The same holds for ragged W, which is not asked for ahead. With many rows panels are long, so that the sums are
+  // added to rarely. Two panels and the sums stay below 1 MB.
+  struct Tiling {
+    std::int64_t chunks;  // of a tile, at most
+    std::int64_t tasks_per_thread;
+    std::int64_t tuned_chunks = chunks;  // of a tile, if the second-level cache has the size of kTunedSecondLevel
+
+    // Units of a panel. Sums in fp32 start afresh with each panel, so its length must not depend on how wide the tile
+    // of a task really is, which follows the number of threads and the cache.
+    constexpr std::int64_t panel_units() const {
+      return smaller<std::int64_t>(kPanelFloats / kChunk / tuned_chunks, Dot::kBlock / Dot::kElementsPerUnit);
+    }
+  };
+  static Tiling tiling(std::int64_t rows, bool ragged) {
+    Tiling tuned{rows <= 256 || kByTiles ? 4 : 2, kTasksPerThread};
+    if (rows <= (ragged && kOneChain ? 32 : 8))
+      tuned = {32, 1};
+    else if (ragged && rows <= 96)
+      tuned = {16, 2};
+    return {for_second_level(tuned.chunks, 1, caches()), tuned.tasks_per_thread, tuned.chunks};
+  }
+  // Whether a sum goes on from panel to panel. Else the sums of each panel are added to those before, because the error
+  // of one sum of N terms would be too large for a result in fp32.
+  static constexpr bool kOneChain = Dot::kActivation == DType::bf16;
+  static constexpr std::int64_t kPanelFloats = 64 << 10;
+
+  // The strips that rows of L are cut into. Their sizes differ by at most one; with tiles they are whole, but for the
+  // last.
+  struct Strips {
+    explicit Strips(std::int64_t rows) : rows(rows), count(ceil_div(rows, kStripRows)) {}
+    std::int64_t first(std::int64_t strip) const {
+      if (kByTiles) return smaller(strip * kStripRows, rows);
+      return strip * (rows / count) + smaller(strip, rows % count);
+    }
+    int size(std::int64_t strip) const { return static_cast<int>(first(strip + 1) - first(strip)); }
+    // Returns where a strip begins in packed L. A last tile has zeros after the last row.
+    std::int64_t first_packed(std::int64_t strip) const {
+      if (strip < count) return first(strip);
+      return kByTiles ? ceil_div(rows, kTileRows) * kTileRows : rows;
+    }
+    std::int64_t packed_rows() const { return first_packed(count); }
+    // The strips that have one of these rows; none before strip `from` does.
+    Range of(Range these, std::int64_t from) const {
+      while (first(from + 1) <= these.begin) ++from;
+      Range strips{from, from + 1};
+      while (first(strips.end) < these.end) ++strips.end;
+      return strips;
+    }
+    std::int64_t rows, count;
+  };
+
+  static std::int64_t units_of(std::int64_t inner) { return ceil_div(inner, Dot::kElementsPerUnit); }
+
+  // Floats of a packed row: whole chunks, and no power of two, because rows that are a power of two apart share few
+  // cache sets.
+  static std::int64_t packed_stride(std::int64_t units) { return ceil_div(units, Dot::kUnits) * Dot::kUnits + kLanes; }
+
+  // Packed rows of L, from row `first` on.
+  struct Packed {
+    const float* data;
+    std::int64_t stride;
+    std::int64_t first = 0;
+    const float* row(std::int64_t r) const { return data + (r - first) * stride; }
+  };
+  // Packs some rows of left, one after another. Rows that left does not have become zero.
+  static void pack(ConstMatrix left, Range rows, float* out) {
+    const DenseRows<Dot, true> from(left);
+    const std::int64_t stride = packed_stride(units_of(left.cols));
+    const Range chunks{0, ceil_div(left.cols, kChunk)};
+    for (std::int64_t row = rows.begin; row < rows.end; ++row, out += stride)
+      from.template chunks<1>(row, row >= 0 && row < from.rows(), chunks, [&](std::int64_t c, const Chunk(&chunk)[1]) {
+        for (int i = 0; i < Dot::kVectors; ++i) store(out + c * Dot::kUnits + i * kLanes, chunk[0].v[i]);
+      });
+  }
+
+  // Columns of W, [chunk][unit][64 columns], and zeros after the units up to a whole step.
+  struct Panel {
+    using Chunk = typename Dot::Chunk;
+    static constexpr int kLineRows = Dot::kElementsPerUnit;
+    static constexpr bool kLineAfterLine = false;
+    static constexpr std::int64_t kMostScaledChunks = kPanelFloats / kChunk * kLineRows;
+    Range lines, chunks;  // lines are units
+    float* data;
+
+    std::int64_t units() const { return whole_steps(lines.count()); }
+    static std::int64_t line_stride() { return kChunk; }
+    std::int64_t chunk_stride() const { return units() * kChunk; }
+    const float* columns(std::int64_t chunk) const { return data + (chunk - chunks.begin) * chunk_stride(); }
+
+    template <bool kNatural>
+    [[gnu::always_inline]] static void write(const Chunk (&chunk)[kLineRows], float* out) {
+      const typename Dot::Columns columns = to_columns<kNatural>(chunk);
+      for (int i = 0; i < Dot::kColumnVectors; ++i) store(out + i * kLanes, columns.v[i]);
+    }
+    void clear_rest() const {
+      const std::int64_t zeros = units() - lines.count();
+      for (std::int64_t chunk = 0; chunk < chunks.count() && zeros > 0; ++chunk)
+        __builtin_memset(data + chunk * chunk_stride() + lines.count() * kChunk, 0,
+                         static_cast<std::size_t>(zeros * kChunk) * sizeof(float));
+    }
+  };
+
+  // What a task computes: the sums of some strips and some chunks of columns.
+  struct Part {
+    const Strips& all_strips;
+    Range strips, chunks;
+    std::int64_t panel_units;
+    float* panels;  // two
+    float* sums;
+    float* totals;  // laid out as sums, or null where sums go on to the end
+
+    std::int64_t floats() const { return strips.count() * chunks.count() * kStripRows * kChunk; }
+    float* sums_of(std::int64_t strip, std::int64_t chunk) const { return at(sums, strip, chunk); }
+    float* at(float* data, std::int64_t strip, std::int64_t chunk) const {
+      return data + ((strip - strips.begin) * chunks.count() + (chunk - chunks.begin)) * kStripRows * kChunk;
+    }
+    // What this part has of these strips, which may be nothing.
+    Part within(Range range) const {
+      Part part = *this;
+      part.strips = {larger(strips.begin, range.begin), smaller(strips.end, range.end)};
+      if (part.strips.begin >= part.strips.end) return part;
+      part.sums = at(sums, part.strips.begin, chunks.begin);
+      if (totals != nullptr) part.totals = at(totals, part.strips.begin, chunks.begin);
+      return part;
+    }
+  };
+
+ private:
+  template <bool kNatural, int kRows>
+  static typename Dot::Columns to_columns(const Chunk (&chunk)[kRows]) {
+    if constexpr (kRows == 1)
+      return kNatural ? Dot::columns_natural(chunk[0]) : Dot::columns(chunk[0]);
+    else
+      return kNatural ? Dot::columns_natural(chunk[0], chunk[1]) : Dot::columns(chunk[0], chunk[1]);
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,266 @@
+// Y = X . W^T for many rows of X: lanes across the rows of X, units of W broadcast.
+//
+//   packed X   strips of 1 ... kWidestStrip vectors of rows; a strip is [unit][vector][lane]
+//   panel      the decoded rows of W, [row][unit], kPanelStride units apart
+//   sums       fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
+//
+// Decoding leaves a row of W contiguous, which is what a broadcast reads, so W is never transposed. With tiles, rows of
+// the panel are A, a strip is B, and the sums are C (tiles-inl.h).
+#pragma once
+
+#include "cpu/product/panel_pipeline-inl.h"
+#include "cpu/product/tiles-inl.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// The strips that `vectors` vectors of rows are cut into. All have one width, but for the last ones.
+class Strips {
+ public:
+  Strips(std::int64_t vectors, int width, int widest) : vectors_(vectors), width_(width) {
+    const std::int64_t rest = vectors % width;
+    count_ = vectors / width + (rest != 0);
+    if (rest == 1 && vectors > width && widest > width) --count_;  // 3 + 1 -> 4
+  }
+  std::int64_t count() const { return count_; }
+  std::int64_t first(std::int64_t strip) const { return strip < count_ ? strip * width_ : vectors_; }
+  int width(std::int64_t strip) const {
+    return static_cast<int>(strip + 1 < count_ ? width_ : vectors_ - strip * width_);
+  }
+
+ private:
+  std::int64_t vectors_, width_, count_;
+};
+
+template <class DotOf>
+struct ProductNt {
+  using Dot = DotOf;
+  using Chunk = typename Dot::Chunk;
+  using Tiles = typename TilesOf<Dot>::type;
+  static_assert(!kTiled<Dot> || kLanes == kTileUnits);
+  // Vectors of rows in a strip. With tiles there are two, so that a block has 2 x 2 tiles.
+  static constexpr int kStripVectors = kTiled<Dot> ? 2 : 3;
+  static constexpr int kWidest = kTiled<Dot> ? 2 : kWidestStrip;
+  // Chunks of the inner dimension that are multiplied at once: the panel stays in the second-level cache.
+  static constexpr std::int64_t kBlockChunks = Dot::kBlock / kChunk;
+  static constexpr std::int64_t kBlockUnits = kBlockChunks * Dot::kUnits;
+  static constexpr std::int64_t kPanelStride = kBlockUnits + 16;  // a power of two would share few cache sets
+  // Rows of W in a panel. Tiles get more of them, because they multiply so fast that reading X again for other rows of
+  // W would be the limit.
+  static constexpr std::int64_t kWidestTile = kTiled<Dot> ? 256 : 64;
+  static constexpr std::int64_t kNarrowestTile = 16;  // a multiple of every kRowsOfStrip
+  static constexpr std::int64_t kPanelFloats = kWidestTile * kPanelStride;
+
+  template <class Rows>
+  static std::int64_t padded_units(const Rows& rows) {
+    constexpr std::int64_t kMultiple = kTiled<Dot> ? kTileUnits : 1;
+    if (Rows::kNatural) return ceil_div(ceil_div(rows.cols(), Dot::kElementsPerUnit), kMultiple) * kMultiple;
+    return ceil_div(rows.cols(), kChunk) * Dot::kUnits;
+  }
+
+  // Packs some chunks of rows of x, from row `first` on, as one strip. Rows that x does not have become zero.
+  template <class Rows>
+  static void pack_strip(const Rows& x, std::int64_t first, int width, Range chunks, float* out) {
+    alignas(64) float rows[kLanes][Dot::kUnits];
+    const std::int64_t units_end = padded_units(x) - chunks.begin * Dot::kUnits;
+    for (std::int64_t c = chunks.begin; c < chunks.end; ++c) {
+      for (int vector = 0; vector < width; ++vector) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t row = first + vector * kLanes + lane;
+          x.template chunks<1>(row, row >= 0 && row < x.rows(), {c, c + 1}, [&](std::int64_t, const Chunk(&chunk)[1]) {
+            for (int i = 0; i < Dot::kVectors; ++i) store(&rows[lane][i * kLanes], chunk[0].v[i]);
+          });
+        }
+        for (int i = 0; i < Dot::kVectors; ++i) {
+          F32 tile[kLanes];
+          for (int lane = 0; lane < kLanes; ++lane) tile[lane] = load(&rows[lane][i * kLanes]);
+          transpose(tile);
+          for (int unit = 0; unit < kLanes; ++unit) {
+            const std::int64_t at = (c - chunks.begin) * Dot::kUnits + i * kLanes + unit;
+            if (at < units_end) store(out + (at * width + vector) * kLanes, tile[unit]);
+          }
+        }
+      }
+    }
+  }
+
+  static std::int64_t whole_tiles(std::int64_t rows) { return ceil_div(rows, kNarrowestTile) * kNarrowestTile; }
+
+  // Rows of W, [row][unit], and zeros up to a whole register tile.
+  struct Panel {
+    using Chunk = typename Dot::Chunk;
+    static constexpr int kLineRows = 1;
+    static constexpr bool kLineAfterLine = true;
+    static constexpr std::int64_t kMostScaledChunks = kWidestTile * kBlockChunks;
+    Range lines, chunks;
+    float* data;
+
+    static std::int64_t line_stride() { return kPanelStride; }
+    static std::int64_t chunk_stride() { return Dot::kUnits; }
+    // Rows that are multiplied.
+    std::int64_t rows() const { return whole_tiles(lines.count()); }
+    const float* row(std::int64_t r) const { return data + r * kPanelStride; }
+
+    template <bool>
+    static void write(const Chunk (&chunk)[1], float* out) {
+      for (int i = 0; i < Dot::kVectors; ++i) store(out + i * kLanes, chunk[0].v[i]);
+    }
+    void clear_rest() const {
+      for (std::int64_t row = lines.count(); row < rows(); ++row)
+        __builtin_memset(data + row * kPanelStride, 0,
+                         static_cast<std::size_t>(chunks.count() * Dot::kUnits) * sizeof(float));
+    }
+  };
+
+  // Some vectors of rows of X, [unit][vector][lane]. From a unit to the next it is more than `width` vectors where they
+  // are a part of a wider strip.
+  struct Strip {
+    const float* data;
+    int width;
+    std::int64_t unit_stride;
+  };
+  // Its sums, [row of W][vector][lane].
+  struct Sums {
+    float* data;
+    std::int64_t row_stride;
+  };
+
+  // Multiplies a strip by the first `units` units of a panel. strip.data begins with the same units.
+  template <class Decoding>
+  static void multiply_strip(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units, const Sums& sums,
+                             bool accumulate, Decoding& decoding) {
+    with_constant<kWidest>(strip.width, [&](auto width) {
+      if constexpr (kTiled<Dot>)
+        multiply_by_tiles<width>(tiles, strip, panel, units, sums, accumulate, decoding);
+      else
+        multiply_by_vectors<width>(strip, panel, units, sums, accumulate, decoding);
+    });
+  }
+
+  // Some strips of packed X, whose rows have `units` units each.
+  struct Packed {
+    const float* data;
+    std::int64_t units;
+    const Strips& strips;
+    Range range;
+
+    std::int64_t vectors() const { return strips.first(range.end) - strips.first(range.begin); }
+    Strip strip(std::int64_t s, std::int64_t unit) const {
+      const int width = strips.width(s);
+      return {data + (strips.first(s) * units + unit * width) * kLanes, width, width * kLanes};
+    }
+    // The sums of strip s in a buffer [strip][row of W][vector][lane] for these rows of W.
+    Sums sums(std::int64_t s, float* all, Range rows) const {
+      const std::int64_t vectors_before = strips.first(s) - strips.first(range.begin);
+      return {all + vectors_before * whole_tiles(rows.count()) * kLanes, strips.width(s) * kLanes};
+    }
+  };
+
+  // Multiplies by some rows of W, and calls done(rows, the memory of a panel that is free again) for each panel of
+  // them.
+  template <class Rows, class Done>
+  static void multiply(Tiles& tiles, const Rows& w, Range rows, const Packed& x, float* panels, float* sums,
+                       const Done& done) {
+    const std::int64_t chunks = ceil_div(w.cols(), kChunk), blocks = ceil_div(chunks, kBlockChunks);
+    const auto panel_of = [&](std::int64_t i) {
+      const std::int64_t row = rows.begin + i / blocks * kWidestTile, chunk = i % blocks * kBlockChunks;
+      return Panel{.lines = {row, smaller(row + kWidestTile, rows.end)},
+                   .chunks = {chunk, smaller(chunk + kBlockChunks, chunks)},
+                   .data = panels + i % 2 * kPanelFloats};
+    };
+    multiply_panels(w, ceil_div(rows.count(), kWidestTile) * blocks, panel_of,
+                    [&](std::int64_t i, const Panel& panel, auto& decoding) {
+                      multiply_panel(tiles, x, panel, sums, decoding);
+                      if (i % blocks == blocks - 1) done(panel.lines, panel.data);
+                    });
+  }
+
+  // Writes the sums of a strip of `width` vectors and some rows of W, times `scale`, plus bias, to rows m ... of `out`,
+  // as far as it has them.
+  static void write(const Sums& sums, int width, Range rows, float scale, const void* bias, Matrix out,
+                    std::int64_t m) {
+    constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
+    const std::int64_t n = rows.begin, count = rows.count();
+    for (std::int64_t j = 0; j < count; j += kLanes) {
+      const int columns = static_cast<int>(smaller<std::int64_t>(kLanes, count - j));
+      F32 added = zero();
+      if (bias != nullptr)
+        added = load_as_f32<Dot::kActivation>(static_cast<const char*>(bias) + (n + j) * kSize, columns);
+      for (int vector = 0; vector < width; ++vector) {
+        F32 block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = j + i < count ? load(sums.data + (j + i) * sums.row_stride + vector * kLanes) : zero();
+        transpose(block);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const std::int64_t row = m + vector * kLanes + lane;
+          if (row < 0) continue;
+          if (row >= out.rows) break;
+          store_from_f32<Dot::kActivation>(static_cast<char*>(out.data) + (row * out.stride + n + j) * kSize,
+                                           add(mul(block[lane], set1(scale)), added), columns);
+        }
+      }
+    }
+  }
+
+ private:
+  template <class Decoding>
+  static void multiply_panel(Tiles& tiles, const Packed& x, const Panel& panel, float* sums, Decoding& decoding) {
+    const std::int64_t unit = panel.chunks.begin * Dot::kUnits, units = smaller(kBlockUnits, x.units - unit);
+    const auto multiply_with = [&](std::int64_t s, auto& meanwhile) {
+      multiply_strip(tiles, x.strip(s, unit), panel, units, x.sums(s, sums, panel.lines), unit != 0, meanwhile);
+    };
+    NoDecoder none;
+    for (std::int64_t s = x.range.begin; s < x.range.end; ++s) {
+      if constexpr (kTiled<Dot> && !std::is_same_v<Decoding, NoDecoder>) {
+        // Decoding takes longer than the products of one strip, so all strips share it.
+        const std::int64_t products = x.vectors() * (panel.rows() / kTileRows) * (units / kTileUnits);
+        Paced<Decoding> paced{decoding, ceil_div(4 * decoding.steps(), products)};
+        multiply_with(s, paced);
+      } else if (s == x.range.begin) {
+        multiply_with(s, decoding);
+      } else {
+        multiply_with(s, none);
+      }
+    }
+  }
+
+  template <int kWidth, class Decoding>
+  static void multiply_by_vectors(const Strip& strip, const Panel& panel, std::int64_t units, const Sums& sums,
+                                  bool accumulate, Decoding& decoding) {
+    constexpr bool kDecodes = !std::is_same_v<Decoding, NoDecoder>;
+    constexpr int kRows = kDecodes ? kRowsOfDecodingStrip[kWidth] : kRowsOfStrip[kWidth];
+    constexpr std::int64_t kChain = Dot::kRestart / Dot::kElementsPerUnit;
+    // The strip's tiles have kWidestTile / kRows * units between them, the panel kWidestTile * units / (2 * kUnits)
+    // pairs of chunks.
+    constexpr std::int64_t kDecodingUnits = larger(2 * Dot::kUnits / kRows, 1);
+    // A chain of units is multiplied by all rows of W, so that its part of the strip is in the first-level cache from
+    // the second rows on.
+    for (std::int64_t unit = 0; unit < units; unit += kChain)
+      for (std::int64_t row = 0; row < panel.rows(); row += kRows)
+        multiply_register_tile<ProductNt, kRows, kWidth, false, kDecodingUnits>(
+            Strided{panel.row(row) + unit, FixedStride<kPanelStride>()},
+            Strided{strip.data + unit * strip.unit_stride, strip.unit_stride}, smaller(kChain, units - unit),
+            Strided{sums.data + row * sums.row_stride, sums.row_stride}, accumulate || unit != 0, decoding);
+  }
+
+  // Multiplies blocks of 2 x 2 tiles, or of four rows of tiles where the strip is one tile wide.
+  template <int kWidth, class Decoding>
+  static void multiply_by_tiles(Tiles& tiles, const Strip& strip, const Panel& panel, std::int64_t units,
+                                const Sums& sums, bool accumulate, Decoding& decoding) {
+    const TileGrid<const float*> b{strip.data, strip.unit_stride, kLanes, kTileUnits * strip.unit_stride};
+    const auto multiply = [&](auto tile_rows, std::int64_t row) {
+      multiply_tiles<tile_rows, kWidth>(
+          tiles, {panel.row(row), kPanelStride, kTileRows * kPanelStride, kTileUnits}, b, units,
+          {sums.data + row * sums.row_stride, sums.row_stride, kTileRows * sums.row_stride, kLanes}, accumulate,
+          decoding);
+    };
+    constexpr int kBlockRows = 4 / kWidth;
+    std::int64_t row = 0;
+    for (; row + kBlockRows * kTileRows <= panel.rows(); row += kBlockRows * kTileRows)
+      multiply(std::integral_constant<int, kBlockRows>(), row);
+    for (; row < panel.rows(); row += kTileRows) multiply(std::integral_constant<int, 1>(), row);
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,335 @@
+// quantize, quantize_absmax, dequantize.
+#pragma once
+
+#include "common/codebook.h"
+#include "cpu/quantize/quantized_rows-inl.h"
+#include "cpu/runtime/blocking.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/scratch.h"
+#include "qlora_native/quantize.h"
+#include "qlora_native/runtime.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+// Counts by four steps of bisection how many of 15 ascending limits (and a 16th, infinite) lie below t.
+inline I32 count_below(Table16 limits, F32 t) {
+  I32 position = set1_i32(0);
+  for (int step = 8; step > 0; step /= 2)
+    position = add_where_above(position, t, lookup(limits, add_i32(position, set1_i32(step - 1))), step);
+  return position;
+}
+
+// The place of the nearest level is the number of a codebook's 15 midpoints that lie below t, where |t| <= 1. Two
+// classes find it.
+
+class Bisection {
+ public:
+  explicit Bisection(const SortedCodebook& codebook) {
+    float midpoints[16];
+    for (int i = 0; i < 15; ++i) midpoints[i] = codebook.midpoint[i];
+    midpoints[15] = __builtin_inff();
+    midpoints_ = table16(midpoints);
+  }
+  I32 place_of(F32 t) const { return count_below(midpoints_, t); }
+
+ private:
+  Table16 midpoints_;
+};
+
+// Compares once. No two midpoints may share one of CodebookBuckets.
+class Buckets : CodebookBuckets {
+ public:
+  explicit Buckets(const SortedCodebook& codebook) {
+    float midpoint[kCount], below[kCount];
+    for (int bucket = 0, i = 0; bucket < kCount; ++bucket) {
+      while (i < 15 && bucket_of(codebook.midpoint[i]) < bucket) ++i;
+      const std::uint32_t count = static_cast<std::uint32_t>(i);
+      __builtin_memcpy(&below[bucket], &count, sizeof(count));
+      const bool here = i < 15 && bucket_of(codebook.midpoint[i]) == bucket;
+      midpoint[bucket] = here ? codebook.midpoint[i] : __builtin_inff();
+    }
+    midpoint_ = table32(midpoint);
+    below_ = table32(below);
+  }
+  static bool serve(const SortedCodebook& codebook) {
+    for (int i = 0; i < 14; ++i)
+      if (bucket_of(codebook.midpoint[i]) == bucket_of(codebook.midpoint[i + 1])) return false;
+    return true;
+  }
+  I32 place_of(F32 t) const {
+    const I32 bucket = as_i32(fma(t, set1(kPerUnit), set1(kOrigin)));
+    return add_where_above(as_i32(lookup(below_, bucket)), t, lookup(midpoint_, bucket), 1);
+  }
+
+ private:
+  static int bucket_of(float t) {
+    const float bounded = t < -2.0f ? -2.0f : t > 2.0f ? 2.0f : t;  // beyond every bucket of [-1, 1]
+    return static_cast<int>(__builtin_fmaf(bounded, kPerUnit, kOrigin) - kInteger);
+  }
+
+  Table32 midpoint_, below_;
+};
+
+// A table of codes, which are stored as the bits of floats, so that one kind of table is enough.
+inline Table16 order_table(const SortedCodebook& codebook) {
+  float order[16];
+  for (int i = 0; i < 16; ++i) {
+    const std::uint32_t code = codebook.order[i];
+    __builtin_memcpy(&order[i], &code, sizeof(code));
+  }
+  return table16(order);
+}
+
+// Encodes 2 * kLanes neighbours, which are scaled to [-1, 1].
+template <class Search>
+struct Encode4 {
+  static constexpr int kBits = 4;
+  Search search;
+  Table16 order;
+
+  explicit Encode4(const SortedCodebook& codebook) : search(codebook), order(order_table(codebook)) {}
+  void operator()(F32 even, F32 odd, std::uint8_t* codes) const {
+    const auto code = [&](F32 t) { return as_i32(lookup(order, search.place_of(t))); };
+    store_nibble_pairs(codes, code(even), code(odd));
+  }
+};
+struct Encode8 {
+  static constexpr int kBits = 8;
+
+  void operator()(F32 even, F32 odd, std::uint8_t* codes) const {
+    store_byte_pairs(codes, round_to_i32(mul(even, set1(127.0f))), round_to_i32(mul(odd, set1(127.0f))));
+  }
+};
+
+constexpr std::uint32_t kAbsMask = 0x7FFFFFFF;
+constexpr std::uint32_t kInfinity = 0x7F800000;  // as bits; NaN lies above, every finite number below
+
+// Quantizes one block, `blocksize` elements from p on. Returns its absmax, and writes codes unless an element is NaN or
+// infinite.
+template <DType kType, class Encode>
+inline float quantize_block(const char* p, int blocksize, const Encode& encode, std::uint8_t* codes) {
+  constexpr int kGroup = 2 * kLanes;
+  constexpr auto kSize = static_cast<int>(size_of(kType));
+  I32 most = set1_i32(0);
+  for (int i = 0; i < blocksize; i += kGroup) {
+    F32 even, odd;
+    load_pairs<kType>(p + i * kSize, even, odd);
+    most = max_i32(most, max_i32(as_i32(abs(even)), as_i32(abs(odd))));
+  }
+  const auto bits = static_cast<std::uint32_t>(reduce_max_i32(most));
+  float absmax;
+  __builtin_memcpy(&absmax, &bits, sizeof(absmax));
+  if (bits >= kInfinity) return absmax;
+  const F32 inverse = set1(inverse_absmax(absmax));
+  for (int i = 0; i < blocksize; i += kGroup) {
+    F32 even, odd;
+    load_pairs<kType>(p + i * kSize, even, odd);
+    encode(mul(even, inverse), mul(odd, inverse), codes + i * Encode::kBits / 8);
+  }
+  return absmax;
+}
+
+template <DType kType>
+inline NonFinite count_non_finite(const char* p, std::int64_t first, std::int64_t count) {
+  NonFinite found;
+  for (std::int64_t i = 0; i < count; ++i) {
+    alignas(64) float value[kLanes];
+    char copy[kLanes * sizeof(float)] = {};
+    __builtin_memcpy(copy, p + i * static_cast<std::int64_t>(size_of(kType)), size_of(kType));
+    store(value, load_as_f32<kType>(copy));
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, value, sizeof(bits));
+    if ((bits & kAbsMask) < kInfinity) continue;
+    if (found.count++ == 0) found.first = first + i;
+  }
+  return found;
+}
+
+template <DType kType, class Encode>
+inline void quantize_as(const QuantizeArgs& args, const Encode& encode) {
+  constexpr std::int64_t kTaskElements = 64 << 10;
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  constexpr std::int64_t kBits = Encode::kBits;
+  const std::int64_t tasks = ceil_div(args.elements, kTaskElements);
+  NonFinite* found =
+      reinterpret_cast<NonFinite*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(NonFinite)));
+  parallel_for(tasks, [&](std::int64_t task) {
+    found[task] = NonFinite{};
+    const std::int64_t end = smaller((task + 1) * kTaskElements, args.elements);
+    for (std::int64_t e = task * kTaskElements; e < end; e += args.blocksize) {
+      const std::int64_t count = smaller<std::int64_t>(args.blocksize, end - e);
+      const char* p = static_cast<const char*>(args.weight) + e * kSize;
+      std::uint8_t* codes = args.codes + e * kBits / 8;
+      float absmax;
+      if (count == args.blocksize) {
+        absmax = quantize_block<kType>(p, args.blocksize, encode, codes);
+      } else {  // the last block: zeros change neither its absmax nor another's code
+        char copy[4096 * kSize];
+        std::uint8_t padded[4096];
+        __builtin_memset(copy, 0, static_cast<std::size_t>(args.blocksize * kSize));
+        __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
+        absmax = quantize_block<kType>(copy, args.blocksize, encode, padded);
+        __builtin_memcpy(codes, padded, static_cast<std::size_t>((count * kBits + 7) / 8));
+      }
+      args.absmax[e / args.blocksize] = absmax;
+      std::uint32_t bits;
+      __builtin_memcpy(&bits, &absmax, sizeof(bits));
+      if (bits >= kInfinity) {
+        const NonFinite block = count_non_finite<kType>(p, e, count);
+        if (found[task].count == 0) found[task].first = block.first;
+        found[task].count += block.count;
+      }
+    }
+  });
+  NonFinite total;
+  for (std::int64_t task = 0; task < tasks; ++task) {
+    if (total.count == 0) total.first = found[task].first;
+    total.count += found[task].count;
+  }
+  *args.non_finite = total;
+}
+
+inline void quantize_weight(const QuantizeArgs& args, const Stream&) {
+  with_dtype(args.dtype, [&](auto dtype) {
+    if (args.bits == 8) return quantize_as<dtype()>(args, Encode8{});
+    const SortedCodebook codebook = sort_codebook(args.code);
+    if (Buckets::serve(codebook))
+      quantize_as<dtype()>(args, Encode4<Buckets>(codebook));
+    else
+      quantize_as<dtype()>(args, Encode4<Bisection>(codebook));
+  });
+}
+
+// Searches the midpoints of any ascending map.
+struct MapMidpoints {
+  float every16th[16];
+  std::array<float, 256> all;
+
+  explicit MapMidpoints(const float* map) : all(midpoints_of(map)) {
+    for (int i = 0; i < 16; ++i) every16th[i] = all[16 * i + 15];
+  }
+
+  I32 place_of(F32 t) const {
+    I32 position = shift_left<4>(count_below(table16(every16th), t));
+    for (int step = 8; step > 0; step /= 2)
+      position = add_where_above(position, t, gather(all.data(), add_i32(position, set1_i32(step - 1))), step);
+    return position;
+  }
+};
+
+// Tasks have a fixed size, so that the mean does not depend on the threads.
+inline float mean(const float* values, std::int64_t count) {
+  constexpr std::int64_t kTaskValues = 4096;
+  const std::int64_t tasks = ceil_div(count, kTaskValues);
+  double* sums = reinterpret_cast<double*>(scratch(Slot::call, static_cast<std::size_t>(tasks) * sizeof(double)));
+  parallel_for(tasks, [&](std::int64_t task) {
+    const std::int64_t end = smaller((task + 1) * kTaskValues, count);
+    double part[8] = {};
+    for (std::int64_t i = task * kTaskValues; i < end; ++i) part[i % 8] += double{values[i]};
+    sums[task] = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+  });
+  double sum = 0.0;
+  for (std::int64_t task = 0; task < tasks; ++task) sum += sums[task];
+  return count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+}
+
+inline void quantize_scales(const QuantizeAbsmaxArgs& args, const Stream&) {
+  const float offset = mean(args.absmax, args.blocks);
+  *args.offset = offset;
+  const MapMidpoints midpoints(args.nested_code);
+  parallel_for(ceil_div(args.blocks, args.nested_blocksize), [&](std::int64_t nested) {
+    const std::int64_t first = nested * args.nested_blocksize;
+    const std::int64_t end = smaller<std::int64_t>(first + args.nested_blocksize, args.blocks);
+    const auto centred = [&](std::int64_t i) {  // zeros past the end
+      float copy[kLanes] = {};
+      const float* p = args.absmax + i;
+      if (end - i < kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) copy[lane] = i + lane < end ? p[lane] : offset;
+        p = copy;
+      }
+      return add(load(p), set1(-offset));
+    };
+    F32 most = zero();
+    for (std::int64_t i = first; i < end; i += kLanes) most = max(most, abs(centred(i)));
+    const float absmax = reduce_max(most);
+    args.nested_absmax[nested] = absmax;
+    const F32 divisor = set1(larger(absmax, 1e-38f));
+    for (std::int64_t i = first; i < end; i += kLanes) {
+      std::uint8_t codes[kLanes];
+      store_bytes(codes, midpoints.place_of(divide(centred(i), divisor)));
+      __builtin_memcpy(args.codes + i, codes, static_cast<std::size_t>(smaller<std::int64_t>(kLanes, end - i)));
+    }
+  });
+}
+
+constexpr int kAheadBytes = 4096;  // codes so far ahead are prefetched while a weight is read once
+
+// Decodes some chunks of row n. `out` is where the row begins.
+template <DType kType, bool kStream, class Rows>
+inline void decode_chunks(const Rows& rows, std::int64_t n, Range chunks, char* out) {
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  const auto store = [&](std::int64_t c, const typename DotF32<kType>::Chunk(&chunk)[1]) {
+    store_chunk<kType, kStream>(chunk[0], out + c * kChunk * kSize,
+                                smaller<std::int64_t>(kChunk, rows.cols() - c * kChunk));
+  };
+  rows.template chunks<1, kAheadBytes>(n, 1, chunks, store);
+  if (kStream) end_stream();
+}
+
+template <DType kType, bool kStream>
+inline void dequantize_as(const DequantizeArgs& args) {
+  // Tasks are long: with a sixteenth of these a large weight took 7 to 37 % longer.
+  constexpr std::int64_t kFewestChunks = 1 << 10, kMostChunks = 1 << 14;
+  QuantizedWeightView flat = args.weight;  // rows do not matter here
+  flat.K = args.weight.elements();
+  flat.N = flat.count = 1;
+  const std::int64_t chunks = ceil_div(flat.K, kChunk);
+  const std::int64_t of_thread = ceil_div(chunks, num_threads() * kTasksPerThread);
+  const std::int64_t task_chunks = smaller(larger(of_thread, kFewestChunks), kMostChunks);
+  with_rows<DotF32<kType>>(flat, 0, [&](const auto& rows) {
+    parallel_for(ceil_div(chunks, task_chunks), [&](std::int64_t task) {
+      const std::int64_t first = task * task_chunks;
+      decode_chunks<kType, kStream>(rows, 0, {first, smaller(first + task_chunks, chunks)},
+                                    static_cast<char*>(args.out));
+    });
+  });
+}
+
+// Decodes the rows that are asked for. They lie anywhere in the weight, and the next product reads the result, so no
+// store goes past the caches.
+template <DType kType>
+inline void dequantize_rows_as(const DequantizeArgs& args) {
+  constexpr std::int64_t kTaskElements = 1 << 14;  // as many as take some microseconds
+  QuantizedWeightView all = args.weight;
+  all.N *= all.count;
+  all.count = 1;
+  const std::int64_t row_bytes = all.K * static_cast<std::int64_t>(size_of(kType));
+  const std::int64_t task_rows = ceil_div(kTaskElements, all.K);
+  with_rows<DotF32<kType>>(all, 0, [&](const auto& rows) {
+    parallel_for(ceil_div(args.row_count, task_rows), [&](std::int64_t task) {
+      const std::int64_t end = smaller((task + 1) * task_rows, args.row_count);
+      for (std::int64_t i = task * task_rows; i < end; ++i) {
+        char* const out = static_cast<char*>(args.out) + i * row_bytes;
+        decode_chunks<kType, false>(rows, args.rows[i], {0, ceil_div(all.K, kChunk)}, out);
+      }
+    });
+  });
+}
+
+template <DType kType>
+inline void dequantize_as(const DequantizeArgs& args) {
+  if (args.rows != nullptr)
+    dequantize_rows_as<kType>(args);
+  else if (written_past_caches(args.out, args.elements() * static_cast<std::int64_t>(size_of(kType))))
+    dequantize_as<kType, true>(args);
+  else
+    dequantize_as<kType, false>(args);
+}
+
+inline void dequantize_weight(const DequantizeArgs& args, const Stream&) {
+  with_dtype(args.dtype, [&](auto dtype) { dequantize_as<dtype()>(args); });
+}
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,417 @@
+// Guards the emulator of compute capability 9.0 (cuda/device/hopper.cuh): barriers, copies of tiles and products of a
+// warpgroup follow PTX under each order of threads, and planted mistakes are found. A kernel that must end the process
+// runs in a child, whose message is read.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "death_message.h"
+#include "device/hopper.cuh"
+#include "expect.h"
+#include "qlora_native/error.h"
+
+namespace qlora_native::cuda_emulated {
+namespace {
+
+template <class T>
+using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
+
+const std::vector<std::string> kSchedules = {"forward",  "reverse",  "random:1",     "random:2",
+                                             "random:3", "random:4", "concurrent:1", "concurrent:2"};
+
+// The kernel computes out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T. b comes through a ring of two
+// stages, which one warp fills; a comes from memory to registers. These mistakes can be planted in it:
+enum class Mistake {
+  none,
+  no_wait_for_b,
+  wrong_parity_of_b,
+  one_arrival_too_few,
+  one_arrival_too_many,
+  one_byte_too_few,
+  stage_reused_too_soon,
+  barrier_not_published,
+  no_fence_of_registers,
+  register_changed_in_flight,
+  accumulators_read_before_the_wait,
+  accumulators_changed_in_flight,
+  no_wait_for_accumulators,
+  wrong_stride_of_the_descriptor,
+  wrong_step_along_the_descriptor,
+  wrong_place_of_b,
+};
+constexpr int kCols = 64, kSteps = 5, kStep = 64, kStages = 2, kInner = kSteps * kStep;
+constexpr int kStageBytes = kCols * kSwizzledRowBytes;
+
+struct RingShared {
+  std::byte b[kStages][kStageBytes];
+  std::uint64_t full[kStages], empty[kStages];
+};
+
+template <Mistake kMistake, class T>
+__global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, float* out) {
+  std::byte* const smem = dynamic_smem<std::byte>();
+  // The shared memory of a block may begin 1024 bytes behind a multiple of 64 KB or at one; the ring begins at a
+  // multiple of kSwizzledAlignment.
+  const std::uint32_t beyond = shared_address(smem) % kSwizzledAlignment;
+  auto& shared = *reinterpret_cast<RingShared*>(smem + (beyond == 0 ? 0 : kSwizzledAlignment - beyond));
+  const int thread = thread_index(), warp = thread / kWarp;
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&shared.full[i], 1);
+      mbarrier_init(&shared.empty[i], 4);
+    }
+    if constexpr (kMistake != Mistake::barrier_not_published) fence_mbarrier_init();
+  }
+  sync_threads();
+  if (thread >= kWarpgroup) {
+    decrease_max_registers<24>();
+    if (thread > kWarpgroup) return;
+    for (int step = 0; step < kSteps; ++step) {
+      const int stage = step % kStages;
+      if constexpr (kMistake != Mistake::stage_reused_too_soon) {
+        mbarrier_wait(&shared.empty[stage], static_cast<std::uint32_t>(step / kStages + 1) & 1);
+      }
+      mbarrier_arrive_expect(&shared.full[stage], kStageBytes - (kMistake == Mistake::one_byte_too_few ? 1 : 0));
+      tma_load_tile(shared.b[stage] + (kMistake == Mistake::wrong_place_of_b ? 64 : 0), b, 0, step * kStep,
+                    &shared.full[stage]);
+    }
+    return;
+  }
+  increase_max_registers<232>();
+  float d[kCols / 2] = {};
+  const int lane = thread % kWarp, g = lane / 4, t = lane % 4;
+  for (int step = 0; step < kSteps; ++step) {
+    const int stage = step % kStages;
+    const auto parity = static_cast<std::uint32_t>(step / kStages) & 1;
+    if constexpr (kMistake != Mistake::no_wait_for_b) {
+      mbarrier_wait(&shared.full[stage], kMistake == Mistake::wrong_parity_of_b && step > 0 ? parity ^ 1 : parity);
+    }
+    std::uint32_t fragments[4][4];
+    for (int k = 0; k < 4; ++k) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * warp + g + i % 2 * 8, inner = step * kStep + 16 * k + 2 * t + i / 2 * 8;
+        fragments[k][i] = a[row * kInner + inner].bits | std::uint32_t{a[row * kInner + inner + 1].bits} << 16;
+      }
+    }
+    if constexpr (kMistake != Mistake::no_fence_of_registers) wgmma_fence();
+    for (int k = 0; k < 4; ++k) {
+      const int step_bytes = kMistake == Mistake::wrong_step_along_the_descriptor ? 16 : 32;
+      std::uint64_t descriptor =
+          descriptor_of_swizzled_rows(shared_address(shared.b[stage]) + static_cast<std::uint32_t>(step_bytes * k));
+      if constexpr (kMistake == Mistake::wrong_stride_of_the_descriptor) descriptor ^= std::uint64_t{96} << 32;
+      wgmma<T, kCols>(d, fragments[k], descriptor);
+    }
+    wgmma_commit();
+    if constexpr (kMistake == Mistake::register_changed_in_flight) ++fragments[2][1];
+    if constexpr (kMistake == Mistake::accumulators_read_before_the_wait) out[thread] = d[0];
+    if constexpr (kMistake == Mistake::accumulators_changed_in_flight) d[3] = 0.0f;
+    if constexpr (kMistake == Mistake::no_wait_for_accumulators) {
+      if (step == kSteps - 1) return;
+    }
+    wgmma_wait<0>();
+    sync_warp();
+    const int arrivals = kMistake == Mistake::one_arrival_too_few    ? warp < 3
+                         : kMistake == Mistake::one_arrival_too_many ? (warp < 3 ? 1 : 2)
+                                                                     : 1;
+    for (int i = 0; lane == 0 && i < arrivals; ++i) mbarrier_arrive(&shared.empty[stage]);
+  }
+  if constexpr (kMistake == Mistake::accumulators_read_before_the_wait) return;
+  for (int i = 0; i < kCols / 2; ++i) out[(16 * warp + g + i / 2 % 2 * 8) * kCols + i / 4 * 8 + 2 * t + i % 2] = d[i];
+}
+
+template <class T>
+struct Operands {
+  Managed<T> a = Managed<T>(kWgmmaRows * kInner), b = Managed<T>(kCols * kInner);
+  Operands() {
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] = from_f32<T>(static_cast<float>(i * 7 % 31) - 15.0f);
+    for (std::size_t i = 0; i < b.size(); ++i) b[i] = from_f32<T>(static_cast<float>(i * 5 % 29) - 14.0f);
+  }
+  TileSource source() const {
+    return {.name = "x",
+            .data = b.data(),
+            .element_bytes = 2,
+            .rows = kCols,
+            .cols = kInner,
+            .stride_bytes = kInner * 2,
+            .box_rows = kCols,
+            .box_cols = kStep,
+            .swizzle = Swizzle::bytes_128};
+  }
+};
+
+template <Mistake kMistake, class T = Bf16>
+Managed<float> ring(const std::function<void(TileSource&)>& change = [](TileSource&) {}) {
+  const Operands<T> operands;
+  TileSource source = operands.source();
+  change(source);
+  Managed<float> out(kWgmmaRows * kCols);
+  launch<ring_kernel<kMistake, T>>({1, kWarpgroup + kWarp, sizeof(RingShared) + kSwizzledAlignment}, {},
+                                   TensorMap(source), operands.a.data(), out.data());
+  for (float& value : out) value = std::isnan(value) ? -1.0e30f : value;  // so that results can be compared
+  return out;
+}
+
+template <class T>
+Managed<float> expected_ring() {
+  const Operands<T> operands;
+  Managed<float> out(kWgmmaRows * kCols);
+  for (int m = 0; m < kWgmmaRows; ++m) {
+    for (int n = 0; n < kCols; ++n) {
+      for (int k = 0; k < kInner; ++k) {  // the numbers are whole, so the sum is exact in any order
+        out[static_cast<std::size_t>(m * kCols + n)] += to_f32(operands.a[static_cast<std::size_t>(m * kInner + k)]) *
+                                                        to_f32(operands.b[static_cast<std::size_t>(n * kInner + k)]);
+      }
+    }
+  }
+  return out;
+}
+
+template <class T>
+void warpgroup_gives_the_product_under_each_schedule() {
+  const Managed<float> expected = expected_ring<T>();
+  for (const std::string& schedule : kSchedules) {
+    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+    const bool is_right = ring<Mistake::none, T>() == expected;
+    if (!is_right) std::printf("under %s\n", schedule.c_str());
+    EXPECT(is_right);
+  }
+  unsetenv("QLN_SCHEDULE");
+}
+
+// The message of the process under the first schedule that ends it, or "wrong" if a result is wrong.
+template <Mistake kMistake>
+std::string found(const std::function<void(TileSource&)>& change = [](TileSource&) {}) {
+  const Managed<float> expected = expected_ring<Bf16>();
+  std::string result;
+  for (const std::string& schedule : kSchedules) {
+    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+    result = death_message([&] {
+      if (ring<kMistake>(change) == expected) return;
+      std::fprintf(stderr, "wrong");
+      _exit(1);
+    });
+    if (!result.empty()) break;
+  }
+  unsetenv("QLN_SCHEDULE");
+  return result;
+}
+
+void mistakes_around_barriers_are_found() {
+  EXPECT(contains(found<Mistake::no_wait_for_b>(), "more arrivals in a phase"));
+  EXPECT(contains(found<Mistake::wrong_parity_of_b>(), "a stale parity"));
+  EXPECT(contains(found<Mistake::one_arrival_too_few>(), "waits for an mbarrier at"));
+  EXPECT(contains(found<Mistake::one_arrival_too_many>(), "arrives twice in a phase"));
+  EXPECT(contains(found<Mistake::one_byte_too_few>(), "waits for an mbarrier at"));
+  EXPECT(contains(found<Mistake::stage_reused_too_soon>(), "more arrivals in a phase"));
+  EXPECT(contains(found<Mistake::barrier_not_published>(), "was not published"));
+}
+
+void mistakes_around_registers_are_found() {
+  EXPECT(contains(found<Mistake::no_fence_of_registers>(), "without wgmma_fence()"));
+  EXPECT(contains(found<Mistake::register_changed_in_flight>(), "a register of wgmma's a was changed"));
+  EXPECT(contains(found<Mistake::accumulators_read_before_the_wait>(), "wrong"));
+  EXPECT(contains(found<Mistake::accumulators_changed_in_flight>(), "wgmma's accumulators were changed"));
+  EXPECT(contains(found<Mistake::no_wait_for_accumulators>(), "has ended before the wait for its wgmma"));
+}
+
+void mistakes_of_layout_are_found() {
+  EXPECT(contains(found<Mistake::wrong_stride_of_the_descriptor>(), "wrong"));
+  EXPECT(contains(found<Mistake::wrong_step_along_the_descriptor>(), "wrong"));
+  EXPECT(contains(found<Mistake::wrong_place_of_b>(), "no multiple of 128"));
+  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.swizzle = Swizzle::none; }), "wrong"));
+  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.box_rows = 32; }), "waits for an mbarrier"));
+  EXPECT(contains(found<Mistake::none>([](TileSource& b) { b.rows = 60; }), "wrong"));
+  EXPECT(found<Mistake::none>().empty());
+}
+
+// ---- barriers by themselves ----
+
+__global__ void arrivals_kernel(int arrivals, int waits) {
+  auto* const barrier = dynamic_smem<std::uint64_t>();
+  if (thread_index() == 0) mbarrier_init(barrier, 2);
+  sync_threads();
+  if (thread_index() > 0 && thread_index() < arrivals) mbarrier_arrive(barrier);
+  if (thread_index() != 0) return;
+  mbarrier_arrive_expect(barrier, 16);  // these bytes never arrive
+  for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, 1);
+}
+
+void barrier_counts_arrivals_and_waits() {
+  EXPECT(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 2, 1); }).empty());
+  EXPECT(
+      contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 3, 0); }), "more arrivals in a phase"));
+  EXPECT(contains(death_message([] { launch<arrivals_kernel>({1, kWarp, 64}, {}, 1, 2); }), "a stale parity"));
+}
+
+// ---- tiles ----
+
+// Loads rows 2 ... 9 and columns 32 ... 95 of a matrix of 6 x 80 bytes; elements beyond the matrix become zeros.
+__global__ void tile_kernel(const __grid_constant__ TensorMap map, std::uint8_t* out) {
+  auto* const tile = dynamic_smem<std::uint8_t>();
+  auto* const barrier = reinterpret_cast<std::uint64_t*>(tile + 8 * 64);
+  if (thread_index() == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect(barrier, 8 * 64);
+    tma_load_tile(tile, map, 2, 32, barrier);
+  }
+  sync_threads();
+  mbarrier_wait(barrier, 0);
+  for (int i = thread_index(); i < 8 * 64; i += kWarp) out[i] = tile[i];
+}
+
+void tile_beyond_its_matrix_is_zeros_and_vectors_change_places() {
+  Managed<std::uint8_t> matrix(6 * 80), out(8 * 64);
+  for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<std::uint8_t>(i % 251 + 1);
+  TileSource source = {.name = "codes",
+                       .data = matrix.data(),
+                       .element_bytes = 1,
+                       .rows = 6,
+                       .cols = 80,
+                       .stride_bytes = 80,
+                       .box_rows = 8,
+                       .box_cols = 64,
+                       .swizzle = Swizzle::bytes_64};
+  launch<tile_kernel>({1, kWarp, 8 * 64 + 8}, {}, TensorMap(source), out.data());
+  for (int row = 0; row < 8; ++row) {
+    for (int col = 0; col < 64; ++col) {
+      const int expected =
+          row + 2 < 6 && col + 32 < 80 ? matrix[static_cast<std::size_t>((row + 2) * 80 + col + 32)] : 0;
+      const int place = row * 64 + (col ^ row / 2 % 4 * 16);  // bits 7 and 8 of an address are row / 2
+      EXPECT(out[static_cast<std::size_t>(place)] == expected);
+    }
+  }
+}
+
+void operand_that_a_driver_refuses_is_named() {
+  const Operands<Bf16> operands;
+  const auto words = [&](const std::function<void(TileSource&)>& change) -> std::string {
+    TileSource source = operands.source();
+    change(source);
+    try {
+      const TensorMap map(source);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT(words([](TileSource&) {}).empty());
+  EXPECT(contains(words([](TileSource& x) { x.data = static_cast<const std::byte*>(x.data) + 2; }),
+                  "x: expected an operand of which TMA can load tiles, got its address is no multiple of 16"));
+  EXPECT(contains(words([](TileSource& x) { x.stride_bytes = 520; }), "its stride is no multiple of 16 bytes"));
+  EXPECT(contains(words([](TileSource& x) { x.box_cols = 128; }), "longer than the span"));
+  EXPECT(contains(words([](TileSource& x) { x.box_rows = 257; }), "1 ... 256"));
+  EXPECT(contains(words([](TileSource& x) { x.rows = 0; }), "no rows"));
+}
+
+__global__ void end_before_the_tile_kernel(const __grid_constant__ TensorMap map) {
+  auto* const barrier = reinterpret_cast<std::uint64_t*>(dynamic_smem<std::byte>() + 8192);
+  if (thread_index() != 0) return;
+  mbarrier_init(barrier, 1);
+  fence_mbarrier_init();
+  tma_load_tile(dynamic_smem<std::byte>(), map, 0, 0, barrier);
+}
+
+void block_that_ends_before_its_tile_is_found() {
+  const Operands<Bf16> operands;
+  const std::string words =
+      death_message([&] { launch<end_before_the_tile_kernel>({1, kWarp, 8200}, {}, TensorMap(operands.source())); });
+  EXPECT(contains(words, "a block has ended before a tile that TMA loads was there"));
+}
+
+// ---- the asynchronous proxy ----
+
+// The threads of a warpgroup write the 32 rows of b by ordinary stores.
+template <bool kFence>
+__global__ void stored_kernel(float* out) {
+  std::byte* const smem = dynamic_smem<std::byte>();
+  const std::uint32_t beyond = shared_address(smem) % kSwizzledAlignment;
+  std::byte* const b = smem + (beyond == 0 ? 0 : kSwizzledAlignment - beyond);
+  const int thread = thread_index();
+  for (int i = thread; i < 32 * 8; i += kWarpgroup) {
+    store_shared(SharedAddress(b + i * 16), Vector<std::uint32_t, 4>{{0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80}});
+  }
+  if constexpr (kFence) fence_proxy_async();
+  sync_threads();
+  float d[16] = {};
+  const std::uint32_t a[4] = {0x40003F80, 0, 0, 0};  // 1 and 2, in the first eight rows of each warp
+  wgmma_fence();
+  wgmma<Bf16, 32>(d, a, descriptor_of_swizzled_rows(shared_address(b)));
+  wgmma_commit();
+  wgmma_wait_for(d);
+  out[thread] = d[0] + d[2];
+}
+
+void stores_reach_wgmma_through_a_fence() {
+  constexpr std::size_t kBytes = 2 * 4096;
+  for (const char* schedule : {"forward", "reverse", "random:1"}) {
+    setenv("QLN_SCHEDULE", schedule, 1);
+    Managed<float> out(kWarpgroup);
+    launch<stored_kernel<true>>({1, kWarpgroup, kBytes}, {}, out.data());
+    for (const float value : out) EXPECT(value == 4 * 3.0f);
+    const std::string words =
+        death_message([&] { launch<stored_kernel<false>>({1, kWarpgroup, kBytes}, {}, out.data()); });
+    EXPECT(contains(words, "wgmma reads what thread") && contains(words, "not published by fence_proxy_async()"));
+  }
+  unsetenv("QLN_SCHEDULE");
+}
+
+// ---- registers and barriers of some threads ----
+
+template <int kCount>
+__global__ void registers_kernel() {
+  increase_max_registers<kCount>();
+}
+void registers_of_a_block_are_within_an_sm() {
+  EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
+  EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
+  EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
+}
+
+// The first two warps meet; the third takes no part.
+template <bool kMeet>
+__global__ void some_threads_kernel(int* out) {
+  int* const shared = dynamic_smem<int>();
+  const int thread = thread_index();
+  if (thread >= 2 * kWarp) return;
+  shared[thread] = thread;
+  if constexpr (kMeet) sync_named_barrier<1>(2 * kWarp);
+  out[thread] = shared[2 * kWarp - 1 - thread];
+}
+void some_threads_meet_without_the_others() {
+  bool differs = false;
+  for (const std::string& schedule : kSchedules) {
+    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+    Managed<int> out(2 * kWarp), wrong(2 * kWarp);
+    launch<some_threads_kernel<true>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, out.data());
+    launch<some_threads_kernel<false>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, wrong.data());
+    for (int i = 0; i < 2 * kWarp; ++i) EXPECT(out[static_cast<std::size_t>(i)] == 2 * kWarp - 1 - i);
+    differs |= wrong != out;
+  }
+  unsetenv("QLN_SCHEDULE");
+  EXPECT(differs);
+}
+
+int run_all() {
+  warpgroup_gives_the_product_under_each_schedule<Bf16>();
+  warpgroup_gives_the_product_under_each_schedule<F16>();
+  mistakes_around_barriers_are_found();
+  mistakes_around_registers_are_found();
+  mistakes_of_layout_are_found();
+  barrier_counts_arrivals_and_waits();
+  tile_beyond_its_matrix_is_zeros_and_vectors_change_places();
+  operand_that_a_driver_refuses_is_named();
+  block_that_ends_before_its_tile_is_found();
+  stores_reach_wgmma_through_a_fence();
+  registers_of_a_block_are_within_an_sm();
+  some_threads_meet_without_the_others();
+  return report();
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() { return qlora_native::cuda_emulated::run_all(); }

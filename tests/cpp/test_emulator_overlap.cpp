@@ -1,0 +1,176 @@
+// Guards how the emulator runs a kernel that begins before the one before it has ended, and the last block to arrive:
+// right kernels have one result under each schedule, and planted mistakes are found.
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "death_message.h"
+#include "device/simt.cuh"
+#include "expect.h"
+
+namespace qlora_native::cuda_emulated {
+namespace {
+
+template <class T>
+using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
+
+constexpr int kBlocks = 9, kThreads = 64, kCount = kBlocks * kThreads;
+const std::vector<std::string> kSchedules = {"forward",      "reverse",      "random:1",     "random:2",    "random:3",
+                                             "concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4"};
+
+// Under how many schedules `run` returns what it should.
+template <class Run, class Result>
+int right_schedules(const Run& run, const Result& expected) {
+  int right = 0;
+  for (const std::string& schedule : kSchedules) {
+    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+    right += run() == expected ? 1 : 0;
+  }
+  unsetenv("QLN_SCHEDULE");
+  return right;
+}
+const int kAll = static_cast<int>(kSchedules.size());
+
+// ---- a kernel that begins early ----
+
+int element() { return static_cast<int>(block_index()) * block_threads() + thread_index(); }
+
+__global__ void double_kernel(const int* in, int* out) {
+  griddepcontrol_launch_dependents();
+  sync_threads();
+  out[element()] = 2 * in[element()];
+}
+
+enum class Early { waits, reads_first, writes_first };
+
+template <Early kEarly>
+__global__ void add_one_kernel(const int* doubled, int* in, int* out) {
+  if constexpr (kEarly == Early::writes_first) in[element()] = 0;
+  if constexpr (kEarly != Early::reads_first) griddepcontrol_wait();
+  out[element()] = doubled[kCount - 1 - element()] + 1;
+}
+
+const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_programmatic_launch = true};
+const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .programmatic_launch = true};
+
+template <Early kEarly>
+Managed<int> doubled_plus_one() {
+  Managed<int> in(kCount), doubled(kCount, -1), out(kCount);
+  for (int i = 0; i < kCount; ++i) in[i] = i;
+  launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
+  launch<add_one_kernel<kEarly>>(kSecond, {}, doubled.data(), in.data(), out.data());
+  return out;
+}
+const Managed<int> kDoubledPlusOne = [] {
+  Managed<int> expected(kCount);
+  for (int i = 0; i < kCount; ++i) expected[i] = 2 * (kCount - 1 - i) + 1;
+  return expected;
+}();
+
+void kernel_that_waits_reads_what_the_one_before_has_written() {
+  EXPECT(right_schedules(doubled_plus_one<Early::waits>, kDoubledPlusOne) == kAll);
+}
+void read_before_the_wait_is_caught() {
+  EXPECT(right_schedules(doubled_plus_one<Early::reads_first>, kDoubledPlusOne) < kAll);
+}
+void write_before_the_wait_is_caught() {
+  EXPECT(right_schedules(doubled_plus_one<Early::writes_first>, kDoubledPlusOne) < kAll);
+}
+
+// Three kernels, of which the second and the third begin early, and one of the two has a mistake.
+template <Early kOfSecond, Early kOfThird>
+Managed<int> doubled_plus_two() {
+  Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
+  for (int i = 0; i < kCount; ++i) in[i] = i;
+  const LaunchShape between = {
+      .blocks = kBlocks, .threads = kThreads, .programmatic_launch = true, .next_programmatic_launch = true};
+  launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
+  launch<add_one_kernel<kOfSecond>>(between, {}, doubled.data(), in.data(), more.data());
+  launch<add_one_kernel<kOfThird>>(kSecond, {}, more.data(), doubled.data(), out.data());
+  return out;
+}
+const Managed<int> kDoubledPlusTwo = [] {
+  Managed<int> expected(kCount);
+  for (int i = 0; i < kCount; ++i) expected[i] = 2 * i + 2;
+  return expected;
+}();
+// Each launch overlaps another kernel in some of the calls, whatever the schedule is.
+template <Early kOfSecond, Early kOfThird>
+bool is_right_in_all_of_many_calls() {
+  constexpr int kCalls = 8;
+  int right = 0;
+  for (int i = 0; i < kCalls; ++i) right += right_schedules(doubled_plus_two<kOfSecond, kOfThird>, kDoubledPlusTwo);
+  return right == kCalls * kAll;
+}
+
+void kernel_between_two_others_overlaps_either() {
+  EXPECT((is_right_in_all_of_many_calls<Early::waits, Early::waits>()));
+  EXPECT((!is_right_in_all_of_many_calls<Early::reads_first, Early::waits>()));
+  EXPECT((!is_right_in_all_of_many_calls<Early::waits, Early::reads_first>()));
+}
+
+void launched_kernel_runs_before_anything_else_in_its_stream() {
+  Managed<int> in(kCount, 1), doubled(kCount);
+  Managed<int> filled(1);
+  launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
+  fill_bytes(filled.data(), 0, sizeof(int), {});
+  EXPECT(doubled == Managed<int>(kCount, 2));
+  launch<double_kernel>(kFirst, {}, doubled.data(), in.data());
+  launch<double_kernel>({kBlocks, kThreads}, {}, in.data(), doubled.data());  // which does not begin early
+  EXPECT(doubled == Managed<int>(kCount, 8));
+}
+
+void memory_released_between_two_kernels_that_overlap_is_caught() {
+  Managed<int> in(kCount, 1), out(kCount);
+  const std::string words = death_message([&] {
+    const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
+    launch<double_kernel>(kFirst, {}, in.data(), static_cast<int*>(doubled.data));
+    release_workspace(doubled, {});
+    launch<double_kernel>(kSecond, {}, in.data(), out.data());
+  });
+  EXPECT(contains(words, "memory is released before the kernel that begins early is launched"));
+}
+
+// ---- the last block to arrive ----
+
+template <bool kOneTooEarly>
+__global__ void sum_kernel(int* parts, std::uint32_t* arrived, int* sum, int* last_blocks) {
+  store_vector<int, 1>(parts + element(), {{element()}});
+  if (!is_last_to_arrive(arrived, kOneTooEarly ? kBlocks - 1 : kBlocks)) return;
+  if (thread_index() > 0) return;
+  ++*last_blocks;
+  for (int i = 0; i < kCount; ++i) *sum += load_vector<int, 1>(parts + i).at[0];
+}
+
+template <bool kOneTooEarly>
+std::vector<int> sum_of_last_block() {
+  Managed<int> parts(kCount, -1), sums(2);
+  Managed<std::uint32_t> arrived(1);
+  launch<sum_kernel<kOneTooEarly>>({kBlocks, kThreads}, {}, parts.data(), arrived.data(), &sums[0], &sums[1]);
+  return {sums[0], sums[1]};
+}
+const std::vector<int> kSumOfOneBlock = {kCount * (kCount - 1) / 2, 1};
+
+void last_block_to_arrive_sees_what_all_have_stored() {
+  EXPECT(right_schedules(sum_of_last_block<false>, kSumOfOneBlock) == kAll);
+}
+void block_that_does_not_wait_for_the_last_is_caught() {
+  EXPECT(right_schedules(sum_of_last_block<true>, kSumOfOneBlock) < kAll);
+}
+
+int run_all() {
+  kernel_that_waits_reads_what_the_one_before_has_written();
+  read_before_the_wait_is_caught();
+  write_before_the_wait_is_caught();
+  kernel_between_two_others_overlaps_either();
+  launched_kernel_runs_before_anything_else_in_its_stream();
+  memory_released_between_two_kernels_that_overlap_is_caught();
+  last_block_to_arrive_sees_what_all_have_stored();
+  block_that_does_not_wait_for_the_last_is_caught();
+  return report();
+}
+
+}  // namespace
+}  // namespace qlora_native::cuda_emulated
+
+int main() { return qlora_native::cuda_emulated::run_all(); }
