@@ -136,13 +136,13 @@ def changed_weight(method):
 
 def cast_layer():
     layer = qn.nn.Linear4bit.from_quantized(qn.quantize(torch.ones(N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     return layer, {"x": torch.ones(M, K), **adapter()}
 
 
 def experts_layer(x, **tensors):
     layer = qn.nn.Experts4bit.from_quantized(qn.quantize(torch.ones(E, N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     layer.adapters = [(tensors["lora_a"], tensors["lora_b"], 1.0)] * 2
     return layer(x, tensors["offsets"], tensors["bias"])
 
@@ -369,7 +369,7 @@ def test_every_function_with_tensors_is_in_the_table():
     for make in FUNCTIONS.values():
         function, arguments = make()
         tried.setdefault(function, set()).update(arguments)
-    for name in set(functional.__all__) - {"QuantizedWeight", "dequantize"}:
+    for name in set(functional.__all__) - {"dequantize"}:
         function = getattr(functional, name)
         tensors = {p.name for p in inspect.signature(function).parameters.values() if "Tensor" in p.annotation}
         assert tensors <= tried[function], name

@@ -135,7 +135,7 @@ def test_head_that_multiplies_in_the_dtype_of_its_input_is_fused():
     model = qn.nn.quantize_model(make("llama"), skip=(), progress=False)
     assert fuse_loss(model)
     for dtype, fused in ((None, True), (torch.float32, True), (torch.bfloat16, False)):
-        model.lm_head.product_dtype = dtype
+        model.lm_head.compute_dtype = dtype
         assert isinstance(model(**batch()).logits, DeferredLogits) == fused
 
 

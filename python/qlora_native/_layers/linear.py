@@ -1,4 +1,4 @@
-"""`Linear4bit`, an `nn.Linear` whose weight stays in 4 bits."""
+"""`Linear4bit` and `Linear8bit`: an `nn.Linear` whose weight stays in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ class Linear4bit(QuantizedLayer, nn.Linear):
     A layer made by the constructor multiplies by zero until a state dict is loaded; `from_linear` and `from_quantized`
     make one with values. The state dict has these entries:
 
-        weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for "int8" and odd K)
+        weight         uint8 [N, K/2], frozen parameter: the codes (see QuantizedWeight.codes for odd K)
         absmax         the scales: double-quantized uint8 [blocks], frozen parameter; or fp32 [blocks], buffer
         nested_absmax, nested_code, offset     fp32, buffers of the double quantization; None without it
-        codebook       fp32 [16], buffer: what the codes mean; None for "int8"
+        codebook       fp32 [16], buffer: what the codes mean
         bias           [N], parameter, or None
 
     Bytes are parameters, so that FSDP shards them. fp32 values are buffers, so that FSDP's mixed precision does not
-    cast them. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and `compute_dtype`, never a scale.
+    cast them. Casting the module (`.to(dtype)`, `.half()`, ...) casts the bias and sets `dtype`; no scale is cast.
 
     Attributes:
         in_features, out_features, bias: as in `nn.Linear`.
-        compute_dtype, product_dtype, format, blocksize: as in every QuantizedLayer.
+        dtype, compute_dtype, format, blocksize: as in every QuantizedLayer.
     """
+
+    _bits, _format = 4, "nf4"
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        format: str = "nf4",
+        format: str | None = None,
         blocksize: int | None = None,
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
@@ -53,15 +55,18 @@ class Linear4bit(QuantizedLayer, nn.Linear):
             in_features, out_features: the columns K and rows N of the weight, each at least 1.
             bias: whether the layer has a bias [N].
             device: where the tensors are stored; None is torch's default device.
-            dtype: of the bias, and the `compute_dtype`: fp32, bf16 or fp16; None is torch's default dtype.
-            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+            dtype: of the bias, and of what `dequantize` returns: fp32, bf16 or fp16; None is torch's default dtype.
+            format: "nf4" if None; of `Linear8bit`, "int8".
+            blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it.
         """
         if in_features < 1 or out_features < 1:
             raise bad("in_features, out_features", "numbers above 0", f"{in_features}, {out_features}")
-        zeros = zero_weight((out_features, in_features), dtype, device, format, blocksize, double_quant, codebook)
+        zeros = zero_weight(
+            (out_features, in_features), dtype, device, format or self._format, blocksize, double_quant, codebook
+        )
         zero_bias = nn.Parameter(torch.zeros(out_features, device=zeros.device, dtype=zeros.dtype)) if bias else None
         self._set(zeros, zero_bias)
 
@@ -75,7 +80,13 @@ class Linear4bit(QuantizedLayer, nn.Linear):
 
         Args:
             q: a weight [N, K].
+
+        Raises:
+            ValueError: its codes do not have 4 bits. `Linear8bit` is for "int8".
         """
+        if q.bits != self._bits:
+            expected = f"one of {self._bits} bits in {type(self).__name__}"
+            raise bad("format", expected, f"{q.format!r}: use {linear_class(q).__name__}")
         self.out_features, self.in_features = q.shape
         super().replace_weight(q)
 
@@ -105,7 +116,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
     def from_linear(
         cls,
         linear: nn.Linear,
-        format: str = "nf4",
+        format: str | None = None,
         blocksize: int | None = None,
         double_quant: bool = True,
         codebook: Tensor | Sequence[float] | None = None,
@@ -114,7 +125,8 @@ class Linear4bit(QuantizedLayer, nn.Linear):
 
         Args:
             linear: the layer; its bias is shared, not copied.
-            format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+            format: "nf4" if None; of `Linear8bit`, "int8".
+            blocksize, double_quant, codebook: as in `qlora_native.quantize`.
 
         Returns:
             A new layer on the same device, in the same training mode.
@@ -125,7 +137,7 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, Linear4bit):
             raise bad_type("linear", "an nn.Linear that is not quantized", type(linear).__name__)
-        q = functional.quantize(linear.weight, format, blocksize, double_quant, codebook)
+        q = functional.quantize(linear.weight, format or cls._format, blocksize, double_quant, codebook)
         return cls.from_quantized(q, linear.bias).train(linear.training)
 
     @property
@@ -162,15 +174,30 @@ class Linear4bit(QuantizedLayer, nn.Linear):
         """
         q, lora = self.quantized_weight, (lora_a, lora_b, lora_scaling, lora_dropout)
         rows = x
-        if self.product_dtype is not None:
+        if self.compute_dtype is not None:
             check_memory("x", x)
-            rows = x.to(self.product_dtype)
+            rows = x.to(self.compute_dtype)
         if adapter_index is None:
             y = functional.linear(rows, q, self.bias, *lora)
         else:
             y = functional.linear_grouped(rows, q, None, self.bias, *lora, adapter_index=adapter_index)
-        return y if self.product_dtype is None else y.to(x.dtype)
+        return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The text that `print` shows between the parentheses."""
         return f"{super().extra_repr()}, {self._describe_format()}"
+
+
+class Linear8bit(Linear4bit):
+    """A `Linear4bit` with twice the bits: the format is "int8", 255 linear levels.
+
+    `weight` is uint8 [N, K], a signed byte for each element, and there is no `codebook`. All else is as in
+    `Linear4bit`, also for PEFT, and `isinstance` takes it for one.
+    """
+
+    _bits, _format = 8, "int8"
+
+
+def linear_class(q: QuantizedWeight) -> type[Linear4bit]:
+    """The class of a layer over `q`."""
+    return Linear8bit if q.bits == 8 else Linear4bit

@@ -20,7 +20,7 @@ from .base import QuantizedLayer
 from .callbacks import Experts
 from .embedding import Embedding4bit, can_be_quantized
 from .experts import Experts4bit
-from .linear import Linear4bit
+from .linear import linear_class
 from .sizes import (
     Unquantized,
     is_linear,
@@ -41,8 +41,11 @@ def quantize_model(
     codebook: Tensor | Sequence[float] | None = None,
     progress: bool = True,
     strict: bool = False,
+    embeddings: bool = False,
 ) -> nn.Module:
     """Replace every `nn.Linear` in a model, in place, by a `Linear4bit` over its quantized weight.
+
+    With `format="int8"` it is a `Linear8bit`.
 
     These layers are not quantized: subclasses of nn.Linear, but for Falcon's, which computes the same; layers that
     share their weight with a module that is not quantized, such as an output layer tied to the embedding; layers that a
@@ -52,9 +55,11 @@ def quantize_model(
     A model may have adapters of PEFT. They stay as they are, the layers below them are quantized, and LoRA is fused as
     if the model had been quantized first. Modules in `modules_to_save`, and embeddings below an adapter, stay too.
 
-    With `skip=()` every plain `nn.Embedding` becomes an `Embedding4bit`, and an output layer tied to one becomes a
-    `Linear4bit` over the same bytes. The experts of a mixture, which transformers keeps as parameters of three
-    dimensions, become `Experts4bit`; the implementation "qlora_native" of transformers' registry of experts runs them.
+    With `embeddings=True` every plain `nn.Embedding` becomes an `Embedding4bit`. If it is tied to the output layer, it
+    needs `skip=()` too, and the output layer becomes a `Linear4bit` over the same bytes.
+
+    The experts of a mixture, which transformers keeps as parameters of three dimensions, become `Experts4bit`; the
+    implementation "qlora_native" of transformers' registry of experts runs them.
 
     A module or weight that appears several times is quantized once and stays shared. Layers are replaced only after
     every one has been quantized, so an error leaves the model as it was. `size_report(model)` lists what was quantized,
@@ -74,12 +79,13 @@ def quantize_model(
             is installed; in a log file it is a line now and then.
         strict: refuse a model that has weights whose use is unknown. Otherwise they stay in 16 bits, with a warning if
             they may be experts.
+        embeddings: quantize embeddings too.
 
     Returns:
         `model`. Warns if it has nothing to quantize, and says what was left, and why.
 
     Raises:
-        TypeError: `model` is not a module, or `skip` is a string.
+        TypeError: `model` is not a module, `skip` is a string, or `embeddings` is no bool.
         ValueError: `model` is a linear layer; `strict`, and there are weights whose use is unknown; or the experts of a
             layer differ in shape; or an adapter is merged into a layer.
         NotImplementedError: a method of PEFT over a layer has not been tried over quantized ones.
@@ -91,9 +97,11 @@ def quantize_model(
         raise bad("model", "a module that contains nn.Linear layers", "a linear layer: use Linear4bit.from_linear")
     if isinstance(skip, str):
         raise bad_type("skip", "a sequence of names", "a string")
+    if not isinstance(embeddings, bool):
+        raise bad_type("embeddings", "a bool", type(embeddings).__name__)
     for load in callbacks.load_integrations:
         load()
-    found = _find(model, tuple(skip), strict)
+    found = _find(model, tuple(skip), strict, embeddings)
     if not found.names and not found.experts:
         warnings.warn(f"quantize_model: found no nn.Linear to quantize; {why_nothing(model)}", stacklevel=2)
     layers = _quantize(model, found, (format, blocksize, double_quant, codebook), progress)
@@ -121,11 +129,10 @@ class _Found:
     unknown: list[Unquantized]
 
 
-def _find(model: nn.Module, skip: tuple[str, ...], strict: bool) -> _Found:
+def _find(model: nn.Module, skip: tuple[str, ...], strict: bool, embeddings: bool) -> _Found:
     """Find what is to be quantized, and check what can be checked before memory is taken."""
-    with_embeddings = not skip
     skip += tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-    names = _to_quantize(model, skip, with_embeddings)
+    names = _to_quantize(model, skip, embeddings)
     experts = [each for find in callbacks.find_experts for each in find(model) if not _skipped(each, skip)]
     for each in experts:
         each.check_shapes()
@@ -169,7 +176,7 @@ def _quantize(
             if isinstance(dense, nn.Embedding):
                 add(id(dense), dense.weight, Embedding4bit.from_quantized(q, dense.padding_idx), dense)
             else:
-                add(id(dense), dense.weight, Linear4bit.from_quantized(q, dense.bias), dense)
+                add(id(dense), dense.weight, linear_class(q).from_quantized(q, dense.bias), dense)
             continue
         for name in item.names:
             if (id(item.module), name) not in layers:
@@ -208,7 +215,7 @@ def _skipped(found: Experts, skip: tuple[str, ...]) -> bool:
     return skipped
 
 
-def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool) -> list[str]:
+def _to_quantize(model: nn.Module, skip: tuple[str, ...], embeddings: bool) -> list[str]:
     """The paths of the linear layers and embeddings to replace. A shared module has several."""
     modules = list(model.named_modules(remove_duplicate=False))
     routers = {id(model.get_submodule(name)) for name in linears_of_routers(model)}
@@ -217,7 +224,7 @@ def _to_quantize(model: nn.Module, skip: tuple[str, ...], with_embeddings: bool)
     found = [
         (name, module)
         for name, module in modules
-        if (is_linear(module) or (with_embeddings and can_be_quantized(module))) and id(module) not in staying_modules
+        if (is_linear(module) or (embeddings and can_be_quantized(module))) and id(module) not in staying_modules
     ]
     chosen = {id(module) for _, module in found}
     staying = {

@@ -111,7 +111,7 @@ def _layer(name: str, module: nn.Module) -> Linear4bit:
         raise type(error)(f"{name}.{error}") from None
     # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
     if module.compute_type_is_set and module.compute_dtype != torch.float32:
-        layer.product_dtype = module.compute_dtype
+        layer.compute_dtype = module.compute_dtype
     for hooks in _HOOKS:
         getattr(layer, hooks).update(getattr(module, hooks))
     if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices

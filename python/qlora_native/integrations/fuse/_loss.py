@@ -174,7 +174,7 @@ def _operands(head: nn.Module, x: Tensor | None = None) -> tuple[Any, ...] | Non
         if name:
             lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
     if isinstance(base, Linear4bit):
-        casts = x is not None and base.product_dtype not in (None, x.dtype)
+        casts = x is not None and base.compute_dtype not in (None, x.dtype)
         return None if casts else (base.quantized_weight, base.bias, *lora)
     weight = getattr(base, "weight", None)
     plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES

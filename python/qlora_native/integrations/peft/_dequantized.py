@@ -1,4 +1,4 @@
-"""`DequantizedLinear4bit`, a `Linear4bit` whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
+"""`DequantizedLinear`, a quantized layer whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core.weight import QuantizedWeight
-from ...nn import Linear4bit
+from ...nn import Linear4bit, Linear8bit
 
 
 class WeightWritten(NotImplementedError):
@@ -32,11 +32,11 @@ class _DequantizedWeight(nn.Parameter):
         raise WeightWritten("Linear4bit.weight: expected to be read, got values to put in its place: it has 4 bits")
 
 
-class DequantizedLinear4bit(Linear4bit):
-    """A `Linear4bit` for PEFT: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
+class DequantizedLinear(Linear4bit):
+    """A layer for PEFT: reading `weight` [out_features, in_features] decodes it.
 
     Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
-    into one, and back into a `Linear4bit`, by assigning its `__class__`.
+    into one of the two classes below, and back, by `to_dequantized` and `to_plain`.
     """
 
     @property
@@ -52,6 +52,35 @@ class DequantizedLinear4bit(Linear4bit):
         if name == "weight" and getattr(value, "dtype", None) != torch.uint8:
             raise WeightWritten("Linear4bit.weight: expected codes, got a weight: it has 4 bits. Use replace_weight")
         super().__setattr__(name, value)
+
+
+class DequantizedLinear4bit(DequantizedLinear):
+    """A `Linear4bit` whose weight PEFT reads."""
+
+
+class DequantizedLinear8bit(DequantizedLinear, Linear8bit):
+    """A `Linear8bit` whose weight PEFT reads."""
+
+
+_DEQUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    Linear4bit: DequantizedLinear4bit,
+    Linear8bit: DequantizedLinear8bit,
+}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is a quantized one of this library's own classes, and not a `DequantizedLinear`."""
+    return type(layer) in _DEQUANTIZED
+
+
+def to_dequantized(layer: nn.Module) -> None:
+    """Let PEFT read the weight of a plain layer."""
+    layer.__class__ = _DEQUANTIZED[type(layer)]
+
+
+def to_plain(layer: nn.Module) -> None:
+    """Turn a decoded layer back into what it was."""
+    layer.__class__ = next(plain for plain, decoded in _DEQUANTIZED.items() if decoded is type(layer))
 
 
 def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:

@@ -5,7 +5,7 @@ PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`. So each of
 therefore has no code for a single tuner, but intercepts the three things that they do to a layer:
 
 - **Reading.** While PEFT makes its layers, and as long as a tuner stands over it, a `Linear4bit` is a
-  `DequantizedLinear4bit`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
+  `DequantizedLinear`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
   (Plain LoRA and DoRA do not read the weight, so a layer under them becomes a `Linear4bit` again.)
 - **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, and the result
 is
@@ -36,7 +36,7 @@ from torch import nn
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
-from ._dequantized import DequantizedLinear4bit, WeightWritten, run_over_dequantized
+from ._dequantized import DequantizedLinear, WeightWritten, is_plain, run_over_dequantized, to_dequantized, to_plain
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts
 
 # The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
@@ -105,7 +105,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
             check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
             return method(config, adapter_name, target, *args, **kwargs)
-        if type(base) is not DequantizedLinear4bit and name != "LORA":
+        if not isinstance(base, DequantizedLinear) and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
         _switch_fan_in_fan_out_off(config)
@@ -219,14 +219,14 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if type(module) is DequantizedLinear4bit]
+        layers = [module for module in self.model.modules() if isinstance(module, DequantizedLinear)]
         for layer in layers:
-            layer.__class__ = Linear4bit
+            to_plain(layer)
         try:
             return method(self, *args, **kwargs)
         finally:
             for layer in layers:
-                layer.__class__ = DequantizedLinear4bit
+                to_dequantized(layer)
             _restore_plain(self.model, layers)  # all of them, unless PEFT has failed
 
     return wrapped
@@ -234,10 +234,10 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _dequantized(model: nn.Module) -> Iterator[None]:
-    """Turn the quantized layers of `model` into `DequantizedLinear4bit` while PEFT makes its layers; some stay so."""
-    plain = [module for module in model.modules() if type(module) is Linear4bit]
+    """Turn the quantized layers of `model` into `DequantizedLinear`s while PEFT makes its layers; some stay so."""
+    plain = [module for module in model.modules() if is_plain(module)]
     for layer in plain:
-        layer.__class__ = DequantizedLinear4bit
+        to_dequantized(layer)
     try:
         yield
         guard_layers(model)
@@ -253,17 +253,17 @@ def guard_layers(model: nn.Module) -> None:
     for holder in model.modules():
         if _reads_weight(holder):
             base = holder.get_base_layer()
-            if type(base) is Linear4bit:
-                base.__class__ = DequantizedLinear4bit
+            if is_plain(base):
+                to_dequantized(base)
             _guard_merges(type(holder))
 
 
 def _restore_plain(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Turn each of `layers` back into a plain `Linear4bit`, unless something in `model` reads its weight."""
+    """Turn each of `layers` back into a plain one, unless something in `model` reads its weight."""
     read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
     for layer in layers:
-        if type(layer) is DequantizedLinear4bit and id(layer) not in read:
-            layer.__class__ = Linear4bit
+        if isinstance(layer, DequantizedLinear) and id(layer) not in read:
+            to_plain(layer)
 
 
 def _reads_weight(holder: nn.Module) -> bool:

@@ -65,7 +65,7 @@ def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: s
                     blocksize=None if config.experts_in_mxfp4 else config.blocksize,
                     double_quant=config.bnb_4bit_use_double_quant,
                 )
-                layer.product_dtype = config.product_dtype
+                layer.compute_dtype = config.compute_dtype
                 del found.module._parameters[name]
                 setattr(found.module, name, layer)
             found.run_quantized()

@@ -120,7 +120,7 @@ class Quantizer(HfQuantizer):
                 linear.weight.dtype,
                 **config.quantize_options,
             )
-            layer.product_dtype = config.product_dtype
+            layer.compute_dtype = config.compute_dtype
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
 
