@@ -236,7 +236,7 @@ def test_states_side_by_side_stay_separate():
 # ---- the 8-bit quantizer ---------------------------------------------------------------------------------------------
 
 
-def neighbours(x, count=40):
+def adjacent(x, count=40):
     """[len(x), 2 * count + 1] floats around each of x, in order: -0 and 0 count as one."""
     bits = x.view(torch.int32).long()
     position = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)[:, None] + torch.arange(-count, count + 1)
@@ -249,7 +249,7 @@ def probes(levels):
     between = torch.lerp(
         levels[:-1, None], levels[1:, None], torch.rand(1000, generator=torch.Generator().manual_seed(0))
     )
-    found = torch.cat((neighbours(midpoints.float()).flatten(), between.flatten(), levels)).clamp(float(levels[0]), 1.0)
+    found = torch.cat((adjacent(midpoints.float()).flatten(), between.flatten(), levels)).clamp(float(levels[0]), 1.0)
     # A tie takes the lower level: bucketize counts the midpoints strictly below.
     return found, torch.bucketize(found.double(), midpoints)
 

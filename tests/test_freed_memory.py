@@ -14,6 +14,7 @@ import torch
 
 import qlora_native as qn
 from qlora_native import functional
+from qlora_native._core.weight import as_matrix, op_arguments, unchecked
 
 ops = torch.ops.qlora_native
 M, N, K, RANK = 3, 8, 128, 4
@@ -23,7 +24,7 @@ LORA = ("lora_a", "lora_b", "lora_scaling", "lora_dropout", "seed")
 
 
 def weight():
-    return dict(zip((*WEIGHT, *REST), qn.quantize(torch.randn(N, K)).op_arguments(), strict=True))
+    return dict(zip((*WEIGHT, *REST), op_arguments(qn.quantize(torch.randn(N, K))), strict=True))
 
 
 def lora():
@@ -130,7 +131,7 @@ def changed_weight(method):
     """A method of a weight whose fields are the arguments."""
     q = qn.quantize(torch.ones(N, K))
     rest = (q.shape, q.blocksize, q.format, q.dtype)
-    return lambda **tensors: method(qn.QuantizedWeight.unchecked(*tensors.values(), *rest)), q.tensors()
+    return lambda **tensors: method(unchecked(*tensors.values(), *rest)), q.tensors()
 
 
 def cast_layer():
@@ -283,7 +284,7 @@ FUNCTIONS = {
     "the gradient of each loss": lambda: (gradient_of_loss("none"), {"dloss": torch.ones(M)}),
     "the gradient of a bias": lambda: (gradient_of_bias, {"dy": torch.ones(M, N)}),
     "the gradient of a norm's weight": lambda: (gradient_of_norm, {"dy": torch.ones(M, K)}),
-    "QuantizedWeight": lambda: changed_weight(lambda q: q.flat().__post_init__()),
+    "QuantizedWeight": lambda: changed_weight(lambda q: as_matrix(q).__post_init__()),
     "check_values": lambda: changed_weight(qn.QuantizedWeight.check_values),
     "to": lambda: changed_weight(lambda q: q.to("cpu")),
     "to_bitsandbytes": lambda: changed_weight(qn.QuantizedWeight.to_bitsandbytes),
@@ -318,7 +319,7 @@ FUNCTIONS = {
 
 
 def strided(tensor):
-    """The same values, but no two of them neighbours."""
+    """The same values, but no two of them adjacent."""
     return torch.stack((tensor, tensor), -1)[..., 0]
 
 

@@ -409,7 +409,7 @@ def test_code_that_knows_sdpa_by_name_stays():
     """Falcon's attention calls torch itself where the implementation is "sdpa"."""
     sizes = {key: COMMON[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
     model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
-    with pytest.warns(UserWarning, match="FalconForCausalLM keeps its attention: its code asks for 'sdpa' by name"):
+    with pytest.warns(UserWarning, match="FalconForCausalLM keeps its attention: its code requires 'sdpa' by name"):
         assert not fuse_attention(model)
     assert implementations(model) == {"sdpa"}
 

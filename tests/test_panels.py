@@ -14,6 +14,7 @@ import torch
 from test_emulated import SCHEDULES, run
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 
 BY_PANELS = "for the host program's product"
 
@@ -113,7 +114,7 @@ def check_modes():
     q, x = conformance.quantize(96, 203, "nf4", 64, True), torch.randn(800, 203)
 
     def forward():
-        return torch.ops.qlora_native.linear_forward(x, *q.op_arguments(), None, None, None, 1.0, 0.0, None)[0]
+        return torch.ops.qlora_native.linear_forward(x, *op_arguments(q), None, None, None, 1.0, 0.0, None)[0]
 
     expected = forward()
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)

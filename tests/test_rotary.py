@@ -91,7 +91,7 @@ from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Whether the halves of a row are its pairs; in Cohere's neighbours are.
+# Whether the halves of a row are its pairs; in Cohere's adjacent elements are.
 FAMILIES = {"LlamaConfig": True, "Qwen3Config": True, "StableLmConfig": True, "CohereConfig": False}
 
 
