@@ -1,6 +1,6 @@
 """What the CUDA kernels ask of a GPU, read from their machine code. No GPU is needed, and nothing is timed.
 
-    make sass                     a table of the kernels that `make test-cpp` has compiled, and of bitsandbytes'
+    make sass                     compiles the kernels, and prints a table of them and of bitsandbytes'
     make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
     make sass ARGS=--output       writes those figures, results/sass.md for people, the tables of the READMEs, and
                                   results/cuda-account.md, the time of whole products by a model
@@ -37,7 +37,7 @@ import cuda_account
 import cycles
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "build/cpp/libqlora_native.a"
+LIBRARY = ROOT / "build/sass/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
 CHOICES_PROGRAM = "qln_test_product_choices"  # beside the library
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", action="store_true", help="write results/sass.json and results/sass.md")
     args = parser.parse_args(argv)
     if not args.library.exists():
-        raise SystemExit(f"{args.library} is missing: make test-cpp builds it")
+        raise SystemExit(f"{args.library} is missing: make sass builds it")
     version = nvcc_version()
     compiled = kernels(args.library, args.kernels)
     ours = report(compiled)

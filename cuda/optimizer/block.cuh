@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/optimizer.h"
-#include "optimizer/code_sums.cuh"
+#include "optimizer/code_table.cuh"
 #include "optimizer/plan.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -12,7 +12,7 @@ namespace qlora_native::QLN_CUDA {
 template <bool kSigned>
 struct alignas(kVectorBytes) MapTables {
   std::array<float, 256> levels = kSigned ? kDynamicMap : kUnsignedDynamicMap;
-  CodeSums<kSigned> sums;
+  CodeTable<kSigned> sums;
 };
 struct MomentTables {
   MapTables<true> signed_map;
@@ -119,7 +119,7 @@ struct Strided {
 };
 
 template <bool kSigned>
-__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeSums<kSigned>& sums, const float (&values)[kEight],
+__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& sums, const float (&values)[kEight],
                                                            float inverse) {
   Vector<std::uint32_t, 2> words;
 #pragma unroll
