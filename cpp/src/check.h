@@ -19,12 +19,12 @@ void check_pointer(const void* pointer, bool needed, const Argument& argument) {
 }
 
 // The byte offsets of so many elements fit into 64 bits.
-constexpr std::int64_t kMostElements = std::numeric_limits<std::int64_t>::max() / 8;
+constexpr std::int64_t kMaxElements = std::numeric_limits<std::int64_t>::max() / 8;
 
 // `rows` and `cols` must not be negative.
 template <class Argument>
 void check_elements(std::int64_t rows, std::int64_t cols, const Argument& argument) {
-  check(cols == 0 || rows <= kMostElements / cols, argument, "fewer than 2^60 elements",
+  check(cols == 0 || rows <= kMaxElements / cols, argument, "fewer than 2^60 elements",
         [&] { return std::to_string(rows) + " * " + std::to_string(cols); });
 }
 
@@ -37,9 +37,9 @@ void check_dtype(DType dtype, const Argument& argument) {
 inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
 
 // NVFP4 has the smallest blocks of all weights. The blocks that `quantize` makes have at least 32 elements.
-constexpr int kLeastBlocksize = 16;
+constexpr int kMinBlocksize = 16;
 inline void check_blocksize(int blocksize, const char* argument) {
-  check(blocksize >= kLeastBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
+  check(blocksize >= kMinBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
         argument, "a power of two, 16 ... 4096", blocksize);
 }
 

@@ -192,8 +192,8 @@ void large_output_has_the_bits_of_a_small_one() {
     std::size_t space = memory.size();
     EXPECT(std::align(64, bytes, aligned, space) != nullptr);
     char* const shifted = static_cast<char*>(aligned) + bytes + size;
-    EXPECT(qn::written_past_caches(aligned, bytes) && !qn::written_past_caches(shifted, bytes));
-    EXPECT(!qn::written_past_caches(aligned, qn::stream_bytes(qn::caches()) - 1));
+    EXPECT(qn::wants_streaming_stores(aligned, bytes) && !qn::wants_streaming_stores(shifted, bytes));
+    EXPECT(!qn::wants_streaming_stores(aligned, qn::stream_bytes(qn::caches()) - 1));
     qn::dequantize({.weight = view, .dtype = dtype, .out = aligned});
     qn::dequantize({.weight = view, .dtype = dtype, .out = shifted});
     EXPECT(std::memcmp(aligned, shifted, bytes) == 0);
@@ -664,7 +664,7 @@ void grids_cover_every_element_evenly() {
       for (std::int64_t threads : {1, 2, 3, 16})
         for (std::int64_t tasks_per_thread : {1, 8}) {
           const qn::Grid grid = qn::make_grid(rows, columns, limits, threads, tasks_per_thread);
-          EXPECT(grid.row_part <= limits.most_rows && grid.column_tile <= limits.widest_tile);
+          EXPECT(grid.row_part <= limits.max_rows && grid.column_tile <= limits.max_tile);
           EXPECT((grid.row_parts - 1) * grid.row_part < rows && rows <= grid.row_parts * grid.row_part);
           EXPECT((grid.column_tiles - 1) * grid.column_tile < columns &&
                  columns <= grid.column_tiles * grid.column_tile);
@@ -681,8 +681,8 @@ void blocks_fit_the_caches_of_the_machine() {
   EXPECT(found.second >= 4 << 10 && found.last >= found.second);
   const qn::Caches small{.second = 256 << 10, .last = 6 << 20};
   const qn::Caches large{.second = 2 << 20, .last = 256 << 20};
-  EXPECT(qn::for_second_level(32, 1, small) == 8 && qn::for_second_level(2, 1, small) == 1);
-  EXPECT(qn::for_second_level(32, 1, large) == 32);
+  EXPECT(qn::scaled_to_l2(32, 1, small) == 8 && qn::scaled_to_l2(2, 1, small) == 1);
+  EXPECT(qn::scaled_to_l2(32, 1, large) == 32);
   EXPECT(qn::stream_bytes(small) == 3 << 20 && qn::stream_bytes(large) == 16 << 20);
 }
 

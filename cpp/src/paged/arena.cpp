@@ -61,12 +61,12 @@ void PagedArena::Impl::lay_out(const std::vector<PagedState>& states, std::size_
     const std::size_t between = is_whole ? kAlignment : kPage;
     // The third moment follows the first in the same array. (If the array is cut into segments, these share blocks of
     // managed memory where one moment ends and the other begins.)
-    const std::size_t of_first = moments == 3 ? 2 : 1;
-    entry.state[0] = array(of_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
+    const std::size_t arrays_in_first = moments == 3 ? 2 : 1;
+    entry.state[0] = array(arrays_in_first * state_bytes, is_whole && is_open ? kAlignment : kPage);
     entry.state[2] = entry.state[0] + state_bytes;
     if (moments > 1) entry.state[1] = array(state_bytes, between);
     if (entry.in_8_bits()) {
-      entry.absmax[0] = array(of_first * absmax_bytes, between);
+      entry.absmax[0] = array(arrays_in_first * absmax_bytes, between);
       entry.absmax[2] = entry.absmax[0] + absmax_bytes;
       if (moments > 1) entry.absmax[1] = array(absmax_bytes, between);
     }

@@ -51,7 +51,7 @@ class PagedArena::Impl {
   void leave(std::size_t segment, void* stream, bool evict);
   void finish(void* stream);
 
-  std::size_t bytes_to_come(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
+  std::size_t bytes_to_fetch(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
   // The address at which a kernel finds the data of `home`, an address in a segment that was entered.
   void* resident(std::size_t segment, void* home) const;
 

@@ -62,9 +62,10 @@ PagedUpdate::PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream) : 
 
 void PagedUpdate::begin() {
   if (arenas_.empty()) return;
-  std::size_t to_come = 0;
-  for (const Visit& visit : visits_) to_come += visit.arena != nullptr ? visit.arena->bytes_to_come(visit.segment) : 0;
-  is_short_ = arenas_.front()->driver().free_bytes() < to_come + kSpareBytes;
+  std::size_t to_fetch = 0;
+  for (const Visit& visit : visits_)
+    to_fetch += visit.arena != nullptr ? visit.arena->bytes_to_fetch(visit.segment) : 0;
+  is_short_ = arenas_.front()->driver().free_bytes() < to_fetch + kSpareBytes;
   for (PagedArena::Impl* arena : arenas_) arena->begin(stream_);
   fetch(0);
 }
