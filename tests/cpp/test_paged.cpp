@@ -12,6 +12,7 @@
 #include "common/optimizer.h"
 #include "emulator/emulated_driver.h"
 #include "expect.h"
+#include "paged/arena.h"
 #include "qlora_native/qlora_native.h"
 
 namespace qn = qlora_native;
@@ -21,7 +22,7 @@ namespace {
 
 std::unique_ptr<qn::PagedArena> make_arena(const std::vector<qn::PagedState>& states, EmulatedDriver::Options& driver,
                                            const qn::PagedOptions& options) {
-  return std::make_unique<qn::PagedArena>(states, std::make_unique<EmulatedDriver>(&driver), options);
+  return qn::PagedArena::Impl::make_arena(std::make_unique<EmulatedDriver>(&driver), states, options);
 }
 
 // ---- training of parameters whose state lies in ordinary memory or in arenas ----

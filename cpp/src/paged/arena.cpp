@@ -296,19 +296,22 @@ std::unique_ptr<Driver> driver_of(const Stream& stream) {
 
 }  // namespace
 
-PagedArena::PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options)
-    : PagedArena(states, driver_of(stream), options) {}
-
-PagedArena::PagedArena(const std::vector<PagedState>& states, std::unique_ptr<Driver> driver,
-                       const PagedOptions& options) {
+std::unique_ptr<PagedArena::Impl> PagedArena::Impl::make(std::unique_ptr<Driver> driver,
+                                                         const std::vector<PagedState>& states,
+                                                         const PagedOptions& options) {
   for (std::size_t i = 0; i < states.size(); ++i) {
     const std::int64_t elements = states[i].elements;
     check(elements >= 0, [&] { return "states[" + std::to_string(i) + "].elements"; }, ">= 0", elements);
   }
   check(options.segment_bytes >= 1, "segment_bytes", ">= 1", options.segment_bytes);
-  impl_ = std::make_unique<Impl>(std::move(driver));
-  impl_->open(states, options);
+  auto impl = std::make_unique<Impl>(std::move(driver));
+  impl->open(states, options);
+  return impl;
 }
+
+PagedArena::PagedArena(const std::vector<PagedState>& states, const Stream& stream, const PagedOptions& options)
+    : impl_(Impl::make(driver_of(stream), states, options)) {}
+PagedArena::PagedArena(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 PagedArena::~PagedArena() = default;
 

@@ -1,4 +1,4 @@
-// The implementation of PagedArena: where the states lie, and how their segments come and go in a step.
+// The implementation of PagedArena: where the states lie, and how their segments move in a step.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +32,13 @@ class PagedArena::Impl {
 
   explicit Impl(std::unique_ptr<Driver> driver) : driver_(std::move(driver)) {}
   ~Impl();  // also cleans up if open() has thrown
+  static std::unique_ptr<Impl> make(std::unique_ptr<Driver> driver, const std::vector<PagedState>& states,
+                                    const PagedOptions& options);
+  // For tests, which pass a driver of their own.
+  static std::unique_ptr<PagedArena> make_arena(std::unique_ptr<Driver> driver, const std::vector<PagedState>& states,
+                                                const PagedOptions& options) {
+    return std::unique_ptr<PagedArena>(new PagedArena(make(std::move(driver), states, options)));
+  }
   void open(const std::vector<PagedState>& states, const PagedOptions& options);
 
   static Impl* find(const void* state);  // the arena in which this address lies, or null
@@ -61,8 +68,8 @@ class PagedArena::Impl {
   };
   struct Segment {
     std::vector<Range> ranges;
-    void* fetched = nullptr;  // event: the segment has come
-    void* ready = nullptr;    // event: the caller's stream has come to the update
+    void* fetched = nullptr;  // event: the segment is on the device
+    void* ready = nullptr;    // event: the caller's stream has reached the update
     void* updated = nullptr;
     bool resident = false;   // only for managed memory: the segment was fetched and not sent back
     bool uncounted = false;  // it is not known yet whether the update had to wait

@@ -19,7 +19,7 @@ Optimizer8bitTensor segment_of(const Optimizer8bitTensor& tensor, std::int64_t f
 
 class PagedUpdate {
  public:
-  // Begins to fetch the first segment, so that it comes while the gradients are checked.
+  // Begins to fetch the first segment, so that it arrives while the gradients are checked.
   PagedUpdate(const Optimizer8bitArgs& args, const Stream& stream);
 
   // launch(parts) puts the update of some parts into the stream. All calls together cover every tensor once; the first
