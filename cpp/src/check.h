@@ -2,13 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
 
-#include "qlora_native/error.h"
+#include "common/checks.h"
 #include "qlora_native/linear.h"
 
 namespace qlora_native {
@@ -34,15 +33,6 @@ void check_dtype(DType dtype, const Argument& argument) {
         static_cast<int>(dtype));
 }
 
-inline void check_bits(int bits, const char* argument) { check(bits == 4 || bits == 8, argument, "4 or 8", bits); }
-
-// NVFP4 has the smallest blocks of all weights. The blocks that `quantize` makes have at least 32 elements.
-constexpr int kMinBlocksize = 16;
-inline void check_blocksize(int blocksize, const char* argument) {
-  check(blocksize >= kMinBlocksize && blocksize <= 4096 && std::has_single_bit(static_cast<unsigned>(blocksize)),
-        argument, "a power of two, 16 ... 4096", blocksize);
-}
-
 // The values are checked only on the cpu, where the host can read them.
 inline void check_code(const float* code, int bits, const Stream& stream, const char* argument) {
   if (bits == 8) return;
@@ -61,7 +51,7 @@ inline void check_weight(const QuantizedWeightView& w, const Stream& stream) {
   check_elements(w.N, w.K, "weight.N");
   check_elements(w.count, w.N * w.K, "weight.count");
   check_bits(w.bits, "weight.bits");
-  check_blocksize(w.blocksize, "weight.blocksize");
+  check_blocksize(w.blocksize, kMinBlocksize, "weight.blocksize");
   check_pointer(w.codes, true, "weight.codes");
   check_pointer(w.absmax, true, "weight.absmax");
   check_code(w.code, w.bits, stream, "weight.code");

@@ -63,8 +63,8 @@ concept ProductPrimitives =
       { load_as_f32<DType::bf16>(elements, 1) } -> FloatOf<V>;
       store_from_f32<DType::bf16>(out, x);
       store_from_f32<DType::bf16>(out, x, 1);
-      // 2 * kLanes adjacent elements, the even ones in x and the odd ones in y. Stored are values that the dtype has, with
-      // `true` by a non-temporal store if the instruction set has one.
+      // 2 * kLanes adjacent elements, the even ones in x and the odd ones in y. Stored are values that the dtype has,
+      // with `true` by a non-temporal store if the instruction set has one.
       load_pairs<DType::bf16>(elements, x, y);
       store_pairs<DType::bf16, true>(out, x, y);
       end_stream();            // after non-temporal stores: until then other threads may see them late
