@@ -14,6 +14,15 @@ target_include_directories(nlohmann_json::nlohmann_json INTERFACE "{include}")
 """
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run one of N cases")
+
+
+@pytest.hookimpl(trylast=True)  # of those that -k and -m select
+def pytest_collection_modifyitems(config, items):
+    items[:] = items[:: config.getoption("every")]
+
+
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory):
     """The program of examples/cpp_trainer, built against the installed package."""

@@ -36,6 +36,7 @@ def sanitized(tmp_path_factory):
     return build / "tests/fuzz/fuzz_api"
 
 
+@pytest.mark.thorough
 def test_any_input_leaves_memory_alone(sanitized, tmp_path):
     command = [sanitized, f"-max_total_time={SECONDS}", f"-artifact_prefix={tmp_path}/", "-seed=1", FUZZ / "corpus/api"]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
