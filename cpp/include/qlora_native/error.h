@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "qlora_native/export.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native {
 

@@ -18,7 +18,6 @@
 //   either, with a dense product of the application: see set_dense_gemm (runtime.h)
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

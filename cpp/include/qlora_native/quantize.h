@@ -3,7 +3,6 @@
 // non_finite: so on cuda the caller first copies a table of codebook.h to the device.
 #pragma once
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

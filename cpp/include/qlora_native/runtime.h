@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "qlora_native/export.h"
 #include "qlora_native/types.h"
 
 namespace qlora_native {

@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// A shared library of qlora_native exports everything that is declared with QLN_API, and nothing else.
+#define QLN_API [[gnu::visibility("default")]]
+
 namespace qlora_native {
 
 enum class DType : std::int8_t { f32, bf16, f16 };

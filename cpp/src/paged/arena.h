@@ -50,16 +50,16 @@ class PagedArena::Impl {
   Driver& driver() const { return *driver_; }
   PagedStats stats();
 
-  // The order of calls in a step: begin; then fetch, enter and leave for each segment; then finish. `stream` is the
-  // caller's stream; the update of a segment is put into it between enter and leave.
+  // The order of calls in a step: begin; then fetch, begin_update and end_update for each segment; then finish.
+  // `stream` is the caller's stream; the update of a segment is put into it between these two.
   void begin(void* stream);
   void fetch(std::size_t segment);
-  void enter(std::size_t segment, void* stream);
-  void leave(std::size_t segment, void* stream, bool evict);
+  void begin_update(std::size_t segment, void* stream);
+  void end_update(std::size_t segment, void* stream, bool evict);
   void finish(void* stream);
 
   std::size_t bytes_to_fetch(std::size_t segment) const { return segments_[segment].resident ? 0 : size_of(segment); }
-  // The address at which a kernel finds the data of `home`, an address in a segment that was entered.
+  // The address at which a kernel finds the data of `home`, an address in a segment whose update has begun.
   void* resident(std::size_t segment, void* home) const;
 
  private:
@@ -100,7 +100,7 @@ class PagedArena::Impl {
   std::size_t next_slot_ = 0;
 
   void *in_ = nullptr, *out_ = nullptr;  // the streams that copy to the device and from it
-  void *entered_ = nullptr, *left_ = nullptr, *sent_ = nullptr;
+  void *step_began_ = nullptr, *step_ended_ = nullptr, *evicted_ = nullptr;
   PagedStats stats_;
 
   static std::map<const std::byte*, Impl*> all_;  // all arenas, by their end address

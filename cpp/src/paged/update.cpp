@@ -74,11 +74,11 @@ void PagedUpdate::fetch(std::size_t visit) {
   if (visit < visits_.size() && visits_[visit].arena != nullptr) visits_[visit].arena->fetch(visits_[visit].segment);
 }
 
-void PagedUpdate::before(std::size_t i) {
+void PagedUpdate::prepare(std::size_t i) {
   fetch(i + 1);
   Visit& visit = visits_[i];
   if (visit.arena == nullptr) return;
-  visit.arena->enter(visit.segment, stream_);
+  visit.arena->begin_update(visit.segment, stream_);
   for (UpdatePart& part : visit.parts) {
     Optimizer8bitTensor& tensor = part.tensor;
     for (int k = 0; k < kMaxMoments; ++k) {
@@ -90,8 +90,8 @@ void PagedUpdate::before(std::size_t i) {
   }
 }
 
-void PagedUpdate::after(std::size_t i) {
-  if (visits_[i].arena != nullptr) visits_[i].arena->leave(visits_[i].segment, stream_, is_short_);
+void PagedUpdate::complete(std::size_t i) {
+  if (visits_[i].arena != nullptr) visits_[i].arena->end_update(visits_[i].segment, stream_, is_short_);
 }
 
 void PagedUpdate::finish() {
