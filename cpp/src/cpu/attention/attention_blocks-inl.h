@@ -11,8 +11,8 @@
 //   columns      [chunk][unit of rows][64 columns]  second operands
 //   transposed   [unit of columns][64 rows]         second operands that are multiplied transposed
 //
-// Accumulators are [chunk][row][64 columns]. Each is computed from its blocks in one order, whatever the
-// tasks and the threads are.
+// Accumulators are [chunk][row][64 columns]. The blocks that add to one come in the same order, whatever the tasks and
+// the threads are.
 #pragma once
 
 #include <limits>

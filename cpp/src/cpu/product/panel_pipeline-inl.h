@@ -200,12 +200,12 @@ using FixedStride = std::integral_constant<std::int64_t, kFloats>;
 template <class Stride>
 constexpr bool kIsFixed = !std::is_same_v<Stride, std::int64_t>;
 
-// A register tile: the accumulators of kRows rows times kVectors vectors over some units, and its share of another
+// A register tile: the accumulators of kRows rows times kVectors vectors over some units, and its slice of another
 // panel's decoding.
 //
-//   rows      [row][unit]: a unit is broadcast, times all vectors
-//   vectors   [unit][vector][lane]
-//   accumulators      [row][vector][lane]; with `accumulate` these are added to what is there
+//   rows           [row][unit]: a unit is broadcast, times all vectors
+//   vectors        [unit][vector][lane]
+//   accumulators   [row][vector][lane]; with `accumulate` these are added to what is there
 //
 // With kChain the accumulators go on from what is there; else they are added to it in the end. A step of decoding comes
 // before every kDecodingUnits units.

@@ -1,9 +1,8 @@
 // How the operands and the accumulators of ProductNn (product_nn-inl.h) lie in memory, and how they are cut:
 //
-//   packed X   [row][unit], packed_stride(units) apart
-//   panel      the decoded columns of W, [chunk][unit][64 columns]
-//   accumulators       fp32, [strip][chunk][row of the strip][64 columns], in the order that decoding leaves
-//   (Dot::to_natural)
+//   packed X       [row][unit], packed_stride(units) apart
+//   panel          the decoded columns of W, [chunk][unit][64 columns]
+//   accumulators   fp32, [strip][chunk][row of the strip][64 columns] in decoded order (Dot::to_natural)
 //
 // With tiles, packed X is A, a quarter of a chunk of the panel is B, and the accumulators are C (tiles-inl.h).
 #pragma once

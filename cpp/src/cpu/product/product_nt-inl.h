@@ -1,8 +1,8 @@
 // Y = X . W^T: lanes across the rows of X, units of W broadcast.
 //
-//   packed X   strips of 1 ... kMaxStripVectors vectors of rows; a strip is [unit][vector][lane]
-//   panel      the decoded rows of W, [row][unit], kPanelStride units apart
-//   accumulators       fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
+//   packed X       strips of 1 ... kMaxStripVectors vectors of rows; a strip is [unit][vector][lane]
+//   panel          the decoded rows of W, [row][unit], kPanelStride units apart
+//   accumulators   fp32, a strip is [row of W][vector][lane]: Y transposed, until it is written
 //
 // Decoding leaves a row of W contiguous, which is what a broadcast reads, so W is never transposed. With tiles, rows of
 // the panel are A, a strip is B, and the accumulators are C (tiles-inl.h).
