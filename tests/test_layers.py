@@ -33,10 +33,12 @@ MAY_INCLUDE = {
     # It has the vectors of another folder beside its tiles.
     f"{CPU}/isa/amx": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/portable", f"{CPU}/isa/avx512"),
     **{room: (*CORE, f"{CPU}/isa", *ROOMS) for room in ROOMS[1:]},
+    # An operation includes no other one.
+    **{f"cuda/{room}": (*CORE, "cuda/device", "cuda/runtime") for room in ("product", "quantize", "loss", "elementwise")},
+    "cuda/optimizer": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
     "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
-    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator", "cuda/runtime"),
-    "cuda/emulator": (*CORE, "cpp/src/paged", "cuda/device"),
-    "cuda": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
+    "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator"),
+    "cuda/emulator": ("cpp/include", "cpp/src/common", "cpp/src/paged"),
     "cpp/src/common": ("cpp/include",),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.

@@ -7,9 +7,8 @@
 #include <utility>
 
 #include "common/host_device.h"
-#include "common/layout.h"
 #include "device/simt.cuh"
-#include "qlora_native/error.h"
+#include "qlora_native/types.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -210,15 +209,6 @@ __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
     value = other > value ? other : value;
   }
   return value;
-}
-
-// Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
-// the device several times over.
-inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
-  constexpr std::int64_t kBlocksPerSm = 8;
-  const std::int64_t blocks = ceil_div(items, threads);
-  const std::int64_t most = kBlocksPerSm * num_sms(stream);
-  return {.blocks = blocks < most ? blocks : most, .threads = threads};
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -1,29 +1,14 @@
-// The emulator: it implements simt.cuh for the host's compiler. A kernel runs on the CPU and computes the values that a
-// device would compute, up to the rounding inside an mma. The emulator tests indexing, synchronization and layout; it
-// says nothing about speed. The rules:
-//
-//   - Threads are fibers. They meet in sync_threads() and in everything that a warp does together. Lanes that meet at
-//     different calls, or never, end the process with file and line.
-//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
-//     depend on it. Under "concurrent" blocks run at the same time, and stores become visible late (fibers.h).
-//   - cp_async only queues a copy, and cp_async_wait does it. Shared memory, and memory of a Workspace, begins as NaN.
-//   - A vector that is loaded from or stored to a misaligned address ends the process.
-//   - The device's memory is apart from the host's; memory.h says how that is enforced.
+// Implements simt.cuh over the emulator, whose rules emulator/fibers.h has: a kernel computes the values that a device
+// would compute, up to the rounding inside an mma.
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
-#include <tuple>
 #include <type_traits>
 
 #include "common/float16.h"
-#include "emulator/call_memory.h"
 #include "emulator/fibers.h"
-#include "emulator/memory.h"
-#include "qlora_native/runtime.h"
 
 #define __global__
 #define __device__
@@ -34,64 +19,6 @@
 #define __constant__ static
 
 namespace qlora_native::cuda_emulated {
-
-// ---- launches and memory, for host code ----
-
-// While an object of this class lives, host code may access the device's memory in the device's place. An application
-// that computes a dense product in a stream needs one.
-using emulator::DeviceWork;
-
-template <auto kKernel, class... Args>
-void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
-  int number = 0;
-  (emulator::check_argument(__PRETTY_FUNCTION__, ++number, args), ...);
-  emulator::launch({.blocks = shape.blocks,
-                    .threads = shape.threads,
-                    .smem_bytes = shape.smem_bytes,
-                    .cluster = shape.cluster,
-                    .programmatic_launch = shape.programmatic_launch,
-                    .next_programmatic_launch = shape.next_programmatic_launch,
-                    .thread = [all = std::tuple<Args...>(args...)] { std::apply(kKernel, all); }});
-}
-
-// On a device this makes the stream's device current; here it does nothing.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Stream&) {}
-};
-
-// A Workspace takes this memory if the application gives none.
-inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
-  return {.data = emulator::allocate_on_device(bytes, "a workspace")};
-}
-inline void release_workspace(const DeviceMemory& memory, const Stream&) {
-  emulator::check_no_pending_grid();
-  emulator::release_on_device(memory.data);
-}
-// Memory that the application gives is reachable for kernels from make_reachable() until make_unreachable().
-inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
-  emulator::register_managed(memory.data, bytes, "a workspace in the application's memory");
-}
-inline void make_unreachable(const DeviceMemory& memory) {
-  emulator::check_no_pending_grid();
-  emulator::unregister_managed(memory.data);
-}
-// Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
-inline void poison(void* memory, std::size_t bytes) {
-  const DeviceWork work;
-  emulator::poison(memory, bytes);
-}
-
-inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
-  emulator::check_argument("fill_bytes", 1, data);
-  emulator::run_pending_grid();
-  const DeviceWork work;
-  std::memset(data, byte, bytes);
-}
-
-inline int num_sms(const Stream&) { return emulator::num_sms(); }
-inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
-inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
 // ---- who a thread is ----
 

@@ -1,7 +1,9 @@
-// Implements hopper.cuh on the emulator (async.h says which mistakes it finds).
+// Implements hopper.cuh over the emulator (emulator/async.h says which mistakes it finds).
 #pragma once
 
-#include "common/host_device.h"
+#include <memory>
+#include <string>
+
 #include "device/instructions_emulated.h"
 #include "qlora_native/error.h"
 
@@ -23,9 +25,6 @@ class TensorMap {
  private:
   TileSource source_;
 };
-
-// The emulated device is a Hopper if QLN_FORCE_HOPPER is set.
-inline bool is_hopper(const Stream&) { return std::getenv("QLN_FORCE_HOPPER") != nullptr; }
 
 // ---- barriers ----
 

@@ -1,7 +1,15 @@
-// The emulator runs kernels on a machine without a GPU. It knows no kernel and no operation: it has what a device has,
-// and device/ builds the instructions that a kernel calls on it.
+// The emulator runs kernels on a machine without a GPU. It tests indexing, synchronization and layout, and says nothing
+// about speed. It knows no kernel and no operation: device/ implements the instructions that a kernel calls over it,
+// and runtime/ the launches. The rules:
 //
-// The threads of a block are fibers, which one host thread runs, each until it waits for others or ends.
+//   - The threads of a block are fibers, which one host thread runs, each until it waits for others or ends. Threads
+//     that meet at different calls, or never, end the process with file and line.
+//   - QLN_SCHEDULE=forward|reverse|random:SEED|concurrent:SEED is the order in which fibers run. Results must not
+//     depend on it.
+//   - cp_async only queues a copy, and cp_async_wait does it. Shared memory begins as NaN.
+//   - A vector that is loaded from or stored to a misaligned address ends the process.
+//   - The device's memory is apart from the host's (memory.h). Barriers, tiles by TMA and wgmma have rules of their own
+//     (async.h), and so have clusters (cluster.cpp).
 //
 // Under the schedules forward, reverse and random a fiber runs until it waits, and a block starts when all blocks
 // before it have ended or wait for others. Under random some warps are held back while others run. These schedules find

@@ -3,7 +3,6 @@
 #include "common/microscaling.h"
 #include "device/elements.cuh"
 #include "runtime/operations.h"
-#include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {
 namespace {

@@ -2,7 +2,9 @@
 // one (runtime.h), else from the backend.
 #pragma once
 
+#include "device/simt.cuh"
 #include "hooks.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::QLN_CUDA {
 

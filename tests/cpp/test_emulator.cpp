@@ -11,7 +11,9 @@
 
 #include "death_message.h"
 #include "device/simt.cuh"
+#include "emulator/call_memory.h"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {

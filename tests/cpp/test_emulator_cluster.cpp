@@ -14,6 +14,7 @@
 #include "death_message.h"
 #include "device/hopper.cuh"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -12,6 +12,7 @@
 #include "device/hopper.cuh"
 #include "expect.h"
 #include "qlora_native/error.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -7,6 +7,7 @@
 #include "death_message.h"
 #include "device/simt.cuh"
 #include "expect.h"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "quantize/nearest_code.cuh"
+#include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
