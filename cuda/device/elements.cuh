@@ -1,5 +1,5 @@
-// A thread of an elementwise kernel takes eight neighbouring elements at a time. These functions load and store them as
-// vectors where the address allows it, and one by one where it does not, or at the end of an array.
+// A thread of an elementwise kernel takes eight contiguous elements at a time. These functions load and store them as
+// vectors where they are aligned, and one by one elsewhere, or at the end of an array.
 #pragma once
 
 #include <bit>
@@ -36,7 +36,7 @@ QLN_HOST_DEVICE inline bool is_aligned(const void* p, int bytes) {
 template <class T, int kElements>
 constexpr int kVectorElements = sizeof(T) * kElements < kVectorBytes ? kElements : kVectorBytes / sizeof(T);
 
-// Loads eight elements from an address that vectors can be loaded from.
+// Loads eight elements from an aligned address.
 template <class T>
 __device__ __forceinline__ void load_vec8_aligned(const T* from, T (&to)[kVecSize]) {
   constexpr int kCount = kVectorElements<T, kVecSize>;
@@ -200,12 +200,12 @@ __device__ __forceinline__ float rounded(float value) {
   return to_f32(from_f32<T>(value));
 }
 
-// Returns to each lane the largest value among `lanes` neighbouring lanes; `lanes` is a power of two.
+// Returns to each lane the largest value among `lanes` adjacent lanes; `lanes` is a power of two.
 template <class T>
 __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const T other = shfl_xor(value, mask & (lanes - 1));  // a lane asks itself where the mask leaves the neighbours
+    const T other = shfl_xor(value, mask & (lanes - 1));  // beyond `lanes` the mask is 0: a lane's own value
     value = other > value ? other : value;
   }
   return value;

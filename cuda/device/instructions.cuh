@@ -49,8 +49,8 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* flag)
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
-// An acquiring load invalidates the first-level cache, which the multiply uses. So wait_for() polls with relaxed loads,
-// and does one acquiring load when the value has come.
+// An acquiring load invalidates the L1 cache, which the multiply uses. So wait_for() polls with relaxed loads, and does
+// one acquiring load at the end.
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* flag) {
   std::uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -179,7 +179,7 @@ __device__ __forceinline__ V load_shared(const SharedAddress& from) {
 template <class V>
 __device__ __forceinline__ void store_shared(const SharedAddress& to, const V& value) {
   if constexpr (std::is_same_v<V, Vector<float, 4>>) {
-    // ptxas takes a move to an integer register for a use of wgmma's sums before the wait for them.
+    // ptxas takes a move to an integer register for a use of wgmma's accumulators before the wait for them.
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to.address), "f"(value.at[0]), "f"(value.at[1]),
                  "f"(value.at[2]), "f"(value.at[3])
                  : "memory");
@@ -197,7 +197,7 @@ __device__ __forceinline__ void store_shared(const SharedAddress& to, const V& v
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if constexpr (kBytes == 16) {  // bypasses the first-level cache, because one block alone uses each byte
+  if constexpr (kBytes == 16) {  // bypasses the L1 cache, because one block alone uses each byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
                  : "memory");
   } else {

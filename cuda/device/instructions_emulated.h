@@ -35,7 +35,7 @@ T* dynamic_smem() {
 
 inline void sync_threads(Site site = Site::current()) { emulator::barrier(site); }
 
-// `exchange` reads and changes what every lane has brought.
+// `exchange` reads and changes the operands of all lanes.
 template <class Lane, class Exchange>
 void collective(Lane& lane, const Exchange&, Site site) {
   emulator::warp_collective(
@@ -78,9 +78,9 @@ inline std::uint32_t max_of_warp(std::uint32_t value, Site site = Site::current(
   collective(
       value,
       [](std::uint32_t* const* lanes) {
-        std::uint32_t most = 0;
-        for (int i = 0; i < kWarp; ++i) most = *lanes[i] > most ? *lanes[i] : most;
-        for (int i = 0; i < kWarp; ++i) *lanes[i] = most;
+        std::uint32_t max = 0;
+        for (int i = 0; i < kWarp; ++i) max = *lanes[i] > max ? *lanes[i] : max;
+        for (int i = 0; i < kWarp; ++i) *lanes[i] = max;
       },
       site);
   return value;
@@ -103,7 +103,7 @@ inline bool is_last_to_arrive(std::uint32_t* counter, int count, Site site = Sit
 
 // A kernel that has called this in every block lets a kernel begin that is launched with programmatic_launch.
 inline void griddepcontrol_launch_dependents() {}
-// Waits until the kernel launched before this one has ended. Does nothing if this one does not begin early.
+// Waits until the kernel launched before this one has ended. Does nothing without programmatic_launch.
 inline void griddepcontrol_wait(Site site = Site::current()) { emulator::griddepcontrol_wait(site); }
 
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
@@ -144,7 +144,7 @@ void store_vector(T* to, const Vector<T, kCount>& vector) {
 // On a device this keeps a value in a register that the compiler would otherwise compute again in each step of a loop.
 inline std::uint32_t in_register(std::uint32_t value) { return value; }
 inline std::uint64_t in_register(std::uint64_t value) { return value; }
-// An address in shared memory. On a device it has 32 bits, so adding to it or flipping its bits takes one instruction.
+// An address in shared memory. On a device it has 32 bits, so an addition or an XOR is one instruction.
 struct SharedAddress {
   std::byte* address;
   explicit SharedAddress(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
@@ -161,13 +161,13 @@ struct SharedAddress {
     return SharedAddress(reinterpret_cast<const void*>((kept_bits | row) + kRowsBegin));
   }
 };
-// Dynamic shared memory from kRowsBegin on. The block must have asked for so much more, because dynamic_smem() may
+// Dynamic shared memory from kRowsBegin on. The launch must request kRowsBegin bytes more, because dynamic_smem() may
 // begin anywhere before. With kIsKnown a device's compiler knows this address.
 template <class T, bool kIsKnown = false>
 T* dynamic_smem_for_rows() {
   auto* const smem = dynamic_smem<std::byte>();
   const auto before = static_cast<std::uint32_t>(kRowsBegin - reinterpret_cast<std::uintptr_t>(smem)) & 0xFFFF;
-  if (before > kRowsBegin) emulator::fail("shared memory begins behind the place for a table of rows");
+  if (before > kRowsBegin) emulator::fail("shared memory begins behind the address of a table of rows");
   return reinterpret_cast<T*>(smem + before);
 }
 // Moves the address on by `bytes` if a < b.
@@ -251,7 +251,7 @@ inline float larger_or_nan(float a, float b) {
 
 // ---- tensor cores ----
 
-// Loads four 8x8 matrices of 16-bit elements. Lane 8i+j brings the address of row j of matrix i. r[i] becomes two
+// Loads four 8x8 matrices of 16-bit elements. Lane 8i+j gives the address of row j of matrix i. r[i] becomes two
 // elements of matrix i: row lane/4, columns 2*(lane%4) and 2*(lane%4)+1. With kTranspose they are elements of the
 // transposed matrix.
 template <bool kTranspose>

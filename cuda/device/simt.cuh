@@ -33,7 +33,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 // mma_16x8x16 multiplies 16 rows by 8 columns, over 16 elements of the inner dimension.
 constexpr int kMmaRows = 16, kMmaCols = 8, kMmaInner = 16;
 
-// Every architecture from sm_80 on gives a block at least so much; sm_86, sm_89 and sm_120 give no more.
+// The shared memory that a block may have on every architecture from sm_80 on; sm_86, sm_89 and sm_120 have no more.
 constexpr std::size_t kMinSmemBytes = 99 * 1024;
 
 // SharedAddress::row_of_byte looks into a table that begins kRowsBegin bytes behind a multiple of 64 KB in shared

@@ -45,12 +45,12 @@ struct LaunchShape {
 namespace qlora_native::QLN_CUDA {
 
 // Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
-// the device several times over.
+// the device a few times.
 inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
   constexpr std::int64_t kBlocksPerSm = 8;
   const std::int64_t blocks = ceil_div(items, threads);
-  const std::int64_t most = kBlocksPerSm * num_sms(stream);
-  return {.blocks = blocks < most ? blocks : most, .threads = threads};
+  const std::int64_t max_blocks = kBlocksPerSm * num_sms(stream);
+  return {.blocks = blocks < max_blocks ? blocks : max_blocks, .threads = threads};
 }
 
 }  // namespace qlora_native::QLN_CUDA

@@ -10,8 +10,8 @@
 
 namespace qlora_native::cuda_emulated {
 
-// While an object of this class lives, host code may access the device's memory in the device's place. An application
-// that computes a dense product in a stream needs one.
+// While an object of this class lives, host code may access the device's memory, as an application does that computes a
+// dense product in a stream.
 using emulator::DeviceWork;
 
 template <auto kKernel, class... Args>

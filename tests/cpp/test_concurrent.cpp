@@ -1,7 +1,7 @@
 // Guards the CUDA kernels whose blocks depend on each other, on the emulator with concurrent blocks
-// (cuda/emulator/fibers.h). Several blocks share the sums of a tile, and a kernel passes a workspace to the next: the
-// results have the same bits as when one block runs after the other. To be run with QLN_BACKEND=cuda_emulated; exits 1
-// on a failure.
+// (cuda/emulator/fibers.h). Several blocks make partial sums of a tile (stream-K), and a kernel passes a workspace to
+// the next: the results have the same bits as when one block runs after the other. To be run with
+// QLN_BACKEND=cuda_emulated; exits 1 on a failure.
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -157,10 +157,9 @@ Bytes results(const Case& c) {
   return all;
 }
 
-// The cases are: few rows; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
-// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which
-// several blocks share through a workspace. Then come the same for rows in groups, with their own weights or only with
-// their own adapters.
+// The cases are: M = 4; tiles of 16, 64, 128 and 256 rows, with whole vectors and without; two tiles, and more tiles
+// than blocks, of 16 rows and of 128; and fp32, whose kernels have no tiles. U, V, dA and dB are long sums, which are
+// split-K products. The same follows for rows in groups that have each a weight and an adapter, or only an adapter.
 constexpr Case kCases[] = {
     {4, 200, 704, DType::bf16, 16},
     {12, 200, 704, DType::bf16, 70},
@@ -189,8 +188,8 @@ void products_have_the_same_bits() {
   }
 }
 
-// Without shared tiles the cases would not test the flags.
-void several_blocks_share_a_tile() {
+// Otherwise the cases would not test the flags.
+void several_blocks_compute_a_tile() {
   for (const Case& each : kCases) {
     if (each.dtype == DType::f32 || each.M / each.weights() <= qn::kGemvRows) continue;
     qn::ProductShape shape{.rows = each.M,
@@ -255,7 +254,7 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
   std::int64_t skipped = 0;
   for (int step = 0; step < 3; ++step) {
     auto& last_grad = reinterpret_cast<float*>(tensors[tensors.size() - 7].data())[sizes.back() - 1];
-    const float kept = last_grad;
+    const float saved = last_grad;
     if (step == 1) last_grad = 1e30f;
     qn::optimizer_8bit_step({.tensors = views.data(),
                              .count = static_cast<std::int64_t>(views.size()),
@@ -263,7 +262,7 @@ Bytes optimizer_results(qn::Algorithm algorithm) {
                              .group_count = 1,
                              .skipped = &skipped,
                              .algorithm = algorithm});
-    last_grad = kept;
+    last_grad = saved;
     EXPECT(skipped == (step == 0 ? 0 : 1));
   }
   Bytes all;
@@ -296,7 +295,7 @@ void learning_rate_that_is_no_number_skips_the_step() {
 }  // namespace
 
 int main() {
-  several_blocks_share_a_tile();
+  several_blocks_compute_a_tile();
   products_have_the_same_bits();
   optimizer_has_the_same_bits();
   learning_rate_that_is_no_number_skips_the_step();

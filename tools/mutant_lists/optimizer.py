@@ -31,8 +31,8 @@ OPTIMIZER = [
     Mutant(
         "cuda/optimizer/plan.cuh",
         "the second half of a list is not found",
-        "jump = kMost / 2; jump > 0",
-        "jump = kMost / 4; jump > 0",
+        "jump = kMax / 2; jump > 0",
+        "jump = kMax / 4; jump > 0",
         ON_GPU,
     ),
     Mutant(

@@ -14,8 +14,8 @@ QUANTIZERS = [
     Mutant(
         "cuda/quantize/nearest_code.cuh",
         "a bucket with three midpoints is searched in one step",
-        "most > 3 ? 4 : most > 1 ? 2 : 1",
-        "most > 3 ? 4 : 1",
+        "max > 3 ? 4 : max > 1 ? 2 : 1",
+        "max > 3 ? 4 : 1",
         ("nearest_codes",),
     ),
     Mutant(
@@ -27,8 +27,8 @@ QUANTIZERS = [
     Mutant(
         "cuda/optimizer/code_table.cuh",
         "a tie takes the level above",
-        "while (least(cell) > midpoints[code]) ++code;",
-        "while (least(cell) >= midpoints[code]) ++code;",
+        "while (smallest(cell) > midpoints[code]) ++code;",
+        "while (smallest(cell) >= midpoints[code]) ++code;",
         ("code_table",),
     ),
     Mutant(
@@ -42,8 +42,8 @@ QUANTIZERS = [
     Mutant(
         "cuda/quantize/quantize.cu",
         "half of a block's lanes find its largest element",
-        "(absmax), 1 << teams.lane_bits)",
-        "(absmax), (1 << teams.lane_bits) / 2)",
+        "(absmax), 1 << subwarps.lane_bits)",
+        "(absmax), (1 << subwarps.lane_bits) / 2)",
         ON_GPU,
     ),
     Mutant(
@@ -55,7 +55,7 @@ QUANTIZERS = [
     ),
     Mutant(
         "cuda/quantize/quantize_absmax.cu",
-        "no barrier before the warps' sums are added",
+        "no barrier before the warps' partial sums are added",
         "= value;\n  sync_threads();\n",
         "= value;\n",
         CONCURRENT,
