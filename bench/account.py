@@ -7,15 +7,13 @@ tokens. LoRA of rank 16 on all seven linears of a layer, bf16, each stack's own 
 `fuse_loss`, `fuse_blocks` and `fuse_attention`, ours without, and bitsandbytes under stock PEFT.
 
 Each contestant trains in a process of its own. The time of a step is the median of several; torch.profiler divides one
-more step into parts. An operation with a dimension of the vocabulary's size counts as head and loss; the others are
-told apart by their names in torch. The limit of a part is its operations over the machine's matrix rate, measured in
-the same run. Memory is the growth of the process during a step. --output writes
-bench/results/<machine>/account.{json,md,png}.
+more step into parts (step.part_of). The limit of a part is its operations over the machine's matrix rate, measured in
+the same run. Memory is the growth of the process during a step. --output writes bench/results/<machine>/account.md, its
+chart, and what the docs show of it into figures.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -34,18 +32,12 @@ import report
 import step
 import timing
 from cases import OURS
+from summary import table
 
 UNFUSED, BITSANDBYTES = f"{OURS}, nothing fused", "bitsandbytes + PEFT"
 LAYERS, TOKENS = 2, 512  # of the 7B shape
-# {part of a step: names of operations}; an operation belongs to the first part that fits.
-PARTS = {
-    "optimizer": ("optimizer",),
-    "attention": ("attention",),
-    "adapters' gradients": ("qlora_native::lora_gradients",),
-    "products": ("qlora_native::linear", "bitsandbytes::", "aten::mm", "aten::addmm", "aten::bmm"),
-}
-HEAD, REST = "head and loss", "norms, activation, rotary, the rest"
-ORDER = ("products", "adapters' gradients", "attention", HEAD, REST, "optimizer")
+ORDER = ("products", "adapters' gradients", "attention", step.HEAD, step.REST, "optimizer")
+FIGURES = ("model", "contestant", "tokens", "seconds", "peak_bytes")  # which tables of the docs are made of
 COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:gray", "tab:purple")
 
 
@@ -56,7 +48,7 @@ def smollm2() -> tuple[nn.Module, Tensor]:
 
 def llama_7b(**changes: Any) -> tuple[nn.Module, Tensor]:
     """LAYERS layers of Llama-7B with random weights, and tokens. `changes` are other sizes for its config."""
-    config = large.llama_7b(LAYERS, **changes)
+    config = large.config_of("llama-7b", LAYERS, **changes)
     model = large.empty_model(config)
     large.fill(model)
     torch.manual_seed(0)
@@ -79,24 +71,15 @@ def operations_of(model: nn.Module, tokens: int) -> dict[str, int]:
     return {
         "products": products,
         "adapters' gradients": gradients,
-        HEAD: 2 * tokens * 2 * head.in_features * head.out_features,
+        step.HEAD: 2 * tokens * 2 * head.in_features * head.out_features,
     }
-
-
-def part_of(operation: Any, vocabulary: int) -> str:
-    """The part of a step that an operation of torch.profiler belongs to, by its shapes and its name."""
-    if any(size == vocabulary for shape in operation.input_shapes for size in shape if isinstance(size, int)):
-        return HEAD
-    if "cross_entropy" in operation.key:
-        return HEAD
-    return next((part for part, names in PARTS.items() if any(name in operation.key for name in names)), REST)
 
 
 def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str, Any]:
     """Train one contestant, in a process of its own so that its memory can be measured.
 
     Returns:
-        seconds (median of a step), parts {part: seconds}, operations {part: number}, peak_bytes, losses.
+        seconds (median of a step), parts {part: seconds}, operations {part: number}, peak_bytes.
 
     Raises:
         RuntimeError: the loss does not fall.
@@ -113,60 +96,44 @@ def measure(name: str, contestant: str, rounds: int, **changes: Any) -> dict[str
             started = time.perf_counter()
             losses.append(take(tokens))
             seconds.append(time.perf_counter() - started)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-            take(tokens)
+        parts = step.seconds_by_part(lambda: take(tokens), vocabulary)
         peak = memory.peak(lambda: take(tokens))
     if not losses[-1] < losses[0]:
         raise RuntimeError(f"{name}, {contestant}: expected losses that fall, got {losses}")
-    parts = dict.fromkeys(ORDER, 0.0)
-    for operation in profile.key_averages(group_by_input_shape=True):
-        parts[part_of(operation, vocabulary)] += operation.self_cpu_time_total
     median, total = statistics.median(seconds), sum(parts.values())
     return {
         "model": name,
         "contestant": contestant,
         "tokens": tokens.numel(),
         "seconds": median,
-        "all_seconds": seconds,
         "parts": {part: median * time / total for part, time in parts.items()},
         "operations": operations,
         "peak_bytes": peak,
-        "losses": losses,
     }
 
 
 def lines(found: dict) -> str:
     """The report as Markdown."""
-    description = found["machine"]
-    versions, rate = description["versions"], found["limits"]["bfloat16"]
+    rate = found["limits"]["bfloat16"]
     text = [
         "# Where a training step goes\n",
-        f"{machine.cpu_name(description)}, {description['isa']}, torch {versions['torch']}, "
-        f"{description['threads']} threads, {rate / 1e9:.0f} GFLOP/s in bf16. "
-        f"NF4 with double quantization, LoRA of rank {step.RANK}, 8-bit AdamW; "
-        "`bench/account.py` says how it is measured. Milliseconds:\n",
+        f"{report.head(found['machine'])}, {rate / 1e9:.0f} GFLOP/s in bf16. NF4 with double quantization, LoRA of "
+        f"rank {step.RANK}, 8-bit AdamW; `bench/account.py` says how it is measured. Milliseconds:\n",
     ]
     for name in MODELS:
         rows = [row for row in found["measured"] if row["model"] == name]
-        if not rows:
-            continue
-        limits = {part: count / rate for part, count in rows[0]["operations"].items()}
-        text += [
-            f"\n## {name}, {rows[0]['tokens']} tokens\n",
-            "| | " + " | ".join(row["contestant"] for row in rows) + " | limit |",
-            "|---|" + "---|" * (len(rows) + 1),
-        ]
-        for part in ORDER:
-            cells = [f"{1e3 * row['parts'][part]:.0f}" for row in rows]
-            limit = f"{1e3 * limits[part]:.0f}" if part in limits else ""
-            text.append(f"| {part} | " + " | ".join([*cells, limit]) + " |")
-        text.append("| **a step** | " + " | ".join(f"**{1e3 * row['seconds']:.0f}**" for row in rows) + " | |")
-        text.append("| memory of a step, MB | " + " | ".join(f"{row['peak_bytes'] / 1e6:.0f}" for row in rows) + " | |")
+        limits = {part: f"{1e3 * count / rate:.0f}" for part, count in rows[0]["operations"].items()}
+        cells = [(part, *(f"{1e3 * row['parts'][part]:.0f}" for row in rows), limits.get(part, "")) for part in ORDER]
+        cells.append(("**a step**", *(f"**{1e3 * row['seconds']:.0f}**" for row in rows), ""))
+        cells.append(("memory of a step, MB", *(f"{row['peak_bytes'] / 1e6:.0f}" for row in rows), ""))
+        text += [f"## {name}, {rows[0]['tokens']} tokens\n"]
+        text += [table(("", *(row["contestant"] for row in rows), "limit"), cells)]
     text.append(
-        "\nUnder bitsandbytes, products hold the decoding of W and the adapters' gradients, which are products there. "
-        "The limit is at the rate that torch's dense product reached, which ours may pass."
+        "Under bitsandbytes, products hold the decoding of W and the adapters' gradients, which are products there. "
+        "The limit is at the rate that torch's dense product reached, which ours may pass.\n\n"
+        "![The parts of each step, as bars](account.png)"
     )
-    return "\n".join(text) + "\n"
+    return "\n".join(text)
 
 
 def draw(found: dict, path: Path) -> None:
@@ -197,9 +164,8 @@ def draw(found: dict, path: Path) -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "CONTESTANT"), help="one training, for --json")
     parser.add_argument("--json", action="store_true", help="print the figures of --one as one line of JSON")
     args = parser.parse_args()
@@ -212,10 +178,13 @@ def main() -> None:
         for name in MODELS
         for contestant in contestants()
     ]
-    if args.output:
-        text = f"{lines(found)}\n![The parts of each step, as bars](account.png)"
-        draw(found, report.write_results("account", found, text).with_suffix(".png"))
     print(lines(found))
+    if args.output:
+        folder = report.folder_of(found["machine"])
+        steps = [{field: row[field] for field in FIGURES} for row in found["measured"]]
+        report.write_figures(folder, "account", {"machine": found["machine"], "measured": steps})
+        report.write(folder / "account.md", lines(found))
+        draw(found, folder / "account.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The cases that are measured, as data: operation x shape x dtype. Their goals are in goals.py.
+"""The cases that are measured, as data: operation x shape x dtype.
 
 **Shapes** are [N, K] = [out_features, in_features], torch's order for a weight. `4096x14336` is the down projection of
 an 8-billion-parameter Llama, which ggml's benchmark calls m=4096, k=14336; `14336x4096` is its gate and up projection.
 Weights are NF4 with double quantization and blocksize 64, 0.5159 bytes a weight, where a case names no other format.
 
-**Devices**: "cpu" and "cuda" (a GPU) each have cases and goals of their own.
+**Devices**: "cpu" and "cuda" (a GPU) each have cases of their own.
 """
 
 from __future__ import annotations
@@ -97,6 +97,26 @@ class Case:
         if self.operation == "lora_gradients":
             return self.M * (N + K) * size
         return N * K * (BYTES_PER_WEIGHT[self.format] + (size if self.operation in ("quantize", "dequantize") else 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Case):
+    """A case with what was measured.
+
+    us         {contestant: microseconds of a call, the median}
+    gb_per_s   the bandwidth of memory while the case ran, in 1e9 bytes/s
+    """
+
+    us: dict[str, float]
+    gb_per_s: float
+
+    def limit_us(self, limits: dict[str, float]) -> float:
+        """The microseconds that the machine's memory or arithmetic takes, whichever takes longer."""
+        return max(self.bytes / self.gb_per_s / 1e3, 1e6 * self.flops / limits[self.dtype])
+
+    def memory_bound(self, limits: dict[str, float]) -> bool:
+        """Whether memory takes longer than arithmetic."""
+        return self.bytes / self.gb_per_s >= 1e9 * self.flops / limits[self.dtype]
 
 
 def cases(shape: tuple[int, int], device: str = "cpu") -> list[Case]:

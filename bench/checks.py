@@ -15,8 +15,8 @@ from qlora_native.testing import blocked_product
 from torch import Tensor
 
 ROWS = 16
-# The allowed error of qlora_native over that of fp32 sums in blocks, on the same rows and a sample of the columns. The
-# tests allow 1.1; here it is enough to find a wrong result.
+# The allowed error of qlora_native over that of fp32 accumulators in blocks, on the same rows and a sample of the
+# columns. The tests allow 1.1; here it is enough to find a wrong result.
 SLACK = 2.0
 COLUMNS = 64
 # The allowed error of a peer. It quantizes by itself, so near ties of 8-bit scales differ; `packed` rounds scales to
@@ -63,37 +63,35 @@ def product(
     dtype: torch.dtype,
     low_rank: Tensor | None = None,
     allowed: float | None = None,
-) -> float:
+) -> None:
     """Check rows of Y or dX against left @ right.
 
     Args:
+        name: the contestant's.
         result: [rows, N] that a contestant computed.
-        left, right: [rows, K] in the dtype of the activations, [K, N] in float64.
+        left: [rows, K] in the dtype of the activations.
+        right: [K, N] in float64.
+        dtype: that of the activations.
         low_rank: float64 [rows, N], the adapter's part, or None.
-        allowed: the allowed error of a peer; None for qlora_native, which may have SLACK times that of sums in blocks.
-
-    Returns:
-        The relative RMS error.
+        allowed: the allowed relative RMS error of a peer; None for qlora_native, which may have SLACK times that of
+            accumulators in blocks.
 
     Raises:
-        WrongResult: it is too large.
+        WrongResult: the error is too large.
     """
     wanted = left.double() @ right
     if low_rank is not None:
         wanted = wanted + low_rank
-    error = _error(result, wanted)
     if allowed is None:
         some = torch.linspace(0, right.shape[1] - 1, min(right.shape[1], COLUMNS)).round().long()
         blocked = blocked_product(left, right[:, some].to(dtype).t()).to(dtype)
         allowed = SLACK * _error(blocked, left.double() @ right[:, some])
         if low_rank is not None:  # U, A and B are rounded too, each as the result is
             allowed *= (1 + 3 * (low_rank.norm() / wanted.norm()).item() ** 2) ** 0.5
-    if not error <= allowed:  # also a NaN
-        raise WrongResult(f"{name}: relative RMS error {error:.2e}, at most {allowed:.2e} expected")
-    return error
+    close(name, result, wanted, allowed)
 
 
-def dropout(name: str, dropped: Tensor, plain: Tensor, low_rank: Tensor, p: float) -> float:
+def dropout(name: str, dropped: Tensor, plain: Tensor, low_rank: Tensor, p: float) -> None:
     """Check that dropout changes the adapter's part by the right amount, on average.
 
     If a share p of independent inputs is set to zero and the others are scaled by 1/(1-p), their sum changes by
@@ -106,15 +104,13 @@ def dropout(name: str, dropped: Tensor, plain: Tensor, low_rank: Tensor, p: floa
         raise WrongResult(
             f"{name}: dropout {p:g} moved the adapter's part by {moved:.3f}, about {expected:.3f} expected"
         )
-    return moved
 
 
-def quantized(name: str, quantized_weight: Any, weight: Tensor) -> float:
-    """Check codes and scales against `weight` [N, K]; returns the relative RMS error of the decoded weight."""
+def quantized(name: str, quantized_weight: Any, weight: Tensor) -> None:
+    """Check codes and scales against `weight` [N, K]."""
     blocks = weight.reshape(-1, quantized_weight.blocksize).float()
     absmax = blocks.abs().amax(dim=1)
-    stored = scales(quantized_weight)
-    if not _error(stored, absmax) < 0.02:
+    if not _error(scales(quantized_weight), absmax) < 0.02:
         raise WrongResult(f"{name}: scales differ from the largest magnitudes of their blocks")
     some = rows_of(len(blocks))
     scaled = blocks[some] * (1.0 / absmax[some])[:, None]
@@ -124,22 +120,19 @@ def quantized(name: str, quantized_weight: Any, weight: Tensor) -> float:
     found = torch.stack((codes >> 4, codes & 15), dim=2).reshape(wanted.shape)
     if not torch.equal(found.long(), wanted):
         raise WrongResult(f"{name}: {int((found != wanted).sum())} of {wanted.numel()} codes are not the nearest")
-    return _error(decode(quantized_weight, torch.float32), weight)
 
 
-def equal(name: str, result: Tensor, wanted: Tensor) -> float:
+def equal(name: str, result: Tensor, wanted: Tensor) -> None:
     """Check that every bit is equal."""
     if result.dtype != wanted.dtype or not torch.equal(result, wanted):
         raise WrongResult(f"{name}: not bit-identical to the decoded weight")
-    return 0.0
 
 
-def close(name: str, result: Tensor, wanted: Tensor, allowed: float = PEER_ERROR) -> float:
+def close(name: str, result: Tensor, wanted: Tensor, allowed: float = PEER_ERROR) -> None:
     """Check the relative RMS error."""
     error = _error(result, wanted)
-    if not error <= allowed:
+    if not error <= allowed:  # also a NaN
         raise WrongResult(f"{name}: relative RMS error {error:.2e}, at most {allowed:.2e} expected")
-    return error
 
 
 def _error(result: Tensor, wanted: Tensor) -> float:

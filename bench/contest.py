@@ -46,17 +46,11 @@ class Weights:
             self._exact = {dtype: self.dense(dtype).double()}  # one at a time: it is large
         return self._exact[dtype]
 
-    def own_copies(self) -> list[Any]:
-        """Copies of our quantized weight."""
-        return [self.quantized] + [
-            ours.copy(self.quantized) for _ in range(copies_needed(ours.nbytes(self.quantized)) - 1)
-        ]
-
     def copies(self, adapter: ModuleType, dtype: torch.dtype) -> list[Any]:
         """Copies of the weight in the form of `adapter`, so many that no cache holds them all."""
         key = (adapter.NAME, dtype)
         if key not in self._copies:
-            held = adapter.hold(self.weight, self.dense(dtype), dtype)
+            held = self.quantized if adapter is ours else adapter.hold(self.weight, self.dense(dtype), dtype)
             count = copies_needed(adapter.nbytes(held))
             self._copies[key] = [held] + [adapter.copy(held) for _ in range(count - 1)]
         return self._copies[key]
@@ -67,10 +61,8 @@ def copies_needed(nbytes: int) -> int:
     return max(2, -(-CACHE_MULTIPLE * machine.cache_bytes() // nbytes))
 
 
-def contestants(
-    case: Case, weights: Weights, adapters: Mapping[str, ModuleType]
-) -> tuple[Contestants, dict[str, float]]:
-    """Make ({name: function}, {name: relative error}): qlora_native first, then the peers that support the case.
+def contestants(case: Case, weights: Weights, adapters: Mapping[str, ModuleType]) -> Contestants:
+    """Make {name: function}: qlora_native first, then the peers that support the case.
 
     Raises:
         checks.WrongResult: a contestant's result is wrong.
@@ -79,54 +71,47 @@ def contestants(
     make = {
         "quantize": _quantize,
         "dequantize": _dequantize,
-        "forward": _product,
-        "dx": _product,
+        "forward": _product if case.format == "nf4" else _product_in_format,
+        "dx": _product if case.format == "nf4" else _product_in_format,
         "lora_gradients": _lora_gradients,
     }[case.operation]
     return make(case, weights, peers)
 
 
-def _quantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+def _quantize(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
     sources = [weights.weight] + [weights.weight.clone() for _ in range(copies_needed(weights.weight.nbytes) - 1)]
-    errors = {ours.NAME: checks.quantized(ours.NAME, ours.quantize(weights.weight), weights.weight)}
+    checks.quantized(ours.NAME, ours.quantize(weights.weight), weights.weight)
     for peer in peers:
         decoded = peer.dequantize(peer.quantize(weights.weight), torch.float32)
-        errors[peer.NAME] = checks.close(peer.NAME, decoded, weights.dense(torch.float32), checks.tolerance(peer))
-
-    def call(adapter: ModuleType) -> Callable[[int], Any]:
-        return lambda i: adapter.quantize(sources[i % len(sources)])
-
-    return {adapter.NAME: call(adapter) for adapter in (ours, *peers)}, errors
+        checks.close(peer.NAME, decoded, weights.dense(torch.float32), checks.tolerance(peer))
+    return {each.NAME: lambda i, each=each: each.quantize(sources[i % len(sources)]) for each in (ours, *peers)}
 
 
-def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+def _dequantize(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
     dtype = getattr(torch, case.dtype)
-    wanted = weights.dense(dtype)
-    errors = {ours.NAME: checks.equal(ours.NAME, ours.dequantize(weights.quantized, dtype), wanted)}
 
-    def call(adapter: ModuleType, held: list[Any]) -> Callable[[int], Tensor]:
+    def call(adapter: ModuleType) -> Callable[[int], Tensor]:
+        # Use the copies made for 16 bits, although the result may be wider.
+        held = weights.copies(adapter, torch.bfloat16)
         return lambda i: adapter.dequantize(held[i % len(held)], dtype)
 
-    found = {}
-    for adapter in (ours, *peers):
-        # Use the copies made for 16 bits, although the result may be wider.
-        found[adapter.NAME] = call(adapter, weights.copies(adapter, torch.bfloat16))
-        if adapter is not ours:
-            errors[adapter.NAME] = checks.close(adapter.NAME, found[adapter.NAME](0), wanted, checks.tolerance(adapter))
-    return found, errors
+    found = {adapter.NAME: call(adapter) for adapter in (ours, *peers)}
+    checks.equal(ours.NAME, found[ours.NAME](0), weights.dense(dtype))
+    for peer in peers:
+        checks.close(peer.NAME, found[peer.NAME](0), weights.dense(dtype), checks.tolerance(peer))
+    return found
 
 
-def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
     """forward and dx, in every form of `via`, with an adapter or without."""
     dtype = getattr(torch, case.dtype)
-    if case.format != "nf4":
-        return _product_in_format(case, weights)
     N, K = case.shape
     forward = case.operation == "forward"
     left = torch.randn(case.M, K if forward else N).to(dtype)
     lora = _adapter(case) if case.rank else {}
 
-    def call(adapter: ModuleType, held: list[Any], **lora: Any) -> Callable[[int], Tensor]:
+    def call(adapter: ModuleType, **lora: Any) -> Callable[[int], Tensor]:
+        held = weights.copies(adapter, dtype)
         if case.via == "layer" and adapter is ours:
             layer = ours.layer(weights.weight)
             layers = [layer] + [ours.copy(layer) for _ in range(len(held) - 1)]
@@ -144,49 +129,39 @@ def _product(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Con
         function = adapter.forward if forward else adapter.backward_input
         return lambda i: function(held[i % len(held)], left, **lora)
 
-    found = {ours.NAME: call(ours, weights.copies(ours, dtype), **lora)}
+    found = {ours.NAME: call(ours, **lora)}
     if case.rank:
-        found[WITHOUT_LORA] = call(ours, weights.copies(ours, dtype))
-    for peer in peers:
-        found[peer.NAME] = call(peer, weights.copies(peer, dtype), **lora)
+        found[WITHOUT_LORA] = call(ours)
+    found |= {peer.NAME: call(peer, **lora) for peer in peers}
 
     rows = checks.rows_of(case.M)
     right = weights.exact(dtype).t() if forward else weights.exact(dtype)
-    tolerances = {peer.NAME: checks.tolerance(peer) for peer in peers}
-    errors = {}
+    allowed = {peer.NAME: checks.tolerance(peer) for peer in peers}
     for name, function in found.items():
         added = _low_rank(case, left[rows], lora) if case.rank and name != WITHOUT_LORA else None
         result = function(0)[rows]
         if added is not None and case.dropout:
             plain = ours.forward(weights.quantized, left, **lora | {"lora_dropout": 0.0})[rows]
-            errors[name] = checks.dropout(name, result, plain, added, case.dropout)
+            checks.dropout(name, result, plain, added, case.dropout)
         else:
-            allowed = None if name in (ours.NAME, WITHOUT_LORA) else tolerances[name]
-            errors[name] = checks.product(name, result, left[rows], right, dtype, added, allowed)
-    return found, errors
+            checks.product(name, result, left[rows], right, dtype, added, allowed.get(name))
+    return found
 
 
-def _product_in_format(case: Case, weights: Weights) -> tuple[Contestants, dict[str, float]]:
+def _product_in_format(case: Case, weights: Weights, _: list[ModuleType]) -> Contestants:
     """forward and dx over a weight of `case.format`, beside the same over NF4."""
     dtype = getattr(torch, case.dtype)
     N, K = case.shape
     forward = case.operation == "forward"
-    left = torch.randn(case.M, K if forward else N).to(dtype)
+    left, rows = torch.randn(case.M, K if forward else N).to(dtype), checks.rows_of(case.M)
     function = ours.forward if forward else ours.backward_input
-    in_format = Weights(case.shape, case.format)
     found: Contestants = {}
-    errors = {}
-    for name, each, held in (
-        (ours.NAME, in_format, in_format.own_copies()),
-        (NF4, weights, weights.copies(ours, dtype)),
-    ):
+    for name, each in ((ours.NAME, Weights(case.shape, case.format)), (NF4, weights)):
+        held = each.copies(ours, dtype)
         found[name] = lambda i, held=held: function(held[i % len(held)], left)
-        exact = each.exact(dtype)
-        rows = checks.rows_of(case.M)
-        errors[name] = checks.product(
-            name, found[name](0)[rows], left[rows], exact.t() if forward else exact, dtype, None, None
-        )
-    return found, errors
+        right = each.exact(dtype).t() if forward else each.exact(dtype)
+        checks.product(name, found[name](0)[rows], left[rows], right, dtype)
+    return found
 
 
 def _adapter(case: Case) -> dict[str, Any]:
@@ -205,17 +180,17 @@ def _low_rank(case: Case, left: Tensor, lora: dict[str, Any]) -> Tensor:
     return left.double() @ a.t() @ b.t() if case.operation == "forward" else left.double() @ b @ a
 
 
-def _lora_gradients(case: Case, weights: Weights, peers: list[ModuleType]) -> tuple[Contestants, dict[str, float]]:
+def _lora_gradients(case: Case, weights: Weights, peers: list[ModuleType]) -> Contestants:
     dtype = getattr(torch, case.dtype)
     N, K = case.shape
     sizes = ((case.M, K), (case.M, N), (case.M, case.rank), (case.M, case.rank))
     arguments = tuple(torch.randn(size).to(dtype) for size in sizes)
     x, dy, u, v = (argument.double() for argument in arguments)
     wanted = torch.cat(((v.t() @ x).flatten(), (LORA_SCALING * dy.t() @ u).flatten()))
-
-    def call(adapter: ModuleType) -> Callable[[int], Any]:
-        return lambda i: adapter.lora_gradients(*arguments, LORA_SCALING)
-
-    found = {adapter.NAME: call(adapter) for adapter in (ours, *peers)}
-    results = {name: torch.cat([part.flatten() for part in function(0)]) for name, function in found.items()}
-    return found, {name: checks.close(name, result, wanted) for name, result in results.items()}
+    found = {
+        adapter.NAME: lambda _, adapter=adapter: adapter.lora_gradients(*arguments, LORA_SCALING)
+        for adapter in (ours, *peers)
+    }
+    for name, function in found.items():
+        checks.close(name, torch.cat([part.flatten() for part in function(0)]), wanted)
+    return found

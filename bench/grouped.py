@@ -6,8 +6,8 @@ Experts: 16 of [1024, 2048] with 512 tokens, of which each goes to two, drawn by
 both products, against a loop over experts of torch's dense product, and of bitsandbytes' `matmul_4bit`. Adapters: 32 of
 rank 16 in one batch, against one.
 
-Contestants take turns in one process (timing.py), with cold weights; medians. Results are compared with the dense
-loop's before they are timed. --output writes bench/results/<machine>/grouped.{json,md}.
+Contestants alternate in one process (timing.py), with cold weights; medians. Results are compared with the dense
+loop's before they are timed. --output writes bench/results/<machine>/grouped.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import machine
 import report
 import timing
 from cases import OURS
+from summary import table
 
 BUDGET_S = 6.0  # of one row's contestants together
 DENSE, BITSANDBYTES, ONE_ADAPTER = "dense, a loop", "bitsandbytes, a loop", "one adapter"
@@ -138,22 +139,17 @@ def measure() -> list[dict]:
 
 def lines(found: dict) -> str:
     """The report in Markdown."""
-    description = found["machine"]
-    head = f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}"
-    threads = f"{description['threads']} threads"
-    text = [
-        "# Rows in groups\n",
-        f"{head}, {threads}; NF4 with double quantization, bfloat16, LoRA of rank {RANK}; medians, in turn.\n",
-        "| | rows | ours, ms | against | ms | ours is |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in found["measured"]:
-        own = row["seconds"][OURS]
-        for name, seconds in row["seconds"].items():
-            if name != OURS:
-                cells = (f"{1e3 * own:.3g}", name, f"{1e3 * seconds:.3g}", f"{seconds / own:.2f} × as fast")
-                text.append(f"| {row['name']} | {row['rows']} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+    rows = [
+        (row["name"], row["rows"], f"{1e3 * row['seconds'][OURS]:.3g}", name, f"{1e3 * seconds:.3g}",
+         f"{seconds / row['seconds'][OURS]:.2f} × as fast")
+        for row in found["measured"]
+        for name, seconds in row["seconds"].items()
+        if name != OURS
+    ]  # fmt: skip
+    return (
+        f"# Rows in groups\n\n{report.head(found['machine'])}; NF4 with double quantization, bfloat16, LoRA of rank "
+        f"{RANK}; medians.\n\n" + table(("", "rows", "ours, ms", "against", "ms", "ours is"), rows)
+    )
 
 
 if __name__ == "__main__":

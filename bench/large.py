@@ -12,82 +12,52 @@ products, with gradient checkpointing and AdamW8bit.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import qlora_native as qn
 import torch
-from qlora_native.integrations.experts import find_experts, run_quantized
 from qlora_native.integrations.peft import register
+from qlora_native.integrations.transformers._experts import find_experts, run_quantized
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 import machine
 import report
+from step import seconds_by_part
 
 STANDARD_DEVIATION = 0.02
 NOT_QUANTIZED = ("lm_head", "gate", "router")  # a mixture's router stays in its own precision
 
 
-def llama_7b(layers: int, **changes: Any) -> PreTrainedConfig:
-    """Llama-7B's (Touvron et al. 2023, table 2)."""
-    sizes = dict(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32_000,
-    )
-    return LlamaConfig(**{**sizes, **changes})
+# {shape: (class of its config, layers, other sizes)}, by Touvron et al. 2023, table 2, and by the models' config.json.
+SHAPES: dict[str, tuple[type[PreTrainedConfig], int, dict[str, Any]]] = {
+    "llama-7b": (
+        LlamaConfig, 32, dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+                              num_key_value_heads=32, vocab_size=32_000),
+    ),
+    "qwen3-30b-a3b": (  # 128 experts a layer, of which a token takes 8
+        Qwen3MoeConfig, 48, dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+                                 num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+                                 num_experts_per_tok=8, norm_topk_prob=True, vocab_size=151_936),
+    ),
+    "gpt-oss-20b": (  # 32 experts a layer, of which a token takes 4
+        GptOssConfig, 24, dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8,
+                               head_dim=64, num_local_experts=32, num_experts_per_tok=4, vocab_size=201_088),
+    ),
+}  # fmt: skip
 
 
-def qwen3_30b_a3b(layers: int, **changes: Any) -> PreTrainedConfig:
-    """Qwen3-30B-A3B's (its config.json): 128 experts a layer, of which a token takes 8."""
-    sizes = dict(
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        vocab_size=151_936,
-    )
-    return Qwen3MoeConfig(**{**sizes, **changes})
-
-
-def gpt_oss_20b(layers: int, **changes: Any) -> PreTrainedConfig:
-    """gpt-oss-20b's (its config.json): 32 experts a layer, of which a token takes 4."""
-    sizes = dict(
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_hidden_layers=layers,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        vocab_size=201_088,
-        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
-    )
-    return GptOssConfig(**{**sizes, **changes})
-
-
-SHAPES: dict[str, tuple[Callable[..., PreTrainedConfig], int]] = {  # config of n layers, and its own n
-    "llama-7b": (llama_7b, 32),
-    "qwen3-30b-a3b": (qwen3_30b_a3b, 48),
-    "gpt-oss-20b": (gpt_oss_20b, 24),
-}
+def config_of(shape: str, layers: int | None = None, **changes: Any) -> PreTrainedConfig:
+    """The config of a shape; `layers` and `changes` are other sizes than its own."""
+    make, own_layers, sizes = SHAPES[shape]
+    layers = own_layers if layers is None else layers
+    if shape == "gpt-oss-20b":
+        changes["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    return make(**{**sizes, "num_hidden_layers": layers, **changes})
 
 
 class Clock:
@@ -181,11 +151,10 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
     """
     from peft import LoraConfig, get_peft_model
 
-    make, all_layers = SHAPES[shape]
-    layers = all_layers if layers is None else layers
+    config = config_of(shape, layers, **changes)
     torch.manual_seed(0)
     making, step = Clock(), Clock()
-    model = quantized_model(make(layers, **changes), making)
+    model = quantized_model(config, making)
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     parameters = sum(size for _, size in weights_of(model))
     experts = [path for path, module in model.named_modules() if isinstance(module, qn.nn.Experts4bit)]
@@ -205,16 +174,17 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
     optimizer = qn.optim.AdamW8bit(trainable, lr=1e-3)
     ids = torch.randint(model.config.vocab_size, (1, tokens))
     losses = [step_parts(model, optimizer, ids, Clock())]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        losses.append(step_parts(model, optimizer, ids, step))
+    operations = seconds_by_part(
+        lambda: losses.append(step_parts(model, optimizer, ids, step)), model.config.vocab_size
+    )
     with torch.no_grad():
         losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss.item())
     if not losses[0] > losses[1] > losses[2]:
         raise RuntimeError(f"expected losses that fall, got {losses}")
     return {
         "shape": shape,
-        "layers": layers,
-        "of_layers": all_layers,
+        "layers": config.num_hidden_layers,
+        "of_layers": SHAPES[shape][1],
         "parameters": parameters,
         "trainable": sum(parameter.numel() for parameter in trainable),
         "base_bytes": base,
@@ -226,7 +196,7 @@ def measure(shape: str, layers: int | None, tokens: int, rank: int, expert_rank:
         "losses": losses,
         "making_s": making.seconds,
         "step_s": step.seconds,
-        "operations_s": operations(profile),
+        "operations_s": operations,
         "tokens_per_s": tokens / sum(step.seconds.values()),
         "threads": torch.get_num_threads(),
     }
@@ -243,28 +213,6 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, int]]:
                 yield f"{path}.{name}", parameter.numel()
 
 
-# {kind of operation: names in torch}; an operation belongs to the first kind that fits.
-OPERATIONS = {
-    "4-bit products, forward": ("qlora_native::linear_forward",),
-    "4-bit products, dX": ("qlora_native::linear_backward_input",),
-    "adapters' gradients": ("qlora_native::lora_gradients",),
-    "optimizer": ("qlora_native::optimizer_8bit_step",),
-    "attention": ("attention",),
-    "dense products: the head, routers": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "loss": ("log_softmax", "nll_loss"),
-    "sorting of tokens by expert": ("aten::sort", "aten::index_select", "aten::gather", "aten::scatter"),
-}
-
-
-def operations(profile: Any) -> dict[str, float]:
-    """{kind: seconds of the main thread}, where an operation does not count the operations that it calls."""
-    seconds = dict.fromkeys((*OPERATIONS, "the rest of torch"), 0.0)
-    for event in profile.key_averages():
-        kinds = (kind for kind, names in OPERATIONS.items() if any(name in event.key for name in names))
-        seconds[next(kinds, "the rest of torch")] += event.self_cpu_time_total * 1e-6
-    return seconds
-
-
 def lines(found: dict) -> str:
     """The result as text."""
     gigabytes = {name: found[name] / 2**30 for name in ("bytes_in_16_bits", "base_bytes", "peak_bytes")}
@@ -279,9 +227,10 @@ def lines(found: dict) -> str:
         f"in 16 bits {gigabytes['bytes_in_16_bits']:.2f} GiB, here {gigabytes['base_bytes']:.2f} GiB; "
         f"peak of the process {gigabytes['peak_bytes']:.2f} GiB",
         *seconds("making_s"),
-        f"a step of {found['tokens']} tokens: {found['tokens_per_s']:.1f} tokens/s, losses {found['losses']}",
+        f"a step of {found['tokens']} tokens: {found['tokens_per_s']:.1f} tokens/s, losses "
+        + ", ".join(f"{loss:.3f}" for loss in found["losses"]),
         *seconds("step_s"),
-        "the same by operation:",
+        "the same by part:",
         *seconds("operations_s"),
     ]
     return "\n".join(text)
@@ -289,20 +238,21 @@ def lines(found: dict) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--layers", type=int, help="fewer than the model has, where memory does not hold all")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--expert-rank", type=int, default=4)
-    parser.add_argument("--output", action="store_true", help="write bench/results/<machine>/<shape>.json")
     args = parser.parse_args()
     found = measure(args.shape, args.layers, args.tokens, args.rank, args.expert_rank)
     print(lines(found))
     if args.output:
-        found = {"machine": machine.describe(), **found}
-        report.write(report.path_of(args.shape, found["machine"]), json.dumps(found, indent=1))
+        description = machine.describe()
+        page = f"# A training step of {args.shape}\n\n{report.head(description)}; `bench/large.py`.\n\n    "
+        page += lines(found).replace("\n", "\n    ")
+        report.write(report.folder_of(description) / f"{args.shape}.md", page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -167,22 +168,18 @@ class Probes:
     def __init__(self) -> None:
         """Allocate the memory and write to it."""
         self.nbytes = PROBE_BYTES[device()]
-        # Several buffers take turns, because a part of the last one would still be in the cache.
-        self._sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(3)]
+        # Several buffers alternate, because a part of the last one would still be in the cache.
+        sources = [torch.ones(self.nbytes // 8, dtype=torch.int64) for _ in range(3)]
         self._target = torch.ones(self.nbytes // 8, dtype=torch.int64)
-        self._turn = 0
-
-    def _next(self) -> torch.Tensor:
-        self._turn = (self._turn + 1) % len(self._sources)
-        return self._sources[self._turn]
+        self._buffers = itertools.cycle(sources)
 
     def read(self) -> torch.Tensor:
         """Sum 64-bit integers, torch's reduction with the least work for each byte."""
-        return self._next().sum()
+        return next(self._buffers).sum()
 
     def copy(self) -> torch.Tensor:
         """Copy with torch."""
-        return self._target.copy_(self._next())
+        return self._target.copy_(next(self._buffers))
 
     def flush(self) -> torch.Tensor:
         """Overwrite the cache, then read, so that no later call pays for writing modified lines back to memory."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cases import LORA_RANK, SQUARE
 
@@ -43,13 +44,17 @@ def measure(shape: tuple[int, int] = SQUARE) -> Iterator[dict[str, object]]:
 def peak(call: Callable[[], object]) -> int:
     """The bytes by which this process grows at most during a call, after a first call has made what is made once."""
     call()
+    return grown(call)[0]
+
+
+def grown(call: Callable[[], object]) -> tuple[int, object]:
+    """The bytes by which this process grows at most during a call, and its result."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse freed memory, unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     before = _status("VmRSS")
     result = call()
-    grown = _status("VmHWM") - before
-    del result
-    return grown
+    return _status("VmHWM") - before, result
 
 
 def _status(field: str) -> int:
@@ -68,28 +73,23 @@ def main() -> None:
     operation = sys.argv[1]
     N, K, M, rank = map(int, sys.argv[2:])
 
-    def call(N: int, K: int, M: int) -> object:
+    def prepared(N: int, K: int, M: int) -> Callable[[], Any]:
         """Make the inputs, and return a function that runs the operation on them."""
         weight = torch.randn(N, K).bfloat16()
         if operation == "quantize":
-            return lambda: ours.quantize(weight).nbytes
+            return lambda: ours.quantize(weight)
         held = ours.quantize(weight)
         if operation == "dequantize":
-            return lambda: ours.dequantize(held, torch.bfloat16).nbytes
+            return lambda: ours.dequantize(held, torch.bfloat16)
         lora = {"lora_a": torch.randn(rank, K), "lora_b": torch.randn(N, rank)} if rank else {}
         left = torch.randn(M, K if operation == "forward" else N).bfloat16()
         function = ours.forward if operation == "forward" else ours.backward_input
-        return lambda: function(held, left, **lora).nbytes
+        return lambda: function(held, left, **lora)
 
-    call(64, 64, 4)()  # loads code and starts the threads
-    function = call(N, K, M)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse what the preparation has freed
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
     with torch.no_grad():
-        result_bytes = function()
-    print(_status("VmHWM") - before - result_bytes, torch.get_num_threads())
+        prepared(64, 64, 4)()  # loads code and starts the threads
+        nbytes, result = grown(prepared(N, K, M))
+    print(nbytes - result.nbytes, torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ with the memory of each; and a large head in 4 bits, whose logits would not fit 
 and `attention`, causal, against torch's `scaled_dot_product_attention`, with the bytes that autograd keeps beside the
 operands.
 
-Contestants take turns in one process (timing.py); medians. Results are compared before they are timed. --output writes
-bench/results/<machine>/other-half.{json,md}.
+Contestants alternate in one process (timing.py); medians. Results are compared before they are timed. --output writes
+bench/results/<machine>/other-half.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import memory
 import report
 import timing
 from cases import OURS
+from summary import table
 
 BUDGET_S = 10.0  # of one row's contestants together
 UNFUSED, CUT, HEAD_4BIT = "torch, unfused", "cut-cross-entropy", "ours, a head in 4 bits"
@@ -186,23 +187,18 @@ def measure() -> list[dict]:
 
 def lines(found: dict) -> str:
     """The report in Markdown."""
-    description = found["machine"]
-    head = f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}"
-    text = [
-        "# The other half of a step\n",
-        f"{head}, {description['threads']} threads; bfloat16, forward and backward; medians, in turn. Memory: of a "
-        "loss how far the process grows, of the others what autograd keeps beside the operands.\n",
-        "| | rows | | ms | ours is | MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in found["measured"]:
         bytes_of = row.get("peak_bytes") or row["kept_bytes"]
         for name, seconds in row["seconds"].items():
             ours = row["seconds"].get(OURS)
             ratio = f"{seconds / ours:.2f} × as fast" if ours and not name.startswith("ours") and name != OURS else ""
-            cells = (row["name"], row["rows"], name, f"{1e3 * seconds:.3g}", ratio, f"{bytes_of[name] / 1e6:.3g}")
-            text.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(text) + "\n"
+            rows.append((row["name"], row["rows"], name, f"{1e3 * seconds:.3g}", ratio, f"{bytes_of[name] / 1e6:.3g}"))
+    return (
+        f"# The other half of a step\n\n{report.head(found['machine'])}; bfloat16, forward and backward; medians. "
+        "Memory: of a loss how far the process grows, of the others what autograd keeps beside the operands.\n\n"
+        + table(("", "rows", "", "ms", "ours is", "MB"), rows)
+    )
 
 
 if __name__ == "__main__":

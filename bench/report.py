@@ -1,22 +1,27 @@
-"""Show the figures of run.py as text, and as a report in Markdown with plots.
+"""Show the figures of the benchmarks as text, and write them as reports.
 
-python bench/report.py FILE.json ...      write the Markdown and the plots of earlier runs again
+    python bench/report.py      writes the report of each machine's products again, from results/<machine>/figures.json
+
+A program's report is a page of Markdown in the folder of the machine. The figures that a table of README.md or docs/ is
+made of, those of run.py and account.py, are in one file, figures.json: {program: {what: figures}}.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
-from cases import OURS, STEPS
-from goals import targets
+from cases import OURS, STEPS, Case, Row
+from summary import LINES, MORE_LINES, summary, table
 
 RESULTS = Path(__file__).parent / "results"
+DIGITS = 5  # of a figure in figures.json
 
 # {contestant: head of its column}, in the order of the table.
 PEERS = {
@@ -24,7 +29,7 @@ PEERS = {
     "bitsandbytes": "bnb",
     "bitsandbytes packed": "bnb packed",
     "torchao": "torchao",
-    "ggml IQ4_NL": "ggml",
+    "decode, then dense": "decoded",
     "without LoRA": "no LoRA",
     "in NF4": "NF4",
     "PEFT unfused": "PEFT",
@@ -65,38 +70,31 @@ def load_line(load: dict[str, float]) -> str:
 class Table:
     """Formats rows as they come, under a heading for each shape."""
 
-    def __init__(self) -> None:
-        """Start without rows."""
-        self._shape: list[int] | None = None
+    def __init__(self, limits: dict[str, float]) -> None:
+        """`limits` are those of machine.limits()."""
+        self._limits = limits
+        self._shape: tuple[int, int] | None = None
 
-    def line(self, row: dict) -> str:
+    def line(self, row: Row) -> str:
         """One row as text, after a heading if its shape is new."""
-        us = row["times"][OURS]["us"]
-        memory = row["bound"] == "memory"
-        rate = f"{_rate(row):8.1f} {'GB/s' if memory else 'GFLOP/s':<7}"
-        peers = [f"{row['times'][n]['us'] / us:9.2f} ×" if n in row["times"] else f"{'':11}" for n in PEERS]
-        text = (
-            f"{row['name']:<28} {row['M'] or '':>5} {row['dtype'][:8]:<8} {_us(us):>10} {rate} "
-            f"{100 * row['limit_us'] / us:5.0f} % {''.join(peers)}"
-        )
-        if tuple(row["shape"]) == self._shape:
+        name, M, dtype, us, rate, limit, *peers = _cells(row, self._limits, list(PEERS))
+        text = f"{name:<28} {M:>5} {dtype[:8]:<8} {us:>10} {rate:>16} {limit:>7} "
+        text += "".join(f"{peer:>11}" for peer in peers)
+        if row.shape == self._shape:
             return text
-        self._shape = tuple(row["shape"])
-        head = (
-            f"{self._shape[0]}x{self._shape[1]:<17} {'M':>11} {'dtype':<8} {'µs':>10} {'rate':>16} {'limit':>7} "
-            f"{''.join(f'{head:>10}' for head in PEERS.values())}"
-        )
-        return f"\n{head}\n{text}"
+        self._shape = row.shape
+        head = f"{row.shape[0]}x{row.shape[1]:<17} {'M':>11} {'dtype':<8} {'µs':>10} {'rate':>16} {'limit':>7} "
+        return "\n" + head + "".join(f"{head:>11}" for head in PEERS.values()) + "\n" + text
 
 
-def _us(us: float) -> str:
-    """Microseconds with at least three digits, at most to tenths."""
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
-
-
-def _rate(row: dict) -> float:
-    """The rate in GB/s if memory is the limit, else in GFLOP/s."""
-    return row["bytes" if row["bound"] == "memory" else "flops"] / row["times"][OURS]["us"] / 1e3
+def _cells(row: Row, limits: dict[str, float], peers: list[str]) -> tuple[str, ...]:
+    """A row's name, M, dtype, µs, rate in GB/s or GFLOP/s, share of the limit, and times as long as peers take."""
+    us = row.us[OURS]
+    bound = row.memory_bound(limits)
+    rate = f"{(row.bytes if bound else row.flops) / us / 1e3:.1f} {'GB/s' if bound else 'GFLOP/s'}"
+    shown = f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+    against = (f"{row.us[name] / us:.2f} ×" if name in row.us else "" for name in peers)
+    return row.name, str(row.M or ""), row.dtype, shown, rate, f"{100 * row.limit_us(limits) / us:.0f} %", *against
 
 
 def memory_line(row: dict) -> str:
@@ -111,7 +109,7 @@ def memory_line(row: dict) -> str:
 def step_lines(step: dict) -> str:
     """The text about the result of step.measure()."""
     lora = f"LoRA r={step['rank']}" + (f", dropout {step['dropout']}" if step["dropout"] else "")
-    lora += ", kept memory" if _step_memory(step) == "kept" else ""
+    lora += ", kept memory" if step["memory"] == "kept" else ""
     lines = [f"\na training step of {step['model']}, {step['tokens']} tokens, {lora}, {step['dtype']}"]
     for name, found in step["contestants"].items():
         lines.append(
@@ -128,146 +126,177 @@ def _spread(step: dict) -> str:
     return f", {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} processes" if len(ratios) > 1 else ""
 
 
-def _step_memory(step: dict) -> str:
-    return step.get("memory", "default")  # the first reports do not say
-
-
-def optimizer_lines(row: dict) -> str:
-    """The text about a row of optimizer.measure()."""
-    us = row["times"][OURS]["us"]
-    lines = [
-        f"\na step of AdamW, {row['name']}: {row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensors, "
-        f"{row.get('dtype', 'float32')}; copy {row['bandwidth'] / 1e9:.1f} GB/s"
-    ]
-    for name, found in row["times"].items():
-        ratio = f"{100 * row['limit_us'] / us:5.0f} % of the limit" if name == OURS else f"{found['us'] / us:7.2f} ×"
-        lines.append(f"  {name:<24} {found['us'] / 1e3:9.2f} ms  {ratio}")
+def optimizer_lines(rows: list[dict]) -> str:
+    """The text about the result of optimizer.measure()."""
+    lines = []
+    for row in rows:
+        lines.append(f"\na step of AdamW, {_parameters(row)}; copy {row['bandwidth'] / 1e9:.1f} GB/s")
+        for name, us in row["us"].items():
+            limit = f"{100 * row['limit_us'] / us:5.0f} % of the limit"
+            ratio = f"{us / row['us'][OURS]:7.2f} ×"
+            lines.append(f"  {name:<24} {us / 1e3:9.2f} ms  {limit if name == OURS else ratio}")
     return "\n".join(lines)
+
+
+def _parameters(row: dict) -> str:
+    tensors = f"{row['tensors']} tensor{'s' * (row['tensors'] > 1)}"
+    return f"{row['parameters'] / 1e6:.1f} M parameters in {tensors}, {row['dtype']}"
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def products(result: dict, folder: Path) -> str:
+    """The report of run.py as Markdown, with the plots that are in `folder`/products."""
+    m, limits = result["machine"], result["limits"]
+    title = m["gpu"] if "gpu" in m else f"{machine.cpu_name(m)}, {m['threads']} threads, {m['isa']}"
+    parts = [f"# {title}", f"Measured {m['date']} by `bench/run.py`."]
+    parts += ["    " + heading(result).replace("\n", "\n    "), "    " + load_line(result["load"])]
+    parts += ["## Summary", SUMMARY_NOTE, summary({"": result}, [*LINES, *MORE_LINES])]
+    for name, caption in PLOTS.items():
+        if (folder / f"products/{name}.png").exists():
+            parts += [f"![{name}](products/{name}.png)", caption]
+    steps = [result[name] for name in STEPS if name in result]
+    if steps:
+        parts += ["## A training step", _steps(steps)]
+    if result.get("optimizer"):
+        rows = [
+            (_parameters(row), name, f"{us / 1e3:.2f}", f"{100 * row['limit_us'] / us:.0f} %",
+             f"{us / row['us'][OURS]:.2f} ×")
+            for row in result["optimizer"]
+            for name, us in row["us"].items()
+        ]  # fmt: skip
+        header = ("", "", "ms", "of our 8-bit step's limit", "times ours")
+        parts += ["## A step of AdamW", table(header, rows)]
+    if result["memory"]:
+        parts += ["## Extra memory of one call", "\n".join(f"- {memory_line(row)}" for row in result["memory"])]
+    if result["rows"]:
+        parts += ["## Every row", ROWS_NOTE]
+    for shape in dict.fromkeys(row.shape for row in result["rows"]):
+        rows = [row for row in result["rows"] if row.shape == shape]
+        peers = [name for name in PEERS if any(name in row.us for row in rows)]
+        header = ("", "M", "dtype", "µs", "rate", "limit", *(PEERS[name] for name in peers))
+        parts += [f"### {shape[0]}×{shape[1]}", table(header, (_cells(row, limits, peers) for row in rows))]
+    return "\n\n".join(part.rstrip("\n") for part in parts)
+
+
+def _steps(steps: list[dict]) -> str:
+    rows = []
+    for step in steps:
+        for name, found in step["contestants"].items():
+            ratio = f"{step['ratio']:.2f} ×{_spread(step)}" if name == OURS and step.get("ratio") else ""
+            losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
+            rows.append((name, f"{step['dropout']:g}", step["memory"], f"{found['seconds']:.2f}",
+                         f"{found['tokens_per_s']:.0f}", ratio, losses))  # fmt: skip
+    first = steps[0]
+    what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
+    what += "the contestants of a step alternate in a process of its own, and where it has several, these are medians "
+    what += 'of theirs. Memory "kept": by an allocator that gives nothing back.'
+    header = ("", "LoRA dropout", "memory", "s", "tokens/s", "times as fast", "losses")
+    return what + "\n\n" + table(header, rows)
+
+
+SUMMARY_NOTE = (
+    "Times as fast as what ours is compared with, or what a cell says. A range goes over shapes, and over the rows of "
+    "X that its line names; its worst figure stands first."
+)
+ROWS_NOTE = (
+    "Median µs of qlora_native; its rate; its share of the machine's limit (all threads); and how many times as long "
+    "each peer takes. Weights are cold, the contestants alternate in one process."
+)
+# {plot of a page of run.py, which plots.py draws: its caption}.
+PLOTS = {
+    "speed": "Rate of the product with a 4096×4096 weight against the rows of activations, bf16, cold weights; the "
+    "dotted line is the machine's limit for 4-bit weights. Higher is better.",
+    "roofline": "Every product without an adapter at its arithmetic intensity (operations over the bytes of the weight "
+    "in the form that the contestant keeps) under the machine's memory bandwidth and bf16 matrix rate, both measured "
+    "in this run.",
+    "lora": "Time that a LoRA adapter adds to the product, against its rank: M=512, 4096×4096, bf16. Backward is that "
+    "of autograd with respect to x. Lower is better.",
+    "growth": "Time of a product against the width of a square weight, the rows of activations, and threads.",
+}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n")
+    temporary.write_text(text.rstrip("\n") + "\n")
     os.replace(temporary, path)
 
 
-def path_of(kind: str, description: dict[str, object]) -> Path:
-    """The path of a machine's report: bench/results/<machine>/<kind>.json."""
-    return RESULTS / machine.folder_name(description) / f"{kind}.json"
+def folder_of(description: dict[str, object]) -> Path:
+    """The folder of a machine's reports: bench/results/<machine>."""
+    return RESULTS / machine.folder_name(description)
 
 
-def write_results(kind: str, found: dict, text: str) -> Path:
-    """Write bench/results/<machine>/<kind>.json and .md. Returns the path of the JSON."""
-    path = path_of(kind, found["machine"])
-    write(path, json.dumps(found, indent=1))
-    write(path.with_suffix(".md"), text.rstrip("\n"))
-    return path
+def figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """The figures of a machine: {program: {what: figures}}."""
+    path = folder / "figures.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for program in found.values():
+        if "rows" in program:
+            program["rows"] = [Row(**{**row, "shape": tuple(row["shape"])}) for row in program["rows"]]
+    return found
+
+
+def write_figures(folder: Path, program: str, found: dict[str, Any]) -> None:
+    """Make `found` the figures of a program, with a line for each row, and DIGITS of a figure."""
+
+    def compact(value: Any) -> str:
+        if isinstance(value, Row):
+            defaults = {field.name: field.default for field in dataclasses.fields(Case)}
+            value = {name: each for name, each in vars(value).items() if each != defaults.get(name)}
+        rounded = json.loads(json.dumps(value), parse_float=lambda text: _short(float(f"{float(text):.{DIGITS}g}")))
+        return json.dumps(rounded, ensure_ascii=False, separators=(",", ":"))
+
+    programs = []
+    for name, each in (figures(folder) | {program: found}).items():
+        fields = []
+        for field, value in each.items():
+            text = "[\n  " + ",\n  ".join(map(compact, value)) + "]" if isinstance(value, list) else compact(value)
+            fields.append(f"{json.dumps(field)}: {text}")
+        programs.append(f"{json.dumps(name)}: {{\n " + ",\n ".join(fields) + "}")
+    write(folder / "figures.json", "{" + ",\n".join(programs) + "}")
+
+
+def _short(value: float) -> float:
+    return int(value) if value.is_integer() else value
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with --output, the option that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--output", action="store_true", help="write the report below bench/results/")
+    return made
+
+
+def head(description: dict[str, Any]) -> str:
+    """The machine, in the first words of a page."""
+    return (
+        f"{machine.cpu_name(description)}, {description['isa']}, torch {description['versions']['torch']}, "
+        f"{description['threads']} threads"
+    )
 
 
 def command_line(kind: str, description: str, measure: Callable[[], list[dict]], lines: Callable[[dict], str]) -> None:
-    """The program of a benchmark that has no argument but --output: it measures, and prints its report."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", action="store_true", help="write the report below bench/results/")
-    args = parser.parse_args()
+    """The program of a benchmark that has no argument but --output: it measures, and prints its page."""
+    args = parser(description).parse_args()
     found = {"machine": machine.describe(), "measured": measure()}
     if args.output:
-        write_results(kind, found, lines(found))
+        write(folder_of(found["machine"]) / f"{kind}.md", lines(found))
     print(lines(found))
 
 
-# ---------------------------------------------------------------------------------------------------------- report
-
-
-def write_report(result: dict, path: Path) -> Path:
-    """Write FILE.md beside the JSON at `path`, and its plots into the folder FILE. Returns the path of FILE.md."""
-    folder = path.with_suffix("")
-    try:
-        import plots
-
-        drawn = plots.draw(result, folder)
-    except ModuleNotFoundError as error:
-        drawn = []
-        print(f"no plots: {error}")
-    markdown = path.with_suffix(".md")
-    write(markdown, report(result, [(f"{folder.name}/{name}", caption) for name, caption in drawn]))
-    return markdown
-
-
-def report(result: dict, images: Iterable[tuple[str, str]] = ()) -> str:
-    """A whole run as Markdown. `images` are (path, caption)."""
-    m = result["machine"]
-    title = m["gpu"] if "gpu" in m else f"{machine.cpu_name(m)}, {m['threads']} threads, {m['isa']}"
-    parts = [f"# {title}", f"Measured {m['date']} by `bench/run.py`."]
-    parts += ["    " + heading(result).replace("\n", "\n    ")]
-    parts += ["    " + load_line(result["load"])]
-    parts += ["## Goals", "✔ aim reached, ○ must reached, ✘ missed; where a row covers several M, the worst decides."]
-    parts += [targets(result)]
-    for path, caption in images:
-        parts += [f"![{Path(path).stem}]({path})", caption]
-    steps = [result[name] for name in STEPS if name in result]
-    if steps:
-        parts += ["## A training step", _step_table(steps)]
-    if result.get("optimizer"):
-        parts += ["## A step of AdamW", _optimizer_table(result["optimizer"])]
-    if result["memory"]:
-        parts += ["## Extra memory of one call", "\n".join(f"- {memory_line(row)}" for row in result["memory"])]
-    if result["rows"]:
-        parts += ["## Every row", ROWS_NOTE]
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in result["rows"]):
-        parts += [f"### {shape[0]}×{shape[1]}", _rows_table([r for r in result["rows"] if tuple(r["shape"]) == shape])]
-    return "\n\n".join(parts)
-
-
-ROWS_NOTE = (
-    "Median µs of qlora_native; its rate; its share of the machine's limit (all threads); and how many times as long "
-    "each peer takes. Weights are cold, the contestants alternate in one process."
-)
-
-
-def _rows_table(rows: list[dict]) -> str:
-    peers = [name for name in PEERS if any(name in row["times"] for row in rows)]
-    heads = ["", "M", "dtype", "µs", "rate", "limit", *(PEERS[name] for name in peers)]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    for row in rows:
-        us = row["times"][OURS]["us"]
-        unit = "GB/s" if row["bound"] == "memory" else "GFLOP/s"
-        against = [f"{row['times'][n]['us'] / us:.2f} ×" if n in row["times"] else "" for n in peers]
-        cells = [row["name"], str(row["M"] or ""), row["dtype"], _us(us), f"{_rate(row):.1f} {unit}",
-                 f"{100 * row['limit_us'] / us:.0f} %", *against]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _optimizer_table(rows: list[dict]) -> str:
-    lines = ["| | | ms | of our 8-bit step's limit | times ours |", "|---|---|---:|---:|---:|"]
-    for row in rows:
-        what = f"{row['parameters'] / 1e6:.1f} M parameters in {row['tensors']} tensor{'s' * (row['tensors'] > 1)}, "
-        what += row.get("dtype", "float32")  # the first reports do not say
-        for name, found in row["times"].items():
-            us, ours = found["us"], row["times"][OURS]["us"]
-            cells = [what, name, f"{us / 1e3:.2f}", f"{100 * row['limit_us'] / us:.0f} %", f"{us / ours:.2f} ×"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _step_table(steps: list[dict]) -> str:
-    lines = ["| | LoRA dropout | memory | s | tokens/s | times as fast | losses |", "|---|---|---|---|---|---|---|"]
-    for step in steps:
-        for name, found in step["contestants"].items():
-            ratio = f"{step['ratio']:.2f} ×{_spread(step)}" if name == OURS and step.get("ratio") else ""
-            losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-            cells = [name, f"{step['dropout']:g}", _step_memory(step), f"{found['seconds']:.2f}"]
-            cells += [f"{found['tokens_per_s']:.0f}", ratio, losses]
-            lines.append("| " + " | ".join(cells) + " |")
-    first = steps[0]
-    what = f"{first['model']}, {first['tokens']} tokens, LoRA r={first['rank']} on every linear, {first['dtype']}; "
-    what += "the contestants of a step take turns in a process of its own, and where it has several, these are medians "
-    what += 'of theirs. Memory "kept": by an allocator that gives nothing back.'
-    return "\n\n".join([what, "\n".join(lines)])
+def main() -> None:
+    """The command line."""
+    for path in sorted(RESULTS.glob("*/figures.json")):
+        if result := figures(path.parent).get("products"):
+            write(path.parent / "products.md", products(result, path.parent))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(f"wrote {write_report(json.loads(Path(name).read_text()), Path(name))}")
+    main()

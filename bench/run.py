@@ -3,30 +3,31 @@
     python bench/run.py                              the whole table, in about twelve minutes on two cores
     python bench/run.py --quick                      a few rows, in seconds
     python bench/run.py --output                     also a report: JSON, Markdown and plots, below bench/results/
-    python bench/run.py --targets                    also the goals, as text
     python bench/run.py --operations forward dx --shapes 4096x14336 --m 1 512 --dtypes bfloat16
     python bench/run.py --isa avx2 --dtypes float32  both sides held to AVX2
+    python bench/run.py --operations forward dx --peers torch_dense decoded
+                                                     whether a product is ever slower than decoding W for torch's
+    python bench/run.py --busy                       beside a process that multiplies on as many threads
     python bench/run.py --operations step            a training step of SmolLM2 (step.py)
     python bench/run.py --operations optimizer       a step of AdamW alone (optimizer.py)
     python bench/run.py --device cuda --output       a GPU, in its own table
 
 A row has the microseconds; GB/s if memory is the limit, else GFLOP/s; the share of the limit, which is the longer of
 bytes / bandwidth and operations / matrix rate; and how many times as long each peer takes. timing.py describes how a
-figure is measured, cases.py what is compared, and goals.py the goals. Do not use the machine while it runs.
+figure is measured, and cases.py what is compared. Do not use the machine while it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cases as data
@@ -51,9 +52,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, metavar="SECONDS", help="a case, shared by its contestants (default: 1; quick: 0.3)")
     add("--isa", help="hold qlora_native to this instruction set (QLN_FORCE_ISA), and torch too if it is avx2")
     add("--threads", type=int, help="OMP_NUM_THREADS")
-    add("--targets", action="store_true", help="also a Markdown table of the goals and what was measured")
-    add("--output", nargs="?", const="", metavar="FILE.json",
-        help="write a report: this, FILE.md and plots (default: results/MACHINE/products.json)")  # fmt: skip
+    add("--output", action="store_true", help="write the report below bench/results/")
+    add("--busy", action="store_true", help="beside a process that multiplies dense matrices on all threads")
     args = parser.parse_args(argv)
     args.operations = args.operations or list(OPERATIONS[args.device])
     if missing := set(args.operations) - set(OPERATIONS[args.device]):
@@ -98,30 +98,6 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     return args.shapes + [shape for shape in widths if shape not in args.shapes]
 
 
-def row_of(case: data.Case, times: dict, bandwidth: float, errors: dict, limits: dict[str, float]) -> dict:
-    """A row of the report. `bandwidth`, in bytes/s, was measured while the case ran."""
-    row = {
-        **dataclasses.asdict(case),
-        "name": case.name,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "bandwidth": bandwidth,
-        "times": {
-            name: {"us": 1e6 * t.median, "best_us": 1e6 * t.best, "calls": t.calls, "error": errors.get(name)}
-            for name, t in times.items()
-        },
-    }
-    set_limit(row, limits)
-    return row
-
-
-def set_limit(row: dict, limits: dict[str, float]) -> None:
-    """Set `limit_us`, and `bound`, which says whether memory or arithmetic is the limit."""
-    memory_s, arithmetic_s = row["bytes"] / row["bandwidth"], row["flops"] / limits[row["dtype"]]
-    row["bound"] = "memory" if memory_s >= arithmetic_s else "arithmetic"
-    row["limit_us"] = 1e6 * max(memory_s, arithmetic_s)
-
-
 def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
     """Measure every selected case, printing rows as they come, into result["rows"] and result["wrong"]."""
     import torch
@@ -132,7 +108,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
     from timing import set_allocator
 
     threads = torch.get_num_threads()
-    table = Table()
+    table = Table(result["limits"])
     # Kept memory comes last, because later calls would reuse the heap that it leaves.
     for kept in (False, True):
         setup, timed = ("kept", "kept") if kept else ("setup", "default")
@@ -144,7 +120,7 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
             for case in chosen:
                 torch.set_num_threads(case.threads or threads)
                 try:
-                    found, errors = contestants(case, weights, adapters)
+                    found = contestants(case, weights, adapters)
                 except WrongResult as error:
                     result["wrong"].append(f"{case.name} M={case.M} {case.dtype} {shape[0]}x{shape[1]}: {error}")
                     print(f"WRONG RESULT: {result['wrong'][-1]}", flush=True)
@@ -154,8 +130,9 @@ def measure_table(args: argparse.Namespace, adapters: dict, probes: Any, clock: 
                 set_allocator(timed)
                 times, probe = clock.alternate(found, probes.copy if copying else probes.read, args.budget)
                 set_allocator(setup)
-                bandwidth = probes.nbytes * (2 if copying else 1) / probe.median
-                result["rows"].append(row_of(case, times, bandwidth, errors, result["limits"]))
+                us = {name: 1e6 * each.median for name, each in times.items()}
+                gb_per_s = probes.nbytes * (2 if copying else 1) / probe.median / 1e9
+                result["rows"].append(data.Row(**dataclasses.asdict(case), us=us, gb_per_s=gb_per_s))
                 print(table.line(result["rows"][-1]), flush=True)
     torch.set_num_threads(threads)
 
@@ -176,19 +153,20 @@ def measure_steps(result: dict) -> None:
     import step
     from report import step_lines
 
-    for name, how in data.STEPS.items():
-        measure_alone(result, name, partial(step.measure_alone, **how), step_lines)
+    for name, arguments in data.STEPS.items():
+        measure_alone(result, name, partial(step.measure_alone, **arguments), step_lines)
 
 
-def measure_optimizer(result: dict, device: str) -> None:
-    """Measure the optimizers' steps."""
-    import optimizer
-    from report import optimizer_lines
-
-    def lines(rows: list[dict]) -> str:
-        return "\n".join(map(optimizer_lines, rows))
-
-    measure_alone(result, "optimizer", partial(optimizer.measure_alone, device), lines)
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """A process that multiplies dense matrices on all threads meanwhile."""
+    code = "import torch; a = torch.randn(1024, 1024); print('begins', flush=True)\nwhile True: a @ a"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     import machine
-    import memory
+    import plots
     import report
     from peers import DEFAULT, load
     from timing import Cpu, Gpu, set_allocator
@@ -217,32 +195,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = Gpu(probes.flush, torch.cuda) if args.device == "cuda" else Cpu()
     result["limits"] = machine.limits(probes, args.dtypes, clock)
     print(report.heading(result), flush=True)
-    measure_table(args, adapters, probes, clock, result)
+    with busy_process() if args.busy else nullcontext():
+        measure_all(args, adapters, probes, clock, result)
+    result["load"] = others.shares()
+    print("\n" + report.load_line(result["load"]))
+    wrong = result.pop("wrong")
+    if args.output:
+        folder = report.folder_of(result["machine"])
+        report.write_figures(folder, "products", result)
+        plots.draw(result, folder / "products")
+        report.write(folder / "products.md", report.products(result, folder))
+        print(f"\nwrote {folder}/products.md")
+    return len(wrong)
 
+
+def measure_all(args: argparse.Namespace, adapters: dict, probes: Any, clock: Any, result: dict) -> None:
+    """Measure and print all that the command line selects, into `result`."""
+    import machine
+    import memory
+    import optimizer
+    import report
+
+    measure_table(args, adapters, probes, clock, result)
     # The speed of the machine changes while the table is measured: the limit is the better of two measurements.
     before, after = result["limits"], machine.limits(probes, args.dtypes, clock)
-    result |= {"limits_before": before, "limits_after": after, "limits": {k: max(before[k], after[k]) for k in before}}
-    for row in result["rows"]:
-        set_limit(row, result["limits"])
+    result["limits"] = {name: max(before[name], after[name]) for name in before}
     print("\n" + report.limits(after, "limits at the end"))
-
-    if "memory" in args.operations and not args.quick:
+    if args.quick:
+        return
+    if "memory" in args.operations:
         for row in memory.measure():
             result["memory"].append(row)
             print(report.memory_line(row), flush=True)
-    if "optimizer" in args.operations and not args.quick:
-        measure_optimizer(result, args.device)
-    if "step" in args.operations and not args.quick:
+    if "optimizer" in args.operations:
+        measure_alone(result, "optimizer", partial(optimizer.measure_alone, args.device), report.optimizer_lines)
+    if "step" in args.operations:
         measure_steps(result)
-    result["load"] = others.shares()
-    print("\n" + report.load_line(result["load"]))
-    if args.targets:
-        print("\n" + report.targets(result))
-    if args.output is not None:
-        path = Path(args.output) if args.output else report.path_of("products", result["machine"])
-        report.write(path, json.dumps(result, indent=1))
-        print(f"\nwrote {path}, {report.write_report(result, path)}")
-    return len(result["wrong"])
 
 
 if __name__ == "__main__":

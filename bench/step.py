@@ -1,11 +1,11 @@
 """A training step of SmolLM2-135M: ours under PEFT, with everything fused, against bitsandbytes NF4 under stock PEFT.
 
-    python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense] [--profile]
+    python bench/step.py [--rounds 3] [--dropout 0.05] [--keep-memory] [--dense]
 
 All contestants have the same model (bf16), tokens (batch 4 x 256) and adapter (LoRA r=16 on all seven linears of every
 layer, in fp32 as PEFT makes it). Ours has `fuse_loss`, `fuse_blocks` and `fuse_attention`, as in examples/finetune.py;
 the others have transformers' own code. Each stack has its own 8-bit AdamW; bf16 weights have torch's fused AdamW.
-Contestants take turns step by step in one process; a step is forward, backward and optimizer. All start from the same
+Contestants alternate step by step in one process; a step is forward, backward and optimizer. All start from the same
 values, so their first losses must be equal: that is the check.
 
 Later losses differ. At first the adapter's part is smaller than half a unit in the last place of a bf16 activation, so
@@ -66,7 +66,6 @@ def merged(found: list[dict]) -> dict[str, object]:
         of_each = [each["contestants"][name] for each in found]
         for field in contestant.keys() & {"seconds", "tokens_per_s"}:
             contestant[field] = statistics.median(each[field] for each in of_each)
-        contestant["all_seconds"] = [seconds for each in of_each for seconds in each["all_seconds"]]
     for ratio in report.keys() & {"ratio", "dense_ratio"}:
         report[f"{ratio}s"] = [each[ratio] for each in found]
         report[ratio] = statistics.median(report[f"{ratio}s"])
@@ -74,7 +73,7 @@ def merged(found: list[dict]) -> dict[str, object]:
 
 
 def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_memory: bool = False) -> dict[str, object]:
-    """Time the contestants' steps in turn, after one untimed step each.
+    """Time the contestants' steps alternately, after one untimed step each.
 
     Args:
         rounds: the number of timed steps of each contestant.
@@ -83,7 +82,7 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
         keep_memory: from now on the C allocator returns no memory to the system.
 
     Returns:
-        A report with `contestants`: name -> {seconds (median), all_seconds, tokens_per_s, losses}; `ratio`: tokens/s of
+        A report with `contestants`: name -> {seconds (median), tokens_per_s, losses}; `ratio`: tokens/s of
         ours over bitsandbytes', missing as its entry is where it is not installed; with `dense` also `dense_ratio`,
         over bf16 weights.
 
@@ -113,7 +112,6 @@ def measure(rounds: int = 3, dropout: float = 0.0, dense: bool = False, keep_mem
     contestants = {
         name: {
             "seconds": statistics.median(times),
-            "all_seconds": times,
             "tokens_per_s": BATCH * SEQUENCE / statistics.median(times),
             "losses": [round(loss, 4) for loss in losses[name]],
         }
@@ -169,7 +167,7 @@ def some_tokens() -> Tensor:
 
 
 def with_adapter(model: nn.Module, dropout: float, register: Callable | None = None, seed: int = 0) -> nn.Module:
-    """Add PEFT's LoRA adapter, with values that `seed` determines. `register` is that of integrations/peft.py."""
+    """Add PEFT's LoRA adapter, with values that `seed` determines. `register` is that of integrations/peft/."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -182,9 +180,7 @@ def with_adapter(model: nn.Module, dropout: float, register: Callable | None = N
 def step_of_ours(model: nn.Module, dropout: float, *, fused: bool = True) -> Callable[[Tensor], float]:
     """A training step of ours; without `fused` all but the products is that of torch and transformers."""
     import qlora_native as qn
-    from qlora_native.integrations.attention import fuse_attention
-    from qlora_native.integrations.blocks import fuse_blocks
-    from qlora_native.integrations.loss import fuse_loss
+    from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
     from qlora_native.integrations.peft import register
 
     qn.nn.quantize_model(model, skip=("lm_head",), format="nf4", blocksize=64, double_quant=True)
@@ -252,13 +248,34 @@ def operations(layers: list[Any], tokens: int) -> tuple[int, int]:
     return 2 * tokens * (2 * weights + 2 * RANK * sides), 2 * tokens * RANK * sides
 
 
-def profile() -> str:
-    """A table of the operators of our step by their own time."""
-    step, tokens = step_of_ours(load(), 0.0), some_tokens()
-    step(tokens)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step(tokens)
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+# {part of a step: names of operations in torch}; an operation belongs to the first part that fits.
+PARTS = {
+    "optimizer": ("optimizer",),
+    "attention": ("attention",),
+    "adapters' gradients": ("qlora_native::lora_gradients",),
+    "products": ("qlora_native::linear", "bitsandbytes::", "aten::mm", "aten::addmm", "aten::bmm"),
+}
+HEAD, REST = "head and loss", "norms, activation, rotary, the rest"
+
+
+def part_of(operation: Any, vocabulary: int) -> str:
+    """The part of a step that an operation of torch.profiler belongs to.
+
+    An operation with a dimension of the vocabulary's size is of the head or the loss; others have their names.
+    """
+    if "cross_entropy" in operation.key or any(vocabulary in shape for shape in operation.input_shapes):
+        return HEAD
+    return next((part for part, names in PARTS.items() if any(name in operation.key for name in names)), REST)
+
+
+def seconds_by_part(step: Callable[[], object], vocabulary: int) -> dict[str, float]:
+    """{part: seconds of the main thread} of one step, where an operation does not count those that it calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        step()
+    seconds = dict.fromkeys((*PARTS, HEAD, REST), 0.0)
+    for operation in profile.key_averages(group_by_input_shape=True):
+        seconds[part_of(operation, vocabulary)] += 1e-6 * operation.self_cpu_time_total
+    return seconds
 
 
 def main() -> None:
@@ -270,11 +287,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="LoRA's")
     parser.add_argument("--keep-memory", action="store_true", help="an allocator that gives nothing back")
     parser.add_argument("--dense", action="store_true", help="also LoRA over the bf16 weights")
-    parser.add_argument("--profile", action="store_true", help="instead: where a step of ours goes")
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
     args = parser.parse_args()
-    if args.profile:
-        return print(profile())
     found = measure(args.rounds, args.dropout, args.dense, args.keep_memory)
     print(json.dumps(found) if args.json else report.step_lines(found))
 

@@ -1,25 +1,23 @@
-"""Time several contestants that take turns, with cold caches.
+"""Time several contestants alternately, with cold caches.
 
 How a figure comes about:
 
-- **Turns.** Contestants alternate call by call in one process, in rotating order, so that other programs on the machine
-  affect all alike.
+- **In rounds.** Contestants alternate call by call in one process, in rotating order, so that other programs on the
+  machine affect all alike.
 - **Cold.** Before every timed call a buffer of 64 MB is read through the caches, and every call gets the next of
-several
-  copies of its weight. Inside a model, too, the other layers have evicted a layer's weight since its last use. (The
-  4-bit weight of 4096x4096 is 8 MB and would stay in a 32 MB cache.) The read is timed, so each case has the bandwidth
-  of the moment in which it ran.
+  several copies of its weight. Inside a model, too, the other layers have evicted a layer's weight since its last use.
+  (The 4-bit weight of 4096x4096 is 8 MB and would stay in a 32 MB cache.) The read is timed, so each case has the
+  bandwidth of the moment in which it ran.
 - **Warm code.** Before a short call an untimed one runs on another copy. In a model the layer before has run the same
   code, while the 64 MB read has evicted even Python's own (without this, M=1 takes 0.2 ms longer).
 - **Awake.** The read also runs on torch's threads, so they are awake when the call begins, as between two layers.
-Before
-  it there is a pause in which the threads of a second OpenMP runtime (bitsandbytes has its own) stop spinning;
+  Before it there is a pause in which the threads of a second OpenMP runtime (bitsandbytes has its own) stop spinning;
   otherwise they would slow the next contestant down.
 - **Medians** are over as many calls as a budget of seconds allows. Freeing a result is not timed.
 
-On a GPU (class Gpu) turns and medians are the same. A sample is the time of a replay of a graph of CALLS calls, between
-two events, divided by CALLS. It does not include launching, and each call gets the next copy of the weight. Before each
-replay the level-two cache is flushed, and the stream is held until the host has submitted everything.
+On a GPU (class Gpu) rounds and medians are the same. A sample is the time of a replay of a graph of CALLS calls,
+between two events, divided by CALLS. It does not include launching, and each call gets the next copy of the weight.
+Before each replay the level-two cache is flushed, and the stream is held until the host has submitted everything.
 """
 
 from __future__ import annotations
@@ -77,16 +75,16 @@ def calls_within(budget_s: float, seconds: Mapping[str, float]) -> dict[str, int
     return {name: int(min(max(share / each, MIN_CALLS), MAX_CALLS)) for name, each in seconds.items()}
 
 
-def turns(calls: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """Yield (name, number of its turn, from 1) in rotating order. The turns of each are spread over the whole time."""
+def schedule(calls: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Yield (name, number of its call, from 1) in rotating order. The calls of each are spread over all rounds."""
     names, rounds = list(calls), max(calls.values())
-    had = dict.fromkeys(names, 0)
+    made = dict.fromkeys(names, 0)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            turn = (i + 1) * calls[name] // rounds
-            if turn > had[name]:
-                had[name] = turn
-                yield name, turn
+            call = (i + 1) * calls[name] // rounds
+            if call > made[name]:
+                made[name] = call
+                yield name, call
 
 
 class Cpu:
@@ -103,7 +101,7 @@ class Cpu:
     def alternate(
         self, contestants: Contestants, probe: Callable[[], object], budget_s: float, pause_s: float = PAUSE_S
     ) -> tuple[dict[str, Times], Times]:
-        """Time the contestants in turn.
+        """Time the contestants alternately.
 
         Args:
             contestants: functions of the number of the call, by which they choose a copy of the weight. All have run
@@ -125,13 +123,13 @@ class Cpu:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for name, turn in turns(calls_within(budget_s, needed)):
+            for name, number in schedule(calls_within(budget_s, needed)):
                 time.sleep(pause_s)
                 probes.append(self.seconds(probe))
                 if warm[name]:
-                    contestants[name](2 * turn)  # another copy, so that the timed one stays cold
-                    turn = 2 * turn + 1
-                samples[name].append(self.seconds(contestants[name], turn))
+                    contestants[name](2 * number)  # another copy, so that the timed one stays cold
+                    number = 2 * number + 1
+                samples[name].append(self.seconds(contestants[name], number))
         finally:
             if collecting:
                 gc.enable()
@@ -181,7 +179,7 @@ class Gpu:
         named = {**contestants, "probe": lambda _: probe()}
         runs = {name: self.graph(call).replay if captured else partial(call, 0) for name, call in named.items()}
         samples: dict[str, list[float]] = {name: [] for name in runs}
-        for name, _ in turns(calls_within(budget_s, {name: self.seconds(run) for name, run in runs.items()})):
+        for name, _ in schedule(calls_within(budget_s, {name: self.seconds(run) for name, run in runs.items()})):
             samples[name].append(self.seconds(runs[name]) / (self.CALLS if captured else 1))
         times = {name: Times.of(seconds) for name, seconds in samples.items()}
         return times, times.pop("probe")

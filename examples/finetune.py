@@ -45,9 +45,7 @@ import processes
 import qlora_native as qn
 from checkpoints import Checkpoints, replaced
 from pairs import Example, batches, chat, encode, read_pairs, split
-from qlora_native.integrations.attention import fuse_attention
-from qlora_native.integrations.blocks import fuse_blocks
-from qlora_native.integrations.loss import fuse_loss
+from qlora_native.integrations.fuse import fuse_attention, fuse_blocks, fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 
 IGNORED = -100  # the label of a token that has no loss
@@ -283,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     pairs, held_pairs = split(read_pairs(args.data), args.seed)
     tokenizer, base, bytes_16, bytes_quantized = load_quantized(args)
-    model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft.py says why
+    model = get_peft_model(base, lora_config(args))  # in fp32; integrations/peft/ says why
     fuse_loss(model)  # no logits in training
     fuse(model, args.device)
     examples = encode(tokenizer, pairs, args.seq_len)

@@ -5,7 +5,7 @@ import models
 import torch
 import transformers
 
-from qlora_native.integrations.gguf import ARCHITECTURES
+from qlora_native.convert.gguf import ARCHITECTURES
 
 
 def make(architecture, dtype=torch.float32, **changes):

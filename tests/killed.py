@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from qlora_native.__main__ import main
-from qlora_native.integrations import merge  # noqa: F401  (so that each run does not import it anew)
+from qlora_native.convert import merge  # noqa: F401  (so that each run does not import it anew)
 
 CLONE_NEWPID = 0x20000000
 COMMANDS = {"quantize": ["quantize", "--model", "base"], "merge": ["merge", "--base", "base", "--adapter", "adapter"]}

@@ -9,7 +9,8 @@ import torch
 from torch import nn, testing
 
 import qlora_native as qn
-from qlora_native import _optim_base, _optim_step
+from qlora_native._optim import base as _optim_base
+from qlora_native._optim import step as _optim_step
 
 NAN, INF = float("nan"), float("inf")
 FLOAT = "expected torch.float32, torch.bfloat16 or torch.float16, got "

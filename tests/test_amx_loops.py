@@ -4,6 +4,7 @@ A tile product costs at most one load, the loop stores no tile, and the decoder 
 """
 
 import importlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,12 +12,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OBJECTS = sorted(ROOT.glob("build/**/cpu/isa/amx/backend.cpp.o"), key=lambda path: path.stat().st_mtime)
+OBJECTS = sorted(ROOT.glob("build/**/cpu/backend/amx_bf16.cpp.o"), key=lambda path: path.stat().st_mtime)
 
 pytestmark = [
     pytest.mark.skipif(not OBJECTS, reason="reads what `make test-cpp` compiles for AMX"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump"),
 ]
+
+
+def functions(listing, make_instruction):
+    """{a function's name: its code} in a listing of objdump."""
+    found = {}
+    for line in listing:
+        if match := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
+            code = found[match[1]] = []
+        elif match := re.match(r"^\s+([0-9a-f]+):\s+(\S+)\s*([^/]*)", line):
+            code.append(make_instruction(int(match[1], 16), "", match[2], match[3].strip()))
+    return found
 
 
 def target(instruction):
@@ -32,15 +44,15 @@ def falls_through(instruction):
 
 @pytest.fixture(scope="module")
 def blocks():
-    """{a block's tiles of sums and what is decoded beside it: the loop over units of its machine code}."""
+    """{a block's tiles of accumulators and what is decoded beside it: the loop over units of its machine code}."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        arm, machine_code = importlib.import_module("arm"), importlib.import_module("machine_code")
+        patch.syspath_prepend(ROOT / "tools")
+        machine_code = importlib.import_module("machine_code")
         listing = subprocess.run(
             ("objdump", "-dC", "--no-show-raw-insn", str(OBJECTS[-1])), capture_output=True, text=True, check=True
         ).stdout.splitlines()
         found = {}
-        for name, code in arm.functions_of(listing).items():
+        for name, code in functions(listing, machine_code.Instruction).items():
             if "multiply_tiles<" not in name or not any(i.opcode == "tdpbf16ps" for i in code):
                 continue
             loops = machine_code.loops(code, target, falls_through)
@@ -74,7 +86,7 @@ def test_smaller_block_loads_each_tile_once(blocks, size, loads, products):
         assert (count(loop, "tileloadd"), count(loop, "tdpbf16ps")) == (loads, products), name
 
 
-def test_sums_stay_in_registers(blocks):
+def test_accumulators_stay_in_registers(blocks):
     for name, loop in blocks.items():
         assert count(loop, "tilestored") == 0, name
         spilled = [i for i in loop if "zmm" in i.operands and ("(%rsp)" in i.operands or "(%rbp)" in i.operands)]

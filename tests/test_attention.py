@@ -12,13 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_native.functional import attention
-from qlora_native.testing import (
-    SUM_FACTOR,
-    assert_close_by_norm,
-    assert_error_ratio,
-    relative_error,
-    unit_roundoff,
-)
+from qlora_native.testing import SUM_FACTOR, assert_close_by_norm, assert_error_ratio, relative_error, unit_roundoff
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

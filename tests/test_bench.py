@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_large_model_takes_two_steps(script, shape):
     of_experts = experts * 3 * ((256 + 2 * width) + (width + 256))  # gate and up, then down, of rank 3
     of_mlp = 4 * 3 * (256 + 352)
     assert found["trainable"] == 2 * (attention + (of_mlp if shape == "llama-7b" else of_experts))
-    assert found["operations_s"]["4-bit products, forward"] > 0
+    assert found["operations_s"]["products"] > 0
 
 
 @pytest.mark.parametrize("contestant", ["qlora_native", "qlora_native, nothing fused"])
@@ -90,7 +90,7 @@ def test_footprint_is_what_is_allocated(script, method):
 
 
 class RecordedCuda:
-    """In torch.cuda's place: writes down what is asked of it. A graph takes 8 ms."""
+    """In torch.cuda's place: records its calls. A graph takes 8 ms."""
 
     def __init__(self):
         self.log = []
@@ -170,28 +170,22 @@ def test_step_that_synchronizes_is_timed_uncaptured(script):
     assert times["ours"].median == pytest.approx(8e-3)
 
 
-def test_turns_of_a_slow_contestant_are_spread_over_the_whole_time(script):
-    order = list(script("timing").turns({"a": 4, "b": 2, "c": 4}))
-    assert [turn for name, turn in order if name == "a"] == [1, 2, 3, 4]
+def test_calls_of_a_slow_contestant_are_spread_over_the_whole_time(script):
+    order = list(script("timing").schedule({"a": 4, "b": 2, "c": 4}))
+    assert [number for name, number in order if name == "a"] == [1, 2, 3, 4]
     assert [name for name, _ in order] == ["a", "c", "b", "c", "a", "c", "a", "a", "b", "c"]
 
 
-def test_each_goal_has_a_case_that_is_measured(script):
-    cases, goals = script("cases"), script("goals").GOALS
+def test_each_line_of_a_summary_has_a_case_that_is_measured(script):
+    cases, summary = script("cases"), script("summary")
     elsewhere = {*cases.STEPS, "memory", cases.ADAMW_ADAPTER, cases.ADAMW_TENSOR}
-    for device, shapes in cases.SHAPES.items():
-        for goal in (goal for goal in goals if goal.device == device and goal.operation not in elsewhere):
-            for shape in shapes if goal.shape is None else [goal.shape]:
-                rows = {
-                    case.M
-                    for case in cases.cases(shape, device)
-                    if (case.operation, case.rank, case.dtype) == (goal.operation, goal.rank, goal.dtype)
-                }
-                assert rows & set(goal.Ms) or shape == cases.UP, goal
-                assert rows >= set(goal.Ms) or device == "cpu", goal
-    on_gpu = [goal for goal in goals if goal.device == "cuda"]
-    assert len(on_gpu) == 8 + 2 * 4 + 2
-    assert all(0 < goal.must < 1 for goal in on_gpu)
+    measured = {
+        (case.operation, case.rank, case.dtype, case.memory, case.M)
+        for device, shapes in summary.RANGE.items() for shape in shapes for case in cases.cases(shape, device)
+    }  # fmt: skip
+    for line in [*summary.LINES, *summary.MORE_LINES, *summary.SHORT]:
+        of_line = {(line.operation, line.rank, line.dtype, line.memory, M) for M in line.Ms}
+        assert line.operation in elsewhere or of_line & measured, line
 
 
 def test_command_line_selects_the_cases_of_a_gpu(script, capsys):
@@ -243,14 +237,14 @@ def test_gpu_is_measured_over_its_own_cases(script, tmp_path, monkeypatch):
     with torch.no_grad():
         run.measure_table(args, adapters, probes, clock, result)
     assert not result["wrong"]
-    assert [row["M"] for row in result["rows"]] == [case.M for case in script("cases").cases(small, "cuda")]
-    assert {row["bandwidth"] for row in result["rows"]} == {2 * probes.nbytes / (8e-3 / clock.CALLS)}
-    for row in result["rows"]:
-        row["shape"] = (4096, 4096)
+    assert [row.M for row in result["rows"]] == [case.M for case in script("cases").cases(small, "cuda")]
+    assert {row.gb_per_s for row in result["rows"]} == {2 * probes.nbytes / (8e-3 / clock.CALLS) / 1e9}
+    result["rows"] = [dataclasses.replace(row, shape=(4096, 4096)) for row in result["rows"]]
     assert machine.folder_name(result["machine"]) == "nvidia-h100-80gb-hbm3"
-    path = tmp_path / "products.json"
-    written = report.write_report(result, path).read_text()
+    report.write_figures(tmp_path, "products", result)
+    written = report.products(report.figures(tmp_path)["products"], tmp_path)
     assert written.startswith("# NVIDIA H100 80GB HBM3\n")
+    assert "| Y, 64 rows | dense | 1.00 × |" in written
 
 
 def test_optimizer_on_a_gpu_is_timed_uncaptured(script, monkeypatch):
@@ -260,7 +254,7 @@ def test_optimizer_on_a_gpu_is_timed_uncaptured(script, monkeypatch):
     monkeypatch.setattr(optimizer, "LARGE", [6000])
     adapter, tensor = optimizer.measure(probes, timing.Gpu(cuda.flush, cuda), budget_s=0.1)
     assert "capture" not in cuda.log
-    assert adapter["times"]["torch fused"]["us"] == pytest.approx(8000)
+    assert adapter["us"]["torch fused"] == pytest.approx(8000)
     assert (adapter["tensors"], tensor["tensors"]) == (2, 1)
     assert tensor["limit_us"] == pytest.approx(6000 * 16 / 2**21 * 8000)  # 2 MB are copied in 8 ms
 
@@ -269,9 +263,7 @@ def test_optimizer_in_bf16_passes_its_check(script):
     optimizer = script("optimizer")
     with torch.enable_grad():
         for contestant in (optimizer.OURS, optimizer.FUSED):
-            step, error = optimizer._checked(contestant, [5000, 300], torch.bfloat16)
-            assert error > 1e-3
-            step(0)
+            optimizer._checked(contestant, [5000, 300], torch.bfloat16)(0)
 
 
 def test_failed_step_keeps_what_was_measured_before(script, monkeypatch, capfd):
@@ -291,7 +283,7 @@ def test_step_in_several_processes_is_their_median(script):
         contestants = {"qlora_native": {"seconds": ours}}
         contestants |= {"bitsandbytes + PEFT": {"seconds": peer}}
         for each in contestants.values():
-            each |= {"tokens_per_s": 1024 / each["seconds"], "all_seconds": [each["seconds"]] * 2, "losses": [3.5, 3.4]}
+            each |= {"tokens_per_s": 1024 / each["seconds"], "losses": [3.5, 3.4]}
         about = {"model": "M", "tokens": 1024, "rank": 16, "dropout": 0.0, "memory": "default", "dtype": "bfloat16"}
         return about | {"contestants": contestants, "ratio": peer / ours}
 
@@ -300,17 +292,26 @@ def test_step_in_several_processes_is_their_median(script):
     assert merged["ratio"] == pytest.approx(1.3)
     ours, peer = merged["contestants"].values()
     assert (ours["seconds"], ours["tokens_per_s"]) == (2.5, 1024 / 2.5)
-    assert (peer["seconds"], peer["all_seconds"]) == (3.9, [2.4, 2.4, 3.9, 3.9, 4.0, 4.0])
+    assert peer["seconds"] == 3.9
 
 
-MEASURED = sorted(BENCH.glob("results/*/*.json"))
-REPORTS = [path for path in MEASURED if path.name == "products.json"]  # of bench/run.py
-assert REPORTS
+MEASURED = sorted(BENCH.glob("results/*/figures.json"))
+assert MEASURED
 
 
-@pytest.mark.parametrize("path", MEASURED, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_committed_figures_are_in_the_folder_of_their_machine(script, path):
-    assert script("machine").folder_name(json.loads(path.read_text())["machine"]) == path.parent.name
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_committed_figures_are_those_of_one_machine(script, path):
+    machine, report = script("machine"), script("report")
+    assert path.stat().st_size < 30_000
+    for program in report.figures(path.parent).values():
+        assert machine.folder_name(program["machine"]) == path.parent.name
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_committed_page_is_written_again_from_its_figures(script, path):
+    report = script("report")
+    if products := report.figures(path.parent).get("products"):
+        assert path.with_name("products.md").read_text() == report.products(products, path.parent) + "\n"
 
 
 CPUINFO = """processor\t: 0
@@ -355,25 +356,16 @@ def test_processor_without_such_numbers_has_a_name_all_the_same(script):
     assert list(found) == ["cpu"] and found["cpu"]
 
 
-@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
-def test_committed_report_is_written_again_from_its_data(script, path):
-    """As `python bench/report.py FILE.json` does, without the plots."""
-    found = json.loads(path.read_text())
-    text = script("report").report(found)
-    assert path.with_suffix(".md").read_text().splitlines()[0] == text.splitlines()[0]
-    heads = {"step": "## A training step", "optimizer": "## A step of AdamW", "memory": "## Extra memory"}
-    for part, head in heads.items():
-        assert (head in text) == bool(found.get(part))
-
-
-def test_results_are_in_a_folder_for_each_machine(script, tmp_path, monkeypatch):
-    report = script("report")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    found = {"machine": {"cpu": "AMD EPYC", "microarchitecture": "Zen 4", "threads": 2, "isa": "avx2"}}
-    report.write_results("account", found, "# Text\n")
-    (folder,) = tmp_path.iterdir()
-    assert folder.name == "amd-epyc-zen-4-2-threads-avx2"
-    assert sorted(path.name for path in folder.iterdir()) == ["account.json", "account.md"]
+def test_figures_of_one_program_leave_those_of_another(script, tmp_path):
+    report, cases = script("report"), script("cases")
+    case = {"operation": "forward", "shape": (4096, 4096), "M": 4, "dtype": "float32"}
+    row = cases.Row(**case, us={"qlora_native": 2.5}, gb_per_s=25.0)
+    report.write_figures(tmp_path, "products", {"machine": {"cpu": "A"}, "rows": [row]})
+    report.write_figures(tmp_path, "account", {"measured": [{"seconds": 1.23456789}]})
+    assert report.figures(tmp_path) == {
+        "products": {"machine": {"cpu": "A"}, "rows": [row]},
+        "account": {"measured": [{"seconds": 1.2346}]},
+    }
 
 
 def test_other_half_of_a_step_is_measured_against_its_parts(script, monkeypatch):

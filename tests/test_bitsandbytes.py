@@ -9,7 +9,7 @@ import torch
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native._formats import is_dynamic_map
+from qlora_native._core.formats import is_dynamic_map
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,7 +14,8 @@ with warnings.catch_warnings():
     bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes import functional as bnbf
 
-from qlora_native.integrations import bitsandbytes_backend as backend
+from qlora_native.integrations._autoload import autoload
+from qlora_native.integrations.bitsandbytes import _backend as backend
 from qlora_native.testing import assert_close_by_norm, product_tolerance, unit_roundoff
 
 ops = torch.ops.bitsandbytes
@@ -267,7 +268,7 @@ def test_unsupported_call_has_the_bits_of_their_kernel():
 def test_environment_variable_decides_on_the_plug_in(value):
     program = """
 import bitsandbytes, sys
-from qlora_native.integrations import bitsandbytes_backend as backend
+from qlora_native.integrations.bitsandbytes import _backend as backend
 from qlora_native.testing import assert_close_by_norm, product_tolerance, unit_roundoff
 print(backend.enabled())
 backend.enable(), backend.enable(), backend.disable(), backend.disable()
@@ -285,5 +286,5 @@ print(backend.enabled())
 def test_variable_with_another_value_is_named_in_an_error(monkeypatch):
     monkeypatch.setenv("QLORA_NATIVE_BNB", "true")
     with pytest.raises(ValueError, match="QLORA_NATIVE_BNB: expected 0 or 1, got 'true'"):
-        backend.autoload()
+        autoload()
     assert not backend.enabled()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]

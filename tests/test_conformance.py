@@ -7,7 +7,7 @@ import torch
 
 import qlora_native as qn
 from qlora_native import _C
-from qlora_native._inputs import draw_seed
+from qlora_native._core.inputs import draw_seed
 from qlora_native.testing import assert_close_by_norm, assert_error_ratio
 
 SCALING = 1.7

@@ -31,7 +31,7 @@ from lora import assert_close  # noqa: E402
 from sharding import needs_fsdp_of_bytes, prepared_by_accelerate  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations import bitsandbytes_backend as backend  # noqa: E402
+from qlora_native.integrations.bitsandbytes import _backend as backend  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402

@@ -12,7 +12,7 @@ from torch import nn
 
 import qlora_native as qn
 from qlora_native.functional import embedding
-from qlora_native.integrations.loss import fuse_loss
+from qlora_native.integrations.fuse import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
 from qlora_native.nn import Embedding4bit, Linear4bit, quantize_model
 

@@ -12,7 +12,7 @@ from models import layers_of  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.experts import IMPLEMENTATION  # noqa: E402
+from qlora_native.integrations.transformers._experts import IMPLEMENTATION  # noqa: E402
 from qlora_native.nn import Experts4bit, quantize_model, size_report  # noqa: E402
 
 pytestmark = [

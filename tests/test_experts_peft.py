@@ -12,7 +12,7 @@ import moe  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_experts import decoded, families, relative  # noqa: E402
 
-from qlora_native.integrations.peft_experts import ParamWrapper  # noqa: E402
+from qlora_native.integrations.peft._experts import ParamWrapper  # noqa: E402
 from qlora_native.nn import quantize_model  # noqa: E402
 from qlora_native.optim import AdamW8bit  # noqa: E402
 

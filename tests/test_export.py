@@ -17,9 +17,9 @@ from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.integrations import _gguf  # noqa: E402
-from qlora_native.integrations.gguf import ARCHITECTURES, export_model  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert import _gguf_files as _gguf  # noqa: E402
+from qlora_native.convert.gguf import ARCHITECTURES, export_model  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -345,7 +345,7 @@ def test_memory_holds_a_tensor_a_few_times(tmp_path):
     model.save_pretrained(tmp_path / "model")
     prepare = f"""
 import itertools
-from qlora_native.integrations.gguf import export_model
+from qlora_native.convert.gguf import export_model
 out = (f"{tmp_path}/{{i}}.gguf" for i in itertools.count())
 def run(to):
     export_model({str(tmp_path / "model")!r}, next(out), to, progress=False)

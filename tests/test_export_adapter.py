@@ -13,8 +13,8 @@ import models  # noqa: E402
 from gguf_files import fields, kinds, make_all, read  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.integrations.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 

@@ -15,9 +15,9 @@ peft = pytest.importorskip("peft")
 
 from models import assert_same  # noqa: E402
 
-from qlora_native.integrations import attention as integration  # noqa: E402
-from qlora_native.integrations.attention import fuse_attention  # noqa: E402
-from qlora_native.integrations.rotary import fuse_rotary  # noqa: E402
+from qlora_native.integrations.fuse import _attention as integration  # noqa: E402
+from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
+from qlora_native.integrations.fuse._rotary import fuse_rotary  # noqa: E402
 
 # Weights are large, so that probabilities are far from equal.
 COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native._json import parse_object  # noqa: E402
-from qlora_native.integrations.checkpoints import Checkpoint  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native._core.json import parse_object  # noqa: E402
+from qlora_native.convert._checkpoints import Checkpoint  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 INDEX = "model.safetensors.index.json"

@@ -20,8 +20,8 @@ FILES = (
     "test_inputs.py",
     "test_adamw.py",
 )
-
-
+# One case in so many shows that an instruction set works; prime, so that each loop of cases.py is sampled.
+EVERY = 17
 # The emulated tiles multiply bfloat16; all else is that of another instruction set.
 SELECTED = {"amx_emulated": ("-k", "bf16 or bfloat16")}
 
@@ -42,8 +42,10 @@ def test_error_says_why_an_instruction_set_is_missing():
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _C.available_isas() if isa != _C.current_isa()])
-def test_other_instruction_set_keeps_the_promises(isa):
-    shown = run(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *SELECTED.get(isa, ()), *FILES], isa)
+@pytest.mark.parametrize("every", [EVERY, pytest.param(1, marks=pytest.mark.thorough)])
+def test_other_instruction_set_keeps_the_promises(isa, every):
+    arguments = ("--tb=short", "-p", "no:cacheprovider", f"--every={every}", *SELECTED.get(isa, ()))
+    shown = run(["-m", "pytest", *arguments, *FILES], isa)
     assert shown.returncode == 0, f"QLN_FORCE_ISA={isa}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import models  # noqa: E402
 
-from qlora_native.integrations.staging import new_file, new_folder  # noqa: E402
+from qlora_native.convert._staging import new_file, new_folder  # noqa: E402
 
 RUNS = os.environ.get("QLN_KILLS", "20")  # of each command; bench/results/fuzz.md has figures of 200
 

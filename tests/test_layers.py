@@ -3,6 +3,7 @@ written once for all instruction sets is free of the intrinsics and the assembly
 """
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -12,34 +13,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CPU = "cpp/src/cpu"
 CORE = ("cpp/include", "cpp/src", "cpp/src/common")
-ROOMS = tuple(
-    f"{CPU}/{room}" for room in ("runtime", "product", "quantize", "optimizer", "attention", "loss", "elementwise")
-)
-# {layer: the layers whose files it may include, beside its own}, top to bottom. A file belongs to the longest name that
-# its path begins with.
+VECTORS, LOW = f"{CPU}/isa", (*CORE, f"{CPU}/runtime", f"{CPU}/isa", f"{CPU}/isa/scalar")
+ROOMS = tuple(f"{CPU}/{room}" for room in ("quantize", "product", "attention", "loss", "elementwise", "optimizer"))
+ISAS = tuple(f"{VECTORS}/{folder}" for folder in ("amx", "avx2", "avx512", "neon", "portable"))
+# {layer: the layers whose files it may include, beside its own}. A file belongs to the longest name
+# that its path begins with.
 MAY_INCLUDE = {
     "examples": ("cpp/include",),
     "python/bindings": ("cpp/include", "cpp/src/common"),
     "cpp/program": ("cpp/include", f"{CPU}/runtime"),
-    "cpp/include": (),
-    "cpp/src": ("cpp/include", "cpp/src/common", "cpp/src/paged"),  # never a backend: it calls through backend.h
-    "cpp/src/paged": CORE,
-    f"{CPU}/runtime": (*CORE, f"{CPU}/product"),
-    f"{CPU}/isa": (*CORE, *ROOMS),
-    f"{CPU}/isa/portable": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/amx"),
-    f"{CPU}/isa/avx2": (*CORE, *ROOMS, f"{CPU}/isa"),
-    f"{CPU}/isa/avx512": (*CORE, *ROOMS, f"{CPU}/isa"),
-    f"{CPU}/isa/neon": (*CORE, *ROOMS, f"{CPU}/isa"),
-    # It has the vectors of another folder beside its tiles.
-    f"{CPU}/isa/amx": (*CORE, *ROOMS, f"{CPU}/isa", f"{CPU}/isa/portable", f"{CPU}/isa/avx512"),
-    **{room: (*CORE, f"{CPU}/isa", *ROOMS) for room in ROOMS[1:]},
     # An operation includes no other one.
     **{f"cuda/{room}": (*CORE, "cuda/device", "cuda/runtime") for room in ("product", "quantize", "loss", "elementwise")},
     "cuda/optimizer": (*CORE, "cpp/src/paged", "cuda/device", "cuda/runtime"),
     "cuda/runtime": (*CORE, "cpp/src/paged", "cuda/device", "cuda/emulator"),
     "cuda/device": ("cpp/include", "cpp/src/common", "cuda/emulator"),
     "cuda/emulator": ("cpp/include", "cpp/src/common", "cpp/src/paged"),
+    f"{CPU}/backend": (*LOW, *ISAS, *ROOMS),
+    f"{CPU}/attention": (*LOW, f"{CPU}/quantize", f"{CPU}/product"),
+    f"{CPU}/product": (*LOW, f"{CPU}/quantize"),
+    **{room: LOW for room in ROOMS if room not in (f"{CPU}/attention", f"{CPU}/product")},
+    f"{VECTORS}/portable": (*CORE, VECTORS, f"{VECTORS}/amx"),
+    **{isa: (*CORE, VECTORS) for isa in ISAS[:-1]},
+    f"{VECTORS}/scalar": CORE,
+    VECTORS: CORE,
+    f"{CPU}/runtime": CORE,
+    "cpp/src/paged": CORE,
+    "cpp/src": ("cpp/include", "cpp/src/common"),  # never a backend: it calls through backend.h
     "cpp/src/common": ("cpp/include",),
+    "cpp/include": (),
 }
 # Where the compiler looks for a name in quotes, after the folder of the file itself.
 INCLUDE_FOLDERS = ("cpp/include", "cpp/src", "cuda", "python/bindings")
@@ -91,6 +92,10 @@ def test_layer_includes_only_what_it_may(layer):
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_layer_includes_one_above_it():
+    assert set(graphlib.TopologicalSorter(MAY_INCLUDE).static_order()) <= MAY_INCLUDE.keys()  # a circle: CycleError
+
+
 def test_every_source_file_belongs_to_a_layer():
     files = [path for folder in ("cpp", "cuda", "python", "examples") for path in sources(folder)]
     assert not [path for path in files if layer_of(path) is None]
@@ -116,7 +121,7 @@ def test_torch_is_included_by_the_bindings_alone():
 def test_cuda_is_included_by_its_backend_alone():
     found = found_in(("cpp", "cuda", "python", "examples"), CUDA)
     assert found
-    assert all(name.startswith("cuda/") or name == "examples/cpp_trainer/cuda.cpp" for name in found), found
+    assert all(name.startswith("cuda/") for name in found), found
 
 
 def test_intrinsics_stand_in_the_folders_compiled_for_them():

@@ -15,7 +15,7 @@ from test_export import ROPES  # noqa: E402
 from test_export_adapter import PATTERNS, adapter_of  # noqa: E402
 from test_export_tokenizer import BYTE_LEVEL, SENTENCEPIECE, TEXTS, characters_bpe, save  # noqa: E402
 
-from qlora_native.integrations.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
+from qlora_native.convert.gguf import ARCHITECTURES, export_adapter, export_model  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 TOKENS = models.ids(1, 12)

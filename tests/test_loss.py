@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from peak import megabytes, peaks
 
 import qlora_native as qn
-from qlora_native import _loss
+from qlora_native._core import loss as _loss
 from qlora_native.functional import linear_cross_entropy
 from qlora_native.testing import SUM_FACTOR, unit_roundoff
 

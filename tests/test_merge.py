@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.integrations import checkpoints, merge  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert import _checkpoints as checkpoints  # noqa: E402
+from qlora_native.convert import merge  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Setting `fan_in_fan_out`")
@@ -452,7 +453,7 @@ def test_interruption_at_any_moment_leaves_no_files(bases, command, module, mome
 def test_memory_holds_one_shard(large, tmp_path):
     prepare = f"""
 import itertools
-from qlora_native.integrations.merge import convert
+from qlora_native.convert.merge import convert
 folder, out = {str(large)!r}, (f"{tmp_path}/{{i}}" for i in itertools.count())
 def run(adapter, to):
     convert(folder + "/base", next(out), adapter and f"{{folder}}/{{adapter}}", to, progress=False)

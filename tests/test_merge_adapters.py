@@ -14,7 +14,7 @@ import moe  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]

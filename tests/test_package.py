@@ -37,7 +37,7 @@ def build_outside(folder, package):
 
 # The shared one leaves OpenMP to the program, as that of `make wheels` does, and the kernels of x86 and Arm out, as on
 # other processors: it compiles in seconds.
-@pytest.mark.parametrize(("shared", "scalar"), [("OFF", False), ("ON", True)])
+@pytest.mark.parametrize(("shared", "scalar"), [pytest.param("OFF", False, marks=pytest.mark.thorough), ("ON", True)])
 def test_installed_tree_is_relocatable(tmp_path, shared, scalar):
     """CUDA is left out here: the wheel has it where nvcc was found."""
     cmake(

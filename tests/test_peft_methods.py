@@ -22,10 +22,10 @@ from peft.tuners.lora import Linear as PeftLoraLinear  # noqa: E402
 from peft_rows import ROWS, base_model  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations import peft_methods  # noqa: E402
-from qlora_native.integrations.decoded import DecodedLinear4bit  # noqa: E402
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
-from qlora_native.integrations.peft_methods import METHODS  # noqa: E402
+from qlora_native.integrations.peft import _methods as peft_methods  # noqa: E402
+from qlora_native.integrations.peft._dequantized import DecodedLinear4bit  # noqa: E402
+from qlora_native.integrations.peft._methods import METHODS  # noqa: E402
 from qlora_native.nn import Linear4bit  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -355,13 +355,13 @@ def test_writing_to_the_decoded_weight_raises():
 
 def test_start_that_writes_to_the_weight_is_named_by_its_method(monkeypatch):
     """Whatever the start: one that is not on our list of those runs into the weight itself."""
-    monkeypatch.setattr("qlora_native.integrations.peft_methods.CHANGES_BASE", ())
+    monkeypatch.setattr("qlora_native.integrations.peft._methods.CHANGES_BASE", ())
     with pytest.raises(NotImplementedError, match=r"LORA.*: Linear4bit\.weight: expected to be read"):
         one_layer(peft.LoraConfig(target_modules=["0"], init_lora_weights="pissa"))
 
 
 def test_untried_method_is_named_in_the_error(monkeypatch):
-    monkeypatch.setattr("qlora_native.integrations.peft_methods.METHODS", METHODS - {"IA3"})
+    monkeypatch.setattr("qlora_native.integrations.peft._methods.METHODS", METHODS - {"IA3"})
     with pytest.raises(NotImplementedError, match="IA3 over Linear4bit: expected one of the methods in docs/peft.md"):
         one_layer(ia3())
     peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 96)), ia3())  # without quantized layers, it is PEFT's

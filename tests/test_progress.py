@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_native import _progress
-from qlora_native._progress import Progress
+from qlora_native._core import progress as _progress
+from qlora_native._core.progress import Progress
 from qlora_native.nn import quantize_model
 
 QUANTIZE = """
@@ -77,7 +77,7 @@ def test_bar_over_a_gguf_file_is_shown_on_a_terminal_alone(tmp_path):
     pytest.importorskip("transformers")
     from gguf_files import make
 
-    from qlora_native.integrations.gguf import export_model
+    from qlora_native.convert.gguf import export_model
 
     make("LlamaForCausalLM").save_pretrained(tmp_path / "model")
     export_model(tmp_path / "model", tmp_path / "m.gguf", progress=False)

@@ -18,8 +18,8 @@ import models  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qlora_native.__main__ import main  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.loftq import initialize_loftq  # noqa: E402
-from qlora_native.integrations.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn

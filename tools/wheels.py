@@ -4,7 +4,7 @@ A wheel is built for each Python with this machine's compiler and the C and C++ 
 the systems that it runs on. The torch ops and the C++ package share one library. The wheel does not contain
 libtorch_cpu.so, which comes with torch, or OpenMP, or the emulators of CUDA's kernels and of AMX's. It is then
 installed into a new virtual environment with torch and the packages that the tests need, where TESTS run. The wheels
-are in dist/cpu/ and dist/cuda/. --output adds the run to bench/results/wheels.json and writes its table, wheels.md.
+are in dist/cpu/ and dist/cuda/. --output adds the run to the table of bench/results/wheels.md.
 
 --only does one half. The half that tests needs only a Python, so it also runs in a tree of another system, which may
 have a Python that this one lacks:
@@ -26,13 +26,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -48,7 +46,7 @@ from toolchain import (
     version_and_tag,
 )
 
-RESULTS = ROOT / "bench/results/wheels.json"
+RESULTS = ROOT / "bench/results/wheels.md"
 TORCH = {"x86_64": "torch>=2.10", "aarch64": "torch==2.10.0"}  # PyPI's later ones for aarch64 are CUDA builds
 LIMITS = {"cpu": 4.0, "cuda": 25.0}  # MB
 # Warnings are not errors here: the checks of a change use the libraries that belong to the compiler.
@@ -188,7 +186,6 @@ def tested(wheel: Path, kind: str, tests: tuple[str, ...], *python: str, **varia
     if "this build has no backend cuda_emulated" not in emulated.stderr:
         raise SystemExit(f"{wheel.name}: expected no emulator inside, got {emulated.stderr or emulated.stdout}")
     torch_version = run(*python, "-c", PRODUCT, **variables).split()[-1]  # after warnings
-    began = time.monotonic()
     shown = run(*python, "-m", "pytest", *(f"tests/{name}" for name in tests), **variables)
     return {
         "kind": kind,
@@ -198,43 +195,22 @@ def tested(wheel: Path, kind: str, tests: tuple[str, ...], *python: str, **varia
         "torch": torch_version,
         "system": run(*python, "-c", SYSTEM).strip(),
         "result": re.findall(r"(?:\d+ \w+(?:, )?)+ in ", shown)[-1].removesuffix(" in "),
-        "seconds": round(time.monotonic() - began),
     }
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """wheels.md."""
-    lines = [
-        "# Wheels that were installed and tested",
-        "",
-        "Written by `tools/wheels.py --output` (`make wheels`). Each wheel was installed with pip into a new virtual",
-        f"environment, and ran {', '.join(f'`{name}`' for name in TESTS)}",
-        "from there. None of these machines has a GPU. A wheel for aarch64 was installed into a folder, and ran the",
-        "first three under QEMU, without the test that compiles by Inductor: no Arm machine has run it.",
-        "",
-        "| wheel | MB | Python | torch | system | tests |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = (
-            f"`{row['wheel']}`, {row['kind']}",
-            *(row[n] for n in ("megabytes", "Python", "torch", "system", "result")),
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+def write(row: dict[str, object]) -> None:
+    """Add a row to the table, in place of that of the same wheel, Python, torch and system."""
 
+    def key(line: str) -> tuple[str, ...]:
+        wheel, _, *conditions, _ = line.split(" | ")
+        return wheel.split(", ")[1], wheel, *conditions
 
-def write(rows: list[dict[str, object]]) -> None:
-    """Add rows to the results, in place of those of the same wheel, Python, torch and system."""
-
-    def key(row: dict[str, object]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in ("kind", "wheel", "Python", "torch", "system"))
-
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    merged = {key(row): row for row in (*known, *rows)}
-    known = [merged[name] for name in sorted(merged)]
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(known))
+    wheel = f"`{row['wheel']}`, {row['kind']}"
+    cells = (wheel, *(str(row[name]) for name in ("megabytes", "Python", "torch", "system", "result")))
+    lines = [*RESULTS.read_text().splitlines(), f"| {' | '.join(cells)} |"]
+    rows = {key(line): line for line in lines if line.startswith("| `")}
+    head = [line for line in lines if not line.startswith("| `")]
+    RESULTS.write_text("\n".join([*head, *(rows[each] for each in sorted(rows))]) + "\n")
 
 
 def main() -> None:
@@ -246,7 +222,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["build", "test"], help="one half")
     parser.add_argument("--torch", help="what pip is to install before the wheel, in words")
     parser.add_argument("--system-torch", action="store_true", help="test with the torch that PYTHON has")
-    parser.add_argument("--output", action="store_true", help="write bench/results/wheels.json and .md")
+    parser.add_argument("--output", action="store_true", help="add the run to bench/results/wheels.md")
     args = parser.parse_args()
     kind = "cuda" if args.cuda else "cpu"
     torch = (args.torch or TORCH[args.machine]).split()
@@ -261,7 +237,7 @@ def main() -> None:
             row = test_arm(torch) if args.machine == "aarch64" else test(python, kind, torch, args.system_torch)
             print(f"Python {row['Python']}, torch {row['torch']}: {row['result']}", flush=True)
             if args.output:
-                write([row])
+                write(row)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import importlib
 from types import ModuleType
 
 DEFAULT = {
-    "cpu": ("torch_dense", "bitsandbytes", "bitsandbytes_packed", "torchao", "peft_unfused", "ggml"),
+    "cpu": ("torch_dense", "bitsandbytes", "bitsandbytes_packed", "torchao", "peft_unfused"),
     "cuda": ("torch_dense", "bitsandbytes", "peft_unfused"),
 }
 

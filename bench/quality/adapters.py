@@ -1,7 +1,6 @@
 """Held-out loss by rank and by adapted matrices, and of other methods: tables 6 and 2 of LoRA, at a small size.
 
-    python bench/quality/adapters.py --output FILE.json [--rows "LoRA all r=8" ...] [--steps 24] [--seeds 0]
-    python bench/quality/adapters.py --table FILE.json
+    python bench/quality/adapters.py [--seeds 0] [--steps 24] [--output]
 
 The base is NF4 with double quantization, except for full fine-tuning, which has no frozen weights and is in fp32. Each
 method has the learning rates of ROWS, of which the best one counts.
@@ -16,6 +15,8 @@ import qlora_native as qn
 import torch
 import training
 from torch import Tensor, nn
+
+import summary
 
 RANKS = (1, 2, 4, 8, 64)
 MATRICES = {
@@ -119,37 +120,16 @@ def table(found: dict) -> str:
          published)
         for name, published in PUBLISHED_METHODS.items() if (done := best.get(name))
     ]  # fmt: skip
-    lines = [
-        training.provenance(found) + " One seed.",
-        "",
-        "## Rank and matrices",
-        "",
-        "LoRA over NF4 with double quantization. In brackets: accuracy on WikiSQL of GPT-3 175B (LoRA, table 6).",
-        "",
-        *training.markdown(("matrices", *(f"r={rank}" for rank in RANKS)), ranks),
-        "",
-        "## Methods",
-        "",
-        "Published: GLUE average of RoBERTa-base (LoRA, table 2).",
-        "",
-        *training.markdown(("method", "trainable", "learning rate", "before", "after", "published"), methods),
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """The command line."""
-    parser = training.command_line(__doc__, steps=24, seeds=[0])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    args = parser.parse_args()
-    keys = [
-        {"row": row, "lr": lr, "seed": seed, "steps": args.steps}
-        for seed in args.seeds
-        for row in args.rows
-        for lr in ROWS[row][1]
-    ]
-    training.make_table(args, keys, run, table)
+    ranks_header = ("matrices", *(f"r={rank}" for rank in RANKS))
+    header = ("method", "trainable", "learning rate", "before", "after", "published")
+    return (
+        f"{training.provenance(found)} One seed.\n\n## Rank and matrices\n\nLoRA over NF4 with double quantization. In "
+        f"brackets: accuracy on WikiSQL of GPT-3 175B (LoRA, table 6).\n\n{summary.table(ranks_header, ranks)}\n"
+        "## Methods\n\nPublished: GLUE average of RoBERTa-base (LoRA, table 2).\n\n"
+        f"{summary.table(header, methods)}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    rows = [{"row": row, "lr": lr} for row, (_, rates, _) in ROWS.items() for lr in rates]
+    training.make_table("adapters", __doc__, rows, run, table, seeds=[0])

@@ -1,7 +1,6 @@
 """The error of data types: of the weights, and of the held-out loss before and after a fine-tune (QLoRA, tables 3, 4).
 
-    python bench/quality/datatypes.py --output FILE.json [--types nf4 ...] [--steps 24] [--seeds 0 1 2]
-    python bench/quality/datatypes.py --table FILE.json
+    python bench/quality/datatypes.py [--seeds 0 1 2] [--steps 24] [--output]
 
 SmolLM2's linears are in each format, in blocks of 64, with LoRA of rank 16. With the same seed every type has the same
 initial adapter, batches and dropout masks.
@@ -17,6 +16,8 @@ import qlora_native as qn
 import torch
 import training
 from torch import nn
+
+import summary
 
 # name: how quantize_model() is called; nothing: the weights stay in bf16
 TYPES: dict[str, dict[str, object]] = {
@@ -85,22 +86,12 @@ def table(found: dict) -> str:
                 " ".join(f"{math.exp(loss):.2f}" for loss in after), *PUBLISHED[name],
             ))  # fmt: skip
     header = ("linears in", "bits a weight", "error", "perplexity before", "after", "each seed", "T5 RougeL", "MMLU")
-    return "\n".join([
-        training.provenance(found) + " Perplexity is exp(loss).", "",
+    published = (
         "Published (QLoRA): RougeL on Super-NaturalInstructions of T5 with 80M, 250M, 780M, 3B and 11B parameters "
-        "(table 3), mean MMLU accuracy of LLaMA (table 4).", "",
-        *training.markdown(header, rows),
-    ])  # fmt: skip
-
-
-def main() -> None:
-    """The command line."""
-    parser = training.command_line(__doc__, steps=24, seeds=[0, 1, 2])
-    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES))
-    args = parser.parse_args()
-    keys = [{"datatype": name, "seed": seed, "steps": args.steps} for seed in args.seeds for name in args.types]
-    training.make_table(args, keys, run, table)
+        "(table 3), mean MMLU accuracy of LLaMA (table 4)."
+    )
+    return f"{training.provenance(found)} Perplexity is exp(loss).\n\n{published}\n\n{summary.table(header, rows)}"
 
 
 if __name__ == "__main__":
-    main()
+    training.make_table("datatypes", __doc__, [{"datatype": name} for name in TYPES], run, table)

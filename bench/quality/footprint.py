@@ -1,11 +1,10 @@
 """Bytes of fine-tuning LLaMA 7B … 65B by part: in 16 bits, with LoRA, with QLoRA; and a chart.
 
-    python bench/quality/footprint.py --output bench/results/quality-footprint.json
+    python bench/quality/footprint.py [--output]
 
 Nothing of that size is allocated. The model, its adapter, the optimizer and a step run on torch's fake tensors, which
 have shapes but no memory, so every figure comes from the library itself. The same code with real tensors, at a size
-that
-fits, checks it: the sum of the parts must be what torch's allocator has allocated.
+that fits, checks it: the sum of the parts must be what torch's allocator has allocated.
 
 Full fine-tuning is in bf16 with AdamW's fp32 moments. LoRA has fp32 adapters of rank 16 on every linear over bf16
 weights, and AdamW's fp32 moments. QLoRA has the same adapters over NF4 with double quantization, and AdamW8bit. A step
@@ -14,9 +13,7 @@ has one sequence, with gradient checkpointing; "activations" is the peak of forw
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +21,6 @@ from typing import Any
 
 import qlora_native as qn
 import torch
-import training
 from peft import LoraConfig, get_peft_model
 from qlora_native.integrations.peft import register
 from torch import nn
@@ -34,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import machine
 import report
+import summary
 
 # name: (width, width of the MLP, layers, heads), of LLaMA (Touvron et al., 2023, table 2)
 SIZES = {
@@ -200,7 +196,7 @@ def measure() -> dict[str, Any]:
     Raises:
         RuntimeError: the parts are not what was allocated.
     """
-    found: dict[str, Any] = {"machine": machine.describe(), "tokens": TOKENS, "rank": RANK, "rows": [], "checks": []}
+    found: dict[str, Any] = {"tokens": TOKENS, "rank": RANK, "rows": [], "checks": []}
     for method in METHODS:
         parts, real = parts_of(CHECKED, method), allocated(CHECKED, method)
         kept = sum(parts.values()) - parts["activations"]
@@ -231,10 +227,10 @@ def table(found: dict[str, Any]) -> str:
         f"adapters of rank {found['rank']} on every linear. Sizes as the library makes them, on fake tensors "
         "(`bench/quality/footprint.py`). Published: QLoRA, abstract and figure 6.", "",
         "![bytes by part](quality-footprint.png)", "",
-        *training.markdown(("LLaMA", "method", *PARTS, "sum", "published"), rows), "",
+        summary.table(("LLaMA", "method", *PARTS, "sum", "published"), rows),
         f"The check: width {width}, MLP {inner}, {layers} layers, with real tensors, MB (10⁶ bytes). Kept: weights, "
         "scales, adapters, gradients and the optimizer's state after a step. In a step: gradients and activations.", "",
-        *training.markdown(("method", "kept: computed", "allocated", "in a step: computed", "peak allocated"), checks),
+        summary.table(("method", "kept: computed", "allocated", "in a step: computed", "peak allocated"), checks),
     ])  # fmt: skip
 
 
@@ -268,15 +264,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="file for the figures; beside it the table (.md) and chart (.png)")
-    args = parser.parse_args()
+    args = report.parser(__doc__).parse_args()
     found = measure()
     print(table(found))
-    if args.output is not None:
-        report.write(args.output, json.dumps(found, indent=1))
-        report.write(args.output.with_suffix(".md"), table(found))
-        draw(found, args.output.with_suffix(".png"))
+    if args.output:
+        report.write(report.RESULTS / "quality-footprint.md", table(found))
+        draw(found, report.RESULTS / "quality-footprint.png")
 
 
 if __name__ == "__main__":

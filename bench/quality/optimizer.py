@@ -1,6 +1,6 @@
 """Held-out loss after the same fine-tune with our AdamW8bit and with torch's AdamW, whose moments are fp32.
 
-    python bench/quality/optimizer.py [--seeds 0 1 2] [--steps 24] --output bench/results/quality-optimizer.json
+    python bench/quality/optimizer.py [--seeds 0 1 2] [--steps 24] [--output]
 
 The run has all settings of `make finetune` except the number of steps. With the same seed both runs have the same
 initial adapter, batches and dropout masks; only the optimizer differs. Exits 1 if a held-out loss differs from that of
@@ -15,6 +15,8 @@ import sys
 import qlora_native as qn
 import training
 from torch import nn
+
+import summary
 
 OPTIMIZERS = {"torch AdamW, fp32 moments": training.finetune.ADAMW, "AdamW8bit": qn.optim.AdamW8bit}
 GOAL = 0.005  # the allowed difference, relative to the held-out loss
@@ -49,16 +51,9 @@ def table(found: dict) -> str:
         for seed, difference in differences(found["runs"]).items()
     ]
     header = ("", *OPTIMIZERS, f"difference (goal: {100 * GOAL:g} % either way)")
-    return "\n".join([training.provenance(found), "", *training.markdown(header, rows)])
-
-
-def main() -> int:
-    """The command line."""
-    args = training.command_line(__doc__, steps=24, seeds=[0, 1, 2]).parse_args()
-    keys = [{"optimizer": name, "seed": seed, "steps": args.steps} for seed in args.seeds for name in OPTIMIZERS]
-    found = training.make_table(args, keys, run, table)
-    return int(any(abs(difference) > GOAL for difference in differences(found["runs"]).values()))
+    return f"{training.provenance(found)}\n\n{summary.table(header, rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    made = training.make_table("optimizer", __doc__, [{"optimizer": name} for name in OPTIMIZERS], run, table)
+    sys.exit(any(abs(difference) > GOAL for difference in differences(made["runs"]).values()))

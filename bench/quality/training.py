@@ -1,23 +1,23 @@
-"""Train SmolLM2 on the pairs of examples/finetune.py with its loop, and keep a file of runs, for all tables here.
+"""Train SmolLM2 on the pairs of examples/finetune.py with its loop, for all tables here.
 
-The key of a run is its method, seed, steps, and so on. The file keeps every run, so that a table can be made in pieces.
-The table is in FILE.md beside it.
+The key of a run is its method, seed and steps. out/quality/ keeps every run, so that a table can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent.parent / "examples")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "examples")]
 
 import finetune  # noqa: E402
 import qlora_native as qn  # noqa: E402
@@ -82,8 +82,8 @@ def fine_tune(
         options: those of examples/finetune.py: seed=1, lr=1e-3, batch_size=4, ...
 
     Returns:
-        `before` (or None) and `after`: held-out loss, nats a token; `losses` of the steps; `trainable` parameters;
-        `training_seconds`, `tokens_per_second`; and the settings.
+        `before` (or None) and `after`: held-out loss, nats a token; `trainable` parameters; `training_seconds`; and the
+        settings.
     """
     argv = []
     for name, value in options.items():
@@ -97,67 +97,55 @@ def fine_tune(
     before = finetune.held_out_loss(model, held, args.batch_size) if measure_before else None
     torch.manual_seed(args.seed)
     started = time.perf_counter()
-    losses, rate = finetune.train(model, encode(tokenizer, pairs, args.seq_len), args, optimizer)
+    finetune.train(model, encode(tokenizer, pairs, args.seq_len), args, optimizer)
     seconds = time.perf_counter() - started
     return {
         "before": before,
         "after": finetune.held_out_loss(model, held, args.batch_size),
-        "losses": losses,
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "training_seconds": seconds,
-        "tokens_per_second": rate,
         "held_out_pairs": len(held),
         **{name: getattr(args, name) for name in ("steps", "batch_size", "lr", "rank", "dropout", "seed")},
     }
 
 
-def command_line(description: str | None, **defaults: object) -> argparse.ArgumentParser:
-    """The options of every table. `defaults` are those of --steps and --seeds."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--output", type=Path, help="file for the figures; the table goes beside it, as .md")
-    parser.add_argument("--table", type=Path, help="only print the table of these figures")
-    parser.set_defaults(**defaults)
-    return parser
-
-
 def make_table(
-    args: argparse.Namespace,
-    keys: Iterable[dict[str, object]],
+    name: str,
+    description: str | None,
+    choices: Sequence[dict[str, object]],
     run: Callable[..., dict[str, object]],
     table: Callable[[dict], str],
+    seeds: Sequence[int] = (0, 1, 2),
 ) -> dict:
-    """Make the runs that the file lacks, and print the table.
+    """The program of a table: make the runs that out/quality/NAME.json lacks, and print the table.
 
     Args:
-        args: the arguments of command_line().
-        keys: the keyword arguments of each run, which are also its key in the file.
+        name: of the table: --output writes it into bench/results/quality-NAME.md.
+        description: the help text.
+        choices: what is compared: the keyword arguments of `run` beside `seed` and `steps`.
         run: makes a run.
         table: makes Markdown of what this returns.
+        seeds: the default of --seeds.
 
     Returns:
-        {"machine": ..., "runs": [{key ..., what `run` returned ...}, ...]}
+        {"machine": ..., "runs": [{arguments ..., what `run` returned ...}, ...]}
     """
-    if args.table is not None:
-        found = json.loads(args.table.read_text())
-        print(table(found))
-        return found
-    found = {"runs": []}
-    if args.output is not None and args.output.exists():
-        found = json.loads(args.output.read_text())
+    parser = report.parser(description)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    args = parser.parse_args()
+    path = ROOT / f"out/quality/{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {"runs": []}
     found["machine"] = machine.describe()
-    for key in keys:
-        if any(all(old.get(name) == value for name, value in key.items()) for old in found["runs"]):
-            continue
-        done = key | run(**key)
-        found["runs"].append(done)
-        name = ", ".join(f"{name} {value}" for name, value in key.items())
-        print(f"{name}: {done['after']:.4f} ({done['training_seconds']:.0f} s)", flush=True)
-        if args.output is not None:
-            report.write(args.output, json.dumps(found, indent=1))
-            report.write(args.output.with_suffix(".md"), table(found))
+    for seed, choice in itertools.product(args.seeds, choices):
+        key = {**choice, "seed": seed, "steps": args.steps}
+        if not any(key.items() <= done.items() for done in found["runs"]):
+            found["runs"].append(key | run(**key))
+            report.write(path, json.dumps(found, indent=1))
+            print(f"{key}: {found['runs'][-1]['after']:.4f}", flush=True)
     print(table(found))
+    if args.output:
+        report.write(report.RESULTS / f"quality-{name}.md", table(found))
     return found
 
 
@@ -170,9 +158,3 @@ def provenance(found: dict) -> str:
         f"{first['steps']} steps of {first['batch_size']} pairs of examples/finetune.py. "
         f"{machine.cpu_name(m)}, {m['threads']} thread{'s' * (m['threads'] > 1)}, {versions}."
     )
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return [lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]

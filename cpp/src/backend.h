@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "paged/driver.h"
 #include "qlora_native/attention.h"
 #include "qlora_native/cross_entropy.h"
 #include "qlora_native/elementwise.h"
@@ -14,6 +13,8 @@
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
+
+class Driver;  // paged/driver.h
 
 struct Backend {
   void (*quantize)(const QuantizeArgs&, const Stream&);
@@ -35,8 +36,8 @@ struct Backend {
   std::unique_ptr<Driver> (*make_driver)(int device);  // for paging; null if the backend has none
 };
 
-// cpu/isa.cpp: the instruction set in use as a backend, its name, and the names of all that this machine runs, best
-// first.
+// cpu/backend/isa.cpp: the instruction set in use as a backend, its name, and the names of all that this machine runs,
+// best first.
 const Backend& cpu_backend();
 std::string cpu_isa();
 std::vector<std::string> cpu_isas();

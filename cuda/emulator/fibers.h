@@ -90,7 +90,7 @@ struct Grid {
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
 // with less.
 std::size_t max_smem_bytes();
-// How many SMs the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
+// How many SMs the device has: QLN_EMULATED_SMS, or 3, which are so few that several blocks of
 // a persistent grid wait for each other.
 int num_sms();
 // The shared memory of each block that the device keeps for itself.

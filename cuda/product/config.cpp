@@ -147,8 +147,15 @@ std::int64_t tiles_at_once(int cluster, bool pairs, int num_sms) {
   return std::int64_t{clusters_at_once(cluster * tiles, num_sms)} * tiles;
 }
 
-// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it,
-// forward and backward, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
+// The tiles of wgmma, and how long a step of one takes at least, in 16 cycles of an H100. No GPU has confirmed it.
+//
+//   forward, backward   decoding, counted from the machine code for sm_90a: the largest of shared memory (128 bytes a
+//                       cycle), issue (4 instructions of a warp a cycle), and ALU (64 results of integer and logic
+//                       instructions a cycle: CUDA C++ Programming Guide, "Throughput of native arithmetic
+//                       instructions")
+//   alone, in_pair      what else may bound it, for a block alone and for one of a pair: the tensor cores (2048
+//                       multiply-adds a cycle), or L2, which gives all multiprocessors 6.65 TB/s at 1.755 GHz (openxla/
+//                       xla, gpu_dot_fusion_cost_model.cc), and is assumed to give each at most 64 bytes a cycle
 constexpr struct HopperTileTimes {
   int rows;
   std::int64_t forward, backward, alone, in_pair;
@@ -168,7 +175,11 @@ struct HopperSharing {
   std::int64_t time;
 };
 
-// Chooses what takes the slowest block the least time, by bench/cuda_model.py for an H100:
+// Chooses what takes the slowest block the least time, on an H100. A load takes 291 cycles from L2 and 700 from DRAM
+// (github.com/markdewing/AI_kernels, latency/README.md). From the shared memory of other blocks it takes 200, and all
+// multiprocessors of an H800 PCIe, 114 at 1.755 GHz, load 3.3 TB/s so in clusters of 2, and 2.65 TB/s in clusters of 4
+// (Luo et al., arXiv 2501.12084). For 8 the rate is assumed to fall once more as it does from 2 to 4, and stores to be
+// as fast as loads.
 //
 //   steps              as many as the block has
 //   results            8 cycles for each row, shared by the blocks of a cluster
@@ -251,9 +262,9 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   return best;
 }
 
-// Whether wgmma is faster than panels, where both can compute a product: by bench/cuda_model.py, for an H100 and an
-// H200. The rule is from 18 weights of 1024 ... 28672 rows and columns, the figures are of the four in
-// bench/results/cuda-account.md.
+// Whether wgmma is faster than panels, where both can compute a product: by the times above, for an H100 and an H200,
+// over 18 weights of 1024 ... 28672 rows and columns. A launch takes 1 us, and the dense product has the 790 TFLOP/s
+// that were measured of cuBLAS. No GPU has confirmed it.
 //
 // Up to kRows rows it is faster, in the median by 5 ... 9% without an adapter and by 11 ... 17% with one: the first
 // panel is decoded while nothing is multiplied, and panels leave more of the device idle. It is not where the inner

@@ -37,10 +37,10 @@ constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
   const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
   return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
 }
-// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (thin.cuh). Its tiles have
-// 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that two
-// blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the left
-// operand and codes.
+// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (small_m.cuh). Its tiles
+// have 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that
+// two blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the
+// left operand and codes.
 constexpr int kThinRows = 32, kThinStep = 128;
 constexpr int thin_stage_bytes(int tile_rows) { return kThinStep * (2 * tile_rows + kGemmCols / 2); }
 constexpr int thin_stages(int tile_rows) { return 48 * 1024 / thin_stage_bytes(tile_rows); }
@@ -146,7 +146,7 @@ struct GemvConfig {
 // the first `rest` blocks have one more.
 struct GemmConfig {
   bool aligned = false;  // as ProductShape has it
-  bool thin = false;     // computed by thin.cuh
+  bool thin = false;     // computed by small_m.cuh
   bool grouped = false;  // only the device knows how many tiles there are: `row_tiles` or fewer
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;

@@ -4,7 +4,9 @@
 
 namespace qlora_native::cuda {
 
-std::string unavailable_reason() { return "this build has no CUDA backend: move the tensors to the CPU"; }
+std::string unavailable_reason() {
+  return "this build has no CUDA backend: move the tensors to the CPU, or build qlora_native with nvcc and QLN_CUDA=ON";
+}
 
 const Backend& backend() { throw Unavailable(unavailable_reason()); }
 

@@ -1,270 +1,170 @@
-// QLoRA fine-tuning in C++ only: a 4-bit Llama, adapters beside its linear layers, and 8-bit AdamW.
+// QLoRA fine-tuning in C++ alone: a Llama in 4 bits, adapters beside its linear layers, and 8-bit AdamW.
 //
-//   trainer --model FOLDER --data FILE --out FOLDER [--steps 200] ...
+//   trainer MODEL TOKENS OUT [--steps 200] [--lr 1e-3] ...
 //
-// The model's FOLDER has bitsandbytes' 4-bit format (python -m qlora_native quantize). FILE is a text in which each
-// byte is a token, for a model with a vocabulary of 256. With --token-ids FILE holds int32 token ids, for any other
-// model. The last tenth of FILE is held out.
+// MODEL is a folder of transformers, in 16 or 32 bits: config.json and *.safetensors. TOKENS is a file of int32 token
+// ids, whose last tenth is held out. A line of Python makes it of a text:
 //
-// --device cuda runs the products, the adapters' gradients and the optimizer on a GPU. Attention, norms, head and loss
-// run on the host, in memory that both share, and wait for the device before they use its results. Because of these
-// waits the CPU is the default. A faster trainer would run these parts as kernels on the same stream, without waiting,
-// and keep activations in bf16 for the tensor cores.
-#include <unistd.h>
-
-#include <algorithm>
+//   numpy.array(AutoTokenizer.from_pretrained(MODEL)(text).input_ids, dtype="int32").tofile(TOKENS)
+//
+// OUT is a new folder for the adapter, which PEFT loads.
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
-#include <functional>
-#include <limits>
-#include <map>
-#include <new>
-#include <span>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-#include <vector>
 
-#include "adapter.h"
-#include "data.h"
-#include "device.h"
 #include "llama.h"
-#include "qlora_native/qlora_native.h"
-
-namespace qn = qlora_native;
 
 namespace {
 
-struct Options {
-  std::string model, data, out, logits, device = "cpu";
-  bool token_ids = false, help = false;
-  std::int64_t steps = 200, warmup = 10, every = 50;
-  trainer::Batches batches{.sequence = 128, .batch = 4, .held_out = 8};
-  double lr = 1e-3, weight_decay = 0.0, clip = 1.0;
-  trainer::LoraConfig lora;
-  std::uint32_t seed = 1;
+constexpr std::int64_t kHeldOutBatches = 8, kStepsPerLine = 10;
+constexpr double kMaxGradientNorm = 1.0;
+
+struct Option {
+  double value, min, max;
+  bool is_whole = true;
 };
+using Options = std::map<std::string, Option>;
 
-constexpr const char* kUsage =
-    "trainer --model FOLDER --data FILE --out FOLDER\n"
-    "  --device cpu|cuda (cpu)\n"
-    "  --token-ids        FILE holds int32 token ids, not text\n"
-    "  --steps N (200)  --batch N (4)  --sequence TOKENS (128)  --held-out BATCHES (8)  --every STEPS (50)\n"
-    "  --rank R (8)  --alpha A (16)  --dropout P (0)\n"
-    "  --lr LR (1e-3)  --warmup STEPS (10)  --weight-decay W (0)  --clip NORM (1)  --seed N (1)\n"
-    "  --help             print this\n"
-    "  --logits FILE      the trained model's logits of the first held-out sequence, as safetensors\n";
-
-constexpr const char* kNoMemory = "trainer: there is too little memory: try a smaller --batch or --sequence\n";
+constexpr double kMany = 1e9, kMaxSize = 65536;  // so that products of two or three sizes stay below 2^63
+const Options kDefaults = {{"--steps", {200, 1, kMany}},       {"--batch", {4, 1, kMaxSize}},
+                           {"--sequence", {128, 1, kMaxSize}}, {"--rank", {8, 1, kMaxSize}},
+                           {"--alpha", {16, 0, kMany, false}}, {"--dropout", {0, 0, 0.999, false}},
+                           {"--lr", {1e-3, 0, kMany, false}},  {"--seed", {1, 0, 4294967295}}};
 
 Options parse(int count, char** arguments) {
-  Options o;
-  const auto text = [](std::string& out) { return [&out](const char* value) { out = value; }; };
-  const auto number = [](auto& out, double least, double most) {
-    using Value = std::remove_reference_t<decltype(out)>;
-    return [&out, least, most](const char* value) {
-      char* end = nullptr;
-      const double parsed = std::strtod(value, &end);
-      const bool is_whole = parsed == std::trunc(parsed);
-      if (*value == '\0' || *end != '\0' || !(parsed >= least && parsed <= most) ||
-          (std::is_integral_v<Value> && !is_whole)) {
-        std::ostringstream message;
-        message << "expected " << (std::is_integral_v<Value> ? "a whole number" : "a number") << " from " << least
-                << " to " << most << ", got " << value;
-        throw std::invalid_argument(message.str());
-      }
-      out = static_cast<Value>(parsed);
-    };
-  };
-  constexpr double kMany = 1e9, kLongest = 65536;  // limits that keep products of two or three sizes below 2^63
-  const std::map<std::string, std::function<void(const char*)>> options = {
-      {"--model", text(o.model)},
-      {"--data", text(o.data)},
-      {"--out", text(o.out)},
-      {"--logits", text(o.logits)},
-      {"--device", text(o.device)},
-      {"--steps", number(o.steps, 1, kMany)},
-      {"--batch", number(o.batches.batch, 1, kLongest)},
-      {"--sequence", number(o.batches.sequence, 1, kLongest)},
-      {"--held-out", number(o.batches.held_out, 1, kLongest)},
-      {"--every", number(o.every, 1, kMany)},
-      {"--rank", number(o.lora.rank, 1, kLongest)},
-      {"--alpha", number(o.lora.alpha, 0, kMany)},
-      {"--dropout", number(o.lora.dropout, 0, 0.999)},
-      {"--lr", number(o.lr, 0, kMany)},
-      {"--warmup", number(o.warmup, 0, kMany)},
-      {"--weight-decay", number(o.weight_decay, 0, kMany)},
-      {"--clip", number(o.clip, 0, kMany)},
-      {"--seed", number(o.seed, 0, std::numeric_limits<std::uint32_t>::max())},
-  };
-  for (int i = 1; i < count; ++i) {
-    const std::string name = arguments[i];
-    if (name == "--help" || name == "-h") {
-      o.help = true;
-      return o;
-    }
-    if (name == "--token-ids") {
-      o.token_ids = true;
-      continue;
-    }
-    const auto option = options.find(name);
-    if (option == options.end()) throw std::invalid_argument("unknown option " + name);
-    if (++i == count) throw std::invalid_argument(name + ": expected a value");
-    try {
-      option->second(arguments[i]);
-    } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument(name + ": " + error.what());
-    }
+  Options options = kDefaults;
+  for (int i = 0; i < count; i += 2) {
+    const std::string name = arguments[i], text = i + 1 < count ? arguments[i + 1] : "";
+    if (!options.contains(name)) throw std::invalid_argument("unknown option " + name);
+    auto& [value, min, max, is_whole] = options.at(name);
+    char* end = nullptr;
+    value = std::strtod(text.c_str(), &end);
+    if (text.empty() || *end != '\0' || !(value >= min && value <= max) || (is_whole && value != std::trunc(value)))
+      throw std::invalid_argument(name + ": expected a " + (is_whole ? "whole " : "") + "number from " + text_of(min) +
+                                  " to " + text_of(max) + ", got " + text);
   }
-  for (const auto& [name, value] : {std::pair{"--model", &o.model}, {"--data", &o.data}, {"--out", &o.out}})
-    if (value->empty()) throw std::invalid_argument(std::string(name) + " is missing");
-  return o;
+  return options;
 }
 
-class Trainer {
- public:
-  explicit Trainer(const Options& o)
-      : o_(o),
-        model_(o.model, o.lora, o.seed),
-        data_(o.data, o.token_ids, model_.config().vocabulary, o.batches, o.seed) {
-    for (trainer::QloraLinear* linear : model_.linears())
-      for (trainer::Parameter* parameter : {&linear->a(), &linear->b()}) {
-        optimizer_.push_back(parameter->optimizer_view());
-        parameters_.push_back(parameter);
-        trainable_ += static_cast<std::int64_t>(parameter->value.size());
-      }
-  }
+std::vector<std::int32_t> read_tokens(const std::string& path, std::int64_t vocabulary) {
+  const std::int64_t bytes = size_of_file(path);
+  if (bytes % 4 != 0) fail(path, "expected int32 token ids, got " + std::to_string(bytes) + " bytes");
+  auto tokens = read_file<std::int32_t>(path, 0, bytes / 4);
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    if (tokens[i] < 0 || tokens[i] >= vocabulary)
+      fail(path, "expected tokens below the model's vocabulary of " + std::to_string(vocabulary) + ", got " +
+                     std::to_string(tokens[i]) + " at " + std::to_string(i));
+  return tokens;
+}
 
-  void run() {
-    std::printf("qlora_native %s on %s; %lld trainable parameters\n", qn::version().c_str(),
-                trainer::device().name().c_str(), static_cast<long long>(trainable_));
-    std::fflush(stdout);
-    std::printf("held-out loss before: %.4f\n", held_out_loss());
-    std::fflush(stdout);
-    const bool terminal = isatty(STDOUT_FILENO) != 0;
-    using Clock = std::chrono::steady_clock;
-    constexpr std::chrono::seconds kBetweenLines(10);  // for a log file; a terminal shows every step on one line
-    const auto start = Clock::now();
-    auto last_line = start;
-    double shown = 0.0;
-    for (std::int64_t step = 1; step <= o_.steps; ++step) {
-      const double loss = train(step);
-      shown = step == 1 ? loss : 0.9 * shown + 0.1 * loss;
-      const auto now = Clock::now();
-      const std::chrono::duration<double> elapsed = now - start;
-      const double rate = static_cast<double>(step * o_.batches.batch * o_.batches.sequence) / elapsed.count();
-      const bool evaluate = step % o_.every == 0 && step != o_.steps;
-      const bool is_due = step == 1 || now - last_line >= kBetweenLines;
-      if (!terminal && !evaluate && !is_due) continue;
-      last_line = now;
-      std::printf("%sstep %lld/%lld  loss %.4f  %.0f tokens/s", terminal ? "\r" : "", static_cast<long long>(step),
-                  static_cast<long long>(o_.steps), shown, rate);
-      if (evaluate) std::printf("  held-out loss %.4f", held_out_loss());
-      if (evaluate || !terminal) std::printf("\n");
-      std::fflush(stdout);
-    }
-    std::printf("%sheld-out loss after: %.4f\n", terminal ? "\n" : "", held_out_loss());
-    if (skipped_[0] > 0)
-      std::printf("%lld steps skipped: a gradient was not finite\n", static_cast<long long>(skipped_[0]));
-    trainer::save_adapter(o_.out, model_, o_.lora, o_.model);
-    std::printf("adapter: %s\n", o_.out.c_str());
-    if (!o_.logits.empty()) save_logits();
-  }
+void write(const std::filesystem::path& path, const std::string& contents) {
+  std::ofstream file(path, std::ios::binary);
+  file << contents << std::flush;
+  if (!file) fail(path.string(), "cannot be written");
+}
 
- private:
-  double train(std::int64_t step) {
-    data_.training_batch();
-    const std::span<float> logits = model_.forward(data_.inputs, o_.batches.sequence, static_cast<std::uint64_t>(step));
-    const double loss = loss_of(logits);
-    model_.backward(logits);
-    scale_[0] = 1.0f;
-    if (o_.clip > 0.0) {
-      double squares = 0.0;
-      for (const trainer::Parameter* parameter : parameters_)
-        for (const float g : parameter->grad) squares += double{g} * double{g};
-      scale_[0] = static_cast<float>(std::min(1.0, o_.clip / (std::sqrt(squares) + 1e-6)));
+// PEFT's files, in a folder that appears when they are complete.
+void save_adapter(const std::filesystem::path& out, const std::string& base, const LoraConfig& lora, Llama& model) {
+  Json header = {{"__metadata__", {{"format", "pt"}}}};
+  std::string data;
+  for (const Parameter* parameter : model.parameters()) {
+    const Matrix& matrix = parameter->value;
+    const std::size_t begin = data.size();
+    data.append(reinterpret_cast<const char*>(matrix.row(0)), matrix.values.size() * sizeof(float));
+    header["base_model.model." + parameter->name] = {
+        {"dtype", "F32"}, {"shape", {matrix.rows, matrix.cols}}, {"data_offsets", {begin, data.size()}}};
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t length = text.size();
+  const Json config = {
+      {"peft_type", "LORA"},
+      {"task_type", "CAUSAL_LM"},
+      {"base_model_name_or_path", base},
+      {"r", lora.rank},
+      {"lora_alpha", lora.alpha},
+      {"lora_dropout", lora.dropout},
+      {"target_modules", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}}};
+  const std::filesystem::path partial = out.string() + ".partial";
+  std::filesystem::create_directories(partial);
+  write(partial / "adapter_model.safetensors", std::string(reinterpret_cast<const char*>(&length), 8) + text + data);
+  write(partial / "adapter_config.json", config.dump(2) + "\n");
+  std::filesystem::rename(partial, out);
+}
+
+void train(const std::string& folder, const std::string& data, const std::filesystem::path& out, const Options& o) {
+  const auto integer = [&](const char* name) { return static_cast<std::int64_t>(o.at(name).value); };
+  const std::int64_t steps = integer("--steps"), batch = integer("--batch"), length = integer("--sequence");
+  const LoraConfig lora{integer("--rank"), float(o.at("--alpha").value), float(o.at("--dropout").value)};
+  if (std::filesystem::exists(out)) fail(out.string(), "expected a new folder, it exists");
+  std::mt19937 random(static_cast<std::uint32_t>(integer("--seed")));
+  Llama model(folder, lora, length, random());
+  const std::vector<std::int32_t> tokens = read_tokens(data, model.config.vocabulary);
+  const std::int64_t count = static_cast<std::int64_t>(tokens.size()), training = count * 9 / 10;
+  const std::int64_t windows = (count - training) / (length + 1);  // held out
+  if (windows < 1) fail(data, "expected a tenth of " + std::to_string(length + 1) + " tokens or more");
+
+  // The loss of a batch of windows of tokens, which begin at start(0), start(1), ...
+  const auto loss_of = [&](auto start, std::uint64_t seed) {
+    std::vector<std::int32_t> inputs, targets;
+    for (std::int64_t i = 0; i < batch; ++i) {
+      const auto first = tokens.begin() + start(i);
+      inputs.insert(inputs.end(), first, first + length);
+      targets.insert(targets.end(), first + 1, first + 1 + length);
     }
-    // The learning rate first rises linearly, then falls linearly to a tenth.
-    const double progress = static_cast<double>(step) / static_cast<double>(o_.steps);
-    const double warm = static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(o_.warmup, 1));
-    const qn::Optimizer8bitGroup group{.lr = o_.lr * std::min(warm, 1.0 - 0.9 * progress),
-                                       .weight_decay = o_.weight_decay};
-    qn::optimizer_8bit_step({.tensors = optimizer_.data(),
-                             .count = static_cast<std::int64_t>(optimizer_.size()),
+    return model.loss(inputs, targets, seed);
+  };
+  const auto print_held_out_loss = [&](const char* when) {
+    double total = 0.0;
+    for (std::int64_t j = 0; j < kHeldOutBatches; ++j)
+      total += loss_of([&](std::int64_t i) { return training + (j * batch + i) % windows * (length + 1); }, 0);
+    std::printf("held-out loss %s: %.6f\n", when, total / kHeldOutBatches);
+  };
+
+  std::vector<qn::Optimizer8bitTensor> tensors;
+  for (Parameter* parameter : model.parameters()) tensors.push_back(parameter->optimizer_view());
+  std::int64_t skipped = 0;  // steps, because a gradient was not finite
+  const qn::Optimizer8bitGroup group{.lr = o.at("--lr").value, .weight_decay = 0.0};
+  std::printf("qlora_native %s on %s\n", qn::version().c_str(), qn::current_isa().c_str());
+  print_held_out_loss("before");
+  const auto started = std::chrono::steady_clock::now();
+  for (std::int64_t step = 1; step <= steps; ++step) {
+    const auto random_start = [&](std::int64_t) {
+      return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(training - length));
+    };
+    const double loss = loss_of(random_start, static_cast<std::uint64_t>(step));
+    model.backward();
+    double squares = 0.0;
+    for (const Parameter* parameter : model.parameters())
+      for (const float g : parameter->grad.values) squares += double{g} * double{g};
+    const auto scale = static_cast<float>(std::min(1.0, kMaxGradientNorm / std::sqrt(squares)));
+    qn::optimizer_8bit_step({.tensors = tensors.data(),
+                             .count = static_cast<std::int64_t>(tensors.size()),
                              .groups = &group,
                              .group_count = 1,
-                             .inv_scale = scale_.data(),
-                             .skipped = skipped_.data()},
-                            trainer::device().stream());
-    trainer::device().synchronize();
-    return loss;
+                             .inv_scale = &scale,
+                             .skipped = &skipped});
+    if (skipped > 0) fail("step " + std::to_string(step), "the gradient is not finite; try a lower --lr");
+    if (step != 1 && step % kStepsPerLine != 0) continue;
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - started;
+    std::printf("step %d of %d: loss %.4f, %.0f tokens/s\n", int(step), int(steps), loss,
+                double(step * batch * length) / elapsed.count());
   }
-
-  double held_out_loss() {
-    double total = 0.0;
-    for (std::int64_t i = 0; i < data_.held_out_batches(); ++i) {
-      data_.held_out_batch(i);
-      total += loss_of(model_.forward(data_.inputs, o_.batches.sequence, 0));
-    }
-    return total / static_cast<double>(data_.held_out_batches());
-  }
-
-  // Replaces the logits by their gradient.
-  double loss_of(std::span<float> logits) {
-    return trainer::cross_entropy(logits.data(), data_.targets.data(), static_cast<std::int64_t>(data_.targets.size()),
-                                  model_.config().vocabulary);
-  }
-
-  void save_logits() {
-    const std::int64_t length = o_.batches.sequence;
-    data_.held_out_batch(0);
-    const std::span<const std::int32_t> ids = std::span(data_.inputs).first(static_cast<std::size_t>(length));
-    const std::span<float> logits = model_.forward(ids, length, 0);
-    trainer::NewFile file(o_.logits);
-    trainer::write_safetensors(
-        file, {{"input_ids", {"I32", {1, length}, std::as_bytes(ids).data(), ids.size_bytes()}},
-               {"logits",
-                {"F32", {1, length, model_.config().vocabulary}, std::as_bytes(logits).data(), logits.size_bytes()}}});
-    file.publish();
-  }
-
-  const Options& o_;
-  trainer::Llama model_;
-  trainer::Data data_;
-  std::vector<qn::Optimizer8bitTensor> optimizer_;
-  std::vector<const trainer::Parameter*> parameters_;
-  std::int64_t trainable_ = 0;
-  trainer::Floats scale_ = trainer::Floats(1);  // the factor of the gradients
-  trainer::Shared<std::int64_t> skipped_ = trainer::Shared<std::int64_t>(1);
-};
+  print_held_out_loss("after");
+  save_adapter(out, folder, lora, model);
+  std::printf("adapter: %s\n", out.c_str());
+}
 
 }  // namespace
 
-int main(int count, char** arguments) {
-  try {
-    const Options options = parse(count, arguments);
-    if (options.help) {
-      std::printf("%s", kUsage);
-      return 0;
-    }
-    trainer::use_device(options.device);
-    Trainer(options).run();
-  } catch (const std::invalid_argument& error) {  // qlora_native::Error is one
-    std::fprintf(stderr, "trainer: %s\n%s", error.what(), kUsage);
-    return 2;
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "%s", kNoMemory);
-    return 1;
-  } catch (const std::length_error&) {  // a vector would be larger than any memory
-    std::fprintf(stderr, "%s", kNoMemory);
-    return 1;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "trainer: %s\n", error.what());
-    return 1;
-  }
-  return 0;
+int main(int count, char** arguments) try {
+  if (count < 4) throw std::invalid_argument("expected MODEL TOKENS OUT [--steps 200] ...; main.cpp has all options");
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a log file gets each line at once
+  train(arguments[1], arguments[2], arguments[3], parse(count - 4, arguments + 4));
+} catch (const std::bad_alloc&) {
+  std::fprintf(stderr, "trainer: there is too little memory; try a smaller --batch or --sequence\n");
+  return 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "trainer: %s\n", error.what());
+  return 1;
 }

@@ -1,5 +1,5 @@
 // The torch ops of attention and of the rotation of positions. Their fakes and derivatives are in
-// python/qlora_native/_attention.py.
+// python/qlora_native/_core/attention.py.
 #include <tuple>
 #include <utility>
 

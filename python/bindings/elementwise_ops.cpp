@@ -1,5 +1,5 @@
 // The torch ops of what is between the products of a block. Their fakes and derivatives are in
-// python/qlora_native/_elementwise.py.
+// python/qlora_native/_core/elementwise.py.
 #include <tuple>
 
 #include "qlora_native/elementwise.h"

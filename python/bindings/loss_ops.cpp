@@ -1,4 +1,4 @@
-// The torch op of the loss: schema and implementation. Its fake kernel is in python/qlora_native/_loss.py.
+// The torch op of the loss: schema and implementation. Its fake kernel is in python/qlora_native/_core/loss.py.
 #include <tuple>
 
 #include "qlora_native/cross_entropy.h"

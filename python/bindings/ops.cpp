@@ -1,6 +1,6 @@
 // The torch ops, over torch's stable ABI: schemas, and implementations that turn tensors into views and call the core.
-// They check what memory safety needs; the messages for users come from python/qlora_native/functional.py.
-// Fake kernels and autograd formulas are in python/qlora_native/_ops.py.
+// They check what memory safety needs; the messages for users come from python/qlora_native/_core/.
+// Fake kernels and autograd formulas are in python/qlora_native/_core/ops.py.
 #include <optional>
 #include <string>
 #include <tuple>

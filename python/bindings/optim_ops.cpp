@@ -1,4 +1,4 @@
-// The torch op of the optimizers: schema and implementation. Its fake kernel is in python/qlora_native/_ops.py.
+// The torch op of the optimizers: schema and implementation. Its fake kernel is in python/qlora_native/_core/ops.py.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

@@ -16,8 +16,9 @@ import torch as _torch  # before _C: it loads the library that _C links
 if tuple(map(int, _torch.__version__.split(".")[:2])) < (2, 10):
     raise ImportError(f'qlora_native needs torch 2.10 or later, got {_torch.__version__}: pip install "torch>=2.10"')
 
-from . import _C, _flops, functional, nn, optim  # noqa: F401  (_flops registers formulas)
-from ._weight import QuantizedWeight
+from . import _C, functional, nn, optim
+from ._core import flops as _flops  # noqa: F401  (_flops registers formulas)
+from ._core.weight import QuantizedWeight
 from .functional import dequantize, linear, quantize
 
 __version__ = _C.version()

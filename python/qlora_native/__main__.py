@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import _C, __version__
-from ._microscaling import MICROSCALED
+from ._core.microscaling import MICROSCALED
 
 PACKED = ("int4", "int8")  # formats that are written to compressed-tensors' files
 
@@ -127,12 +127,12 @@ def _add_export(commands: Any) -> None:
 def convert(args: argparse.Namespace) -> Any:
     """Run `merge`, `quantize` or `export`, and return a report that can be printed."""
     if args.command != "export" or (args.model is not None and args.to in PACKED):
-        from .integrations import merge
+        from .convert import merge
 
         source = args.model if args.command == "export" else args.base
         double_quant = not getattr(args, "no_double_quant", True)
         return merge.convert(source, args.out, getattr(args, "adapter", None), args.to, args.blocksize, double_quant)
-    from .integrations import gguf
+    from .convert import gguf
 
     if args.model is not None:
         return gguf.export_model(args.model, args.out, args.to)

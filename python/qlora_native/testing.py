@@ -61,7 +61,7 @@ RATIO_DEVIATIONS = 4.0
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to a dtype: 2**-24 for fp32, 2**-8 for bf16, 2**-11 for fp16.
+    """The largest relative error of rounding to a dtype: `2**-24` for fp32, `2**-8` for bf16, `2**-11` for fp16.
 
     Args:
         dtype: a floating-point dtype.

@@ -5,7 +5,7 @@
 
 #include "expect.h"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/thin.cuh"
+#include "product/gemm/small_m.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {

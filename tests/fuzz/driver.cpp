@@ -80,7 +80,7 @@ class Mutator {
     const auto replace = [&](const auto& with) {
       bytes.insert(bytes.erase(from, to), std::begin(with), std::end(with));
     };
-    switch (below(9)) {
+    switch (below(7)) {
       case 0:
         if (length > 0) *from ^= static_cast<std::uint8_t>(1u << below(8));
         break;
@@ -101,13 +101,7 @@ class Mutator {
         replace(part);
         break;
       }
-      case 5:
-        replace(kWords[below(kWords.size())]);
-        break;
-      case 6:
-        change_number(bytes, at);
-        break;
-      case 7: {  // an integer, in binary
+      case 5: {  // an integer
         const std::int64_t value = kNumbers[below(kNumbers.size())];
         const auto* const first = reinterpret_cast<const std::uint8_t*>(&value);
         const std::size_t count = std::min(std::size_t{1} << below(4), bytes.size() - at);
@@ -119,49 +113,9 @@ class Mutator {
     }
   }
 
-  // The next decimal number becomes another.
-  void change_number(Bytes& bytes, std::size_t at) {
-    const auto is_digit = [](std::uint8_t byte) { return byte >= '0' && byte <= '9'; };
-    const auto first = std::find_if(bytes.begin() + static_cast<std::ptrdiff_t>(at), bytes.end(), is_digit);
-    const auto last = std::find_if_not(first, bytes.end(), is_digit);
-    const std::string number = std::to_string(kNumbers[below(kNumbers.size())] + static_cast<int>(below(3)) - 1);
-    bytes.insert(bytes.erase(first, last), number.begin(), number.end());
-  }
-
   static constexpr std::array<std::int64_t, 18> kNumbers = {
       1,   2,    3,     16,        31,        32,        48,        64,        255,
       256, 4096, 65536, 1LL << 24, 1LL << 31, 1LL << 32, 1LL << 53, 1LL << 60, -(1LL << 62)};
-  static inline const std::vector<std::string> kWords = {"\"",
-                                                         "{",
-                                                         "}",
-                                                         "[",
-                                                         "]",
-                                                         ",",
-                                                         ":",
-                                                         "null",
-                                                         "true",
-                                                         "NaN",
-                                                         "-",
-                                                         "0",
-                                                         ".5",
-                                                         "1e400",
-                                                         "e-9",
-                                                         "\\u0000",
-                                                         "\\ud83d\\ude00",
-                                                         "F32",
-                                                         "BF16",
-                                                         "U8",
-                                                         "I64",
-                                                         "F99",
-                                                         "shape",
-                                                         "dtype",
-                                                         "data_offsets",
-                                                         "hidden_size",
-                                                         "head_dim",
-                                                         "blocksize",
-                                                         "nested_blocksize",
-                                                         std::string(1, '\0'),
-                                                         std::string(3, '\xff')};
 
   std::mt19937_64 random_;
 };

@@ -37,7 +37,7 @@ if "--atheris" in sys.argv:  # it must instrument our modules while they are imp
 
     with atheris.instrument_imports(include=["qlora_native"]):
         import qlora_native as qn
-        import qlora_native.integrations.merge
+        import qlora_native.convert.merge
 else:
     import qlora_native as qn
 
@@ -189,7 +189,7 @@ def _folders() -> Path:
     import transformers
     from tokenizers import ByteLevelBPETokenizer
 
-    from qlora_native.integrations.merge import convert
+    from qlora_native.convert.merge import convert
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -237,8 +237,8 @@ def _damaged_copies(choices: Choices, scratch: str, names: tuple[str, ...]) -> t
 
 def fuzz_folder(choices: Choices) -> None:
     """`quantize` and `merge` over damaged folders: an error, or a result that has every tensor."""
-    from qlora_native.integrations.checkpoints import Checkpoint
-    from qlora_native.integrations.merge import convert
+    from qlora_native.convert._checkpoints import Checkpoint
+    from qlora_native.convert.merge import convert
 
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter, merging = _damaged_copies(choices, scratch, ("shards", "one", "nf4"))
@@ -255,7 +255,7 @@ def fuzz_export(choices: Choices) -> None:
     """`export` over damaged folders: an error, or a file that the package gguf reads."""
     import gguf
 
-    from qlora_native.integrations.gguf import export_adapter, export_model
+    from qlora_native.convert.gguf import export_adapter, export_model
 
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter, adapts = _damaged_copies(choices, scratch, ("one", "one", "nf4"))
@@ -289,8 +289,8 @@ def fuzz_dtypes(choices: Choices) -> None:
     """`merge` and `export` of tensors of any dtype, and what other quantizers write: an error, or the base's values."""
     import gguf
 
-    from qlora_native.integrations.gguf import export_model
-    from qlora_native.integrations.merge import convert
+    from qlora_native.convert.gguf import export_model
+    from qlora_native.convert.merge import convert
 
     with tempfile.TemporaryDirectory() as scratch:
         base, out = Path(scratch) / "base", Path(scratch) / "out"
@@ -466,7 +466,7 @@ def _step_arguments(choices: Choices) -> list[Any]:
 
 def fuzz_json(choices: Choices) -> None:
     """The reader of JSON."""
-    from qlora_native._json import parse_object
+    from qlora_native._core.json import parse_object
 
     text = '{"a": [1, {"b": "\\u00e9"}], "c": null, "shape": [8, 64], "d": 1e5}'
     for _ in range(1 + choices.below(8)):

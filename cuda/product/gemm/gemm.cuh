@@ -14,13 +14,13 @@
 #pragma once
 
 #include "device/elements.cuh"
+#include "product/gemm/accumulators.cuh"
 #include "product/gemm/operands.cuh"
 #include "product/gemm/shared.cuh"
-#include "product/gemm/stream_k.cuh"
-#include "product/gemm/sums.cuh"
-#include "product/gemm/tile.cuh"
 #include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -4,7 +4,7 @@
 
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -3,7 +3,7 @@
 
 #include "device/weight_chunk.cuh"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

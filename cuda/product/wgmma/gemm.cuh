@@ -19,8 +19,8 @@
 // multiple of 64, rows of 16-byte vectors, rank a multiple of 8.
 #pragma once
 
-#include "product/gemm/stream_k.cuh"
-#include "product/wgmma/cluster_sums.cuh"
+#include "product/stream_k.cuh"
+#include "product/wgmma/cluster_reduce.cuh"
 #include "product/wgmma/weights.cuh"
 
 namespace qlora_native::QLN_CUDA {

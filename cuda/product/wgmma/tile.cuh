@@ -5,7 +5,7 @@
 #include "device/hopper.cuh"
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._errors import bad
-from .._weight import QuantizedWeight
-from .checkpoints import Checkpoint
-from .peft import LoraLinear4bit
+from .._core.errors import bad
+from .._core.weight import QuantizedWeight
+from ..convert._checkpoints import Checkpoint
+from .peft._lora import LoraLinear4bit
 
 __all__ = ["initialize_loftq", "loftq"]
 

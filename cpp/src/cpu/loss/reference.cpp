@@ -3,8 +3,8 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/isa/scalar/reference.h"
 #include "cpu/runtime/parallel.h"
-#include "cpu/runtime/reference.h"
 
 namespace qlora_native::reference {
 

@@ -3,9 +3,8 @@
 #include <cmath>
 
 #include "common/codebook.h"
+#include "cpu/isa/scalar/reference.h"
 #include "cpu/optimizer/optimizer_step.h"
-#include "cpu/runtime/isa.h"
-#include "cpu/runtime/reference.h"
 
 namespace qlora_native::reference {
 namespace {

@@ -22,7 +22,7 @@
 
 #include <type_traits>
 
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/codebook.h"
-#include "cpu/product/rows-inl.h"
+#include "cpu/quantize/quantized_rows-inl.h"
 #include "cpu/runtime/blocking.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"

@@ -1,0 +1,65 @@
+// The products of linear.h in bfloat16 by tiles. A backend.cpp includes this file after a DotBf16 and a class Tiles.
+#pragma once
+
+#include "cpu/backend/backend_bf16-inl.h"
+#include "cpu/backend/isa.h"
+#include "cpu/product/backward-inl.h"
+#include "cpu/product/config.h"
+#include "cpu/product/forward-inl.h"
+#include "cpu/product/panels-inl.h"
+
+namespace qlora_native::QLN_ISA {
+namespace {
+
+struct DotTiles : DotBf16 {
+  using Tiles = QLN_ISA::Tiles;
+  // Elements of the inner dimension that are decoded at once. A and B of a block of 2 x 2 tiles are then 32 KB each, so
+  // that one of them stays in a first-level cache of 48 KB while the other one passes.
+  static constexpr std::int64_t kBlock = 512;
+};
+
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. With
+// kOthersMultiply that one multiplies bfloat16 too if config.h chooses neither; without, tiles multiply any number of
+// rows.
+template <const CpuBackend& (*kOthers)(), bool kOthersMultiply>
+struct TiledBackend {
+  static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
+    switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+      case cpu::ProductKernel::tiles:
+        return make_job<DotTiles, Forward, DotTiles>(args, part);
+      case cpu::ProductKernel::panels:
+        return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
+      default:
+        return kOthers().bf16->forward(args, part);
+    }
+  }
+  static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
+    switch (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
+      case cpu::ProductKernel::tiles:
+        return make_job<DotTiles, BackwardInput, DotTiles>(args, part);
+      case cpu::ProductKernel::panels:
+        return make_job<DotF32<DType::bf16>, BackwardInputPanels, DotTiles>(args, part);
+      default:
+        return kOthers().bf16->backward_input(args, part);
+    }
+  }
+
+  static constexpr Products kProducts{forward, backward_input, lora_gradient_a<DotTiles>, lora_gradient_b<DotTiles>};
+
+  static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
+
+ private:
+  // The other backend chooses between the kernels that are left, and logs its choice.
+  static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
+                                   const LoraView& lora, const WeightRows& part, DType dtype) {
+    const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
+    cpu::ProductConfig config = cpu::product_config(shape);
+    const bool panels = config.kernel == cpu::ProductKernel::panels;
+    if (!kOthersMultiply && !panels) config.kernel = cpu::ProductKernel::tiles;
+    if (panels || config.kernel == cpu::ProductKernel::tiles) cpu::log_product(shape, config);
+    return config.kernel;
+  }
+};
+
+}  // namespace
+}  // namespace qlora_native::QLN_ISA

@@ -1,0 +1,390 @@
+"""`QuantizedWeight`, the container of a quantized weight, and how it is stored in bitsandbytes' files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  (fakes and autograd of the ops that _C registers)
+from .errors import bad, bad_type, check_blocksize, check_float_dtype, check_memory, dtype_name
+from .formats import CODEBOOKS, ceil_div, check_format, codes_shape
+from .microscaling import MICROSCALED, check_scale_table, check_scales, mxfp4_fields, nvfp4_fields
+from .quant_state import NESTED_BLOCKSIZE, bytes_of, read_quant_state
+
+
+def check_finite(name: str, tensor: Tensor) -> float:
+    """The largest absolute value of a tensor of scales or of a table; 0 if it is not fp32 or has no values.
+
+    Raises:
+        ValueError: a value is NaN or Inf.
+    """
+    check_memory(name, tensor)
+    if tensor.dtype != torch.float32 or tensor.is_meta or tensor.numel() == 0:
+        return 0.0
+    low, high = (value.item() for value in torch.aminmax(tensor.detach()))  # one pass; one NaN makes both NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise bad(name, "finite values", "NaN or Inf")
+    return max(abs(low), abs(high))
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class QuantizedWeight:
+    """A quantized weight W [N, K]: its codes, its scales, and the tables that decode them. Tensors are never copied.
+
+    Elements are numbered e = n * K + k, and the elements of block e // blocksize share a scale, as in bitsandbytes. The
+    weights of a layer's experts are one weight [E, N, K], with the bytes of a weight [E * N, K].
+
+    Attributes:
+        codes: uint8, contiguous. Of 4 bits: [N, K/2], or [ceil(N*K/2), 1] if K is odd; element e is in the high half of
+            byte e // 2 if e is even, else in the low half. Of "int8": [N, K], a signed byte for each element. Experts
+            have [E, N, K/2] and [E, N, K].
+        absmax: the scales: fp32 [blocks], or uint8 [blocks] if they are double-quantized.
+        nested_absmax: fp32 [ceil(blocks/256)], the scales of the double-quantized scales, else None.
+        nested_code: fp32 [256], the values of the bytes of `absmax`; None without double quantization. In "mxfp4" these
+            are the values of E8M0, in "nvfp4" those of E4M3 times the scale of the tensor; nested_absmax is then 1.
+        offset: fp32, one element, added to each decoded scale; None without double quantization.
+        code: fp32 [16], the values of the codes; None for "int8", where an element is its byte * (scale / 127).
+        shape: (N, K), or (E, N, K).
+        blocksize: elements that share a scale: a power of two in 32 ... 4096, but 32 in "mxfp4" and 16 in "nvfp4".
+        format: "nf4", "fp4", "int4", "int8", "mxfp4", "nvfp4" or "codebook" (16 values of the user's own).
+        dtype: the dtype of the weight that was quantized, and by default of `dequantize()`.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong dtype, length, layout or device, or requires gradients.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
+    shape: tuple[int, ...]
+    blocksize: int
+    format: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_format(self.format)
+        check_blocksize(self.blocksize, self.format)
+        check_float_dtype("dtype", self.dtype)
+        if len(self.shape) not in (2, 3) or min(self.shape) < 1:
+            raise bad("shape", "(N, K) or (E, N, K), each at least 1", tuple(self.shape))
+        elements = math.prod(self.shape)
+        blocks = ceil_div(elements, self.blocksize)
+        nested = self.nested_absmax is not None or self.format in MICROSCALED
+        self._check("codes", torch.uint8, elements if self.format == "int8" else ceil_div(elements, 2))
+        self._check("absmax", torch.uint8 if nested else torch.float32, blocks)
+        self._check("nested_absmax", torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE) if nested else None)
+        self._check("nested_code", torch.float32, 256 if nested else None)
+        self._check("offset", torch.float32, 1 if nested else None)
+        self._check("code", torch.float32, None if self.format == "int8" else 16)
+
+    def _check(self, name: str, dtype: torch.dtype, numel: int | None) -> None:
+        tensor = getattr(self, name)
+        if tensor is None and numel is None:
+            return
+        if numel is None:
+            needs = "a 4-bit format" if name == "code" else "nested_absmax"
+            raise bad(name, f"None without {needs}", f"{tuple(tensor.shape)}")
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor", type(tensor).__name__)
+        if tensor.dtype != dtype:
+            raise bad_type(name, f"{dtype}", tensor.dtype)
+        if tensor.numel() != numel:
+            raise bad(name, f"{numel} elements", f"{tensor.numel()}")
+        if not tensor.is_contiguous():
+            raise bad(name, "a contiguous tensor", f"strides {tensor.stride()}")
+        if tensor.device != self.codes.device:
+            raise bad(name, f"a tensor on {self.codes.device}, where codes is", tensor.device)
+        if tensor.requires_grad:
+            raise bad(name, "a tensor that does not require gradients", "requires_grad=True")
+        check_memory(name, tensor)
+
+    def __repr__(self) -> str:
+        how = f"format={self.format}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}"
+        where = f"dtype={self.dtype}, device={self.device}, nbytes={self.nbytes}"
+        return f"QuantizedWeight(shape={self.shape}, {how}, {where})"
+
+    def check_values(self) -> QuantizedWeight:
+        """Check that scales and tables are finite, which the constructor does not. Every byte of codes is valid.
+
+        Use it for a weight that comes from a file or from another library. It waits for a GPU. It decodes the weight, a
+        part at a time, only if the largest scale times the largest level exceeds fp32.
+
+        Returns:
+            The weight itself.
+
+        Raises:
+            ValueError: a scale, a table or the offset is NaN or Inf, an element decodes to one, or a byte is not a
+                scale of "mxfp4" or "nvfp4". A value of MXFP4 may exceed fp32; it decodes to infinity then, as in
+                transformers.
+        """
+        if self.format in MICROSCALED:
+            check_scale_table("nested_code", self.nested_code, self.format)
+            check_scales("absmax", self.absmax, self.format)
+            for name in ("nested_absmax", "offset", "code"):
+                check_finite(name, getattr(self, name))
+            return self
+        sizes = {name: check_finite(name, tensor) for name, tensor in self.tensors().items()}
+        scale = sizes["absmax"]
+        if self.nested_absmax is not None:
+            scale = sizes["nested_code"] * sizes["nested_absmax"] + sizes["offset"]
+        level = sizes.get("code", 1 + 2**-22)  # int8's 127 * (scale / 127) is rounded twice
+        if level * scale > torch.finfo(torch.float32).max and not self._decodes_to_finite():
+            raise bad("absmax", "scales whose products with the codebook are finite in fp32", f"up to {scale:.1e}")
+        return self
+
+    def _decodes_to_finite(self) -> bool:
+        """Whether all elements decode to finite numbers of fp32. They are decoded some rows at a time."""
+        flat = self.flat()
+        rows, columns = flat.shape
+        parts = torch.arange(rows, device=self.device).split(max(1, (1 << 20) // columns))
+        decode = partial(torch.ops.qlora_native.dequantize_rows, *flat.op_arguments(), torch.float32)
+        return all(decode(part).isfinite().all() for part in parts)
+
+    @classmethod
+    def unchecked(cls, *values: Any) -> QuantizedWeight:
+        """Make a weight from all fields, in order, without checks, as a layer does at each call."""
+        q = object.__new__(cls)
+        (
+            q.codes,
+            q.absmax,
+            q.nested_absmax,
+            q.nested_code,
+            q.offset,
+            q.code,
+            q.shape,
+            q.blocksize,
+            q.format,
+            q.dtype,
+        ) = values
+        return q
+
+    @property
+    def bits(self) -> int:
+        """The bits of a code: 4 or 8."""
+        return 8 if self.format == "int8" else 4
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors, of which tables are at most 1.1 KB."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The stored bits for each element of W, with scales and tables."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def op_arguments(self) -> tuple[Any, ...]:
+        """The arguments of the torch ops: codes ... code, N, K, bits, blocksize, with the N and K of one expert."""
+        return (
+            self.codes,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_code,
+            self.offset,
+            self.code,
+            *self.shape[-2:],
+            self.bits,
+            self.blocksize,
+        )
+
+    def flat(self) -> QuantizedWeight:
+        """The same weight with two dimensions: experts [E, N, K] become [E * N, K]. The tensors are shared."""
+        return self if len(self.shape) == 2 else replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Decode the weight: fp32 code * fp32 scale, rounded once. Not differentiable.
+
+        Args:
+            dtype: fp32, bf16 or fp16; None is `self.dtype`.
+
+        Returns:
+            W in `shape`.
+
+        Raises:
+            TypeError: `dtype` is not fp32, bf16 or fp16.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        check_float_dtype("dtype", dtype)
+        return torch.ops.qlora_native.dequantize(*self.flat().op_arguments(), dtype).view(self.shape)
+
+    def to(self, device: torch.device | str | int) -> QuantizedWeight:
+        """Move the weight to a device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            A weight whose tensors are on `device`; those that were there already are shared, not copied.
+        """
+        for name, tensor in self.tensors().items():
+            check_memory(name, tensor)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def from_mxfp4(cls, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+        """Make a weight from the tensors of an MXFP4 file; it decodes to the same values.
+
+        The tensors are gpt-oss' `*_blocks` and `*_scales`, or compressed-tensors' `weight_packed` and `weight_scale`.
+        `dequantize()` returns what transformers' `convert_moe_packed_tensors` computes, before it transposes.
+
+        Args:
+            blocks: uint8 [N, K/32, 16] or [N, K/2], with the first of two codes in the low half of a byte. The experts
+                of a layer, [E, N, K/32, 16], make a weight [E, N, K]; further leading dimensions become rows.
+            scales: uint8 [..., N, K/32], E8M0.
+            dtype: the `dtype` of the weight.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape; a scale is NaN, the byte 255.
+        """
+        fields = mxfp4_fields(blocks, scales)
+        return cls(**fields, code=CODEBOOKS["mxfp4"].to(blocks.device, copy=True), dtype=dtype)
+
+    @classmethod
+    def from_nvfp4(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        weight_global_scale: Tensor | None = None,
+        weight_scale_2: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> QuantizedWeight:
+        """Make a weight from the tensors of an NVFP4 file; it decodes to the same values.
+
+        The tensors are compressed-tensors' `weight_packed`, `weight_scale` and `weight_global_scale`, by which it
+        divides a scale, or ModelOpt's `weight`, `weight_scale` and `weight_scale_2`, by which it multiplies a scale.
+
+        Args:
+            codes: uint8 [N, K/2], with the first of two codes in the low half of a byte.
+            scales: float8_e4m3fn [N, K/16], or its bytes.
+            weight_global_scale, weight_scale_2: exactly one of them: fp32, one element, above 0.
+            dtype: the `dtype` of the weight.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype or shape; a scale that is NaN or negative; or none or both of the
+                scales of the tensor.
+        """
+        fields = nvfp4_fields(codes, scales, weight_global_scale, weight_scale_2)
+        return cls(**fields, code=CODEBOOKS["nvfp4"].to(codes.device, copy=True), dtype=dtype)
+
+    def to_bitsandbytes(self, prefix: str = "", name: str = "weight", transposed: bool = False) -> dict[str, Tensor]:
+        """Make the entries of a state dict that bitsandbytes' Linear4bit would write, byte for byte.
+
+        Args:
+            prefix: put in front of every key, as in `nn.Module.state_dict`: "model.layers.0.mlp.up_proj.".
+            name: the name of the parameter, as in `bitsandbytes.nn.parametrize.replace_parameter_4bit`: "down_proj".
+            transposed: record in quant_state that the parameter is W transposed, as that of experts [E, K, N] is.
+                bitsandbytes ignores the record.
+
+        Returns:
+            `weight` uint8 [elements/2, 1], `weight.absmax`, `weight.quant_map`, with double quantization
+            `weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4` (or
+            `__fp4`), the bytes of a JSON object. Tables are copies: safetensors refuses shared memory.
+
+        Raises:
+            ValueError: bitsandbytes does not have the format, or would decode other values, because it ignores `code`.
+        """
+        if self.format not in ("nf4", "fp4"):
+            raise bad("format", "nf4 or fp4, the formats of bitsandbytes", self.format)
+        for each, tensor in self.tensors().items():
+            check_memory(each, tensor)
+        if not torch.equal(self.code.cpu(), CODEBOOKS[self.format]):
+            raise bad("code", f"the codebook of {self.format}", "another, which bitsandbytes would not use")
+        state: dict[str, Any] = {
+            "quant_type": self.format,
+            "blocksize": self.blocksize,
+            "dtype": dtype_name(self.dtype),
+            "shape": list(self.shape),
+        }
+        if transposed:
+            state["transposed"] = True
+        tensors = {"": self.codes.reshape(-1, 1), ".absmax": self.absmax, ".quant_map": self.code.clone()}
+        if self.nested_absmax is not None:
+            tensors[".nested_absmax"] = self.nested_absmax
+            tensors[".nested_quant_map"] = self.nested_code.clone()
+            state["nested_blocksize"] = NESTED_BLOCKSIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = self.offset.item()
+        text = bytearray(json.dumps(state).encode())
+        tensors[f".quant_state.bitsandbytes__{self.format}"] = torch.frombuffer(text, dtype=torch.uint8)
+        return {f"{prefix}{name}{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    @classmethod
+    def from_bitsandbytes(
+        cls, state_dict: Mapping[str, Tensor], prefix: str = "", name: str = "weight"
+    ) -> QuantizedWeight:
+        """Read a weight that bitsandbytes' Linear4bit has written. The tensors are shared, not copied.
+
+        Any `quant_storage` dtype is read. The stored maps and the stored offset are used, never recomputed.
+
+        Args:
+            state_dict: the entries that `to_bitsandbytes` describes, among others.
+            prefix, name: as in `to_bitsandbytes`.
+
+        Raises:
+            ValueError, TypeError: an entry is missing, or its length, dtype or content is wrong.
+        """
+        name = f"{prefix}{name}"
+
+        def entry(suffix: str) -> Tensor:
+            if name + suffix not in state_dict:
+                raise bad("state_dict", f"the key {name + suffix!r}", "none")
+            tensor = state_dict[name + suffix]
+            if not isinstance(tensor, Tensor):
+                raise bad_type(name + suffix, "a tensor", type(tensor).__name__)
+            check_memory(name + suffix, tensor)
+            return tensor
+
+        begin = f"{name}.quant_state.bitsandbytes__"
+        packed = [key for key in state_dict if isinstance(key, str) and key.startswith(begin)]
+        if len(packed) != 1:
+            raise bad("state_dict", f"one key {begin + 'nf4'!r} or __fp4", f"{len(packed)}")
+        nested = f"{name}.nested_absmax" in state_dict
+        state = read_quant_state(packed[0], entry(packed[0].removeprefix(name)), nested)
+        shape = state["shape"]
+        codes = bytes_of(name, entry(""), ceil_div(math.prod(shape), 2))
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None
+        try:
+            q = cls(
+                codes=codes.view(codes_shape(*shape, bits=4)),
+                absmax=entry(".absmax"),
+                nested_absmax=entry(".nested_absmax") if nested else None,
+                nested_code=entry(".nested_quant_map") if nested else None,
+                offset=offset,
+                code=entry(".quant_map"),
+                shape=tuple(shape),
+                blocksize=state["blocksize"],
+                format=state["quant_type"],
+                dtype=getattr(torch, state["dtype"]),
+            )
+            return q.check_values()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}, {error}") from None
+
+
+def check_quantized(q: Any, shape: str, dimensions: int) -> None:
+    """Raise unless `q` is a QuantizedWeight of that many dimensions. `shape` describes them in the error."""
+    if not isinstance(q, QuantizedWeight):
+        raise bad_type("q", "a QuantizedWeight", type(q).__name__)
+    if len(q.shape) != dimensions:
+        raise bad("q", shape, list(q.shape))

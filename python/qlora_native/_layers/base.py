@@ -1,0 +1,251 @@
+"""`QuantizedLayer`, the base of the 4-bit layers: it holds, moves and loads a quantized weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._core.errors import bad_type, check_float_dtype, check_memory, chosen_blocksize
+from .._core.formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
+from .._core.linear import code_tensor
+from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
+from .._core.quant_state import NESTED_BLOCKSIZE
+from .._core.weight import QuantizedWeight, check_finite
+from .callbacks import guard_neighbours
+
+__all__ = ["QuantizedLayer", "zero_weight"]
+
+# {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
+# called `code`, because the modules that torch.export makes have a property of this name.
+_STATE = {
+    "weight": "codes",
+    "absmax": "absmax",
+    "nested_absmax": "nested_absmax",
+    "nested_code": "nested_code",
+    "offset": "offset",
+    "codebook": "code",
+}
+
+
+def zero_weight(
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+    format: str,
+    blocksize: int | None,
+    double_quant: bool,
+    codebook: Tensor | Sequence[float] | None,
+) -> QuantizedWeight:
+    """Make a weight whose codes and scales are 0, for a layer that a state dict is loaded into.
+
+    Args:
+        shape: [N, K] or [E, N, K].
+        dtype, device: None is torch's default.
+        format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    device = torch.get_default_device() if device is None else torch.device(device)
+    check_format(format)
+    blocksize = chosen_blocksize(blocksize, format)
+    double_quant = double_quant or format in MICROSCALED
+    check_float_dtype("dtype", dtype)
+    bits = 8 if format == "int8" else 4
+    blocks = ceil_div(math.prod(shape), blocksize)
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+
+    return QuantizedWeight(
+        codes=torch.zeros(codes_shape(*shape, bits=bits), dtype=torch.uint8, device=device),
+        absmax=torch.zeros(blocks, dtype=torch.uint8, device=device) if double_quant else fp32(blocks),
+        nested_absmax=fp32(ceil_div(blocks, NESTED_BLOCKSIZE)) if double_quant else None,
+        nested_code=_levels_of_scales(format).to(device, copy=True) if double_quant else None,
+        offset=fp32() if double_quant else None,
+        code=None if bits == 8 else code_tensor(format, codebook, device),
+        shape=shape,
+        blocksize=blocksize,
+        format=format,
+        dtype=dtype,
+    )
+
+
+class QuantizedLayer(nn.Module):
+    """A module that holds a quantized weight as plain frozen parameters and buffers.
+
+    Attributes:
+        format, blocksize: as in `qlora_native.quantize`.
+        compute_dtype: the dtype that `dequantize` returns, and that PEFT makes adapters in.
+        product_dtype: None, by default, computes a product in the dtype of x. Another dtype casts x to it for the
+            product and y back, as bitsandbytes does with its `compute_dtype`.
+
+    Both are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "compute_dtype" or (name == "product_dtype" and value is not None):
+            check_float_dtype(name, value)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "code" in self._buffers:  # a pickle in which the codebook has its first name
+            self._buffers["codebook"] = self._buffers.pop("code")
+
+    def _begin(self, q: QuantizedWeight) -> None:
+        """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
+        nn.Module.__init__(self)
+        guard_neighbours()
+        self.product_dtype: torch.dtype | None = None
+        self.replace_weight(q)
+
+    def replace_weight(self, q: QuantizedWeight) -> None:
+        """Replace the weight, its format, blocksize and dtype by those of `q`, whose tensors are shared, not copied.
+
+        Args:
+            q: a weight.
+        """
+        self._shape = q.shape
+        self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
+        for name in _STATE:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        tensors = {name: getattr(q, field) for name, field in _STATE.items()}
+        # Those that are None come last: torch.export (2.13) counts them when it looks for the names of the others.
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
+            if tensor is not None and tensor.dtype == torch.uint8:
+                setattr(self, name, _frozen(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def weight_names(self) -> list[str]:
+        """The names of the tensors that make up the quantized weight, as in the state dict."""
+        return list(self.weight_tensors())
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The tensors that make up the quantized weight, by name."""
+        # Not `self.weight`: under PEFT that decodes the weight (integrations/peft/_dequantized.py).
+        stored = {**self._parameters, **self._buffers}
+        return {name: stored[name] for name in _STATE if stored[name] is not None}
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as a container over the layer's own tensors."""
+        # Reads the dictionaries: every forward passes here, and nn.Module.__getattr__ would double its cost.
+        parameters, buffers = self._parameters, self._buffers
+        absmax = parameters.get("absmax")
+        return QuantizedWeight.unchecked(
+            parameters["weight"],
+            buffers["absmax"] if absmax is None else absmax,
+            buffers["nested_absmax"],
+            buffers["nested_code"],
+            buffers["offset"],
+            buffers["codebook"],
+            self._shape,
+            self.blocksize,
+            self.format,
+            self.compute_dtype,
+        )
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
+        return self.nested_absmax is not None
+
+    def _describe_format(self) -> str:
+        """Describe how the weight is stored, for `extra_repr`."""
+        return f"format={self.format}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Decode the weight.
+
+        Args:
+            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+
+        Returns:
+            The weight in its own shape. Not differentiable.
+        """
+        return self.quantized_weight.dequantize(dtype)
+
+    def reset_parameters(self) -> None:
+        """Set the weight and the bias to zero and restore the tables, as after construction.
+
+        `torch.nn.Module.to_empty` leaves the meta device without values; this gives the layer valid ones.
+        """
+        for name, tensor in {**self.weight_tensors(), "bias": self._parameters.get("bias")}.items():
+            check_memory(name, tensor)
+        with torch.no_grad():
+            for tensor in (
+                self._parameters["weight"],
+                self.absmax,
+                self.nested_absmax,
+                self.offset,
+                self._parameters.get("bias"),
+            ):
+                if tensor is not None:
+                    tensor.zero_()
+            if self.nested_code is not None:
+                self.nested_code.copy_(_levels_of_scales(self.format))
+            if self.format in CODEBOOKS:
+                self.codebook.copy_(CODEBOOKS[self.format])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Load as every module does, after a check that each tensor has this layer's dtype and finite scales.
+
+        Without the check torch would cast a 16-bit weight to bytes and copy them over the codes.
+        """
+        if f"{prefix}code" in state_dict and f"{prefix}codebook" not in state_dict:  # the codebook's first name
+            state_dict[f"{prefix}codebook"] = state_dict.pop(f"{prefix}code")
+        errors = []
+        assign = args[0].get("assign_to_params_buffers", False)
+        for name, own in (*self.weight_tensors().items(), ("bias", self._parameters.get("bias"))):
+            tensor = state_dict.get(prefix + name)
+            if own is None or tensor is None:
+                continue
+            try:
+                if not isinstance(tensor, Tensor):
+                    raise bad_type(prefix + name, "a tensor", type(tensor).__name__)
+                if tensor.dtype != own.dtype and not (name == "bias" and tensor.is_floating_point()):
+                    raise bad_type(prefix + name, f"{own.dtype}, as the layer has it", tensor.dtype)
+                check_memory(prefix + name, tensor, None if assign else own)
+                if self.format in MICROSCALED and name in ("absmax", "nested_code"):
+                    check = check_scales if name == "absmax" else check_scale_table
+                    check(prefix + name, tensor, self.format)
+                elif name != "bias":
+                    check_finite(prefix + name, tensor)
+                if name in self._buffers:  # torch would turn the buffer into a parameter if the entry is one
+                    state_dict[prefix + name] = tensor.detach()
+            except (TypeError, ValueError) as error:
+                errors.append(str(error))
+        if errors:  # the list in which torch collects what it raises later
+            args[-1].extend(errors)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Move or cast the module. The quantized weight is moved, but never cast."""
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        check_float_dtype("compute_dtype", dtype)  # before anything is changed
+        weight = {id(tensor) for tensor in self.weight_tensors().values()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if id(tensor) not in weight or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        self.compute_dtype = dtype
+        return self
+
+
+def _levels_of_scales(format: str) -> Tensor:
+    return scale_table(format) if format in MICROSCALED else DYNAMIC_MAP
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,225 @@
+"""`size_report`: which bytes of a model are quantized, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .base import QuantizedLayer
+from .callbacks import added_by_peft, is_of_peft
+
+__all__ = [
+    "Row",
+    "SizeReport",
+    "Unquantized",
+    "has_reason",
+    "is_linear",
+    "is_router",
+    "linears_of_routers",
+    "note_reason",
+    "size_report",
+    "unquantized_parameters",
+    "why_nothing",
+]
+
+_REASON = "_why_not_quantized"  # the attribute in which a module keeps the reason
+_SHOWN = 3  # names that a row of the table lists
+# Subclasses of nn.Linear that compute x @ W.T + bias in so many words, and nothing else.
+_SPELLED_OTHERWISE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """A parameter that is not quantized.
+
+    Attributes:
+        name, tensor: the parameter.
+        reason: why it is not quantized.
+        unknown_use: it is a weight, but how its module multiplies by it is unknown.
+    """
+
+    name: str
+    tensor: Tensor
+    reason: str
+    unknown_use: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it may hold the weights of several experts: it has three dimensions, none of them 1."""
+        return self.tensor.dim() == 3 and min(self.tensor.shape) > 1
+
+    def __str__(self) -> str:
+        """A sentence with the name, the size and the reason."""
+        return f"{self.name}, {self.tensor.nbytes:,} bytes, is left as it is: {self.reason}"
+
+
+@dataclass
+class Row:
+    """A row of the table: the tensors that share a format or a reason.
+
+    Attributes:
+        quantized: whether they are quantized weights.
+        what: their format, or why they are not quantized.
+        names: the names of the tensors or of the quantized weights.
+        bytes: the size of all of them.
+    """
+
+    quantized: bool
+    what: str
+    names: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+
+@dataclass
+class SizeReport:
+    """The bytes of a model, by format or by the reason why they are not quantized. `print` shows a table.
+
+    Attributes:
+        rows: quantized weights come first; within each part the largest row comes first.
+    """
+
+    rows: list[Row]
+
+    @property
+    def quantized(self) -> int:
+        """The bytes of all quantized weights, with scales and tables."""
+        return sum(row.bytes for row in self.rows if row.quantized)
+
+    @property
+    def left_alone(self) -> int:
+        """The bytes of everything else."""
+        return sum(row.bytes for row in self.rows if not row.quantized)
+
+    def __str__(self) -> str:
+        """The table."""
+        total = max(self.quantized + self.left_alone, 1)
+        lines = [f"{'bytes':>16}  {'share':>7}  {'tensors':>7}"]
+        for row in self.rows:
+            kind = "quantized" if row.quantized else "left alone"
+            names = ", ".join(row.names[:_SHOWN]) + (
+                f", and {len(row.names) - _SHOWN} more" * (len(row.names) > _SHOWN)
+            )
+            share = f"{row.bytes / total:.1%}"
+            lines.append(f"{row.bytes:>16,}  {share:>7}  {len(row.names):>7}  {kind}, {row.what}: {names}")
+        return "\n".join(lines)
+
+
+def size_report(model: nn.Module) -> SizeReport:
+    """List the parameters and buffers of a model by format or reason, each counted once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The report, which prints as a table.
+    """
+    rows: dict[tuple[bool, str], Row] = {}
+
+    def add(quantized: bool, what: str, name: str, size: int) -> None:
+        row = rows.setdefault((quantized, what), Row(quantized, what))
+        row.names.append(name)
+        row.bytes += size
+
+    seen: set[int] = set()
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            tensors = [tensor for tensor in layer.weight_tensors().values() if id(tensor) not in seen]
+            seen.update(map(id, tensors))
+            if tensors:
+                scales = "8 bits" if layer.double_quant else "fp32"
+                what = f"{layer.format} in blocks of {layer.blocksize}, scales in {scales}"
+                add(True, what, path, sum(tensor.nbytes for tensor in tensors))
+    for each in unquantized_parameters(model, seen):
+        add(False, each.reason, each.name, each.tensor.nbytes)
+    for name, buffer in model.named_buffers():
+        if id(buffer) not in seen:
+            add(False, "a buffer", name, buffer.nbytes)
+    return SizeReport(sorted(rows.values(), key=lambda row: (not row.quantized, -row.bytes)))
+
+
+def why_nothing(model: nn.Module) -> str:
+    """A clause for the warning that nothing of `model` is quantized: which weights it has, and why each was left."""
+    beside = ("a vector", "a buffer")
+    left = [
+        f"{', '.join(row.names[:_SHOWN])}{', ...' * (len(row.names) > _SHOWN)} ({row.what})"
+        for row in size_report(model).rows
+        if row.what not in beside
+    ]
+    return f"left as they are: {'; '.join(left) or 'nothing, as it has no weights'}"
+
+
+def note_reason(module: nn.Module, reason: str) -> None:
+    """Store in `module` the reason why its weights are not quantized, for the report."""
+    setattr(module, _REASON, reason)
+
+
+def has_reason(module: nn.Module) -> bool:
+    """Whether `module` has stored a reason why its weights are not quantized."""
+    return _REASON in vars(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is an `nn.Linear`, or of a subclass that is known to compute the same and to hold nothing else.
+
+    Another subclass may be more than it computes: torch's MultiheadAttention reads the weight of one, and the forward
+    pass of another may multiply in fp32.
+    """
+    cls = type(module)
+    return cls is nn.Linear or f"{cls.__module__}.{cls.__qualname__}" in _SPELLED_OTHERWISE
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether `module` chooses experts. It keeps its precision: a small change would send a row to another expert."""
+    return any(word in type(module).__name__.lower() for word in ("router", "gating"))
+
+
+def linears_of_routers(model: nn.Module) -> list[str]:
+    """The paths of the linear layers in routers. The reason is stored in each of them."""
+    found = []
+    for path, router in model.named_modules():
+        for name, child in router.named_children() if is_router(router) else ():
+            while is_of_peft(child) and hasattr(child, "base_layer"):
+                name, child = f"{name}.base_layer", child.base_layer
+            if is_linear(child):
+                note_reason(child, "a router")
+                found.append(f"{path}.{name}" if path else name)
+    return found
+
+
+def unquantized_parameters(model: nn.Module, quantized: set[int]) -> Iterator[Unquantized]:
+    """The parameters of `model` whose id is not in `quantized`, each with the reason why it is not quantized."""
+    seen: set[int] = set()
+    of_peft = added_by_peft(model)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) not in quantized and id(parameter) not in seen:
+                seen.add(id(parameter))
+                if id(module) in of_peft or is_of_peft(module):
+                    yield Unquantized(name, parameter, "an adapter, or kept by PEFT")
+                else:
+                    yield Unquantized(name, parameter, *_reason(name, parameter, module))
+
+
+def _reason(name: str, parameter: Tensor, module: nn.Module) -> tuple[str, bool]:
+    """The reason why a parameter is not quantized, and whether the reason is that its use is unknown."""
+    kind = type(module).__name__
+    if parameter.dim() < 2 or name.endswith("bias"):
+        return "a vector", False
+    if not parameter.is_floating_point():
+        return f"{parameter.dtype} already", False
+    if isinstance(module, nn.Embedding):
+        return "an embedding", False
+    if has_reason(module):
+        return vars(module)[_REASON], False
+    if is_router(module):
+        return "a router", False
+    if isinstance(module, _ConvNd):
+        return "a convolution", False
+    if is_linear(module):
+        return "a linear layer", True
+    if isinstance(module, nn.Linear):
+        return f"a subclass of nn.Linear, {kind}", True
+    return f"a parameter of {kind}, whose use is not known", parameter.dim() == 2 or min(parameter.shape) > 1

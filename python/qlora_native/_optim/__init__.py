@@ -1,0 +1,1 @@
+"""The parts of the 8-bit optimizers of optim.py."""

@@ -1,0 +1,291 @@
+"""A backend of bitsandbytes: its layers, functions and optimizers call our kernels.
+
+    enable()                 # or QLORA_NATIVE_BNB=1 in the environment, before bitsandbytes is imported
+
+These operations of bitsandbytes (its `_ops.py`) run here, on the CPU, and on CUDA where this build has that backend:
+
+    quantize_4bit, dequantize_4bit, gemm_4bit, gemv_4bit
+    optimizer_update_8bit_blockwise and optimizer_update_32bit, of Adam and AdamW
+
+All other calls go on to bitsandbytes' own kernel: another optimizer, LAMB's norms, `skip_zeros`, paged memory, a NaN in
+a weight, a gradient for which ours would skip the step, float64. So do its 8-bit weights (LLM.int8) and its blockwise
+8-bit operations.
+
+Two results differ from bitsandbytes' own, both on the CPU: its AVX-512 kernel decodes a weight with the wrong scales if
+K is not a multiple of the blocksize, and its 8-bit quantizer may miss the nearest level by one. Ours do neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ..._core.errors import FLOAT_DTYPES
+from ..._core.formats import CODEBOOKS, DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, is_dynamic_map
+
+__all__ = ["disable", "enable", "enabled"]
+
+_ops = torch.ops.qlora_native
+_KERNELS: dict[str, Callable[..., Any]] = {}  # {operation: our kernel}
+_library: torch.library.Library | None = None
+_repack: Any = None  # bitsandbytes' function, while ours replaces it
+
+
+def enable() -> None:
+    """Run bitsandbytes' operations on our kernels, from now on and in the whole process.
+
+    Its layers also stop repacking their weights for evaluation on CPUs with AVX512_BF16, which rounds the scales to
+    bf16. Layers that are repacked already stay so.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    global _library, _repack
+    import bitsandbytes.nn.modules as modules  # imported first, because it may call our entry point
+
+    if _library is not None:
+        return
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for device in devices():
+            for name, kernel in _KERNELS.items():
+                own = torch.library.get_kernel(f"bitsandbytes::{name}", device)
+                library.impl(name, functools.partial(kernel, own), device, with_keyset=True, allow_override=True)
+    _repack = modules._convert_weight_packed_for_cpu
+    modules._convert_weight_packed_for_cpu = lambda weight, state, *_: (weight, state)
+    _library = library
+
+
+def disable() -> None:
+    """Run bitsandbytes' operations on its own kernels again."""
+    global _library
+    if _library is None:
+        return
+    import bitsandbytes.nn.modules as modules
+
+    modules._convert_weight_packed_for_cpu = _repack
+    _library._destroy()
+    _library = None
+
+
+def enabled() -> bool:
+    """Whether bitsandbytes' operations run on our kernels."""
+    return _library is not None
+
+
+def devices() -> list[str]:
+    """The dispatch keys of the devices whose operations `enable` takes over."""
+    return ["CPU"] if _C.cuda_unavailable_reason() else ["CPU", "CUDA"]
+
+
+def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a kernel of ours. It is called with bitsandbytes' own kernel, our dispatch keys, and the arguments."""
+
+    def decorator(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _KERNELS[name] = kernel
+        return kernel
+
+    return decorator
+
+
+@functools.cache
+def _on(device: torch.device, table: str) -> Tensor:
+    tables = {**CODEBOOKS, "dynamic": DYNAMIC_MAP, "udynamic": UNSIGNED_DYNAMIC_MAP}
+    return tables[table].to(device)
+
+
+# ---- 4-bit weights ---------------------------------------------------------------------------------------------------
+
+
+@_implements("quantize_4bit")
+def _quantize_4bit(
+    own: Any, keys: Any, A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if A.dtype in FLOAT_DTYPES and A.numel() > 0:
+        code = _on(A.device, quant_type)
+        codes, absmax, _, _, non_finite = _ops.quantize(A, code, None, 4, blocksize)
+        if not non_finite[0]:
+            return codes.view(quant_storage).unsqueeze(1), absmax
+    return own.call_boxed(keys, A, blocksize, quant_type, quant_storage)
+
+
+@_implements("dequantize_4bit")
+def _dequantize_4bit(
+    own: Any,
+    keys: Any,
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    elements = math.prod(shape)
+    if dtype not in FLOAT_DTYPES or elements == 0:
+        return own.call_boxed(keys, A, absmax, blocksize, quant_type, shape, dtype)
+    N, K = elements // shape[-1], shape[-1]
+    scales = (absmax.float().contiguous(), None, None, None)
+    return _ops.dequantize(_codes(A), *scales, _on(A.device, quant_type), N, K, 4, blocksize, dtype).view(shape)
+
+
+@_implements("gemm_4bit")
+def _gemm_4bit(
+    own: Any,
+    keys: Any,
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    if A.dtype not in FLOAT_DTYPES:
+        nested = (absmax_8bit, absmax_code, absmax_offset)
+        return own.call_boxed(keys, A, B, shapeB, absmax, blocksize, quant_type, bias, *nested)
+    scales = (absmax.float(), None, None, None)
+    if absmax_8bit is not None:
+        scales = (absmax_8bit, absmax.float(), absmax_code, absmax_offset.float())
+    return _linear(A, B, scales, _on(A.device, quant_type), shapeB, blocksize, bias)
+
+
+@_implements("gemv_4bit")
+def _gemv_4bit(
+    own: Any, keys: Any, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
+) -> Tensor:
+    # A weight repacked for AVX512_BF16 has bf16 scales [K / blocksize, N], which only bitsandbytes' own kernel reads.
+    if absmax.dtype != torch.float32 or A.dtype not in FLOAT_DTYPES:
+        return own.call_boxed(keys, A, B, shapeB, absmax, code, blocksize)
+    return _linear(A, B, (absmax, None, None, None), code.float(), shapeB, blocksize, None)
+
+
+def _linear(
+    A: Tensor,
+    B: Tensor,
+    scales: tuple[Tensor | None, ...],
+    code: Tensor,
+    shape: Sequence[int],
+    blocksize: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return _ops.linear_forward(
+        A, _codes(B), *scales, code, *shape, 4, blocksize, bias, None, None, 1.0, 0.0, None
+    )[0]  # fmt: skip
+
+
+def _codes(packed: Tensor) -> Tensor:
+    """The codes as uint8 [bytes]; bitsandbytes stores them in any dtype."""
+    return packed.reshape(-1).view(torch.uint8)
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@_implements("optimizer_update_8bit_blockwise")
+def _optimizer_update_8bit_blockwise(
+    own: Any,
+    keys: Any,
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    ours = (
+        optimizer_name == "adam"
+        and not skip_zeros
+        and is_dynamic_map(qmap1, _on(qmap1.device, "dynamic"))
+        and is_dynamic_map(qmap2, _on(qmap2.device, "udynamic"))
+    )
+    options = (lr, beta1, beta2, eps, weight_decay)
+    if ours and _step(g, p, state1, state2, [absmax1], [absmax2], step, options, gnorm_scale):
+        return
+    own.call_boxed(
+        keys, optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr, qmap1, qmap2, absmax1,
+        absmax2, weight_decay, gnorm_scale, skip_zeros,
+    )  # fmt: skip
+
+
+@_implements("optimizer_update_32bit")
+def _optimizer_update_32bit(
+    own: Any,
+    keys: Any,
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    max_unorm: float,
+    param_norm: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    ours = optimizer_name == "adam" and not skip_zeros and max_unorm <= 0 and state1.dtype == torch.float32
+    options = (lr, beta1, beta2, eps, weight_decay)
+    if ours and _step(g, p, state1, state2, [], [], step, options, gnorm_scale):
+        return
+    own.call_boxed(
+        keys, optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
+        weight_decay, step, lr, gnorm_scale, skip_zeros,
+    )  # fmt: skip
+
+
+def _step(
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    step: int,
+    options: tuple[float, ...],
+    gnorm_scale: float,
+) -> bool:
+    """Step, and return whether it was done: a gradient of NaN or above 1.8e19, or paged memory, is left to them."""
+    tensors = (g, p, state1, state2, *absmax1, *absmax2)
+    if p.dtype not in FLOAT_DTYPES or g.dtype not in FLOAT_DTYPES:
+        return False
+    if not all(tensor.is_contiguous() and tensor.device == p.device for tensor in tensors):
+        return False
+    skipped = torch.zeros(1, dtype=torch.int64, device=p.device)
+    before = torch.tensor(step - 1, dtype=torch.int64, device=p.device)
+    scale = None if gnorm_scale == 1.0 else torch.tensor(gnorm_scale, dtype=torch.float32, device=p.device)
+    groups = ([value] for value in options)
+    _ops.optimizer_8bit_step(
+        "adamw", [p], [g], [state1], [state2], absmax1, absmax2, [before], [1], *groups, scale, None, skipped, [], []
+    )  # fmt: skip
+    return not skipped

@@ -1,0 +1,141 @@
+"""bitsandbytes: replace its layers by ours, or run its layers on our kernels.
+
+    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the same codes
+    enable()            # bitsandbytes keeps its layers and calls our kernels (_backend.py)
+
+`replace` gains more: adapters run inside the product, and the weight is decoded in parts. A model in training keeps its
+optimizer. `enable` changes no module, so code that expects bitsandbytes' own modules keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from typing import Any
+
+from .._versions import require
+
+require("bitsandbytes")
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+
+from ..._core.errors import bad, bad_type
+from ..._core.weight import QuantizedWeight
+from ..._layers.base import QuantizedLayer
+from ..._layers.callbacks import adopt_layers_of_peft, check_layers_of_peft
+from ...nn import Linear4bit
+from ._backend import disable, enable, enabled
+from ._experts import from_quant_state, put_experts, quantized_experts
+
+__all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
+
+# Attributes of nn.Module that the new layer takes over from the old one.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def replace(model: nn.Module) -> nn.Module:
+    """Replace every `bitsandbytes.nn.Linear4bit` in a model, in place, by a `qlora_native.nn.Linear4bit`.
+
+    Parameters of experts that `bitsandbytes.nn.parametrize.replace_parameter_4bit` has quantized become `Experts4bit`
+    if they are [experts, N, K] and transformers' registry runs them; others stay, with a warning.
+
+    The codes, the scales and the bias are shared, not copied, and `compute_dtype` keeps its meaning. LoRA layers of
+    PEFT keep their adapter parameters, so an optimizer that holds these stays valid. A model of transformers is saved
+    as before, in bitsandbytes' format. Layers that bitsandbytes has repacked for evaluation (on CPUs with AVX512_BF16)
+    are unpacked into new memory, with the bf16 scales that the repacking left.
+
+    Args:
+        model: any module, PEFT's models included.
+
+    Returns:
+        `model`. Warns if it contains no such layer.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: a layer is not quantized yet (bitsandbytes does that in `.to(device)`), an adapter is merged into a
+            layer, or `model` is itself such a layer. The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "an nn.Module", type(model).__name__)
+    if isinstance(model, bitsandbytes.nn.Linear4bit):
+        raise bad("model", "a module that contains bitsandbytes layers", "one: use quantized_weight and from_quantized")
+    named = list(model.named_modules(remove_duplicate=False))
+    found = [(name, module) for name, module in named if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    experts = quantized_experts(model)
+    if not found and not experts:
+        others = Counter(f"{type(m).__module__}.{type(m).__name__}" for _, m in named if isinstance(m, nn.Linear))
+        instead = ", ".join(f"{count} {name}" for name, count in others.items()) or "no linear layer either"
+        warnings.warn(f"replace: found no bitsandbytes.nn.Linear4bit, but {instead}", stacklevel=2)
+        return model
+    check_layers_of_peft(model, {id(module.weight) for _, module in found})
+    layers: dict[int, Linear4bit] = {}
+    for name, module in found:
+        if id(module) not in layers:
+            layers[id(module)] = _layer(name, module)
+    put_experts(experts)
+    for name, module in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[id(module)])
+    adopt_layers_of_peft(model)
+    _tell_transformers(model)
+    return model
+
+
+def quantized_weight(layer: nn.Module) -> QuantizedWeight:
+    """Read the weight of a layer of bitsandbytes. Its tensors are shared, not copied.
+
+    Args:
+        layer: a `bitsandbytes.nn.Linear4bit`.
+
+    Raises:
+        TypeError, ValueError: the layer is not quantized yet, or a tensor is damaged (see QuantizedWeight).
+    """
+    state: QuantState | None = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    if state is None:
+        raise bad("weight", "one that is quantized, which bitsandbytes does in .to(device)", f"{layer.weight.dtype}")
+    codes = layer.weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
+        state = copy.copy(state)
+        absmax = state.absmax.t().reshape(-1).float()
+        state.original_nested = False  # keep the bf16 scales: do not quantize them once more
+        codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = absmax
+    return from_quant_state(codes, state)
+
+
+def _layer(name: str, module: nn.Module) -> Linear4bit:
+    try:
+        layer = Linear4bit.from_quantized(quantized_weight(module), module.bias)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}.{error}") from None
+    # As in bitsandbytes' forward, x decides the dtype unless a compute_dtype is set. fp32 counts as not set.
+    if module.compute_type_is_set and module.compute_dtype != torch.float32:
+        layer.product_dtype = module.compute_dtype
+    for hooks in _HOOKS:
+        getattr(layer, hooks).update(getattr(module, hooks))
+    if hasattr(module, "_hf_hook"):  # accelerate's, for models on several devices
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, module._hf_hook)
+    return layer.train(module.training)
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Give models that transformers has loaded our quantizer."""
+    for module in model.modules():
+        own: Any = vars(module).get("hf_quantizer")  # not getattr, which PEFT's wrappers forward
+        if type(own).__name__ == "Bnb4BitHfQuantizer":
+            from ..transformers._quantizer import BitsAndBytesConfig, Quantizer, adopt
+
+            fields = own.quantization_config.to_dict()
+            fields.pop("bnb_4bit_quant_storage", None)
+            blocksize = next(layer.blocksize for layer in module.modules() if isinstance(layer, QuantizedLayer))
+            config = BitsAndBytesConfig(**fields, blocksize=blocksize)
+            module.is_loaded_in_4bit = False
+            adopt(module, Quantizer(config))

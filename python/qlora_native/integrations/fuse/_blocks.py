@@ -1,0 +1,189 @@
+"""`fuse_blocks(model)`: gated activations and RMS norms of a model of transformers as one op each.
+
+    fuse_blocks(model)                      # then train as before
+
+Between its products a block of a language model computes f(gate) * up and a norm. From torch's parts autograd keeps a
+tensor for every part, those of the norm in fp32; the ops of `qlora_native.functional` keep their operands, and take a
+pass over memory each. They are put in where a module computes just that, which is found out by trying, whatever its
+family is: an activation hands on a `DeferredActivation`, whose product with another tensor is the op, and a norm has
+another forward. Nothing else of the model changes; state dicts and checkpoints are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..._core.elementwise import ACTIVATIONS
+from ..._core.errors import FLOAT_DTYPES
+from ...functional import gated_activation, rms_norm
+from ._deferred import Deferred, is_plain
+
+__all__ = ["DeferredActivation", "fuse_blocks"]
+
+# What the ops compute, by the names of `gated_activation`.
+_DEFINITIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))  # children or parameters of a module with a gated linear unit
+_ACTIVATIONS_OF_MODULES = ("act_fn", "activation_fn")
+_EPS_OF_NORMS = ("variance_epsilon", "eps")
+
+
+class DeferredActivation(Deferred):
+    """f(gate), which is computed together with its product with `up`, if such a product is what follows.
+
+    Attributes:
+        module: the activation.
+        gate: [..., N], its input.
+    """
+
+    def __init__(self, module: nn.Module, gate: Tensor) -> None:
+        """An activation that nobody has asked for."""
+        self.module, self.gate = module, gate
+
+    def compute(self) -> Tensor:
+        """What the module gives."""
+        return type(self.module).forward(self.module, self.gate)
+
+    def __mul__(self, up: Any) -> Any:
+        """f(gate) * up."""
+        gate = self.gate
+        if is_plain(up) and up.shape == gate.shape and up.dtype == gate.dtype and up.device == gate.device:
+            return gated_activation(gate, up, self.module._gated_as)
+        return self.tensor() * up
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A product with a tensor on its left; other functions see f(gate)."""
+        if func in (Tensor.mul, Tensor.__mul__, torch.mul) and len(args) == 2 and not kwargs:
+            first, second = args if isinstance(args[0], cls) else args[::-1]
+            return first * second
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __len__(self) -> int:
+        """The first dimension, as a tensor's."""
+        return self.gate.shape[0]
+
+
+def fuse_blocks(model: nn.Module) -> int:
+    """Let the gated activations and RMS norms of a model be one op each, in training and without.
+
+    A norm is any module with one parameter, `weight` [N], and an epsilon, which gives what `functional.rms_norm` does,
+    with or without the shift of Gemma's. An activation is `act_fn` or `activation_fn` of a module that has gate_proj
+    and up_proj, or gate_up_proj, and computes SiLU or the tanh of GELU; a mixture's experts too. Results differ from
+    those before by rounding: each is computed in fp32 and rounded once. Where tensors of other kinds come, or a norm
+    has another dtype than its input, and under torch.compile, which fuses by itself, the module computes as before.
+
+    Args:
+        model: loaded, with its weights; transformers' or PEFT's, or any other.
+
+    Returns:
+        How many modules were changed. Calling it again changes none.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    changed, found = 0, 0
+    for module in list(model.modules()):
+        for each, fuse in _candidates(module):
+            found += 1
+            forward = vars(each).get("forward")
+            if forward is None:  # else it is ours, or another library's
+                changed += fuse(each)
+    if not found:
+        warnings.warn(f"fuse_blocks: {type(model).__name__} has no gated activation and no RMS norm", stacklevel=2)
+    return changed
+
+
+def _candidates(module: nn.Module) -> list[tuple[nn.Module, Callable[[nn.Module], bool]]]:
+    """(what may be fused, how) of a module: itself, if it may be a norm, or its activation."""
+    result: list[tuple[nn.Module, Callable[[nn.Module], bool]]] = []
+    if any(all(hasattr(module, name) for name in names) for names in _GATES):
+        activations = (getattr(module, name, None) for name in _ACTIVATIONS_OF_MODULES)
+        result += [(each, _fuse_activation) for each in activations if isinstance(each, nn.Module)]
+    if _eps_of(module) is not None:
+        result.append((module, _fuse_norm))
+    return result
+
+
+# ---- activations ----
+
+
+def _fuse_activation(module: nn.Module) -> bool:
+    probe = torch.linspace(-6.0, 6.0, 49)
+    name = next((name for name in ACTIVATIONS if _agrees(module(probe), _DEFINITIONS[name](probe.double()))), None)
+    if name is None:
+        return False
+    module._gated_as = name
+    module.forward = MethodType(_activation_forward, module)  # a method, so that a copy of the model has its own
+    return True
+
+
+def _activation_forward(module: nn.Module, x: Tensor) -> Any:
+    """What stands in the place of an activation's forward."""
+    if is_plain(x) and x.dtype in FLOAT_DTYPES and x.dim() > 0 and x.shape[-1] > 0:
+        return DeferredActivation(module, x)
+    return type(module).forward(module, x)
+
+
+# ---- norms ----
+
+
+def _eps_of(module: nn.Module) -> float | None:
+    """The epsilon of a module that may be an RMS norm."""
+    parameters = dict(module.named_parameters(recurse=False))
+    weight = parameters.get("weight")
+    if len(parameters) != 1 or weight is None or weight.dim() != 1 or len(list(module.children())):
+        return None
+    eps = next((eps for name in _EPS_OF_NORMS if isinstance(eps := getattr(module, name, None), float)), None)
+    return eps if is_plain(weight) and weight.dtype in FLOAT_DTYPES and not weight.is_meta else None
+
+
+def _fuse_norm(module: nn.Module) -> bool:
+    eps = _eps_of(module)
+    trial = copy.deepcopy(module).float()  # in the dtype of few roundings
+    weight = trial.weight.detach()
+    # Rows of several sizes, one near epsilon's, with a mean that is not 0.
+    columns = torch.arange(weight.numel(), dtype=torch.float32, device=weight.device)
+    sizes = torch.tensor([[1.0], [30.0], [0.5 * eps**0.5]], device=weight.device)
+    x = (torch.sin(columns) + 0.3) * sizes
+    try:
+        with torch.no_grad():
+            result = trial(x)
+    except (TypeError, ValueError, RuntimeError):
+        return False  # it takes something else
+    wide = x.double()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    for shift in (0.0, 1.0):
+        if _agrees(result, normal * (shift + weight.double())):
+            module._norm_shift, module._norm_eps = shift, eps
+            module.forward = MethodType(_norm_forward, module)
+            return True
+    return False
+
+
+def _norm_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What stands in the place of a norm's forward."""
+    weight = module.weight
+    fits = is_plain(x) and is_plain(weight) and x.dtype == weight.dtype and x.device == weight.device
+    if fits and not args and not kwargs and x.shape[-1:] == weight.shape:
+        return rms_norm(x, weight, module._norm_eps, shift=module._norm_shift)
+    return type(module).forward(module, x, *args, **kwargs)
+
+
+def _agrees(result: Any, expected: Tensor) -> bool:
+    """Whether a result is the expected one but for the roundings of a few operations in its dtype."""
+    if not isinstance(result, Tensor) or result.shape != expected.shape or result.dtype not in FLOAT_DTYPES:
+        return False
+    allowed = 8 * torch.finfo(result.dtype).eps * expected.abs().amax()
+    return bool(((result.double() - expected).abs() <= allowed).all())

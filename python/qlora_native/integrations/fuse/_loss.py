@@ -1,0 +1,215 @@
+"""`fuse_loss(model)`: causal language models of transformers compute their loss without making logits.
+
+    fuse_loss(model)                        # then train as before: Trainer, or any loop that reads outputs.loss
+
+transformers passes a model's logits and labels to its loss function. While the model trains, its head returns a
+`DeferredLogits` in place of logits, which holds the input of the head, and the loss function that is set here computes
+the loss from it by `qlora_native.functional.linear_cross_entropy`. `DeferredLogits` records what a model family does to
+its logits: a factor (Granite, Cohere) or a soft cap (Gemma 2). Any other use, such as `outputs.logits` in a user's
+loop, computes the logits. TRL's SFTTrainer has a loss of its own without logits, and does not call the loss function.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from .._versions import require
+
+require("transformers")
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..._core.errors import FLOAT_DTYPES
+from ...functional import linear_cross_entropy
+from ...nn import Linear4bit
+from ._deferred import Deferred
+
+__all__ = ["DeferredLogits", "fuse_loss"]
+
+
+class DeferredLogits(Deferred):
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+
+    Attributes:
+        head: the module that makes them.
+        hidden: [..., K], what it multiplies.
+        scale, softcap: s, and c or None.
+        made: z, once something has asked for it.
+    """
+
+    def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
+        """Logits that nobody has asked for."""
+        self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
+        self.made = None
+
+    def compute(self) -> Tensor:
+        """The logits, as the model would have made them."""
+        logits = type(self.head).forward(self.head, self.hidden)
+        if self.softcap is not None:
+            return self.softcap * torch.tanh(self.scale / self.softcap * logits)
+        return logits if self.scale == 1.0 else self.scale * logits
+
+    def _changed(self, scale: float, softcap: float | None) -> DeferredLogits:
+        return DeferredLogits(self.head, self.hidden, scale, softcap)
+
+    def __mul__(self, factor: Any) -> Any:
+        """z times a factor of the family's."""
+        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
+            # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
+            return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
+        return self.tensor() * factor
+
+    def __truediv__(self, divisor: Any) -> Any:
+        """The same, as a divisor."""
+        return self * (1 / divisor) if isinstance(divisor, int | float) and divisor else self.tensor() / divisor
+
+    def tanh(self) -> Any:
+        """A soft cap's: tanh(s * l) has the cap 1."""
+        return self._changed(self.scale, 1.0) if self.softcap is None else self.tensor().tanh()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's functions see the logits; but for tanh."""
+        if func is torch.tanh and len(args) == 1 and not kwargs:
+            return args[0].tanh()
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __len__(self) -> int:
+        """The first dimension, as a tensor's."""
+        return self.hidden.shape[0]
+
+
+def fuse_loss(model: nn.Module) -> bool:
+    """Make a causal language model compute its training loss without making logits.
+
+    The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
+    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
+    changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
+    because its weight is sharded again by the time the loss is computed.
+
+    Args:
+        model: a causal language model of transformers, or PEFT's model of one; it is changed in place.
+
+    Returns:
+        Whether the loss was fused. If not, the model is unchanged, and a warning says why: its loss is not that of
+        causal language models, or its head is not an `nn.Linear` or `Linear4bit` with at most one plain LoRA adapter.
+
+    Raises:
+        TypeError: `model` is not a model of transformers.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(causal, "loss_function") or not hasattr(causal, "get_output_embeddings"):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    if causal.loss_function is _loss:
+        return True
+    head = causal.get_output_embeddings()
+    reason = None
+    if causal.loss_function is not ForCausalLMLoss:
+        reason = f"its loss function is {getattr(causal.loss_function, '__name__', causal.loss_function)}"
+    elif head is None or _operands(head) is None:
+        reason = f"its head is {type(head).__name__}"
+    elif "forward" in vars(head):
+        reason = "another library has replaced its head's forward"
+    if reason is not None:
+        warnings.warn(f"fuse_loss: {type(causal).__name__} keeps its own loss: {reason}", stacklevel=2)
+        return False
+    head._wants_loss = False
+    head.forward = MethodType(_head_forward, head)  # bound, so that a copy of the model gets one of its own
+    causal.register_forward_pre_hook(_before, with_kwargs=True)
+    causal.register_forward_hook(_after, always_call=True)
+    causal.loss_function = _loss
+    return True
+
+
+def _before(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """Record whether this forward pass computes a loss that will be differentiated."""
+    wants_loss = model.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+    model.get_output_embeddings()._wants_loss = wants_loss and not torch.compiler.is_compiling()
+
+
+def _after(model: nn.Module, *_: Any) -> None:
+    model.get_output_embeddings()._wants_loss = False
+
+
+def _head_forward(head: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The new forward of the head: returns a `DeferredLogits` while the model computes a training loss."""
+    if head._wants_loss and not args and not kwargs and _operands(head, x) is not None:
+        return DeferredLogits(head, x)
+    return type(head).forward(head, x, *args, **kwargs)
+
+
+def _loss(
+    logits: Any,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute what transformers' `ForCausalLMLoss` does; it uses no other arguments either."""
+    options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
+    if not isinstance(logits, DeferredLogits):
+        return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
+    if logits.made is not None:
+        return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]
+    loss = linear_cross_entropy(
+        logits.hidden,
+        weight,
+        shift_labels.to(logits.hidden.device).reshape(logits.hidden.shape[:-1]),
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        logit_scale=logits.scale,
+        softcap=logits.softcap,
+    )
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+def _operands(head: nn.Module, x: Tensor | None = None) -> tuple[Any, ...] | None:
+    """(weight, bias, lora_a, lora_b, scaling) of a head, or None if `linear_cross_entropy` cannot compute it of `x`."""
+    base, lora = head, (None, None, 1.0)
+    if hasattr(head, "lora_A"):
+        name = _plain_adapter(head)
+        if name is None:
+            return None
+        base = head.base_layer
+        if name:
+            lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
+    if isinstance(base, Linear4bit):
+        casts = x is not None and base.product_dtype not in (None, x.dtype)
+        return None if casts else (base.quantized_weight, base.bias, *lora)
+    weight = getattr(base, "weight", None)
+    plain = type(base) is nn.Linear and type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOAT_DTYPES
+    return (weight, base.bias, *lora) if plain else None
+
+
+def _plain_adapter(head: Any) -> str | None:
+    """The only active LoRA adapter of PEFT's layer; "" if there is none, None if the layer computes anything else."""
+    if head.disable_adapters or head.merged:
+        return ""
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if len(active) != 1:
+        return None if active else ""
+    name = active[0]
+    dropout = head.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    inner = (head.lora_A[name], head.lora_B[name])
+    plain = all(type(each) is nn.Linear and each.bias is None for each in inner) and name not in head.lora_variant
+    return name if plain and not drops and not getattr(head, "fan_in_fan_out", False) else None

@@ -1,0 +1,138 @@
+"""`DecodedLinear4bit`, a `Linear4bit` whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ... import functional
+from ..._core.weight import QuantizedWeight
+from ...nn import Linear4bit
+
+__all__ = ["DecodedLinear4bit", "WeightWritten", "base_to_merge_into", "run_over_decoded"]
+
+
+class WeightWritten(NotImplementedError):
+    """Code wrote to the decoded weight of a quantized layer, which would have had no effect."""
+
+
+class _DecodedWeight(nn.Parameter):
+    """A decoded weight [N, K]. It is a copy, so assigning to it raises: the values would be lost."""
+
+    @property
+    def data(self) -> Tensor:
+        """The values, as a plain tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise WeightWritten("Linear4bit.weight: expected to be read, got values to put in its place: it has 4 bits")
+
+
+class DecodedLinear4bit(Linear4bit):
+    """A `Linear4bit` for PEFT: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
+
+    Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
+    into one, and back into a `Linear4bit`, by assigning its `__class__`.
+    """
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The decoded weight, a new frozen parameter at each call."""
+        codes = self._parameters.get("weight")
+        if codes is None:
+            raise AttributeError("weight")
+        return _DecodedWeight(self.dequantize(), requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, as in any module; but `weight` can only be set to codes.
+
+        Raises:
+            WeightWritten: `weight` is set to something else.
+        """
+        if name == "weight" and getattr(value, "dtype", None) != torch.uint8:
+            raise WeightWritten("Linear4bit.weight: expected codes, got a weight: it has 4 bits. Use replace_weight")
+        super().__setattr__(name, value)
+
+
+def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:
+    """The quantized layer directly below `layer`.
+
+    A layer of another method in between would have merged into the same weight and would restore it out of order.
+
+    Raises:
+        NotImplementedError: another layer of PEFT stands in between.
+    """
+    base = layer.base_layer
+    if not isinstance(base, Linear4bit):
+        raise NotImplementedError(
+            f"{_name(layer)} over {_name(base)} over Linear4bit: expected one method on a layer to merge, got two. "
+            "merge_and_unload of the model takes them one after the other"
+        )
+    return base
+
+
+def run_over_decoded(layer: BaseTunerLayer, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run PEFT's `merge` or `unmerge` on an `nn.Linear` with the decoded weight, and quantize the result.
+
+    The weight and bias from before the first `merge` are kept and restored when nothing is merged any more.
+
+    Args:
+        layer: the layer of PEFT over a quantized one.
+        method: its `merge` or `unmerge`.
+        args, kwargs: the arguments of `method`.
+
+    Raises:
+        NotImplementedError: two layers of PEFT are stacked over the quantized one.
+        ValueError: the merged weight has NaN or Inf. Nothing is changed.
+    """
+    base = base_to_merge_into(layer)
+    kept = layer.__dict__.get("_before_merge")
+    bias = None if base.bias is None else base.bias.data.clone()
+    before, merged = (base.quantized_weight, bias), list(layer.merged_adapters)
+    layer.base_layer = dense = _dense(base)
+    try:
+        method(layer, *args, **kwargs)
+        if layer.merged_adapters == merged:
+            return
+        weight, bias = kept if kept and not layer.merged_adapters else (_requantized(dense.weight, before[0]), None)
+    except BaseException as error:
+        layer.merged_adapters[:] = merged
+        if bias is not None:
+            base.bias.data = bias
+        if isinstance(error, NotImplementedError) and not str(error):  # PEFT's error has no text
+            raise NotImplementedError(f"{_name(layer)}: PEFT does not {method.__name__} this method") from None
+        raise
+    finally:
+        layer.base_layer = base
+    base.replace_weight(weight.to(before[0].device))
+    base.bias = dense.bias
+    if bias is not None:
+        base.bias.data = bias.to(base.bias)
+    layer.__dict__["_before_merge"] = (kept or before) if layer.merged_adapters else None
+
+
+def _name(layer: nn.Module) -> str:
+    """The method and the class of a layer of PEFT: "ia3.Linear"."""
+    return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
+
+
+def _dense(base: Linear4bit) -> nn.Linear:
+    """The layer in 16 bits: its decoded weight, and its own bias, not a copy."""
+    dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(base.dequantize(), requires_grad=False)
+    dense.bias = base.bias
+    return dense
+
+
+def _requantized(weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
+    """Quantize `weight` [N, K] to the format of `like`."""
+    codebook = like.code if like.format == "codebook" else None
+    double_quant = like.nested_absmax is not None
+    q = functional.quantize(weight.detach(), like.format, like.blocksize, double_quant, codebook)
+    return replace(q, dtype=like.dtype)

@@ -1,0 +1,112 @@
+"""Load embeddings in 4 bits with transformers, and the output layers that are tied to them.
+
+transformers ties parameters by assigning one module's parameter to the other. A quantized weight has several tensors,
+so only the embedding is quantized while a model is read; the layer tied to it is made afterwards, over the same
+tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ... import functional
+from ..._core.errors import bad
+from ..._layers.base import QuantizedLayer
+from ..._layers.embedding import can_be_quantized
+from ..._layers.sizes import is_linear, note_reason
+from ...nn import Embedding4bit, Linear4bit
+from ._weight_files import file_has
+
+__all__ = ["codes_of_embeddings", "replace_embeddings", "replace_tied", "tied_linears"]
+
+
+def tied_linears(model: nn.Module) -> dict[str, str]:
+    """The ties of a model of transformers: {path of an nn.Linear: path of the module that shares its weight}."""
+    paths = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+    }
+    modules = dict(model.named_modules())
+    return {target: source for target, source in paths.items() if target in modules and is_linear(modules[target])}
+
+
+def replace_embeddings(model: nn.Module, config: Any, wanted: bool, quantized: set[str] | None) -> list[str]:
+    """Replace embeddings by `Embedding4bit` without values.
+
+    Args:
+        model: on the meta device.
+        config: a `BitsAndBytesConfig` of ours.
+        wanted: whether embeddings are to be quantized while they are read.
+        quantized: the names that the files have in 4 bits, or None if the files are not quantized. If they are, only
+            these embeddings are replaced.
+
+    Returns:
+        The paths of linear layers that are tied to an embedding or to each other, and are not read from the files.
+    """
+    keep = list(model._keep_in_fp32_modules or ())
+    for name, module in list(model.named_modules()):
+        chosen = wanted if quantized is None else file_has(quantized, f"{name}.weight")
+        if not chosen or not can_be_quantized(module) or not should_convert_module(name, keep):
+            continue
+        layer = Embedding4bit(
+            *module.weight.shape,
+            module.padding_idx,
+            "meta",
+            module.weight.dtype,
+            **config.quantize_options,
+        )
+        layer.transposed_source = False
+        model.set_submodule(name, layer)
+    tied = tied_linears(model)
+    for target, source in tied.items():
+        if not isinstance(model.get_submodule(source), Embedding4bit):
+            note_reason(model.get_submodule(target), "tied to a weight that stays")
+    return list(tied)
+
+
+def replace_tied(model: nn.Module, config: Any) -> None:
+    """Replace each layer that is tied to an `Embedding4bit` by a `Linear4bit` over the same tensors.
+
+    Called after the model has been read. A checkpoint may have the weight of the layer and not of the embedding; the
+    embedding then shares it. It may also have both, if they differ.
+    """
+    for module in model.modules():
+        if isinstance(module, Embedding4bit) and (weight := module._parameters["weight"]).is_floating_point():
+            module.replace_weight(functional.quantize(weight, **config.quantize_options))
+    for target, source in tied_linears(model).items():
+        embedding, linear = model.get_submodule(source), model.get_submodule(target)
+        if isinstance(embedding, Embedding4bit):
+            layer = Linear4bit.from_quantized(embedding.quantized_weight, linear.bias)
+            layer.product_dtype = config.product_dtype
+            model.set_submodule(target, layer.train(linear.training))
+
+
+def codes_of_embeddings(model: nn.Module) -> set[int]:
+    """The ids of the codes of each `Embedding4bit` in `model`."""
+    return {id(module._parameters["weight"]) for module in model.modules() if isinstance(module, Embedding4bit)}
+
+
+# Wraps what `resize_token_embeddings` calls, which would take codes for a weight of half as many columns.
+def _refusing_quantized(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def resized(
+        self: PreTrainedModel, old: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(old, QuantizedLayer) or (new_num_tokens is None and not (args or kwargs)):
+            return method(self, old, new_num_tokens, *args, **kwargs)
+        rows = old.quantized_weight.shape[0]
+        if new_num_tokens == rows:
+            return old
+        raise bad("resize_token_embeddings", f"{rows} tokens, as {type(old).__name__} has", new_num_tokens)
+
+    return resized
+
+
+for _name in ("_get_resized_embeddings", "_get_resized_lm_head"):
+    setattr(PreTrainedModel, _name, _refusing_quantized(getattr(PreTrainedModel, _name)))

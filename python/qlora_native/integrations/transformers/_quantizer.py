@@ -1,0 +1,322 @@
+"""transformers: quantize a model while it loads, and read and write bitsandbytes' 4-bit files.
+
+    from qlora_native.integrations.transformers import BitsAndBytesConfig      # instead of transformers' own
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(folder)               # bitsandbytes' file format, which stock transformers loads too
+
+Each weight is quantized as soon as it has been read, so memory holds the 4-bit model and one tensor of the checkpoint.
+A checkpoint that bitsandbytes has quantized keeps its bytes. It is read by this module if `from_pretrained` gets this
+config, or if bitsandbytes is not installed and this module has been imported.
+
+transformers' public registry lists the quantizer as "qlora_native". A file calls the method "bitsandbytes" if it has
+bitsandbytes' format, and "qlora_native" if it has MXFP4 or NVFP4 (_weight_files.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from .._versions import require
+
+require("transformers")
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import is_peft_available
+
+from ... import _C, functional
+from ..._core.errors import bad
+from ..._layers.base import QuantizedLayer
+from ..._layers.sizes import (
+    has_reason,
+    is_linear,
+    linears_of_routers,
+    note_reason,
+    size_report,
+    unquantized_parameters,
+    why_nothing,
+)
+from ...nn import Embedding4bit, Experts4bit, Linear4bit
+from ._config import METHOD, BitsAndBytesConfig
+from ._embeddings import codes_of_embeddings, replace_embeddings, replace_tied
+from ._expert_files import experts_by_path, read_conversions, replace_experts, saved_conversions
+from ._new_layers import check_devices
+from ._weight_files import SUFFIXES, check_weights_are_dense, names_in_files, read_weight, why_not_saved, written_weight
+
+__all__ = ["BitsAndBytesConfig", "Quantizer", "modules_to_quantize"]
+
+logger = transformers.logging.get_logger(__name__)
+
+
+@register_quantizer(METHOD)
+class Quantizer(HfQuantizer):
+    """The quantizer: puts `Linear4bit` into a model that transformers loads, and saves it (_weight_files.py)."""
+
+    requires_calibration = False
+    quantization_config: BitsAndBytesConfig
+    # The tensors of a weight in a file, which transformers collects for one operation.
+    serialized_names = {"weight": [f"weight{suffix}" for suffix in SUFFIXES]}
+    unsaved: ValueError | None = None  # why the model cannot be saved
+
+    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+        """Make the quantizer. In files with experts in MXFP4 all other weights are in 16 bits and are quantized.
+
+        Args:
+            quantization_config: the config.
+            kwargs: as in transformers.
+        """
+        # A copy, because it gets the names of the layers of this model that stay.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        if quantization_config.experts_in_mxfp4:
+            self.pre_quantized = False
+
+    def is_serializable(self) -> bool:
+        """True, or an error with the reason, which transformers' own message would not give.
+
+        Raises:
+            ValueError: there is no file format for a layer of the model.
+        """
+        if self.unsaved is not None:
+            raise self.unsaved
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a map of devices that leaves modules on the disk, before anything is read."""
+        check_devices(device_map)
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: transformers asks whether adapters can be trained beside the weights."""
+        return True
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """As in bitsandbytes, put the model on a GPU that can be used, or else on the CPU, unless a map was given."""
+        if device_map is None and torch.cuda.is_available() and not _C.cuda_unavailable_reason():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        with_embeddings = config.llm_int8_skip_modules == []
+        if not self.pre_quantized and (routers := linears_of_routers(model)):
+            keep = config.llm_int8_skip_modules = sorted({*keep, *routers})
+        in_files = names_in_files(checkpoint_files, model) if self.pre_quantized else None
+        replace_experts(model, config, keep, in_files)
+        tied = replace_embeddings(model, config, with_embeddings, in_files)
+        linears = [name for name in modules_to_quantize(model, config.llm_int8_skip_modules) if name not in tied]
+        if not self.pre_quantized:
+            check_weights_are_dense(checkpoint_files, model, set(linears), config.experts_in_mxfp4)
+        planned = {id(model.get_submodule(name).weight) for name in linears}
+        for name, module in model.named_modules():
+            if is_linear(module) and name not in linears and not has_reason(module):
+                note_reason(module, "named in llm_int8_skip_modules, tied, or kept in fp32")
+        quantized = planned | _weights_of_experts(model)
+        unknown = [each for each in unquantized_parameters(model, quantized) if each.unknown_use]
+        if unknown and config.strict:
+            raise bad("strict", "weights whose use is known", "; ".join(map(str, unknown)))
+        for each in unknown:
+            if each.is_stack:
+                logger.warning(str(each))
+        for name in linears:
+            linear = model.get_submodule(name)
+            transposed = isinstance(linear, Conv1D)
+            in_features, out_features = reversed(linear.weight.shape) if not transposed else linear.weight.shape
+            layer = Linear4bit(
+                in_features,
+                out_features,
+                linear.bias is not None,
+                "meta",
+                linear.weight.dtype,
+                **config.quantize_options,
+            )
+            layer.product_dtype = config.product_dtype
+            layer.transposed_source = transposed
+            model.set_submodule(name, layer)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Change the conversions of a checkpoint so that experts are quantized one by one."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return read_conversions(conversions, model, self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        replace_tied(model, self.quantization_config)
+        missing = [path for path, layer in experts_by_path(model).items() if not getattr(layer, "was_read", False)]
+        if missing:
+            raise bad("the checkpoint", f"the experts {missing[0]}", f"none, and {len(missing) - 1} more are missing")
+        # Saving does not need them: get_state_dict_and_metadata returns the names of the files.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _has_operation(c, ReadQuantized)]
+        adopt(model, self)
+        if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+            logger.warning(f"qlora_native: nothing of {type(model).__name__} is quantized; {why_nothing(model)}")
+        logger.info("\n%s", size_report(model))
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether the parameter is part of a quantized weight, so that its shape differs between file and model."""
+        module, _, name = param_name.rpartition(".")
+        return name != "bias" and isinstance(model.get_submodule(module), QuantizedLayer)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation on each 16-bit weight that has been read."""
+        return QuantizeWeight(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """The operation on each weight of a file that bitsandbytes has quantized."""
+        return {"deserialize": ReadQuantized}
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict and the metadata to save, with quantized weights as files have them."""
+        self.quantization_config.note_layers(model)  # which may have been cast since it was adopted
+        state = model.state_dict()
+        of_embeddings = codes_of_embeddings(model)  # a layer that shares them has no entries of its own
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, (Linear4bit, Embedding4bit)):
+                prefix = f"{name}." if name else ""
+                for own in module.weight_names():
+                    del state[prefix + own]
+                if isinstance(module, Embedding4bit) or id(module._parameters["weight"]) not in of_embeddings:
+                    state.update(written_weight(f"{prefix}weight", module))
+            elif isinstance(module, Experts4bit):
+                for own in module.weight_names():
+                    del state[f"{name}.{own}"]
+                state.update(written_weight(name, module))
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        weights: dict[int, nn.Parameter] = {}  # by the id of the codes, so that tied weights stay tied
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (Linear4bit, Embedding4bit)):
+                continue
+            if isinstance(module, Linear4bit):
+                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+                dense.bias = module.bias
+            else:
+                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+            codes = id(module._parameters["weight"])
+            if codes not in weights:
+                weights[codes] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+            dense.weight = weights[codes]
+            model.set_submodule(name, dense.train(module.training))
+        for path, experts in experts_by_path(model).items():
+            parent, _, own = path.rpartition(".")
+            module = model.get_submodule(parent)
+            del module._modules[own]
+            setattr(module, own, nn.Parameter(experts.parameter(dtype), requires_grad=False))
+        return model
+
+
+class QuantizeWeight(ConversionOps):
+    """The operation that quantizes a weight of the checkpoint."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Convert {"a.b.weight": W} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        result: dict[str, Tensor] = {}
+        for full_name, values in input_dict.items():
+            weight = values[0] if isinstance(values, list) else values
+            path = full_name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            config = self.hf_quantizer.quantization_config
+            try:
+                q = functional.quantize(weight.t() if layer.transposed_source else weight, **config.quantize_options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}.{error}") from None
+            if q.shape != layer._shape:
+                raise bad(full_name, f"{list(layer._shape)}, as config.json says", list(q.shape))
+            layer.replace_weight(q)
+            result.update({f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()})
+        return result
+
+
+class ReadQuantized(ConversionOps):
+    """The operation that reads the tensors that a file has for a quantized weight."""
+
+    def __init__(self, hf_quantizer: Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Convert {"weight": [codes], "weight.absmax": [...], ...} to {"a.b.weight": codes, "a.b.absmax": ..., ...}."""
+        path = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(path) if full_layer_name.endswith(".weight") else None
+        if not isinstance(layer, (Linear4bit, Embedding4bit)):
+            return input_dict
+        if len(input_dict) == 1:
+            raise bad(full_layer_name, "a weight that bitsandbytes has quantized", "one that is not (skip it?)")
+        expected = layer.weight_names()
+        found = {name.removeprefix("weight"): v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
+        layer.replace_weight(read_weight(full_layer_name, layer, found))
+        if missing_keys is not None:  # only the file says whether scales are double-quantized
+            missing_keys.difference_update(f"{path}.{name}" for name in expected)
+        return {f"{path}.{name}": tensor for name, tensor in layer.weight_tensors().items()}
+
+
+def modules_to_quantize(model: nn.Module, skip: list[str] | None = None) -> list[str]:
+    """The paths of the layers that transformers would give to bitsandbytes, nn.Linear and Conv1D, and of Falcon's.
+
+    Args:
+        model: a `PreTrainedModel`, on any device.
+        skip: names as in `llm_int8_skip_modules`; None skips the output layer and tied weights.
+    """
+    keep = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or isinstance(module, Conv1D)) and should_convert_module(name, keep)
+    ]
+
+
+def adopt(model: nn.Module, quantizer: Quantizer, unsaved: ValueError | None = None) -> None:
+    """Make transformers, PEFT and TRL treat a model, whose layers are ours, as quantized.
+
+    Args:
+        model: the model, changed in place.
+        quantizer: the quantizer that saves it.
+        unsaved: the error of saving it, if its config cannot describe it; a layer that has no files is found here.
+    """
+    quantizer.unsaved = unsaved or why_not_saved(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer.quantization_config.note_layers(model)
+    if experts_by_path(model):
+        model._weight_conversions = saved_conversions(model)
+    # PEFT's prepare_model_for_kbit_training recognises a model whose layers have W_q and dequantize() by this
+    # attribute: it turns checkpointing on and casts nothing. (is_loaded_in_4bit would make num_parameters() import
+    # bitsandbytes.)
+    model.hqq_quantized = True
+    if is_peft_available():
+        from ..peft import _lora as peft
+
+        peft.register()
+
+
+def _weights_of_experts(model: nn.Module) -> set[int]:
+    """The ids of the tensors of quantized experts."""
+    return {id(tensor) for experts in experts_by_path(model).values() for tensor in experts.parameters()}
+
+
+def _has_operation(conversion: Any, operation: type) -> bool:
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, operation) for op in conversion.operations)
