@@ -132,8 +132,7 @@ __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)
   }
 }
 
-// These load eight elements as fp32; elements from `count` on are 0. The last overload learns the element type at run
-// time.
+// These load eight elements as fp32; elements from `count` on are 0.
 template <class T>
 __device__ __forceinline__ void load_vec8_as_f32(const T* from, int count, float (&to)[kVecSize]) {
   T raw[kVecSize];
@@ -151,12 +150,6 @@ __device__ __forceinline__ void load_vec8_aligned_as_f32(const T* from, float (&
     for (int i = 0; i < kVecSize; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
   }
 }
-__device__ __forceinline__ void load_vec8_as_f32(const void* from, DType dtype, std::int64_t first, int count,
-                                                 float (&to)[kVecSize]) {
-  if (dtype == DType::f32) return load_vec8_as_f32(static_cast<const float*>(from) + first, count, to);
-  if (dtype == DType::bf16) return load_vec8_as_f32(static_cast<const Bf16*>(from) + first, count, to);
-  load_vec8_as_f32(static_cast<const F16*>(from) + first, count, to);
-}
 
 template <class T>
 __device__ __forceinline__ void store_vec8_from_f32(T* to, int count, const float (&from)[kVecSize]) {
@@ -172,14 +165,8 @@ __device__ __forceinline__ void store_vec8_aligned_from_f32(T* to, const float (
   for (int i = 0; i < kVecSize; ++i) rounded[i] = from_f32<T>(from[i]);
   store_aligned(to, rounded);
 }
-__device__ __forceinline__ void store_vec8_from_f32(void* to, DType dtype, std::int64_t first, int count,
-                                                    const float (&from)[kVecSize]) {
-  if (dtype == DType::f32) return store_vec8_from_f32(static_cast<float*>(to) + first, count, from);
-  if (dtype == DType::bf16) return store_vec8_from_f32(static_cast<Bf16*>(to) + first, count, from);
-  store_vec8_from_f32(static_cast<F16*>(to) + first, count, from);
-}
 
-// The same for one element whose type is known at run time.
+// One element whose type is known at run time.
 __device__ __forceinline__ float load_as_f32(const void* from, DType dtype, std::int64_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(from)[i];
   if (dtype == DType::bf16) return to_f32(static_cast<const Bf16*>(from)[i]);

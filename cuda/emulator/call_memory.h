@@ -18,8 +18,8 @@ class CallMemory {
   CallMemory& operator=(const CallMemory&) = delete;
   ~CallMemory();
 
-  // add() is called once for each tensor, in any order. A null pointer adds nothing. A pointer to const means that the
-  // call only reads the tensor.
+  // add() is called for each tensor, in any order. A null pointer adds nothing. A pointer to const means that the call
+  // only reads the tensor.
   template <class T>
   void add(T*& pointer, std::int64_t count) {
     add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(sizeof(T)), 0, !std::is_const_v<T>);
@@ -28,11 +28,9 @@ class CallMemory {
   void add(T*& pointer, DType dtype, std::int64_t count) {
     add_rows(&pointer, pointer, 1, count * static_cast<std::int64_t>(size_of(dtype)), 0, !std::is_const_v<T>);
   }
-  template <class Pointer>
-  void add(BasicMatrix<Pointer>& matrix) {
-    const auto size = static_cast<std::int64_t>(size_of(matrix.dtype));
-    add_rows(&matrix.data, matrix.data, matrix.rows, matrix.cols * size, matrix.stride * size,
-             !std::is_const_v<std::remove_pointer_t<Pointer>>);
+  template <class... Pointers>
+  void add(BasicMatrix<Pointers>&... matrices) {
+    (add_matrix(matrices), ...);
   }
 
   // To be called after the last add(): allocates memory, copies the tensors, and points the arguments at the copies.
@@ -55,6 +53,12 @@ class CallMemory {
       for (std::int64_t row = 0; row < rows; ++row) f(host + row * stride_bytes, device + row * stride_bytes);
     }
   };
+  template <class Pointer>
+  void add_matrix(BasicMatrix<Pointer>& matrix) {
+    const auto size = static_cast<std::int64_t>(size_of(matrix.dtype));
+    add_rows(&matrix.data, matrix.data, matrix.rows, matrix.cols * size, matrix.stride * size,
+             !std::is_const_v<std::remove_pointer_t<Pointer>>);
+  }
   void add_rows(void* pointer, const void* host, std::int64_t rows, std::int64_t row_bytes, std::int64_t stride_bytes,
                 bool is_written);
 

@@ -57,27 +57,20 @@ inline void add_tensors(CallMemory& memory, LinearForwardArgs& args) {
   add_tensors(memory, args.weight);
   add_tensors(memory, args.groups);
   add_tensors(memory, args.lora, args.weight.N, args.weight.K);
-  memory.add(args.x);
   memory.add(args.bias, args.x.dtype, args.weight.count * args.weight.N);
-  memory.add(args.y);
-  memory.add(args.u);
+  memory.add(args.x, args.y, args.u);
 }
 inline void add_tensors(CallMemory& memory, LinearBackwardInputArgs& args) {
   add_tensors(memory, args.weight);
   add_tensors(memory, args.groups);
   add_tensors(memory, args.lora, args.weight.N, args.weight.K);
-  memory.add(args.dy);
-  memory.add(args.dx);
-  memory.add(args.v);
+  memory.add(args.dy, args.dx, args.v);
 }
 inline void add_tensors(CallMemory& memory, LoraGradientsArgs& args) {
   add_tensors(memory, args.groups);
   args.lora.a = args.lora.b = nullptr;
   add_tensors(memory, args.lora, args.dy.cols, args.x.cols);
-  memory.add(args.x);
-  memory.add(args.dy);
-  memory.add(args.u);
-  memory.add(args.v);
+  memory.add(args.x, args.dy, args.u, args.v);
   memory.add(args.da, args.lora.dtype, args.lora.count * args.lora.rank * args.x.cols);
   memory.add(args.db, args.lora.dtype, args.lora.count * args.dy.cols * args.lora.rank);
 }
@@ -88,30 +81,19 @@ inline void add_tensors(CallMemory& memory, CrossEntropyArgs& args) {
   memory.add(args.log_probability, args.logits.rows);
   memory.add(args.row_gradients, args.logits.rows);
 }
-inline void add_tensors(CallMemory& memory, GatedActivationArgs& args) {
-  memory.add(args.gate);
-  memory.add(args.up);
-  memory.add(args.h);
-}
+inline void add_tensors(CallMemory& memory, GatedActivationArgs& args) { memory.add(args.gate, args.up, args.h); }
 inline void add_tensors(CallMemory& memory, GatedActivationBackwardArgs& args) {
-  memory.add(args.gate);
-  memory.add(args.up);
-  memory.add(args.dh);
-  memory.add(args.dgate);
-  memory.add(args.dup);
+  memory.add(args.gate, args.up, args.dh, args.dgate, args.dup);
 }
 inline void add_tensors(CallMemory& memory, RmsNormArgs& args) {
-  memory.add(args.x);
+  memory.add(args.x, args.y);
   memory.add(args.weight, args.x.dtype, args.x.cols);
-  memory.add(args.y);
   memory.add(args.r, args.x.rows);
 }
 inline void add_tensors(CallMemory& memory, RmsNormBackwardArgs& args) {
-  memory.add(args.x);
+  memory.add(args.x, args.dy, args.dx);
   memory.add(args.weight, args.x.dtype, args.x.cols);
-  memory.add(args.dy);
   memory.add(args.r, args.x.rows);
-  memory.add(args.dx);
 }
 inline void add_tensors(CallMemory& memory, QuantizeArgs& args) {
   memory.add(args.weight, args.dtype, args.elements);

@@ -1,5 +1,5 @@
-// What host code asks of a device: launches, memory and attributes. As for the instructions (device/simt.cuh), there
-// are two implementations with the same names: by the CUDA runtime, and over the emulator.
+// Launches, memory and attributes of a device, for host code. As of the instructions (device/simt.cuh), there are two
+// implementations with the same names: by the CUDA runtime, and over the emulator.
 //
 //   launch<kernel>(shape, stream, args...)                launches a kernel, instead of <<<
 //   fill_bytes(data, byte, bytes, stream)                 as cudaMemsetAsync
@@ -44,8 +44,7 @@ struct LaunchShape {
 
 namespace qlora_native::QLN_CUDA {
 
-// Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
-// the device a few times.
+// The grid of a grid-stride loop over `items` items, with no more blocks than fill the device a few times.
 inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
   constexpr std::int64_t kBlocksPerSm = 8;
   const std::int64_t blocks = ceil_div(items, threads);

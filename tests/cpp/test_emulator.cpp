@@ -1,6 +1,7 @@
 // Guards the emulator: it computes what a device would, and finds planted mistakes. A kernel that must end the process
 // runs in a child process, whose message is read. The test is compiled a second time with AddressSanitizer, which finds
 // reads and writes out of bounds.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 
 #include "death_message.h"
 #include "device/simt.cuh"
+#include "emulator.h"
 #include "emulator/call_memory.h"
 #include "expect.h"
 #include "runtime/launch.h"
@@ -18,37 +20,17 @@
 namespace qlora_native::cuda_emulated {
 namespace {
 
-// Memory that the test and its kernels share.
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
-const std::vector<std::string> kConcurrent = {"concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4",
-                                              "concurrent:5"};
-const std::vector<std::string> kSchedules = [] {
-  std::vector<std::string> all = {"forward", "reverse", "random:1", "random:2", "random:3"};
-  all.insert(all.end(), kConcurrent.begin(), kConcurrent.end());
-  return all;
-}();
-
-// The results of `run` under each schedule.
 template <class Result>
-std::vector<Result> under_each_schedule(const std::function<Result()>& run,
-                                        const std::vector<std::string>& schedules = kSchedules) {
+std::vector<Result> results_of_schedules(const std::function<Result()>& run,
+                                         const std::vector<std::string>& schedules = kSchedules) {
   std::vector<Result> results;
-  for (const std::string& schedule : schedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    results.push_back(run());
-  }
-  unsetenv("QLN_SCHEDULE");
+  under_each_schedule([&] { results.push_back(run()); }, schedules);
   return results;
 }
 
 template <class Result>
 bool all_equal(const std::vector<Result>& results, const Result& expected) {
-  for (const Result& result : results) {
-    if (!(result == expected)) return false;
-  }
-  return true;
+  return std::count(results.begin(), results.end(), expected) == static_cast<std::ptrdiff_t>(results.size());
 }
 
 std::string here(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
@@ -99,11 +81,11 @@ Managed<int> rounds() {
 void missing_barrier_is_found_by_the_schedule() {
   Managed<float> expected(128);
   for (int i = 0; i < 128; ++i) expected[i] = static_cast<float>(127 - i);
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(reversed<true>), expected));
-  EXPECT(!all_equal(under_each_schedule<Managed<float>>(reversed<false>), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(reversed<true>), expected));
+  EXPECT(!all_equal(results_of_schedules<Managed<float>>(reversed<false>), expected));
   const Managed<int> right = rounds<true>();
-  EXPECT(all_equal(under_each_schedule<Managed<int>>(rounds<true>), right));
-  EXPECT(!all_equal(under_each_schedule<Managed<int>>(rounds<false>), right));
+  EXPECT(all_equal(results_of_schedules<Managed<int>>(rounds<true>), right));
+  EXPECT(!all_equal(results_of_schedules<Managed<int>>(rounds<false>), right));
 }
 
 __global__ void two_barriers_kernel(int) {
@@ -153,7 +135,7 @@ void lanes_meet() {
   };
   Managed<int> expected(64);
   for (int i = 0; i < 64; ++i) expected[i] = i < 32 ? 31 * 16 + 3 : 31 * 16 + 32 * 32 + 35;
-  EXPECT(all_equal(under_each_schedule<Managed<int>>(run), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<int>>(run), expected));
   Managed<int> out(1);
   const std::string words = death_message([&] { launch<lanes_part_kernel>({1, 32}, {}, out.data()); });
   EXPECT(contains(words, "lanes of a warp meet at different calls"));
@@ -195,8 +177,8 @@ Managed<float> ring() {
 void missing_wait_is_found() {
   Managed<float> expected(32);
   for (int i = 0; i < 128; ++i) expected[(i + 31) % 32] += static_cast<float>(i * i % 97);
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(ring<1>), expected));
-  for (const auto& result : under_each_schedule<Managed<float>>(ring<2>)) EXPECT(result != expected);
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(ring<1>), expected));
+  for (const auto& result : results_of_schedules<Managed<float>>(ring<2>)) EXPECT(result != expected);
 }
 
 __global__ void partial_copy_kernel(const float* in, float* out) {
@@ -321,14 +303,14 @@ template <Mistake kMistake>
 bool is_caught() {
   const Managed<float> expected = expected_added_sums();
   std::size_t caught = 0;
-  for (const auto& results : under_each_schedule<Managed<float>>(added_sums<kMistake>, kConcurrent)) {
+  for (const auto& results : results_of_schedules<Managed<float>>(added_sums<kMistake>, kConcurrent)) {
     caught += results != expected;
   }
   return 2 * caught > kConcurrent.size();
 }
 
 void sums_pass_from_block_to_block_under_each_schedule() {
-  EXPECT(all_equal(under_each_schedule<Managed<float>>(added_sums<Mistake::none>), expected_added_sums()));
+  EXPECT(all_equal(results_of_schedules<Managed<float>>(added_sums<Mistake::none>), expected_added_sums()));
 }
 void flag_raised_before_its_sums_is_caught() { EXPECT(is_caught<Mistake::flag_before_sums>()); }
 void flag_without_release_is_caught() { EXPECT(is_caught<Mistake::flag_without_release>()); }
@@ -339,7 +321,7 @@ void flag_that_stays_raised_is_caught() { EXPECT(is_caught<Mistake::flags_that_s
 
 void seed_is_one_interleaving() {
   const auto run = [] { return added_sums<Mistake::flag_before_sums>(); };
-  const auto results = under_each_schedule<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
+  const auto results = results_of_schedules<Managed<float>>(run, {"concurrent:1", "concurrent:1", "concurrent:2"});
   EXPECT(results[0] == results[1]);
   EXPECT(results[0] != results[2]);
 }
@@ -371,7 +353,7 @@ void block_sees_its_own_stores() {
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back((t + 1) % 64);
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + (t ^ 1));
   for (std::uint32_t t = 0; t < 64; ++t) expected.push_back(100 + t);
-  EXPECT(all_equal(under_each_schedule<Managed<std::uint32_t>>(run), expected));
+  EXPECT(all_equal(results_of_schedules<Managed<std::uint32_t>>(run), expected));
 }
 
 void workspace_begins_as_nan_or_as_raised_flags() {
@@ -461,7 +443,7 @@ void blocks_wait_for_each_other() {
     launch<in_order_kernel<true>>({7, 64, 128}, {}, ticket.data(), next.data(), sum.data());
     return sum[0];
   };
-  EXPECT(all_equal(under_each_schedule<float>(run), 10.03125f));
+  EXPECT(all_equal(results_of_schedules<float>(run), 10.03125f));
   Managed<std::uint32_t> ticket(1), next = {9};
   Managed<float> sum(1);
   const std::string words =

@@ -10,18 +10,13 @@
 
 #include "death_message.h"
 #include "device/hopper.cuh"
+#include "emulator.h"
 #include "expect.h"
 #include "qlora_native/error.h"
 #include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
-
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
-const std::vector<std::string> kSchedules = {"forward",  "reverse",  "random:1",     "random:2",
-                                             "random:3", "random:4", "concurrent:1", "concurrent:2"};
 
 // The kernel computes out[64, kCols] = a[64, kSteps * 64] . b[kCols, kSteps * 64]^T. One warp loads b into a ring of
 // two stages; a is loaded to registers. These mistakes can be planted in it:
@@ -173,13 +168,11 @@ Managed<float> expected_ring() {
 template <class T>
 void warpgroup_gives_the_product_under_each_schedule() {
   const Managed<float> expected = expected_ring<T>();
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
     const bool is_right = ring<Mistake::none, T>() == expected;
-    if (!is_right) std::printf("under %s\n", schedule.c_str());
+    if (!is_right) std::printf("under %s\n", std::getenv("QLN_SCHEDULE"));
     EXPECT(is_right);
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
 }
 
 // The message of the process under the first schedule that ends it, or "wrong" if a result is wrong.
@@ -187,16 +180,14 @@ template <Mistake kMistake>
 std::string found(const std::function<void(TileSource&)>& change = [](TileSource&) {}) {
   const Managed<float> expected = expected_ring<Bf16>();
   std::string result;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
+    if (!result.empty()) return;
     result = death_message([&] {
       if (ring<kMistake>(change) == expected) return;
       std::fprintf(stderr, "wrong");
       _exit(1);
     });
-    if (!result.empty()) break;
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
   return result;
 }
 
@@ -348,16 +339,14 @@ __global__ void stored_kernel(float* out) {
 
 void stores_reach_wgmma_through_a_fence() {
   constexpr std::size_t kBytes = 2 * 4096;
-  for (const char* schedule : {"forward", "reverse", "random:1"}) {
-    setenv("QLN_SCHEDULE", schedule, 1);
+  under_each_schedule([&] {
     Managed<float> out(kWarpgroup);
     launch<stored_kernel<true>>({1, kWarpgroup, kBytes}, {}, out.data());
     for (const float value : out) EXPECT(value == 4 * 3.0f);
     const std::string message =
         death_message([&] { launch<stored_kernel<false>>({1, kWarpgroup, kBytes}, {}, out.data()); });
     EXPECT(contains(message, "wgmma reads what thread") && contains(message, "not published by fence_proxy_async()"));
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
 }
 
 // ---- registers and barriers of some threads ----
@@ -384,15 +373,13 @@ __global__ void some_threads_kernel(int* out) {
 }
 void some_threads_meet_without_the_others() {
   bool differs = false;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
+  under_each_schedule([&] {
     Managed<int> out(2 * kWarp), wrong(2 * kWarp);
     launch<some_threads_kernel<true>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, out.data());
     launch<some_threads_kernel<false>>({1, 3 * kWarp, 64 * sizeof(int)}, {}, wrong.data());
     for (int i = 0; i < 2 * kWarp; ++i) EXPECT(out[static_cast<std::size_t>(i)] == 2 * kWarp - 1 - i);
     differs |= wrong != out;
-  }
-  unsetenv("QLN_SCHEDULE");
+  });
   EXPECT(differs);
 }
 

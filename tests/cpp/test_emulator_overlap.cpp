@@ -6,28 +6,20 @@
 
 #include "death_message.h"
 #include "device/simt.cuh"
+#include "emulator.h"
 #include "expect.h"
 #include "runtime/launch.h"
 
 namespace qlora_native::cuda_emulated {
 namespace {
 
-template <class T>
-using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
-
 constexpr int kBlocks = 9, kThreads = 64, kCount = kBlocks * kThreads;
-const std::vector<std::string> kSchedules = {"forward",      "reverse",      "random:1",     "random:2",    "random:3",
-                                             "concurrent:1", "concurrent:2", "concurrent:3", "concurrent:4"};
 
 // Under how many schedules `run` returns what it should.
 template <class Run, class Result>
 int right_schedules(const Run& run, const Result& expected) {
   int right = 0;
-  for (const std::string& schedule : kSchedules) {
-    setenv("QLN_SCHEDULE", schedule.c_str(), 1);
-    right += run() == expected ? 1 : 0;
-  }
-  unsetenv("QLN_SCHEDULE");
+  under_each_schedule([&] { right += run() == expected ? 1 : 0; });
   return right;
 }
 const int kAll = static_cast<int>(kSchedules.size());
