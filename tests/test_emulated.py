@@ -21,7 +21,7 @@ from qlora_native import _C
 
 TESTS = Path(__file__).parent
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
-# Blocks at the same time: for what passes between them, the sums of a tile that several share and the optimizer's step.
+# Blocks at the same time: for what passes between them, partial sums of a tile (stream-K) and the optimizer's step.
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
 # Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
@@ -66,8 +66,8 @@ def test_bits_are_the_same_under_each_order_of_threads():
 
 @pytest.mark.parametrize("schedule", CONCURRENT)
 def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
-    """Tiles of 16, 64 and 128 rows, whose inner dimension several blocks share, forward and backward."""
-    command = "-c", "import test_emulated; print(test_emulated.shared_tiles_digest())"
+    """Tiles of 16, 64 and 128 rows, whose K several blocks split, forward and backward."""
+    command = "-c", "import test_emulated; print(test_emulated.stream_k_digest())"
     shown = {order: run(*command, schedule=order, QLN_PRINT_CONFIG="1") for order in (SCHEDULES[0], schedule)}
     digests = {order: done.stdout.strip() for order, done in shown.items()}
     assert all(digests.values()), shown
@@ -77,7 +77,7 @@ def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
     assert shared == {"16x128", "64x128", "128x256"}, tiles
 
 
-def shared_tiles_digest():
+def stream_k_digest():
     """Products in two 16-bit dtypes. The last K is not a whole number of vectors."""
     return digest(((12, 200, 704), (40, 130, 960), (100, 130, 704), (40, 130, 333)), cases.DTYPES[1:])
 
@@ -125,8 +125,8 @@ def optimizer_digest():
     ("kilobytes", "tiles"),
     [(99, {"64x128"}), (163, {"128x128", "256x128"}), (227, {"128x128", "128x256", "256x128"})],
 )
-def test_each_tile_is_right_on_a_device_that_has_room_for_it(kilobytes, tiles):
-    """The large products in each of the tiles that there may be room for, under one more order of threads."""
+def test_each_tile_is_right_on_a_device_whose_shared_memory_holds_it(kilobytes, tiles):
+    """The large products in each of the tiles that may fit shared memory, under one more order of threads."""
     shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
     chosen = f"({shapes}) and (bf16 or f16)"
     command = "-c", f"import test_emulated; test_emulated.run_conformance(1, '-s', '-k', '{chosen}')"
