@@ -1,17 +1,16 @@
 """What the CUDA kernels ask of a GPU, read from their machine code. No GPU is needed, and nothing is timed.
 
     make sass                     compiles the kernels, and prints a table of them and of bitsandbytes'
-    make sass ARGS=--check        fails where a kernel spills, or is behind its figures in results/sass.json
-    make sass ARGS=--output       writes those figures, results/sass.md for people, the tables of the READMEs, and
-                                  results/cuda-account.md, the time of whole products by a model
+    make sass ARGS=--check        fails where a kernel spills, or is worse than results/sass.json says
+    make sass ARGS=--output       writes those figures, and the tables of the READMEs below cuda/
 
 The main loop of a kernel is the one with the most tensor-core instructions (HMMA, HGMMA) of its own, not counting loops
 inside it. Without any of them it is the loop with the most instructions; or, in a kernel that has one loop with vector
 loads and one for the remaining elements, the loop with the most 16-byte loads and stores. Its length times the threads
-of a block, divided by the weights that the block processes in one turn, is the number of thread-instructions for each
-weight. An H100 issues about 29e12 of them a second, which gives a lower bound on the time, without waits. Every branch
-of a loop counts, also code for the edges of an array or for another dtype. Shared memory is not among the figures,
-because it is requested at launch.
+of a block, divided by the weights that the block processes in one iteration, is the number of thread-instructions for
+each weight. An H100 issues about 29e12 of them a second, which gives a lower bound on the time, without waits. Every
+branch of a loop counts, also code for the edges of an array or for another dtype. Shared memory is not among the
+figures, because it is requested at launch.
 
 The script needs NVIDIA's cuobjdump and nvdisasm, from PyPI (the extra `sass` of pyproject.toml) or from CUDA.
 """
@@ -33,20 +32,21 @@ sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 from machine_code import ARCHITECTURES, Instruction, Kernel, count, kernels, kinds, main_loop, run
 
-import cuda_account
-import cycles
+from summary import table
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build/sass/libqlora_native.a"
 RESULTS = ROOT / "bench/results/sass.json"
-CHOICES_PROGRAM = "qln_test_product_choices"  # beside the library
+# What results/sass.json keeps of a kernel's figures; a fault is a higher one, or a lower share of HMMA.
+BOUNDED = ("registers", "loop", "per_weight", "per_element")
+KEPT = (*BOUNDED, "hmma")
 # Compilers of one release give the same code. How far a figure may rise before it counts as fallen behind.
 SLACK = 0.02
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-# {kernel: the unit of its work, and how many units a thread processes in one turn of the main loop}.
+# {kernel: the unit of its work, and how many units a thread processes in one iteration of the main loop}.
 WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], float]], ...] = (
     # A warp's mma takes 16 of the inner dimension of 8 columns or, in ours, of 16; those of other rows take the same
     # weights once more.
@@ -55,7 +55,7 @@ WORK: tuple[tuple[str, str, Callable[[re.Match[str], Sequence[Instruction]], flo
     # A warpgroup's wgmma takes 16 of the inner dimension of 64 columns.
     (r"hopper_gemm_kernel<", "weight", lambda m, loop: count(loop, "HGMMA") * 16 * 64 / 128),
     (r"gemm_4bit_sm80\w*<\w+, (?P<rows>\d+),", "weight", lambda m, loop: _weights_of_mma(loop, int(m["rows"]))),
-    # Its turns are of 64 weights a lane; what else has a multiply-add in it is not as much as a turn.
+    # Its iterations are of 64 weights a lane; what else has a multiply-add in it is not as much as one.
     (r"gemv_kernel<(Bf16|F16), ", "weight", lambda m, loop: count(loop, "HMMA") * 16 * 16 / 32),
     (r"gemv_kernel<float, (?P<rows>\d+),", "weight", lambda m, loop: count(loop, "FFMA") // int(m["rows"]) // 64 * 64),
     (r"gemm_4bit_simt<|kgemm_4bit_inference_naive<", "weight", lambda m, loop: 32),
@@ -77,7 +77,6 @@ def figures(kernel: Kernel) -> dict[str, Any]:
         "registers": kernel.registers,
         "local": count(kernel.code, "LDL", "STL"),
         "stack": kernel.stack,
-        "instructions": len(kernel.code),
         "loop": len(loop),
     }
     if hmma := count(loop, "HMMA"):
@@ -87,8 +86,6 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     for pattern, unit, units in WORK:
         if loop and (match := re.match(pattern, kernel.name)):
             result[f"per_{unit}"] = round(len(loop) / units(match, loop), 2)
-    if step := cycles.count_step(kernel):
-        result["step"] = step
     return {**result, "kinds": kinds(loop)}
 
 
@@ -133,7 +130,7 @@ def faults(now: dict[str, Any], committed: dict[str, Any], same_compiler: bool =
             if before is None:
                 found.append(f"{where}: no committed figure (make sass ARGS=--output writes it)")
                 continue
-            for key in ("registers", "loop", "per_weight", "per_element"):
+            for key in BOUNDED:
                 if key in before and figure.get(key, 0) > before[key] * (1 + SLACK):
                     found.append(f"{where}: {key} {figure[key]}, was {before[key]}")
             if figure.get("hmma", 0) < before.get("hmma", 0) * (1 - SLACK):
@@ -180,17 +177,6 @@ def rows(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def optimizer_steps(found: dict[str, Any]) -> Iterator[str]:
-    """What a step of each 8-bit optimizer costs: each gradient is checked, then all is updated."""
-    for rule, goal in (("AdamW", "; goal: 90"), ("Lion", ""), ("AdEMAMix", "")):
-        for dtype in ("float", "Bf16", "F16"):
-            check, update = (found.get(f"{kernel}_kernel<{dtype}, {rule}>", {}) for kernel in ("check", "update"))
-            sums = {arch: check[arch]["per_element"] + update[arch]["per_element"] for arch in check if arch in update}
-            if sums:
-                costs = ", ".join(f"{cost:.1f} ({architecture})" for architecture, cost in sums.items())
-                yield f"A step of {rule} in {dtype}, check and update: {costs} thread-instructions a parameter{goal}."
-
-
 def peer_library() -> Path | None:
     """The newest of bitsandbytes' libraries for CUDA, where it is installed; it is read, not loaded."""
     spec = importlib.util.find_spec("bitsandbytes")
@@ -199,19 +185,12 @@ def peer_library() -> Path | None:
     return max(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"), default=None)
 
 
-def markdown(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
-    """The report for people."""
-
-    def table(found: dict[str, Any]) -> str:
-        lines = [HEADER, ["---"] * len(HEADER), *rows(found)]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-    text = [title, table(ours), *optimizer_steps(ours)]
-    text += ["What bounds a step of the tensor-core product, by the model of bench/cycles.py:"]
-    text += ["\n".join(cycles.table(ours))]
+def page(ours: dict[str, Any], theirs: dict[str, Any], title: str) -> str:
+    """All figures as Markdown."""
+    parts = [title, table(HEADER, rows(ours))]
     if theirs:
-        text += ["bitsandbytes, likewise:", table(theirs)]
-    return "\n\n".join(text) + "\n"
+        parts += ["bitsandbytes, likewise:", table(HEADER, rows(theirs))]
+    return "\n\n".join(parts)
 
 
 BEGIN, END = "<!-- bench/sass.py begins -->\n", "<!-- bench/sass.py ends -->\n"
@@ -220,39 +199,35 @@ SHOWN = {
     ROOT / "cuda/product/README.md": {
         **{f"thin GEMM, {rows} × 128, forward": f"thin_gemm_kernel<Bf16, {rows}, false>" for rows in (16, 32, 64)},
         **{
-            f"GEMM, {rows} × {cols}, {way}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
+            f"GEMM, {rows} × {cols}, {direction}": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, {cols}, true>, false>"
             for rows, cols in ((16, 128), (64, 128), (128, 128), (128, 256), (256, 128))
-            for way, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
+            for direction, layout in (("forward", "DecodedRows"), ("dX", "DecodedColumns"))
         },
-        "few rows": "gemv_kernel<Bf16, 8, 4, true, false>",
-        "few rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
+        "GEMV, up to 8 rows": "gemv_kernel<Bf16, 8, 4, true, false>",
+        "GEMV, up to 8 rows, in groups": "gemv_kernel<Bf16, 8, 4, true, true>",
         "thin GEMM, 16 × 128, forward, in groups": "thin_gemm_kernel<Bf16, 16, true>",
-        **{
-            f"GEMM, {rows} × 128, {way}, in groups": f"gemm_kernel<Bf16, {layout}, GemmTile<{rows}, 128, true>, true>"
-            for rows, way, layout in ((16, "dX", "DecodedColumns"), (128, "forward", "DecodedRows"))
-        },
+        "GEMM, 16 × 128, dX, in groups": "gemm_kernel<Bf16, DecodedColumns, GemmTile<16, 128, true>, true>",
+        "GEMM, 128 × 128, forward, in groups": "gemm_kernel<Bf16, DecodedRows, GemmTile<128, 128, true>, true>",
         "decoding a panel": "panel_kernel<Bf16, 4>",
     },
     ROOT / "cuda/product/wgmma/README.md": {
-        f"wgmma, {rows} × 128, {way}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
+        f"wgmma, {rows} × 128, {direction}": f"hopper_gemm_kernel<Bf16, {layout}, {rows}>"
         for rows in (16, 32, 64, 128, 256)
-        for way, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
+        for direction, layout in (("forward", "HopperRows"), ("dX", "HopperColumns"))
     },
 }
 
 
 def short_table(committed: dict[str, Any], shown: dict[str, str]) -> str:
     """The table of a page, of the committed figures."""
-    lines = [
-        f"| sm_90(a), nvcc {committed['nvcc']} | registers | main loop | share of mma | for a weight |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for title, name in shown.items():
         figure = list(committed["kernels"][name].values())[-1]  # of the newest architecture
         unit = figure.get("per_weight", figure.get("per_element", ""))
         share = f"{figure['hmma']:.0%}" if "hmma" in figure else ""
-        lines.append(f"| {title} | {figure['registers']} | {figure['loop']} | {share} | {unit} |")
-    return "\n".join(lines) + "\n"
+        lines.append((title, figure["registers"], figure["loop"], share, unit))
+    header = (f"sm_90(a), nvcc {committed['nvcc']}", "registers", "main loop", "share of mma", "for a weight")
+    return table(header, lines)
 
 
 def with_table(text: str, table: str) -> str:
@@ -267,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("library", type=Path, nargs="?", default=LIBRARY, help=f"default: {LIBRARY.relative_to(ROOT)}")
     parser.add_argument("--kernels", default="", metavar="REGEX", help="only those whose names match")
     parser.add_argument("--check", action="store_true", help="compare with results/sass.json; print only what is wrong")
-    parser.add_argument("--output", action="store_true", help="write results/sass.json and results/sass.md")
+    parser.add_argument("--output", action="store_true", help="write results/sass.json, and the tables of the READMEs")
     args = parser.parse_args(argv)
     if not args.library.exists():
         raise SystemExit(f"{args.library} is missing: make sass builds it")
@@ -285,34 +260,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not same:
             print(f"The figures are nvcc {committed['nvcc']}'s, this is {version}: only spills are looked for")
         wrong = faults(ours, committed["kernels"], same)
-        if cuda_account.PAGE.read_text() != cuda_account.committed_page(committed["kernels"]):
-            wrong.append(f"results/{cuda_account.PAGE.name} is not what the committed figures give")
         print(*wrong, sep="\n", end="\n" if wrong else "")
         print(f"{len(ours)} kernels for {' and '.join(ARCHITECTURES)}: {len(wrong)} faults")
         return 1 if wrong else 0
+    if args.output:
+        write(version, ours)
+        return 0
     library = peer_library()
     theirs = report(kernels(library, PEER)) if library and not args.kernels else {}
     title = f"nvcc {version}" + (f"; bitsandbytes {importlib.metadata.version('bitsandbytes')}" if theirs else "")
-    if not args.output:
-        print(markdown(ours, theirs, title), end="")
-        return 0
-    entries = []
-    for name, both in ours.items():
-        lines = [f"{json.dumps(architecture)}: {json.dumps(figure)}" for architecture, figure in both.items()]
-        entries.append(f"{json.dumps(name)}: {{\n   " + ",\n   ".join(lines) + "}")
-    RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  ' + ",\n  ".join(entries) + "\n}}\n")
-    RESULTS.with_suffix(".md").write_text(markdown(ours, theirs, PREFACE.format(title)))
-    committed = json.loads(RESULTS.read_text())
-    for page, shown in SHOWN.items():
-        page.write_text(with_table(page.read_text(), short_table(committed, shown)))
-    cuda_account.CHOICES.write_text("\n".join(run(str(args.library.parent / CHOICES_PROGRAM))) + "\n")
-    cuda_account.PAGE.write_text(cuda_account.committed_page(ours))
+    print(page(ours, theirs, title), end="")
     return 0
 
 
-PREFACE = """The machine code of the CUDA kernels, as `make sass ARGS=--output` found it ({}). No GPU ran it, nothing
-was timed: these are counts of instructions, which bound speed from one side. `bench/sass.py` says how they come about.
-"Spills" are instructions that use local memory; "main loop", "a weight" and "an element" are thread-instructions."""
+def write(version: str, found: dict[str, Any]) -> None:
+    """Write results/sass.json, with a line for each kernel, and the tables of the pages."""
+    kept = {
+        name: {arch: {key: figure[key] for key in KEPT if key in figure} for arch, figure in both.items()}
+        for name, both in found.items()
+    }
+    entries = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(both)}" for name, both in kept.items())
+    RESULTS.write_text(f'{{"nvcc": {json.dumps(version)}, "kernels": {{\n  {entries}\n}}}}\n')
+    committed = json.loads(RESULTS.read_text())
+    for path, shown in SHOWN.items():
+        path.write_text(with_table(path.read_text(), short_table(committed, shown)))
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -77,13 +77,13 @@ if(qln_with_cuda)
     set(qln_asked ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
   endif()
   if(qln_asked MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
-    add_library(qln_hopper OBJECT cuda/product/wgmma/forward.cu cuda/product/wgmma/backward.cu
+    add_library(qln_wgmma OBJECT cuda/product/wgmma/forward.cu cuda/product/wgmma/backward.cu
                                   cuda/product/wgmma/tensor_map.cu)
-    set_target_properties(qln_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON
+    set_target_properties(qln_wgmma PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON
                                                 CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
-    target_include_directories(qln_hopper PRIVATE cpp/include cpp/src cuda)
-    target_link_libraries(qln_hopper PRIVATE qln_options)
-    target_compile_options(qln_hopper PRIVATE ${qln_cuda_flags})
+    target_include_directories(qln_wgmma PRIVATE cpp/include cpp/src cuda)
+    target_link_libraries(qln_wgmma PRIVATE qln_options)
+    target_compile_options(qln_wgmma PRIVATE ${qln_cuda_flags})
   else()
     list(APPEND qln_cuda_sources cuda/product/wgmma/no_wgmma.cu)
   endif()
@@ -95,8 +95,8 @@ list(APPEND qln_cuda_sources cuda/runtime/availability.cpp cuda/product/config.c
      cuda/runtime/side_stream.cpp)
 
 set(qln_cuda_objects)
-if(TARGET qln_hopper)
-  list(APPEND qln_cuda_objects $<TARGET_OBJECTS:qln_hopper>)
+if(TARGET qln_wgmma)
+  list(APPEND qln_cuda_objects $<TARGET_OBJECTS:qln_wgmma>)
 endif()
 add_subdirectory(cuda/emulator)
 if(QLN_CUDA_EMULATED)

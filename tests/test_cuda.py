@@ -80,7 +80,7 @@ def test_product_can_be_captured():
     assert torch.equal(y, qn.linear(x, q, lora_a=a, lora_b=b))
 
 
-# Large enough for panels of up to 200 multiprocessors: two of them forward; and rows that are copied in two parts.
+# Large enough for panels of up to 200 SMs: two of them forward; and rows that are copied in two parts.
 MANY_ROWS = (
     cases.Product(2500, 5000, 1003, torch.bfloat16, bias=True, rank=5),
     cases.Product(2048, 2000, 2048, torch.float16, format="int8", blocksize=128, double_quant=False),

@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._loss import DeferredLogits, fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse import fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse._loss import DeferredLogits  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

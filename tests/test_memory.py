@@ -126,7 +126,7 @@ def test_call_takes_no_more_memory_than_stated(what, dtype):
     ("what", "dtype", "environment"),
     [
         *itertools.product(
-            ("forward", "dx", "experts", "dx of experts"), ("bfloat16", "float32"), ({"QLN_FORCE_WAY": "panels"},)
+            ("forward", "dx", "experts", "dx of experts"), ("bfloat16", "float32"), ({"QLN_FORCE_KERNEL": "panels"},)
         ),
         *itertools.product(("forward", "dx"), ("bfloat16",), ({"QLN_FORCE_ISA": "amx_emulated"},)),
     ],

@@ -1,10 +1,7 @@
-"""Guards `make sass`: what tools/machine_code.py reads from a listing, what bench/sass.py calls a fault, and what
-bench/cuda_model.py makes of it for whole products."""
+"""Guards `make sass`: what tools/machine_code.py reads from a listing, and what bench/sass.py calls a fault."""
 
 import copy
-import dataclasses
 import importlib
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +24,7 @@ def sass(machine_code):
 
 
 # As `cuobjdump -sass` prints it, shortened: a loop over tiles around one over steps. For sm_80 a loop may be left by a
-# call that does not return; for sm_90 a warp whose lanes have parted takes a way of its own (BRA.DIV).
+# call that does not return; for sm_90 a warp whose lanes diverge branches elsewhere (BRA.DIV).
 GEMM = (
     "_ZN12qlora_native4cuda11gemm_kernelINS0_4Bf16ENS0_16WeightRowsOfTileENS0_8GemmTileILi128ELi256ELi32ELb1EEEEEv"
     "NS0_8GemmArgsE"
@@ -115,7 +112,7 @@ def test_every_loop_is_found(machine_code):
         for name, code in listed(machine_code).items()
     }
     assert bounds[GEMM] == [(0x20, 0xA0, 9), (0x30, 0x70, 5)]
-    assert bounds[COPY] == [(0x10, 0xA0, 10), (0x70, 0x80, 2)], "what only a parted warp runs is not of the loop"
+    assert bounds[COPY] == [(0x10, 0xA0, 10), (0x70, 0x80, 2)], "what only a divergent warp runs is not of the loop"
 
 
 def test_main_loop_is_where_the_tensor_cores_are(machine_code):
@@ -152,7 +149,6 @@ def test_figures_are_those_of_the_listing(machine_code, sass):
         "registers": 128,
         "local": 1,
         "stack": 8,
-        "instructions": 13,
         "loop": 5,
         "hmma": 0.4,
         "per_weight": 5.0,
@@ -195,179 +191,3 @@ def test_tables_of_the_readmes_are_those_of_the_figures(sass):
     for page, shown in sass.SHOWN.items():
         text = page.read_text()
         assert sass.with_table(text, sass.short_table(committed, shown)) == text, page
-
-
-def test_shared_memory_is_counted_by_the_width_of_each_access(machine_code):
-    cycles = importlib.import_module("cycles")
-    opcodes = {
-        "LDS": 1, "LDS.64": 2, "LDS.128": 4, "LDS.U8": 1, "STS.128": 4, "LDSM.16.M88.4": 4, "LDSM.16.MT88.2": 2,
-        "LDGSTS.E.BYPASS.128": 4, "LDGSTS.E": 1, "LDG.E.128": 0, "HMMA.16816.F32.BF16": 0,
-    }  # fmt: skip
-    for opcode, expected in opcodes.items():
-        assert cycles.shared_cycles([machine_code.Instruction(0, "", opcode, "")]) == expected, opcode
-
-
-def test_vectors_that_lanes_share_take_half_as_long(machine_code):
-    cycles = importlib.import_module("cycles")
-    loop = [machine_code.Instruction(0, "", opcode, "") for opcode in ("LDS.128", "LDS.64")]
-    assert [cycles.shared_cycles(loop, lanes_share_vectors=shared) for shared in (False, True)] == [4 + 2, 2 + 2]
-
-
-def test_step_is_bound_by_the_resource_that_takes_longest(machine_code):
-    cycles = importlib.import_module("cycles")
-    loop = [("LDSM.16.M88.4", "")] * 32 + [("HMMA.16816.F32.BF16", "")] * 128 + [("BRA", "`(.L_0)")]
-    code = tuple(machine_code.Instruction(16 * i, "", *each) for i, each in enumerate(loop))
-    kernel = machine_code.Kernel(
-        "gemm_kernel<Bf16, DecodedRows, GemmTile<256, 128, true>, false>", "sm_90", code, 255, 0
-    )
-    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90"])
-    assert step.bound == "tensor"
-    assert step.cycles["tensor"] == 256 * 128 * 64 / (0.62 * 2048) and round(step.share, 4) == 0.62
-    assert cycles.count_step(machine_code.Kernel("gemv_kernel<Bf16, 8, 4, true, false>", "sm_90", code, 255, 0)) is None
-
-
-def test_step_by_wgmma_counts_what_no_consumer_loads(machine_code):
-    cycles = importlib.import_module("cycles")
-    products = [*["HGMMA.64x256x16.F32.BF16"] * 4, "LDS.128", "PRMT", "BRA"]
-    asks, asks_for_pair = ["SYNCS", *["UTMALDG.2D"] * 2, "BRA"], ["SYNCS", "IADD3", *["UTMALDG.2D"] * 2, "BRA"]
-    opcodes = [*products, *asks, *asks_for_pair, "SYNCS", "LDG.E", "LOP3.LUT", "BRA", "EXIT"]
-    operands = {6: "0x0", 10: "0x70", 15: "0xb0", 19: "0x100"}
-    code = tuple(machine_code.Instruction(16 * i, "P0", name, operands.get(i, "")) for i, name in enumerate(opcodes))
-    kernel = machine_code.Kernel("hopper_gemm_kernel<Bf16, HopperRows, 256>", "sm_90a", code, 168, 0)
-    step = cycles.step_of(kernel.name, cycles.count_step(kernel), cycles.DEVICES["sm_90a"])
-    assert step.cycles["tensor"] == 1024
-    # X is written once and read by both warpgroups; 8 warps load vectors that lanes share, and codes come in 32 x 128.
-    assert step.cycles["shared memory"] == 3 * 256 + 8 * 2 + 32
-    assert step.cycles["issue"] == round((8 * 7 + 5 + 2 * 4) / 4)
-    assert step.cycles["ALU"] == round(2 * (8 + 1 + 2) / 4), "two cycles for each PRMT, IADD3 and LOP3"
-
-
-# ---- the account of whole products -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def account(sass):
-    return importlib.import_module("cuda_account")
-
-
-@pytest.fixture
-def model(account):
-    return importlib.import_module("cuda_model")
-
-
-def test_account_is_that_of_the_committed_figures_and_choices(sass, account):
-    kernels = json.loads(sass.RESULTS.read_text())["kernels"]
-    assert account.PAGE.read_text() == account.committed_page(kernels)
-
-
-def test_choices_have_every_product_and_way_of_the_account(account, model):
-    choices = account.read_choices(account.CHOICES.read_text())
-    products = [product for weight in account.WEIGHTS for product in account.products(weight) if not product.rank]
-    assert len(products) == 80
-    for product in products:
-        assert choices[product, "chosen"].way in ("wgmma", "panels")
-        for rows in account.WGMMA_ROWS:
-            assert choices[product, f"wgmma-{rows}"].runs().tile_rows == rows
-        for asked in ("dense", "dense-with-adapter"):
-            dense = choices[product, asked]
-            assert dense.way != "panels" or model.Panels(**dense.numbers).rows > 0
-
-
-def figures_of(model, cycles):
-    """Machine code of which a step takes this many cycles of shared memory."""
-    step = {"step": {"shared memory": cycles, "issue": 1, "ALU": 1}}
-    wgmma = itertools.product(("HopperRows", "HopperColumns"), (64, 256))
-    return {
-        **{f"hopper_gemm_kernel<Bf16, {layout}, {rows}>": {"sm_90a": step} for layout, rows in wgmma},
-        "gemm_kernel<Bf16, DecodedRows, GemmTile<64, 128, true>, false>": {"sm_90": step},
-        "panel_kernel<Bf16, 4>": {"sm_90": {"per_element": 20.0}},
-    }
-
-
-def test_blocks_with_whole_tiles_take_their_steps_and_store_their_results(model):
-    clock, product = model.H100.clock, model.Product("forward", 64, 128 * 132, 6400)
-    runs = model.Runs("wgmma", 64, 128, tiles=132, steps=100, blocks=132, share=0, rest=0, cluster=1)
-    assert runs.longest == 100 and not runs.splits_a_tile
-    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
-    cycles = 700 + 101 * 2000 + 64 * 128 * 2 / 32
-    assert seconds == pytest.approx(cycles / clock + 1e-6)
-    # With twice as many tiles, a block has two. The kernels of gemm/ begin anew with each, and fill their table before
-    # anything else.
-    product = dataclasses.replace(product, cols=2 * product.cols)
-    of_gemm = model.Runs("gemm", 64, 128, tiles=264, steps=100, blocks=132, share=200, rest=0)
-    for twice, more in ((dataclasses.replace(runs, tiles=264), 0), (of_gemm, 700 + 700 + 2000)):
-        seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, twice)
-        assert seconds == pytest.approx((700 + 201 * 2000 + 2 * 512 + more) / clock + 1e-6)
-
-
-def test_blocks_that_share_a_tile_exchange_its_sums(model):
-    product = model.Product("forward", 64, 128, 6400)
-    runs = model.Runs("wgmma", 64, 128, tiles=1, steps=100, blocks=2, share=50, rest=0)
-    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
-    sums = 64 * 128 * 4 / 64  # stored by one block, and loaded by the other
-    cycles = 291 + 700 + 51 * 2000 + sums + 291 + sums + 291 + 512  # first there is the ticket
-    assert seconds == pytest.approx(cycles / model.H100.clock + 2e-6), "a kernel and a memset"
-
-
-@pytest.mark.parametrize(
-    ("count", "bandwidth", "turns"), [(2, 3.3e12, 4), (4, 2.65e12, 2), (8, 2.65e12 / 3.3 * 2.65, 1)]
-)
-def test_blocks_of_a_cluster_exchange_parts_of_their_sums(model, count, bandwidth, turns):
-    product = model.Product("forward", 64, 128, 64 * 101)
-    runs = model.Runs("wgmma", 64, 128, tiles=1, steps=101, blocks=count, share=0, rest=0, cluster=count)
-    assert runs.longest == {2: 51, 4: 26, 8: 13}[count] and not runs.splits_a_tile
-    seconds = model.Model(figures_of(model, 2000), model.H100).fused(product, runs)
-    sums = 64 * 128 * 4
-    # The sums of a turn are added while those of the next one come, which takes longer.
-    cycles = 700 + (runs.longest + 1) * 2000 + 200 + 200 + (sums / 128 + 512 / count) / turns
-    stored = sums * (count - 1) / count / (bandwidth / 114)
-    assert seconds == pytest.approx(cycles / model.H100.clock + stored + 1e-6), "a kernel without a memset"
-
-
-@pytest.mark.parametrize(("rows", "cluster", "given"), [(64, 1, 1 / 2), (64, 2, 1 / 2), (256, 1, 1 / 4), (256, 2, 0)])
-def test_warpgroups_of_dx_exchange_sums_unless_a_cluster_does(model, rows, cluster, given):
-    runs = model.Runs("wgmma", rows, 128, tiles=1, steps=100, blocks=cluster, share=0, rest=0, cluster=cluster)
-    of = model.Model(figures_of(model, 2000), model.H100)
-    forward, dx = (of.fused(model.Product(direction, rows, 128, 6400), runs) for direction in ("forward", "dX"))
-    cycles = 2 * given * 2 * rows * 128 * 4 / 128  # each stores this part of the tile's sums, and loads as many
-    assert (dx - forward) * model.H100.clock == pytest.approx(cycles, abs=1e-3)
-
-
-def test_pairs_load_rows_of_x_once_and_meet_at_a_barrier(model):
-    product = model.Product("forward", 64, 256, 64 * 100)
-    alone = model.Runs("wgmma", 64, 128, tiles=2, steps=100, blocks=2, share=0, rest=0, cluster=1)
-    in_pairs = dataclasses.replace(alone, pairs=1)
-    of = model.Model(figures_of(model, 2000), model.H100)
-    of_x = 64 * 64 * 2 * 132 / (6.65e12 / model.H100.clock)
-    assert of.step(product, alone)["L2"] - of.step(product, in_pairs)["L2"] == pytest.approx(of_x / 2)
-    # Shared memory bounds a step, so that the barrier is all that differs.
-    for cluster in (1, 2):
-        runs = [dataclasses.replace(each, cluster=cluster, blocks=2 * cluster) for each in (alone, in_pairs)]
-        more = of.fused(product, runs[1]) - of.fused(product, runs[0])
-        assert more == pytest.approx(200 / model.H100.clock)
-
-
-def test_memory_bounds_a_product_of_few_rows(model):
-    product = model.Product("forward", 64, 128 * 132, 6400)
-    runs = model.Runs("wgmma", 64, 128, tiles=132, steps=100, blocks=132, share=0, rest=0, cluster=1)
-    for bandwidth in (1e12, 2e12):
-        device = dataclasses.replace(model.H100, bandwidth=bandwidth)
-        parts = model.Model(figures_of(model, 1), device).parts(product, runs)
-        assert parts["steps"] == pytest.approx(product.bytes / device.bandwidth)
-        assert product.limit(device) == pytest.approx(product.bytes / device.bandwidth)
-
-
-def test_panels_take_between_one_and_all_of_their_decoding(model):
-    product = model.Product("forward", 2048, 4096, 4096)
-    best, worst = model.Model(figures_of(model, 1), model.H100).panels(product, model.Panels(1024, 2048))
-    decoding = 4096 * 4096 * 20.0 / (128 * 132 * model.H100.clock)
-    assert worst - best == pytest.approx(decoding * 3 / 4)
-    dense = 4 * 132 * 128 * 128 * 4096 / 395e12  # four panels of one wave each
-    assert dense < best < 1.2 * dense
-
-
-def test_sm_100_is_bound_by_shared_memory_until_pairs_share_a_tall_tile(sass):
-    sm100 = importlib.import_module("sm100")
-    shares = [taken["tensor"] / max(taken.values()) for taken in (sm100.step(v, 347, 200) for v in sm100.VARIANTS)]
-    assert shares[0] < shares[1] < shares[3] < shares[4] == 1
-    assert all(sm100.words(variant) <= sm100.WORDS for variant in sm100.VARIANTS)

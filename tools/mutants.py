@@ -69,7 +69,7 @@ SUITES = {
     "panels": Suite("qln_test_panels", EMULATED),
     "paged": Suite("qln_test_paged", EMULATED),
     "row_groups": Suite("qln_test_row_groups", EMULATED),
-    "hopper": Suite("qln_test_hopper", EMULATED),
+    "wgmma": Suite("qln_test_wgmma", EMULATED),
     # These use the best instruction set of the build: AVX2 or Advanced SIMD.
     "core": Suite("qln_test"),
     "conformance": Suite("qln_test_conformance"),

@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "paged/driver.h"
 #include "qlora_native/attention.h"
 #include "qlora_native/cross_entropy.h"
 #include "qlora_native/elementwise.h"
@@ -14,6 +13,8 @@
 #include "qlora_native/quantize.h"
 
 namespace qlora_native {
+
+class Driver;  // paged/driver.h
 
 struct Backend {
   void (*quantize)(const QuantizeArgs&, const Stream&);

@@ -13,7 +13,7 @@
 
 namespace qlora_native::QLN_CUDA {
 
-constexpr int kEight = 8;
+constexpr int kVecSize = 8;
 constexpr int kVectorBytes = 16;  // of the widest load or store
 
 // Calls f.template operator()<T>() with the element type of `dtype`.
@@ -39,10 +39,10 @@ constexpr int kVectorElements = sizeof(T) * kElements < kVectorBytes ? kElements
 
 // Loads eight elements from an address that vectors can be loaded from.
 template <class T>
-__device__ __forceinline__ void load_eight_aligned(const T* from, T (&to)[kEight]) {
-  constexpr int kCount = kVectorElements<T, kEight>;
+__device__ __forceinline__ void load_vec8_aligned(const T* from, T (&to)[kVecSize]) {
+  constexpr int kCount = kVectorElements<T, kVecSize>;
 #pragma unroll
-  for (int i = 0; i < kEight; i += kCount) {
+  for (int i = 0; i < kVecSize; i += kCount) {
     const Vector<T, kCount> vector = load_vector<T, kCount>(from + i);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) to[i + j] = vector.at[j];
@@ -62,26 +62,26 @@ __device__ __forceinline__ void store_aligned(T* to, const T (&from)[kElements])
 
 // to[i] = from[i] for i < count <= 8; the other elements become `rest`.
 template <class T>
-__device__ __forceinline__ void load_eight(const T* from, int count, T padding, T (&to)[kEight]) {
-  if (count == kEight && is_aligned(from, kVectorElements<T, kEight> * sizeof(T))) {
-    load_eight_aligned(from, to);
+__device__ __forceinline__ void load_vec8(const T* from, int count, T padding, T (&to)[kVecSize]) {
+  if (count == kVecSize && is_aligned(from, kVectorElements<T, kVecSize> * sizeof(T))) {
+    load_vec8_aligned(from, to);
   } else {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) to[i] = i < count ? from[i] : padding;
+    for (int i = 0; i < kVecSize; ++i) to[i] = i < count ? from[i] : padding;
   }
 }
 
 // Eight elements as words, the first in the lowest bits: four words of 16-bit elements, eight of fp32.
 template <class T>
-using EightOf = Vector<std::uint32_t, kEight * sizeof(T) / 4>;
-using Eight = EightOf<Bf16>;  // also the words of eight F16
+using Vec8Of = Vector<std::uint32_t, kVecSize * sizeof(T) / 4>;
+using Vec8 = Vec8Of<Bf16>;  // also the words of eight F16
 
 template <class T>
-__device__ __forceinline__ EightOf<T> load_words_aligned(const T* from) {
-  EightOf<T> result;
+__device__ __forceinline__ Vec8Of<T> load_words_aligned(const T* from) {
+  Vec8Of<T> result;
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(result) / sizeof(Eight); ++i) {
-    const Eight vector = load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from) + 4 * i);
+  for (unsigned i = 0; i < sizeof(result) / sizeof(Vec8); ++i) {
+    const Vec8 vector = load_vector<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from) + 4 * i);
 #pragma unroll
     for (int j = 0; j < 4; ++j) result.at[4 * i + j] = vector.at[j];
   }
@@ -89,8 +89,8 @@ __device__ __forceinline__ EightOf<T> load_words_aligned(const T* from) {
 }
 // Loads `count` elements, one by one; the others are 0.
 template <class T>
-__device__ __forceinline__ EightOf<T> gather_words(const T* from, int count) {
-  EightOf<T> result;
+__device__ __forceinline__ Vec8Of<T> gather_words(const T* from, int count) {
+  Vec8Of<T> result;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ EightOf<T> gather_words(const T* from, int count) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) result.at[i] = i < count ? std::bit_cast<std::uint32_t>(from[i]) : 0;
+    for (int i = 0; i < kVecSize; ++i) result.at[i] = i < count ? std::bit_cast<std::uint32_t>(from[i]) : 0;
   }
   return result;
 }
@@ -114,8 +114,8 @@ __device__ __forceinline__ std::uint32_t word_of(int i, const F& value) {
   }
 }
 template <class T, class F>
-__device__ __forceinline__ EightOf<T> words_of(const F& value) {
-  EightOf<T> result;
+__device__ __forceinline__ Vec8Of<T> words_of(const F& value) {
+  Vec8Of<T> result;
 #pragma unroll
   for (unsigned i = 0; i < sizeof(result) / 4; ++i) result.at[i] = word_of<T>(i, value);
   return result;
@@ -136,48 +136,48 @@ __device__ __forceinline__ void store_elements(T* to, int count, const T (&from)
 // These load eight elements as fp32; elements from `count` on are 0. The last overload learns the element type at run
 // time.
 template <class T>
-__device__ __forceinline__ void load_eight_as_f32(const T* from, int count, float (&to)[kEight]) {
-  T raw[kEight];
-  load_eight(from, count, from_f32<T>(0.0f), raw);
+__device__ __forceinline__ void load_vec8_as_f32(const T* from, int count, float (&to)[kVecSize]) {
+  T raw[kVecSize];
+  load_vec8(from, count, from_f32<T>(0.0f), raw);
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) to[i] = to_f32(raw[i]);
+  for (int i = 0; i < kVecSize; ++i) to[i] = to_f32(raw[i]);
 }
 template <class T>
-__device__ __forceinline__ void load_eight_aligned_as_f32(const T* from, float (&to)[kEight]) {
+__device__ __forceinline__ void load_vec8_aligned_as_f32(const T* from, float (&to)[kVecSize]) {
   if constexpr (sizeof(T) == 4) {
-    load_eight_aligned(from, to);
+    load_vec8_aligned(from, to);
   } else {
-    const Eight raw = load_words_aligned(from);  // words, whose upper half is a Bf16's fp32 value already
+    const Vec8 raw = load_words_aligned(from);  // words, whose upper half is a Bf16's fp32 value already
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
+    for (int i = 0; i < kVecSize; ++i) to[i] = to_f32(T{static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16))});
   }
 }
-__device__ __forceinline__ void load_eight_as_f32(const void* from, DType dtype, std::int64_t first, int count,
-                                                  float (&to)[kEight]) {
-  if (dtype == DType::f32) return load_eight_as_f32(static_cast<const float*>(from) + first, count, to);
-  if (dtype == DType::bf16) return load_eight_as_f32(static_cast<const Bf16*>(from) + first, count, to);
-  load_eight_as_f32(static_cast<const F16*>(from) + first, count, to);
+__device__ __forceinline__ void load_vec8_as_f32(const void* from, DType dtype, std::int64_t first, int count,
+                                                 float (&to)[kVecSize]) {
+  if (dtype == DType::f32) return load_vec8_as_f32(static_cast<const float*>(from) + first, count, to);
+  if (dtype == DType::bf16) return load_vec8_as_f32(static_cast<const Bf16*>(from) + first, count, to);
+  load_vec8_as_f32(static_cast<const F16*>(from) + first, count, to);
 }
 
 template <class T>
-__device__ __forceinline__ void store_eight_from_f32(T* to, int count, const float (&from)[kEight]) {
-  T rounded[kEight];
+__device__ __forceinline__ void store_vec8_from_f32(T* to, int count, const float (&from)[kVecSize]) {
+  T rounded[kVecSize];
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) rounded[i] = from_f32<T>(from[i]);
+  for (int i = 0; i < kVecSize; ++i) rounded[i] = from_f32<T>(from[i]);
   store_elements(to, count, rounded);
 }
 template <class T>
-__device__ __forceinline__ void store_eight_aligned_from_f32(T* to, const float (&from)[kEight]) {
-  T rounded[kEight];
+__device__ __forceinline__ void store_vec8_aligned_from_f32(T* to, const float (&from)[kVecSize]) {
+  T rounded[kVecSize];
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) rounded[i] = from_f32<T>(from[i]);
+  for (int i = 0; i < kVecSize; ++i) rounded[i] = from_f32<T>(from[i]);
   store_aligned(to, rounded);
 }
-__device__ __forceinline__ void store_eight_from_f32(void* to, DType dtype, std::int64_t first, int count,
-                                                     const float (&from)[kEight]) {
-  if (dtype == DType::f32) return store_eight_from_f32(static_cast<float*>(to) + first, count, from);
-  if (dtype == DType::bf16) return store_eight_from_f32(static_cast<Bf16*>(to) + first, count, from);
-  store_eight_from_f32(static_cast<F16*>(to) + first, count, from);
+__device__ __forceinline__ void store_vec8_from_f32(void* to, DType dtype, std::int64_t first, int count,
+                                                    const float (&from)[kVecSize]) {
+  if (dtype == DType::f32) return store_vec8_from_f32(static_cast<float*>(to) + first, count, from);
+  if (dtype == DType::bf16) return store_vec8_from_f32(static_cast<Bf16*>(to) + first, count, from);
+  store_vec8_from_f32(static_cast<F16*>(to) + first, count, from);
 }
 
 // The same for one element whose type is known at run time.
@@ -215,9 +215,9 @@ __device__ __forceinline__ T max_of_lanes(T value, int lanes) {
 // Blocks of `threads` threads that loop over `items` items, one a thread at a time. There are no more blocks than fill
 // the device several times over.
 inline LaunchShape looping_grid(std::int64_t items, int threads, const Stream& stream) {
-  constexpr std::int64_t kBlocksPerMultiprocessor = 8;
+  constexpr std::int64_t kBlocksPerSm = 8;
   const std::int64_t blocks = ceil_div(items, threads);
-  const std::int64_t most = kBlocksPerMultiprocessor * multiprocessors(stream);
+  const std::int64_t most = kBlocksPerSm * num_sms(stream);
   return {.blocks = blocks < most ? blocks : most, .threads = threads};
 }
 

@@ -1,22 +1,22 @@
 // What a kernel may use beside simt.cuh on a device of compute capability 9.0 (sm_90a): barriers in shared memory that
 // count arrivals and bytes, copies of tiles by the device's copy engine, and products of four warps.
-// instructions_hopper.cuh has the instructions, emulator/instructions_hopper.h their emulation. Only files of
+// instructions_hopper.cuh has the instructions, device/instructions_hopper_emulated.h their emulation. Only files of
 // product/wgmma/ include this file, because these instructions compile for no other architecture.
 //
 //   mbarrier_init/arrive/wait()        a phase is complete when all arrivals and all expected bytes have come
 //   tma_load_tile()                    copies a tile of a matrix in global memory; its bytes count at such a barrier
 //   wgmma<T, kCols>()                  d[64, kCols] += a[64, 16] . b[16, kCols]: a in registers, b in shared memory
 //   sync_cluster()                     waits for all threads of a cluster's blocks (LaunchShape::cluster)
-//   store_to_block()                   stores into the shared memory of a block of the cluster; its bytes count there
-//   tma_load_tile_to_blocks()          copies a tile to several blocks of the cluster
-//   MbarriersOfBlock                   such barriers of a block of the cluster, to arrive at
+//   store_async()                   stores into the shared memory of a block of the cluster; its bytes count there
+//   tma_load_tile_multicast()          copies a tile to several blocks of the cluster
+//   ClusterMbarriers                   such barriers of a block of the cluster, to arrive at
 //   prefetch_map(), prefetch_sector()  bring nearer what is loaded soon
 //   fence_proxy_async()                lets wgmma and TMA read what this thread has stored to shared memory
 //   de-, increase_max_registers()      set how many registers each thread of a warpgroup may use
 #pragma once
 
+#include "common/tensor_map.h"
 #include "device/simt.cuh"
-#include "device/tensor_map.h"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -34,7 +34,7 @@ constexpr int kTmaAlignment = 128, kSwizzledRowBytes = 128, kSwizzledAlignment =
 #ifdef __CUDACC__
 #include "device/instructions_hopper.cuh"
 #else
-#include "emulator/instructions_hopper.h"
+#include "device/instructions_hopper_emulated.h"
 #endif
 
 namespace qlora_native::QLN_CUDA {

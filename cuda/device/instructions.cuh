@@ -1,5 +1,5 @@
 // Implements simt.cuh for a device: host code calls the CUDA runtime, and each instruction that has no name in C++ has
-// a function of its own. The comments in emulator/instructions.h say what each function does.
+// a function of its own. The comments in device/instructions_emulated.h say what each function does.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,11 +26,11 @@ class DeviceGuard {
 inline cudaStream_t handle_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 // A block may use so much shared memory without asking for more.
-constexpr std::size_t kSmemWithoutAsking = 48 * 1024;
+constexpr std::size_t kDefaultMaxSmemBytes = 48 * 1024;
 
 // Raises the kernel's limit of shared memory on this device, unless an earlier launch has asked for as much.
 template <auto kKernel>
-void ask_for_smem(std::size_t bytes, int device) {
+void raise_smem_limit(std::size_t bytes, int device) {
   constexpr int kDevices = 64;  // for a device beyond them, every launch asks
   static std::atomic<std::size_t> asked[kDevices];
   const bool is_remembered = device >= 0 && device < kDevices;
@@ -41,7 +41,7 @@ void ask_for_smem(std::size_t bytes, int device) {
 }
 
 // Graphs have such launches from CUDA 12.3 on, and any launch may be captured into one.
-inline bool can_begin_early(const Stream& stream) {
+inline bool supports_programmatic_launch(const Stream& stream) {
   int major = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, stream.index));
   return major >= 9 && driver_version() >= kCuda123;
@@ -50,7 +50,7 @@ inline bool can_begin_early(const Stream& stream) {
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, const Stream& stream,
                    std::type_identity_t<Parameters>... arguments) {
-  if constexpr ((sizeof(Parameters) + ... + 0) > kParametersOfAnyDriver) check_driver_takes_large_parameters();
+  if constexpr ((sizeof(Parameters) + ... + 0) > kPortableParameterBytes) check_driver_takes_large_parameters();
   const auto* function = reinterpret_cast<const void*>(kernel);
   void* pointers[] = {&arguments...};
   cudaLaunchAttribute attributes[2] = {};
@@ -65,7 +65,7 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
   }
-  if (shape.begins_early && can_begin_early(stream)) {
+  if (shape.programmatic_launch && supports_programmatic_launch(stream)) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -75,14 +75,14 @@ void launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shape, cons
 template <auto kKernel, class... Args>
 void launch(const LaunchShape& shape, const Stream& stream, const Args&... args) {
   if (shape.blocks == 0) return;
-  if (shape.smem_bytes > kSmemWithoutAsking) ask_for_smem<kKernel>(shape.smem_bytes, stream.index);
+  if (shape.smem_bytes > kDefaultMaxSmemBytes) raise_smem_limit<kKernel>(shape.smem_bytes, stream.index);
   launch_kernel(kKernel, shape, stream, args...);
 }
 
-// A Workspace takes this memory if the host program gives none (memory.cu).
-DeviceMemory allocate_own(std::size_t bytes, const Stream& stream);
-void release_own(const DeviceMemory& memory, const Stream& stream);
-// Only the emulator needs these (emulator/instructions.h); on a device they do nothing.
+// A Workspace takes this memory if the application gives none (memory.cu).
+DeviceMemory allocate_workspace(std::size_t bytes, const Stream& stream);
+void release_workspace(const DeviceMemory& memory, const Stream& stream);
+// Only the emulator needs these (device/instructions_emulated.h); on a device they do nothing.
 inline void make_reachable(const DeviceMemory&, std::size_t) {}
 inline void make_unreachable(const DeviceMemory&) {}
 inline void poison(void*, std::size_t) {}
@@ -98,7 +98,7 @@ inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream& st
   QLN_CHECK_CUDA(cudaMemsetAsync(data, byte, bytes, handle_of(stream)));
 }
 
-inline int multiprocessors(const Stream& stream) {
+inline int num_sms(const Stream& stream) {
   int count = 0;
   QLN_CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.index));
   return count;
@@ -183,12 +183,12 @@ __device__ __forceinline__ bool is_last_to_arrive(std::uint32_t* counter, int co
   return __syncthreads_or(is_last) != 0;
 }
 // Before compute capability 9.0 a kernel begins when the one before it has ended.
-__device__ __forceinline__ void let_next_kernel_begin() {
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-__device__ __forceinline__ void wait_for_kernel_before() {
+__device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -233,7 +233,9 @@ struct SharedAddress {
   __device__ __forceinline__ explicit SharedAddress(const void* p) : address(shared_address(p)) {}
   __device__ __forceinline__ explicit SharedAddress(std::uint32_t address) : address(address) {}
   __device__ __forceinline__ SharedAddress at(std::uint32_t bytes) const { return SharedAddress(address + bytes); }
-  __device__ __forceinline__ SharedAddress flipped(std::uint32_t bits) const { return SharedAddress(address ^ bits); }
+  __device__ __forceinline__ SharedAddress xor_swizzled(std::uint32_t bits) const {
+    return SharedAddress(address ^ bits);
+  }
   __device__ __forceinline__ SharedAddress in_register() const { return SharedAddress(cuda::in_register(address)); }
   __device__ __forceinline__ SharedAddress row_of_byte(std::uint32_t word, std::uint32_t i) const {
     return SharedAddress(__byte_perm(word, address, 0x7604 | i << 4) + kRowsBegin);  // the sum is the load's offset

@@ -1,6 +1,6 @@
 // Implements hopper.cuh for a device: each instruction of sm_90a has a function of its own. The comments in
-// emulator/instructions_hopper.h say what each does. Only files of cuda/product/wgmma/ include this one, because no
-// other architecture has these instructions.
+// device/instructions_hopper_emulated.h say what each does. Only files of cuda/product/wgmma/ include this one, because
+// no other architecture has these instructions.
 #pragma once
 
 #include <cuda.h>
@@ -34,7 +34,7 @@ inline bool is_hopper(const Stream& stream) {
 // ---- barriers ----
 
 template <int kNumber>
-__device__ __forceinline__ void sync_some_threads(int threads) {
+__device__ __forceinline__ void sync_named_barrier(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
 }
 
@@ -77,8 +77,8 @@ __device__ __forceinline__ std::uint32_t address_in_cluster(std::uint32_t addres
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
   return result;
 }
-__device__ __forceinline__ void store_to_block(const SharedAddress& to, const Vector<float, 4>& value,
-                                               std::uint64_t* barrier, int rank) {
+__device__ __forceinline__ void store_async(const SharedAddress& to, const Vector<float, 4>& value,
+                                            std::uint64_t* barrier, int rank) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    address_in_cluster(to.address, rank)),
                "f"(value.at[0]), "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3]),
@@ -90,9 +90,9 @@ __device__ __forceinline__ void store_to_block(const SharedAddress& to, const Ve
 // (MEMBAR.ALL.GPU) before each arrival, and with .acquire.cluster it empties the L1 cache after each wait (CCTL.IVALL).
 // Only fences can order what threads store and load, but all that passes here is that wgmma has read a tile, which the
 // wait for it says already.
-class MbarriersOfBlock {
+class ClusterMbarriers {
  public:
-  __device__ __forceinline__ MbarriersOfBlock(std::uint64_t* barriers, int rank)
+  __device__ __forceinline__ ClusterMbarriers(std::uint64_t* barriers, int rank)
       : address_(in_register(address_in_cluster(shared_address(barriers), rank))) {}
   __device__ __forceinline__ void arrive(std::uint32_t i) const {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_ + i * kMbarrierBytes) : "memory");
@@ -112,7 +112,7 @@ __device__ __forceinline__ void tma_load_tile(void* to, const TensorMap& map, in
       "l"(map.map()), "r"(col), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
-__device__ __forceinline__ void tma_load_tile_to_blocks(void* to, const TensorMap& map, int row, int col,
+__device__ __forceinline__ void tma_load_tile_multicast(void* to, const TensorMap& map, int row, int col,
                                                         std::uint64_t* barrier, std::uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "

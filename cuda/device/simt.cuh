@@ -1,7 +1,7 @@
 // What a kernel may use. The .cu files of the operations (product/, quantize/, optimizer/) are compiled twice: by nvcc
-// with instructions.cuh, as the backend "cuda", and by the host's compiler with emulator/instructions.h, an emulator,
-// as the backend "cuda_emulated". QLN_CUDA is the namespace of the backend that is being compiled. Names and meanings
-// are the same in both.
+// with instructions.cuh, as the backend "cuda", and by the host's compiler with device/instructions_emulated.h, an
+// emulator, as the backend "cuda_emulated". QLN_CUDA is the namespace of the backend that is being compiled. Names and
+// meanings are the same in both.
 //
 //   launch<kernel>(shape, stream, args...)      launches a kernel, instead of <<<
 #pragma once
@@ -45,15 +45,15 @@ struct LaunchShape {
   // `blocks`, at most 8. 1: there are no clusters, which not every architecture has.
   int cluster = 1;
   // The kernel may begin before the one launched before it has ended, on devices of compute capability 9.0 or more. It
-  // must call wait_for_kernel_before() before it reads what that kernel writes, and before it writes what that kernel
+  // must call griddepcontrol_wait() before it reads what that kernel writes, and before it writes what that kernel
   // reads or writes. A block of it must call that in any case, because the kernel after it begins when it has ended.
   // All memory of both must be there until this kernel has been launched.
-  bool begins_early = false;
-  bool next_begins_early = false;  // the kernel that is launched next; for the emulator alone
+  bool programmatic_launch = false;
+  bool next_programmatic_launch = false;  // the kernel that is launched next; for the emulator alone
 };
 
 // Every architecture from sm_80 on gives a block at least so much; sm_86, sm_89 and sm_120 give no more.
-constexpr std::size_t kLeastSmemBytes = 99 * 1024;
+constexpr std::size_t kMinSmemBytes = 99 * 1024;
 
 // SharedAddress::row_of_byte looks into a table that begins kRowsBegin bytes behind a multiple of 64 KB in shared
 // memory. There is such a place near the beginning, because a block's shared memory begins at address 0 (in the machine
@@ -66,6 +66,6 @@ constexpr std::uint32_t kRowsBegin = 1024, kRowBytes = 256;
 #ifdef __CUDACC__
 #include "device/instructions.cuh"
 #else
-#include "emulator/instructions.h"
+#include "device/instructions_emulated.h"
 #endif
 #include "runtime/workspace.h"

@@ -44,33 +44,33 @@ void with_type_and_activation(DType dtype, Activation activation, const F& f) {
 // be fewer.
 template <class Body>
 __device__ __forceinline__ void for_each_eight(std::int64_t rows, std::int64_t cols, const Body& body) {
-  const std::int64_t row_eights = ceil_div(cols, kEight);
+  const std::int64_t row_eights = ceil_div(cols, kVecSize);
   for (std::int64_t i = block_index() * std::int64_t{kThreads} + thread_index(); i < rows * row_eights;
        i += grid_blocks() * std::int64_t{kThreads}) {
-    const std::int64_t row = i / row_eights, first = (i - row * row_eights) * kEight, left = cols - first;
-    body(row, first, static_cast<int>(left < kEight ? left : kEight));
+    const std::int64_t row = i / row_eights, first = (i - row * row_eights) * kVecSize, left = cols - first;
+    body(row, first, static_cast<int>(left < kVecSize ? left : kVecSize));
   }
 }
 
 template <class T>
 __device__ __forceinline__ void load_eight_of(const ConstMatrix& matrix, std::int64_t row, std::int64_t first,
-                                              int count, float (&to)[kEight]) {
-  load_eight_as_f32(static_cast<const T*>(matrix.data) + row * matrix.stride + first, count, to);
+                                              int count, float (&to)[kVecSize]) {
+  load_vec8_as_f32(static_cast<const T*>(matrix.data) + row * matrix.stride + first, count, to);
 }
 template <class T>
 __device__ __forceinline__ void store_eight_of(const Matrix& matrix, std::int64_t row, std::int64_t first, int count,
-                                               const float (&from)[kEight]) {
-  store_eight_from_f32(static_cast<T*>(matrix.data) + row * matrix.stride + first, count, from);
+                                               const float (&from)[kVecSize]) {
+  store_vec8_from_f32(static_cast<T*>(matrix.data) + row * matrix.stride + first, count, from);
 }
 
 template <class T, Activation kActivation>
 __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const GatedActivationArgs args) {
   for_each_eight(args.gate.rows, args.gate.cols, [&](std::int64_t row, std::int64_t first, int count) {
-    float gate[kEight], up[kEight];
+    float gate[kVecSize], up[kVecSize];
     load_eight_of<T>(args.gate, row, first, count, gate);
     load_eight_of<T>(args.up, row, first, count, up);
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) up[i] *= activation_of<kActivation>(gate[i]).value;
+    for (int i = 0; i < kVecSize; ++i) up[i] *= activation_of<kActivation>(gate[i]).value;
     store_eight_of<T>(args.h, row, first, count, up);
   });
 }
@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(kThreads) gated_activation_kernel(const GatedA
 template <class T, Activation kActivation>
 __global__ void __launch_bounds__(kThreads) gated_activation_backward_kernel(const GatedActivationBackwardArgs args) {
   for_each_eight(args.gate.rows, args.gate.cols, [&](std::int64_t row, std::int64_t first, int count) {
-    float gate[kEight], up[kEight], dh[kEight];
+    float gate[kVecSize], up[kVecSize], dh[kVecSize];
     load_eight_of<T>(args.gate, row, first, count, gate);
     load_eight_of<T>(args.up, row, first, count, up);
     load_eight_of<T>(args.dh, row, first, count, dh);
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
+    for (int i = 0; i < kVecSize; ++i) {
       const ValueAndDerivative f = activation_of<kActivation>(gate[i]);
       gate[i] = dh[i] * up[i] * f.derivative;
       up[i] = dh[i] * f.value;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) gated_activation_backward_kernel(con
 }
 
 LaunchShape shape_for(const ConstMatrix& matrix, const Stream& stream) {
-  return looping_grid(matrix.rows * ceil_div(matrix.cols, kEight), kThreads, stream);
+  return looping_grid(matrix.rows * ceil_div(matrix.cols, kVecSize), kThreads, stream);
 }
 
 }  // namespace

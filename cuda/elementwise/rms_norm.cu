@@ -28,19 +28,19 @@ __device__ float sum_of_block(float value, Shared& shared) {
 // Calls body(first, count) for each eight elements of a row that this thread takes; the last may be fewer.
 template <class Body>
 __device__ __forceinline__ void for_each_eight(std::int64_t N, const Body& body) {
-  for (std::int64_t first = std::int64_t{thread_index()} * kEight; first < N; first += kThreads * kEight)
-    body(first, static_cast<int>(N - first < kEight ? N - first : kEight));
+  for (std::int64_t first = std::int64_t{thread_index()} * kVecSize; first < N; first += kThreads * kVecSize)
+    body(first, static_cast<int>(N - first < kVecSize ? N - first : kVecSize));
 }
 
 // to[i] = element first + i of the row, times (shift + weight of its column); 0 from `count` on.
 template <class T>
 __device__ __forceinline__ void load_weighted(const T* row, const T* weight, float shift, std::int64_t first, int count,
-                                              float (&to)[kEight]) {
-  float factor[kEight];
-  load_eight_as_f32(row + first, count, to);
-  load_eight_as_f32(weight + first, count, factor);
+                                              float (&to)[kVecSize]) {
+  float factor[kVecSize];
+  load_vec8_as_f32(row + first, count, to);
+  load_vec8_as_f32(weight + first, count, factor);
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) to[i] *= factor[i] + shift;
+  for (int i = 0; i < kVecSize; ++i) to[i] *= factor[i] + shift;
 }
 
 template <class T>
@@ -53,19 +53,19 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const RmsNormArgs ar
     T* const y = static_cast<T*>(args.y.data) + row * args.y.stride;
     float squares = 0.0f;
     for_each_eight(N, [&](std::int64_t first, int count) {
-      float values[kEight];
-      load_eight_as_f32(x + first, count, values);
+      float values[kVecSize];
+      load_vec8_as_f32(x + first, count, values);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) squares += values[i] * values[i];
+      for (int i = 0; i < kVecSize; ++i) squares += values[i] * values[i];
     });
     const float r = 1.0f / sqrtf(sum_of_block(squares, shared) / static_cast<float>(N) + args.eps);
     if (thread_index() == 0) args.r[row] = r;
     for_each_eight(N, [&](std::int64_t first, int count) {
-      float values[kEight];
+      float values[kVecSize];
       load_weighted(x, weight, args.shift, first, count, values);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) values[i] *= r;
-      store_eight_from_f32(y + first, count, values);
+      for (int i = 0; i < kVecSize; ++i) values[i] *= r;
+      store_vec8_from_f32(y + first, count, values);
     });
   }
 }
@@ -82,20 +82,20 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const RmsNo
     const float r = args.r[row];
     float dot = 0.0f;
     for_each_eight(N, [&](std::int64_t first, int count) {
-      float values[kEight], gradients[kEight];
-      load_eight_as_f32(x + first, count, values);
+      float values[kVecSize], gradients[kVecSize];
+      load_vec8_as_f32(x + first, count, values);
       load_weighted(dy, weight, args.shift, first, count, gradients);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) dot += values[i] * r * gradients[i];
+      for (int i = 0; i < kVecSize; ++i) dot += values[i] * r * gradients[i];
     });
     const float mean = sum_of_block(dot, shared) / static_cast<float>(N);
     for_each_eight(N, [&](std::int64_t first, int count) {
-      float values[kEight], gradients[kEight];
-      load_eight_as_f32(x + first, count, values);
+      float values[kVecSize], gradients[kVecSize];
+      load_vec8_as_f32(x + first, count, values);
       load_weighted(dy, weight, args.shift, first, count, gradients);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) gradients[i] = (gradients[i] - values[i] * r * mean) * r;
-      store_eight_from_f32(dx + first, count, gradients);
+      for (int i = 0; i < kVecSize; ++i) gradients[i] = (gradients[i] - values[i] * r * mean) * r;
+      store_vec8_from_f32(dx + first, count, gradients);
     });
   }
 }

@@ -77,7 +77,7 @@ bool is_last_to_arrive(std::uint32_t* counter, int count, Site site) {
   return block.is_last;
 }
 
-void wait_for_kernel_before(Site site) {
+void griddepcontrol_wait(Site site) {
   const GridRun* const before = current->block->run.before;
   if (before != nullptr) wait_for(&before->has_ended, 1, site);
 }

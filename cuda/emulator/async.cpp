@@ -10,9 +10,9 @@ namespace {
 
 constexpr std::uint32_t kPoison = 0xFFFFFFFF;  // a NaN
 constexpr std::int64_t kVector = 16;
-constexpr std::int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // in one phase
+constexpr std::int64_t kMaxBytes = (1 << 20) - 1, kMaxArrivals = (1 << 20) - 1;  // in one phase
 
-// The swizzle moves a 16-byte vector: it flips the bits of its address from bit 4 on by those from bit 7 on.
+// The swizzle moves a 16-byte vector: the bits of its address from bit 4 on are XORed with those from bit 7 on.
 std::uint32_t swizzled(std::uint32_t address, Swizzle swizzle) {
   const std::uint32_t mask = swizzle == Swizzle::none ? 0 : static_cast<std::uint32_t>(span_of(swizzle) / kVector - 1);
   return address ^ (address >> 7 & mask) << 4;
@@ -72,7 +72,7 @@ void SharedMemory::forget_stores(const void* p, std::size_t bytes) {
 // ---- barriers ----
 
 void Mbarriers::init(std::uint64_t* barrier, int arrivals, int thread) {
-  if (arrivals < 1 || arrivals > kMostArrivals) fail("an mbarrier of " + std::to_string(arrivals) + " arrivals");
+  if (arrivals < 1 || arrivals > kMaxArrivals) fail("an mbarrier of " + std::to_string(arrivals) + " arrivals");
   if (reinterpret_cast<std::uintptr_t>(barrier) % sizeof(*barrier) != 0) fail("a misaligned mbarrier");
   barriers_[barrier] = {.arrivals = arrivals, .pending = arrivals, .initialized_by = thread};
 }
@@ -100,13 +100,13 @@ void Mbarriers::end_phase_if_complete(Mbarrier& barrier) {
 void Mbarriers::arrive(std::uint64_t* barrier, std::uint32_t expected_bytes, int thread) {
   Mbarrier& at = find(barrier);
   if (at.pending == 0)
-    fail("an mbarrier has more arrivals in a phase than the " + std::to_string(at.arrivals) + " said");
+    fail("an mbarrier has more arrivals in a phase than the " + std::to_string(at.arrivals) + " that it expects");
   const auto [last, is_first] = at.arrived.try_emplace(thread, at.phase);
   if (!is_first && last->second == at.phase) fail("the thread arrives twice in a phase of the mbarrier");
   last->second = at.phase;
   --at.pending;
   at.bytes += expected_bytes;
-  if (at.bytes > kMostBytes) fail("an mbarrier expects more bytes than it can count");
+  if (at.bytes > kMaxBytes) fail("an mbarrier expects more bytes than it can count");
   end_phase_if_complete(at);
 }
 
@@ -131,7 +131,7 @@ void Mbarriers::check_published(std::uint64_t* barrier) {
 void Mbarriers::check_published_before(std::int32_t interval, std::uint64_t* barrier) {
   check_published(barrier);
   if (find(barrier).published_in == interval) {
-    fail("uses an mbarrier of another block, and no barrier of the cluster has come since it was published");
+    fail("uses an mbarrier of another block, and no barrier of the cluster has completed since it was published");
   }
 }
 
@@ -141,9 +141,9 @@ void Mbarriers::complete_bytes(std::uint64_t* barrier, std::uint32_t bytes) {
   end_phase_if_complete(at);
 }
 
-bool Mbarriers::others_were_waited_for() const {
+bool Mbarriers::remote_arrivals_were_waited_for() const {
   for (const auto& [address, barrier] : barriers_) {
-    if (!barrier.is_for_others) continue;
+    if (!barrier.has_remote_arrivals) continue;
     std::int64_t waited = 0;  // phases
     for (const auto& [thread, phase] : barrier.waited) waited = std::max(waited, phase + 1);
     if (waited < barrier.phase || barrier.pending < barrier.arrivals) return false;
@@ -165,7 +165,7 @@ void TileCopies::begin(std::byte* to, const TileSource& source, std::int64_t row
   barriers_.check_published(barrier);
   for (const Copy& copy : copies_) {
     const std::int64_t copy_bytes = copy.source.box_rows * copy.source.box_row_bytes();
-    if (to < copy.to + copy_bytes && copy.to < to + bytes) fail("TMA writes where another tile is still on its way");
+    if (to < copy.to + copy_bytes && copy.to < to + bytes) fail("TMA writes where another tile is still in flight");
   }
   copies_.push_back({to, source, row, col, barrier});
   for (std::int64_t at = 0; at < bytes; at += kVector) std::memset(place(copies_.back(), at), 0xFF, kVector);
@@ -193,22 +193,22 @@ void TileCopies::finish(std::size_t i) {
 
 // ---- vectors of other blocks ----
 
-void ArrivingVectors::begin(std::byte* to, const std::byte* value, std::uint64_t* barrier) {
+void AsyncStores::begin(std::byte* to, const std::byte* value, std::uint64_t* barrier) {
   if (!memory_.holds(to, kBytes)) fail("stores beyond the shared memory of a block");
   if (memory_.address_of(to) % kBytes != 0) fail("a misaligned store into a block");
-  Arriving arriving{to, {}, barrier};
-  std::memcpy(arriving.value.data(), value, kBytes);
-  vectors_.push_back(arriving);
+  Store store{to, {}, barrier};
+  std::memcpy(store.value.data(), value, kBytes);
+  stores_.push_back(store);
   std::memset(to, 0xFF, kBytes);
 }
 
-void ArrivingVectors::finish(std::size_t i) {
-  const Arriving vector = vectors_[i];
-  vectors_[i] = vectors_.back();
-  vectors_.pop_back();
-  std::memcpy(vector.to, vector.value.data(), kBytes);
-  memory_.forget_stores(vector.to, kBytes);
-  barriers_.complete_bytes(vector.barrier, kBytes);
+void AsyncStores::finish(std::size_t i) {
+  const Store store = stores_[i];
+  stores_[i] = stores_.back();
+  stores_.pop_back();
+  std::memcpy(store.to, store.value.data(), kBytes);
+  memory_.forget_stores(store.to, kBytes);
+  barriers_.complete_bytes(store.barrier, kBytes);
 }
 
 // ---- products ----
@@ -218,7 +218,7 @@ WgmmaProduct::WgmmaProduct(SharedMemory& memory, ToF32 to_f32, int cols, std::ui
 
 // PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16": each warp holds 16 rows, and lane 4g + t of it holds
 // elements of rows g and g + 8.
-void WgmmaProduct::take_a(int thread, const std::uint32_t (&a)[4]) {
+void WgmmaProduct::set_a(int thread, const std::uint32_t (&a)[4]) {
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   for (int i = 0; i < 8; ++i) {
     const int row = 16 * warp + g + i / 2 % 2 * 8, inner = 2 * t + i % 2 + i / 4 * 8;
@@ -259,10 +259,10 @@ void WgmmaProduct::compute() {
   }
   result_.assign(static_cast<std::size_t>(kRows) * static_cast<std::size_t>(cols_), 0.0f);
   for (int row = 0; row < kRows; ++row) {
-    float* const sums = &result_[static_cast<std::size_t>(row * cols_)];
+    float* const result_row = &result_[static_cast<std::size_t>(row * cols_)];
     for (int k = 0; k < kInner; ++k) {
       const float* const b_row = &b[static_cast<std::size_t>(k * cols_)];
-      for (int col = 0; col < cols_; ++col) sums[col] += a_[row][k] * b_row[col];
+      for (int col = 0; col < cols_; ++col) result_row[col] += a_[row][k] * b_row[col];
     }
   }
 }
@@ -277,12 +277,12 @@ void WgmmaProduct::add_to(int thread, float* d) const {
 
 WgmmaQueue::~WgmmaQueue() = default;
 
-void WgmmaQueue::add(std::shared_ptr<WgmmaProduct> product, int thread, const std::uint32_t* a, float* d, int sums) {
+void WgmmaQueue::add(std::shared_ptr<WgmmaProduct> product, int thread, const std::uint32_t* a, float* d, int count) {
   if (!is_fenced_) fail("wgmma without wgmma_fence() since its registers could be changed");
-  Sums& true_sums = sums_[d];
-  if (true_sums.under_way++ == 0) {
-    true_sums.values.assign(d, d + sums);
-    std::memset(d, 0xFF, static_cast<std::size_t>(sums) * sizeof(float));
+  Accumulators& accumulators = accumulators_[d];
+  if (accumulators.products++ == 0) {
+    accumulators.values.assign(d, d + count);
+    std::memset(d, 0xFF, static_cast<std::size_t>(count) * sizeof(float));
   }
   open_.push_back({std::move(product), thread, a, {a[0], a[1], a[2], a[3]}, d});
 }
@@ -300,15 +300,15 @@ void WgmmaQueue::wait(std::size_t groups_left) {
       if (std::memcmp(part.a, part.issued, sizeof(part.issued)) != 0) {
         fail("a register of wgmma's a was changed before the wait for it");
       }
-      Sums& true_sums = sums_.at(part.d);
-      for (std::size_t i = 0; i < true_sums.values.size(); ++i) {
+      Accumulators& accumulators = accumulators_.at(part.d);
+      for (std::size_t i = 0; i < accumulators.values.size(); ++i) {
         if (std::bit_cast<std::uint32_t>(part.d[i]) != kPoison)
-          fail("wgmma's sums were changed before the wait for it");
+          fail("wgmma's accumulators were changed before the wait for it");
       }
-      part.product->add_to(part.thread, true_sums.values.data());
-      if (--true_sums.under_way > 0) continue;
-      std::memcpy(part.d, true_sums.values.data(), true_sums.values.size() * sizeof(float));
-      sums_.erase(part.d);
+      part.product->add_to(part.thread, accumulators.values.data());
+      if (--accumulators.products > 0) continue;
+      std::memcpy(part.d, accumulators.values.data(), accumulators.values.size() * sizeof(float));
+      accumulators_.erase(part.d);
     }
     groups_.erase(groups_.begin());
   }

@@ -1,15 +1,15 @@
 // Emulates what runs beside the threads of a block on compute capability 9.0: barriers that count arrivals and bytes,
 // copies of tiles, and products of four warps. Fibers (rendezvous.cpp) call these classes and wait for them. The rules:
 //
-//   - The phase of a barrier is complete when all of its arrivals and all expected bytes have come. One arrival too
-//     many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or misses one:
-//     PTX allows some of these, but our kernels do none of them.
-//   - A copy of a tile fills its destination with NaN when it begins. The schedule decides when it takes place and in
-//     which order. It may arrive only at a barrier that was published to the copy engine, and not where another copy is
-//     still under way. A copy to several blocks of a cluster is one of its own in each (cluster.cpp), and a vector that
-//     a block stores into another one is treated in the same way.
-//   - A product reads shared memory at some time between its issue and the wait for it. Until that wait its sums are
-//     NaN, and the thread must change neither them nor the registers of a.
+//   - A phase of a barrier completes when all arrivals have been counted and all expected bytes have arrived. One
+//     arrival too many ends the process. So does a thread that arrives twice in a phase, waits twice for a phase, or
+//     misses one: PTX allows some of these, but our kernels do none of them.
+//   - A copy of a tile fills its destination with NaN when it is issued. The schedule decides when it takes place and
+//     in which order. Its barrier must have been published to the copy engine, and its destination must not overlap
+//     that of another copy in flight. A multicast copy is a separate copy in each block (cluster.cpp). A vector that a
+//     block stores into another one (st.async) is treated in the same way.
+//   - A product reads shared memory at some time between its issue and the wait for it. Until that wait its
+//     accumulators are NaN, and the thread must change neither them nor the registers of a.
 //   - The copy engine and products may read what a thread has written by store_shared() only after that thread has
 //     published it by fence_proxy_async(). (Writes through plain pointers are not tracked.)
 #pragma once
@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "device/tensor_map.h"
+#include "common/tensor_map.h"
 
 namespace qlora_native::cuda_emulated::emulator {
 
@@ -64,16 +64,16 @@ class Mbarriers {
   void check_published_before(std::int32_t interval, std::uint64_t* barrier);
   void complete_bytes(std::uint64_t* barrier, std::uint32_t bytes);
   // Tracks the barriers at which other blocks of the cluster arrive. Some thread must wait for each of their phases.
-  void note_use_by_others(std::uint64_t* barrier) { find(barrier).is_for_others = true; }
-  bool others_were_waited_for() const;
+  void note_remote_arrivals(std::uint64_t* barrier) { find(barrier).has_remote_arrivals = true; }
+  bool remote_arrivals_were_waited_for() const;
 
  private:
   struct Mbarrier {
     int arrivals, pending;
     std::int64_t bytes = 0;  // bytes expected less bytes arrived; below 0 if bytes arrive before they are expected
-    std::int64_t phase = 0;  // the phase under way
+    std::int64_t phase = 0;  // the current phase
     int initialized_by;
-    bool is_published = false, is_for_others = false;
+    bool is_published = false, has_remote_arrivals = false;
     std::int32_t published_in = 0;                // interval
     std::map<int, std::int64_t> waited, arrived;  // each thread's last phase
   };
@@ -85,9 +85,9 @@ class Mbarriers {
 class TileCopies {
  public:
   TileCopies(SharedMemory& memory, Mbarriers& barriers) : memory_(memory), barriers_(barriers) {}
-  // Begins to copy the tile whose first element is (row, col).
+  // Issues a copy of the tile whose first element is (row, col).
   void begin(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
-  std::size_t under_way() const { return copies_.size(); }
+  std::size_t in_flight() const { return copies_.size(); }
   void finish(std::size_t i);
 
  private:
@@ -104,24 +104,24 @@ class TileCopies {
   std::vector<Copy> copies_;
 };
 
-// Vectors that blocks of the cluster, and the block itself, store into its shared memory (cluster.cpp).
-class ArrivingVectors {
+// Vectors that blocks of the cluster, this one included, store into the block's shared memory (cluster.cpp).
+class AsyncStores {
  public:
   static constexpr std::size_t kBytes = 16;
-  ArrivingVectors(SharedMemory& memory, Mbarriers& barriers) : memory_(memory), barriers_(barriers) {}
+  AsyncStores(SharedMemory& memory, Mbarriers& barriers) : memory_(memory), barriers_(barriers) {}
   void begin(std::byte* to, const std::byte* value, std::uint64_t* barrier);
-  std::size_t under_way() const { return vectors_.size(); }
+  std::size_t in_flight() const { return stores_.size(); }
   void finish(std::size_t i);  // the last one takes the i-th place
 
  private:
-  struct Arriving {
+  struct Store {
     std::byte* to;
     std::array<std::byte, kBytes> value;
     std::uint64_t* barrier;
   };
   SharedMemory& memory_;
   Mbarriers& barriers_;
-  std::vector<Arriving> vectors_;
+  std::vector<Store> stores_;
 };
 
 // The product a[64, 16] . b[16, cols] that the threads of a warpgroup compute together.
@@ -129,7 +129,7 @@ class WgmmaProduct {
  public:
   using ToF32 = float (*)(std::uint16_t bits);
   WgmmaProduct(SharedMemory& memory, ToF32 to_f32, int cols, std::uint64_t b_descriptor);
-  void take_a(int thread, const std::uint32_t (&a)[4]);
+  void set_a(int thread, const std::uint32_t (&a)[4]);
   void compute();  // reads b and multiplies; does nothing the second time
   void add_to(int thread, float* d) const;
 
@@ -148,15 +148,15 @@ class WgmmaQueue {
  public:
   ~WgmmaQueue();
   void fence() { is_fenced_ = true; }
-  void add(std::shared_ptr<WgmmaProduct> product, int thread, const std::uint32_t* a, float* d, int sums);
+  void add(std::shared_ptr<WgmmaProduct> product, int thread, const std::uint32_t* a, float* d, int count);
   void commit();
   void wait(std::size_t groups_left);
   bool empty() const { return groups_.empty() && open_.empty(); }
 
  private:
-  struct Sums {
+  struct Accumulators {
     std::vector<float> values;
-    int under_way = 0;
+    int products = 0;  // in flight
   };
   struct Part {
     std::shared_ptr<WgmmaProduct> product;
@@ -167,8 +167,8 @@ class WgmmaQueue {
   };
   bool is_fenced_ = false;
   std::vector<Part> open_;
-  std::vector<std::vector<Part>> groups_;  // oldest first
-  std::map<float*, Sums> sums_;            // the true values of d, which holds NaN until the wait
+  std::vector<std::vector<Part>> groups_;        // oldest first
+  std::map<float*, Accumulators> accumulators_;  // the values of each d, which holds NaN until the wait
 };
 
 [[noreturn]] void fail(const std::string& what);  // fibers.h

@@ -32,7 +32,7 @@ class Stacks {
   ~Stacks() {
     for (std::byte* stack : free_) munmap(stack - guard(), guard() + kStackBytes);
   }
-  std::byte* take() {
+  std::byte* acquire() {
     if (free_.empty()) {
       void* memory = mmap(nullptr, guard() + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -43,7 +43,7 @@ class Stacks {
     free_.pop_back();
     return stack;
   }
-  void give_back(std::byte* stack) {
+  void release(std::byte* stack) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(stack, kStackBytes);  // a fiber ends without returning from its frames
 #endif
@@ -67,7 +67,7 @@ Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_clus
       order(static_cast<std::size_t>(grid().threads)),
       next(order.size()),
       unfinished(grid().threads) {
-  // The memory is exactly as large as was asked for, so that AddressSanitizer reports the first byte beyond it. Every
+  // The memory is exactly as large as requested, so that AddressSanitizer reports the first byte beyond it. Every
   // float in it is NaN.
   void* memory = nullptr;
   const std::size_t begin = smem_begin(*this);
@@ -79,7 +79,7 @@ Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_clus
 #endif
   this->memory = std::make_unique<SharedMemory>(smem, grid().smem_bytes, static_cast<std::uint32_t>(begin));
   tile_copies = std::make_unique<TileCopies>(*this->memory, mbarriers);
-  vectors = std::make_unique<ArrivingVectors>(*this->memory, mbarriers);
+  async_stores = std::make_unique<AsyncStores>(*this->memory, mbarriers);
   if (cluster != nullptr) cluster->blocks[static_cast<std::size_t>(rank())] = this;
   warpgroups.resize(static_cast<std::size_t>(grid().threads + kWarpgroup - 1) / kWarpgroup);
   max_registers.resize(warps.size());
@@ -89,13 +89,13 @@ Block::Block(GridRun& run, std::int64_t index, std::shared_ptr<Cluster> its_clus
     fiber.position = {thread, grid().threads, index, grid().blocks, smem};
     fiber.block = this;
     fiber.warp = &warps[static_cast<std::size_t>(thread / kWarp)];
-    fiber.stack = stacks.take();
+    fiber.stack = stacks.acquire();
     fiber.context = Context(fiber.stack, kStackBytes, main_of_fiber);
   }
 }
 
 Block::~Block() {
-  for (Fiber& fiber : fibers) stacks.give_back(fiber.stack);
+  for (Fiber& fiber : fibers) stacks.release(fiber.stack);
   std::byte* const memory = smem - smem_begin(*this);
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(memory, smem_begin(*this));
@@ -110,8 +110,8 @@ void Block::main_of_fiber() {
   if (!self.wgmma.empty()) fail("a thread has ended before the wait for its wgmma");
   self.state = Fiber::State::done;
   if (--self.block->unfinished == 0) {
-    if (self.block->tile_copies->under_way() > 0) fail("a block has ended before a tile that TMA loads was there");
-    if (self.block->vectors->under_way() > 0) fail("a block has ended before a vector of its cluster was there");
+    if (self.block->tile_copies->in_flight() > 0) fail("a block has ended before a tile that TMA loads was there");
+    if (self.block->async_stores->in_flight() > 0) fail("a block has ended before a vector of its cluster was there");
   }
   if (self.block->cluster != nullptr) end_thread_of_cluster(*self.block);
   self.context.switch_to(self.block->scheduler, /*last=*/true);
@@ -147,38 +147,39 @@ bool Block::let_all_warps_run() {
 
 void Block::finish_some_copies() {
   constexpr std::size_t kRounds = 4;  // on average
-  for (std::size_t i = tile_copies->under_way(); schedule.is_random() && i-- > 0;) {
+  for (std::size_t i = tile_copies->in_flight(); schedule.is_random() && i-- > 0;) {
     if (schedule.random_below(kRounds) == 0) tile_copies->finish(i);
   }
-  for (std::size_t i = vectors->under_way(); schedule.is_random() && i-- > 0;) {
-    if (schedule.random_below(kRounds) == 0) vectors->finish(i);
+  for (std::size_t i = async_stores->in_flight(); schedule.is_random() && i-- > 0;) {
+    if (schedule.random_below(kRounds) == 0) async_stores->finish(i);
   }
 }
 
 bool Block::finish_a_copy() {
-  const std::size_t count = tile_copies->under_way();
+  const std::size_t count = tile_copies->in_flight();
   if (count > 0) tile_copies->finish(schedule.is_random() ? schedule.random_below(count) : 0);
-  const bool any = count > 0 || vectors->under_way() > 0;
-  while (vectors->under_way() > 0) vectors->finish(vectors->under_way() - 1);  // they are many
+  const bool any = count > 0 || async_stores->in_flight() > 0;
+  while (async_stores->in_flight() > 0)
+    async_stores->finish(async_stores->in_flight() - 1);  // all, because they are many
   return any;
 }
 
 void Block::load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col,
                       std::uint64_t* barrier) {
   tile_copies->begin(to, source, row, col, barrier);
-  if (schedule.is_early()) tile_copies->finish(tile_copies->under_way() - 1);
+  if (schedule.is_early()) tile_copies->finish(tile_copies->in_flight() - 1);
 }
 
 void Block::store_vector(std::byte* to, const std::byte* value, std::uint64_t* barrier) {
-  vectors->begin(to, value, barrier);
-  if (schedule.is_early()) vectors->finish(vectors->under_way() - 1);
+  async_stores->begin(to, value, barrier);
+  if (schedule.is_early()) async_stores->finish(async_stores->in_flight() - 1);
 }
 
-bool Block::advance(std::int64_t turns) {
-  // `ran` says whether a fiber ran in this round. It begins true, because the rest of a round that an earlier call
-  // has begun cannot show that no fiber can run.
+bool Block::advance(std::int64_t steps) {
+  // `ran` says whether a fiber ran in this round. It begins true, because the rest of a round that an earlier call has
+  // begun cannot show that no fiber can run.
   bool any = false, ran = true;
-  while (turns > 0) {
+  while (steps > 0) {
     if (next == order.size()) {
       release_barrier();
       if (!ran && !let_all_warps_run() && !finish_a_copy()) break;
@@ -195,7 +196,7 @@ bool Block::advance(std::int64_t turns) {
     }
     if (fiber.state != Fiber::State::ready || fiber.warp->is_held_back) continue;
     ran = any = true;
-    --turns;
+    --steps;
     current = &fiber;
     position = &fiber.position;
     scheduler.switch_to(fiber.context);
@@ -204,7 +205,7 @@ bool Block::advance(std::int64_t turns) {
   return any;
 }
 
-std::string Block::text_of_waits() const {
+std::string Block::describe_waits() const {
   std::string all;
   for (const Fiber& fiber : fibers) {
     const char* what = fiber.state == Fiber::State::at_barrier      ? "at the barrier "
@@ -213,7 +214,7 @@ std::string Block::text_of_waits() const {
                        : fiber.state == Fiber::State::waiting       ? "for another block at "
                                                                     : nullptr;
     const std::string line = what == nullptr ? "has ended" : "waits " + (what + text(fiber.site));
-    // Neighbouring threads that wait for the same share one line.
+    // Adjacent threads that wait for the same share one line.
     if (all.size() >= line.size() && all.compare(all.size() - line.size(), line.size(), line) == 0) continue;
     all += "\n  thread " + std::to_string(fiber.position.thread) + " and on of block " + std::to_string(index) + " " +
            line;

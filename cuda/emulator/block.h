@@ -40,7 +40,7 @@ struct Warp {
   bool is_held_back = false;
 };
 
-// The threads that have come to a numbered barrier (bar.sync), or to a rendezvous of their warpgroup.
+// The threads that have arrived at a numbered barrier (bar.sync), or at a rendezvous of their warpgroup.
 struct Rendezvous {
   std::vector<struct Fiber*> fibers;
   std::vector<void*> lanes;
@@ -101,7 +101,7 @@ struct Block {
   std::unique_ptr<SharedMemory> memory;
   Mbarriers mbarriers;
   std::unique_ptr<TileCopies> tile_copies;
-  std::unique_ptr<ArrivingVectors> vectors;  // from blocks of the cluster
+  std::unique_ptr<AsyncStores> async_stores;  // from blocks of the cluster
   Rendezvous named_barriers[kNamedBarriers];
   std::vector<Rendezvous> warpgroups;
   std::vector<int> max_registers;  // for each warp; 0 if it has not called setmaxnreg
@@ -114,12 +114,12 @@ struct Block {
 
   int rank() const { return static_cast<int>(index % static_cast<std::int64_t>(cluster->blocks.size())); }
   bool done() const { return unfinished == 0; }
-  // Runs each fiber until it waits, round after round, until no fiber can run or `turns` have been taken. Returns
-  // whether any fiber ran.
-  bool advance(std::int64_t turns);
+  // Resumes each fiber until it waits, round after round, until no fiber can run or `steps` fibers have been resumed.
+  // Returns whether any was.
+  bool advance(std::int64_t steps);
   const Grid& grid() const { return run.grid; }
-  std::string text_of_waits() const;  // what its fibers wait for, as text
-  // Begins a copy, which the schedule may also finish.
+  std::string describe_waits() const;  // what its fibers wait for
+  // Issues a copy, which the schedule may also finish.
   void load_tile(std::byte* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier);
   void store_vector(std::byte* to, const std::byte* value, std::uint64_t* barrier);
 

@@ -178,7 +178,7 @@ inline void add_tensors(CallMemory& memory, DequantizeArgs& args) {
   memory.add(args.out, args.dtype, args.elements());
   memory.add(args.rows, args.row_count);
 }
-// Adds only the moments that the algorithm has, since a caller may leave anything in the other pointers.
+// Adds only the moments that the algorithm has, because the other pointers may hold anything.
 inline void add_tensors(CallMemory& memory, Optimizer8bitTensor& tensor, Algorithm algorithm) {
   const std::int64_t n = tensor.elements;
   memory.add(tensor.param, tensor.param_dtype, n);

@@ -2,10 +2,10 @@
 // shared memory of each other, and the mbarriers there at which they arrive. The barriers of a cluster divide time into
 // intervals. The rules:
 //
-//   - All threads of all blocks come to each barrier. (PTX lets a thread end instead, which our kernels never do.)
-//   - What comes from another block is NaN until the schedule lets it come, and a block must not end before it has.
+//   - All threads of all blocks arrive at each barrier. (PTX lets a thread end instead, which our kernels never do.)
+//   - What another block stores here is NaN until the schedule lets it arrive, and a block must not end before that.
 //   - A block may use an mbarrier of another block that was published in an earlier interval. The other block must wait
-//     for each phase in which its mbarriers are used so, because it must not end before what arrives there.
+//     for each phase in which its mbarriers are used so, because it must not end before the arrivals there.
 #include "emulator/block.h"
 
 namespace qlora_native::cuda_emulated::emulator {
@@ -29,22 +29,22 @@ Block& block_of_rank(int rank, const char* use) {
   return *block;
 }
 
-// Where another block has what the running thread's block has at `own`, in shared memory.
+// The address in another block's shared memory that has the offset of `local` in the running thread's block.
 template <class V>
-V* address_in(const Block& block, V* own) {
+V* address_in(const Block& block, V* local) {
   const auto* const smem = reinterpret_cast<const std::byte*>(current->block->smem);
-  return reinterpret_cast<V*>(block.smem + (reinterpret_cast<const std::byte*>(own) - smem));
+  return reinterpret_cast<V*>(block.smem + (reinterpret_cast<const std::byte*>(local) - smem));
 }
 
-// The barrier of another block at which the running thread, or a copy that it asks for, may arrive.
-std::uint64_t* barrier_of(Block& block, std::uint64_t* own) {
-  std::uint64_t* const barrier = address_in(block, own);
+// The barrier of another block at which the running thread, or a copy that it issues, may arrive.
+std::uint64_t* barrier_of(Block& block, std::uint64_t* local) {
+  std::uint64_t* const barrier = address_in(block, local);
   block.mbarriers.check_published_before(block.cluster->interval, barrier);
-  block.mbarriers.note_use_by_others(barrier);
+  block.mbarriers.note_remote_arrivals(barrier);
   return barrier;
 }
 
-[[noreturn]] void fail_of_missing_thread() {
+[[noreturn]] void report_missing_thread() {
   fail("a thread has ended, and others of its cluster wait for it at a barrier of the cluster");
 }
 
@@ -53,7 +53,7 @@ std::uint64_t* barrier_of(Block& block, std::uint64_t* own) {
 void cluster_barrier(Site site) {
   Fiber& self = *current;
   Cluster& cluster = cluster_of_current();
-  if (cluster.ended_threads > 0) fail_of_missing_thread();
+  if (cluster.ended_threads > 0) report_missing_thread();
   cluster.at_barrier.push_back(&self);
   if (cluster.at_barrier.size() < cluster.blocks.size() * self.block->fibers.size()) {
     return suspend(self, Fiber::State::at_rendezvous, site);
@@ -66,9 +66,9 @@ void cluster_barrier(Site site) {
   ++cluster.interval;
 }
 
-void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank) {
+void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank) {
   Block& block = block_of_rank(rank, "stores into");
-  block.store_vector(address_in(block, static_cast<std::byte*>(own)), value,
+  block.store_vector(address_in(block, static_cast<std::byte*>(local)), value,
                      &block == current->block ? barrier : barrier_of(block, barrier));
 }
 
@@ -85,22 +85,22 @@ void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, s
 }
 
 void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank) {
-  constexpr int kMostThreads = 1024;
+  constexpr int kMaxThreads = 1024;
   if (current->block->cluster == nullptr && rank == 0) return mbarrier_arrive(barrier, 0);  // a cluster of one
   Block& block = block_of_rank(rank, "arrives at an mbarrier of");
   const Block& self = *current->block;
   if (&block == &self) return mbarrier_arrive(barrier, 0);
-  // Threads of all blocks have numbers of their own at the barrier.
-  block.mbarriers.arrive(barrier_of(block, barrier), 0, (self.rank() + 1) * kMostThreads + current->position.thread);
+  // Each thread of the cluster has a distinct number at the barrier.
+  block.mbarriers.arrive(barrier_of(block, barrier), 0, (self.rank() + 1) * kMaxThreads + current->position.thread);
 }
 
 void end_thread_of_cluster(Block& block) {
   Cluster& cluster = *block.cluster;
-  if (!cluster.at_barrier.empty()) fail_of_missing_thread();
+  if (!cluster.at_barrier.empty()) report_missing_thread();
   ++cluster.ended_threads;
   if (block.unfinished > 0) return;
-  if (!block.mbarriers.others_were_waited_for()) {
-    fail("a block has ended, and has not waited for all that other blocks of its cluster let arrive at an mbarrier");
+  if (!block.mbarriers.remote_arrivals_were_waited_for()) {
+    fail("a block has ended, and has not waited for all arrivals of other blocks of its cluster at its mbarriers");
   }
   cluster.blocks[static_cast<std::size_t>(block.rank())] = nullptr;
 }

@@ -17,7 +17,7 @@ std::size_t pages_of(std::size_t bytes) { return (bytes + kPage - 1) / kPage; }
 }  // namespace
 
 EmulatedDriver::~EmulatedDriver() {
-  if (live_ != 0) emulator::fail("a stream, an event or memory of a driver was not given back");
+  if (live_ != 0) emulator::fail("a stream, an event or memory of a driver was not released");
 }
 
 bool EmulatedDriver::is_concurrent() { return options_->concurrent; }
@@ -29,7 +29,7 @@ std::size_t EmulatedDriver::free_bytes() { return options_->free_bytes; }
 void* EmulatedDriver::allocate(Memory kind, std::size_t bytes) {
   const std::string name = kind == Memory::managed ? "managed" : kind == Memory::pinned ? "pinned" : "ring";
   std::byte* const memory =
-      kind == Memory::device ? emulator::allocate_on_device(bytes, name) : emulator::allocate_for_both(bytes, name);
+      kind == Memory::device ? emulator::allocate_on_device(bytes, name) : emulator::allocate_managed(bytes, name);
   if (kind == Memory::device) {
     const emulator::DeviceWork work;
     std::memset(memory, 0xFF, bytes);  // NaN, like a new Workspace
@@ -46,7 +46,7 @@ void EmulatedDriver::release(Memory kind, void* memory) noexcept {
   managed_.erase(static_cast<std::byte*>(memory));
   names_.erase(memory);
   --live_;
-  kind == Memory::device ? emulator::release_on_device(memory) : emulator::release_for_both(memory);
+  kind == Memory::device ? emulator::release_on_device(memory) : emulator::release_managed(memory);
 }
 
 void EmulatedDriver::advise(void* memory, std::size_t) { options_->trace("advise " + name_of(memory)); }
@@ -76,10 +76,10 @@ void* EmulatedDriver::create_stream() {
 }
 
 void EmulatedDriver::destroy_stream(void* stream) noexcept {
-  auto* const own = static_cast<EmulatedStream*>(stream);
-  run(*own, own->work.size());
+  auto* const emulated = static_cast<EmulatedStream*>(stream);
+  run(*emulated, emulated->work.size());
   --live_;
-  delete own;
+  delete emulated;
 }
 
 std::string EmulatedDriver::name_of_stream(void* stream) {
@@ -99,9 +99,9 @@ void EmulatedDriver::enqueue(void* stream, std::function<void()> work) {
     work();
     return;
   }
-  auto& own = *static_cast<EmulatedStream*>(stream);
-  own.work.push_back(std::move(work));
-  if (options_->eager) run(own, own.work.size());
+  auto& emulated = *static_cast<EmulatedStream*>(stream);
+  emulated.work.push_back(std::move(work));
+  if (options_->eager) run(emulated, emulated.work.size());
 }
 
 void EmulatedDriver::prefetch(void* memory, std::size_t bytes, Place place, void* stream) {
@@ -140,28 +140,29 @@ void EmulatedDriver::destroy_event(void* event) noexcept {
 }
 
 void EmulatedDriver::record(void* event, void* stream) {
-  auto* const own = static_cast<Event*>(event);
-  options_->trace(name_of_stream(stream) + ": record " + own->name);
-  own->stream = static_cast<EmulatedStream*>(stream);
-  enqueue(stream, [this, own] { own->time = ++time_; });
-  own->work = own->stream != nullptr ? own->stream->work.size() : 0;
+  auto* const emulated = static_cast<Event*>(event);
+  options_->trace(name_of_stream(stream) + ": record " + emulated->name);
+  emulated->stream = static_cast<EmulatedStream*>(stream);
+  enqueue(stream, [this, emulated] { emulated->time = ++time_; });
+  emulated->work = emulated->stream != nullptr ? emulated->stream->work.size() : 0;
 }
 
 void EmulatedDriver::wait(void* stream, void* event) {
-  const auto& own = *static_cast<Event*>(event);
-  options_->trace(name_of_stream(stream) + ": wait for " + own.name);
-  if (own.stream != nullptr) enqueue(stream, [target = own.stream, work = own.work] { run(*target, work); });
+  const auto& emulated = *static_cast<Event*>(event);
+  options_->trace(name_of_stream(stream) + ": wait for " + emulated.name);
+  if (emulated.stream != nullptr)
+    enqueue(stream, [target = emulated.stream, work = emulated.work] { run(*target, work); });
 }
 
 void EmulatedDriver::synchronize(void* event) noexcept {
-  const auto& own = *static_cast<Event*>(event);
-  options_->trace("synchronize " + own.name);
-  if (own.stream != nullptr) run(*own.stream, own.work);
+  const auto& emulated = *static_cast<Event*>(event);
+  options_->trace("synchronize " + emulated.name);
+  if (emulated.stream != nullptr) run(*emulated.stream, emulated.work);
 }
 
 bool EmulatedDriver::is_done(void* event) {
-  const auto& own = *static_cast<Event*>(event);
-  return own.stream == nullptr || own.stream->done >= own.work;
+  const auto& emulated = *static_cast<Event*>(event);
+  return emulated.stream == nullptr || emulated.stream->done >= emulated.work;
 }
 
 bool EmulatedDriver::is_earlier(void* first, void* second) {

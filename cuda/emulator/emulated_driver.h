@@ -1,6 +1,6 @@
-// The driver of the emulated device (driver.h). Kernels run when they are launched. Work in a stream of the driver's
-// own runs as late as possible, namely when something waits for it: so an update that does not wait for its fetch
-// computes with the old contents of the memory. Every call is reported to `trace`.
+// The driver of the emulated device (driver.h). Kernels run when they are launched. Work in a stream that the driver
+// has created runs as late as possible, namely when something waits for it: so an update that does not wait for its
+// prefetch computes with the old contents of the memory. Every call is reported to `trace`.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ class EmulatedDriver final : public Driver {
   struct Event {
     std::string name;
     EmulatedStream* stream = nullptr;  // where it was recorded; null is the caller's, in which nothing is pending
-    std::size_t work = 0;              // how many pieces of the stream's work come before the event
+    std::size_t work = 0;              // how many pieces of the stream's work precede the event
     std::int64_t time = 0;             // when the stream reached the event
     bool timed = false;
   };
@@ -71,7 +71,7 @@ class EmulatedDriver final : public Driver {
   std::map<const void*, std::string> names_;
   std::int64_t time_ = 0;
   int streams_ = 0, events_ = 0;
-  int live_ = 0;  // streams, events and memory that were not given back
+  int live_ = 0;  // streams, events and memory that were not released
 };
 
 }  // namespace qlora_native::cuda_emulated

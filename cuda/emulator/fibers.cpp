@@ -49,17 +49,17 @@ constinit thread_local Schedule schedule;
 
 namespace {
 
-constexpr int kMaxThreads = 1024, kMostClusterBlocks = 8;
+constexpr int kMaxThreads = 1024, kMaxClusterBlocks = 8;
 constexpr std::size_t kHopperSmemBytes = 227 * 1024;
-// So many blocks at most run at the same time under the schedule "concurrent"; a device may have room for more.
-constexpr std::size_t kMostResidentBlocks = 6;
-constexpr std::size_t kMostEarly = 2;       // blocks, or clusters, of a grid that begin before the grid before it
-constexpr int kMostTurnsLog2 = 9;           // fibers of a block get at most 2^9 turns until another block may run
-constexpr std::size_t kMostPublished = 32;  // fewer pieces of memory than this are published between two blocks' turns
+// The blocks that run at the same time under the schedule "concurrent"; a device may have room for more.
+constexpr std::size_t kMaxResidentBlocks = 6;
+constexpr std::size_t kMaxEarly = 2;       // blocks, or clusters, of a grid that begin before the grid before it
+constexpr int kMaxStepsLog2 = 9;           // a block takes at most 2^9 steps until another may run
+constexpr std::size_t kMaxPublished = 32;  // fewer pieces of memory than this are published before another block runs
 
-[[noreturn]] void fail_of_deadlock(const std::list<Block>& blocks) {
+[[noreturn]] void report_deadlock(const std::list<Block>& blocks) {
   std::string waits;
-  for (const Block& block : blocks) waits += block.text_of_waits();
+  for (const Block& block : blocks) waits += block.describe_waits();
   fail("deadlock:" + waits);
 }
 
@@ -91,7 +91,7 @@ std::vector<Start> order_of_starts(std::vector<GridRun>& runs) {
       }
     }
     if (run.before != nullptr && schedule.is_early()) {
-      const auto early = std::min<std::ptrdiff_t>(kMostEarly, starts.end() - of_run);
+      const auto early = std::min<std::ptrdiff_t>(kMaxEarly, starts.end() - of_run);
       std::rotate(starts.begin(), of_run, of_run + early);
     }
   }
@@ -128,33 +128,33 @@ void run_in_order(const std::vector<Start>& starts) {
     if (progress) continue;
     if (next == starts.end()) {
       if (started.empty()) break;
-      fail_of_deadlock(started);
+      report_deadlock(started);
     }
     begin(*next++, started);
   }
 }
 
-// Runs several blocks at once, each for a random number of turns.
+// Runs several blocks at once, each for a random number of steps.
 class ConcurrentRun {
  public:
   explicit ConcurrentRun(const std::vector<Start>& starts)
       : next_(starts.begin()),
         end_(starts.end()),
-        most_resident_(schedule.random_below(2) == 0 ? kMostResidentBlocks
-                                                     : 1 + schedule.random_below(kMostResidentBlocks)) {}
+        max_resident_(schedule.random_below(2) == 0 ? kMaxResidentBlocks
+                                                    : 1 + schedule.random_below(kMaxResidentBlocks)) {}
 
   void run() {
     while (next_ != end_ || !resident_.empty()) {
-      while (next_ != end_ && has_room()) begin(*next_++, resident_);
+      while (next_ != end_ && can_begin()) begin(*next_++, resident_);
       Block& picked =
           *std::next(resident_.begin(), static_cast<std::ptrdiff_t>(schedule.random_below(resident_.size())));
-      bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMostTurnsLog2 + 1));
+      bool progress = picked.advance(std::int64_t{1} << schedule.random_below(kMaxStepsLog2 + 1));
       publish_some(picked);
       for (auto block = resident_.begin(); block != resident_.end();) {
         if (!progress) progress = block->advance(1);
         block = block->done() ? end(block) : std::next(block);
       }
-      if (!progress && !publish_one()) fail_of_deadlock(resident_);
+      if (!progress && !publish_one()) report_deadlock(resident_);
     }
     ended_stores_.publish_all();
   }
@@ -162,15 +162,15 @@ class ConcurrentRun {
  private:
   using Blocks = std::list<Block>;
 
-  // Whether the next ones may begin. There is room for one cluster in any case, and blocks that may wait for another
-  // grid take no room away from its blocks.
-  bool has_room() const {
+  // Whether the next blocks may begin. One cluster always may, and blocks that may wait for another grid do not keep
+  // its blocks from beginning.
+  bool can_begin() const {
     const auto may_wait = [](const GridRun& run) { return run.before != nullptr && run.before->has_ended == 0; };
     const auto waiting = static_cast<std::size_t>(
         std::count_if(resident_.begin(), resident_.end(), [&](const Block& block) { return may_wait(block.run); }));
     const std::size_t others = resident_.size() - waiting, more = static_cast<std::size_t>(next_->run->grid.cluster);
-    if (!may_wait(*next_->run)) return others == 0 || others + more <= most_resident_;
-    return waiting < kMostEarly * more || resident_.size() + more <= most_resident_;
+    if (!may_wait(*next_->run)) return others == 0 || others + more <= max_resident_;
+    return waiting < kMaxEarly * more || resident_.size() + more <= max_resident_;
   }
   Blocks::iterator end(Blocks::iterator block) {
     for (Fiber& fiber : block->fibers) fiber.stores.move_to(ended_stores_);
@@ -184,7 +184,7 @@ class ConcurrentRun {
     StoreBuffer* const buffers[] = {&ended_stores_, &block.stores,
                                     &block.fibers[schedule.random_below(block.fibers.size())].stores};
     StoreBuffer& buffer = *buffers[schedule.random_below(std::size(buffers))];
-    for (std::size_t left = schedule.random_below(kMostPublished); left > 0 && !buffer.empty(); --left) {
+    for (std::size_t left = schedule.random_below(kMaxPublished); left > 0 && !buffer.empty(); --left) {
       buffer.publish(schedule.random_below(buffer.size()));
     }
   }
@@ -206,7 +206,7 @@ class ConcurrentRun {
   }
 
   std::vector<Start>::const_iterator next_, end_;
-  const std::size_t most_resident_;
+  const std::size_t max_resident_;
   Blocks resident_;
   StoreBuffer ended_stores_;  // stores of blocks that have ended
 };
@@ -231,7 +231,7 @@ void run(const Grid* before, const Grid& grid) {
 }
 
 // The host thread's grid that is launched and has not begun.
-thread_local std::optional<Grid> kept;
+thread_local std::optional<Grid> pending;
 
 }  // namespace
 
@@ -281,10 +281,10 @@ std::size_t Schedule::random_below(std::size_t count) { return next() % count; }
 
 namespace {
 
-// A number that an environment variable may give in place of the emulated device's own.
-unsigned long long number_of_device(const char* variable, const char* unit, unsigned long long own) {
+// An attribute of the emulated device, which an environment variable may set.
+unsigned long long device_attribute(const char* variable, const char* unit, unsigned long long otherwise) {
   const char* value = std::getenv(variable);
-  if (value == nullptr || *value == '\0') return own;
+  if (value == nullptr || *value == '\0') return otherwise;
   char* end = nullptr;
   const unsigned long long number = std::strtoull(value, &end, 10);
   if (*end != '\0' || number == 0) fail(std::string(variable) + ": expected " + unit + ", got " + value);
@@ -293,11 +293,11 @@ unsigned long long number_of_device(const char* variable, const char* unit, unsi
 
 }  // namespace
 
-std::size_t max_smem_bytes() { return number_of_device("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
+std::size_t max_smem_bytes() { return device_attribute("QLN_EMULATED_SMEM", "bytes", kHopperSmemBytes); }
 
-int multiprocessors() {
-  constexpr int kFew = 3;
-  return static_cast<int>(number_of_device("QLN_EMULATED_MULTIPROCESSORS", "a number of multiprocessors", kFew));
+int num_sms() {
+  constexpr int kDefault = 3;
+  return static_cast<int>(device_attribute("QLN_EMULATED_MULTIPROCESSORS", "a number of SMs", kDefault));
 }
 
 namespace {
@@ -318,32 +318,32 @@ void launch(Grid grid) {
   }
   if (grid.smem_bytes > max_smem_bytes()) fail(std::to_string(grid.smem_bytes) + " bytes of shared memory");
   if (grid.blocks < 0 || grid.blocks > 0x7FFFFFFF) fail(std::to_string(grid.blocks) + " blocks");
-  if (grid.cluster < 1 || grid.cluster > kMostClusterBlocks || grid.blocks % grid.cluster != 0) {
+  if (grid.cluster < 1 || grid.cluster > kMaxClusterBlocks || grid.blocks % grid.cluster != 0) {
     fail(std::to_string(grid.blocks) + " blocks in clusters of " + std::to_string(grid.cluster));
   }
   if (current != nullptr) fail("a kernel launches another");
-  if (!grid.begins_early) run_kept_grid();
-  if (grid.next_begins_early) {
-    // Of a kernel between two others, only two run at the same time: now these, now those.
-    const std::optional<Grid> before = std::exchange(kept, std::nullopt);
+  if (!grid.programmatic_launch) run_pending_grid();
+  if (grid.next_programmatic_launch) {
+    // A kernel between two others overlaps with only one of them: now with the one before it, now with the one after.
+    const std::optional<Grid> before = std::exchange(pending, std::nullopt);
     if (before && is_picked_half_of_the_time()) return run(&*before, grid);
     if (before) run(nullptr, *before);
-    kept = std::move(grid);
+    pending = std::move(grid);
     return;
   }
-  const std::optional<Grid> before = std::exchange(kept, std::nullopt);
+  const std::optional<Grid> before = std::exchange(pending, std::nullopt);
   run(before ? &*before : nullptr, grid);
 }
 
-void run_kept_grid() {
-  const std::optional<Grid> grid = std::exchange(kept, std::nullopt);
+void run_pending_grid() {
+  const std::optional<Grid> grid = std::exchange(pending, std::nullopt);
   if (grid) run(nullptr, *grid);
 }
 
-void check_no_grid_is_kept() {
-  if (!kept) return;
+void check_no_pending_grid() {
+  if (!pending) return;
   if (std::uncaught_exceptions() == 0) fail("memory is released before the kernel that begins early is launched");
-  run_kept_grid();  // the call ends here
+  run_pending_grid();  // the call ends here
 }
 
 void poison(void* memory, std::size_t bytes) {

@@ -1,13 +1,15 @@
-// The engine of the emulator. The threads of a block are fibers, which one host thread runs in turn, each until it
-// waits for others or ends. emulator/instructions.h builds the functions that a kernel calls on this engine.
+// The emulator runs kernels on a machine without a GPU. It knows no kernel and no operation: it has what a device has,
+// and device/ builds the instructions that a kernel calls on it.
+//
+// The threads of a block are fibers, which one host thread runs, each until it waits for others or ends.
 //
 // Under the schedules forward, reverse and random a fiber runs until it waits, and a block starts when all blocks
 // before it have ended or wait for others. Under random some warps are held back while others run. These schedules find
 // mistakes inside a block. The schedule concurrent finds mistakes between blocks. Its model:
 //
 //   - Blocks begin in a random order. Half of the kernels have six resident at once, the others a random number up to
-//     six, as on a device where another kernel runs. One of them runs for a random number of turns, then another. If
-//     all that are resident wait for a block that has not begun, that is a deadlock.
+//     six, as on a device where another kernel runs. One of them runs for a random number of steps (a step resumes one
+//     fiber), then another. If all that are resident wait for a block that has not begun, that is a deadlock.
 //   - A fiber may be interrupted before each access to global memory by load_vector, store_vector or cp_async. It
 //     always is before signal, wait_for and an atomic. It continues after other threads, of any block, have run.
 //   - At first only the thread itself sees what its store_vector writes to global memory. Its block sees it from the
@@ -16,7 +18,7 @@
 //     any order.
 //   - The blocks of a cluster begin together (cluster.cpp has the rules of clusters).
 //   - Of a kernel that begins early, up to two blocks, or clusters, begin before the kernel before it.
-//   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call left raised.
+//   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call has raised.
 //
 // The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
 // pass data to each other through load_vector and store_vector, and a thread must not read through a plain pointer what
@@ -35,7 +37,7 @@
 
 namespace qlora_native::cuda_emulated {
 
-// The place in a kernel that called a wait. The waits take it as a default argument, which is evaluated at the call.
+// The source location of a wait in a kernel. The waits take it as a default argument, which is evaluated at the call.
 struct Site {
   const char* file = "";
   int line = 0;
@@ -67,22 +69,22 @@ class Schedule {
   std::uint32_t next();
 };
 
-// A launch: LaunchShape, and the kernel with its arguments, which every thread calls.
+// The shape of a launch, and the kernel with its arguments, which every thread calls.
 struct Grid {
   std::int64_t blocks;
   int threads;
   std::size_t smem_bytes;
   int cluster;  // blocks of a cluster; 1: without clusters
-  bool begins_early, next_begins_early;
+  bool programmatic_launch, next_programmatic_launch;
   std::function<void()> thread;
 };
 
 // The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
 // with less.
 std::size_t max_smem_bytes();
-// How many multiprocessors the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
+// How many SMs the device has: QLN_EMULATED_MULTIPROCESSORS, or 3, which are so few that several blocks of
 // a persistent grid wait for each other.
-int multiprocessors();
+int num_sms();
 // The shared memory of each block that the device keeps for itself.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
@@ -91,17 +93,18 @@ constexpr std::size_t kReservedSmemBytes = 1024;
 // Several host threads may launch grids at once. A mistake of the kernel that no device would forgive (a deadlock,
 // lanes that meet at different calls) ends the process, with file and line.
 void launch(Grid grid);
-// Runs the host thread's grid that has not begun, if there is one. Whatever else a stream does must wait for it.
-void run_kept_grid();
+// Runs the host thread's grid that is launched and has not begun, if there is one. Whatever else a stream does must
+// wait for it.
+void run_pending_grid();
 // The process ends if memory is released before the grid that may still use it has begun.
-void check_no_grid_is_kept();
+void check_no_pending_grid();
 
 // Fills fresh memory with values that a kernel must not rely on.
 void poison(void* memory, std::size_t bytes);
 
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
-// The position of the running fiber, for the wrappers of emulator/instructions.h.
+// The position of the running fiber.
 struct Position {
   int thread;
   int threads;
@@ -112,7 +115,7 @@ struct Position {
 extern thread_local const Position* position;
 
 void barrier(Site site);  // waits for all threads of the block
-// The lanes of a warp meet: the last one to come runs `exchange` on what every lane has brought; then all of them
+// The lanes of a warp meet: the last one to arrive runs `exchange` on the operands of all lanes; then all of them
 // continue.
 void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site);
 // Waits until another block has set *flag to value.
@@ -121,7 +124,7 @@ void wait_for(const std::uint32_t* flag, std::uint32_t value, Site site);
 void signal(std::uint32_t* flag, std::uint32_t value);
 // The block publishes its stores and adds one to the counter. Returns whether this made it `count`.
 bool is_last_to_arrive(std::uint32_t* counter, int count, Site site);
-void wait_for_kernel_before(Site site);
+void griddepcontrol_wait(Site site);
 
 // Whether the schedule is "concurrent". Under the others an access to memory is a plain copy.
 extern constinit thread_local bool concurrent;
@@ -154,9 +157,9 @@ void set_max_registers(int count);
 
 // The blocks of a cluster (cluster.cpp).
 void cluster_barrier(Site site);  // waits for all threads of all blocks of the cluster
-// Stores 16 bytes, loads a tile and arrives at a barrier, each in the same place of the shared memory of other blocks
-// of the cluster: that of `rank`, or those whose bits are set in `ranks`.
-void store_to_block(void* own, const std::byte* value, std::uint64_t* barrier, int rank);
+// These store 16 bytes, load a tile and arrive at a barrier, each at the same offset in the shared memory of other
+// blocks of the cluster: that of `rank`, or those whose bits are set in `ranks`.
+void store_async(void* local, const std::byte* value, std::uint64_t* barrier, int rank);
 void load_tile_to_blocks(void* to, const TileSource& source, std::int64_t row, std::int64_t col, std::uint64_t* barrier,
                          std::uint32_t ranks);
 void mbarrier_arrive_at_block(std::uint64_t* barrier, int rank);

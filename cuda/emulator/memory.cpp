@@ -38,13 +38,13 @@ struct Registry {
     return address <= range.end ? &range : nullptr;  // the end counts too: an empty tensor may lie there
   }
 };
-// The registry is never destroyed: a host program's statics may give memory back after our statics were destroyed.
+// The registry is never destroyed: an application's statics may give memory back after our statics were destroyed.
 Registry& registry() {
   static auto& all = *new Registry;
   return all;
 }
 
-std::uintptr_t number_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
+std::uintptr_t integer_of(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 std::size_t page_bytes() {
   static const auto bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
@@ -63,7 +63,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   // try_lock, because a mistake in this file could make the thread fault while it holds the lock itself.
   Registry& all = registry();
   if (all.mutex.try_lock()) {
-    const Range* const range = all.find(number_of(info->si_addr));
+    const Range* const range = all.find(integer_of(info->si_addr));
     if (range != nullptr && range->mapped_bytes > 0) {
       fail("the host reads or writes memory of the device while no kernel runs: " + range->name);
     }
@@ -99,8 +99,8 @@ void add_range(std::uintptr_t begin, Range range) {
 Range remove_range(const void* memory) {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
-  const auto found = all.ranges.find(number_of(memory));
-  if (found == all.ranges.end()) fail("memory is given back that the device does not have");
+  const auto found = all.ranges.find(integer_of(memory));
+  if (found == all.ranges.end()) fail("memory is released that the device does not have");
   Range range = std::move(found->second);
   all.ranges.erase(found);
   return range;
@@ -139,7 +139,7 @@ std::byte* allocate_on_device(std::size_t bytes, const std::string& name) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(static_cast<std::byte*>(memory) + bytes, pages - bytes);
 #endif
-  add_range(number_of(memory), {number_of(memory) + bytes, pages, name});
+  add_range(integer_of(memory), {integer_of(memory) + bytes, pages, name});
   return static_cast<std::byte*>(memory);
 }
 
@@ -151,28 +151,28 @@ void release_on_device(void* memory) {
   munmap(memory, range.mapped_bytes);
 }
 
-std::byte* allocate_for_both(std::size_t bytes, const std::string& name) {
+std::byte* allocate_managed(std::size_t bytes, const std::string& name) {
   void* memory = nullptr;
   if (posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
-  declare_for_both(memory, bytes, name);
+  register_managed(memory, bytes, name);
   return static_cast<std::byte*>(memory);
 }
 
-void release_for_both(void* memory) {
+void release_managed(void* memory) {
   remove_range(memory);
   std::free(memory);
 }
 
-void declare_for_both(const void* memory, std::size_t bytes, const std::string& name) {
-  add_range(number_of(memory), {number_of(memory) + bytes, 0, name});
+void register_managed(const void* memory, std::size_t bytes, const std::string& name) {
+  add_range(integer_of(memory), {integer_of(memory) + bytes, 0, name});
 }
 
-void withdraw(const void* memory) { remove_range(memory); }
+void unregister_managed(const void* memory) { remove_range(memory); }
 
 bool is_reachable(const void* address) {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
-  return all.find(number_of(address)) != nullptr;
+  return all.find(integer_of(address)) != nullptr;
 }
 
 DeviceWork::DeviceWork() {

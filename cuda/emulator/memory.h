@@ -4,9 +4,10 @@
 //                  copied there and back (call_memory.h). Its pages can be accessed only while a DeviceWork lives: that
 //                  is while a kernel runs, or the device does other work. If host code touches them at another time,
 //                  the process ends with a message; on a real device the host would read other bytes, or fault.
-//   of both        Managed and pinned memory, and memory that the host program gives to a Workspace.
+//   managed        Managed and pinned memory, and memory that the application gives to a Workspace. Host code and
+//                  kernels may access it at any time.
 //
-// A launch looks at every word of its arguments. If a word is an address of mapped memory that is not in the registry,
+// A launch checks every word of its arguments. If a word is an address of mapped memory that is not in the registry,
 // the process ends, because a kernel on a device could not read it.
 #pragma once
 
@@ -20,13 +21,13 @@ namespace qlora_native::cuda_emulated::emulator {
 // Memory of the device. `name` is for messages.
 std::byte* allocate_on_device(std::size_t bytes, const std::string& name);
 void release_on_device(void* memory);
-// Memory that host and device share, at a multiple of 256 bytes, as cudaMalloc's is.
-std::byte* allocate_for_both(std::size_t bytes, const std::string& name);
-void release_for_both(void* memory);
+// Managed memory, at a multiple of 256 bytes, as cudaMallocManaged's is.
+std::byte* allocate_managed(std::size_t bytes, const std::string& name);
+void release_managed(void* memory);
 
-// Declares that kernels may be given this memory, which the host program owns, until it is withdrawn.
-void declare_for_both(const void* memory, std::size_t bytes, const std::string& name);
-void withdraw(const void* memory);
+// Registers memory that the application owns as managed memory, until it is unregistered.
+void register_managed(const void* memory, std::size_t bytes, const std::string& name);
+void unregister_managed(const void* memory);
 
 // Whether the address lies in memory that a kernel can reach.
 bool is_reachable(const void* address);
@@ -56,15 +57,15 @@ void check_argument(const char* call, int number, const T& argument) {
   }
 }
 
-// A standard allocator of memory for host and device, for a test's std::vector that kernels read and write.
+// A standard allocator of managed memory, for a test's std::vector that kernels read and write.
 template <class T>
 struct ManagedAllocator {
   using value_type = T;
   ManagedAllocator() = default;
   template <class U>
   ManagedAllocator(const ManagedAllocator<U>&) {}
-  T* allocate(std::size_t count) { return reinterpret_cast<T*>(allocate_for_both(count * sizeof(T), "managed")); }
-  void deallocate(T* memory, std::size_t) { release_for_both(memory); }
+  T* allocate(std::size_t count) { return reinterpret_cast<T*>(allocate_managed(count * sizeof(T), "managed")); }
+  void deallocate(T* memory, std::size_t) { release_managed(memory); }
   bool operator==(const ManagedAllocator&) const { return true; }
 };
 

@@ -1,5 +1,5 @@
-// Here the threads of a block meet or wait for each other: at its barrier, as a warp, as a warpgroup, at numbered
-// barriers and at mbarriers. And here they do what they do together, tiles by TMA and products by wgmma.
+// How the threads of a block wait for each other: at its barrier, as a warp, as a warpgroup, at numbered barriers and
+// at mbarriers. Tiles by TMA and products by wgmma are issued here, too.
 #include <memory>
 
 #include "emulator/block.h"
@@ -27,7 +27,7 @@ void warp_collective(void* lane, void (*exchange)(void* const* lanes), Site site
 
 namespace {
 
-// The last thread to come runs `exchange` on what every thread has brought; then all of them continue.
+// The last thread to arrive runs `exchange` on the operands of all threads; then all of them continue.
 void arrive_at(Rendezvous& rendezvous, int threads, void* lane, std::size_t place, void (*exchange)(void* const* lanes),
                Site site) {
   Fiber& self = *current;
@@ -106,9 +106,9 @@ void compute_if_early(WgmmaProduct& product) {
 WgmmaQueue& wgmma_queue() { return current->wgmma; }
 
 void set_max_registers(int count) {
-  constexpr int kLeast = 24, kMost = 256, kUnit = 8, kRegisters = 64 * 1024;
+  constexpr int kMin = 24, kMax = 256, kUnit = 8, kRegisters = 64 * 1024;
   Block& block = *current->block;
-  if (count < kLeast || count > kMost || count % kUnit != 0) fail("setmaxnreg of " + std::to_string(count));
+  if (count < kMin || count > kMax || count % kUnit != 0) fail("setmaxnreg of " + std::to_string(count));
   block.max_registers[static_cast<std::size_t>(current->position.thread / kWarp)] = count;
   int sum = 0;
   for (const int registers : block.max_registers) sum += registers * kWarp;

@@ -1,5 +1,5 @@
-// A buffer of stores to global memory that others may not see yet. The schedule "concurrent" keeps one buffer for each
-// thread and one for each block (fibers.h says when a store leaves them).
+// A buffer of stores to global memory that others may not see yet. The schedule "concurrent" has one buffer for each
+// thread and one for each block (fibers.h says when a store is published).
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 namespace qlora_native::cuda_emulated::emulator {
 
 // The buffer holds memory in pieces of 16 bytes, the size of the widest vector. Vectors are aligned, so each lies in
-// one piece. Two stores to one piece leave the buffer together; pieces leave it in any order.
+// one piece. Two stores to one piece are published together; pieces are published in any order.
 class StoreBuffer {
  public:
   bool empty() const { return pieces_.empty(); }

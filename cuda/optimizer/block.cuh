@@ -46,15 +46,15 @@ struct Contiguous {
   std::int64_t first;
 
   __device__ __forceinline__ Contiguous(const UpdateItem<Rule>& item, std::uint32_t block, bool)
-      : item(item), first(std::int64_t{block} * kBlock + lane_index() * kEight) {}
-  __device__ __forceinline__ void load_param(float (&to)[kEight]) const {
-    load_eight_aligned_as_f32(static_cast<const T*>(item.param) + first, to);
+      : item(item), first(std::int64_t{block} * kBlock + lane_index() * kVecSize) {}
+  __device__ __forceinline__ void load_param(float (&to)[kVecSize]) const {
+    load_vec8_aligned_as_f32(static_cast<const T*>(item.param) + first, to);
   }
-  __device__ __forceinline__ void load_grad(float (&to)[kEight]) const {
-    load_eight_aligned_as_f32(static_cast<const T*>(item.grad) + first, to);
+  __device__ __forceinline__ void load_grad(float (&to)[kVecSize]) const {
+    load_vec8_aligned_as_f32(static_cast<const T*>(item.grad) + first, to);
   }
-  __device__ __forceinline__ void store_param(const float (&from)[kEight]) const {
-    store_eight_aligned_from_f32(static_cast<T*>(item.param) + first, from);
+  __device__ __forceinline__ void store_param(const float (&from)[kVecSize]) const {
+    store_vec8_aligned_from_f32(static_cast<T*>(item.param) + first, from);
   }
   // The eight codes are the bytes of two words.
   __device__ __forceinline__ Vector<std::uint32_t, 2> load_codes(const void* codes, std::uint8_t) const {
@@ -84,23 +84,23 @@ struct Strided {
   template <class F>
   __device__ __forceinline__ void each(const F& f) const {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) f(i, first + i * kWarp, i * kWarp < count);
+    for (int i = 0; i < kVecSize; ++i) f(i, first + i * kWarp, i * kWarp < count);
   }
-  __device__ __forceinline__ void load(const void* from, DType dtype, float (&to)[kEight]) const {
+  __device__ __forceinline__ void load(const void* from, DType dtype, float (&to)[kVecSize]) const {
     each([&](int i, std::int64_t at, bool is_there) { to[i] = is_there ? load_as_f32(from, dtype, at) : 0.0f; });
   }
-  __device__ __forceinline__ void store(void* to, DType dtype, const float (&from)[kEight]) const {
+  __device__ __forceinline__ void store(void* to, DType dtype, const float (&from)[kVecSize]) const {
     each([&](int i, std::int64_t at, bool is_there) {
       if (is_there) store_from_f32(to, dtype, at, from[i]);
     });
   }
-  __device__ __forceinline__ void load_param(float (&to)[kEight]) const {
+  __device__ __forceinline__ void load_param(float (&to)[kVecSize]) const {
     load(item.param, static_cast<DType>(item.param_dtype), to);
   }
-  __device__ __forceinline__ void load_grad(float (&to)[kEight]) const {
+  __device__ __forceinline__ void load_grad(float (&to)[kVecSize]) const {
     load(item.grad, static_cast<DType>(item.grad_dtype), to);
   }
-  __device__ __forceinline__ void store_param(const float (&from)[kEight]) const {
+  __device__ __forceinline__ void store_param(const float (&from)[kVecSize]) const {
     store(item.param, static_cast<DType>(item.param_dtype), from);
   }
   __device__ __forceinline__ Vector<std::uint32_t, 2> load_codes(const void* codes, std::uint8_t padding) const {
@@ -119,8 +119,8 @@ struct Strided {
 };
 
 template <bool kSigned>
-__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& sums, const float (&values)[kEight],
-                                                           float inverse) {
+__device__ __forceinline__ Vector<std::uint32_t, 2> encode(const CodeTable<kSigned>& sums,
+                                                           const float (&values)[kVecSize], float inverse) {
   Vector<std::uint32_t, 2> words;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -144,7 +144,7 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
   const int own_moment = kMoments == 3 ? std::min(lane_index() % 4, 2) : lane_index() % kMoments;
   float* const absmax = item.absmax[own_moment] + block;
   const float scale = *absmax * Rule::decode_factor(c, own_moment);
-  float kept[kMoments], param[kEight], grad[kEight], m[kMoments][kEight], most[kMoments] = {};
+  float kept[kMoments], param[kVecSize], grad[kVecSize], m[kMoments][kVecSize], most[kMoments] = {};
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) kept[k] = shfl(scale, k);
   elements.load_param(param);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void update_8bit(const Elements& elements, const Step
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) codes[k] = elements.load_codes(item.state[k], zero_code(k));
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) {
+  for (int i = 0; i < kVecSize; ++i) {
     float moments[kMoments];
     each_moment<Rule>([&](auto k) {
       moments[k()] = tables.for_moment<k()>().levels[byte_of(codes[k()].at[i / 4], i % 4)] * kept[k()];
@@ -184,13 +184,13 @@ template <class Rule>
 __device__ __forceinline__ void update_32bit(const Strided<Rule>& elements, const StepCoefficients& c) {
   constexpr int kMoments = Rule::kMoments;
   const UpdateItem<Rule>& item = elements.item;
-  float param[kEight], grad[kEight], m[kMoments][kEight];
+  float param[kVecSize], grad[kVecSize], m[kMoments][kVecSize];
   elements.load_param(param);
   elements.load_grad(grad);
 #pragma unroll
   for (int k = 0; k < kMoments; ++k) elements.load(item.state[k], DType::f32, m[k]);
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) {
+  for (int i = 0; i < kVecSize; ++i) {
     float moments[kMoments];
 #pragma unroll
     for (int k = 0; k < kMoments; ++k) moments[k] = m[k][i] * Rule::decode_factor(c, k);

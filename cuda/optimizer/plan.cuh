@@ -15,7 +15,7 @@
 namespace qlora_native::QLN_CUDA {
 
 constexpr int kBlock = kOptimizer8bitBlocksize;
-static_assert(kBlock == kWarp * kEight);
+static_assert(kBlock == kWarp * kVecSize);
 
 // check_kernel computes this for each tensor, and update_kernel reads it.
 struct TensorStep {

@@ -42,11 +42,11 @@ __global__ void __launch_bounds__(kCheckThreads) check_kernel(const __grid_const
     usable &= is_finite_size(lr_of(group));
   }
   each_block<kCheckThreads>(list, 0, list.whole_blocks, [&](const CheckItem& item, std::uint32_t block, bool, bool) {
-    float g[kEight];
-    const T* const grad = static_cast<const T*>(item.grad) + std::int64_t{block} * kBlock + lane_index() * kEight;
-    load_eight_aligned_as_f32(grad, g);
+    float g[kVecSize];
+    const T* const grad = static_cast<const T*>(item.grad) + std::int64_t{block} * kBlock + lane_index() * kVecSize;
+    load_vec8_aligned_as_f32(grad, g);
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) check(g[i]);
+    for (int i = 0; i < kVecSize; ++i) check(g[i]);
   });
   each_block<kCheckThreads>(
       list, list.whole_blocks, list.blocks, [&](const CheckItem& item, std::uint32_t block, bool is_last, bool) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kCheckThreads) check_kernel(const __grid_const
 
 // ---- the update ----
 
-// Blocks on a multiprocessor, and threads of a block: few enough that a lane has registers for its eight elements.
+// Blocks on an SM, and threads of a block: few enough that a lane has registers for its eight elements.
 constexpr int kUpdateBlocks = 2;
 template <class Rule>
 constexpr int kUpdateThreads = Rule::kMoments <= 2 ? 384 : 256;
@@ -116,7 +116,7 @@ void launch_update(UpdateArgs<Rule>& args, const Stream& stream) {
   constexpr std::int64_t kWarps = kThreads / kWarp;
   // No more blocks than the device holds at once, so that each fills its tables only once. At least one, even if there
   // is nothing to update, because it counts the step.
-  const std::int64_t most = kUpdateBlocks * multiprocessors(stream);
+  const std::int64_t most = kUpdateBlocks * num_sms(stream);
   const std::int64_t blocks = std::clamp<std::int64_t>(ceil_div(args.list.blocks, kWarps), 1, most);
   launch<update_kernel<T, Rule>>({.blocks = blocks, .threads = kThreads, .smem_bytes = kTableBytes<Rule>}, stream,
                                  args);

@@ -13,8 +13,8 @@
 namespace qlora_native {
 namespace {
 
-// How many blocks of the kernel for few rows a multiprocessor holds. Each has a table of the codebook of 32 KB.
-constexpr std::int64_t kGemvBlocksOfMultiprocessor = 2;
+// How many blocks of the kernel for few rows an SM holds. Each has a table of the codebook of 32 KB.
+constexpr std::int64_t kGemvBlocksPerSm = 2;
 
 // Whether more than an eighth of a dimension that is cut into parts of `large` would be zeros which parts of `small` do
 // not need.
@@ -74,9 +74,9 @@ void choose_tile(const ProductShape& shape, GemmConfig& config) {
   choose(kGemmManyRows, wide && !wastes(shape.cols, kGemmWideCols, kGemmCols) ? kGemmWideCols : kGemmCols);
 }
 
-// How many blocks with this tile a multiprocessor holds at once. A multiprocessor has 1 KB more shared memory than a
+// How many blocks with this tile an SM holds at once. An SM has 1 KB more shared memory than a
 // block may have, and keeps 1 KB of it for each block.
-int blocks_of_multiprocessor(const ProductShape& shape, const GemmConfig& config) {
+int blocks_per_sm(const ProductShape& shape, const GemmConfig& config) {
   constexpr std::size_t kReserved = 1024;
   const std::size_t bytes = kReserved + (config.thin ? thin_smem_bytes(config.tile_rows)
                                                      : gemm_smem_bytes(config.tile_rows, config.tile_cols));
@@ -89,18 +89,18 @@ std::int64_t even_part(std::int64_t count, std::int64_t most, std::int64_t step)
   return ceil_div(ceil_div(count, ceil_div(count, most)), step) * step;
 }
 
-// The share of time in which a multiprocessor has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of
+// The share of time in which an SM has a tile. There are `rows` by `cols` tiles of 128 x 128, and `part` of
 // these columns are multiplied at a time.
-double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int multiprocessors) {
-  const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, multiprocessors); };
+double busy_share(std::int64_t rows, std::int64_t cols, std::int64_t part, int num_sms) {
+  const auto waves = [&](std::int64_t tiles) { return ceil_div(tiles, num_sms); };
   const std::int64_t all = cols / part * waves(rows * part) + waves(rows * (cols % part));
-  return static_cast<double>(rows * cols) / static_cast<double>(all * multiprocessors);
+  return static_cast<double>(rows * cols) / static_cast<double>(all * num_sms);
 }
 
 // Chooses panels, unless their products are too small for the device. cuBLAS's tiles are 128 x 128, one for each
-// multiprocessor. Where more than a quarter of the multiprocessors has none, the dense product does not reach 73 % of
+// SM. Where more than a quarter of the SMs has none, the dense product does not reach 73 % of
 // its rate (kFusedRows) either. Among the panels that memory allows, this takes the smallest whose products keep 95 %
-// of the multiprocessors busy, or else those that keep the most busy.
+// of the SMs busy, or else those that keep the most busy.
 std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   if (!shape.dense_gemm || shape.rows <= kFusedRows || shape.masked || shape.groups > 0) return std::nullopt;
   PanelsConfig config;
@@ -113,8 +113,8 @@ std::optional<PanelsConfig> by_panels(const ProductShape& shape) {
   for (std::int64_t tiles = std::max<std::int64_t>(kPanelBytes / tile_bytes, 1);
        tiles * tile_bytes <= kPanelMostBytes && best < kEnough; ++tiles) {
     const std::int64_t panel_tiles = even_part(col_tiles, tiles, 1);
-    const double busy = busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, panel_tiles,
-                                   shape.multiprocessors);
+    const double busy =
+        busy_share(ceil_div(std::min(config.rows, shape.rows), kPanelCols), col_tiles, panel_tiles, shape.num_sms);
     if (busy > best) {
       best = busy;
       config.cols = panel_tiles * kPanelCols;
@@ -133,22 +133,29 @@ void share_steps(const ProductShape& shape, int step, GemmConfig& config) {
   config = config.with_row_tiles(most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, config.tile_rows));
 }
 
-// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 multiprocessors,
+// The blocks of a cluster run in one of the device's graphics processing clusters. These have 16 or 18 SMs,
 // so that clusters of 4 or 8 may leave 2 of 18 idle.
-int clusters_at_once(int blocks_of_cluster, int multiprocessors) {
+int clusters_at_once(int blocks_of_cluster, int num_sms) {
   constexpr int kTogether = 16;
-  if (blocks_of_cluster <= 2) return multiprocessors / blocks_of_cluster;
-  return multiprocessors / kTogether * (kTogether / blocks_of_cluster);
+  if (blocks_of_cluster <= 2) return num_sms / blocks_of_cluster;
+  return num_sms / kTogether * (kTogether / blocks_of_cluster);
 }
 
 // How many tiles the device has at once, if `cluster` blocks share each.
-std::int64_t tiles_at_once(int cluster, bool pairs, int multiprocessors) {
+std::int64_t tiles_at_once(int cluster, bool pairs, int num_sms) {
   const int tiles = pairs ? 2 : 1;
-  return std::int64_t{clusters_at_once(cluster * tiles, multiprocessors)} * tiles;
+  return std::int64_t{clusters_at_once(cluster * tiles, num_sms)} * tiles;
 }
 
-// The tiles of wgmma, and how long a step of one takes by bench/results/cuda-account.md, in 16 cycles: decoding it,
-// forward and backward, and what else may bound it, the tensor cores or L2, for a block alone and for one of a pair.
+// The tiles of wgmma, and how long a step of one takes at least, in 16 cycles of an H100. No GPU has confirmed it.
+//
+//   forward, backward   decoding, counted from the machine code for sm_90a: the largest of shared memory (128 bytes a
+//                       cycle), issue (4 instructions of a warp a cycle), and ALU (64 results of integer and logic
+//                       instructions a cycle: CUDA C++ Programming Guide, "Throughput of native arithmetic
+//                       instructions")
+//   alone, in_pair      what else may bound it, for a block alone and for one of a pair: the tensor cores (2048
+//                       multiply-adds a cycle), or L2, which gives all multiprocessors 6.65 TB/s at 1.755 GHz (openxla/
+//                       xla, gpu_dot_fusion_cost_model.cc), and is assumed to give each at most 64 bytes a cycle
 constexpr struct HopperTileTimes {
   int rows;
   std::int64_t forward, backward, alone, in_pair;
@@ -168,7 +175,11 @@ struct HopperSharing {
   std::int64_t time;
 };
 
-// Chooses what takes the slowest block the least time, by bench/cuda_model.py for an H100:
+// Chooses what takes the slowest block the least time, on an H100. A load takes 291 cycles from L2 and 700 from DRAM
+// (github.com/markdewing/AI_kernels, latency/README.md). From the shared memory of other blocks it takes 200, and all
+// multiprocessors of an H800 PCIe, 114 at 1.755 GHz, load 3.3 TB/s so in clusters of 2, and 2.65 TB/s in clusters of 4
+// (Luo et al., arXiv 2501.12084). For 8 the rate is assumed to fall once more as it does from 2 to 4, and stores to be
+// as fast as loads.
 //
 //   steps              as many as the block has
 //   results            8 cycles for each row, shared by the blocks of a cluster
@@ -180,8 +191,7 @@ struct HopperSharing {
 //                      two more runs: a launch clears the flags, the sums go to L2, and the block that has the tile's
 //                      beginning adds those of one run after another
 //   pairs              a barrier of the cluster before the first step
-HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool backward, bool pairs,
-                             int multiprocessors) {
+HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool backward, bool pairs, int num_sms) {
   constexpr std::int64_t kStepsOfRuns = 6, kStepsOfTwoMoreRuns = 3;
   constexpr std::int64_t kOfExchange = 25, kOfBarrier = 13;
   constexpr struct {
@@ -191,7 +201,7 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
   const std::int64_t rows = runs.tile_rows, results = rows / 2, of_pairs = pairs ? kOfBarrier : 0;
   const bool shares_steps = hopper_shares_steps(runs.tile_rows);
   const std::int64_t of_warpgroups = !backward ? 0 : shares_steps ? rows / 2 : rows / 4;
-  const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, multiprocessors));
+  const std::int64_t waves = ceil_div(runs.tiles, tiles_at_once(1, pairs, num_sms));
   HopperSharing best = {1, waves * (runs.steps * of_step + results + of_warpgroups) + of_pairs};
   const auto consider = [&](int cluster, std::int64_t time) {
     if (time < best.time) best = {cluster, time};
@@ -199,13 +209,13 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
   if (!pairs) {
     const std::int64_t others = runs.splits_a_tile() ? ceil_div(std::int64_t{runs.steps}, runs.share) : 0;
     const std::int64_t of_exchange = others == 0 ? 0 : kStepsOfRuns + kStepsOfTwoMoreRuns * others / 2;
-    const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{multiprocessors});
+    const std::int64_t tiles = ceil_div(runs.tiles, std::int64_t{num_sms});
     consider(0, (runs.share + (runs.rest > 0) + of_exchange) * of_step + tiles * (results + of_warpgroups));
   }
   for (const auto& [blocks, of_16_rows] : kClusters) {
     // Each block must have a step.
     if (blocks * (pairs ? 2 : 1) > kHopperMostCluster || blocks > runs.steps) break;
-    if (runs.tiles > tiles_at_once(blocks, pairs, multiprocessors)) break;
+    if (runs.tiles > tiles_at_once(blocks, pairs, num_sms)) break;
     const std::int64_t of_turn = (rows / 4 + results / blocks) / hopper_turns(runs.tile_rows, blocks);
     consider(blocks, ceil_div(std::int64_t{runs.steps}, std::int64_t{blocks}) * of_step +
                          (shares_steps ? of_warpgroups : 0) + kOfExchange + rows / 16 * of_16_rows + of_turn +
@@ -215,7 +225,7 @@ HopperSharing hopper_sharing(const GemmConfig& runs, std::int64_t of_step, bool 
 }
 
 // Chooses wgmma, and of its tiles those that take the slowest block the least time: tall tiles decode each weight for
-// more rows, smaller ones occupy more multiprocessors, and pairs of blocks load rows once for two tiles.
+// more rows, smaller ones occupy more SMs, and pairs of blocks load rows once for two tiles.
 std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   constexpr std::int64_t kMostCoordinate = 0x7FFFFFFF;  // TMA's coordinates have 32 bits, with a sign
   if (shape.hopper == HopperUse::none || shape.groups > 0) return std::nullopt;
@@ -224,7 +234,7 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return std::nullopt;
   if (shape.smem_bytes < hopper_smem_bytes(kGemmTallRows)) return std::nullopt;
   const auto allows = [&](bool pairs) {
-    return shape.multiprocessors == 1 ? !pairs : shape.hopper_pairs.value_or(pairs) == pairs;
+    return shape.num_sms == 1 ? !pairs : shape.hopper_pairs.value_or(pairs) == pairs;
   };
   HopperConfig best;
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
@@ -233,12 +243,12 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
     for (const bool pairs : {false, true}) {
       if (!allows(pairs)) continue;
       HopperConfig config{
-          .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.multiprocessors},
+          .gemm = {.aligned = true, .tile_rows = tile.rows, .tile_cols = kGemmCols, .blocks = shape.num_sms},
           .pairs = pairs};
       share_steps(shape, kGemmStep, config.gemm);
       if (pairs) config.gemm.tiles += ceil_div(shape.cols, std::int64_t{kGemmCols}) % 2 * config.gemm.row_tiles;
-      const auto [cluster, time] = hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), shape.backward,
-                                                  pairs, shape.multiprocessors);
+      const auto [cluster, time] =
+          hopper_sharing(config.gemm, tile.of_step(shape.backward, pairs), shape.backward, pairs, shape.num_sms);
       if (time >= least) continue;
       least = time;
       config.cluster = cluster;
@@ -246,15 +256,15 @@ std::optional<HopperConfig> by_wgmma(const ProductShape& shape) {
     }
   }
   if (best.cluster == 0) return best;
-  const std::int64_t at_once = tiles_at_once(best.cluster, best.pairs, shape.multiprocessors);
+  const std::int64_t at_once = tiles_at_once(best.cluster, best.pairs, shape.num_sms);
   best.gemm.blocks = static_cast<int>(std::min(best.gemm.tiles, at_once) * best.cluster);
   best.gemm.share = best.gemm.rest = 0;
   return best;
 }
 
-// Whether wgmma is faster than panels, where both can compute a product: by bench/cuda_model.py, for an H100 and an
-// H200. The rule is from 18 weights of 1024 ... 28672 rows and columns, the figures are of the four in
-// bench/results/cuda-account.md.
+// Whether wgmma is faster than panels, where both can compute a product: by the times above, for an H100 and an H200,
+// over 18 weights of 1024 ... 28672 rows and columns. A launch takes 1 us, and the dense product has the 790 TFLOP/s
+// that were measured of cuBLAS. No GPU has confirmed it.
 //
 // Up to kRows rows it is faster, in the median by 5 ... 9% without an adapter and by 11 ... 17% with one: the first
 // panel is decoded while nothing is multiplied, and panels leave more of the device idle. It is not where the inner
@@ -278,7 +288,7 @@ ProductConfig product_config(const ProductShape& shape) {
   const bool grouped = shape.groups > 0;
   const bool is_compiled = !grouped || shape.aligned;  // groups have kernels for vectors, and the general one
   if (has_few_rows(shape) && !shape.backward && !shape.small_blocks && is_compiled) {
-    const std::int64_t most = kGemvBlocksOfMultiprocessor * shape.multiprocessors;
+    const std::int64_t most = kGemvBlocksPerSm * shape.num_sms;
     const std::int64_t row_tiles = most_row_tiles(shape.rows, shape.own_weights ? shape.groups : 1, kGemvRows);
     const std::int64_t blocks = std::min(most, row_tiles * ceil_div(shape.cols, kGemvCols));
     return GemvConfig{.aligned = shape.aligned, .blocks = static_cast<int>(blocks)};
@@ -291,7 +301,7 @@ ProductConfig product_config(const ProductShape& shape) {
   if (shape.reserved_smem_bytes > kGemmMostReservedSmem) return GeneralConfig{};  // no device so far keeps as much
   GemmConfig config{.aligned = shape.aligned, .grouped = grouped};
   choose_tile(shape, config);
-  config.blocks = blocks_of_multiprocessor(shape, config) * shape.multiprocessors;
+  config.blocks = blocks_per_sm(shape, config) * shape.num_sms;
   share_steps(shape, config.thin ? kThinStep : kGemmStep, config);
   return config;
 }
@@ -319,10 +329,10 @@ std::optional<bool> asked_hopper_pairs() {
   return std::nullopt;
 }
 
-LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors) {
-  constexpr std::int64_t kLeastLength = 256;           // a shorter sum is mostly the exchange of its result
-  constexpr std::int64_t kBlocksOfMultiprocessor = 2;  // a block has 256 threads with 128 registers
-  const std::int64_t blocks = kBlocksOfMultiprocessor * multiprocessors;
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int num_sms) {
+  constexpr std::int64_t kLeastLength = 256;  // a shorter sum is mostly the exchange of its result
+  constexpr std::int64_t kBlocksPerSm = 2;    // a block has 256 threads with 128 registers
+  const std::int64_t blocks = kBlocksPerSm * num_sms;
   const std::int64_t most = std::min(ceil_div(inner, kLeastLength), tiles == 0 ? 1 : blocks / tiles);
   const std::int64_t parts = std::max<std::int64_t>(most, 1);
   const std::int64_t length = low_rank_length(inner, parts);
@@ -366,8 +376,8 @@ std::string text_of(const ProductShape& shape, const ProductConfig& config) {
                         : ", rows in " + number(shape.groups) + (shape.own_weights ? " groups" : " groups of adapters");
   return "[" + number(shape.rows) + ", " + number(shape.inner) + "] to [" + number(shape.rows) + ", " +
          number(shape.cols) + "] in " + name_of(shape.dtype) + ", " + number(shape.bits) + " bits" + groups + ", " +
-         (shape.aligned ? "aligned" : "not aligned") + ", " + number(shape.multiprocessors) +
-         " multiprocessors: " + std::visit([&](const auto& way) { return name_of_way(shape, way); }, config);
+         (shape.aligned ? "aligned" : "not aligned") + ", " + number(shape.num_sms) +
+         " SMs: " + std::visit([&](const auto& way) { return name_of_way(shape, way); }, config);
 }
 
 void print_if_asked(const ProductShape& shape, const ProductConfig& config) {

@@ -18,7 +18,7 @@ namespace qlora_native {
 constexpr int kGemmFewRows = 16, kGemmMiddleRows = 64, kGemmManyRows = 128, kGemmTallRows = 256;
 constexpr int kGemmCols = 128, kGemmWideCols = 256;
 constexpr int kGemmStep = 64;
-// How many blocks a multiprocessor holds at once where shared memory has room for them. A block has 256 threads, each
+// How many blocks an SM holds at once where shared memory has room for them. A block has 256 threads, each
 // with 128 registers (two blocks) or 255 (one).
 constexpr int gemm_blocks(int tile_rows) { return tile_rows <= kGemmMiddleRows ? 2 : 1; }
 // How many steps of the left operand, and of codes, are in shared memory at once. The tile of the fewest rows waits for
@@ -37,10 +37,10 @@ constexpr std::size_t gemm_smem_bytes(int tile_rows, int tile_cols) {
   const int stage = kGemmStep * (2 * tile_rows + tile_cols / 2);
   return kGemmMostReservedSmem + static_cast<std::size_t>(table + gemm_stages(tile_rows) * stage + kLevelBytes);
 }
-// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (thin.cuh). Its tiles have
-// 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that two
-// blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the left
-// operand and codes.
+// The forward product of up to kGemmMiddleRows rows, whose decoded weight stays in registers (small_m.cuh). Its tiles
+// have 16, 32 or 64 rows by kGemmCols columns, and its steps are longer. It has as many stages as 48 KB hold, so that
+// two blocks fit an A100 as well. Bytes of shared memory: a table of codes and one of levels, and for each stage the
+// left operand and codes.
 constexpr int kThinRows = 32, kThinStep = 128;
 constexpr int thin_stage_bytes(int tile_rows) { return kThinStep * (2 * tile_rows + kGemmCols / 2); }
 constexpr int thin_stages(int tile_rows) { return 48 * 1024 / thin_stage_bytes(tile_rows); }
@@ -49,7 +49,7 @@ constexpr std::size_t thin_smem_bytes(int tile_rows) {
   return static_cast<std::size_t>(kTableBytes + kLevelBytes + thin_stages(tile_rows) * thin_stage_bytes(tile_rows));
 }
 // The product by wgmma (wgmma/). Its tiles have 16, 32, 64, 128 or 256 rows by kGemmCols columns. A block has a
-// multiprocessor to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
+// SM to itself, so its stages fill the shared memory; eight are enough, whose steps take longer than memory
 // to answer. Bytes: the rows of the table of codes; for each stage the left operand, codes and scales, rounded up to a
 // multiple of 1024; and, also rounded up, the levels, the barriers and the number of the run.
 constexpr int hopper_stages(int tile_rows) {
@@ -120,10 +120,10 @@ struct ProductShape {
   bool dense_gemm = false;    // the host program has a dense product (runtime.h)
   HopperUse hopper = HopperUse::none;
   int hopper_rows = 0;  // of a tile of wgmma/, where a test asks for some; 0: those that are done first
-  // Whether pairs of blocks of wgmma/ share rows, where a test asks; it cannot have them on one multiprocessor.
+  // Whether pairs of blocks of wgmma/ share rows, where a test asks; it cannot have them on one SM.
   std::optional<bool> hopper_pairs;
   bool tma_can_load = false;  // TMA can load tiles of the left operand and of U or V
-  int multiprocessors = 1;
+  int num_sms = 1;
   std::size_t smem_bytes = 0;           // of shared memory that a block may have
   std::size_t reserved_smem_bytes = 0;  // of shared memory that the device keeps before them
 };
@@ -146,7 +146,7 @@ struct GemvConfig {
 // the first `rest` blocks have one more.
 struct GemmConfig {
   bool aligned = false;  // as ProductShape has it
-  bool thin = false;     // computed by thin.cuh
+  bool thin = false;     // computed by small_m.cuh
   bool grouped = false;  // only the device knows how many tiles there are: `row_tiles` or fewer
   int tile_rows = 0, tile_cols = 0;
   std::int64_t row_tiles = 0;
@@ -224,7 +224,7 @@ struct LowRankSplit {
   int parts;
   std::int64_t length;
 };
-LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int multiprocessors);
+LowRankSplit low_rank_split(std::int64_t tiles, std::int64_t inner, int num_sms);
 // The length of each of `parts` parts, in whole steps.
 constexpr std::int64_t low_rank_length(std::int64_t inner, std::int64_t parts) {
   return (((inner + parts - 1) / parts + kGemmStep - 1) / kGemmStep) * kGemmStep;

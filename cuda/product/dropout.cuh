@@ -33,9 +33,9 @@ struct Dropout {
     if (threshold == 0) return values;
     const PhiloxBlock random = dropout_random(seed, m, k);
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
+    for (int i = 0; i < kVecSize; ++i) {
       if (dropout_keeps(random, i, threshold)) continue;
-      if constexpr (std::is_same_v<Words, Eight>) {
+      if constexpr (std::is_same_v<Words, Vec8>) {
         values.at[i / 2] &= i % 2 == 0 ? 0xFFFF0000u : 0x0000FFFFu;
       } else {
         values.at[i] = 0;

@@ -60,7 +60,7 @@ struct ProductPosition {
 // the source's memory runs along k, and one k where it runs along i.
 constexpr int kProductVectors = kProductTile * kProductStepBytes / kVectorBytes;
 struct alignas(kProductStepBytes) ProductOperand {
-  Eight at[kProductVectors];
+  Vec8 at[kProductVectors];
 };
 struct ProductStage {
   ProductOperand left, right;
@@ -93,7 +93,7 @@ class PendingEights {
       : source_(source),
         i0_(i0),
         rows_(rows - i0 < kProductTile ? static_cast<int>(rows - i0) : kProductTile),
-        vectors_(source.has_vectors() && (Source::kAlongInner ? inner : rows) % kEight == 0),
+        vectors_(source.has_vectors() && (Source::kAlongInner ? inner : rows) % kVecSize == 0),
         element_(source.first() + (Source::kAlongInner ? (i0 + i_of(0)) * source.stride + begin + k_of(0)
                                                        : (begin + k_of(0)) * source.stride + i0 + i_of(0))) {}
   // Starts to load the next step, which has `inner` of k.
@@ -110,7 +110,7 @@ class PendingEights {
       for (int n = 0; n < kCount; ++n) {
         const int rest = Source::kAlongInner ? inner - k_of(n) : rows_ - i_of(n);
         if (i_of(n) < rows_ && k_of(n) < inner)
-          raw_[n] = source_.gather(element_ + n * kLinesAtOnce * source_.stride, rest < kEight ? rest : kEight);
+          raw_[n] = source_.gather(element_ + n * kLinesAtOnce * source_.stride, rest < kVecSize ? rest : kVecSize);
       }
     }
     element_ += Source::kAlongInner ? kStep : kStep * source_.stride;
@@ -119,11 +119,11 @@ class PendingEights {
   __device__ __forceinline__ void store(std::int64_t k0, ProductOperand& to) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const EightOf<Element> words = source_.finish(raw_[n], i0_ + i_of(n), k0 + k_of(n));
-      constexpr int kVectors = sizeof(words) / sizeof(Eight);
+      const Vec8Of<Element> words = source_.finish(raw_[n], i0_ + i_of(n), k0 + k_of(n));
+      constexpr int kVectors = sizeof(words) / sizeof(Vec8);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const Eight vector = {{words.at[4 * v], words.at[4 * v + 1], words.at[4 * v + 2], words.at[4 * v + 3]}};
+        const Vec8 vector = {{words.at[4 * v], words.at[4 * v + 1], words.at[4 * v + 2], words.at[4 * v + 3]}};
         store_shared(SharedAddress(&to.at[Lines::place(line_of(n), eight() * kVectors + v)]), vector);
       }
     }
@@ -133,13 +133,13 @@ class PendingEights {
   using Element = typename Source::Element;
   using Lines = OperandLines<Element, Source::kAlongInner>;
   static constexpr int kStep = kProductStep<Element>;
-  static constexpr int kEights = Lines::kElements / kEight;  // of a line
+  static constexpr int kEights = Lines::kElements / kVecSize;  // of a line
   static constexpr int kLinesAtOnce = kProductThreads / kEights;
   static constexpr int kCount = Lines::kCount / kLinesAtOnce;
   __device__ static int line_of(int n) { return thread_index() / kEights + n * kLinesAtOnce; }
   __device__ static int eight() { return thread_index() % kEights; }
-  __device__ static int i_of(int n) { return Source::kAlongInner ? line_of(n) : eight() * kEight; }
-  __device__ static int k_of(int n) { return Source::kAlongInner ? eight() * kEight : line_of(n); }
+  __device__ static int i_of(int n) { return Source::kAlongInner ? line_of(n) : eight() * kVecSize; }
+  __device__ static int k_of(int n) { return Source::kAlongInner ? eight() * kVecSize : line_of(n); }
 
   const Source& source_;
   const std::int64_t i0_;
@@ -162,11 +162,11 @@ class TensorFragments {
   // Loads rows from i0 + i on, and from k on, of the operand that lies `stage` bytes behind the first. i and k are
   // multiples of 16.
   __device__ __forceinline__ void load(std::uint32_t (&r)[4], std::uint32_t stage, unsigned i, unsigned k) const {
-    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
-    const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kEight;
+    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Vec8);
+    const unsigned lines = kAlongInner ? i : k, vectors = (kAlongInner ? k : i) / kVecSize;
     // place() flips bits of a vector's number. The thread's first vector shares no set bit with `vectors`, so flipping
     // these bits adds them.
-    const SharedAddress row = first_.at(stage + lines * kLineBytes).flipped(vectors * sizeof(Eight));
+    const SharedAddress row = first_.at(stage + lines * kLineBytes).xor_swizzled(vectors * sizeof(Vec8));
     if constexpr (kAlongInner) {
       ldmatrix_x4(r, row);
     } else {
@@ -180,7 +180,7 @@ class TensorFragments {
     const int lane = thread_index() % kWarp, matrix = lane / 8;
     const int other_i = kLeft ? matrix % 2 : matrix / 2, other_k = kLeft ? matrix / 2 : matrix % 2;
     if constexpr (kAlongInner) return Lines::place(i0 + 8 * other_i + lane % 8, other_k);
-    return Lines::place(8 * other_k + lane % 8, i0 / kEight + other_i);
+    return Lines::place(8 * other_k + lane % 8, i0 / kVecSize + other_i);
   }
   const SharedAddress first_;
 };
@@ -223,12 +223,13 @@ class ScalarFragments {
       : first_(&operand.at[kAlongInner ? Lines::place(i0, 0) : Lines::place(0, i0 / 4)]) {}
   // Loads from k on, a multiple of 4, of the operand that lies `stage` bytes behind the first.
   __device__ __forceinline__ void load(float (&of)[4][4], std::uint32_t stage, unsigned k) const {
-    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Eight);
+    constexpr unsigned kLineBytes = Lines::kVectors * sizeof(Vec8);
 #pragma unroll
     for (unsigned line = 0; line < 4; ++line) {
       // Where lines are rows, place() flips bits of a vector's number, and flips the same bits for the four rows.
-      const SharedAddress place = kAlongInner ? first_.at(stage).flipped(k / 4 * sizeof(Eight)).at(line * kLineBytes)
-                                              : first_.at(stage).at((k + line) * kLineBytes);
+      const SharedAddress place = kAlongInner
+                                      ? first_.at(stage).xor_swizzled(k / 4 * sizeof(Vec8)).at(line * kLineBytes)
+                                      : first_.at(stage).at((k + line) * kLineBytes);
       const auto four = load_shared<Vector<float, 4>>(place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) (kAlongInner ? of[line][i] : of[i][line]) = four.at[i];

@@ -32,7 +32,7 @@ ProductShape shape_of(const Product& p, const Stream& stream) {
       .hopper_rows = asked_hopper_rows(),
       .hopper_pairs = asked_hopper_pairs(),
       .tma_can_load = tma_can_load(p.left, p.inner) && tma_can_load(p.low_rank, p.low_rank.cols),
-      .multiprocessors = multiprocessors(stream),
+      .num_sms = num_sms(stream),
       .smem_bytes = max_smem_bytes(stream),
       .reserved_smem_bytes = reserved_smem_bytes(stream),
   };
@@ -57,7 +57,7 @@ std::int64_t counters_of(const HopperConfig& config) { return config.gemm.counte
 std::int64_t counters_of(const auto&) { return 0; }
 
 // Whether the kernel of the product waits for the one that makes U or V only where it reads them.
-bool begins_early(const ProductConfig& config) {
+bool programmatic_launch(const ProductConfig& config) {
   return !std::holds_alternative<GeneralConfig>(config) && !std::holds_alternative<PanelsConfig>(config);
 }
 
@@ -88,8 +88,8 @@ void multiply(const Left& left, const Right& right, const LowRankProduct& low_ra
         // A product that takes tickets does so as it begins, which may be before the kernel before U or V has ended.
         Counters counters(low_rank.counters() + counters_of(way), stream, counters_of(way) == 0);
         const LowRankWorkspace workspace(low_rank, counters, stream);
-        launch_low_rank(left, right, low_rank, workspace.memory(), counters.next_begins_early(), begins_early(config),
-                        stream);
+        launch_low_rank(left, right, low_rank, workspace.memory(), counters.next_programmatic_launch(),
+                        programmatic_launch(config), stream);
         multiply(product, way, counters, stream);
       },
       config);

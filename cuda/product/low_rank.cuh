@@ -97,14 +97,14 @@ template <class Left, class Right, bool kGrouped>
 __global__ void __launch_bounds__(kProductThreads, 2)
     low_rank_kernel(const Left left, const Right right, const __grid_constant__ LowRankProduct p,
                     const LowRankMemory memory) {
-  let_next_kernel_begin();
+  griddepcontrol_launch_dependents();
   constexpr bool kSumsOverRows = !Left::kAlongInner;
   const auto part_of_block = [&] { return low_rank_part<kGrouped, kSumsOverRows>(p); };
   const auto position_of = [&](const LowRankPart& part) {
     return ProductPosition<typename Left::Element>(part.i0, part.rows, part.j0, p.out.cols);
   };
   const LowRankPart part = part_of_block();
-  if (kGrouped && part.i0 >= part.rows) return wait_for_kernel_before();
+  if (kGrouped && part.i0 >= part.rows) return griddepcontrol_wait();
   const ProductPosition<typename Left::Element> position = position_of(part);
   ProductSums sum = {};
   if constexpr (kGrouped && !kSumsOverRows) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
       store_vector<float, 1>(memory.partial_sums + (stored.part * p.out.rows + row) * p.out.cols + j, {{s}});
     }
   });
-  wait_for_kernel_before();  // which clears the tickets
+  griddepcontrol_wait();  // which clears the tickets
   if (p.split.parts > 1 && is_last_to_arrive(memory.arrived + block_index() / p.split.parts, p.split.parts)) {
     add_parts(p, memory.partial_sums, stored);
   }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 
 // `inner`: the average length of a sum.
 inline LowRankProduct with_split(LowRankProduct product, std::int64_t inner, const Stream& stream) {
-  product.split = low_rank_split(product.tiles(), inner, multiprocessors(stream));
+  product.split = low_rank_split(product.tiles(), inner, num_sms(stream));
   return product;
 }
 // U or V, as sums over the `inner` columns of X or dY. An adapter's A or B has `right_elements` elements.
@@ -179,11 +179,11 @@ class LowRankWorkspace {
 
 template <class Left, class Right>
 void launch_low_rank(const Left& left, const Right& right, const LowRankProduct& product, const LowRankMemory& memory,
-                     bool begins_early, bool next_begins_early, const Stream& stream) {
+                     bool programmatic_launch, bool next_programmatic_launch, const Stream& stream) {
   LaunchShape shape = product_grid(product.row_tiles, product.out.cols);
   shape.blocks *= product.split.parts;
-  shape.begins_early = begins_early;
-  shape.next_begins_early = next_begins_early;
+  shape.programmatic_launch = programmatic_launch;
+  shape.next_programmatic_launch = next_programmatic_launch;
   if (product.groups.count > 0) {
     launch<low_rank_kernel<Left, Right, true>>(shape, stream, left, right, product, memory);
   } else {
@@ -196,7 +196,7 @@ template <class Left, class Right>
 void multiply(const Left& left, const Right& right, const LowRankProduct& product, const Stream& stream) {
   Counters counters(product.counters(), stream, true);
   const LowRankWorkspace workspace(product, counters, stream);
-  launch_low_rank(left, right, product, workspace.memory(), counters.next_begins_early(), false, stream);
+  launch_low_rank(left, right, product, workspace.memory(), counters.next_programmatic_launch(), false, stream);
 }
 
 // The U or V of a call: the caller's matrix if it wants to have it, or one in a workspace.

@@ -18,7 +18,7 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(kPanelAlignment == kEight);
+static_assert(kPanelAlignment == kVecSize);
 // The elements of a panel, and of the left operand's copy, are counted in 32 bits. They have 2 bytes at least, and a
 // column of out takes at most kPanelMostBytes / kPanelCols bytes of a panel.
 static_assert(kPanelCopiedRows * kPanelMostBytes / kPanelCols / 2 < (std::int64_t{1} << 31));
@@ -33,13 +33,13 @@ __device__ __forceinline__ void write_all(const Extent& to, const WriteEight& wr
   const std::uint32_t first = static_cast<std::uint32_t>(block_index()) * kThreads + thread_index();
   const std::uint32_t threads = static_cast<std::uint32_t>(grid_blocks()) * kThreads;
   for (std::uint32_t i = first; i < to.rows * to.eights; i += threads) {
-    write_eight(i / to.eights, i % to.eights * kEight);
+    write_eight(i / to.eights, i % to.eights * kVecSize);
   }
-  const std::uint32_t rest_of_row = to.stride - to.eights * kEight, rest_of_rows = to.rows * rest_of_row;
+  const std::uint32_t rest_of_row = to.stride - to.eights * kVecSize, rest_of_rows = to.rows * rest_of_row;
   const std::uint32_t all = rest_of_rows + (to.all_rows - to.rows) * to.stride;
   for (std::uint32_t i = first; i < all; i += threads) {
     if (i < rest_of_rows) {
-      write_one(i / rest_of_row, to.eights * kEight + i % rest_of_row);
+      write_one(i / rest_of_row, to.eights * kVecSize + i % rest_of_row);
     } else {
       write_one(to.rows + (i - rest_of_rows) / to.stride, (i - rest_of_rows) % to.stride);
     }
@@ -76,14 +76,14 @@ struct Panel {
 
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__ Panel panel, T* to) {
-  const EightDecoder<kBits> decoder(panel.weight, panel.scales);
+  const Vec8Decoder<kBits> decoder(panel.weight, panel.scales);
   const auto place = [&](std::uint32_t row, std::uint32_t col) { return to + row * panel.extent.stride + col; };
   write_all(
       panel.extent,
       [&](std::uint32_t row, std::uint32_t col) {
-        float values[kEight];
+        float values[kVecSize];
         decoder.decode(panel.element(row, col), values);
-        store_eight_aligned_from_f32(place(row, col), values);
+        store_vec8_aligned_from_f32(place(row, col), values);
       },
       [&](std::uint32_t row, std::uint32_t col) { *place(row, col) = from_f32<T>(panel.value(row, col)); });
 }
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads) concatenate_kernel(const __grid_cons
   write_all(
       from.extent,
       [&](std::uint32_t row, std::uint32_t col) {
-        T values[kEight];
-        load_eight_aligned(from.left + row * from.left_stride + col, values);
+        T values[kVecSize];
+        load_vec8_aligned(from.left + row * from.left_stride + col, values);
         store_aligned(place(row, col), values);
       },
       [&](std::uint32_t row, std::uint32_t col) {
@@ -174,9 +174,9 @@ class PanelProducts {
     const Range cols = cols_of(i);
     const std::uint32_t rows = in_32_bits(product_.backward ? product_.inner : cols.count);
     const std::uint32_t weight_cols = in_32_bits(product_.backward ? cols.count : product_.inner);
-    const bool in_vectors = eights_are_vectors(w) && w.K % kEight == 0;
+    const bool in_vectors = supports_vec8(w) && w.K % kVecSize == 0;
     const Panel panel{.extent = {.rows = rows,
-                                 .eights = in_vectors ? weight_cols / kEight : 0,
+                                 .eights = in_vectors ? weight_cols / kVecSize : 0,
                                  .all_rows = in_32_bits(product_.backward ? inner_ : cols.count),
                                  .stride = in_32_bits(panel_stride())},
                       .weight = w,
@@ -191,7 +191,7 @@ class PanelProducts {
                       .rank = in_32_bits(rank_),
                       .is_below = product_.backward};
     LaunchShape shape = shape_for(panel.extent);
-    shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;
+    shape.smem_bytes = w.bits == 4 ? Vec8Decoder<4>::kSmemBytes : 0;
     const Stream panel_stream{.device = stream_.device, .index = stream_.index, .handle = stream};
     if (w.bits == 4) {
       launch<panel_kernel<T, 4>>(shape, panel_stream, panel, panel_memory(i));
@@ -220,10 +220,10 @@ class PanelProducts {
 
   void copy_left(const Range& rows) const {
     const ConstMatrix &left = product_.left, &low_rank = product_.low_rank;
-    const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kEight == 0;
+    const bool in_vectors = is_aligned(left.data, kVectorBytes) && left.stride % kVecSize == 0;
     const std::uint32_t count = in_32_bits(rows.count), cols = in_32_bits(product_.inner);
     const Concatenation<T> from{.extent = {.rows = count,
-                                           .eights = in_vectors ? cols / kEight : 0,
+                                           .eights = in_vectors ? cols / kVecSize : 0,
                                            .all_rows = count,
                                            .stride = in_32_bits(column_elements_)},
                                 .left = row_of<T>(left, rows.first),
@@ -236,7 +236,7 @@ class PanelProducts {
   }
 
   LaunchShape shape_for(const Extent& extent) const {
-    return looping_grid(std::int64_t{extent.all_rows} * (extent.stride / kEight), kThreads, stream_);
+    return looping_grid(std::int64_t{extent.all_rows} * (extent.stride / kVecSize), kThreads, stream_);
   }
 
   const Product& product_;

@@ -151,7 +151,7 @@ class TileAdapters {
   RowSpan rows_{};
 };
 
-// One function for each way: general.cu, gemv.cu and panels.cu; gemm/thin.cu, forward.cu and backward.cu for
+// One function for each way: general.cu, gemv.cu and panels.cu; gemm/small_m.cu, forward.cu and backward.cu for
 // GemmConfig; wgmma/forward.cu and backward.cu for HopperConfig. Those that take counters use GemmConfig::counters().
 void multiply(const Product& product, const GeneralConfig& config, const Stream& stream);
 void multiply(const Product& product, const GemvConfig& config, const Stream& stream);

@@ -20,15 +20,15 @@ namespace qlora_native::QLN_CUDA {
 template <class T>
 struct MatrixElements {
   using Element = T;
-  using Raw = EightOf<T>;
+  using Raw = Vec8Of<T>;
   const T* data;
   std::int64_t stride;
   __device__ static std::int64_t first() { return 0; }
   // Whether eight elements can be loaded as vectors.
-  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
+  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kVecSize == 0; }
   __device__ Raw load(std::int64_t e) const { return load_words_aligned(data + e); }
   __device__ Raw gather(std::int64_t e, int count) const { return gather_words(data + e, count); }
-  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const { return raw; }
+  __device__ Vec8Of<T> finish(const Raw& raw, std::int64_t, std::int64_t) const { return raw; }
 };
 // Element (i, k) of a matrix whose rows are numbered i.
 template <class T>
@@ -45,14 +45,14 @@ struct Columns : MatrixElements<T> {
 template <class T>
 struct DropoutRows : Rows<T> {
   Dropout dropout;
-  __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t m, std::int64_t k) const {
+  __device__ Vec8Of<T> finish(const Vec8Of<T>& raw, std::int64_t m, std::int64_t k) const {
     return dropout.keep(raw, m, k);
   }
 };
 template <class T>
 struct DropoutColumns : Columns<T> {
   Dropout dropout;
-  __device__ EightOf<T> finish(const EightOf<T>& raw, std::int64_t k, std::int64_t m) const {
+  __device__ Vec8Of<T> finish(const Vec8Of<T>& raw, std::int64_t k, std::int64_t m) const {
     return dropout.keep(raw, m, k);
   }
 };
@@ -78,7 +78,7 @@ struct WeightElements {
   using Element = T;
   static constexpr bool kMayBe4Bit = sizeof(T) == 4;
   // With vectors: the codes, their scale or the factor of their level, and the level. Without: the elements themselves.
-  using Raw = EightOf<T>;
+  using Raw = Vec8Of<T>;
   QuantizedWeightView w;
   WeightScales scales;
   std::int64_t stride;
@@ -121,7 +121,7 @@ struct WeightElements {
     return raw;
   }
   // All lanes of a warp call this, because together they hold the codebook.
-  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
+  __device__ Vec8Of<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
     if (!vectors) return raw;
     float scale = std::bit_cast<float>(raw.at[2]);
     if (scales.nested) scale = nested_scale(w.nested_code[raw.at[3]], scale, *w.offset);
@@ -159,7 +159,7 @@ struct WeightColumns : WeightElements<T> {
 template <class T>
 struct LoraElements {
   using Element = T;
-  using Raw = EightOf<float>;  // or half as many words of 16-bit elements
+  using Raw = Vec8Of<float>;  // or half as many words of 16-bit elements
   const void* data;
   DType dtype;
   std::int64_t stride;
@@ -171,7 +171,7 @@ struct LoraElements {
     data = static_cast<const std::byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
   }
 
-  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kEight == 0; }
+  __device__ bool has_vectors() const { return is_aligned(data, kVectorBytes) && stride % kVecSize == 0; }
   __device__ Raw load(std::int64_t e) const {
     if (dtype == DType::f32) return load_words_aligned(static_cast<const float*>(data) + e);
     return raw_of(load_words_aligned(static_cast<const Bf16*>(data) + e));  // or F16
@@ -180,7 +180,7 @@ struct LoraElements {
     if (dtype == DType::f32) return gather_words(static_cast<const float*>(data) + e, count);
     return raw_of(gather_words(static_cast<const Bf16*>(data) + e, count));
   }
-  __device__ EightOf<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
+  __device__ Vec8Of<T> finish(const Raw& raw, std::int64_t, std::int64_t) const {
     return words_of<T>([&](int i) {
       if (dtype == DType::f32) return factor * std::bit_cast<float>(raw.at[i]);
       const auto bits = static_cast<std::uint16_t>(raw.at[i / 2] >> (i % 2 * 16));
@@ -189,7 +189,7 @@ struct LoraElements {
   }
 
  private:
-  __device__ static Raw raw_of(const Eight& eight) {
+  __device__ static Raw raw_of(const Vec8& eight) {
     return {{eight.at[0], eight.at[1], eight.at[2], eight.at[3], 0, 0, 0, 0}};
   }
 };

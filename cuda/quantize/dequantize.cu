@@ -20,12 +20,12 @@ template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize d) {
   const QuantizedWeightView& w = d.args.weight;
   T* const out = static_cast<T*>(d.args.out);
-  const EightDecoder<kBits> decoder(w, d.scales);
+  const Vec8Decoder<kBits> decoder(w, d.scales);
   const std::int64_t thread = block_index() * kThreads + thread_index(), threads = grid_blocks() * kThreads;
-  for (std::int64_t e = thread * kEight; e < d.vector_elements; e += threads * kEight) {
-    float values[kEight];
+  for (std::int64_t e = thread * kVecSize; e < d.vector_elements; e += threads * kVecSize) {
+    float values[kVecSize];
     decoder.decode(e, values);
-    store_eight_aligned_from_f32(out + e, values);
+    store_vec8_aligned_from_f32(out + e, values);
   }
   for (std::int64_t e = d.vector_elements + thread; e < w.elements(); e += threads) {
     out[e] = from_f32<T>(value_of_element(w, e, scale_of_block(w, e / w.blocksize)));
@@ -36,20 +36,20 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_constant__ Dequantize d) {
   const QuantizedWeightView& w = d.args.weight;
-  const EightDecoder<kBits> decoder(w, d.scales);
+  const Vec8Decoder<kBits> decoder(w, d.scales);
   for (std::int64_t i = block_index(); i < d.args.row_count; i += grid_blocks()) {
     const std::int64_t row = d.args.rows[i], first = row * w.K;
     const bool is_there = row >= 0 && row < w.count * w.N;
     T* const out = static_cast<T*>(d.args.out) + i * w.K;
-    for (std::int64_t k = thread_index() * kEight; k < d.vector_elements; k += kThreads * kEight) {
-      float values[kEight];
+    for (std::int64_t k = thread_index() * kVecSize; k < d.vector_elements; k += kThreads * kVecSize) {
+      float values[kVecSize];
       if (is_there) {
         decoder.decode(first + k, values);
       } else {
 #pragma unroll
         for (float& value : values) value = NAN;
       }
-      store_eight_aligned_from_f32(out + k, values);
+      store_vec8_aligned_from_f32(out + k, values);
     }
     for (std::int64_t k = d.vector_elements + thread_index(); k < w.K; k += kThreads) {
       const std::int64_t e = first + k;
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
 void dequantize(const DequantizeArgs& args, const Stream& stream) {
   const QuantizedWeightView& w = args.weight;
   if (args.elements() == 0) return;
-  const bool by_rows = args.rows != nullptr, in_vectors = eights_are_vectors(w) && is_aligned(args.out, kVectorBytes);
+  const bool by_rows = args.rows != nullptr, in_vectors = supports_vec8(w) && is_aligned(args.out, kVectorBytes);
   Dequantize d{.args = args, .vector_elements = 0, .scales = scales_of(w)};
   if (in_vectors && by_rows)
-    d.vector_elements = w.K % kEight == 0 ? w.K : 0;  // else rows begin in the middle of an eight
-  if (in_vectors && !by_rows) d.vector_elements = w.elements() / kEight * kEight;
+    d.vector_elements = w.K % kVecSize == 0 ? w.K : 0;  // else rows begin in the middle of an eight
+  if (in_vectors && !by_rows) d.vector_elements = w.elements() / kVecSize * kVecSize;
   LaunchShape shape =
-      looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kEight), kThreads, stream);
-  shape.smem_bytes = w.bits == 4 ? EightDecoder<4>::kSmemBytes : 0;
+      looping_grid(by_rows ? args.row_count * kThreads : ceil_div(w.elements(), kVecSize), kThreads, stream);
+  shape.smem_bytes = w.bits == 4 ? Vec8Decoder<4>::kSmemBytes : 0;
   with_type(args.dtype, [&]<class T>() {
     const auto run = [&]<int kBits>() {
       if (by_rows) {

@@ -53,12 +53,12 @@ class NearestCodes {
 
   // The codes of eight elements in [-1, 1], up to a rounding error. They are in the order in which they are stored: two
   // in a byte, the first in its high half.
-  __device__ __forceinline__ std::uint32_t codes_of_eight(const float (&t)[kEight]) const {
-    SharedAddress at[kEight] = {start_of(t[0]), start_of(t[1]), start_of(t[2]), start_of(t[3]),
-                                start_of(t[4]), start_of(t[5]), start_of(t[6]), start_of(t[7])};
+  __device__ __forceinline__ std::uint32_t codes_of_eight(const float (&t)[kVecSize]) const {
+    SharedAddress at[kVecSize] = {start_of(t[0]), start_of(t[1]), start_of(t[2]), start_of(t[3]),
+                                  start_of(t[4]), start_of(t[5]), start_of(t[6]), start_of(t[7])};
     const auto search = [&](std::uint32_t step) {
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) {
+      for (int i = 0; i < kVecSize; ++i) {
         const auto midpoint = load_shared<float>(at[i].at(offsetof(Table, midpoint) + (step - 1) * kBytes));
         advance_if_less(at[i], step * kBytes, midpoint, t[i]);
       }
@@ -73,7 +73,8 @@ class NearestCodes {
     search(1);
     std::uint32_t codes = 0;
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) codes = codes * 16 + load_shared<std::uint32_t>(at[i].at(offsetof(Table, order)));
+    for (int i = 0; i < kVecSize; ++i)
+      codes = codes * 16 + load_shared<std::uint32_t>(at[i].at(offsetof(Table, order)));
     return pick_bytes(codes, 0, 0x0123);
   }
 
@@ -85,7 +86,7 @@ class NearestCodes {
   __device__ __forceinline__ SharedAddress start_of(float t) const {
     const std::uint32_t bucket = static_cast<std::uint32_t>(bucket_bits(t)) % CodebookBuckets::kCount;
     // The table begins at a multiple of kCount, so flipping bits adds.
-    return table_.at(load_shared<std::uint8_t>(table_.flipped(bucket)));
+    return table_.at(load_shared<std::uint8_t>(table_.xor_swizzled(bucket)));
   }
 
   static constexpr std::uint32_t kBytes = 4;  // the size of a midpoint, and of an entry of `order`

@@ -11,7 +11,7 @@ namespace qlora_native::QLN_CUDA {
 namespace {
 
 constexpr int kThreads = 256;
-// So many blocks fit a multiprocessor with 48 registers a thread. While one block waits for its loads, others compute.
+// So many blocks fit an SM with 48 registers a thread. While one block waits for its loads, others compute.
 constexpr int kBlocksAtOnce = 5;
 
 __device__ void report(NonFinite* non_finite, std::int64_t element) {
@@ -32,7 +32,9 @@ class Encoder<4> {
   static constexpr std::size_t kSmemBytes = sizeof(NearestCodes::Table);
   // To be called by all threads of a block. Its shared memory becomes the table.
   __device__ explicit Encoder(const float* code) : nearest_(filled(code)) {}
-  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const { return {{nearest_.codes_of_eight(t)}}; }
+  __device__ __forceinline__ Codes operator()(const float (&t)[kVecSize]) const {
+    return {{nearest_.codes_of_eight(t)}};
+  }
 
  private:
   __device__ static const NearestCodes::Table& filled(const float* code) {
@@ -48,7 +50,7 @@ class Encoder<8> {
   using Codes = Vector<std::uint32_t, 2>;
   static constexpr std::size_t kSmemBytes = 0;
   __device__ explicit Encoder(const float*) {}
-  __device__ __forceinline__ Codes operator()(const float (&t)[kEight]) const {
+  __device__ __forceinline__ Codes operator()(const float (&t)[kVecSize]) const {
     const auto four = [&](int i) {
       const std::uint32_t low = pick_bytes(level(t[i]), level(t[i + 1]), 0x40);
       return pick_bytes(low, pick_bytes(level(t[i + 2]), level(t[i + 3]), 0x40), 0x5410);
@@ -74,24 +76,24 @@ template <class T, int kBits, bool kVectors>
 __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const Teams& teams,
                                                 const Encoder<kBits>& encoder, std::int64_t begin, std::int64_t end) {
   const int lane = thread_index() & ((1 << teams.lane_bits) - 1);
-  const int chunk_elements = kEight << teams.lane_bits, block_elements = 1 << teams.block_bits;
+  const int chunk_elements = kVecSize << teams.lane_bits, block_elements = 1 << teams.block_bits;
   const int team_of_warp = thread_index() % kWarp >> teams.lane_bits;
   const std::int64_t team = (block_index() * kThreads + thread_index()) >> teams.lane_bits;
   const std::int64_t all_teams = grid_blocks() * kThreads >> teams.lane_bits;
   // All lanes of a warp must take part in every round. Those that have no block left read the first one again.
   for (std::int64_t block = begin + team; block - team_of_warp < end; block += all_teams) {
     const bool has_block = block < end;
-    const std::int64_t at = ((has_block ? block : begin) << teams.block_bits) + lane * kEight;
+    const std::int64_t at = ((has_block ? block : begin) << teams.block_bits) + lane * kVecSize;
     const T* const weight = static_cast<const T*>(args.weight) + at;
     const std::int64_t left = args.elements - at;
-    float w[kEight];
+    float w[kVecSize];
     const auto load = [&](int chunk) {
       if constexpr (kVectors) {
-        load_eight_aligned_as_f32(weight + chunk, w);
+        load_vec8_aligned_as_f32(weight + chunk, w);
       } else {
         const T* const from = weight + in_register(static_cast<std::uint32_t>(chunk));  // one address, not eight
 #pragma unroll
-        for (int i = 0; i < kEight; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
+        for (int i = 0; i < kVecSize; ++i) w[i] = chunk + i < left ? to_f32(from[i]) : 0.0f;
       }
     };
     float absmax = 0.0f;
@@ -100,7 +102,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
       chunk -= chunk_elements;
       load(chunk);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) absmax = larger_or_nan(absmax, fabsf(w[i]));
+      for (int i = 0; i < kVecSize; ++i) absmax = larger_or_nan(absmax, fabsf(w[i]));
     } while (chunk > 0);
     // Compared as bits, NaN is larger than infinity, and infinity larger than any number.
     absmax = std::bit_cast<float>(max_of_lanes(std::bit_cast<std::uint32_t>(absmax), 1 << teams.lane_bits));
@@ -109,7 +111,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
     if (!is_finite(absmax)) {  // no codes are written, because the caller throws
       for (; chunk < block_elements; chunk += chunk_elements) {
 #pragma unroll 1
-        for (int i = chunk; i < chunk + kEight && i < left; ++i) {
+        for (int i = chunk; i < chunk + kVecSize && i < left; ++i) {
           if (!is_finite(to_f32(weight[i]))) report(args.non_finite, at + i);
         }
       }
@@ -119,7 +121,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeArgs& args, const 
     const auto codes = [&](int chunk) { return args.codes + static_cast<std::uint64_t>(at + chunk) * kBits / 8; };
     while (true) {  // w still holds the first chunk
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) w[i] *= inverse;
+      for (int i = 0; i < kVecSize; ++i) w[i] *= inverse;
       const auto words = encoder(w);
       if constexpr (kVectors) {
         store_vector(reinterpret_cast<std::uint32_t*>(codes(chunk)), words);
@@ -149,12 +151,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) quantize_kernel(const
 void quantize(const QuantizeArgs& args, const Stream& stream) {
   fill_bytes(&args.non_finite->count, 0, sizeof(args.non_finite->count), stream);
   fill_bytes(&args.non_finite->first, 0xFF, sizeof(args.non_finite->first), stream);
-  const int block_bits = log2_of(args.blocksize), eights_bits = block_bits - log2_of(kEight);
+  const int block_bits = log2_of(args.blocksize), eights_bits = block_bits - log2_of(kVecSize);
   const bool are_vectors = is_aligned(args.weight, kVectorBytes) && is_aligned(args.codes, args.bits);
   const Teams teams{.block_bits = block_bits,
                     .lane_bits = eights_bits < log2_of(kWarp) ? eights_bits : log2_of(kWarp),
                     .vector_blocks = are_vectors ? args.elements / args.blocksize : 0};
-  LaunchShape shape = looping_grid(ceil_div(args.elements, kEight), kThreads, stream);
+  LaunchShape shape = looping_grid(ceil_div(args.elements, kVecSize), kThreads, stream);
   const auto launch_for = [&]<class T, int kBits>() {
     shape.smem_bytes = Encoder<kBits>::kSmemBytes;
     launch<quantize_kernel<T, kBits>>(shape, stream, args, teams);

@@ -1,4 +1,5 @@
-// Asks the CUDA runtime whether this machine can run the backend "cuda". Only builds with that backend have this file.
+// Queries the CUDA runtime whether this machine can run the backend "cuda". Only builds with that backend have this
+// file.
 #include "runtime/availability.h"
 
 #include <cuda_runtime.h>

@@ -47,7 +47,7 @@ class CurrentDevice {
 
 // Every driver takes kernel parameters of up to 4096 bytes. Drivers from R530 (CUDA 12.1) on take up to 32,764 bytes.
 // Any CUDA 12 runtime also starts on R525, where the launch of a larger kernel would fail without saying why.
-constexpr std::size_t kParametersOfAnyDriver = 4096;
+constexpr std::size_t kPortableParameterBytes = 4096;
 constexpr int kCuda121 = 12010, kCuda123 = 12030;
 inline int driver_version() {
   int version = 0;

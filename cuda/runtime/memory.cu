@@ -1,6 +1,6 @@
-// Memory for a Workspace if the host program gives none. It comes from the library's own pool for each device, because
-// the device's default pool would give all of it back to the system at the next synchronization. This file has no
-// device code.
+// Memory for a Workspace if the application gives none. The library has a memory pool for each device, because the
+// device's default pool would release all of it to the system at the next synchronization. This file has no device
+// code.
 #include <map>
 #include <mutex>
 
@@ -10,9 +10,9 @@
 namespace qlora_native::cuda {
 namespace {
 
-// A pool keeps so much free memory. It is more than a call with an inner dimension of 28,672 in 16 bits takes, which
-// copies 8192 rows beside its panels (product/panels.cu).
-constexpr std::uint64_t kKeptBytes = std::uint64_t{512} << 20;
+// The free memory that a pool does not release. It is more than a call with an inner dimension of 28,672 in 16 bits
+// takes, which copies 8192 rows beside its panels (product/panels.cu).
+constexpr std::uint64_t kReleaseThreshold = std::uint64_t{512} << 20;
 
 cudaMemPool_t make_pool(int device) {
   const RelaxedCapture relaxed;
@@ -22,7 +22,7 @@ cudaMemPool_t make_pool(int device) {
   properties.location.id = device;
   cudaMemPool_t pool = nullptr;
   QLN_CHECK_CUDA(cudaMemPoolCreate(&pool, &properties));
-  std::uint64_t bytes = kKeptBytes;
+  std::uint64_t bytes = kReleaseThreshold;
   QLN_CHECK_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &bytes));
   return pool;
 }
@@ -38,12 +38,14 @@ cudaMemPool_t pool_of(int device) {
 
 }  // namespace
 
-DeviceMemory allocate_own(std::size_t bytes, const Stream& stream) {
+DeviceMemory allocate_workspace(std::size_t bytes, const Stream& stream) {
   DeviceMemory memory;
   QLN_CHECK_CUDA(cudaMallocFromPoolAsync(&memory.data, bytes, pool_of(stream.index), handle_of(stream)));
   return memory;
 }
 
-void release_own(const DeviceMemory& memory, const Stream& stream) { cudaFreeAsync(memory.data, handle_of(stream)); }
+void release_workspace(const DeviceMemory& memory, const Stream& stream) {
+  cudaFreeAsync(memory.data, handle_of(stream));
+}
 
 }  // namespace qlora_native::cuda

@@ -39,7 +39,7 @@ void SideStream::overlap(std::int64_t count, void* caller,
   for (std::int64_t i = 0; i < count; ++i) {
     const bool is_last = i + 1 == count;
     if (!is_last) driver_->record(used_, caller);
-    use(i);  // comes first, so that the device begins with it and prepares where it leaves room
+    use(i);  // before prepare(), so that the device begins with it and prepares on the SMs that it leaves idle
     if (is_last) return;
     driver_->wait(stream_, used_);
     prepare(i + 1, stream_);

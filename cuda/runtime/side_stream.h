@@ -23,8 +23,8 @@ class SideStream {
   static SideStream& of(const Stream& caller);
 
   // For each i in [0, count): prepare(i, stream), then use(i) in the caller's stream. The side stream prepares i + 1
-  // while i is used, but not before i - 1 has been used, so two places are enough for what is prepared. Whatever is put
-  // into the caller's stream after this call runs after all of it, even if the call has thrown.
+  // while i is used, but not before i - 1 has been used, so two buffers are enough. Whatever is enqueued in the
+  // caller's stream after this call runs after all of it, even if the call has thrown.
   void overlap(std::int64_t count, void* caller, const std::function<void(std::int64_t i, void* stream)>& prepare,
                const std::function<void(std::int64_t i)>& use);
 

@@ -1,5 +1,5 @@
-// Memory on the stream's device for the kernels of one call. It comes from the host program's allocator, if that has
-// set one (runtime.h), else from the backend.
+// Memory on the stream's device for the kernels of one call. It is from the application's allocator, if that has set
+// one (runtime.h), else from the backend.
 #pragma once
 
 #include "hooks.h"
@@ -14,7 +14,7 @@ class Workspace {
       memory_ = hooks().allocate(bytes, stream);
       make_reachable(memory_, bytes);
     } else {
-      memory_ = allocate_own(bytes, stream);
+      memory_ = allocate_workspace(bytes, stream);
     }
     poison(memory_.data, bytes);
   }
@@ -26,7 +26,7 @@ class Workspace {
       make_unreachable(memory_);
       hooks().release(memory_, stream_);
     } else {
-      release_own(memory_, stream_);
+      release_workspace(memory_, stream_);
     }
   }
   std::byte* data() const { return static_cast<std::byte*>(memory_.data); }
@@ -38,27 +38,27 @@ class Workspace {
 
 template <class T>
 __global__ void clear_kernel(T* at, std::int64_t count) {
-  let_next_kernel_begin();
+  griddepcontrol_launch_dependents();
   for (std::int64_t i = thread_index(); i < count; i += block_threads()) at[i] = T{};
 }
 
 // The flags and tickets that blocks of a call's kernels share. They begin as 0: by one memset before all of the
 // kernels; or, if the first kernel waits for the one before it where it takes its first ticket, by a kernel beside
-// which that one may begin (LaunchShape::begins_early), so that its launch costs no time.
+// which that one may begin (LaunchShape::programmatic_launch), so that its launch costs no time.
 class Counters {
  public:
-  Counters(std::int64_t count, const Stream& stream, bool next_begins_early = false)
+  Counters(std::int64_t count, const Stream& stream, bool next_programmatic_launch = false)
       : workspace_(static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream),
         next_(reinterpret_cast<std::uint32_t*>(workspace_.data())),
-        next_begins_early_(next_begins_early && count > 0) {
-    if (next_begins_early_) {
-      launch<clear_kernel<std::uint32_t>>({.blocks = 1, .threads = 256, .next_begins_early = true}, stream, next_,
-                                          count);
+        next_programmatic_launch_(next_programmatic_launch && count > 0) {
+    if (next_programmatic_launch_) {
+      launch<clear_kernel<std::uint32_t>>({.blocks = 1, .threads = 256, .next_programmatic_launch = true}, stream,
+                                          next_, count);
     } else if (count > 0) {
       fill_bytes(next_, 0, static_cast<std::size_t>(count) * sizeof(std::uint32_t), stream);
     }
   }
-  bool next_begins_early() const { return next_begins_early_; }
+  bool next_programmatic_launch() const { return next_programmatic_launch_; }
   // The next `count` of them; null if there are none.
   std::uint32_t* take(std::int64_t count) {
     if (count == 0) return nullptr;
@@ -69,7 +69,7 @@ class Counters {
  private:
   const Workspace workspace_;
   std::uint32_t* next_;
-  const bool next_begins_early_;
+  const bool next_programmatic_launch_;
 };
 
 }  // namespace qlora_native::QLN_CUDA

@@ -29,10 +29,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 class Docstrings(griffe.Extension):
     """Adapt what griffe has read to this package."""
 
+    def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Hide the special methods, which Python calls, except for the constructor."""
+        for name in [name for name in cls.members if name.startswith("__") and name != "__init__"]:
+            del cls.members[name]
+
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Hide special methods, and split lines that describe several arguments: `format, blocksize: ...`."""
-        if obj.name.startswith("__"):
-            obj.public = False
+        """Split lines that describe several arguments, as in `format, blocksize: ...`."""
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^ {4}(\w+(?:, \w+)+): (.*(?:\n {8}.*)*)$",

@@ -201,7 +201,7 @@ void several_blocks_share_a_tile() {
                            .groups = each.groups,
                            .own_weights = each.own_weights};
     shape.aligned = shape.aligned_64 = each.K % 32 == 0;
-    shape.multiprocessors = 3;  // the emulated device has 3
+    shape.num_sms = 3;  // the emulated device has 3
     shape.smem_bytes = 227 * 1024;
     shape.reserved_smem_bytes = 1024;
     const auto config = std::get<qn::GemmConfig>(qn::product_config(shape));

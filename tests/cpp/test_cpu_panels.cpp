@@ -1,5 +1,5 @@
 // Guards products by panels of decoded W on the CPU (cpu/product/panels-inl.h), over a dense product that is a plain
-// loop: what they ask of it, and that their results are near those in float64. tests/test_ways.py runs them over torch.
+// loop: what they ask of it, and that their results are near those in float64. tests/test_kernels.py runs them over torch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -165,7 +165,7 @@ void failed_product_is_an_error_and_the_next_call_is_right() {
 }  // namespace
 
 int main() {
-  setenv("QLN_FORCE_WAY", "panels", 1);
+  setenv("QLN_FORCE_KERNEL", "panels", 1);
   unsetenv("QLN_BACKEND");
   if (qn::current_isa() == "scalar") return kSkipped;  // it has one way
   qn::set_dense_gemm(dense_gemm);

@@ -389,14 +389,14 @@ void workspace_begins_as_nan_or_as_raised_flags() {
 // place. Then the kernel changes one word.
 __global__ void places_kernel(const std::uint32_t* in, std::uint32_t* out) {
   const SharedAddress first = SharedAddress(dynamic_smem<std::uint32_t>()).at(32);
-  cp_async_or_zeros(first.flipped(16), in, 4);
+  cp_async_or_zeros(first.xor_swizzled(16), in, 4);
   cp_async_or_zeros(first, in + 4, 0);
   cp_async_commit();
   cp_async_wait<0>();
   store_shared(first,
-               load_shared<std::uint32_t>(first.flipped(16).at(8)) + load_shared<std::uint8_t>(first.at(16 + 5)));
+               load_shared<std::uint32_t>(first.xor_swizzled(16).at(8)) + load_shared<std::uint8_t>(first.at(16 + 5)));
   store_vector<std::uint32_t, 4>(out, load_shared<Vector<std::uint32_t, 4>>(first));
-  store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.flipped(16)));
+  store_vector<std::uint32_t, 4>(out + 4, load_shared<Vector<std::uint32_t, 4>>(first.xor_swizzled(16)));
 }
 __global__ void misaligned_place_kernel() { load_shared<float>(SharedAddress(dynamic_smem<float>()).at(2)); }
 

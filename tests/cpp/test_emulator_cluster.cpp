@@ -82,8 +82,8 @@ __global__ void sums_kernel(int cluster, float* out) {
                                                                   : own;
   for (int rank = 0; rank < cluster; ++rank) {
     if (kMistake == Mistake::half_is_not_stored && thread >= kWarp) continue;
-    store_to_block(to, vector_of(block_index(), thread), &shared.sums,
-                   rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
+    store_async(to, vector_of(block_index(), thread), &shared.sums,
+                rank + (kMistake == Mistake::rank_of_another_cluster ? 1 : 0));
   }
   if constexpr (kMistake != Mistake::no_wait) mbarrier_wait(&shared.sums, 0);
   Four sum = {};
@@ -139,7 +139,7 @@ bool is_found_in_sums(std::initializer_list<const char*> messages) {
 void mistakes_between_blocks_of_a_cluster_are_found_under_each_schedule() {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kEnded = "stores into a block of its cluster that has";
   EXPECT(is_found_in_sums<Mistake::no_barrier_before_stores>(
-      {"no barrier of the cluster has come since it was published", "was not initialized", kEnded}));
+      {"no barrier of the cluster has completed since it was published", "was not initialized", kEnded}));
   EXPECT(is_found_in_sums<Mistake::not_published>({"initialization was not published"}));
   EXPECT(is_found_in_sums<Mistake::no_wait>({"ended before a vector of its cluster was there", kEnded, "wrong"}));
   EXPECT(is_found_in_sums<Mistake::more_bytes_are_expected>({kDeadlock}));
@@ -205,7 +205,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
       mbarrier_wait(&shared.empty[stage], parity ^ 1);
       mbarrier_arrive_expect(&shared.full[stage],
                              kTileBytes / (kMistake == PairMistake::half_of_the_bytes_is_expected ? 2 : 1));
-      tma_load_tile_to_blocks(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
+      tma_load_tile_multicast(shared.tiles[stage][row], map, row, step * kTileCols, &shared.full[stage],
                               static_cast<std::uint16_t>(ranks));
     }
     if (reader < 0) continue;
@@ -219,7 +219,7 @@ __global__ void pair_kernel(const __grid_constant__ TensorMap map, std::uint8_t*
     if (thread % kWarp == 0) mbarrier_arrive(&shared.empty[stage]);
     const int peer = kMistake == PairMistake::arrival_at_another_cluster ? 2 : 1 - rank;
     const bool arrives = kPeerReads && (kMistake != PairMistake::one_arrival_too_few || reader == 0);
-    const MbarriersOfBlock empty_of_peer(shared.empty, peer);
+    const ClusterMbarriers empty_of_peer(shared.empty, peer);
     if (thread % kWarp == 1 && arrives) empty_of_peer.arrive(stage);
     if (kMistake == PairMistake::one_arrival_too_many && thread % kWarp == 2) empty_of_peer.arrive(stage);
   }
@@ -266,7 +266,7 @@ void tiles_come_to_both_blocks_of_a_pair_under_each_schedule() {
 
 void mistakes_between_pairs_are_found_under_each_schedule() {
   constexpr const char *kDeadlock = "waits for an mbarrier at", *kTooMany = "more arrivals in a phase";
-  constexpr const char *kOverwritten = "where another tile is still on its way", *kWrong = "wrong";
+  constexpr const char *kOverwritten = "where another tile is still in flight", *kWrong = "wrong";
   EXPECT(is_found_in_pairs<PairMistake::peer_is_not_waited_for>({kOverwritten, kTooMany, kDeadlock, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_few>({kDeadlock}));
   EXPECT(is_found_in_pairs<PairMistake::one_arrival_too_many>(
@@ -275,10 +275,11 @@ void mistakes_between_pairs_are_found_under_each_schedule() {
   EXPECT(is_found_in_pairs<PairMistake::half_of_the_bytes_is_expected>({kOverwritten, kTooMany, kDeadlock, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::both_ask_for_the_same_half>({kOverwritten, kWrong}));
   EXPECT(is_found_in_pairs<PairMistake::no_barrier_before_use>(
-      {"no barrier of the cluster has come since it was published", "was not initialized"}));
+      {"no barrier of the cluster has completed since it was published", "was not initialized"}));
   EXPECT(is_found_in_pairs<PairMistake::not_published>({"initialization was not published"}));
   EXPECT(is_found_in_pairs<PairMistake::no_wait_at_the_end>(
-      {"has not waited for all that other blocks", "arrives at an mbarrier of a block of its cluster that has ended"}));
+      {"has not waited for all arrivals of other blocks",
+       "arrives at an mbarrier of a block of its cluster that has ended"}));
   EXPECT(is_found_in_pairs<PairMistake::tile_for_another_cluster>({"loads a tile into block 2 of a cluster of 2"}));
   EXPECT(is_found_in_pairs<PairMistake::tile_for_no_block>({"loads a tile into no block"}));
   EXPECT(is_found_in_pairs<PairMistake::arrival_at_another_cluster>({"an mbarrier of block 2 of a cluster of 2"}));

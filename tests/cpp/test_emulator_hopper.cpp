@@ -35,9 +35,9 @@ enum class Mistake {
   barrier_not_published,
   no_fence_of_registers,
   register_changed_in_flight,
-  sums_read_before_the_wait,
-  sums_changed_in_flight,
-  no_wait_for_sums,
+  accumulators_read_before_the_wait,
+  accumulators_changed_in_flight,
+  no_wait_for_accumulators,
   wrong_stride_of_the_descriptor,
   wrong_step_along_the_descriptor,
   wrong_place_of_b,
@@ -106,9 +106,9 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
     }
     wgmma_commit();
     if constexpr (kMistake == Mistake::register_changed_in_flight) ++fragments[2][1];
-    if constexpr (kMistake == Mistake::sums_read_before_the_wait) out[thread] = d[0];
-    if constexpr (kMistake == Mistake::sums_changed_in_flight) d[3] = 0.0f;
-    if constexpr (kMistake == Mistake::no_wait_for_sums) {
+    if constexpr (kMistake == Mistake::accumulators_read_before_the_wait) out[thread] = d[0];
+    if constexpr (kMistake == Mistake::accumulators_changed_in_flight) d[3] = 0.0f;
+    if constexpr (kMistake == Mistake::no_wait_for_accumulators) {
       if (step == kSteps - 1) return;
     }
     wgmma_wait<0>();
@@ -118,7 +118,7 @@ __global__ void ring_kernel(const __grid_constant__ TensorMap b, const T* a, flo
                                                                      : 1;
     for (int i = 0; lane == 0 && i < arrivals; ++i) mbarrier_arrive(&shared.empty[stage]);
   }
-  if constexpr (kMistake == Mistake::sums_read_before_the_wait) return;
+  if constexpr (kMistake == Mistake::accumulators_read_before_the_wait) return;
   for (int i = 0; i < kCols / 2; ++i) out[(16 * warp + g + i / 2 % 2 * 8) * kCols + i / 4 * 8 + 2 * t + i % 2] = d[i];
 }
 
@@ -212,9 +212,9 @@ void mistakes_around_barriers_are_found() {
 void mistakes_around_registers_are_found() {
   EXPECT(contains(found<Mistake::no_fence_of_registers>(), "without wgmma_fence()"));
   EXPECT(contains(found<Mistake::register_changed_in_flight>(), "a register of wgmma's a was changed"));
-  EXPECT(contains(found<Mistake::sums_read_before_the_wait>(), "wrong"));
-  EXPECT(contains(found<Mistake::sums_changed_in_flight>(), "wgmma's sums were changed"));
-  EXPECT(contains(found<Mistake::no_wait_for_sums>(), "has ended before the wait for its wgmma"));
+  EXPECT(contains(found<Mistake::accumulators_read_before_the_wait>(), "wrong"));
+  EXPECT(contains(found<Mistake::accumulators_changed_in_flight>(), "wgmma's accumulators were changed"));
+  EXPECT(contains(found<Mistake::no_wait_for_accumulators>(), "has ended before the wait for its wgmma"));
 }
 
 void mistakes_of_layout_are_found() {
@@ -235,7 +235,7 @@ __global__ void arrivals_kernel(int arrivals, int waits) {
   sync_threads();
   if (thread_index() > 0 && thread_index() < arrivals) mbarrier_arrive(barrier);
   if (thread_index() != 0) return;
-  mbarrier_arrive_expect(barrier, 16);  // these bytes never come
+  mbarrier_arrive_expect(barrier, 16);  // these bytes never arrive
   for (int i = 0; i < waits; ++i) mbarrier_wait(barrier, 1);
 }
 
@@ -365,7 +365,7 @@ template <int kCount>
 __global__ void registers_kernel() {
   increase_max_registers<kCount>();
 }
-void registers_of_a_block_are_within_a_multiprocessor() {
+void registers_of_a_block_are_within_an_sm() {
   EXPECT(death_message([] { launch<registers_kernel<168>>({1, 3 * kWarpgroup}, {}); }).empty());
   EXPECT(contains(death_message([] { launch<registers_kernel<176>>({1, 3 * kWarpgroup}, {}); }), "67584 registers"));
   EXPECT(contains(death_message([] { launch<registers_kernel<100>>({1, kWarpgroup}, {}); }), "setmaxnreg of 100"));
@@ -378,7 +378,7 @@ __global__ void some_threads_kernel(int* out) {
   const int thread = thread_index();
   if (thread >= 2 * kWarp) return;
   shared[thread] = thread;
-  if constexpr (kMeet) sync_some_threads<1>(2 * kWarp);
+  if constexpr (kMeet) sync_named_barrier<1>(2 * kWarp);
   out[thread] = shared[2 * kWarp - 1 - thread];
 }
 void some_threads_meet_without_the_others() {
@@ -406,7 +406,7 @@ int run_all() {
   operand_that_a_driver_refuses_is_named();
   block_that_ends_before_its_tile_is_found();
   stores_reach_wgmma_through_a_fence();
-  registers_of_a_block_are_within_a_multiprocessor();
+  registers_of_a_block_are_within_an_sm();
   some_threads_meet_without_the_others();
   return report();
 }

@@ -36,7 +36,7 @@ const int kAll = static_cast<int>(kSchedules.size());
 int element() { return static_cast<int>(block_index()) * block_threads() + thread_index(); }
 
 __global__ void double_kernel(const int* in, int* out) {
-  let_next_kernel_begin();
+  griddepcontrol_launch_dependents();
   sync_threads();
   out[element()] = 2 * in[element()];
 }
@@ -46,12 +46,12 @@ enum class Early { waits, reads_first, writes_first };
 template <Early kEarly>
 __global__ void add_one_kernel(const int* doubled, int* in, int* out) {
   if constexpr (kEarly == Early::writes_first) in[element()] = 0;
-  if constexpr (kEarly != Early::reads_first) wait_for_kernel_before();
+  if constexpr (kEarly != Early::reads_first) griddepcontrol_wait();
   out[element()] = doubled[kCount - 1 - element()] + 1;
 }
 
-const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_begins_early = true};
-const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .begins_early = true};
+const LaunchShape kFirst = {.blocks = kBlocks, .threads = kThreads, .next_programmatic_launch = true};
+const LaunchShape kSecond = {.blocks = kBlocks, .threads = kThreads, .programmatic_launch = true};
 
 template <Early kEarly>
 Managed<int> doubled_plus_one() {
@@ -82,7 +82,8 @@ template <Early kOfSecond, Early kOfThird>
 Managed<int> doubled_plus_two() {
   Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
   for (int i = 0; i < kCount; ++i) in[i] = i;
-  const LaunchShape between = {.blocks = kBlocks, .threads = kThreads, .begins_early = true, .next_begins_early = true};
+  const LaunchShape between = {
+      .blocks = kBlocks, .threads = kThreads, .programmatic_launch = true, .next_programmatic_launch = true};
   launch<double_kernel>(kFirst, {}, in.data(), doubled.data());
   launch<add_one_kernel<kOfSecond>>(between, {}, doubled.data(), in.data(), more.data());
   launch<add_one_kernel<kOfThird>>(kSecond, {}, more.data(), doubled.data(), out.data());
@@ -122,9 +123,9 @@ void launched_kernel_runs_before_anything_else_in_its_stream() {
 void memory_released_between_two_kernels_that_overlap_is_caught() {
   Managed<int> in(kCount, 1), out(kCount);
   const std::string words = death_message([&] {
-    const DeviceMemory doubled = allocate_own(kCount * sizeof(int), {});
+    const DeviceMemory doubled = allocate_workspace(kCount * sizeof(int), {});
     launch<double_kernel>(kFirst, {}, in.data(), static_cast<int*>(doubled.data));
-    release_own(doubled, {});
+    release_workspace(doubled, {});
     launch<double_kernel>(kSecond, {}, in.data(), out.data());
   });
   EXPECT(contains(words, "memory is released before the kernel that begins early is launched"));

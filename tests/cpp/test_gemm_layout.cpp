@@ -5,7 +5,7 @@
 
 #include "expect.h"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/thin.cuh"
+#include "product/gemm/small_m.cuh"
 
 namespace qlora_native::cuda_emulated {
 namespace {
@@ -103,7 +103,7 @@ void weight_is_decoded_to_where_it_is_read() {
   Memory memory;
   for (unsigned thread = 0; thread < kThreads; ++thread) {
     for (unsigned v = 0; v < Tile::kThreadChunks * kChunkVectors; ++v) {
-      const unsigned offset = offset_of(place_at(Weights::first_place(thread)).flipped(v * kVectorBytes));
+      const unsigned offset = offset_of(place_at(Weights::first_place(thread)).xor_swizzled(v * kVectorBytes));
       EXPECT(offset % kLineBytes + kVectorBytes <= kLineVectors * kVectorBytes);  // not in the table's part of a line
       EXPECT(offset < Tile::kCols * kLineBytes);
       for (unsigned j = 0; j < 8; ++j) {

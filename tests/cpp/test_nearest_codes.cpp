@@ -20,8 +20,8 @@ __global__ void encode_kernel(const float* code, const float* t, std::int64_t ei
   table.fill(code);
   const NearestCodes nearest(table);
   for (std::int64_t i = thread_index(); i < eights; i += kThreads) {
-    float eight[kEight];
-    for (int j = 0; j < kEight; ++j) eight[j] = t[kEight * i + j];
+    float eight[kVecSize];
+    for (int j = 0; j < kVecSize; ++j) eight[j] = t[kVecSize * i + j];
     codes[i] = nearest.codes_of_eight(eight);
   }
 }
@@ -30,16 +30,16 @@ template <class T>
 using Managed = std::vector<T, emulator::ManagedAllocator<T>>;
 
 std::int64_t wrong_codes(const char* name, const float* code, std::vector<float> t) {
-  while (t.size() % kEight != 0) t.push_back(0.0f);
-  const auto eights = static_cast<std::int64_t>(t.size()) / kEight;
+  while (t.size() % kVecSize != 0) t.push_back(0.0f);
+  const auto eights = static_cast<std::int64_t>(t.size()) / kVecSize;
   const Managed<float> code_on_device(code, code + 16), t_on_device(t.begin(), t.end());
-  Managed<std::uint32_t> codes(t.size() / kEight);
+  Managed<std::uint32_t> codes(t.size() / kVecSize);
   launch<encode_kernel>({1, kThreads, sizeof(NearestCodes::Table)}, Stream{}, code_on_device.data(), t_on_device.data(),
                         eights, codes.data());
   const SortedCodebook sorted = sort_codebook(code);
   std::int64_t wrong = 0;
   for (std::size_t i = 0; i < t.size(); ++i) {
-    const std::uint32_t byte = codes[i / kEight] >> (8 * (i % kEight / 2)) & 0xFF;
+    const std::uint32_t byte = codes[i / kVecSize] >> (8 * (i % kVecSize / 2)) & 0xFF;
     const std::uint32_t found = i % 2 == 0 ? byte >> 4 : byte & 15, expected = nearest_code(sorted, t[i]);
     if (found != expected && ++wrong <= 5)
       std::printf("%s, %a: expected code %u, got %u\n", name, t[i], expected, found);

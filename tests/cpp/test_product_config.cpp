@@ -15,14 +15,14 @@ namespace {
 constexpr std::int64_t kRows[] = {0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 256, 257, 384, 4096, 100000};
 constexpr std::int64_t kSizes[] = {1, 63, 64, 65, 128, 129, 256, 300, 4096, 14336};
 constexpr std::size_t kLeastSmem = 99 * 1024, kAmpereSmem = 163 * 1024, kHopperSmem = 227 * 1024;
-constexpr int kMultiprocessors[] = {1, 3, 108, 132};
+constexpr int kNumSms[] = {1, 3, 108, 132};
 
 template <class F>
 void for_each_shape(const F& f) {
   for (const std::int64_t rows : kRows) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : kSizes) {
-        for (const int multiprocessors : kMultiprocessors) {
+        for (const int num_sms : kNumSms) {
           for (const int flags : {0, 1, 2, 3, 5, 7, 13, 15, 21, 23}) {
             f(ProductShape{.rows = rows,
                            .cols = cols,
@@ -31,7 +31,7 @@ void for_each_shape(const F& f) {
                            .backward = flags / 2 % 2 == 1,
                            .aligned = flags % 2 == 1,
                            .aligned_64 = flags / 4 % 2 == 1,
-                           .multiprocessors = multiprocessors,
+                           .num_sms = num_sms,
                            .smem_bytes = flags >= 16  ? kAmpereSmem
                                          : flags >= 8 ? kHopperSmem
                                                       : kLeastSmem});
@@ -121,8 +121,8 @@ void device_holds_all_blocks_at_once() {
     const auto config = std::get<GemmConfig>(product_config(shape));
     const bool two = config.thin ? shape.smem_bytes > kLeastSmem
                                  : config.tile_rows <= kGemmMiddleRows && shape.smem_bytes == kHopperSmem;
-    const int of_multiprocessor = two ? 2 : 1;
-    EXPECT(config.blocks <= of_multiprocessor * shape.multiprocessors);
+    const int per_sm = two ? 2 : 1;
+    EXPECT(config.blocks <= per_sm * shape.num_sms);
   });
 }
 
@@ -137,7 +137,7 @@ constexpr Tile kWide = {kGemmManyRows, kGemmWideCols}, kTall = {kGemmTallRows, k
 // avoids.
 void tile_for_many_rows_wastes_least() {
   ProductShape shape = {
-      .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .multiprocessors = 132};
+      .cols = 4096, .inner = 4096, .dtype = DType::bf16, .aligned = true, .aligned_64 = true, .num_sms = 132};
   const auto tile_of = [&](std::int64_t rows, std::size_t smem_bytes) {
     shape.rows = rows;
     shape.smem_bytes = smem_bytes;
@@ -215,7 +215,7 @@ ProductShape many_rows(std::int64_t rows, std::int64_t cols, std::int64_t inner)
           .aligned = true,
           .aligned_64 = true,
           .dense_gemm = true,
-          .multiprocessors = 132};
+          .num_sms = 132};
 }
 
 bool is_by_panels(const ProductShape& shape) { return takes<PanelsConfig>(shape); }
@@ -245,7 +245,7 @@ void many_rows_get_panels_where_they_can() {
   }
 }
 
-// The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 multiprocessors.
+// The panel is the smallest one whose products fill the device: each wave uses 128 or more of the 132 SMs.
 void panel_is_within_its_memory_and_fills_the_device() {
   EXPECT(panels_of(many_rows(4096, 4096, 4096)).cols == 1024);
   EXPECT(panels_of(many_rows(2048, 4096, 4096)).cols == 1024);
@@ -262,11 +262,11 @@ void panel_is_within_its_memory_and_fills_the_device() {
       for (const std::int64_t inner : {1, 100, 4096, 28672, 65536}) {
         for (const std::int64_t rank : {0, 1, 64}) {
           for (const DType dtype : {DType::f32, DType::bf16}) {
-            for (const int multiprocessors : {1, 132}) {
+            for (const int num_sms : {1, 132}) {
               ProductShape shape = many_rows(rows, cols, inner);
               shape.dtype = dtype;
               shape.rank = rank;
-              shape.multiprocessors = multiprocessors;
+              shape.num_sms = num_sms;
               if (!is_by_panels(shape)) continue;
               const PanelsConfig config = panels_of(shape);
               const std::int64_t column_elements = panel_column_elements(inner, rank);
@@ -276,7 +276,7 @@ void panel_is_within_its_memory_and_fills_the_device() {
               EXPECT(rank == 0 ? config.rows == rows : config.rows <= kPanelCopiedRows && config.rows > rows / 16);
               const std::int64_t tiles =
                   ceil_div(std::min(rows, config.rows), kPanelCols) * ceil_div(std::min(cols, config.cols), kPanelCols);
-              EXPECT(4 * tiles >= 3 * multiprocessors);
+              EXPECT(4 * tiles >= 3 * num_sms);
             }
           }
         }
@@ -330,7 +330,7 @@ void wgmma_or_panels_is_the_faster_one() {
     shape.cols = cols;
     shape.inner = inner;
     shape.rank = rank;
-    shape.multiprocessors = 132;
+    shape.num_sms = 132;
     EXPECT(is_by_wgmma(shape));
     shape.dense_gemm = true;
     EXPECT(is_by_wgmma(shape) == by_wgmma && is_by_panels(shape) == !by_wgmma);
@@ -365,8 +365,8 @@ void wgmma_takes_only_what_it_can_load() {
   }
 }
 
-// On 132 multiprocessors: the smallest tile that holds all rows, or several smaller ones where that leaves fewer
-// multiprocessors idle.
+// On 132 SMs: the smallest tile that holds all rows, or several smaller ones where that leaves fewer
+// SMs idle.
 constexpr struct {
   std::int64_t rows, cols, inner;
   int tile;
@@ -387,7 +387,7 @@ constexpr struct {
     {640, 4096, 4096, 128},   // 160, rather than 96 of 128 rows that do not exist
     {128, 1024, 4096, 64},    // 16 in clusters of 8, rather than 8
     {256, 1024, 4096, 64},    // 32 in clusters of 4
-    {1536, 4096, 1024, 128},  // 384, three for most multiprocessors, rather than 192
+    {1536, 4096, 1024, 128},  // 384, three for most SMs, rather than 192
     // dX, whose steps take other times, and whose warpgroups exchange sums at the end of each tile
     {12, 4096, 14336, 16, true},
     {12, 8192, 4096, 16, true},
@@ -401,7 +401,7 @@ void tile_of_wgmma_takes_the_least_time() {
     shape.backward = backward;
     shape.cols = cols;
     shape.inner = inner;
-    shape.multiprocessors = 132;
+    shape.num_sms = 132;
     const int chosen = std::get<HopperConfig>(product_config(shape)).gemm.tile_rows;
     EXPECT(chosen == tile);
   }
@@ -412,19 +412,19 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
   for (const std::int64_t rows : {9, 17, 33, 65, 128, 129, 257, 384, 512, 100'000}) {
     for (const std::int64_t cols : kSizes) {
       for (const std::int64_t inner : {64, 192, 256, 320, 384, 448, 4096, 14336}) {
-        for (const int multiprocessors : kMultiprocessors) {
+        for (const int num_sms : kNumSms) {
           ProductShape shape = on_hopper(rows);
           shape.cols = cols;
           shape.inner = inner;
-          shape.multiprocessors = multiprocessors;
+          shape.num_sms = num_sms;
           for (const std::optional<bool> asked : {std::optional<bool>(), std::optional(false), std::optional(true)}) {
             shape.hopper_pairs = asked;
             const auto hopper = std::get<HopperConfig>(product_config(shape));
             const auto& [config, cluster, pairs] = hopper;
             EXPECT(hopper_smem_bytes(config.tile_rows) <= kHopperSmem && config.tile_cols == kGemmCols);
             EXPECT(config.row_tiles * config.tile_rows >= rows && config.tiles / config.row_tiles * kGemmCols >= cols);
-            EXPECT(config.steps * kGemmStep == inner && config.blocks <= multiprocessors);
-            EXPECT(multiprocessors == 1 ? !pairs : pairs == asked.value_or(pairs));
+            EXPECT(config.steps * kGemmStep == inner && config.blocks <= num_sms);
+            EXPECT(num_sms == 1 ? !pairs : pairs == asked.value_or(pairs));
             EXPECT(!pairs || (cluster >= 1 && config.tiles % 2 == 0 && config.tiles / config.row_tiles % 2 == 0));
             if (cluster == 0) {
               expect_each_step_once(config);
@@ -434,7 +434,7 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
             EXPECT(hopper.blocks_of_cluster() <= kHopperMostCluster);
             EXPECT(config.blocks % hopper.blocks_of_cluster() == 0);
             if (cluster == 1) {
-              const int most = pairs ? multiprocessors / 2 * 2 : multiprocessors;
+              const int most = pairs ? num_sms / 2 * 2 : num_sms;
               EXPECT(config.blocks == std::min<std::int64_t>(config.tiles, most));
             } else {
               EXPECT(cluster == 2 || cluster == 4 || cluster == 8);
@@ -447,7 +447,7 @@ void tiles_of_wgmma_hold_the_rows_and_every_step_is_done_once() {
   }
 }
 
-// How many blocks share a tile by wgmma on 132 multiprocessors, of which clusters of 4 and 8 can use 128; 0 is runs.
+// How many blocks share a tile by wgmma on 132 SMs, of which clusters of 4 and 8 can use 128; 0 is runs.
 // The tile has 16, 64 or 256 rows, and no pairs of blocks share them.
 constexpr struct {
   std::int64_t rows, cols, inner;
@@ -461,7 +461,7 @@ constexpr struct {
     {1024, 4096, 4096, 1},   // 128
     {1024, 4224, 4096, 1},   // 132
     {1024, 4352, 4096, 0},   // 136, a second wave of 4
-    {2048, 4096, 4096, 1},   // 256, two waves of almost all multiprocessors
+    {2048, 4096, 4096, 1},   // 256, two waves of almost all SMs
     {2048, 4096, 14336, 0},  // the same, but the 8 that are idle could do more than an exchange takes
     {64, 1024, 4096, 8},     // 8 tiles, each of which 16 runs would share
     {64, 2048, 4096, 8},     // 16
@@ -477,14 +477,14 @@ void wgmma_shares_tiles_in_clusters_where_that_is_cheaper_than_runs() {
     ProductShape shape = on_hopper(rows);
     shape.cols = cols;
     shape.inner = inner;
-    shape.multiprocessors = 132;
+    shape.num_sms = 132;
     shape.hopper_rows = rows <= 16 ? 16 : rows <= 64 ? 64 : 256;
     shape.hopper_pairs = false;
     EXPECT(std::get<HopperConfig>(product_config(shape)).cluster == expected);
   }
 }
 
-// On 132 multiprocessors pairs of blocks share rows where L2 would take longest: by tiles of 128 and 256 rows, if these
+// On 132 SMs pairs of blocks share rows where L2 would take longest: by tiles of 128 and 256 rows, if these
 // are whole or belong to clusters, and have more than a few steps.
 constexpr struct {
   std::int64_t rows, cols, inner;
@@ -508,7 +508,7 @@ void pairs_of_blocks_share_rows_where_l2_takes_longest() {
     shape.cols = cols;
     shape.inner = inner;
     shape.backward = backward;
-    shape.multiprocessors = 132;
+    shape.num_sms = 132;
     const auto config = std::get<HopperConfig>(product_config(shape));
     EXPECT(config.pairs == pairs);
   }
@@ -530,7 +530,7 @@ void pairs_of_tiles_share_clusters() {
   for (const auto& [rows, cols, tiles, cluster, blocks] : kAskedPairs) {
     ProductShape shape = on_hopper(rows);
     shape.cols = cols;
-    shape.multiprocessors = 132;
+    shape.num_sms = 132;
     shape.hopper_rows = 64;
     shape.hopper_pairs = true;
     const auto config = std::get<HopperConfig>(product_config(shape));
@@ -664,11 +664,11 @@ void row_tiles_are_as_many_as_groups_of_any_sizes_may_have() {
 void parts_of_a_long_sum_cover_it() {
   for (const std::int64_t tiles : {0, 1, 5, 64, 100000}) {
     for (const std::int64_t inner : {0, 1, 255, 256, 257, 4096, 14336, 1000003}) {
-      for (const int multiprocessors : kMultiprocessors) {
-        const LowRankSplit split = low_rank_split(tiles, inner, multiprocessors);
+      for (const int num_sms : kNumSms) {
+        const LowRankSplit split = low_rank_split(tiles, inner, num_sms);
         EXPECT(split.parts >= 1 && split.parts * split.length >= inner);
         EXPECT(split.parts == 1 || (split.parts - 1) * split.length < inner);
-        EXPECT(split.parts == 1 || split.parts * tiles <= 2 * multiprocessors);
+        EXPECT(split.parts == 1 || split.parts * tiles <= 2 * num_sms);
         for (const std::int64_t of_group : {std::int64_t{0}, std::int64_t{1}, inner, 3 * inner})  // inner on average
           EXPECT(split.parts * low_rank_length(of_group, split.parts) >= of_group);
       }
@@ -678,8 +678,8 @@ void parts_of_a_long_sum_cover_it() {
 
 void steps_are_counted_beyond_an_int() {
   const std::int64_t many = std::int64_t{1} << 34;
-  const auto config = std::get<GemmConfig>(product_config(
-      {.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .multiprocessors = 100}));
+  const auto config = std::get<GemmConfig>(
+      product_config({.rows = 9, .cols = 4, .inner = many, .dtype = DType::f16, .aligned = true, .num_sms = 100}));
   EXPECT(config.steps == many / kGemmStep && config.first_step(config.blocks) == many / kGemmStep);
 }
 

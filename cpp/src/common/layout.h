@@ -7,6 +7,7 @@
 namespace qlora_native {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 constexpr std::int64_t bytes_of_codes(std::int64_t elements, int bits) {
   return bits == 8 ? elements : (elements + 1) / 2;
 }

@@ -14,13 +14,13 @@
 #pragma once
 
 #include "device/elements.cuh"
+#include "product/gemm/accumulators.cuh"
 #include "product/gemm/operands.cuh"
 #include "product/gemm/shared.cuh"
-#include "product/gemm/stream_k.cuh"
-#include "product/gemm/sums.cuh"
-#include "product/gemm/tile.cuh"
 #include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -44,7 +44,7 @@ class Gemm {
 
   // Computes the block's run of steps: the end of a tile, whole tiles, and the beginning of one.
   __device__ void run() {
-    if (kGrouped && shared_.run < 0) return wait_for_kernel_before();
+    if (kGrouped && shared_.run < 0) return griddepcontrol_wait();
     for (std::uint32_t done = 0;;) {  // counts steps; 2^32 of them would take minutes
       const TilePart part = stream_k_.part_after(shared_.run, done);
       if (part.count == 0) return;
@@ -256,7 +256,7 @@ class Gemm {
                                          unsigned vector) const {
 #pragma unroll
     for (unsigned i = 0; i < kThreadChunks; ++i) {
-      Eight eight;
+      Vec8 eight;
 #pragma unroll
       for (unsigned j = 0; j < 4; ++j) {
         const unsigned byte = Weights::byte_of_chunk(vector, j);
@@ -264,7 +264,7 @@ class Gemm {
         const int e = static_cast<int>(2 * byte);
         eight.at[j] = pack_pair<T>(pair.at[0] * scale.at(e), pair.at[1] * scale.at(e + 1));
       }
-      store_shared(to.flipped((i * kChunkVectors + vector) * kVectorBytes), eight);
+      store_shared(to.xor_swizzled((i * kChunkVectors + vector) * kVectorBytes), eight);
     }
   }
 
@@ -274,7 +274,7 @@ class Gemm {
     const Lane lane;
     const Addresses at(*this, lane);
     const std::int64_t rank = args_.low_rank.cols;
-    wait_for_kernel_before();  // which makes U or V
+    griddepcontrol_wait();  // which makes U or V
     if constexpr (kGrouped) {
       add_adapters(lane, at);
     } else {
@@ -364,18 +364,18 @@ class Gemm {
     const std::int64_t inner = Weights::inner_of(thread), col = col0() + Weights::col_of(thread);
     // Forward, the eight elements of the vector are neighbours along the rank.
     const AdapterRank own =
-        adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kChunkVectors * kEight : 0));
+        adapter_rank_at(r0 + inner + (Weights::kForward ? first + vector % kChunkVectors * kVecSize : 0));
     const auto at = [&](std::int64_t r, std::int64_t col) {
       return right_at<Weights::kForward>(args_, r, col, own.adapter);
     };
-    Eight eight;
+    Vec8 eight;
 #pragma unroll
     for (unsigned j = 0; j < 4; ++j) {
       const unsigned e = first + 2 * Weights::byte_of_chunk(vector % kChunkVectors, j);
       eight.at[j] = Weights::kForward ? pack_pair<T>(at(own.r + 2 * j, col), at(own.r + 2 * j + 1, col))
                                       : pack_pair<T>(at(own.r, col + e), at(own.r, col + e + 1));
     }
-    store_shared(to.flipped(vector * kVectorBytes), eight);
+    store_shared(to.xor_swizzled(vector * kVectorBytes), eight);
   }
 
   // ---- results -----------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ void gemm(const Product& product, const GemmConfig& config, Counters& counters, 
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = kGemmThreads,
                                .smem_bytes = GemmShared<T, Weights<Tile>, Tile>::bytes(),
-                               .begins_early = args.follows_low_rank()};
+                               .programmatic_launch = args.follows_low_rank()};
     if constexpr (kAligned && kCols == kGemmCols) {
       if (config.grouped) return launch<gemm_kernel<T, Weights, Tile, true>>(shape, stream, args);
     }

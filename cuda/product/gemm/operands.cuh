@@ -4,7 +4,7 @@
 
 #include "device/elements.cuh"
 #include "device/weight_chunk.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -28,7 +28,7 @@ struct LeftStage {
   }
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the i-th 16 rows.
   __device__ __forceinline__ static SharedAddress operand(const SharedAddress& first, unsigned k, unsigned i) {
-    return first.flipped(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
+    return first.xor_swizzled(2 * kVectorBytes * k).at(i * kMmaRows * kRowBytes);
   }
 };
 
@@ -154,7 +154,7 @@ struct DecodedRows : ByRows {
   // Where the lane points ldmatrix for the k-th 16 of the inner dimension and the p-th two fragments.
   __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
     const unsigned col = 2 * p / Tile::kGroupFragments * Tile::kGroupCols + 2 * p % Tile::kGroupFragments * 2;
-    return first.flipped(2 * kVectorBytes * k).at(col * kLineBytes);
+    return first.xor_swizzled(2 * kVectorBytes * k).at(col * kLineBytes);
   }
   __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
     ldmatrix_x4(b, from);
@@ -203,7 +203,7 @@ struct DecodedColumns : ByColumns {
     return place(8 * half + row, lane.warp_col<Tile>() / kMmaCols + other);
   }
   __device__ __forceinline__ static SharedAddress operands(const SharedAddress& first, unsigned k, unsigned p) {
-    return first.flipped(2 * kVectorBytes * p).at(k * kMmaInner * kRowLines * kLineBytes);
+    return first.xor_swizzled(2 * kVectorBytes * p).at(k * kMmaInner * kRowLines * kLineBytes);
   }
   __device__ __forceinline__ static void load(std::uint32_t (&b)[4], const SharedAddress& from) {
     ldmatrix_x4_transposed(b, from);

@@ -3,7 +3,7 @@
 
 #include "device/weight_chunk.cuh"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -36,7 +36,7 @@ struct GemmShared {
     static_assert(kRowsBegin == kGemmMostReservedSmem);
     constexpr std::size_t kBytes = kRowsBegin + sizeof(GemmShared);
     static_assert(kBytes == gemm_smem_bytes(Tile::kRows, Tile::kCols));
-    static_assert(Tile::kRows > kGemmMiddleRows || kBytes <= kLeastSmemBytes);
+    static_assert(Tile::kRows > kGemmMiddleRows || kBytes <= kMinSmemBytes);
     return kBytes;
   }
 };

@@ -3,8 +3,8 @@
 // block does.
 #pragma once
 
-#include "product/gemm/stream_k.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
 
 namespace qlora_native::QLN_CUDA {
 

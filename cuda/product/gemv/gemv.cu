@@ -90,7 +90,7 @@ __device__ __forceinline__ int chunk_elements(std::int64_t whole, std::int64_t f
   return whole - first < kChunk ? static_cast<int>(whole - first) : kChunk;
 }
 
-// The sums of eight rows in fp32 leave enough registers for only one block of a multiprocessor.
+// The sums of eight rows in fp32 leave enough registers for only one block of an SM.
 template <class T, int kRows>
 constexpr int kGemvBlocks = std::is_same_v<T, float> && kRows > 1 ? 1 : 2;
 
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
   const GemvLane lane;
   const std::int64_t K = w.K, rank = args.low_rank.cols;
   GemvPart<T, kGrouped> part(args);
-  if (kGrouped && !part.next()) return wait_for_kernel_before();
+  if (kGrouped && !part.next()) return griddepcontrol_wait();
   struct Step {
     GemvChunk<kBits, kAligned> chunk[2];
     Rows x;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<T, kRows>)
         Rows::add(sums, Rows::load_four(u, args.low_rank.stride, first, last, chunk_elements(rank, r), lane), b);
       }
     };
-    wait_for_kernel_before();  // which makes U
+    griddepcontrol_wait();  // which makes U
     if constexpr (!kGrouped) {
       add_adapter(0, 0, part.rows());
     } else {
@@ -232,7 +232,7 @@ void multiply(const Product& product, const GemvConfig& config, const Stream& st
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = kGemvThreads,
                                .smem_bytes = sizeof(GemvShared<kAligned>),
-                               .begins_early = args.follows_low_rank()};
+                               .programmatic_launch = args.follows_low_rank()};
     if constexpr (kRows == kGemvRows && kAligned) {
       if (args.groups.count > 0) return launch<gemv_kernel<T, kRows, kBits, kAligned, true>>(shape, stream, args);
     }

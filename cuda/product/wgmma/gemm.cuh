@@ -19,8 +19,8 @@
 // multiple of 64, rows of 16-byte vectors, rank a multiple of 8.
 #pragma once
 
-#include "product/gemm/stream_k.cuh"
-#include "product/wgmma/cluster_sums.cuh"
+#include "product/stream_k.cuh"
+#include "product/wgmma/cluster_reduce.cuh"
 #include "product/wgmma/weights.cuh"
 
 namespace qlora_native::QLN_CUDA {
@@ -80,7 +80,7 @@ class HopperGemm {
     sync_threads();
   }
   __device__ void run() {
-    const int block_warp = of_warp(thread_index() / kWarp);
+    const int block_warp = warp_uniform(thread_index() / kWarp);
     if (block_warp < Tile::kConsumerWarps) {
       increase_max_registers<kConsumerRegisters>();
       prefetch_right();
@@ -168,7 +168,7 @@ class HopperGemm {
 
   // All consumers come here once, and the warps that read the levels of scales afterwards.
   __device__ __forceinline__ static void wait_for_tables() {
-    sync_some_threads<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);
+    sync_named_barrier<kTablesBarrier>(Tile::kConsumers + Tile::kScaleWarps * kWarp);
   }
 
   // ---- producers ----------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class HopperGemm {
     for (int r = 0, rank = rank_of(part); r < rank; r += Tile::kStep) {
       wait_for_empty();
       if (asks) {
-        wait_for_kernel_before();  // which makes U or V
+        griddepcontrol_wait();  // which makes U or V
         load<kPairs>(maps_.low_rank, row0, r, 0);
       }
       ring_.advance();
@@ -271,7 +271,7 @@ class HopperGemm {
     if constexpr (!kPairs) return tma_load_tile(left, map, row, inner, full);
     const int half = tile_in_pair() * (Tile::kRows / 2);
     const int ranks = 1 << own_ | 1 << peer();
-    tma_load_tile_to_blocks(left + half * Tile::kStep, map, row + half, inner, full, static_cast<std::uint16_t>(ranks));
+    tma_load_tile_multicast(left + half * Tile::kStep, map, row + half, inner, full, static_cast<std::uint16_t>(ranks));
   }
   __device__ __forceinline__ void arrive_at_full() {
     sync_warp();  // what its lanes have stored is there
@@ -298,7 +298,7 @@ class HopperGemm {
 #pragma unroll
     for (int i = 0; i < Sums::kVectors; ++i) result.store(i, sums_.vector(i));
   }
-  __device__ __forceinline__ static void sync_consumers() { sync_some_threads<kConsumerBarrier>(Tile::kConsumers); }
+  __device__ __forceinline__ static void sync_consumers() { sync_named_barrier<kConsumerBarrier>(Tile::kConsumers); }
   __device__ __forceinline__ HopperResult<T, Tile> result_of(const TilePart& part) const {
     const HopperLane<Tile> lane;
     const std::int64_t row = row0(part) + lane.row_of_result(), col = col0(part) + lane.col();
@@ -331,7 +331,7 @@ class HopperGemm {
   __device__ void multiply(int steps) {
     typename Weights::template Decoder<T, Tile> decoder(
         stage_address(0).at(offsetof(Stage, codes)), stage_address(0).at(offsetof(Stage, scales)), args_.weight.code);
-    const MbarriersOfBlock empty = empty_barriers();
+    const ClusterMbarriers empty = empty_barriers();
     wait_for_full();
     decoder.decode(stage_offset(), table_);
 #pragma unroll 1
@@ -371,10 +371,10 @@ class HopperGemm {
   __device__ __forceinline__ void wait_for_full() const { mbarrier_wait(&shared_.full[ring_.stage], ring_.parity); }
   // The barriers at which a lane says that its warp has read a stage: lane 0 those of its own block, and lane 1 those
   // of the peer.
-  __device__ __forceinline__ MbarriersOfBlock empty_barriers() const {
+  __device__ __forceinline__ ClusterMbarriers empty_barriers() const {
     return {shared_.empty, args_.pairs == 0 || thread_index() % kWarp == 0 ? own_ : peer()};
   }
-  __device__ __forceinline__ void arrive_at_empty(const MbarriersOfBlock& empty, std::uint32_t stage) const {
+  __device__ __forceinline__ void arrive_at_empty(const ClusterMbarriers& empty, std::uint32_t stage) const {
     sync_warp();  // all lanes have read it
     if (thread_index() % kWarp <= args_.pairs) empty.arrive(stage);
   }
@@ -404,7 +404,7 @@ class HopperGemm {
   // every pair, and no registers are held meanwhile.
   __device__ void add_low_rank(const TilePart& part, int rank) {
     const HopperLane<Tile> lane;
-    const MbarriersOfBlock empty = empty_barriers();
+    const ClusterMbarriers empty = empty_barriers();
     const std::int64_t col = col0(part) + lane.col();
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += Tile::kStep) {
@@ -504,7 +504,7 @@ void hopper_gemm(const Product& product, const HopperConfig& hopper, Counters& c
                                .threads = Tile::kThreads,
                                .smem_bytes = HopperShared<T, Tile>::bytes(),
                                .cluster = hopper.blocks_of_cluster(),
-                               .begins_early = args.follows_low_rank()};
+                               .programmatic_launch = args.follows_low_rank()};
     launch<hopper_gemm_kernel<T, Weights, kRows>>(shape, stream, args, maps);
   };
   const auto launch_tile = [&]<class T>() {

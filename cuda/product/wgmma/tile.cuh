@@ -5,7 +5,7 @@
 #include "device/hopper.cuh"
 #include "device/weight_chunk.cuh"
 #include "product/config.h"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -37,7 +37,7 @@ struct HopperTile {
 
 // All lanes of a warp have the same value. By this the compiler learns it, and computes what follows once for the warp.
 template <class T>
-__device__ __forceinline__ T of_warp(T value) {
+__device__ __forceinline__ T warp_uniform(T value) {
   return shfl(value, 0);
 }
 
@@ -47,7 +47,7 @@ template <class Tile>
 struct HopperLane : Lane {
   using Lane::Lane;
   static constexpr unsigned kCols = Tile::kForward ? 2 : 4;
-  __device__ __forceinline__ unsigned warpgroup() const { return of_warp(warp / (kWarpgroup / kWarp)); }
+  __device__ __forceinline__ unsigned warpgroup() const { return warp_uniform(warp / (kWarpgroup / kWarp)); }
   // Its first column, and its first row.
   __device__ __forceinline__ unsigned col() const {
     return (Tile::kForward ? warp : warp % (kWarpgroup / kWarp)) * 8 * kCols + kCols * g;

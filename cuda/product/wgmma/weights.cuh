@@ -4,7 +4,7 @@
 // dimension, wgmma wants lane (g, t) to have 2t, 2t + 1, 2t + 8 and 2t + 9.
 #pragma once
 
-#include "device/tensor_map.h"
+#include "common/tensor_map.h"
 #include "product/wgmma/register_table.cuh"
 #include "product/wgmma/tile.cuh"
 
@@ -18,8 +18,8 @@ using HopperFragments = std::uint32_t[kGemmStep / kWgmmaInner][4];
 // and rounds it when they are done, because the compiler lets nothing define an operand of wgmma while products run.
 
 // Tables in registers (register_table.cuh) save a step cycles of shared memory, but cost issue slots and cycles of the
-// ALU. By bench/results/cuda-account.md shared memory bounds the steps of small tiles, so that these use both, as
-// equally as they can. With 256 rows the tensor cores take longer.
+// ALU. By the counts of config.cpp shared memory bounds the steps of small tiles, so that these use both, as equally as
+// they can. With 256 rows the tensor cores take longer.
 //
 // Whether a forward tile of so many rows decodes half of its codes by a BlockTable: 128 cycles less of shared memory,
 // 100 more of the issue slots, and 230 of the ALU. With 16 rows it would have to wait for these.

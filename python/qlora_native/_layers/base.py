@@ -15,7 +15,7 @@ from .._core.linear import code_tensor
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.quant_state import NESTED_BLOCKSIZE
 from .._core.weight import QuantizedWeight, check_finite
-from .callbacks import guard_neighbours
+from . import callbacks
 
 __all__ = ["QuantizedLayer", "zero_weight"]
 
@@ -101,7 +101,8 @@ class QuantizedLayer(nn.Module):
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
-        guard_neighbours()
+        for load in callbacks.load_integrations:
+            load()
         self.product_dtype: torch.dtype | None = None
         self.replace_weight(q)
 

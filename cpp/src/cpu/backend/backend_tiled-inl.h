@@ -5,8 +5,7 @@
 #include "cpu/backend/isa.h"
 #include "cpu/product/backward-inl.h"
 #include "cpu/product/config.h"
-#include "cpu/product/forward_tiles-inl.h"
-#include "cpu/product/make_job-inl.h"
+#include "cpu/product/forward-inl.h"
 #include "cpu/product/panels-inl.h"
 
 namespace qlora_native::QLN_ISA {
@@ -19,25 +18,26 @@ struct DotTiles : DotBf16 {
   static constexpr std::int64_t kBlock = 512;
 };
 
-// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. With kOtherWays
-// that one multiplies bfloat16 too where config.h chooses neither; without, tiles multiply few rows too.
-template <const CpuBackend& (*kOthers)(), bool kOtherWays>
+// A backend that multiplies bfloat16 by tiles, or by panels, and does all else as another backend does. With
+// kOthersMultiply that one multiplies bfloat16 too if config.h chooses neither; without, tiles multiply any number of
+// rows.
+template <const CpuBackend& (*kOthers)(), bool kOthersMultiply>
 struct TiledBackend {
   static std::unique_ptr<Job> forward(const LinearForwardArgs& args, const WeightRows& part) {
-    switch (choose(WayProblem::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
-      case Way::tiles:
-        return make_job<DotTiles, ForwardMany, DotTiles>(args, part);
-      case Way::panels:
+    switch (choose(cpu::ProductShape::Product::forward, args.weight, args.lora, part, args.x.dtype)) {
+      case cpu::ProductKernel::tiles:
+        return make_job<DotTiles, Forward, DotTiles>(args, part);
+      case cpu::ProductKernel::panels:
         return make_job<DotF32<DType::bf16>, ForwardPanels, DotTiles>(args, part);
       default:
         return kOthers().bf16->forward(args, part);
     }
   }
   static std::unique_ptr<Job> backward_input(const LinearBackwardInputArgs& args, const WeightRows& part) {
-    switch (choose(WayProblem::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
-      case Way::tiles:
+    switch (choose(cpu::ProductShape::Product::backward_input, args.weight, args.lora, part, args.dy.dtype)) {
+      case cpu::ProductKernel::tiles:
         return make_job<DotTiles, BackwardInput, DotTiles>(args, part);
-      case Way::panels:
+      case cpu::ProductKernel::panels:
         return make_job<DotF32<DType::bf16>, BackwardInputPanels, DotTiles>(args, part);
       default:
         return kOthers().bf16->backward_input(args, part);
@@ -49,14 +49,15 @@ struct TiledBackend {
   static CpuBackend backend() { return with_bf16_products<DotTiles, kProducts, kOthers>(); }
 
  private:
-  // The other backend chooses between the ways that are left, and prints its choice.
-  static Way choose(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                    const WeightRows& part, DType dtype) {
-    const WayProblem problem = way_problem(product, weight, lora, part, dtype, true);
-    Way way = way_of(problem);
-    if (!kOtherWays && way != Way::panels) way = Way::tiles;
-    if (way == Way::tiles || way == Way::panels) print_if_asked(problem, way);
-    return way;
+  // The other backend chooses between the kernels that are left, and logs its choice.
+  static cpu::ProductKernel choose(cpu::ProductShape::Product product, const QuantizedWeightView& weight,
+                                   const LoraView& lora, const WeightRows& part, DType dtype) {
+    const cpu::ProductShape shape = cpu::product_shape(product, weight, lora, part, dtype, true);
+    cpu::ProductConfig config = cpu::product_config(shape);
+    const bool panels = config.kernel == cpu::ProductKernel::panels;
+    if (!kOthersMultiply && !panels) config.kernel = cpu::ProductKernel::tiles;
+    if (panels || config.kernel == cpu::ProductKernel::tiles) cpu::log_product(shape, config);
+    return config.kernel;
   }
 };
 

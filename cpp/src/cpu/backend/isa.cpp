@@ -1,23 +1,9 @@
 #include "cpu/backend/isa.h"
 
-#include <cstdint>
 #include <cstdlib>
 
-#include "cpu/product/config.h"
+#include "cpu/runtime/processor.h"
 #include "qlora_native/error.h"
-
-#if QLN_AMX
-#include <cpuid.h>
-#endif
-#if QLN_AMX && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if QLN_ARM && defined(__linux__)
-#include <sys/auxv.h>
-#elif QLN_ARM && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 namespace qlora_native {
 namespace {
@@ -33,91 +19,42 @@ struct Isa {
   const char* missing;  // one of the reasons above, or null: it can be used
 };
 
-constexpr const char* unless(bool usable, const char* reason) { return usable ? nullptr : reason; }
-
-#if QLN_AMX
-// Linux lets a process use tile registers once it has asked, for they make each thread's saved state 8 KB larger.
-bool tiles_are_permitted() {
-#ifdef __linux__
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-const char* amx_missing(bool has_avx512_bf16) {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (!has_avx512_bf16 || (edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return kNotInProcessor;
-  static const bool permitted = tiles_are_permitted();  // asked once
-  return unless(permitted, kNotPermitted);
-}
-bool has_amx_fp16() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxFp16 = 1u << 21;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAmxFp16) != 0;
-}
-#else
-bool has_amx_fp16() { return false; }
-#endif
-
-#if QLN_ARM
-// On a system that cannot be asked in one of these ways the answer is no.
-bool has_arm_bf16() {
-#if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
-#elif defined(__APPLE__)
-  int has = 0;
-  std::size_t size = sizeof(has);
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 // All instruction sets that the library knows, best first. Those after `scalar`, which is always usable, are for tests.
 std::vector<Isa> find_isas() {
   std::vector<Isa> isas;
-#if QLN_X86
-  __builtin_cpu_init();
-  // No test for F16C: older compilers do not know its name, and every processor with AVX2 has it.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                       __builtin_cpu_supports("avx512vl");
-  // All processors with BF16 have VBMI too, but for Cooper Lake.
-  [[maybe_unused]] const bool bf16 =
-      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-#if QLN_AMX
-  isas.push_back({"amx_bf16", amx_bf16_backend, amx_missing(bf16)});
-#else
-  isas.push_back({"amx_bf16", nullptr, kNotBuilt});
-#endif
-#if QLN_AVX512
-  isas.push_back({"avx512_bf16", avx512_bf16_backend, unless(bf16, kNotInProcessor)});
-  isas.push_back({"avx512", avx512_backend, unless(avx512, kNotInProcessor)});
-#else
-  for (const char* name : {"avx512_bf16", "avx512"}) isas.push_back({name, nullptr, kNotBuilt});
-#endif
-  isas.push_back({"avx2", avx2_backend, unless(avx2, kNotInProcessor)});
-#else
-  for (const char* name : {"amx_bf16", "avx512_bf16", "avx512", "avx2"}) isas.push_back({name, nullptr, kNotBuilt});
-#endif
-#if QLN_ARM
-  isas.push_back({"neon_bf16", neon_bf16_backend, unless(has_arm_bf16(), kNotInProcessor)});
-  isas.push_back({"neon", neon_backend, nullptr});  // of every 64-bit Arm processor
-#else
-  for (const char* name : {"neon_bf16", "neon"}) isas.push_back({name, nullptr, kNotBuilt});
-#endif
-  isas.push_back({"scalar", reference_backend, nullptr});
-#if QLN_AMX_EMULATED
-  isas.push_back({"amx_emulated", amx_emulated_backend, nullptr});
-#else
-  isas.push_back({"amx_emulated", nullptr, kNotBuilt});
-#endif
+  const auto add = [&](const char* name, const CpuBackend& (*backend)(), bool in_processor) {
+    isas.push_back({name, backend, in_processor ? nullptr : kNotInProcessor});
+  };
+  const auto add_not_built = [&](const char* name) { isas.push_back({name, nullptr, kNotBuilt}); };
+  if constexpr (QLN_AMX) {
+    add("amx_bf16", amx_bf16_backend, has_avx512_bf16() && has_amx_bf16());
+    if (isas.back().missing == nullptr && !amx_is_permitted()) isas.back().missing = kNotPermitted;
+  } else {
+    add_not_built("amx_bf16");
+  }
+  if constexpr (QLN_X86 && QLN_AVX512) {
+    add("avx512_bf16", avx512_bf16_backend, has_avx512_bf16());
+    add("avx512", avx512_backend, has_avx512());
+  } else {
+    add_not_built("avx512_bf16");
+    add_not_built("avx512");
+  }
+  if constexpr (QLN_X86)
+    add("avx2", avx2_backend, has_avx2());
+  else
+    add_not_built("avx2");
+  if constexpr (QLN_ARM) {
+    add("neon_bf16", neon_bf16_backend, has_arm_bf16());
+    add("neon", neon_backend, true);  // every 64-bit Arm processor has it
+  } else {
+    add_not_built("neon_bf16");
+    add_not_built("neon");
+  }
+  add("scalar", reference_backend, true);
+  if constexpr (QLN_AMX_EMULATED)
+    add("amx_emulated", amx_emulated_backend, true);
+  else
+    add_not_built("amx_emulated");
   return isas;
 }
 
@@ -155,15 +92,6 @@ std::vector<std::string> cpu_isas() {
   for (const Isa& isa : isas())
     if (isa.missing == nullptr) names.emplace_back(isa.name);
   return names;
-}
-
-bool dense_product_has_tiles(DType dtype) {
-  static const bool in_use = cpu_isa() == "amx_bf16", fp16 = has_amx_fp16();
-  return in_use && (dtype == DType::bf16 || (dtype == DType::f16 && fp16));
-}
-bool dense_product_is_ahead(DType dtype) {
-  static const bool in_use = cpu_isa() == "avx512";
-  return in_use && dtype == DType::f32;
 }
 
 }  // namespace qlora_native

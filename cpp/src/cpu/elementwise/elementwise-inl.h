@@ -5,8 +5,9 @@
 #include <cmath>
 #include <utility>
 
+#include "common/layout.h"
 #include "cpu/isa/exp-inl.h"
-#include "cpu/quantize/quantized_rows-inl.h"
+#include "cpu/isa/utility-inl.h"
 #include "cpu/runtime/parallel.h"
 #include "qlora_native/attention.h"
 #include "qlora_native/elementwise.h"

@@ -8,7 +8,7 @@ namespace qlora_native::reference {
 namespace {
 
 template <class Pointer>
-double at(const BasicMatrix<Pointer>& matrix, std::int64_t row, std::int64_t i) {
+double element(const BasicMatrix<Pointer>& matrix, std::int64_t row, std::int64_t i) {
   return double{load(matrix.data, matrix.dtype, row * matrix.stride + i)};
 }
 void put(const Matrix& matrix, std::int64_t row, std::int64_t i, double value) {
@@ -34,16 +34,16 @@ ValueAndDerivative activation_of(Activation activation, double x) {
 void gated_activation(const GatedActivationArgs& args, const Stream&) {
   parallel_for(args.gate.rows, [&](std::int64_t row) {
     for (std::int64_t i = 0; i < args.gate.cols; ++i)
-      put(args.h, row, i, activation_of(args.activation, at(args.gate, row, i)).value * at(args.up, row, i));
+      put(args.h, row, i, activation_of(args.activation, element(args.gate, row, i)).value * element(args.up, row, i));
   });
 }
 
 void gated_activation_backward(const GatedActivationBackwardArgs& args, const Stream&) {
   parallel_for(args.gate.rows, [&](std::int64_t row) {
     for (std::int64_t i = 0; i < args.gate.cols; ++i) {
-      const ValueAndDerivative f = activation_of(args.activation, at(args.gate, row, i));
-      const double dh = at(args.dh, row, i);
-      put(args.dgate, row, i, dh * at(args.up, row, i) * f.derivative);
+      const ValueAndDerivative f = activation_of(args.activation, element(args.gate, row, i));
+      const double dh = element(args.dh, row, i);
+      put(args.dgate, row, i, dh * element(args.up, row, i) * f.derivative);
       put(args.dup, row, i, dh * f.value);
     }
   });
@@ -53,12 +53,12 @@ void rms_norm(const RmsNormArgs& args, const Stream&) {
   parallel_for(args.x.rows, [&](std::int64_t row) {
     const std::int64_t N = args.x.cols;
     double squares = 0.0;
-    for (std::int64_t i = 0; i < N; ++i) squares += at(args.x, row, i) * at(args.x, row, i);
+    for (std::int64_t i = 0; i < N; ++i) squares += element(args.x, row, i) * element(args.x, row, i);
     const double r = 1.0 / std::sqrt(squares / static_cast<double>(N) + double{args.eps});
     args.r[row] = static_cast<float>(r);
     for (std::int64_t i = 0; i < N; ++i) {
       const double factor = double{args.shift} + double{load(args.weight, args.x.dtype, i)};
-      put(args.y, row, i, at(args.x, row, i) * r * factor);
+      put(args.y, row, i, element(args.x, row, i) * r * factor);
     }
   });
 }
@@ -68,12 +68,12 @@ void rms_norm_backward(const RmsNormBackwardArgs& args, const Stream&) {
     const std::int64_t N = args.x.cols;
     const double r = double{args.r[row]};
     const auto weighted = [&](std::int64_t i) {
-      return at(args.dy, row, i) * (double{args.shift} + double{load(args.weight, args.x.dtype, i)});
+      return element(args.dy, row, i) * (double{args.shift} + double{load(args.weight, args.x.dtype, i)});
     };
     double along = 0.0;
-    for (std::int64_t i = 0; i < N; ++i) along += at(args.x, row, i) * r * weighted(i);
+    for (std::int64_t i = 0; i < N; ++i) along += element(args.x, row, i) * r * weighted(i);
     for (std::int64_t i = 0; i < N; ++i)
-      put(args.dx, row, i, r * (weighted(i) - at(args.x, row, i) * r * along / static_cast<double>(N)));
+      put(args.dx, row, i, r * (weighted(i) - element(args.x, row, i) * r * along / static_cast<double>(N)));
   });
 }
 

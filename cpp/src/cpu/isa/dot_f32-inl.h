@@ -235,5 +235,23 @@ struct DotF32 {
   }
 };
 
+template <DType kType, bool kStream>
+[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
+  using Dot = DotF32<kType>;
+  for (int g = 0; g < Dot::kVectors / 2; ++g)
+    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
+                                chunk.v[2 * g + 1]);
+}
+// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
+template <DType kType, bool kStream = false>
+[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
+                                               std::int64_t count) {
+  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
+  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
+  char copy[kChunk * kSize];
+  store_whole_chunk<kType, false>(chunk, copy);
+  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
+}
+
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cpu/isa/exp-inl.h"
-#include "cpu/quantize/quantized_rows-inl.h"
+#include "cpu/isa/utility-inl.h"
 #include "cpu/runtime/parallel.h"
 #include "qlora_native/cross_entropy.h"
 

@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/isa/utility-inl.h"
 #include "cpu/optimizer/dynamic_map-inl.h"
 #include "cpu/optimizer/optimizer_step.h"
-#include "cpu/quantize/quantized_rows-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "common/codebook.h"
-#include "cpu/backend/isa.h"
 #include "cpu/isa/scalar/reference.h"
 #include "cpu/optimizer/optimizer_step.h"
 

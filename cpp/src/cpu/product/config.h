@@ -1,6 +1,6 @@
-// Which way a product over a quantized weight takes on the cpu. The choice is a plain function of what is known
-// beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all of W and
-// multiplying by the host program's dense product. bench/growth.py measures that.
+// Chooses the kernel that computes a product with a quantized weight on the CPU. The choice is a plain function of what
+// is known beforehand, so that it can be read and tested. Its aim: no product takes longer than 1.05 times decoding all
+// of W and multiplying by the application's dense product. `bench/run.py --peers torch_dense decoded` measures that.
 #pragma once
 
 #include <cstdint>
@@ -9,33 +9,32 @@
 #include "cpu/product/linear.h"
 #include "qlora_native/linear.h"
 
-namespace qlora_native {
+namespace qlora_native::cpu {
 
-enum class Way {
-  few_rows,  // forward_small_m-inl.h: lanes along K, each weight decoded where it is used
-  vectors,   // product_nt-inl.h and product_nn-inl.h
-  tiles,     // the same two, by tile products (tiles-inl.h)
-  panels,    // panels-inl.h: panels of decoded W for the host program's dense product (set_dense_gemm)
+enum class ProductKernel {
+  small_m,  // forward_small_m-inl.h: lanes along K, each weight decoded where it is used
+  vectors,  // product_nt-inl.h and product_nn-inl.h
+  tiles,    // the same two, by tile products (tiles-inl.h)
+  panels,   // panels-inl.h: panels of decoded W for the application's dense product (set_dense_gemm)
 };
 
-struct WayProblem {
+// The rows that one weight multiplies, on this machine.
+struct ProductShape {
   enum class Product { forward, backward_input } product = Product::forward;
   DType dtype = DType::f32;
   std::int64_t M = 0, N = 0, K = 0;
   std::int64_t rank = 0;
-  bool one_adapter = true;  // all rows have the same, or none
+  bool one_adapter = true;  // all rows have the same adapter, or none
   bool dropout = false;
-  bool tiles = false;        // the instruction set multiplies this dtype by tiles
-  bool dense_gemm = false;   // the host program has a dense product
-  bool dense_tiles = false;  // and it multiplies this dtype by tiles
-  bool dense_ahead = false;  // or it is faster than the vectors that multiply this dtype here, if there are many rows
+  bool isa_has_tiles = false;         // the instruction set multiplies this dtype by tiles
+  bool has_dense_gemm = false;        // the application has a dense product
+  bool dense_gemm_has_tiles = false;  // and it multiplies this dtype by tiles
+  bool dense_gemm_is_faster = false;  // or, for many rows, it is faster than the vectors that multiply this dtype here
 };
-// The problem of the rows that one weight multiplies, on this machine.
-WayProblem way_problem(WayProblem::Product product, const QuantizedWeightView& weight, const LoraView& lora,
-                       const WeightRows& rows, DType dtype, bool tiles);
+ProductShape product_shape(ProductShape::Product product, const QuantizedWeightView& weight, const LoraView& lora,
+                           const WeightRows& rows, DType dtype, bool isa_has_tiles);
 
-// Rows of x that few_rows can multiply.
-constexpr std::int64_t kMostFewRows = 8;
+constexpr std::int64_t kMaxSmallM = 8;
 
 // Columns of a panel whose columns have `inner` elements: a multiple of 64, or 0 where kPanelBytes do not hold so many.
 constexpr std::int64_t kPanelBytes = std::int64_t{8} << 20;
@@ -45,24 +44,21 @@ constexpr std::int64_t panel_columns(std::int64_t inner, DType dtype) {
 // Bytes of rows of U or V that are computed at once where the caller does not want them.
 constexpr std::int64_t kLowRankBytes = std::int64_t{1} << 20;
 
-Way choose_way(const WayProblem& problem);
+bool supports_small_m(const ProductShape& shape);
+bool supports_tiles(const ProductShape& shape);
+bool supports_panels(const ProductShape& shape);
 
-// The same, or the way that QLN_FORCE_WAY names (few_rows, vectors, tiles, panels) where the problem allows it: for
+struct ProductConfig {
+  ProductKernel kernel = ProductKernel::vectors;
+};
+ProductConfig choose_product(const ProductShape& shape);
+
+// The same, or the kernel that QLN_FORCE_KERNEL names (small_m, vectors, tiles, panels) if it supports the shape: for
 // tests and measurements.
-Way way_of(const WayProblem& problem);
+ProductConfig product_config(const ProductShape& shape);
 
 // QLN_PRINT_CONFIG=1 prints this for each product.
-std::string text_of(const WayProblem& problem, Way way);
-void print_if_asked(const WayProblem& problem, Way way);
+std::string describe(const ProductShape& shape, const ProductConfig& config);
+void log_product(const ProductShape& shape, const ProductConfig& config);
 
-// Whether the host program's dense product has tile products of this dtype. An instruction set that QLN_FORCE_ISA names
-// stands for a machine that has no better one.
-bool dense_product_has_tiles(DType dtype);  // isa.cpp
-
-// Whether a dense product of 1024 rows or more is faster than the vectors of this instruction set by more than it costs
-// to decode panels. That is so of fp32 and AVX-512 without BF16: on an Intel Xeon (Cascade Lake) vectors took 1.20
-// times as long as torch's product, for they decode W again for each 480 rows, and there a permutation takes the place
-// of a product. On an AMD EPYC (Zen 4) vectors are faster than torch's product.
-bool dense_product_is_ahead(DType dtype);  // isa.cpp
-
-}  // namespace qlora_native
+}  // namespace qlora_native::cpu

@@ -1,4 +1,4 @@
-// linear_forward of a few rows of x: lanes along K, and a weight is decoded where it is used.
+// linear_forward of up to kMaxSmallM rows of x: lanes along K, and a weight is decoded where it is used.
 #pragma once
 
 #include <span>
@@ -11,8 +11,30 @@
 namespace qlora_native::QLN_ISA {
 namespace {
 
+// Elements that are decoded at once.
 template <class Dot>
-struct FewRows {
+constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
+
+// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
+template <class Dot, int kRows, class Rows, class Sink>
+inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
+  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
+  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
+  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
+    const std::int64_t place = c % Dot::kStepChunks;
+    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
+    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
+    typename Dot::Step step[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
+      step[i] = Dot::join(held[i]);
+    }
+    sink(c / Dot::kStepChunks, step);
+  });
+}
+
+template <class Dot>
+struct SmallM {
   static constexpr std::int64_t kStepUnits = Dot::kStepVectors * kLanes;
 
   template <class Rows>
@@ -24,7 +46,7 @@ struct FewRows {
   template <class Rows>
   static void pack(const Rows& x, int rows, float* out) {
     for (int m = 0; m < rows; ++m)
-      x.template steps<1>(m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
+      steps_of_chunks<Dot, 1>(x, m, 1, [&](std::int64_t s, const typename Dot::Step(&step)[1]) {
         for (int k = 0; k < Dot::kStepVectors; ++k)
           store(out + (s * rows + m) * kStepUnits + k * kLanes, step[0].vector(k));
       });
@@ -179,7 +201,7 @@ struct FewRows {
   static void ragged_rows(const Rows& w, std::int64_t n, int count, const float* x, std::span<const LowRank> loras,
                           float* out) {
     Sums<kM> sums;
-    w.template steps<kRowsOf<kM>>(n, count, [&](std::int64_t s, const auto& step) {
+    steps_of_chunks<Dot, kRowsOf<kM>>(w, n, count, [&](std::int64_t s, const auto& step) {
       // The copy stays in registers. As far as the compiler knows x might lie where the sums do, so that it would store
       // each of them at once.
       Sums<kM> copy = sums;
@@ -233,15 +255,15 @@ struct FewRows {
   static void with_rows_of_x(int rows, F&& f) {
     [&]<int... i>(std::integer_sequence<int, i...>) {
       ((rows == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
-    }(std::make_integer_sequence<int, kMostFewRows>());
+    }(std::make_integer_sequence<int, cpu::kMaxSmallM>());
   }
 };
 
 // prepare() packs X, stage 0 computes U, and stage 1 multiplies.
 template <class Dot, class Rows>
-class ForwardFew final : public Job {
+class ForwardSmallM final : public Job {
  public:
-  ForwardFew(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+  ForwardSmallM(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
     rows_ = part.end - part.begin;
     first_row_ = part.begin;
     args_ = args_of(args, part, rows_);
@@ -283,7 +305,7 @@ class ForwardFew final : public Job {
   }
 
  private:
-  using Product = FewRows<Dot>;
+  using Product = SmallM<Dot>;
   using LowRank = typename Product::LowRank;
   static constexpr auto kSize = static_cast<std::int64_t>(size_of(Dot::kActivation));
 

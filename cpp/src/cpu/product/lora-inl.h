@@ -1,8 +1,11 @@
-// The matrices of an adapter, its dropout, and rows of matrices, in the form that the products take.
+// What the jobs of all products take: the matrices of an adapter, its dropout, rows of matrices, and the weight.
 #pragma once
 
+#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/product/dense_rows-inl.h"
 #include "cpu/product/linear.h"
 #include "cpu/quantize/quantized_rows-inl.h"
 #include "qlora_native/linear.h"
@@ -75,6 +78,14 @@ inline LinearBackwardInputArgs args_of(LinearBackwardInputArgs args, const Weigh
   args.dx = rows_of(args.dx, part.begin, rows);
   args.v = rows_of(args.v, part.begin, rows);
   return args;
+}
+
+// Makes a job of the class template kJob, over the rows of the part's weight in the order of the Dot ForRows.
+template <class ForRows, template <class, class> class kJob, class Dot, class Args>
+std::unique_ptr<Job> make_job(const Args& args, const WeightRows& part) {
+  return with_rows<ForRows>(args.weight, part.weight, [&](const auto& rows) -> std::unique_ptr<Job> {
+    return std::make_unique<kJob<Dot, std::remove_cvref_t<decltype(rows)>>>(rows, args, part);
+  });
 }
 
 }  // namespace

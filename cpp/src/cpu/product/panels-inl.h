@@ -5,7 +5,8 @@
 //   dX[M, k ... ] = dY . W + V . A            a panel is columns k ... of W
 //
 // The adapter's part comes first, by panels of A and B, and is written to the result; the product with W is added to
-// it. So the part is rounded once more than in the other ways, and the left operand is not copied to lie beside U or V.
+// it. So the part is rounded once more than by the other kernels, and the left operand is not copied to lie beside U or
+// V.
 #pragma once
 
 #include "cpu/product/config.h"
@@ -62,7 +63,7 @@ struct Panels {
     std::int64_t inner, cols;
   };
   static std::int64_t cols_at_once(Right right) {
-    return smaller(panel_columns(right.inner, kType), ceil_div(right.cols, kChunk) * kChunk);
+    return smaller(cpu::panel_columns(right.inner, kType), ceil_div(right.cols, kChunk) * kChunk);
   }
 
   // Memory of a panel, and of rows of U or V where the caller wants none.
@@ -72,7 +73,7 @@ struct Panels {
       for (const Right right : rights)
         if (right.inner > 0) panel_bytes = larger(panel_bytes, cols_at_once(right) * right.inner * kSize);
       if (rank > 0 && wanted.data == nullptr) {
-        const std::int64_t rows = smaller(all_rows, larger<std::int64_t>(kLowRankBytes / (rank * kSize), 1));
+        const std::int64_t rows = smaller(all_rows, larger<std::int64_t>(cpu::kLowRankBytes / (rank * kSize), 1));
         low_rank_bytes = rows * rank * kSize;
         low_rank = {nullptr, kType, rows, rank, rank};
       }

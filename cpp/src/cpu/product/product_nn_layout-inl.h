@@ -7,6 +7,7 @@
 // With tiles, packed L is A, a quarter of a chunk of the panel is B, and the sums are C (tiles-inl.h).
 #pragma once
 
+#include "cpu/product/dense_rows-inl.h"
 #include "cpu/product/panel_pipeline-inl.h"
 #include "cpu/product/tiles-inl.h"
 #include "cpu/runtime/blocking.h"

@@ -1,181 +1,25 @@
-// The scalar backend: every operation as its header defines it, in plain loops. It is the oracle of the other
-// backends and what runs on a processor they do not know. Values are rounded where linear.h says they are; sums are
-// taken in double, so that what is left of an error when another backend is held against it is the other's.
+// The scalar backend's products.
 #include <algorithm>
-#include <cmath>
-#include <mutex>
 #include <vector>
 
-#include "common/codebook.h"
-#include "common/float16.h"
 #include "common/layout.h"
 #include "common/philox.h"
-#include "cpu/backend/isa.h"
 #include "cpu/isa/scalar/reference.h"
-#include "cpu/quantize/quantize_microscaled.h"
+#include "cpu/product/linear.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
 
-namespace qlora_native {
-namespace reference {
+namespace qlora_native::reference {
+namespace {
 
-// Elements of a flat weight that one task takes: a multiple of every blocksize, so no byte has two writers.
-constexpr std::int64_t kTaskElements = 4096;
 // Rows of x or dy that are held in fp32 at a time: 16 rows of 32768 columns are 2 MB.
 constexpr std::int64_t kTileRows = 16;
 // Columns of an output that one task sums: a cache line of doubles.
 constexpr std::int64_t kTileCols = 32;
 
-float load(const void* data, DType dtype, std::int64_t i) {
-  switch (dtype) {
-    case DType::f32:
-      return static_cast<const float*>(data)[i];
-    case DType::bf16:
-      return f32_from_bf16(static_cast<const std::uint16_t*>(data)[i]);
-    case DType::f16:
-      return f32_from_f16(static_cast<const std::uint16_t*>(data)[i]);
-  }
-  return 0.0f;
-}
-
-void store(void* data, DType dtype, std::int64_t i, float value) {
-  switch (dtype) {
-    case DType::f32:
-      static_cast<float*>(data)[i] = value;
-      break;
-    case DType::bf16:
-      static_cast<std::uint16_t*>(data)[i] = bf16_from_f32(value);
-      break;
-    case DType::f16:
-      static_cast<std::uint16_t*>(data)[i] = f16_from_f32(value);
-      break;
-  }
-}
-
-float round_to(DType dtype, float value) {
-  switch (dtype) {
-    case DType::f32:
-      return value;
-    case DType::bf16:
-      return f32_from_bf16(bf16_from_f32(value));
-    case DType::f16:
-      return f32_from_f16(f16_from_f32(value));
-  }
-  return value;
-}
-
-template <class Pointer>
-float at(const BasicMatrix<Pointer>& matrix, std::int64_t i, std::int64_t j) {
-  return load(matrix.data, matrix.dtype, i * matrix.stride + j);
-}
-
 double* doubles(Slot slot, std::int64_t count) {
   return reinterpret_cast<double*>(scratch(slot, static_cast<std::size_t>(count) * sizeof(double)));
 }
-
-// out[0, count) = elements [first, first + count) of the flat weight, rounded to dtype.
-void decode(const QuantizedWeightView& w, std::int64_t first, std::int64_t count, DType dtype, float* out) {
-  for (std::int64_t i = 0; i < count;) {
-    const std::int64_t block = (first + i) / w.blocksize;
-    const std::int64_t end = std::min(count, (block + 1) * w.blocksize - first);
-    const float scale = scale_of_block(w, block);
-    for (; i < end; ++i) out[i] = round_to(dtype, value_of_element(w, first + i, scale));
-  }
-}
-
-// ---- quantize, dequantize ------------------------------------------------------------------------------------------
-
-// Block [begin, end) of the weight.
-void quantize_block(const QuantizeArgs& args, const SortedCodebook* codebook, std::int64_t begin, std::int64_t end,
-                    NonFinite& non_finite) {
-  float absmax = 0.0f;
-  for (std::int64_t e = begin; e < end; ++e) {
-    const float w = load(args.weight, args.dtype, e);
-    if (std::isfinite(w)) {
-      absmax = std::max(absmax, std::fabs(w));
-    } else if (non_finite.count++ == 0) {
-      non_finite.first = e;
-    }
-  }
-  args.absmax[begin / args.blocksize] = absmax;
-
-  const float inverse = inverse_absmax(absmax);
-  const auto scaled = [&](std::int64_t e) { return load(args.weight, args.dtype, e) * inverse; };
-  if (codebook == nullptr) {
-    for (std::int64_t e = begin; e < end; ++e) {
-      const float t = scaled(e) * 127.0f;
-      const float level = std::isfinite(t) ? std::clamp(std::nearbyint(t), -127.0f, 127.0f) : 0.0f;
-      args.codes[e] = static_cast<std::uint8_t>(static_cast<std::int8_t>(level));
-    }
-    return;
-  }
-  for (std::int64_t e = begin; e < end; e += 2) {
-    const std::uint8_t high = nearest_code(*codebook, scaled(e));
-    const std::uint8_t low = nearest_code(*codebook, e + 1 < end ? scaled(e + 1) : 0.0f);
-    args.codes[e / 2] = static_cast<std::uint8_t>(high << 4 | low);
-  }
-}
-
-void quantize(const QuantizeArgs& args, const Stream&) {
-  const SortedCodebook codebook = args.bits == 4 ? sort_codebook(args.code) : SortedCodebook{};
-  NonFinite total;
-  std::mutex mutex;
-  parallel_for(ceil_div(args.elements, kTaskElements), [&](std::int64_t task) {
-    const std::int64_t end = std::min(args.elements, (task + 1) * kTaskElements);
-    NonFinite found;
-    for (std::int64_t e = task * kTaskElements; e < end; e += args.blocksize) {
-      quantize_block(args, args.bits == 4 ? &codebook : nullptr, e, std::min(end, e + args.blocksize), found);
-    }
-    if (found.count > 0) {
-      const std::lock_guard lock(mutex);
-      total.first = total.count == 0 ? found.first : std::min(total.first, found.first);
-      total.count += found.count;
-    }
-  });
-  *args.non_finite = total;
-}
-
-void quantize_absmax(const QuantizeAbsmaxArgs& args, const Stream&) {
-  double sum = 0.0;
-  for (std::int64_t i = 0; i < args.blocks; ++i) sum += args.absmax[i];
-  const float offset = args.blocks > 0 ? static_cast<float>(sum / static_cast<double>(args.blocks)) : 0.0f;
-  *args.offset = offset;
-
-  parallel_for(ceil_div(args.blocks, args.nested_blocksize), [&](std::int64_t nested) {
-    const std::int64_t begin = nested * args.nested_blocksize;
-    const std::int64_t end = std::min(args.blocks, begin + args.nested_blocksize);
-    float absmax = 0.0f;
-    for (std::int64_t i = begin; i < end; ++i) absmax = std::max(absmax, std::fabs(args.absmax[i] - offset));
-    args.nested_absmax[nested] = absmax;
-
-    const float inverse = inverse_absmax(absmax);
-    for (std::int64_t i = begin; i < end; ++i) {
-      const float t = (args.absmax[i] - offset) * inverse;
-      const float* last = args.nested_code + 255;
-      const float* above = std::lower_bound(args.nested_code, last, t);  // the first level >= t, else the last
-      const float* below = above == args.nested_code ? above : above - 1;
-      const bool take_below = double{t} - *below <= double{*above} - t;
-      args.codes[i] = static_cast<std::uint8_t>((take_below ? below : above) - args.nested_code);
-    }
-  });
-}
-
-void dequantize(const DequantizeArgs& args, const Stream&) {
-  // Without a list of rows the whole weight is one row.
-  const std::int64_t rows = args.rows == nullptr ? 1 : args.row_count;
-  const std::int64_t length = args.rows == nullptr ? args.weight.elements() : args.weight.K;
-  const std::int64_t parts = ceil_div(length, kTaskElements);
-  parallel_for(rows * parts, [&](std::int64_t task) {
-    const std::int64_t row = task / parts, first = task % parts * kTaskElements;
-    const std::int64_t count = std::min(kTaskElements, length - first);
-    const std::int64_t source = args.rows == nullptr ? 0 : args.rows[row] * length;
-    float values[kTaskElements];
-    decode(args.weight, source + first, count, args.dtype, values);
-    for (std::int64_t i = 0; i < count; ++i) store(args.out, args.dtype, row * length + first + i, values[i]);
-  });
-}
-
-// ---- the products --------------------------------------------------------------------------------------------------
 
 struct Dropout {
   std::uint64_t seed;
@@ -237,6 +81,31 @@ void for_rows_of_weights(const QuantizedWeightView& weight, const RowGroups& gro
     for (std::int64_t m = part.begin; m < part.end; m += kTileRows)
       f(part.weight, m, std::min(kTileRows, part.end - m));
 }
+
+// emit(r, c, sum of left[m,r] * right(m,c) over the adapter's rows) for every r < rank and c < cols.
+template <class Right, class Emit>
+void sum_over_rows(const ConstMatrix& left, const AdapterRows& adapter, std::int64_t cols, const Right& right,
+                   const Emit& emit) {
+  const std::int64_t rank = left.cols;
+  parallel_for(ceil_div(cols, kTileCols), [&](std::int64_t task) {
+    const std::int64_t c0 = task * kTileCols, count = std::min(kTileCols, cols - c0);
+    double* sum = doubles(Slot::thread, rank * kTileCols);
+    std::fill(sum, sum + rank * kTileCols, 0.0);
+    for (std::int64_t m = adapter.begin; m < adapter.end; ++m) {
+      float row[kTileCols];
+      for (std::int64_t c = 0; c < count; ++c) row[c] = right(m, c0 + c);
+      for (std::int64_t r = 0; r < rank; ++r) {
+        const double factor = at(left, m, r);
+        for (std::int64_t c = 0; c < count; ++c) sum[r * kTileCols + c] += factor * row[c];
+      }
+    }
+    for (std::int64_t r = 0; r < rank; ++r) {
+      for (std::int64_t c = 0; c < count; ++c) emit(r, c0 + c, sum[r * kTileCols + c]);
+    }
+  });
+}
+
+}  // namespace
 
 void linear_forward(const LinearForwardArgs& args, const Stream&) {
   const std::int64_t N = args.weight.N, K = args.weight.K, rank = args.lora.rank;
@@ -327,29 +196,6 @@ void linear_backward_input(const LinearBackwardInputArgs& args, const Stream&) {
       });
 }
 
-// emit(r, c, sum of left[m,r] * right(m,c) over the adapter's rows) for every r < rank and c < cols.
-template <class Right, class Emit>
-void sum_over_rows(const ConstMatrix& left, const AdapterRows& adapter, std::int64_t cols, const Right& right,
-                   const Emit& emit) {
-  const std::int64_t rank = left.cols;
-  parallel_for(ceil_div(cols, kTileCols), [&](std::int64_t task) {
-    const std::int64_t c0 = task * kTileCols, count = std::min(kTileCols, cols - c0);
-    double* sum = doubles(Slot::thread, rank * kTileCols);
-    std::fill(sum, sum + rank * kTileCols, 0.0);
-    for (std::int64_t m = adapter.begin; m < adapter.end; ++m) {
-      float row[kTileCols];
-      for (std::int64_t c = 0; c < count; ++c) row[c] = right(m, c0 + c);
-      for (std::int64_t r = 0; r < rank; ++r) {
-        const double factor = at(left, m, r);
-        for (std::int64_t c = 0; c < count; ++c) sum[r * kTileCols + c] += factor * row[c];
-      }
-    }
-    for (std::int64_t r = 0; r < rank; ++r) {
-      for (std::int64_t c = 0; c < count; ++c) emit(r, c0 + c, sum[r * kTileCols + c]);
-    }
-  });
-}
-
 void lora_gradients(const LoraGradientsArgs& args, const Stream&) {
   const std::int64_t N = args.dy.cols, K = args.x.cols, rank = args.lora.rank;
   if (rank == 0) return;
@@ -373,28 +219,4 @@ void lora_gradients(const LoraGradientsArgs& args, const Stream&) {
   }
 }
 
-}  // namespace reference
-
-const CpuBackend& reference_backend() {
-  static constexpr CpuBackend backend = {{
-      .quantize = reference::quantize,
-      .quantize_absmax = reference::quantize_absmax,
-      .quantize_microscaled = quantize_microscaled_on_cpu,
-      .dequantize = reference::dequantize,
-      .linear_forward = reference::linear_forward,
-      .linear_backward_input = reference::linear_backward_input,
-      .lora_gradients = reference::lora_gradients,
-      .cross_entropy = reference::cross_entropy,
-      .gated_activation = reference::gated_activation,
-      .gated_activation_backward = reference::gated_activation_backward,
-      .rms_norm = reference::rms_norm,
-      .rms_norm_backward = reference::rms_norm_backward,
-      .attention = reference::attention,
-      .attention_backward = reference::attention_backward,
-      .rotary = reference::rotary,
-      .optimizer_8bit_step = reference::optimizer_8bit_step,
-  }};
-  return backend;
-}
-
-}  // namespace qlora_native
+}  // namespace qlora_native::reference

@@ -1,93 +1,16 @@
-// The rows of an inner product come from a quantized weight or from a dense matrix. Both hand out chunks of 64 elements
-// in the order of the Dot (dot_f32-inl.h), with zeros past the end of a row.
+// The rows of a quantized weight, decoded in chunks of 64 elements in the order of the Dot (dot_f32-inl.h), with zeros
+// past the end of a row.
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "common/layout.h"
 #include "cpu/isa/dot_f32-inl.h"
-#include "cpu/product/dropout-inl.h"
+#include "cpu/isa/utility-inl.h"
 #include "cpu/quantize/scales-inl.h"
 
 namespace qlora_native::QLN_ISA {
 namespace {
-
-template <class T>
-constexpr T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-constexpr T larger(T a, T b) {
-  return a < b ? b : a;
-}
-
-// The numbers begin ... end-1.
-struct Range {
-  std::int64_t begin = 0, end = 0;
-  std::int64_t count() const { return end - begin; }
-};
-
-// Calls f with the element type as a compile-time constant.
-template <class F>
-inline auto with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::bf16:
-      return f(std::integral_constant<DType, DType::bf16>{});
-    case DType::f16:
-      return f(std::integral_constant<DType, DType::f16>{});
-    default:
-      return f(std::integral_constant<DType, DType::f32>{});
-  }
-}
-
-// Calls f with n, which is 1 ... kMost, as a compile-time constant.
-template <int kMost, class F>
-inline void with_constant(int n, F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((n == i + 1 ? f(std::integral_constant<int, i + 1>()) : void()), ...);
-  }(std::make_integer_sequence<int, kMost>());
-}
-
-template <DType kType, bool kStream>
-[[gnu::always_inline]] inline void store_whole_chunk(const typename DotF32<kType>::Chunk& chunk, char* out) {
-  using Dot = DotF32<kType>;
-  for (int g = 0; g < Dot::kVectors / 2; ++g)
-    store_pairs<kType, kStream>(out + g * Dot::kGroup * static_cast<std::int64_t>(size_of(kType)), chunk.v[2 * g],
-                                chunk.v[2 * g + 1]);
-}
-// Stores `count` elements of a chunk side by side. With kStream a whole chunk goes past the caches.
-template <DType kType, bool kStream = false>
-[[gnu::always_inline]] inline void store_chunk(const typename DotF32<kType>::Chunk& chunk, char* out,
-                                               std::int64_t count) {
-  constexpr auto kSize = static_cast<std::int64_t>(size_of(kType));
-  if (count == kChunk) return store_whole_chunk<kType, kStream>(chunk, out);
-  char copy[kChunk * kSize];
-  store_whole_chunk<kType, false>(chunk, copy);
-  __builtin_memcpy(out, copy, static_cast<std::size_t>(count * kSize));
-}
-
-// Elements that a product with few rows of x decodes at once.
-template <class Dot>
-constexpr std::int64_t kStepElements = Dot::kStepChunks * kChunk;
-
-// Calls sink(s, steps) for all steps of rows n ... n+count-1 of any `rows`, put together from chunks.
-template <class Dot, int kRows, class Rows, class Sink>
-inline void steps_of_chunks(const Rows& rows, std::int64_t n, int count, Sink&& sink) {
-  const std::int64_t chunks = ceil_div(rows.cols(), kChunk);
-  typename Dot::Chunk held[kRows][Dot::kStepChunks] = {};
-  rows.template chunks<kRows>(n, count, {0, chunks}, [&](std::int64_t c, const typename Dot::Chunk(&chunk)[kRows]) {
-    const std::int64_t place = c % Dot::kStepChunks;
-    for (int i = 0; i < kRows; ++i) held[i][place] = chunk[i];
-    if (place != Dot::kStepChunks - 1 && c != chunks - 1) return;
-    typename Dot::Step step[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      for (std::int64_t after = place + 1; after < Dot::kStepChunks; ++after) held[i][after] = {};
-      step[i] = Dot::join(held[i]);
-    }
-    sink(c / Dot::kStepChunks, step);
-  });
-}
 
 // A chunk has kScales scales: one where blocks are as large as it or larger; in smaller ones, which only 4-bit codes
 // have, one for each block.
@@ -138,11 +61,6 @@ class QuantizedRows {
     }
   }
 
-  template <int kRows, class Sink>
-  void steps(std::int64_t n, int count, Sink&& sink) const {
-    steps_of_chunks<Dot, kRows>(*this, n, count, sink);
-  }
-
   // --- Aligned rows can also be decoded a chunk at a time, in any order ---
 
   // Whether every chunk is whole, has kScales scales and begins in a high nibble.
@@ -169,8 +87,9 @@ class QuantizedRows {
     const std::int64_t last = (element(rows.begin, chunks.end) - 1) >> shift_;
     scales_.prefetch({first, last - first + 1, smaller(rows.end, w_.N) - rows.begin, w_.K >> shift_});
   }
+  static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   using QuantizedStep = std::conditional_t<kBits == 4, typename Dot::template Step4<kScales>, typename Dot::Step8>;
-  static constexpr std::int64_t kStepBytes = kStepElements<Dot> * kBits / 8;
+  static constexpr std::int64_t kStepBytes = Dot::kStepChunks * kChunkBytes;
   // Decodes Dot::kStepChunks chunks from `codes` on, with their scales.
   [[gnu::always_inline]] QuantizedStep step(const std::uint8_t* codes, const float* scales) const {
     if constexpr (kBits == 4)
@@ -192,7 +111,6 @@ class QuantizedRows {
     else
       return decode<false>(codes, scales[0]);
   }
-  static constexpr std::int64_t kChunkBytes = kChunk * kBits / 8;
   // The codes of row n from chunk c on.
   const std::uint8_t* codes_at(std::int64_t n, std::int64_t c) const { return codes_of(element(n, c)); }
   std::int64_t row_bytes() const { return w_.K * kBits / 8; }
@@ -272,65 +190,6 @@ inline auto with_rows(const QuantizedWeightView& weight, std::int64_t which, F&&
   if (weight.blocksize == kChunk / 2) return f(QuantizedRows<Dot, 4, 2>(weight, which));
   return f(QuantizedRows<Dot, 4, 4>(weight, which));
 }
-
-// A dense matrix, times `scale`. With kNaturalOrder its chunks are in natural order, and it has no dropout.
-template <class Dot, bool kNaturalOrder>
-class DenseRows {
- public:
-  static constexpr bool kQuantized = false;
-  static constexpr std::int64_t kChunkScales = 0;
-  static constexpr bool kNatural = kNaturalOrder;
-  DenseRows(ConstMatrix matrix, float scale = 1.0f, Dropout dropout = {}, std::int64_t first_row = 0)
-      : matrix_(matrix), scale_(scale), dropout_(dropout), first_row_(first_row) {}
-
-  std::int64_t rows() const { return matrix_.rows; }
-  std::int64_t cols() const { return matrix_.cols; }
-
-  template <int kRows, int kAhead = 0, class Sink>
-  void chunks(std::int64_t n, int count, Range chunks, Sink&& sink) const {
-    with_dtype(matrix_.dtype, [&](auto dtype) {
-      for (std::int64_t c = chunks.begin; c < chunks.end; ++c) {
-        typename Dot::Chunk chunk[kRows];
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) chunk[i] = i < count ? one<dtype()>(n + i, c) : typename Dot::Chunk{};
-        sink(c, chunk);
-      }
-    });
-  }
-
-  template <int kRows, class Sink>
-  void steps(std::int64_t n, int count, Sink&& sink) const {
-    steps_of_chunks<Dot, kRows>(*this, n, count, sink);
-  }
-
-  bool aligned() const { return false; }
-
- private:
-  template <DType kFrom>
-  typename Dot::Chunk one(std::int64_t n, std::int64_t c) const {
-    constexpr auto kSize = static_cast<std::int64_t>(size_of(kFrom));
-    const char* p = static_cast<const char*>(matrix_.data) + (n * matrix_.stride + c * kChunk) * kSize;
-    const std::int64_t count = smaller<std::int64_t>(kChunk, matrix_.cols - c * kChunk);
-    if constexpr (kNatural) {
-      return Dot::template dense_natural<kFrom>(p, scale_, static_cast<int>(count));
-    } else {
-      char copy[kChunk * kSize];
-      if (count < kChunk) {
-        __builtin_memset(copy, 0, sizeof(copy));
-        __builtin_memcpy(copy, p, static_cast<std::size_t>(count * kSize));
-        p = copy;
-      }
-      typename Dot::Chunk chunk = Dot::template dense<kFrom>(p, scale_);
-      if (dropout_) Dot::keep(chunk, dropout_.keep_bits(first_row_ + n, c));
-      return chunk;
-    }
-  }
-
-  ConstMatrix matrix_;
-  float scale_;
-  Dropout dropout_;
-  std::int64_t first_row_;
-};
 
 }  // namespace
 }  // namespace qlora_native::QLN_ISA

@@ -2,17 +2,14 @@
 
 #include <algorithm>
 
+#include "common/layout.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
 namespace qlora_native {
-
-namespace {
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t round_up(std::int64_t a, std::int64_t multiple) { return ceil_div(a, multiple) * multiple; }
-}  // namespace
 
 std::int64_t rows_per_block(std::int64_t rows, std::int64_t bytes_per_row, std::int64_t multiple) {
   const std::int64_t fitting = kPackedBytes / std::max<std::int64_t>(1, bytes_per_row);

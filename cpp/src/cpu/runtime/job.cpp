@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "common/layout.h"
 #include "cpu/runtime/blocking.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/scratch.h"
@@ -13,7 +14,6 @@ namespace qlora_native {
 namespace {
 
 constexpr std::int64_t kAlignment = 64;
-std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // The cost of a product is counted in rows: decoding its weight costs as much as multiplying so many.
 constexpr double kRowsOfDecoding = 16.0;
@@ -40,7 +40,7 @@ void Jobs::add(std::unique_ptr<Job> job) {
     job->run(0, 0);
     return;
   }
-  const std::int64_t bytes = aligned(job->bytes());
+  const std::int64_t bytes = round_up(job->bytes(), kAlignment);
   if (bytes_ + bytes > kPackedBytes) run();
   bytes_ += bytes;
   jobs_.push_back(std::move(job));
@@ -70,7 +70,7 @@ void Jobs::run() {
   for (const auto& job : jobs) {
     job->cut(std::max<std::int64_t>(1, std::llround(static_cast<double>(threads) * cost(*job) / all)));
     begins.push_back(memory);
-    memory += aligned(job->bytes());
+    memory += round_up(job->bytes(), kAlignment);
     for (int stage = 0; stage < Job::kStages; ++stage) {
       auto& ends = shared[stage].ends;
       ends.push_back((ends.empty() ? 0 : ends.back()) + job->tasks(stage));

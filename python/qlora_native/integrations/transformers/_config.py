@@ -11,7 +11,7 @@ import functools
 import inspect
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 

@@ -19,8 +19,7 @@ using I32 = int32x4_t;
 constexpr int kRegisters = 32;
 // A core with four pipes and multiply-adds of four cycles wants 16 sums of a register tile in flight. 24 sums, the 3 or
 // 4 vectors that they share and a unit fill the registers, and load the least for each multiply-add: 3 vectors and 8
-// units, or 4 and 6. No Arm machine has measured these tiles; bench/arm.py shows what they cost by the published models
-// of two processors.
+// units, or 4 and 6. No Arm machine has measured these tiles.
 constexpr int kWidestStrip = 4;
 constexpr int kRowsOfStrip[kWidestStrip + 1] = {0, 16, 8, 8, 4};
 constexpr int kMostRows = 6;

@@ -5,8 +5,8 @@
 
 #include "device/elements.cuh"
 #include "product/config.h"
-#include "product/gemm/tile.cuh"
 #include "product/product.cuh"
+#include "product/tile.cuh"
 #include "runtime/workspace.h"
 
 namespace qlora_native::QLN_CUDA {

@@ -1,7 +1,7 @@
-"""Guards the ways of a product on the CPU (product/config.h), each forced on products of every kind: tiles, and panels.
+"""Guards the kernels of a product on the CPU (product/config.h), forced on products of every kind: tiles, and panels.
 
-Tiles are chosen on processors that have them; panels of decoded weight are multiplied by torch. tests/cpp/test_way.cpp
-tests the rule that chooses.
+Tiles are chosen on processors that have them; panels of decoded weight are multiplied by torch.
+tests/cpp/test_cpu_product_config.cpp tests the choice.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ TESTS = Path(__file__).parent
 
 
 def run(call, **environment):
-    """What a call prints in a process of its own, and the ways that its products took."""
+    """What a call prints in a process of its own, and the kernels of its products."""
     environment = {**os.environ, "QLN_PRINT_CONFIG": "1", **environment}
-    command = [sys.executable, "-c", f"from test_ways import *; {call}"]
+    command = [sys.executable, "-c", f"from test_kernels import *; {call}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     printed = [line for line in done.stderr.splitlines() if line.startswith(("Y [", "dX ["))]
@@ -36,7 +36,7 @@ def run(call, **environment):
 
 
 def ragged_cases():
-    """Every dtype over ragged shapes, formats and adapters, without the dropout that panels leave to other ways."""
+    """Every dtype over ragged shapes, formats and adapters, without the dropout that panels leave to other kernels."""
     for dtype, (M, N, K), rank in itertools.product(
         cases.DTYPES, ((3, 34, 190), (9, 37, 333), (40, 64, 256), (129, 80, 200), (5, 3, 65)), (None, 1, 16, 70)
     ):
@@ -66,8 +66,8 @@ def bf16(products):
 
 
 def test_products_by_panels_are_within_the_bounds():
-    _, ways = run("check_products(*without_dropout())", QLN_FORCE_WAY="panels")
-    assert ways and set(ways) == {"panels"}
+    _, kernels = run("check_products(*without_dropout())", QLN_FORCE_KERNEL="panels")
+    assert kernels and set(kernels) == {"panels"}
 
 
 def check_exactness():
@@ -100,25 +100,27 @@ def check_exactness():
 
 
 def test_products_by_panels_are_as_exact_as_those_of_torch():
-    _, ways = run("check_exactness()", QLN_FORCE_WAY="panels")
-    assert ways and set(ways) == {"panels"}
+    _, kernels = run("check_exactness()", QLN_FORCE_KERNEL="panels")
+    assert kernels and set(kernels) == {"panels"}
 
 
 def test_products_by_panels_beside_tiles_are_within_the_bounds():
-    _, ways = run("check_products(*bf16(without_dropout()))", QLN_FORCE_WAY="panels", QLN_FORCE_ISA="amx_emulated")
-    assert ways and set(ways) == {"panels"}
+    _, kernels = run(
+        "check_products(*bf16(without_dropout()))", QLN_FORCE_KERNEL="panels", QLN_FORCE_ISA="amx_emulated"
+    )
+    assert kernels and set(kernels) == {"panels"}
 
 
 def test_products_of_many_rows_leave_tiles_for_panels():
     """What a processor with AMX chooses, on any. Emulated tiles are slow, so the widest product stays away."""
     call = "check_products(*bf16(case for case in cases.many_rows() if case.N < 1000))"
-    _, ways = run(call, QLN_FORCE_ISA="amx_emulated")
-    assert set(ways) == {"tiles", "panels"}
+    _, kernels = run(call, QLN_FORCE_ISA="amx_emulated")
+    assert set(kernels) == {"tiles", "panels"}
 
 
-def test_gradient_with_dropout_takes_another_way():
-    _, ways = run("check_dropout()", QLN_FORCE_WAY="panels")
-    assert ways == ["vectors", "vectors"]
+def test_gradient_with_dropout_takes_another_kernel():
+    _, kernels = run("check_dropout()", QLN_FORCE_KERNEL="panels")
+    assert kernels == ["vectors", "vectors"]
 
 
 def check_experts(*dtypes):
@@ -133,7 +135,7 @@ def check_adapters(*dtypes):
         grouped.test_index_gives_each_row_its_adapter(dtype, [0, 0, 1, 2, 2])
 
 
-# What a machine with AMX has beside the ways of others.
+# What a machine with AMX has beside the kernels of others.
 MACHINES = pytest.mark.parametrize(
     ("dtypes", "environment"),
     [("*cases.DTYPES", {}), ("torch.bfloat16", {"QLN_FORCE_ISA": "amx_emulated"})],
@@ -143,14 +145,14 @@ MACHINES = pytest.mark.parametrize(
 
 @MACHINES
 def test_experts_by_panels_are_products_of_their_own(dtypes, environment):
-    _, ways = run(f"check_experts({dtypes})", QLN_FORCE_WAY="panels", **environment)
-    assert set(ways) == {"panels"}
+    _, kernels = run(f"check_experts({dtypes})", QLN_FORCE_KERNEL="panels", **environment)
+    assert set(kernels) == {"panels"}
 
 
 @MACHINES
 def test_rows_of_one_weight_with_several_adapters_leave_the_panels(dtypes, environment):
-    _, ways = run(f"check_adapters({dtypes})", QLN_FORCE_WAY="panels", **environment)
-    assert ways and "panels" not in ways
+    _, kernels = run(f"check_adapters({dtypes})", QLN_FORCE_KERNEL="panels", **environment)
+    assert kernels and "panels" not in kernels
 
 
 def check_dropout():
@@ -158,7 +160,7 @@ def check_dropout():
 
 
 def print_digest():
-    """Products that the rule gives to tiles, and products that it does not."""
+    """Products that are chosen for tiles, and products that are not."""
     torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     hashed = hashlib.sha256()
     for M, N, K in ((4, 200, 513), (16, 257, 1100), (33, 130, 700), (300, 96, 1030), (64, 1400, 704), (70, 66, 64)):
@@ -180,13 +182,13 @@ def test_emulated_tiles_give_the_same_bits_for_any_number_of_threads():
 
 @pytest.mark.skipif("amx_bf16" not in _C.available_isas(), reason="this processor has no AMX")
 def test_emulated_tiles_give_the_bits_of_the_processors():
-    (emulated, ways), (processors, more) = (
-        run("print_digest()", QLN_FORCE_ISA=isa, QLN_FORCE_WAY="tiles") for isa in ("amx_emulated", "amx_bf16")
+    (emulated, kernels), (processors, more) = (
+        run("print_digest()", QLN_FORCE_ISA=isa, QLN_FORCE_KERNEL="tiles") for isa in ("amx_emulated", "amx_bf16")
     )
-    assert set(ways) == set(more) == {"tiles"}
+    assert set(kernels) == set(more) == {"tiles"}
     assert emulated == processors
 
 
-def test_unknown_way_is_named_beside_the_known():
-    with pytest.raises(AssertionError, match="expected few_rows, vectors, tiles or panels, got .other"):
-        run("check_dropout()", QLN_FORCE_WAY="other")
+def test_unknown_kernel_is_named_beside_the_known():
+    with pytest.raises(AssertionError, match="expected small_m, vectors, tiles or panels, got .other"):
+        run("check_dropout()", QLN_FORCE_KERNEL="other")

@@ -1,9 +1,9 @@
-// The shape of a block's work in the tensor-core product of few rows (thin.cuh), and the sums of a tile.
+// The shape of a block's work in the tensor-core product of few rows (small_m.cuh), and the sums of a tile.
 #pragma once
 
 #include "device/elements.cuh"
 #include "product/gemm/operands.cuh"
-#include "product/gemm/tile.cuh"
+#include "product/tile.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -77,7 +77,7 @@ class ThinSums {
   __device__ __forceinline__ void multiply(const Weights& weights, const SharedAddress& left) {
 #pragma unroll
     for (int f = 0; f < kRowFragments; ++f) {
-      const auto x = load_shared<Eight>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
+      const auto x = load_shared<Vec8>(left.at(f * kMmaCols * LeftStage<T, Tile>::kRowBytes));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll

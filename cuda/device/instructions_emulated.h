@@ -37,7 +37,7 @@ namespace qlora_native::cuda_emulated {
 
 // ---- launches and memory, for host code ----
 
-// While an object of this class lives, host code may access the device's memory in the device's place. A host program
+// While an object of this class lives, host code may access the device's memory in the device's place. An application
 // that computes a dense product in a stream needs one.
 using emulator::DeviceWork;
 
@@ -49,8 +49,8 @@ void launch(const LaunchShape& shape, const Stream&, const Args&... args) {
                     .threads = shape.threads,
                     .smem_bytes = shape.smem_bytes,
                     .cluster = shape.cluster,
-                    .begins_early = shape.begins_early,
-                    .next_begins_early = shape.next_begins_early,
+                    .programmatic_launch = shape.programmatic_launch,
+                    .next_programmatic_launch = shape.next_programmatic_launch,
                     .thread = [all = std::tuple<Args...>(args...)] { std::apply(kKernel, all); }});
 }
 
@@ -60,21 +60,21 @@ class DeviceGuard {
   explicit DeviceGuard(const Stream&) {}
 };
 
-// A Workspace takes this memory if the host program gives none.
-inline DeviceMemory allocate_own(std::size_t bytes, const Stream&) {
+// A Workspace takes this memory if the application gives none.
+inline DeviceMemory allocate_workspace(std::size_t bytes, const Stream&) {
   return {.data = emulator::allocate_on_device(bytes, "a workspace")};
 }
-inline void release_own(const DeviceMemory& memory, const Stream&) {
-  emulator::check_no_grid_is_kept();
+inline void release_workspace(const DeviceMemory& memory, const Stream&) {
+  emulator::check_no_pending_grid();
   emulator::release_on_device(memory.data);
 }
-// Memory that the host program gives is reachable for kernels from make_reachable() until make_unreachable().
+// Memory that the application gives is reachable for kernels from make_reachable() until make_unreachable().
 inline void make_reachable(const DeviceMemory& memory, std::size_t bytes) {
-  emulator::declare_for_both(memory.data, bytes, "a workspace of the host program's memory");
+  emulator::register_managed(memory.data, bytes, "a workspace in the application's memory");
 }
 inline void make_unreachable(const DeviceMemory& memory) {
-  emulator::check_no_grid_is_kept();
-  emulator::withdraw(memory.data);
+  emulator::check_no_pending_grid();
+  emulator::unregister_managed(memory.data);
 }
 // Fresh memory may hold anything. Here it is filled mostly with NaN, so that a kernel that reads it is found.
 inline void poison(void* memory, std::size_t bytes) {
@@ -84,12 +84,12 @@ inline void poison(void* memory, std::size_t bytes) {
 
 inline void fill_bytes(void* data, int byte, std::size_t bytes, const Stream&) {
   emulator::check_argument("fill_bytes", 1, data);
-  emulator::run_kept_grid();
+  emulator::run_pending_grid();
   const DeviceWork work;
   std::memset(data, byte, bytes);
 }
 
-inline int multiprocessors(const Stream&) { return emulator::multiprocessors(); }
+inline int num_sms(const Stream&) { return emulator::num_sms(); }
 inline std::size_t max_smem_bytes(const Stream&) { return emulator::max_smem_bytes(); }
 inline std::size_t reserved_smem_bytes(const Stream&) { return emulator::kReservedSmemBytes; }
 
@@ -174,10 +174,10 @@ inline bool is_last_to_arrive(std::uint32_t* counter, int count, Site site = Sit
   return emulator::is_last_to_arrive(counter, count, site);
 }
 
-// A kernel that has called this in every block lets a kernel begin that is launched with begins_early.
-inline void let_next_kernel_begin() {}
+// A kernel that has called this in every block lets a kernel begin that is launched with programmatic_launch.
+inline void griddepcontrol_launch_dependents() {}
 // Waits until the kernel launched before this one has ended. Does nothing if this one does not begin early.
-inline void wait_for_kernel_before(Site site = Site::current()) { emulator::wait_for_kernel_before(site); }
+inline void griddepcontrol_wait(Site site = Site::current()) { emulator::griddepcontrol_wait(site); }
 
 [[noreturn]] inline void trap() { emulator::fail("a kernel has trapped"); }
 inline void atomic_add(std::uint64_t* at, std::uint64_t value) {
@@ -222,7 +222,7 @@ struct SharedAddress {
   std::byte* address;
   explicit SharedAddress(const void* p) : address(static_cast<std::byte*>(const_cast<void*>(p))) {}
   SharedAddress at(std::uint32_t bytes) const { return SharedAddress(address + bytes); }
-  SharedAddress flipped(std::uint32_t bits) const {
+  SharedAddress xor_swizzled(std::uint32_t bits) const {
     return SharedAddress(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(address) ^ bits));
   }
   SharedAddress in_register() const { return *this; }

@@ -1,5 +1,5 @@
 // The forward product of few rows on tensor cores.
-#include "product/gemm/thin.cuh"
+#include "product/gemm/small_m.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -11,7 +11,7 @@ void multiply_thin(const Product& product, const GemmConfig& config, Counters& c
     const LaunchShape shape = {.blocks = config.blocks,
                                .threads = kGemmThreads,
                                .smem_bytes = ThinShared<T, ThinTile<kRows>>::bytes(),
-                               .begins_early = args.follows_low_rank()};
+                               .programmatic_launch = args.follows_low_rank()};
     if constexpr (kRows <= kThinRows) {  // with more rows in groups it would have too few registers
       if (config.grouped) return launch<thin_gemm_kernel<T, kRows, true>>(shape, stream, args);
     }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/host_device.h"
-#include "emulator/instructions.h"
+#include "device/instructions_emulated.h"
 #include "qlora_native/error.h"
 
 namespace qlora_native::cuda_emulated {
@@ -33,7 +33,7 @@ inline std::uint32_t shared_address(const void* p) { return emulator::shared_add
 
 // Like sync_threads(), but for only `threads` threads of the block, at the barrier kNumber (1 ... 15).
 template <int kNumber>
-void sync_some_threads(int threads, Site site = Site::current()) {
+void sync_named_barrier(int threads, Site site = Site::current()) {
   emulator::named_barrier(kNumber, threads, site);
 }
 
@@ -56,16 +56,16 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, Site sit
 inline void sync_cluster(Site site = Site::current()) { emulator::cluster_barrier(site); }
 // Stores a vector where block `rank` of the cluster, from 0 on, has what this block has at `to`, in shared memory. Its
 // bytes count at the barrier that has the place of `barrier` there. The other block must not end before.
-inline void store_to_block(const SharedAddress& to, const Vector<float, 4>& value, std::uint64_t* barrier, int rank) {
-  emulator::store_to_block(to.address, reinterpret_cast<const std::byte*>(&value), barrier, rank);
+inline void store_async(const SharedAddress& to, const Vector<float, 4>& value, std::uint64_t* barrier, int rank) {
+  emulator::store_async(to.address, reinterpret_cast<const std::byte*>(&value), barrier, rank);
 }
 
 // The barriers that block `rank` of the cluster has where this block has `barriers`; rank 0 is this block where there
 // are no clusters. To arrive at one orders nothing that threads store or load, but what wgmma has read before the wait
 // for it.
-class MbarriersOfBlock {
+class ClusterMbarriers {
  public:
-  MbarriersOfBlock(std::uint64_t* barriers, int rank) : barriers_(barriers), rank_(rank) {}
+  ClusterMbarriers(std::uint64_t* barriers, int rank) : barriers_(barriers), rank_(rank) {}
   void arrive(std::uint32_t i) const { emulator::mbarrier_arrive_at_block(barriers_ + i, rank_); }
 
  private:
@@ -80,7 +80,7 @@ inline void tma_load_tile(void* to, const TensorMap& map, int row, int col, std:
 }
 // Copies a tile to the same place in the shared memory of several blocks of the cluster, those whose bits are set in
 // `ranks`. In each of them its bytes count at the barrier that has the place of `barrier`.
-inline void tma_load_tile_to_blocks(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier,
+inline void tma_load_tile_multicast(void* to, const TensorMap& map, int row, int col, std::uint64_t* barrier,
                                     std::uint16_t ranks) {
   emulator::load_tile_to_blocks(to, map.source(), row, col, barrier, ranks);
 }
@@ -97,8 +97,8 @@ inline void fence_proxy_async() { emulator::publish_shared_stores(); }
 inline void wgmma_fence() { emulator::wgmma_queue().fence(); }
 
 // d[64, kCols] += a[64, 16] . b[16, kCols] by the warpgroup, whose warps have 16 rows each. The lanes of a warp hold a
-// and d as in mma_16x8x16 (emulator/instructions.h), with d for eight columns after the other. d must not be read, nor
-// a or d changed, before wgmma_wait().
+// and d as in mma_16x8x16 (device/instructions_emulated.h), with d for eight columns after the other. d must not be
+// read, nor a or d changed, before wgmma_wait().
 template <class T, int kCols>
 void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_descriptor,
            Site site = Site::current()) {
@@ -115,7 +115,7 @@ void wgmma(float (&d)[kCols / 2], const std::uint32_t (&a)[4], std::uint64_t b_d
             emulator::begin_wgmma([](std::uint16_t bits) { return to_f32(T{bits}); }, kCols, of(0).b_descriptor);
         for (int i = 0; i < 4 * kWarp; ++i) {
           if (of(i).b_descriptor != of(0).b_descriptor) emulator::fail("wgmma: threads have other descriptors");
-          product->take_a(i, of(i).a);
+          product->set_a(i, of(i).a);
           of(i).product = product;
         }
         emulator::compute_if_early(*product);

@@ -14,10 +14,10 @@
 #pragma once
 
 #include "product/gemm/operands.cuh"
-#include "product/gemm/stream_k.cuh"
-#include "product/gemm/thin_sums.cuh"
+#include "product/gemm/small_m_accumulators.cuh"
 #include "product/gemm/tile_rows.cuh"
 #include "product/product.cuh"
+#include "product/stream_k.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -72,7 +72,7 @@ class ThinGemm {
   // Between parts only the number of a step is kept, in 32 bits, which can count the steps of an aligned weight.
   // Everything else is computed anew where it is needed, so that it fills no registers in between.
   __device__ void run() {
-    if (kGrouped && first_step_ == kNoStep) return wait_for_kernel_before();
+    if (kGrouped && first_step_ == kNoStep) return griddepcontrol_wait();
     for (std::uint32_t step = first_step_;;) {
       tile_rows_.go_to(part_at(step).tile);
       sums_.clear();
@@ -218,7 +218,7 @@ class ThinGemm {
         for_each_row([&](int i, int row) {
           constexpr unsigned kLine = Codes::kChunks * kVectorBytes;
           const unsigned line = i * kMmaRows + row * (kMmaRows / 2);
-          const auto word = load_shared<std::uint32_t>(codes.at(stage + line * kLine).flipped(c * kVectorBytes));
+          const auto word = load_shared<std::uint32_t>(codes.at(stage + line * kLine).xor_swizzled(c * kVectorBytes));
 #pragma unroll
           for (int byte = 0; byte < 4; ++byte) {
             const auto pair = table_.pair_of_byte(word, byte);
@@ -226,7 +226,7 @@ class ThinGemm {
                 pack_pair<T>(pair.at[0] * scale[i][row], pair.at[1] * scale[i][row]);
           }
         });
-        sums_.multiply(weights, operand.at(stage).flipped(c * (kChunk * sizeof(T))));
+        sums_.multiply(weights, operand.at(stage).xor_swizzled(c * (kChunk * sizeof(T))));
       }
       finish_scales();
     }
@@ -239,7 +239,7 @@ class ThinGemm {
   // held meanwhile.
   __device__ void add_low_rank(const TilePart& part) {
     if (part.first > 0 || args_.low_rank.cols == 0) return;
-    wait_for_kernel_before();  // which makes U
+    griddepcontrol_wait();  // which makes U
     if constexpr (kGrouped) {
       TileAdapters<Tile::kRows> adapters(args_, tile_rows_.tile());
 #pragma unroll 1
@@ -280,7 +280,7 @@ class ThinGemm {
         sync_warp();  // a row at a time, for want of registers
         const int tile_row = row + static_cast<int>(lane.loaded_row());
         const bool has_row = tile_row < end && (!kGrouped || tile_row >= begin);
-        const Eight words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
+        const Vec8 words = gather_words(u + row * args_.low_rank.stride, !has_row ? 0 : rank - r < 4 ? rank - r : 4);
         return Vector<std::uint32_t, 2>{{words.at[0], words.at[1]}};
       });
     }

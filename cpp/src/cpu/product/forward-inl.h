@@ -12,9 +12,9 @@ namespace {
 
 // Stage 0 packs X, a strip at a time, and computes its U; stage 1 multiplies.
 template <class Dot, class Rows>
-class ForwardMany final : public Job {
+class Forward final : public Job {
  public:
-  ForwardMany(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
+  Forward(const Rows& w, const LinearForwardArgs& args, const WeightRows& part) : w_(w) {
     const LoraView& lora = args.lora;
     units_ = Product::padded_units(w);
     u_units_ = Product::padded_units(DenseRows<Dot, true>(lora_b(lora, args.weight.N)));

@@ -1,7 +1,7 @@
 // How the blocks of a cluster that share a tile of the product by wgmma (gemm.cuh) add their sums of it.
 #pragma once
 
-#include "product/wgmma/sums.cuh"
+#include "product/wgmma/accumulators.cuh"
 
 namespace qlora_native::QLN_CUDA {
 
@@ -36,8 +36,8 @@ __device__ __forceinline__ void hopper_cluster_sums(HopperSums<Tile>& own_sums, 
 #pragma unroll
     for (int other = 0; other < Sums::kVectors / kCount; ++other) {
       const float* const s = own_sums.vector(other * kCount + i);
-      store_to_block(own.at(i * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}}, &shared.sums[i / kOfTurn],
-                     first_block + other * kSharing + share);
+      store_async(own.at(i * kVectorsBytes), Four{{s[0], s[1], s[2], s[3]}}, &shared.sums[i / kOfTurn],
+                  first_block + other * kSharing + share);
     }
   }
   // The sum of the i-th vectors that a thread of each block has stored.
