@@ -20,6 +20,7 @@ def loss():
 
 
 def step():
+    """The arguments of optimizer_8bit_step."""
     lists = {name: [torch.ones(NUMEL)] for name in ("params", "grads")}
     lists |= {name: [torch.zeros(NUMEL, dtype=torch.uint8)] for name in ("state1", "state2")}
     lists |= {name: [torch.zeros(NUMEL // 256)] for name in ("absmax1", "absmax2")}

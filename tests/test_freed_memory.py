@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from test_aliasing import step
 
 import qlora_native as qn
 from qlora_native import functional
@@ -31,17 +32,6 @@ def lora():
     return dict(zip(LORA, (torch.ones(RANK, K), torch.ones(N, RANK), 1.0, 0.5, torch.tensor(7)), strict=True))
 
 
-def optimizer():
-    zeros = {"state1": torch.zeros(512, dtype=torch.uint8), "state2": torch.zeros(512, dtype=torch.uint8)}
-    scales = {"absmax1": torch.zeros(2), "absmax2": torch.zeros(2), "steps": torch.zeros((), dtype=torch.int64)}
-    lists = {name: [tensor] for name, tensor in {"params": torch.ones(512), "grads": torch.ones(512)}.items()}
-    lists |= {name: [tensor] for name, tensor in (zeros | scales).items()}
-    numbers = {"lr": [1e-3], "beta1": [0.9], "beta2": [0.99], "eps": [1e-8], "weight_decay": [0.0]}
-    one = {"inv_scale": torch.ones(1), "found_inf": torch.zeros(1), "skipped": torch.zeros(1, dtype=torch.int64)}
-    rates = {"lr_tensors": [torch.ones(1)], "lr_groups": [0]}
-    return {"algorithm": "adamw", **lists, "group_sizes": [1], **numbers, **one, **rates}
-
-
 CALLS = {
     "quantize": lambda: (
         {"weight": torch.ones(N, K), "code": torch.arange(16.0), "nested_code": torch.arange(256.0)}
@@ -55,7 +45,7 @@ CALLS = {
         | {"v": torch.ones(M, RANK), "lora_scaling": 1.0, "lora_dropout": 0.5, "seed": torch.tensor(7)}
         | {"dtype": torch.float32}
     ),
-    "optimizer_8bit_step": optimizer,
+    "optimizer_8bit_step": step,
 }
 
 

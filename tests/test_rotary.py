@@ -86,6 +86,8 @@ def test_bad_input_is_named_in_the_error(change, error, message):
 
 transformers = pytest.importorskip("transformers")
 
+import models  # noqa: E402
+
 from qlora_native.integrations.fuse import _rotary as rotary  # noqa: E402
 from qlora_native.integrations.fuse import fuse_attention  # noqa: E402
 
@@ -116,10 +118,7 @@ def make(family):
 def step(model, **more):
     torch.manual_seed(1)
     ids = torch.randint(3, 96, (2, 9))
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **more).loss
-    loss.backward()
-    return loss.detach(), {name: each.grad.clone() for name, each in model.named_parameters()}
+    return models.step(model, input_ids=ids, labels=ids, **more)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

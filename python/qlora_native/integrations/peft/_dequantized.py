@@ -36,7 +36,7 @@ class DequantizedLinear(Linear4bit):
     """A layer for PEFT: reading `weight` [out_features, in_features] decodes it.
 
     Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
-    into one of the two classes below, and back, by `to_dequantized` and `to_plain`.
+    into one of the two classes below, and back, by `make_readable` and `make_plain`.
     """
 
     @property
@@ -62,25 +62,25 @@ class DequantizedLinear8bit(DequantizedLinear, Linear8bit):
     """A `Linear8bit` whose weight PEFT reads."""
 
 
-_DEQUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+_READABLE: dict[type[nn.Module], type[nn.Module]] = {
     Linear4bit: DequantizedLinear4bit,
     Linear8bit: DequantizedLinear8bit,
 }
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` is a quantized one of this library's own classes, and not a `DequantizedLinear`."""
-    return type(layer) in _DEQUANTIZED
+    """Whether `layer` is of one of this library's own classes, whose weight PEFT does not read."""
+    return type(layer) in _READABLE
 
 
-def to_dequantized(layer: nn.Module) -> None:
+def make_readable(layer: nn.Module) -> None:
     """Let PEFT read the weight of a plain layer."""
-    layer.__class__ = _DEQUANTIZED[type(layer)]
+    layer.__class__ = _READABLE[type(layer)]
 
 
-def to_plain(layer: nn.Module) -> None:
-    """Turn a decoded layer back into what it was."""
-    layer.__class__ = next(plain for plain, decoded in _DEQUANTIZED.items() if decoded is type(layer))
+def make_plain(layer: nn.Module) -> None:
+    """Turn a layer whose weight PEFT has read back into what it was."""
+    layer.__class__ = next(plain for plain, readable in _READABLE.items() if readable is type(layer))
 
 
 def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:

@@ -34,7 +34,7 @@ from torch import nn
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
-from ._dequantized import DequantizedLinear, WeightWritten, is_plain, run_over_dequantized, to_dequantized, to_plain
+from ._dequantized import DequantizedLinear, WeightWritten, is_plain, make_plain, make_readable, run_over_dequantized
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts
 
 # The PEFT types that may stand over a Linear4bit. tests/test_peft_methods.py runs each of them.
@@ -219,12 +219,12 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
         layers = [module for module in self.model.modules() if isinstance(module, DequantizedLinear)]
         for layer in layers:
-            to_plain(layer)
+            make_plain(layer)
         try:
             return method(self, *args, **kwargs)
         finally:
             for layer in layers:
-                to_dequantized(layer)
+                make_readable(layer)
             _restore_plain(self.model, layers)  # all of them, unless PEFT has failed
 
     return wrapped
@@ -232,10 +232,10 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _dequantized(model: nn.Module) -> Iterator[None]:
-    """Turn the quantized layers of `model` into `DequantizedLinear`s while PEFT makes its layers; some stay so."""
+    """Turn the quantized layers of `model` into `DequantizedLinear` while PEFT makes its layers; some stay so."""
     plain = [module for module in model.modules() if is_plain(module)]
     for layer in plain:
-        to_dequantized(layer)
+        make_readable(layer)
     try:
         yield
         guard_layers(model)
@@ -252,16 +252,16 @@ def guard_layers(model: nn.Module) -> None:
         if _reads_weight(holder):
             base = holder.get_base_layer()
             if is_plain(base):
-                to_dequantized(base)
+                make_readable(base)
             _guard_merges(type(holder))
 
 
 def _restore_plain(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Turn each of `layers` back into a plain one, unless something in `model` reads its weight."""
+    """Turn each of `layers` back into a plain `Linear4bit`, unless something in `model` reads its weight."""
     read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
     for layer in layers:
         if isinstance(layer, DequantizedLinear) and id(layer) not in read:
-            to_plain(layer)
+            make_plain(layer)
 
 
 def _reads_weight(holder: nn.Module) -> bool:
