@@ -21,7 +21,6 @@ from qlora_native.functional import linear_grouped
 from torch import Tensor
 
 import checks
-import machine
 import report
 import timing
 from cases import OURS
@@ -123,11 +122,8 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
 
 
 @torch.no_grad()
-def measure() -> list[dict]:
+def measure(clock: timing.Cpu, probe: Callable) -> list[dict]:
     """The rows of the report."""
-    buffer = torch.ones(machine.PROBE_BYTES["cpu"] // 4)
-    torch.manual_seed(0)
-    clock, probe = timing.Cpu(), buffer.sum
     few = torch.randint(1, 5, (64,))
     return [
         *experts("16 experts of [1024, 2048], top 2 of 512 tokens", (16, 1024, 2048), zipf(512, 16, 2), clock, probe),

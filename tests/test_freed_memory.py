@@ -135,13 +135,13 @@ def changed_weight(method):
 
 def cast_layer():
     layer = qn.nn.Linear4bit.from_quantized(qn.quantize(torch.ones(N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     return layer, {"x": torch.ones(M, K), **adapter()}
 
 
 def experts_layer(x, **tensors):
     layer = qn.nn.Experts4bit.from_quantized(qn.quantize(torch.ones(E, N, K)))
-    layer.product_dtype = torch.bfloat16
+    layer.compute_dtype = torch.bfloat16
     layer.adapters = [(tensors["lora_a"], tensors["lora_b"], 1.0)] * 2
     return layer(x, tensors["offsets"], tensors["bias"])
 

@@ -13,7 +13,8 @@ peft = pytest.importorskip("peft")
 from models import assert_same  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._blocks import DeferredActivation, fuse_blocks  # noqa: E402
+from qlora_native.integrations.fuse import fuse_blocks  # noqa: E402
+from qlora_native.integrations.fuse._blocks import DeferredActivation  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}

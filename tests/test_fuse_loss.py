@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import qlora_native as qn  # noqa: E402
-from qlora_native.integrations.fuse._loss import DeferredLogits, fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse import fuse_loss  # noqa: E402
+from qlora_native.integrations.fuse._loss import DeferredLogits  # noqa: E402
 from qlora_native.testing import SUM_FACTOR, unit_roundoff  # noqa: E402
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -134,7 +135,7 @@ def test_head_that_multiplies_in_the_dtype_of_its_input_is_fused():
     model = qn.nn.quantize_model(make("llama"), skip=(), progress=False)
     assert fuse_loss(model)
     for dtype, fused in ((None, True), (torch.float32, True), (torch.bfloat16, False)):
-        model.lm_head.product_dtype = dtype
+        model.lm_head.compute_dtype = dtype
         assert isinstance(model(**batch()).logits, DeferredLogits) == fused
 
 

@@ -134,7 +134,7 @@ def test_merge_into_4_bits_reports_its_rounding(bases, tmp_path):
         errors.append((layer.dequantize(torch.float32).double() - weight).norm())
         weights.append(weight.norm())
         assert report.errors[name] == pytest.approx((errors[-1] / weights[-1]).item(), rel=1e-4)
-        assert layer.compute_dtype == torch.bfloat16
+        assert layer.dtype == torch.bfloat16
     total = torch.stack(errors).norm() / torch.stack(weights).norm()
     assert report.error == pytest.approx(total.item(), rel=1e-4)
     assert "relative to what the adapter added" in str(report)

@@ -396,7 +396,7 @@ def test_merged_weight_in_another_format_is_the_methods_rounded_once(dtype):
     scaled = base.dequantize() * layer.ia3_l["default"]
     q = qn.quantize(scaled.to(dtype), "int4", 32, double_quant=False)
     layer.merge()
-    assert torch.equal(base.quantized_weight.codes, q.codes) and base.format == "int4" and base.compute_dtype == dtype
+    assert torch.equal(base.quantized_weight.codes, q.codes) and base.format == "int4" and base.dtype == dtype
     layer.merge()  # nothing is left to merge
     assert torch.equal(base.quantized_weight.codes, q.codes)
 

@@ -94,7 +94,7 @@ def test_codes_stored_in_another_dtype_are_shared(storage):
     replace(model)
     assert model[0].weight.data_ptr() == pointer and model[0].weight.dtype == torch.uint8
     assert torch.equal(model[0].dequantize(), weight)
-    assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].product_dtype == torch.bfloat16
+    assert model[0](torch.randn(2, 64)).dtype == torch.float32 and model[0].compute_dtype == torch.bfloat16
 
 
 @families

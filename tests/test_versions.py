@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_native.integrations import _versions
+from qlora_native._core import versions
 
 try:
     import tomllib
@@ -44,16 +44,16 @@ import qlora_native.integrations.{module}
 def test_old_library_is_one_sentence(module, package, got):
     pytest.importorskip(package)
     shown = last_line(PATCHED.format(module=module, package=package, got=got))
-    least = _versions.LEAST[package]
+    least = versions.LEAST[package]
     assert shown == (
         f'ImportError: qlora_native: this needs {package} {least} or later, got {got}: pip install "{package}>={least}"'
     )
 
 
 def test_missing_library_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(_versions.LEAST, "no-such-library", "1.0")
+    monkeypatch.setitem(versions.LEAST, "no-such-library", "1.0")
     with pytest.raises(ImportError, match='needs no-such-library, which is not installed: pip install "no-such-lib'):
-        _versions.require("no-such-library")
+        versions.require("no-such-library")
 
 
 def test_transformers_without_the_function_that_is_extended_is_one_sentence():
@@ -70,8 +70,8 @@ def test_transformers_without_the_function_that_is_extended_is_one_sentence():
 
 @pytest.mark.parametrize("version", ["5.23", "5.23.0.dev0", "5.100.1", "6.0.0rc1"])
 def test_new_enough_library_passes(monkeypatch, version):
-    monkeypatch.setattr(_versions.importlib.metadata, "version", lambda name: version)
-    _versions.require("transformers")
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: version)
+    versions.require("transformers")
 
 
 def test_old_torch_is_one_sentence():
@@ -83,7 +83,7 @@ def test_bounds_are_those_of_the_extras():
     extras = PROJECT["optional-dependencies"]
     named = extras["transformers"] + extras["bitsandbytes"] + extras["export"]
     bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(named)))
-    assert {name: bounds[name] for name in _versions.LEAST} == _versions.LEAST
+    assert {name: bounds[name] for name in versions.LEAST} == versions.LEAST
 
 
 def test_command_says_its_version():

@@ -200,7 +200,7 @@ def test_part_that_was_quantized_later_in_another_format_comes_back(tmp_path):
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 def test_microscaled_embedding_and_the_layer_tied_to_it_come_back_bit_for_bit(format, tmp_path):
     model = in_16_bits("qwen3-moe", tmp_path / "16", tie_word_embeddings=True)
-    quantize_model(model, skip=(), format=format, progress=False)
+    quantize_model(model, skip=(), format=format, progress=False, embeddings=True)
     comes_back(model, "qwen3-moe", tmp_path / "4")
     again = load(tmp_path / "4", "qwen3-moe", quantization_config=config())
     assert isinstance(again.model.embed_tokens, Embedding4bit)

@@ -15,7 +15,7 @@ from .._core.linear import code_tensor
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
 from .._core.quant_state import NESTED_BLOCKSIZE
 from .._core.weight import QuantizedWeight, check_finite
-from .callbacks import guard_neighbours
+from . import callbacks
 
 __all__ = ["QuantizedLayer", "zero_weight"]
 
@@ -81,28 +81,32 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         format, blocksize: as in `qlora_native.quantize`.
-        compute_dtype: the dtype that `dequantize` returns, and that PEFT makes adapters in.
-        product_dtype: None, by default, computes a product in the dtype of x. Another dtype casts x to it for the
-            product and y back, as bitsandbytes does with its `compute_dtype`.
+        dtype: the dtype that `dequantize` returns.
+        compute_dtype: the dtype of the product, as in bitsandbytes: x is cast to it, and y back. None, the default,
+            computes the product in the dtype of x.
 
     Both are fp32, bf16 or fp16: to set another, or to cast the layer to one, is a TypeError.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "compute_dtype" or (name == "product_dtype" and value is not None):
+        if name == "dtype" or (name == "compute_dtype" and value is not None):
             check_float_dtype(name, value)
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "code" in self._buffers:  # a pickle in which the codebook has its first name
+        # Pickles of earlier versions have other names.
+        if "code" in self._buffers:
             self._buffers["codebook"] = self._buffers.pop("code")
+        if "product_dtype" in self.__dict__:
+            self.dtype, self.compute_dtype = self.__dict__["compute_dtype"], self.__dict__.pop("product_dtype")
 
     def _begin(self, q: QuantizedWeight) -> None:
         """Initialize the module over `q`. Subclasses call this in place of their other base class's constructor."""
         nn.Module.__init__(self)
-        guard_neighbours()
-        self.product_dtype: torch.dtype | None = None
+        for load in callbacks.load_integrations:
+            load()
+        self.compute_dtype: torch.dtype | None = None
         self.replace_weight(q)
 
     def replace_weight(self, q: QuantizedWeight) -> None:
@@ -112,7 +116,7 @@ class QuantizedLayer(nn.Module):
             q: a weight.
         """
         self._shape = q.shape
-        self.format, self.blocksize, self.compute_dtype = q.format, q.blocksize, q.dtype
+        self.format, self.blocksize, self.dtype = q.format, q.blocksize, q.dtype
         for name in _STATE:
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
@@ -150,7 +154,7 @@ class QuantizedLayer(nn.Module):
             self._shape,
             self.blocksize,
             self.format,
-            self.compute_dtype,
+            self.dtype,
         )
 
     @property
@@ -166,7 +170,7 @@ class QuantizedLayer(nn.Module):
         """Decode the weight.
 
         Args:
-            dtype: fp32, bf16 or fp16; None is `compute_dtype`.
+            dtype: fp32, bf16 or fp16; None is the layer's own.
 
         Returns:
             The weight in its own shape. Not differentiable.
@@ -230,8 +234,8 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Move or cast the module. The quantized weight is moved, but never cast."""
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        check_float_dtype("compute_dtype", dtype)  # before anything is changed
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        check_float_dtype("dtype", dtype)  # before anything is changed
         weight = {id(tensor) for tensor in self.weight_tensors().values()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -239,7 +243,7 @@ class QuantizedLayer(nn.Module):
             return result if id(tensor) not in weight or result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(moved, recurse)
-        self.compute_dtype = dtype
+        self.dtype = dtype
         return self
 
 

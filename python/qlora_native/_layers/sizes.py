@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .adapters import added_by_peft, is_of_peft
 from .base import QuantizedLayer
-from .callbacks import added_by_peft, is_of_peft
 
 __all__ = [
     "Row",

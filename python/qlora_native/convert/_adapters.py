@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("peft")
 

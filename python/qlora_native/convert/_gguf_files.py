@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("transformers")
 require("gguf")

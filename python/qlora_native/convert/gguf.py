@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..integrations._versions import require
+from .._core.versions import require
 
 require("transformers")
 require("gguf")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import warnings
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -31,8 +30,6 @@ from ...functional import attention
 from ._deferred import is_plain
 from ._rotary import fuse_rotary
 
-__all__ = ["fuse_attention"]
-
 NAME = "qlora_native"
 REPLACED = "sdpa"
 _NOT_COMPUTED = ("position_bias", "softcap", "s_aux", "output_attentions")  # arguments of an attention function
@@ -41,55 +38,34 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob") 
 _ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
 
 
-def fuse_attention(model: nn.Module) -> bool:
-    """Let the attention of a model be `qlora_native.functional.attention` wherever that computes the same.
-
-    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (rotary.py).
-
-    Results change only by rounding, gradients too. The model and those within it, such as the encoder of images beside
-    a language model, are changed where their implementation is "sdpa", which is transformers' default; another one is
-    the user's choice and stays. `model.set_attn_implementation("sdpa")` undoes it. Saved configs do not name the
-    implementation, so files are as before. A second call changes nothing.
-
-    On a GPU, under torch.compile, with dropout of probabilities in training, with a position bias, and where a mask
-    leaves holes between the keys that a query sees, transformers' own function computes as before.
-
-    Args:
-        model: a model of transformers, PEFT's model of one, or any module that holds some; it is changed in place.
-
-    Returns:
-        Whether any attention was fused. A warning says what was not, and why.
-
-    Raises:
-        TypeError: there is no model of transformers in `model`.
-    """
+def models_within(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers that a module is or holds."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    models = [each for each in modules if isinstance(each, PreTrainedModel)]
-    if not models:
-        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
+    return [each for each in modules if isinstance(each, PreTrainedModel)]
+
+
+def replace_attention(model: nn.Module) -> tuple[bool, list[str]]:
+    """Do what `fuse_attention` promises: whether any attention was replaced, and what was not, and why."""
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices and devices.isdisjoint(("cpu", "meta")):
         where = ", ".join(sorted(devices))
-        warnings.warn(
-            f"fuse_attention: {type(model).__name__} keeps its attention: its weights are on {where}", stacklevel=2
-        )
-        return False
+        return False, [f"{type(model).__name__} keeps its attention: its weights are on {where}"]
     # Models that share a config, such as one with a head and the one within it, share the implementation that it names.
     sharing: dict[int, list[PreTrainedModel]] = {}
-    for each in models:
+    for each in models_within(model):
         sharing.setdefault(id(each.config), []).append(each)
-    fused = False
+    replaced, remarks = False, []
     for group, found in [(group, group[0].config._attn_implementation) for group in sharing.values()]:
-        remark = _fuse(group, found)
+        remark = _replace(group, found)
         if remark is not None:
-            warnings.warn(f"fuse_attention: {type(group[0]).__name__} {remark}", stacklevel=2)
-        fused = fused or group[0].config._attn_implementation == NAME
-    if fused:
+            remarks.append(f"{type(group[0]).__name__} {remark}")
+        replaced = replaced or group[0].config._attn_implementation == NAME
+    if replaced:
         fuse_rotary(model)
-    return fused
+    return replaced, remarks
 
 
-def _fuse(models: list[PreTrainedModel], found: str) -> str | None:
+def _replace(models: list[PreTrainedModel], found: str) -> str | None:
     """Set the implementation of models that share a config, which had `found`, and say what is not fused, and why."""
     config, wanted, reason = models[0].config, NAME, None
     if found not in (NAME, REPLACED):

@@ -1,4 +1,4 @@
-"""`DecodedLinear4bit`, a `Linear4bit` whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
+"""`DecodedLinear`, a quantized layer whose decoded weight PEFT's tuners can read and merge into (_methods.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core.weight import QuantizedWeight
-from ...nn import Linear4bit
+from ...nn import Linear4bit, Linear8bit
 
-__all__ = ["DecodedLinear4bit", "WeightWritten", "base_to_merge_into", "run_over_decoded"]
+__all__ = ["DecodedLinear", "WeightWritten", "base_to_merge_into", "decode", "is_plain", "run_over_decoded", "undecode"]
 
 
 class WeightWritten(NotImplementedError):
@@ -34,11 +34,11 @@ class _DecodedWeight(nn.Parameter):
         raise WeightWritten("Linear4bit.weight: expected to be read, got values to put in its place: it has 4 bits")
 
 
-class DecodedLinear4bit(Linear4bit):
-    """A `Linear4bit` for PEFT: reading `weight` [out_features, in_features] decodes it, in compute_dtype.
+class DecodedLinear(Linear4bit):
+    """A layer for PEFT: reading `weight` [out_features, in_features] decodes it.
 
     Parameters, buffers, state dict and forward pass are those of `Linear4bit`, and `W_q` is the codes. A layer turns
-    into one, and back into a `Linear4bit`, by assigning its `__class__`.
+    into one of the two classes below, and back, by `decode` and `undecode`.
     """
 
     @property
@@ -58,6 +58,32 @@ class DecodedLinear4bit(Linear4bit):
         if name == "weight" and getattr(value, "dtype", None) != torch.uint8:
             raise WeightWritten("Linear4bit.weight: expected codes, got a weight: it has 4 bits. Use replace_weight")
         super().__setattr__(name, value)
+
+
+class DecodedLinear4bit(DecodedLinear):
+    """A `Linear4bit` whose weight PEFT reads."""
+
+
+class DecodedLinear8bit(DecodedLinear, Linear8bit):
+    """A `Linear8bit` whose weight PEFT reads."""
+
+
+_DECODED: dict[type[nn.Module], type[nn.Module]] = {Linear4bit: DecodedLinear4bit, Linear8bit: DecodedLinear8bit}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is a quantized one of this library's own classes, and not decoded."""
+    return type(layer) in _DECODED
+
+
+def decode(layer: nn.Module) -> None:
+    """Let PEFT read the weight of a plain layer."""
+    layer.__class__ = _DECODED[type(layer)]
+
+
+def undecode(layer: nn.Module) -> None:
+    """Turn a decoded layer back into what it was."""
+    layer.__class__ = next(plain for plain, decoded in _DECODED.items() if decoded is type(layer))
 
 
 def base_to_merge_into(layer: BaseTunerLayer) -> Linear4bit:

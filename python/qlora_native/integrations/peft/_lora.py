@@ -22,7 +22,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("peft")
 
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from ... import functional
 from ..._core.errors import bad
 from ..._core.weight import QuantizedWeight
+from ..._layers import callbacks
 from ...nn import Linear4bit
 from ._batch import can_be_stacked, distinct, dropout_of, index_of_rows, stacked
 from ._dequantized import base_to_merge_into, run_over_decoded
@@ -325,3 +326,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 register()
+callbacks.check_model.append(check_layers)
+callbacks.adopt_model.append(adopt_layers)

@@ -5,7 +5,7 @@ PEFT finds layers by their class, and `Linear4bit` is an `nn.Linear`. So each of
 therefore has no code for a single tuner, but intercepts the three things that they do to a layer:
 
 - **Reading.** While PEFT makes its layers, and as long as a tuner stands over it, a `Linear4bit` is a
-  `DecodedLinear4bit`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
+  `DecodedLinear`, with the same tensors, but a `weight` that decodes. Its forward pass stays the 4-bit product.
   (Plain LoRA and DoRA do not read the weight, so a layer under them turns back into a `Linear4bit`.)
 - **Merging.** `merge` and `unmerge` of a tuner's layer run over an `nn.Linear` with the decoded weight, and the result
 is
@@ -36,7 +36,7 @@ from torch import nn
 from ..._layers.base import QuantizedLayer
 from ..._layers.sizes import is_router
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
-from ._dequantized import DecodedLinear4bit, WeightWritten, run_over_decoded
+from ._dequantized import DecodedLinear, WeightWritten, decode, is_plain, run_over_decoded, undecode
 from ._experts import check_experts_config, experts_as_parameters, targeted_experts
 
 __all__ = ["METHODS", "check_method", "guard_layers", "install"]
@@ -107,7 +107,7 @@ def _checked(tuner: BaseTuner) -> Iterator[None]:
             check_experts_config(name, config)
         if not isinstance(base, Linear4bit):
             return method(config, adapter_name, target, *args, **kwargs)
-        if type(base) is not DecodedLinear4bit and name != "LORA":
+        if not isinstance(base, DecodedLinear) and name != "LORA":
             raise NotImplementedError(f"{name} over {type(base).__name__}: expected a Linear4bit, got a subclass")
         _check_config(name, config, kwargs.get("parameter_name"))
         _switch_fan_in_fan_out_off(config)
@@ -227,14 +227,14 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if type(module) is DecodedLinear4bit]
+        layers = [module for module in self.model.modules() if isinstance(module, DecodedLinear)]
         for layer in layers:
-            layer.__class__ = Linear4bit
+            undecode(layer)
         try:
             return method(self, *args, **kwargs)
         finally:
             for layer in layers:
-                layer.__class__ = DecodedLinear4bit
+                decode(layer)
             _undecode(self.model, layers)  # all of them, unless PEFT has failed
 
     return wrapped
@@ -243,9 +243,9 @@ def _unloaded(method: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _decoded(model: nn.Module) -> Iterator[None]:
     """Turn the quantized layers of `model` into decoded ones while PEFT makes its layers; some stay so."""
-    plain = [module for module in model.modules() if type(module) is Linear4bit]
+    plain = [module for module in model.modules() if is_plain(module)]
     for layer in plain:
-        layer.__class__ = DecodedLinear4bit
+        decode(layer)
     try:
         yield
         guard_layers(model)
@@ -261,17 +261,17 @@ def guard_layers(model: nn.Module) -> None:
     for holder in model.modules():
         if _reads_weight(holder):
             base = holder.get_base_layer()
-            if type(base) is Linear4bit:
-                base.__class__ = DecodedLinear4bit
+            if is_plain(base):
+                decode(base)
             _guard_merges(type(holder))
 
 
 def _undecode(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Turn each of `layers` back into a plain `Linear4bit`, unless something in `model` reads its weight."""
+    """Turn each of `layers` back into a plain one, unless something in `model` reads its weight."""
     read = {id(holder.get_base_layer()) for holder in model.modules() if _reads_weight(holder)}
     for layer in layers:
-        if type(layer) is DecodedLinear4bit and id(layer) not in read:
-            layer.__class__ = Linear4bit
+        if isinstance(layer, DecodedLinear) and id(layer) not in read:
+            undecode(layer)
 
 
 def _reads_weight(holder: nn.Module) -> bool:

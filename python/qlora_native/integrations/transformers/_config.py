@@ -11,7 +11,7 @@ import functools
 import inspect
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -100,8 +100,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         }
 
     @property
-    def product_dtype(self) -> torch.dtype | None:
-        """The `product_dtype` of the layers; None does not cast activations."""
+    def compute_dtype(self) -> torch.dtype | None:
+        """The `compute_dtype` of the layers; None does not cast activations."""
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def note_layers(self, model: nn.Module) -> None:
@@ -113,7 +113,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
         others = sorted({layer.format for layer in layers} - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)
-        self.layers_dtype = next((layer.product_dtype or layer.compute_dtype for layer in layers), None)
+        self.layers_dtype = next((layer.compute_dtype or layer.dtype for layer in layers), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for a file.
@@ -123,7 +123,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         of bitsandbytes, would leave weights out that it does not know, and stops at a type that is not a string.
         """
         fields = {**super().to_dict(), "quant_method": "bitsandbytes"}
-        if self.product_dtype is None and self.layers_dtype is not None:
+        if self.compute_dtype is None and self.layers_dtype is not None:
             fields["bnb_4bit_compute_dtype"] = dtype_name(self.layers_dtype)
         if not set(self.formats) <= set(FILE_FORMATS):
             fields |= {"quant_method": METHOD, "bnb_4bit_quant_type": list(self.formats)}
@@ -170,8 +170,8 @@ def _merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         if not types or any(type not in FORMATS for type in types):
             raise bad("bnb_4bit_quant_type", f"some of {', '.join(FORMATS)}", types)
         fields["bnb_4bit_quant_type"] = types[0]
-    if ours and given.product_dtype is not None:
-        fields["bnb_4bit_compute_dtype"] = given.product_dtype
+    if ours and given.compute_dtype is not None:
+        fields["bnb_4bit_compute_dtype"] = given.compute_dtype
     return BitsAndBytesConfig(**fields)
 
 

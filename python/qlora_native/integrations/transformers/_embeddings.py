@@ -83,7 +83,7 @@ def replace_tied(model: nn.Module, config: Any) -> None:
         embedding, linear = model.get_submodule(source), model.get_submodule(target)
         if isinstance(embedding, Embedding4bit):
             layer = Linear4bit.from_quantized(embedding.quantized_weight, linear.bias)
-            layer.product_dtype = config.product_dtype
+            layer.compute_dtype = config.compute_dtype
             model.set_submodule(target, layer.train(linear.training))
 
 

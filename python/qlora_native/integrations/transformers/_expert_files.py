@@ -30,7 +30,7 @@ from ..._core.quant_state import NESTED_BLOCKSIZE
 from ..._core.weight import QuantizedWeight
 from ..._layers.experts import Experts4bit
 from ..._layers.sizes import note_reason
-from ._experts import find_experts, run_quantized
+from ._experts import find_experts
 from ._weight_files import SUFFIXES, file_has, read_weight
 
 __all__ = ["experts_by_path", "read_conversions", "replace_experts", "saved_conversions"]
@@ -73,10 +73,10 @@ def replace_experts(model: nn.Module, config: Any, keep: list[str], quantized: s
                     blocksize=None if config.experts_in_mxfp4 else config.blocksize,
                     double_quant=config.bnb_4bit_use_double_quant,
                 )
-                layer.product_dtype = config.product_dtype
+                layer.compute_dtype = config.compute_dtype
                 del found.module._parameters[name]
                 setattr(found.module, name, layer)
-            run_quantized(found.module)
+            found.run_quantized()
 
 
 def read_conversions(conversions: list[Any], model: nn.Module, quantizer: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from ..._core.errors import FLOAT_DTYPES, bad
 from ..._core.linear import _Permuted as Permuted
+from ..._layers import callbacks
 from ..._layers.experts import Experts4bit
 
 __all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
@@ -62,6 +63,14 @@ class Experts:
             got = f"{list(first)} and {list(second)}"
             raise bad(self.path, f"experts of one shape, [E, {halves} * I, H] and [E, H, I]", got)
         return first, second
+
+    def check_shapes(self) -> None:
+        """Raise a ValueError unless the shapes of both parameters fit each other."""
+        _ = self.shapes
+
+    def run_quantized(self) -> None:
+        """Choose our implementation for the experts of the module and of all modules that share its config."""
+        run_quantized(self.module)
 
     def _shape(self, name: str) -> tuple[int, int, int]:
         E, *sizes = getattr(self.module, name).shape
@@ -155,3 +164,4 @@ def experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+callbacks.find_experts.append(find_experts)

@@ -73,7 +73,7 @@ def _dense(layer: QuantizedLayer) -> nn.Module:
             dense = Conv1D(layer.out_features, layer.in_features)
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    dense = dense.to(layer.compute_dtype)
+    dense = dense.to(layer.dtype)
     if getattr(layer, "bias", None) is not None:
         dense.bias = layer.bias
     return dense.train(layer.training)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from .._versions import require
+from ..._core.versions import require
 
 require("transformers")
 
@@ -141,7 +141,7 @@ class Quantizer(HfQuantizer):
                 linear.weight.dtype,
                 **config.quantize_options,
             )
-            layer.product_dtype = config.product_dtype
+            layer.compute_dtype = config.compute_dtype
             layer.transposed_source = transposed
             model.set_submodule(name, layer)
 

@@ -117,8 +117,8 @@ def _read_blocks(name: str, layer: QuantizedLayer, found: dict[str, Tensor]) -> 
         if _SCALE_VALUES in found:
             fields = nvfp4_block_fields(blocks, scales, found[_SCALE_VALUES])
             code = CODEBOOKS["nvfp4"].to(blocks.device, copy=True)
-            return QuantizedWeight(**fields, code=code, dtype=layer.compute_dtype)
-        return QuantizedWeight.from_mxfp4(blocks, scales, layer.compute_dtype)
+            return QuantizedWeight(**fields, code=code, dtype=layer.dtype)
+        return QuantizedWeight.from_mxfp4(blocks, scales, layer.dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}, {error}") from None
 
