@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import qlora_native as qn
 import torch
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import linear_grouped
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def experts(name: str, shape: tuple[int, int, int], lengths: Tensor, clock: timi
     if (loop := bitsandbytes_loop(weight, offsets, x)) is not None:
         forward[BITSANDBYTES] = loop
     backward = {
-        OURS: lambda _: _ops.linear_backward_input(dy, *q.op_arguments(), *no_lora, True, offsets, E)[0],
+        OURS: lambda _: _ops.linear_backward_input(dy, *op_arguments(q), *no_lora, True, offsets, E)[0],
         DENSE: lambda _: by_expert(offsets, lambda e, rows: dy[rows] @ decoded[e], (T, K)),
     }
     rows = []
@@ -111,8 +112,8 @@ def adapters(count: int, M: int, N: int, K: int, clock: timing.Cpu, probe: Calla
             ONE_ADAPTER: lambda _, a=a[0], b=b[0]: qn.linear(x, q, None, a, b),
         }
         backward = {
-            OURS: lambda _, a=a, b=b: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest, offsets, 1),
-            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *q.op_arguments(), a, b, *rest),
+            OURS: lambda _, a=a, b=b: _ops.linear_backward_input(dy, *op_arguments(q), a, b, *rest, offsets, 1),
+            ONE_ADAPTER: lambda _, a=a[0], b=b[0]: _ops.linear_backward_input(dy, *op_arguments(q), a, b, *rest),
         }
         for product, contestants in (("Y", forward), ("dX", backward)):
             found, _ = clock.alternate(contestants, probe, BUDGET_S)

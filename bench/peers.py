@@ -12,6 +12,7 @@ from typing import Any
 import qlora_native as qn
 import torch
 import torch.nn.functional as F
+from qlora_native._core.weight import op_arguments
 from torch import Tensor, nn
 
 from cases import BLOCKSIZE, OURS, Case
@@ -79,7 +80,7 @@ class Ours(Contestant):
 
     def forward_op(self, held: qn.QuantizedWeight, x: Tensor) -> Tensor:
         """The torch op without its Python wrapper."""
-        return torch.ops.qlora_native.linear_forward(x, *held.op_arguments(), None, None, None, 1.0, 0.0, None)[0]
+        return torch.ops.qlora_native.linear_forward(x, *op_arguments(held), None, None, None, 1.0, 0.0, None)[0]
 
     def backward_input(
         self,
@@ -91,7 +92,7 @@ class Ours(Contestant):
         lora_dropout: float = 0.0,
     ) -> Tensor:
         lora = (lora_a, lora_b, lora_scaling, lora_dropout, None)
-        return torch.ops.qlora_native.linear_backward_input(dy, *held.op_arguments(), *lora, True)[0]
+        return torch.ops.qlora_native.linear_backward_input(dy, *op_arguments(held), *lora, True)[0]
 
     def lora_gradients(self, x: Tensor, dy: Tensor, u: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """(dA, dB)."""

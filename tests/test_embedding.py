@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qlora_native as qn
+from qlora_native._core.weight import op_arguments
 from qlora_native.functional import embedding
 from qlora_native.integrations.fuse import fuse_loss
 from qlora_native.integrations.transformers import BitsAndBytesConfig
@@ -53,7 +54,7 @@ def test_strided_and_many_ids_are_looked_up():
 def test_op_passes_opcheck_and_compiles():
     layer = Embedding4bit.from_embedding(embedding_of())
     rows = torch.tensor([3, 49, 3])
-    operands = (*layer.quantized_weight.op_arguments(), torch.float32, rows)
+    operands = (*op_arguments(layer.quantized_weight), torch.float32, rows)
     torch.library.opcheck(torch.ops.qlora_native.dequantize_rows.default, operands)
     assert torch.equal(torch.compile(layer, fullgraph=True)(rows), layer(rows))
 

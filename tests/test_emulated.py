@@ -25,6 +25,13 @@ SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 CONCURRENT = ("concurrent:1", "concurrent:2", "concurrent:3")
 # Every schedule but the first runs one case in so many; prime, so that each loop of cases.py is sampled.
 EVERY = 17
+CONFORMANCE = ("-m", "pytest", "--tb=short", "-p", "no:cacheprovider", "test_conformance.py")
+
+
+def orders(*schedules, others=()):
+    """Parameters of a test, of which one of each kind of order is for `make test`, and the rest for `make test-all`."""
+    thorough = pytest.mark.thorough
+    return [pytest.param(s, *others, marks=thorough if s[-2:] in (":2", ":3") else ()) for s in schedules]
 
 
 def run(*command, schedule="forward", **more):
@@ -35,26 +42,14 @@ def run(*command, schedule="forward", **more):
 # Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
 @pytest.mark.parametrize(
     ("schedule", "wgmma"),
-    [(schedule, wgmma) for schedule in (*SCHEDULES, CONCURRENT[0]) for wgmma in ("0", "1")]
-    + [(schedule, "1,pairs") for schedule in (SCHEDULES[-1], CONCURRENT[0])],
+    [case for wgmma in ("0", "1") for case in orders(*SCHEDULES, CONCURRENT[0], others=(wgmma,))]
+    + orders(SCHEDULES[-1], CONCURRENT[0], others=("1,pairs",)),
 )
 def test_cases_pass_under_each_order_of_threads(schedule, wgmma):
     step = 1 if schedule == SCHEDULES[0] and wgmma == "0" else EVERY
-    command = "-c", f"import test_emulated; test_emulated.run_conformance({step})"
-    shown = run(*command, schedule=schedule, QLN_FORCE_HOPPER=wgmma)
+    shown = run(*CONFORMANCE, f"--every={step}", schedule=schedule, QLN_FORCE_HOPPER=wgmma)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
-
-
-def run_conformance(step, *more):
-    """Every step-th of the conformance tests, in this process, which then ends. `more`: arguments of pytest."""
-
-    class Sample:
-        def pytest_collection_modifyitems(self, items):
-            items[:] = items[::step]
-
-    arguments = ["--tb=short", "-p", "no:cacheprovider", "test_conformance.py", *more]
-    sys.exit(pytest.main(arguments, plugins=[Sample()]))
 
 
 def test_bits_are_the_same_under_each_order_of_threads():
@@ -64,7 +59,7 @@ def test_bits_are_the_same_under_each_order_of_threads():
     assert len(set(digests.values())) == 1, digests
 
 
-@pytest.mark.parametrize("schedule", CONCURRENT)
+@pytest.mark.parametrize("schedule", orders(*CONCURRENT))
 def test_product_of_concurrent_blocks_has_the_same_bits(schedule):
     """Tiles of 16, 64 and 128 rows, whose K several blocks split, forward and backward."""
     command = "-c", "import test_emulated; print(test_emulated.stream_k_digest())"
@@ -95,7 +90,7 @@ def digest(shapes=((4, 130, 513), (70, 130, 704), (150, 72, 448)), dtypes=cases.
     return total.hexdigest()
 
 
-@pytest.mark.parametrize("schedule", (*SCHEDULES[:3], *CONCURRENT))
+@pytest.mark.parametrize("schedule", orders(*SCHEDULES[:3], *CONCURRENT))
 def test_optimizer_has_the_bits_of_the_cpu(schedule):
     shown = run("-c", "import test_emulated; print(test_emulated.optimizer_digest())", schedule=schedule)
     assert shown.stdout.strip() == optimizer_digest(), shown.stderr[-2000:]
@@ -129,8 +124,15 @@ def test_each_tile_is_right_on_a_device_whose_shared_memory_holds_it(kilobytes, 
     """The large products in each of the tiles that may fit shared memory, under one more order of threads."""
     shapes = " or ".join(f"{M}x{N}x{K}" for (M, N, K), *_ in cases.LARGE)
     chosen = f"({shapes}) and (bf16 or f16)"
-    command = "-c", f"import test_emulated; test_emulated.run_conformance(1, '-s', '-k', '{chosen}')"
-    done = run(*command, schedule="random:4", QLN_EMULATED_SMEM=str(kilobytes * 1024), QLN_PRINT_CONFIG="1")
+    done = run(
+        *CONFORMANCE,
+        "-s",
+        "-k",
+        chosen,
+        schedule="random:4",
+        QLN_EMULATED_SMEM=str(kilobytes * 1024),
+        QLN_PRINT_CONFIG="1",
+    )
     assert done.returncode == 0, f"{done.stdout[-20000:]}{done.stderr[-2000:]}"
     assert f"{2 * len(cases.LARGE)} passed" in done.stdout, done.stdout[-1000:]
     assert set(re.findall(r"tiles of (\d+x\d+)", done.stderr)) == tiles

@@ -10,6 +10,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import models  # noqa: E402
 from models import assert_same  # noqa: E402
 
 import qlora_native as qn  # noqa: E402
@@ -49,11 +50,7 @@ def batch():
 
 
 def step(model):
-    """(loss, the gradients of what is trained)."""
-    model.zero_grad()
-    loss = model(**batch()).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return models.step(model, **batch())
 
 
 @families

@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_the_models_own(family, dtype, more):
     expected = step(copy.deepcopy(model), **more)
     assert fuse_loss(model)
     outputs, gradients = step(model, **more)
-    assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.made is None
+    assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.computed is None
     assert_same((outputs, gradients), expected, dtype)
 
 
@@ -127,7 +127,7 @@ def test_heads_of_a_quantized_model_are_fused(head):
     expected = step(copy.deepcopy(model))
     assert fuse_loss(model)
     ours = step(model)
-    assert isinstance(ours[0].logits, DeferredLogits) and ours[0].logits.made is None
+    assert isinstance(ours[0].logits, DeferredLogits) and ours[0].logits.computed is None
     assert_same(ours, expected, torch.float32)
 
 

@@ -22,16 +22,9 @@ from qlora_native.integrations.bitsandbytes import quantized_weight, replace  # 
 from qlora_native.integrations.peft import LoraLinear4bit  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "eager"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Merge lora module to 4-bit"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    """Its reference code is under torch.compile, which would call a C++ compiler for every shape."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @pytest.fixture(scope="module")

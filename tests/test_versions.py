@@ -1,5 +1,6 @@
 """Guards the messages about libraries: one that is missing or too old is named, with the line that installs it."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -44,14 +45,15 @@ import qlora_native.integrations.{module}
 def test_old_library_is_one_sentence(module, package, got):
     pytest.importorskip(package)
     shown = last_line(PATCHED.format(module=module, package=package, got=got))
-    least = versions.LEAST[package]
+    min_version = versions.MIN_VERSIONS[package]
     assert shown == (
-        f'ImportError: qlora_native: this needs {package} {least} or later, got {got}: pip install "{package}>={least}"'
+        f"ImportError: qlora_native: this needs {package} {min_version} or later, got {got}: "
+        f'pip install "{package}>={min_version}"'
     )
 
 
 def test_missing_library_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(versions.LEAST, "no-such-library", "1.0")
+    monkeypatch.setitem(versions.MIN_VERSIONS, "no-such-library", "1.0")
     with pytest.raises(ImportError, match='needs no-such-library, which is not installed: pip install "no-such-lib'):
         versions.require("no-such-library")
 
@@ -83,7 +85,7 @@ def test_bounds_are_those_of_the_extras():
     extras = PROJECT["optional-dependencies"]
     named = extras["transformers"] + extras["bitsandbytes"] + extras["export"]
     bounds = dict(re.findall(r"(\w+)>=([0-9.]+)", " ".join(named)))
-    assert {name: bounds[name] for name in versions.LEAST} == versions.LEAST
+    assert {name: bounds[name] for name in versions.MIN_VERSIONS} == versions.MIN_VERSIONS
 
 
 def test_command_says_its_version():
@@ -91,3 +93,20 @@ def test_command_says_its_version():
         [sys.executable, "-m", "qlora_native", "--version"], capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"\d+\.\d+\.\d+", done.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("integrations.attention", "integrations.fuse", ["fuse_attention"]),
+        ("integrations.blocks", "integrations.fuse", ["fuse_blocks"]),
+        ("integrations.loss", "integrations.fuse", ["fuse_loss"]),
+        ("integrations.merge", "convert.merge", ["convert"]),
+        ("integrations.gguf", "convert.gguf", ["export_adapter", "export_model"]),
+    ],
+)
+def test_names_are_imported_from_their_first_modules_too(old, new, names):
+    pytest.importorskip("gguf" if "gguf" in old else "transformers")
+    first, now = (importlib.import_module(f"qlora_native.{module}") for module in (old, new))
+    assert first.__all__ == names
+    assert all(getattr(first, name) is getattr(now, name) for name in names)

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 import models  # noqa: E402
 import moe  # noqa: E402
-from models import layers_of  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from models import layers_of, tensors_of  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from test_experts_files import errors_of_loading, load  # noqa: E402
 from test_experts_peft import names_of  # noqa: E402
 from test_transformers import config  # noqa: E402
@@ -27,10 +27,6 @@ pytestmark = [
         "ignore:`is_gradient_checkpointing`", "ignore:`use_return_dict`", "ignore:merging into", "ignore:Already merged"
     ),
 ]
-
-
-def tensors_of(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_bits(one, other):

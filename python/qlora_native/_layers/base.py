@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.errors import bad_type, check_float_dtype, check_memory, chosen_blocksize
-from .._core.formats import CODEBOOKS, DYNAMIC_MAP, ceil_div, check_format, codes_shape
-from .._core.linear import code_tensor
+from .._core.blocks import NESTED_BLOCKSIZE, ceil_div, chosen_blocksize
+from .._core.errors import bad_type, check_float_dtype, check_memory
+from .._core.formats import CODEBOOKS, DYNAMIC_MAP, check_format, codes_shape
 from .._core.microscaling import MICROSCALED, check_scale_table, check_scales, scale_table
-from .._core.quant_state import NESTED_BLOCKSIZE
-from .._core.weight import QuantizedWeight, check_finite
+from .._core.quantize import code_tensor
+from .._core.weight import QuantizedWeight, check_finite, unchecked
 from . import callbacks
-
-__all__ = ["QuantizedLayer", "zero_weight"]
 
 # {tensor of a layer's quantized weight, as its state dict calls it: the field of QuantizedWeight}. The last one is not
 # called `code`, because the modules that torch.export makes have a property of this name.
@@ -46,9 +44,6 @@ def zero_weight(
         shape: [N, K] or [E, N, K].
         dtype, device: None is torch's default.
         format, blocksize, double_quant, codebook: as in `qlora_native.quantize`.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; the message names it.
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -121,7 +116,8 @@ class QuantizedLayer(nn.Module):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
         tensors = {name: getattr(q, field) for name, field in _STATE.items()}
-        # Those that are None come last: torch.export (2.13) counts them when it looks for the names of the others.
+        # Those that are None are registered last: torch.export (2.13) counts them when it looks for the names of the
+        # others.
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
             if tensor is not None and tensor.dtype == torch.uint8:
                 setattr(self, name, _frozen(tensor))
@@ -144,7 +140,7 @@ class QuantizedLayer(nn.Module):
         # Reads the dictionaries: every forward passes here, and nn.Module.__getattr__ would double its cost.
         parameters, buffers = self._parameters, self._buffers
         absmax = parameters.get("absmax")
-        return QuantizedWeight.unchecked(
+        return unchecked(
             parameters["weight"],
             buffers["absmax"] if absmax is None else absmax,
             buffers["nested_absmax"],

@@ -12,8 +12,6 @@ from .._core.errors import bad, bad_type
 from .._core.weight import QuantizedWeight, check_quantized
 from .base import QuantizedLayer, zero_weight
 
-__all__ = ["Embedding4bit", "can_be_quantized"]
-
 
 class Embedding4bit(QuantizedLayer, nn.Embedding):
     """An embedding over a quantized weight [num_embeddings, embedding_dim], for `qlora_native.functional.embedding`.

@@ -13,8 +13,6 @@ from .._core.errors import bad, check_memory
 from .._core.weight import QuantizedWeight, check_quantized
 from .base import QuantizedLayer, zero_weight
 
-__all__ = ["Experts4bit"]
-
 
 class Experts4bit(QuantizedLayer):
     """The quantized weights of E experts. It replaces the three-dimensional parameter that held them in 16 bits.

@@ -1,11 +1,4 @@
-"""bitsandbytes: replace its layers by ours, or run its layers on our kernels.
-
-    replace(model)      # every bitsandbytes.nn.Linear4bit becomes a Linear4bit over the same codes
-    enable()            # bitsandbytes keeps its layers and calls our kernels (_backend.py)
-
-`replace` gains more: adapters run inside the product, and the weight is decoded in parts. A model in training keeps its
-optimizer. `enable` changes no module, so code that expects bitsandbytes' own modules keeps working.
-"""
+"""Replace bitsandbytes' layers by ours."""
 
 from __future__ import annotations
 
@@ -28,10 +21,7 @@ from ..._core.weight import QuantizedWeight
 from ..._layers.adapters import is_of_peft
 from ..._layers.base import QuantizedLayer
 from ...nn import Linear4bit
-from ._backend import disable, enable, enabled
 from ._experts import from_quant_state, put_experts, quantized_experts
-
-__all__ = ["disable", "enable", "enabled", "quantized_weight", "replace"]
 
 # Attributes of nn.Module that the new layer takes over from the old one.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -83,7 +83,7 @@ def fuse_loss(model: nn.Module) -> bool:
     """Make a causal language model compute its training loss without making logits.
 
     The loss and the gradients change only by rounding: logits are rounded to the dtype of the model as before, and each
-    loss is summed in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
+    loss is added up in fp32. While the model trains with labels, `outputs.logits` is a `DeferredLogits`. A second call
     changes nothing. It also works under DDP and FSDP2; but a head that is an FSDP2 unit by itself makes its logits,
     because its weight is sharded again by the time the loss is computed.
 
@@ -114,8 +114,8 @@ def fuse_blocks(model: nn.Module) -> int:
     A norm is any module with one parameter, `weight` [N], and an epsilon, which gives what `functional.rms_norm` does,
     with or without the shift of Gemma's. An activation is `act_fn` or `activation_fn` of a module that has gate_proj
     and up_proj, or gate_up_proj, and computes SiLU or the tanh of GELU; a mixture's experts too. Results differ from
-    those before by rounding: each is computed in fp32 and rounded once. Where tensors of other kinds come, or a norm
-    has another dtype than its input, and under torch.compile, which fuses by itself, the module computes as before.
+    those before by rounding: each is computed in fp32 and rounded once. For tensors of other kinds, for a norm whose
+    dtype is not its input's, and under torch.compile, which fuses by itself, modules compute as before.
 
     Args:
         model: loaded, with its weights; transformers' or PEFT's, or any other.
@@ -136,7 +136,7 @@ def fuse_blocks(model: nn.Module) -> int:
 def fuse_attention(model: nn.Module) -> bool:
     """Let the attention of a model be `qlora_native.functional.attention` wherever that computes the same.
 
-    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (rotary.py).
+    The rotation of positions before it becomes `rotary_embedding` where a model rotates as Llama does (_rotary.py).
 
     Results change only by rounding, gradients too. The model and those within it, such as the encoder of images beside
     a language model, are changed where their implementation is "sdpa", which is transformers' default; another one is

@@ -3,8 +3,8 @@
     fuse_attention(model)                   # then train, or generate, as before
 
 transformers looks up the attention of a model by the name of an implementation, and importing this module registers one
-more, "qlora_native". Where that op does not compute what a call asks for, it is transformers' own "sdpa" that answers:
-on a GPU, with dropout, under torch.compile, and with a mask in which the keys that a query sees are not neighbours.
+more, "qlora_native". For calls that the op does not support, transformers' own "sdpa" computes as before:
+on a GPU, with dropout, under torch.compile, and with a mask in which the keys that a query sees are not contiguous.
 A mask becomes ranges of keys once, however many layers read it.
 """
 
@@ -35,7 +35,7 @@ REPLACED = "sdpa"
 _NOT_COMPUTED = ("position_bias", "softcap", "s_aux", "output_attentions")  # arguments of an attention function
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # in configs
 # A module that treats sdpa differently from other implementations would take "qlora_native" for one of the others.
-_ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
+_REQUIRES_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
 
 
 def models_within(model: nn.Module) -> list[PreTrainedModel]:
@@ -70,8 +70,8 @@ def _replace(models: list[PreTrainedModel], found: str) -> str | None:
     config, wanted, reason = models[0].config, NAME, None
     if found not in (NAME, REPLACED):
         wanted, reason = found, f"its implementation is {found!r}, and {REPLACED!r} is what this replaces"
-    elif any(map(_asks_for_sdpa, models)):
-        wanted, reason = REPLACED, f"its code asks for {REPLACED!r} by name"
+    elif any(map(_requires_sdpa, models)):
+        wanted, reason = REPLACED, f"its code requires {REPLACED!r} by name"
     for each in models:
         # Also sets back what an outer model has set, which an inner config follows if the outer one does not list it.
         if config._attn_implementation != wanted:
@@ -86,9 +86,9 @@ def _replace(models: list[PreTrainedModel], found: str) -> str | None:
     return f"computes attention by {REPLACED!r} in training: its {name} is {getattr(config, name)}"
 
 
-def _asks_for_sdpa(model: PreTrainedModel) -> bool:
+def _requires_sdpa(model: PreTrainedModel) -> bool:
     try:
-        return _ASKS_FOR_SDPA.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
+        return _REQUIRES_SDPA.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
     except (KeyError, OSError, TypeError):
         return False  # of a class without a file, such as one from a notebook
 
@@ -116,7 +116,7 @@ def attention_forward(
         attention_mask: bool [B, 1, Tq, Tk], true where a query sees a key; None if causality is all there is.
         dropout: of probabilities.
         scaling: None is 1 / sqrt(D).
-        is_causal: what holds where there is no mask; None asks `module`.
+        is_causal: what holds where there is no mask; None reads it from `module`.
         **kwargs: of other implementations.
 
     Returns:

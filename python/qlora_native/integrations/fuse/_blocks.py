@@ -5,7 +5,7 @@
 Between its products a block of a language model computes f(gate) * up and a norm. From torch's parts autograd keeps a
 tensor for every part, those of the norm in fp32; the ops of `qlora_native.functional` keep their operands, and take a
 pass over memory each. They are put in where a module computes just that, which is found out by trying, whatever its
-family is: an activation hands on a `DeferredActivation`, whose product with another tensor is the op, and a norm has
+family is: an activation returns a `DeferredActivation`, whose product with another tensor is the op, and a norm has
 another forward. Nothing else of the model changes; state dicts and checkpoints are the same.
 """
 
@@ -41,7 +41,7 @@ class DeferredActivation(Deferred):
     """
 
     def __init__(self, module: nn.Module, gate: Tensor) -> None:
-        """An activation that nobody has asked for."""
+        """Defer the activation of `gate`."""
         self.module, self.gate = module, gate
 
     def compute(self) -> Tensor:

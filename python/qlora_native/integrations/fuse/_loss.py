@@ -32,19 +32,17 @@ from ._deferred import Deferred
 
 
 class DeferredLogits(Deferred):
-    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, made when something other than the loss asks.
+    """z = c * tanh(s * l / c), or s * l, of the logits l of a head, computed when anything but the loss reads it.
 
     Attributes:
         head: the module that makes them.
         hidden: [..., K], what it multiplies.
         scale, softcap: s, and c or None.
-        made: z, once something has asked for it.
     """
 
     def __init__(self, head: nn.Module, hidden: Tensor, scale: float = 1.0, softcap: float | None = None) -> None:
-        """Logits that nobody has asked for."""
+        """Defer the logits of `hidden`."""
         self.head, self.hidden, self.scale, self.softcap = head, hidden, scale, softcap
-        self.made = None
 
     def compute(self) -> Tensor:
         """The logits, as the model would have made them."""
@@ -58,7 +56,7 @@ class DeferredLogits(Deferred):
 
     def __mul__(self, factor: Any) -> Any:
         """z times a factor of the family's."""
-        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.made is None:
+        if isinstance(factor, int | float) and math.isfinite(factor) and factor > 0 and self.computed is None:
             # factor * c * tanh(s * l / c) has the cap factor * c, and s grows with it.
             return self._changed(self.scale * factor, None if self.softcap is None else self.softcap * factor)
         return self.tensor() * factor
@@ -142,8 +140,8 @@ def _loss(
     options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, **options, **kwargs)
-    if logits.made is not None:
-        return ForCausalLMLoss(logits.made, labels, vocab_size, **options, **kwargs)
+    if logits.computed is not None:
+        return ForCausalLMLoss(logits.computed, labels, vocab_size, **options, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     weight, bias, lora_a, lora_b, scaling = _operands(logits.head, logits.hidden)  # type: ignore[misc]

@@ -21,7 +21,8 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
 from transformers.utils import is_bitsandbytes_available
 
-from ..._core.errors import bad, bad_type, check_float_dtype, chosen_blocksize, dtype_name
+from ..._core.blocks import chosen_blocksize
+from ..._core.errors import bad, bad_type, check_float_dtype, dtype_name
 from ..._core.microscaling import MICROSCALED
 from ..._layers.base import QuantizedLayer
 
@@ -42,7 +43,8 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             further formats.
         bnb_4bit_use_double_quant: keep the scales in 8 bits (QLoRA, section 3), as "mxfp4" and "nvfp4" always do.
         bnb_4bit_compute_dtype: the dtype that activations are cast to for the product: fp32, bf16 or fp16. float32, the
-            default, does not cast them; sums are fp32 in any case. The config of a file then has the model's dtype.
+            default, does not cast them; accumulators are fp32 in any case. The config of a file then has the model's
+            dtype.
         llm_int8_skip_modules: names of modules that stay in 16 bits; by default the output layer and tied weights. An
             empty list also quantizes embeddings, and an output layer tied to one shares its bytes. Only this library
             reads such a model, because bitsandbytes has no 4-bit embedding in its files.
@@ -105,11 +107,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
         return None if self.bnb_4bit_compute_dtype == torch.float32 else self.bnb_4bit_compute_dtype
 
     def note_layers(self, model: nn.Module) -> None:
-        """Store the formats that a model has, with that of the config first, and the dtype of its products.
-
-        Args:
-            model: the model.
-        """
+        """Store the formats that a model has, with that of the config first, and the dtype of its products."""
         layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
         others = sorted({layer.format for layer in layers} - {self.bnb_4bit_quant_type})
         self.formats = (self.bnb_4bit_quant_type, *others)

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from ..._core.errors import FLOAT_DTYPES, bad
-from ..._core.linear import _Permuted as Permuted
+from ..._core.linear import Permuted
 from ..._layers import callbacks
 from ..._layers.experts import Experts4bit
-
-__all__ = ["IMPLEMENTATION", "Experts", "experts_forward", "find_experts", "names_of_experts", "run_quantized"]
 
 IMPLEMENTATION = "qlora_native"
 # The attributes that transformers' decorator `use_experts_implementation` gives to a module.
@@ -52,11 +50,7 @@ class Experts:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """(E, N, K) of both parameters.
-
-        Raises:
-            ValueError: the shapes do not fit each other.
-        """
+        """(E, N, K) of both parameters."""
         first, second = (self._shape(name) for name in self.names)
         halves = 2 if getattr(self.module, "has_gate", True) else 1
         if second != (first[0], first[2], first[1] // halves) or first[1] % halves:
@@ -138,9 +132,6 @@ def experts_forward(
 
     Returns:
         [T, H].
-
-    Raises:
-        NotImplementedError: experts are spread over processes.
     """
     first = getattr(self, "gate_up_proj" if self.has_gate else "up_proj")
     if not isinstance(first, Experts4bit):

@@ -21,8 +21,6 @@ from ._experts import find_experts
 from ._new_layers import names_to_skip
 from ._quantizer import BitsAndBytesConfig, Quantizer, adopt
 
-__all__ = ["adopt_quantized"]
-
 
 def _adopt_quantized_models(model: nn.Module) -> None:
     """Make transformers treat the outermost models in `model` that it can save as quantized."""
@@ -40,9 +38,6 @@ def adopt_quantized(model: nn.Module) -> None:
     quantized when the model is loaded: its `llm_int8_skip_modules` names the layers that stayed in 16 bits. If there
     are no files of a format, or no such list can tell the layers apart, `save_pretrained` raises a ValueError that says
     so.
-
-    Args:
-        model: a `PreTrainedModel`; if it contains quantized layers, it is changed in place.
     """
     # Files are written without adapters, so the config names layers as they are called without PEFT's around them.
     modules = list(modules_without_peft(model))
