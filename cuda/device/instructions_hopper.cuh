@@ -128,11 +128,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
 }
 // The compiler does not know that wgmma changes d until the wait. Empty assembly tells it that d changes here.
-template <int kSums>
-__device__ __forceinline__ void wgmma_wait_for(float (&d)[kSums]) {
+template <int kCount>
+__device__ __forceinline__ void wgmma_wait_for(float (&d)[kCount]) {
   wgmma_wait<0>();
 #pragma unroll
-  for (float& sum : d) asm volatile("" : "+f"(sum)::"memory");
+  for (float& accumulator : d) asm volatile("" : "+f"(accumulator)::"memory");
 }
 
 template <int kCount>
@@ -144,32 +144,32 @@ __device__ __forceinline__ void increase_max_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// wgmma names each register of d (%0, %1, ...), then those of a, then the descriptor. The macros write the names in
-// tens and the operands in eights.
+// wgmma names each register of d (%0, %1, ...), then those of a, then the descriptor. QLN_NAMES writes ten names, and
+// QLN_OPERANDS eight operands.
 // clang-format off
-#define QLN_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define QLN_NAMES(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define QLN_D_16 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define QLN_D_32 QLN_TEN() "%10, %11, %12, %13, %14, %15"
-#define QLN_D_64 QLN_TEN() QLN_TEN(1) QLN_TEN(2) "%30, %31"
-#define QLN_D_128 QLN_TEN() QLN_TEN(1) QLN_TEN(2) QLN_TEN(3) QLN_TEN(4) QLN_TEN(5) "%60, %61, %62, %63"
-#define QLN_D_256 QLN_TEN() QLN_TEN(1) QLN_TEN(2) QLN_TEN(3) QLN_TEN(4) QLN_TEN(5) QLN_TEN(6) QLN_TEN(7) QLN_TEN(8) \
-  QLN_TEN(9) QLN_TEN(10) QLN_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define QLN_D_32 QLN_NAMES() "%10, %11, %12, %13, %14, %15"
+#define QLN_D_64 QLN_NAMES() QLN_NAMES(1) QLN_NAMES(2) "%30, %31"
+#define QLN_D_128 QLN_NAMES() QLN_NAMES(1) QLN_NAMES(2) QLN_NAMES(3) QLN_NAMES(4) QLN_NAMES(5) "%60, %61, %62, %63"
+#define QLN_D_256 QLN_NAMES() QLN_NAMES(1) QLN_NAMES(2) QLN_NAMES(3) QLN_NAMES(4) QLN_NAMES(5) QLN_NAMES(6) QLN_NAMES(7) QLN_NAMES(8) \
+  QLN_NAMES(9) QLN_NAMES(10) QLN_NAMES(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 #define QLN_A_16 "{%8, %9, %10, %11}, %12"
 #define QLN_A_32 "{%16, %17, %18, %19}, %20"
 #define QLN_A_64 "{%32, %33, %34, %35}, %36"
 #define QLN_A_128 "{%64, %65, %66, %67}, %68"
 #define QLN_A_256 "{%128, %129, %130, %131}, %132"
-#define QLN_EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+#define QLN_OPERANDS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
   "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QLN_SUMS_16 QLN_EIGHT(0)
-#define QLN_SUMS_32 QLN_SUMS_16, QLN_EIGHT(8)
-#define QLN_SUMS_64 QLN_SUMS_32, QLN_EIGHT(16), QLN_EIGHT(24)
-#define QLN_SUMS_128 QLN_SUMS_64, QLN_EIGHT(32), QLN_EIGHT(40), QLN_EIGHT(48), QLN_EIGHT(56)
-#define QLN_SUMS_256 QLN_SUMS_128, QLN_EIGHT(64), QLN_EIGHT(72), QLN_EIGHT(80), QLN_EIGHT(88), QLN_EIGHT(96), \
-  QLN_EIGHT(104), QLN_EIGHT(112), QLN_EIGHT(120)
+#define QLN_OPERANDS_16 QLN_OPERANDS(0)
+#define QLN_OPERANDS_32 QLN_OPERANDS_16, QLN_OPERANDS(8)
+#define QLN_OPERANDS_64 QLN_OPERANDS_32, QLN_OPERANDS(16), QLN_OPERANDS(24)
+#define QLN_OPERANDS_128 QLN_OPERANDS_64, QLN_OPERANDS(32), QLN_OPERANDS(40), QLN_OPERANDS(48), QLN_OPERANDS(56)
+#define QLN_OPERANDS_256 QLN_OPERANDS_128, QLN_OPERANDS(64), QLN_OPERANDS(72), QLN_OPERANDS(80), QLN_OPERANDS(88), QLN_OPERANDS(96), \
+  QLN_OPERANDS(104), QLN_OPERANDS(112), QLN_OPERANDS(120)
 #define QLN_WGMMA(cols, type) \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." type "." type " {" QLN_D_##cols "}, " QLN_A_##cols \
-               ", 1, 1, 1, 0;" : QLN_SUMS_##cols : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor) : "memory")
+               ", 1, 1, 1, 0;" : QLN_OPERANDS_##cols : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor) : "memory")
 // clang-format on
 
 template <class T, int kCols>
@@ -191,7 +191,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], const std::uint32_t
   }
 }
 
-#undef QLN_TEN
+#undef QLN_NAMES
 #undef QLN_D_16
 #undef QLN_D_32
 #undef QLN_D_64
@@ -202,12 +202,12 @@ __device__ __forceinline__ void wgmma(float (&d)[kCols / 2], const std::uint32_t
 #undef QLN_A_64
 #undef QLN_A_128
 #undef QLN_A_256
-#undef QLN_EIGHT
-#undef QLN_SUMS_16
-#undef QLN_SUMS_32
-#undef QLN_SUMS_64
-#undef QLN_SUMS_128
-#undef QLN_SUMS_256
+#undef QLN_OPERANDS
+#undef QLN_OPERANDS_16
+#undef QLN_OPERANDS_32
+#undef QLN_OPERANDS_64
+#undef QLN_OPERANDS_128
+#undef QLN_OPERANDS_256
 #undef QLN_WGMMA
 
 }  // namespace qlora_native::cuda

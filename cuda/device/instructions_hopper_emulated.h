@@ -129,8 +129,8 @@ void wgmma_wait() {
   emulator::wgmma_queue().wait(kGroupsLeft);
 }
 // Waits until no group is in flight; then d may be read.
-template <int kSums>
-void wgmma_wait_for(float (&)[kSums]) {
+template <int kCount>
+void wgmma_wait_for(float (&)[kCount]) {
   wgmma_wait<0>();
 }
 

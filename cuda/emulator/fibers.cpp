@@ -77,7 +77,7 @@ struct Start {
   std::int64_t first;
 };
 
-// All that begin, in order: grid after grid, but if the last grid begins early, some of its blocks may come first.
+// All that begin, in order: grid after grid, but some blocks of a dependent last grid may be the first.
 std::vector<Start> order_of_starts(std::vector<GridRun>& runs) {
   std::vector<Start> starts;
   for (GridRun& run : runs) {
@@ -342,7 +342,7 @@ void run_pending_grid() {
 
 void check_no_pending_grid() {
   if (!pending) return;
-  if (std::uncaught_exceptions() == 0) fail("memory is released before the kernel that begins early is launched");
+  if (std::uncaught_exceptions() == 0) fail("memory is released before the dependent kernel is launched");
   run_pending_grid();  // the call ends here
 }
 

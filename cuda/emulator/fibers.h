@@ -1,6 +1,6 @@
 // The emulator runs kernels on a machine without a GPU. It tests indexing, synchronization and layout, and says nothing
-// about speed. It knows no kernel and no operation: device/ implements the instructions that a kernel calls over it,
-// and runtime/ the launches. The rules:
+// about speed. It has no product code, and knows no operation: device/ and runtime/ implement a kernel's instructions
+// and its launch over it. The rules:
 //
 //   - The threads of a block are fibers, which one host thread runs, each until it waits for others or ends. Threads
 //     that meet at different calls, or never, end the process with file and line.
@@ -25,7 +25,8 @@
 //     signal, or at a random later time, at the latest when the kernel has ended. 16-byte pieces may become visible in
 //     any order.
 //   - The blocks of a cluster begin together (cluster.cpp has the rules of clusters).
-//   - Of a kernel that begins early, up to two blocks, or clusters, begin before the kernel before it.
+//   - Of a dependent kernel (LaunchShape::programmatic_launch), up to two blocks, or clusters, begin before the kernel
+//     before it.
 //   - A Workspace begins as NaN or, half of the time, as words of 1, which are flags that an earlier call has raised.
 //
 // The model's limits: accesses through plain pointers are neither interrupted nor buffered. So blocks of a kernel must
@@ -87,16 +88,15 @@ struct Grid {
   std::function<void()> thread;
 };
 
-// The most shared memory that a block may have: as much as on Hopper, or QLN_EMULATED_SMEM, which stands for a device
-// with less.
+// The largest shared memory of a block: Hopper's, or QLN_EMULATED_SMEM, which stands for a device with less.
 std::size_t max_smem_bytes();
-// How many SMs the device has: QLN_EMULATED_SMS, or 3, which are so few that several blocks of
-// a persistent grid wait for each other.
+// How many SMs the device has: QLN_EMULATED_SMS, or 3, which are so few that several blocks of a persistent grid wait
+// for each other.
 int num_sms();
-// The shared memory of each block that the device keeps for itself.
+// The shared memory of each block that the device reserves.
 constexpr std::size_t kReservedSmemBytes = 1024;
 
-// Runs the grid, and returns when it is done. If the next grid begins early, this one only begins when the next is
+// Runs the grid, and returns when it is done. If the next grid is dependent, this one only begins when the next is
 // launched, and then both run: blocks of the next begin before this one, in its middle, or after it, by the schedule.
 // Several host threads may launch grids at once. A mistake of the kernel that no device would forgive (a deadlock,
 // lanes that meet at different calls) ends the process, with file and line.

@@ -70,7 +70,7 @@ void write_before_the_wait_is_caught() {
   EXPECT(right_schedules(doubled_plus_one<Mistake::writes_before_the_wait>, kDoubledPlusOne) < kAll);
 }
 
-// Three kernels, of which the second and the third begin early, and one of the two has a mistake.
+// Three kernels, of which the second and the third are dependent, and one of the two has a mistake.
 template <Mistake kOfSecond, Mistake kOfThird>
 Managed<int> doubled_plus_two() {
   Managed<int> in(kCount), doubled(kCount, -1), more(kCount, -1), out(kCount);
@@ -109,7 +109,7 @@ void launched_kernel_runs_before_anything_else_in_its_stream() {
   fill_bytes(filled.data(), 0, sizeof(int), {});
   EXPECT(doubled == Managed<int>(kCount, 2));
   launch<double_kernel>(kFirst, {}, doubled.data(), in.data());
-  launch<double_kernel>({kBlocks, kThreads}, {}, in.data(), doubled.data());  // which does not begin early
+  launch<double_kernel>({kBlocks, kThreads}, {}, in.data(), doubled.data());  // which is not dependent
   EXPECT(doubled == Managed<int>(kCount, 8));
 }
 
@@ -121,7 +121,7 @@ void memory_released_between_two_kernels_that_overlap_is_caught() {
     release_workspace(doubled, {});
     launch<double_kernel>(kSecond, {}, in.data(), out.data());
   });
-  EXPECT(contains(words, "memory is released before the kernel that begins early is launched"));
+  EXPECT(contains(words, "memory is released before the dependent kernel is launched"));
 }
 
 // ---- the last block to arrive ----
