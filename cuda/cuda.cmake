@@ -71,12 +71,12 @@ if(qln_with_cuda)
   endif()
   set(CMAKE_CUDA_STANDARD 20)
   # wgmma and TMA exist in sm_90a alone, whose code no other device runs. So code for sm_90a is built in addition, if
-  # code for sm_90 is asked for.
-  set(qln_asked ${CMAKE_CUDA_ARCHITECTURES})
-  if(qln_asked STREQUAL native)
-    set(qln_asked ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+  # code for sm_90 is requested.
+  set(qln_requested ${CMAKE_CUDA_ARCHITECTURES})
+  if(qln_requested STREQUAL native)
+    set(qln_requested ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
   endif()
-  if(qln_asked MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
+  if(qln_requested MATCHES "(^|;)(90a?(-real)?|all|all-major)(;|$)")
     add_library(qln_wgmma OBJECT cuda/product/wgmma/forward.cu cuda/product/wgmma/backward.cu
                                   cuda/product/wgmma/tensor_map.cu)
     set_target_properties(qln_wgmma PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON

@@ -34,14 +34,14 @@ def run(*command, schedule="forward", **more):
 
 # Each order without wgmma and with it, and two orders with pairs of blocks that load for each other.
 @pytest.mark.parametrize(
-    ("schedule", "wgmma"),
-    [(schedule, wgmma) for schedule in (*SCHEDULES, CONCURRENT[0]) for wgmma in ("0", "1")]
-    + [(schedule, "1,pairs") for schedule in (SCHEDULES[-1], CONCURRENT[0])],
+    ("schedule", "kernel"),
+    [(schedule, kernel) for schedule in (*SCHEDULES, CONCURRENT[0]) for kernel in ("", "wgmma")]
+    + [(schedule, "wgmma,pairs") for schedule in (SCHEDULES[-1], CONCURRENT[0])],
 )
-def test_cases_pass_under_each_order_of_threads(schedule, wgmma):
-    step = 1 if schedule == SCHEDULES[0] and wgmma == "0" else EVERY
+def test_cases_pass_under_each_order_of_threads(schedule, kernel):
+    step = 1 if schedule == SCHEDULES[0] and kernel == "" else EVERY
     command = "-c", f"import test_emulated; test_emulated.run_conformance({step})"
-    shown = run(*command, schedule=schedule, QLN_FORCE_HOPPER=wgmma)
+    shown = run(*command, schedule=schedule, QLN_FORCE_KERNEL=kernel)
     assert shown.returncode == 0, f"QLN_SCHEDULE={schedule}\n{shown.stdout[-20000:]}{shown.stderr[-2000:]}"
     assert " passed" in shown.stdout and "skipped" not in shown.stdout, shown.stdout[-1000:]
 

@@ -15,7 +15,7 @@ from test_emulated import SCHEDULES, run
 
 import qlora_native as qn
 
-BY_PANELS = "for the host program's product"
+BY_PANELS = "for the application's product"
 
 
 def shown(call, **more):

@@ -24,8 +24,11 @@ class TensorMap {
   TileSource source_;
 };
 
-// The emulated device is a Hopper if QLN_FORCE_HOPPER is set.
-inline bool is_hopper(const Stream&) { return std::getenv("QLN_FORCE_HOPPER") != nullptr; }
+// The emulated device is a Hopper if QLN_FORCE_KERNEL names wgmma.
+inline bool is_hopper(const Stream&) {
+  const char* const forced = std::getenv("QLN_FORCE_KERNEL");
+  return forced != nullptr && std::string_view(forced).starts_with("wgmma");
+}
 
 // ---- barriers ----
 
